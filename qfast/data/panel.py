@@ -1,0 +1,381 @@
+"""The panel: every (instrument, datetime) row once, in float32, instrument by instrument.
+
+Instrument-major order is what makes a rolling window one contiguous run of rows. The keys are two
+int32 codes a row; pandas appears only at the boundary (`from_frame`, `to_frame`, `index`).
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from qfast.errors import DataError, suggest
+
+ROW_CHUNK = 1 << 16  # rows copied at a time: bounds the transient memory of a reordering copy
+
+__all__ = ["Block", "Panel"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Columns of one group: `values` float32 [R, C] (float64 on request), `columns` their C names."""
+
+    values: np.ndarray
+    columns: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """Rows sorted by (instrument, datetime), columns in named groups.
+
+    Attributes
+    ----------
+    datetimes : pandas.DatetimeIndex
+        Sorted unique timestamps, any frequency, with or without time zone.
+    instruments : numpy.ndarray
+        Sorted unique instrument names (object).
+    date_codes, instrument_codes : numpy.ndarray
+        int32 [R], positions in `datetimes` and `instruments`.
+    blocks : Mapping[str, Block]
+        Column groups, for instance "feature", "label" or "price". Blocks may be shared between
+        panels and are never changed in place.
+    live : numpy.ndarray or None
+        bool [R]; rows that a processor dropped are False. None means that every row is live.
+        Dropping rows flips this mask instead of copying the blocks.
+
+    Examples
+    --------
+    >>> index = pd.MultiIndex.from_product([pd.date_range("2024-01-01", periods=3), ["A", "B"]],
+    ...                                    names=["datetime", "instrument"])
+    >>> panel = Panel.from_frame(pd.DataFrame({"close": np.arange(6.0)}, index=index), group="price")
+    >>> panel.values("price")[:, 0].tolist()
+    [0.0, 2.0, 4.0, 1.0, 3.0, 5.0]
+    """
+
+    datetimes: pd.DatetimeIndex
+    instruments: np.ndarray
+    date_codes: np.ndarray
+    instrument_codes: np.ndarray
+    blocks: Mapping[str, Block]
+    live: np.ndarray | None = None
+
+    # ---------------------------------------------------------------- construction
+    @classmethod
+    def from_frame(
+        cls,
+        frame: pd.DataFrame | pd.Series,
+        *,
+        group: str = "feature",
+        dtype: Any = np.float32,
+    ) -> Panel:
+        """Copy a pandas frame into a panel; the frame itself is left as it was.
+
+        Parameters
+        ----------
+        frame : DataFrame or Series
+            Indexed by (datetime, instrument), in either order and sorted or not. Two-level columns
+            are (group, name); single-level columns all go to `group`.
+        group : str
+            Group of single-level columns.
+        dtype : numpy dtype
+            float32 (default) or float64.
+
+        Raises
+        ------
+        DataError
+            Wrong index, a missing key, a duplicate (datetime, instrument), a column that is not
+            numeric, duplicate column names.
+        """
+        if isinstance(frame, pd.Series):
+            frame = frame.to_frame(name=frame.name if frame.name is not None else group)
+        datetimes, date_codes, instruments, instrument_codes = _key_codes(frame.index)
+        order = _sort_order(datetimes, date_codes, instruments, instrument_codes)
+        if order is not None:
+            date_codes, instrument_codes = date_codes[order], instrument_codes[order]
+        blocks = {
+            name: Block(_copy_columns(frame, positions, order, dtype), columns)
+            for name, positions, columns in _column_groups(frame.columns, group)
+        }
+        return cls(datetimes, instruments, date_codes, instrument_codes, blocks)
+
+    # ---------------------------------------------------------------- shape and access
+    @property
+    def n_rows(self) -> int:
+        """All stored rows, live or not."""
+        return len(self.date_codes)
+
+    @property
+    def n_live(self) -> int:
+        """Rows that no processor dropped."""
+        return self.n_rows if self.live is None else int(np.count_nonzero(self.live))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks and codes."""
+        values = sum(b.values.nbytes for b in self.blocks.values())
+        return values + self.date_codes.nbytes + self.instrument_codes.nbytes
+
+    def block(self, group: str) -> Block:
+        """The block of `group`; a DataError names the groups there are."""
+        try:
+            return self.blocks[group]
+        except KeyError:
+            raise DataError(
+                f"column group {group!r} is not in the panel; it has {sorted(self.blocks)}."
+                + suggest(group, self.blocks)
+            ) from None
+
+    def values(self, group: str) -> np.ndarray:
+        """float32 [R, C] of `group`, shared, not to be changed."""
+        return self.block(group).values
+
+    def columns(self, group: str) -> tuple[str, ...]:
+        """Column names of `group`."""
+        return self.block(group).columns
+
+    def column(self, name: str, group: str | None = None) -> np.ndarray:
+        """One column as a [R] view, looked up in `group` or in all groups."""
+        groups = [group] if group is not None else list(self.blocks)
+        for g in groups:
+            if name in self.block(g).columns:
+                return self.blocks[g].values[:, self.blocks[g].columns.index(name)]
+        known = [c for g in groups for c in self.blocks[g].columns]
+        raise DataError(f"column {name!r} is not in the panel; it has {_shorten(known)}." + suggest(name, known))
+
+    def live_rows(self) -> np.ndarray:
+        """int64 row numbers of the live rows, ascending."""
+        return np.arange(self.n_rows) if self.live is None else np.flatnonzero(self.live)
+
+    def index(self, rows: np.ndarray | None = None) -> pd.MultiIndex:
+        """(datetime, instrument) keys of `rows` (default: all live rows), in the order given."""
+        rows = self.live_rows() if rows is None else rows
+        return pd.MultiIndex(
+            levels=[self.datetimes, pd.Index(self.instruments)],
+            codes=[self.date_codes[rows], self.instrument_codes[rows]],
+            names=["datetime", "instrument"],
+            verify_integrity=False,
+        )
+
+    def date_code_range(self, start: Any = None, end: Any = None) -> tuple[int, int]:
+        """Half-open range of date codes with start <= datetime <= end; None is unbounded.
+
+        A bound given as a date only ("2020-12-31", datetime.date) covers that whole day.
+        """
+        low = 0 if start is None else int(self.datetimes.searchsorted(self._timestamp(start, "start"), "left"))
+        if end is None:
+            return low, len(self.datetimes)
+        stamp = self._timestamp(end, "end")
+        if _is_date_only(end):
+            stamp = stamp + pd.Timedelta(days=1)
+            return low, max(low, int(self.datetimes.searchsorted(stamp, "left")))
+        return low, max(low, int(self.datetimes.searchsorted(stamp, "right")))
+
+    def rows_between(self, start: Any = None, end: Any = None) -> np.ndarray:
+        """int64 live rows with start <= datetime <= end, in panel order."""
+        low, high = self.date_code_range(start, end)
+        inside = (self.date_codes >= low) & (self.date_codes < high)
+        if self.live is not None:
+            inside &= self.live
+        return np.flatnonzero(inside)
+
+    def by_date(self, rows: np.ndarray) -> np.ndarray:
+        """`rows` re-ordered by (datetime, instrument), the order of the reference's frames."""
+        return rows[np.argsort(self.date_codes[rows], kind="stable")]
+
+    # ---------------------------------------------------------------- derived panels
+    def replace(self, group: str, values: np.ndarray, columns: Sequence[str] | None = None) -> Panel:
+        """A panel with `group` holding `values` [R, C]; the other blocks are shared."""
+        names = self.block(group).columns if columns is None else tuple(columns)
+        if values.shape != (self.n_rows, len(names)):
+            raise DataError(
+                f"values of group {group!r}: expected shape {(self.n_rows, len(names))}, got {values.shape}"
+            )
+        return replace(self, blocks={**self.blocks, group: Block(values, names)})
+
+    def with_group(self, group: str, values: np.ndarray, columns: Sequence[str]) -> Panel:
+        """A panel with one more column group `group` of `values` [R, C]."""
+        return replace(self, blocks={**self.blocks, group: Block(values, ())}).replace(group, values, columns)
+
+    def only(self, groups: Iterable[str]) -> Panel:
+        """A panel with just these groups, blocks shared."""
+        return replace(self, blocks={g: self.block(g) for g in groups})
+
+    def keep(self, mask: np.ndarray) -> Panel:
+        """A panel in which only live rows with mask[r] stay live; blocks are shared."""
+        live = mask if self.live is None else (self.live & mask)
+        return replace(self, live=live)
+
+    def to_frame(
+        self,
+        groups: str | Sequence[str] | None = None,
+        rows: np.ndarray | None = None,
+    ) -> pd.DataFrame:
+        """Copy out a frame. `groups`: a name gives single-level columns, a list two levels, None all."""
+        rows = self.by_date(self.live_rows()) if rows is None else rows
+        names = list(self.blocks) if groups is None else ([groups] if isinstance(groups, str) else list(groups))
+        values = np.concatenate([self.values(g)[rows] for g in names], axis=1)
+        if isinstance(groups, str):
+            columns = pd.Index(self.columns(groups))
+        else:
+            columns = pd.MultiIndex.from_tuples([(g, c) for g in names for c in self.columns(g)])
+        return pd.DataFrame(values, index=self.index(rows), columns=columns, copy=False)
+
+    def content_hash(self) -> str:
+        """Hex digest over keys, column names and values: equal panels, equal digest."""
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(self.datetimes.as_unit("ns").asi8.tobytes())
+        digest.update("\x1f".join(map(str, self.instruments)).encode())
+        for codes in (self.date_codes, self.instrument_codes, self.live):
+            if codes is not None:
+                digest.update(np.ascontiguousarray(codes))
+        for name in sorted(self.blocks):
+            digest.update("\x1f".join((name, *self.blocks[name].columns)).encode())
+            values = self.blocks[name].values
+            for start in range(0, len(values), ROW_CHUNK):
+                digest.update(np.ascontiguousarray(values[start : start + ROW_CHUNK]))
+        return digest.hexdigest()
+
+    def _timestamp(self, value: Any, what: str) -> pd.Timestamp:
+        try:
+            stamp = pd.Timestamp(value)
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{what} is {value!r}, which is not a date or time: {error}") from None
+        zone = self.datetimes.tz
+        if zone is not None:
+            return stamp.tz_localize(zone) if stamp.tz is None else stamp.tz_convert(zone)
+        return stamp if stamp.tz is None else stamp.tz_localize(None)
+
+
+# ---------------------------------------------------------------- helpers of from_frame
+def _is_date_only(value: Any) -> bool:
+    if isinstance(value, str):
+        return ":" not in value
+    return isinstance(value, dt.date) and not isinstance(value, dt.datetime)
+
+
+def _shorten(names: Sequence[object], most: int = 12) -> str:
+    shown = [str(n) for n in names[:most]]
+    return "[" + ", ".join(shown) + (f", ... {len(names) - most} more]" if len(names) > most else "]")
+
+
+def _key_codes(index: pd.Index) -> tuple[pd.DatetimeIndex, np.ndarray, np.ndarray, np.ndarray]:
+    """Sorted unique datetimes and instruments of the index, and each row's int32 codes."""
+    if not isinstance(index, pd.MultiIndex) or index.nlevels != 2:
+        raise DataError(
+            "the frame's index must have the two levels (datetime, instrument); got "
+            f"{type(index).__name__} with level names {list(index.names)}. Remedy: "
+            "frame.set_index(['datetime', 'instrument'])."
+        )
+    names = list(index.names)
+    date_level = names.index("datetime") if "datetime" in names else None
+    if date_level is None and "instrument" in names:
+        date_level = 1 - names.index("instrument")
+    if date_level is None:
+        date_level = 0 if _looks_like_dates(index.levels[0]) or not _looks_like_dates(index.levels[1]) else 1
+    dates, date_codes = _sorted_level(index, date_level, "datetime")
+    instruments, instrument_codes = _sorted_level(index, 1 - date_level, "instrument")
+    stamps = _to_datetimes(dates)
+    if not stamps.is_monotonic_increasing or not stamps.is_unique:
+        # Text dates need not sort like time ("2/1/2020" < "12/1/2019") and may be spelt twice.
+        unique = stamps.unique().sort_values()
+        date_codes = unique.get_indexer(stamps).astype(np.int32)[date_codes]
+        stamps = unique
+    return stamps, date_codes, np.asarray(instruments, dtype=object), instrument_codes
+
+
+def _looks_like_dates(level: pd.Index) -> bool:
+    return isinstance(level, pd.DatetimeIndex) or (len(level) > 0 and isinstance(level[0], dt.date))
+
+
+def _sorted_level(index: pd.MultiIndex, level: int, what: str) -> tuple[pd.Index, np.ndarray]:
+    codes = np.asarray(index.codes[level])
+    if len(codes) and codes.min() < 0:
+        row = int(np.argmax(codes < 0))
+        raise DataError(f"row {row} of the frame has no {what} (missing value in the index).")
+    used = np.zeros(len(index.levels[level]), dtype=bool)
+    used[codes] = True
+    values = index.levels[level][used]
+    renumber = np.cumsum(used) - 1
+    try:
+        order = np.argsort(np.asarray(values), kind="stable")
+    except TypeError:
+        kinds = sorted({type(v).__name__ for v in values})
+        raise DataError(f"index level {what!r} mixes types that do not compare: {kinds}.") from None
+    rank = np.empty(len(order), dtype=np.int32)
+    rank[order] = np.arange(len(order), dtype=np.int32)
+    return values[order], rank[renumber[codes]] if len(codes) else codes.astype(np.int32)
+
+
+def _to_datetimes(values: pd.Index) -> pd.DatetimeIndex:
+    if isinstance(values, pd.DatetimeIndex):
+        return values.rename(None)
+    if len(values) and not isinstance(values[0], (str, dt.date)):
+        raise DataError(
+            f"index level 'datetime' holds {type(values[0]).__name__} ({values[0]!r}), not dates. Remedy: "
+            "convert it with pandas.to_datetime first (give the format for numbers such as 20240131)."
+        )
+    try:
+        return pd.DatetimeIndex(pd.to_datetime(values)).rename(None)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"index level 'datetime' does not parse as dates: {error}") from None
+
+
+def _sort_order(
+    datetimes: pd.DatetimeIndex, date_codes: np.ndarray, instruments: np.ndarray, instrument_codes: np.ndarray
+) -> np.ndarray | None:
+    """Row order by (instrument, datetime), None if the rows stand so already; refuses duplicates."""
+    key = instrument_codes.astype(np.int64) * max(len(datetimes), 1) + date_codes
+    steps = np.diff(key)
+    if steps.size == 0 or steps.min() > 0:
+        return None
+    order = np.argsort(key, kind="stable")
+    ordered = key[order]
+    same = np.flatnonzero(ordered[1:] == ordered[:-1])
+    if same.size:
+        first, second = sorted((int(order[same[0]]), int(order[same[0] + 1])))
+        raise DataError(
+            f"duplicate key: rows {first} and {second} are both (datetime {datetimes[date_codes[first]]}, instrument "
+            f"{instruments[instrument_codes[first]]!r}); {same.size} duplicate rows in all. Remedy: "
+            "frame[~frame.index.duplicated(keep='last')]."
+        )
+    return order
+
+
+def _column_groups(columns: pd.Index, group: str) -> list[tuple[str, list[int], tuple[str, ...]]]:
+    """(group, column positions, names) in order of first appearance."""
+    if columns.nlevels > 2:
+        raise DataError(f"columns must have one level (name) or two (group, name), got {columns.nlevels} levels.")
+    pairs = [(str(c[0]), str(c[1])) if columns.nlevels == 2 else (group, str(c)) for c in columns]
+    seen: set[tuple[str, str]] = set()
+    found: dict[str, list[int]] = {}
+    for position, pair in enumerate(pairs):
+        if pair in seen:
+            raise DataError(f"column {pair[1]!r} occurs twice in group {pair[0]!r}.")
+        seen.add(pair)
+        found.setdefault(pair[0], []).append(position)
+    return [(name, where, tuple(pairs[p][1] for p in where)) for name, where in found.items()]
+
+
+def _copy_columns(frame: pd.DataFrame, positions: list[int], order: np.ndarray | None, dtype: Any) -> np.ndarray:
+    """[R, C] C-ordered copy of some columns in row order `order`."""
+    part = frame.iloc[:, positions]
+    for name, kind in zip(part.columns, part.dtypes, strict=True):
+        if not pd.api.types.is_numeric_dtype(kind) or pd.api.types.is_complex_dtype(kind):
+            raise DataError(f"column {name!r} has dtype {kind}, which is not numeric. Remedy: drop or convert it.")
+    out = np.empty((len(part), len(positions)), dtype=dtype)
+    if len({str(kind) for kind in part.dtypes}) == 1 and isinstance(part.dtypes.iloc[0], np.dtype):
+        source = part.to_numpy(copy=False)
+        for start in range(0, len(part), ROW_CHUNK):
+            stop = min(start + ROW_CHUNK, len(part))
+            out[start:stop] = source[start:stop] if order is None else source[order[start:stop]]
+        return out
+    for j in range(len(positions)):
+        column = part.iloc[:, j].to_numpy(dtype=dtype, na_value=np.nan)
+        out[:, j] = column if order is None else column[order]
+    return out
