@@ -1,0 +1,241 @@
+"""How well scores rank the instruments of each day: IC, rank IC, their ratios, long-short return.
+
+Everything is computed for all days at once from sums over runs of equal dates; no loop over days.
+Definitions and treatment of missing values follow pandas' `Series.corr`, which the reference
+applies day by day (qlib/contrib/eva/alpha.py: calc_ic, calc_long_short_return).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from qfast.errors import DataError
+
+__all__ = ["daily_ic", "ic_summary", "long_short_return", "long_short_summary"]
+
+DATE = "datetime"
+
+
+def daily_ic(score: pd.Series, label: pd.Series) -> tuple[pd.Series, pd.Series]:
+    """Correlation of score and label over the instruments of each day.
+
+    Parameters
+    ----------
+    score, label : Series
+        Indexed by (datetime, instrument) in any order; the indices need not be equal (a pair that
+        misses one side, or holds a NaN, does not count).
+
+    Returns
+    -------
+    ic, rank_ic : Series
+        float64 by datetime, ascending: Pearson's correlation, and Spearman's with ties given their
+        average rank. NaN for a day with fewer than two pairs, a constant score or a constant label;
+        Pearson's also for a day with an infinite value.
+
+    Raises
+    ------
+    DataError
+        An index that is not (datetime, instrument), or that holds a key twice.
+
+    Source: qlib/contrib/eva/alpha.py, calc_ic.
+
+    Examples
+    --------
+    >>> index = pd.MultiIndex.from_product([pd.to_datetime(["2024-01-02"]), ["A", "B", "C"]],
+    ...                                    names=["datetime", "instrument"])
+    >>> ic, rank_ic = daily_ic(pd.Series([1.0, 2.0, 4.0], index), pd.Series([1.0, 3.0, 2.0], index))
+    >>> round(float(ic.iloc[0]), 4), round(float(rank_ic.iloc[0]), 4)
+    (0.3273, 0.5)
+    """
+    days = _Days.of(score, label)
+    paired = ~(np.isnan(days.score) | np.isnan(days.label))
+    day, x, y = days.day[paired], days.score[paired], days.label[paired]
+    n = len(days.dates)
+    ic = _correlation(day, x, y, n)
+    rank_ic = _correlation(day, _ranks(day, x), _ranks(day, y), n)
+    index = days.dates.rename(DATE)
+    return pd.Series(ic, index, name="ic"), pd.Series(rank_ic, index, name="rank_ic")
+
+
+def ic_summary(ic: pd.Series, rank_ic: pd.Series) -> dict[str, float]:
+    """IC, ICIR, Rank IC, Rank ICIR: the means over days, and mean / standard deviation (ddof 1).
+
+    NaN days are left out. The ratios are NaN with fewer than two days.
+
+    Examples
+    --------
+    >>> ic = pd.Series([0.1, 0.3])
+    >>> {k: round(v, 3) for k, v in ic_summary(ic, ic).items()}
+    {'IC': 0.2, 'ICIR': 1.414, 'Rank IC': 0.2, 'Rank ICIR': 1.414}
+    """
+    return {
+        "IC": float(ic.mean()),
+        "ICIR": _ratio(ic),
+        "Rank IC": float(rank_ic.mean()),
+        "Rank ICIR": _ratio(rank_ic),
+    }
+
+
+def long_short_return(
+    score: pd.Series, label: pd.Series, quantile: float = 0.2
+) -> tuple[pd.Series, pd.Series]:
+    """Daily return of the best minus the worst scored instruments, halved, and of all of them.
+
+    Parameters
+    ----------
+    score, label : Series
+        Indexed by (datetime, instrument). `label` is the raw return, not a normalised one.
+    quantile : float
+        Share of the day's instruments on each side, rounded down; in (0, 0.5].
+
+    Returns
+    -------
+    long_short, average : Series
+        float64 by datetime: (mean of the top - mean of the bottom) / 2, and the mean of all. NaN on
+        a day with too few instruments for one on each side.
+
+    Raises
+    ------
+    DataError
+        As `daily_ic`, or `quantile` out of range.
+
+    Source: qlib/contrib/eva/alpha.py, calc_long_short_return.
+
+    Examples
+    --------
+    >>> index = pd.MultiIndex.from_product([pd.to_datetime(["2024-01-02"]), list("ABCDE")],
+    ...                                    names=["datetime", "instrument"])
+    >>> score, label = pd.Series([5, 4, 3, 2, 1.0], index), pd.Series([0.04, 0, 0, 0, -0.02], index)
+    >>> round(float(long_short_return(score, label)[0].iloc[0]), 4)
+    0.03
+    """
+    if not 0.0 < quantile <= 0.5:
+        raise DataError(f"quantile must lie in (0, 0.5], got {quantile!r}.")
+    days = _Days.of(score, label)
+    n = len(days.dates)
+    size = np.bincount(days.day, minlength=n)
+    take = (size * quantile).astype(np.int64)  # the reference's int(): rounded down
+    top = _mean_of_first(days, np.where(np.isnan(days.score), np.inf, -days.score), take)
+    bottom = _mean_of_first(days, np.where(np.isnan(days.score), np.inf, days.score), take)
+    average = _nanmean(days.day, days.label, n)
+    index = days.dates.rename(DATE)
+    return pd.Series((top - bottom) / 2, index, name="long_short"), pd.Series(average, index, name="average")
+
+
+def long_short_summary(long_short: pd.Series, average: pd.Series, ann_scaler: float = 252) -> dict[str, float]:
+    """Annualised return and Sharpe ratio of the two daily series of `long_short_return`.
+
+    Examples
+    --------
+    >>> r = pd.Series([0.01, 0.03])
+    >>> round(long_short_summary(r, r)["Long-Short Ann Return"], 2)
+    5.04
+    """
+    out: dict[str, float] = {}
+    for name, daily in (("Long-Short", long_short), ("Long-Avg", average)):
+        out[f"{name} Ann Return"] = float(daily.mean() * ann_scaler)
+        out[f"{name} Ann Sharpe"] = float(_ratio(daily) * ann_scaler**0.5)
+    return out
+
+
+# ---------------------------------------------------------------- helpers
+@dataclass(frozen=True)
+class _Days:
+    """Score and label side by side (float64), in date order; `day` counts the dates from 0."""
+
+    dates: pd.Index
+    day: np.ndarray
+    score: np.ndarray
+    label: np.ndarray
+
+    @classmethod
+    def of(cls, score: pd.Series, label: pd.Series) -> _Days:
+        frame = pd.DataFrame({"score": _checked("score", score), "label": _checked("label", label)})
+        day, dates = pd.factorize(frame.index.get_level_values(DATE), sort=True)
+        order = np.argsort(day, kind="stable")
+        return cls(
+            dates,
+            day[order],
+            frame["score"].to_numpy(dtype=np.float64, na_value=np.nan)[order],
+            frame["label"].to_numpy(dtype=np.float64, na_value=np.nan)[order],
+        )
+
+
+def _checked(name: str, series: pd.Series) -> pd.Series:
+    """The series with levels in the order (datetime, instrument)."""
+    index = series.index
+    if not isinstance(index, pd.MultiIndex) or set(index.names) != {DATE, "instrument"}:
+        raise DataError(
+            f"{name} must be indexed by (datetime, instrument), got {type(index).__name__} with level "
+            f"names {list(index.names)}."
+        )
+    if not index.is_unique:
+        first = index[index.duplicated()][0]
+        raise DataError(f"{name} holds the key {tuple(first)} twice; each (datetime, instrument) may occur once.")
+    return series if index.names[0] == DATE else series.swaplevel()
+
+
+def _ratio(daily: pd.Series) -> float:
+    """Mean over standard deviation (ddof 1); NaN where the deviation is NaN, inf where it is 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.float64(daily.mean()) / np.float64(daily.std()))
+
+
+def _correlation(day: np.ndarray, x: np.ndarray, y: np.ndarray, n_days: int) -> np.ndarray:
+    """Pearson's correlation per day in float64, two passes; `day` ascending."""
+    count = np.bincount(day, minlength=n_days)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        x, y = _standardised(day, x, count), _standardised(day, y, count)
+        covariance = np.bincount(day, x * y, n_days)
+        scale = np.sqrt(np.bincount(day, x * x, n_days)) * np.sqrt(np.bincount(day, y * y, n_days))
+        out = np.clip(covariance / scale, -1.0, 1.0)
+    out[count < 2] = np.nan
+    return out
+
+
+def _standardised(day: np.ndarray, values: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Values minus their day's mean, over the day's range; all NaN where a day is constant.
+
+    The range keeps the squares from overflowing, and is exactly 0 for a constant day, whose
+    deviations from a rounded mean need not be.
+    """
+    low, high = np.full(len(count), np.inf), np.full(len(count), -np.inf)
+    np.minimum.at(low, day, values)
+    np.maximum.at(high, day, values)
+    spread = np.where(high > low, high - low, np.nan)
+    return (values - (np.bincount(day, values, len(count)) / count)[day]) / spread[day]
+
+
+def _ranks(day: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Rank within the day, 1-based, ties given their average; `day` ascending, no NaN."""
+    if not len(values):
+        return values
+    order = np.lexsort((values, day))
+    ordered, ordered_day = values[order], day[order]
+    new = np.r_[True, (ordered[1:] != ordered[:-1]) | (ordered_day[1:] != ordered_day[:-1])]
+    starts = np.flatnonzero(new)
+    ends = np.r_[starts[1:], len(values)]
+    day_start = np.searchsorted(ordered_day, ordered_day[starts], "left")
+    average = (starts + ends + 1) / 2.0 - day_start
+    out = np.empty(len(values))
+    out[order] = np.repeat(average, ends - starts)
+    return out
+
+
+def _mean_of_first(days: _Days, key: np.ndarray, take: np.ndarray) -> np.ndarray:
+    """Mean label per day of the `take[day]` rows with the smallest key; ties in the given order."""
+    order = np.lexsort((key, days.day))  # stable: equal keys keep their order
+    start = np.searchsorted(days.day, np.arange(len(take)), "left")
+    place = np.arange(len(order)) - start[days.day]
+    chosen = order[place < take[days.day]]
+    return _nanmean(days.day[chosen], days.label[chosen], len(take))
+
+
+def _nanmean(day: np.ndarray, values: np.ndarray, n_days: int) -> np.ndarray:
+    there = ~np.isnan(values)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        total = np.bincount(day[there], values[there], n_days)
+        return total / np.bincount(day[there], minlength=n_days)
