@@ -1,0 +1,233 @@
+"""Named classes that a configuration may build: only what is registered, never an arbitrary import.
+
+A specification is an object that is already of an accepted type, a mapping
+``{"class": "Alpha360", "module_path": "qlib.contrib.data.handler", "kwargs": {...}}``, or a plain
+``"Name"`` / ``"a.b.Name"``. The reference's module paths are registered beside ours, so that its
+workflow files build our classes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qfast.errors import ConfigError, suggest
+
+__all__ = ["DATASETS", "HANDLERS", "MODELS", "PROCESSORS", "RECORDS", "REWEIGHTERS", "Registry"]
+
+SPEC_KEYS = ("class", "module_path", "kwargs")
+
+
+@dataclass(frozen=True)
+class _Entry:
+    factory: Callable[..., Any] | None
+    modules: tuple[str, ...]
+    unavailable: str = ""
+
+
+class Registry:
+    """Classes of one kind ("processor", "handler", "model", ...) by name and module path.
+
+    Parameters
+    ----------
+    what : str
+        The kind, as it appears in error messages.
+    accepts : type, several
+        Objects of these types pass through `build` unchanged. Registered classes are accepted too.
+
+    Examples
+    --------
+    >>> shapes = Registry("shape")
+    >>> shapes.add(dict, "Dict", modules=("some.shapes",))
+    >>> shapes.build({"class": "Dict", "module_path": "some.shapes", "kwargs": {"sides": 4}})
+    {'sides': 4}
+    """
+
+    def __init__(self, what: str, accepts: type | tuple[type, ...] = ()) -> None:
+        self.what = what
+        self._accepts: tuple[type, ...] = accepts if isinstance(accepts, tuple) else (accepts,)
+        self._entries: dict[str, list[_Entry]] = {}
+
+    # ---------------------------------------------------------------- registration
+    def add(self, factory: Callable[..., Any], *names: str, modules: Iterable[str] = ()) -> None:
+        """Register a class or factory under `names` (default: its own) for the module paths `modules`.
+
+        Where one name stands for several classes, the module path of a specification decides; without
+        a module path the class that was registered first is built.
+        """
+        for name in names or (factory.__name__,):
+            self._entries.setdefault(name, []).append(_Entry(factory, tuple(modules)))
+        if isinstance(factory, type) and not issubclass(factory, (str, Mapping)):
+            self.accept(factory)
+
+    def accept(self, *types: type) -> None:
+        """Let objects of these types pass through `build` unchanged."""
+        self._accepts += tuple(t for t in types if t not in self._accepts)
+
+    def unavailable(self, name: str, message: str, modules: Iterable[str] = ()) -> None:
+        """Register a name that exists in the reference but not here: building it raises `message`."""
+        self._entries.setdefault(name, []).append(_Entry(None, tuple(modules), message))
+
+    def names(self) -> list[str]:
+        """Names that can be built, sorted."""
+        return sorted(n for n, entries in self._entries.items() if any(e.factory for e in entries))
+
+    def modules(self, name: str) -> list[str]:
+        """Module paths under which `name` is known."""
+        return [m for entry in self._entries.get(name, ()) for m in entry.modules]
+
+    # ---------------------------------------------------------------- lookup and building
+    def is_instance(self, spec: object) -> bool:
+        """True if `spec` is an object that `build` passes through."""
+        return bool(self._accepts) and isinstance(spec, self._accepts)
+
+    def resolve(self, spec: object, path: str = "") -> tuple[Callable[..., Any], dict[str, Any]]:
+        """The factory of a mapping or name, and a copy of its keyword arguments, which are checked.
+
+        Parameters
+        ----------
+        spec : mapping, str or registered class
+        path : str
+            Where the specification stands in the configuration ("task.model"), for error messages.
+
+        Raises
+        ------
+        ConfigError
+            Unknown class, module path, key or keyword argument.
+        """
+        name, module, kwargs = self._split(spec, path)
+        factory = name if callable(name) else self._find(name, module, path)
+        check_arguments(factory, kwargs, _where(path) + _display(factory))
+        return factory, kwargs
+
+    def build(self, spec: object, *, path: str = "", **extra: Any) -> Any:
+        """Build the object that `spec` describes; the caller's mappings stay as they are.
+
+        Parameters
+        ----------
+        spec : object, mapping or str
+            An object of an accepted type is returned as it is.
+        path : str
+            Where the specification stands in the configuration, for error messages.
+        **extra
+            Arguments for a factory that takes them, unless the specification gives them.
+
+        Raises
+        ------
+        ConfigError
+            Unknown class, module path, key or keyword argument; a missing required argument.
+        """
+        if self.is_instance(spec):
+            return spec
+        factory, kwargs = self.resolve(spec, path)
+        taken = parameters(factory)
+        kwargs = {**{k: v for k, v in extra.items() if k in taken}, **kwargs}
+        missing = [
+            n
+            for n, p in taken.items()
+            if p.default is p.empty and n not in kwargs and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        ]
+        if missing:
+            raise ConfigError(
+                f"{_where(path)}{_display(factory)} needs the argument(s) {missing}. Remedy: give them under 'kwargs'."
+            )
+        return factory(**kwargs)
+
+    def _split(self, spec: object, path: str) -> tuple[Any, str | None, dict[str, Any]]:
+        if isinstance(spec, str):
+            module, _, name = spec.strip().rpartition(".")
+            return name, module or None, {}
+        if isinstance(spec, type) and self._registered(spec):
+            return spec, None, {}
+        if not isinstance(spec, Mapping):
+            raise ConfigError(
+                f"{_where(path)}a {self.what} must be a {self.what} object, a name, or a mapping with the keys "
+                f"{list(SPEC_KEYS)}; got {type(spec).__name__}: {_short(spec)}"
+            )
+        unknown = [k for k in spec if k not in SPEC_KEYS]
+        if unknown:
+            raise ConfigError(
+                f"{_where(path)}unknown key {unknown[0]!r} in the description of a {self.what}; "
+                f"allowed: {list(SPEC_KEYS)}." + suggest(unknown[0], SPEC_KEYS)
+            )
+        name, module = spec.get("class"), spec.get("module_path")
+        if not (isinstance(name, str) and name) and not (isinstance(name, type) and self._registered(name)):
+            raise ConfigError(
+                f"{_where(path)}the description of a {self.what} needs the key 'class' with its name; "
+                f"got class={_short(name)}. Known: {self.names()}."
+            )
+        if isinstance(name, str) and "." in name:
+            module, _, name = name.rpartition(".")
+        kwargs = spec.get("kwargs")
+        if kwargs is not None and not isinstance(kwargs, Mapping):
+            raise ConfigError(f"{_where(path)}'kwargs' of {name} must be a mapping, got {_short(kwargs)}")
+        return name, module, dict(kwargs or {})
+
+    def _registered(self, factory: object) -> bool:
+        return any(e.factory is factory for entries in self._entries.values() for e in entries)
+
+    def _find(self, name: str, module: str | None, path: str) -> Callable[..., Any]:
+        entries = self._entries.get(name)
+        if not entries:
+            raise ConfigError(
+                f"{_where(path)}unknown {self.what} class {name!r}; known: {self.names()}." + suggest(name, self.names())
+            )
+        for entry in entries:
+            if module is None or module in entry.modules:
+                if entry.factory is None:
+                    raise ConfigError(f"{_where(path)}{entry.unavailable}")
+                return entry.factory
+        known = self.modules(name)
+        raise ConfigError(
+            f"{_where(path)}{self.what} {name!r} is not known under the module path {module!r}; known: {known}."
+            + suggest(module, known)
+            + " Only registered classes are built, nothing is imported by name."
+        )
+
+
+def parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Named parameters of a class or function, without self."""
+    try:
+        return dict(inspect.signature(factory).parameters)
+    except (TypeError, ValueError):  # builtins without a signature take what they are given
+        return {"kwargs": inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)}
+
+
+def check_arguments(factory: Callable[..., Any], kwargs: Mapping[str, Any], what: str) -> None:
+    """Refuse keyword arguments that `factory` does not take, with the nearest right name.
+
+    Raises
+    ------
+    ConfigError
+        Names `what`, the argument and the allowed names.
+    """
+    taken = parameters(factory)
+    if any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        return
+    allowed = [n for n, p in taken.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    for name in kwargs:
+        if name not in allowed:
+            raise ConfigError(f"{what} has no argument {name!r}; it takes {allowed}." + suggest(name, allowed))
+
+
+def _display(factory: Callable[..., Any]) -> str:
+    return getattr(factory, "__name__", str(factory))
+
+
+def _where(path: str) -> str:
+    return f"{path}: " if path else ""
+
+
+def _short(value: object, most: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+PROCESSORS = Registry("processor")
+HANDLERS = Registry("handler")
+DATASETS = Registry("dataset")
+MODELS = Registry("model")
+RECORDS = Registry("record")
+REWEIGHTERS = Registry("reweighter")
