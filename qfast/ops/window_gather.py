@@ -1,0 +1,483 @@
+"""Rolling windows out of an instrument-major panel. The smallest operator: the pattern for the others.
+
+Reading order: the two public steps (`build_window_index`, `gather_windows`), the plain-torch twins that
+state the meaning, then schemas, fakes and gradients. The native kernels are csrc/window_index.cpp,
+csrc/window_gather.cpp and csrc/window_gather.cu; `qfast._backend` decides whether they are loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qfast import _backend
+from qfast.errors import DataError, suggest
+
+FILLS = {"none": 0, "ffill": 1, "ffill+bfill": 2}
+LAYOUTS = {"BTD": False, "BDT": True}
+
+__all__ = ["FILLS", "LAYOUTS", "WindowIndex", "build_window_index", "gather_windows", "window_rows"]
+
+
+class WindowIndex(NamedTuple):
+    """Three int32 tables over the R panel rows from which every rolling window follows.
+
+    position : rank of the row's date among the dates at which any live row exists; -1 for a dead row.
+    back : distance to the previous live row of the same instrument (that row is r - back[r]); 0 = none.
+    run : number of rows directly before r that are live, of the same instrument and on consecutive
+        positions. Where run[r] >= T - 1 the window of r is the rows r - T + 1 .. r, one contiguous copy.
+    """
+
+    position: Tensor
+    back: Tensor
+    run: Tensor
+
+    def to(self, device: Any) -> WindowIndex:
+        """The same tables on `device`."""
+        return WindowIndex(*(table.to(device) for table in self))
+
+
+def build_window_index(instrument_codes: Any, date_codes: Any, live: Any = None) -> WindowIndex:
+    """Index the rows of a panel sorted by (instrument, date), in time linear in the rows.
+
+    Parameters
+    ----------
+    instrument_codes, date_codes : integer array [R]
+        Codes, not timestamps: date code d is the d-th date. Strictly ascending by (instrument, date).
+    live : bool array [R], optional
+        Rows that exist. A dead row is in no window and its date counts only if another row lives on it.
+
+    Returns
+    -------
+    WindowIndex
+        int32 tables [R] on the CPU.
+
+    Raises
+    ------
+    DataError
+        Rows out of order, a duplicate key, a negative code, arrays of unequal length.
+
+    Source
+    ------
+    Replaces the index of Qlib's TSDataSampler (`build_index`), which visits every cell in Python.
+
+    Examples
+    --------
+    >>> index = build_window_index([0, 0, 0, 1], [0, 1, 3, 3])
+    >>> index.position.tolist(), index.back.tolist(), index.run.tolist()
+    ([0, 1, 2, 2], [0, 1, 1, 0], [0, 1, 2, 0])
+    """
+    instruments = _code_array("instrument_codes", instrument_codes)
+    dates = _code_array("date_codes", date_codes)
+    if len(instruments) != len(dates):
+        raise DataError(f"instrument_codes has {len(instruments)} rows but date_codes has {len(dates)}.")
+    alive = None if live is None else np.ascontiguousarray(np.asarray(live), dtype=bool)
+    if alive is not None and alive.shape != dates.shape:
+        raise DataError(f"live: expected shape {dates.shape}, got {alive.shape}.")
+    build = _build_index_twin if _backend.native is None else _backend.native.window_index
+    try:
+        tables = build(instruments, dates, alive)
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    return WindowIndex(*(torch.from_numpy(table) for table in tables))
+
+
+def gather_windows(
+    panel: Tensor,
+    index: Tensor | WindowIndex,
+    last_row: Tensor | None = None,
+    step_len: int | None = None,
+    *,
+    fill: str = "ffill+bfill",
+    first_position: int = 0,
+    columns: tuple[int, int] | None = None,
+    layout: str = "BTD",
+) -> Tensor:
+    """Copy rolling windows out of a panel: out[b, t, :] = panel[row(b, t), columns].
+
+    Parameters
+    ----------
+    panel : Tensor [R, D], float32 or float64
+        Any row stride; columns must be adjacent in memory (stride(1) == 1), or they are copied first.
+    index : Tensor [B, T], int32 or int64, or WindowIndex
+        Explicit row numbers with -1 for "no such row", or the tables of `build_window_index`, from
+        which row(b, t) follows as in `window_rows`.
+    last_row : Tensor [B], int32 or int64
+        With a WindowIndex: the row each window ends at, in any order. -1 or a dead row: all NaN.
+    step_len : int
+        With a WindowIndex: T, the number of steps.
+    fill : "none", "ffill" or "ffill+bfill"
+        With a WindowIndex: what a step without a row becomes. See `window_rows`.
+    first_position : int
+        With a WindowIndex: rows at earlier positions are as if they did not exist.
+    columns : (begin, end), optional
+        Half-open column range; default all.
+    layout : "BTD" or "BDT"
+        Order of the axes of the result.
+
+    Returns
+    -------
+    Tensor [B, T, D'] or [B, D', T]
+        Contiguous, dtype and device of the panel; NaN where there is no row. Differentiable in
+        `panel`; the sum over the windows that share a row runs in a fixed order on every device.
+
+    Raises
+    ------
+    ValueError
+        Wrong dtype, shape, device, fill, layout or column range.
+    IndexError
+        On the CPU, a row number below -1 or beyond the panel. On CUDA, where looking would stall the
+        stream, such a row reads as NaN.
+
+    Source
+    ------
+    Values as Qlib's TSDataSampler gives them for the same `fillna_type`.
+
+    Examples
+    --------
+    >>> panel = torch.arange(8.0).reshape(4, 2)
+    >>> index = build_window_index([0, 0, 0, 1], [0, 1, 2, 2])
+    >>> gather_windows(panel, index, torch.tensor([2, 3]), 2)[..., 0].tolist()
+    [[2.0, 4.0], [6.0, 6.0]]
+    """
+    begin, end = (0, panel.shape[-1]) if columns is None else columns
+    transposed = _lookup("layout", layout, LAYOUTS)
+    if panel.dim() == 2 and panel.stride(1) != 1 and panel.shape[1] > 1:
+        panel = panel.contiguous()
+    if isinstance(index, WindowIndex):
+        if last_row is None or step_len is None:
+            raise DataError("gather_windows: a WindowIndex needs last_row and step_len as well.")
+        return torch.ops.qfast.gather_rolling_windows(
+            panel,
+            *index,
+            last_row,
+            step_len,
+            _lookup("fill", fill, FILLS),
+            first_position,
+            begin,
+            end,
+            transposed,
+        )
+    if last_row is not None or step_len is not None:
+        raise DataError(
+            "gather_windows: last_row and step_len go with a WindowIndex, index is a tensor of rows."
+        )
+    return torch.ops.qfast.gather_windows(panel, index, begin, end, transposed)
+
+
+def window_rows(
+    index: WindowIndex,
+    last_row: Tensor,
+    step_len: int,
+    *,
+    fill: str = "ffill+bfill",
+    first_position: int = 0,
+) -> Tensor:
+    """Panel row of every window step, -1 where there is none.
+
+    The window of row r has the targets q = position[r] - T + 1 .. position[r]. A target at which the
+    instrument has a live row (at or after `first_position`) is that row. Any other is a hole: -1 with
+    "none"; the last row before it inside the window with "ffill"; with "ffill+bfill" holes before the
+    first row of the window take that first row.
+
+    Parameters
+    ----------
+    index : WindowIndex
+        Tables [R] of `build_window_index`.
+    last_row : Tensor [B], int32 or int64
+        Row each window ends at; -1 or a dead row gives -1 throughout.
+    step_len : int
+        T, at least 1.
+    fill, first_position
+        As above.
+
+    Returns
+    -------
+    Tensor [B, T] int64
+        Accepted by `gather_windows` as an explicit index.
+
+    Raises
+    ------
+    ValueError
+        Wrong dtype, shape, device or fill.
+    IndexError
+        On the CPU, a last row below -1 or beyond the panel (on CUDA: -1 throughout).
+
+    Source
+    ------
+    Qlib's TSDataSampler (`_get_indices`).
+
+    Examples
+    --------
+    >>> index = build_window_index([0, 0, 1], [0, 2, 1])
+    >>> window_rows(index, torch.tensor([1]), 3, fill="ffill").tolist()
+    [[0, 0, 1]]
+    """
+    return torch.ops.qfast.window_rows(
+        *index, last_row, step_len, _lookup("fill", fill, FILLS), first_position
+    )
+
+
+# ---------------------------------------------------------------- arguments
+def _lookup(what: str, value: str, known: dict[str, Any]) -> Any:
+    if value not in known:
+        raise DataError(f"{what} is {value!r}; allowed: {', '.join(known)}." + suggest(value, known))
+    return known[value]
+
+
+def _code_array(name: str, codes: Any) -> np.ndarray:
+    array = np.asarray(codes)
+    if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
+        raise DataError(
+            f"{name}: expected a 1-d integer array, got dtype {array.dtype}, shape {array.shape}."
+        )
+    limit = np.iinfo(np.int32).max
+    if array.size and array.dtype != np.int32 and array.max() > limit:
+        raise DataError(f"{name}: codes must fit int32, got {array.max()} (codes are ranks, not timestamps).")
+    return np.ascontiguousarray(array, dtype=np.int32)
+
+
+def _require(condition: bool, operator: str, message: str) -> None:
+    if not condition:
+        raise DataError(f"{operator}: {message}")
+
+
+def _check_panel(operator: str, panel: Tensor, begin: int, end: int) -> None:
+    known = panel.dtype in (torch.float32, torch.float64)
+    _require(known, operator, f"panel: expected dtype float32 or float64, got {panel.dtype}.")
+    _require(panel.dim() == 2, operator, f"panel: expected shape [R, D], got {tuple(panel.shape)}.")
+    inside = 0 <= begin <= end <= panel.shape[1]
+    _require(
+        inside, operator, f"columns: expected 0 <= begin <= end <= {panel.shape[1]}, got ({begin}, {end})."
+    )
+
+
+def _check_rows(operator: str, name: str, rows: Tensor, dims: int, device: torch.device) -> None:
+    known = rows.dtype in (torch.int32, torch.int64)
+    _require(known, operator, f"{name}: expected dtype int32 or int64, got {rows.dtype}.")
+    shape = "[B]" if dims == 1 else "[B, T]"
+    _require(rows.dim() == dims, operator, f"{name}: expected shape {shape}, got {tuple(rows.shape)}.")
+    _require(rows.device == device, operator, f"{name}: expected device {device}, got {rows.device}.")
+
+
+def _check_tables(
+    operator: str, tables: tuple[Tensor, ...], n_rows: int, device: torch.device, step_len: int
+) -> None:
+    for name, table in zip(WindowIndex._fields, tables, strict=True):
+        known = table.dtype == torch.int32
+        _require(known, operator, f"index.{name}: expected dtype int32, got {table.dtype}.")
+        fits = tuple(table.shape) == (n_rows,)
+        _require(fits, operator, f"index.{name}: expected shape ({n_rows},), got {tuple(table.shape)}.")
+        _require(
+            table.device == device, operator, f"index.{name}: expected device {device}, got {table.device}."
+        )
+    _require(step_len >= 1, operator, f"step_len: expected at least 1, got {step_len}.")
+
+
+def _check_bounds(operator: str, name: str, rows: Tensor, n_rows: int) -> None:
+    """Name the first row number outside [-1, R); skipped on CUDA, where looking would stall the stream."""
+    if rows.device.type != "cpu" or not rows.numel():
+        return
+    wrong = (rows < -1) | (rows >= n_rows)
+    if wrong.any():
+        at = torch.nonzero(wrong)[0].tolist()
+        raise IndexError(
+            f"{operator}: {name}{at} is {int(rows[tuple(at)])}, outside the panel's rows 0..{n_rows - 1} "
+            "(-1 stands for no row)."
+        )
+
+
+# ---------------------------------------------------------------- plain-torch twins
+def _build_index_twin(
+    instruments: np.ndarray, dates: np.ndarray, live: np.ndarray | None
+) -> tuple[np.ndarray, ...]:
+    n = len(dates)
+    for name, codes in (("instrument_codes", instruments), ("date_codes", dates)):
+        if n and codes.min() < 0:
+            row = int(np.argmax(codes < 0))
+            raise ValueError(f"{name}[{row}] is {codes[row]}: codes are not negative.")
+    key = instruments.astype(np.int64) << 32 | dates
+    wrong = np.flatnonzero(key[1:] <= key[:-1])
+    if wrong.size:
+        row = int(wrong[0]) + 1
+        what = "repeats the key of" if key[row] == key[row - 1] else "sorts before"
+        raise ValueError(
+            f"row {row} (instrument code {instruments[row]}, date code {dates[row]}) {what} row {row - 1} "
+            f"(instrument code {instruments[row - 1]}, date code {dates[row - 1]}); rows must ascend by "
+            "(instrument, date) without duplicates."
+        )
+    rows = np.arange(n) if live is None else np.flatnonzero(live)
+    tables = [np.full(n, -1, np.int32), np.zeros(n, np.int32), np.zeros(n, np.int32)]
+    if not rows.size:
+        return tuple(tables)
+    position = np.unique(dates[rows], return_inverse=True)[1]
+    linked = instruments[rows[1:]] == instruments[rows[:-1]]
+    tables[0][rows] = position
+    tables[1][rows[1:]] = np.where(linked, np.diff(rows), 0)
+    breaks = np.r_[True, ~(linked & (np.diff(rows) == 1) & (np.diff(position) == 1))]
+    order = np.arange(len(rows))
+    tables[2][rows] = order - np.maximum.accumulate(np.where(breaks, order, 0))
+    return tuple(tables)
+
+
+def _window_rows_twin(
+    position: Tensor,
+    back: Tensor,
+    run: Tensor,
+    last_row: Tensor,
+    step_len: int,
+    fill: int,
+    first_position: int,
+) -> Tensor:
+    operator, n_rows = "window_rows", position.shape[0]
+    _check_tables(operator, (position, back, run), n_rows, position.device, step_len)
+    _check_rows(operator, "last_row", last_row, 1, position.device)
+    _check_bounds(operator, "last_row", last_row, n_rows)
+    out = torch.full((len(last_row), step_len), -1, dtype=torch.int64, device=last_row.device)
+    if n_rows == 0:
+        return out
+    row = last_row.long()
+    row = torch.where((row >= 0) & (row < n_rows), row, -1)
+    end = torch.where(row >= 0, position[row.clamp(min=0)], -1).long()
+    first = torch.clamp(end - step_len + 1, min=first_position)  # first position that counts
+    earliest = torch.full_like(row, -1)  # earliest row of the window seen so far
+    for t in range(step_len - 1, -1, -1):
+        target = end - (step_len - 1 - t)
+        at = torch.where(row >= 0, position[row.clamp(min=0)], -1).long()  # row is at or before the target
+        exists = (row >= 0) & (at >= first) & (at >= 0)
+        hit = exists & (at == target)
+        earliest = torch.where(exists, row, earliest)
+        out[:, t] = torch.where(hit, row, -1) if fill == FILLS["none"] else torch.where(exists, row, -1)
+        if fill == FILLS["ffill+bfill"]:
+            out[:, t] = torch.where(exists, row, earliest)
+        step = back[row.clamp(min=0)].long()
+        row = torch.where((at == target) & (row >= 0), torch.where(step > 0, row - step, -1), row)
+    return out
+
+
+def _gather_windows_twin(panel: Tensor, rows: Tensor, begin: int, end: int, transposed: bool) -> Tensor:
+    operator, n_rows = "gather_windows", panel.shape[0]
+    _check_panel(operator, panel, begin, end)
+    _check_rows(operator, "index", rows, 2, panel.device)
+    _check_bounds(operator, "index", rows, n_rows)
+    if n_rows == 0:
+        out = panel.new_full((*rows.shape, end - begin), torch.nan)
+    else:
+        missing = (rows < 0) | (rows >= n_rows)
+        out = panel[:, begin:end][rows.long().masked_fill(missing, 0)]
+        out.masked_fill_(missing.unsqueeze(-1), torch.nan)
+    return out.transpose(1, 2).contiguous() if transposed else out
+
+
+def _gather_rolling_windows_twin(
+    panel: Tensor, position: Tensor, back: Tensor, run: Tensor, last_row: Tensor, step_len: int, fill: int,
+    first_position: int, begin: int, end: int, transposed: bool,
+) -> Tensor:  # fmt: skip
+    _check_panel("gather_rolling_windows", panel, begin, end)
+    _check_tables("gather_rolling_windows", (position, back, run), panel.shape[0], panel.device, step_len)
+    rows = torch.ops.qfast.window_rows(position, back, run, last_row, step_len, fill, first_position)
+    return torch.ops.qfast.gather_windows(panel, rows, begin, end, transposed)
+
+
+def _gather_windows_backward_twin(
+    grad: Tensor, rows: Tensor, n_rows: int, n_columns: int, begin: int, transposed: bool
+) -> Tensor:
+    steps = grad.transpose(1, 2) if transposed else grad
+    out = grad.new_zeros((n_rows, n_columns))
+    part = out[:, begin : begin + steps.shape[2]]
+    flat = rows.reshape(-1).long()
+    kept = (flat >= 0) & (flat < n_rows)
+    flat, values = flat[kept], steps.reshape(len(flat), steps.shape[2])[kept]
+    if grad.device.type == "cpu":
+        part.index_add_(0, flat, values)
+    else:
+        part.index_put_((flat,), values, accumulate=True)  # sorts on CUDA: fixed order, unlike index_add_
+    return out
+
+
+# ---------------------------------------------------------------- schemas and fakes
+_TABLES = (
+    "Tensor position, Tensor back, Tensor run, Tensor last_row, int step_len, int fill, int first_position"
+)
+_COLUMNS = "int column_begin, int column_end, bool transposed"
+_SCHEMAS: dict[str, tuple[str, Callable[..., Tensor]]] = {
+    "window_rows": (f"({_TABLES}) -> Tensor", _window_rows_twin),
+    "gather_windows": (f"(Tensor panel, Tensor rows, {_COLUMNS}) -> Tensor", _gather_windows_twin),
+    "gather_rolling_windows": (
+        f"(Tensor panel, {_TABLES}, {_COLUMNS}) -> Tensor",
+        _gather_rolling_windows_twin,
+    ),
+    "gather_windows_backward": (
+        "(Tensor grad, Tensor rows, int n_rows, int n_columns, int column_begin, bool transposed) -> Tensor",
+        _gather_windows_backward_twin,
+    ),
+}
+for _name, (_schema, _twin) in _SCHEMAS.items():  # the twin serves wherever no kernel is loaded
+    torch.library.define(f"qfast::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(f"qfast::{_name}", "CompositeExplicitAutograd", _twin)
+
+
+@torch.library.register_fake("qfast::window_rows")
+def _(position, back, run, last_row, step_len, fill, first_position):  # type: ignore[no-untyped-def]
+    return last_row.new_empty((last_row.shape[0], step_len), dtype=torch.int64)
+
+
+@torch.library.register_fake("qfast::gather_windows")
+def _(panel, rows, begin, end, transposed):  # type: ignore[no-untyped-def]
+    _check_panel("gather_windows", panel, begin, end)
+    _check_rows("gather_windows", "index", rows, 2, panel.device)
+    b, t = rows.shape
+    return panel.new_empty((b, end - begin, t) if transposed else (b, t, end - begin))
+
+
+@torch.library.register_fake("qfast::gather_rolling_windows")
+def _(panel, position, back, run, last_row, step_len, fill, first, begin, end, transposed):  # type: ignore[no-untyped-def]
+    _check_panel("gather_rolling_windows", panel, begin, end)
+    _check_rows("gather_rolling_windows", "last_row", last_row, 1, panel.device)
+    b = last_row.shape[0]
+    return panel.new_empty((b, end - begin, step_len) if transposed else (b, step_len, end - begin))
+
+
+@torch.library.register_fake("qfast::gather_windows_backward")
+def _(grad, rows, n_rows, n_columns, begin, transposed):  # type: ignore[no-untyped-def]
+    return grad.new_empty((n_rows, n_columns))
+
+
+# ---------------------------------------------------------------- gradients
+def _save_for_gather(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    panel, rows, ctx.begin, _, ctx.transposed = inputs
+    ctx.shape = panel.shape
+    ctx.save_for_backward(rows)
+
+
+def _backward_of_gather(ctx, grad):  # type: ignore[no-untyped-def]
+    (rows,) = ctx.saved_tensors
+    grad_panel = torch.ops.qfast.gather_windows_backward(grad, rows, *ctx.shape, ctx.begin, ctx.transposed)
+    return grad_panel, None, None, None, None
+
+
+def _save_for_rolling(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    panel, *tables, ctx.step_len, ctx.fill, ctx.first, ctx.begin, _, ctx.transposed = inputs
+    ctx.shape = panel.shape
+    ctx.save_for_backward(*tables)
+
+
+def _backward_of_rolling(ctx, grad):  # type: ignore[no-untyped-def]
+    rows = torch.ops.qfast.window_rows(*ctx.saved_tensors, ctx.step_len, ctx.fill, ctx.first)
+    grad_panel = torch.ops.qfast.gather_windows_backward(grad, rows, *ctx.shape, ctx.begin, ctx.transposed)
+    return (grad_panel, *(None,) * 10)
+
+
+def _no_double_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    raise NotImplementedError("gather_windows: double backward is not supported.")
+
+
+torch.library.register_autograd("qfast::gather_windows", _backward_of_gather, setup_context=_save_for_gather)
+torch.library.register_autograd(
+    "qfast::gather_rolling_windows", _backward_of_rolling, setup_context=_save_for_rolling
+)
+torch.library.register_autograd("qfast::gather_windows_backward", _no_double_backward)
