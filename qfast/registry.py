@@ -127,7 +127,9 @@ class Registry:
         missing = [
             n
             for n, p in taken.items()
-            if p.default is p.empty and n not in kwargs and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+            if p.default is p.empty
+            and n not in kwargs
+            and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
         ]
         if missing:
             raise ConfigError(
@@ -137,8 +139,7 @@ class Registry:
 
     def _split(self, spec: object, path: str) -> tuple[Any, str | None, dict[str, Any]]:
         if isinstance(spec, str):
-            module, _, name = spec.strip().rpartition(".")
-            return name, module or None, {}
+            return spec.strip().rpartition(".")[2], spec.strip().rpartition(".")[0] or None, {}
         if isinstance(spec, type) and self._registered(spec):
             return spec, None, {}
         if not isinstance(spec, Mapping):
@@ -172,7 +173,8 @@ class Registry:
         entries = self._entries.get(name)
         if not entries:
             raise ConfigError(
-                f"{_where(path)}unknown {self.what} class {name!r}; known: {self.names()}." + suggest(name, self.names())
+                f"{_where(path)}unknown {self.what} class {name!r}; known: {self.names()}."
+                + suggest(name, self.names())
             )
         for entry in entries:
             if module is None or module in entry.modules:
@@ -209,7 +211,9 @@ def check_arguments(factory: Callable[..., Any], kwargs: Mapping[str, Any], what
     allowed = [n for n, p in taken.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     for name in kwargs:
         if name not in allowed:
-            raise ConfigError(f"{what} has no argument {name!r}; it takes {allowed}." + suggest(name, allowed))
+            raise ConfigError(
+                f"{what} has no argument {name!r}; it takes {allowed}." + suggest(name, allowed)
+            )
 
 
 def _display(factory: Callable[..., Any]) -> str:
