@@ -1,0 +1,186 @@
+"""Weights and checkpoints on disk: safetensors, one file, written atomically, read without running code."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from qfast.errors import CheckpointError, suggest
+
+if TYPE_CHECKING:
+    from qfast.estimator import Estimator
+
+FORMAT = 1
+
+__all__ = ["load_fit", "load_weights", "read_tensors", "save_fit", "save_weights", "write_atomic"]
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, then move it into place.
+
+    A full disk or an interrupt leaves the old file untouched and no temporary one behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_weights(network: nn.Module, path: Path) -> None:
+    """Write a network's state dict: safetensors for that suffix, otherwise torch's own format."""
+    state = network.state_dict()
+    if path.suffix == ".safetensors":
+        write_atomic(path, lambda target: safetensors.torch.save_file(_storable(state), target))
+    else:
+        write_atomic(path, lambda target: torch.save(state, target))
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Read weights into a network; every key and shape must fit.
+
+    Raises
+    ------
+    CheckpointError
+        The file is missing, truncated, not a state dict, or belongs to another network: missing,
+        unexpected and differently shaped keys are named.
+    """
+    state = read_tensors(path)
+    own = network.state_dict()
+    missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    shapes = [
+        f"{k}: file {tuple(state[k].shape)}, network {tuple(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
+    if missing or extra or shapes:
+        hint = suggest(extra[0], own) if extra else ""
+        raise CheckpointError(
+            f"{path} does not fit {type(network).__name__}: missing {missing or 'none'}, unexpected {extra or 'none'}, "
+            f"other shapes {shapes or 'none'}.{hint} Remedy: build the model with the arguments it was trained with."
+        )
+    network.load_state_dict(state)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a .safetensors file or of a torch state dict, on the CPU, without running code."""
+    if not path.is_file():
+        raise CheckpointError(f"weight file {path} does not exist.")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path, device="cpu")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each reader raises its own kinds for a damaged file
+        raise CheckpointError(f"{path} is not a readable weight file, it may be truncated ({error}).") from None
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CheckpointError(f"{path} holds {type(state).__name__}, not a state dict of tensors.")
+    return dict(state)
+
+
+def save_fit(estimator: Estimator, path: Path) -> None:
+    """Write weights, best weights, optimiser state, generator states and records of a running fit."""
+    progress = estimator.progress_
+    tensors = {f"network.{k}": v for k, v in estimator.network.state_dict().items()}
+    tensors |= {f"best.{k}": v for k, v in (progress.best_weights or {}).items()}
+    optimizer = estimator.train_optimizer.state_dict()
+    for number, entries in optimizer["state"].items():
+        tensors |= {f"optimizer.{number}.{k}": v for k, v in entries.items() if isinstance(v, Tensor)}
+    tensors["rng.torch"] = torch.get_rng_state()
+    if estimator.device.type == "cuda":
+        tensors["rng.cuda"] = torch.cuda.get_rng_state(estimator.device)
+    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - batch orders come from it
+    tensors["rng.numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
+    facts = {
+        "format": FORMAT,
+        "model": type(estimator).__name__,
+        "params": {k: v for k, v in estimator.get_params().items() if k != "device"},
+        "numpy": [kind, position, has_gauss, gauss],
+        "records": progress.records,
+        "best_score": progress.best_score,
+        "best_epoch": progress.best_epoch,
+        "stop_steps": progress.stop_steps,
+        "finished": progress.finished,
+    }
+    metadata = {"qfast": json.dumps(facts, default=str)}
+    write_atomic(path, lambda target: safetensors.torch.save_file(_storable(tensors), target, metadata=metadata))
+
+
+def load_fit(estimator: Estimator, path: Path) -> None:
+    """Put an estimator where `save_fit` left it, global generators included."""
+    tensors = read_tensors(path)
+    with safetensors.safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get("qfast")
+    if text is None:
+        raise CheckpointError(f"{path} holds weights but no training state. Remedy: pass the run's last.safetensors.")
+    facts = json.loads(text)
+    if facts.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has checkpoint format {facts.get('format')!r}; this version reads {FORMAT}.")
+    if facts["model"] != type(estimator).__name__:
+        raise CheckpointError(f"{path} is a checkpoint of {facts['model']}, not of {type(estimator).__name__}.")
+    _require_same_params(estimator, facts["params"], path)
+    estimator.network.load_state_dict(_part(tensors, "network."))
+    _load_optimizer(estimator, _part(tensors, "optimizer."))
+    torch.set_rng_state(tensors["rng.torch"])
+    if estimator.device.type == "cuda" and "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"], estimator.device)
+    kind, position, has_gauss, gauss = facts["numpy"]
+    keys = tensors["rng.numpy"].numpy().astype(np.uint32)
+    np.random.set_state((kind, keys, position, has_gauss, gauss))  # noqa: NPY002
+    progress = estimator.progress_
+    progress.records = facts["records"]
+    progress.best_score, progress.best_epoch = facts["best_score"], facts["best_epoch"]
+    progress.stop_steps, progress.finished = facts["stop_steps"], facts["finished"]
+    best = _part(tensors, "best.")
+    progress.best_weights = {k: v.to(estimator.device) for k, v in best.items()} or None
+
+
+def _require_same_params(estimator: Estimator, saved: dict[str, Any], path: Path) -> None:
+    """A resumed fit must be the same fit, except that it may run longer or elsewhere."""
+    free = {"device", "n_epochs", "progress", "GPU", "n_jobs"}
+    own = json.loads(json.dumps(estimator.get_params(), default=str))
+    changed = [f"{k}: {saved[k]!r} -> {own.get(k)!r}" for k in saved if k not in free and saved[k] != own.get(k)]
+    if changed:
+        raise CheckpointError(f"{path} was written with other arguments ({'; '.join(changed)}): it cannot be resumed.")
+
+
+def _load_optimizer(estimator: Estimator, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        number, name = key.split(".", 1)
+        state.setdefault(int(number), {})[name] = value
+    current = estimator.train_optimizer.state_dict()
+    estimator.train_optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies where two names share memory (safetensors refuses aliases)."""
+    seen: set[int] = set()
+    out: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        value = tensor.detach().contiguous()
+        if value.data_ptr() in seen and value.numel():
+            value = value.clone()
+        seen.add(value.data_ptr())
+        out[name] = value
+    return out

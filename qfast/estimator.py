@@ -1,0 +1,485 @@
+"""The one training loop. A model brings a network, its defaults and a batch order; the rest is here.
+
+`fit` runs named stages, top to bottom: load_segment -> run_epoch -> train_step -> network, then
+score_segment -> record -> callbacks. Every stage may be overridden alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from qfast import checkpoint
+from qfast.callbacks import Callback, Checkpoint, EarlyStopping, Progress
+from qfast.data.adapt import windows_of
+from qfast.data.batching import BatchOrder, NumpyOrder, slices
+from qfast.data.windows import WindowSet
+from qfast.errors import BackendError, ConfigError, DataError, NotFittedError, suggest
+from qfast.losses import loss_function, metric_function
+
+GRADIENT_LIMIT = 3.0  # the reference clips every gradient element to +-3
+
+__all__ = ["Estimator", "FitProgress"]
+
+
+@dataclass
+class FitProgress:
+    """What a fit has reached; everything a resumed fit needs besides weights and optimiser."""
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    best_score: float = -float("inf")
+    best_epoch: int | None = None
+    best_weights: dict[str, Tensor] | None = None
+    stop_steps: int = 0
+    finished: bool = False  # stopped early: a resumed fit has nothing left to do
+
+
+class Estimator:
+    """Fit and predict for one network; subclasses only name their parts.
+
+    Subclasses set `network_class`, `order` and, where the reference differs, the flags below, and
+    hand their constructor's arguments to `__init__`.
+
+    Parameters
+    ----------
+    network : dict
+        Arguments of `network_class`, also stored as attributes.
+    n_epochs, lr, metric, batch_size, early_stop, loss, optimizer, GPU, seed
+        As in the reference: `optimizer` "adam" or "gd" (plain SGD); `metric` "" or "loss" (minus the
+        loss); `seed` seeds NumPy's and torch's global generators before the network is built.
+    weight_decay : float
+        L2 added to the gradient.
+    device : str or torch.device
+        "auto": the GPU number `GPU` if torch sees one and GPU >= 0, otherwise the CPU. Any other
+        value is taken literally, and refused where it cannot be had.
+    compat : str, optional
+        "qlib" brings back what the reference does and we changed on purpose (docs/parity.md).
+    progress : bool or "auto"
+        Progress bar; "auto" shows it only on a terminal.
+
+    Attributes
+    ----------
+    network : torch.nn.Module
+    history_ : DataFrame of one row per epoch
+    evals_result_ : dict with the score lists "train" and "valid"
+    best_epoch_ : int or None
+    """
+
+    network_class: ClassVar[type[nn.Module]]
+    order: ClassVar[BatchOrder] = NumpyOrder()
+    loss_dtype: ClassVar[torch.dtype] = torch.float32
+    drops_incomplete_rows: ClassVar[bool] = False  # training rows with any NaN are left out, not refused
+    options: ClassVar[tuple[str, ...]] = ("device", "compat", "progress")
+
+    def __init__(
+        self,
+        network: dict[str, Any],
+        *,
+        n_epochs: int,
+        lr: float,
+        metric: str,
+        batch_size: int,
+        early_stop: int,
+        loss: str,
+        optimizer: str,
+        GPU: Any = 0,
+        seed: int | None = None,
+        weight_decay: float = 0.0,
+        device: str | torch.device = "auto",
+        compat: str | None = None,
+        progress: bool | str = "auto",
+        extra: dict[str, Any] | None = None,
+        **unknown: Any,
+    ) -> None:
+        training = {
+            "n_epochs": n_epochs, "lr": lr, "metric": metric, "batch_size": batch_size, "early_stop": early_stop,
+            "loss": loss, "optimizer": optimizer, "GPU": GPU, "seed": seed,
+        }  # fmt: skip
+        options = {"device": device, "compat": compat, "progress": progress}
+        self._params = {**network, **training, **(extra or {}), **options}
+        if unknown:
+            name = next(iter(unknown))
+            raise ConfigError(f"{type(self).__name__} has no argument {name!r}." + suggest(name, self._params))
+        self._check_arguments()
+        for name, value in self._params.items():
+            if name != "device":
+                setattr(self, name, value)
+        self.logger = logging.getLogger("qfast")
+        self.device = _device(device, GPU)
+        if seed is not None:
+            np.random.seed(seed)  # noqa: NPY002 - the reference seeds the global generators here
+            torch.manual_seed(seed)
+        self.network: nn.Module = self.network_class(**network).to(self.device)
+        self.train_optimizer = self._build_optimizer(optimizer, lr, weight_decay)
+        self.fitted = False
+        self.stop_training = False
+        self.epoch_ = 0
+        self.progress_ = FitProgress()
+        self.callbacks_: list[Callback] = []
+
+    # ---------------------------------------------------------------- fit
+    def fit(
+        self,
+        dataset: Any,
+        evals_result: dict[str, Any] | None = None,
+        save_path: str | Path | None = None,
+        reweighter: Any = None,
+        *,
+        callbacks: Sequence[Callback] = (),
+        checkpoint_dir: str | Path | None = None,
+        resume: bool = False,
+    ) -> Estimator:
+        """Train on segment "train", choose the epoch on segment "valid" (if there is one).
+
+        Parameters
+        ----------
+        dataset
+            A `qfast.data` dataset or one of Qlib's own.
+        evals_result : dict, optional
+            Filled with the score lists "train" and "valid" (higher is better); other keys are kept.
+        save_path : path, optional
+            Where the best weights go: safetensors for that suffix, otherwise torch's format.
+        reweighter : object with `reweight(samples) -> array [n]`, optional
+            Sample weights of the training loss.
+        callbacks : sequence of Callback
+        checkpoint_dir : path, optional
+            Directory of `last.safetensors`, written after every epoch.
+        resume : bool
+            Continue from the checkpoint in `checkpoint_dir`; the result is that of an unbroken fit.
+
+        Raises
+        ------
+        DataError
+            Empty training segment, NaN in features, more than one label, loss that is not finite.
+        CheckpointError
+            `resume` without a usable checkpoint.
+        """
+        train, valid = self._load_segments(dataset, reweighter)
+        scores: dict[str, Any] = {} if evals_result is None else evals_result
+        scores["train"], scores["valid"] = [], []
+        self.progress_ = FitProgress()
+        own: list[Callback] = [EarlyStopping(self._params["early_stop"]), *callbacks]
+        if checkpoint_dir is not None:
+            own.append(Checkpoint(checkpoint_dir))
+        self.callbacks_ = [*own, Progress(self._params["progress"])]
+        if resume:
+            if checkpoint_dir is None:
+                raise ConfigError("resume=True needs checkpoint_dir, the directory of the interrupted fit.")
+            self.load_checkpoint(Path(checkpoint_dir) / "last.safetensors")
+        self.fitted, self.stop_training = True, self.progress_.finished
+        self._notify("on_fit_start")
+        try:
+            for epoch in range(len(self.progress_.records), self._params["n_epochs"]):
+                if self.stop_training:
+                    break
+                self._run_epoch(epoch, train, valid)
+        finally:
+            for name in ("train", "valid"):
+                scores[name].extend(r[name] for r in self.progress_.records if r.get(name) is not None)
+            self.evals_result_ = scores
+            self._notify("on_fit_end")
+        if save_path is not None:
+            self.save_weights(save_path)
+        return self
+
+    def _load_segments(self, dataset: Any, reweighter: Any) -> tuple[WindowSet, WindowSet | None]:
+        """Training and validation samples, checked and resident on the device."""
+        train = self.load_segment(dataset, "train", reweighter)
+        if len(train) == 0:
+            raise DataError("segment 'train' has no samples: check its dates against those of the data.")
+        valid = None
+        if "valid" in getattr(dataset, "segments", ("valid",)):
+            valid = self.load_segment(dataset, "valid", reweighter)
+            if len(valid) == 0:
+                raise DataError(
+                    "segment 'valid' has no samples: check its dates, or leave the segment out to train without "
+                    "validation."
+                )
+        moved: dict[int, Any] = {}
+        with self._device_memory("the panel"):
+            return train.to(self.device, moved), None if valid is None else valid.to(self.device, moved)
+
+    def load_segment(self, dataset: Any, segment: str, reweighter: Any = None) -> WindowSet:
+        """Learning samples of one segment, with finite features and their weights."""
+        windows = windows_of(dataset, segment, "learn")
+        if windows.label is None:
+            raise DataError(f"segment {segment!r} has no label column; training needs one.")
+        windows.label = windows.label.to(self.loss_dtype)
+        if reweighter is not None:
+            windows._weight = self._weights(reweighter, windows)
+        if self.drops_incomplete_rows and windows.index is None and len(windows):
+            table = windows.features[windows.rows]
+            complete = ~(torch.isnan(table).any(1) | torch.isnan(windows.label))
+            if not bool(complete.all()):
+                self.logger.info("%d rows of segment %r with a NaN are left out", int((~complete).sum()), segment)
+                windows = windows.select(complete.numpy())
+        windows.require_finite_features()
+        return windows
+
+    def _weights(self, reweighter: Any, windows: WindowSet) -> Tensor:
+        if not hasattr(reweighter, "reweight"):
+            raise ConfigError(
+                f"reweighter must have a method reweight(samples) -> array [n], got {type(reweighter).__name__}."
+            )
+        weight = torch.as_tensor(np.asarray(reweighter.reweight(windows.source()))).to(self.loss_dtype).reshape(-1)
+        if len(weight) != len(windows):
+            raise DataError(
+                f"reweighter gave {len(weight)} weights for the {len(windows)} samples of segment {windows.name!r}."
+            )
+        return weight
+
+    def _run_epoch(self, epoch: int, train: WindowSet, valid: WindowSet | None) -> None:
+        """One training pass, both scores, one record."""
+        self.epoch_ = epoch
+        self._notify("on_epoch_start")
+        started = time.perf_counter()
+        train_loss = self.train_epoch(train)
+        trained = time.perf_counter()
+        record: dict[str, Any] = {"train_loss": train_loss, "train": self.score_segment(train, "train")[0]}
+        if valid is not None:
+            record["valid"], record["valid_all"] = self.score_segment(valid, "valid")
+        record |= {"train_seconds": trained - started, "seconds": time.perf_counter() - started}
+        self.progress_.records.append(record)
+        self.logger.info("epoch %d: %s", epoch, _shown(record))
+        self._notify("on_valid_end")
+        self.progress_.finished = self.stop_training
+        self._notify("on_epoch_end")
+
+    def train_epoch(self, windows: WindowSet) -> float:
+        """One pass over the shuffled samples, short tail dropped; returns the mean loss of its batches."""
+        self.network.train()
+        order = self.order.train(len(windows)).to(self.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        batches = 0
+        with self._device_memory("a training batch"):
+            for part in self._batches(len(windows)):
+                loss = self.train_step(windows, order[part])
+                total += loss
+                batches += 1
+                if self.device.type == "cpu":  # on a GPU the check would wait for the device every step
+                    self._require_finite(total, batches)
+                self._notify("on_batch_end")
+        self._require_finite(total, batches)
+        return float(total) / batches
+
+    def train_step(self, windows: WindowSet, samples: Tensor) -> Tensor:
+        """Forward, backward, value clipping and optimiser step for samples int64 [B]; the detached loss."""
+        assert windows.label is not None
+        weight = None if windows._weight is None else windows._weight[samples]
+        prediction = self.network(windows.batch(samples)).to(self.loss_dtype)
+        loss = self.loss_fn(prediction, windows.label[samples], weight)
+        self.train_optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_value_(self.network.parameters(), GRADIENT_LIMIT)
+        self.train_optimizer.step()
+        return loss.detach()
+
+    def loss_fn(self, prediction: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
+        """Training loss of one batch, a 0-d tensor."""
+        return loss_function(self._params["loss"])(prediction, label, weight)
+
+    @torch.no_grad()
+    def score_segment(self, windows: WindowSet, segment: str) -> tuple[float, float]:
+        """Mean over full batches of the batch score, as in the reference, and the score over all samples.
+
+        The first drops the short tail and weighs batches alike: it decides early stopping. The second
+        is taken over the tail too, for reading.
+        """
+        self.network.eval()
+        score = metric_function(self._params["metric"])
+        order = self.order.train_score(len(windows)) if segment == "train" else self.order.valid_score(len(windows))
+        order = order.to(self.device)
+        assert windows.label is not None
+        scores, counts, full = [], [], 0
+        batch_size = self._batch_size(len(windows))
+        for part in slices(len(windows), batch_size, drop_last=segment == "train"):
+            label = windows.label[order[part]]
+            prediction = self.network(windows.batch(order[part])).to(self.loss_dtype)
+            scores.append(score(prediction, label))
+            counts.append(torch.isfinite(label).sum())
+            full += len(label) == batch_size
+        found = torch.stack(scores).cpu().numpy().astype(np.float64)
+        weights = torch.stack(counts).cpu().numpy()
+        mean = np.mean if self._params["compat"] == "qlib" else _finite_mean
+        known = weights > 0
+        every = float(np.sum(found[known] * weights[known]) / weights.sum()) if known.any() else float("nan")
+        return float(mean(found[:full])), every
+
+    # ---------------------------------------------------------------- predict
+    @torch.no_grad()
+    def predict(self, dataset: Any, segment: Any = "test") -> pd.Series:
+        """Scores of every sample of a segment, rows without a label included.
+
+        Parameters
+        ----------
+        dataset
+            As in `fit`; a label column is not needed.
+        segment : str or slice(start, end)
+
+        Returns
+        -------
+        Series
+            float32, indexed (datetime, instrument): date by date for flat datasets, instrument by
+            instrument for time-series ones (the reference's orders). Empty for an empty segment.
+
+        Raises
+        ------
+        NotFittedError
+            Neither `fit` nor `load_weights` was called.
+        """
+        if not self.fitted:
+            raise NotFittedError("model is not fitted yet! Remedy: call fit(dataset) or load_weights(path) first.")
+        with self._device_memory("the panel"):
+            windows = windows_of(dataset, segment, "infer", with_label=False).to(self.device)
+        self.network.eval()
+        order = self.order.predict(len(windows)).to(self.device)
+        out = torch.empty(len(windows), dtype=torch.float32, device=self.device)
+        with self._device_memory("a prediction batch"):
+            for part in slices(len(windows), self._params["batch_size"], drop_last=False):
+                out[part] = self.network(windows.batch(order[part]))
+        missing = int(torch.isnan(out).sum())
+        if missing:
+            self.logger.warning("%d of %d predictions are NaN: their features hold NaN", missing, len(out))
+        return pd.Series(out.cpu().numpy(), index=windows.keys())
+
+    __call__ = predict
+
+    # ---------------------------------------------------------------- state
+    @property
+    def history_(self) -> pd.DataFrame:
+        """One row per epoch: scores `train`, `valid`, `valid_all` (higher is better), `train_loss`, seconds."""
+        frame = pd.DataFrame(self.progress_.records)
+        frame.index.name = "epoch"
+        return frame
+
+    @property
+    def best_epoch_(self) -> int | None:
+        """Epoch whose weights are loaded after `fit`; None without validation."""
+        return self.progress_.best_epoch
+
+    @property
+    def use_gpu(self) -> bool:
+        """True when the network lives on a GPU."""
+        return self.device.type != "cpu"
+
+    def get_params(self) -> dict[str, Any]:
+        """The constructor's arguments, by name."""
+        return dict(self._params)
+
+    def save_weights(self, path: str | Path) -> None:
+        """Write the network's weights: safetensors for that suffix, otherwise torch's format. Atomic."""
+        checkpoint.save_weights(self.network, Path(path))
+
+    def load_weights(self, path: str | Path) -> Estimator:
+        """Read weights written by us or by the reference (.safetensors, .pkl, .pt, .bin); no code is run."""
+        checkpoint.load_weights(self.network, Path(path))
+        self.fitted = True
+        return self
+
+    def save_checkpoint(self, path: Path) -> None:
+        """Write weights, best weights, optimiser, generators and records to one file, atomically."""
+        checkpoint.save_fit(self, path)
+
+    def load_checkpoint(self, path: Path) -> None:
+        """Restore what `save_checkpoint` wrote."""
+        checkpoint.load_fit(self, path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "callbacks_": []}
+
+    # ---------------------------------------------------------------- helpers
+    def _check_arguments(self) -> None:
+        params = self._params
+        for name in ("n_epochs", "batch_size", "early_stop"):
+            value, least = params[name], 1 if name == "batch_size" else 0
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+                raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+        if isinstance(params["lr"], (bool, str)) or not params["lr"] >= 0:
+            raise ConfigError(f"lr must be a number of at least 0, got {params['lr']!r}.")
+        if params["compat"] not in (None, "qlib"):
+            raise ConfigError(f"compat must be None or 'qlib', got {params['compat']!r}.")
+        loss_function(params["loss"])
+        metric_function(params["metric"])
+
+    def _build_optimizer(self, name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        parameters = self.network.parameters()
+        if str(name).lower() == "adam":
+            return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+        if str(name).lower() == "gd":
+            return torch.optim.SGD(parameters, lr=lr, weight_decay=weight_decay)
+        raise ConfigError(f"optimizer must be 'adam' or 'gd', got {name!r}." + suggest(name, ("adam", "gd")))
+
+    def _batch_size(self, n: int) -> int:
+        """The batch size for n samples; the reference fails later, and unclearly, when n is smaller."""
+        asked: int = self._params["batch_size"]
+        if n >= asked:
+            return asked
+        if self._params["compat"] == "qlib":
+            raise DataError(f"batch_size is {asked} but the segment has {n} samples: no full batch.")
+        return n
+
+    def _batches(self, n: int) -> Iterator[slice]:
+        return slices(n, self._batch_size(n), drop_last=True)
+
+    def _require_finite(self, total: Tensor, batches: int) -> None:
+        if not bool(torch.isfinite(total)):
+            raise DataError(
+                f"the training loss became {float(total)} at batch {batches} of epoch {self.epoch_}. Features and "
+                "labels were finite, so the step was too large: lower lr "
+                f"(now {self._params['lr']}) or scale the features."
+            )
+
+    def _notify(self, moment: str) -> None:
+        for callback in self.callbacks_:
+            getattr(callback, moment)(self)
+
+    @contextmanager
+    def _device_memory(self, what: str) -> Iterator[None]:
+        """Turn an out-of-memory error into one that names the device and the remedies."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise DataError(
+                f"{what} does not fit into the memory of {self.device} ({error}). Remedy: a smaller batch_size (now "
+                f"{self._params['batch_size']}), fewer columns or a shorter period, or device='cpu'."
+            ) from None
+
+
+def _device(device: str | torch.device, gpu: Any) -> torch.device:
+    """The torch device asked for; never a silent fall to the CPU when a GPU was named."""
+    if device == "auto":
+        if torch.cuda.is_available() and gpu >= 0:
+            return torch.device(f"cuda:{gpu}")
+        return torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r} ({error}).") from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise BackendError(
+            f"device={str(device)!r} was asked for but this torch ({torch.__version__}) sees no GPU. "
+            "Remedy: device='auto' or 'cpu', or a CUDA build of torch."
+        )
+    if chosen.type == "cuda" and chosen.index is not None and chosen.index >= torch.cuda.device_count():
+        raise BackendError(f"device={str(device)!r} was asked for but there are {torch.cuda.device_count()} GPUs.")
+    return chosen
+
+
+def _finite_mean(values: np.ndarray) -> float:
+    """Mean over the batches that had a label; NaN if none had."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def _shown(record: dict[str, Any]) -> str:
+    return ", ".join(f"{k} {v:.6f}" if "seconds" not in k else f"{k} {v:.2f}" for k, v in record.items())

@@ -1,0 +1,9 @@
+"""Estimators with the reference's flat (Alpha360 style) defaults, and the networks under them.
+
+`qfast.models.ts` holds the same models with the reference's time-series defaults.
+"""
+
+from qfast.models._recurrent import GRU, LSTM
+from qfast.nn import GRUModel, LSTMModel
+
+__all__ = ["GRU", "LSTM", "GRUModel", "LSTMModel"]

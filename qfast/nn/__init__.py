@@ -1,0 +1,5 @@
+"""Networks: (B, T, F) -> (B,), parameters named as in the reference."""
+
+from qfast.nn.recurrent import GRUModel, LSTMModel
+
+__all__ = ["GRUModel", "LSTMModel"]

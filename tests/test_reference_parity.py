@@ -1,0 +1,201 @@
+"""LSTM and GRU beside pyqlib's own: same weights, same batches, same scores, same predictions."""
+
+from __future__ import annotations
+
+import importlib
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import make_frame
+
+import qfast.models
+import qfast.models.ts
+
+pytest.importorskip("qlib", reason="pyqlib is the oracle; install qfast-models[qlib]")
+
+CASES = [("LSTM", "lstm", ""), ("GRU", "gru", ""), ("LSTM", "lstm", "_ts"), ("GRU", "gru", "_ts")]
+IDS = [f"{name}{suffix}" for name, _, suffix in CASES]
+SIZES = {"d_feat": 3, "hidden_size": 8, "num_layers": 2}
+TRAIN = {"n_epochs": 3, "batch_size": 16, "lr": 0.01}
+NETWORK = {"lstm": "lstm_model", "gru": "gru_model", "lstm_ts": "LSTM_model", "gru_ts": "GRU_model"}
+
+
+def ours(name: str, suffix: str) -> type:
+    return getattr(qfast.models.ts if suffix else qfast.models, name)
+
+
+def theirs(name: str, module: str, suffix: str) -> type:
+    found = importlib.import_module(f"qlib.contrib.model.pytorch_{module}{suffix}")
+    if hasattr(found, "R"):  # the flat GRU reports to a running experiment at the end of fit
+        found.R = SimpleNamespace(get_recorder=lambda: SimpleNamespace(log_metrics=lambda **_: None))
+    return getattr(found, name)
+
+
+class Segments:
+    """What a reference model asks of a dataset, over one frame: flat frames or the reference's sampler."""
+
+    segments: ClassVar[dict[str, tuple[str, str]]] = {
+        "train": ("2020-01-01", "2020-02-14"),
+        "valid": ("2020-02-15", "2020-03-10"),
+        "test": ("2020-03-11", "2020-12-31"),
+    }
+
+    def __init__(self, frame: pd.DataFrame, step_len: int | None) -> None:
+        self.frame = frame
+        if step_len is not None:
+            self.step_len = step_len
+
+    def prepare(self, segment: Any, col_set: Any = "__all", data_key: str = "infer") -> Any:
+        if isinstance(segment, list):
+            return [self.prepare(s, col_set, data_key) for s in segment]
+        start, end = self.segments[segment]
+        if hasattr(self, "step_len"):
+            from qlib.data.dataset import TSDataSampler
+
+            return TSDataSampler(self.frame.copy(), start, end, self.step_len)
+        part = self.frame.loc[start:end]
+        return part[col_set] if isinstance(col_set, str) else part[list(col_set)]
+
+
+def panel(suffix: str, holes: float = 0.15) -> Segments:
+    if suffix:
+        return Segments(make_frame(70, 9, 3, holes=holes), step_len=5)
+    frame = make_frame(70, 9, 12, holes=holes)  # 12 columns: 3 features of 4 steps each
+    return Segments(frame, None)
+
+
+@pytest.mark.parametrize(("name", "module", "suffix"), CASES, ids=IDS)
+def test_same_seed_gives_the_same_weights_and_leaves_the_generators_alike(name, module, suffix):
+    reference = theirs(name, module, suffix)(**SIZES, seed=7)
+    after = torch.get_rng_state(), np.random.get_state()
+    model = ours(name, suffix)(**SIZES, seed=7)
+    expected = getattr(reference, NETWORK[module + suffix]).state_dict()
+    assert list(model.network.state_dict()) == list(expected)
+    for key, value in model.network.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+    assert torch.equal(torch.get_rng_state(), after[0])
+    assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), after[1], strict=True))
+    assert getattr(model, NETWORK[module + suffix]) is model.network
+
+
+@pytest.mark.parametrize(("name", "module", "suffix"), CASES, ids=IDS)
+def test_positional_arguments_stand_in_the_references_order(name, module, suffix):
+    import inspect
+
+    expected = list(inspect.signature(theirs(name, module, suffix)).parameters.values())[:-1]
+    found = list(inspect.signature(ours(name, suffix)).parameters.values())[:-1]
+    assert [(p.name, p.default) for p in found] == [(p.name, p.default) for p in expected]
+
+
+@pytest.mark.parametrize(("name", "module", "suffix"), CASES, ids=IDS)
+def test_batches_scores_and_predictions_follow_the_reference(name, module, suffix, monkeypatch, tmp_path):
+    data = panel(suffix)
+    reference = theirs(name, module, suffix)(**SIZES, **TRAIN, seed=3, **({"n_jobs": 0} if suffix else {}))
+    seen: dict[str, list[torch.Tensor]] = {"ours": [], "theirs": []}
+
+    def spy(model: Any, who: str) -> None:
+        inner = model.loss_fn
+
+        def loss_fn(prediction, label, *args, **kwargs):
+            if torch.is_grad_enabled() and prediction.requires_grad and model_is_training(model):
+                seen[who].append(label.detach().clone().double())
+            return inner(prediction, label, *args, **kwargs)
+
+        monkeypatch.setattr(model, "loss_fn", loss_fn)
+
+    def model_is_training(model: Any) -> bool:
+        network = getattr(model, "network", None) or getattr(model, NETWORK[module + suffix])
+        return network.training
+
+    spy(reference, "theirs")
+    expected: dict[str, list[float]] = {}
+    reference.fit(data, expected, save_path=str(tmp_path / "reference.pt"))
+    expected_prediction = reference.predict(data)
+    after = torch.get_rng_state(), np.random.get_state()[1]
+
+    model = ours(name, suffix)(**SIZES, **TRAIN, seed=3)
+    spy(model, "ours")
+    found: dict[str, list[float]] = {"kept": [1.0]}
+    model.fit(data, found, save_path=tmp_path / "ours.pt")
+    prediction = model.predict(data)
+
+    assert len(seen["ours"]) == len(seen["theirs"]) > 6
+    for a, b in zip(seen["ours"], seen["theirs"], strict=True):
+        assert torch.equal(a, b)  # the same samples in the same batches, bit for bit
+    assert found["kept"] == [1.0]
+    for segment in ("train", "valid"):
+        np.testing.assert_allclose(found[segment], expected[segment], rtol=1e-5)
+    pd.testing.assert_series_equal(prediction, expected_prediction, rtol=1e-4, atol=1e-5, check_names=False)
+    assert prediction.dtype == np.float32
+    assert prediction.name is None
+    assert torch.equal(torch.get_rng_state(), after[0])
+    assert np.array_equal(np.random.get_state()[1], after[1])
+    # files travel: our weights load in theirs, and the other way round
+    torch.save(torch.load(tmp_path / "ours.pt", weights_only=True), tmp_path / "copy.pt")
+    getattr(reference, NETWORK[module + suffix]).load_state_dict(torch.load(tmp_path / "copy.pt", weights_only=True))
+    model.load_weights(tmp_path / "reference.pt")
+
+
+@pytest.mark.parametrize(("name", "module", "suffix"), CASES, ids=IDS)
+def test_weights_copied_in_give_the_references_numbers(name, module, suffix):
+    reference = theirs(name, module, suffix)(d_feat=6, hidden_size=64)
+    network = getattr(reference, NETWORK[module + suffix])
+    model = ours(name, suffix)(d_feat=6, hidden_size=64)
+    model.network.load_state_dict(network.state_dict())
+    x = torch.randn(33, 20, 6)
+    given = x if suffix else x.permute(0, 2, 1).reshape(33, -1)
+    network.eval()
+    with torch.no_grad():
+        expected = network(given)
+        torch.testing.assert_close(model.network.eval()(given), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(model.network(x), expected, rtol=1e-6, atol=1e-6)
+        assert model.network(given[:1]).shape == (1,)
+
+
+@pytest.mark.parametrize(("name", "module"), [("LSTM", "lstm"), ("GRU", "gru")])
+def test_sample_weights_follow_the_reference(name, module, tmp_path):
+    from qlib.data.dataset.weight import Reweighter
+
+    class ByRank(Reweighter):
+        def __init__(self) -> None:
+            pass
+
+        def reweight(self, data):
+            return np.linspace(0.1, 2.0, len(data))
+
+    data = panel("_ts")
+    expected, found = {}, {}
+    reference = theirs(name, module, "_ts")(**SIZES, **TRAIN, seed=3, n_jobs=0)
+    reference.fit(data, expected, save_path=str(tmp_path / "x.pt"), reweighter=ByRank())
+    ours(name, "_ts")(**SIZES, **TRAIN, seed=3).fit(data, found, reweighter=ByRank())
+    np.testing.assert_allclose(found["valid"], expected["valid"], rtol=1e-5)
+    unweighted: dict[str, list[float]] = {}
+    ours(name, "_ts")(**SIZES, **TRAIN, seed=3).fit(data, unweighted)
+    assert not np.allclose(found["valid"], unweighted["valid"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", ["", "_ts"])
+def test_fitting_twice_continues_weights_and_optimiser(suffix, tmp_path):
+    data = panel(suffix)
+    expected, found = {}, {}
+    reference = theirs("LSTM", "lstm", suffix)(**SIZES, **TRAIN, seed=3, **({"n_jobs": 0} if suffix else {}))
+    for _ in range(2):
+        reference.fit(data, expected, save_path=str(tmp_path / "x.pt"))
+    model = ours("LSTM", suffix)(**SIZES, **TRAIN, seed=3)
+    for _ in range(2):
+        model.fit(data, found)
+    np.testing.assert_allclose(found["valid"], expected["valid"], rtol=1e-5)
+
+
+def test_dropout_draws_interleave_as_in_the_reference(tmp_path):
+    data = panel("_ts")
+    expected, found = {}, {}
+    theirs("LSTM", "lstm", "_ts")(**SIZES, **TRAIN, dropout=0.3, seed=3, n_jobs=0).fit(
+        data, expected, save_path=str(tmp_path / "x.pt")
+    )
+    ours("LSTM", "_ts")(**SIZES, **TRAIN, dropout=0.3, seed=3).fit(data, found)
+    np.testing.assert_allclose(found["valid"], expected["valid"], rtol=1e-5)
