@@ -1,0 +1,83 @@
+// What every operator's host side needs: argument checks that name the argument, what was expected and
+// what came; dtype dispatch; parallel_for. Host only: kernels get plain pointers and sizes.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace qfast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The dispatcher hands std::invalid_argument to Python as ValueError and std::out_of_range as IndexError.
+template <class... Parts>
+std::string message(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
+}
+
+#define QFAST_CHECK(condition, ...)                               \
+  do {                                                            \
+    if (!(condition)) [[unlikely]]                                \
+      throw std::invalid_argument(::qfast::message(__VA_ARGS__)); \
+  } while (false)
+
+inline std::string shape_text(const Tensor& tensor) {
+  std::ostringstream text;
+  const auto sizes = tensor.sizes();
+  text << '(';
+  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];
+  text << (sizes.size() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+inline void check_dims(const char* op, const char* name, const Tensor& tensor, int64_t dims,
+                       const char* shape) {
+  QFAST_CHECK(tensor.dim() == dims, op, ": ", name, ": expected shape ", shape, ", got ", shape_text(tensor),
+              ".");
+}
+
+inline void check_floating(const char* op, const char* name, const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  QFAST_CHECK(type == ScalarType::Float || type == ScalarType::Double, op, ": ", name,
+              ": expected dtype float32 or float64, got ", torch::headeronly::toString(type), ".");
+}
+
+inline void check_row_numbers(const char* op, const char* name, const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  QFAST_CHECK(type == ScalarType::Int || type == ScalarType::Long, op, ": ", name,
+              ": expected dtype int32 or int64, got ", torch::headeronly::toString(type), ".");
+}
+
+inline void check_same_device(const char* op, const char* name, const Tensor& tensor, const Tensor& first,
+                              const char* first_name) {
+  const bool same = tensor.is_cuda() == first.is_cuda() && tensor.is_cpu() == first.is_cpu() &&
+                    tensor.get_device_index() == first.get_device_index();
+  QFAST_CHECK(same, op, ": ", name, ": expected the device of ", first_name, ", got another.");
+}
+
+// Calls body(float{}) or body(double{}); the dtype has been checked.
+template <class Body>
+void dispatch_floating(ScalarType type, const Body& body) {
+  if (type == ScalarType::Float) {
+    body(float{});
+  } else {
+    body(double{});
+  }
+}
+
+// Runs body(begin, end) on torch's own thread pool. The body must not throw: it runs across a C boundary.
+template <class Body>
+void parallel_for(int64_t count, int64_t grain, const Body& body) {
+  if (count > 0) torch::stable::parallel_for(0, count, grain < 1 ? 1 : grain, body);
+}
+
+}  // namespace qfast

@@ -1,0 +1,25 @@
+// Included once by each cpu_isa_*.cpp after the target pragma, with QFAST_ISA (the namespace) and
+// QFAST_VECTOR_BYTES set. Everything below lies in an anonymous namespace and uses no library template:
+// a function shared with another unit would be linked from either and could bring illegal instructions.
+// System headers must be included before the pragma, never here.
+
+#define QFAST_DEVICE_INLINE static inline
+
+namespace qfast::QFAST_ISA {
+namespace {
+
+#include "simd.h"
+#include "window_resolve.h"
+// Kernels.
+#include "window_gather_kernels.h"
+
+}  // namespace
+
+extern const CpuKernels kernels;
+const CpuKernels kernels = {QFAST_ISA_NAME,
+#define QFAST_KERNEL(name, ...) name,
+                            QFAST_CPU_KERNELS
+#undef QFAST_KERNEL
+};
+
+}  // namespace qfast::QFAST_ISA

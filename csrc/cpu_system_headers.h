@@ -1,0 +1,11 @@
+// All system headers that kernels may need, read before any target pragma (see cpu_isa_body.h).
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif

@@ -1,0 +1,64 @@
+// The Python module qfast._C: build facts and helpers that face NumPy. Importing it also registers every
+// CPU operator of this library with torch (the STABLE_TORCH_LIBRARY_IMPL blocks).
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "common.h"
+#include "cpu_dispatch.h"
+#include "window_index.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class Element>
+using Array = py::array_t<Element, py::array::c_style>;
+
+std::tuple<Array<int32_t>, Array<int32_t>, Array<int32_t>> window_index(
+    const Array<int32_t>& instruments, const Array<int32_t>& dates, const std::optional<Array<bool>>& live) {
+  const py::ssize_t rows = dates.size();
+  QFAST_CHECK(instruments.size() == rows && (!live || live->size() == rows),
+              "window_index: expected arrays of one length, got ", instruments.size(), ", ", rows, " and ",
+              live ? live->size() : rows, ".");
+  Array<int32_t> position(rows), back(rows), run(rows);
+  {
+    const py::gil_scoped_release unlocked;
+    qfast::build_window_index(instruments.data(), dates.data(), live ? live->data() : nullptr, rows,
+                              position.mutable_data(), back.mutable_data(), run.mutable_data());
+  }
+  return {position, back, run};
+}
+
+std::map<std::string, std::string> build_info() {
+  return {
+#if defined(__clang__)
+      {"compiler", "clang " __clang_version__},
+#elif defined(__GNUC__)
+      {"compiler", "gcc " __VERSION__},
+#endif
+      {"cplusplus", std::to_string(__cplusplus)},
+      {"torch_at_build",
+       qfast::message(TORCH_VERSION_MAJOR, '.', TORCH_VERSION_MINOR, '.', TORCH_VERSION_PATCH)},
+      {"torch_target", qfast::message(TORCH_TARGET_VERSION >> 56, '.', (TORCH_TARGET_VERSION >> 48) & 0xff)},
+      {"cuda_toolkit", QFAST_CUDA_TOOLKIT},
+      {"cuda_archs", QFAST_CUDA_ARCHS},
+  };
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native CPU library of qfast.";
+  m.def("build_info", &build_info, "Compiler, torch and CUDA facts of this build.");
+  m.def("isa", [] { return std::string(qfast::cpu_kernels().isa); }, "Instruction set in use.");
+  m.def("available_isas", &qfast::available_isas, "Instruction sets usable on this CPU, best first.");
+  m.def("select_isa", &qfast::select_isa, py::arg("name"), "Use one of available_isas() from now on.");
+  m.def("window_index", &window_index, py::arg("instruments").noconvert(), py::arg("dates").noconvert(),
+        py::arg("live").noconvert().none(true), "Tables position, back, run of a sorted panel.");
+}

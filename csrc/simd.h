@@ -1,0 +1,62 @@
+// Vectors of the instruction set being compiled, as compiler vector extensions (GCC and clang, any CPU).
+// Included inside the namespace of the instruction set.
+
+typedef unsigned char vector_bytes __attribute__((vector_size(QFAST_VECTOR_BYTES), aligned(1), may_alias));
+// Elements of either type read and written as plain words of their size.
+typedef uint32_t word32 __attribute__((may_alias));
+typedef uint64_t word64 __attribute__((may_alias));
+typedef unsigned char bytes_16 __attribute__((vector_size(16), aligned(1), may_alias));
+
+// Two functions, not a template: the alignment of a vector type is lost when it is a template argument.
+static inline void move_vector(unsigned char* to, const unsigned char* from) {
+  *reinterpret_cast<vector_bytes*>(to) = *reinterpret_cast<const vector_bytes*>(from);
+}
+
+static inline void move_16(unsigned char* to, const unsigned char* from) {
+  *reinterpret_cast<bytes_16*>(to) = *reinterpret_cast<const bytes_16*>(from);
+}
+
+// Copies `bytes` (a multiple of 4). The last vector overlaps the one before it instead of a scalar tail.
+static inline void copy_bytes(unsigned char* to, const unsigned char* from, int64_t bytes) {
+  constexpr int64_t wide = QFAST_VECTOR_BYTES;
+  if (bytes >= wide) {
+    int64_t i = 0;
+    for (; i + wide <= bytes; i += wide) move_vector(to + i, from + i);
+    if (i < bytes) move_vector(to + bytes - wide, from + bytes - wide);
+  } else if (bytes >= 16) {
+    int64_t i = 0;
+    for (; i + 16 <= bytes; i += 16) move_16(to + i, from + i);
+    if (i < bytes) move_16(to + bytes - 16, from + bytes - 16);
+  } else {
+    for (int64_t i = 0; i < bytes; i += 4) __builtin_memcpy(to + i, from + i, 4);
+  }
+}
+
+// As copy_bytes, writing whole cache lines around the caches: for output that is larger than they are.
+static inline void stream_bytes(unsigned char* to, const unsigned char* from, int64_t bytes) {
+#if defined(__x86_64__)
+  const int64_t head = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) & 63);
+  if (head + 64 > bytes) return copy_bytes(to, from, bytes);
+  copy_bytes(to, from, head);
+  int64_t i = head;
+  for (; i + 64 <= bytes; i += 64) {
+    for (int64_t j = i; j < i + 64; j += 16) {
+      const __m128i part = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j));
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + j), part);
+    }
+  }
+  copy_bytes(to + i, from + i, bytes - i);
+#else
+  copy_bytes(to, from, bytes);
+#endif
+}
+
+static inline void finish_stream() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+static inline void prefetch_bytes(const unsigned char* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 3);
+}

@@ -1,0 +1,137 @@
+// CPU kernels of the rolling-window gather; see cpu_isa_body.h for what may stand here.
+
+static inline int64_t row_number(const RowNumbers& rows, int64_t i) {
+  return rows.wide ? static_cast<const int64_t*>(rows.data)[i] : static_cast<const int32_t*>(rows.data)[i];
+}
+
+// Computes rows[b, :] for begin <= b < end. A thread owns whole windows.
+// Bytes bound: up to 3 cache lines of tables per step, 8 bytes out per step.
+static void resolve_windows(const ResolveJob& job, int64_t begin, int64_t end) {
+  for (int64_t b = begin; b < end; ++b) {
+    resolve_window(job.tables, row_number(job.last_row, b), job.rows + b * job.tables.step_len);
+  }
+}
+
+// Windows ahead of the one being copied whose panel rows are fetched, and those whose tables are. Random
+// windows of a large panel miss every cache; without this each would wait for memory in turn.
+constexpr int64_t kPanelAhead = 2;
+constexpr int64_t kTableAhead = 8;
+constexpr int64_t kPrefetchBytes = 4096;  // beyond this the hardware prefetcher has caught on
+
+static inline void prefetch_window(const GatherJob& job, int64_t b, int64_t end) {
+  if (job.tables == nullptr) {
+    if (b + kPanelAhead >= end) return;
+    for (int64_t t = 0, bytes = 0; t < job.step_len && bytes < kPrefetchBytes; ++t, bytes += job.width) {
+      const int64_t r = row_number(job.index, (b + kPanelAhead) * job.step_len + t);
+      if (r >= 0) prefetch_bytes(job.panel + r * job.row_stride, job.width);
+    }
+    return;
+  }
+  if (b + kTableAhead < end) {
+    const int64_t r = row_number(job.index, b + kTableAhead);
+    if (r >= 0) {
+      __builtin_prefetch(job.tables->run + r);
+      if (job.tables->first_position > 0) __builtin_prefetch(job.tables->position + r);
+    }
+  }
+  if (b + kPanelAhead < end) {
+    // Most windows are contiguous; for the others these are mostly the right rows all the same.
+    const int64_t r = row_number(job.index, b + kPanelAhead);
+    const int64_t start = r - job.step_len + 1;
+    const int64_t bytes = job.step_len * job.row_stride;
+    if (start >= 0)
+      prefetch_bytes(job.panel + start * job.row_stride, bytes < kPrefetchBytes ? bytes : kPrefetchBytes);
+  }
+}
+
+// out[d, t] = rows[t][d] for one window of T rows. Runs of T are written in order; the T rows stay in L1.
+template <class Element>
+static inline void transpose_window(Element* out, const unsigned char* const* rows, int64_t steps,
+                                    int64_t width) {
+  for (int64_t d = 0; d < width; ++d) {
+    for (int64_t t = 0; t < steps; ++t) out[d * steps + t] = reinterpret_cast<const Element*>(rows[t])[d];
+  }
+}
+
+// rows[t] = where step t of window b is read; `numbers` is room for T row numbers.
+static inline void window_pointers(const GatherJob& job, int64_t b, int64_t start, int64_t* numbers,
+                                   const unsigned char** rows) {
+  if (start >= 0) {
+    for (int64_t t = 0; t < job.step_len; ++t) rows[t] = job.panel + (start + t) * job.row_stride;
+    return;
+  }
+  if (job.tables != nullptr) {
+    resolve_window(*job.tables, row_number(job.index, b), numbers);
+  } else {
+    for (int64_t t = 0; t < job.step_len; ++t) numbers[t] = row_number(job.index, b * job.step_len + t);
+  }
+  for (int64_t t = 0; t < job.step_len; ++t) {
+    rows[t] = numbers[t] < 0 ? job.missing : job.panel + numbers[t] * job.row_stride;
+  }
+}
+
+// Computes out[b] for begin <= b < end. A thread owns whole windows, hence contiguous output.
+// `scratch` holds T numbers, T pointers and one window. Bytes bound: B T D read and written once; the window
+// of a row without holes is T adjacent panel rows, so one long copy where all columns are wanted.
+static void gather_windows(const GatherJob& job, int64_t begin, int64_t end, unsigned char* scratch) {
+  const int64_t window = job.step_len * job.width;
+  const bool whole_rows = job.width == job.row_stride && !job.transposed;
+  int64_t* numbers = reinterpret_cast<int64_t*>(scratch);
+  const unsigned char** rows = reinterpret_cast<const unsigned char**>(numbers + job.step_len);
+  unsigned char* staging = reinterpret_cast<unsigned char*>(rows + job.step_len);
+  for (int64_t b = begin; b < end; ++b) {
+    prefetch_window(job, b, end);
+    unsigned char* out = job.out + b * window;
+    const int64_t start =
+        job.tables == nullptr ? -1 : contiguous_start(*job.tables, row_number(job.index, b));
+    if (start >= 0 && whole_rows) {
+      const unsigned char* from = job.panel + start * job.row_stride;
+      job.stream ? stream_bytes(out, from, window) : copy_bytes(out, from, window);
+      continue;
+    }
+    window_pointers(job, b, start, numbers, rows);
+    unsigned char* to = job.stream ? staging : out;
+    if (!job.transposed) {
+      for (int64_t t = 0; t < job.step_len; ++t) copy_bytes(to + t * job.width, rows[t], job.width);
+    } else if (job.element == 4) {
+      transpose_window(reinterpret_cast<word32*>(to), rows, job.step_len, job.width / 4);
+    } else {
+      transpose_window(reinterpret_cast<word64*>(to), rows, job.step_len, job.width / 8);
+    }
+    if (job.stream) stream_bytes(out, staging, window);
+  }
+  if (job.stream) finish_stream();
+}
+
+// Computes grad_panel[r] for begin <= r < end. A thread owns panel rows and walks the whole batch for
+// them in ascending (b, t): no atomics, and the order of each sum does not depend on the threads.
+// Bytes bound: R D written, B T (row number + W) read, plus the row numbers again for every thread.
+template <class Element>
+static inline void scatter_windows(const ScatterJob& job, int64_t begin, int64_t end) {
+  Element* panel = static_cast<Element*>(job.grad_panel);
+  __builtin_memset(panel + begin * job.panel_columns, 0, sizeof(Element) * (end - begin) * job.panel_columns);
+  const int64_t step = job.transposed ? 1 : job.width;
+  const int64_t column = job.transposed ? job.step_len : 1;
+  for (int64_t b = 0; b < job.windows; ++b) {
+    const Element* window = static_cast<const Element*>(job.grad) + b * job.step_len * job.width;
+    for (int64_t t = 0; t < job.step_len; ++t) {
+      const int64_t r = row_number(job.rows, b * job.step_len + t);
+      if (r < begin || r >= end) continue;
+      Element* __restrict to = panel + r * job.panel_columns + job.column_begin;
+      const Element* __restrict from = window + t * step;
+      if (column == 1) {
+        for (int64_t d = 0; d < job.width; ++d) to[d] += from[d];
+      } else {
+        for (int64_t d = 0; d < job.width; ++d) to[d] += from[d * column];
+      }
+    }
+  }
+}
+
+static void scatter_windows_f32(const ScatterJob& job, int64_t begin, int64_t end) {
+  scatter_windows<float>(job, begin, end);
+}
+
+static void scatter_windows_f64(const ScatterJob& job, int64_t begin, int64_t end) {
+  scatter_windows<double>(job, begin, end);
+}
