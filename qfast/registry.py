@@ -127,9 +127,7 @@ class Registry:
         missing = [
             n
             for n, p in taken.items()
-            if p.default is p.empty
-            and n not in kwargs
-            and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+            if p.default is p.empty and n not in kwargs and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
         ]
         if missing:
             raise ConfigError(
@@ -211,9 +209,7 @@ def check_arguments(factory: Callable[..., Any], kwargs: Mapping[str, Any], what
     allowed = [n for n, p in taken.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     for name in kwargs:
         if name not in allowed:
-            raise ConfigError(
-                f"{what} has no argument {name!r}; it takes {allowed}." + suggest(name, allowed)
-            )
+            raise ConfigError(f"{what} has no argument {name!r}; it takes {allowed}." + suggest(name, allowed))
 
 
 def _display(factory: Callable[..., Any]) -> str:

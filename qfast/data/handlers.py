@@ -16,14 +16,28 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from qfast.data.panel import ROW_CHUNK, Block, Panel
+from qfast.data.expression import evaluate, fields, reach
+from qfast.data.panel import Block, Panel
 from qfast.data.processors import Processor, Workspace, build_processor, run_processors
+from qfast.data.rows import restrict_rows, select_rows, take_rows
+from qfast.data.sources import PRICE_FIELDS, Prices, read_prices
 from qfast.errors import ConfigError, DataError, suggest
 from qfast.registry import HANDLERS
 
-__all__ = ["DataHandlerLP", "RawDataDroppedError", "build_handler"]
+__all__ = ["Alpha360", "Alpha360vwap", "DataHandlerLP", "RawDataDroppedError", "build_handler"]
 
 log = logging.getLogger("qfast.data")
+
+DEFAULT_INFER_PROCESSORS: tuple[Mapping[str, Any], ...] = (
+    {"class": "ProcessInf", "kwargs": {}},
+    {"class": "ZScoreNorm", "kwargs": {}},
+    {"class": "Fillna", "kwargs": {}},
+)
+DEFAULT_LEARN_PROCESSORS: tuple[Mapping[str, Any], ...] = (
+    {"class": "DropnaLabel"},
+    {"class": "CSZScoreNorm", "kwargs": {"fields_group": "label"}},
+)
+WINDOW_CHUNK = 1 << 12  # rows whose windows of one field stay in the cache
 
 
 class RawDataDroppedError(DataError, AttributeError):
@@ -73,6 +87,9 @@ class DataHandlerLP:
     CS_ALL, CS_RAW = "__all", "__raw"
     PTYPE_A, PTYPE_I = "append", "independent"
 
+    _raw: Panel | None
+    _panels: dict[str, Panel]
+
     def __init__(
         self,
         source: Panel | pd.DataFrame | Mapping[str, pd.DataFrame],
@@ -99,9 +116,7 @@ class DataHandlerLP:
         self._process(raw, Workspace(raw.blocks if drop_raw and not isinstance(source, Panel) else ()))
 
     @classmethod
-    def from_frame(
-        cls, frame: pd.DataFrame | pd.Series | Mapping[str, pd.DataFrame], **kwargs: Any
-    ) -> DataHandlerLP:
+    def from_frame(cls, frame: pd.DataFrame | pd.Series | Mapping[str, pd.DataFrame], **kwargs: Any) -> DataHandlerLP:
         """A handler of a frame with columns (group, name), or of a mapping from group to frame.
 
         Parameters
@@ -135,8 +150,8 @@ class DataHandlerLP:
             _build_processors(stage, specs, fit_start_time, fit_end_time) for stage, specs in stages.items()
         )
         self._flat_columns = False
-        self._raw: Panel | None = None
-        self._panels: dict[str, Panel] = {}
+        self._raw = None
+        self._panels = {}
 
     def _process(self, raw: Panel, space: Workspace) -> None:
         """Run the stages over `raw`, whose blocks may be overwritten where `space` owns them."""
@@ -221,17 +236,13 @@ class DataHandlerLP:
         if self._flat_columns or proc_func is not None:
             groups = None
         panel = self._raw_panel(groups) if data_key == self.DK_R else self._panels[data_key]
-        rows = _select_rows(panel, selector, level)
+        rows = select_rows(panel, selector, level)
         frame = panel.to_frame(groups if groups is not None else list(panel.blocks), rows)
         if proc_func is not None:
             frame = _columns_of(proc_func(frame), col_set)
         elif self._flat_columns or plain or col_set == self.CS_ALL:
-            frame.columns = frame.columns.droplevel(0)
-        if squeeze:
-            frame = frame.squeeze()
-            if isinstance(selector, (str, pd.Timestamp)):
-                frame = frame.reset_index(level=level, drop=True)
-        return frame
+            frame = frame.droplevel(0, axis=1)
+        return _squeezed(frame, selector, level) if squeeze else frame
 
     def get_cols(self, col_set: str | Sequence[str] = CS_ALL, data_key: str = DK_I) -> list[Any]:
         """Column names that `fetch` would give.
@@ -259,6 +270,225 @@ class DataHandlerLP:
         )
 
 
+class Alpha360(DataHandlerLP):
+    """60 days of six price fields as features, and the return of the next but one day as label.
+
+    Features are Ref(f, i) / $close for i = 59 .. 0 and f = close, open, high, low, vwap, then
+    Ref($volume, i) / ($volume + 1e-12): CLOSE59 .. CLOSE0, OPEN59 .. VOLUME0, feature by feature with
+    time ascending. The label is Ref($close, -2) / Ref($close, -1) - 1, named LABEL0. Features and label
+    may look outside [start_time, end_time] and outside an instrument's time in the market.
+
+    Parameters
+    ----------
+    instruments : str, list, {code: [(start, end), ...]} or {"market": name}
+        A market name needs a Qlib store; with other prices all instruments are used.
+    start_time, end_time : date-like, optional
+        Rows between, both inclusive.
+    freq : str
+        Calendar of a store: "day", "1min", ...
+    infer_processors, learn_processors
+        Default: the reference's, which are ProcessInf, ZScoreNorm and Fillna on all columns; DropnaLabel
+        and CSZScoreNorm on the label. (Fillna also fills the labels with 0, as in the reference.)
+    fit_start_time, fit_end_time : date-like
+        Fit window of the processors that need one.
+    filter_pipe, inst_processors
+        Not available; anything but None is refused.
+    shared_processors, process_type, drop_raw
+        As in `DataHandlerLP`.
+    label : list of expressions, or (expressions, names), optional
+        A list without names is named by the expressions' texts.
+    data : path, DataFrame or Panel
+        Prices, see `qfast.data.sources.load_prices`.
+    provider_uri : path or {freq: path}
+        Folder of a Qlib binary store; alternative to `data`.
+    vwap : {None, "typical"}
+        "typical": prices without vwap get (high + low + close) / 3. Otherwise its features are NaN,
+        as in the reference.
+
+    Raises
+    ------
+    ConfigError, DataError
+        Neither or both of `data` and `provider_uri`; an argument or prices that cannot be used.
+
+    Notes
+    -----
+    Raw features are computed from the prices when they are asked for and not kept, unless no
+    processor changes them. Source: pyqlib 0.9.7, qlib/contrib/data/handler.py and loader.py.
+
+    Examples
+    --------
+    >>> dates = pd.date_range("2024-01-01", periods=70)
+    >>> prices = pd.DataFrame({"datetime": dates, "instrument": "A", "close": np.arange(1.0, 71.0), "volume": 1.0})
+    >>> handler = Alpha360(data=prices, infer_processors=[], learn_processors=[])
+    >>> frame = handler.fetch(col_set="feature")
+    >>> frame.shape, float(frame["CLOSE1"].iloc[1])
+    ((70, 360), 0.5)
+    """
+
+    LABEL = (["Ref($close, -2)/Ref($close, -1) - 1"], ["LABEL0"])
+    WINDOW = 60
+    FIELDS = ("close", "open", "high", "low", "vwap", "volume")
+
+    def __init__(
+        self,
+        instruments: Any = "csi500",
+        start_time: Any = None,
+        end_time: Any = None,
+        freq: str = "day",
+        infer_processors: Sequence[Any] = DEFAULT_INFER_PROCESSORS,
+        learn_processors: Sequence[Any] = DEFAULT_LEARN_PROCESSORS,
+        fit_start_time: Any = None,
+        fit_end_time: Any = None,
+        filter_pipe: None = None,
+        inst_processors: None = None,
+        *,
+        shared_processors: Sequence[Any] = (),
+        process_type: str = "append",
+        drop_raw: bool = False,
+        label: Any = None,
+        data: Any = None,
+        provider_uri: Any = None,
+        vwap: str | None = None,
+    ) -> None:
+        for name, value in (("filter_pipe", filter_pipe), ("inst_processors", inst_processors)):
+            if value:
+                raise ConfigError(f"{type(self).__name__}: {name} is not available, got {_shown(value)}.")
+        self._configure(
+            {"shared": shared_processors, "infer": infer_processors, "learn": learn_processors},
+            process_type, drop_raw, instruments, start_time, end_time, fit_start_time, fit_end_time,
+        )  # fmt: skip
+        self.freq = freq
+        self._label, self._label_names = _label_config(self.LABEL if label is None else label)
+        before, after = (max(side) for side in zip((self.WINDOW - 1, 0), *map(reach, self._label), strict=True))
+        self._prices = read_prices(
+            data, provider_uri=provider_uri, instruments=instruments, start_time=start_time, end_time=end_time,
+            freq=freq, vwap=vwap, margin=(before, after),
+            wanted=list(dict.fromkeys([*self.FIELDS, *(f for text in self._label for f in fields(text))])),
+        )  # fmt: skip
+        self._rows = self._prices.panel.rows_between(start_time, end_time)
+        self._report_missing_fields()
+        self._labels = self._label_panel()
+        raw = self._with_features(self._labels)
+        space = Workspace(raw.blocks if drop_raw else ["feature"])
+        self._process(raw, space)
+        if not drop_raw and "feature" not in space.overwritten:
+            self._raw = raw  # nobody changed the features: the raw panel costs nothing
+        if drop_raw:
+            del self._prices, self._labels
+
+    def _report_missing_fields(self) -> None:
+        """The reference reads a field without a file as NaN; say so, and refuse if none is there."""
+        known = self._prices.panel.columns("price")
+        missing = [f for f in self.FIELDS if f not in known]
+        if "close" in missing:
+            raise DataError(f"{type(self).__name__}: the prices have no column 'close'; they have {list(known)}.")
+        if missing:
+            log.warning(
+                "%s: the prices have no column(s) %s; their features are NaN.%s",
+                type(self).__name__, ", ".join(missing),
+                " vwap='typical' uses (high + low + close) / 3 instead." if "vwap" in missing else "",
+            )  # fmt: skip
+
+    def _label_panel(self) -> Panel:
+        """The handler's rows with the group "label" only."""
+        panel, extents = self._prices
+        optional = set(PRICE_FIELDS)
+        values = np.empty((len(self._rows), len(self._label)), dtype=np.float32)
+        for j, text in enumerate(self._label):
+            values[:, j] = evaluate(text, panel, extents=extents, optional=optional)[self._rows]
+        keys = replace(take_rows(panel, self._rows, groups=()), live=None)
+        return keys.with_group("label", values, self._label_names)
+
+    def _with_features(self, labels: Panel) -> Panel:
+        names = [f"{field.upper()}{i}" for field in self.FIELDS for i in range(self.WINDOW - 1, -1, -1)]
+        values = price_windows(self._prices, self._rows, self.FIELDS, self.WINDOW)
+        features = replace(labels, blocks={"feature": Block(values, tuple(names))})
+        return replace(labels, blocks={**features.blocks, **labels.blocks})
+
+    def _raw_panel(self, groups: Sequence[str] | None) -> Panel:
+        if self._raw is not None or self.drop_raw:
+            return super()._raw_panel(groups)
+        if groups is not None and set(groups) <= {"label"}:
+            return self._labels
+        log.debug("%s: raw features are computed again from the prices", type(self).__name__)
+        return self._with_features(self._labels)
+
+
+class Alpha360vwap(Alpha360):
+    """`Alpha360` with the label Ref($vwap, -2) / Ref($vwap, -1) - 1.
+
+    Examples
+    --------
+    >>> Alpha360vwap.LABEL[1]
+    ['LABEL0']
+    """
+
+    LABEL = (["Ref($vwap, -2)/Ref($vwap, -1) - 1"], ["LABEL0"])
+
+
+def price_windows(prices: Prices, rows: np.ndarray, names: Sequence[str], window: int) -> np.ndarray:
+    """Last `window` values of each field over today's close (volume: over today's volume + 1e-12).
+
+    Parameters
+    ----------
+    prices : Prices
+    rows : int64 [B]
+        Panel rows to compute.
+    names : sequence of str
+        F field names.
+    window : int
+        T.
+
+    Returns
+    -------
+    float32 [B, F * T], field by field, time ascending; NaN where there is no price.
+    """
+    panel, extents = prices
+    out = np.empty((len(rows), len(names) * window), dtype=np.float32)
+    codes = panel.instrument_codes
+    # window - 1 NaN rows before each instrument let every window be one contiguous slice
+    place = np.arange(panel.n_rows) + (window - 1) * (codes.astype(np.int64) + 1)
+    padded = np.full(panel.n_rows + (window - 1) * len(panel.instruments), np.nan, dtype=np.float32)
+    known = panel.columns("price")
+    close = panel.column("close", "price")
+    for f, name in enumerate(names):
+        columns = slice(f * window, (f + 1) * window)
+        if name not in known:
+            out[:, columns] = np.nan
+            continue
+        series = panel.column(name, "price")
+        padded[place] = series
+        windows = np.lib.stride_tricks.sliding_window_view(padded, window)
+        base = series + np.float32(1e-12) if name == "volume" else close
+        for start in range(0, len(rows), WINDOW_CHUNK):
+            some = rows[start : start + WINDOW_CHUNK]
+            target = out[start : start + WINDOW_CHUNK, columns]
+            with np.errstate(all="ignore"):
+                np.divide(windows[place[some] - (window - 1)], base[some, None], out=target)
+            if name in extents:
+                stored = extents[name]
+                outside = (some < stored.start[codes[some]]) | (some >= stored.stop[codes[some]])
+                if outside.any():  # the field's file does not cover this day: the reference has no row there
+                    target[outside] = np.nan
+    return out
+
+
+def _label_config(label: Any) -> tuple[list[str], list[str]]:
+    """Expressions and column names of a label setting."""
+    if isinstance(label, str):
+        label = [label]
+    if isinstance(label, (list, tuple)) and len(label):
+        if all(isinstance(text, str) for text in label):
+            return list(label), list(label)
+        if len(label) == 2 and all(isinstance(part, (list, tuple)) for part in label):
+            texts, names = (list(part) for part in label)
+            if texts and len(texts) == len(names) and all(isinstance(t, str) for t in [*texts, *names]):
+                return texts, names
+    raise ConfigError(
+        f"label must be a list of expressions or (expressions, names) of equal length, got {_shown(label)}."
+    )
+
+
 # ---------------------------------------------------------------- helpers
 def build_handler(spec: Any, *, path: str = "handler", **extra: Any) -> Any:
     """A handler from an instance, a mapping or a name; see `qfast.registry.Registry.build`."""
@@ -266,9 +496,7 @@ def build_handler(spec: Any, *, path: str = "handler", **extra: Any) -> Any:
 
 
 def _build_processors(stage: str, specs: Any, fit_start_time: Any, fit_end_time: Any) -> list[Processor]:
-    if isinstance(specs, (str, Mapping, Processor)) or (
-        specs is not None and not isinstance(specs, Sequence)
-    ):
+    if isinstance(specs, (str, Mapping, Processor)) or (specs is not None and not isinstance(specs, Sequence)):
         raise ConfigError(f"{stage}_processors must be a list of processors, got {_shown(specs)}.")
     return [
         build_processor(spec, fit_start_time, fit_end_time, path=f"{stage}_processors[{number}]")
@@ -304,73 +532,9 @@ def _as_panel(source: Any) -> Panel:
     )
 
 
-def restrict_rows(panel: Panel, instruments: Sequence[str] | None, start: Any, end: Any) -> Panel:
-    """The panel itself, or a copy of its rows of `instruments` between `start` and `end` inclusive."""
-    keep = None
-    if instruments is not None:
-        wanted = [str(i) for i in ([instruments] if isinstance(instruments, str) else instruments)]
-        names = [str(i) for i in panel.instruments]
-        unknown = sorted(set(wanted) - set(names))
-        if unknown:
-            raise DataError(
-                f"instruments: {unknown[:5]} ({len(unknown)} in all) are not in the data."
-                + suggest(unknown[0], names)
-            )
-        keep = np.isin(names, wanted)[panel.instrument_codes]
-    if start is not None or end is not None:
-        low, high = panel.date_code_range(start, end)
-        inside = (panel.date_codes >= low) & (panel.date_codes < high)
-        keep = inside if keep is None else keep & inside
-    return panel if keep is None or keep.all() else take_rows(panel, np.flatnonzero(keep))
-
-
-def take_rows(panel: Panel, rows: np.ndarray, groups: Sequence[str] | None = None) -> Panel:
-    """A panel of ascending `rows` with copied blocks, without dates and instruments that have no row left."""
-    dates, date_codes = np.unique(panel.date_codes[rows], return_inverse=True)
-    kept, instrument_codes = np.unique(panel.instrument_codes[rows], return_inverse=True)
-    blocks = {}
-    for group in panel.blocks if groups is None else groups:
-        block = panel.block(group)
-        values = np.empty((len(rows), len(block.columns)), dtype=block.values.dtype)
-        for start in range(0, len(rows), ROW_CHUNK):
-            values[start : start + ROW_CHUNK] = block.values[rows[start : start + ROW_CHUNK]]
-        blocks[group] = Block(values, block.columns)
-    return replace(
-        panel,
-        datetimes=panel.datetimes[dates],
-        instruments=panel.instruments[kept],
-        date_codes=date_codes.astype(np.int32),
-        instrument_codes=instrument_codes.astype(np.int32),
-        blocks=blocks,
-        live=None if panel.live is None else panel.live[rows],
-    )
-
-
-def _select_rows(panel: Panel, selector: Any, level: str | int | None) -> np.ndarray:
-    """Live rows that `selector` names, by (datetime, instrument)."""
-    if isinstance(selector, (tuple, list)) and level is not None and len(selector) in (2, 3):
-        selector = slice(*selector)
-    if level not in ("datetime", "instrument", 0, 1, None):
-        raise ConfigError(f"level must be 'datetime', 'instrument', 0, 1 or None, got {level!r}.")
-    if isinstance(selector, slice):
-        if selector == slice(None):
-            return panel.by_date(panel.live_rows())
-        if level in ("datetime", 0) and selector.step is None:
-            return panel.by_date(panel.rows_between(selector.start, selector.stop))
-    rows = panel.by_date(panel.live_rows())
-    numbers = pd.DataFrame({"row": rows}, index=panel.index(rows))
-    key: Any = selector
-    if level is not None and not isinstance(selector, pd.MultiIndex):
-        key = (selector, slice(None)) if level in ("datetime", 0) else (slice(None), selector)
-    try:
-        found = numbers.loc(axis=0)[key]
-    except (KeyError, TypeError) as error:
-        raise DataError(
-            f"selector {_shown(selector)} (level {level!r}) does not name rows of the data: {error}"
-        ) from None
-    return np.atleast_1d(
-        found["row"].to_numpy() if isinstance(found, pd.DataFrame) else np.asarray(found["row"])
-    )
+def _squeezed(frame: pd.DataFrame, selector: Any, level: Any) -> Any:
+    out: Any = frame.squeeze()
+    return out.reset_index(level=level, drop=True) if isinstance(selector, (str, pd.Timestamp)) else out
 
 
 def _columns_of(frame: pd.DataFrame, col_set: Any) -> pd.DataFrame:
@@ -383,3 +547,12 @@ def _columns_of(frame: pd.DataFrame, col_set: Any) -> pd.DataFrame:
 
 
 HANDLERS.add(DataHandlerLP, modules=("qlib.data.dataset.handler", "qfast.data.handlers", "qfast.data"))
+for _class in (Alpha360, Alpha360vwap):
+    HANDLERS.add(_class, modules=("qlib.contrib.data.handler", "qfast.data.handlers", "qfast.data"))
+for _name in ("Alpha158", "Alpha158vwap"):
+    HANDLERS.unavailable(
+        _name,
+        f"{_name} is not available yet. Remedy: use Alpha360, or compute the factors elsewhere and give them to "
+        "DataHandlerLP.from_frame.",
+        modules=("qlib.contrib.data.handler", "qfast.data.handlers", "qfast.data"),
+    )

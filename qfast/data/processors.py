@@ -126,9 +126,7 @@ class Processor:
 
     def __repr__(self) -> str:
         public = {
-            k: v
-            for k, v in vars(self).items()
-            if not k.startswith("_") and not isinstance(v, (dict, np.ndarray))
+            k: v for k, v in vars(self).items() if not k.startswith("_") and not isinstance(v, (dict, np.ndarray))
         }
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in public.items())})"
 
@@ -161,8 +159,7 @@ def select(panel: Panel, fields_group: Any) -> Selection:
             if name in columns:
                 return [(group, np.array([columns.index(name)]))]
             raise DataError(
-                f"fields_group {fields_group!r}: group {group!r} has no column {name!r}."
-                + suggest(name, columns)
+                f"fields_group {fields_group!r}: group {group!r} has no column {name!r}." + suggest(name, columns)
             )
         groups = list(fields_group)
         if None in groups:
@@ -313,9 +310,7 @@ class _FittedNorm(Processor):
 
     def _apply(self, panel: Panel, space: Workspace) -> Panel:
         if self._fitted is None:
-            raise NotFittedError(
-                f"{type(self).__name__} must be fitted before it is applied. Remedy: call fit(panel)."
-            )
+            raise NotFittedError(f"{type(self).__name__} must be fitted before it is applied. Remedy: call fit(panel).")
         fitted = self._fitted
         for group, (positions, _, _) in fitted.items():
             if len(positions) and int(positions[-1]) >= len(panel.columns(group)):
@@ -344,9 +339,7 @@ class _FittedNorm(Processor):
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         groups = {key.rpartition(".")[0] for key in state}
-        missing = [
-            f"{g}.{part}" for g in sorted(groups) for part in STATE_PARTS if f"{g}.{part}" not in state
-        ]
+        missing = [f"{g}.{part}" for g in sorted(groups) for part in STATE_PARTS if f"{g}.{part}" not in state]
         if not groups or missing:
             raise DataError(f"{type(self).__name__}: the saved state lacks {missing or 'every array'}.")
         self._fitted = {g: tuple(state[f"{g}.{part}"] for part in STATE_PARTS) for g in groups}  # type: ignore[misc]
@@ -782,9 +775,7 @@ class DropCol(Processor):
 
     def _apply(self, panel: Panel, space: Workspace) -> Panel:
         _warn_unknown("DropCol", self.col_list, {c for b in panel.blocks.values() for c in b.columns})
-        return _keep_columns(
-            panel, {g: [c not in self.col_list for c in b.columns] for g, b in panel.blocks.items()}
-        )
+        return _keep_columns(panel, {g: [c not in self.col_list for c in b.columns] for g, b in panel.blocks.items()})
 
 
 class FilterCol(Processor):
@@ -893,7 +884,7 @@ def build_processor(
     Fillna(fields_group=None, fill_value=1)
     """
     if PROCESSORS.is_instance(spec):
-        return spec  # type: ignore[no-any-return]
+        return spec
     factory, kwargs = PROCESSORS.resolve(spec, path)
     if inject and {"fit_start_time", "fit_end_time"} <= parameters(factory).keys():
         kwargs = {"fit_start_time": fit_start_time, "fit_end_time": fit_end_time, **kwargs}
@@ -903,7 +894,7 @@ def build_processor(
                 f"{path + ': ' if path else ''}{getattr(factory, '__name__', factory)} needs {' and '.join(missing)}. "
                 "Remedy: give fit_start_time and fit_end_time to the handler or to the processor."
             )
-    return PROCESSORS.build({"class": factory, "kwargs": kwargs}, path=path)  # type: ignore[no-any-return]
+    return PROCESSORS.build({"class": factory, "kwargs": kwargs}, path=path)
 
 
 def run_processors(

@@ -1,0 +1,81 @@
+"""Choosing rows of a panel: by instrument, by time, by the selectors of `fetch`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from qfast.data.panel import ROW_CHUNK, Block, Panel
+from qfast.errors import ConfigError, DataError, suggest
+
+__all__ = ["restrict_rows", "select_rows", "take_rows"]
+
+
+def restrict_rows(panel: Panel, instruments: Sequence[str] | None, start: Any, end: Any) -> Panel:
+    """The panel itself, or a copy of its rows of `instruments` between `start` and `end` inclusive."""
+    keep = None
+    if instruments is not None:
+        wanted = [str(i) for i in ([instruments] if isinstance(instruments, str) else instruments)]
+        names = [str(i) for i in panel.instruments]
+        unknown = sorted(set(wanted) - set(names))
+        if unknown:
+            raise DataError(
+                f"instruments: {unknown[:5]} ({len(unknown)} in all) are not in the data." + suggest(unknown[0], names)
+            )
+        keep = np.isin(names, wanted)[panel.instrument_codes]
+    if start is not None or end is not None:
+        low, high = panel.date_code_range(start, end)
+        inside = (panel.date_codes >= low) & (panel.date_codes < high)
+        keep = inside if keep is None else keep & inside
+    return panel if keep is None or keep.all() else take_rows(panel, np.flatnonzero(keep))
+
+
+def take_rows(panel: Panel, rows: np.ndarray, groups: Sequence[str] | None = None) -> Panel:
+    """A panel of ascending `rows` with copied blocks, without dates and instruments that have no row left."""
+    dates, date_codes = np.unique(panel.date_codes[rows], return_inverse=True)
+    kept, instrument_codes = np.unique(panel.instrument_codes[rows], return_inverse=True)
+    blocks = {}
+    for group in panel.blocks if groups is None else groups:
+        block = panel.block(group)
+        values = np.empty((len(rows), len(block.columns)), dtype=block.values.dtype)
+        for start in range(0, len(rows), ROW_CHUNK):
+            values[start : start + ROW_CHUNK] = block.values[rows[start : start + ROW_CHUNK]]
+        blocks[group] = Block(values, block.columns)
+    return replace(
+        panel,
+        datetimes=panel.datetimes[dates],
+        instruments=panel.instruments[kept],
+        date_codes=date_codes.astype(np.int32),
+        instrument_codes=instrument_codes.astype(np.int32),
+        blocks=blocks,
+        live=None if panel.live is None else panel.live[rows],
+    )
+
+
+def select_rows(panel: Panel, selector: Any, level: str | int | None) -> np.ndarray:
+    """Live rows that `selector` names, by (datetime, instrument)."""
+    if isinstance(selector, (tuple, list)) and level is not None and len(selector) in (2, 3):
+        selector = slice(*selector)
+    if level not in ("datetime", "instrument", 0, 1, None):
+        raise ConfigError(f"level must be 'datetime', 'instrument', 0, 1 or None, got {level!r}.")
+    if isinstance(selector, slice):
+        if selector == slice(None):
+            return panel.by_date(panel.live_rows())
+        if level in ("datetime", 0) and selector.step is None:
+            return panel.by_date(panel.rows_between(selector.start, selector.stop))
+    rows = panel.by_date(panel.live_rows())
+    numbers = pd.DataFrame({"row": rows}, index=panel.index(rows))
+    key: Any = selector
+    if level is not None and not isinstance(selector, pd.MultiIndex):
+        key = (selector, slice(None)) if level in ("datetime", 0) else (slice(None), selector)
+    try:
+        found = numbers.loc(axis=0)[key]
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"selector {str(selector)[:80]} (level {level!r}) does not name rows of the data: {error}"
+        ) from None
+    return np.atleast_1d(found["row"].to_numpy() if isinstance(found, pd.DataFrame) else np.asarray(found["row"]))
