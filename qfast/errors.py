@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class QfastError(Exception):
@@ -38,3 +39,14 @@ def suggest(name: object, known: Iterable[object]) -> str:
     """
     nearest = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.6)
     return f" Did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def whole_number(name: str, value: Any, least: int = 1) -> int:
+    """`value` as an int if it is a whole number of at least `least`, otherwise a ConfigError that names it.
+
+    >>> whole_number("step_len", 20)
+    20
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+    return int(value)

@@ -24,7 +24,7 @@ from qfast.callbacks import Callback, Checkpoint, EarlyStopping, Progress
 from qfast.data.adapt import windows_of
 from qfast.data.batching import BatchOrder, NumpyOrder, slices
 from qfast.data.windows import WindowSet
-from qfast.errors import BackendError, ConfigError, DataError, NotFittedError, suggest
+from qfast.errors import BackendError, ConfigError, DataError, NotFittedError, suggest, whole_number
 from qfast.losses import loss_function, metric_function
 
 GRADIENT_LIMIT = 3.0  # the reference clips every gradient element to +-3
@@ -279,7 +279,7 @@ class Estimator:
         prediction = self.network(windows.batch(samples)).to(self.loss_dtype)
         loss = self.loss_fn(prediction, windows.label[samples], weight)
         self.train_optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_value_(self.network.parameters(), GRADIENT_LIMIT)
         self.train_optimizer.step()
         return loss.detach()
@@ -400,10 +400,8 @@ class Estimator:
     # ---------------------------------------------------------------- helpers
     def _check_arguments(self) -> None:
         params = self._params
-        for name in ("n_epochs", "batch_size", "early_stop"):
-            value, least = params[name], 1 if name == "batch_size" else 0
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-                raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+        for name, least in {"n_epochs": 0, "batch_size": 1, "early_stop": 0}.items():
+            whole_number(name, params[name], least)
         if isinstance(params["lr"], (bool, str)) or not params["lr"] >= 0:
             raise ConfigError(f"lr must be a number of at least 0, got {params['lr']!r}.")
         if params["compat"] not in (None, "qlib"):

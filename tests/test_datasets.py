@@ -162,3 +162,12 @@ def test_two_labels_are_refused():
     frame[("label", "LABEL1")] = frame[("label", "LABEL0")]
     with pytest.raises(DataError, match=r"2 label columns .*trained on exactly one"):
         DatasetH(handler=frame, segments=SEGMENTS).windows("train", "learn")
+
+
+def test_segments_share_one_copy_on_another_device():
+    dataset = ours(TSDatasetH, gappy_frame(), step_len=6)
+    moved: dict = {}
+    train, valid = (dataset.windows(s, "learn").to(torch.device("meta"), moved) for s in ("train", "valid"))
+    assert train.features is valid.features
+    assert train.index.position is valid.index.position
+    assert train.rows is not valid.rows

@@ -65,7 +65,7 @@ def _from_frame(frame: pd.DataFrame, name: str) -> WindowSet:
     """Flat samples: each row of the frame."""
     features, label = frame, None
     if frame.columns.nlevels == 2:
-        features = frame["feature"]
+        features = pd.DataFrame(frame["feature"])
         if "label" in frame.columns.get_level_values(0):
             _one_label(frame["label"].shape[1], name)
             label = torch.from_numpy(frame["label"].to_numpy(dtype=np.float32, copy=True)[:, 0])
@@ -75,8 +75,7 @@ def _from_frame(frame: pd.DataFrame, name: str) -> WindowSet:
         rows=torch.arange(len(frame)),
         label=label,
         columns=[str(c) for c in features.columns],
-        keys=lambda: frame.index,
-        used_rows=lambda: np.arange(len(frame)),
+        keys_of=lambda rows: frame.index[rows],
         source=lambda: frame,
         name=name,
     )
@@ -97,6 +96,11 @@ def _from_sampler(sampler: Any, name: str) -> WindowSet:
     date_codes = np.zeros(len(table) - 1, dtype=np.int32)
     instrument_codes = np.zeros(len(table) - 1, dtype=np.int32)
     date_codes[row_of], instrument_codes[row_of] = date_of, instrument_of
+
+    def keys_of(rows: np.ndarray) -> pd.MultiIndex:
+        keys = [sampler.idx_df.index[date_codes[rows]], sampler.idx_df.columns[instrument_codes[rows]]]
+        return pd.MultiIndex.from_arrays(keys, names=["datetime", "instrument"])
+
     where = np.asarray(sampler.idx_map, dtype=np.int64).reshape(-1, 2)
     rows = torch.from_numpy(grid[where[:, 0], where[:, 1]].astype(np.int64))
     return WindowSet(
@@ -104,9 +108,9 @@ def _from_sampler(sampler: Any, name: str) -> WindowSet:
         rows=rows,
         label=torch.from_numpy(np.array(array[:, -1]))[rows],
         columns=[f"column {j}" for j in range(table.shape[1] - 1)],
-        keys=sampler.get_index,
-        used_rows=lambda: np.arange(len(table) - 1),
+        keys_of=keys_of,
         source=lambda: sampler,
+        history=lambda: np.arange(len(table) - 1),
         index=build_window_index(instrument_codes, date_codes),
         step_len=int(sampler.step_len),
         name=name,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qfast.data.panel import Panel
 from qfast.data.windows import WindowSet
-from qfast.errors import ConfigError, DataError, suggest
+from qfast.errors import ConfigError, DataError, suggest, whole_number
 from qfast.ops import WindowIndex, build_window_index, gather_windows, window_rows
 
 DK_R, DK_I, DK_L = "raw", "infer", "learn"
@@ -81,7 +81,7 @@ class TSDataSampler:
     ) -> None:
         self.panel = data if isinstance(data, Panel) else Panel.from_frame(data, dtype=_common_dtype(data, dtype))
         self.start, self.end = start, end
-        self.step_len = _positive(step_len, "step_len")
+        self.step_len = whole_number("step_len", step_len)
         self.fillna_type = fillna_type
         self.groups = list(self.panel.blocks) if groups is None else list(groups)
         if self.panel.n_live == 0:
@@ -148,9 +148,9 @@ class TSDataSampler:
             rows=rows,
             label=None if label is None else label[rows],
             columns=columns,
-            keys=self.get_index,
-            used_rows=self._history_rows,
+            keys_of=self.panel.index,
             source=lambda: self,
+            history=self._history_rows,
             index=self.window_index,
             step_len=self.step_len,
             fill=fill,
@@ -315,8 +315,7 @@ class DatasetH:
             rows=sample_rows,
             label=None if label is None else label[sample_rows],
             columns=columns,
-            keys=lambda: panel.index(rows),
-            used_rows=lambda: np.sort(rows),
+            keys_of=panel.index,
             source=lambda: panel.to_frame(rows=rows),
             name=str(segment),
         )
@@ -355,7 +354,7 @@ class TSDatasetH(DatasetH):
     """
 
     def __init__(self, step_len: int = 30, flt_col: str | None = None, **kwargs: Any) -> None:
-        self.step_len = _positive(step_len, "step_len")
+        self.step_len = whole_number("step_len", step_len)
         self.flt_col = flt_col
         self._index_of: dict[str, tuple[Panel, WindowIndex]] = {}
         super().__init__(**kwargs)
@@ -363,7 +362,7 @@ class TSDatasetH(DatasetH):
     def config(self, **kwargs: Any) -> None:
         """Replace `step_len` or `segments`."""
         if "step_len" in kwargs:
-            self.step_len = _positive(kwargs.pop("step_len"), "step_len")
+            self.step_len = whole_number("step_len", kwargs.pop("step_len"))
         super().config(**kwargs)
 
     def windows(self, segment: Any, data_key: str, *, with_label: bool = True) -> WindowSet:
@@ -432,12 +431,6 @@ class TSDatasetH(DatasetH):
 
 
 # ---------------------------------------------------------------- helpers
-def _positive(value: Any, what: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ConfigError(f"{what} must be a whole number of at least 1, got {value!r}.")
-    return int(value)
-
-
 def _segment(name: str, bounds: Any) -> tuple[Any, Any]:
     if isinstance(bounds, slice):
         bounds = (bounds.start, bounds.stop)

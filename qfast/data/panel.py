@@ -156,7 +156,7 @@ class Panel:
         """(datetime, instrument) keys of `rows` (default: all live rows), in the order given."""
         rows = self.live_rows() if rows is None else rows
         return pd.MultiIndex(
-            levels=[self.datetimes, pd.Index(self.instruments)],
+            levels=[self.datetimes, pd.Index(self.instruments)],  # type: ignore[list-item]
             codes=[self.date_codes[rows], self.instrument_codes[rows]],
             names=["datetime", "instrument"],
             verify_integrity=False,
@@ -233,12 +233,12 @@ class Panel:
         digest.update("\x1f".join(map(str, self.instruments)).encode())
         for codes in (self.date_codes, self.instrument_codes, self.live):
             if codes is not None:
-                digest.update(np.ascontiguousarray(codes))
+                digest.update(np.ascontiguousarray(codes).data)
         for name in sorted(self.blocks):
             digest.update("\x1f".join((name, *self.blocks[name].columns)).encode())
             values = self.blocks[name].values
             for start in range(0, len(values), ROW_CHUNK):
-                digest.update(np.ascontiguousarray(values[start : start + ROW_CHUNK]))
+                digest.update(np.ascontiguousarray(values[start : start + ROW_CHUNK]).data)
         return digest.hexdigest()
 
     def _timestamp(self, value: Any, what: str) -> pd.Timestamp:

@@ -8,7 +8,7 @@ operator cuts out of the panel when a batch is asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -38,8 +38,8 @@ class WindowSet:
         float32 or float64 [n], NaN or infinite where there is none; None when the data has no label.
     columns : sequence of str
         D feature names, for messages.
-    keys : callable
-        `keys()` gives the (datetime, instrument) index of the n samples.
+    keys_of : callable
+        `keys_of(rows)` gives the (datetime, instrument) index of some feature rows.
     index : WindowIndex or None
         Window tables over the R rows; None for flat samples.
     step_len : int or None
@@ -48,8 +48,8 @@ class WindowSet:
         How missing steps are filled: "none", "ffill" or "ffill+bfill".
     first_position : int
         Rows before this date position do not exist for these samples.
-    used_rows : callable
-        `used_rows()` gives the rows that any window can read.
+    history : callable or None
+        `history()` gives the rows that any rolling window can read, ascending; None for flat samples.
     source : callable
         `source()` gives what a reweighter is shown: the sampler or the frame of the samples.
     """
@@ -58,9 +58,9 @@ class WindowSet:
     rows: Tensor
     label: Tensor | None
     columns: Sequence[str]
-    keys: Callable[[], pd.MultiIndex]
-    used_rows: Callable[[], np.ndarray]
+    keys_of: Callable[[np.ndarray], pd.MultiIndex]
     source: Callable[[], Any]
+    history: Callable[[], np.ndarray] | None = None
     index: WindowIndex | None = None
     step_len: int | None = None
     fill: str = "ffill+bfill"
@@ -71,32 +71,39 @@ class WindowSet:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def keys(self) -> pd.MultiIndex:
+        """(datetime, instrument) of the n samples, in sample order."""
+        return self.keys_of(self.rows.cpu().numpy())
+
     @property
     def device(self) -> torch.device:
         """Where the features live."""
         return self.features.device
 
-    def to(self, device: torch.device, shared: dict[int, Any] | None = None) -> WindowSet:
+    def to(self, device: torch.device, moved: dict[Any, Tensor] | None = None) -> WindowSet:
         """The same samples with every tensor on `device`; nothing is copied if it is there already.
 
-        `shared` maps id(tensor) -> moved tensor, so that segments cut from one panel share one copy.
+        Segments cut from one panel share its memory; handing the same `moved` to each of them keeps it
+        one copy on the device as well.
         """
         if device == self.device:
             return self
-        shared = {} if shared is None else shared
+        done = {} if moved is None else moved
 
-        def move(value: Any) -> Any:
-            if value is None:
-                return None
-            if id(value) not in shared:
-                shared[id(value)] = (
-                    value,
-                    value.to(device),
-                )  # the original is kept so that its id stays taken
-            return shared[id(value)][1]
+        def move(tensor: Tensor) -> Tensor:
+            key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            if key not in done:
+                done[key] = tensor.to(device)
+            return done[key]
 
-        moved = {name: move(getattr(self, name)) for name in ("features", "rows", "label", "index", "_weight")}
-        return WindowSet(**{**self.__dict__, **moved})
+        return replace(
+            self,
+            features=move(self.features),
+            rows=move(self.rows),
+            label=None if self.label is None else move(self.label),
+            index=None if self.index is None else WindowIndex(*map(move, self.index)),
+            _weight=None if self._weight is None else move(self._weight),
+        )
 
     def batch(self, samples: Tensor) -> Tensor:
         """Features of some samples (int64 [B], on the features' device): [B, T, F], or [B, F*T] if flat."""
@@ -110,19 +117,12 @@ class WindowSet:
     def select(self, mask: np.ndarray) -> WindowSet:
         """Only the samples with mask[i]; the tables are shared."""
         keep = torch.from_numpy(np.flatnonzero(mask))
-        keys = self.keys
-        return WindowSet(
-            **{
-                **self.__dict__,
-                "rows": self.rows[keep],
-                "label": None if self.label is None else self.label[keep],
-                "keys": lambda: keys()[mask],
-            }
-        )
+        label = None if self.label is None else self.label[keep]
+        return replace(self, rows=self.rows[keep], label=label)
 
     def non_finite_features(self) -> list[tuple[str, int, int, int]]:
         """(column, bad values, rows looked at, first bad row) of each column with NaN or infinity."""
-        rows = torch.from_numpy(self.used_rows())
+        rows = self.rows.sort().values if self.history is None else torch.from_numpy(self.history())
         bad = torch.zeros(self.features.shape[1], dtype=torch.int64)
         first = torch.full_like(bad, -1)
         for start in range(0, len(rows), SCAN_ROWS):
@@ -149,10 +149,12 @@ class WindowSet:
         found = self.non_finite_features()
         if not found:
             return
-        lines = [
-            f"  {column!r}: {count} of {total} rows ({count / total:.2%}), first in row {row}"
-            for column, count, total, row in found[:8]
-        ]
+        lines = []
+        for column, count, total, row in found[:8]:
+            date, instrument = self.keys_of(np.array([row]))[0]
+            lines.append(
+                f"  {column!r}: {count} of {total} rows ({count / total:.2%}), first at {date}, {instrument!r}"
+            )
         if len(found) > 8:
             lines.append(f"  ... and {len(found) - 8} more columns")
         raise DataError(

@@ -6,12 +6,11 @@ Parameter names, creation order and initial weights are those of the reference
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import ClassVar
 
 from torch import Tensor, nn
 
-from qfast.errors import ConfigError, DataError
+from qfast.errors import ConfigError, DataError, whole_number
 
 __all__ = ["GRUModel", "LSTMModel", "as_windows"]
 
@@ -59,13 +58,12 @@ def as_windows(x: Tensor, d_feat: int) -> Tensor:
 class _RecurrentModel(nn.Module):
     """fc_out(last step of the top recurrent layer); subclasses say which layer."""
 
-    layer: ClassVar[type[nn.RNNBase]]
+    layer: ClassVar[type[nn.LSTM] | type[nn.GRU]]
 
     def __init__(self, d_feat: int = 6, hidden_size: int = 64, num_layers: int = 2, dropout: float = 0.0) -> None:
         super().__init__()
         for name, value in {"d_feat": d_feat, "hidden_size": hidden_size, "num_layers": num_layers}.items():
-            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
+            whole_number(name, value)
         if not 0.0 <= float(dropout) <= 1.0:
             raise ConfigError(f"dropout must lie in [0, 1], got {dropout!r}.")
         # nn.LSTM warns about dropout without a second layer, where it has no effect; the reference's

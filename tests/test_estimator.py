@@ -1,0 +1,424 @@
+"""The training loop: what it refuses, what it repairs, what survives an interruption."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import make_frame
+
+from qfast.callbacks import Callback
+from qfast.data import DatasetH, TSDatasetH
+from qfast.errors import BackendError, CheckpointError, ConfigError, DataError, NotFittedError
+from qfast.models import GRU, LSTM, ts
+
+SEGMENTS = {
+    "train": ("2020-01-01", "2020-02-14"),
+    "valid": ("2020-02-15", "2020-03-10"),
+    "test": ("2020-03-11", "2020-12-31"),
+}
+SMALL = {"d_feat": 3, "hidden_size": 8, "n_epochs": 3, "batch_size": 32, "lr": 0.01, "seed": 1}
+
+
+def rolling(frame: pd.DataFrame | None = None, segments=SEGMENTS, **kwargs) -> TSDatasetH:
+    return TSDatasetH(handler=make_frame(70, 9, 3) if frame is None else frame, segments=segments, step_len=5, **kwargs)
+
+
+def flat(frame: pd.DataFrame | None = None, segments=SEGMENTS) -> DatasetH:
+    return DatasetH(handler=make_frame(70, 9, 12) if frame is None else frame, segments=segments)
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in model.network.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---------------------------------------------------------------- learning
+@pytest.mark.parametrize("kind", [ts.LSTM, ts.GRU])
+def test_a_planted_signal_is_learnt(kind):
+    frame = make_frame(120, 12, 3, holes=0.05)
+    frame[("label", "LABEL0")] = frame[("feature", "F0")] * 0.9 + 0.1 * frame[("label", "LABEL0")]
+    segments = {
+        "train": ("2020-01-01", "2020-04-30"),
+        "valid": ("2020-05-01", "2020-05-31"),
+        "test": ("2020-06-01", None),
+    }
+    model = kind(**{**SMALL, "n_epochs": 15}).fit(rolling(frame, segments))
+    prediction = model.predict(rolling(frame, segments))
+    label = frame[("label", "LABEL0")].reindex(prediction.index)
+    assert prediction.corr(label) > 0.9
+    assert model.history_["train"].iloc[-1] > model.history_["train"].iloc[0]
+
+
+def test_history_has_one_row_per_epoch():
+    model = ts.LSTM(**SMALL).fit(rolling())
+    assert list(model.history_.index) == [0, 1, 2]
+    assert {"train", "valid", "valid_all", "train_loss", "train_seconds", "seconds"} <= set(model.history_)
+    assert model.evals_result_["valid"] == model.history_["valid"].tolist()
+    assert model.best_epoch_ == int(np.argmax(model.history_["valid"]))
+
+
+def test_the_score_over_all_validation_samples_is_the_plain_mean():
+    dataset = rolling()
+    model = ts.LSTM(**{**SMALL, "n_epochs": 1}).fit(dataset)
+    windows = dataset.windows("valid", "learn")
+    with torch.no_grad():
+        prediction = model.network.eval()(windows.batch(torch.arange(len(windows))))
+    expected = -torch.mean((prediction.double() - windows.label.double()) ** 2)
+    assert model.history_["valid_all"].iloc[-1] == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_early_stopping_keeps_the_best_weights():
+    class Scripted(ts.LSTM):
+        """Validation scores by script: best at epoch 1, then never again."""
+
+        def score_segment(self, windows, segment):
+            if segment == "valid":
+                return [-3.0, -1.0, -2.0, -1.0, -9.0][self.epoch_], 0.0
+            return super().score_segment(windows, segment)
+
+    seen = []
+
+    class Keep(Callback):
+        def on_valid_end(self, estimator):
+            seen.append(weights(estimator))
+
+    model = Scripted(**{**SMALL, "n_epochs": 50, "early_stop": 2}).fit(rolling(), callbacks=[Keep()])
+    assert len(model.history_) == 4  # 1 + early_stop epochs after the best one would be the third
+    assert model.best_epoch_ == 1
+    assert same(weights(model), seen[1])
+
+
+# ---------------------------------------------------------------- predicting
+def test_predict_takes_any_segment_and_remainders_of_one():
+    dataset = rolling()
+    n = len(dataset.prepare("test"))
+    model = ts.LSTM(**{**SMALL, "batch_size": n - 1}).fit(dataset)
+    prediction = model.predict(dataset)
+    assert len(prediction) == n
+    assert prediction.index.names == ["datetime", "instrument"]
+    assert not prediction.isna().any()
+    part = model.predict(dataset, slice("2020-03-20", "2020-03-25"))
+    pd.testing.assert_series_equal(part, prediction.reindex(part.index), rtol=1e-5)  # same score whatever the segment
+    assert len(model.predict(dataset, slice("2031-01-01", None))) == 0
+
+
+@pytest.mark.parametrize("build", [rolling, flat])
+def test_rows_without_a_label_are_scored(build):
+    n_features = 3 if build is rolling else 12
+    frame = make_frame(70, 9, n_features)
+    last = frame.index.get_level_values("datetime").max()
+    frame.loc[last, ("label", "LABEL0")] = np.nan
+    kind = ts.LSTM if build is rolling else LSTM
+    model = kind(**SMALL).fit(build(frame))
+    assert last in model.predict(build(frame)).index.get_level_values("datetime")
+    unlabelled = frame[["feature"]]
+    pd.testing.assert_series_equal(model.predict(build(unlabelled)), model.predict(build(frame)))
+
+
+def test_a_day_with_one_stock_is_scored():
+    frame = make_frame(70, 1, 3, holes=0.0)
+    prediction = ts.GRU(**{**SMALL, "batch_size": 1}).fit(rolling(frame)).predict(rolling(frame))
+    assert len(prediction) == 70 - len(frame.loc[:"2020-03-10"])
+
+
+def test_predict_before_fit_is_refused():
+    with pytest.raises(NotFittedError, match="model is not fitted yet!"):
+        ts.LSTM(**SMALL).predict(rolling())
+
+
+# ---------------------------------------------------------------- data that cannot be trained on
+def test_nan_in_features_stops_before_training_and_names_column_and_share():
+    frame = make_frame(70, 9, 3)
+    values = frame[("feature", "F1")].to_numpy(copy=True)
+    values[[5, 17]] = np.nan, np.inf
+    frame[("feature", "F1")] = values
+    model = ts.LSTM(**SMALL)
+    before = weights(model)
+    with pytest.raises(
+        DataError,
+        match=r"segment 'train' hold NaN or infinity in 1 of 3 columns(.|\n)*'F1': 2 of \d+ rows .*first at "
+        r"2020-01-0\d 00:00:00, 'S00\d'",
+    ):
+        model.fit(rolling(frame))
+    assert same(weights(model), before)
+
+
+def test_a_nan_only_in_history_is_found_too():
+    frame = make_frame(70, 1, 3, holes=0.0)
+    start = frame.index.get_level_values("datetime")[30]
+    values = frame[("feature", "F2")].to_numpy(copy=True)
+    values[27] = np.nan  # three rows before the first sample, inside its window of five
+    frame[("feature", "F2")] = values
+    with pytest.raises(DataError, match="'F2': 1 of"):
+        ts.LSTM(**SMALL).fit(rolling(frame, {"train": (start, None)}))
+    values[27], values[20] = 0.0, np.nan  # out of every window's reach
+    frame[("feature", "F2")] = values
+    ts.LSTM(**{**SMALL, "n_epochs": 1}).fit(rolling(frame, {"train": (start, None)}))
+
+
+def test_flat_gru_leaves_incomplete_rows_out_and_lstm_refuses_them():
+    frame = make_frame(70, 9, 12)
+    values = frame[("feature", "F3")].to_numpy(copy=True)
+    values[::11] = np.nan
+    frame[("feature", "F3")] = values
+    with pytest.raises(DataError, match="'F3'"):
+        LSTM(**SMALL).fit(flat(frame))
+    model = GRU(**{**SMALL, "n_epochs": 1}).fit(flat(frame))
+    assert all(torch.isfinite(v).all() for v in weights(model).values())
+
+
+def test_labels_that_are_nan_or_infinite_do_not_count():
+    frame = make_frame(70, 9, 3)
+    values = frame[("label", "LABEL0")].to_numpy(copy=True)
+    values[::3], values[1::9] = np.nan, np.inf
+    frame[("label", "LABEL0")] = values
+    model = ts.LSTM(**SMALL).fit(rolling(frame))
+    assert np.isfinite(model.history_[["train", "valid", "train_loss"]].to_numpy()).all()
+
+
+def test_a_batch_without_any_label_leaves_finite_scores_and_is_nan_with_compat():
+    frame = make_frame(70, 8, 3, holes=0.0)
+    half = frame.index.get_level_values("instrument") < "S004"
+    frame[("label", "LABEL0")] = frame[("label", "LABEL0")].mask(half)
+    n_valid = len(rolling(frame).prepare("valid"))
+    small = {**SMALL, "batch_size": n_valid // 4}
+    assert np.isfinite(ts.LSTM(**small).fit(rolling(frame)).history_["valid"]).all()
+    assert np.isnan(ts.LSTM(**small, compat="qlib").fit(rolling(frame)).history_["valid"]).all()
+
+
+def test_empty_and_missing_segments():
+    with pytest.raises(DataError, match="segment 'train' has no samples"):
+        ts.LSTM(**SMALL).fit(rolling(segments={"train": ("2035-01-01", None)}))
+    with pytest.raises(DataError, match="segment 'valid' has no samples"):
+        ts.LSTM(**SMALL).fit(rolling(segments={**SEGMENTS, "valid": ("2035-01-01", None)}))
+    with pytest.raises(DataError, match=r"segment 'train' is not defined; the dataset has \['test'\]"):
+        ts.LSTM(**SMALL).fit(rolling(segments={"test": SEGMENTS["test"]}))
+    with pytest.raises(DataError, match="no label column"):
+        ts.LSTM(**SMALL).fit(rolling(make_frame(70, 9, 3)[["feature"]]))
+    with pytest.raises(DataError, match="dataset must be a qfast or Qlib dataset"):
+        ts.LSTM(**SMALL).fit(make_frame())
+
+
+@pytest.mark.parametrize("kind", [LSTM, GRU])
+def test_without_a_validation_segment_the_last_weights_stay(kind):
+    model = kind(**SMALL)
+    before = weights(model)
+    model.fit(flat(segments={"train": SEGMENTS["train"]}))
+    assert not same(weights(model), before)
+    assert "valid" not in model.history_
+    assert model.best_epoch_ is None
+
+
+def test_a_segment_smaller_than_the_batch_is_one_batch_unless_compat():
+    model = ts.LSTM(**{**SMALL, "batch_size": 8192}).fit(rolling())
+    assert np.isfinite(model.history_["valid"]).all()
+    with pytest.raises(DataError, match="batch_size is 8192 but the segment has"):
+        ts.LSTM(**{**SMALL, "batch_size": 8192}, compat="qlib").fit(rolling())
+
+
+def test_a_loss_that_explodes_is_reported():
+    with pytest.raises(DataError, match=r"training loss became (nan|inf) at batch \d+ of epoch \d+.*lower lr"):
+        ts.LSTM(**{**SMALL, "lr": 1e25, "optimizer": "gd", "n_epochs": 50}).fit(rolling())
+
+
+# ---------------------------------------------------------------- weights
+def test_reweighter_is_checked():
+    class Wrong:
+        def reweight(self, samples):
+            return np.ones(3)
+
+    with pytest.raises(DataError, match=r"reweighter gave 3 weights for the \d+ samples of segment 'train'"):
+        ts.LSTM(**SMALL).fit(rolling(), reweighter=Wrong())
+    with pytest.raises(ConfigError, match=r"must have a method reweight.*got dict"):
+        ts.LSTM(**SMALL).fit(rolling(), reweighter={"class": "X"})
+
+
+# ---------------------------------------------------------------- arguments
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"drop_out": 0.1}, r"LSTM has no argument 'drop_out'. Did you mean 'dropout'"),
+        ({"lr": "1e-3"}, "lr must be a number of at least 0, got '1e-3'"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
+        ({"n_epochs": 1.5}, "n_epochs must be a whole number"),
+        ({"early_stop": -1}, "early_stop must be a whole number of at least 0"),
+        ({"loss": "mae"}, r"loss must be one of \['mse'\], got 'mae'"),
+        ({"metric": "ic"}, "metric must be one of"),
+        ({"optimizer": "adamw"}, r"optimizer must be 'adam' or 'gd', got 'adamw'. Did you mean 'adam'"),
+        ({"compat": "pyqlib"}, "compat must be None or 'qlib'"),
+        ({"hidden_size": 0}, "hidden_size must be a whole number of at least 1"),
+        ({"dropout": 1.5}, r"dropout must lie in \[0, 1\]"),
+        ({"device": "gpu0"}, "device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got 'gpu0'"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        LSTM(**arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_a_gpu_asked_for_and_not_there_is_refused():
+    with pytest.raises(BackendError, match=r"device='cuda' was asked for but this torch .* sees no GPU"):
+        LSTM(device="cuda")
+    assert LSTM(GPU=0).device.type == "cpu"  # the default asks for a GPU only if there is one
+
+
+def test_wrong_input_shapes_are_named():
+    network = LSTM(d_feat=6).network
+    with pytest.raises(DataError, match=r"x has 20 features .* built with d_feat=6. Remedy: d_feat=20"):
+        network(torch.zeros(2, 5, 20))
+    with pytest.raises(DataError, match="x has 20 columns, which is not a multiple of d_feat=6"):
+        network(torch.zeros(2, 20))
+    with pytest.raises(DataError, match=r"x must be \[B, T, F\] or \[B, F\*T\], got 1 axes"):
+        network(torch.zeros(2))
+
+
+def test_get_params_rebuild_the_model():
+    model = ts.LSTM(**SMALL, dropout=0.1)
+    again = ts.LSTM(**model.get_params())
+    assert again.get_params() == model.get_params()
+    assert again.d_feat == 3
+    assert again.batch_size == 32
+
+
+# ---------------------------------------------------------------- files and interruptions
+@pytest.mark.parametrize("name", ["best.safetensors", "best.pt"])
+def test_weights_survive_a_file(name, tmp_path):
+    model = ts.LSTM(**SMALL).fit(rolling(), save_path=tmp_path / "deep" / name)
+    other = ts.LSTM(**{**SMALL, "seed": 9}).load_weights(tmp_path / "deep" / name)
+    pd.testing.assert_series_equal(other.predict(rolling()), model.predict(rolling()))
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == [name]  # no temporary file is left
+
+
+def test_damaged_or_foreign_weight_files_are_named(tmp_path):
+    model = ts.LSTM(**SMALL)
+    model.save_weights(tmp_path / "w.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "w.safetensors").read_bytes()[:-40])
+    with pytest.raises(CheckpointError, match=r"cut.safetensors is not a readable weight file, it may be truncated"):
+        model.load_weights(tmp_path / "cut.safetensors")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        model.load_weights(tmp_path / "none.safetensors")
+    ts.GRU(**SMALL).save_weights(tmp_path / "gru.safetensors")
+    with pytest.raises(CheckpointError, match=r"does not fit LSTMModel.*other shapes .*weight_ih_l0: file"):
+        model.load_weights(tmp_path / "gru.safetensors")
+    with (tmp_path / "evil.pkl").open("wb") as file:
+        pickle.dump({"x": print}, file)
+    with pytest.raises(CheckpointError, match="not a readable weight file"):
+        model.load_weights(tmp_path / "evil.pkl")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(CheckpointError, match="holds list, not a state dict"):
+        model.load_weights(tmp_path / "list.pt")
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    model = ts.LSTM(**SMALL)
+    path = tmp_path / "w.safetensors"
+    model.save_weights(path)
+    before = path.read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        model.save_weights(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+class StopAt(Callback):
+    """Ctrl-C at the end of an epoch, or in the middle of one."""
+
+    def __init__(self, epoch: int, moment: str) -> None:
+        self.epoch, self.moment = epoch, moment
+
+    def on_batch_end(self, estimator):
+        if self.moment == "batch" and estimator.epoch_ == self.epoch:
+            raise KeyboardInterrupt
+
+    def on_checkpoint(self, estimator):
+        if self.moment == "checkpoint" and estimator.epoch_ == self.epoch:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("moment", ["batch", "checkpoint"])
+@pytest.mark.parametrize("kind", [ts.LSTM, LSTM])
+def test_an_interrupted_fit_resumes_to_the_unbroken_result(kind, moment, tmp_path):
+    data = rolling if kind is ts.LSTM else flat
+    arguments = {**SMALL, "n_epochs": 5, "dropout": 0.2}
+    unbroken = kind(**arguments).fit(data())
+    broken = kind(**arguments)
+    with pytest.raises(KeyboardInterrupt):
+        broken.fit(data(), callbacks=[StopAt(2, moment)], checkpoint_dir=tmp_path)
+    assert broken.predict(data()).notna().all()  # still usable, with the best weights so far
+    np.random.seed(99)
+    torch.manual_seed(99)
+    resumed = kind(**arguments).fit(data(), checkpoint_dir=tmp_path, resume=True)
+    assert resumed.evals_result_ == unbroken.evals_result_
+    assert same(weights(resumed), weights(unbroken))
+    assert len(resumed.history_) == 5
+    assert [p.name for p in tmp_path.iterdir()] == ["last.safetensors"]
+
+
+def test_resume_refuses_other_arguments_and_missing_or_damaged_checkpoints(tmp_path):
+    ts.LSTM(**SMALL).fit(rolling(), checkpoint_dir=tmp_path)
+    with pytest.raises(CheckpointError, match=r"other arguments \(hidden_size: 8 -> 16\)"):
+        ts.LSTM(**{**SMALL, "hidden_size": 16}).fit(rolling(), checkpoint_dir=tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match="is a checkpoint of LSTMTimeSeries, not of GRUTimeSeries"):
+        ts.GRU(**SMALL).fit(rolling(), checkpoint_dir=tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        ts.LSTM(**SMALL).fit(rolling(), checkpoint_dir=tmp_path / "nowhere", resume=True)
+    with pytest.raises(ConfigError, match="resume=True needs checkpoint_dir"):
+        ts.LSTM(**SMALL).fit(rolling(), resume=True)
+    longer = ts.LSTM(**{**SMALL, "n_epochs": 4}).fit(rolling(), checkpoint_dir=tmp_path, resume=True)
+    assert len(longer.history_) == 4
+    path = tmp_path / "last.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="may be truncated"):
+        ts.LSTM(**SMALL).fit(rolling(), checkpoint_dir=tmp_path, resume=True)
+    ts.LSTM(**SMALL).save_weights(path)
+    with pytest.raises(CheckpointError, match="holds weights but no training state"):
+        ts.LSTM(**SMALL).fit(rolling(), checkpoint_dir=tmp_path, resume=True)
+
+
+def test_nothing_is_printed_and_no_file_appears(tmp_path, monkeypatch, capfd, caplog):
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level(logging.INFO, logger="qfast"):
+        ts.LSTM(**SMALL).fit(rolling())
+    assert [r.message.split(":")[0] for r in caplog.records if r.message.startswith("epoch")] == [
+        "epoch 0", "epoch 1", "epoch 2",
+    ]  # fmt: skip
+    assert capfd.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_estimator_survives_pickle():
+    model = ts.LSTM(**SMALL).fit(rolling())
+    again = pickle.loads(pickle.dumps(model))
+    pd.testing.assert_series_equal(again.predict(rolling()), model.predict(rolling()))
+
+
+def test_callbacks_see_every_moment_in_order():
+    seen: list[str] = []
+
+    class Spy(Callback):
+        pass
+
+    for name in ("fit_start", "epoch_start", "batch_end", "valid_end", "epoch_end", "fit_end"):
+        setattr(Spy, f"on_{name}", lambda self, estimator, name=name: seen.append(name))
+    ts.LSTM(**{**SMALL, "n_epochs": 2, "batch_size": 100}).fit(rolling(), callbacks=[Spy()])
+    epoch = [
+        "epoch_start",
+        *["batch_end"] * seen[: seen.index("valid_end")].count("batch_end"),
+        "valid_end",
+        "epoch_end",
+    ]
+    assert seen == ["fit_start", *epoch, *epoch, "fit_end"]
