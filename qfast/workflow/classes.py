@@ -1,0 +1,43 @@
+"""Which classes a workflow file may name: the reference's module paths and ours, side by side.
+
+Importing this module fills the registries. Handlers, processors and records register themselves.
+"""
+
+from __future__ import annotations
+
+from qfast.data import DatasetH, TSDatasetH, handlers, processors
+from qfast.models import GRU, LSTM, ts
+from qfast.registry import DATASETS, MODELS
+from qfast.workflow import records
+
+__all__ = ["handlers", "processors", "records"]
+
+NOT_YET = {
+    "ALSTM": "pytorch_alstm",
+    "TransformerModel": "pytorch_transformer",
+    "LocalformerModel": "pytorch_localformer",
+    "GATs": "pytorch_gats",
+    "TCN": "pytorch_tcn",
+}
+
+
+def _register() -> None:
+    for flat, rolling, stem in ((LSTM, ts.LSTM, "pytorch_lstm"), (GRU, ts.GRU, "pytorch_gru")):
+        name = flat.__name__
+        MODELS.add(flat, name, modules=(f"qlib.contrib.model.{stem}", "qfast.models"))
+        MODELS.add(rolling, name, modules=(f"qlib.contrib.model.{stem}_ts", "qfast.models.ts"))
+    for name, stem in NOT_YET.items():
+        modules = (
+            f"qlib.contrib.model.{stem}",
+            f"qlib.contrib.model.{stem}_ts",
+            "qfast.models",
+            "qfast.models.ts",
+        )
+        MODELS.unavailable(
+            name, f"{name} is known, but this version does not have it yet; it has {MODELS.names()}.", modules
+        )
+    for dataset in (DatasetH, TSDatasetH):
+        DATASETS.add(dataset, modules=("qlib.data.dataset", "qfast.data", "qfast.data.dataset"))
+
+
+_register()

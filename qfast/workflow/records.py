@@ -1,0 +1,109 @@
+"""What a run keeps besides its weights: scores, their analysis. Named and configured as in the reference.
+
+Scores, labels, IC and rank IC are always written; a record says how they are analysed further.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pandas as pd
+
+from qfast.errors import ConfigError
+from qfast.metrics import ic_summary, long_short_return, long_short_summary
+from qfast.registry import RECORDS
+
+if TYPE_CHECKING:
+    from qfast.workflow.report import SegmentResult
+
+__all__ = ["PortAnaRecord", "Record", "SigAnaRecord", "SignalRecord"]
+
+MODULES = ("qlib.workflow.record_temp", "qfast.workflow.records", "qfast.workflow")
+
+
+class Record:
+    """Base: adds to a segment's metrics, and says what it could not do.
+
+    `needs_objects` lists the arguments for which the workflow hands over the live objects where the
+    file does not name them (<MODEL>, <DATASET>).
+    """
+
+    notice: ClassVar[str] = ""
+
+    def metrics(self, segment: SegmentResult) -> dict[str, float]:
+        """Further numbers of one segment."""
+        return {}
+
+    def series(self, segment: SegmentResult) -> dict[str, pd.Series]:
+        """Further daily series of one segment, by name."""
+        return {}
+
+
+@dataclass
+class SignalRecord(Record):
+    """Scores and raw labels. `model` and `dataset` are accepted for the reference's sake."""
+
+    model: Any = None
+    dataset: Any = None
+    recorder: Any = None
+
+
+@dataclass
+class SigAnaRecord(Record):
+    """IC, ICIR, rank IC, rank ICIR by segment; with `ana_long_short` also long-short returns.
+
+    Parameters
+    ----------
+    ana_long_short : bool
+        Add return and Sharpe ratio of the best against the worst fifth, and of all instruments.
+    ann_scaler : float
+        Days of a year.
+    label_col : int
+        Must be 0: a model is trained on exactly one label.
+    """
+
+    ana_long_short: bool = False
+    ann_scaler: float = 252
+    label_col: int = 0
+    skip_existing: bool = False
+    recorder: Any = None
+
+    def __post_init__(self) -> None:
+        if self.label_col != 0:
+            raise ConfigError(f"SigAnaRecord: label_col must be 0, the only label there is; got {self.label_col!r}.")
+
+    def metrics(self, segment: SegmentResult) -> dict[str, float]:
+        found = ic_summary(segment.ic, segment.rank_ic)
+        if self.ana_long_short:
+            found |= long_short_summary(*long_short_return(segment.score, segment.label), ann_scaler=self.ann_scaler)
+        return found
+
+    def series(self, segment: SegmentResult) -> dict[str, pd.Series]:
+        out = {"ic": segment.ic, "rank_ic": segment.rank_ic}
+        if self.ana_long_short:
+            out["long_short"], out["long_avg"] = long_short_return(segment.score, segment.label)
+        return out
+
+
+class PortAnaRecord(Record):
+    """The reference's backtest. Its configuration is accepted, but this version does not run it."""
+
+    notice = (
+        "PortAnaRecord (the portfolio backtest) is not available in this version and was left out: the run has no "
+        "portfolio results. Scores and labels are in the run folder for a backtest of your own."
+    )
+
+    def __init__(self, config: Any = None, **kwargs: Any) -> None:
+        self.config = config
+
+
+RECORDS.accept(Record)
+for _class in (SignalRecord, SigAnaRecord, PortAnaRecord):
+    RECORDS.add(_class, modules=MODULES)
+for _name in ("HFSignalRecord", "MultiPassPortAnaRecord", "ACRecordTemp", "MultiSegRecord"):
+    RECORDS.unavailable(
+        _name,
+        f"{_name} is not available in this version. Remedy: leave it out of task.record.",
+        modules=("qlib.workflow.record_temp", "qlib.contrib.workflow.record_temp", "qlib.contrib.workflow"),
+    )

@@ -1,0 +1,394 @@
+"""What a workflow file may say: structure, types, dates, classes and their arguments.
+
+Every problem in a file is reported at once, each with the path of its key and, for a misspelt name, the
+nearest right one. Classes are looked up in `qfast.registry`; nothing is imported by name.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import inspect
+import logging
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any
+
+import pandas as pd
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+from qfast import registry
+from qfast.errors import ConfigError, suggest
+
+__all__ = ["DatasetSpec", "HandlerSpec", "Spec", "Task", "Workflow", "check_workflow", "normal_date"]
+
+log = logging.getLogger("qfast")
+
+PROCESSOR_LISTS = ("shared_processors", "infer_processors", "learn_processors")
+PLAIN_TYPES = (int, float, str, bool, type(None))
+TEXT_FORMATS = "a date such as 2016-12-31 or a time such as '2016-12-31 14:30'"
+DateLike = dt.date | dt.datetime | pd.Timestamp
+
+
+def normal_date(value: Any) -> str | None:
+    """ISO text of a date or time; None stays None (an open end).
+
+    A date without a time stays one: as an end it covers its whole day.
+
+    Raises
+    ------
+    ValueError
+        Not a date; a bare number is refused, because it would be read as nanoseconds.
+
+    Examples
+    --------
+    >>> normal_date(dt.date(2016, 12, 31)), normal_date("31 Dec 2016"), normal_date("2016-12-31 14:30")
+    ('2016-12-31', '2016-12-31', '2016-12-31T14:30:00')
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (str, dt.date)):
+        raise ValueError(f"expected {TEXT_FORMATS}, got the {type(value).__name__} {value!r}")
+    try:
+        stamp = pd.Timestamp(value)
+    except (ValueError, TypeError, OverflowError):
+        stamp = pd.NaT
+    if stamp is pd.NaT:
+        raise ValueError(f"expected {TEXT_FORMATS}, got {value!r}")
+    has_time = isinstance(value, dt.datetime) or (isinstance(value, str) and ":" in value)
+    return stamp.isoformat() if has_time else stamp.date().isoformat()
+
+
+def _segment(value: Any) -> Any:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise ValueError(f"expected [start, end], got {value!r}")
+    start, end = (normal_date(v) for v in value)
+    if start is not None and end is not None and pd.Timestamp(start) > pd.Timestamp(end):
+        raise ValueError(f"the start {start} lies after the end {end}")
+    return [start, end]
+
+
+def _none_to_empty(value: Any) -> Any:
+    return {} if value is None else value
+
+
+When = Annotated[str | None, BeforeValidator(normal_date)]
+Segment = Annotated[list[str | None], BeforeValidator(_segment)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class Spec(_Model):
+    """An object to build: a class, the module path it is known under, its keyword arguments."""
+
+    class_: str = Field(alias="class", min_length=1)
+    module_path: str | None = None
+    kwargs: Annotated[dict[str, Any], BeforeValidator(_none_to_empty)] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.startswith("file://"):
+            raise ValueError(f"pickled objects are not read, got {value!r}; describe the object by class and kwargs")
+        return {"class": value} if isinstance(value, str) else value
+
+
+class HandlerKwargs(_Model):
+    model_config = ConfigDict(extra="allow")
+    start_time: When = None
+    end_time: When = None
+    fit_start_time: When = None
+    fit_end_time: When = None
+    shared_processors: list[Spec] | None = None
+    infer_processors: list[Spec] | None = None
+    learn_processors: list[Spec] | None = None
+
+
+class HandlerSpec(Spec):
+    kwargs: Annotated[HandlerKwargs, BeforeValidator(_none_to_empty)] = HandlerKwargs()  # type: ignore[assignment]
+
+
+class DatasetKwargs(_Model):
+    model_config = ConfigDict(extra="allow")
+    handler: HandlerSpec
+    segments: dict[str, Segment]
+
+
+class DatasetSpec(Spec):
+    kwargs: DatasetKwargs  # type: ignore[assignment]
+
+
+def _as_list(value: Any) -> Any:
+    return [] if value is None else [value] if isinstance(value, (dict, str)) else value
+
+
+class Task(_Model):
+    """The model, its data, and what to record; other keys are free, as in the reference."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+    model: Spec
+    dataset: DatasetSpec
+    record: Annotated[list[Spec], BeforeValidator(_as_list)] = []
+    reweighter: Spec | None = None
+
+
+class QlibInit(_Model):
+    model_config = ConfigDict(extra="allow")
+    provider_uri: str | dict[str, str] | None = None
+
+
+class Workflow(_Model):
+    """A checked workflow file. Free top-level keys (market, anchors, ...) are kept as they came."""
+
+    model_config = ConfigDict(extra="allow")
+    task: Task
+    qlib_init: Annotated[QlibInit, BeforeValidator(_none_to_empty)] = QlibInit()
+    experiment_name: str = "workflow"
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain data of what was given, dates as ISO text."""
+        return _plain(self.model_dump(by_alias=True, exclude_unset=True))
+
+
+def check_workflow(values: Mapping[str, Any], source: str = "configuration") -> Workflow:
+    """Check plain data against the structure above and the signatures of the classes it names.
+
+    Parameters
+    ----------
+    values : mapping
+        As `qfast.workflow.config.load_config` gives it. Not changed.
+    source : str
+        The file's name, for the error message.
+
+    Raises
+    ------
+    ConfigError
+        One message with every problem found, each beginning with the path of its key.
+
+    Examples
+    --------
+    >>> check_workflow({"taks": {}})
+    Traceback (most recent call last):
+    ...
+    qfast.errors.ConfigError: configuration: 1 problem.
+      task: is missing. Did you mean to write it where 'taks' stands?
+    """
+    problems: dict[str, str] = {}  # by path, so that one key is not reported twice
+    workflow: Workflow | None = None
+    try:
+        workflow = Workflow.model_validate(dict(values))
+    except ValidationError as error:
+        for item in error.errors():
+            path, message = _explain(item, values)
+            problems.setdefault(path, message)
+    for path, message in _class_problems(values):
+        problems.setdefault(path, message)
+    if workflow is not None:
+        for path, message in _segment_problems(workflow):
+            problems.setdefault(path, message)
+    if workflow is None or problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        lines = [f"  {path}: {message}" for path, message in problems.items()]
+        raise ConfigError("\n".join([f"{source}: {count}.", *lines]))
+    _coerce(workflow)
+    _log_ignored(workflow)
+    return workflow
+
+
+# ---------------------------------------------------------------- structure
+def _explain(item: Any, values: Any) -> tuple[str, str]:
+    """Path and sentence of one pydantic error."""
+    location = [part for part in item["loc"] if part != "class_"]
+    path = ".".join(str(part) for part in location) or "the file"
+    kind, value = item["type"], item["input"]
+    if kind == "missing":
+        there = _item(values, location[:-1])
+        near = suggest(location[-1], there) if isinstance(there, dict) else ""
+        hint = near.replace("Did you mean", "Did you mean to write it where").replace("?", " stands?")
+        return path, f"is missing.{hint}"
+    if kind == "extra_forbidden":
+        allowed = ["class", "module_path", "kwargs"]
+        return path, f"unknown key; allowed here: {allowed}.{suggest(location[-1], allowed)}"
+    if kind == "value_error":
+        return path, f"{item['ctx']['error']}."
+    if kind in ("model_type", "dict_type"):
+        return path, f"expected a mapping, got {_short(value)}."
+    text = item["msg"].replace("Input should be", "expected")
+    return path, f"{text[:1].lower()}{text[1:]}, got {_short(value)}."
+
+
+def _segment_problems(workflow: Workflow) -> Iterator[tuple[str, str]]:
+    segments = workflow.task.dataset.kwargs.segments
+    if "train" not in segments:
+        yield (
+            "task.dataset.kwargs.segments",
+            f"there is no 'train', only {list(segments)}.",
+        )
+
+
+# ---------------------------------------------------------------- classes and their arguments
+def _objects(values: Mapping[str, Any]) -> Iterator[tuple[registry.Registry, Any, str]]:
+    """(registry, description, path) of every object that the file describes, as far as it is well formed."""
+    register_all()
+    task = values.get("task")
+    if not isinstance(task, Mapping):
+        return
+    for key, kind in (
+        ("model", registry.MODELS),
+        ("dataset", registry.DATASETS),
+        ("reweighter", registry.REWEIGHTERS),
+    ):
+        if task.get(key) is not None:
+            yield kind, task[key], f"task.{key}"
+    handler = _item(task, ["dataset", "kwargs", "handler"])
+    if handler is not None:
+        path = "task.dataset.kwargs.handler"
+        yield registry.HANDLERS, handler, path
+        for name in PROCESSOR_LISTS:
+            listed = _item(handler, ["kwargs", name])
+            for position, spec in enumerate(listed if isinstance(listed, list) else []):
+                yield registry.PROCESSORS, spec, f"{path}.kwargs.{name}.{position}"
+    records = _as_list(task.get("record"))
+    for position, spec in enumerate(records if isinstance(records, list) else []):
+        suffix = f".{position}" if isinstance(task.get("record"), list) else ""
+        yield registry.RECORDS, spec, f"task.record{suffix}"
+
+
+def register_all() -> None:
+    """Fill the registries; done late, because it imports torch and every model."""
+    import qfast.workflow.classes  # noqa: F401
+
+
+def _class_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for kind, spec, path in _objects(values):
+        if isinstance(spec, str):
+            spec = {"class": spec}
+        if not isinstance(spec, Mapping) or not isinstance(spec.get("class"), str):
+            continue  # the structure check speaks of it
+        bare = {key: spec[key] for key in ("class", "module_path") if isinstance(spec.get(key), str)}
+        try:
+            factory, _ = kind.resolve(bare)
+        except ConfigError as error:
+            yield f"{path}.class", str(error)
+            continue
+        kwargs = spec.get("kwargs")
+        if isinstance(kwargs, Mapping):
+            yield from _argument_problems(factory, kwargs, f"{path}.kwargs")
+
+
+def _known_arguments(factory: Callable[..., Any]) -> tuple[str, ...] | None:
+    """Arguments of a class by name, with the options common to all estimators; None: it takes any name."""
+    taken = registry.parameters(factory)
+    named = tuple(n for n, p in taken.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+    if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        return named
+    options = getattr(factory, "options", None)
+    return None if options is None else (*named, *options)
+
+
+def _argument_problems(factory: Callable[..., Any], kwargs: Mapping[str, Any], path: str) -> Iterator[tuple[str, str]]:
+    checks = _argument_types(factory)
+    known = _known_arguments(factory)
+    for name, value in kwargs.items():
+        if known is not None and name not in known:
+            title = getattr(factory, "__name__", "it")
+            yield f"{path}.{name}", f"{title} has no argument {name!r}; it takes {list(known)}.{suggest(name, known)}"
+        elif name in checks and not (isinstance(value, str) and value.startswith("<")):
+            problem = _type_problem(checks[name], value)
+            if problem:
+                yield f"{path}.{name}", problem
+
+
+def _type_problem(check: TypeAdapter[Any], value: Any) -> str:
+    try:
+        check.validate_python(value)
+    except ValidationError as error:
+        text = error.errors()[0]["msg"].replace("Input should be", "expected")
+        return f"{text[:1].lower()}{text[1:]}, got {_short(value)}."
+    return ""
+
+
+def _argument_types(factory: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
+    """Checks for the arguments of plain types (numbers, texts, switches, None and unions of them)."""
+    target = factory.__init__ if inspect.isclass(factory) else factory
+    try:
+        hints = typing.get_type_hints(target)
+    except (NameError, TypeError, AttributeError):  # names that exist for the type checker only
+        return {}
+    return {name: TypeAdapter(hint) for name, hint in hints.items() if name != "return" and _is_plain(hint)}
+
+
+def _is_plain(hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return all(_is_plain(part) for part in typing.get_args(hint))
+    return hint in PLAIN_TYPES
+
+
+def _coerce(workflow: Workflow) -> None:
+    """Give arguments the type that their class declares ("1e-3" in quotes becomes 0.001)."""
+    factory, _ = registry.MODELS.resolve(
+        {"class": workflow.task.model.class_, "module_path": workflow.task.model.module_path}
+    )
+    checks = _argument_types(factory)
+    kwargs = workflow.task.model.kwargs
+    workflow.task.model.kwargs = {
+        name: checks[name].validate_python(value) if name in checks else value for name, value in kwargs.items()
+    }
+
+
+def _log_ignored(workflow: Workflow) -> None:
+    extra = workflow.model_extra or {}
+    if extra.get("sys"):
+        log.warning(
+            "sys: %s is not put on the module search path: only registered classes are built, nothing is "
+            "imported by name",
+            extra["sys"],
+        )
+    ignored = sorted(set(workflow.qlib_init.model_extra or {}) - {"region"})
+    if ignored:
+        log.info("qlib_init: %s have no meaning here and are ignored", ignored)
+    train_end = workflow.task.dataset.kwargs.segments["train"][1]
+    fit_end = workflow.task.dataset.kwargs.handler.kwargs.fit_end_time
+    if train_end and fit_end and pd.Timestamp(fit_end) > pd.Timestamp(train_end):
+        log.warning(
+            "fit_end_time %s lies after the end of the train segment %s: the processors see data that the "
+            "model is judged on",
+            fit_end,
+            train_end,
+        )
+
+
+# ---------------------------------------------------------------- small helpers
+def _item(values: Any, path: list[Any]) -> Any:
+    try:
+        for key in path:
+            values = values[key]
+    except (KeyError, IndexError, TypeError):
+        return None
+    return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value.isoformat() if isinstance(value, dt.date) else value
+
+
+def _short(value: object, most: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= most else text[: most - 3] + "..."

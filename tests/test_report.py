@@ -1,0 +1,75 @@
+"""Plots are images, the page stands alone, and nothing in it is taken for markup."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from workflow_case import factors
+
+from qfast.workflow.report import Report, SegmentResult, cumulative_plot, loss_plot, quantile_plot, render_html
+from qfast.workflow.report import _quantile_means as quantile_means
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture
+def segments():
+    frame = factors().fillna(0.0)
+    return [SegmentResult.of(name, frame["f2"], frame["label"]) for name in ("train", "valid", "test")]
+
+
+def test_plots_are_png_images_with_something_on_them(segments):
+    history = pd.DataFrame({"train": [-1.0, -0.9], "valid": [-1.1, -1.0]})
+    plots = [loss_plot(history, 1), cumulative_plot(segments), quantile_plot(segments)]
+    empty = [loss_plot(pd.DataFrame(), None), cumulative_plot([]), quantile_plot([])]
+    for png, blank in zip(plots, empty, strict=True):
+        assert png.startswith(PNG)
+        assert blank.startswith(PNG)
+        assert len(png) > len(blank)
+
+
+def test_plots_take_days_without_a_correlation(segments):
+    nothing = SegmentResult.of("test", segments[0].score * np.nan, segments[0].label)
+    assert cumulative_plot([nothing]).startswith(PNG)
+    assert quantile_plot([nothing]).startswith(PNG)
+
+
+def test_score_groups_are_those_of_each_day():
+    index = pd.MultiIndex.from_product(
+        [pd.date_range("2020-01-01", periods=2), list("ABCDE")], names=["datetime", "instrument"]
+    )
+    score = pd.Series([1, 2, 3, 4, 5, 50, 40, 30, 20, 10.0], index)
+    label = pd.Series([1, 2, 3, 4, 5, 5, 4, 3, 2, 1.0], index)
+    assert quantile_means(SegmentResult.of("test", score, label)) == [1, 2, 3, 4, 5]
+
+
+def page(**changes) -> str:
+    values = {
+        "title": "demo: LSTM", "subtitle": "12 instruments", "metrics": {"test": {"IC": 0.0412, "ICIR": float("nan"), "days": 10.0}},
+        "facts": {"Seed": 7}, "plots": {"loss": PNG}, "config": "task: {}", "notes": ["PortAnaRecord was left out"],
+        "newest": pd.Series([0.3, 0.1, np.nan], ["A", "B", "C"]), "newest_date": "2020-01-02",
+    }  # fmt: skip
+    return render_html(Report(**{**values, **changes}))
+
+
+def test_page_needs_no_other_file():
+    text = page()
+    assert re.findall(r'(?:src|href)="([^"]{0,22})', text) == ["data:image/png;base64,"]
+    for part in ("demo: LSTM", "0.0412", "–", "PortAnaRecord was left out", "task: {}", "<td>A</td>", "<th>Seed</th>"):
+        assert part in text
+
+
+def test_values_are_escaped():
+    text = page(title="<script>alert(1)</script>", config="<MODEL>", facts={"<b>": "<i>"}, notes=["<u>"])
+    for raw in ("<script>", "<MODEL>", "<b>:", "<i>", "<u>"):
+        assert raw not in text
+    assert "&lt;MODEL&gt;" in text
+
+
+def test_page_without_metrics_or_newest_scores():
+    text = page(metrics={}, newest=None)
+    assert "Newest scores" not in text
+    assert 'class="card"' not in text

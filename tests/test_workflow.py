@@ -1,0 +1,450 @@
+"""Whole runs: the folder, the scores, resuming, new data, and every way a run can end badly."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import safetensors.numpy
+from workflow_case import factors, write_case
+
+from qfast.callbacks import Callback
+from qfast.errors import CheckpointError, ConfigError, DataError, QfastError
+from qfast.metrics import daily_ic, ic_summary
+from qfast.workflow import folder as folders
+from qfast.workflow.folder import RunFolder, atomic_write, is_disk_full, read_frame, write_frame
+from qfast.workflow.run import run
+from qfast.workflow.scoring import predict
+
+FILES = {
+    "config.yaml", "manifest.json", "history.csv", "best.safetensors", "last.safetensors", "model.json",
+    "processors.safetensors", "pred.parquet", "label.parquet", "metrics.json", "daily.csv", "plots", "report.html",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    """(workflow file, data file, finished run, its result), made once and not changed."""
+    base = tmp_path_factory.mktemp("case")
+    config, data = write_case(base)
+    result = run(config, data, output=base / "run", seed=3)
+    return config, data, base / "run", result
+
+
+@pytest.fixture
+def copied(case, tmp_path):
+    """A copy of the finished run that a test may damage."""
+    return shutil.copytree(case[2], tmp_path / "copy")
+
+
+def manifest(path):
+    return json.loads((path / "manifest.json").read_text())
+
+
+class Interrupt(Callback):
+    """Ctrl-C in the middle of an epoch."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_batch_end(self, estimator) -> None:
+        if estimator.epoch_ == self.epoch:
+            raise KeyboardInterrupt
+
+
+# ---------------------------------------------------------------- what a run leaves
+def test_folder_holds_every_file_and_no_other(case):
+    assert {f.name for f in case[2].iterdir()} == FILES
+    assert {f.name for f in (case[2] / "plots").iterdir()} == {"loss.png", "cumulative_ic.png", "score_groups.png"}
+    modes = {f.stat().st_mode & 0o777 for f in case[2].iterdir() if f.is_file()}
+    assert len(modes) <= 2, "files of one run should be readable by the same people"
+
+
+def test_manifest_says_what_was_run(case):
+    config, data, path, _ = case
+    found = manifest(path)
+    assert found["status"] == "finished"
+    assert found["error"] is None
+    assert found["started"] <= found["ended"]
+    assert (found["seed"], found["seed_drawn"], found["device"]) == (3, False, "cpu")
+    assert found["data"]["source"] == str(data.resolve())
+    assert (found["data"]["instruments"], found["data"]["first"], found["data"]["last"]) == (
+        12,
+        "2020-01-01",
+        "2020-03-10",
+    )
+    assert set(found["versions"]) >= {"qfast", "torch", "numpy", "pandas", "python"}
+    assert "PortAnaRecord" in found["notes"][0]
+    assert found["tiers"]["cpu"]["tier"] in ("cpu", "torch")
+
+
+def test_metrics_are_those_of_the_written_scores(case):
+    _, _, path, result = case
+    pred, label = read_frame(path, "pred"), read_frame(path, "label")["label"]
+    written = json.loads((path / "metrics.json").read_text())
+    assert set(written) == {"train", "valid", "test"}
+    for name in ("valid", "test"):
+        score = pred.loc[pred["segment"] == name, "score"]
+        expected = ic_summary(*daily_ic(score, label.reindex(score.index)))
+        for metric, value in expected.items():
+            assert written[name][metric] == pytest.approx(value, rel=1e-12)
+            assert result.metrics[name][metric] == written[name][metric]
+        assert "Long-Short Ann Return" in written[name]
+    assert written["test"]["IC"] > 0.1, "the planted signal was not learnt at all"
+
+
+def test_scores_reach_the_newest_date_without_a_label(case):
+    pred = read_frame(case[2], "pred")
+    raw = factors()["label"]
+    dates = pred.index.get_level_values("datetime")
+    newest = pred[pred["segment"] == "newest"]
+    assert dates.max() == raw.index.get_level_values(0).max()
+    assert raw.reindex(newest.index).isna().all()
+    assert len(newest) == 24
+    assert pred["score"].notna().all()
+    assert pred.index.is_unique
+    assert (
+        pred.index.is_monotonic_increasing is True
+        or pred.groupby("segment").apply(lambda p: p.index.is_monotonic_increasing).all()
+    )
+
+
+def test_label_is_the_raw_one(case):
+    label = read_frame(case[2], "label")["label"]
+    expected = factors()["label"].reindex(label.index).astype(np.float32)
+    np.testing.assert_allclose(label, expected, rtol=1e-6)
+
+
+def test_report_and_history(case):
+    _, _, path, _ = case
+    page = (path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert "PortAnaRecord (the portfolio backtest) is not available" in page
+    assert "small: LSTM" in page
+    history = pd.read_csv(path / "history.csv", index_col="epoch")
+    assert len(history) == 3
+    assert {"train", "valid", "train_loss"} <= set(history)
+
+
+def test_the_backtest_is_said_to_be_missing(case, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "qfast"):
+        run(case[0], case[1], ["task.model.kwargs.n_epochs=1"], output=tmp_path / "r")
+    assert "PortAnaRecord (the portfolio backtest) is not available in this version" in caplog.text
+
+
+def test_resolved_config_runs_again_to_the_same_scores(case, tmp_path):
+    again = run(case[2] / "config.yaml", case[1], output=tmp_path / "again")
+    assert manifest(again.path)["seed"] == 3
+    pd.testing.assert_frame_equal(read_frame(again.path, "pred"), read_frame(case[2], "pred"))
+
+
+def test_a_drawn_seed_is_written_down(case, tmp_path):
+    first = run(case[0], case[1], ["task.model.kwargs.n_epochs=1"], output=tmp_path / "a")
+    found = manifest(first.path)
+    assert found["seed_drawn"] is True
+    again = run(case[0], case[1], ["task.model.kwargs.n_epochs=1"], output=tmp_path / "b", seed=found["seed"])
+    pd.testing.assert_frame_equal(read_frame(first.path, "pred"), read_frame(again.path, "pred"))
+
+
+def test_time_series_dataset(case, tmp_path):
+    sets = [
+        "task.model.module_path=qlib.contrib.model.pytorch_gru_ts", "task.model.class=GRU", "task.model.kwargs.d_feat=6",
+        "task.model.kwargs.n_jobs=20", "task.dataset.class=TSDatasetH", "task.dataset.kwargs.step_len=5",
+    ]  # fmt: skip
+    result = run(case[0], case[1], sets, output=tmp_path / "ts", seed=1)
+    scores = predict(result.path, case[1], start="2020-02-21")
+    pred = read_frame(result.path, "pred")
+    pred = pred[pred["segment"] != "valid"]["score"]
+    np.testing.assert_allclose(scores.reindex(pred.index), pred, rtol=1e-5, atol=1e-7)
+
+
+def test_a_frame_in_memory_is_taken_and_left_alone(case, tmp_path):
+    frame = factors()
+    before = frame.copy()
+    run(case[0], frame, ["task.model.kwargs.n_epochs=1"], output=tmp_path / "r")
+    pd.testing.assert_frame_equal(frame, before)
+
+
+# ---------------------------------------------------------------- folders
+def test_an_existing_run_is_never_overwritten(case, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"--output '.*run' is there already and not empty; a run is never overwritten.*--resume"
+    ):
+        run(case[0], case[1], output=case[2])
+    (tmp_path / "empty").mkdir()
+    run(case[0], case[1], ["task.model.kwargs.n_epochs=1"], output=tmp_path / "empty")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="is there already and not empty"):
+        run(case[0], case[1], output=tmp_path / "file")
+    with pytest.raises(ConfigError, match="cannot be made"):
+        run(case[0], case[1], output=tmp_path / "file" / "below")
+
+
+def test_default_folders_of_one_second_do_not_meet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = [RunFolder.create(None, "my / experiment").path for _ in range(3)]
+    assert len(set(made)) == 3
+    assert all(path.parent.name == "runs" and path.name.startswith("my_experiment-") for path in made)
+
+
+def test_a_wrong_file_leaves_no_folder(case, tmp_path):
+    with pytest.raises(ConfigError, match="n_epoch"):
+        run(case[0], case[1], ["task.model.kwargs.n_epoch=1"], output=tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+def test_writing_is_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+
+    def half(file):
+        file.write_text("ne")
+        raise ValueError("in the middle")
+
+    with pytest.raises(ValueError, match="in the middle"):
+        atomic_write(target, half)
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_tables_without_pyarrow_become_csv(tmp_path, monkeypatch):
+    frame = factors().iloc[:5, :2].astype(np.float32)
+    monkeypatch.setattr(folders, "_has_pyarrow", lambda: False)
+    assert write_frame(tmp_path / "t.parquet", frame).name == "t.csv"
+    back = read_frame(tmp_path, "t")
+    pd.testing.assert_frame_equal(back.astype(np.float32), frame, check_index_type=False)
+    with pytest.raises(ConfigError, match=r"written as .parquet or .csv, got 't.xlsx'"):
+        write_frame(tmp_path / "t.xlsx", frame)
+
+
+# ---------------------------------------------------------------- ends that are no good ones
+def test_ctrl_c_then_resume_equals_an_unbroken_run(case, tmp_path, caplog):
+    path = tmp_path / "broken"
+    with pytest.raises(KeyboardInterrupt), caplog.at_level(logging.WARNING, "qfast"):
+        run(case[0], case[1], output=path, seed=3, callbacks=[Interrupt(2)])
+    assert manifest(path)["status"] == "interrupted"
+    assert f"qfast run --resume {path}" in caplog.text
+    assert len(pd.read_csv(path / "history.csv")) == 2
+    result = run(resume=path)
+    assert manifest(path)["status"] == "finished"
+    pd.testing.assert_frame_equal(read_frame(path, "pred"), read_frame(case[2], "pred"))
+    pd.testing.assert_frame_equal(
+        result.model.history_.filter(regex="^(train|valid)(_loss)?$"),
+        case[3].model.history_.filter(regex="^(train|valid)(_loss)?$"),
+    )
+    assert {f.name for f in path.iterdir()} == FILES
+
+
+def test_ctrl_c_in_the_first_epoch_can_be_resumed_too(case, tmp_path):
+    path = tmp_path / "broken"
+    with pytest.raises(KeyboardInterrupt):
+        run(case[0], case[1], output=path, seed=3, callbacks=[Interrupt(0)])
+    run(resume=path)
+    pd.testing.assert_frame_equal(read_frame(path, "pred"), read_frame(case[2], "pred"))
+
+
+def test_an_interrupted_run_scores_with_its_best_weights_so_far(case, tmp_path, caplog):
+    path = tmp_path / "broken"
+    with pytest.raises(KeyboardInterrupt):
+        run(case[0], case[1], output=path, callbacks=[Interrupt(1)])
+    with caplog.at_level(logging.WARNING, "qfast"):
+        assert len(predict(path, case[1])) == 840
+    assert "is interrupted; scoring with its best weights so far" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["history.csv", "pred.parquet", "report.html", "best.safetensors"])
+def test_full_disk_leaves_a_folder_that_says_so_and_can_be_resumed(case, tmp_path, monkeypatch, name):
+    path = tmp_path / "full"
+    real = os.replace
+
+    def replace(source, target):
+        if os.path.basename(target) == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(QfastError, match=r"no space left on the disk while writing to '.*full'; .* qfast run --resume"):
+        run(case[0], case[1], output=path, seed=3)
+    found = manifest(path)
+    assert found["status"] == "failed"
+    assert "space" in found["error"]
+    assert not (path / name).exists()
+    assert {f.name for f in path.iterdir()} <= FILES, "temporary files stayed"
+    monkeypatch.setattr(os, "replace", real)
+    run(resume=path)
+    pd.testing.assert_frame_equal(read_frame(path, "pred"), read_frame(case[2], "pred"))
+
+
+def test_disk_full_is_seen_through_causes():
+    full = OSError(errno.ENOSPC, "No space left on device")
+    wrapped = ValueError("outer")
+    wrapped.__cause__ = full
+    assert is_disk_full(wrapped)
+    assert not is_disk_full(OSError(errno.EACCES, "denied"))
+    assert not is_disk_full(None)
+
+
+def test_any_other_failure_is_recorded(case, tmp_path):
+    class Fail(Callback):
+        def on_epoch_end(self, estimator) -> None:
+            raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        run(case[0], case[1], output=tmp_path / "r", callbacks=[Fail()])
+    assert manifest(tmp_path / "r")["error"] == "RuntimeError: something else"
+
+
+# ---------------------------------------------------------------- resume
+def test_resume_refuses_another_workflow_or_other_data(case, copied):
+    with pytest.raises(
+        ConfigError, match=r"differs from the workflow of the run '.*copy' at \['task.model.kwargs.lr'\]"
+    ):
+        run(_changed(case[0], "lr: 1e-2", "lr: 1e-3"), resume=copied)
+    with pytest.raises(DataError, match=r"is not what the run was started with \(hash [0-9a-f]+, then [0-9a-f]+\)"):
+        run(data=factors(seed=1), resume=copied)
+    with pytest.raises(CheckpointError, match="written with other arguments"):
+        run(resume=copied, sets=["task.model.kwargs.lr=0.5"])
+    with pytest.raises(ConfigError, match="are different folders; give one"):
+        run(resume=copied, output=copied.parent / "other")
+
+
+def test_resume_may_train_longer(copied):
+    result = run(resume=copied, sets=["task.model.kwargs.n_epochs=5"])
+    assert len(result.model.history_) == 5
+
+
+def test_resume_of_a_truncated_checkpoint(copied):
+    _truncate(copied / "last.safetensors")
+    with pytest.raises(CheckpointError, match=r"last.safetensors is not a readable weight file, it may be truncated"):
+        run(resume=copied)
+    assert manifest(copied)["status"] == "failed"
+
+
+def test_resume_needs_a_run(tmp_path):
+    with pytest.raises(ConfigError, match="run folder '.*none' does not exist"):
+        run(resume=tmp_path / "none")
+    with pytest.raises(ConfigError, match="is no run folder: it has no manifest.json"):
+        run(resume=tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(ConfigError, match="manifest.json' cannot be read"):
+        run(resume=tmp_path)
+    (tmp_path / "manifest.json").write_text("[]")
+    with pytest.raises(ConfigError, match="is not the manifest of a run"):
+        run(resume=tmp_path)
+    with pytest.raises(ConfigError, match="a workflow file is needed"):
+        run()
+
+
+# ---------------------------------------------------------------- data
+def test_data_must_come_from_somewhere(case, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"qlib_init.provider_uri is missing, so there is no data. Remedy: --data PATH"
+    ):
+        run(case[0])
+    uri = _changed(case[0], "experiment_name: small", "qlib_init: {provider_uri: ~/no/such/store}")
+    with pytest.raises(
+        ConfigError, match=r"the Qlib data folder '~/no/such/store' does not exist. Remedy: --data PATH"
+    ):
+        run(uri)
+    with pytest.raises(ConfigError, match=r"--data '.*none.csv' does not exist \(looked in "):
+        run(case[0], tmp_path / "none.csv")
+
+
+# ---------------------------------------------------------------- predict
+def test_predict_repeats_the_scores_of_the_run(case):
+    pred = read_frame(case[2], "pred")["score"]
+    scores = predict(case[2], case[1])
+    assert scores.name == "score"
+    np.testing.assert_array_equal(scores.reindex(pred.index), pred)
+
+
+def test_predict_needs_no_label_and_fits_nothing(case):
+    frame = factors().drop(columns="label")
+    expected = predict(case[2], case[1], start="2020-03-01")
+    # Other rows, among them wild ones, must not move the scores of these dates.
+    wild = frame.copy()
+    wild.loc[wild.index.get_level_values(0) < "2020-03-01"] *= 1000
+    np.testing.assert_array_equal(predict(case[2], wild, start="2020-03-01"), expected)
+    np.testing.assert_array_equal(predict(case[2], frame.loc["2020-03-01":]), expected)
+
+
+def test_predict_takes_instruments_that_training_never_saw(case):
+    frame = factors().drop(columns="label").rename(index=lambda name: f"new{name}", level="instrument")
+    assert len(predict(case[2], frame, start="2020-03-10")) == 12
+
+
+def test_predict_refuses_an_empty_period(case):
+    with pytest.raises(
+        DataError, match=r"no row lies between start=2030-01-01 and end=None; the data has 2020-01-01 to 2020-03-10"
+    ):
+        predict(case[2], case[1], start="2030-01-01")
+
+
+def test_predict_refuses_other_columns(case):
+    frame = factors().drop(columns="label")
+    with pytest.raises(DataError, match=r"feature columns missing \(or empty\) \['f3'\], not known none"):
+        predict(case[2], frame.drop(columns="f3"))
+    with pytest.raises(DataError, match=r"missing \(or empty\) none, not known \['f9'\]"):
+        predict(case[2], frame.assign(f9=1.0))
+    with pytest.raises(DataError, match="no column group 'feature', only"):
+        predict(case[2], factors()[["label"]])
+
+
+def test_predict_goes_by_column_names_not_by_their_order(case):
+    frame = factors().drop(columns="label")
+    np.testing.assert_array_equal(predict(case[2], frame[frame.columns[::-1]]), predict(case[2], frame))
+
+
+def test_predict_refuses_what_is_no_run(case, tmp_path):
+    with pytest.raises(ConfigError, match="run folder '.*none' does not exist"):
+        predict(tmp_path / "none", case[1])
+    with pytest.raises(ConfigError, match="is no run folder"):
+        predict(tmp_path, case[1])
+
+
+@pytest.mark.parametrize("name", ["best.safetensors", "processors.safetensors", "model.json"])
+def test_predict_names_a_missing_or_truncated_file(case, copied, name):
+    whole = (copied / name).read_bytes()
+    (copied / name).unlink()
+    with pytest.raises(CheckpointError, match=rf"{name}.* (does not exist|is missing)"):
+        predict(copied, case[1])
+    (copied / name).write_bytes(whole)
+    _truncate(copied / name)
+    with pytest.raises(CheckpointError, match=rf"{name}.* (truncated|cannot be read)"):
+        predict(copied, case[1])
+
+
+def test_predict_refuses_weights_and_states_of_another_run(case, copied):
+    facts = json.loads((copied / "model.json").read_text())
+    (copied / "model.json").write_text(json.dumps({**facts, "format": 99}))
+    with pytest.raises(CheckpointError, match="has format 99; this version reads 1"):
+        predict(copied, case[1])
+    facts["model"]["kwargs"]["hidden_size"] = 8
+    (copied / "model.json").write_text(json.dumps(facts))
+    with pytest.raises(CheckpointError, match="does not fit LSTMModel"):
+        predict(copied, case[1])
+    facts["model"]["kwargs"]["hidden_size"] = 4
+    (copied / "model.json").write_text(json.dumps(facts))
+    safetensors.numpy.save_file({"infer.0.feature.shift": np.zeros(6)}, copied / "processors.safetensors")
+    with pytest.raises(CheckpointError, match=r"does not fit model.json: RobustZScoreNorm: the saved state lacks"):
+        predict(copied, case[1])
+
+
+# ---------------------------------------------------------------- helpers
+def _truncate(path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def _changed(config, old: str, new: str):
+    text = config.read_text()
+    assert old in text
+    file = config.with_name(f"changed{abs(hash(new))}.yaml")
+    file.write_text(text.replace(old, new))
+    return file
