@@ -46,8 +46,8 @@ def extensions() -> list[Extension]:
     from torch.utils import cpp_extension
 
     system = [pybind11.get_include(), *cpp_extension.include_paths()]  # warnings in these are not ours
-    flags = ["-O3", "-g0", "-std=c++20", *(flag for path in system for flag in ("-isystem", path))]
-    cxx = [*flags, "-fvisibility=hidden", *WARNINGS]
+    flags = ["-O3", "-std=c++20", *(flag for path in system for flag in ("-isystem", path))]
+    cxx = [*flags, "-g0", "-fvisibility=hidden", *WARNINGS]
     cuda_home = find_cuda()
     facts = {"QFAST_CUDA_TOOLKIT": cuda_home or "none", "QFAST_CUDA_ARCHS": "none"}
     if cuda_home:
