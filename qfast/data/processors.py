@@ -211,7 +211,8 @@ def _columns_by_chunk(
         some = positions[start : start + step]
         low, high = int(some[0]), int(some[-1]) + 1
         part = values[:, low:high] if high - low == len(some) else values[:, some]
-        yield some, np.ascontiguousarray((part if rows is None else part[rows]).T)
+        # always a copy: callers write to it (one column transposed would be a view)
+        yield some, np.array((part if rows is None else part[rows]).T, order="C", copy=True)
 
 
 def _elementwise(

@@ -1,0 +1,304 @@
+"""Processors against pyqlib's own on hostile frames, and what they refuse."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qfast.data import processors as P
+from qfast.data.panel import Panel
+from qfast.errors import ConfigError, DataError, NotFittedError
+
+WINDOW = {"fit_start_time": "2024-01-02", "fit_end_time": "2024-01-05"}
+
+# (class, keyword arguments) for both sides
+CASES = [
+    ("RobustZScoreNorm", {**WINDOW}),
+    ("RobustZScoreNorm", {**WINDOW, "fields_group": "feature", "clip_outlier": False}),
+    ("ZScoreNorm", {**WINDOW, "fields_group": "feature"}),
+    ("ZScoreNorm", {**WINDOW}),
+    ("MinMaxNorm", {**WINDOW, "fields_group": "feature"}),
+    ("CSZScoreNorm", {"fields_group": "feature"}),
+    ("CSZScoreNorm", {"fields_group": ["feature", "label"]}),
+    ("CSZScoreNorm", {"fields_group": "feature", "method": "robust"}),
+    ("CSRankNorm", {"fields_group": "feature"}),
+    ("CSRankNorm", {"fields_group": "label"}),
+    ("CSZFillna", {"fields_group": "feature"}),
+    ("Fillna", {}),
+    ("Fillna", {"fields_group": "feature", "fill_value": 2}),
+    ("DropnaProcessor", {"fields_group": "feature"}),
+    ("DropnaLabel", {}),
+    ("DropCol", {"col_list": ["x1", "nobody"]}),
+    ("FilterCol", {"fields_group": "feature", "col_list": ["x2", "x0", "nobody"]}),
+    ("ProcessInf", {}),
+    ("TanhProcess", {}),
+]
+
+
+def make_frame(seed: int, n_days: int = 7, n_stocks: int = 5, label: str = "LABEL0") -> pd.DataFrame:
+    """Frame on a grid of quarters: sums are exact, ties and constant days happen; NaN, ±inf, short days."""
+    rng = np.random.default_rng(seed)
+    dates = pd.date_range("2024-01-01", periods=n_days)
+    index = pd.MultiIndex.from_product([dates, [f"S{i}" for i in range(n_stocks)]], names=["datetime", "instrument"])
+    values = (rng.integers(-12, 12, size=(len(index), 5)) / 4).astype(np.float32)
+    values[rng.random(values.shape) < 0.15] = np.nan
+    values[rng.random(values.shape) < 0.03] = np.inf
+    values[rng.random(values.shape) < 0.03] = -np.inf
+    values[:, 2] = 1.0  # a constant column
+    columns = pd.MultiIndex.from_tuples([("feature", f"x{j}") for j in range(4)] + [("label", label)])
+    frame = pd.DataFrame(values, index=index, columns=columns)
+    keep = rng.random(len(frame)) < 0.8
+    keep[:n_stocks] = [True] + [False] * (n_stocks - 1)  # a day with one stock
+    keep[-n_stocks:] = [True] * n_stocks
+    return frame[keep]
+
+
+def run_qlib(name: str, kwargs: dict, frame: pd.DataFrame) -> pd.DataFrame:
+    processor = pytest.importorskip("qlib.data.dataset.processor", reason="pyqlib is not installed")
+    step = getattr(processor, name)(**kwargs)
+    frame = frame.copy()
+    step.fit(frame)
+    return step(frame).sort_index()
+
+
+def run_ours(name: str, kwargs: dict, panel: Panel) -> Panel:
+    step = P.build_processor({"class": name, "kwargs": kwargs})
+    step.fit(panel)
+    return step(panel)
+
+
+def assert_same(ours: Panel, theirs: pd.DataFrame) -> None:
+    frame = ours.to_frame()
+    assert frame.index.tolist() == theirs.index.tolist()
+    assert frame.columns.tolist() == theirs.columns.tolist()
+    np.testing.assert_allclose(
+        frame.to_numpy(np.float64), theirs.to_numpy(np.float64), rtol=2e-5, atol=2e-6, equal_nan=True
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "kwargs"), CASES, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v)))
+def test_equals_qlib(name, kwargs):
+    for seed in range(3 if name == "ProcessInf" else 12):
+        frame = make_frame(seed)
+        assert_same(run_ours(name, kwargs, Panel.from_frame(frame)), run_qlib(name, kwargs, frame))
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    seed=st.integers(0, 10_000),
+    days=st.integers(5, 9),
+    stocks=st.integers(1, 8),
+    case=st.sampled_from([c for c in CASES if c[0] != "ProcessInf"]),
+)
+def test_equals_qlib_at_any_shape(seed, days, stocks, case):
+    frame = make_frame(seed, days, stocks)
+    assert_same(run_ours(*case, Panel.from_frame(frame)), run_qlib(*case, frame))
+
+
+def test_robust_norm_is_bit_equal_to_qlib():
+    rng = np.random.default_rng(3)
+    index = pd.MultiIndex.from_product(
+        [pd.date_range("2024-01-01", periods=60), [f"S{i:02d}" for i in range(40)]], names=["datetime", "instrument"]
+    )
+    columns = pd.MultiIndex.from_product([["feature"], ["a", "b", "c"]])
+    values = (rng.standard_normal((len(index), 3)) * [1, 100, 1e-3]).astype(np.float32)
+    values[rng.random(values.shape) < 0.1] = np.nan
+    frame = pd.DataFrame(values, index=index, columns=columns)
+    kwargs = {"fit_start_time": "2024-01-03", "fit_end_time": "2024-02-02"}
+    ours = run_ours("RobustZScoreNorm", kwargs, Panel.from_frame(frame)).to_frame().to_numpy()
+    theirs = run_qlib("RobustZScoreNorm", kwargs, frame).to_numpy()
+    assert ours.dtype == theirs.dtype == np.float32
+    np.testing.assert_array_equal(ours, theirs)
+
+
+# ---------------------------------------------------------------- against plain arithmetic, without pyqlib
+def reference(name: str, x: np.ndarray, days: np.ndarray, fit: np.ndarray) -> np.ndarray:
+    """One column [R] by the definition in float64, a slow loop over days."""
+    x = x.astype(np.float64)
+    known = x[fit & ~np.isnan(x)]
+    out = x.copy()
+    if name == "RobustZScoreNorm":
+        med = np.median(known)
+        return np.clip((x - med) / ((np.median(abs(known - med)) + 1e-12) * 1.4826), -3, 3)
+    if name == "ZScoreNorm":
+        return x if known.std() == 0 else (x - known.mean()) / known.std()
+    if name == "MinMaxNorm":
+        return x if known.min() == known.max() else (x - known.min()) / (known.max() - known.min())
+    for day in np.unique(days):
+        at = days == day
+        part = x[at]
+        seen = part[~np.isnan(part)]
+        if name == "CSZScoreNorm":
+            std = seen.std(ddof=1) if len(seen) > 1 else np.nan
+            out[at] = (part - seen.mean() if len(seen) else part) / (std if std else np.nan)
+        elif name == "CSRankNorm":
+            ranks = [((seen < v).sum() + ((seen == v).sum() + 1) / 2) / len(seen) if v == v else np.nan for v in part]
+            out[at] = (np.array(ranks) - 0.5) * 3.46
+        else:
+            out[at] = np.where(np.isnan(part), seen.mean() if len(seen) else np.nan, part)
+    return out
+
+
+@pytest.mark.parametrize(
+    "name", ["RobustZScoreNorm", "ZScoreNorm", "MinMaxNorm", "CSZScoreNorm", "CSRankNorm", "CSZFillna"]
+)
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), dead=st.floats(0, 0.5))
+def test_equals_definition_and_ignores_dead_rows(name, seed, dead):
+    frame = make_frame(seed).replace([np.inf, -np.inf], np.nan)
+    panel = Panel.from_frame(frame)
+    live = np.random.default_rng(seed).random(panel.n_rows) >= dead
+    panel = panel.keep(live)
+    fit = live & (panel.date_codes >= 1) & (panel.date_codes < 5)
+    values = panel.values("feature")
+    if any(not np.isfinite(values[fit, j]).any() for j in range(values.shape[1])):
+        return
+    kwargs = WINDOW if name.endswith(("ZScoreNorm", "MaxNorm")) and not name.startswith("CS") else {}
+    ours = run_ours(name, {**kwargs, "fields_group": "feature"}, panel).values("feature")
+    for j in range(values.shape[1]):
+        expected = reference(name, values[live, j], panel.date_codes[live], fit[live])
+        np.testing.assert_allclose(ours[live, j], expected, rtol=2e-5, atol=2e-6, equal_nan=True)
+
+
+def test_blocks_that_nobody_owns_are_never_changed():
+    panel = Panel.from_frame(make_frame(1))
+    before = {g: b.values.copy() for g, b in panel.blocks.items()}
+    for name, kwargs in CASES:
+        after = run_ours(name, kwargs, panel)
+        for group, values in before.items():
+            np.testing.assert_array_equal(panel.values(group), values)
+        if name.startswith("Dropna"):
+            assert all(after.values(g) is panel.values(g) for g in before), "dropping rows copies nothing"
+        if kwargs.get("fields_group") == "feature" and name not in ("FilterCol",):
+            assert after.values("label") is panel.values("label")
+
+
+def test_owned_blocks_are_overwritten_with_the_same_result():
+    for name, kwargs in CASES:
+        frame = make_frame(2)
+        expected = run_ours(name, kwargs, Panel.from_frame(frame))
+        panel = Panel.from_frame(frame)
+        step = P.build_processor({"class": name, "kwargs": kwargs})
+        step.fit(panel)
+        space = P.Workspace(panel.blocks)
+        result = step.run(panel, space)
+        pd.testing.assert_frame_equal(result.to_frame(), expected.to_frame())
+        assert all((result.values(g) is panel.values(g)) or g in space.owned for g in result.blocks)
+
+
+def test_one_column_by_group_and_name():
+    panel = Panel.from_frame(make_frame(4))
+    filled = P.Fillna(("feature", "x1"), 7)(panel)
+    before, after = panel.values("feature"), filled.values("feature")
+    np.testing.assert_array_equal(after[:, [0, 2, 3]], before[:, [0, 2, 3]])
+    assert not np.isnan(after[:, 1]).any()
+    assert (after[np.isnan(before[:, 1]), 1] == 7).all()
+
+
+def test_tanh_goes_by_name_not_by_group():
+    panel = Panel.from_frame(make_frame(4, label="Ref($close, -1)"))
+    np.testing.assert_allclose(P.TanhProcess()(panel).values("label"), np.tanh(panel.values("label") - 1))
+
+
+def test_config_moves_the_fit_window():
+    step = P.RobustZScoreNorm("2000-01-01", "2000-01-02")
+    step.config(**WINDOW)
+    step.fit(Panel.from_frame(make_frame(0)))
+    assert step.fit_end_time == WINDOW["fit_end_time"]
+    with pytest.raises(ConfigError, match="no setting 'fit_end'"):
+        step.config(fit_end="2024-01-01")
+
+
+def test_columns_without_a_value_stay_nan_and_are_named(caplog):
+    frame = make_frame(5)
+    frame[("feature", "x3")] = np.float32(np.nan)
+    panel = Panel.from_frame(frame)
+    with caplog.at_level(logging.WARNING, logger="qfast"):
+        result = run_ours("RobustZScoreNorm", {**WINDOW, "fields_group": "feature"}, panel)
+    assert np.isnan(result.values("feature")[:, 3]).all()
+    assert "x3" in caplog.text
+    assert "x1" not in caplog.text
+
+
+# ---------------------------------------------------------------- building
+def test_build_takes_instances_names_and_mappings():
+    step = P.Fillna()
+    assert P.build_processor(step) is step
+    assert isinstance(P.build_processor("Fillna"), P.Fillna)
+    assert isinstance(P.build_processor("qlib.data.dataset.processor.CSRankNorm"), P.CSRankNorm)
+    spec = {"class": "Fillna", "module_path": "qlib.data.dataset.processor", "kwargs": {"fill_value": 3}}
+    assert P.build_processor(spec).fill_value == 3
+
+
+def test_fit_window_is_injected_but_never_overrides_nor_edits_the_callers_mapping():
+    spec = {"class": "RobustZScoreNorm", "kwargs": {"fit_end_time": "2020-12-31"}}
+    step = P.build_processor(spec, "2019-01-01", "2024-01-01")
+    assert (step.fit_start_time, step.fit_end_time) == ("2019-01-01", "2020-12-31")
+    assert spec == {"class": "RobustZScoreNorm", "kwargs": {"fit_end_time": "2020-12-31"}}
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("RobustZscoreNorm", r"unknown processor class 'RobustZscoreNorm'.* Did you mean 'RobustZScoreNorm'\?"),
+        ({"class": "Fillna", "kwargs": {"fill_valu": 1}}, r"no argument 'fill_valu'.* Did you mean 'fill_value'\?"),
+        ({"class": "Fillna", "kwarg": {}}, r"unknown key 'kwarg'.* Did you mean 'kwargs'\?"),
+        ({"class": "Fillna", "module_path": "os"}, "not known under the module path 'os'"),
+        ({"kwargs": {}}, "needs the key 'class'"),
+        (3, "must be a processor object, a name, or a mapping"),
+        ("ZScoreNorm", "ZScoreNorm needs fit_start_time and fit_end_time"),
+        ("HashStockFormat", "HashStockFormat is not available"),
+        ({"class": "CSZScoreNorm", "kwargs": {"method": "zscoer"}}, "'zscore' or 'robust', got 'zscoer'"),
+        ({"class": "DropCol", "kwargs": {"col_list": "x1"}}, "must be a list of column names, got 'x1'"),
+        ({"class": "Fillna", "kwargs": {"fill_value": "0"}}, "fill_value must be a number, got '0'"),
+    ],
+)
+def test_build_refuses(spec, message):
+    with pytest.raises(ConfigError, match=message):
+        P.build_processor(spec)
+
+
+def test_fit_refuses_an_empty_window():
+    step = P.RobustZScoreNorm("2030-01-01", "2031-01-01")
+    with pytest.raises(DataError, match=r"no row lies between fit_start_time=2030-01-01.*2024-01-01.*to 2024-01-07"):
+        step.fit(Panel.from_frame(make_frame(0)))
+
+
+def test_apply_refuses_before_fit():
+    with pytest.raises(NotFittedError, match="MinMaxNorm must be fitted"):
+        P.MinMaxNorm(None, None)(Panel.from_frame(make_frame(0)))
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (P.Fillna("features"), r"'features' is not in the panel.* Did you mean 'feature'\?"),
+        (P.Fillna(("feature", "x9")), "has no column 'x9'"),
+        (P.Fillna(5), "fields_group must be None, a group name"),
+        (P.FilterCol("feature", ["nobody"]), "none of the columns"),
+    ],
+)
+def test_apply_refuses(step, message):
+    with pytest.raises((DataError, ConfigError), match=message):
+        step(Panel.from_frame(make_frame(0)))
+
+
+@pytest.mark.parametrize("stage", ["shared", "infer"])
+def test_learn_only_is_refused_as_a_type_error(stage):
+    panel = Panel.from_frame(make_frame(0))
+    with pytest.raises(TypeError, match=rf"{stage}_processors\[0\] is DropnaLabel"):
+        P.run_processors(panel, [P.DropnaLabel()], stage=stage, space=P.Workspace())
+
+
+def test_losing_every_row_is_an_error():
+    frame = make_frame(0)
+    frame[("feature", "x0")] = np.nan
+    with pytest.raises(DataError, match=r"dropped all \d+ rows"):
+        P.run_processors(Panel.from_frame(frame), [P.DropnaProcessor("feature")], stage="infer", space=P.Workspace())
