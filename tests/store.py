@@ -1,0 +1,92 @@
+"""Writes small Qlib binary stores for tests, and derives Alpha360 from them with pandas alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+FIELDS = ("close", "open", "high", "low", "vwap", "volume")
+
+
+def write_store(root: Path, *, seed: int = 0, n_days: int = 120, freq: str = "day") -> Path:
+    """A hostile little store.
+
+    Late listing, early end, suspensions stored as NaN, a field whose file is shorter than the others, a
+    field without a file, a code that is a Windows device name, a code without any file, zero volume and a
+    zero price, markets with one and with two membership spans, dates of a span outside the calendar.
+    """
+    rng = np.random.default_rng(seed)
+    calendar = pd.bdate_range("2020-01-01", periods=n_days) if freq == "day" else minutes(n_days)
+    stamp = "%Y-%m-%d" if freq == "day" else "%Y-%m-%d %H:%M:%S"
+    for part in ("calendars", "instruments", "features"):
+        (root / part).mkdir(parents=True)
+    (root / "calendars" / f"{freq}.txt").write_text("\n".join(calendar.strftime(stamp)) + "\n")
+    stored = {
+        "AAA": (0, n_days), "BBB": (n_days // 3, n_days), "CCC": (0, n_days // 2), "CON": (5, n_days - 5),
+        "DDD": (0, n_days), "EEE": (n_days - 3, n_days),
+    }  # fmt: skip
+    for code, (first, stop) in stored.items():
+        folder = root / "features" / ("_qlib_con" if code == "CON" else code.lower())
+        folder.mkdir()
+        close = 20 * np.exp(np.cumsum(0.02 * rng.standard_normal(stop - first)))
+        for field in FIELDS:
+            if code == "CCC" and field == "vwap":
+                continue
+            values = close * (1 + 0.01 * rng.standard_normal(stop - first))
+            if field == "close":
+                values = close
+            if field == "volume":
+                values = np.floor(rng.lognormal(10, 1, stop - first))
+                values[rng.random(len(values)) < 0.05] = 0
+            values = values.astype("<f4")
+            values[rng.random(len(values)) < 0.06] = np.nan  # a suspension, or a hole in one field
+            begin = first
+            if code == "DDD" and field in ("open", "volume"):  # files that cover fewer days than the close
+                values, begin = values[7:-4], first + 7
+            if code == "DDD" and field == "close":
+                values[30] = 0
+            np.concatenate([[begin], values]).astype("<f4").tofile(folder / f"{field}.{freq}.bin")
+    day = calendar.strftime(stamp)
+    whole = [f"{code}\t{day[0]}\t{day[-1]}" for code in (*stored, "NOFILE")]
+    (root / "instruments" / "all.txt").write_text("\n".join(whole) + "\n")
+    spans = [
+        f"BBB\t1999-01-01\t{day[n_days // 2]}",
+        f"AAA\t{day[10]}\t{day[40]}\tmore",
+        f"AAA\t{day[60]}\t2099-12-31",
+        f"DDD\t{day[0]}\t{day[3]}",
+    ]
+    (root / "instruments" / "mixed.txt").write_text("\n".join(spans) + "\n")
+    return root
+
+
+def minutes(n: int) -> pd.DatetimeIndex:
+    """Calendar of 5-minute bars, 12 a day."""
+    days = [pd.date_range(d + pd.Timedelta(hours=9, minutes=30), periods=12, freq="5min") for d in
+            pd.bdate_range("2020-01-01", periods=-(-n // 12))]  # fmt: skip
+    return pd.DatetimeIndex(np.concatenate([d.to_numpy() for d in days]))[:n]
+
+
+def read_series(root: Path, code: str, field: str, freq: str = "day") -> pd.Series:
+    """One .bin file as a Series over calendar positions."""
+    folder = root / "features" / (f"_qlib_{code}" if code == "CON" else code).lower()
+    path = folder / f"{field}.{freq}.bin"
+    if not path.exists():
+        return pd.Series(dtype=np.float32)
+    raw = np.fromfile(path, dtype="<f4")
+    return pd.Series(raw[1:], index=pd.RangeIndex(int(raw[0]), int(raw[0]) + len(raw) - 1))
+
+
+def alpha360(root: Path, code: str, label_field: str = "close", freq: str = "day") -> pd.DataFrame:
+    """Raw Alpha360 columns and label of one instrument over calendar positions, written out with pandas."""
+    series = {field: read_series(root, code, field, freq) for field in FIELDS}
+    with np.errstate(all="ignore"):
+        columns = {}
+        for field in FIELDS:
+            base = series["volume"] + 1e-12 if field == "volume" else series["close"]
+            for i in range(59, -1, -1):
+                columns[f"{field.upper()}{i}"] = (series[field].shift(i) / base).astype(np.float32)
+        price = series[label_field]
+        columns["LABEL0"] = (price.shift(-2) / price.shift(-1) - 1).astype(np.float32)
+    return pd.DataFrame(columns)
