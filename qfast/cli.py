@@ -18,6 +18,7 @@ from qfast.errors import QfastError
 
 __all__ = ["app", "main"]
 
+LOG_HANDLER = "qfast command line"
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, the shell's custom
 
@@ -167,7 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
     with contextlib.suppress(ValueError):  # not the main thread: whoever runs us there handles signals
         signal.signal(signal.SIGTERM, _terminated)
     try:
-        app(args=arguments, prog_name="qfast", standalone_mode=False)
+        returned = app(args=arguments, prog_name="qfast", standalone_mode=False)
     except QfastError as error:
         if os.environ.get("QFAST_TRACEBACK", "") not in ("", "0"):
             raise
@@ -184,7 +185,8 @@ def main(arguments: list[str] | None = None) -> int:
         if type(error).__name__ == "Abort":
             return _fail("interrupted.", EXIT_INTERRUPTED)
         raise
-    return 0
+    status = returned if isinstance(returned, int) else 0
+    return _fail("interrupted.", status) if status == EXIT_INTERRUPTED else status
 
 
 def _fail(message: str, status: int = EXIT_ERROR) -> int:
@@ -199,10 +201,12 @@ def _terminated(number: int, frame: Any) -> None:
 def _log_to_stderr(quiet: bool) -> None:
     logger = logging.getLogger("qfast")
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
-        logger.addHandler(handler)
+    for old in [h for h in logger.handlers if h.name == LOG_HANDLER]:
+        logger.removeHandler(old)  # main() may run several times in one process, with another stderr each
+    handler = logging.StreamHandler()
+    handler.name = LOG_HANDLER
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    logger.addHandler(handler)
 
 
 def _print_result(result: Any) -> None:

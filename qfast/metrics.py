@@ -79,9 +79,7 @@ def ic_summary(ic: pd.Series, rank_ic: pd.Series) -> dict[str, float]:
     }
 
 
-def long_short_return(
-    score: pd.Series, label: pd.Series, quantile: float = 0.2
-) -> tuple[pd.Series, pd.Series]:
+def long_short_return(score: pd.Series, label: pd.Series, quantile: float = 0.2) -> tuple[pd.Series, pd.Series]:
     """Daily return of the best minus the worst scored instruments, halved, and of all of them.
 
     Parameters

@@ -99,12 +99,14 @@ def test_empty_series_give_empty_results():
 
 def test_one_day_has_no_ratio():
     found = ic_summary(*daily_ic(*market(n_days=1)))
-    assert np.isfinite(found["IC"]) and np.isnan(found["ICIR"])
+    assert np.isfinite(found["IC"])
+    assert np.isnan(found["ICIR"])
 
 
 def test_too_few_instruments_for_a_side_give_nan():
     long_short, average = long_short_return(*market(n_stocks=4))
-    assert long_short.isna().all() and average.notna().all()
+    assert long_short.isna().all()
+    assert average.notna().all()
 
 
 def test_long_short_summary_annualises():
@@ -125,11 +127,7 @@ def test_wrong_index_is_named():
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    values=st.lists(
-        st.tuples(st.integers(0, 3), st.integers(-3, 3), st.integers(-3, 3)), min_size=1, max_size=40
-    )
-)
+@given(values=st.lists(st.tuples(st.integers(0, 3), st.integers(-3, 3), st.integers(-3, 3)), min_size=1, max_size=40))
 def test_any_small_panel_equals_pandas(values):
     day, x, y = (np.array(v, dtype=float) for v in zip(*values, strict=True))
     index = pd.MultiIndex.from_arrays(

@@ -18,6 +18,7 @@ from qfast.callbacks import Callback
 from qfast.errors import CheckpointError, ConfigError, DataError, QfastError
 from qfast.metrics import daily_ic, ic_summary
 from qfast.workflow import folder as folders
+from qfast.workflow.demo import DEMO, demo_prices
 from qfast.workflow.folder import RunFolder, atomic_write, is_disk_full, read_frame, write_frame
 from qfast.workflow.run import run
 from qfast.workflow.scoring import predict
@@ -67,7 +68,7 @@ def test_folder_holds_every_file_and_no_other(case):
 
 
 def test_manifest_says_what_was_run(case):
-    config, data, path, _ = case
+    _, data, path, _ = case
     found = manifest(path)
     assert found["status"] == "finished"
     assert found["error"] is None
@@ -154,7 +155,8 @@ def test_a_drawn_seed_is_written_down(case, tmp_path):
 
 def test_time_series_dataset(case, tmp_path):
     sets = [
-        "task.model.module_path=qlib.contrib.model.pytorch_gru_ts", "task.model.class=GRU", "task.model.kwargs.d_feat=6",
+        "task.model.module_path=qlib.contrib.model.pytorch_gru_ts", "task.model.class=GRU",
+        "task.model.kwargs.d_feat=6",
         "task.model.kwargs.n_jobs=20", "task.dataset.class=TSDatasetH", "task.dataset.kwargs.step_len=5",
     ]  # fmt: skip
     result = run(case[0], case[1], sets, output=tmp_path / "ts", seed=1)
@@ -180,9 +182,9 @@ def test_an_existing_run_is_never_overwritten(case, tmp_path):
     (tmp_path / "empty").mkdir()
     run(case[0], case[1], ["task.model.kwargs.n_epochs=1"], output=tmp_path / "empty")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ConfigError, match="is there already and not empty"):
+    with pytest.raises(ConfigError, match=r"is there already and not empty"):
         run(case[0], case[1], output=tmp_path / "file")
-    with pytest.raises(ConfigError, match="cannot be made"):
+    with pytest.raises(ConfigError, match=r"cannot be made"):
         run(case[0], case[1], output=tmp_path / "file" / "below")
 
 
@@ -194,7 +196,7 @@ def test_default_folders_of_one_second_do_not_meet(tmp_path, monkeypatch):
 
 
 def test_a_wrong_file_leaves_no_folder(case, tmp_path):
-    with pytest.raises(ConfigError, match="n_epoch"):
+    with pytest.raises(ConfigError, match=r"n_epoch"):
         run(case[0], case[1], ["task.model.kwargs.n_epoch=1"], output=tmp_path / "r")
     assert not (tmp_path / "r").exists()
 
@@ -207,7 +209,7 @@ def test_writing_is_whole_or_not_at_all(tmp_path):
         file.write_text("ne")
         raise ValueError("in the middle")
 
-    with pytest.raises(ValueError, match="in the middle"):
+    with pytest.raises(ValueError, match=r"in the middle"):
         atomic_write(target, half)
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
@@ -295,7 +297,7 @@ def test_any_other_failure_is_recorded(case, tmp_path):
         def on_epoch_end(self, estimator) -> None:
             raise RuntimeError("something else")
 
-    with pytest.raises(RuntimeError, match="something else"):
+    with pytest.raises(RuntimeError, match=r"something else"):
         run(case[0], case[1], output=tmp_path / "r", callbacks=[Fail()])
     assert manifest(tmp_path / "r")["error"] == "RuntimeError: something else"
 
@@ -308,9 +310,9 @@ def test_resume_refuses_another_workflow_or_other_data(case, copied):
         run(_changed(case[0], "lr: 1e-2", "lr: 1e-3"), resume=copied)
     with pytest.raises(DataError, match=r"is not what the run was started with \(hash [0-9a-f]+, then [0-9a-f]+\)"):
         run(data=factors(seed=1), resume=copied)
-    with pytest.raises(CheckpointError, match="written with other arguments"):
+    with pytest.raises(CheckpointError, match=r"written with other arguments"):
         run(resume=copied, sets=["task.model.kwargs.lr=0.5"])
-    with pytest.raises(ConfigError, match="are different folders; give one"):
+    with pytest.raises(ConfigError, match=r"are different folders; give one"):
         run(resume=copied, output=copied.parent / "other")
 
 
@@ -327,17 +329,17 @@ def test_resume_of_a_truncated_checkpoint(copied):
 
 
 def test_resume_needs_a_run(tmp_path):
-    with pytest.raises(ConfigError, match="run folder '.*none' does not exist"):
+    with pytest.raises(ConfigError, match=r"run folder '.*none' does not exist"):
         run(resume=tmp_path / "none")
-    with pytest.raises(ConfigError, match="is no run folder: it has no manifest.json"):
+    with pytest.raises(ConfigError, match=r"is no run folder: it has no manifest.json"):
         run(resume=tmp_path)
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(ConfigError, match="manifest.json' cannot be read"):
+    with pytest.raises(ConfigError, match=r"manifest.json' cannot be read"):
         run(resume=tmp_path)
     (tmp_path / "manifest.json").write_text("[]")
-    with pytest.raises(ConfigError, match="is not the manifest of a run"):
+    with pytest.raises(ConfigError, match=r"is not the manifest of a run"):
         run(resume=tmp_path)
-    with pytest.raises(ConfigError, match="a workflow file is needed"):
+    with pytest.raises(ConfigError, match=r"a workflow file is needed"):
         run()
 
 
@@ -392,7 +394,7 @@ def test_predict_refuses_other_columns(case):
         predict(case[2], frame.drop(columns="f3"))
     with pytest.raises(DataError, match=r"missing \(or empty\) none, not known \['f9'\]"):
         predict(case[2], frame.assign(f9=1.0))
-    with pytest.raises(DataError, match="no column group 'feature', only"):
+    with pytest.raises(DataError, match=r"no column group 'feature', only"):
         predict(case[2], factors()[["label"]])
 
 
@@ -402,9 +404,9 @@ def test_predict_goes_by_column_names_not_by_their_order(case):
 
 
 def test_predict_refuses_what_is_no_run(case, tmp_path):
-    with pytest.raises(ConfigError, match="run folder '.*none' does not exist"):
+    with pytest.raises(ConfigError, match=r"run folder '.*none' does not exist"):
         predict(tmp_path / "none", case[1])
-    with pytest.raises(ConfigError, match="is no run folder"):
+    with pytest.raises(ConfigError, match=r"is no run folder"):
         predict(tmp_path, case[1])
 
 
@@ -423,17 +425,62 @@ def test_predict_names_a_missing_or_truncated_file(case, copied, name):
 def test_predict_refuses_weights_and_states_of_another_run(case, copied):
     facts = json.loads((copied / "model.json").read_text())
     (copied / "model.json").write_text(json.dumps({**facts, "format": 99}))
-    with pytest.raises(CheckpointError, match="has format 99; this version reads 1"):
+    with pytest.raises(CheckpointError, match=r"has format 99; this version reads 1"):
         predict(copied, case[1])
     facts["model"]["kwargs"]["hidden_size"] = 8
     (copied / "model.json").write_text(json.dumps(facts))
-    with pytest.raises(CheckpointError, match="does not fit LSTMModel"):
+    with pytest.raises(CheckpointError, match=r"does not fit LSTMModel"):
         predict(copied, case[1])
     facts["model"]["kwargs"]["hidden_size"] = 4
     (copied / "model.json").write_text(json.dumps(facts))
     safetensors.numpy.save_file({"infer.0.feature.shift": np.zeros(6)}, copied / "processors.safetensors")
     with pytest.raises(CheckpointError, match=r"does not fit model.json: RobustZScoreNorm: the saved state lacks"):
         predict(copied, case[1])
+
+
+# ---------------------------------------------------------------- prices, from the demo's own workflow
+@pytest.fixture(scope="module")
+def price_case(tmp_path_factory):
+    """(prices, finished run) of the demo's workflow, cut short."""
+    prices = demo_prices(n_instruments=25, n_days=560)
+    path = tmp_path_factory.mktemp("prices") / "run"
+    sets = ["task.model.kwargs.n_epochs=1", "task.model.kwargs.hidden_size=4"]
+    run(DEMO, prices, sets, output=path, seed=1)
+    return prices, path
+
+
+def test_demo_workflow_scores_prices_up_to_the_newest_date(price_case):
+    prices, path = price_case
+    pred = read_frame(path, "pred")
+    newest = prices.index.get_level_values("datetime").max()
+    assert pred.index.get_level_values("datetime").max() == newest
+    assert pred["score"].notna().all()
+    scores = predict(path, prices)
+    np.testing.assert_allclose(scores.reindex(pred.index), pred["score"], rtol=1e-5, atol=1e-7)
+
+
+def test_the_last_days_of_prices_are_enough_to_score_tomorrow(price_case):
+    prices, path = price_case
+    dates = prices.index.get_level_values("datetime")
+    recent = prices[dates >= dates.unique().sort_values()[-60]]
+    expected = predict(path, prices, start=dates.max())
+    scores = predict(path, recent, start=dates.max())
+    np.testing.assert_allclose(scores, expected.reindex(scores.index), rtol=1e-5, atol=1e-7)
+
+
+def test_prices_that_lack_a_column_of_training_are_refused(price_case):
+    prices, path = price_case
+    with pytest.raises(DataError, match=r"price columns missing \(or empty\) \['vwap'\], not known none"):
+        predict(path, prices.drop(columns="vwap"))
+    with pytest.raises(DataError, match=r"missing \(or empty\) \['volume'\]"):
+        predict(path, prices.assign(volume=np.nan))
+
+
+def test_prices_from_a_file_are_scored_alike(price_case, tmp_path):
+    prices, path = price_case
+    prices.reset_index().to_csv(tmp_path / "prices.csv", index=False)
+    from_file = predict(path, tmp_path / "prices.csv", start="2020-01-01")
+    np.testing.assert_allclose(from_file, predict(path, prices, start="2020-01-01"), rtol=1e-5, atol=1e-6)
 
 
 # ---------------------------------------------------------------- helpers

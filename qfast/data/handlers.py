@@ -376,6 +376,12 @@ class Alpha360(DataHandlerLP):
         if drop_raw:
             del self._prices, self._labels
 
+    @property
+    def prices(self) -> Panel | None:
+        """The prices behind the features, group "price"; None where drop_raw gave them up."""
+        found = getattr(self, "_prices", None)
+        return None if found is None else found.panel
+
     def _report_missing_fields(self) -> None:
         """The reference reads a field without a file as NaN; say so, and refuse if none is there."""
         known = self._prices.panel.columns("price")

@@ -212,8 +212,8 @@ def _require_same(resumed: RunFolder, config_path: Any, sets: Sequence[str], wor
     different = sorted(set(_differences(given, workflow.resolved(), "")) - MAY_DIFFER)
     if different:
         raise ConfigError(
-            f"{str(config_path)!r} differs from the workflow of the run {str(resumed.path)!r} at {different[:5]}. Remedy: "
-            "leave the file out (the run keeps its own config.yaml), or start a new run."
+            f"{str(config_path)!r} differs from the workflow of the run {str(resumed.path)!r} at {different[:5]}. "
+            "Remedy: leave the file out (the run keeps its own config.yaml), or start a new run."
         )
 
 
@@ -239,8 +239,8 @@ def _recorded(run_folder: RunFolder) -> Iterator[None]:
         _finish_quietly(run_folder, folders.FAILED, f"{type(error).__name__}: {error}")
         if folders.is_disk_full(error):
             raise QfastError(
-                f"no space left on the disk while writing to {str(run_folder.path)!r}; the files there are whole. Remedy: "
-                f"make room, then qfast run --resume {shlex.quote(str(run_folder.path))}."
+                f"no space left on the disk while writing to {str(run_folder.path)!r}; the files there are whole. "
+                f"Remedy: make room, then qfast run --resume {shlex.quote(str(run_folder.path))}."
             ) from error
         raise
     run_folder.finish(folders.FINISHED)
@@ -295,7 +295,8 @@ def _notices(workflow: Workflow) -> list[str]:
 
 
 def _build_records(workflow: Workflow, model: Any, dataset: Any) -> list[Record]:
-    objects = {"<MODEL>": model, "<DATASET>": dataset}
+    # <PRED> belongs to the backtest, which fills it in itself.
+    objects = {"<MODEL>": model, "<DATASET>": dataset, "<PRED>": "<PRED>"}
     task = workflow.resolved()["task"]
     built = []
     for position, spec in enumerate(workflow.task.record):

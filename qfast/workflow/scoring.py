@@ -299,8 +299,8 @@ def _require_columns(trained: Sequence[str], given: Sequence[str], what: str, ex
     extra = [] if extra_allowed else [c for c in given if c not in trained]
     if missing or extra:
         raise DataError(
-            f"the data differs from what the model was trained on: {what}s missing (or empty) {_some(missing)}, not known "
-            f"{_some(extra)}. Remedy: give the same {what}s as in training."
+            f"the data differs from what the model was trained on: {what}s missing (or empty) {_some(missing)}, "
+            f"not known {_some(extra)}. Remedy: give the same {what}s as in training."
         )
 
 

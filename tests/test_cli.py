@@ -1,0 +1,143 @@
+"""The command line: what it prints, where, and with which exit status."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+from workflow_case import write_case
+
+from qfast import cli
+from qfast.errors import ConfigError
+from qfast.workflow import run as run_module
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    """(workflow file, data file, run folder made through the command line)."""
+    base = tmp_path_factory.mktemp("cli")
+    config, data = write_case(base)
+    assert cli.main(["run", str(config), "--data", str(data), "-o", str(base / "run"), "--seed", "1", "-q"]) == 0
+    return config, data, base / "run"
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("qfast ")
+
+
+def test_no_arguments_give_help(capsys):
+    cli.main([])
+    shown = capsys.readouterr()
+    for command in ("run", "predict", "demo", "doctor", "info"):
+        assert command in shown.out + shown.err
+
+
+def test_run_prints_the_metrics_and_the_report(case, tmp_path, capsys):
+    config, data, _ = case
+    status = cli.main(
+        ["run", str(config), "--data", str(data), "--output", str(tmp_path / "r"),
+         "--set", "task.model.kwargs.n_epochs=1",
+         "--set", "task.model.kwargs.lr=1e-3", "--device", "cpu"]
+    )  # fmt: skip
+    shown = capsys.readouterr()
+    assert status == 0
+    assert "Rank ICIR" in shown.out
+    assert shown.out.strip().endswith(f"report: {tmp_path / 'r' / 'report.html'}")
+    assert "epoch 0" in shown.err
+    assert "lr: 0.001" in (tmp_path / "r" / "config.yaml").read_text()
+
+
+def test_run_twice_into_one_folder(case, capsys):
+    config, data, path = case
+    assert cli.main(["run", str(config), "--data", str(data), "-o", str(path)]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.count("\n") == 1
+    assert "is there already and not empty" in shown.err
+    assert "Traceback" not in shown.err
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.parquet"])
+def test_predict_writes_scores(case, tmp_path, capsys, name):
+    _, data, path = case
+    out = tmp_path / name
+    assert cli.main(["predict", str(path), "--data", str(data), "--start", "2020-03-10", "--out", str(out)]) == 0
+    table = pd.read_csv(out) if name.endswith("csv") else pd.read_parquet(out)
+    assert len(table) == 12
+    assert "12 scores from 2020-03-10 to 2020-03-10" in capsys.readouterr().out
+
+
+def test_predict_without_out_writes_into_the_run(case, capsys):
+    _, data, path = case
+    assert cli.main(["predict", str(path), "--data", str(data), "--start", "2020-03-09"]) == 0
+    assert (path / "scores_20200309_20200310.parquet").exists()
+
+
+def test_predict_refuses_a_strange_suffix(case, tmp_path, capsys):
+    _, data, path = case
+    assert cli.main(["predict", str(path), "--data", str(data), "--out", str(tmp_path / "x.xlsx")]) == 2
+    assert "written as .parquet or .csv, got 'x.xlsx'" in capsys.readouterr().err
+
+
+def test_info(case, capsys):
+    assert cli.main(["info", str(case[2])]) == 0
+    shown = capsys.readouterr().out
+    for part in ("status     finished", "12 instruments", "PortAnaRecord", "Rank IC"):
+        assert part in shown
+    assert cli.main(["info", "no/such/run"]) == 2
+    assert "run folder 'no/such/run' does not exist" in capsys.readouterr().err
+
+
+def test_errors_are_one_message_and_status_2(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("QFAST_TRACEBACK", raising=False)
+    assert cli.main(["run", str(tmp_path / "none.yaml")]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("qfast: workflow file ")
+    assert shown.out == ""
+    monkeypatch.setenv("QFAST_TRACEBACK", "1")
+    with pytest.raises(ConfigError, match=r"does not exist"):
+        cli.main(["run", str(tmp_path / "none.yaml")])
+
+
+def test_wrong_usage_is_status_2(capsys):
+    assert cli.main(["run", "--no-such-option"]) == 2
+    assert "No such option" in capsys.readouterr().err
+    assert cli.main(["predict"]) == 2
+
+
+def test_ctrl_c_is_status_130(monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "run", interrupted)
+    assert cli.main(["run", "x.yaml"]) == 130
+    assert "qfast: interrupted." in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of this kind are POSIX")
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_signal_leaves_a_folder_that_can_be_resumed(case, tmp_path, number):
+    config, data, _ = case
+    path = tmp_path / "run"
+    command = [sys.executable, "-m", "qfast.cli", "run", str(config), "--data", str(data), "-o", str(path)]
+    process = subprocess.Popen(
+        [*command, "--set", "task.model.kwargs.n_epochs=100000", "--set", "task.model.kwargs.early_stop=100000"],
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (path / "last.safetensors").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert f"qfast run --resume {path}" in err
+    assert '"status": "interrupted"' in (path / "manifest.json").read_text()
+    done = len(pd.read_csv(path / "history.csv"))
+    assert cli.main(["run", "--resume", str(path), "--set", f"task.model.kwargs.n_epochs={done + 1}", "-q"]) == 0
+    assert '"status": "finished"' in (path / "manifest.json").read_text()
