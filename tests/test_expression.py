@@ -1,0 +1,145 @@
+"""Expressions against pandas, and messages that point at the mistake."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qfast.data.expression import Extent, evaluate, fields, reach
+from qfast.data.panel import Panel
+from qfast.errors import ConfigError, DataError
+
+
+def price_panel(seed: int = 0, n_days: int = 12) -> Panel:
+    rng = np.random.default_rng(seed)
+    index = pd.MultiIndex.from_product(
+        [pd.date_range("2024-01-01", periods=n_days), ["A", "B", "C"]], names=["datetime", "instrument"]
+    )
+    values = np.exp(rng.standard_normal((len(index), 3))).astype(np.float32)
+    values[rng.random(values.shape) < 0.1] = np.nan
+    frame = pd.DataFrame(values, index=index, columns=["close", "Open", "volume"])
+    return Panel.from_frame(frame[rng.random(len(frame)) < 0.9], group="price")
+
+
+class Column:
+    """The same expressions by pandas: Python evaluates the text, Ref shifts within the instrument."""
+
+    def __init__(self, series: pd.Series) -> None:
+        self.s = series
+
+    def _with(self, other: object, how: str) -> Column:
+        return Column(getattr(self.s, how)(other.s if isinstance(other, Column) else other))
+
+    def __getattr__(self, name: str):
+        raise AttributeError(name)
+
+
+for _op in ("add", "sub", "mul", "truediv", "pow", "radd", "rsub", "rmul", "rtruediv", "rpow"):
+    setattr(Column, f"__{_op}__", lambda self, other, how=f"__{_op}__": self._with(other, how))
+Column.__neg__ = lambda self: Column(-self.s)
+
+
+def by_pandas(text: str, panel: Panel) -> np.ndarray:
+    rows = np.arange(panel.n_rows)
+    who = panel.instrument_codes
+    names = {c.lower(): Column(pd.Series(panel.column(c), index=rows)) for c in panel.columns("price")}
+    scope = {
+        **{f"_{k}": v for k, v in names.items()},
+        "Ref": lambda x, n: Column(x.s.groupby(who).shift(n)),
+        "Abs": lambda x: Column(x.s.abs()),
+        "Log": lambda x: Column(np.log(x.s)),
+    }
+    with np.errstate(all="ignore"):
+        return eval(text.replace("$", "_"), scope).s.to_numpy(np.float32)
+
+
+leaves = st.sampled_from(["$close", "$open", "$volume"])
+numbers = st.sampled_from(["2", "0.5", "1e-12", "3"])
+
+
+def grow(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    binary = st.builds(lambda a, op, b: f"({a} {op} {b})", inner, st.sampled_from("+-*/"), inner | numbers)
+    return st.one_of(
+        binary,
+        st.builds(lambda a, op, b: f"({a} {op} {b})", numbers, st.sampled_from("+-*/"), inner),
+        st.builds(lambda a, n: f"Ref({a}, {n})", inner, st.integers(-4, 4).filter(bool)),
+        st.builds(lambda a: f"Abs({a})", inner),
+        st.builds(lambda a: f"Log({a})", inner),
+        st.builds(lambda a: f"-{a} ** 2", inner),
+    )
+
+
+@settings(max_examples=120, deadline=None)
+@given(text=st.recursive(leaves, grow, max_leaves=6), seed=st.integers(0, 50))
+@pytest.mark.filterwarnings("ignore")
+def test_equals_pandas_bit_for_bit(text, seed):
+    panel = price_panel(seed)
+    ours = evaluate(text, panel)
+    assert ours.dtype == np.float32
+    np.testing.assert_array_equal(ours, by_pandas(text, panel))
+
+
+def test_shift_stays_inside_the_instrument_and_its_stored_rows():
+    panel = price_panel()
+    bounds = np.searchsorted(panel.instrument_codes, np.arange(4))
+    stored = {"close": Extent(bounds[:-1] + 2, bounds[1:] - 1)}
+    shifted = evaluate("Ref($close, -1)", panel, extents=stored)
+    mixed = evaluate("Ref($close, -1) / $open", panel, extents=stored)
+    for first, stop in itertools.pairwise(bounds):
+        assert np.isnan(shifted[first : first + 2]).all()
+        assert np.isnan(shifted[stop - 2 : stop]).all()
+        assert np.isnan(mixed[first : first + 2]).all()
+        np.testing.assert_array_equal(shifted[first + 2 : stop - 2], panel.column("close")[first + 3 : stop - 1])
+
+
+def test_fields_and_reach():
+    assert fields("Ref($Close, -2) / $open + $close") == ["close", "open"]
+    assert reach("Ref($close, -2)/Ref($close, -1) - 1") == (0, 2)
+    assert reach("Ref(Ref($close, 3) - $open, 2) + Ref($close, -4)") == (5, 4)
+    assert reach("Ref(Ref($close, 2), -1)") == (2, 1)
+
+
+def test_optional_fields_are_nan():
+    assert np.isnan(evaluate("Ref($vwap, 1) / $close", price_panel(), optional={"vwap"})).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "caret"),
+    [
+        ("$close + Mean($close, 5)", r"operator 'Mean' is not available; there are \['Abs', 'Log', 'Ref'\]", 9),
+        ("1 + close", r"unknown name 'close'; a field is written \$close", 4),
+        ("Ref($close, 0)", "needs a whole number n other than 0", 12),
+        ("Ref($close, 1.5)", "needs a whole number n other than 0", 12),
+        ("  Ref($close)", r"Ref takes 2 argument\(s\), got 1", 2),
+        ("$close $open", "does not parse", None),
+        ("$close * (1 / 0)", "division by zero", 10),
+        ("$close if $open else 1", "only fields, numbers", 0),
+        ("$收 + close", "unknown name 'close'", 5),
+        ("Ref(1, 2)", "Ref needs a field to work on", 4),
+    ],
+)
+def test_mistakes_are_pointed_at(text, message, caret):
+    with pytest.raises(ConfigError, match=message) as caught:
+        evaluate(text, price_panel(), optional={"收"})
+    written, pointer = str(caught.value).splitlines()[-2:]
+    assert written.strip() == text.strip()
+    assert pointer.strip() == "^"
+    if caret is not None:  # where Python itself stops parsing differs between its versions
+        assert pointer.index("^") - 4 == caret
+
+
+def test_other_refusals():
+    with pytest.raises(DataError, match=r"no column 'clos'; it has .* Did you mean 'close'\?"):
+        evaluate("$clos", price_panel())
+    with pytest.raises(ConfigError, match="holds no field"):
+        evaluate("1 + 2", price_panel())
+    with pytest.raises(ConfigError, match="must be a text such as"):
+        evaluate("  ", price_panel())
+    for attack in ("__import__('os')", "$close.__class__", "[x for x in $close]", "(lambda: 1)()", "'a'"):
+        with pytest.raises(ConfigError, match=r"not available|only fields|unknown name"):
+            evaluate(attack, price_panel())
