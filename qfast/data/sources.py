@@ -102,11 +102,10 @@ def load_prices(
         source, provider_uri=provider_uri, instruments=instruments, start_time=start_time, end_time=end_time,
         freq=freq, vwap=vwap,
     )  # fmt: skip
-    low, high = prices.panel.date_code_range(start_time, end_time)
-    codes = prices.panel.date_codes
     panel = prices.panel
-    inside = (codes >= low) & (codes < high)
-    if not inside.all():
+    low, high = panel.date_code_range(start_time, end_time)
+    inside = (panel.date_codes >= low) & (panel.date_codes < high)
+    if not inside.all() or len(np.unique(panel.date_codes)) < len(panel.datetimes):
         panel = take_rows(panel, np.flatnonzero(inside))
     if panel.n_rows == 0:
         raise DataError(f"no prices between start_time={start_time} and end_time={end_time}.")
@@ -323,7 +322,7 @@ def _dates(values: pd.Series, name: str) -> pd.DatetimeIndex:
         if not (whole == unique).all() or not all(int(d) in DAY_AS_NUMBER for d in whole):
             row = int(np.argmax([int(d) not in DAY_AS_NUMBER for d in whole[codes]]))
             raise DataError(
-                f"{name}: column {values.name!r} holds numbers, row {row} is {values.iloc[row]!r}; only dates written "
+                f"{name}: column {values.name!r} holds numbers, row {row} is {values.iloc[row]}; only dates written "
                 "as 20240131 are understood. Remedy: convert it with pandas.to_datetime first."
             )
         unique = pd.Index(whole.astype(str))
