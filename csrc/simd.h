@@ -16,12 +16,19 @@ static inline void move_16(unsigned char* to, const unsigned char* from) {
   *reinterpret_cast<bytes_16*>(to) = *reinterpret_cast<const bytes_16*>(from);
 }
 
-// Copies `bytes` (a multiple of 4). The last vector overlaps the one before it instead of a scalar tail.
-static inline void copy_bytes(unsigned char* to, const unsigned char* from, int64_t bytes) {
+// Copies `bytes` (a multiple of 4) and asks for as many bytes at `ahead`, which will be read soon, line by
+// line as it goes: a burst of requests would stall. The last vector overlaps the one before it instead of a
+// scalar tail.
+static inline void copy_bytes(unsigned char* to, const unsigned char* from, int64_t bytes,
+                              const unsigned char* ahead) {
   constexpr int64_t wide = QFAST_VECTOR_BYTES;
+  __builtin_prefetch(ahead);
   if (bytes >= wide) {
     int64_t i = 0;
-    for (; i + wide <= bytes; i += wide) move_vector(to + i, from + i);
+    for (; i + wide <= bytes; i += wide) {
+      if (wide == 64 || i % 64 == 0) __builtin_prefetch(ahead + i + 63);
+      move_vector(to + i, from + i);
+    }
     if (i < bytes) move_vector(to + bytes - wide, from + bytes - wide);
   } else if (bytes >= 16) {
     int64_t i = 0;
@@ -33,21 +40,23 @@ static inline void copy_bytes(unsigned char* to, const unsigned char* from, int6
 }
 
 // As copy_bytes, writing whole cache lines around the caches: for output that is larger than they are.
-static inline void stream_bytes(unsigned char* to, const unsigned char* from, int64_t bytes) {
+static inline void stream_bytes(unsigned char* to, const unsigned char* from, int64_t bytes,
+                                const unsigned char* ahead) {
 #if defined(__x86_64__)
   const int64_t head = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) & 63);
-  if (head + 64 > bytes) return copy_bytes(to, from, bytes);
-  copy_bytes(to, from, head);
+  if (head + 64 > bytes) return copy_bytes(to, from, bytes, ahead);
+  copy_bytes(to, from, head, ahead);
   int64_t i = head;
   for (; i + 64 <= bytes; i += 64) {
+    __builtin_prefetch(ahead + i);
     for (int64_t j = i; j < i + 64; j += 16) {
       const __m128i part = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j));
       _mm_stream_si128(reinterpret_cast<__m128i*>(to + j), part);
     }
   }
-  copy_bytes(to + i, from + i, bytes - i);
+  copy_bytes(to + i, from + i, bytes - i, ahead + i);
 #else
-  copy_bytes(to, from, bytes);
+  copy_bytes(to, from, bytes, ahead);
 #endif
 }
 
@@ -55,8 +64,4 @@ static inline void finish_stream() {
 #if defined(__x86_64__)
   _mm_sfence();
 #endif
-}
-
-static inline void prefetch_bytes(const unsigned char* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 3);
 }

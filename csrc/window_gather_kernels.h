@@ -12,36 +12,28 @@ static void resolve_windows(const ResolveJob& job, int64_t begin, int64_t end) {
   }
 }
 
-// Windows ahead of the one being copied whose panel rows are fetched, and those whose tables are. Random
-// windows of a large panel miss every cache; without this each would wait for memory in turn.
-constexpr int64_t kPanelAhead = 2;
-constexpr int64_t kTableAhead = 8;
-constexpr int64_t kPrefetchBytes = 4096;  // beyond this the hardware prefetcher has caught on
+// How far ahead of the window being copied memory is asked for: its run table entry, then its panel rows.
+// Random windows of a large panel miss every cache; without this each would wait for memory in turn.
+constexpr int64_t kTableAhead = 16;       // windows
+constexpr int64_t kPanelAhead = 4 << 10;  // bytes
 
-static inline void prefetch_window(const GatherJob& job, int64_t b, int64_t end) {
-  if (job.tables == nullptr) {
-    if (b + kPanelAhead >= end) return;
-    for (int64_t t = 0, bytes = 0; t < job.step_len && bytes < kPrefetchBytes; ++t, bytes += job.width) {
-      const int64_t r = row_number(job.index, (b + kPanelAhead) * job.step_len + t);
-      if (r >= 0) prefetch_bytes(job.panel + r * job.row_stride, job.width);
-    }
-    return;
-  }
-  if (b + kTableAhead < end) {
+// Where the window `ahead` of b begins if it has no holes, as most have not; else, and at the end of the
+// batch, some address that is harmless to ask for.
+static inline const unsigned char* upcoming_window(const GatherJob& job, int64_t b, int64_t ahead,
+                                                   int64_t end) {
+  const bool rolling = job.tables != nullptr;
+  if (rolling && b + kTableAhead < end) {
     const int64_t r = row_number(job.index, b + kTableAhead);
     if (r >= 0) {
       __builtin_prefetch(job.tables->run + r);
       if (job.tables->first_position > 0) __builtin_prefetch(job.tables->position + r);
     }
   }
-  if (b + kPanelAhead < end) {
-    // Most windows are contiguous; for the others these are mostly the right rows all the same.
-    const int64_t r = row_number(job.index, b + kPanelAhead);
-    const int64_t start = r - job.step_len + 1;
-    const int64_t bytes = job.step_len * job.row_stride;
-    if (start >= 0)
-      prefetch_bytes(job.panel + start * job.row_stride, bytes < kPrefetchBytes ? bytes : kPrefetchBytes);
-  }
+  if (b + ahead >= end) return job.missing;
+  const int64_t next = b + ahead;
+  const int64_t last = row_number(job.index, rolling ? next : (next + 1) * job.step_len - 1);
+  const int64_t start = last - job.step_len + 1;
+  return start < 0 ? job.missing : job.panel + start * job.row_stride;
 }
 
 // out[d, t] = rows[t][d] for one window of T rows. Runs of T are written in order; the T rows stay in L1.
@@ -76,29 +68,37 @@ static inline void window_pointers(const GatherJob& job, int64_t b, int64_t star
 static void gather_windows(const GatherJob& job, int64_t begin, int64_t end, unsigned char* scratch) {
   const int64_t window = job.step_len * job.width;
   const bool whole_rows = job.width == job.row_stride && !job.transposed;
+  const int64_t windows_ahead = 1 + kPanelAhead / window;
   int64_t* numbers = reinterpret_cast<int64_t*>(scratch);
   const unsigned char** rows = reinterpret_cast<const unsigned char**>(numbers + job.step_len);
   unsigned char* staging = reinterpret_cast<unsigned char*>(rows + job.step_len);
   for (int64_t b = begin; b < end; ++b) {
-    prefetch_window(job, b, end);
+    const unsigned char* ahead = upcoming_window(job, b, windows_ahead, end);
     unsigned char* out = job.out + b * window;
     const int64_t start =
         job.tables == nullptr ? -1 : contiguous_start(*job.tables, row_number(job.index, b));
     if (start >= 0 && whole_rows) {
       const unsigned char* from = job.panel + start * job.row_stride;
-      job.stream ? stream_bytes(out, from, window) : copy_bytes(out, from, window);
+      job.stream ? stream_bytes(out, from, window, ahead) : copy_bytes(out, from, window, ahead);
       continue;
     }
     window_pointers(job, b, start, numbers, rows);
     unsigned char* to = job.stream ? staging : out;
     if (!job.transposed) {
-      for (int64_t t = 0; t < job.step_len; ++t) copy_bytes(to + t * job.width, rows[t], job.width);
-    } else if (job.element == 4) {
-      transpose_window(reinterpret_cast<word32*>(to), rows, job.step_len, job.width / 4);
+      for (int64_t t = 0; t < job.step_len; ++t) {
+        copy_bytes(to + t * job.width, rows[t], job.width, ahead + t * job.row_stride);
+      }
     } else {
-      transpose_window(reinterpret_cast<word64*>(to), rows, job.step_len, job.width / 8);
+      for (int64_t t = 0; t < job.step_len; ++t) {
+        for (int64_t i = 0; i < job.width; i += 64) __builtin_prefetch(ahead + t * job.row_stride + i);
+      }
+      if (job.element == 4) {
+        transpose_window(reinterpret_cast<word32*>(to), rows, job.step_len, job.width / 4);
+      } else {
+        transpose_window(reinterpret_cast<word64*>(to), rows, job.step_len, job.width / 8);
+      }
     }
-    if (job.stream) stream_bytes(out, staging, window);
+    if (job.stream) stream_bytes(out, staging, window, staging);
   }
   if (job.stream) finish_stream();
 }

@@ -6,6 +6,8 @@
     cuda   as auto, but an error if the CUDA library cannot be used
     cpu    never load the CUDA library; tensors on a GPU are served by plain torch
     torch  load nothing native: every operator is its plain-torch twin
+
+`QFAST_ISA` (baseline, avx2 or avx512) overrides the instruction set that the CPU library picks, for tests.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ import torch
 from qfast.errors import BackendError
 
 CHOICES = ("auto", "cuda", "cpu", "torch")
+BROKEN = "built but does not load"
 
-__all__ = ["CHOICES", "choice", "native", "status"]
+__all__ = ["BROKEN", "CHOICES", "choice", "native", "status"]
 
 
 def _read_choice() -> str:
@@ -39,9 +42,16 @@ def _load_cpu(wanted: str) -> tuple[ModuleType | None, str]:
     if not _library_files("_C"):
         return None, "not built (QFAST_NATIVE=0, or the sources are used without an install)"
     try:
-        return importlib.import_module("qfast._C"), "loaded"
+        module = importlib.import_module("qfast._C")
     except (ImportError, OSError) as error:
-        return None, f"built but does not load: {error}"
+        return None, f"{BROKEN}: {error}"
+    isa = os.environ.get("QFAST_ISA", "").strip().lower()
+    try:
+        if isa:
+            module.select_isa(isa)
+    except ValueError as error:
+        raise BackendError(f"QFAST_ISA: {error}") from None
+    return module, "loaded"
 
 
 def _load_cuda(wanted: str) -> tuple[bool, str]:
@@ -68,7 +78,7 @@ def _try_cuda() -> tuple[bool, str]:
     try:
         torch.ops.load_library(str(files[0]))
     except OSError as error:
-        return False, f"built but does not load: {error}"
+        return False, f"{BROKEN}: {error}"
     return True, "loaded"
 
 

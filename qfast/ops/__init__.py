@@ -1,5 +1,26 @@
 """Operators of qfast: one module each, with its plain-torch twin, fake, backward and registration."""
 
-from qfast.ops.window_gather import WindowIndex, build_window_index, gather_windows, window_rows
+from collections.abc import Callable
+from typing import NamedTuple
 
-__all__ = ["WindowIndex", "build_window_index", "gather_windows", "window_rows"]
+import torch
+
+from qfast.ops import window_gather as _window_gather
+from qfast.ops import window_index as _window_index
+from qfast.ops.window_gather import gather_windows, window_rows
+from qfast.ops.window_index import WindowIndex, build_window_index
+
+__all__ = ["OPERATORS", "Operator", "WindowIndex", "build_window_index", "gather_windows", "window_rows"]
+
+
+class Operator(NamedTuple):
+    """What `qfast doctor` needs to know: where the operator runs and how it checks itself there."""
+
+    self_test: Callable[[torch.device], None]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+
+OPERATORS = {
+    "build_window_index": Operator(_window_index.self_test, ("cpu",)),
+    "gather_windows": Operator(_window_gather.self_test),
+}

@@ -1,89 +1,25 @@
 """Rolling windows out of an instrument-major panel. The smallest operator: the pattern for the others.
 
-Reading order: the two public steps (`build_window_index`, `gather_windows`), the plain-torch twins that
-state the meaning, then schemas, fakes and gradients. The native kernels are csrc/window_index.cpp,
-csrc/window_gather.cpp and csrc/window_gather.cu; `qfast._backend` decides whether they are loaded.
+Reading order: the public functions, the plain-torch twins that state the meaning, then schemas, fakes and
+gradients. The kernels are csrc/window_gather_kernels.h (behind window_gather.cpp) and csrc/window_gather.cu;
+`qfast._backend` decides whether they are loaded. The index comes from qfast/ops/window_index.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from qfast import _backend
 from qfast.errors import DataError, suggest
+from qfast.ops.window_index import WindowIndex, build_window_index
 
 FILLS = {"none": 0, "ffill": 1, "ffill+bfill": 2}
 LAYOUTS = {"BTD": False, "BDT": True}
 
-__all__ = ["FILLS", "LAYOUTS", "WindowIndex", "build_window_index", "gather_windows", "window_rows"]
-
-
-class WindowIndex(NamedTuple):
-    """Three int32 tables over the R panel rows from which every rolling window follows.
-
-    position : rank of the row's date among the dates at which any live row exists; -1 for a dead row.
-    back : distance to the previous live row of the same instrument (that row is r - back[r]); 0 = none.
-    run : number of rows directly before r that are live, of the same instrument and on consecutive
-        positions. Where run[r] >= T - 1 the window of r is the rows r - T + 1 .. r, one contiguous copy.
-    """
-
-    position: Tensor
-    back: Tensor
-    run: Tensor
-
-    def to(self, device: Any) -> WindowIndex:
-        """The same tables on `device`."""
-        return WindowIndex(*(table.to(device) for table in self))
-
-
-def build_window_index(instrument_codes: Any, date_codes: Any, live: Any = None) -> WindowIndex:
-    """Index the rows of a panel sorted by (instrument, date), in time linear in the rows.
-
-    Parameters
-    ----------
-    instrument_codes, date_codes : integer array [R]
-        Codes, not timestamps: date code d is the d-th date. Strictly ascending by (instrument, date).
-    live : bool array [R], optional
-        Rows that exist. A dead row is in no window and its date counts only if another row lives on it.
-
-    Returns
-    -------
-    WindowIndex
-        int32 tables [R] on the CPU.
-
-    Raises
-    ------
-    DataError
-        Rows out of order, a duplicate key, a negative code, arrays of unequal length.
-
-    Source
-    ------
-    Replaces the index of Qlib's TSDataSampler (`build_index`), which visits every cell in Python.
-
-    Examples
-    --------
-    >>> index = build_window_index([0, 0, 0, 1], [0, 1, 3, 3])
-    >>> index.position.tolist(), index.back.tolist(), index.run.tolist()
-    ([0, 1, 2, 2], [0, 1, 1, 0], [0, 1, 2, 0])
-    """
-    instruments = _code_array("instrument_codes", instrument_codes)
-    dates = _code_array("date_codes", date_codes)
-    if len(instruments) != len(dates):
-        raise DataError(f"instrument_codes has {len(instruments)} rows but date_codes has {len(dates)}.")
-    alive = None if live is None else np.ascontiguousarray(np.asarray(live), dtype=bool)
-    if alive is not None and alive.shape != dates.shape:
-        raise DataError(f"live: expected shape {dates.shape}, got {alive.shape}.")
-    build = _build_index_twin if _backend.native is None else _backend.native.window_index
-    try:
-        tables = build(instruments, dates, alive)
-    except ValueError as error:
-        raise DataError(str(error)) from None
-    return WindowIndex(*(torch.from_numpy(table) for table in tables))
+__all__ = ["FILLS", "LAYOUTS", "gather_windows", "self_test", "window_rows"]
 
 
 def gather_windows(
@@ -163,9 +99,7 @@ def gather_windows(
             transposed,
         )
     if last_row is not None or step_len is not None:
-        raise DataError(
-            "gather_windows: last_row and step_len go with a WindowIndex, index is a tensor of rows."
-        )
+        raise DataError("gather_windows: last_row and step_len go with a WindowIndex, index is a tensor of rows.")
     return torch.ops.qfast.gather_windows(panel, index, begin, end, transposed)
 
 
@@ -217,9 +151,7 @@ def window_rows(
     >>> window_rows(index, torch.tensor([1]), 3, fill="ffill").tolist()
     [[0, 0, 1]]
     """
-    return torch.ops.qfast.window_rows(
-        *index, last_row, step_len, _lookup("fill", fill, FILLS), first_position
-    )
+    return torch.ops.qfast.window_rows(*index, last_row, step_len, _lookup("fill", fill, FILLS), first_position)
 
 
 # ---------------------------------------------------------------- arguments
@@ -227,18 +159,6 @@ def _lookup(what: str, value: str, known: dict[str, Any]) -> Any:
     if value not in known:
         raise DataError(f"{what} is {value!r}; allowed: {', '.join(known)}." + suggest(value, known))
     return known[value]
-
-
-def _code_array(name: str, codes: Any) -> np.ndarray:
-    array = np.asarray(codes)
-    if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
-        raise DataError(
-            f"{name}: expected a 1-d integer array, got dtype {array.dtype}, shape {array.shape}."
-        )
-    limit = np.iinfo(np.int32).max
-    if array.size and array.dtype != np.int32 and array.max() > limit:
-        raise DataError(f"{name}: codes must fit int32, got {array.max()} (codes are ranks, not timestamps).")
-    return np.ascontiguousarray(array, dtype=np.int32)
 
 
 def _require(condition: bool, operator: str, message: str) -> None:
@@ -251,9 +171,7 @@ def _check_panel(operator: str, panel: Tensor, begin: int, end: int) -> None:
     _require(known, operator, f"panel: expected dtype float32 or float64, got {panel.dtype}.")
     _require(panel.dim() == 2, operator, f"panel: expected shape [R, D], got {tuple(panel.shape)}.")
     inside = 0 <= begin <= end <= panel.shape[1]
-    _require(
-        inside, operator, f"columns: expected 0 <= begin <= end <= {panel.shape[1]}, got ({begin}, {end})."
-    )
+    _require(inside, operator, f"columns: expected 0 <= begin <= end <= {panel.shape[1]}, got ({begin}, {end}).")
 
 
 def _check_rows(operator: str, name: str, rows: Tensor, dims: int, device: torch.device) -> None:
@@ -264,17 +182,13 @@ def _check_rows(operator: str, name: str, rows: Tensor, dims: int, device: torch
     _require(rows.device == device, operator, f"{name}: expected device {device}, got {rows.device}.")
 
 
-def _check_tables(
-    operator: str, tables: tuple[Tensor, ...], n_rows: int, device: torch.device, step_len: int
-) -> None:
+def _check_tables(operator: str, tables: tuple[Tensor, ...], n_rows: int, device: torch.device, step_len: int) -> None:
     for name, table in zip(WindowIndex._fields, tables, strict=True):
         known = table.dtype == torch.int32
         _require(known, operator, f"index.{name}: expected dtype int32, got {table.dtype}.")
         fits = tuple(table.shape) == (n_rows,)
         _require(fits, operator, f"index.{name}: expected shape ({n_rows},), got {tuple(table.shape)}.")
-        _require(
-            table.device == device, operator, f"index.{name}: expected device {device}, got {table.device}."
-        )
+        _require(table.device == device, operator, f"index.{name}: expected device {device}, got {table.device}.")
     _require(step_len >= 1, operator, f"step_len: expected at least 1, got {step_len}.")
 
 
@@ -292,38 +206,6 @@ def _check_bounds(operator: str, name: str, rows: Tensor, n_rows: int) -> None:
 
 
 # ---------------------------------------------------------------- plain-torch twins
-def _build_index_twin(
-    instruments: np.ndarray, dates: np.ndarray, live: np.ndarray | None
-) -> tuple[np.ndarray, ...]:
-    n = len(dates)
-    for name, codes in (("instrument_codes", instruments), ("date_codes", dates)):
-        if n and codes.min() < 0:
-            row = int(np.argmax(codes < 0))
-            raise ValueError(f"{name}[{row}] is {codes[row]}: codes are not negative.")
-    key = instruments.astype(np.int64) << 32 | dates
-    wrong = np.flatnonzero(key[1:] <= key[:-1])
-    if wrong.size:
-        row = int(wrong[0]) + 1
-        what = "repeats the key of" if key[row] == key[row - 1] else "sorts before"
-        raise ValueError(
-            f"row {row} (instrument code {instruments[row]}, date code {dates[row]}) {what} row {row - 1} "
-            f"(instrument code {instruments[row - 1]}, date code {dates[row - 1]}); rows must ascend by "
-            "(instrument, date) without duplicates."
-        )
-    rows = np.arange(n) if live is None else np.flatnonzero(live)
-    tables = [np.full(n, -1, np.int32), np.zeros(n, np.int32), np.zeros(n, np.int32)]
-    if not rows.size:
-        return tuple(tables)
-    position = np.unique(dates[rows], return_inverse=True)[1]
-    linked = instruments[rows[1:]] == instruments[rows[:-1]]
-    tables[0][rows] = position
-    tables[1][rows[1:]] = np.where(linked, np.diff(rows), 0)
-    breaks = np.r_[True, ~(linked & (np.diff(rows) == 1) & (np.diff(position) == 1))]
-    order = np.arange(len(rows))
-    tables[2][rows] = order - np.maximum.accumulate(np.where(breaks, order, 0))
-    return tuple(tables)
-
-
 def _window_rows_twin(
     position: Tensor,
     back: Tensor,
@@ -400,9 +282,7 @@ def _gather_windows_backward_twin(
 
 
 # ---------------------------------------------------------------- schemas and fakes
-_TABLES = (
-    "Tensor position, Tensor back, Tensor run, Tensor last_row, int step_len, int fill, int first_position"
-)
+_TABLES = "Tensor position, Tensor back, Tensor run, Tensor last_row, int step_len, int fill, int first_position"
 _COLUMNS = "int column_begin, int column_end, bool transposed"
 _SCHEMAS: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "window_rows": (f"({_TABLES}) -> Tensor", _window_rows_twin),
@@ -477,7 +357,23 @@ def _no_double_backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 torch.library.register_autograd("qfast::gather_windows", _backward_of_gather, setup_context=_save_for_gather)
-torch.library.register_autograd(
-    "qfast::gather_rolling_windows", _backward_of_rolling, setup_context=_save_for_rolling
-)
+torch.library.register_autograd("qfast::gather_rolling_windows", _backward_of_rolling, setup_context=_save_for_rolling)
 torch.library.register_autograd("qfast::gather_windows_backward", _no_double_backward)
+
+
+def self_test(device: torch.device) -> None:
+    """Compare what serves `device` with the twins, every fill and layout; AssertionError names what differs."""
+    index = build_window_index([0] * 9 + [1] * 7 + [2], [*range(9), 0, 1, 4, 5, 6, 7, 8, 5]).to(device)
+    panel = torch.arange(17 * 5, dtype=torch.float32, device=device).reshape(17, 5)
+    last = torch.tensor([0, 8, 11, 15, 16, -1, 12, 8], device=device)
+    for fill, code in FILLS.items():
+        rows = _window_rows_twin(*index, last, 4, code, 1)
+        assert torch.equal(window_rows(index, last, 4, fill=fill, first_position=1), rows), f"window_rows, {fill}"
+        for layout, transposed in LAYOUTS.items():
+            expected = _gather_windows_twin(panel, rows, 1, 4, transposed)
+            found = gather_windows(panel, index, last, 4, fill=fill, first_position=1, columns=(1, 4), layout=layout)
+            assert torch.equal(found.nan_to_num(-1), expected.nan_to_num(-1)), f"values, {fill}, {layout}"
+            grad = torch.ones_like(expected)
+            found = torch.ops.qfast.gather_windows_backward(grad, rows, 17, 5, 1, transposed)
+            expected = _gather_windows_backward_twin(grad, rows, 17, 5, 1, transposed)
+            assert torch.equal(found, expected), f"gradient, {fill}, {layout}"

@@ -1,0 +1,131 @@
+"""What this installation computes with, why, and whether it computes rightly."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+import qfast.ops
+from qfast import _backend
+
+__all__ = ["main", "report", "self_tests"]
+
+_LIBRARIES = ("torch", "numpy", "pandas", "pyarrow", "safetensors", "qlib")
+
+
+def report() -> dict[str, Any]:
+    """Versions, build facts, the tier that serves each operator, and the outcome of each self-test.
+
+    Returns
+    -------
+    dict
+        `versions` (library -> version or "not installed"), `build` (facts of the native library, empty
+        where there is none), `isa` (instruction set in use), `backend` (see `qfast._backend.status`),
+        `operators` (name -> device -> {"tier", "reason"}), `self_test` (name -> "ok" or what went
+        wrong), `healthy` (bool).
+
+    Examples
+    --------
+    >>> report()["healthy"]
+    True
+    """
+    status = _backend.status()
+    native = _backend.native
+    broken = any(status[device]["reason"].startswith(_backend.BROKEN) for device in ("cpu", "cuda"))
+    results = {name: _outcome(test) for name, test in self_tests().items()}
+    return {
+        "versions": _versions(),
+        "build": dict(native.build_info()) if native is not None else {},
+        "isa": {"in use": native.isa(), "available": native.available_isas()} if native is not None else {},
+        "backend": status,
+        "operators": {
+            name: {
+                device: {"tier": status[device]["tier"], "reason": status[device]["reason"]}
+                for device in operator.devices
+            }
+            for name, operator in qfast.ops.OPERATORS.items()
+        },
+        "self_test": results,
+        "healthy": not broken and all(result == "ok" for result in results.values()),
+    }
+
+
+def self_tests() -> dict[str, Callable[[], None]]:
+    """A check a name: every operator on every usable device against its plain-torch twin."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return {
+        f"{name} ({device})": partial(operator.self_test, torch.device(device))
+        for name, operator in qfast.ops.OPERATORS.items()
+        for device in devices
+        if device in operator.devices
+    }
+
+
+def main() -> int:
+    """Print the report; 0 if every self-test passed, else 1."""
+    facts = report()
+    for title in ("versions", "build", "isa"):
+        if facts[title]:
+            _print_table(title, {k: _text(v) for k, v in facts[title].items()})
+    print(f"\nQFAST_BACKEND: {facts['backend']['choice']}")
+    for device in ("cpu", "cuda"):
+        state = facts["backend"][device]
+        library = "qfast._C" if device == "cpu" else "qfast._cuda"
+        print(f"  {library}: {'loaded' if state['loaded'] else 'not loaded: ' + state['reason']}")
+    for device, where in (("cpu", "on the CPU"), ("cuda", "on CUDA")):
+        served = {name: _served(by[device]) for name, by in facts["operators"].items() if device in by}
+        _print_table(f"operators {where}", served)
+    _print_table("self-test, native against plain torch", facts["self_test"])
+    print("\nhealthy" if facts["healthy"] else "\nNOT healthy: see what failed above")
+    return 0 if facts["healthy"] else 1
+
+
+def _versions() -> dict[str, str]:
+    versions = {"qfast": _version("qfast"), "python": platform.python_version(), "platform": platform.platform()}
+    versions |= {name: _version(name) for name in _LIBRARIES}
+    versions["torch CUDA"] = str(torch.version.cuda or "CPU-only build")
+    if torch.cuda.is_available():
+        versions["GPU"] = torch.cuda.get_device_name()
+    return versions
+
+
+def _version(name: str) -> str:
+    distribution = {"qfast": "qfast-models", "qlib": "pyqlib"}.get(name, name)
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _outcome(test: Callable[[], None]) -> str:
+    try:
+        test()
+    except Exception as error:  # any failure at all is the finding
+        return f"FAILED: {type(error).__name__}: {error}"
+    return "ok"
+
+
+def _served(by: dict[str, str]) -> str:
+    names = {"cuda": "CUDA kernel", "cpu": "C++ kernel", "torch": "plain torch"}
+    return names[by["tier"]] + ("" if by["reason"] == "loaded" else f" ({by['reason']})")
+
+
+def _text(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, list) else str(value)
+
+
+def _print_table(title: str, rows: dict[str, str]) -> None:
+    width = max(map(len, rows), default=0)
+    print(f"\n{title}")
+    for name, value in rows.items():
+        print(f"  {name:<{width}}  {value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
