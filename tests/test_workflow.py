@@ -166,6 +166,36 @@ def test_time_series_dataset(case, tmp_path):
     np.testing.assert_allclose(scores.reindex(pred.index), pred, rtol=1e-5, atol=1e-7)
 
 
+def test_a_segment_outside_the_data_has_no_metrics(case, tmp_path, caplog):
+    sets = ["task.model.kwargs.n_epochs=1", "task.dataset.kwargs.segments.test=[2030-01-01, 2030-12-31]"]
+    with caplog.at_level(logging.WARNING, "qfast"):
+        result = run(case[0], case[1], sets, output=tmp_path / "r")
+    assert "segment 'test' (2030-01-01 to 2030-12-31) holds no rows" in caplog.text
+    assert np.isnan(result.metrics["test"]["IC"])
+    assert json.loads((tmp_path / "r" / "metrics.json").read_text())["test"]["IC"] is None
+    assert set(read_frame(tmp_path / "r", "pred")["segment"]) == {"valid", "newest"}
+
+
+def test_a_train_segment_alone_is_enough(case, tmp_path):
+    sets = ["task.model.kwargs.n_epochs=1", "task.dataset.kwargs.segments={train: [2020-01-01, null]}"]
+    result = run(case[0], case[1], sets, output=tmp_path / "r")
+    assert set(result.metrics) == {"train"}
+    assert len(read_frame(tmp_path / "r", "pred")) == len(factors())
+
+
+def test_empty_training_data_is_refused(case, tmp_path):
+    sets = ["task.dataset.kwargs.segments.valid=[2030-01-01, 2030-12-31]"]
+    with pytest.raises(DataError, match=r"segment 'valid' has no samples"):
+        run(case[0], case[1], sets, output=tmp_path / "r")
+    assert manifest(tmp_path / "r")["status"] == "failed"
+
+
+def test_dropped_raw_data_is_noticed_before_training(case, tmp_path):
+    with pytest.raises(DataError, match=r"Remedy: build the handler with drop_raw=False"):
+        run(case[0], case[1], ["task.dataset.kwargs.handler.kwargs.drop_raw=true"], output=tmp_path / "r")
+    assert not (tmp_path / "r" / "history.csv").exists()
+
+
 def test_a_frame_in_memory_is_taken_and_left_alone(case, tmp_path):
     frame = factors()
     before = frame.copy()

@@ -53,7 +53,7 @@ class Report:
 
     Attributes
     ----------
-    title, subtitle : str
+    title, subtitle, intro : str
     metrics : mapping
         Segment -> metric -> value (None or NaN: could not be computed).
     facts : mapping
@@ -71,6 +71,7 @@ class Report:
     plots: Mapping[str, bytes]
     config: str
     notes: Sequence[str] = field(default_factory=list)
+    intro: str = ""
     newest: pd.Series | None = None
     newest_date: Any = None
 
@@ -193,6 +194,7 @@ def render_html(report: Report) -> str:
     head = _text(report.title)
     parts = [
         f"<header><h1>{head}</h1><p>{_text(report.subtitle)}</p></header>",
+        f'<p class="lead">{_text(report.intro)}</p>' if report.intro else "",
         _cards(report.metrics),
         *(f'<aside class="note">{_text(note)}</aside>' for note in report.notes),
         "<h2>Metrics</h2>",
@@ -226,7 +228,7 @@ def _metric_table(metrics: Mapping[str, Mapping[str, float | None]]) -> str:
         f"<tr><th>{_text(name)}</th>{''.join(f'<td>{_number(row.get(c))}</td>' for c in columns)}</tr>"
         for name, row in metrics.items()
     ]
-    return f"<table class='numbers'><tr>{head}</tr>{''.join(rows)}</table>"
+    return f"<div class='wide'><table class='numbers'><tr>{head}</tr>{''.join(rows)}</table></div>"
 
 
 def _newest(scores: pd.Series) -> str:
@@ -276,7 +278,7 @@ table{border-collapse:collapse;background:#fff;border:1px solid #e5e7eb;max-widt
 th,td{padding:.35rem .8rem;border-bottom:1px solid #f3f4f6;text-align:left;vertical-align:top;overflow-wrap:anywhere}
 th{font-weight:600;color:#374151} .numbers td{text-align:right;font-variant-numeric:tabular-nums}
 .numbers td:first-child{text-align:left}.facts th{white-space:nowrap}
-tr:has(td) th + td{text-align:right} .facts td{text-align:left!important}
+.wide{overflow-x:auto} .lead{color:#374151}
 figure{margin:1.2rem 0;background:#fff;border:1px solid #e5e7eb;border-radius:.6rem;padding:.6rem}
 img{max-width:100%;height:auto;display:block;margin:auto} .columns{display:flex;flex-wrap:wrap;gap:2.5rem}
 .small{color:#6b7280;font-size:.85rem} details{margin-top:1.4rem} summary{cursor:pointer;font-weight:600}

@@ -269,10 +269,11 @@ def _execute(job: _Job, run_folder: RunFolder) -> RunResult:
     run_folder.update(data=facts)
     records = _build_records(workflow, model, dataset)
     save_scoring(run_folder, workflow, model, dataset)
+    labels = _raw_labels(dataset)
     _fit(job, run_folder, model, dataset)
-    results = _evaluate(model, dataset)
+    results = _evaluate(model, dataset, labels)
     metrics = _write_results(run_folder, records, results, model, dataset)
-    _write_report(job, run_folder, model, results, metrics)
+    _write_report(job, run_folder, model, dataset, results, metrics)
     return RunResult(run_folder.path, metrics, model, dataset)
 
 
@@ -354,12 +355,19 @@ def _fit(job: _Job, run_folder: RunFolder, model: Any, dataset: Any) -> None:
 
 
 # ---------------------------------------------------------------- results
-def _evaluate(model: Any, dataset: Any) -> dict[str, SegmentResult]:
-    """Scores and raw labels of every segment; "newest": dates after the last label that no segment holds."""
-    results = {}
+def _raw_labels(dataset: Any) -> dict[str, pd.Series]:
+    """Raw labels of each segment; fetched before training, so that what is wrong with them costs no time."""
+    labels = {}
     for name, (start, end) in dataset.segments.items():
-        label = dataset.handler.fetch(slice(start, end), col_set="label", data_key="raw").iloc[:, 0]
-        results[name] = SegmentResult.of(name, model.predict(dataset, name), label)
+        labels[name] = dataset.handler.fetch(slice(start, end), col_set="label", data_key="raw").iloc[:, 0]
+        if labels[name].empty:
+            log.warning("segment %r (%s to %s) holds no rows of the data; it will have no metrics", name, start, end)
+    return labels
+
+
+def _evaluate(model: Any, dataset: Any, labels: Mapping[str, pd.Series]) -> dict[str, SegmentResult]:
+    """Scores and raw labels of every segment; "newest": dates after the last label that no segment holds."""
+    results = {name: SegmentResult.of(name, model.predict(dataset, name), label) for name, label in labels.items()}
     start = _first_unlabelled(dataset, results)
     if start is not None:
         score = model.predict(dataset, slice(start, None))
@@ -415,6 +423,7 @@ def _write_report(
     job: _Job,
     run_folder: RunFolder,
     model: Any,
+    dataset: Any,
     results: Mapping[str, SegmentResult],
     metrics: Mapping[str, Any],
 ) -> None:
@@ -432,6 +441,7 @@ def _write_report(
     page = Report(
         title=f"{job.workflow.experiment_name}: {type(model).__name__}",
         subtitle=_subtitle(run_folder),
+        intro=_intro(dataset),
         metrics=metrics,
         facts=_facts(job, run_folder, model),
         plots=plots,
@@ -450,6 +460,15 @@ def _write_bytes(file: Path, content: bytes) -> None:
 def _last_date(score: pd.Series) -> pd.Timestamp:
     dates = score.index.get_level_values("datetime")
     return dates.max() if len(dates) else pd.Timestamp.min
+
+
+def _intro(dataset: Any) -> str:
+    label = " and ".join(str(name) for name in dataset.handler.get_cols("label"))
+    chosen = " and chosen on valid" if "valid" in dataset.segments else ""
+    return (
+        "On every date each instrument gets a score; a higher score predicts a higher label. The label is "
+        f"{label}. The weights were learnt on the segment train{chosen}."
+    )
 
 
 def _subtitle(run_folder: RunFolder) -> str:
