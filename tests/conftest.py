@@ -10,6 +10,11 @@ import pytest
 import torch
 
 
+# The tensors here are tiny: a second thread only waits, and two test runs on one machine starve each other.
+# Tests about threads set their own number.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _restore_generators() -> Iterator[None]:
     """A test that seeds the global generators must not decide what the next one draws."""

@@ -1,0 +1,65 @@
+#!/usr/bin/env python3
+"""Set qfast up in .venv and use it: `python3 bootstrap.py demo` or `python3 bootstrap.py test`.
+
+Needs Python 3.10 or newer and a C++20 compiler; nothing is installed outside .venv.
+
+    demo    build, then train on a synthetic market and write a report
+    test    build, then run the test suite; further arguments go to pytest
+    qlib    install pyqlib beside it and run the tests that compare with it
+    check   lint, types and formatting, as continuous integration runs them
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+HOME = ROOT / ".venv"
+BIN = HOME / ("Scripts" if os.name == "nt" else "bin")
+CONSTRAINTS = ROOT / "requirements" / "constraints.txt"
+
+
+def run(*command: str | Path) -> None:
+    """Run a command in the project's folder; its failure ends ours with the same status."""
+    print("$", *command, flush=True)
+    status = subprocess.run([str(part) for part in command], cwd=ROOT).returncode
+    if status:
+        sys.exit(status)
+
+
+def install(*what: str) -> None:
+    """Install into .venv within the tested versions, building the C++ and CUDA extensions in place."""
+    run(BIN / "python", "-m", "pip", "install", "--quiet", "--constraint", CONSTRAINTS, *what)
+
+
+def main(arguments: list[str]) -> None:
+    if sys.version_info < (3, 10):
+        sys.exit(f"qfast needs Python 3.10 or newer; this is {sys.version.split()[0]}.")
+    if not arguments or arguments[0] not in ("demo", "test", "qlib", "check"):
+        sys.exit(__doc__)
+    if not (BIN / "python").exists() and not (BIN / "python.exe").exists():
+        venv.create(HOME, with_pip=True)
+    # torch first: build isolation and the environment then agree on one version
+    install("torch")
+    install("--editable", ".[dev]" if arguments[0] == "check" else ".[test]")
+    if arguments[0] == "demo":
+        run(BIN / "qfast", "demo", *arguments[1:])
+    elif arguments[0] == "test":
+        run(BIN / "pytest", *arguments[1:])
+    elif arguments[0] == "qlib":
+        install("pyqlib")
+        run(BIN / "pytest", *arguments[1:])
+    else:
+        run(BIN / "ruff", "check", ".")
+        run(BIN / "ruff", "format", "--check", ".")
+        run(BIN / "mypy")
+        sources = sorted(p for p in (ROOT / "csrc").iterdir() if p.suffix in (".cpp", ".h", ".cu", ".cuh"))
+        run(BIN / "clang-format", "--dry-run", "--Werror", *sources)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

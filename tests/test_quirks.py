@@ -1,0 +1,194 @@
+"""One test behind each line of docs/parity.md, and one that no line goes without."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import make_frame
+from test_datasets import SEGMENTS
+from test_estimator import SMALL, flat, rolling, same, weights
+
+from qfast.data import DatasetH
+from qfast.data.handlers import Alpha360, DataHandlerLP
+from qfast.errors import ConfigError, DataError
+from qfast.models import GRU, LSTM, ts
+from qfast.workflow.config import load_config
+
+ALL = [LSTM, GRU, ts.LSTM, ts.GRU]
+TESTS = Path(__file__).parent
+
+
+def data(kind: type, **kwargs):
+    return flat(**kwargs) if kind in (LSTM, GRU) else rolling(**kwargs)
+
+
+def test_every_line_of_the_table_names_a_test_that_exists():
+    table = (TESTS.parent / "docs" / "parity.md").read_text()
+    named = re.findall(r"^\|.*\| (test_\w+) \|$", table, flags=re.M)
+    assert len(named) >= 20
+    sources = "\n".join(path.read_text() for path in TESTS.glob("test_*.py"))
+    assert [name for name in named if f"def {name}(" not in sources] == []
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_quirk_remainder_of_one(kind):
+    dataset = data(kind)
+    n = len(dataset.windows("test", "infer"))
+    model = kind(**{**SMALL, "n_epochs": 1}).fit(dataset)
+    whole = model.predict(dataset)
+    model._params["batch_size"] = n - 1
+    pd.testing.assert_series_equal(model.predict(dataset), whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [LSTM, ts.GRU])
+def test_quirk_batches_of_one(kind):
+    model = kind(**{**SMALL, "n_epochs": 1, "batch_size": 1})
+    before = weights(model)
+    model.fit(data(kind, frame=make_frame(70, 1, 12 if kind is LSTM else 3)))
+    assert not same(weights(model), before)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_quirk_no_best_epoch(kind):
+    model = kind(**{**SMALL, "n_epochs": 0})
+    before = weights(model)
+    model.fit(data(kind))
+    assert same(weights(model), before)
+    assert len(model.history_) == 0
+    large = {**SMALL, "n_epochs": 1, "batch_size": 8192}
+    assert kind(**large).fit(data(kind)).best_epoch_ == 0
+    with pytest.raises(DataError, match="batch_size is 8192 but the segment has"):
+        kind(**large, compat="qlib").fit(data(kind))
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_quirk_no_validation_segment(kind):
+    model = kind(**SMALL)
+    model.fit(data(kind, segments={"train": SEGMENTS["train"]}))
+    again = kind(**SMALL)
+    before = weights(again)
+    assert not same(weights(model), before)
+    assert len(model.history_) == SMALL["n_epochs"]
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_quirk_short_tail_of_scores(kind):
+    dataset = data(kind)
+    windows = dataset.windows("valid", "learn")
+    batch_size = len(windows) // 2 + 1  # one full batch and a tail
+    model = kind(**{**SMALL, "n_epochs": 1, "batch_size": batch_size}).fit(dataset)
+    with torch.no_grad():
+        error = (model.network.eval()(windows.batch(torch.arange(len(windows)))) - windows.label) ** 2
+    record = model.history_.iloc[-1]
+    assert record["valid"] == pytest.approx(-float(error[:batch_size].mean()), rel=1e-5)
+    assert record["valid_all"] == pytest.approx(-float(error.mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_quirk_no_test_segment(kind):
+    segments = {name: SEGMENTS[name] for name in ("train", "valid")}
+    assert kind(**SMALL).fit(data(kind, segments=segments)).fitted
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_quirk_scores_without_gradients(kind):
+    model = kind(**{**SMALL, "n_epochs": 1})
+    seen = []
+    model.network.register_forward_hook(lambda module, _, out: seen.append((module.training, out.requires_grad)))
+    model.fit(data(kind))
+    assert set(seen) == {(True, True), (False, False)}
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_quirk_infinite_label(kind):
+    frame = make_frame(70, 9, 12 if kind in (LSTM, GRU) else 3)
+    values = frame[("label", "LABEL0")].to_numpy(copy=True)
+    values[4] = np.inf
+    frame[("label", "LABEL0")] = values
+    model = kind(**SMALL).fit(data(kind, frame=frame))
+    assert all(torch.isfinite(v).all() for v in weights(model).values())
+
+
+def test_quirk_two_labels():
+    frame = make_frame(70, 9, 3)
+    frame[("label", "LABEL1")] = frame[("label", "LABEL0")]
+    for kind in (LSTM, ts.LSTM):
+        with pytest.raises(DataError, match=r"2 label columns .*trained on exactly one"):
+            kind(**SMALL).fit(data(kind, frame=frame))
+
+
+def prices() -> pd.DataFrame:
+    """Two instruments of 80 days; the last two labels of each are missing by construction."""
+    rng = np.random.default_rng(0)
+    index = pd.MultiIndex.from_product(
+        [pd.bdate_range("2020-01-01", periods=80), ["A", "B"]], names=["datetime", "instrument"]
+    )
+    close = np.exp(np.cumsum(rng.normal(0, 0.02, (80, 2)), axis=0)).reshape(-1)
+    frame = pd.DataFrame(dict.fromkeys(("open", "high", "low", "close", "vwap"), close), index=index)
+    frame["volume"] = rng.uniform(1e5, 1e6, len(frame))
+    return frame
+
+
+def test_quirk_default_alpha360_processors_fill_labels():
+    window = {"fit_start_time": "2020-01-01", "fit_end_time": "2020-03-31"}
+    default = Alpha360(data=prices(), **window)
+    feature_only = Alpha360(
+        data=prices(), infer_processors=[{"class": "Fillna", "kwargs": {"fields_group": "feature"}}], **window
+    )
+    n_rows = len(default.fetch(data_key="infer"))
+    assert len(default.fetch(data_key="learn")) == n_rows
+    assert len(feature_only.fetch(data_key="learn")) == n_rows - 4
+
+
+def test_quirk_processor_dictionaries_are_left_alone():
+    given = [{"class": "ZScoreNorm", "kwargs": {"fields_group": "feature", "fit_end_time": "2020-01-20"}}]
+    before = copy.deepcopy(given)
+    frame = make_frame(60, 5, 2, holes=0.0)
+    handler = DataHandlerLP(frame, infer_processors=given, fit_start_time="2020-01-01", fit_end_time="2020-03-01")
+    assert given == before
+    early = handler.fetch(slice("2020-01-01", "2020-01-20"), col_set="feature")
+    np.testing.assert_allclose(early.mean(), 0.0, atol=1e-5)  # the value given won
+
+
+def test_quirk_nothing_shared_between_fits(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    open_files = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    first = ts.LSTM(**SMALL).fit(rolling())
+    second = ts.LSTM(**{**SMALL, "n_epochs": 1}).fit(rolling())
+    assert len(first.evals_result_["train"]) == 3
+    assert len(second.evals_result_["train"]) == 1
+    assert list(tmp_path.rglob("*")) == []
+    if open_files:
+        assert len(os.listdir("/proc/self/fd")) == open_files
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_quirk_empty_prediction(kind):
+    model = kind(**{**SMALL, "n_epochs": 1}).fit(data(kind))
+    found = model.predict(data(kind), slice("2031-01-01", "2031-12-31"))
+    assert len(found) == 0
+    assert found.index.names == ["datetime", "instrument"]
+    assert found.dtype == np.float32
+
+
+def test_quirk_yaml_floats(tmp_path):
+    text = "task: {model: {class: LSTM, module_path: qfast.models, kwargs: {lr: 1e-3}}}\nflag: yes\n"
+    (tmp_path / "w.yaml").write_text(text)
+    loaded = load_config(tmp_path / "w.yaml").values
+    assert loaded["task"]["model"]["kwargs"]["lr"] == 0.001
+    assert loaded["flag"] == "yes"
+    with pytest.raises(ConfigError, match="lr must be a number"):
+        LSTM(lr="1e-3")
+
+
+def test_quirk_gru_needs_no_experiment(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    GRU(**SMALL).fit(DatasetH(handler=make_frame(70, 9, 12), segments=SEGMENTS))
+    assert list(tmp_path.iterdir()) == []
