@@ -342,6 +342,8 @@ def test_resume_refuses_another_workflow_or_other_data(case, copied):
         run(data=factors(seed=1), resume=copied)
     with pytest.raises(CheckpointError, match=r"written with other arguments"):
         run(resume=copied, sets=["task.model.kwargs.lr=0.5"])
+    assert manifest(copied)["status"] == "finished", "a refused resume must leave the run as it was"
+    assert (copied / "config.yaml").read_text() == (case[2] / "config.yaml").read_text()
     with pytest.raises(ConfigError, match=r"are different folders; give one"):
         run(resume=copied, output=copied.parent / "other")
 
@@ -355,7 +357,6 @@ def test_resume_of_a_truncated_checkpoint(copied):
     _truncate(copied / "last.safetensors")
     with pytest.raises(CheckpointError, match=r"last.safetensors is not a readable weight file, it may be truncated"):
         run(resume=copied)
-    assert manifest(copied)["status"] == "failed"
 
 
 def test_resume_needs_a_run(tmp_path):
@@ -416,6 +417,8 @@ def test_predict_refuses_an_empty_period(case):
         DataError, match=r"no row lies between start=2030-01-01 and end=None; the data has 2020-01-01 to 2020-03-10"
     ):
         predict(case[2], case[1], start="2030-01-01")
+    with pytest.raises(ConfigError, match=r"--start: expected a date such as 2016-12-31 .* got 'soon'"):
+        predict(case[2], case[1], start="soon")
 
 
 def test_predict_refuses_other_columns(case):

@@ -293,7 +293,7 @@ def _find_base(name: Any, file: Path) -> Path:
     for place in places:
         if place.is_file():
             return place
-    looked = [str(place.absolute()) for place in places]
+    looked = list(dict.fromkeys(str(place.absolute()) for place in places))
     raise ConfigError(f"{file}: {BASE_KEY} {name!r} was not found; looked at {looked}.")
 
 

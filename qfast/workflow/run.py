@@ -139,13 +139,16 @@ def run(
     if job.resumed is not None:
         if output is not None and Path(output).resolve() != job.resumed.path.resolve():
             raise ConfigError(f"--output {str(output)!r} and --resume {str(resume)!r} are different folders; give one.")
-        run_folder = job.resumed
-        run_folder.update(status=folders.RUNNING, error=None, resumed=folders.now())
-    else:
-        run_folder = RunFolder.create(output, job.workflow.experiment_name)
+        loaded = _load(job)  # what cannot be resumed is refused before anything in the folder changes
+        job.resumed.update(status=folders.RUNNING, error=None, resumed=folders.now())
+        with _recorded(job.resumed):
+            return _execute(job, job.resumed, loaded)
+    model = _build_model(job)  # wrong arguments leave no folder behind
+    run_folder = RunFolder.create(output, job.workflow.experiment_name)
     log.info("run folder: %s", run_folder.path)
     with _recorded(run_folder):
-        return _execute(job, run_folder)
+        run_folder.write_text(CONFIG, dump_yaml(job.workflow.resolved()))
+        return _execute(job, run_folder, _load(job, model))
 
 
 # ---------------------------------------------------------------- before anything is written
@@ -254,25 +257,40 @@ def _finish_quietly(run_folder: RunFolder, status: str, error: str) -> None:
         log.exception("the manifest of %s could not be updated", run_folder.path)
 
 
-def _execute(job: _Job, run_folder: RunFolder) -> RunResult:
-    workflow = job.workflow
-    model = _build_model(job)
+@dataclass
+class _Loaded:
+    """The objects of a run, and what is known of its data."""
+
+    model: Any
+    dataset: Any
+    facts: dict[str, Any]
+    labels: dict[str, pd.Series]
+
+
+def _load(job: _Job, model: Any = None) -> _Loaded:
+    model = _build_model(job) if model is None else model
+    dataset = build_dataset(job.workflow, job.data)
+    facts = data_facts(dataset.handler, job.data, job.workflow)
+    if job.resumed is not None:
+        _require_same_data(job.resumed, facts)
+        if (job.resumed / LAST).exists():
+            model.load_checkpoint(job.resumed / LAST)
+    return _Loaded(model, dataset, facts, _raw_labels(dataset))
+
+
+def _execute(job: _Job, run_folder: RunFolder, loaded: _Loaded) -> RunResult:
+    workflow, model, dataset = job.workflow, loaded.model, loaded.dataset
     notices = _notices(workflow)
+    records = _build_records(workflow, model, dataset)
     run_folder.write_text(CONFIG, dump_yaml(workflow.resolved()))
     run_folder.update(
         config=job.source, seed=job.seed, seed_drawn=job.seed_drawn, device=str(model.device), tiers=_tiers(),
-        notes=notices, **folders.environment(),
+        notes=notices, data=loaded.facts, **folders.environment(),
     )  # fmt: skip
-    dataset = build_dataset(workflow, job.data)
-    facts = data_facts(dataset.handler, job.data, workflow)
-    _require_same_data(job, facts)
-    run_folder.update(data=facts)
-    records = _build_records(workflow, model, dataset)
     save_scoring(run_folder, workflow, model, dataset)
-    labels = _raw_labels(dataset)
     _fit(job, run_folder, model, dataset)
-    results = _evaluate(model, dataset, labels)
-    metrics = _write_results(run_folder, records, results, model, dataset)
+    results = _evaluate(model, dataset, loaded.labels)
+    metrics = _write_results(run_folder, records, results)
     _write_report(job, run_folder, model, dataset, results, metrics)
     return RunResult(run_folder.path, metrics, model, dataset)
 
@@ -312,10 +330,8 @@ def _tiers() -> dict[str, Any]:
     return dict(_backend.status())
 
 
-def _require_same_data(job: _Job, facts: Mapping[str, Any]) -> None:
-    if job.resumed is None:
-        return
-    before = job.resumed.manifest.get("data", {}).get("hash")
+def _require_same_data(resumed: RunFolder, facts: Mapping[str, Any]) -> None:
+    before = resumed.manifest.get("data", {}).get("hash")
     if before is not None and before != facts["hash"]:
         raise DataError(
             f"the data {facts['source']!r} is not what the run was started with (hash {facts['hash']}, then {before}). "
@@ -386,11 +402,7 @@ def _first_unlabelled(dataset: Any, results: Mapping[str, SegmentResult]) -> pd.
 
 
 def _write_results(
-    run_folder: RunFolder,
-    records: Sequence[Record],
-    results: Mapping[str, SegmentResult],
-    model: Any,
-    dataset: Any,
+    run_folder: RunFolder, records: Sequence[Record], results: Mapping[str, SegmentResult]
 ) -> dict[str, dict[str, float]]:
     kept = [r for name, r in results.items() if name != "train"] or list(results.values())
     scores = [pd.DataFrame({"score": r.score, "segment": r.name}).sort_index() for r in kept]

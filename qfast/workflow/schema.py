@@ -280,7 +280,10 @@ def _class_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             factory, _ = kind.resolve(bare)
         except ConfigError as error:
             yield f"{path}.class", str(error)
-            continue
+            try:  # a wrong module path does not keep the arguments from being looked at
+                factory, _ = kind.resolve({"class": spec["class"]})
+            except ConfigError:
+                continue
         kwargs = spec.get("kwargs")
         if isinstance(kwargs, Mapping):
             yield from _argument_problems(factory, kwargs, f"{path}.kwargs")

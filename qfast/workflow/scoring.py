@@ -232,6 +232,7 @@ def predict(
     ...
     qfast.errors.ConfigError: run folder 'no/such/run' does not exist.
     """
+    bounds = [_bound("start", start), _bound("end", end)]
     run_folder = RunFolder.open(run_path)
     if run_folder.manifest["status"] != folders.FINISHED:
         log.warning("run %s is %s; scoring with its best weights so far", run_path, run_folder.manifest["status"])
@@ -239,7 +240,6 @@ def predict(
     facts = run_folder.read_json(MODEL)
     if facts.get("format") != FORMAT:
         raise CheckpointError(f"{run_folder / MODEL} has format {facts.get('format')!r}; this version reads {FORMAT}.")
-    bounds = [normal_date(start), normal_date(end)]
     model = _load_model(run_folder, facts, device)
     handler = _scoring_handler(run_folder, facts, data)
     dataset_spec = facts["dataset"]
@@ -253,6 +253,13 @@ def predict(
             f"{_date_text(dates[-1])}."
         )
     return scores.rename("score").sort_index()
+
+
+def _bound(name: str, value: Any) -> str | None:
+    try:
+        return normal_date(value)
+    except ValueError as error:
+        raise ConfigError(f"--{name}: {error}.") from None
 
 
 def _load_model(run_folder: RunFolder, facts: Mapping[str, Any], device: str) -> Any:
