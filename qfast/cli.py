@@ -151,12 +151,12 @@ def info_command(run_path: Annotated[Path, typer.Argument(metavar="RUN", help="A
         typer.echo(f"go on with: qfast run --resume {shlex.quote(str(run_path))}")
 
 
-@app.command("doctor", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def doctor_command(context: typer.Context) -> None:
+@app.command("doctor")
+def doctor_command() -> None:
     """Say what is installed, what serves each operator and why, and test it."""
     from qfast import doctor
 
-    raise typer.Exit(int(doctor.main(list(context.args)) or 0))
+    raise typer.Exit(doctor.main())
 
 
 def main(arguments: list[str] | None = None) -> int:

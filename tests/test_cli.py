@@ -110,6 +110,14 @@ def test_wrong_usage_is_status_2(capsys):
     assert cli.main(["predict"]) == 2
 
 
+@pytest.mark.parametrize("status", [0, 1])
+def test_doctor_gives_its_own_status(monkeypatch, status):
+    from qfast import doctor
+
+    monkeypatch.setattr(doctor, "main", lambda: status)
+    assert cli.main(["doctor"]) == status
+
+
 def test_ctrl_c_is_status_130(monkeypatch, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
