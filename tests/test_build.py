@@ -1,0 +1,112 @@
+"""The build: what the libraries link against, how setup.py chooses, the pure-Python install."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import qfast
+from qfast import _backend
+
+ROOT = Path(__file__).parents[1]
+LIBRARIES = _backend._library_files("_C") + _backend._library_files("_cuda")
+from_source = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+needs_nm = pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm and readelf (binutils)")
+# Everything of torch that a library may use: the C functions of the stable ABI.
+STABLE = re.compile(r"^(aoti_torch_|torch_[a-z0-9_]+$)")
+
+
+def tool(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+def copy_sources(to: Path) -> Path:
+    """The source tree without what a build leaves behind."""
+    to.mkdir()
+    names = ("pyproject.toml", "setup.py", "README.md", "csrc", "qfast")
+    skip = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
+    for source in (ROOT / name for name in names if (ROOT / name).exists()):
+        if source.is_dir():
+            shutil.copytree(source, to / source.name, ignore=skip)
+        else:
+            shutil.copy(source, to)
+    return to
+
+
+@needs_nm
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda p: p.name.split(".")[0])
+def test_only_the_stable_abi_of_torch_is_used(library: Path) -> None:
+    undefined = [line.split()[-1] for line in tool("nm", "-D", "--undefined-only", str(library)).splitlines()]
+    assert any(symbol.startswith("aoti_torch_") for symbol in undefined)
+    mangled = [s for s in undefined if re.match(r"_ZNK?(2at|3c10|5torch)", s)]
+    assert mangled == []
+    torch_like = [s for s in undefined if "torch" in s]
+    assert [s for s in torch_like if not STABLE.match(s)] == []
+
+
+@needs_nm
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda p: p.name.split(".")[0])
+def test_no_library_of_cuda_is_needed(library: Path) -> None:
+    needed = re.findall(r"NEEDED.*\[(.+)\]", tool("readelf", "-d", str(library)))
+    assert not [name for name in needed if "cuda" in name or "python" in name or "c10" in name]
+    if library.name.startswith("_cuda"):
+        assert "libtorch.so" in needed  # it brings in libtorch_cuda.so where there is one
+        assert "PyInit" not in tool("nm", "-D", str(library))
+
+
+@from_source
+def test_setup_is_short() -> None:
+    assert len((ROOT / "setup.py").read_text().splitlines()) < 100
+
+
+@from_source
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"QFAST_CUDA": "yes"}, r"QFAST_CUDA is 'yes', allowed: 0 \(never\), 1 \(or fail\), auto"),
+        ({"QFAST_CUDA": "1", "CUDA_HOME": "/nowhere", "PATH": "/nowhere"}, r"QFAST_CUDA=1 but no nvcc"),
+    ],
+    ids=["bad-value", "no-toolkit"],
+)
+def test_setup_refuses_cuda_by_request(environment: dict[str, str], message: str) -> None:
+    if "CUDA_HOME" in environment and Path("/usr/local/cuda/bin/nvcc").exists():
+        pytest.skip("a toolkit stands in /usr/local/cuda")
+    command = [sys.executable, "setup.py", "--version"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert re.search(message, done.stderr)
+
+
+@from_source
+@pytest.mark.slow
+def test_a_pure_python_wheel_works(tmp_path: Path) -> None:
+    """QFAST_NATIVE=0: no compiler, no native library, the plain-torch tier passes its self-test."""
+    source = copy_sources(tmp_path / "source")
+    environment = {**os.environ, "QFAST_NATIVE": "0", "CXX": "/nowhere", "CC": "/nowhere"}
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path, source]
+    subprocess.run(command, env=environment, check=True, timeout=600)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as content:
+        names = content.namelist()
+        content.extractall(tmp_path / "installed")
+    assert "qfast/py.typed" in names
+    assert not [n for n in names if n.endswith(".so") or n.startswith(("tests", "csrc", "bench"))]
+    code = "import qfast.doctor as d; r = d.report(); print(r['healthy'], r['backend']['cpu']['reason'])"
+    path = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    done = subprocess.run([sys.executable, "-c", code], env=path, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.startswith("True not built (QFAST_NATIVE=0"), done.stderr
+
+
+def test_version_is_that_of_the_distribution() -> None:
+    from importlib.metadata import version
+
+    if hasattr(qfast, "__version__"):
+        assert qfast.__version__ == version("qfast-models")
