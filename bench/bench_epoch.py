@@ -1,0 +1,112 @@
+"""One epoch (training pass and both evaluations) of the time-series LSTM and GRU, beside the reference.
+
+    python bench/bench_epoch.py [--model LSTM|GRU] [--instruments 60] [--days 600]
+
+Both sides alternate in one process. First figure: one thread, process CPU time, the reference without
+loader workers (their CPU time would not be counted). Second: all threads, wall clock, the reference with
+the best of several worker counts. Data: 20 features, windows of 20 steps, batches of 800.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from qfast.data import TSDatasetH
+from qfast.models import ts
+
+FEATURES, STEP_LEN, BATCH, REPEATS = 20, 20, 800, 3
+
+
+def alpha158_shaped(n_instruments: int, n_days: int) -> pd.DataFrame:
+    """Random (datetime, instrument) frame of 20 features and a label, 2% of the rows missing."""
+    rng = np.random.default_rng(0)
+    dates = pd.bdate_range("2010-01-01", periods=n_days)
+    names = [f"S{i:04d}" for i in range(n_instruments)]
+    index = pd.MultiIndex.from_product([dates, names], names=["datetime", "instrument"])
+    index = index[rng.random(len(index)) > 0.02]
+    columns = pd.MultiIndex.from_tuples([("feature", f"F{j}") for j in range(FEATURES)] + [("label", "LABEL0")])
+    return pd.DataFrame(rng.standard_normal((len(index), FEATURES + 1)).astype("f4"), index=index, columns=columns)
+
+
+class Prepared:
+    """A dataset whose samplers are built beforehand, so that `fit` is the epoch and nothing else."""
+
+    def __init__(self, frame: pd.DataFrame, segments: dict[str, Any]) -> None:
+        from qlib.data.dataset import TSDataSampler
+
+        self.samplers = {n: TSDataSampler(frame.copy(), *b, STEP_LEN) for n, b in segments.items()}
+
+    def prepare(self, segment: str, **_: Any) -> Any:
+        return self.samplers[segment]
+
+
+def reference_epoch(model: str, dataset: Prepared, n_jobs: int) -> None:
+    from importlib import import_module
+
+    kind = getattr(import_module(f"qlib.contrib.model.pytorch_{model.lower()}_ts"), model)
+    estimator = kind(d_feat=FEATURES, n_epochs=1, batch_size=BATCH, seed=0, n_jobs=n_jobs)
+    with tempfile.NamedTemporaryFile() as file:
+        estimator.fit(dataset, {}, save_path=file.name)
+
+
+def our_epoch(model: str, dataset: TSDatasetH) -> None:
+    getattr(ts, model)(d_feat=FEATURES, n_epochs=1, batch_size=BATCH, seed=0, device="cpu").fit(dataset)
+
+
+def seconds(call: Any, clock: Any) -> float:
+    start = clock()
+    call()
+    return clock() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="LSTM", choices=["LSTM", "GRU"])
+    parser.add_argument("--instruments", type=int, default=60)
+    parser.add_argument("--days", type=int, default=600)
+    parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2])
+    arguments = parser.parse_args()
+    frame = alpha158_shaped(arguments.instruments, arguments.days)
+    dates = frame.index.levels[0]
+    cut = dates[int(len(dates) * 0.8)]
+    segments = {"train": (None, cut), "valid": (cut + pd.Timedelta(days=1), None)}
+    theirs, ours = Prepared(frame, segments), TSDatasetH(handler=frame, segments=segments, step_len=STEP_LEN)
+    print(f"{arguments.model}: {len(theirs.samplers['train'])} training and {len(theirs.samplers['valid'])} valid windows")
+
+    torch.set_num_threads(1)
+    pairs = [
+        (
+            seconds(lambda: reference_epoch(arguments.model, theirs, 0), time.process_time),
+            seconds(lambda: our_epoch(arguments.model, ours), time.process_time),
+        )
+        for _ in range(REPEATS)
+    ]
+    print("1 thread, CPU seconds (reference, ours):", [(round(a, 2), round(b, 2)) for a, b in pairs])
+    print(f"  ratios {[round(a / b, 2) for a, b in pairs]}, lower of {REPEATS}: {min(a / b for a, b in pairs):.2f}x")
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    for workers in arguments.workers:
+        pairs = [
+            (
+                seconds(lambda n=workers: reference_epoch(arguments.model, theirs, n), time.perf_counter),
+                seconds(lambda: our_epoch(arguments.model, ours), time.perf_counter),
+            )
+            for _ in range(REPEATS)
+        ]
+        print(
+            f"{torch.get_num_threads()} threads, wall seconds, reference n_jobs={workers}:",
+            [(round(a, 2), round(b, 2)) for a, b in pairs],
+            f"lower of {REPEATS}: {min(a / b for a, b in pairs):.2f}x",
+        )
+
+
+if __name__ == "__main__":
+    main()
