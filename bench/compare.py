@@ -1,0 +1,79 @@
+"""Fair ratios on a shared machine: both sides alternate in one process, on one thread, by process CPU time.
+
+Wall-clock figures of a busy machine move by a factor of three. Here a repeat alternates A, B, A, B, ... and
+keeps each side's minimum; the ratio reported is the lowest of three repeats. A copy-bandwidth probe runs
+before and after, and `moved` says how much it changed: beyond 10 % the figures are not to be trusted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Comparison", "compare", "copy_bandwidth", "cpu_seconds"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Seconds of process CPU time per call, and reference / ours as the lowest of the repeats."""
+
+    ours: float
+    reference: float
+    ratio: float
+    moved: float
+
+    def __str__(self) -> str:
+        return (
+            f"ours {self.ours * 1e3:.3f} ms, reference {self.reference * 1e3:.3f} ms, ratio {self.ratio:.1f} "
+            f"(copy probe moved {self.moved:.0%})"
+        )
+
+
+def cpu_seconds(call: Callable[[], object], calls: int = 1) -> float:
+    """Process CPU seconds a call, averaged over `calls` in a row."""
+    start = time.process_time()
+    for _ in range(calls):
+        call()
+    return (time.process_time() - start) / calls
+
+
+def copy_bandwidth(megabytes: int = 10, calls: int = 12) -> float:
+    """GB/s at which torch copies cold memory into a buffer of this size: bytes of the buffer a second."""
+    count = megabytes << 18
+    source, target = torch.ones(64 << 20), torch.empty(count).zero_()
+    places = [i * count % (source.numel() - count + 1) for i in range(calls)]
+    best = float("inf")
+    for _ in range(5):
+        start = time.process_time()
+        for place in places:
+            target.copy_(source[place : place + count])
+        best = min(best, (time.process_time() - start) / calls)
+    return count * 4 / best / 1e9
+
+
+def compare(
+    ours: Callable[[], object],
+    reference: Callable[[], object],
+    *,
+    repeats: int = 3,
+    rounds: int = 5,
+    calls: tuple[int, int] = (1, 1),
+) -> Comparison:
+    """Time `ours` and `reference` alternately; `calls` runs of each in a row per round."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        before = copy_bandwidth()
+        ours(), reference()
+        results = []
+        for _ in range(repeats):
+            pairs = [(cpu_seconds(ours, calls[0]), cpu_seconds(reference, calls[1])) for _ in range(rounds)]
+            results.append((min(a for a, _ in pairs), min(b for _, b in pairs)))
+        after = copy_bandwidth()
+    finally:
+        torch.set_num_threads(threads)
+    worst = min(results, key=lambda pair: pair[1] / pair[0])
+    return Comparison(*worst, ratio=worst[1] / worst[0], moved=abs(after / before - 1))
