@@ -201,7 +201,10 @@ def render_html(report: Report) -> str:
         _metric_table(report.metrics),
         '<p class="small">IC is the correlation of score and raw label over the instruments of a day, rank IC that of '
         "their ranks; the table shows means over days, and ICIR = mean / standard deviation of the daily values.</p>",
-        *(f'<figure><img alt="{_text(name)}" src="{_inline(png)}"></figure>' for name, png in report.plots.items()),
+        *(
+            f'<figure><img alt="plot: {_text(name.replace("_", " "))}" src="{_inline(png)}"></figure>'
+            for name, png in report.plots.items()
+        ),
     ]
     if report.newest is not None and len(report.newest):
         parts += [f"<h2>Newest scores ({_text(report.newest_date)})</h2>", _newest(report.newest)]

@@ -499,7 +499,7 @@ def _facts(job: _Job, run_folder: RunFolder, model: Any) -> dict[str, Any]:
     return {
         "Model": f"{type(model).__module__}.{type(model).__name__}, {parameters:,} parameters",
         "Epochs": f"{len(history)}, best {model.best_epoch_}, {history['seconds'].sum():.1f} s of training",
-        "Segments": "; ".join(f"{name} {start} to {end}" for name, (start, end) in segments.items()),
+        "Segments": "; ".join(f"{name} {_span(*bounds)}" for name, bounds in segments.items()),
         "Data": f"{manifest['data']['source']} (hash {manifest['data']['hash']})",
         "Device": manifest["device"],
         "Operators": _tier_text(manifest["tiers"], manifest["device"]),
@@ -509,6 +509,10 @@ def _facts(job: _Job, run_folder: RunFolder, model: Any) -> dict[str, Any]:
         "Command": shlex.join(manifest["command"]),
         "Wall time": f"{time.time() - job.started:.1f} s",
     }
+
+
+def _span(start: str | None, end: str | None) -> str:
+    return f"{start or 'the first date'} to {end or 'the newest date'}"
 
 
 def _tier_text(tiers: Mapping[str, Any], device: str) -> str:
