@@ -509,6 +509,16 @@ def test_prices_that_lack_a_column_of_training_are_refused(price_case):
         predict(path, prices.assign(volume=np.nan))
 
 
+def test_scores_of_a_day_do_not_depend_on_the_period_asked_for(price_case):
+    prices, path = price_case
+    every = predict(path, prices)
+    some = predict(path, prices, start="2019-12-02", end="2019-12-20")
+    assert some.index.get_level_values("datetime").max() <= pd.Timestamp("2019-12-20")
+    np.testing.assert_allclose(some, every.reindex(some.index), rtol=1e-5, atol=1e-7)
+    with pytest.raises(DataError, match=r"no rows? .*2030"):
+        predict(path, prices, start="2030-01-01")
+
+
 def test_prices_from_a_file_are_scored_alike(price_case, tmp_path):
     prices, path = price_case
     prices.reset_index().to_csv(tmp_path / "prices.csv", index=False)

@@ -241,8 +241,10 @@ def predict(
     if facts.get("format") != FORMAT:
         raise CheckpointError(f"{run_folder / MODEL} has format {facts.get('format')!r}; this version reads {FORMAT}.")
     model = _load_model(run_folder, facts, device)
-    handler = _scoring_handler(run_folder, facts, data)
     dataset_spec = facts["dataset"]
+    # A flat sample is one row, so rows before `start` are not needed; a rolling window reaches back.
+    flat = "step_len" not in registry.parameters(registry.DATASETS.resolve(dataset_spec["class"])[0])
+    handler = _scoring_handler(run_folder, facts, data, bounds if flat else [None, None])
     dataset_kwargs = {**dataset_spec["kwargs"], "handler": handler, "segments": {"new": bounds}}
     dataset = registry.DATASETS.build({**dataset_spec, "kwargs": dataset_kwargs}, path="dataset")
     scores = model.predict(dataset, "new")
@@ -269,7 +271,7 @@ def _load_model(run_folder: RunFolder, facts: Mapping[str, Any], device: str) ->
     return model.load_weights(run_folder / BEST)
 
 
-def _scoring_handler(run_folder: RunFolder, facts: Mapping[str, Any], data: Any) -> Any:
+def _scoring_handler(run_folder: RunFolder, facts: Mapping[str, Any], data: Any, bounds: Sequence[Any]) -> Any:
     stages = _load_processors(run_folder, facts["processors"])
     spec = facts["handler"]
     own = {**spec["kwargs"], **_source_arguments(spec, data)}
@@ -279,6 +281,8 @@ def _scoring_handler(run_folder: RunFolder, facts: Mapping[str, Any], data: Any)
     taken = registry.parameters(factory)
     own |= {f"{stage}_processors": built for stage, built in stages.items() if f"{stage}_processors" in taken}
     own["learn_processors"] = []
+    if "data" in own:  # features are computed for these dates only, from prices that reach further back
+        own["start_time"], own["end_time"] = bounds
     if "instruments" in taken:
         own["instruments"] = "all" if "data" in own else None
     handler = registry.HANDLERS.build({**spec, "kwargs": own}, path="model.json")
