@@ -235,7 +235,7 @@ def _recorded(run_folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _finish_quietly(run_folder, folders.INTERRUPTED, "interrupted from the keyboard")
+        _finish_quietly(run_folder, folders.INTERRUPTED, "interrupted")
         log.warning("interrupted; go on with: qfast run --resume %s", shlex.quote(str(run_folder.path)))
         raise
     except BaseException as error:
