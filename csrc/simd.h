@@ -16,17 +16,21 @@ static inline void move_16(unsigned char* to, const unsigned char* from) {
   *reinterpret_cast<bytes_16*>(to) = *reinterpret_cast<const bytes_16*>(from);
 }
 
+// Asks for a cache line in the second level. In the first, the window being copied, its copy and the window
+// ahead would push each other out (measured: a third slower for windows of 12 KB).
+static inline void will_read(const unsigned char* line) { __builtin_prefetch(line, 0, 2); }
+
 // Copies `bytes` (a multiple of 4) and asks for as many bytes at `ahead`, which will be read soon, line by
 // line as it goes: a burst of requests would stall. The last vector overlaps the one before it instead of a
 // scalar tail.
 static inline void copy_bytes(unsigned char* to, const unsigned char* from, int64_t bytes,
                               const unsigned char* ahead) {
   constexpr int64_t wide = QFAST_VECTOR_BYTES;
-  __builtin_prefetch(ahead);
+  will_read(ahead);
   if (bytes >= wide) {
     int64_t i = 0;
     for (; i + wide <= bytes; i += wide) {
-      if (wide == 64 || i % 64 == 0) __builtin_prefetch(ahead + i + 63);
+      if (wide == 64 || i % 64 == 0) will_read(ahead + i + 63);
       move_vector(to + i, from + i);
     }
     if (i < bytes) move_vector(to + bytes - wide, from + bytes - wide);
@@ -48,7 +52,7 @@ static inline void stream_bytes(unsigned char* to, const unsigned char* from, in
   copy_bytes(to, from, head, ahead);
   int64_t i = head;
   for (; i + 64 <= bytes; i += 64) {
-    __builtin_prefetch(ahead + i);
+    will_read(ahead + i);
     for (int64_t j = i; j < i + 64; j += 16) {
       const __m128i part = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j));
       _mm_stream_si128(reinterpret_cast<__m128i*>(to + j), part);

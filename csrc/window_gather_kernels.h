@@ -29,6 +29,16 @@ static inline const unsigned char* upcoming_window(const GatherJob& job, int64_t
       if (job.tables->first_position > 0) __builtin_prefetch(job.tables->position + r);
     }
   }
+  if (rolling && b + kTableAhead / 2 < end) {
+    const int64_t r = row_number(job.index, b + kTableAhead / 2);
+    const int64_t head = r < 0 ? -1 : r - job.tables->run[r];  // the window has a hole before this row
+    if (head > 0 && head > r - job.step_len + 1) {
+      __builtin_prefetch(job.tables->position + r);
+      __builtin_prefetch(job.tables->back + head);
+      __builtin_prefetch(job.tables->position + head - 1);
+      __builtin_prefetch(job.tables->run + head - 1);
+    }
+  }
   if (b + ahead >= end) return job.missing;
   const int64_t next = b + ahead;
   const int64_t last = row_number(job.index, rolling ? next : (next + 1) * job.step_len - 1);
@@ -85,12 +95,15 @@ static void gather_windows(const GatherJob& job, int64_t begin, int64_t end, uns
     window_pointers(job, b, start, numbers, rows);
     unsigned char* to = job.stream ? staging : out;
     if (!job.transposed) {
-      for (int64_t t = 0; t < job.step_len; ++t) {
-        copy_bytes(to + t * job.width, rows[t], job.width, ahead + t * job.row_stride);
+      for (int64_t t = 0, count = 1; t < job.step_len; t += count, count = 1) {
+        if (whole_rows) {  // rows side by side go as one copy
+          while (t + count < job.step_len && rows[t + count] == rows[t] + count * job.width) ++count;
+        }
+        copy_bytes(to + t * job.width, rows[t], count * job.width, ahead + t * job.row_stride);
       }
     } else {
       for (int64_t t = 0; t < job.step_len; ++t) {
-        for (int64_t i = 0; i < job.width; i += 64) __builtin_prefetch(ahead + t * job.row_stride + i);
+        for (int64_t i = 0; i < job.width; i += 64) will_read(ahead + t * job.row_stride + i);
       }
       if (job.element == 4) {
         transpose_window(reinterpret_cast<word32*>(to), rows, job.step_len, job.width / 4);

@@ -2,22 +2,23 @@
 // instruction set (or of the device) that compiles it, so it uses nothing but the language.
 
 // Writes the panel row of each of the T steps of the window that ends at row r; -1 = no row.
-// Work: one step of the back-chain per existing row, so at most T, no search.
+// Work: T writes, and one read of each table per stretch of rows without holes; no search.
 QFAST_DEVICE_INLINE void resolve_window(const WindowTables& tables, int64_t r, int64_t* rows) {
-  const int64_t steps = tables.step_len;
   const int64_t end = r < 0 || r >= tables.panel_rows ? -1 : tables.position[r];
-  const int64_t window_start = end - steps + 1;
+  const int64_t window_start = end - tables.step_len + 1;
   const int64_t first = window_start > tables.first_position ? window_start : tables.first_position;
-  int64_t t = steps - 1;
+  int64_t t = tables.step_len - 1;
   int64_t earliest = -1;
-  // `t >= 0` and the range of `distance` only matter for tables that build_window_index did not make: they
-  // keep such input from reading or writing outside the arrays.
-  // Each pass takes the next existing row back in time and the hole, if any, between it and the step above.
+  // Each pass takes the next existing row back in time, the hole, if any, between it and the step above, and
+  // the rows right before it. The bounds by t and r only matter for tables that build_window_index did not
+  // make: they keep such input from reading or writing outside the arrays.
   for (int64_t at = end; end >= 0 && at >= first && t >= 0;) {
-    const int64_t slot = at - window_start;
-    for (; t > slot; --t) rows[t] = tables.fill == Fill::none ? -1 : r;
-    rows[t--] = r;
-    earliest = r;
+    for (; t > at - window_start; --t) rows[t] = tables.fill == Fill::none ? -1 : r;
+    int64_t before = tables.run[r] < at - first ? tables.run[r] : at - first;
+    if (before > t) before = t;
+    if (before > r) before = r;
+    for (earliest = r; before >= 0; --before, --t) rows[t] = earliest = r--;
+    r = earliest;
     const int64_t distance = tables.back[r];
     if (distance <= 0 || distance > r) break;
     r -= distance;
