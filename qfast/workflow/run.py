@@ -130,7 +130,7 @@ def run(
     >>> from qfast.workflow.demo import DEMO, demo_prices
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as base:
-    ...     result = run(DEMO, data=demo_prices(n_instruments=30, n_days=160), output=Path(base, "run"),
+    ...     result = run(DEMO, data=demo_prices(20, 560), output=Path(base, "run"),
     ...                  sets=["task.model.kwargs.n_epochs=1"])
     ...     sorted(result.metrics)
     ['test', 'train', 'valid']
