@@ -109,7 +109,7 @@ def save_fit(estimator: Estimator, path: Path) -> None:
     tensors["rng.numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
     facts = {
         "format": FORMAT,
-        "model": type(estimator).__name__,
+        "model": _model_name(estimator),
         "params": {k: v for k, v in estimator.get_params().items() if k != "device"},
         "numpy": [kind, position, has_gauss, gauss],
         "records": progress.records,
@@ -132,8 +132,8 @@ def load_fit(estimator: Estimator, path: Path) -> None:
     facts = json.loads(text)
     if facts.get("format") != FORMAT:
         raise CheckpointError(f"{path} has checkpoint format {facts.get('format')!r}; this version reads {FORMAT}.")
-    if facts["model"] != type(estimator).__name__:
-        raise CheckpointError(f"{path} is a checkpoint of {facts['model']}, not of {type(estimator).__name__}.")
+    if facts["model"] != _model_name(estimator):
+        raise CheckpointError(f"{path} is a checkpoint of {facts['model']}, not of {_model_name(estimator)}.")
     _require_same_params(estimator, facts["params"], path)
     estimator.network.load_state_dict(_part(tensors, "network."))
     _load_optimizer(estimator, _part(tensors, "optimizer."))
@@ -149,6 +149,10 @@ def load_fit(estimator: Estimator, path: Path) -> None:
     progress.stop_steps, progress.finished = facts["stop_steps"], facts["finished"]
     best = _part(tensors, "best.")
     progress.best_weights = {k: v.to(estimator.device) for k, v in best.items()} or None
+
+
+def _model_name(estimator: Estimator) -> str:
+    return f"{type(estimator).__module__}.{type(estimator).__qualname__}"
 
 
 def _require_same_params(estimator: Estimator, saved: dict[str, Any], path: Path) -> None:

@@ -372,7 +372,7 @@ def test_resume_refuses_other_arguments_and_missing_or_damaged_checkpoints(tmp_p
     ts.LSTM(**SMALL).fit(rolling(), checkpoint_dir=tmp_path)
     with pytest.raises(CheckpointError, match=r"other arguments \(hidden_size: 8 -> 16\)"):
         ts.LSTM(**{**SMALL, "hidden_size": 16}).fit(rolling(), checkpoint_dir=tmp_path, resume=True)
-    with pytest.raises(CheckpointError, match="is a checkpoint of LSTMTimeSeries, not of GRUTimeSeries"):
+    with pytest.raises(CheckpointError, match=r"is a checkpoint of qfast.models.ts.LSTM, not of qfast.models.ts.GRU"):
         ts.GRU(**SMALL).fit(rolling(), checkpoint_dir=tmp_path, resume=True)
     with pytest.raises(CheckpointError, match="does not exist"):
         ts.LSTM(**SMALL).fit(rolling(), checkpoint_dir=tmp_path / "nowhere", resume=True)

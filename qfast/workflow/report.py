@@ -279,6 +279,8 @@ h3{font-size:.95rem;margin:.2rem 0;color:#4b5563}
 .note{background:#fffbeb;border-left:4px solid #d97706;padding:.6rem .9rem;margin:1rem 0;border-radius:.3rem}
 table{border-collapse:collapse;background:#fff;border:1px solid #e5e7eb;max-width:100%}
 th,td{padding:.35rem .8rem;border-bottom:1px solid #f3f4f6;text-align:left;vertical-align:top;overflow-wrap:anywhere}
+.numbers th,.numbers td{white-space:nowrap;overflow-wrap:normal}
+.wide .numbers th{white-space:normal;min-width:4.2rem}
 th{font-weight:600;color:#374151} .numbers td{text-align:right;font-variant-numeric:tabular-nums}
 .numbers td:first-child{text-align:left}.facts th{white-space:nowrap}
 .wide{overflow-x:auto} .lead{color:#374151}
