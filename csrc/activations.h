@@ -63,9 +63,9 @@ QFAST_ALWAYS_INLINE void store(Element* to, Vector<Element> value, int64_t count
 
 // 1 / (k + 1)!, k = 0..12: exp(r) - 1 = r (1 + r/2 + r^2/6 + ...). For |r| <= ln(2)/2 seven terms suffice in
 // float32 and thirteen in float64.
-constexpr double kFactorials[] = {1.,          1. / 2,       1. / 6,        1. / 24,        1. / 120,
-                                  1. / 720,    1. / 5040,    1. / 40320,    1. / 362880,    1. / 3628800,
-                                  1. / 39916800, 1. / 479001600, 1. / 6227020800.};
+constexpr double kFactorials[] = {
+    1.,         1. / 2,      1. / 6,       1. / 24,       1. / 120,       1. / 720,        1. / 5040,
+    1. / 40320, 1. / 362880, 1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800.};
 
 // exp(x) = 2^exponent (1 + rest), |rest| < 0.42, for x in [exp_zero, 0].
 template <class Element>
@@ -104,7 +104,8 @@ QFAST_ALWAYS_INLINE Vector<Element> sigmoid(Vector<Element> x) {
   Integers<Element> exponent;
   split_exp<Element>(minus, &rest, &exponent);
   const Integers<Element> half = exponent >> 1;  // in two steps: the result may be subnormal
-  const Vector<Element> e = (one + rest) * power_of_two<Element>(half) * power_of_two<Element>(exponent - half);
+  const Vector<Element> e =
+      (one + rest) * power_of_two<Element>(half) * power_of_two<Element>(exponent - half);
   return (x < Element(0) ? e : one) / (one + e);
 }
 

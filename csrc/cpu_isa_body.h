@@ -12,6 +12,8 @@ namespace {
 #include "window_resolve.h"
 // Kernels.
 #include "window_gather_kernels.h"
+#include "activations.h"
+#include "recurrent_kernels.h"
 
 }  // namespace
 

@@ -29,7 +29,8 @@ struct LstmBackwardJob {
   const Element* grad_output;   // [rows, H] or null: gradient that enters at this step
   const Element* grad_operand;  // [rows, H], `operand_stride` apart, or null: gradient from the step after
   int64_t operand_stride;
-  Element* grad_cell;   // [rows, H], in place: gradient of the cell state from the step after, to the one before
+  Element*
+      grad_cell;  // [rows, H], in place: gradient of the cell state from the step after, to the one before
   Element* grad_gates;  // [rows, 4H]: gradient of the pre-activations
 };
 

@@ -120,23 +120,23 @@ QFAST_ALWAYS_INLINE void gru_backward_units(const GruBackwardJob<Element>& job, 
 
 // A loop over rows and units for each cell: whole vectors, then what is left of the row. The last argument
 // of a backward kernel is [4H], the running sums of the block of rows.
-#define QFAST_CELL(name, Job, Element, suffix)                                                           \
-  static void name##_##suffix(const Job<Element>& job, int64_t begin, int64_t end) {                     \
-    for (int64_t row = begin; row < end; ++row) {                                                        \
-      int64_t j = 0;                                                                                     \
-      for (; j + kLanes<Element> <= job.hidden; j += kLanes<Element>)                                    \
-        name##_units<Element>(job, row, j, kLanes<Element>);                                             \
-      if (j < job.hidden) name##_units<Element>(job, row, j, job.hidden - j);                            \
-    }                                                                                                    \
+#define QFAST_CELL(name, Job, Element, suffix)                                       \
+  static void name##_##suffix(const Job<Element>& job, int64_t begin, int64_t end) { \
+    for (int64_t row = begin; row < end; ++row) {                                    \
+      int64_t j = 0;                                                                 \
+      for (; j + kLanes<Element> <= job.hidden; j += kLanes<Element>)                \
+        name##_units<Element>(job, row, j, kLanes<Element>);                         \
+      if (j < job.hidden) name##_units<Element>(job, row, j, job.hidden - j);        \
+    }                                                                                \
   }
-#define QFAST_CELL_BACKWARD(name, Job, Element, suffix)                                                  \
-  static void name##_##suffix(const Job<Element>& job, int64_t begin, int64_t end, Element* sums) {      \
-    for (int64_t row = begin; row < end; ++row) {                                                        \
-      int64_t j = 0;                                                                                     \
-      for (; j + kLanes<Element> <= job.hidden; j += kLanes<Element>)                                    \
-        name##_units<Element>(job, row, j, kLanes<Element>, sums);                                       \
-      if (j < job.hidden) name##_units<Element>(job, row, j, job.hidden - j, sums);                      \
-    }                                                                                                    \
+#define QFAST_CELL_BACKWARD(name, Job, Element, suffix)                                             \
+  static void name##_##suffix(const Job<Element>& job, int64_t begin, int64_t end, Element* sums) { \
+    for (int64_t row = begin; row < end; ++row) {                                                   \
+      int64_t j = 0;                                                                                \
+      for (; j + kLanes<Element> <= job.hidden; j += kLanes<Element>)                               \
+        name##_units<Element>(job, row, j, kLanes<Element>, sums);                                  \
+      if (j < job.hidden) name##_units<Element>(job, row, j, job.hidden - j, sums);                 \
+    }                                                                                               \
   }
 QFAST_CELL(lstm_forward, LstmForwardJob, float, f32)
 QFAST_CELL(lstm_forward, LstmForwardJob, double, f64)

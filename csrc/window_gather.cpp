@@ -6,12 +6,9 @@
 #include <limits>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "common.h"
 #include "cpu_dispatch.h"
+#include "huge_pages.h"
 #include "window_gather_host.h"
 
 namespace qfast {
@@ -51,18 +48,6 @@ void check_bounds(const char* op, const char* name, const Tensor& rows, int64_t 
                                   panel_rows - 1, " (-1 stands for no row)."));
 }
 
-// Large output is fresh memory each time, and faulting it in by 4 KB pages takes longer than the copy. Asks
-// for huge pages; where the kernel has none to give nothing changes.
-void advise_huge_pages([[maybe_unused]] const Tensor& out, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 2u << 20;
-  if (bytes < kHugeBytes) return;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
-  const uintptr_t first = (begin + kPage - 1) & ~(kPage - 1), last = (begin + bytes) & ~(kPage - 1);
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 Tensor gather(const Tensor& panel, const Tensor& index, const WindowTables* tables, int64_t windows,
               int64_t steps, int64_t column_begin, int64_t column_end, bool transposed) {
   const int64_t width = column_end - column_begin;
@@ -71,7 +56,9 @@ Tensor gather(const Tensor& panel, const Tensor& index, const WindowTables* tabl
   dispatch_floating(panel.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);
     constexpr int64_t size = sizeof(Element);
-    advise_huge_pages(out, out.numel() * size);
+    if (const int64_t bytes = out.numel() * size; bytes >= kHugeBytes) {
+      advise_huge_pages(out.mutable_data_ptr(), bytes);
+    }
     const std::vector<Element> missing(width, std::numeric_limits<Element>::quiet_NaN());
     const GatherJob job{static_cast<const unsigned char*>(panel.const_data_ptr()) + column_begin * size,
                         panel.stride(0) * size,

@@ -1,16 +1,28 @@
 """Operators of qfast: one module each, with its plain-torch twin, fake, backward and registration."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
+from qfast.ops import recurrent as _recurrent
 from qfast.ops import window_gather as _window_gather
 from qfast.ops import window_index as _window_index
+from qfast.ops.recurrent import gru, lstm
 from qfast.ops.window_gather import gather_windows, window_rows
 from qfast.ops.window_index import WindowIndex, build_window_index
 
-__all__ = ["OPERATORS", "Operator", "WindowIndex", "build_window_index", "gather_windows", "window_rows"]
+__all__ = [
+    "OPERATORS",
+    "Operator",
+    "WindowIndex",
+    "build_window_index",
+    "gather_windows",
+    "gru",
+    "lstm",
+    "window_rows",
+]
 
 
 class Operator(NamedTuple):
@@ -23,4 +35,6 @@ class Operator(NamedTuple):
 OPERATORS = {
     "build_window_index": Operator(_window_index.self_test, ("cpu",)),
     "gather_windows": Operator(_window_gather.self_test),
+    "gru": Operator(partial(_recurrent.self_test, "gru"), ("cpu",)),
+    "lstm": Operator(partial(_recurrent.self_test, "lstm"), ("cpu",)),
 }
