@@ -6,11 +6,15 @@ Parameter names, creation order and initial weights are those of the reference
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from qfast import _backend
 from qfast.errors import ConfigError, DataError, whole_number
+from qfast.ops import recurrent
 
 __all__ = ["GRUModel", "LSTMModel", "as_windows"]
 
@@ -59,6 +63,9 @@ class _RecurrentModel(nn.Module):
     """fc_out(last step of the top recurrent layer); subclasses say which layer."""
 
     layer: ClassVar[type[nn.LSTM] | type[nn.GRU]]
+    operator: ClassVar[Callable[..., tuple[Tensor, Tensor]]]
+    # torch runs LSTM inference with a fused kernel that ours does not beat everywhere.
+    operator_infers: ClassVar[bool]
 
     def __init__(self, d_feat: int = 6, hidden_size: int = 64, num_layers: int = 2, dropout: float = 0.0) -> None:
         super().__init__()
@@ -75,9 +82,30 @@ class _RecurrentModel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, F] or [B, F*T] -> [B]; a batch of one stays one-dimensional (the reference returns 0-d)."""
-        out, _ = self.rnn(as_windows(x, self.d_feat))
-        prediction: Tensor = self.fc_out(out[:, -1, :]).squeeze(-1)
+        prediction: Tensor = self.fc_out(self._last_step(as_windows(x, self.d_feat))).squeeze(-1)
         return prediction
+
+    def _last_step(self, x: Tensor) -> Tensor:
+        """[B, T, F] -> [B, H]; the same numbers by either way, up to rounding."""
+        if not self._operator_is_faster(x):
+            out: Tensor = self.rnn(x)[0]
+            return out[:, -1, :]
+        rnn = self.rnn
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        layers = [[getattr(rnn, f"{name}_l{layer}") for name in names] for layer in range(rnn.num_layers)]
+        return type(self).operator(x, layers, dropout=rnn.dropout, training=rnn.training)[1]
+
+    def _operator_is_faster(self, x: Tensor) -> bool:
+        """Whether to compute with our operator: native, on the CPU, where it measures faster than torch's layer."""
+        if _backend.native is None or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return False
+        if x.dtype not in (torch.float32, torch.float64) or x.shape[1] == 0:
+            return False
+        rnn = self.rnn
+        if rnn._forward_hooks or rnn._forward_pre_hooks or rnn._backward_hooks or rnn._backward_pre_hooks:
+            return False  # they would not be called
+        trains = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in rnn.parameters()))
+        return trains or self.operator_infers
 
 
 class LSTMModel(_RecurrentModel):
@@ -97,6 +125,8 @@ class LSTMModel(_RecurrentModel):
     """
 
     layer = nn.LSTM
+    operator = recurrent.lstm
+    operator_infers = False
 
 
 class GRUModel(_RecurrentModel):
@@ -109,3 +139,5 @@ class GRUModel(_RecurrentModel):
     """
 
     layer = nn.GRU
+    operator = recurrent.gru
+    operator_infers = True
