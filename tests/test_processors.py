@@ -7,10 +7,12 @@ import logging
 import numpy as np
 import pandas as pd
 import pytest
+import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qfast.data import processors as P
+from qfast.data.handlers import DataHandlerLP
 from qfast.data.panel import Panel
 from qfast.errors import ConfigError, DataError, NotFittedError
 
@@ -303,3 +305,98 @@ def test_losing_every_row_is_an_error():
     frame[("feature", "x0")] = np.nan
     with pytest.raises(DataError, match=r"dropped all \d+ rows"):
         P.run_processors(Panel.from_frame(frame), [P.DropnaProcessor("feature")], stage="infer", space=P.Workspace())
+
+
+# ---------------------------------------------------------------- what was learnt, saved and loaded again
+FITTED = [(name, kwargs) for name, kwargs in CASES if "fit_start_time" in kwargs]
+LEARN_NOTHING = [(name, kwargs) for name, kwargs in CASES if "fit_start_time" not in kwargs]
+
+
+def fitted_step(name: str, kwargs: dict) -> P.Processor:
+    step = P.build_processor({"class": name, "kwargs": kwargs})
+    step.fit(Panel.from_frame(make_frame(0)))
+    return step
+
+
+def fresh_step(name: str, kwargs: dict) -> P.Processor:
+    """The same processor as scoring builds it: without a fit window to fall back on."""
+    return P.build_processor(
+        {"class": name, "kwargs": {**kwargs, "fit_start_time": None, "fit_end_time": None}}, inject=False
+    )
+
+
+@pytest.mark.parametrize(("name", "kwargs"), FITTED, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v)))
+def test_a_loaded_state_does_to_new_data_what_the_fitted_step_does(name, kwargs, tmp_path):
+    step = fitted_step(name, kwargs)
+    safetensors.numpy.save_file(step.state(), tmp_path / "state.safetensors")
+    loaded = fresh_step(name, kwargs)
+    assert not loaded.frozen
+    loaded.load_state(safetensors.numpy.load_file(tmp_path / "state.safetensors"))
+    assert loaded.frozen
+    new = Panel.from_frame(make_frame(9, n_days=11, n_stocks=8))
+    expected, found = step(new), loaded(new)
+    changed = [g for g in new.blocks if expected.values(g) is not new.values(g)]
+    assert "feature" in changed, "the case must do something"
+    for group in new.blocks:
+        np.testing.assert_array_equal(found.values(group), expected.values(group))
+    for key, array in step.state().items():
+        np.testing.assert_array_equal(loaded.state()[key], array)
+
+
+@pytest.mark.parametrize(("name", "kwargs"), FITTED, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v)))
+def test_a_frozen_step_is_not_fitted_again(name, kwargs):
+    step = fitted_step(name, kwargs)
+    loaded = fresh_step(name, kwargs)
+    loaded.load_state(step.state())
+    other = make_frame(9)
+    other[("feature", "x0")] = other[("feature", "x0")] * 1000  # fitted on this, the statistics would differ
+    refitted = P.build_processor({"class": name, "kwargs": kwargs})
+    new = Panel.from_frame(other)
+    refit = P.run_processors(new, [refitted], stage="infer", space=P.Workspace())
+    kept = P.run_processors(new, [loaded], stage="infer", space=P.Workspace())
+    np.testing.assert_array_equal(kept.values("feature"), step(new).values("feature"))
+    assert not np.array_equal(kept.values("feature"), refit.values("feature"), equal_nan=True)
+    handler = DataHandlerLP(other, infer_processors=[loaded])
+    np.testing.assert_array_equal(handler.panel("infer").values("feature"), step(new).values("feature"))
+
+
+@pytest.mark.parametrize("part", ["positions", "shift", "scale"])
+@pytest.mark.parametrize("name", ["RobustZScoreNorm", "ZScoreNorm", "MinMaxNorm"])
+def test_a_state_that_does_not_fit_is_refused_by_name(name, part):
+    step = fitted_step(name, WINDOW)
+    state = step.state()
+    loaded = fresh_step(name, WINDOW)
+    missing = {k: v for k, v in state.items() if k != f"label.{part}"}
+    with pytest.raises(DataError, match=rf"{name}: the saved state lacks \['label\.{part}'\], unexpected none"):
+        loaded.load_state(missing)
+    with pytest.raises(DataError, match=rf"{name}: .*lacks nothing, unexpected \['feature\.{part}s', 'mean'\]"):
+        loaded.load_state({**state, f"feature.{part}s": state["feature.shift"], "mean": state["feature.shift"]})
+    with pytest.raises(DataError, match=rf"{name}: the saved arrays of group 'feature' differ in length"):
+        loaded.load_state({**state, f"feature.{part}": state[f"feature.{part}"][:-1]})
+    with pytest.raises(DataError, match=rf"{name}: the saved state lacks every array"):
+        loaded.load_state({})
+    assert not loaded.frozen
+    with pytest.raises(NotFittedError, match=f"{name} must be fitted"):
+        loaded(Panel.from_frame(make_frame(0)))
+
+
+def test_a_step_without_statistics_has_an_empty_state_and_takes_no_other():
+    for name, kwargs in LEARN_NOTHING:
+        step = P.build_processor({"class": name, "kwargs": kwargs})
+        assert step.state() == {}
+        step.load_state({})
+        assert step.frozen
+        with pytest.raises(DataError, match=rf"{name} learns nothing, but a saved state holds \['feature.shift'\]"):
+            step.load_state({"feature.shift": np.zeros(4, np.float32)})
+
+
+def test_state_before_fit_is_refused():
+    with pytest.raises(NotFittedError, match="RobustZScoreNorm has learnt nothing yet"):
+        P.RobustZScoreNorm(None, None).state()
+
+
+def test_new_data_with_fewer_columns_than_the_state_is_refused():
+    step = fitted_step("MinMaxNorm", {**WINDOW, "fields_group": "feature"})
+    narrow = make_frame(3).drop(columns=[("feature", "x3")])
+    with pytest.raises(DataError, match="was fitted on 4 columns of group 'feature', the panel has 3"):
+        step(Panel.from_frame(narrow))

@@ -1,0 +1,242 @@
+"""Normalisation whose statistics are learnt on a window of time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from qfast.data.panel import Panel
+from qfast.data.processors.base import Processor, Workspace
+from qfast.data.processors.columns import column_names, columns_by_chunk, elementwise, select
+from qfast.errors import DataError, NotFittedError
+
+log = logging.getLogger("qfast.data")
+
+EPS = 1e-12  # keeps a constant column from dividing by zero, as in the reference
+MAD_TO_STD = 1.4826  # a normal distribution's standard deviation over its median absolute deviation
+OUTLIER = 3.0  # clip bound, in (robust) standard deviations
+
+STATE_PARTS = ("positions", "shift", "scale")  # of a fitted column normalisation, in a saved state
+
+
+class _FittedNorm(Processor):
+    """(x - shift) / scale per column, both learnt between fit_start_time and fit_end_time inclusive."""
+
+    def __init__(self, fit_start_time: Any, fit_end_time: Any, fields_group: Any = None) -> None:
+        self.fit_start_time = fit_start_time
+        self.fit_end_time = fit_end_time
+        self.fields_group = fields_group
+        self._fitted: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None
+
+    def fit(self, panel: Panel) -> None:
+        """Learn each selected column's shift and scale.
+
+        Raises
+        ------
+        DataError
+            No live row lies between `fit_start_time` and `fit_end_time`.
+        """
+        rows = panel.rows_between(self.fit_start_time, self.fit_end_time)
+        if len(rows) == 0:
+            dates = panel.datetimes
+            span = f"{dates[0]} to {dates[-1]}" if len(dates) else "no dates at all"
+            raise DataError(
+                f"{type(self).__name__}: no row lies between fit_start_time={self.fit_start_time} and "
+                f"fit_end_time={self.fit_end_time}; the data has {span}. Remedy: choose a window inside the data."
+            )
+        every = None if len(rows) == panel.n_rows else rows
+        fitted = {}
+        for group, positions in select(panel, self.fields_group):
+            values = panel.values(group)
+            shift = np.empty(len(positions), dtype=values.dtype)
+            scale = np.empty(len(positions), dtype=values.dtype)
+            at = 0
+            for _, part in columns_by_chunk(values, positions, every):
+                for column in part:
+                    shift[at], scale[at] = self._learn(column[~np.isnan(column)])
+                    at += 1
+            self._report_empty(column_names(panel, group, positions[np.isnan(shift) | np.isnan(scale)]))
+            fitted[group] = (positions, shift, scale)
+        self._fitted = fitted
+
+    def _apply(self, panel: Panel, space: Workspace) -> Panel:
+        if self._fitted is None:
+            raise NotFittedError(f"{type(self).__name__} must be fitted before it is applied. Remedy: call fit(panel).")
+        fitted = self._fitted
+        for group, (positions, _, _) in fitted.items():
+            if len(positions) and int(positions[-1]) >= len(panel.columns(group)):
+                raise DataError(
+                    f"{type(self).__name__} was fitted on {len(positions)} columns of group {group!r}, "
+                    f"the panel has {len(panel.columns(group))}."
+                )
+
+        def change(group: str, positions: np.ndarray, values: np.ndarray) -> np.ndarray:
+            _, shift, scale = fitted[group]
+            with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+                out = values - shift
+                out /= scale
+            return self._finish(out)
+
+        return elementwise(panel, [(g, p) for g, (p, _, _) in fitted.items()], space, change)
+
+    def state(self) -> dict[str, np.ndarray]:
+        if self._fitted is None:
+            raise NotFittedError(f"{type(self).__name__} has learnt nothing yet. Remedy: call fit(panel).")
+        return {
+            f"{group}.{part}": array
+            for group, arrays in self._fitted.items()
+            for part, array in zip(STATE_PARTS, arrays, strict=True)
+        }
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        groups = sorted({group for group, _, part in (key.rpartition(".") for key in state) if part in STATE_PARTS})
+        expected = [f"{group}.{part}" for group in groups for part in STATE_PARTS]
+        missing, extra = [key for key in expected if key not in state], sorted(set(state) - set(expected))
+        if not groups or missing or extra:
+            raise DataError(
+                f"{type(self).__name__}: the saved state lacks {missing or ('nothing' if groups else 'every array')}, "
+                f"unexpected {extra or 'none'}."
+            )
+        fitted = {}
+        for group in groups:
+            positions, shift, scale = (np.asarray(state[f"{group}.{part}"]) for part in STATE_PARTS)
+            if not (positions.ndim == 1 and positions.shape == shift.shape == scale.shape):
+                raise DataError(
+                    f"{type(self).__name__}: the saved arrays of group {group!r} differ in length: positions "
+                    f"{positions.shape}, shift {shift.shape}, scale {scale.shape}."
+                )
+            fitted[group] = (positions, shift, scale)
+        self._fitted = fitted
+        self.frozen = True
+
+    def _learn(self, values: np.ndarray) -> tuple[Any, Any]:
+        raise NotImplementedError
+
+    def _finish(self, values: np.ndarray) -> np.ndarray:
+        return values
+
+    def _report_empty(self, names: list[str]) -> None:
+        if names:
+            shown = ", ".join(names[:12]) + (f", ... {len(names) - 12} more" if len(names) > 12 else "")
+            log.warning(
+                "%s: no usable value between %s and %s in column(s) %s; they become NaN",
+                type(self).__name__, self.fit_start_time, self.fit_end_time, shown,
+            )  # fmt: skip
+
+
+class RobustZScoreNorm(_FittedNorm):
+    """(x - median) / (1.4826 (median |x - median| + 1e-12)), clipped to ±3; NaN stays NaN.
+
+    Parameters
+    ----------
+    fit_start_time, fit_end_time : date-like or None
+        Window of the statistics, both ends inclusive.
+    fields_group : None, str, list or (group, column)
+        Columns to normalise; None is all of them.
+    clip_outlier : bool
+        Clip the result to [-3, 3].
+
+    Raises
+    ------
+    DataError
+        From `fit`, where no row lies in the window.
+
+    Notes
+    -----
+    A column without any value in the window stays NaN, with a warning that names it.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> index = pd.MultiIndex.from_product([pd.date_range("2024-01-01", periods=5), ["A"]],
+    ...                                    names=["datetime", "instrument"])
+    >>> panel = Panel.from_frame(pd.DataFrame({"x": [1.0, 2.0, 3.0, 4.0, 90.0]}, index=index))
+    >>> step = RobustZScoreNorm(None, None)
+    >>> step.fit(panel)
+    >>> [round(float(v), 3) for v in step(panel).values("feature")[:, 0]]
+    [-1.349, -0.674, 0.0, 0.674, 3.0]
+    """
+
+    def __init__(
+        self, fit_start_time: Any, fit_end_time: Any, fields_group: Any = None, clip_outlier: bool = True
+    ) -> None:
+        super().__init__(fit_start_time, fit_end_time, fields_group)
+        self.clip_outlier = clip_outlier
+
+    def _learn(self, values: np.ndarray) -> tuple[Any, Any]:
+        if len(values) == 0:
+            return np.nan, np.nan
+        with np.errstate(invalid="ignore"):
+            center = np.median(values, overwrite_input=True)  # the column is our own copy
+            distance = np.abs(values - center)
+            distance = distance[~np.isnan(distance)]
+        if len(distance) == 0:
+            return center, np.nan
+        spread = np.median(distance, overwrite_input=True)
+        return center, (spread + values.dtype.type(EPS)) * values.dtype.type(MAD_TO_STD)
+
+    def _finish(self, values: np.ndarray) -> np.ndarray:
+        return np.clip(values, -OUTLIER, OUTLIER, out=values) if self.clip_outlier else values
+
+
+class ZScoreNorm(_FittedNorm):
+    """(x - mean) / std, both over non-NaN values of the fit window, std with ddof 0.
+
+    Constant columns are left as they are. Statistics are summed in float64; the reference sums in the
+    data's own type.
+
+    Parameters
+    ----------
+    fit_start_time, fit_end_time, fields_group
+        As in `RobustZScoreNorm`.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> index = pd.MultiIndex.from_product([pd.date_range("2024-01-01", periods=2), ["A"]],
+    ...                                    names=["datetime", "instrument"])
+    >>> panel = Panel.from_frame(pd.DataFrame({"x": [1.0, 3.0]}, index=index))
+    >>> step = ZScoreNorm("2024-01-01", "2024-01-02")
+    >>> step.fit(panel)
+    >>> step(panel).values("feature")[:, 0].tolist()
+    [-1.0, 1.0]
+    """
+
+    def _learn(self, values: np.ndarray) -> tuple[Any, Any]:
+        if len(values) == 0:
+            return np.nan, np.nan
+        with np.errstate(invalid="ignore", over="ignore"):
+            mean = values.mean(dtype=np.float64)
+            std = np.sqrt(np.square(values - mean, dtype=np.float64).mean())
+        return (0.0, 1.0) if std == 0 else (mean, std)
+
+
+class MinMaxNorm(_FittedNorm):
+    """(x - min) / (max - min) over the fit window; no clipping outside it, constant columns untouched.
+
+    Parameters
+    ----------
+    fit_start_time, fit_end_time, fields_group
+        As in `RobustZScoreNorm`.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> index = pd.MultiIndex.from_product([pd.date_range("2024-01-01", periods=3), ["A"]],
+    ...                                    names=["datetime", "instrument"])
+    >>> panel = Panel.from_frame(pd.DataFrame({"x": [1.0, 3.0, 7.0]}, index=index))
+    >>> step = MinMaxNorm("2024-01-01", "2024-01-02")
+    >>> step.fit(panel)
+    >>> step(panel).values("feature")[:, 0].tolist()
+    [0.0, 1.0, 3.0]
+    """
+
+    def _learn(self, values: np.ndarray) -> tuple[Any, Any]:
+        if len(values) == 0:
+            return np.nan, np.nan
+        low, high = values.min(), values.max()
+        with np.errstate(invalid="ignore"):
+            return (0.0, 1.0) if low == high else (low, high - low)
