@@ -136,6 +136,8 @@ Tensor gather_windows_backward_cpu(const Tensor& grad, const Tensor& rows, int64
   const Tensor index = torch::stable::contiguous(rows);
   const int64_t shape[] = {n_rows, n_columns};
   Tensor out = torch::stable::new_empty(grad, {shape, 2});
+  const int64_t bytes = out.numel() * static_cast<int64_t>(grad.element_size());
+  if (bytes >= kHugeBytes) advise_huge_pages(out.mutable_data_ptr(), bytes);
   const ScatterJob job{steps.const_data_ptr(),
                        row_numbers(index),
                        rows.size(0),
