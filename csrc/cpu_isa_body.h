@@ -11,9 +11,9 @@ namespace {
 #include "simd.h"
 #include "window_resolve.h"
 // Kernels.
-#include "window_gather_kernels.h"
 #include "activations.h"
 #include "recurrent_kernels.h"
+#include "window_gather_kernels.h"
 
 }  // namespace
 
