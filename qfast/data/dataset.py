@@ -16,13 +16,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from qfast.data.handlers import DataHandlerLP, build_handler
 from qfast.data.panel import Panel
 from qfast.data.windows import WindowSet
 from qfast.errors import ConfigError, DataError, suggest, whole_number
 from qfast.ops import WindowIndex, build_window_index, gather_windows, window_rows
 
-DK_R, DK_I, DK_L = "raw", "infer", "learn"
-CS_ALL = "__all"
+DK_I, CS_ALL, CS_RAW = DataHandlerLP.DK_I, DataHandlerLP.CS_ALL, DataHandlerLP.CS_RAW
 FILLS = ("none", "ffill", "ffill+bfill")
 
 __all__ = ["DatasetH", "TSDataSampler", "TSDatasetH"]
@@ -377,7 +377,7 @@ class TSDatasetH(DatasetH):
         panel = self.handler.panel(data_key)
         groups = (
             list(panel.blocks)
-            if col_set in (CS_ALL, "__raw")
+            if col_set in (CS_ALL, CS_RAW)
             else ([col_set] if isinstance(col_set, str) else list(col_set))
         )
         return self._sampler(bounds, groups, data_key, dtype=dtype, flt_col=flt_col)
@@ -443,8 +443,6 @@ def _segment(name: str, bounds: Any) -> tuple[Any, Any]:
 
 
 def _build_handler(handler: Any) -> Any:
-    from qfast.data.handlers import DataHandlerLP, build_handler
-
     if isinstance(handler, pd.DataFrame):
         return DataHandlerLP.from_frame(handler)
     if hasattr(handler, "panel") and hasattr(handler, "fetch"):
