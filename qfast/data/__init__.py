@@ -1,6 +1,6 @@
 """Panels, datasets, handlers, processors and sources: from prices to batches."""
 
-from qfast.data.dataset import DatasetH, TSDatasetH, TSDataSampler
+from qfast.data.dataset import DatasetH, TSDataSampler, TSDatasetH
 from qfast.data.handlers import Alpha360, Alpha360vwap, DataHandlerLP
 from qfast.data.panel import Panel
 from qfast.data.sources import load_prices
