@@ -1,9 +1,9 @@
-"""Every error qfast raises on purpose, and the hint that goes with a misspelt name."""
+"""Every error qfast raises on purpose, and how their messages name things: nearest names, shortened values."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -37,8 +37,34 @@ def suggest(name: object, known: Iterable[object]) -> str:
     >>> suggest("drop_out", ["dropout", "d_feat"])
     " Did you mean 'dropout'?"
     """
-    nearest = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.6)
-    return f" Did you mean {nearest[0]!r}?" if nearest else ""
+    found = nearest(name, known)
+    return "" if found is None else f" Did you mean {found!r}?"
+
+
+def nearest(name: object, known: Iterable[object], cutoff: float = 0.6) -> str | None:
+    """The most similar of the known names, None if none is similar enough (0: anything, 1: equal only)."""
+    found = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=cutoff)
+    return found[0] if found else None
+
+
+def shown(value: object, most: int = 80) -> str:
+    """The value's repr, cut to `most` characters.
+
+    >>> shown("a long text indeed", most=12)
+    "'a long t..."
+    """
+    text = repr(value)
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def some(names: Sequence[object], most: int = 12) -> str:
+    """The first `most` names, and how many more there are.
+
+    >>> some(["open", "close", "low"], most=2)
+    'open, close, ... 1 more'
+    """
+    more = [f"... {len(names) - most} more"] if len(names) > most else []
+    return ", ".join([str(name) for name in names[:most]] + more)
 
 
 def whole_number(name: str, value: Any, least: int = 1) -> int:

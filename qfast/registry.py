@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qfast.errors import ConfigError, suggest
+from qfast.errors import ConfigError, shown, suggest
 
 __all__ = ["DATASETS", "HANDLERS", "MODELS", "PROCESSORS", "RECORDS", "REWEIGHTERS", "Registry"]
 
@@ -143,7 +143,7 @@ class Registry:
         if not isinstance(spec, Mapping):
             raise ConfigError(
                 f"{_where(path)}a {self.what} must be a {self.what} object, a name, or a mapping with the keys "
-                f"{list(SPEC_KEYS)}; got {type(spec).__name__}: {_short(spec)}"
+                f"{list(SPEC_KEYS)}; got {type(spec).__name__}: {shown(spec)}"
             )
         unknown = [k for k in spec if k not in SPEC_KEYS]
         if unknown:
@@ -155,13 +155,13 @@ class Registry:
         if not (isinstance(name, str) and name) and not (isinstance(name, type) and self._registered(name)):
             raise ConfigError(
                 f"{_where(path)}the description of a {self.what} needs the key 'class' with its name; "
-                f"got class={_short(name)}. Known: {self.names()}."
+                f"got class={shown(name)}. Known: {self.names()}."
             )
         if isinstance(name, str) and "." in name:
             module, _, name = name.rpartition(".")
         kwargs = spec.get("kwargs")
         if kwargs is not None and not isinstance(kwargs, Mapping):
-            raise ConfigError(f"{_where(path)}'kwargs' of {name} must be a mapping, got {_short(kwargs)}")
+            raise ConfigError(f"{_where(path)}'kwargs' of {name} must be a mapping, got {shown(kwargs)}")
         return name, module, dict(kwargs or {})
 
     def _registered(self, factory: object) -> bool:
@@ -218,11 +218,6 @@ def _display(factory: Callable[..., Any]) -> str:
 
 def _where(path: str) -> str:
     return f"{path}: " if path else ""
-
-
-def _short(value: object, most: int = 80) -> str:
-    text = repr(value)
-    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 PROCESSORS = Registry("processor")

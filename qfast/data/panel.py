@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from qfast.errors import DataError, suggest
+from qfast.errors import DataError, some, suggest
 
 ROW_CHUNK = 1 << 16  # rows copied at a time: bounds the transient memory of a reordering copy
 
@@ -146,7 +146,7 @@ class Panel:
             if name in self.block(g).columns:
                 return self.blocks[g].values[:, self.blocks[g].columns.index(name)]
         known = [c for g in groups for c in self.blocks[g].columns]
-        raise DataError(f"column {name!r} is not in the panel; it has {_shorten(known)}." + suggest(name, known))
+        raise DataError(f"column {name!r} is not in the panel; it has [{some(known)}]." + suggest(name, known))
 
     def live_rows(self) -> np.ndarray:
         """int64 row numbers of the live rows, ascending."""
@@ -257,11 +257,6 @@ def _is_date_only(value: Any) -> bool:
     if isinstance(value, str):
         return ":" not in value
     return isinstance(value, dt.date) and not isinstance(value, dt.datetime)
-
-
-def _shorten(names: Sequence[object], most: int = 12) -> str:
-    shown = [str(n) for n in names[:most]]
-    return "[" + ", ".join(shown) + (f", ... {len(names) - most} more]" if len(names) > most else "]")
 
 
 def _key_codes(index: pd.Index) -> tuple[pd.DatetimeIndex, np.ndarray, np.ndarray, np.ndarray]:

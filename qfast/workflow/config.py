@@ -8,7 +8,6 @@ out is plain data; `qfast.workflow.schema` checks it and nothing in it is ever i
 from __future__ import annotations
 
 import copy
-import difflib
 import io
 import logging
 import os
@@ -24,7 +23,7 @@ import jinja2.sandbox
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from qfast.errors import ConfigError, suggest
+from qfast.errors import ConfigError, nearest
 
 __all__ = ["LoadedConfig", "apply_set", "deep_merge", "dump_yaml", "fill_placeholders", "load_config"]
 
@@ -353,16 +352,15 @@ def _is_open(path: Path_, part: str) -> bool:
 def _unknown(config: Any, found: dict[str, Any], path: Path_, part: str, name: str) -> str:
     where = f"at {_text(path)!r}" if path else "at the top level"
     message = f"there is no {part!r} {where}; known there: {sorted(map(str, found))}."
-    near = suggest(part, found)
-    if near:
-        right = difflib.get_close_matches(part, [str(k) for k in found], n=1, cutoff=0.6)[0]
+    right = nearest(part, found)
+    if right is not None:
         return f"{message} Did you mean {_text((*path, right))!r}?"
     paths = [_text(p) for p in _all_paths(config, ())]
     same_end = sorted(
         (p for p in paths if p.split(".")[-1] == name.split(".")[-1]), key=lambda p: not p.startswith("task.")
     )
-    nearest = same_end[:1] or difflib.get_close_matches(name, paths, n=1, cutoff=0.5)
-    return f"{message} Did you mean {nearest[0]!r}?" if nearest else message
+    likely = same_end[0] if same_end else nearest(name, paths, cutoff=0.5)
+    return message if likely is None else f"{message} Did you mean {likely!r}?"
 
 
 def _all_paths(item: Any, path: Path_) -> Iterator[Path_]:

@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from qfast import registry
-from qfast.errors import ConfigError, suggest
+from qfast.errors import ConfigError, shown, suggest
 
 __all__ = ["DatasetSpec", "HandlerSpec", "Spec", "Task", "Workflow", "check_workflow", "normal_date"]
 
@@ -222,9 +222,9 @@ def _explain(item: Any, values: Any) -> tuple[str, str]:
     if kind == "value_error":
         return path, f"{item['ctx']['error']}."
     if kind in ("model_type", "dict_type"):
-        return path, f"expected a mapping, got {_short(value)}."
+        return path, f"expected a mapping, got {shown(value)}."
     text = item["msg"].replace("Input should be", "expected")
-    return path, f"{text[:1].lower()}{text[1:]}, got {_short(value)}."
+    return path, f"{text[:1].lower()}{text[1:]}, got {shown(value)}."
 
 
 def _segment_problems(workflow: Workflow) -> Iterator[tuple[str, str]]:
@@ -317,7 +317,7 @@ def _type_problem(check: TypeAdapter[Any], value: Any) -> str:
         check.validate_python(value)
     except ValidationError as error:
         text = error.errors()[0]["msg"].replace("Input should be", "expected")
-        return f"{text[:1].lower()}{text[1:]}, got {_short(value)}."
+        return f"{text[:1].lower()}{text[1:]}, got {shown(value)}."
     return ""
 
 
@@ -390,8 +390,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value.isoformat() if isinstance(value, dt.date) else value
-
-
-def _short(value: object, most: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= most else text[: most - 3] + "..."

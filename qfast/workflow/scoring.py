@@ -20,7 +20,7 @@ import safetensors.numpy
 
 from qfast import registry
 from qfast.data.panel import Panel
-from qfast.errors import CheckpointError, ConfigError, DataError
+from qfast.errors import CheckpointError, ConfigError, DataError, some
 from qfast.workflow import folder as folders
 from qfast.workflow.folder import RunFolder
 from qfast.workflow.schema import Spec, Workflow, normal_date, register_all
@@ -310,15 +310,13 @@ def _require_columns(trained: Sequence[str], given: Sequence[str], what: str, ex
     extra = [] if extra_allowed else [c for c in given if c not in trained]
     if missing or extra:
         raise DataError(
-            f"the data differs from what the model was trained on: {what}s missing (or empty) {_some(missing)}, "
-            f"not known {_some(extra)}. Remedy: give the same {what}s as in training."
+            f"the data differs from what the model was trained on: {what}s missing (or empty) {_listed(missing)}, "
+            f"not known {_listed(extra)}. Remedy: give the same {what}s as in training."
         )
 
 
-def _some(names: Sequence[str], most: int = 6) -> str:
-    if not names:
-        return "none"
-    return str(list(names[:most]))[:-1] + (f", ... {len(names) - most} more]" if len(names) > most else "]")
+def _listed(names: Sequence[str]) -> str:
+    return f"[{some([repr(name) for name in names], most=6)}]" if names else "none"
 
 
 def _load_processors(run_folder: RunFolder, stages: Mapping[str, Any]) -> dict[str, list[Any]]:

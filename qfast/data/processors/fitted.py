@@ -11,7 +11,7 @@ import numpy as np
 from qfast.data.panel import Panel
 from qfast.data.processors.base import Processor, Workspace
 from qfast.data.processors.columns import column_names, columns_by_chunk, elementwise, select
-from qfast.errors import DataError, NotFittedError
+from qfast.errors import DataError, NotFittedError, some
 
 log = logging.getLogger("qfast.data")
 
@@ -120,10 +120,9 @@ class _FittedNorm(Processor):
 
     def _report_empty(self, names: list[str]) -> None:
         if names:
-            shown = ", ".join(names[:12]) + (f", ... {len(names) - 12} more" if len(names) > 12 else "")
             log.warning(
                 "%s: no usable value between %s and %s in column(s) %s; they become NaN",
-                type(self).__name__, self.fit_start_time, self.fit_end_time, shown,
+                type(self).__name__, self.fit_start_time, self.fit_end_time, some(names),
             )  # fmt: skip
 
 
