@@ -1,0 +1,34 @@
+"""Handlers: raw columns, the processors that run over them, and the three panels that result.
+
+The flow is the reference's (pyqlib 0.9.7, DataHandlerLP): raw -> shared -> infer gives the "infer"
+data; learn processors run on that ("append") or on the result of the shared ones ("independent") and
+give the "learn" data. Panels share every block that no processor changed, so dropping rows and ranking
+labels for learning costs no second copy of the features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qfast.data.handlers.alpha360 import Alpha360, Alpha360vwap
+from qfast.data.handlers.base import DataHandlerLP, RawDataDroppedError
+from qfast.registry import HANDLERS
+
+__all__ = ["Alpha360", "Alpha360vwap", "DataHandlerLP", "RawDataDroppedError", "build_handler"]
+
+
+def build_handler(spec: Any, *, path: str = "handler", **extra: Any) -> Any:
+    """A handler from an instance, a mapping or a name; see `qfast.registry.Registry.build`."""
+    return HANDLERS.build(spec, path=path, **extra)
+
+
+HANDLERS.add(DataHandlerLP, modules=("qlib.data.dataset.handler", "qfast.data.handlers", "qfast.data"))
+for _class in (Alpha360, Alpha360vwap):
+    HANDLERS.add(_class, modules=("qlib.contrib.data.handler", "qfast.data.handlers", "qfast.data"))
+for _name in ("Alpha158", "Alpha158vwap"):
+    HANDLERS.unavailable(
+        _name,
+        f"{_name} is not available yet. Remedy: use Alpha360, or compute the factors elsewhere and give them to "
+        "DataHandlerLP.from_frame.",
+        modules=("qlib.contrib.data.handler", "qfast.data.handlers", "qfast.data"),
+    )

@@ -1,0 +1,96 @@
+"""What every source of prices shares: field names, and how dates and instruments are given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from qfast.data.expression import Extent
+from qfast.data.panel import Panel
+from qfast.errors import ConfigError, DataError
+
+PRICE_FIELDS = ("open", "high", "low", "close", "volume", "vwap")
+DAY_AS_NUMBER = range(1800_01_01, 2200_12_32)  # 20240131
+
+Spans = dict[str, list[tuple[Any, Any]] | None]  # instrument -> membership; None = always
+
+
+class Prices(NamedTuple):
+    """A price panel with what only a store knows.
+
+    `panel.live` marks the rows at which the instrument belongs to the market (None: all). `extents`
+    says in which rows a field is stored; a field that is not named is stored in all rows.
+    """
+
+    panel: Panel
+    extents: dict[str, Extent]
+
+
+def parse_dates(values: pd.Series, name: str) -> pd.DatetimeIndex:
+    """Timestamps of a column; a DataError names the source `name`, the column and the first row that is no date."""
+    missing = values.isna().to_numpy()
+    if missing.any():
+        raise DataError(f"{name}: row {int(np.argmax(missing))} has no date (column {values.name!r}).")
+    if isinstance(values.dtype, pd.DatetimeTZDtype) or values.dtype.kind == "M":
+        return pd.DatetimeIndex(values)
+    codes, unique = pd.factorize(values)
+    if pd.api.types.is_numeric_dtype(values.dtype):
+        whole = unique.astype(np.int64)
+        if not (whole == unique).all() or not all(int(d) in DAY_AS_NUMBER for d in whole):
+            row = int(np.argmax([int(d) not in DAY_AS_NUMBER for d in whole[codes]]))
+            raise DataError(
+                f"{name}: column {values.name!r} holds numbers, row {row} is {values.iloc[row]}; only dates written "
+                "as 20240131 are understood. Remedy: convert it with pandas.to_datetime first."
+            )
+        unique = pd.Index(whole.astype(str))
+    texts = pd.Index([str(u).strip() for u in unique])
+    try:
+        stamps = pd.DatetimeIndex(pd.to_datetime(texts))
+    except (ValueError, TypeError) as error:
+        single = [is_date(text) for text in texts]
+        if all(single):
+            raise DataError(
+                f"{name}: the dates of column {values.name!r} do not share one format or one time zone: {error} "
+                "Remedy: convert the column with pandas.to_datetime(..., utc=True) first."
+            ) from None
+        row = int(np.argmin(np.asarray(single)[codes]))
+        raise DataError(
+            f"{name}: row {row} is not a date: {values.iloc[row]!r} in column {values.name!r} "
+            "(the first row below the header is row 0)."
+        ) from None
+    return stamps[codes]
+
+
+def is_date(text: str) -> bool:
+    """True if pandas reads the text as a date or time."""
+    try:
+        return not pd.isna(pd.to_datetime(text))
+    except (ValueError, TypeError):
+        return False
+
+
+def given_spans(instruments: Any) -> Spans:
+    """Membership as the caller wrote it out: a list of instruments, or {code: [(start, end), ...]}."""
+    if isinstance(instruments, Mapping):
+        try:
+            return {str(code): [(begin, end) for begin, end in spans] for code, spans in instruments.items()}
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"instruments: expected {{code: [(start, end), ...]}}, got {str(instruments)[:80]}."
+            ) from None
+    if isinstance(instruments, (list, tuple, set, np.ndarray, pd.Index)):
+        return {str(code): None for code in instruments}
+    raise ConfigError(
+        "instruments must be a market name, a list of instruments, {code: [(start, end), ...]} or "
+        f"{{'market': name}}; got {type(instruments).__name__}: {str(instruments)[:80]}"
+    )
+
+
+def market_of(config: Mapping[str, Any]) -> str:
+    """The market's name in {"market": name}."""
+    if config.get("filter_pipe"):
+        raise ConfigError("instruments: filter_pipe is not available. Remedy: give the instruments as a list.")
+    return str(config["market"])

@@ -1,0 +1,230 @@
+"""Reader of Qlib's binary data folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from qfast.data.expression import Extent
+from qfast.data.panel import Block, Panel
+from qfast.data.prices import PRICE_FIELDS, Prices, Spans, given_spans, is_date, market_of, parse_dates
+from qfast.errors import ConfigError, DataError, suggest
+
+__all__ = ["BinaryStore", "is_store"]
+
+log = logging.getLogger("qfast.data")
+
+WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{d}{i}" for d in ("COM", "LPT") for i in range(10))}
+FREQ_NAMES = {"1day": "day", "d": "day", "1d": "day", "daily": "day"}
+
+
+def is_store(path: Any) -> bool:
+    """True if the folder looks like a Qlib binary store."""
+    root = Path(path).expanduser()
+    return (root / "calendars").is_dir() and (root / "features").is_dir()
+
+
+class BinaryStore:
+    """Reader of Qlib's binary data folder: calendars/, instruments/ and features/.
+
+    Parameters
+    ----------
+    provider_uri : path or {freq: path}
+    freq : str
+        "day", "1min", ...
+
+    Raises
+    ------
+    DataError
+        The folder, its calendar or its features are missing or damaged.
+    """
+
+    def __init__(self, provider_uri: Any, freq: str = "day") -> None:
+        self.freq = FREQ_NAMES.get(freq.lower(), freq.lower())
+        if isinstance(provider_uri, Mapping):
+            by_freq = {FREQ_NAMES.get(str(k).lower(), str(k).lower()): v for k, v in provider_uri.items()}
+            if self.freq not in by_freq:
+                raise ConfigError(f"provider_uri has no entry for freq {self.freq!r}; it has {sorted(by_freq)}.")
+            provider_uri = by_freq[self.freq]
+        if not isinstance(provider_uri, (str, Path)):
+            raise ConfigError(f"provider_uri must be a path, got {type(provider_uri).__name__}: {provider_uri!r}")
+        self.root = Path(provider_uri).expanduser()
+        if not self.root.is_dir():
+            raise DataError(f"provider_uri: no such folder: {self.root}")
+        self.calendar = self._read_calendar()
+
+    def markets(self) -> list[str]:
+        """Names of the market files."""
+        return sorted(p.stem for p in (self.root / "instruments").glob("*.txt"))
+
+    def read(
+        self,
+        instruments: Any = "all",
+        wanted: Sequence[str] | None = None,
+        start_time: Any = None,
+        end_time: Any = None,
+        margin: tuple[int, int] = (0, 0),
+    ) -> Prices:
+        """Rows stored for `instruments` between the times, widened by `margin` calendar steps.
+
+        Parameters
+        ----------
+        instruments, start_time, end_time
+            As in `load_prices`.
+        wanted : sequence of str, optional
+            Fields; None reads every field that some instrument has. A field without a file is left out.
+        margin : (int, int)
+            Calendar steps before and after.
+        """
+        spans = self._spans(instruments)
+        low, high = self._date_range(start_time, end_time)
+        if low >= high:
+            raise DataError(
+                f"no trading day between start_time={start_time} and end_time={end_time}; the calendar of {self.root} "
+                f"runs from {self.calendar[0]} to {self.calendar[-1]}."
+            )
+        low, high = max(0, low - margin[0]), min(len(self.calendar), high + margin[1])
+        stored: dict[str, dict[str, tuple[int, np.ndarray]]] = {}
+        for code in sorted(spans):
+            found = self._read_instrument(code, wanted, low, high)
+            if found:
+                stored[code] = found
+        absent = [code for code in spans if code not in stored]
+        if absent:
+            log.info("%d of %d instruments have no data in %s, e.g. %s", len(absent), len(spans), self.root, absent[:5])
+        if not stored:
+            raise DataError(
+                f"none of the {len(spans)} instruments ({', '.join(list(spans)[:5])}, ...) has data in "
+                f"{self.root / 'features'} for freq {self.freq!r} between {self.calendar[low]} and "
+                f"{self.calendar[high - 1]}."
+            )
+        return self._assemble(stored, spans)
+
+    # ---------------------------------------------------------------- calendar and membership
+    def _read_calendar(self) -> pd.DatetimeIndex:
+        path = self.root / "calendars" / f"{self.freq}.txt"
+        if not path.is_file():
+            found = sorted(p.stem for p in (self.root / "calendars").glob("*.txt") if not p.stem.endswith("_future"))
+            raise DataError(
+                f"{self.root} is no Qlib data folder for freq {self.freq!r}: {path} is missing"
+                + (f"; there are calendars for {found}." if found else " and there is no other calendar.")
+            )
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line for line in lines if line]
+        if not lines:
+            raise DataError(f"{path} holds no dates.")
+        calendar = parse_dates(pd.Series(lines, name="date", dtype=object), str(path))
+        steps = np.flatnonzero(np.diff(calendar.asi8) <= 0)
+        if len(steps):
+            raise DataError(f"{path}: line {steps[0] + 2} ({lines[steps[0] + 1]}) is not after the line before it.")
+        return calendar
+
+    def _date_range(self, begin: Any, end: Any) -> tuple[int, int]:
+        """Half-open calendar range of the days between, both inclusive; a date alone means the whole day."""
+        empty = np.empty(0, dtype=np.int32)
+        return Panel(self.calendar, np.empty(0, dtype=object), empty, empty, {}).date_code_range(begin, end)
+
+    def _spans(self, instruments: Any) -> Spans:
+        if instruments is None:
+            instruments = "all"
+        if isinstance(instruments, Mapping) and "market" in instruments:
+            instruments = market_of(instruments)
+        return self._read_market(instruments) if isinstance(instruments, str) else given_spans(instruments)
+
+    def _read_market(self, market: str) -> Spans:
+        path = self.root / "instruments" / f"{market.lower()}.txt"
+        if not path.is_file():
+            known = self.markets()
+            raise DataError(
+                f"market {market!r} is not in {self.root / 'instruments'}; there are {known}." + suggest(market, known)
+            )
+        spans: Spans = {}
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if not line.strip():
+                continue
+            parts = [part.strip() for part in line.split("\t")]
+            if len(parts) < 3 or not parts[0]:
+                raise DataError(f"{path}: line {number} is not CODE, start, end with tabs between: {line!r}")
+            if not (is_date(parts[1]) and is_date(parts[2])):
+                raise DataError(f"{path}: line {number} holds something that is not a date: {line!r}")
+            spans.setdefault(parts[0], []).append((parts[1], parts[2]))  # type: ignore[union-attr]
+        if not spans:
+            raise DataError(f"{path} names no instruments.")
+        return spans
+
+    # ---------------------------------------------------------------- feature files
+    def _folder(self, code: str) -> Path:
+        name = f"_qlib_{code}" if code.upper() in WINDOWS_DEVICES else code
+        return self.root / "features" / name.lower()
+
+    def _read_instrument(
+        self, code: str, wanted: Sequence[str] | None, low: int, high: int
+    ) -> dict[str, tuple[int, np.ndarray]]:
+        """Field -> (calendar position of the first value, values), cut to [low, high)."""
+        folder, ending = self._folder(code), f".{self.freq}.bin"
+        names = wanted
+        if names is None:
+            names = [p.name[: -len(ending)] for p in sorted(folder.glob(f"*{ending}"))] if folder.is_dir() else []
+        found = {}
+        for name in names:
+            part = _read_bin(folder / f"{name}{ending}", low, high, len(self.calendar))
+            if part is not None and len(part[1]):
+                found[name] = part
+        return found
+
+    def _assemble(self, stored: Mapping[str, Mapping[str, tuple[int, np.ndarray]]], spans: Spans) -> Prices:
+        names = {field for fields in stored.values() for field in fields}
+        columns = [c for c in PRICE_FIELDS if c in names] + sorted(names - set(PRICE_FIELDS))
+        first = np.array([min(at for at, _ in f.values()) for f in stored.values()])
+        stop = np.array([max(at + len(v) for at, v in f.values()) for f in stored.values()])
+        lengths = stop - first
+        begin = np.cumsum(lengths) - lengths
+        values = np.full((int(lengths.sum()), len(columns)), np.nan, dtype=np.float32)
+        extents = {c: Extent(begin.copy(), begin.copy()) for c in columns}
+        live = np.zeros(len(values), dtype=bool)
+        for i, (code, found) in enumerate(stored.items()):
+            for j, column in enumerate(columns):
+                if column in found:
+                    at, part = found[column]
+                    row = int(begin[i] + at - first[i])
+                    values[row : row + len(part), j] = part
+                    extents[column].start[i], extents[column].stop[i] = row, row + len(part)
+            for span in spans[code] or [(None, None)]:
+                day, after = (int(np.clip(d, first[i], stop[i])) for d in self._date_range(*span))
+                live[begin[i] + day - first[i] : begin[i] + after - first[i]] = True
+        panel = Panel(
+            datetimes=self.calendar,
+            instruments=np.array(list(stored), dtype=object),
+            date_codes=(np.arange(len(values)) - np.repeat(begin - first, lengths)).astype(np.int32),
+            instrument_codes=np.repeat(np.arange(len(stored)), lengths).astype(np.int32),
+            blocks={"price": Block(values, tuple(columns))},
+            live=None if live.all() else live,
+        )
+        return Prices(panel, extents)
+
+
+def _read_bin(path: Path, low: int, high: int, n_dates: int) -> tuple[int, np.ndarray] | None:
+    """(calendar position, float32 values) of a .bin file between two calendar positions; None if there is no file."""
+    if not path.is_file():
+        return None
+    size = path.stat().st_size
+    if size == 0:
+        return None
+    if size % 4:
+        raise DataError(f"{path} is damaged: {size} bytes are not a whole number of float32 values.")
+    start = float(np.fromfile(path, dtype="<f4", count=1)[0])
+    if not (np.isfinite(start) and start >= 0 and start == int(start)) or start >= n_dates:
+        raise DataError(
+            f"{path} is damaged: its first value must be the calendar position of the first day "
+            f"(0 to {n_dates - 1}), it is {start}."
+        )
+    first, stop = max(int(start), low), min(int(start) + size // 4 - 1, high)
+    if first >= stop:
+        return None
+    offset = 4 * (1 + first - int(start))
+    return first, np.fromfile(path, dtype="<f4", count=stop - first, offset=offset)
