@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,41 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from qfast.errors import CheckpointError, suggest
+from qfast.files import atomic_write
 
 if TYPE_CHECKING:
     from qfast.estimator import Estimator
 
 FORMAT = 1
 
-__all__ = ["load_fit", "load_weights", "read_tensors", "save_fit", "save_weights", "write_atomic"]
-
-
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then move it into place.
-
-    A full disk or an interrupt leaves the old file untouched and no temporary one behind.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+__all__ = ["load_fit", "load_weights", "read_tensors", "save_fit", "save_weights"]
 
 
 def save_weights(network: nn.Module, path: Path) -> None:
     """Write a network's state dict: safetensors for that suffix, otherwise torch's own format."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     state = network.state_dict()
     if path.suffix == ".safetensors":
-        write_atomic(path, lambda target: safetensors.torch.save_file(_storable(state), target))
+        atomic_write(path, lambda target: safetensors.torch.save_file(_storable(state), target))
     else:
-        write_atomic(path, lambda target: torch.save(state, target))
+        atomic_write(path, lambda target: torch.save(state, target))
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
@@ -118,8 +99,9 @@ def save_fit(estimator: Estimator, path: Path) -> None:
         "stop_steps": progress.stop_steps,
         "finished": progress.finished,
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"qfast": json.dumps(facts, default=str)}
-    write_atomic(path, lambda target: safetensors.torch.save_file(_storable(tensors), target, metadata=metadata))
+    atomic_write(path, lambda target: safetensors.torch.save_file(_storable(tensors), target, metadata=metadata))
 
 
 def load_fit(estimator: Estimator, path: Path) -> None:

@@ -16,10 +16,11 @@ from workflow_case import factors, write_case
 
 from qfast.callbacks import Callback
 from qfast.errors import CheckpointError, ConfigError, DataError, QfastError
+from qfast.files import atomic_write, is_disk_full
 from qfast.metrics import daily_ic, ic_summary
 from qfast.workflow import folder as folders
 from qfast.workflow.demo import DEMO, demo_prices
-from qfast.workflow.folder import RunFolder, atomic_write, is_disk_full, read_frame, write_frame
+from qfast.workflow.folder import RunFolder, read_frame, write_frame
 from qfast.workflow.run import run
 from qfast.workflow.scoring import predict
 
@@ -410,6 +411,21 @@ def test_predict_needs_no_label_and_fits_nothing(case):
 def test_predict_takes_instruments_that_training_never_saw(case):
     frame = factors().drop(columns="label").rename(index=lambda name: f"new{name}", level="instrument")
     assert len(predict(case[2], frame, start="2020-03-10")) == 12
+
+
+def test_codes_in_a_file_of_factors_keep_their_zeros_and_dates_are_checked(case, tmp_path):
+    frame = factors().rename(index=lambda name: f"{int(name[1:]):06d}", level="instrument").reset_index()
+    frame.to_csv(tmp_path / "codes.csv", index=False)
+    scores = predict(case[2], tmp_path / "codes.csv")
+    assert scores.index.levels[1].tolist() == [f"{i:06d}" for i in range(12)]
+    np.testing.assert_array_equal(scores.to_numpy(), predict(case[2], case[1]).to_numpy())
+    frame["datetime"] = frame["datetime"].astype(str)
+    frame.loc[5, "datetime"] = "2020-13-45"
+    frame.to_csv(tmp_path / "dates.csv", index=False)
+    with pytest.raises(DataError, match=r"dates.csv: row 5 is not a date: '2020-13-45' in column 'datetime'"):
+        predict(case[2], tmp_path / "dates.csv")
+    with pytest.raises(ConfigError, match=r"nowhere.csv' does not exist \(looked in"):
+        predict(case[2], tmp_path / "nowhere.csv")
 
 
 def test_predict_refuses_an_empty_period(case):

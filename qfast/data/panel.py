@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from qfast.dates import is_date_only
 from qfast.errors import DataError, some, suggest
 
 ROW_CHUNK = 1 << 16  # rows copied at a time: bounds the transient memory of a reordering copy
@@ -171,7 +172,7 @@ class Panel:
         if end is None:
             return low, len(self.datetimes)
         stamp = self._timestamp(end, "end")
-        if _is_date_only(end):
+        if is_date_only(end):
             stamp = stamp + pd.Timedelta(days=1)
             return low, max(low, int(self.datetimes.searchsorted(stamp, "left")))
         return low, max(low, int(self.datetimes.searchsorted(stamp, "right")))
@@ -253,12 +254,6 @@ class Panel:
 
 
 # ---------------------------------------------------------------- helpers of from_frame
-def _is_date_only(value: Any) -> bool:
-    if isinstance(value, str):
-        return ":" not in value
-    return isinstance(value, dt.date) and not isinstance(value, dt.datetime)
-
-
 def _key_codes(index: pd.Index) -> tuple[pd.DatetimeIndex, np.ndarray, np.ndarray, np.ndarray]:
     """Sorted unique datetimes and instruments of the index, and each row's int32 codes."""
     if not isinstance(index, pd.MultiIndex) or index.nlevels != 2:

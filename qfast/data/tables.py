@@ -25,6 +25,7 @@ INSTRUMENT_NAMES = ("instrument", "symbol", "ticker", "code", "ts_code", "stock_
 FIELD_NAMES = {"vol": "volume", "average_price": "vwap"}
 CSV_ENDINGS = (".csv", ".csv.gz", ".csv.bz2", ".csv.xz", ".csv.zst", ".csv.zip")
 PARQUET_ENDINGS = (".parquet", ".pq")
+MISSING = ("", "NA", "N/A", "n/a", "<NA>", "#N/A", "NaN", "nan", "-nan", "null", "NULL", "None", "-")
 
 
 class _Table(NamedTuple):
@@ -78,8 +79,8 @@ def _stem(path: Path) -> str:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A CSV or Parquet file as a frame; instruments stay text ("000001" keeps its zeros)."""
-    if path.name.lower().endswith(PARQUET_ENDINGS):
+    """A CSV file, or a Parquet file or folder, as a frame; instruments stay text ("000001" keeps its zeros)."""
+    if path.name.lower().endswith(PARQUET_ENDINGS) or path.is_dir():
         return _read_parquet(path)
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty (0 bytes).")
@@ -88,7 +89,7 @@ def read_table(path: Path) -> pd.DataFrame:
         code = _find(header, INSTRUMENT_NAMES)
         # "000001" must keep its zeros, and a ticker may be called NA
         texts = {code} if code is not None else set()
-        missing = {c: ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "-"] for c in header if c not in texts}
+        missing = {c: list(MISSING) for c in header if c not in texts}
         return pd.read_csv(
             path, dtype=dict.fromkeys(texts, str), keep_default_na=False, na_values=missing, low_memory=False
         )  # fmt: skip

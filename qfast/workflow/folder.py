@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
-import errno
 import json
 import math
 import os
 import platform
 import re
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from importlib import metadata as packages
 from pathlib import Path
@@ -21,9 +18,10 @@ from typing import Any
 
 import pandas as pd
 
-from qfast.errors import CheckpointError, ConfigError, QfastError
+from qfast.errors import CheckpointError, ConfigError
+from qfast.files import atomic_write
 
-__all__ = ["RunFolder", "atomic_write", "is_disk_full", "read_frame", "versions", "write_frame"]
+__all__ = ["RunFolder", "read_frame", "versions", "write_frame"]
 
 MANIFEST = "manifest.json"
 RESERVE = ".reserve"
@@ -114,7 +112,10 @@ class RunFolder:
         self.write_text(name, json.dumps(_jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        atomic_write(self.path / name, lambda file: file.write_text(text, encoding="utf-8"))
+        self.write_bytes(name, text.encode("utf-8"))
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        atomic_write(self.path / name, lambda file: file.write_bytes(content))
 
     def write_frame(self, stem: str, frame: pd.DataFrame) -> Path:
         return write_frame(self.path / f"{stem}.parquet", frame)
@@ -128,44 +129,6 @@ class RunFolder:
             ) from None
         except (ValueError, OSError) as error:
             raise CheckpointError(f"{str(self.path / name)!r} cannot be read: {error}.") from None
-
-
-def atomic_write(target: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `target`, then put it in the target's place.
-
-    Whatever goes wrong, `target` holds its old content or the new one, and no temporary file stays.
-
-    Raises
-    ------
-    QfastError
-        The disk is full.
-    """
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files private
-        os.replace(temporary, target)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if is_disk_full(error):
-            raise QfastError(
-                f"no space left on the disk for {str(target)!r}; what is written so far is whole."
-            ) from error
-        raise
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """True for an OSError that says the disk or the quota is full, or an error that one has caused."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if type(error).__name__ == "SafetensorError" and "No space left" in str(error):  # it is no OSError
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def write_frame(target: Path, frame: pd.DataFrame) -> Path:
@@ -253,12 +216,6 @@ def _has_pyarrow() -> bool:
     except ImportError:
         return False
     return True
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def now() -> str:

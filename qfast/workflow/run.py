@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,12 @@ import pandas as pd
 from qfast import registry
 from qfast.callbacks import Callback
 from qfast.errors import ConfigError, DataError, QfastError
-from qfast.metrics import ic_summary
+from qfast.files import is_disk_full
 from qfast.workflow import folder as folders
 from qfast.workflow.config import dump_yaml, fill_placeholders, load_config
 from qfast.workflow.folder import RunFolder
 from qfast.workflow.records import Record
-from qfast.workflow.report import (
-    Report,
-    SegmentResult,
-    cumulative_plot,
-    loss_plot,
-    quantile_plot,
-    render_html,
-)
+from qfast.workflow.results import evaluate, raw_labels, write_report, write_results
 from qfast.workflow.schema import Workflow, check_workflow
 from qfast.workflow.scoring import BEST, build_dataset, data_facts, save_scoring
 
@@ -202,8 +194,7 @@ def _require_provider(workflow: Workflow) -> None:
         if not Path(place).expanduser().is_dir():
             raise ConfigError(
                 f"qlib_init.provider_uri: the Qlib data folder {place!r} does not exist. Remedy: --data PATH with a "
-                "CSV "
-                "or Parquet file, a folder of CSV files, or a Qlib data folder."
+                "CSV or Parquet file, a folder of CSV files, or a Qlib data folder."
             )
 
 
@@ -240,7 +231,7 @@ def _recorded(run_folder: RunFolder) -> Iterator[None]:
         raise
     except BaseException as error:
         _finish_quietly(run_folder, folders.FAILED, f"{type(error).__name__}: {error}")
-        if folders.is_disk_full(error):
+        if is_disk_full(error):
             raise QfastError(
                 f"no space left on the disk while writing to {str(run_folder.path)!r}; the files there are whole. "
                 f"Remedy: make room, then qfast run --resume {shlex.quote(str(run_folder.path))}."
@@ -275,7 +266,7 @@ def _load(job: _Job, model: Any = None) -> _Loaded:
         _require_same_data(job.resumed, facts)
         if (job.resumed / LAST).exists():
             model.load_checkpoint(job.resumed / LAST)
-    return _Loaded(model, dataset, facts, _raw_labels(dataset))
+    return _Loaded(model, dataset, facts, raw_labels(dataset))
 
 
 def _execute(job: _Job, run_folder: RunFolder, loaded: _Loaded) -> RunResult:
@@ -289,15 +280,15 @@ def _execute(job: _Job, run_folder: RunFolder, loaded: _Loaded) -> RunResult:
     )  # fmt: skip
     save_scoring(run_folder, workflow, model, dataset)
     _fit(job, run_folder, model, dataset)
-    results = _evaluate(model, dataset, loaded.labels)
-    metrics = _write_results(run_folder, records, results)
-    _write_report(job, run_folder, model, dataset, results, metrics)
+    results = evaluate(model, dataset, loaded.labels)
+    metrics = write_results(run_folder, records, results)
+    write_report(run_folder, workflow, model, dataset, results, metrics, job.started)
     return RunResult(run_folder.path, metrics, model, dataset)
 
 
 def _build_model(job: _Job) -> Any:
     spec = job.workflow.task.model
-    return registry.MODELS.build(spec.model_dump(by_alias=True, exclude_unset=True), path="task.model")
+    return registry.MODELS.build(spec.given(), path="task.model")
 
 
 def _notices(workflow: Workflow) -> list[str]:
@@ -319,7 +310,7 @@ def _build_records(workflow: Workflow, model: Any, dataset: Any) -> list[Record]
     task = workflow.resolved()["task"]
     built = []
     for position, spec in enumerate(workflow.task.record):
-        filled = fill_placeholders(spec.model_dump(by_alias=True, exclude_unset=True), objects, task)
+        filled = fill_placeholders(spec.given(), objects, task)
         built.append(registry.RECORDS.build(filled, path=f"task.record.{position}"))
     return built
 
@@ -354,7 +345,7 @@ class _KeepHistory(Callback):
 def _fit(job: _Job, run_folder: RunFolder, model: Any, dataset: Any) -> None:
     reweighter = None
     if job.workflow.task.reweighter is not None:
-        spec = job.workflow.task.reweighter.model_dump(by_alias=True, exclude_unset=True)
+        spec = job.workflow.task.reweighter.given()
         reweighter = registry.REWEIGHTERS.build(spec, path="task.reweighter")
     resume = job.resumed is not None and (run_folder / LAST).exists()
     if job.resumed is not None and not resume:
@@ -368,153 +359,3 @@ def _fit(job: _Job, run_folder: RunFolder, model: Any, dataset: Any) -> None:
     )
     run_folder.write_text("history.csv", model.history_.to_csv())
     model.save_weights(run_folder / BEST)
-
-
-# ---------------------------------------------------------------- results
-def _raw_labels(dataset: Any) -> dict[str, pd.Series]:
-    """Raw labels of each segment; fetched before training, so that what is wrong with them costs no time."""
-    labels = {}
-    for name, (start, end) in dataset.segments.items():
-        labels[name] = dataset.handler.fetch(slice(start, end), col_set="label", data_key="raw").iloc[:, 0]
-        if labels[name].empty:
-            log.warning("segment %r (%s to %s) holds no rows of the data; it will have no metrics", name, start, end)
-    return labels
-
-
-def _evaluate(model: Any, dataset: Any, labels: Mapping[str, pd.Series]) -> dict[str, SegmentResult]:
-    """Scores and raw labels of every segment; "newest": dates after the last label that no segment holds."""
-    results = {name: SegmentResult.of(name, model.predict(dataset, name), label) for name, label in labels.items()}
-    start = _first_unlabelled(dataset, results)
-    if start is not None:
-        score = model.predict(dataset, slice(start, None))
-        results["newest"] = SegmentResult.of("newest", score, pd.Series(float("nan"), score.index))
-    return results
-
-
-def _first_unlabelled(dataset: Any, results: Mapping[str, SegmentResult]) -> pd.Timestamp | None:
-    """The first date that neither has a label nor lies in or before a segment."""
-    label = dataset.handler.fetch(slice(None), col_set="label", data_key="raw").iloc[:, 0]
-    dates = label.index.get_level_values("datetime")
-    ends = [dates[label.notna().to_numpy()].max()]
-    ends += [r.score.index.get_level_values("datetime").max() for r in results.values() if len(r.score)]
-    later = dates[dates > max(end for end in ends if not pd.isna(end))] if any(not pd.isna(e) for e in ends) else dates
-    return later.min() if len(later) else None
-
-
-def _write_results(
-    run_folder: RunFolder, records: Sequence[Record], results: Mapping[str, SegmentResult]
-) -> dict[str, dict[str, float]]:
-    kept = [r for name, r in results.items() if name != "train"] or list(results.values())
-    scores = [pd.DataFrame({"score": r.score, "segment": r.name}).sort_index() for r in kept]
-    run_folder.write_frame("pred", _without_repeats(pd.concat(scores)))
-    labels = [r.label.sort_index().to_frame("label") for r in kept if r.name != "newest"]
-    run_folder.write_frame("label", _without_repeats(pd.concat(labels)))
-    metrics: dict[str, dict[str, float]] = {}
-    daily = {}
-    for name, result in results.items():
-        if name == "newest":
-            continue
-        found = ic_summary(result.ic, result.rank_ic)
-        series = {"ic": result.ic, "rank_ic": result.rank_ic}
-        for record in records:
-            found |= record.metrics(result)
-            series |= record.series(result)
-        metrics[name] = {**found, "days": float(result.ic.notna().sum()), "samples": float(len(result.score))}
-        daily[name] = pd.DataFrame(series)
-    run_folder.write_text("daily.csv", pd.concat(daily, names=["segment", "datetime"]).to_csv(float_format="%.9g"))
-    run_folder.write_json("metrics.json", metrics)
-    return metrics
-
-
-def _without_repeats(frame: pd.DataFrame) -> pd.DataFrame:
-    """Segments may overlap; the later one's row is kept."""
-    return frame[~frame.index.duplicated(keep="last")]
-
-
-def _write_report(
-    job: _Job,
-    run_folder: RunFolder,
-    model: Any,
-    dataset: Any,
-    results: Mapping[str, SegmentResult],
-    metrics: Mapping[str, Any],
-) -> None:
-    shown = [r for name, r in results.items() if name != "newest"]
-    plots = {
-        "loss": loss_plot(model.history_, model.best_epoch_),
-        "cumulative_ic": cumulative_plot(shown),
-        "score_groups": quantile_plot(shown),
-    }
-    (run_folder / "plots").mkdir(exist_ok=True)
-    for name, png in plots.items():
-        folders.atomic_write(run_folder / "plots" / f"{name}.png", partial(_write_bytes, content=png))
-    newest = max(results.values(), key=lambda r: _last_date(r.score)).score
-    date = _last_date(newest)
-    page = Report(
-        title=f"{job.workflow.experiment_name}: {type(model).__name__}",
-        subtitle=_subtitle(run_folder),
-        intro=_intro(dataset),
-        metrics=metrics,
-        facts=_facts(job, run_folder, model),
-        plots=plots,
-        config=dump_yaml(job.workflow.resolved()),
-        notes=run_folder.manifest["notes"],
-        newest=newest.xs(date, level="datetime") if len(newest) else None,
-        newest_date=date.date() if date == date.normalize() else date,
-    )
-    run_folder.write_text("report.html", render_html(page))
-
-
-def _write_bytes(file: Path, content: bytes) -> None:
-    file.write_bytes(content)
-
-
-def _last_date(score: pd.Series) -> pd.Timestamp:
-    dates = score.index.get_level_values("datetime")
-    return dates.max() if len(dates) else pd.Timestamp.min
-
-
-def _intro(dataset: Any) -> str:
-    label = " and ".join(str(name) for name in dataset.handler.get_cols("label"))
-    chosen = " and chosen on valid" if "valid" in dataset.segments else ""
-    return (
-        "On every date each instrument gets a score; a higher score predicts a higher label. The label is "
-        f"{label}. The weights were learnt on the segment train{chosen}."
-    )
-
-
-def _subtitle(run_folder: RunFolder) -> str:
-    facts = run_folder.manifest["data"]
-    return (
-        f"{facts['instruments']} instruments, {facts['first']} to {facts['last']}, run {run_folder.path.name}, "
-        f"qfast {run_folder.manifest['versions']['qfast']}"
-    )
-
-
-def _facts(job: _Job, run_folder: RunFolder, model: Any) -> dict[str, Any]:
-    manifest = run_folder.manifest
-    parameters = sum(p.numel() for p in model.network.parameters())
-    history = model.history_
-    segments = job.workflow.task.dataset.kwargs.segments
-    return {
-        "Model": f"{type(model).__module__}.{type(model).__name__}, {parameters:,} parameters",
-        "Epochs": f"{len(history)}, best {model.best_epoch_}, {history['seconds'].sum():.1f} s of training",
-        "Segments": "; ".join(f"{name} {_span(*bounds)}" for name, bounds in segments.items()),
-        "Data": f"{manifest['data']['source']} (hash {manifest['data']['hash']})",
-        "Device": manifest["device"],
-        "Operators": _tier_text(manifest["tiers"], manifest["device"]),
-        "Seed": f"{job.seed}{' (drawn for this run)' if job.seed_drawn else ''}",
-        "Versions": ", ".join(f"{name} {version}" for name, version in manifest["versions"].items()),
-        "Platform": manifest["platform"],
-        "Command": shlex.join(manifest["command"]),
-        "Wall time": f"{time.time() - job.started:.1f} s",
-    }
-
-
-def _span(start: str | None, end: str | None) -> str:
-    return f"{start or 'the first date'} to {end or 'the newest date'}"
-
-
-def _tier_text(tiers: Mapping[str, Any], device: str) -> str:
-    state = tiers.get("cuda" if device.startswith("cuda") else "cpu", {})
-    return f"{state.get('tier', 'torch')} tier ({state.get('reason', 'unknown')})"

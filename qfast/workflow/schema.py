@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from qfast import registry
+from qfast.dates import is_date_only
 from qfast.errors import ConfigError, shown, suggest
 
 __all__ = ["DatasetSpec", "HandlerSpec", "Spec", "Task", "Workflow", "check_workflow", "normal_date"]
@@ -63,8 +64,7 @@ def normal_date(value: Any) -> str | None:
         stamp = pd.NaT
     if stamp is pd.NaT:
         raise ValueError(f"expected {TEXT_FORMATS}, got {value!r}")
-    has_time = isinstance(value, dt.datetime) or (isinstance(value, str) and ":" in value)
-    return stamp.isoformat() if has_time else stamp.date().isoformat()
+    return stamp.date().isoformat() if is_date_only(value) else stamp.isoformat()
 
 
 def _segment(value: Any) -> Any:
@@ -101,6 +101,10 @@ class Spec(_Model):
         if isinstance(value, str) and value.startswith("file://"):
             raise ValueError(f"pickled objects are not read, got {value!r}; describe the object by class and kwargs")
         return {"class": value} if isinstance(value, str) else value
+
+    def given(self) -> dict[str, Any]:
+        """What the file says of the object, as a registry takes it."""
+        return self.model_dump(by_alias=True, exclude_unset=True)
 
 
 class HandlerKwargs(_Model):

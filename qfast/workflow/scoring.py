@@ -20,10 +20,14 @@ import safetensors.numpy
 
 from qfast import registry
 from qfast.data.panel import Panel
+from qfast.data.prices import parse_dates
+from qfast.data.tables import read_table
+from qfast.dates import date_text
 from qfast.errors import CheckpointError, ConfigError, DataError, some
+from qfast.files import atomic_write
 from qfast.workflow import folder as folders
 from qfast.workflow.folder import RunFolder
-from qfast.workflow.schema import Spec, Workflow, normal_date, register_all
+from qfast.workflow.schema import Workflow, normal_date, register_all
 
 __all__ = ["build_dataset", "data_facts", "predict", "save_scoring"]
 
@@ -45,7 +49,7 @@ TRAINING_ONLY = (
 # ---------------------------------------------------------------- data in
 def build_dataset(workflow: Workflow, data: Any) -> Any:
     """The dataset of a workflow, over `data` where it is given, else over `qlib_init.provider_uri`."""
-    spec = _plain(workflow.task.dataset)
+    spec = workflow.task.dataset.given()
     handler_spec = spec["kwargs"].pop("handler")
     own = handler_spec.setdefault("kwargs", {})
     if data is not None:
@@ -77,9 +81,10 @@ def _factor_frame(data: Any) -> Any:
     """
     if isinstance(data, (Panel, Mapping)):
         return data
+    name = "the frame" if isinstance(data, pd.DataFrame) else str(data)
     frame = data if isinstance(data, pd.DataFrame) else _read_table(Path(data).expanduser())
     if not isinstance(frame.index, pd.MultiIndex) and {"datetime", "instrument"} <= set(frame.columns):
-        frame = frame.assign(datetime=pd.to_datetime(frame["datetime"])).set_index(["datetime", "instrument"])
+        frame = frame.assign(datetime=parse_dates(frame["datetime"], name)).set_index(["datetime", "instrument"])
     if frame.columns.nlevels == 1:
         groups = ["label" if str(c).lower().startswith("label") else "feature" for c in frame.columns]
         frame = frame.set_axis(pd.MultiIndex.from_arrays([groups, frame.columns]), axis=1)
@@ -87,12 +92,9 @@ def _factor_frame(data: Any) -> Any:
 
 
 def _read_table(file: Path) -> pd.DataFrame:
-    try:
-        return pd.read_csv(file) if file.suffix.lower() == ".csv" else pd.read_parquet(file)
-    except FileNotFoundError:
-        raise ConfigError(f"--data {str(file)!r} does not exist (looked in {Path.cwd()}).") from None
-    except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"{str(file)!r} cannot be read as a table of factors: {error}") from None
+    if not file.exists():
+        raise ConfigError(f"--data {str(file)!r} does not exist (looked in {Path.cwd()}).")
+    return read_table(file)
 
 
 def data_facts(handler: Any, data: Any, workflow: Workflow) -> dict[str, Any]:
@@ -110,8 +112,8 @@ def data_facts(handler: Any, data: Any, workflow: Workflow) -> dict[str, Any]:
         "hash": panel.content_hash(),
         "rows": panel.n_live,
         "instruments": len(panel.instruments),
-        "first": _date_text(dates[0]),
-        "last": _date_text(dates[-1]),
+        "first": date_text(dates[0]),
+        "last": date_text(dates[-1]),
     }
 
 
@@ -138,10 +140,6 @@ def _raw_columns(handler: Any) -> list[str] | None:
     return [str(c) for c in handler.get_cols("feature", "raw")]
 
 
-def _date_text(stamp: pd.Timestamp) -> str:
-    return stamp.date().isoformat() if stamp == stamp.normalize() else stamp.isoformat()
-
-
 # ---------------------------------------------------------------- saving
 def save_scoring(run_folder: RunFolder, workflow: Workflow, model: Any, dataset: Any) -> None:
     """Write model.json and processors.safetensors: all that `predict` needs besides the weights."""
@@ -154,14 +152,14 @@ def save_scoring(run_folder: RunFolder, workflow: Workflow, model: Any, dataset:
             state = processor.state()
             arrays |= {f"{stage}.{position}.{name}": np.ascontiguousarray(value) for name, value in state.items()}
             stages[stage].append({"class": type(processor).__name__, "kwargs": _constructor_arguments(processor)})
-    handler_spec = _plain(workflow.task.dataset.kwargs.handler)
+    handler_spec = workflow.task.dataset.kwargs.handler.given()
     kept = {k: v for k, v in handler_spec.get("kwargs", {}).items() if k not in TRAINING_ONLY}
-    dataset_spec = _plain(workflow.task.dataset)
+    dataset_spec = workflow.task.dataset.given()
     dataset_kwargs = {k: v for k, v in dataset_spec["kwargs"].items() if k not in ("handler", "segments")}
     parameters = {k: v for k, v in model.get_params().items() if k not in ("device", "progress")}
     facts = {
         "format": FORMAT,
-        "model": {**_plain(workflow.task.model), "kwargs": parameters},
+        "model": {**workflow.task.model.given(), "kwargs": parameters},
         "dataset": {**dataset_spec, "kwargs": dataset_kwargs},
         "handler": {**handler_spec, "kwargs": kept},
         "processors": stages,
@@ -171,7 +169,7 @@ def save_scoring(run_folder: RunFolder, workflow: Workflow, model: Any, dataset:
     }
     # A file without any array is not readable everywhere, hence the marker.
     arrays["format"] = np.array([FORMAT], dtype=np.int64)
-    folders.atomic_write(run_folder / PROCESSORS, lambda file: safetensors.numpy.save_file(arrays, file))
+    atomic_write(run_folder / PROCESSORS, lambda file: safetensors.numpy.save_file(arrays, file))
     run_folder.write_json(MODEL, facts)
 
 
@@ -182,10 +180,6 @@ def _constructor_arguments(processor: Any) -> dict[str, Any]:
         value = getattr(processor, name)
         out[name] = list(value) if isinstance(value, tuple) else value
     return out
-
-
-def _plain(spec: Spec) -> dict[str, Any]:
-    return spec.model_dump(by_alias=True, exclude_unset=True)
 
 
 # ---------------------------------------------------------------- scoring
@@ -251,8 +245,8 @@ def predict(
     if scores.empty:
         dates = handler.panel("infer").datetimes
         raise DataError(
-            f"no row lies between start={bounds[0]} and end={bounds[1]}; the data has {_date_text(dates[0])} to "
-            f"{_date_text(dates[-1])}."
+            f"no row lies between start={bounds[0]} and end={bounds[1]}; the data has {date_text(dates[0])} to "
+            f"{date_text(dates[-1])}."
         )
     return scores.rename("score").sort_index()
 
