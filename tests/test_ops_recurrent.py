@@ -282,7 +282,7 @@ def test_double_backward_is_refused_and_what_is_kept_has_no_gradient(name):
 @pytest.mark.parametrize("network", [LSTMModel, GRUModel])
 def test_networks_train_alike_through_the_operator_and_through_torchs_layer(network, monkeypatch):
     model = network(d_feat=4, hidden_size=24, num_layers=2).double()
-    x = torch.randn(50, 28, dtype=torch.float64)
+    x = torch.randn(64 * torch.get_num_threads(), 28, dtype=torch.float64)  # enough rows for the operator
     used = []
     operator = network.operator
     monkeypatch.setattr(network, "operator", staticmethod(lambda *a, **k: used.append(1) or operator(*a, **k)))

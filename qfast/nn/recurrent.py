@@ -67,6 +67,8 @@ class _RecurrentModel(nn.Module):
     # Steps times rows of a batch from which inference too measures faster with our operator. torch runs the
     # LSTM's with a fused kernel that ours only beats where its buffers are mapped anew for each batch.
     operator_infers_from: ClassVar[int]
+    # Rows of a batch for each of several threads below which torch's layer is faster; 1 thread always gains.
+    operator_rows_per_thread: ClassVar[int]
 
     def __init__(self, d_feat: int = 6, hidden_size: int = 64, num_layers: int = 2, dropout: float = 0.0) -> None:
         super().__init__()
@@ -105,6 +107,9 @@ class _RecurrentModel(nn.Module):
         rnn = self.rnn
         if rnn._forward_hooks or rnn._forward_pre_hooks or rnn._backward_hooks or rnn._backward_pre_hooks:
             return False  # they would not be called
+        threads = torch.get_num_threads()
+        if threads > 1 and x.shape[0] < threads * self.operator_rows_per_thread:
+            return False
         trains = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in rnn.parameters()))
         return trains or x.shape[0] * x.shape[1] >= self.operator_infers_from
 
@@ -128,6 +133,7 @@ class LSTMModel(_RecurrentModel):
     layer = nn.LSTM
     operator = recurrent.lstm
     operator_infers_from = 32768
+    operator_rows_per_thread = 64
 
 
 class GRUModel(_RecurrentModel):
@@ -142,3 +148,4 @@ class GRUModel(_RecurrentModel):
     layer = nn.GRU
     operator = recurrent.gru
     operator_infers_from = 0
+    operator_rows_per_thread = 0
