@@ -37,7 +37,7 @@ def install(*what: str) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036 - whoever runs this may have any version
         sys.exit(f"qfast needs Python 3.10 or newer; this is {sys.version.split()[0]}.")
     if not arguments or arguments[0] not in ("demo", "test", "qlib", "check"):
         sys.exit(__doc__)

@@ -79,7 +79,9 @@ def main() -> None:
     cut = dates[int(len(dates) * 0.8)]
     segments = {"train": (None, cut), "valid": (cut + pd.Timedelta(days=1), None)}
     theirs, ours = Prepared(frame, segments), TSDatasetH(handler=frame, segments=segments, step_len=STEP_LEN)
-    print(f"{arguments.model}: {len(theirs.samplers['train'])} training and {len(theirs.samplers['valid'])} valid windows")
+    print(
+        f"{arguments.model}: {len(theirs.samplers['train'])} training and {len(theirs.samplers['valid'])} valid windows"
+    )
 
     torch.set_num_threads(1)
     pairs = [

@@ -105,7 +105,9 @@ class Progress(Callback):
 
     def on_fit_start(self, estimator: Estimator) -> None:
         done = len(estimator.progress_.records)
-        self.bar = tqdm(total=estimator.get_params()["n_epochs"], initial=done, unit="epoch", disable=self.disable, leave=False)
+        self.bar = tqdm(
+            total=estimator.get_params()["n_epochs"], initial=done, unit="epoch", disable=self.disable, leave=False
+        )
 
     def on_epoch_end(self, estimator: Estimator) -> None:
         record = estimator.progress_.records[-1]

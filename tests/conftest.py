@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 import torch
 
-
 # The tensors here are tiny: a second thread only waits, and two test runs on one machine starve each other.
 # Tests about threads set their own number.
 torch.set_num_threads(1)
