@@ -2,14 +2,13 @@
 
     python bench/bench_memory.py [--instruments 1000] [--days 2500] [--columns 160]
 
-Prints the resident peak after the imports, after the dataset is built (the frame is released as a user
-would) and after one epoch.
+Linux only. Prints resident memory after the imports, the peak of building the dataset (the caller's frame
+and the panel at once) and the peak of `fit` and `predict` alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
 
 import numpy as np
 import pandas as pd
@@ -19,13 +18,15 @@ from qfast.data.handlers import DataHandlerLP
 from qfast.models import ts
 
 
-def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def resident_mb() -> float:
+def memory_mb(what: str) -> float:
+    """Resident memory now ("VmRSS") or its peak since the last reset ("VmHWM")."""
     with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmRSS"))
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(what))
+
+
+def reset_peak() -> None:
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
 
 
 def build(instruments: int, days: int, columns: int) -> DataHandlerLP:
@@ -43,18 +44,19 @@ def main() -> None:
     parser.add_argument("--days", type=int, default=2500)
     parser.add_argument("--columns", type=int, default=160)
     arguments = parser.parse_args()
-    print(f"after imports: {resident_mb():.0f} MB")
+    print(f"after imports: {memory_mb('VmRSS'):.0f} MB")
     handler = build(arguments.instruments, arguments.days, arguments.columns)
     dates = handler.panel("learn").datetimes
     segments = {"train": (dates[0], dates[len(dates) // 10]), "valid": (dates[-60], dates[-1])}
     dataset = TSDatasetH(handler=handler, segments=segments, step_len=20)
     panel_mb = handler.panel("learn").nbytes / 2**20
-    before = resident_mb()
-    print(f"panel {panel_mb:.0f} MB; dataset built: resident {before:.0f} MB, peak so far {peak_mb():.0f} MB")
+    before = memory_mb("VmRSS")
+    print(f"panel {panel_mb:.0f} MB; dataset built: resident {before:.0f} MB, peak so far {memory_mb('VmHWM'):.0f} MB")
     model = ts.LSTM(d_feat=arguments.columns - 1, hidden_size=8, n_epochs=1, batch_size=2000, device="cpu")
+    reset_peak()
     model.fit(dataset)
     model.predict(dataset, "valid")
-    print(f"after fit and predict: resident {resident_mb():.0f} MB, peak {peak_mb():.0f} MB")
+    print(f"after fit and predict: resident {memory_mb('VmRSS'):.0f} MB, peak {memory_mb('VmHWM'):.0f} MB")
 
 
 if __name__ == "__main__":
