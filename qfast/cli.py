@@ -16,6 +16,11 @@ import typer
 
 from qfast.errors import QfastError
 
+# Before torch loads OpenMP. By default its threads spin while they wait, and on a machine that does anything else
+# they keep the core from the thread they wait for: an epoch of the demo was seen to take between 2 and 47 s. Waiting
+# asleep costs a quarter on an idle machine. OMP_WAIT_POLICY=active brings the spinning back.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 __all__ = ["app", "main"]
 
 LOG_HANDLER = "qfast command line"
