@@ -92,6 +92,7 @@ def save_fit(estimator: Estimator, path: Path) -> None:
         "format": FORMAT,
         "model": _model_name(estimator),
         "params": {k: v for k, v in estimator.get_params().items() if k != "device"},
+        "data": estimator.data_,
         "numpy": [kind, position, has_gauss, gauss],
         "records": progress.records,
         "best_score": progress.best_score,
@@ -117,6 +118,11 @@ def load_fit(estimator: Estimator, path: Path) -> None:
     if facts["model"] != _model_name(estimator):
         raise CheckpointError(f"{path} is a checkpoint of {facts['model']}, not of {_model_name(estimator)}.")
     _require_same_params(estimator, facts["params"], path)
+    if facts["data"] != estimator.data_:
+        differing = [k for k in facts["data"] if facts["data"][k] != estimator.data_.get(k)]
+        raise CheckpointError(
+            f"{path} was written in training on other data: {differing} differ, it cannot be resumed."
+        )
     estimator.network.load_state_dict(_part(tensors, "network."))
     _load_optimizer(estimator, _part(tensors, "optimizer."))
     torch.set_rng_state(tensors["rng.torch"])

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +25,8 @@ from qfast.callbacks import Callback, Checkpoint, EarlyStopping, Progress
 from qfast.data.adapt import windows_of
 from qfast.data.batching import BatchOrder, NumpyOrder, slices
 from qfast.data.windows import WindowSet
-from qfast.errors import BackendError, ConfigError, DataError, NotFittedError, suggest, whole_number
+from qfast.device import choose_device
+from qfast.errors import ConfigError, DataError, NotFittedError, suggest, whole_number
 from qfast.losses import loss_function, metric_function
 
 GRADIENT_LIMIT = 3.0  # the reference clips every gradient element to +-3
@@ -105,7 +107,7 @@ class Estimator:
             "n_epochs": n_epochs, "lr": lr, "metric": metric, "batch_size": batch_size, "early_stop": early_stop,
             "loss": loss, "optimizer": optimizer, "GPU": GPU, "seed": seed,
         }  # fmt: skip
-        options = {"device": device, "compat": compat, "progress": progress}
+        options = {"weight_decay": weight_decay, "device": device, "compat": compat, "progress": progress}
         self._params = {**network, **training, **(extra or {}), **options}
         if unknown:
             name = next(iter(unknown))
@@ -115,7 +117,7 @@ class Estimator:
             if name != "device":
                 setattr(self, name, value)
         self.logger = logging.getLogger("qfast")
-        self.device = _device(device, GPU)
+        self.device = choose_device(device, GPU)
         if seed is not None:
             np.random.seed(seed)  # noqa: NPY002 - the reference seeds the global generators here
             torch.manual_seed(seed)
@@ -124,6 +126,7 @@ class Estimator:
         self.fitted = False
         self.stop_training = False
         self.epoch_ = 0
+        self.data_: dict[str, Any] = {}
         self.progress_ = FitProgress()
         self.callbacks_: list[Callback] = []
 
@@ -176,13 +179,15 @@ class Estimator:
             if checkpoint_dir is None:
                 raise ConfigError("resume=True needs checkpoint_dir, the directory of the interrupted fit.")
             self.load_checkpoint(Path(checkpoint_dir) / "last.safetensors")
-        self.fitted, self.stop_training = True, self.progress_.finished
+        self.stop_training = self.progress_.finished
+        self.fitted = self.fitted or bool(self.progress_.records)
         self._notify("on_fit_start")
         try:
             for epoch in range(len(self.progress_.records), self._params["n_epochs"]):
                 if self.stop_training:
                     break
                 self._run_epoch(epoch, train, valid)
+            self.fitted = True
         finally:
             for name in ("train", "valid"):
                 scores[name].extend(r[name] for r in self.progress_.records if r.get(name) is not None)
@@ -205,7 +210,12 @@ class Estimator:
                     "segment 'valid' has no samples: check its dates, or leave the segment out to train without "
                     "validation."
                 )
-        moved: dict[int, Any] = {}
+        for windows in filter(None, (train, valid)):
+            self._batch_size(len(windows))  # refuses before the first pass, not after it
+        self.data_ = {
+            "train": len(train), "valid": None if valid is None else len(valid), "columns": list(train.columns),
+        }  # fmt: skip
+        moved: dict[Any, Tensor] = {}
         with self._device_memory("the panel"):
             return train.to(self.device, moved), None if valid is None else valid.to(self.device, moved)
 
@@ -216,14 +226,18 @@ class Estimator:
             raise DataError(f"segment {segment!r} has no label column; training needs one.")
         windows.label = windows.label.to(self.loss_dtype)
         if reweighter is not None:
-            windows._weight = self._weights(reweighter, windows)
-        if self.drops_incomplete_rows and windows.index is None and len(windows):
-            table = windows.features[windows.rows]
-            complete = ~(torch.isnan(table).any(1) | torch.isnan(windows.label))
+            windows.weight = self._weights(reweighter, windows)
+        if self.drops_incomplete_rows and windows.index is None:
+            complete = windows.complete_samples()
             if not bool(complete.all()):
                 self.logger.info("%d rows of segment %r with a NaN are left out", int((~complete).sum()), segment)
-                windows = windows.select(complete.numpy())
+                windows = windows.select(complete)
         windows.require_finite_features()
+        if windows.label is not None and len(windows) and not bool(torch.isfinite(windows.label).any()):
+            raise DataError(
+                f"segment {segment!r} has {len(windows)} samples but no finite label. Remedy: check the label "
+                "expression and the segment's dates, or leave the valid segment out to train without validation."
+            )
         return windows
 
     def _weights(self, reweighter: Any, windows: WindowSet) -> Tensor:
@@ -235,6 +249,12 @@ class Estimator:
         if len(weight) != len(windows):
             raise DataError(
                 f"reweighter gave {len(weight)} weights for the {len(windows)} samples of segment {windows.name!r}."
+            )
+        if not bool((torch.isfinite(weight) & (weight >= 0)).all()):
+            wrong = weight[~(torch.isfinite(weight) & (weight >= 0))]
+            raise DataError(
+                f"reweighter gave {len(wrong)} weights for segment {windows.name!r} that are not finite or below 0, "
+                f"the first is {float(wrong[0])}."
             )
         return weight
 
@@ -250,6 +270,7 @@ class Estimator:
             record["valid"], record["valid_all"] = self.score_segment(valid, "valid")
         record |= {"train_seconds": trained - started, "seconds": time.perf_counter() - started}
         self.progress_.records.append(record)
+        self.fitted = True
         self.logger.info("epoch %d: %s", epoch, _shown(record))
         self._notify("on_valid_end")
         self.progress_.finished = self.stop_training
@@ -275,7 +296,7 @@ class Estimator:
     def train_step(self, windows: WindowSet, samples: Tensor) -> Tensor:
         """Forward, backward, value clipping and optimiser step for samples int64 [B]; the detached loss."""
         assert windows.label is not None
-        weight = None if windows._weight is None else windows._weight[samples]
+        weight = None if windows.weight is None else windows.weight[samples]
         prediction = self.network(windows.batch(samples)).to(self.loss_dtype)
         loss = self.loss_fn(prediction, windows.label[samples], weight)
         self.train_optimizer.zero_grad(set_to_none=True)
@@ -341,6 +362,12 @@ class Estimator:
             raise NotFittedError("model is not fitted yet! Remedy: call fit(dataset) or load_weights(path) first.")
         with self._device_memory("the panel"):
             windows = windows_of(dataset, segment, "infer", with_label=False).to(self.device)
+        trained = self.data_.get("columns", [])
+        if list(windows.columns) != trained and sorted(windows.columns) == sorted(trained):
+            raise DataError(
+                "the dataset has the feature columns of the training data in another order, which would give other "
+                f"scores: {list(windows.columns)[:4]}... instead of {trained[:4]}... Remedy: reorder the columns."
+            )
         self.network.eval()
         order = self.order.predict(len(windows)).to(self.device)
         out = torch.empty(len(windows), dtype=torch.float32, device=self.device)
@@ -402,8 +429,15 @@ class Estimator:
         params = self._params
         for name, least in {"n_epochs": 0, "batch_size": 1, "early_stop": 0}.items():
             whole_number(name, params[name], least)
-        if isinstance(params["lr"], (bool, str)) or not params["lr"] >= 0:
-            raise ConfigError(f"lr must be a number of at least 0, got {params['lr']!r}.")
+        for name in ("lr", "weight_decay"):
+            value = params[name]
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < float("inf"):
+                raise ConfigError(f"{name} must be a number of at least 0, got {value!r}.")
+        seed = params["seed"]
+        if seed is not None and whole_number("seed", seed, 0) >= 2**32:
+            raise ConfigError(f"seed must be below 2**32 (NumPy's generator takes no more), got {seed!r}.")
+        if params["progress"] not in (True, False, "auto"):
+            raise ConfigError(f"progress must be True, False or 'auto', got {params['progress']!r}.")
         if params["compat"] not in (None, "qlib"):
             raise ConfigError(f"compat must be None or 'qlib', got {params['compat']!r}.")
         loss_function(params["loss"])
@@ -431,10 +465,13 @@ class Estimator:
 
     def _require_finite(self, total: Tensor, batches: int) -> None:
         if not bool(torch.isfinite(total)):
+            if batches == 1 and self.epoch_ == 0:
+                remedy = "no step was made yet, so features or labels are too large: scale them"
+            else:
+                remedy = f"the steps were too large: lower lr (now {self._params['lr']}) or scale the features"
             raise DataError(
-                f"the training loss became {float(total)} at batch {batches} of epoch {self.epoch_}. Features and "
-                "labels were finite, so the step was too large: lower lr "
-                f"(now {self._params['lr']}) or scale the features."
+                f"the training loss became {float(total)} at batch {batches} of epoch {self.epoch_}. Features, labels "
+                f"and weights were finite; {remedy}."
             )
 
     def _notify(self, moment: str) -> None:
@@ -451,26 +488,6 @@ class Estimator:
                 f"{what} does not fit into the memory of {self.device} ({error}). Remedy: a smaller batch_size (now "
                 f"{self._params['batch_size']}), fewer columns or a shorter period, or device='cpu'."
             ) from None
-
-
-def _device(device: str | torch.device, gpu: Any) -> torch.device:
-    """The torch device asked for; never a silent fall to the CPU when a GPU was named."""
-    if device == "auto":
-        if torch.cuda.is_available() and gpu >= 0:
-            return torch.device(f"cuda:{gpu}")
-        return torch.device("cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r} ({error}).") from None
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise BackendError(
-            f"device={str(device)!r} was asked for but this torch ({torch.__version__}) sees no GPU. "
-            "Remedy: device='auto' or 'cpu', or a CUDA build of torch."
-        )
-    if chosen.type == "cuda" and chosen.index is not None and chosen.index >= torch.cuda.device_count():
-        raise BackendError(f"device={str(device)!r} was asked for but there are {torch.cuda.device_count()} GPUs.")
-    return chosen
 
 
 def _finite_mean(values: np.ndarray) -> float:

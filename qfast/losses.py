@@ -47,14 +47,14 @@ METRICS: dict[str, Loss] = {"": masked_mse, "loss": masked_mse, "mse": masked_ms
 
 def loss_function(name: str) -> Loss:
     """The training loss called `name`; a ConfigError lists the known ones."""
-    if name not in LOSSES:
+    if not isinstance(name, str) or name not in LOSSES:
         raise ConfigError(f"loss must be one of {sorted(LOSSES)}, got {name!r}." + suggest(name, LOSSES))
     return LOSSES[name]
 
 
 def metric_function(name: str) -> Callable[[Tensor, Tensor], Tensor]:
     """Score of a batch, higher is better: minus the loss, NaN where no label is finite."""
-    if name not in METRICS:
+    if not isinstance(name, str) or name not in METRICS:
         raise ConfigError(f"metric must be one of {sorted(METRICS)}, got {name!r}." + suggest(name, METRICS))
     loss = METRICS[name]
 

@@ -224,6 +224,37 @@ def test_a_segment_smaller_than_the_batch_is_one_batch_unless_compat():
         ts.LSTM(**{**SMALL, "batch_size": 8192}, compat="qlib").fit(rolling())
 
 
+@pytest.mark.parametrize("segment", ["train", "valid"])
+def test_a_segment_without_any_label_is_refused(segment):
+    frame = make_frame(70, 9, 3)
+    start, end = SEGMENTS[segment]
+    frame.loc[start:end, ("label", "LABEL0")] = np.nan
+    with pytest.raises(DataError, match=f"segment '{segment}' has .* samples but no finite label"):
+        ts.LSTM(**SMALL).fit(rolling(frame))
+
+
+def test_features_in_another_order_are_refused():
+    model = LSTM(**SMALL).fit(flat())
+    frame = make_frame(70, 9, 12)
+    with pytest.raises(DataError, match="feature columns of the training data in another order"):
+        model.predict(flat(frame[frame.columns[::-1]]))
+
+
+def test_labels_too_large_for_a_first_step_are_named():
+    frame = make_frame(70, 9, 3)
+    frame[("label", "LABEL0")] = np.float32(1e30)
+    with pytest.raises(DataError, match=r"at batch 1 of epoch 0.*no step was made yet"):
+        LSTM(**SMALL).fit(DatasetH(handler=frame, segments=SEGMENTS))
+
+
+def test_an_interrupt_before_the_first_epoch_leaves_the_model_unfitted():
+    model = ts.LSTM(**SMALL)
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(rolling(), callbacks=[StopAt(0, "batch")])
+    with pytest.raises(NotFittedError, match="not fitted yet"):
+        model.predict(rolling())
+
+
 def test_a_loss_that_explodes_is_reported():
     with pytest.raises(DataError, match=r"training loss became (nan|inf) at batch \d+ of epoch \d+.*lower lr"):
         ts.LSTM(**{**SMALL, "lr": 1e25, "optimizer": "gd", "n_epochs": 50}).fit(rolling())
@@ -239,6 +270,30 @@ def test_reweighter_is_checked():
         ts.LSTM(**SMALL).fit(rolling(), reweighter=Wrong())
     with pytest.raises(ConfigError, match=r"must have a method reweight.*got dict"):
         ts.LSTM(**SMALL).fit(rolling(), reweighter={"class": "X"})
+
+    for bad, shown in ((np.nan, "nan"), (-1.0, "-1.0")):
+
+        class Bad:
+            def reweight(self, samples, bad=bad):
+                return np.where(np.arange(len(samples)) == 3, bad, 1.0)
+
+        with pytest.raises(DataError, match=f"1 weights for segment 'train' that are not finite or below 0.*{shown}"):
+            ts.LSTM(**SMALL).fit(rolling(), reweighter=Bad())
+
+
+def test_weights_stay_with_their_samples_where_rows_are_left_out():
+    class ByDate:
+        def reweight(self, frame):
+            return frame.index.get_level_values("datetime").day.to_numpy() / 31.0
+
+    frame = make_frame(70, 9, 12)
+    values = frame[("feature", "F3")].to_numpy(copy=True)
+    values[::11] = np.nan
+    frame[("feature", "F3")] = values
+    with_gaps = GRU(**SMALL).fit(flat(frame), reweighter=ByDate())
+    without = GRU(**SMALL).fit(flat(frame.dropna()), reweighter=ByDate())
+    assert with_gaps.evals_result_ == without.evals_result_
+    assert same(weights(with_gaps), weights(without))
 
 
 # ---------------------------------------------------------------- arguments
@@ -256,6 +311,17 @@ def test_reweighter_is_checked():
         ({"compat": "pyqlib"}, "compat must be None or 'qlib'"),
         ({"hidden_size": 0}, "hidden_size must be a whole number of at least 1"),
         ({"dropout": 1.5}, r"dropout must lie in \[0, 1\]"),
+        ({"lr": None}, "lr must be a number of at least 0, got None"),
+        ({"lr": float("inf")}, "lr must be a number of at least 0, got inf"),
+        ({"weight_decay": "a"}, "weight_decay must be a number of at least 0, got 'a'"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
+        ({"seed": 2**32}, r"seed must be below 2\*\*32"),
+        ({"seed": 1.0}, "seed must be a whole number"),
+        ({"loss": ["mse"]}, "loss must be one of"),
+        ({"progress": "banana"}, "progress must be True, False or 'auto', got 'banana'"),
+        ({"GPU": "0"}, "GPU must be a whole number"),
+        ({"device": None}, "device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got None"),
+        ({"device": "meta"}, "device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got 'meta'"),
         ({"device": "gpu0"}, "device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got 'gpu0'"),
     ],
 )
@@ -269,6 +335,16 @@ def test_a_gpu_asked_for_and_not_there_is_refused():
     with pytest.raises(BackendError, match=r"device='cuda' was asked for but this torch .* sees no GPU"):
         LSTM(device="cuda")
     assert LSTM(GPU=0).device.type == "cpu"  # the default asks for a GPU only if there is one
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_a_gpu_number_that_cannot_be_had_is_said(caplog):
+    assert LSTM(GPU=3).device.type == "cpu"
+    assert "GPU=3 was asked for but there is none" in caplog.text
+    caplog.clear()
+    for number in (0, -1, None):
+        LSTM(GPU=number)
+    assert caplog.text == ""
 
 
 def test_wrong_input_shapes_are_named():
@@ -378,6 +454,12 @@ def test_resume_refuses_other_arguments_and_missing_or_damaged_checkpoints(tmp_p
         ts.LSTM(**SMALL).fit(rolling(), checkpoint_dir=tmp_path / "nowhere", resume=True)
     with pytest.raises(ConfigError, match="resume=True needs checkpoint_dir"):
         ts.LSTM(**SMALL).fit(rolling(), resume=True)
+    with pytest.raises(CheckpointError, match=r"other data: \['train'\] differ"):
+        ts.LSTM(**SMALL).fit(
+            rolling(segments={**SEGMENTS, "train": ("2020-01-01", "2020-02-01")}), checkpoint_dir=tmp_path, resume=True
+        )
+    with pytest.raises(CheckpointError, match=r"other arguments \(weight_decay: 0.0 -> 0.5\)"):
+        ts.LSTM(**SMALL, weight_decay=0.5).fit(rolling(), checkpoint_dir=tmp_path, resume=True)
     longer = ts.LSTM(**{**SMALL, "n_epochs": 4}).fit(rolling(), checkpoint_dir=tmp_path, resume=True)
     assert len(longer.history_) == 4
     path = tmp_path / "last.safetensors"

@@ -8,7 +8,7 @@ operator cuts out of the panel when a batch is asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,8 @@ class WindowSet:
         Rows before this date position do not exist for these samples.
     history : callable or None
         `history()` gives the rows that any rolling window can read, ascending; None for flat samples.
+    weight : Tensor or None
+        [n], of the training loss.
     source : callable
         `source()` gives what a reweighter is shown: the sampler or the frame of the samples.
     """
@@ -66,7 +68,7 @@ class WindowSet:
     fill: str = "ffill+bfill"
     first_position: int = 0
     name: str = ""
-    _weight: Tensor | None = field(default=None, repr=False)
+    weight: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -102,7 +104,7 @@ class WindowSet:
             rows=move(self.rows),
             label=None if self.label is None else move(self.label),
             index=None if self.index is None else WindowIndex(*map(move, self.index)),
-            _weight=None if self._weight is None else move(self._weight),
+            weight=None if self.weight is None else move(self.weight),
         )
 
     def batch(self, samples: Tensor) -> Tensor:
@@ -114,11 +116,22 @@ class WindowSet:
             self.features, self.index, rows, self.step_len, fill=self.fill, first_position=self.first_position
         )
 
-    def select(self, mask: np.ndarray) -> WindowSet:
-        """Only the samples with mask[i]; the tables are shared."""
-        keep = torch.from_numpy(np.flatnonzero(mask))
-        label = None if self.label is None else self.label[keep]
-        return replace(self, rows=self.rows[keep], label=label)
+    def select(self, keep: Tensor) -> WindowSet:
+        """Only the samples with keep[i] (bool [n]); the tables are shared."""
+        return replace(
+            self,
+            rows=self.rows[keep],
+            label=None if self.label is None else self.label[keep],
+            weight=None if self.weight is None else self.weight[keep],
+        )
+
+    def complete_samples(self) -> Tensor:
+        """bool [n]: flat samples without a NaN in features or label."""
+        complete = torch.ones(len(self), dtype=torch.bool) if self.label is None else ~torch.isnan(self.label)
+        for start in range(0, len(self), SCAN_ROWS):
+            part = slice(start, start + SCAN_ROWS)
+            complete[part] &= ~torch.isnan(self.features[self.rows[part]]).any(1)
+        return complete
 
     def non_finite_features(self) -> list[tuple[str, int, int, int]]:
         """(column, bad values, rows looked at, first bad row) of each column with NaN or infinity."""
