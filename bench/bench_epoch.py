@@ -1,6 +1,7 @@
 """One epoch (training pass and both evaluations) of the time-series LSTM and GRU, beside the reference.
 
-    python bench/bench_epoch.py [--model LSTM|GRU] [--instruments 60] [--days 600]
+    python bench/bench_epoch.py [--model LSTM|GRU] [--instruments 60] [--days 600]    # the ratios
+    python -m pytest bench/bench_epoch.py                                             # pytest-benchmark, small panel
 
 Both sides alternate in one process. First figure: one thread, process CPU time, the reference without
 loader workers (their CPU time would not be counted). Second: all threads, wall clock, the reference with
@@ -13,10 +14,12 @@ import argparse
 import os
 import tempfile
 import time
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 
 from qfast.data import TSDatasetH
@@ -67,6 +70,28 @@ def seconds(call: Any, clock: Any) -> float:
     return clock() - start
 
 
+@cache
+def datasets(n_instruments: int, n_days: int) -> tuple[Prepared, TSDatasetH]:
+    """The same samples for both sides, a fifth of the days for validation."""
+    frame = alpha158_shaped(n_instruments, n_days)
+    dates = frame.index.levels[0]
+    cut = dates[int(len(dates) * 0.8)]
+    segments = {"train": (None, cut), "valid": (cut + pd.Timedelta(days=1), None)}
+    return Prepared(frame, segments), TSDatasetH(handler=frame, segments=segments, step_len=STEP_LEN)
+
+
+@pytest.mark.parametrize("side", ["qfast", "reference"])
+@pytest.mark.parametrize("model", ["LSTM", "GRU"])
+def test_one_epoch(benchmark: Any, model: str, side: str) -> None:
+    """One thread; groups put the two sides next to each other."""
+    pytest.importorskip("qlib", reason="pyqlib (extra qlib) is not installed")
+    theirs, ours = datasets(20, 250)
+    benchmark.group = model
+    torch.set_num_threads(1)
+    call = (lambda: our_epoch(model, ours)) if side == "qfast" else (lambda: reference_epoch(model, theirs, 0))
+    benchmark.pedantic(call, rounds=REPEATS, warmup_rounds=1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="LSTM", choices=["LSTM", "GRU"])
@@ -74,11 +99,7 @@ def main() -> None:
     parser.add_argument("--days", type=int, default=600)
     parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2])
     arguments = parser.parse_args()
-    frame = alpha158_shaped(arguments.instruments, arguments.days)
-    dates = frame.index.levels[0]
-    cut = dates[int(len(dates) * 0.8)]
-    segments = {"train": (None, cut), "valid": (cut + pd.Timedelta(days=1), None)}
-    theirs, ours = Prepared(frame, segments), TSDatasetH(handler=frame, segments=segments, step_len=STEP_LEN)
+    theirs, ours = datasets(arguments.instruments, arguments.days)
     print(
         f"{arguments.model}: {len(theirs.samplers['train'])} training and {len(theirs.samplers['valid'])} valid windows"
     )
