@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Mapping
@@ -106,10 +105,12 @@ def predict_command(
     quiet: QuietOption = False,
 ) -> None:
     """Score new prices with the weights and the fitted processors of a run."""
-    from qfast.workflow.folder import write_frame
+    from qfast.workflow.folder import RunFolder, check_table_target, write_frame
     from qfast.workflow.scoring import predict
 
     _log_to_stderr(quiet)
+    RunFolder.open(run_path)
+    check_table_target(run_path / "scores.parquet" if out is None else out)
     scores = predict(run_path, data, start=start, end=end, device=device)
     dates = scores.index.get_level_values("datetime")
     if out is None:
@@ -118,6 +119,8 @@ def predict_command(
     written = write_frame(out, scores.to_frame())
     newest = scores.xs(dates.max(), level="datetime").sort_values(ascending=False)
     typer.echo(f"{len(scores):,} scores from {dates.min():%Y-%m-%d} to {dates.max():%Y-%m-%d}: {written}")
+    for note in scores.attrs["notes"]:
+        typer.echo(f"warning: {note}")
     typer.echo(f"highest on {dates.max():%Y-%m-%d}: " + ", ".join(f"{k} {v:.4f}" for k, v in newest.iloc[:5].items()))
 
 
@@ -145,7 +148,9 @@ def info_command(run_path: Annotated[Path, typer.Argument(metavar="RUN", help="A
         if found[name] is not None:
             typer.echo(f"{name:<11}{found[name]}")
     data = found["data"]
-    if data:
+    if "rows" not in data:  # it ended before the data was read
+        typer.echo(f"{'data':<11}{data.get('source')}")
+    else:
         span = f"{data['instruments']} instruments, {data['first']} to {data['last']}"
         typer.echo(f"{'data':<11}{data['source']} ({span})")
     for note in found["notes"]:
@@ -153,7 +158,7 @@ def info_command(run_path: Annotated[Path, typer.Argument(metavar="RUN", help="A
     if found["metrics"]:
         typer.echo(_metric_lines(found["metrics"]))
     if found["status"] != "finished":
-        typer.echo(f"go on with: qfast run --resume {shlex.quote(str(run_path))}")
+        typer.echo(found["hint"])
 
 
 @app.command("doctor")

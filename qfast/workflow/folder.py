@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import json
 import math
 import os
 import platform
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -21,9 +23,10 @@ import pandas as pd
 from qfast.errors import CheckpointError, ConfigError
 from qfast.files import atomic_write
 
-__all__ = ["RunFolder", "read_frame", "versions", "write_frame"]
+__all__ = ["RunFolder", "check_table_target", "read_frame", "versions", "write_frame"]
 
 MANIFEST = "manifest.json"
+CONFIG = "config.yaml"
 RESERVE = ".reserve"
 RESERVE_BYTES = 256 * 1024  # given back on a full disk, so that the manifest can still say what happened
 RUNNING, FINISHED, FAILED, INTERRUPTED = "running", "finished", "failed", "interrupted"
@@ -53,8 +56,13 @@ class RunFolder:
         self.manifest = manifest
 
     @classmethod
-    def create(cls, output: str | os.PathLike[str] | None, experiment: str) -> RunFolder:
+    def create(
+        cls, output: str | os.PathLike[str] | None, experiment: str, config_text: str | None = None, **fields: Any
+    ) -> RunFolder:
         """A new folder: `output`, or runs/<experiment>-<UTC time>. An existing run is never overwritten.
+
+        `config_text` goes into config.yaml, `fields` go into the manifest. The manifest comes last: a folder that
+        has one has all that resuming needs.
 
         Raises
         ------
@@ -66,8 +74,17 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(f"the run folder {str(output or 'runs')!r} cannot be made: {error.strerror}.") from None
         folder = cls(path, {"format": 1, "experiment": experiment, "status": RUNNING, "started": now(), "error": None})
-        (path / RESERVE).write_bytes(b"\0" * RESERVE_BYTES)
-        folder.update()
+        try:
+            (path / RESERVE).write_bytes(b"\0" * RESERVE_BYTES)
+            if config_text is not None:
+                folder.write_text(CONFIG, config_text)
+            folder.update(**fields)
+        except BaseException:  # what is no run yet must not lie in the way of the next one
+            for name in (MANIFEST, CONFIG, RESERVE):
+                (path / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.rmdir()
+            raise
         return folder
 
     @classmethod
@@ -108,6 +125,17 @@ class RunFolder:
         (self.path / RESERVE).unlink(missing_ok=True)
         self.update(status=status, error=error, ended=now())
 
+    def resume_hint(self) -> str:
+        """How to go on with the run, or why that cannot be."""
+        if not (self.path / CONFIG).is_file():
+            return f"it ended before {CONFIG} was written, so it cannot be resumed; start it again"
+        if self.manifest.get("data", {}).get("given") == "memory":
+            source = self.manifest["data"]["source"]
+            return (
+                f"go on with: qfast.workflow.run.run(resume={str(self.path)!r}, data=...) and the same data ({source})"
+            )
+        return f"go on with: qfast run --resume {shlex.quote(str(self.path))}"
+
     def write_json(self, name: str, value: Any) -> None:
         self.write_text(name, json.dumps(_jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -133,15 +161,38 @@ class RunFolder:
 
 def write_frame(target: Path, frame: pd.DataFrame) -> Path:
     """Write a Parquet file, or CSV where the name ends so or pyarrow is not installed; the path written."""
+    _require_table_suffix(target)
     if target.suffix == ".parquet" and not _has_pyarrow():
         target = target.with_suffix(".csv")
     if target.suffix == ".parquet":
         atomic_write(target, lambda file: frame.to_parquet(file))
-    elif target.suffix == ".csv":
-        atomic_write(target, lambda file: frame.to_csv(file, float_format="%.9g"))
     else:
-        raise ConfigError(f"a table is written as .parquet or .csv, got {target.name!r}.")
+        atomic_write(target, lambda file: frame.to_csv(file, float_format="%.9g"))
     return target
+
+
+def _require_table_suffix(target: Path) -> None:
+    if target.suffix not in (".parquet", ".csv"):
+        raise ConfigError(f"a table is written as .parquet or .csv, got {target.name!r}.")
+
+
+def check_table_target(target: Path) -> None:
+    """Refuse a target that `write_frame` could not write, before there is work to lose; makes its folder.
+
+    Raises
+    ------
+    ConfigError
+        Another suffix, a folder of that name, a parent that cannot be made or written to.
+    """
+    _require_table_suffix(target)
+    if target.is_dir():
+        raise ConfigError(f"{str(target)!r} is a folder; give the name of a file in it.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the folder {str(target.parent)!r} cannot be made: {error.strerror}.") from None
+    if not os.access(target.parent, os.W_OK):
+        raise ConfigError(f"the folder {str(target.parent)!r} cannot be written to; give another one.")
 
 
 def read_frame(folder: Path, stem: str) -> pd.DataFrame:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import random
-import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,21 +16,20 @@ import pandas as pd
 from qfast import registry
 from qfast.callbacks import Callback
 from qfast.errors import ConfigError, DataError, QfastError
-from qfast.files import is_disk_full
+from qfast.files import is_disk_full, locked, sweep
 from qfast.workflow import folder as folders
 from qfast.workflow.config import dump_yaml, fill_placeholders, load_config
-from qfast.workflow.folder import RunFolder
+from qfast.workflow.folder import CONFIG, RunFolder
 from qfast.workflow.records import Record
 from qfast.workflow.results import evaluate, raw_labels, write_report, write_results
 from qfast.workflow.schema import Workflow, check_workflow
-from qfast.workflow.scoring import BEST, build_dataset, data_facts, save_scoring
+from qfast.workflow.scoring import BEST, build_dataset, data_facts, data_source, save_scoring
 
 __all__ = ["RunResult", "run"]
 
 log = logging.getLogger("qfast")
 
 LAST = "last.safetensors"
-CONFIG = "config.yaml"
 MAY_DIFFER = {"task.model.kwargs.seed", "task.model.kwargs.device"}  # between a run and its resumption
 
 
@@ -111,7 +108,7 @@ def run(
     Raises
     ------
     ConfigError
-        Everything wrong with the file or the arguments, at once.
+        Everything wrong with the file or the arguments, at once; a `resume` that another process writes to.
     DataError
         Data that cannot be read or trained on.
     QfastError
@@ -127,20 +124,37 @@ def run(
     ...     sorted(result.metrics)
     ['test', 'train', 'valid']
     """
-    job = _prepare(config_path, data, sets, device, seed, resume, callbacks)
-    if job.resumed is not None:
-        if output is not None and Path(output).resolve() != job.resumed.path.resolve():
-            raise ConfigError(f"--output {str(output)!r} and --resume {str(resume)!r} are different folders; give one.")
-        loaded = _load(job)  # what cannot be resumed is refused before anything in the folder changes
-        job.resumed.update(status=folders.RUNNING, error=None, resumed=folders.now())
-        with _recorded(job.resumed):
-            return _execute(job, job.resumed, loaded)
+    if resume is None:
+        return _start(_prepare(config_path, data, sets, device, seed, None, callbacks), output)
+    if output is not None and Path(output).resolve() != Path(resume).resolve():
+        raise ConfigError(f"--output {str(output)!r} and --resume {str(resume)!r} are different folders; give one.")
+    with locked(RunFolder.open(resume).path):
+        resumed = RunFolder.open(resume)  # again: it may have changed until the lock was ours
+        return _go_on(_prepare(config_path, data, sets, device, seed, resumed, callbacks), resumed)
+
+
+def _start(job: _Job, output: str | os.PathLike[str] | None) -> RunResult:
     model = _build_model(job)  # wrong arguments leave no folder behind
-    run_folder = RunFolder.create(output, job.workflow.experiment_name)
+    workflow = job.workflow
+    run_folder = RunFolder.create(
+        output, workflow.experiment_name, dump_yaml(workflow.resolved()), config=job.source, seed=job.seed,
+        seed_drawn=job.seed_drawn, data=data_source(job.data, workflow),
+    )  # fmt: skip
     log.info("run folder: %s", run_folder.path)
-    with _recorded(run_folder):
-        run_folder.write_text(CONFIG, dump_yaml(job.workflow.resolved()))
-        return _execute(job, run_folder, _load(job, model))
+    with locked(run_folder.path):
+        return _recorded(run_folder, lambda: _execute(job, run_folder, _load(job, model)))
+
+
+def _go_on(job: _Job, resumed: RunFolder) -> RunResult:
+    loaded = _load(job)  # what cannot be resumed is refused before anything in the folder changes
+    for file in sweep(resumed.path):
+        log.info("removed %s, left by a run that was killed", file)
+
+    def work() -> RunResult:
+        resumed.update(status=folders.RUNNING, error=None, resumed=folders.now())
+        return _execute(job, resumed, loaded)
+
+    return _recorded(resumed, work)
 
 
 # ---------------------------------------------------------------- before anything is written
@@ -150,24 +164,25 @@ def _prepare(
     sets: Sequence[str],
     device: str | None,
     seed: int | None,
-    resume: Any,
+    resumed: RunFolder | None,
     callbacks: Any,
 ) -> _Job:
-    resumed = None if resume is None else RunFolder.open(resume)
     if config_path is None and resumed is None:
         raise ConfigError("a workflow file is needed (or --resume with a run folder).")
     file = Path(config_path) if resumed is None else resumed / CONFIG
+    if resumed is not None and not file.is_file():
+        raise ConfigError(f"the run in {str(resumed.path)!r} has no {CONFIG}: {resumed.resume_hint()}.")
     loaded = load_config(file, sets)
     workflow = check_workflow(loaded.values, str(file))
     if resumed is not None:
         _require_same(resumed, config_path, sets, workflow)
-        if data is None:
-            data = resumed.manifest.get("data", {}).get("source")
+        data = _data_of(resumed) if data is None else data
     kwargs = workflow.task.model.kwargs
     if device is not None:
         kwargs["device"] = device
     if seed is not None:
         kwargs["seed"] = seed
+    _require_seed(kwargs.get("seed"))
     drawn = kwargs.get("seed") is None
     if drawn:  # a run that cannot be repeated helps nobody
         kwargs["seed"] = random.SystemRandom().randrange(2**31)
@@ -177,6 +192,22 @@ def _prepare(
         raise ConfigError(f"--data {str(data)!r} does not exist (looked in {Path.cwd()}).")
     source = str(config_path) if config_path is not None else str(file)
     return _Job(workflow, source, data, device, kwargs["seed"], drawn, resumed, callbacks)
+
+
+def _require_seed(seed: Any) -> None:
+    if seed is not None and not 0 <= seed < 2**32:  # what NumPy's generator takes
+        raise ConfigError(f"the seed (--seed or task.model.kwargs.seed) must be from 0 to {2**32 - 1}, got {seed!r}.")
+
+
+def _data_of(resumed: RunFolder) -> Any:
+    """The data that a run was started with, as `run` takes it."""
+    facts = resumed.manifest.get("data", {})
+    if facts.get("given") == "memory":
+        raise ConfigError(
+            f"the run in {str(resumed.path)!r} was started with {facts['source']}, which is not stored. Remedy: give "
+            "the same data again (data=... or --data)."
+        )
+    return facts.get("source") if facts.get("given", "path") == "path" else None
 
 
 def _require_provider(workflow: Workflow) -> None:
@@ -220,24 +251,24 @@ def _differences(one: Any, other: Any, path: str) -> Iterator[str]:
 
 
 # ---------------------------------------------------------------- the run itself
-@contextmanager
-def _recorded(run_folder: RunFolder) -> Iterator[None]:
-    """The manifest's status follows what happens inside."""
+def _recorded(run_folder: RunFolder, work: Callable[[], RunResult]) -> RunResult:
+    """The result of `work`; the manifest's status follows what happens to it, up to its last word."""
     try:
-        yield
+        result = work()
+        run_folder.finish(folders.FINISHED)
+        return result
     except KeyboardInterrupt:
         _finish_quietly(run_folder, folders.INTERRUPTED, "interrupted")
-        log.warning("interrupted; go on with: qfast run --resume %s", shlex.quote(str(run_folder.path)))
+        log.warning("interrupted; %s", run_folder.resume_hint())
         raise
     except BaseException as error:
         _finish_quietly(run_folder, folders.FAILED, f"{type(error).__name__}: {error}")
         if is_disk_full(error):
             raise QfastError(
                 f"no space left on the disk while writing to {str(run_folder.path)!r}; the files there are whole. "
-                f"Remedy: make room, then qfast run --resume {shlex.quote(str(run_folder.path))}."
+                f"Remedy: make room, then {run_folder.resume_hint().removeprefix('go on with: ')}."
             ) from error
         raise
-    run_folder.finish(folders.FINISHED)
 
 
 def _finish_quietly(run_folder: RunFolder, status: str, error: str) -> None:

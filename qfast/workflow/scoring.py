@@ -27,9 +27,10 @@ from qfast.errors import CheckpointError, ConfigError, DataError, some
 from qfast.files import atomic_write
 from qfast.workflow import folder as folders
 from qfast.workflow.folder import RunFolder
+from qfast.workflow.history import check_history, short_share
 from qfast.workflow.schema import Workflow, normal_date, register_all
 
-__all__ = ["build_dataset", "data_facts", "predict", "save_scoring"]
+__all__ = ["build_dataset", "data_facts", "data_source", "predict", "save_scoring"]
 
 log = logging.getLogger("qfast")
 
@@ -97,18 +98,23 @@ def _read_table(file: Path) -> pd.DataFrame:
     return read_table(file)
 
 
+def data_source(data: Any, workflow: Workflow) -> dict[str, str]:
+    """Where the data comes from, known before it is read; `given` says what a resumed run has to do for it."""
+    if isinstance(data, (str, os.PathLike)):
+        return {"source": str(Path(data).expanduser().resolve()), "given": "path"}
+    if data is not None:
+        return {"source": f"a {type(data).__name__} in memory", "given": "memory"}
+    own = workflow.task.dataset.kwargs.handler.kwargs.model_extra or {}
+    named = [own[name] for name in ("data", "provider_uri", "source") if own.get(name) is not None]
+    return {"source": str(named[0] if named else workflow.qlib_init.provider_uri), "given": "config"}
+
+
 def data_facts(handler: Any, data: Any, workflow: Workflow) -> dict[str, Any]:
     """What the manifest says of the data: source, hash, size, period."""
     panel = _source_panel(handler)
-    if data is None:
-        source = str(workflow.qlib_init.provider_uri)
-    elif isinstance(data, (str, os.PathLike)):
-        source = str(Path(data).expanduser().resolve())
-    else:
-        source = f"a {type(data).__name__} in memory"
     dates = panel.datetimes
     return {
-        "source": source,
+        **data_source(data, workflow),
         "hash": panel.content_hash(),
         "rows": panel.n_live,
         "instruments": len(panel.instruments),
@@ -166,6 +172,7 @@ def save_scoring(run_folder: RunFolder, workflow: Workflow, model: Any, dataset:
         "columns": list(handler.get_cols("feature", "infer")),
         "raw_columns": _raw_columns(handler),
         "source_columns": _source_columns(handler),
+        "short_history": short_share(dataset),
     }
     # A file without any array is not readable everywhere, hence the marker.
     arrays["format"] = np.array([FORMAT], dtype=np.int64)
@@ -208,7 +215,8 @@ def predict(
     Returns
     -------
     Series
-        float32 "score", sorted by (datetime, instrument). The newest date is included.
+        float32 "score", sorted by (datetime, instrument). The newest date is included. `attrs["notes"]` lists
+        what was warned about: dates whose features look back beyond the data.
 
     Raises
     ------
@@ -217,7 +225,8 @@ def predict(
     CheckpointError
         A file of the run is missing, truncated or does not fit.
     DataError
-        Columns that differ from training; no row between `start` and `end`.
+        Columns that differ from training; no row between `start` and `end`; not one row with the history
+        that the features need.
 
     Examples
     --------
@@ -241,6 +250,10 @@ def predict(
     handler = _scoring_handler(run_folder, facts, data, bounds if flat else [None, None])
     dataset_kwargs = {**dataset_spec["kwargs"], "handler": handler, "segments": {"new": bounds}}
     dataset = registry.DATASETS.build({**dataset_spec, "kwargs": dataset_kwargs}, path="dataset")
+    note = check_history(dataset, bounds[0], bounds[1], facts.get("short_history", 0.0))
+    notes = [] if note is None else [note]
+    if note is not None:
+        log.warning("%s", note)
     scores = model.predict(dataset, "new")
     if scores.empty:
         dates = handler.panel("infer").datetimes
@@ -248,7 +261,9 @@ def predict(
             f"no row lies between start={bounds[0]} and end={bounds[1]}; the data has {date_text(dates[0])} to "
             f"{date_text(dates[-1])}."
         )
-    return scores.rename("score").sort_index()
+    scores = scores.rename("score").sort_index()
+    scores.attrs["notes"] = notes
+    return scores
 
 
 def _bound(name: str, value: Any) -> str | None:
@@ -343,6 +358,7 @@ def scoring_summary(run_path: str | os.PathLike[str]) -> dict[str, Any]:
         k: run_folder.manifest.get(k) for k in ("experiment", "status", "error", "started", "ended", "device", "seed")
     }
     out["data"] = run_folder.manifest.get("data", {})
+    out["hint"] = run_folder.resume_hint()
     out["notes"] = run_folder.manifest.get("notes", [])
     metrics = run_folder / "metrics.json"
     out["metrics"] = json.loads(metrics.read_text(encoding="utf-8")) if metrics.exists() else {}
