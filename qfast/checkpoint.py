@@ -118,7 +118,7 @@ def load_fit(estimator: Estimator, path: Path) -> None:
     if facts["model"] != _model_name(estimator):
         raise CheckpointError(f"{path} is a checkpoint of {facts['model']}, not of {_model_name(estimator)}.")
     _require_same_params(estimator, facts["params"], path)
-    if facts["data"] != estimator.data_:
+    if estimator.data_ and facts["data"] != estimator.data_:  # empty until a fit has looked at its data
         differing = [k for k in facts["data"] if facts["data"][k] != estimator.data_.get(k)]
         raise CheckpointError(
             f"{path} was written in training on other data: {differing} differ, it cannot be resumed."
