@@ -257,7 +257,7 @@ def test_refusals(name):
         operator(x[:, :0], [weights])
     with pytest.raises(ValueError, match=r"weight_ih: expected shape \(\d+, 9\), got \(\d+, 2\)"):
         operator(torch.zeros(4, 3, 9, dtype=x.dtype), [weights])
-    with pytest.raises(ValueError, match="weight_ih: expected dtype and device of x"):
+    with pytest.raises(ValueError, match=r"dtype and device of x \(torch.float32 on cpu\), got torch.float64.* Remedy"):
         operator(x.float(), [weights])
     with pytest.raises(ValueError, match=r"x: expected dtype float32 or float64, got (torch.float16|Half)"):
         operator(x.half(), [[w.half() for w in weights]])
@@ -272,11 +272,67 @@ def test_double_backward_is_refused_and_what_is_kept_has_no_gradient(name):
     arguments = layer_arguments(name, 2, 3, 2, 4)
     layer = getattr(torch.ops.qfast, f"{name}_layer")
     (grad,) = torch.autograd.grad(layer(*arguments, True)[1].sum(), arguments[0], create_graph=True)
-    with pytest.raises(NotImplementedError, match=f"{name}_layer: double backward is not supported"):
+    with pytest.raises(
+        NotImplementedError, match=f"{name}_layer: double backward .* Remedy: torch.nn.{name.upper()}.*QFAST_BACKEND"
+    ):
         grad.sum().backward()
     assert not any(kept.requires_grad for kept in layer(*arguments, True)[2:])
     with pytest.raises(ValueError, match="keep: must be true"):
         layer(*arguments, False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_mode_and_transforms_are_those_of_torchs_layer(name):
+    module_class, operator = OPERATORS[name]
+    module = module_class(3, 7, 2, batch_first=True).double()
+    x, along = torch.randn(2, 5, 4, 3, dtype=torch.float64)
+
+    def ours(x: Tensor) -> Tensor:
+        return operator(x, layers_of(module))[0]
+
+    def theirs(x: Tensor) -> Tensor:
+        return module(x)[0]
+
+    expected = torch.func.jvp(theirs, (x,), (along,))[1]
+    assert expected.norm() > 0.1
+    close = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(torch.func.jvp(ours, (x,), (along,))[1], expected, **close)
+    forward_ad = torch.autograd.forward_ad
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    with forward_ad.dual_level():  # nothing requires a gradient: torch would drop the tangent silently
+        torch.testing.assert_close(forward_ad.unpack_dual(ours(forward_ad.make_dual(x, along)))[1], expected, **close)
+    for of in (torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(of(ours)(x), torch.func.jacfwd(theirs)(x), **close)
+
+    def curvature(call, x: Tensor) -> Tensor:
+        return torch.func.grad(lambda y: torch.func.grad(lambda z: call(z).square().sum())(y).square().sum())(x)
+
+    torch.testing.assert_close(curvature(ours, x), curvature(theirs, x), **close)
+    each = torch.vmap(ours)(torch.stack([x, along]))
+    torch.testing.assert_close(each, torch.stack([theirs(x), theirs(along)]), **close)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_vmap_over_weights_that_want_a_gradient(name):
+    """An ensemble: torch's own layers have no rule for it."""
+    module_class, operator = OPERATORS[name]
+    modules = [module_class(3, 7, 1, batch_first=True).double() for _ in range(3)]
+    x = torch.randn(5, 4, 3, dtype=torch.float64)
+    each = zip(*map(_first, modules), strict=True)
+    stacked = [torch.stack([w.detach() for w in same]).requires_grad_() for same in each]
+    found = torch.vmap(lambda *weights: operator(x, [weights])[1])(*stacked)
+    expected = torch.stack([module(x)[0][:, -1] for module in modules])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    for i, weight in enumerate(stacked):
+        wanted = torch.stack([_first(module)[i].grad for module in modules])
+        torch.testing.assert_close(weight.grad, wanted, rtol=1e-11, atol=1e-12)
+
+
+def _first(module: nn.RNNBase) -> list[Tensor]:
+    return layers_of(module)[0]
 
 
 @pytest.mark.parametrize("network", [LSTMModel, GRUModel])

@@ -243,6 +243,21 @@ BAD_CALLS = {
     ),
     "fill": (lambda p, i, r: gather_windows(p, i, r, 2, fill="bfill"), r"fill is 'bfill'; allowed: none, ffill"),
     "layout": (lambda p, i, r: gather_windows(p, i, r, 2, layout="TBD"), r"layout is 'TBD'; allowed: BTD, BDT"),
+    "steps-long": (lambda p, i, r: gather_windows(p, i, r, 2**62), r"step_len: expected less than 2\*\*31, got 4611"),
+    "steps-long-rows": (lambda p, i, r: window_rows(i, r, 2**62), r"step_len: expected less than 2\*\*31, got 4611"),
+    "steps-float": (lambda p, i, r: gather_windows(p, i, r, 2.0), r"step_len: expected a whole number, got 2.0"),
+    "panel-0d": (lambda p, i, r: gather_windows(p[0, 0], i, r, 2), r"panel: expected shape \[R, D\], got \(\)"),
+    "panel-array": (lambda p, i, r: gather_windows(p.numpy(), i, r, 2), r"panel: expected a tensor, got ndarray"),
+    "last-list": (
+        lambda p, i, r: gather_windows(p, i, [1], 2),
+        r"last_row: expected a tensor, got list. Remedy: torch",
+    ),
+    "last-list-rows": (lambda p, i, r: window_rows(i, [1], 2), r"window_rows: last_row: expected a tensor, got list"),
+    "index-list": (lambda p, i, r: gather_windows(p, [[1]]), r"index: expected a tensor, got list"),
+    "columns-three": (
+        lambda p, i, r: gather_windows(p, i, r, 2, columns=(0, 1, 2)),
+        r"columns: expected \(begin, end\)",
+    ),
     "no-last-row": (lambda p, i, r: gather_windows(p, i), r"a WindowIndex needs last_row and step_len"),
     "step-len-too-many": (lambda p, i, r: gather_windows(p, r[None], step_len=2), r"go with a WindowIndex"),
 }
@@ -317,8 +332,60 @@ def test_gradient_refuses_a_second_order() -> None:
     panel.requires_grad_()
     out = gather_windows(panel, index, last, 2).square().sum()
     (first,) = torch.autograd.grad(out, panel, create_graph=True)
-    with pytest.raises(NotImplementedError, match="gather_windows: double backward is not supported"):
+    with pytest.raises(NotImplementedError, match=r"double backward is not supported. Remedy: .*panel\[window_rows"):
         first.sum().backward()
+
+
+def test_a_result_beyond_memory_says_how_large_it_would_be(device: torch.device) -> None:
+    if _backend.native is None or device.type != "cpu":
+        pytest.skip("plain torch and CUDA refuse in their own words")
+    panel, index, last = arguments()
+    with pytest.raises(torch.OutOfMemoryError, match=r"no memory for \d+ windows of 2147483647 steps .* GiB"):
+        gather_windows(panel, index, last.repeat(10**6), 2**31 - 1)
+
+
+def both_ways(index: WindowIndex, last: torch.Tensor, **options) -> list:
+    rows = window_rows(index, last, 3)
+    return [lambda p: gather_windows(p, index, last, 3, **options), lambda p: gather_windows(p, rows, **options)]
+
+
+@pytest.mark.parametrize("layout", ["BTD", "BDT"])
+def test_forward_mode_and_transforms_are_those_of_indexing(layout: str, device: torch.device) -> None:
+    """The gather is linear: its directional derivative is the gather of the direction."""
+    _, index, _ = inputs(GATHER_CASES[0], device)
+    panel, along = torch.randn(2, len(index.position), 4, dtype=torch.float64, device=device)
+    last = torch.nonzero(index.position >= 0).flatten()[::5]
+    for gather in both_ways(index, last, columns=(1, 3), layout=layout):
+        expected = gather(along)
+        assert expected.norm() > 1
+        assert not expected.isnan().any()
+        value, tangent = torch.func.jvp(gather, (panel,), (along,))
+        assert torch.equal(value, gather(panel))
+        assert torch.equal(tangent, expected)
+        with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+            dual = gather(torch.autograd.forward_ad.make_dual(panel, along))
+            assert torch.equal(torch.autograd.forward_ad.unpack_dual(dual).tangent, expected)
+        leaf = panel.clone().requires_grad_()
+        (backward,) = torch.autograd.grad(gather(leaf).square().sum(), leaf)
+        found = torch.func.grad(lambda p, gather=gather: gather(p).square().sum())(panel)
+        torch.testing.assert_close(found, backward, rtol=1e-12, atol=1e-12)
+        assert torch.equal(torch.vmap(gather)(torch.stack([panel, along])), torch.stack([gather(panel), expected]))
+    twice = torch.func.hessian(lambda p: gather_windows(p, index, last[:2], 3).pow(2).sum())(panel)
+    counts = torch.bincount(window_rows(index, last[:2], 3).flatten(), minlength=len(panel)).double()
+    assert torch.equal(torch.einsum("rdrd->rd", twice), 2 * counts[:, None].expand_as(panel))
+
+
+def test_vmap_over_windows(device: torch.device) -> None:
+    panel, index, _ = arguments()
+    panel, index = panel.to(device), index.to(device)
+    last = torch.tensor([[1, -1], [2, 0]], device=device)
+    found = torch.vmap(lambda r: gather_windows(panel, index, r, 2))(last)
+    expected = torch.stack([gather_windows(panel, index, r, 2) for r in last])
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    if device.type == "cpu":
+        for row in (-2, len(panel)):
+            with pytest.raises(IndexError, match=f"index {len(panel)} is out of bounds"):
+                torch.vmap(lambda r: gather_windows(panel, r))(torch.tensor([[[0]], [[row]]]))
 
 
 @needs_native

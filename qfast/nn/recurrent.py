@@ -7,14 +7,14 @@ Parameter names, creation order and initial weights are those of the reference
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from qfast import _backend
 from qfast.errors import ConfigError, DataError, whole_number
-from qfast.ops import recurrent
+from qfast.ops import recurrent, transforms
 
 __all__ = ["GRUModel", "LSTMModel", "as_windows"]
 
@@ -45,7 +45,7 @@ def as_windows(x: Tensor, d_feat: int) -> Tensor:
     if x.dim() == 3:
         if x.shape[2] != d_feat:
             raise DataError(
-                f"x has {x.shape[2]} features (shape {tuple(x.shape)} read as [B, T, F]) but the network was "
+                f"x has {x.shape[2]} features (shape {list(x.shape)} read as [B, T, F]) but the network was "
                 f"built with d_feat={d_feat}. Remedy: d_feat={x.shape[2]}."
             )
         return x
@@ -56,7 +56,7 @@ def as_windows(x: Tensor, d_feat: int) -> Tensor:
                 "[B, F*T] holds T steps of each feature. Remedy: set d_feat to the number of features per step."
             )
         return x.reshape(len(x), d_feat, -1).permute(0, 2, 1)
-    raise DataError(f"x must be [B, T, F] or [B, F*T], got {x.dim()} axes with shape {tuple(x.shape)}.")
+    raise DataError(f"x must be [B, T, F] or [B, F*T], got {x.dim()} axes with shape {list(x.shape)}.")
 
 
 class _RecurrentModel(nn.Module):
@@ -90,27 +90,54 @@ class _RecurrentModel(nn.Module):
 
     def _last_step(self, x: Tensor) -> Tensor:
         """[B, T, F] -> [B, H]; the same numbers by either way, up to rounding."""
-        if not self._operator_is_faster(x):
-            out: Tensor = self.rnn(x)[0]
-            return out[:, -1, :]
+        # A script leaves the outer branch out, and so does not compile what it calls: it must stay alone.
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            takes_operator = self._takes_operator(x)
+            if takes_operator:
+                return self._by_operator(x)
+        out: Tensor = self.rnn(x)[0]
+        return out[:, -1, :]
+
+    def _by_operator(self, x: Tensor) -> Tensor:
         rnn = self.rnn
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         layers = [[getattr(rnn, f"{name}_l{layer}") for name in names] for layer in range(rnn.num_layers)]
         return type(self).operator(x, layers, dropout=rnn.dropout, training=rnn.training)[1]
 
-    def _operator_is_faster(self, x: Tensor) -> bool:
-        """Whether to compute with our operator: native, on the CPU, where it measures faster than torch's layer."""
-        if _backend.native is None or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    def _takes_operator(self, x: Tensor) -> bool:
+        """Whether to compute with our operator: on the CPU, where it measures faster than torch's layer or where
+        torch's layer cannot follow (vmap; forward mode in float32)."""
+        rnn = self.rnn
+        if not self._is_plain(rnn) or torch.compiler.is_compiling():
             return False
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            return False
+        if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return False
+        weight = cast(Tensor, rnn.weight_ih_l0)
+        if x.dtype != weight.dtype:
+            raise DataError(
+                f"x is {x.dtype} but the network's weights are {weight.dtype}. Remedy: x.to({weight.dtype}), or "
+                f"the network .to({x.dtype}); new networks take torch's default dtype (torch.set_default_dtype)."
+            )
         if x.dtype not in (torch.float32, torch.float64) or x.shape[1] == 0:
             return False
-        rnn = self.rnn
-        if rnn._forward_hooks or rnn._forward_pre_hooks or rnn._backward_hooks or rnn._backward_pre_hooks:
-            return False  # they would not be called
+        if transforms.active():
+            return True
+        return _backend.native is not None and self._operator_is_faster(x)
+
+    def _is_plain(self, rnn: nn.Module) -> bool:
+        """Whether `rnn` is still the layer that was built here: nothing but it would do what the operator does."""
+        if type(rnn) is not self.layer or rnn.bidirectional or rnn.proj_size or not rnn.bias:
+            return False
+        hooks = rnn._forward_hooks or rnn._forward_pre_hooks or rnn._backward_hooks or rnn._backward_pre_hooks
+        return rnn.batch_first and not hooks  # hooks would not be called
+
+    def _operator_is_faster(self, x: Tensor) -> bool:
         threads = torch.get_num_threads()
         if threads > 1 and x.shape[0] < threads * self.operator_rows_per_thread:
             return False
-        trains = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in rnn.parameters()))
+        trains = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.rnn.parameters()))
         return trains or x.shape[0] * x.shape[1] >= self.operator_infers_from
 
 

@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from qfast.errors import ConfigError, DataError
+from qfast.ops import transforms
 
 __all__ = ["gru", "lstm"]
 
 Layers = Sequence[Sequence[Tensor]]
+_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 def lstm(x: Tensor, layers: Layers, *, dropout: float = 0.0, training: bool = False) -> tuple[Tensor, Tensor]:
@@ -43,6 +45,17 @@ def lstm(x: Tensor, layers: Layers, *, dropout: float = 0.0, training: bool = Fa
     ------
     ValueError
         Wrong dtype, shape or device, no step, no layer.
+    NotImplementedError
+        A gradient of a gradient by `backward` or `torch.autograd.grad(create_graph=True)`: take torch's layer
+        for it, or torch.func.grad twice.
+
+    Notes
+    -----
+    Under torch.func's transforms (grad, jvp, vmap, jacrev, hessian, ...) and in forward-mode levels the
+    steps are torch's own operations: every derivative is there, at torch's speed.
+
+    The same call gives the same bits every time, but gradients of the weights are sums over tiles of rows
+    whose number follows the thread count: other counts differ in the last bits.
 
     Source
     ------
@@ -57,13 +70,17 @@ def lstm(x: Tensor, layers: Layers, *, dropout: float = 0.0, training: bool = Fa
     """
 
     def layer(x: Tensor, keep: bool, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ops.qfast.lstm_layer(x, w_ih, w_hh, b_ih + b_hh, keep)[:2]
+        bias = b_ih + b_hh
+        if transforms.active():
+            output, last, *_ = _lstm_layer_twin(x, w_ih, w_hh, bias, False)
+            return output, last
+        return torch.ops.qfast.lstm_layer(x, w_ih, w_hh, bias, keep)[:2]
 
     return _stack("lstm", layer, x, layers, dropout if training else 0.0)
 
 
 def gru(x: Tensor, layers: Layers, *, dropout: float = 0.0, training: bool = False) -> tuple[Tensor, Tensor]:
-    """Stacked GRU that starts from a zero state. Arguments and results as `lstm`.
+    """Stacked GRU that starts from a zero state. Arguments, results and notes as `lstm`.
 
     The gates stand in torch's order (reset, update, new) in [3H, .] weights, and as in torch the reset gate
     multiplies h W_hn^T + b_hn, not h.
@@ -80,6 +97,9 @@ def gru(x: Tensor, layers: Layers, *, dropout: float = 0.0, training: bool = Fal
     """
 
     def layer(x: Tensor, keep: bool, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> tuple[Tensor, Tensor]:
+        if transforms.active():
+            output, last, _ = _gru_layer_twin(x, w_ih, w_hh, b_ih, b_hh, False)
+            return output, last
         return torch.ops.qfast.gru_layer(x, w_ih, w_hh, b_ih, b_hh, keep)[:2]
 
     return _stack("gru", layer, x, layers, dropout if training else 0.0)
@@ -98,6 +118,8 @@ def _stack(
     _require(x.dim() == 3, operator, f"x: expected shape [B, T, F], got {tuple(x.shape)}.")
     steps = x.transpose(0, 1)
     for number, weights in enumerate(layers):
+        for name, tensor in zip(_WEIGHTS, weights, strict=True):
+            _require_alike(operator, name, tensor, x)
         if number and dropout:
             steps = functional.dropout(steps, dropout)
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in (steps, *weights))
@@ -109,6 +131,15 @@ def _stack(
 def _require(condition: bool, operator: str, message: str) -> None:
     if not condition:
         raise DataError(f"{operator}: {message}")
+
+
+def _require_alike(operator: str, name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.dtype != x.dtype or tensor.device != x.device:
+        raise DataError(
+            f"{operator}: {name}: expected dtype and device of x ({x.dtype} on {x.device}), got {tensor.dtype} on "
+            f"{tensor.device}. Remedy: x.to({name}), or the weights' module .to(x). New modules take torch's "
+            "default dtype (torch.set_default_dtype)."
+        )
 
 
 def _check_layer(operator: str, x: Tensor, w_ih: Tensor, w_hh: Tensor, biases: dict[str, Tensor], gates: int) -> int:
@@ -130,30 +161,32 @@ def _check_layer(operator: str, x: Tensor, w_ih: Tensor, w_hh: Tensor, biases: d
     }
     wanted |= {name: (bias, (gates * n_hidden,)) for name, bias in biases.items()}
     for name, (tensor, shape) in wanted.items():
-        alike = tensor.dtype == x.dtype and tensor.device == x.device
-        _require(alike, operator, f"{name}: expected dtype and device of x.")
+        _require_alike(operator, name, tensor, x)
         fits = tuple(tensor.shape) == shape
         _require(fits, operator, f"{name}: expected shape {shape}, got {tuple(tensor.shape)}.")
     return n_hidden
 
 
 # ---------------------------------------------------------------- plain-torch twins
+# The two forward twins also serve inside torch's transforms, so they change no view in place.
 def _lstm_layer_twin(x: Tensor, w_ih: Tensor, w_hh: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, ...]:
     n_hidden = _check_layer("lstm_layer", x, w_ih, w_hh, {"bias": bias}, 4)
-    gates = x @ w_ih.t() + bias
+    from_input = x @ w_ih.t() + bias
     h = cell = x.new_zeros((x.shape[1], n_hidden))
     hidden: list[Tensor] = []
     cells: list[Tensor] = []
-    for gate in gates:
-        i, f, g, o = (gate.addmm_(h, w_hh.t()) if hidden else gate).chunk(4, 1)
-        for part in (i, f, o):
-            part.sigmoid_()
-        g.tanh_()
+    gates: list[Tensor] = []
+    for part in from_input:
+        i, f, g, o = (torch.addmm(part, h, w_hh.t()) if hidden else part).chunk(4, 1)
+        i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
         cell = f * cell + i * g
         h = o * cell.tanh()
         hidden.append(h)
-        cells.append(cell)
-    kept = (gates, torch.stack(cells)) if keep else (gates[:0].clone(), x.new_empty((0, *h.shape)))
+        if keep:
+            cells.append(cell)
+            gates.append(torch.cat((i, f, g, o), 1))
+    empty = x.new_empty((0, x.shape[1], 4 * n_hidden)), x.new_empty((0, x.shape[1], n_hidden))
+    kept = (torch.stack(gates), torch.stack(cells)) if keep else empty
     return torch.stack(hidden), h.clone(), *kept
 
 
@@ -318,7 +351,12 @@ def _backward_of(operator: str, n_biases: int) -> Callable[..., Any]:
 
 def _no_double_backward(operator: str) -> Callable[..., Any]:
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
-        raise NotImplementedError(f"{operator}: double backward is not supported.")
+        layer = {"lstm_layer": "LSTM", "gru_layer": "GRU"}[operator]
+        raise NotImplementedError(
+            f"{operator}: double backward is not supported. Remedy: torch.nn.{layer} where gradients of gradients "
+            "are wanted (the networks of qfast.nn are such a layer with QFAST_BACKEND=torch), or torch.func.grad "
+            "within torch.func.grad, which these functions support."
+        )
 
     return backward
 

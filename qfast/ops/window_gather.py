@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qfast.errors import DataError, suggest
+from qfast.ops import transforms
 from qfast.ops.window_index import WindowIndex, build_window_index
 
 FILLS = {"none": 0, "ffill": 1, "ffill+bfill": 2}
@@ -59,12 +60,15 @@ def gather_windows(
     -------
     Tensor [B, T, D'] or [B, D', T]
         Contiguous, dtype and device of the panel; NaN where there is no row. Differentiable in
-        `panel`; the sum over the windows that share a row runs in a fixed order on every device.
+        `panel`; the sum over the windows that share a row runs in a fixed order on every device. torch.func's
+        transforms and forward mode work too, by torch's own indexing.
 
     Raises
     ------
     ValueError
-        Wrong dtype, shape, device, fill, layout or column range.
+        Wrong type, dtype, shape, device, step_len, fill, layout or column range.
+    NotImplementedError
+        A gradient of a gradient by `backward`; torch.func.grad twice, or panel[window_rows(...)], gives it.
     IndexError
         On the CPU, a row number below -1 or beyond the panel. On CUDA, where looking would stall the
         stream, such a row reads as NaN.
@@ -80,26 +84,41 @@ def gather_windows(
     >>> gather_windows(panel, index, torch.tensor([2, 3]), 2)[..., 0].tolist()
     [[2.0, 4.0], [6.0, 6.0]]
     """
-    begin, end = (0, panel.shape[-1]) if columns is None else columns
+    _require_tensor("gather_windows", "panel", panel)
+    _require(panel.dim() == 2, "gather_windows", f"panel: expected shape [R, D], got {tuple(panel.shape)}.")
+    if columns is not None and len(columns) != 2:
+        raise DataError(f"gather_windows: columns: expected (begin, end), got {columns!r}.")
+    begin, end = (0, panel.shape[1]) if columns is None else columns
     transposed = _lookup("layout", layout, LAYOUTS)
-    if panel.dim() == 2 and panel.stride(1) != 1 and panel.shape[1] > 1:
+    if panel.stride(1) != 1 and panel.shape[1] > 1:
         panel = panel.contiguous()
     if isinstance(index, WindowIndex):
         if last_row is None or step_len is None:
             raise DataError("gather_windows: a WindowIndex needs last_row and step_len as well.")
-        return torch.ops.qfast.gather_rolling_windows(
-            panel,
-            *index,
-            last_row,
-            step_len,
-            _lookup("fill", fill, FILLS),
-            first_position,
-            begin,
-            end,
-            transposed,
-        )
+        if transforms.active():
+            _check_tables("gather_windows", index, panel.shape[0], panel.device, step_len)
+            rows = window_rows(index, last_row, step_len, fill=fill, first_position=first_position)
+            _check_panel("gather_windows", panel, begin, end)
+            return _take(panel, rows, begin, end, transposed)
+        _require_tensor("gather_windows", "last_row", last_row)
+        steps, fill_code = _steps(step_len), _lookup("fill", fill, FILLS)
+        try:
+            return torch.ops.qfast.gather_rolling_windows(
+                panel, *index, last_row, steps, fill_code, first_position, begin, end, transposed
+            )
+        except RuntimeError as error:
+            if "new_empty" not in str(error):
+                raise
+            raise torch.OutOfMemoryError(
+                f"gather_windows: no memory for {len(last_row)} windows of {step_len} steps and {end - begin} columns "
+                f"({len(last_row) * step_len * (end - begin) * panel.element_size() / 2**30:.3g} GiB). "
+                "Remedy: fewer windows a call, or a smaller step_len."
+            ) from error
     if last_row is not None or step_len is not None:
         raise DataError("gather_windows: last_row and step_len go with a WindowIndex, index is a tensor of rows.")
+    _require_tensor("gather_windows", "index", index)
+    if transforms.active():
+        return _gather_windows_twin(panel, index, begin, end, transposed)  # torch's operations, all differentiable
     return torch.ops.qfast.gather_windows(panel, index, begin, end, transposed)
 
 
@@ -151,12 +170,14 @@ def window_rows(
     >>> window_rows(index, torch.tensor([1]), 3, fill="ffill").tolist()
     [[0, 0, 1]]
     """
-    return torch.ops.qfast.window_rows(*index, last_row, step_len, _lookup("fill", fill, FILLS), first_position)
+    _require_tensor("window_rows", "last_row", last_row)
+    fill_code = _lookup("fill", fill, FILLS)
+    return torch.ops.qfast.window_rows(*index, last_row, _steps(step_len), fill_code, first_position)
 
 
 # ---------------------------------------------------------------- arguments
 def _lookup(what: str, value: str, known: dict[str, Any]) -> Any:
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise DataError(f"{what} is {value!r}; allowed: {', '.join(known)}." + suggest(value, known))
     return known[value]
 
@@ -164,6 +185,24 @@ def _lookup(what: str, value: str, known: dict[str, Any]) -> Any:
 def _require(condition: bool, operator: str, message: str) -> None:
     if not condition:
         raise DataError(f"{operator}: {message}")
+
+
+def _require_tensor(operator: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise DataError(
+            f"{operator}: {name}: expected a tensor, got {type(value).__name__}. Remedy: torch.as_tensor({name})."
+        )
+
+
+def _steps(step_len: int) -> int:
+    """step_len as a whole number; positions are 32-bit, so a window longer than that is a mistake."""
+    if isinstance(step_len, bool) or not hasattr(step_len, "__index__"):
+        raise DataError(f"step_len: expected a whole number, got {step_len!r}.")
+    if step_len < 1:
+        raise DataError(f"step_len: expected at least 1, got {step_len}.")
+    if step_len >= 2**31:
+        raise DataError(f"step_len: expected less than 2**31, got {step_len}.")
+    return step_len
 
 
 def _check_panel(operator: str, panel: Tensor, begin: int, end: int) -> None:
@@ -194,8 +233,8 @@ def _check_tables(operator: str, tables: tuple[Tensor, ...], n_rows: int, device
 
 def _check_bounds(operator: str, name: str, rows: Tensor, n_rows: int) -> None:
     """Name the first row number outside [-1, R); skipped on CUDA, where looking would stall the stream."""
-    if rows.device.type != "cpu" or not rows.numel():
-        return
+    if rows.device.type != "cpu" or not rows.numel() or torch._C._functorch.is_batchedtensor(rows):
+        return  # inside vmap nothing can be looked at: the indexing itself refuses there
     wrong = (rows < -1) | (rows >= n_rows)
     if wrong.any():
         at = torch.nonzero(wrong)[0].tolist()
@@ -242,16 +281,24 @@ def _window_rows_twin(
 
 
 def _gather_windows_twin(panel: Tensor, rows: Tensor, begin: int, end: int, transposed: bool) -> Tensor:
-    operator, n_rows = "gather_windows", panel.shape[0]
-    _check_panel(operator, panel, begin, end)
-    _check_rows(operator, "index", rows, 2, panel.device)
-    _check_bounds(operator, "index", rows, n_rows)
+    _check_panel("gather_windows", panel, begin, end)
+    _check_rows("gather_windows", "index", rows, 2, panel.device)
+    _check_bounds("gather_windows", "index", rows, panel.shape[0])
+    return _take(panel, rows, begin, end, transposed)
+
+
+def _take(panel: Tensor, rows: Tensor, begin: int, end: int, transposed: bool) -> Tensor:
+    n_rows, rows = panel.shape[0], rows.long()
     if n_rows == 0:
         out = panel.new_full((*rows.shape, end - begin), torch.nan)
     else:
-        missing = (rows < 0) | (rows >= n_rows)
-        out = panel[:, begin:end][rows.long().masked_fill(missing, 0)]
-        out.masked_fill_(missing.unsqueeze(-1), torch.nan)
+        missing = rows == -1
+        if rows.device.type == "cpu":
+            rows = torch.where(rows < -1, n_rows, rows)  # refused by the indexing, as those beyond the panel are
+        else:
+            missing = (rows < 0) | (rows >= n_rows)
+        out = panel[:, begin:end][rows.masked_fill(missing, 0)]
+        out = out.masked_fill(missing.unsqueeze(-1), torch.nan)
     return out.transpose(1, 2).contiguous() if transposed else out
 
 
@@ -353,7 +400,10 @@ def _backward_of_rolling(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 def _no_double_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    raise NotImplementedError("gather_windows: double backward is not supported.")
+    raise NotImplementedError(
+        "gather_windows: double backward is not supported. Remedy: index with torch, panel[window_rows(...)], or "
+        "torch.func.grad within torch.func.grad, which gather_windows supports."
+    )
 
 
 torch.library.register_autograd("qfast::gather_windows", _backward_of_gather, setup_context=_save_for_gather)
