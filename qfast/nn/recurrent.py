@@ -151,6 +151,12 @@ class LSTMModel(_RecurrentModel):
     dropout : float
         Between the layers, in training only.
 
+    Notes
+    -----
+    `rnn` is torch's layer and may be replaced, hooked or quantised; only as it was built, on the CPU, is it computed
+    by qfast's operator. torch.compile, torch.jit, torch.export and CUDA take torch's layer; torch.func's transforms
+    and forward mode work. A gradient of a gradient by `backward` needs QFAST_BACKEND=torch, or torch.func.grad twice.
+
     Examples
     --------
     >>> LSTMModel(d_feat=6)(torch.zeros(3, 360)).shape
