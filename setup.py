@@ -42,13 +42,13 @@ def cuda_archs(home: str) -> str:
 
 
 def extensions() -> list[Extension]:
+    cuda_home = find_cuda()  # first: a wrong QFAST_CUDA is named even where the packages below are missing
     import pybind11
     from torch.utils import cpp_extension
 
     system = [pybind11.get_include(), *cpp_extension.include_paths()]  # warnings in these are not ours
     flags = ["-O3", "-std=c++20", *(flag for path in system for flag in ("-isystem", path))]
     cxx = [*flags, "-g0", "-fvisibility=hidden", *WARNINGS]
-    cuda_home = find_cuda()
     facts = {"QFAST_CUDA_TOOLKIT": cuda_home or "none", "QFAST_CUDA_ARCHS": "none"}
     if cuda_home:
         cpp_extension.CUDA_HOME = cuda_home  # None beside a CPU-only torch
