@@ -195,6 +195,8 @@ def main(arguments: list[str] | None = None) -> int:
         if type(error).__name__ == "Abort":
             return _fail("interrupted.", EXIT_INTERRUPTED)
         raise
+    finally:
+        _stop_logging()  # main() may run several times in one process, with another stderr each
     status = returned if isinstance(returned, int) else 0
     return _fail("interrupted.", status) if status == EXIT_INTERRUPTED else status
 
@@ -211,12 +213,17 @@ def _terminated(number: int, frame: Any) -> None:
 def _log_to_stderr(quiet: bool) -> None:
     logger = logging.getLogger("qfast")
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
-    for old in [h for h in logger.handlers if h.name == LOG_HANDLER]:
-        logger.removeHandler(old)  # main() may run several times in one process, with another stderr each
     handler = logging.StreamHandler()
     handler.name = LOG_HANDLER
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     logger.addHandler(handler)
+
+
+def _stop_logging() -> None:
+    logger = logging.getLogger("qfast")
+    for handler in [h for h in logger.handlers if h.name == LOG_HANDLER]:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
 
 
 def _print_result(result: Any) -> None:

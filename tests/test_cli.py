@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -118,6 +119,14 @@ def test_doctor_gives_its_own_status(monkeypatch, status):
     assert cli.main(["doctor"]) == status
 
 
+def test_no_log_handler_stays_behind(case, tmp_path):
+    config, data, _ = case
+    logger = logging.getLogger("qfast")
+    before = list(logger.handlers), logger.level
+    assert cli.main(["run", str(config), "--data", str(data), "-o", str(tmp_path / "run")]) == 0
+    assert (list(logger.handlers), logger.level) == before
+
+
 def test_ctrl_c_is_status_130(monkeypatch, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
@@ -136,6 +145,8 @@ def test_a_signal_leaves_a_folder_that_can_be_resumed(case, tmp_path, number):
     process = subprocess.Popen(
         [*command, "--set", "task.model.kwargs.n_epochs=100000", "--set", "task.model.kwargs.early_stop=100000"],
         stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # a shell's background job, which the suite may run in, hands SIGINT down ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while not (path / "last.safetensors").exists() and time.monotonic() < deadline and process.poll() is None:
