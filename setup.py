@@ -14,7 +14,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-STABLE_ABI = "0x020a000000000000"  # libtorch's stable ABI as of 2.10: builds run on that torch and any later
+STABLE_ABI = "0x020a000000000000"  # libtorch's stable ABI as of 2.10: meant for that torch and any later
 WARNINGS = ["-Wall", "-Wextra", *(["-Werror"] if os.environ.get("QFAST_WERROR", "0") != "0" else [])]
 ARCHS = {(11, 0): ["8.0", "8.6"], (11, 8): ["8.9", "9.0"], (12, 8): ["10.0"]}  # toolkit that first knows them
 

@@ -1,4 +1,4 @@
-"""qfast: the deep models of Qlib's zoo, the same numbers, many times faster.
+"""qfast: the deep models of Qlib's zoo, the same numbers, faster.
 
 The index of the package:
 
