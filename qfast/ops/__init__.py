@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import torch
 
+from qfast.ops import additive_attention as _attention
 from qfast.ops import recurrent as _recurrent
 from qfast.ops import window_gather as _window_gather
 from qfast.ops import window_index as _window_index
+from qfast.ops.additive_attention import additive_attention, graph_attention
 from qfast.ops.recurrent import gru, lstm
 from qfast.ops.window_gather import gather_windows, window_rows
 from qfast.ops.window_index import WindowIndex, build_window_index
@@ -17,8 +19,10 @@ __all__ = [
     "OPERATORS",
     "Operator",
     "WindowIndex",
+    "additive_attention",
     "build_window_index",
     "gather_windows",
+    "graph_attention",
     "gru",
     "lstm",
     "window_rows",
@@ -33,8 +37,10 @@ class Operator(NamedTuple):
 
 
 OPERATORS = {
+    "additive_attention": Operator(partial(_attention.self_test, "additive_attention")),
     "build_window_index": Operator(_window_index.self_test, ("cpu",)),
     "gather_windows": Operator(_window_gather.self_test),
+    "graph_attention": Operator(partial(_attention.self_test, "graph_attention")),
     "gru": Operator(partial(_recurrent.self_test, "gru"), ("cpu",)),
     "lstm": Operator(partial(_recurrent.self_test, "lstm"), ("cpu",)),
 }
