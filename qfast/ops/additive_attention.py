@@ -263,7 +263,8 @@ def _graph_twin(
     scores = weight @ hidden.t() + bias.unsqueeze(1)
     query, key = scores.unsqueeze(1)
     attended, *kept = _attention_twin(query, key, hidden.unsqueeze(0), offsets, longest, slope, keep)
-    return hidden + attended.squeeze(0), scores, *kept
+    share, share_weight, orders = kept
+    return hidden + attended.squeeze(0), scores, share, share_weight, orders
 
 
 def _graph_backward_twin(
