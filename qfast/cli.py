@@ -153,6 +153,8 @@ def info_command(run_path: Annotated[Path, typer.Argument(metavar="RUN", help="A
     else:
         span = f"{data['instruments']} instruments, {data['first']} to {data['last']}"
         typer.echo(f"{'data':<11}{data['source']} ({span})")
+    for name, text in found["pretraining"].items():
+        typer.echo(f"{name.lower():<11}{text}")
     for note in found["notes"]:
         typer.echo(f"{'note':<11}{note}")
     if found["metrics"]:

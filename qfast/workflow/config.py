@@ -35,7 +35,7 @@ Key = str | int
 Path_ = tuple[Key, ...]
 AliasGroups = list[list[Path_]]
 # Mappings that may take keys which are not there yet; what is put in is checked against the schema later.
-OPEN_MAPPINGS = ("kwargs", "qlib_init", "segments", "task")
+OPEN_MAPPINGS = ("kwargs", "qlib_init", "segments", "task", "pretrain")
 TOP_LEVEL = ("qlib_init", "task", "experiment_name", "market", "benchmark", "sys", BASE_KEY)
 
 
@@ -333,7 +333,7 @@ def _resolve(config: Any, name: str) -> Path_:
             key: Key = int(part)
         elif not isinstance(found, dict):
             raise ConfigError(f"--set {name}: {_text(path)!r} is the value {found!r} and has nothing below it.")
-        elif part not in found and part == "kwargs" and not last and "class" in found:
+        elif part not in found and not last and _begins_mapping(path, part, found):
             found[part] = {}
             key = part
         elif part not in found and not (last and _is_open(path, part)):
@@ -343,6 +343,11 @@ def _resolve(config: Any, name: str) -> Path_:
         path = (*path, key)
         found = found.get(key) if isinstance(found, dict) else found[int(key)]
     return path
+
+
+def _begins_mapping(path: Path_, part: str, found: Mapping[str, Any]) -> bool:
+    """True for a mapping that may be left out of a file and still be given values in."""
+    return (part == "kwargs" and "class" in found) or (part == "pretrain" and path == ("task",))
 
 
 def _is_open(path: Path_, part: str) -> bool:

@@ -27,6 +27,9 @@ __all__ = ["RunFolder", "check_table_target", "read_frame", "versions", "write_f
 
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
+BEST = "best.safetensors"  # weights of the best epoch so far
+LAST = "last.safetensors"  # all that training needs to go on
+HISTORY = "history.csv"
 RESERVE = ".reserve"
 RESERVE_BYTES = 256 * 1024  # given back on a full disk, so that the manifest can still say what happened
 RUNNING, FINISHED, FAILED, INTERRUPTED = "running", "finished", "failed", "interrupted"

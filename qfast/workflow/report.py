@@ -77,7 +77,7 @@ class Report:
 
 
 # ---------------------------------------------------------------- plots
-def loss_plot(history: pd.DataFrame, best_epoch: int | None) -> bytes:
+def loss_plot(history: pd.DataFrame, best_epoch: int | None, title: str = "Loss by epoch") -> bytes:
     """PNG of the score per epoch, train and valid, with the chosen epoch marked.
 
     The scores are the reference's: minus the loss, averaged over batches, so higher is better.
@@ -97,7 +97,7 @@ def loss_plot(history: pd.DataFrame, best_epoch: int | None) -> bytes:
             )
     if best_epoch is not None:
         axes.axvline(best_epoch, color="#111827", linewidth=1, linestyle=":", label=f"best epoch ({best_epoch})")
-    axes.set(xlabel="epoch", ylabel="loss", title="Loss by epoch")
+    axes.set(xlabel="epoch", ylabel="loss", title=title)
     axes.xaxis.get_major_locator().set_params(integer=True)
     _legend(axes)
     return _png(figure)

@@ -12,6 +12,7 @@ import pandas as pd
 
 from qfast.dates import date_text
 from qfast.metrics import ic_summary
+from qfast.workflow import pretraining
 from qfast.workflow.config import dump_yaml
 from qfast.workflow.folder import RunFolder
 from qfast.workflow.records import Record
@@ -95,7 +96,9 @@ def write_report(
 ) -> None:
     """The plots and report.html; `started` (seconds since 1970) is when the run began."""
     shown = [r for name, r in results.items() if name != "newest"]
-    plots = {
+    before = pretraining.history(run_folder)
+    plots = {} if before is None else {"pretrain_loss": loss_plot(*before, title="Pre-training: loss by epoch")}
+    plots |= {
         "loss": loss_plot(model.history_, model.best_epoch_),
         "cumulative_ic": cumulative_plot(shown),
         "score_groups": quantile_plot(shown),
@@ -150,6 +153,7 @@ def _facts(run_folder: RunFolder, workflow: Workflow, model: Any, started: float
     return {
         "Model": f"{type(model).__module__}.{type(model).__name__}, {parameters:,} parameters",
         "Epochs": f"{len(history)}, best {model.best_epoch_}, {history['seconds'].sum():.1f} s of training",
+        **pretraining.facts(manifest),
         "Segments": "; ".join(f"{name} {_span(*bounds)}" for name, bounds in segments.items()),
         "Data": f"{manifest['data']['source']} (hash {manifest['data']['hash']})",
         "Device": manifest["device"],

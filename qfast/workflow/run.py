@@ -18,18 +18,18 @@ from qfast.callbacks import Callback
 from qfast.errors import ConfigError, DataError, QfastError
 from qfast.files import is_disk_full, locked, sweep
 from qfast.workflow import folder as folders
+from qfast.workflow import pretraining
 from qfast.workflow.config import dump_yaml, fill_placeholders, load_config
-from qfast.workflow.folder import CONFIG, RunFolder
+from qfast.workflow.folder import CONFIG, LAST, RunFolder
 from qfast.workflow.records import Record
 from qfast.workflow.results import evaluate, raw_labels, write_report, write_results
 from qfast.workflow.schema import Workflow, check_workflow
-from qfast.workflow.scoring import BEST, build_dataset, data_facts, data_source, save_scoring
+from qfast.workflow.scoring import build_dataset, data_facts, data_source, save_scoring
 
 __all__ = ["RunResult", "run"]
 
 log = logging.getLogger("qfast")
 
-LAST = "last.safetensors"
 MAY_DIFFER = {"task.model.kwargs.seed", "task.model.kwargs.device"}  # between a run and its resumption
 
 
@@ -101,9 +101,9 @@ def run(
         Instead of the file's; where neither gives one, one is drawn and written down.
     resume : path, optional
         A run folder to go on with: same workflow, same data; training continues after its last whole
-        epoch, and the result is that of an unbroken run.
+        epoch, in pre-training or after it, and the result is that of an unbroken run.
     callbacks : sequence of Callback
-        Handed to `fit`.
+        Handed to `fit`, and to the fit of the base model where the file asks for pre-training.
 
     Raises
     ------
@@ -172,10 +172,10 @@ def _prepare(
     file = Path(config_path) if resumed is None else resumed / CONFIG
     if resumed is not None and not file.is_file():
         raise ConfigError(f"the run in {str(resumed.path)!r} has no {CONFIG}: {resumed.resume_hint()}.")
-    loaded = load_config(file, sets)
-    workflow = check_workflow(loaded.values, str(file))
+    workflow = _checked(file, sets, started=resumed is not None and (resumed / LAST).exists())
     if resumed is not None:
         _require_same(resumed, config_path, sets, workflow)
+        pretraining.require_same_block(resumed, load_config(file).values["task"], workflow.task.pretrain)
         data = _data_of(resumed) if data is None else data
     kwargs = workflow.task.model.kwargs
     if device is not None:
@@ -192,6 +192,13 @@ def _prepare(
         raise ConfigError(f"--data {str(data)!r} does not exist (looked in {Path.cwd()}).")
     source = str(config_path) if config_path is not None else str(file)
     return _Job(workflow, source, data, device, kwargs["seed"], drawn, resumed, callbacks)
+
+
+def _checked(file: Path, sets: Sequence[str], started: bool = False) -> Workflow:
+    """The checked workflow of a file; a run whose training has `started` needs no weight file any more."""
+    workflow = check_workflow(load_config(file, sets).values, str(file))
+    pretraining.absolute_model_path(workflow.task.model, file, optional=started)
+    return workflow
 
 
 def _require_seed(seed: Any) -> None:
@@ -233,7 +240,7 @@ def _require_same(resumed: RunFolder, config_path: Any, sets: Sequence[str], wor
     """A workflow file given beside `--resume` must be the one that the run was started with."""
     if config_path is None:
         return
-    given = check_workflow(load_config(config_path, sets).values, str(config_path)).resolved()
+    given = _checked(Path(config_path), sets, started=True).resolved()
     different = sorted(set(_differences(given, workflow.resolved(), "")) - MAY_DIFFER)
     if different:
         raise ConfigError(
@@ -297,6 +304,8 @@ def _load(job: _Job, model: Any = None) -> _Loaded:
         _require_same_data(job.resumed, facts)
         if (job.resumed / LAST).exists():
             model.load_checkpoint(job.resumed / LAST)
+        else:
+            pretraining.check_resumable(job.resumed)
     return _Loaded(model, dataset, facts, raw_labels(dataset))
 
 
@@ -310,6 +319,8 @@ def _execute(job: _Job, run_folder: RunFolder, loaded: _Loaded) -> RunResult:
         notes=notices, data=loaded.facts, **folders.environment(),
     )  # fmt: skip
     save_scoring(run_folder, workflow, model, dataset)
+    if not (run_folder / LAST).exists():
+        pretraining.pretrain(run_folder, workflow, model, dataset, job.resumed is not None, job.callbacks)
     _fit(job, run_folder, model, dataset)
     results = evaluate(model, dataset, loaded.labels)
     metrics = write_results(run_folder, records, results)
@@ -318,8 +329,8 @@ def _execute(job: _Job, run_folder: RunFolder, loaded: _Loaded) -> RunResult:
 
 
 def _build_model(job: _Job) -> Any:
-    spec = job.workflow.task.model
-    return registry.MODELS.build(spec.given(), path="task.model")
+    spec = pretraining.without_lost_file(job.workflow.task.model.given())
+    return registry.MODELS.build(spec, path="task.model")
 
 
 def _notices(workflow: Workflow) -> list[str]:
@@ -361,32 +372,20 @@ def _require_same_data(resumed: RunFolder, facts: Mapping[str, Any]) -> None:
         )
 
 
-class _KeepHistory(Callback):
-    """After every epoch: history.csv, and best.safetensors where the epoch is the best so far."""
-
-    def __init__(self, run_folder: RunFolder) -> None:
-        self.folder = run_folder
-
-    def on_epoch_end(self, estimator: Any) -> None:
-        self.folder.write_text("history.csv", estimator.history_.to_csv())
-        if estimator.best_epoch_ in (None, estimator.epoch_):
-            estimator.save_weights(self.folder / BEST)
-
-
 def _fit(job: _Job, run_folder: RunFolder, model: Any, dataset: Any) -> None:
     reweighter = None
     if job.workflow.task.reweighter is not None:
         spec = job.workflow.task.reweighter.given()
         reweighter = registry.REWEIGHTERS.build(spec, path="task.reweighter")
     resume = job.resumed is not None and (run_folder / LAST).exists()
-    if job.resumed is not None and not resume:
+    if job.resumed is not None and not resume and job.workflow.task.pretrain is False:
         log.warning("%s has no checkpoint; training starts from the beginning", run_folder.path)
+    keep = pretraining.KeepHistory(run_folder.path)
     model.fit(
         dataset,
         reweighter=reweighter,
-        callbacks=[*job.callbacks, _KeepHistory(run_folder)],
+        callbacks=[*job.callbacks, keep],
         checkpoint_dir=run_folder.path,
         resume=resume,
     )
-    run_folder.write_text("history.csv", model.history_.to_csv())
-    model.save_weights(run_folder / BEST)
+    keep.keep_result(model)

@@ -11,8 +11,8 @@ import inspect
 import logging
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import pandas as pd
 from pydantic import (
@@ -34,6 +34,7 @@ __all__ = ["DatasetSpec", "HandlerSpec", "Spec", "Task", "Workflow", "check_work
 log = logging.getLogger("qfast")
 
 PROCESSOR_LISTS = ("shared_processors", "infer_processors", "learn_processors")
+NETWORK_ARGUMENTS = ("d_feat", "hidden_size", "num_layers", "dropout")  # of a base model: they are the model's own
 PLAIN_TYPES = (int, float, str, bool, type(None))
 TEXT_FORMATS = "a date such as 2016-12-31 or a time such as '2016-12-31 14:30'"
 DateLike = dt.date | dt.datetime | pd.Timestamp
@@ -136,14 +137,27 @@ def _as_list(value: Any) -> Any:
     return [] if value is None else [value] if isinstance(value, (dict, str)) else value
 
 
+def _pretrain_block(value: Any) -> Any:
+    if value is False or isinstance(value, Mapping):
+        return value
+    raise ValueError(
+        f"expected a mapping of training arguments of the base model such as {{n_epochs: 20}}, got {shown(value)}; "
+        "write {} for its own defaults, or leave the key out (or say false) to train without it"
+    )
+
+
 class Task(_Model):
-    """The model, its data, and what to record; other keys are free, as in the reference."""
+    """The model, its data, and what to record; other keys are free, as in the reference.
+
+    `pretrain` is ours: training arguments of the model's base, which is then trained before the model.
+    """
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
     model: Spec
     dataset: DatasetSpec
     record: Annotated[list[Spec], BeforeValidator(_as_list)] = []
     reweighter: Spec | None = None
+    pretrain: Annotated[dict[str, Any] | Literal[False], BeforeValidator(_pretrain_block)] = False
 
 
 class QlibInit(_Model):
@@ -195,7 +209,7 @@ def check_workflow(values: Mapping[str, Any], source: str = "configuration") -> 
         for item in error.errors():
             path, message = _explain(item, values)
             problems.setdefault(path, message)
-    for path, message in _class_problems(values):
+    for path, message in (*_class_problems(values), *_pretrain_problems(values)):
         problems.setdefault(path, message)
     if workflow is not None:
         for path, message in _segment_problems(workflow):
@@ -303,9 +317,13 @@ def _known_arguments(factory: Callable[..., Any]) -> tuple[str, ...] | None:
     return None if options is None else (*named, *options)
 
 
-def _argument_problems(factory: Callable[..., Any], kwargs: Mapping[str, Any], path: str) -> Iterator[tuple[str, str]]:
+def _argument_problems(
+    factory: Callable[..., Any], kwargs: Mapping[str, Any], path: str, without: Sequence[str] = ()
+) -> Iterator[tuple[str, str]]:
     checks = _argument_types(factory)
     known = _known_arguments(factory)
+    if known is not None:
+        known = tuple(name for name in known if name not in without)
     for name, value in kwargs.items():
         if known is not None and name not in known:
             title = getattr(factory, "__name__", "it")
@@ -314,6 +332,44 @@ def _argument_problems(factory: Callable[..., Any], kwargs: Mapping[str, Any], p
             problem = _type_problem(checks[name], value)
             if problem:
                 yield f"{path}.{name}", problem
+
+
+def _pretrain_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is wrong with `task.pretrain`: a model without a base, a weight file beside it, arguments."""
+    block, spec = _item(values, ["task", "pretrain"]), _item(values, ["task", "model"])
+    factory = _model_class(spec)
+    if not isinstance(block, Mapping) or factory is None:
+        return
+    title = getattr(factory, "__name__", "the model")
+    if not hasattr(factory, "pretrain"):
+        able = [name for name in registry.MODELS.names() if hasattr(_model_class({"class": name}), "pretrain")]
+        yield "task.pretrain", f"{title} has no base model to pre-train, only {able} have. Remedy: leave the block out."
+        return
+    file = _item(spec, ["kwargs", "model_path"])
+    if file is not None:
+        yield (
+            "task.pretrain",
+            f"there is a weight file as well, task.model.kwargs.model_path is {file!r}; the base is either read or "
+            "trained. Remedy: --set task.model.kwargs.model_path=null, or --set task.pretrain=false.",
+        )
+    base = _base_class(factory, spec)
+    if base is not None:
+        yield from _argument_problems(base, block, "task.pretrain", without=NETWORK_ARGUMENTS)
+
+
+def _model_class(spec: Any) -> Any:
+    """The class that a model's description names; None where it names none."""
+    try:
+        bare = {"class": spec} if isinstance(spec, str) else {k: v for k, v in spec.items() if k != "kwargs"}
+        return registry.MODELS.resolve(bare)[0]
+    except (ConfigError, AttributeError):
+        return None
+
+
+def _base_class(factory: Any, spec: Any) -> Any:
+    """The estimator that `pretrain` of a model would train; None for a `base_model` that there is not."""
+    asked = _item(spec, ["kwargs", "base_model"]) or registry.parameters(factory)["base_model"].default
+    return factory.base_estimators.get(asked)
 
 
 def _type_problem(check: TypeAdapter[Any], value: Any) -> str:
@@ -346,14 +402,18 @@ def _is_plain(hint: Any) -> bool:
 
 def _coerce(workflow: Workflow) -> None:
     """Give arguments the type that their class declares ("1e-3" in quotes becomes 0.001)."""
-    factory, _ = registry.MODELS.resolve(
-        {"class": workflow.task.model.class_, "module_path": workflow.task.model.module_path}
-    )
+    task = workflow.task
+    spec = task.model.model_dump(by_alias=True)
+    factory = _model_class(spec)
+    task.model.kwargs = _coerced(factory, task.model.kwargs)
+    if isinstance(task.pretrain, dict):
+        base = _base_class(factory, spec)
+        task.pretrain = task.pretrain if base is None else _coerced(base, task.pretrain)
+
+
+def _coerced(factory: Callable[..., Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     checks = _argument_types(factory)
-    kwargs = workflow.task.model.kwargs
-    workflow.task.model.kwargs = {
-        name: checks[name].validate_python(value) if name in checks else value for name, value in kwargs.items()
-    }
+    return {name: checks[name].validate_python(value) if name in checks else value for name, value in kwargs.items()}
 
 
 def _log_ignored(workflow: Workflow) -> None:

@@ -26,7 +26,8 @@ from qfast.dates import date_text
 from qfast.errors import CheckpointError, ConfigError, DataError, some
 from qfast.files import atomic_write
 from qfast.workflow import folder as folders
-from qfast.workflow.folder import RunFolder
+from qfast.workflow import pretraining
+from qfast.workflow.folder import BEST, RunFolder
 from qfast.workflow.history import check_history, short_share
 from qfast.workflow.schema import Workflow, normal_date, register_all
 
@@ -35,9 +36,9 @@ __all__ = ["build_dataset", "data_facts", "data_source", "predict", "save_scorin
 log = logging.getLogger("qfast")
 
 FORMAT = 1
-BEST = "best.safetensors"
 MODEL = "model.json"
 PROCESSORS = "processors.safetensors"
+NOT_SCORING = ("device", "progress", "model_path")  # of a model's arguments: all weights are in BEST
 STAGES = ("shared", "infer")  # learn processors have no part in scoring
 HANDLER_PATH = "task.dataset.kwargs.handler"
 # Of the training run only: scoring takes all rows of the new data and fits nothing.
@@ -162,7 +163,7 @@ def save_scoring(run_folder: RunFolder, workflow: Workflow, model: Any, dataset:
     kept = {k: v for k, v in handler_spec.get("kwargs", {}).items() if k not in TRAINING_ONLY}
     dataset_spec = workflow.task.dataset.given()
     dataset_kwargs = {k: v for k, v in dataset_spec["kwargs"].items() if k not in ("handler", "segments")}
-    parameters = {k: v for k, v in model.get_params().items() if k not in ("device", "progress")}
+    parameters = {k: v for k, v in model.get_params().items() if k not in NOT_SCORING}
     facts = {
         "format": FORMAT,
         "model": {**workflow.task.model.given(), "kwargs": parameters},
@@ -358,6 +359,7 @@ def scoring_summary(run_path: str | os.PathLike[str]) -> dict[str, Any]:
         k: run_folder.manifest.get(k) for k in ("experiment", "status", "error", "started", "ended", "device", "seed")
     }
     out["data"] = run_folder.manifest.get("data", {})
+    out["pretraining"] = pretraining.facts(run_folder.manifest)
     out["hint"] = run_folder.resume_hint()
     out["notes"] = run_folder.manifest.get("notes", [])
     metrics = run_folder / "metrics.json"
