@@ -12,6 +12,7 @@ namespace {
 #include "window_resolve.h"
 // Kernels.
 #include "activations.h"
+#include "additive_attention_kernels.h"
 #include "recurrent_kernels.h"
 #include "window_gather_kernels.h"
 

@@ -1,0 +1,328 @@
+// Additive attention, pass by pass; see cpu_isa_body.h for what may stand here and docs/attention.md for the
+// mathematics. Columns go in panels of up to four vectors whose sums stay in registers; a thread owns whole
+// blocks of sorted rows (block_sums) or whole groups of lookups (attend, attend_backward), so that every sum
+// has one fixed order.
+//
+// A row of H elements is read three times (from memory, from memory, from the caches) and written once, or
+// twice where gradients are wanted, for about 10 H flops: bound by the caches for a few thousand rows and by
+// memory latency beyond, which is why rows are asked for ahead.
+
+#define QFAST_INLINE_MEMBER inline __attribute__((always_inline))
+
+constexpr int kPanelVectors = 4;
+constexpr int64_t kRowsAhead = 8;
+
+// W vectors of columns. The last vector of a row that is no multiple of a vector long overlaps the one before
+// it: the columns they share are computed twice, alike. A row shorter than a vector is loaded in part.
+template <class Element, int W, bool kWhole>
+struct Panel {
+  static constexpr int vectors = W;
+  int64_t at[W];
+  int64_t count;
+  Integers<Element> fresh;  // lanes of the last vector that no vector before it has
+
+  Panel(int64_t first, int64_t width) : count(kWhole ? kLanes<Element> : width) {
+    for (int w = 0; w < W; ++w) {
+      const int64_t column = (first + w) * kLanes<Element>, last = width - kLanes<Element>;
+      at[w] = !kWhole ? 0 : column < last ? column : last;
+      for (int64_t lane = 0; lane < kLanes<Element>; ++lane) fresh[lane] = at[w] + lane >= column ? -1 : 0;
+    }
+  }
+
+  QFAST_INLINE_MEMBER Vector<Element> read(const Element* row, int w) const {
+    return load<Element>(row + at[w], kWhole ? kLanes<Element> : count);
+  }
+  QFAST_INLINE_MEMBER void write(Element* row, int w, Vector<Element> value) const {
+    store<Element>(row + at[w], value, kWhole ? kLanes<Element> : count);
+  }
+  QFAST_INLINE_MEMBER void prefetch(const Element* row) const {
+#pragma GCC unroll 4
+    for (int w = 0; w < W; ++w) __builtin_prefetch(row + at[w]);
+  }
+  // Sum of the products of W vectors, each column once.
+  QFAST_INLINE_MEMBER Element sum(const Vector<Element> (&products)[W]) const {
+    Vector<Element> total = (Vector<Element>)((Integers<Element>)products[W - 1] & fresh);
+#pragma GCC unroll 4
+    for (int w = 0; w < W - 1; ++w) total += products[w];
+    Element result = 0;
+#pragma GCC unroll 16
+    for (int64_t lane = 0; lane < kLanes<Element>; ++lane) result += total[lane];
+    return result;
+  }
+};
+
+// body(panel, whether it is the first of the row).
+template <class Element, class Body>
+QFAST_ALWAYS_INLINE void each_panel(int64_t width, const Body& body) {
+  if (width < kLanes<Element>) return body(Panel<Element, 1, false>(0, width), true);
+  const int64_t vectors = (width + kLanes<Element> - 1) / kLanes<Element>;
+  int64_t v = 0;
+  for (; v + 4 <= vectors; v += 4) body(Panel<Element, 4, true>(v, width), v == 0);
+  if (v + 2 <= vectors) body(Panel<Element, 2, true>(v, width), v == 0), v += 2;
+  if (v < vectors) body(Panel<Element, 1, true>(v, width), v == 0);
+}
+
+// x = exp(x) for x <= 0 or NaN, within 2 ulp.
+template <class Element>
+QFAST_ALWAYS_INLINE void exp_in_place(Element* values, int64_t begin, int64_t end) {
+  const Vector<Element> lowest = Vector<Element>{} + Lanes<Element>::exp_zero;
+  for (int64_t i = begin; i < end; i += kLanes<Element>) {
+    const int64_t count = end - i < kLanes<Element> ? end - i : kLanes<Element>;
+    Vector<Element> x = load<Element>(values + i, count);
+    x = x < lowest ? lowest : x;
+    Vector<Element> rest;
+    Integers<Element> exponent;
+    split_exp<Element>(x, &rest, &exponent);
+    const Integers<Element> half = exponent >> 1;  // in two steps: the result may be subnormal
+    const Vector<Element> result =
+        (rest + Element(1)) * power_of_two<Element>(half) * power_of_two<Element>(exponent - half);
+    store<Element>(values + i, result, count);
+  }
+}
+
+// ---------------------------------------------------------------- the two running sums
+// Sums of the blocks [begin, end), either weight.
+template <class Element>
+QFAST_ALWAYS_INLINE void block_sums(const RunningSums<Element>& sums, int64_t begin, int64_t end) {
+  each_panel<Element>(sums.width, [&](auto panel, bool) {
+    constexpr int W = decltype(panel)::vectors;
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * kSumRows;
+      const int64_t last = first + kSumRows < sums.count ? first + kSumRows : sums.count;
+      Vector<Element> prefix[W] = {}, suffix[W] = {};
+      for (int64_t j = first; j < last; ++j) {
+        const int64_t ahead = j + kRowsAhead < sums.count ? j + kRowsAhead : j;
+        panel.prefetch(sums.rows + sums.order[ahead] * sums.width);
+        const Element* row = sums.rows + sums.order[j] * sums.width;
+        const Element of_prefix = sums.prefix_weight[j], of_suffix = sums.suffix_weight[j];
+#pragma GCC unroll 4
+        for (int w = 0; w < W; ++w) {
+          const Vector<Element> value = panel.read(row, w);
+          prefix[w] += of_prefix * value;
+          suffix[w] += of_suffix * value;
+        }
+      }
+      for (int w = 0; w < W; ++w) {
+        panel.write(sums.prefix_blocks + block * sums.width, w, prefix[w]);
+        panel.write(sums.suffix_blocks + block * sums.width, w, suffix[w]);
+      }
+    }
+  });
+}
+
+// Calls emit(lookup, offset of its row, prefix part, suffix part) for the lookups of a task: sums of the
+// block up to and from each position, on top of the carries. The sums from the back are kept from the highest
+// position of the task down to the lowest and met again on the way up. The rows of the next block are asked
+// for on the way, one block ahead.
+template <class Element, class P, class Emit>
+QFAST_ALWAYS_INLINE void each_lookup(const Lookups<Element>& job, const LookupTask& task, const P& panel,
+                                     const Emit& emit) {
+  constexpr int W = P::vectors;
+  const RunningSums<Element>& sums = job.sums;
+  const int64_t first = task.block * kSumRows;
+  const int64_t last = first + kSumRows < sums.count ? first + kSumRows : sums.count;
+  const int64_t low = job.position[task.begin], high = job.position[task.end - 1];
+  const auto row_at = [&](int64_t j) { return sums.rows + sums.order[j] * sums.width; };
+  const auto ask_ahead = [&](int64_t j) {
+    if (j + kSumRows < sums.count) panel.prefetch(row_at(j + kSumRows));
+  };
+  Vector<Element> before[W], behind[W], local[W] = {};
+  Vector<Element> suffixes[kSumRows + 1][W];
+#pragma GCC unroll 4
+  for (int w = 0; w < W; ++w) {
+    before[w] = panel.read(sums.prefix_blocks + task.block * sums.width, w);
+    behind[w] = panel.read(sums.suffix_blocks + task.block * sums.width, w);
+  }
+  int64_t j = last;
+  const auto step_back = [&] {
+    const Element* row = row_at(j);
+    const Element weight = sums.suffix_weight[j];
+#pragma GCC unroll 4
+    for (int w = 0; w < W; ++w) local[w] += weight * panel.read(row, w);
+  };
+  while (--j >= high) {
+    ask_ahead(j);
+    step_back();
+  }
+#pragma GCC unroll 4
+  for (int w = 0; w < W; ++w) suffixes[high - low][w] = behind[w] + local[w];
+  for (; j >= low; --j) {
+    step_back();
+#pragma GCC unroll 4
+    for (int w = 0; w < W; ++w) suffixes[j - low][w] = behind[w] + local[w];
+  }
+#pragma GCC unroll 4
+  for (int w = 0; w < W; ++w) local[w] = Vector<Element>{};
+  j = first;
+  for (int64_t l = task.begin; l < task.end; ++l) {
+    for (; j < job.position[l]; ++j) {
+      ask_ahead(j);
+      const Element* row = row_at(j);
+      const Element weight = sums.prefix_weight[j];
+#pragma GCC unroll 4
+      for (int w = 0; w < W; ++w) local[w] += weight * panel.read(row, w);
+    }
+    const Vector<Element>(&suffix)[W] = suffixes[job.position[l] - low];
+    Vector<Element> of_prefix[W], of_suffix[W];
+#pragma GCC unroll 4
+    for (int w = 0; w < W; ++w) {
+      of_prefix[w] = job.prefix_factor[l] * (before[w] + local[w]);
+      of_suffix[w] = job.suffix_factor[l] * suffix[w];
+    }
+    emit(l, job.order[l] * sums.width, of_prefix, of_suffix);
+  }
+}
+
+template <class Element>
+QFAST_ALWAYS_INLINE void attend(const AttendJob<Element>& job, int64_t begin, int64_t end) {
+  const Lookups<Element>& lookups = job.lookups;
+  each_panel<Element>(lookups.sums.width, [&](auto panel, bool) {
+    constexpr int W = decltype(panel)::vectors;
+    for (int64_t t = begin; t < end; ++t) {
+      each_lookup(lookups, lookups.tasks[t], panel,
+                  [&](int64_t l, int64_t at, const auto& of_prefix, const auto& of_suffix) {
+#pragma GCC unroll 4
+                    for (int w = 0; w < W; ++w) {
+                      Vector<Element> out = of_prefix[w] + of_suffix[w];
+                      if (job.residual != nullptr) out += panel.read(job.residual + at, w);
+                      panel.write(job.out + at, w, out);
+                    }
+                    if (job.share == nullptr) return;
+                    const bool below = __builtin_signbit(job.share_weight[l]);
+#pragma GCC unroll 4
+                    for (int w = 0; w < W; ++w)
+                      panel.write(job.share + at, w, below ? -of_prefix[w] : of_suffix[w]);
+                  });
+    }
+  });
+}
+
+template <class Element>
+QFAST_ALWAYS_INLINE void attend_backward(const AttendBackwardJob<Element>& job, int64_t begin, int64_t end) {
+  const Lookups<Element>& lookups = job.lookups;
+  each_panel<Element>(lookups.sums.width, [&](auto panel, bool opens) {
+    constexpr int W = decltype(panel)::vectors;
+    for (int64_t t = begin; t < end; ++t) {
+      each_lookup(lookups, lookups.tasks[t], panel,
+                  [&](int64_t l, int64_t at, const auto& of_prefix, const auto& of_suffix) {
+                    Vector<Element> prefix_products[W], suffix_products[W];
+#pragma GCC unroll 4
+                    for (int w = 0; w < W; ++w) {
+                      panel.write(job.grad_value + at, w, of_prefix[w] + of_suffix[w]);
+                      const Vector<Element> value = panel.read(job.value + at, w);
+                      prefix_products[w] = value * of_prefix[w];
+                      suffix_products[w] = value * of_suffix[w];
+                    }
+                    job.prefix_dot[l] = (opens ? Element(0) : job.prefix_dot[l]) + panel.sum(prefix_products);
+                    job.suffix_dot[l] = (opens ? Element(0) : job.suffix_dot[l]) + panel.sum(suffix_products);
+                  });
+    }
+  });
+}
+
+// ---------------------------------------------------------------- passes over rows as they lie in memory
+template <class Element>
+QFAST_ALWAYS_INLINE void row_dots(const RowDotsJob<Element>& job, int64_t begin, int64_t end) {
+  each_panel<Element>(job.width, [&](auto panel, bool opens) {
+    constexpr int W = decltype(panel)::vectors;
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t at = r * job.width;
+      Vector<Element> mean_products[W], share_products[W];
+#pragma GCC unroll 4
+      for (int w = 0; w < W; ++w) {
+        const Vector<Element> grad = panel.read(job.grad + at, w);
+        Vector<Element> mean = panel.read(job.out + at, w);
+        if (job.residual != nullptr) mean -= panel.read(job.residual + at, w);
+        mean_products[w] = grad * mean;
+        share_products[w] = grad * panel.read(job.share + at, w);
+      }
+      job.mean_dot[r] = (opens ? Element(0) : job.mean_dot[r]) + panel.sum(mean_products);
+      job.share_dot[r] = (opens ? Element(0) : job.share_dot[r]) + panel.sum(share_products);
+    }
+  });
+}
+
+template <class Element>
+QFAST_ALWAYS_INLINE void hidden_scores(const ScoresJob<Element>& job, int64_t begin, int64_t end) {
+  each_panel<Element>(job.width, [&](auto panel, bool opens) {
+    constexpr int W = decltype(panel)::vectors;
+    for (int64_t r = begin; r < end; ++r) {
+      Vector<Element> query[W], key[W];
+#pragma GCC unroll 4
+      for (int w = 0; w < W; ++w) {
+        const Vector<Element> hidden = panel.read(job.hidden + r * job.width, w);
+        query[w] = hidden * panel.read(job.weight, w);
+        key[w] = hidden * panel.read(job.weight + job.width, w);
+      }
+      Element* const scores[] = {job.scores + r, job.scores + job.rows + r};
+      *scores[0] = (opens ? job.bias[0] : *scores[0]) + panel.sum(query);
+      *scores[1] = (opens ? job.bias[1] : *scores[1]) + panel.sum(key);
+    }
+  });
+}
+
+// Blocks [begin, end) of kSumRows rows.
+template <class Element>
+QFAST_ALWAYS_INLINE void hidden_scores_backward(const ScoresBackwardJob<Element>& job, int64_t begin,
+                                                int64_t end) {
+  each_panel<Element>(job.width, [&](auto panel, bool) {
+    constexpr int W = decltype(panel)::vectors;
+    Vector<Element> weights[2][W];
+#pragma GCC unroll 4
+    for (int w = 0; w < W; ++w) {
+      weights[0][w] = panel.read(job.weight, w);
+      weights[1][w] = panel.read(job.weight + job.width, w);
+    }
+    for (int64_t block = begin; block < end; ++block) {
+      Vector<Element> sums[2][W] = {};
+      const int64_t first = block * kSumRows;
+      const int64_t last = first + kSumRows < job.rows ? first + kSumRows : job.rows;
+      for (int64_t r = first; r < last; ++r) {
+        const Element of_query = job.of_query[r], of_key = job.of_key[r];
+#pragma GCC unroll 4
+        for (int w = 0; w < W; ++w) {
+          const int64_t at = r * job.width;
+          const Vector<Element> hidden = panel.read(job.hidden + at, w);
+          Vector<Element> added =
+              panel.read(job.grad + at, w) + of_query * weights[0][w] + of_key * weights[1][w];
+          if (w == W - 1) added = (Vector<Element>)((Integers<Element>)added & panel.fresh);
+          panel.write(job.grad_hidden + at, w, panel.read(job.grad_hidden + at, w) + added);
+          sums[0][w] += of_query * hidden;
+          sums[1][w] += of_key * hidden;
+        }
+      }
+#pragma GCC unroll 4
+      for (int w = 0; w < W; ++w) {
+        panel.write(job.block_sums + 2 * block * job.width, w, sums[0][w]);
+        panel.write(job.block_sums + (2 * block + 1) * job.width, w, sums[1][w]);
+      }
+    }
+  });
+}
+
+#define QFAST_ATTENTION_KERNELS(suffix, Element)                                                            \
+  static void exp_##suffix(Element* values, int64_t begin, int64_t end) {                                   \
+    exp_in_place<Element>(values, begin, end);                                                              \
+  }                                                                                                         \
+  static void block_sums_##suffix(const RunningSums<Element>& job, int64_t begin, int64_t end) {            \
+    block_sums<Element>(job, begin, end);                                                                   \
+  }                                                                                                         \
+  static void attend_##suffix(const AttendJob<Element>& job, int64_t begin, int64_t end) {                  \
+    attend<Element>(job, begin, end);                                                                       \
+  }                                                                                                         \
+  static void attend_backward_##suffix(const AttendBackwardJob<Element>& job, int64_t begin, int64_t end) { \
+    attend_backward<Element>(job, begin, end);                                                              \
+  }                                                                                                         \
+  static void row_dots_##suffix(const RowDotsJob<Element>& job, int64_t begin, int64_t end) {               \
+    row_dots<Element>(job, begin, end);                                                                     \
+  }                                                                                                         \
+  static void hidden_scores_##suffix(const ScoresJob<Element>& job, int64_t begin, int64_t end) {           \
+    hidden_scores<Element>(job, begin, end);                                                                \
+  }                                                                                                         \
+  static void hidden_scores_backward_##suffix(const ScoresBackwardJob<Element>& job, int64_t begin,         \
+                                              int64_t end) {                                                \
+    hidden_scores_backward<Element>(job, begin, end);                                                       \
+  }
+QFAST_ATTENTION_KERNELS(f32, float)
+QFAST_ATTENTION_KERNELS(f64, double)
+#undef QFAST_ATTENTION_KERNELS
