@@ -50,6 +50,18 @@ class KeepHistory(Callback):
         atomic_write(self.folder / HISTORY, lambda file: file.write_bytes(text.encode("utf-8")))
 
 
+class NoteTaken(Callback):
+    """The manifest gets what a model took of its base's weights, and what not, before it is trained."""
+
+    def __init__(self, run_folder: RunFolder) -> None:
+        self.folder = run_folder
+
+    def on_fit_start(self, estimator: Any) -> None:
+        taken = getattr(estimator, "pretrained_", None)
+        if taken:
+            self.folder.update(pretrained=taken)
+
+
 # ---------------------------------------------------------------- model_path
 def absolute_model_path(spec: Spec, file: Path, optional: bool = False) -> None:
     """Turn the model's `model_path` into an absolute one, in place; a model without that argument is left alone.

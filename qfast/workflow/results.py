@@ -149,10 +149,11 @@ def _facts(run_folder: RunFolder, workflow: Workflow, model: Any, started: float
     manifest = run_folder.manifest
     parameters = sum(p.numel() for p in model.network.parameters())
     history = model.history_
+    seconds = history["seconds"].sum() if len(history) else 0.0
     segments = workflow.task.dataset.kwargs.segments
     return {
         "Model": f"{type(model).__module__}.{type(model).__name__}, {parameters:,} parameters",
-        "Epochs": f"{len(history)}, best {model.best_epoch_}, {history['seconds'].sum():.1f} s of training",
+        "Epochs": f"{len(history)}, best {model.best_epoch_}, {seconds:.1f} s of training",
         **pretraining.facts(manifest),
         "Segments": "; ".join(f"{name} {_span(*bounds)}" for name, bounds in segments.items()),
         "Data": f"{manifest['data']['source']} (hash {manifest['data']['hash']})",

@@ -384,7 +384,7 @@ def _fit(job: _Job, run_folder: RunFolder, model: Any, dataset: Any) -> None:
     model.fit(
         dataset,
         reweighter=reweighter,
-        callbacks=[*job.callbacks, keep],
+        callbacks=[*job.callbacks, keep, *([] if resume else [pretraining.NoteTaken(run_folder)])],
         checkpoint_dir=run_folder.path,
         resume=resume,
     )

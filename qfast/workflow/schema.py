@@ -325,7 +325,9 @@ def _argument_problems(
     if known is not None:
         known = tuple(name for name in known if name not in without)
     for name, value in kwargs.items():
-        if known is not None and name not in known:
+        if name in without:
+            yield f"{path}.{name}", f"is the model's own, the base is built with it: task.model.kwargs.{name}."
+        elif known is not None and name not in known:
             title = getattr(factory, "__name__", "it")
             yield f"{path}.{name}", f"{title} has no argument {name!r}; it takes {list(known)}.{suggest(name, known)}"
         elif name in checks and not (isinstance(value, str) and value.startswith("<")):
