@@ -16,7 +16,7 @@ from qfast import _backend
 from qfast.errors import ConfigError, DataError, whole_number
 from qfast.ops import recurrent, transforms
 
-__all__ = ["GRUModel", "LSTMModel", "as_windows"]
+__all__ = ["GRUModel", "LSTMModel", "Recurrent", "as_windows"]
 
 
 def as_windows(x: Tensor, d_feat: int) -> Tensor:
@@ -59,18 +59,12 @@ def as_windows(x: Tensor, d_feat: int) -> Tensor:
     raise DataError(f"x must be [B, T, F] or [B, F*T], got {x.dim()} axes with shape {list(x.shape)}.")
 
 
-class _RecurrentModel(nn.Module):
-    """fc_out(last step of the top recurrent layer); subclasses say which layer."""
+class Recurrent(nn.Module):
+    """`rnn` over a window, read at its last step: what every network with such a base begins with."""
 
-    layer: ClassVar[type[nn.LSTM] | type[nn.GRU]]
-    operator: ClassVar[Callable[..., tuple[Tensor, Tensor]]]
-    # Steps times rows of a batch from which inference too measures faster with our operator. torch runs the
-    # LSTM's with a fused kernel that ours only beats where its buffers are mapped anew for each batch.
-    operator_infers_from: ClassVar[int]
-    # Rows of a batch for each of several threads below which torch's layer is faster; 1 thread always gains.
-    operator_rows_per_thread: ClassVar[int]
-
-    def __init__(self, d_feat: int = 6, hidden_size: int = 64, num_layers: int = 2, dropout: float = 0.0) -> None:
+    def __init__(
+        self, kind: type[_RecurrentModel], d_feat: int, hidden_size: int, num_layers: int, dropout: float
+    ) -> None:
         super().__init__()
         for name, value in {"d_feat": d_feat, "hidden_size": hidden_size, "num_layers": num_layers}.items():
             whole_number(name, value)
@@ -79,14 +73,12 @@ class _RecurrentModel(nn.Module):
         # nn.LSTM warns about dropout without a second layer, where it has no effect; the reference's
         # defaults make that combination common.
         between = float(dropout) if num_layers > 1 else 0.0
-        self.rnn = self.layer(d_feat, hidden_size, num_layers=num_layers, batch_first=True, dropout=between)
-        self.fc_out = nn.Linear(hidden_size, 1)
+        self.rnn = kind.layer(d_feat, hidden_size, num_layers=num_layers, batch_first=True, dropout=between)
         self.d_feat = d_feat
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, F] or [B, F*T] -> [B]; a batch of one stays one-dimensional (the reference returns 0-d)."""
-        prediction: Tensor = self.fc_out(self._last_step(as_windows(x, self.d_feat))).squeeze(-1)
-        return prediction
+    def _kind(self) -> type[_RecurrentModel]:
+        """The class that knows the layer and its operator."""
+        raise NotImplementedError
 
     def _last_step(self, x: Tensor) -> Tensor:
         """[B, T, F] -> [B, H]; the same numbers by either way, up to rounding."""
@@ -102,7 +94,7 @@ class _RecurrentModel(nn.Module):
         rnn = self.rnn
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         layers = [[getattr(rnn, f"{name}_l{layer}") for name in names] for layer in range(rnn.num_layers)]
-        return type(self).operator(x, layers, dropout=rnn.dropout, training=rnn.training)[1]
+        return self._kind().operator(x, layers, dropout=rnn.dropout, training=rnn.training)[1]
 
     def _takes_operator(self, x: Tensor) -> bool:
         """Whether to compute with our operator: on the CPU, where it measures faster than torch's layer or where
@@ -128,17 +120,41 @@ class _RecurrentModel(nn.Module):
 
     def _is_plain(self, rnn: nn.Module) -> bool:
         """Whether `rnn` is still the layer that was built here: nothing but it would do what the operator does."""
-        if type(rnn) is not self.layer or rnn.bidirectional or rnn.proj_size or not rnn.bias:
+        if type(rnn) is not self._kind().layer or rnn.bidirectional or rnn.proj_size or not rnn.bias:
             return False
         hooks = rnn._forward_hooks or rnn._forward_pre_hooks or rnn._backward_hooks or rnn._backward_pre_hooks
         return rnn.batch_first and not hooks  # hooks would not be called
 
     def _operator_is_faster(self, x: Tensor) -> bool:
-        threads = torch.get_num_threads()
-        if threads > 1 and x.shape[0] < threads * self.operator_rows_per_thread:
+        threads, kind = torch.get_num_threads(), self._kind()
+        if threads > 1 and x.shape[0] < threads * kind.operator_rows_per_thread:
             return False
         trains = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.rnn.parameters()))
-        return trains or x.shape[0] * x.shape[1] >= self.operator_infers_from
+        return trains or x.shape[0] * x.shape[1] >= kind.operator_infers_from
+
+
+class _RecurrentModel(Recurrent):
+    """fc_out(last step of the top recurrent layer); subclasses say which layer."""
+
+    layer: ClassVar[type[nn.LSTM] | type[nn.GRU]]
+    operator: ClassVar[Callable[..., tuple[Tensor, Tensor]]]
+    # Steps times rows of a batch from which inference too measures faster with our operator. torch runs the
+    # LSTM's with a fused kernel that ours only beats where its buffers are mapped anew for each batch.
+    operator_infers_from: ClassVar[int]
+    # Rows of a batch for each of several threads below which torch's layer is faster; 1 thread always gains.
+    operator_rows_per_thread: ClassVar[int]
+
+    def __init__(self, d_feat: int = 6, hidden_size: int = 64, num_layers: int = 2, dropout: float = 0.0) -> None:
+        super().__init__(type(self), d_feat, hidden_size, num_layers, dropout)
+        self.fc_out = nn.Linear(hidden_size, 1)
+
+    def _kind(self) -> type[_RecurrentModel]:
+        return type(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, F] or [B, F*T] -> [B]; a batch of one stays one-dimensional (the reference returns 0-d)."""
+        prediction: Tensor = self.fc_out(self._last_step(as_windows(x, self.d_feat))).squeeze(-1)
+        return prediction
 
 
 class LSTMModel(_RecurrentModel):

@@ -1,0 +1,133 @@
+"""A recurrent network over each stock's window, then attention over all stocks of the same day.
+
+Parameter names, creation order and initial weights are those of the reference (pyqlib 0.9.7,
+qlib/contrib/model/pytorch_gats.py), so state dicts travel both ways.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qfast.errors import ConfigError, suggest
+from qfast.nn.recurrent import GRUModel, LSTMModel, Recurrent, _RecurrentModel, as_windows
+from qfast.ops import graph_attention
+
+BASES: dict[str, type[_RecurrentModel]] = {"GRU": GRUModel, "LSTM": LSTMModel}
+
+__all__ = ["BASES", "GATModel"]
+
+
+class GATModel(Recurrent):
+    """Graph attention over the stocks of a day (Velickovic et al. 2018; reference: pytorch_gats.py).
+
+    With h_i the last step of `rnn` over stock i's window, z = transformation(h) and (a_key, a_query) the halves of a:
+
+        w_ij = softmax over the day's j of LeakyReLU(a_key . z_j + a_query . z_i)
+        out_i = fc_out(LeakyReLU(fc(h_i + sum_j w_ij h_j)))
+
+    Every LeakyReLU has the slope 0.01 below 0, the default of torch and of the operator.
+
+    Parameters
+    ----------
+    d_feat, hidden_size, num_layers, dropout
+        F, H, L and the dropout between recurrent layers, as in `LSTMModel`.
+    base_model : str
+        "GRU" or "LSTM".
+
+    Raises
+    ------
+    ConfigError
+        A size that is not a whole number above 0, a dropout outside [0, 1], another base.
+
+    Notes
+    -----
+    No N x N tensor is built: `transformation` and `a` are folded into two vectors, and `qfast.ops.graph_attention`
+    does the rest in N log N. TorchScript and traces hold the dense softmax instead, in N x N memory, and a trace
+    keeps the days of its example. About `rnn`, compilers and torch.func the notes of `LSTMModel` hold; hooks of
+    `transformation` are not called.
+
+    Examples
+    --------
+    >>> network, two_days = GATModel(d_feat=6), torch.tensor([0, 3, 8])
+    >>> network(torch.zeros(8, 360), two_days).shape
+    torch.Size([8])
+    """
+
+    def __init__(
+        self,
+        d_feat: int = 6,
+        hidden_size: int = 64,
+        num_layers: int = 2,
+        dropout: float = 0.0,
+        base_model: str = "GRU",
+    ) -> None:
+        if not isinstance(base_model, str) or base_model not in BASES:
+            raise ConfigError(
+                f"base_model must be one of {sorted(BASES)}, got {base_model!r}."
+                + suggest(str(base_model).upper(), BASES)
+            )
+        super().__init__(BASES[base_model], d_feat, hidden_size, num_layers, dropout)
+        self.base_model = base_model
+        self.transformation = nn.Linear(hidden_size, hidden_size)
+        self.a = nn.Parameter(torch.randn(2 * hidden_size, 1))
+        self.fc = nn.Linear(hidden_size, hidden_size)
+        self.fc_out = nn.Linear(hidden_size, 1)
+
+    def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """Predictions of one day, or of many days that never see each other.
+
+        Parameters
+        ----------
+        x : Tensor [N, T, F], or [N, F*T] feature-major
+        offsets : Tensor [D + 1], int64, optional
+            Day d is rows offsets[d] to offsets[d + 1]; best kept on the CPU. None: all rows are one day.
+
+        Returns
+        -------
+        Tensor [N]
+            Also for one stock, where the reference returns 0-d.
+        """
+        hidden = self._last_step(as_windows(x, self.d_feat))
+        weight, bias = self._folded()
+        attended = self._attend(hidden, weight, bias, offsets)
+        prediction: Tensor = self.fc_out(functional.leaky_relu(self.fc(attended))).squeeze(-1)
+        return prediction
+
+    def scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """query and key [N] of each row: LeakyReLU(query_i + key_j) is what i thinks of j before the softmax.
+
+        Examples
+        --------
+        >>> query, key = GATModel(d_feat=2).scores(torch.zeros(5, 4, 2))
+        >>> query.shape, key.shape
+        (torch.Size([5]), torch.Size([5]))
+        """
+        weight, bias = self._folded()
+        query, key = (self._last_step(as_windows(x, self.d_feat)) @ weight.t() + bias).unbind(1)
+        return query, key
+
+    def _kind(self) -> type[_RecurrentModel]:
+        return BASES[self.base_model]
+
+    def _folded(self) -> tuple[Tensor, Tensor]:
+        """`transformation` and `a` as weight [2, H] and bias [2] of the scores; row 0 gives the query's."""
+        halves = self.a.view(2, -1).flip(0)
+        return halves @ self.transformation.weight, halves @ self.transformation.bias
+
+    def _attend(self, hidden: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor | None) -> Tensor:
+        # As in `_last_step`: a script leaves this branch out. A trace would keep its example's number of rows.
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            traced = torch.jit.is_tracing()  # type: ignore[attr-defined]
+            if not traced:
+                return graph_attention(hidden, weight, bias, offsets)
+        days = [0, hidden.shape[0]] if offsets is None else [int(bound) for bound in offsets]
+        query, key = (hidden @ weight.t() + bias).unbind(1)
+        parts = [hidden[:0]]
+        for day in range(len(days) - 1):
+            begin, end = days[day], days[day + 1]
+            scores = query[begin:end].unsqueeze(1) + key[begin:end].unsqueeze(0)
+            weights = functional.leaky_relu(scores).softmax(1)
+            parts.append(hidden[begin:end] + weights @ hidden[begin:end])
+        return torch.cat(parts)
