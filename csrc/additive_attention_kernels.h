@@ -39,6 +39,10 @@ struct Panel {
 #pragma GCC unroll 4
     for (int w = 0; w < W; ++w) __builtin_prefetch(row + at[w]);
   }
+  QFAST_INLINE_MEMBER void prefetch_to_write(Element* row) const {
+#pragma GCC unroll 4
+    for (int w = 0; w < W; ++w) __builtin_prefetch(row + at[w], 1);
+  }
   // Sum of the products of W vectors, each column once.
   QFAST_INLINE_MEMBER Element sum(const Vector<Element> (&products)[W]) const {
     Vector<Element> total = (Vector<Element>)((Integers<Element>)products[W - 1] & fresh);
@@ -114,9 +118,9 @@ QFAST_ALWAYS_INLINE void block_sums(const RunningSums<Element>& sums, int64_t be
 // block up to and from each position, on top of the carries. The sums from the back are kept from the highest
 // position of the task down to the lowest and met again on the way up. The rows of the next block are asked
 // for on the way, one block ahead.
-template <class Element, class P, class Emit>
+template <class Element, class P, class Ask, class Emit>
 QFAST_ALWAYS_INLINE void each_lookup(const Lookups<Element>& job, const LookupTask& task, const P& panel,
-                                     const Emit& emit) {
+                                     const Ask& ask, const Emit& emit) {
   constexpr int W = P::vectors;
   const RunningSums<Element>& sums = job.sums;
   const int64_t first = task.block * kSumRows;
@@ -155,6 +159,7 @@ QFAST_ALWAYS_INLINE void each_lookup(const Lookups<Element>& job, const LookupTa
   for (int w = 0; w < W; ++w) local[w] = Vector<Element>{};
   j = first;
   for (int64_t l = task.begin; l < task.end; ++l) {
+    if (l + kRowsAhead < sums.count) ask(job.order[l + kRowsAhead] * sums.width);
     for (; j < job.position[l]; ++j) {
       ask_ahead(j);
       const Element* row = row_at(j);
@@ -179,20 +184,25 @@ QFAST_ALWAYS_INLINE void attend(const AttendJob<Element>& job, int64_t begin, in
   each_panel<Element>(lookups.sums.width, [&](auto panel, bool) {
     constexpr int W = decltype(panel)::vectors;
     for (int64_t t = begin; t < end; ++t) {
-      each_lookup(lookups, lookups.tasks[t], panel,
-                  [&](int64_t l, int64_t at, const auto& of_prefix, const auto& of_suffix) {
+      each_lookup(
+          lookups, lookups.tasks[t], panel,
+          [&](int64_t at) {
+            panel.prefetch_to_write(job.out + at);
+            if (job.share != nullptr) panel.prefetch_to_write(job.share + at);
+            if (job.residual != nullptr) panel.prefetch(job.residual + at);
+          },
+          [&](int64_t l, int64_t at, const auto& of_prefix, const auto& of_suffix) {
 #pragma GCC unroll 4
-                    for (int w = 0; w < W; ++w) {
-                      Vector<Element> out = of_prefix[w] + of_suffix[w];
-                      if (job.residual != nullptr) out += panel.read(job.residual + at, w);
-                      panel.write(job.out + at, w, out);
-                    }
-                    if (job.share == nullptr) return;
-                    const bool below = __builtin_signbit(job.share_weight[l]);
+            for (int w = 0; w < W; ++w) {
+              Vector<Element> out = of_prefix[w] + of_suffix[w];
+              if (job.residual != nullptr) out += panel.read(job.residual + at, w);
+              panel.write(job.out + at, w, out);
+            }
+            if (job.share == nullptr) return;
+            const bool below = __builtin_signbit(job.share_weight[l]);
 #pragma GCC unroll 4
-                    for (int w = 0; w < W; ++w)
-                      panel.write(job.share + at, w, below ? -of_prefix[w] : of_suffix[w]);
-                  });
+            for (int w = 0; w < W; ++w) panel.write(job.share + at, w, below ? -of_prefix[w] : of_suffix[w]);
+          });
     }
   });
 }
@@ -203,19 +213,24 @@ QFAST_ALWAYS_INLINE void attend_backward(const AttendBackwardJob<Element>& job, 
   each_panel<Element>(lookups.sums.width, [&](auto panel, bool opens) {
     constexpr int W = decltype(panel)::vectors;
     for (int64_t t = begin; t < end; ++t) {
-      each_lookup(lookups, lookups.tasks[t], panel,
-                  [&](int64_t l, int64_t at, const auto& of_prefix, const auto& of_suffix) {
-                    Vector<Element> prefix_products[W], suffix_products[W];
+      each_lookup(
+          lookups, lookups.tasks[t], panel,
+          [&](int64_t at) {
+            panel.prefetch_to_write(job.grad_value + at);
+            panel.prefetch(job.value + at);
+          },
+          [&](int64_t l, int64_t at, const auto& of_prefix, const auto& of_suffix) {
+            Vector<Element> prefix_products[W], suffix_products[W];
 #pragma GCC unroll 4
-                    for (int w = 0; w < W; ++w) {
-                      panel.write(job.grad_value + at, w, of_prefix[w] + of_suffix[w]);
-                      const Vector<Element> value = panel.read(job.value + at, w);
-                      prefix_products[w] = value * of_prefix[w];
-                      suffix_products[w] = value * of_suffix[w];
-                    }
-                    job.prefix_dot[l] = (opens ? Element(0) : job.prefix_dot[l]) + panel.sum(prefix_products);
-                    job.suffix_dot[l] = (opens ? Element(0) : job.suffix_dot[l]) + panel.sum(suffix_products);
-                  });
+            for (int w = 0; w < W; ++w) {
+              panel.write(job.grad_value + at, w, of_prefix[w] + of_suffix[w]);
+              const Vector<Element> value = panel.read(job.value + at, w);
+              prefix_products[w] = value * of_prefix[w];
+              suffix_products[w] = value * of_suffix[w];
+            }
+            job.prefix_dot[l] = (opens ? Element(0) : job.prefix_dot[l]) + panel.sum(prefix_products);
+            job.suffix_dot[l] = (opens ? Element(0) : job.suffix_dot[l]) + panel.sum(suffix_products);
+          });
     }
   });
 }
