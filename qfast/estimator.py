@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,11 +24,11 @@ from torch import Tensor, nn
 from qfast import checkpoint
 from qfast.callbacks import Callback, Checkpoint, EarlyStopping, Progress
 from qfast.data.adapt import windows_of
-from qfast.data.batching import BatchOrder, NumpyOrder, slices
+from qfast.data.batching import Batches, BatchOrder, NumpyOrder
 from qfast.data.windows import WindowSet
 from qfast.device import choose_device
 from qfast.errors import ConfigError, DataError, NotFittedError, suggest, whole_number
-from qfast.losses import loss_function, metric_function
+from qfast.losses import loss_function, metric_function, sample_weights
 
 GRADIENT_LIMIT = 3.0  # the reference clips every gradient element to +-3
 
@@ -50,7 +51,8 @@ class Estimator:
     """Fit and predict for one network; subclasses only name their parts.
 
     Subclasses set `network_class`, `order` and, where the reference differs, the flags below, and
-    hand their constructor's arguments to `__init__`.
+    hand their constructor's arguments to `__init__`. A model whose batches are not equal pieces of samples
+    overrides `batches` and takes no `batch_size`.
 
     Parameters
     ----------
@@ -79,7 +81,8 @@ class Estimator:
 
     network_class: ClassVar[type[nn.Module]]
     order: ClassVar[BatchOrder] = NumpyOrder()
-    loss_dtype: ClassVar[torch.dtype] = torch.float32
+    loss_dtype: ClassVar[torch.dtype | None] = torch.float32  # None: that of the label
+    rows_per_call: ClassVar[int] = 0  # rows of batches that are scored in one call of the network; 0: each batch alone
     drops_incomplete_rows: ClassVar[bool] = False  # training rows with any NaN are left out, not refused
     options: ClassVar[tuple[str, ...]] = ("device", "compat", "progress")
 
@@ -90,7 +93,7 @@ class Estimator:
         n_epochs: int,
         lr: float,
         metric: str,
-        batch_size: int,
+        batch_size: int | None = None,
         early_stop: int,
         loss: str,
         optimizer: str,
@@ -107,6 +110,8 @@ class Estimator:
             "n_epochs": n_epochs, "lr": lr, "metric": metric, "batch_size": batch_size, "early_stop": early_stop,
             "loss": loss, "optimizer": optimizer, "GPU": GPU, "seed": seed,
         }  # fmt: skip
+        if batch_size is None:
+            del training["batch_size"]
         options = {"weight_decay": weight_decay, "device": device, "compat": compat, "progress": progress}
         self._params = {**network, **training, **(extra or {}), **options}
         if unknown:
@@ -179,6 +184,8 @@ class Estimator:
             if checkpoint_dir is None:
                 raise ConfigError("resume=True needs checkpoint_dir, the directory of the interrupted fit.")
             self.load_checkpoint(Path(checkpoint_dir) / "last.safetensors")
+        else:
+            self.prepare_network()
         self.stop_training = self.progress_.finished
         self.fitted = self.fitted or bool(self.progress_.records)
         self._notify("on_fit_start")
@@ -196,6 +203,9 @@ class Estimator:
         if save_path is not None:
             self.save_weights(save_path)
         return self
+
+    def prepare_network(self) -> None:
+        """Called once the data of a fit is checked, unless it is resumed; a model may set initial weights here."""
 
     def _load_segments(self, dataset: Any, reweighter: Any) -> tuple[WindowSet, WindowSet | None]:
         """Training and validation samples, checked and resident on the device."""
@@ -224,9 +234,9 @@ class Estimator:
         windows = windows_of(dataset, segment, "learn")
         if windows.label is None:
             raise DataError(f"segment {segment!r} has no label column; training needs one.")
-        windows.label = windows.label.to(self.loss_dtype)
+        windows.label = windows.label.to(self.loss_dtype or windows.label.dtype)
         if reweighter is not None:
-            windows.weight = self._weights(reweighter, windows)
+            windows.weight = sample_weights(reweighter, windows, windows.label.dtype)
         if self.drops_incomplete_rows and windows.index is None:
             complete = windows.complete_samples()
             if not bool(complete.all()):
@@ -239,24 +249,6 @@ class Estimator:
                 "expression and the segment's dates, or leave the valid segment out to train without validation."
             )
         return windows
-
-    def _weights(self, reweighter: Any, windows: WindowSet) -> Tensor:
-        if not hasattr(reweighter, "reweight"):
-            raise ConfigError(
-                f"reweighter must have a method reweight(samples) -> array [n], got {type(reweighter).__name__}."
-            )
-        weight = torch.as_tensor(np.asarray(reweighter.reweight(windows.source()))).to(self.loss_dtype).reshape(-1)
-        if len(weight) != len(windows):
-            raise DataError(
-                f"reweighter gave {len(weight)} weights for the {len(windows)} samples of segment {windows.name!r}."
-            )
-        if not bool((torch.isfinite(weight) & (weight >= 0)).all()):
-            wrong = weight[~(torch.isfinite(weight) & (weight >= 0))]
-            raise DataError(
-                f"reweighter gave {len(wrong)} weights for segment {windows.name!r} that are not finite or below 0, "
-                f"the first is {float(wrong[0])}."
-            )
-        return weight
 
     def _run_epoch(self, epoch: int, train: WindowSet, valid: WindowSet | None) -> None:
         """One training pass, both scores, one record."""
@@ -277,28 +269,39 @@ class Estimator:
         self._notify("on_epoch_end")
 
     def train_epoch(self, windows: WindowSet) -> float:
-        """One pass over the shuffled samples, short tail dropped; returns the mean loss of its batches."""
+        """One pass over the shuffled batches, short tail dropped; returns their mean loss."""
         self.network.train()
-        order = self.order.train(len(windows)).to(self.device)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        batches = 0
+        made = 0
         with self._device_memory("a training batch"):
-            for part in self._batches(len(windows)):
-                loss = self.train_step(windows, order[part])
+            for samples in self.batches(windows, "train"):
+                loss = self.train_step(windows, samples)
                 total += loss
-                batches += 1
+                made += 1
                 if self.device.type == "cpu":  # on a GPU the check would wait for the device every step
-                    self._require_finite(total, batches)
+                    self._require_finite(total, made)
                 self._notify("on_batch_end")
-        self._require_finite(total, batches)
-        return float(total) / batches
+        self._require_finite(total, made)
+        return float(total) / made
+
+    def batches(self, windows: WindowSet, stage: str) -> Batches:
+        """The batches of one pass; `stage` is "train", "train_score", "valid_score" or "predict"."""
+        order: Tensor = getattr(self.order, stage)(len(windows)).to(windows.device)
+        size = self._params["batch_size"] if stage == "predict" else self._batch_size(len(windows))
+        return Batches.of_size(order, size, drop_last=stage in ("train", "train_score"))
+
+    def run_network(self, windows: WindowSet, samples: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """Predictions [B] for samples int64 [B]; `offsets` cuts them into batches, None: they are one."""
+        prediction: Tensor = self.network(windows.batch(samples))
+        return prediction
 
     def train_step(self, windows: WindowSet, samples: Tensor) -> Tensor:
         """Forward, backward, value clipping and optimiser step for samples int64 [B]; the detached loss."""
         assert windows.label is not None
         weight = None if windows.weight is None else windows.weight[samples]
-        prediction = self.network(windows.batch(samples)).to(self.loss_dtype)
-        loss = self.loss_fn(prediction, windows.label[samples], weight)
+        label = windows.label[samples]
+        prediction = self.run_network(windows, samples).to(label.dtype)
+        loss = self.loss_fn(prediction, label, weight)
         self.train_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_value_(self.network.parameters(), GRADIENT_LIMIT)
@@ -318,23 +321,29 @@ class Estimator:
         """
         self.network.eval()
         score = metric_function(self._params["metric"])
-        order = self.order.train_score(len(windows)) if segment == "train" else self.order.valid_score(len(windows))
-        order = order.to(self.device)
+        batches = self.batches(windows, f"{segment}_score")
         assert windows.label is not None
-        scores, counts, full = [], [], 0
-        batch_size = self._batch_size(len(windows))
-        for part in slices(len(windows), batch_size, drop_last=segment == "train"):
-            label = windows.label[order[part]]
-            prediction = self.network(windows.batch(order[part])).to(self.loss_dtype)
-            scores.append(score(prediction, label))
+        labels = windows.label[batches.order]
+        predictions = self._predictions(windows, batches).to(labels.dtype)
+        scores, counts = [], []
+        for begin, end in pairwise(batches.bounds.tolist()):
+            label = labels[begin:end]
+            scores.append(score(predictions[begin:end], label))
             counts.append(torch.isfinite(label).sum())
-            full += len(label) == batch_size
         found = torch.stack(scores).cpu().numpy().astype(np.float64)
         weights = torch.stack(counts).cpu().numpy()
         mean = np.mean if self._params["compat"] == "qlib" else _finite_mean
         known = weights > 0
         every = float(np.sum(found[known] * weights[known]) / weights.sum()) if known.any() else float("nan")
-        return float(mean(found[:full])), every
+        return float(mean(found[: batches.whole])), every
+
+    def _predictions(self, windows: WindowSet, batches: Batches) -> Tensor:
+        """Of the samples in `batches.order`, in that order."""
+        parts = [
+            self.run_network(windows, batches.order[call.rows], call.offsets)
+            for call in batches.calls(self.rows_per_call)
+        ]
+        return torch.cat(parts) if parts else torch.empty(0, device=self.device)
 
     # ---------------------------------------------------------------- predict
     @torch.no_grad()
@@ -369,11 +378,10 @@ class Estimator:
                 f"scores: {list(windows.columns)[:4]}... instead of {trained[:4]}... Remedy: reorder the columns."
             )
         self.network.eval()
-        order = self.order.predict(len(windows)).to(self.device)
+        batches = self.batches(windows, "predict")
         out = torch.empty(len(windows), dtype=torch.float32, device=self.device)
         with self._device_memory("a prediction batch"):
-            for part in slices(len(windows), self._params["batch_size"], drop_last=False):
-                out[part] = self.network(windows.batch(order[part]))
+            out[batches.order] = self._predictions(windows, batches)
         missing = int(torch.isnan(out).sum())
         if missing:
             self.logger.warning("%d of %d predictions are NaN: their features hold NaN", missing, len(out))
@@ -428,7 +436,8 @@ class Estimator:
     def _check_arguments(self) -> None:
         params = self._params
         for name, least in {"n_epochs": 0, "batch_size": 1, "early_stop": 0}.items():
-            whole_number(name, params[name], least)
+            if name in params:
+                whole_number(name, params[name], least)
         for name in ("lr", "weight_decay"):
             value = params[name]
             if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < float("inf"):
@@ -453,15 +462,12 @@ class Estimator:
 
     def _batch_size(self, n: int) -> int:
         """The batch size for n samples; the reference fails later, and unclearly, when n is smaller."""
-        asked: int = self._params["batch_size"]
+        asked: int = self._params.get("batch_size", n)
         if n >= asked:
             return asked
         if self._params["compat"] == "qlib":
             raise DataError(f"batch_size is {asked} but the segment has {n} samples: no full batch.")
         return n
-
-    def _batches(self, n: int) -> Iterator[slice]:
-        return slices(n, self._batch_size(n), drop_last=True)
 
     def _require_finite(self, total: Tensor, batches: int) -> None:
         if not bool(torch.isfinite(total)):
@@ -478,6 +484,9 @@ class Estimator:
         for callback in self.callbacks_:
             getattr(callback, moment)(self)
 
+    def _memory_remedy(self) -> str:
+        return f"a smaller batch_size (now {self._params['batch_size']}), " if "batch_size" in self._params else ""
+
     @contextmanager
     def _device_memory(self, what: str) -> Iterator[None]:
         """Turn an out-of-memory error into one that names the device and the remedies."""
@@ -485,8 +494,8 @@ class Estimator:
             yield
         except torch.OutOfMemoryError as error:
             raise DataError(
-                f"{what} does not fit into the memory of {self.device} ({error}). Remedy: a smaller batch_size (now "
-                f"{self._params['batch_size']}), fewer columns or a shorter period, or device='cpu'."
+                f"{what} does not fit into the memory of {self.device} ({error}). Remedy: {self._memory_remedy()}fewer "
+                "columns or a shorter period, or device='cpu'."
             ) from None
 
 

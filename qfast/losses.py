@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from qfast.errors import ConfigError, suggest
+from qfast.errors import ConfigError, DataError, suggest
 
-__all__ = ["LOSSES", "METRICS", "loss_function", "masked_mse", "metric_function"]
+if TYPE_CHECKING:
+    from qfast.data.windows import WindowSet
+
+__all__ = ["LOSSES", "METRICS", "loss_function", "masked_mse", "metric_function", "sample_weights"]
 
 Loss = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
@@ -63,3 +68,31 @@ def metric_function(name: str) -> Callable[[Tensor, Tensor], Tensor]:
         return torch.where(torch.isfinite(label).any(), value, torch.nan)
 
     return score
+
+
+def sample_weights(reweighter: Any, windows: WindowSet, dtype: torch.dtype) -> Tensor:
+    """Weights [n] that an object with `reweight(samples)` gives the samples of a segment.
+
+    Raises
+    ------
+    ConfigError
+        There is no such method.
+    DataError
+        Another number of weights, or one that is not finite or below 0.
+    """
+    if not hasattr(reweighter, "reweight"):
+        raise ConfigError(
+            f"reweighter must have a method reweight(samples) -> array [n], got {type(reweighter).__name__}."
+        )
+    weight = torch.as_tensor(np.asarray(reweighter.reweight(windows.source()))).to(dtype).reshape(-1)
+    if len(weight) != len(windows):
+        raise DataError(
+            f"reweighter gave {len(weight)} weights for the {len(windows)} samples of segment {windows.name!r}."
+        )
+    wrong = weight[~(torch.isfinite(weight) & (weight >= 0))]
+    if len(wrong):
+        raise DataError(
+            f"reweighter gave {len(wrong)} weights for segment {windows.name!r} that are not finite or below 0, "
+            f"the first is {float(wrong[0])}."
+        )
+    return weight

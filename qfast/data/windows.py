@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from qfast.data.batching import Batches
 from qfast.errors import DataError
 from qfast.ops import WindowIndex, gather_windows
 
@@ -76,6 +78,15 @@ class WindowSet:
     def keys(self) -> pd.MultiIndex:
         """(datetime, instrument) of the n samples, in sample order."""
         return self.keys_of(self.rows.cpu().numpy())
+
+    @cached_property
+    def days(self) -> Batches:
+        """Batches of all samples of the same date: dates ascending, within a date in sample order."""
+        codes, dates = pd.factorize(self.keys().get_level_values(0), sort=True)
+        order = torch.from_numpy(np.argsort(codes, kind="stable"))
+        sizes = torch.from_numpy(np.bincount(codes, minlength=len(dates)))
+        bounds = torch.cat((torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)))
+        return Batches(order.to(self.device), bounds, len(dates))
 
     @property
     def device(self) -> torch.device:
