@@ -8,6 +8,7 @@ additive_attention.cpp) and csrc/additive_attention.cu; docs/attention.md derive
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -77,11 +78,10 @@ def additive_attention(
     days, longest = _days("additive_attention", offsets, query.shape[-1], query)
     if transforms.active():
         return _attend(query, key, value, days, slope)
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    heads = () if query.dim() == 2 else (1,)  # the operator itself always has the axis of heads
-    query, key, value = (t.reshape(*heads, *t.shape) for t in (query, key, value))
-    out: Tensor = torch.ops.qfast.additive_attention(query, key, value, days, longest, slope, keep)[0]
-    return out.squeeze(0) if heads else out
+    keep = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if keep and not torch.compiler.is_compiling():
+        return _Attention.apply(query, key, value, days, longest, slope)[0]
+    return _with_heads(query, key, value, days, longest, slope, keep)[0].reshape(value.shape)
 
 
 def graph_attention(
@@ -126,9 +126,18 @@ def graph_attention(
     if transforms.active():
         query, key = (hidden @ weight.t() + bias).unbind(1)
         return hidden + _attend(query, key, hidden, days, slope)
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, weight, bias))
+    keep = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad or bias.requires_grad)
+    if keep and not torch.compiler.is_compiling():
+        return _Graph.apply(hidden, weight, bias, days, longest, slope)[0]
     out: Tensor = torch.ops.qfast.graph_attention(hidden, weight, bias, days, longest, slope, keep)[0]
     return out
+
+
+def _with_heads(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    """The operator, which always has the axis of heads."""
+    if query.dim() == 1:
+        query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
+    return torch.ops.qfast.additive_attention(query, key, value, *others)
 
 
 # ---------------------------------------------------------------- arguments
@@ -174,8 +183,20 @@ def _check_like(operator: str, name: str, tensor: Tensor, first: str, like: Tens
     _require(alike, operator, message + f"{tensor.device}. Remedy: {name}.to({first}).")
 
 
+def _fits(tensor: Any, like: Any, shape: tuple[int, ...]) -> bool:
+    """The usual case in one look: the messages below are not made up for it."""
+    if not isinstance(tensor, Tensor) or not isinstance(like, Tensor):
+        return False
+    known = like.dtype is torch.float32 or like.dtype is torch.float64
+    return known and tensor.dtype is like.dtype and tensor.device == like.device and tensor.shape == shape
+
+
 def _check_attention(query: Tensor, key: Tensor, value: Tensor) -> None:
     name = "additive_attention"
+    if isinstance(query, Tensor) and query.dim() in (1, 2) and _fits(key, query, query.shape):
+        width = value.shape[-1] if isinstance(value, Tensor) and value.dim() else 0
+        if width > 0 and _fits(value, query, (*query.shape, width)):
+            return
     _check_floating(name, "query", query)
     _require(query.dim() in (1, 2), name, f"query: expected shape [N] or [heads, N], got {tuple(query.shape)}.")
     _check_like(name, "key", key, "query", query)
@@ -188,6 +209,9 @@ def _check_attention(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 def _check_graph(hidden: Tensor, weight: Tensor, bias: Tensor) -> None:
     name = "graph_attention"
+    width = hidden.shape[1] if isinstance(hidden, Tensor) and hidden.dim() == 2 else 0
+    if width > 0 and _fits(weight, hidden, (2, width)) and _fits(bias, hidden, (2,)):
+        return
     _check_floating(name, "hidden", hidden)
     fits = hidden.dim() == 2 and hidden.shape[1] > 0
     _require(fits, name, f"hidden: expected shape [N, H] with H > 0, got {tuple(hidden.shape)}.")
@@ -338,12 +362,14 @@ def _(grad, hidden, weight, offsets, longest, slope, out, scores, share, share_w
 
 
 # ---------------------------------------------------------------- gradients
-def _save_attention(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    query, key, value, offsets, longest, slope, keep = inputs
+# Each gradient is registered for the operator, where torch.compile finds it, and stands in a Function as well:
+# eager calls through the registered one cost 80 us more, as much as the kernels take for 800 rows.
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    *tensors, offsets, longest, slope, keep = inputs
     if not keep:
         raise DataError("keep: must be true where a gradient is wanted.")
     out, *kept = output
-    ctx.save_for_backward(query, key, value, offsets, out, *kept)
+    ctx.save_for_backward(*tensors[: 3 if len(kept) == 3 else 2], offsets, out, *kept)  # the bias is not needed
     ctx.longest, ctx.slope = longest, slope
     ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
@@ -355,17 +381,6 @@ def _attention_backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
     query, key, value, offsets, *kept = ctx.saved_tensors
     days = offsets, ctx.longest, ctx.slope
     return *torch.ops.qfast.additive_attention_backward(grad, query, key, value, *days, *kept), None, None, None, None
-
-
-def _save_graph(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    hidden, weight, _, offsets, longest, slope, keep = inputs
-    if not keep:
-        raise DataError("keep: must be true where a gradient is wanted.")
-    out, *kept = output
-    ctx.save_for_backward(hidden, weight, offsets, out, *kept)
-    ctx.longest, ctx.slope = longest, slope
-    ctx.mark_non_differentiable(*kept)
-    ctx.set_materialize_grads(False)
 
 
 def _graph_backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
@@ -383,13 +398,51 @@ def _no_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
     )
 
 
-_GRADIENTS = {
-    "additive_attention": (_save_attention, _attention_backward),
-    "graph_attention": (_save_graph, _graph_backward),
-}
-for _name, (_save, _backward) in _GRADIENTS.items():
+for _name, _backward in (("additive_attention", _attention_backward), ("graph_attention", _graph_backward)):
     torch.library.register_autograd(f"qfast::{_name}", _backward, setup_context=_save)
     torch.library.register_autograd(f"qfast::{_name}_backward", _no_double_backward)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, days, longest, slope):  # type: ignore[no-untyped-def]
+        with _kernel():
+            found = _with_heads(query, key, value, days, longest, slope, True)
+        output = found[0].view(value.shape), *found[1:]
+        _save(ctx, (query, key, value, days, longest, slope, True), output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
+        if grad is None:
+            return (None,) * 6
+        query, key, value, offsets, out, *kept = ctx.saved_tensors
+        given = [grad, query, key, value, out]
+        if query.dim() == 1:
+            given = [t.unsqueeze(0) for t in given]
+        days = offsets, ctx.longest, ctx.slope
+        with _kernel():
+            grads = torch.ops.qfast.additive_attention_backward(*given[:4], *days, given[4], *kept)
+        return *(g.view(t.shape) for g, t in zip(grads, (query, key, value), strict=True)), None, None, None
+
+
+class _Graph(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, days, longest, slope):  # type: ignore[no-untyped-def]
+        with _kernel():
+            found = torch.ops.qfast.graph_attention(hidden, weight, bias, days, longest, slope, True)
+        _save(ctx, (hidden, weight, bias, days, longest, slope, True), found)
+        return found
+
+    @staticmethod
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        with _kernel():
+            return _graph_backward(ctx, *grads)[:6]
+
+
+def _kernel() -> AbstractContextManager[Any]:
+    """Past the registered gradient to the kernel; but not where a gradient of this gradient is asked for."""
+    return nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd()
 
 
 # ---------------------------------------------------------------- self-test
