@@ -12,21 +12,11 @@ import argparse
 
 import numpy as np
 import pandas as pd
+from compare import memory_mb, reset_peak
 
 from qfast.data import TSDatasetH
 from qfast.data.handlers import DataHandlerLP
 from qfast.models import ts
-
-
-def memory_mb(what: str) -> float:
-    """Resident memory now ("VmRSS") or its peak since the last reset ("VmHWM")."""
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(what))
-
-
-def reset_peak() -> None:
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
 
 
 def build(instruments: int, days: int, columns: int) -> DataHandlerLP:

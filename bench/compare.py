@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Comparison", "compare", "copy_bandwidth", "cpu_seconds"]
+__all__ = ["Comparison", "compare", "copy_bandwidth", "cpu_seconds", "memory_mb", "reset_peak"]
 
 
 @dataclass(frozen=True)
@@ -77,3 +77,14 @@ def compare(
         torch.set_num_threads(threads)
     worst = min(results, key=lambda pair: pair[1] / pair[0])
     return Comparison(*worst, ratio=worst[1] / worst[0], moved=abs(after / before - 1))
+
+
+def memory_mb(what: str) -> float:
+    """Resident memory now ("VmRSS") or its peak since the last reset ("VmHWM"); Linux only."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(what))
+
+
+def reset_peak() -> None:
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")

@@ -9,6 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
+from qfast import _backend
+
 # The tensors here are tiny: a second thread only waits, and two test runs on one machine starve each other.
 # Tests about threads set their own number.
 torch.set_num_threads(1)
@@ -21,6 +23,18 @@ def _restore_generators() -> Iterator[None]:
     yield
     np.random.set_state(numpy_state)
     torch.set_rng_state(torch_state)
+
+
+@pytest.fixture(params=_backend.native.available_isas() if _backend.native is not None else ["plain torch"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set of the native library in turn; the twin where there is none."""
+    if _backend.native is None:
+        yield request.param
+        return
+    before = _backend.native.isa()
+    _backend.native.select_isa(request.param)
+    yield request.param
+    _backend.native.select_isa(before)
 
 
 def make_frame(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -17,19 +15,6 @@ from qfast.ops import recurrent
 
 OPERATORS = {"lstm": (nn.LSTM, recurrent.lstm), "gru": (nn.GRU, recurrent.gru)}
 NAMES = list(OPERATORS)
-ISAS = _backend.native.available_isas() if _backend.native is not None else ["plain torch"]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set of the native library in turn; the twin where there is none."""
-    if _backend.native is None:
-        yield request.param
-        return
-    before = _backend.native.isa()
-    _backend.native.select_isa(request.param)
-    yield request.param
-    _backend.native.select_isa(before)
 
 
 def layers_of(module: nn.RNNBase) -> list[list[Tensor]]:

@@ -1,0 +1,257 @@
+"""Inputs and oracles of the attention tests: the dense softmax, and a sorted float64 form for days too long for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import qfast.ops  # noqa: F401 - registers the operators
+
+__all__ = [
+    "ATTENTION_CASES",
+    "NATIVE",
+    "SLOW_CASES",
+    "AttentionCase",
+    "Exact",
+    "chain_graph",
+    "dense",
+    "dense_graph",
+    "errors",
+    "exact_attention",
+    "exact_graph",
+    "expected",
+    "offsets_of",
+    "randn",
+    "results",
+    "same_bits",
+    "sorted_oracle",
+]
+
+# Whether kernels serve CPU tensors here. Without them the twin does, whose bits are those of torch's matrix products.
+NATIVE = torch._C._dispatch_has_kernel_for_dispatch_key("qfast::additive_attention", "CPU")
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Standard normal numbers, the same for every dtype up to rounding."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def offsets_of(sizes: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *np.cumsum(sizes)], dtype=torch.int64)
+
+
+def same_bits(found: Tensor, expected: Tensor) -> bool:
+    """Equal bit for bit where kernels serve, to rounding where the twin does."""
+    if NATIVE:
+        return torch.equal(found, expected)
+    return torch.allclose(found, expected, rtol=1e-4 if found.dtype == torch.float32 else 1e-11, atol=1e-6)
+
+
+def results(call: Callable[..., Tensor], tensors: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
+    """What `call` returns, and the gradients of `tensors` when `grad` comes back; their strides are kept."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    out = call(*leaves)
+    out.backward(grad)
+    return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def dense(
+    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor | None = None, negative_slope: float = 0.01
+) -> Tensor:
+    """The definition, day by day, in the dtype of its inputs; any leading axes."""
+    bounds = [0, query.shape[-1]] if offsets is None else offsets.tolist()
+    days = []
+    for begin, end in pairwise(bounds):
+        scores = query[..., begin:end, None] + key[..., None, begin:end]
+        weights = functional.leaky_relu(scores, negative_slope).softmax(-1)
+        days.append(weights @ value[..., begin:end, :])
+    return torch.cat(days, -2) if days else value.clone()
+
+
+def dense_graph(
+    hidden: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor | None = None, negative_slope: float = 0.01
+) -> Tensor:
+    query, key = hidden @ weight[0] + bias[0], hidden @ weight[1] + bias[1]
+    return hidden + dense(query, key, hidden, offsets, negative_slope)
+
+
+# ---------------------------------------------------------------- exact results
+@dataclass(frozen=True)
+class Exact:
+    """float64 result and gradients, and for each the sums of the absolute values of the terms it adds up.
+
+    Where terms cancel, rounding must be judged against these: a query whose weights all lie on one side of the bend
+    has a gradient that is the difference of nearly equal numbers.
+    """
+
+    values: list[Tensor]
+    terms: list[Tensor]
+
+    def misses(self, found: Sequence[Tensor], limit: float) -> list[tuple[int, float]]:
+        """Which of `found` are further off than `limit` times their terms, and by how many times the terms."""
+        shares = [e / max(float(t.norm()), 1e-300) for e, t in zip(errors(found, self.values), self.terms, strict=True)]
+        return [(i, share) for i, share in enumerate(shares) if not share <= limit]
+
+
+def errors(found: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
+    """Norms of the differences."""
+    for a, b in zip(found, exact, strict=True):
+        assert a.shape == b.shape, (a.shape, b.shape)
+    return [float((a.double() - b).norm()) for a, b in zip(found, exact, strict=True)]
+
+
+def exact_attention(
+    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, offsets: Tensor | None = None, slope: float = 0.01
+) -> Exact:
+    """Of out, query, key and value, by the dense softmax in float64, some rows at a time; any leading axes."""
+    query, key, value, grad = (t.detach().double() for t in (query, key, value, grad))
+    values, terms = ([torch.zeros_like(t) for t in (value, query, key, value)] for _ in range(2))
+    bounds = [0, query.shape[-1]] if offsets is None else offsets.tolist()
+    pieces = [(begin, end, at) for begin, end in pairwise(bounds) for at in range(begin, end, 256)]
+    for begin, end, at in pieces:
+        day, rows = slice(begin, end), slice(at, min(at + 256, end))
+        scores = query[..., rows, None] + key[..., None, day]
+        weights = functional.leaky_relu(scores, slope).softmax(-1)
+        bend = torch.full_like(scores, slope).masked_fill(scores > 0, 1.0)
+        for sums, v, g, sign in ((values, value, grad, -1.0), (terms, value.abs(), grad.abs(), 1.0)):
+            v, g = v[..., day, :], g[..., rows, :]
+            of_weights = g @ v.mT
+            of_scores = weights * (of_weights + sign * (weights * of_weights).sum(-1, keepdim=True)) * bend
+            sums[0][..., rows, :] = weights @ v
+            sums[1][..., rows] = of_scores.sum(-1)
+            sums[2][..., day] += of_scores.sum(-2)
+            sums[3][..., day, :] += weights.mT @ g
+    return Exact(values, terms)
+
+
+def chain_graph(attention: Sequence[Tensor], hidden: Tensor, weight: Tensor, grad: Tensor) -> list[Tensor]:
+    """Result of hidden + attention(scores of hidden), and gradients of hidden, weight and bias, from attention's."""
+    out, of_query, of_key, of_value = attention
+    of_scores = torch.stack([of_query, of_key])
+    return [hidden + out, grad + of_value + of_scores.t() @ weight, of_scores @ hidden, of_scores.sum(1)]
+
+
+def exact_graph(
+    hidden: Tensor, weight: Tensor, grad: Tensor, scores: Tensor, offsets: Tensor | None = None, slope: float = 0.01
+) -> Exact:
+    """As `exact_attention`, of graph_attention's out, hidden, weight and bias, given the scores [2, N]."""
+    attention = exact_attention(*scores, hidden, grad, offsets, slope)
+    hidden, weight, grad = (t.detach().double() for t in (hidden, weight, grad))
+    return Exact(
+        chain_graph(attention.values, hidden, weight, grad),
+        chain_graph(attention.terms, hidden.abs(), weight.abs(), grad.abs()),
+    )
+
+
+# ---------------------------------------------------------------- the accuracy table
+PATTERNS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "random": lambda q, k: (q, k),
+    # a handful of values: many keys alike and many scores of exactly 0
+    "ties": lambda q, k: ((q * 2).round() / 2, (k * 2).round() / 2),
+    "equal keys": lambda q, k: (q, k[..., :1].expand_as(k)),
+    "all negative": lambda q, k: (-q.abs(), -k.abs() - 0.01),
+    "all positive": lambda q, k: (q.abs(), k.abs() + 0.01),
+}
+SCALES = (0.1, 3, 60, 1e4)
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """Days of `n` rows; short ones come in numbers, so that no error is small or large by luck."""
+
+    n: int
+    scale: float
+    pattern: str = "random"
+    slope: float = 0.01
+    width: int = 8
+
+    @property
+    def name(self) -> str:
+        slope = "" if self.slope == 0.01 else f"-slope{self.slope}"
+        return f"n{self.n}-scale{self.scale:g}-{self.pattern.replace(' ', '-')}{slope}"
+
+    @property
+    def offsets(self) -> Tensor:
+        return offsets_of([self.n] * max(1, 400 // self.n))
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """query, key [N], value and the gradient of the result [N, width]: float32."""
+        days, seed = len(self.offsets) - 1, self.n + list(PATTERNS).index(self.pattern)
+        query, key = PATTERNS[self.pattern](*randn(2, days, self.n, seed=seed))
+        value, grad = randn(2, days * self.n, self.width, seed=seed + 1, dtype=torch.float32)
+        return (query * self.scale).float().flatten(), (key * self.scale).float().flatten(), value, grad
+
+
+ATTENTION_CASES = [
+    *(AttentionCase(n, scale, p) for n in (1, 2, 7, 300, 1500) for scale in SCALES for p in PATTERNS),
+    *(AttentionCase(5000, scale) for scale in SCALES),
+    *(AttentionCase(n, scale, slope=s) for n in (7, 300) for scale in (3, 60) for s in (0.0, 0.3, 1.0)),
+    AttentionCase(300, 1e37),
+    AttentionCase(300, 1e-42),
+]
+SLOW_CASES = [AttentionCase(5000, scale, p) for scale in SCALES for p in PATTERNS if p != "random"]
+
+
+@cache
+def expected(case: AttentionCase) -> tuple[Exact, list[float]]:
+    """float64 result and gradients for float32 inputs, and the errors of the dense softmax in float32."""
+    *tensors, grad = case.inputs()
+    exact = exact_attention(*tensors, grad, case.offsets, case.slope)
+    of_dense = results(lambda *t: dense(*t, case.offsets, case.slope), tensors, grad)
+    return exact, errors(of_dense, exact.values)
+
+
+# ---------------------------------------------------------------- days of many rows
+def sorted_oracle(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, slope: float = 0.01) -> list[Tensor]:
+    """Result and gradients of one day by running sums over sorted scores, in float64; scores must be moderate."""
+    s, t, v, g = (x.detach().double().numpy() for x in (query, key, value, grad))
+    by_key, by_query = np.argsort(t, kind="stable"), np.argsort(s, kind="stable")
+    top = t.max()
+    upper, lower = np.exp(t - top), np.exp(slope * (t - top))
+    first_key = np.searchsorted(t[by_key], -s, side="right")  # the first key whose score is above 0
+    first_query = np.searchsorted(s[by_query], -t, side="right")
+    c = s + top
+    peak = np.maximum(c, slope * c)
+    of_upper, of_lower = np.exp(c - peak), np.exp(slope * c - peak)
+
+    def upwards(x: np.ndarray, order: np.ndarray, first: np.ndarray) -> np.ndarray:
+        """Sum of x over what stands at or behind `first`."""
+        return np.append(np.cumsum(x[order][::-1])[::-1], 0.0)[first]
+
+    def downwards(x: np.ndarray, order: np.ndarray, first: np.ndarray) -> np.ndarray:
+        return np.append(0.0, np.cumsum(x[order]))[first]
+
+    total = of_upper * upwards(upper, by_key, first_key) + of_lower * downwards(lower, by_key, first_key)
+    of_upper, of_lower = of_upper / total, of_lower / total
+    out, of_value = np.empty_like(v), np.empty_like(v)
+    of_query = [np.zeros_like(s), np.zeros_like(s)]
+    of_key = [np.zeros_like(t), np.zeros_like(t)]
+    delta = np.zeros_like(s)
+    for h in range(v.shape[1]):
+        sides = [
+            of_upper * upwards(upper * v[:, h], by_key, first_key),
+            of_lower * downwards(lower * v[:, h], by_key, first_key),
+        ]
+        out[:, h] = sides[0] + sides[1]
+        delta += g[:, h] * out[:, h]
+        back = [
+            upper * upwards(of_upper * g[:, h], by_query, first_query),
+            lower * downwards(of_lower * g[:, h], by_query, first_query),
+        ]
+        of_value[:, h] = back[0] + back[1]
+        for side in (0, 1):
+            of_query[side] += g[:, h] * sides[side]
+            of_key[side] += v[:, h] * back[side]
+    of_query[0] -= delta * of_upper * upwards(upper, by_key, first_key)
+    of_query[1] -= delta * of_lower * downwards(lower, by_key, first_key)
+    of_key[0] -= upper * upwards(of_upper * delta, by_query, first_query)
+    of_key[1] -= lower * downwards(of_lower * delta, by_query, first_query)
+    gradients = of_query[0] + slope * of_query[1], of_key[0] + slope * of_key[1], of_value
+    return [torch.from_numpy(x) for x in (out, *gradients)]
