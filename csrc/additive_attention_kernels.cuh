@@ -1,0 +1,487 @@
+// Additive attention on CUDA, device side; additive_attention.cu says how the passes follow each other and
+// docs/attention.md derives them. Nothing here needs more of CUDA than threads, shared memory and shuffles.
+//
+// Of every day and head there is one list of 2 n items, its keys ascending and its queries descending merged
+// so that a query stands before the keys with which its score is above 0. A query then reads the sum of the
+// keys before it, times `back`, and of those behind it, times `fore`; a key reads the sums of the queries in
+// the backward in the same way. An item counts with weight `fore` in the sums that run from the front, with
+// `back` in those from the rear. Chunks of 128 items are summed by themselves in the tensors' type; what lies
+// before and behind each is added up in float64. Every order is fixed, so results repeat bit for bit.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+namespace qfast {
+namespace {
+
+constexpr int kChunk = 128;
+constexpr int kLanes = 32;
+constexpr int kRounds = kChunk / kLanes;
+constexpr int kAhead = 8;         // rows asked for at once: enough to hide most of the way to memory
+constexpr int kThreads = 256;     // of a block, where days are in memory
+constexpr int kDayThreads = 512;  // of a block that owns a day, at most
+constexpr unsigned kWholeWarp = ~0u;
+
+#define QFAST_DEVICE __device__ __forceinline__
+
+// ---------------------------------------------------------------- days and their lists
+struct Days {
+  const int64_t* offsets;  // [count + 1]; null: all rows are one day
+  int64_t count, rows;     // D, N
+
+  QFAST_DEVICE int64_t begin(int64_t d) const {
+    const int64_t at = offsets != nullptr ? offsets[d] : d == 0 ? 0 : rows;
+    return at < 0 ? 0 : at < rows ? at : rows;
+  }
+  // The chunks of a day are numbered from here: as many as it needs or more, without a table of them.
+  QFAST_DEVICE int64_t first_chunk(int64_t d) const { return 2 * begin(d) / kChunk + d; }
+  __host__ __device__ int64_t chunks() const { return 2 * rows / kChunk + count; }
+
+  QFAST_DEVICE int64_t day_of_row(int64_t row) const {
+    return last_day([&](int64_t d) { return begin(d) <= row; });
+  }
+  QFAST_DEVICE int64_t day_of_chunk(int64_t chunk) const {
+    return last_day([&](int64_t d) { return first_chunk(d) <= chunk; });
+  }
+
+ private:
+  template <class Starts>
+  QFAST_DEVICE int64_t last_day(const Starts& starts) const {
+    int64_t low = 0, high = count - 1;
+    while (low < high) {
+      const int64_t middle = (low + high + 1) / 2;
+      if (starts(middle)) {
+        low = middle;
+      } else {
+        high = middle - 1;
+      }
+    }
+    return low;
+  }
+};
+
+struct Shape {
+  Days days;
+  int64_t heads;
+  int width;  // H
+};
+
+// One day of one head.
+template <class T>
+struct Day {
+  int64_t first;  // its first row in [heads * N]
+  int64_t count;  // n
+  T* scores;      // keys ascending, then, `queries` on, queries descending; infinities but no NaN
+  int32_t* rows;  // their rows, from the first of the day
+  int64_t queries;
+  int32_t* item;        // [2 n]: row of a key, ~row of a query
+  T *fore, *back;       // [2 n]
+  T* sums;              // [2, H, stride]: of chunks; then of all before (0), of all behind (1) each
+  double* scalar_sums;  // [2, stride]: the same of scalars
+  int64_t stride;
+
+  QFAST_DEVICE T* sorted(int side) const { return scores + side * queries; }
+  QFAST_DEVICE int32_t* sorted_rows(int side) const { return rows + side * queries; }
+  QFAST_DEVICE int64_t chunks() const { return (2 * count + kChunk - 1) / kChunk; }
+  QFAST_DEVICE int items(int64_t chunk) const {
+    const int64_t left = 2 * count - chunk * kChunk;
+    return left < kChunk ? static_cast<int>(left) : kChunk;
+  }
+};
+
+// The same of all days, in memory.
+template <class T>
+struct Lists {
+  T* scores;            // [2, heads, N]
+  int32_t* rows;        // [2, heads, N]
+  int32_t* item;        // [heads, 2 N]
+  T *fore, *back;       // [heads, 2 N]
+  T* sums;              // [heads, 2, H, chunks]
+  double* scalar_sums;  // [heads, 2, chunks]
+
+  QFAST_DEVICE Day<T> day(const Shape& shape, int64_t head, int64_t d) const {
+    const int64_t begin = shape.days.begin(d), first = head * shape.days.rows + begin;
+    const int64_t chunks = shape.days.chunks(), chunk = shape.days.first_chunk(d);
+    const int64_t count = shape.days.begin(d + 1) - begin;
+    return {first,
+            count < 0 ? 0 : count,
+            scores + first,
+            rows + first,
+            shape.heads * shape.days.rows,
+            item + 2 * first,
+            fore + 2 * first,
+            back + 2 * first,
+            sums + head * 2 * shape.width * chunks + chunk,
+            scalar_sums + head * 2 * chunks + chunk,
+            chunks};
+  }
+};
+
+// Lanes of a warp that work together: one column each.
+struct Lanes {
+  int lane, size;  // size: a power of two up to 32
+  unsigned mask;
+
+  QFAST_DEVICE explicit Lanes(int lanes) : lane(threadIdx.x % lanes), size(lanes), mask(kWholeWarp) {
+    if (lanes < kLanes) mask = ((1u << lanes) - 1) << (threadIdx.x % kLanes / lanes * lanes);
+  }
+  template <class T>
+  QFAST_DEVICE T sum(T value) const {
+    for (int step = size / 2; step > 0; step /= 2) value += __shfl_xor_sync(mask, value, step, size);
+    return value;
+  }
+};
+
+template <class T>
+QFAST_DEVICE T infinity() {
+  return std::numeric_limits<T>::infinity();
+}
+
+// A score that is not a number has no place in an order. A NaN key spoils its day as +inf does; a query that
+// is not finite spoils its own row only: last of all it disturbs no other, and -inf marks it.
+template <class T>
+QFAST_DEVICE T sortable(int side, T score) {
+  if (side == 0) return score == score ? score : infinity<T>();
+  return score - score == 0 ? score : -infinity<T>();
+}
+
+// The highest key; NaN, which spreads to every row, where the dense softmax is NaN in every row.
+template <class T>
+QFAST_DEVICE T highest(const Day<T>& day, T slope) {
+  const T top = day.scores[day.count - 1], least = day.scores[0];
+  const bool sane = top < infinity<T>() && top > -infinity<T>() && (slope > 0 || least > -infinity<T>());
+  return sane ? top : std::numeric_limits<T>::quiet_NaN();
+}
+
+// ---------------------------------------------------------------- the list
+// Puts the key (side 0) or query (1) at sorted position p into the list. A thread owns one.
+template <class T>
+QFAST_DEVICE void place(const Day<T>& day, int side, int64_t p, T slope) {
+  const T score = day.sorted(side)[p], top = highest(day, slope);
+  const T* others = day.sorted(1 - side);
+  int64_t low = 0, high = day.count;  // how many of the others stand before it
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    const bool above = side == 0 ? score > -others[middle] : others[middle] > -score;
+    if (above == (side == 0)) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  const int64_t at = p + low;
+  const int32_t row = day.sorted_rows(side)[p];
+  if (side == 0) {
+    day.item[at] = row;
+    day.fore[at] = slope == 0 && top == top ? T(1) : exp(slope * (score - top));
+    day.back[at] = exp(score - top);
+  } else {
+    const T most = score + top;  // its highest score
+    const bool bent = most > 0 && slope < 1;
+    day.item[at] = ~row;
+    day.fore[at] = most > 0 ? T(1) : T(0);
+    day.back[at] = bent ? exp((slope - 1) * most) : T(1);
+    if (score == -infinity<T>()) day.back[at] = std::numeric_limits<T>::quiet_NaN();
+  }
+}
+
+// ---------------------------------------------------------------- sums of scalars
+// Forward: weights of the keys, which the queries read. Backward: mean gradients of the queries, times their
+// weights, which the keys read. A warp owns a chunk.
+template <bool kBackward, class T>
+QFAST_DEVICE double scalar(const Day<T>& day, int64_t p, const T* weights, const T* delta) {
+  const int32_t item = day.item[p];
+  if ((item < 0) != kBackward) return 0;
+  return kBackward ? static_cast<double>(weights[p]) * delta[day.first + ~item] : weights[p];
+}
+
+template <bool kBackward, class T>
+QFAST_DEVICE void sum_scalars(const Day<T>& day, int64_t chunk, const T* delta) {
+  const int lane = threadIdx.x % kLanes, count = day.items(chunk);
+  double fore = 0, back = 0;
+  for (int i = lane; i < count; i += kLanes) {
+    fore += scalar<kBackward>(day, chunk * kChunk + i, day.fore, delta);
+    back += scalar<kBackward>(day, chunk * kChunk + i, day.back, delta);
+  }
+  const Lanes lanes(kLanes);
+  fore = lanes.sum(fore);
+  back = lanes.sum(back);
+  if (lane != 0) return;
+  day.scalar_sums[chunk] = fore;
+  day.scalar_sums[day.stride + chunk] = back;
+}
+
+// Sum of this lane's value and those of the lanes before it (or behind it).
+QFAST_DEVICE double running_sum(double value, bool from_front) {
+  const int lane = threadIdx.x % kLanes;
+  for (int step = 1; step < kLanes; step *= 2) {
+    const double other = from_front ? __shfl_up_sync(kWholeWarp, value, step, kLanes)
+                                    : __shfl_down_sync(kWholeWarp, value, step, kLanes);
+    if (from_front ? lane >= step : lane + step < kLanes) value += other;
+  }
+  return value;
+}
+
+// Calls receive(position, row, sum before it, sum behind it) for the items of a chunk that read the sums.
+template <bool kBackward, class T, class Receive>
+QFAST_DEVICE void read_scalars(const Day<T>& day, int64_t chunk, const T* delta, const Receive& receive) {
+  const int lane = threadIdx.x % kLanes, count = day.items(chunk);
+  const int64_t first = chunk * kChunk + lane;
+  double before[kRounds], carry = day.scalar_sums[chunk];
+#pragma unroll
+  for (int u = 0; u < kRounds; ++u) {
+    const bool inside = u * kLanes + lane < count;
+    const double value = inside ? scalar<kBackward>(day, first + u * kLanes, day.fore, delta) : 0;
+    const double sum = running_sum(value, true);
+    before[u] = carry + sum;
+    carry += __shfl_sync(kWholeWarp, sum, kLanes - 1, kLanes);
+  }
+  carry = day.scalar_sums[day.stride + chunk];
+#pragma unroll
+  for (int u = kRounds - 1; u >= 0; --u) {
+    const int64_t p = first + u * kLanes;
+    const bool inside = u * kLanes + lane < count;
+    const double value = inside ? scalar<kBackward>(day, p, day.back, delta) : 0;
+    const double sum = running_sum(value, false);
+    const int32_t item = inside ? day.item[p] : 0;
+    if (inside && (item < 0) != kBackward) receive(p, item < 0 ? ~item : item, before[u], carry + sum);
+    carry += __shfl_sync(kWholeWarp, sum, 0, kLanes);
+  }
+}
+
+// Divides the factors of the queries by their sums of weights and keeps the weight of the smaller part.
+template <class T>
+QFAST_DEVICE void normalise(const Day<T>& day, int64_t chunk, T* share_weight) {
+  read_scalars<false>(day, chunk, static_cast<const T*>(nullptr),
+                      [&](int64_t p, int32_t row, double before, double behind) {
+                        const double above = day.fore[p] * behind, below = day.back[p] * before;
+                        const double total = above + below;
+                        day.fore[p] = static_cast<T>(day.fore[p] / total);
+                        day.back[p] = static_cast<T>(day.back[p] / total);
+                        if (share_weight == nullptr) return;
+                        const double part = above / total;
+                        share_weight[day.first + row] = static_cast<T>(part <= 0.5 ? part : -(below / total));
+                      });
+}
+
+// The gradient of the keys as far as the mean gradients of the queries decide it.
+template <class T>
+QFAST_DEVICE void mean_gradients(const Day<T>& day, int64_t chunk, T slope, const T* delta, T* grad_key) {
+  read_scalars<true>(day, chunk, delta, [&](int64_t p, int32_t row, double before, double behind) {
+    const double above = day.back[p] * before, below = day.fore[p] * behind;
+    grad_key[day.first + row] = static_cast<T>(-(above + slope * below));
+  });
+}
+
+// Turns sums of `chunks` chunks into the sums of all before each (part 0) or behind each (1). A warp owns one
+// column.
+template <class T>
+QFAST_DEVICE void carry_sums(T* sums, int64_t chunks, bool from_front) {
+  const int lane = threadIdx.x % kLanes;
+  double carry = 0;
+  for (int64_t i = lane; i - lane < chunks; i += kLanes) {
+    const int64_t chunk = from_front ? i : chunks - 1 - i;
+    const bool inside = i < chunks;
+    const double sum = running_sum(inside ? static_cast<double>(sums[chunk]) : 0, true);
+    const double before = __shfl_up_sync(kWholeWarp, sum, 1, kLanes);
+    if (inside) sums[chunk] = static_cast<T>(lane == 0 ? carry : carry + before);
+    carry += __shfl_sync(kWholeWarp, sum, kLanes - 1, kLanes);
+  }
+}
+
+// ---------------------------------------------------------------- sums of rows
+// `rows` are the summed ones, [heads * N, H]: value forward, the gradient of the result backward. A group of
+// lanes owns a chunk, a lane one column of it; `column` may lie behind the last.
+template <bool kBackward, class T>
+QFAST_DEVICE void sum_columns(const Day<T>& day, int64_t chunk, int width, int column, const T* rows) {
+  if (column >= width) return;
+  const int count = day.items(chunk);
+  const int32_t* item = day.item + chunk * kChunk;
+  const T *fore = day.fore + chunk * kChunk, *back = day.back + chunk * kChunk;
+  rows += day.first * width + column;
+  T front = 0, rear = 0;
+  for (int p = 0; p < count; p += kAhead) {
+    T x[kAhead];
+    bool summed[kAhead];
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      const int32_t it = p + u < count ? item[p + u] : 0;
+      summed[u] = p + u < count && (it < 0) == kBackward;
+      x[u] = summed[u] ? rows[static_cast<int64_t>(kBackward ? ~it : it) * width] : T(0);
+    }
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      if (!summed[u]) continue;
+      front += fore[p + u] * x[u];
+      rear += back[p + u] * x[u];
+    }
+  }
+  day.sums[column * day.stride + chunk] = front;
+  day.sums[(width + column) * day.stride + chunk] = rear;
+}
+
+// What the queries read becomes the result.
+template <class T>
+struct Forward {
+  const T* value;        // [heads * N, H]
+  const T* residual;     // [heads * N, H] or null
+  T* out;                // [heads * N, H]
+  T* share;              // [heads * N, H] or null: nothing is kept
+  T* share_weight;       // [heads * N] or null
+  int32_t* orders;       // [2, heads * N] or null
+  const T *query, *key;  // [heads * N]
+};
+
+template <class T>
+struct Receiver {
+  const Forward<T>& io;
+  int64_t at;     // of column `column` of the day's first row
+  int64_t first;  // row
+  int width;
+
+  QFAST_DEVICE T* stored(int32_t row) const { return io.out + at + static_cast<int64_t>(row) * width; }
+  QFAST_DEVICE T wanted(int32_t row) const {
+    return io.residual == nullptr ? T(0) : io.residual[at + static_cast<int64_t>(row) * width];
+  }
+  QFAST_DEVICE void receive(int32_t row, T below, T residual, T above, bool active, const Lanes&, int) const {
+    if (!active) return;
+    const int64_t place = at + static_cast<int64_t>(row) * width;
+    const T attended = below + above;
+    io.out[place] = io.residual == nullptr ? attended : residual + attended;
+    if (io.share != nullptr) io.share[place] = signbit(io.share_weight[first + row]) ? -below : above;
+  }
+};
+
+// What the keys read becomes the gradient of the values, and with the values that of the keys.
+template <class T>
+struct Backward {
+  const T *grad, *value, *out;  // [heads * N, H]
+  const T* residual;            // [heads * N, H] or null
+  const T *share, *share_weight;
+  const int32_t* orders;     // [2, heads * N]
+  const T *query, *key;      // [heads * N]
+  T *grad_query, *grad_key;  // [heads * N]
+  T* grad_value;             // [heads * N, H]
+  T* delta;                  // [heads * N]: grad . attended
+  T* dots;                   // [groups of columns, heads * N]: parts of the gradient of the keys
+  T slope;
+  int64_t total;  // heads * N
+};
+
+template <class T>
+struct BackwardReceiver {
+  const Backward<T>& io;
+  int64_t at, first;
+  int width;
+
+  QFAST_DEVICE T* stored(int32_t row) const { return io.grad_value + at + static_cast<int64_t>(row) * width; }
+  QFAST_DEVICE T wanted(int32_t row) const { return io.value[at + static_cast<int64_t>(row) * width]; }
+  QFAST_DEVICE void receive(int32_t row, T above, T value, T below, bool active, const Lanes& lanes,
+                            int group) const {
+    if (active) *stored(row) = above + below;
+    const T dot = lanes.sum(active ? value * (above + io.slope * below) : T(0));
+    if (lanes.lane == 0) io.dots[group * io.total + first + row] = dot;
+  }
+};
+
+// From the front: sums of the chunk up to each reading item, on top of the carry, stored in its row.
+template <bool kBackward, class T, class R>
+QFAST_DEVICE void walk_up(const Day<T>& day, int64_t chunk, T carry, const T* rows, const R& receiver) {
+  const int count = day.items(chunk), width = receiver.width;
+  const int32_t* item = day.item + chunk * kChunk;
+  const T *fore = day.fore + chunk * kChunk, *back = day.back + chunk * kChunk;
+  T sum = 0;
+  for (int p = 0; p < count; p += kAhead) {
+    T x[kAhead];
+    int32_t it[kAhead];
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      it[u] = p + u < count ? item[p + u] : 0;
+      const bool summed = p + u < count && (it[u] < 0) == kBackward;
+      x[u] = summed ? rows[static_cast<int64_t>(kBackward ? ~it[u] : it[u]) * width] : T(0);
+    }
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      if (p + u >= count) break;
+      if ((it[u] < 0) == kBackward) {
+        sum += fore[p + u] * x[u];
+      } else {
+        *receiver.stored(it[u] < 0 ? ~it[u] : it[u]) = back[p + u] * (carry + sum);
+      }
+    }
+  }
+}
+
+// From the rear: the other sums, and with what was stored on the way up the row is complete.
+template <bool kBackward, class T, class R>
+QFAST_DEVICE void walk_down(const Day<T>& day, int64_t chunk, T carry, const T* rows, const R& receiver,
+                            bool active, const Lanes& lanes, int group) {
+  const int count = day.items(chunk), width = receiver.width;
+  const int32_t* item = day.item + chunk * kChunk;
+  const T *fore = day.fore + chunk * kChunk, *back = day.back + chunk * kChunk;
+  T sum = 0;
+  for (int p = (count - 1) / kAhead * kAhead; p >= 0; p -= kAhead) {
+    T x[kAhead], wanted[kAhead];
+    int32_t it[kAhead];
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      it[u] = p + u < count ? item[p + u] : 0;
+      const bool read = active && p + u < count, summed = (it[u] < 0) == kBackward;
+      const int32_t row = it[u] < 0 ? ~it[u] : it[u];
+      x[u] = !read ? T(0) : summed ? rows[static_cast<int64_t>(row) * width] : *receiver.stored(row);
+      wanted[u] = read && !summed ? receiver.wanted(row) : T(0);
+    }
+#pragma unroll
+    for (int u = kAhead - 1; u >= 0; --u) {
+      if (p + u >= count) continue;
+      if ((it[u] < 0) == kBackward) {
+        sum += back[p + u] * x[u];
+      } else {
+        const int32_t row = it[u] < 0 ? ~it[u] : it[u];
+        receiver.receive(row, x[u], wanted[u], fore[p + u] * (carry + sum), active, lanes, group);
+      }
+    }
+  }
+}
+
+template <bool kBackward, class T, class R, class Io>
+QFAST_DEVICE void walk_columns(const Day<T>& day, int64_t chunk, int width, int group, const Lanes& lanes,
+                               const T* rows, const Io& io) {
+  const int column = group * lanes.size + lanes.lane;
+  const bool active = column < width;
+  const int64_t at = day.first * width + column;
+  const R receiver{io, at, day.first, width};
+  if (active) walk_up<kBackward>(day, chunk, day.sums[column * day.stride + chunk], rows + at, receiver);
+  const T carry = active ? day.sums[(width + column) * day.stride + chunk] : T(0);
+  walk_down<kBackward>(day, chunk, carry, rows + at, receiver, active, lanes, group);
+}
+
+// ---------------------------------------------------------------- rows by themselves
+// delta = grad . attended, and the gradient of the query: a softmax's weights sum to 1, so the gradients of a
+// row's scores sum to 0, those above the bend to minus those below it, and the kept part gives both.
+template <class T>
+QFAST_DEVICE void query_gradient(const Backward<T>& io, int64_t row, int width, const Lanes& lanes) {
+  T mean = 0, part = 0;
+  for (int64_t i = row * width + lanes.lane; i < (row + 1) * width; i += lanes.size) {
+    const T attended = io.residual == nullptr ? io.out[i] : io.out[i] - io.residual[i];
+    mean += io.grad[i] * attended;
+    part += io.grad[i] * io.share[i];
+  }
+  mean = lanes.sum(mean);
+  part = lanes.sum(part);
+  if (lanes.lane != 0) return;
+  io.delta[row] = mean;
+  io.grad_query[row] = (1 - io.slope) * (part - mean * io.share_weight[row]);
+}
+
+template <class T>
+QFAST_DEVICE void finish_key(const Backward<T>& io, int64_t row, int groups) {
+  T sum = io.grad_key[row];
+  for (int g = 0; g < groups; ++g) sum += io.dots[g * io.total + row];
+  io.grad_key[row] = sum;
+}
+
+}  // namespace
+}  // namespace qfast
