@@ -99,6 +99,7 @@ def save_fit(estimator: Estimator, path: Path) -> None:
         "best_epoch": progress.best_epoch,
         "stop_steps": progress.stop_steps,
         "finished": progress.finished,
+        "model_facts": estimator.checkpoint_facts(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"qfast": json.dumps(facts, default=str)}
@@ -135,6 +136,7 @@ def load_fit(estimator: Estimator, path: Path) -> None:
     progress.records = facts["records"]
     progress.best_score, progress.best_epoch = facts["best_score"], facts["best_epoch"]
     progress.stop_steps, progress.finished = facts["stop_steps"], facts["finished"]
+    estimator.restore_facts(facts.get("model_facts", {}))
     best = _part(tensors, "best.")
     progress.best_weights = {k: v.to(estimator.device) for k, v in best.items()} or None
 

@@ -429,6 +429,13 @@ class Estimator:
         """Restore what `save_checkpoint` wrote."""
         checkpoint.load_fit(self, path)
 
+    def checkpoint_facts(self) -> dict[str, Any]:
+        """What a checkpoint keeps of a model besides weights and parameters, as JSON can hold it."""
+        return {}
+
+    def restore_facts(self, facts: dict[str, Any]) -> None:
+        """Take back what `checkpoint_facts` gave."""
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "callbacks_": []}
 

@@ -1,4 +1,4 @@
-"""LSTM and GRU beside pyqlib's own: same weights, same batches, same scores, same predictions."""
+"""LSTM, GRU and GATs beside pyqlib's own: same weights, same batches, same scores, same predictions."""
 
 from __future__ import annotations
 
@@ -17,11 +17,26 @@ import qfast.models.ts
 
 pytest.importorskip("qlib", reason="pyqlib is the oracle; install qfast-models[qlib]")
 
-CASES = [("LSTM", "lstm", ""), ("GRU", "gru", ""), ("LSTM", "lstm", "_ts"), ("GRU", "gru", "_ts")]
+CASES = [
+    ("LSTM", "lstm", ""), ("GRU", "gru", ""), ("GATs", "gats", ""),
+    ("LSTM", "lstm", "_ts"), ("GRU", "gru", "_ts"), ("GATs", "gats", "_ts"),
+]  # fmt: skip
 IDS = [f"{name}{suffix}" for name, _, suffix in CASES]
 SIZES = {"d_feat": 3, "hidden_size": 8, "num_layers": 2}
 TRAIN = {"n_epochs": 3, "batch_size": 16, "lr": 0.01}
-NETWORK = {"lstm": "lstm_model", "gru": "gru_model", "lstm_ts": "LSTM_model", "gru_ts": "GRU_model"}
+NETWORK = {
+    "lstm": "lstm_model", "gru": "gru_model", "gats": "GAT_model",
+    "lstm_ts": "LSTM_model", "gru_ts": "GRU_model", "gats_ts": "GAT_model",
+}  # fmt: skip
+
+
+def training(name: str, suffix: str) -> dict[str, float]:
+    """The reference's flat GATs can only be trained in its default sizes, which its base always has. Its larger steps
+    are taken gently: Adam makes whole steps of gradients that are nothing but rounding (a bias under the softmax),
+    and at 0.01 two equal implementations part in the third epoch."""
+    if name == "GATs" and not suffix:
+        return {**TRAIN, "d_feat": 6, "hidden_size": 64, "num_layers": 2, "lr": 0.001}
+    return {**SIZES, **TRAIN}
 
 
 def ours(name: str, suffix: str) -> type:
@@ -94,7 +109,8 @@ def test_positional_arguments_stand_in_the_references_order(name, module, suffix
 @pytest.mark.parametrize(("name", "module", "suffix"), CASES, ids=IDS)
 def test_batches_scores_and_predictions_follow_the_reference(name, module, suffix, monkeypatch, tmp_path):
     data = panel(suffix)
-    reference = theirs(name, module, suffix)(**SIZES, **TRAIN, seed=3, **({"n_jobs": 0} if suffix else {}))
+    arguments = {**training(name, suffix), "seed": 3}
+    reference = theirs(name, module, suffix)(**arguments, **({"n_jobs": 0} if suffix else {}))
     seen: dict[str, list[torch.Tensor]] = {"ours": [], "theirs": []}
 
     def spy(model: Any, who: str) -> None:
@@ -117,7 +133,7 @@ def test_batches_scores_and_predictions_follow_the_reference(name, module, suffi
     expected_prediction = reference.predict(data)
     after = torch.get_rng_state(), np.random.get_state()[1]
 
-    model = ours(name, suffix)(**SIZES, **TRAIN, seed=3)
+    model = ours(name, suffix)(**arguments, compat="qlib" if name == "GATs" else None)
     spy(model, "ours")
     found: dict[str, list[float]] = {"kept": [1.0]}
     model.fit(data, found, save_path=tmp_path / "ours.pt")

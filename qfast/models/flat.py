@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from qfast.models._recurrent import Recurrent
-from qfast.nn import GRUModel, LSTMModel
+from typing import ClassVar
 
-__all__ = ["GRU", "LSTM", "GRUModel", "LSTMModel"]
+from qfast.estimator import Estimator
+from qfast.models._graph import Graph
+from qfast.models._recurrent import Recurrent
+from qfast.nn import GATModel, GRUModel, LSTMModel
+
+__all__ = ["GRU", "LSTM", "GATModel", "GATs", "GRUModel", "LSTMModel"]
 
 
 class LSTM(Recurrent):
@@ -51,3 +55,37 @@ class GRU(Recurrent):
     network_class = GRUModel
     drops_incomplete_rows = True
     gru_model = property(lambda self: self.network, doc="The network, under the reference's name.")
+
+
+class GATs(Graph):
+    """Graph attention over all stocks of a day (Alpha360 style), on top of an LSTM or GRU over each stock's window.
+
+    Every day is a batch; the days are shuffled before each training pass, and scored hundreds at a time.
+
+    Parameters
+    ----------
+    d_feat, hidden_size, num_layers, dropout, base_model
+        Of the network `GATModel`.
+    n_epochs, lr, metric, early_stop, loss, optimizer, GPU, seed
+        Of the training loop, see `Estimator`.
+    model_path : path, optional
+        Weights of the base to begin with: a file of the reference's (.pkl), a .safetensors file or a run folder.
+    shuffle_days : bool
+        Keyword only: False keeps the days in order.
+    device, compat, progress
+        Keyword only, see `Estimator`. `batch_size` is accepted and has no effect, as in the reference.
+
+    Notes
+    -----
+    Reference: pyqlib 0.9.7, qlib.contrib.model.pytorch_gats.GATs. Same arguments, weights, order of days and scores
+    under the same seed; the differences on purpose stand in docs/parity.md. Without `model_path` and `pretrain` the
+    first `fit` draws the base's weights a second time, as the reference does.
+
+    Examples
+    --------
+    >>> import torch
+    >>> GATs(d_feat=6, hidden_size=8, seed=0).network(torch.zeros(5, 360)).shape
+    torch.Size([5])
+    """
+
+    base_classes: ClassVar[dict[str, type[Estimator]]] = {"GRU": GRU, "LSTM": LSTM}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from qfast.models._recurrent import RecurrentTimeSeries
-from qfast.nn import GRUModel, LSTMModel
+from typing import ClassVar
 
-__all__ = ["GRU", "LSTM", "GRUModel", "LSTMModel"]
+from qfast.estimator import Estimator
+from qfast.models._graph import GraphTimeSeries
+from qfast.models._recurrent import RecurrentTimeSeries
+from qfast.nn import GATModel, GRUModel, LSTMModel
+
+__all__ = ["GRU", "LSTM", "GATModel", "GATs", "GRUModel", "LSTMModel"]
 
 
 class LSTM(RecurrentTimeSeries):
@@ -47,3 +51,23 @@ class GRU(RecurrentTimeSeries):
 
     network_class = GRUModel
     GRU_model = property(lambda self: self.network, doc="The network, under the reference's name.")
+
+
+class GATs(GraphTimeSeries):
+    """Graph attention over all stocks of a day, on rolling windows (Alpha158 style). Parameters as the flat `GATs`.
+
+    Notes
+    -----
+    Reference: pyqlib 0.9.7, qlib.contrib.model.pytorch_gats_ts.GATs, whose batches are not days: they are consecutive
+    samples of one stock after the other, so that attention runs over dates (Qlib issues 1460 and 2319). Here a batch
+    is all stocks of one date, shuffled as in the flat model; `compat="qlib"` gives the reference's batches, draws and
+    numbers. Predictions stand instrument by instrument, each under its own date, either way.
+
+    Examples
+    --------
+    >>> import torch
+    >>> GATs(d_feat=20, hidden_size=8, seed=0).network(torch.zeros(5, 20, 20)).shape
+    torch.Size([5])
+    """
+
+    base_classes: ClassVar[dict[str, type[Estimator]]] = {"GRU": GRU, "LSTM": LSTM}

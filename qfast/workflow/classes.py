@@ -6,7 +6,7 @@ Importing this module fills the registries. Handlers, processors and records reg
 from __future__ import annotations
 
 from qfast.data import DatasetH, TSDatasetH, handlers, processors
-from qfast.models import GRU, LSTM, ts
+from qfast.models import GRU, LSTM, GATs, ts
 from qfast.registry import DATASETS, MODELS
 from qfast.workflow import records
 
@@ -16,13 +16,16 @@ NOT_YET = {
     "ALSTM": "pytorch_alstm",
     "TransformerModel": "pytorch_transformer",
     "LocalformerModel": "pytorch_localformer",
-    "GATs": "pytorch_gats",
     "TCN": "pytorch_tcn",
 }
 
 
 def _register() -> None:
-    for flat, rolling, stem in ((LSTM, ts.LSTM, "pytorch_lstm"), (GRU, ts.GRU, "pytorch_gru")):
+    for flat, rolling, stem in (
+        (LSTM, ts.LSTM, "pytorch_lstm"),
+        (GRU, ts.GRU, "pytorch_gru"),
+        (GATs, ts.GATs, "pytorch_gats"),
+    ):
         name = flat.__name__
         MODELS.add(flat, name, modules=(f"qlib.contrib.model.{stem}", "qfast.models"))
         MODELS.add(rolling, name, modules=(f"qlib.contrib.model.{stem}_ts", "qfast.models.ts"))

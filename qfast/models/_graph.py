@@ -1,0 +1,246 @@
+"""GATs, flat and time-series: batches that are days, a base from elsewhere, and attention to look at."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from qfast.data.batching import Batches, BatchOrder, NumpyOrder, SequenceOrder, UnshuffledLoaderOrder
+from qfast.data.windows import WindowSet
+from qfast.errors import ConfigError
+from qfast.estimator import Estimator
+from qfast.nn.graph import BASES, GATModel
+from qfast.pretrain import BaseWeights, chosen, read_base
+
+FIT_ARGUMENTS = ("evals_result", "save_path", "reweighter", "callbacks", "checkpoint_dir", "resume")
+
+__all__ = ["Graph", "GraphTimeSeries"]
+
+
+class Graph(Estimator):
+    """Arguments of the reference's flat GATs, positional order included.
+
+    Attributes
+    ----------
+    pretrained_ : dict
+        What was taken of a base: source, keys taken, not taken and absent. Empty without pre-training.
+    """
+
+    network_class = GATModel
+    base_classes: ClassVar[dict[str, type[Estimator]]]  # by base_model
+    rows_per_call: ClassVar[int] = 8192
+    GAT_model = property(lambda self: self.network, doc="The network, under the reference's name.")
+
+    def __init__(
+        self,
+        d_feat: int = 6,
+        hidden_size: int = 64,
+        num_layers: int = 2,
+        dropout: float = 0.0,
+        n_epochs: int = 200,
+        lr: float = 0.001,
+        metric: str = "",
+        early_stop: int = 20,
+        loss: str = "mse",
+        base_model: str = "GRU",
+        model_path: str | os.PathLike[str] | None = None,
+        optimizer: str = "adam",
+        GPU: Any = 0,
+        seed: int | None = None,
+        **options: Any,
+    ) -> None:
+        ignored = options.pop("batch_size", None)
+        shuffle_days = options.pop("shuffle_days", True)
+        if not isinstance(shuffle_days, bool):
+            raise ConfigError(f"shuffle_days must be True or False, got {shuffle_days!r}.")
+        if model_path is not None and not isinstance(model_path, (str, os.PathLike)):
+            raise ConfigError(f"model_path must be a path or None, got {model_path!r}.")
+        extra = {
+            "model_path": None if model_path is None else os.fspath(model_path),
+            "shuffle_days": shuffle_days,
+            **options.pop("extra", {}),
+        }
+        super().__init__(
+            {
+                "d_feat": d_feat, "hidden_size": hidden_size, "num_layers": num_layers, "dropout": dropout,
+                "base_model": base_model,
+            },
+            n_epochs=n_epochs,
+            lr=lr,
+            metric=metric,
+            early_stop=early_stop,
+            loss=loss,
+            optimizer=optimizer,
+            GPU=GPU,
+            seed=seed,
+            extra=extra,
+            **options,
+        )  # fmt: skip
+        self.pretrained_: dict[str, Any] = {}
+        self.base_is_set_ = False
+        if ignored is not None:
+            self.logger.info("batch_size=%r has no effect: every day is a batch of %s", ignored, type(self).__name__)
+        if model_path is not None and os.path.exists(model_path):
+            read_base(Path(model_path), self.network)  # a file that does not fit is refused before data is loaded
+
+    # ---------------------------------------------------------------- days
+    @property
+    def day_order(self) -> BatchOrder:
+        """In which order the days of each pass come."""
+        return NumpyOrder() if self._params["shuffle_days"] else SequenceOrder()
+
+    def days(self, windows: WindowSet) -> Batches:
+        """The cross-sections of a segment, dates ascending."""
+        return windows.days
+
+    def batches(self, windows: WindowSet, stage: str) -> Batches:
+        days = self.days(windows)
+        order: Tensor = getattr(self.day_order, stage)(len(days))
+        if stage == "train" and self._params["compat"] != "qlib":
+            order = order[_labelled(windows, days)[order]]
+        return days.taken(order)
+
+    def run_network(self, windows: WindowSet, samples: Tensor, offsets: Tensor | None = None) -> Tensor:
+        prediction: Tensor = self.network(windows.batch(samples), offsets)
+        return prediction
+
+    # ---------------------------------------------------------------- the base
+    def prepare_network(self) -> None:
+        """Set the base's initial weights, as the reference does at the head of each fit; here at the first only.
+
+        A fresh base is drawn in any case, so that the generators stand where the reference's do; `model_path`
+        then replaces its weights.
+        """
+        if self.base_is_set_ and self._params["compat"] != "qlib":
+            return
+        params = self._params
+        base = BASES[params["base_model"]](params["d_feat"], params["hidden_size"], params["num_layers"])
+        tensors = base.state_dict()
+        if params["model_path"] is not None:
+            found = read_base(params["model_path"], self.network)
+            tensors |= found.tensors
+            self._note(found)
+        self._take(tensors)
+
+    def pretrain(self, dataset: Any, **training: Any) -> Estimator:
+        """Train a base model of the same sizes on `dataset` and take its recurrent weights and output layer.
+
+        The `fit` that follows fine-tunes them instead of drawing new ones.
+
+        Parameters
+        ----------
+        dataset
+            As in `fit`.
+        **training
+            Arguments of the base model (`n_epochs`, `lr`, `batch_size`, `dropout`, ...; its own defaults, and this
+            model's seed, device and compat) and of its `fit` (`callbacks`, `checkpoint_dir`, `resume`, ...).
+
+        Returns
+        -------
+        Estimator
+            The fitted base model: `LSTM` or `GRU` of the same module.
+
+        Raises
+        ------
+        ConfigError
+            An unknown argument, a size, or a `model_path` beside pre-training.
+        DataError, CheckpointError
+            As `fit` of the base model.
+        """
+        params = self._params
+        if params["model_path"] is not None:
+            raise ConfigError(
+                f"the base is given by model_path={params['model_path']!r} already. Remedy: model_path=None to train "
+                "it here, or no pretrain."
+            )
+        sizes = {name: params[name] for name in ("d_feat", "hidden_size", "num_layers")}
+        given = [name for name in sizes if name in training]
+        if given:
+            raise ConfigError(f"pretrain takes no {given[0]!r}: the base has the size of the model, {sizes}.")
+        fit = {name: training.pop(name) for name in FIT_ARGUMENTS if name in training}
+        shared = {name: params[name] for name in ("GPU", "seed", "compat", "progress")}
+        kind = self.base_classes[params["base_model"]]
+        base = cast(Any, kind)(**sizes, **{**shared, "device": str(self.device), **training})
+        base.fit(dataset, **fit)
+        self._note(chosen(base.network.state_dict(), self.network, f"pre-training of {kind.__name__}"))
+        self._take(base.network.state_dict())
+        self.train_optimizer = self._build_optimizer(params["optimizer"], params["lr"], params["weight_decay"])
+        return cast(Estimator, base)
+
+    def _take(self, tensors: dict[str, Tensor]) -> None:
+        self.network.load_state_dict({**self.network.state_dict(), **tensors})
+        self.base_is_set_ = True
+
+    def _note(self, found: BaseWeights) -> None:
+        self.pretrained_ = found.facts()
+        self.logger.info(
+            "base from %s: taken %s; not taken %s; not there %s",
+            found.source, sorted(found.tensors), found.not_taken or "none", found.absent or "none",
+        )  # fmt: skip
+
+    # ---------------------------------------------------------------- state
+    def load_weights(self, path: Any) -> Estimator:
+        """As `Estimator.load_weights`; a fit that follows goes on from these weights."""
+        super().load_weights(path)
+        self.base_is_set_ = True
+        return self
+
+    def checkpoint_facts(self) -> dict[str, Any]:
+        return {"pretrained": self.pretrained_}
+
+    def restore_facts(self, facts: dict[str, Any]) -> None:
+        self.pretrained_ = facts.get("pretrained", {})
+        self.base_is_set_ = True
+
+
+class GraphTimeSeries(Graph):
+    """As `Graph` with d_feat=20 and `n_jobs` after `GPU`; the loss has the label's precision."""
+
+    loss_dtype: ClassVar[torch.dtype | None] = None
+
+    def __init__(
+        self,
+        d_feat: int = 20,
+        hidden_size: int = 64,
+        num_layers: int = 2,
+        dropout: float = 0.0,
+        n_epochs: int = 200,
+        lr: float = 0.001,
+        metric: str = "",
+        early_stop: int = 20,
+        loss: str = "mse",
+        base_model: str = "GRU",
+        model_path: str | os.PathLike[str] | None = None,
+        optimizer: str = "adam",
+        GPU: Any = 0,
+        n_jobs: int = 10,
+        seed: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            d_feat, hidden_size, num_layers, dropout, n_epochs, lr, metric, early_stop, loss, base_model, model_path,
+            optimizer, GPU, seed, extra={"n_jobs": n_jobs}, **options,
+        )  # fmt: skip
+
+    @property
+    def day_order(self) -> BatchOrder:
+        return UnshuffledLoaderOrder() if self._params["compat"] == "qlib" else super().day_order
+
+    def days(self, windows: WindowSet) -> Batches:
+        """With compat="qlib" consecutive samples, instrument by instrument, in pieces as long as the days are."""
+        days = super().days(windows)
+        if self._params["compat"] != "qlib":
+            return days
+        return Batches(torch.arange(len(windows), device=windows.device), days.bounds, days.whole)
+
+
+def _labelled(windows: WindowSet, days: Batches) -> Tensor:
+    """bool [D]: days with at least one finite label; the others have nothing to train on."""
+    assert windows.label is not None
+    finite = torch.isfinite(windows.label[days.order]).cpu()
+    counts = torch.cat((torch.zeros(1, dtype=torch.int64), finite.cumsum(0)))
+    return counts[days.bounds].diff() > 0
