@@ -31,7 +31,8 @@ class Graph(Estimator):
     """
 
     network_class = GATModel
-    base_classes: ClassVar[dict[str, type[Estimator]]]  # by base_model
+    base_estimators: ClassVar[dict[str, type[Estimator]]]  # by base_model
+    options: ClassVar[tuple[str, ...]] = (*Estimator.options, "shuffle_days", "batch_size")
     rows_per_call: ClassVar[int] = 8192
     GAT_model = property(lambda self: self.network, doc="The network, under the reference's name.")
 
@@ -163,7 +164,7 @@ class Graph(Estimator):
             raise ConfigError(f"pretrain takes no {given[0]!r}: the base has the size of the model, {sizes}.")
         fit = {name: training.pop(name) for name in FIT_ARGUMENTS if name in training}
         shared = {name: params[name] for name in ("GPU", "seed", "compat", "progress")}
-        kind = self.base_classes[params["base_model"]]
+        kind = self.base_estimators[params["base_model"]]
         base = cast(Any, kind)(**sizes, **{**shared, "device": str(self.device), **training})
         base.fit(dataset, **fit)
         self._note(chosen(base.network.state_dict(), self.network, f"pre-training of {kind.__name__}"))

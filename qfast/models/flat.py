@@ -88,4 +88,4 @@ class GATs(Graph):
     torch.Size([5])
     """
 
-    base_classes: ClassVar[dict[str, type[Estimator]]] = {"GRU": GRU, "LSTM": LSTM}
+    base_estimators: ClassVar[dict[str, type[Estimator]]] = {"GRU": GRU, "LSTM": LSTM}

@@ -70,4 +70,4 @@ class GATs(GraphTimeSeries):
     torch.Size([5])
     """
 
-    base_classes: ClassVar[dict[str, type[Estimator]]] = {"GRU": GRU, "LSTM": LSTM}
+    base_estimators: ClassVar[dict[str, type[Estimator]]] = {"GRU": GRU, "LSTM": LSTM}
