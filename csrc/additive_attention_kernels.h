@@ -48,10 +48,14 @@ struct Panel {
     Vector<Element> total = (Vector<Element>)((Integers<Element>)products[W - 1] & fresh);
 #pragma GCC unroll 4
     for (int w = 0; w < W - 1; ++w) total += products[w];
-    Element result = 0;
-#pragma GCC unroll 16
-    for (int64_t lane = 0; lane < kLanes<Element>; ++lane) result += total[lane];
-    return result;
+    Element lanes[kLanes<Element>];
+    store<Element>(lanes, total, kLanes<Element>);
+#pragma GCC unroll 4
+    for (int64_t half = kLanes<Element> / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+      for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    }
+    return lanes[0];
   }
 };
 
