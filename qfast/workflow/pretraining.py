@@ -195,4 +195,15 @@ def facts(manifest: Mapping[str, Any]) -> dict[str, str]:
     if done is not None:
         name, epochs = done["model"].rpartition(".")[2], done["epochs"]
         found["Pretrained"] = f"{name}, {epochs} epochs, best {done['best_epoch']}, {done['seconds']:.1f} s of training"
+    base = manifest.get("pretrained")
+    if base:
+        left = f"; left there {', '.join(base['not_taken'])}" if base["not_taken"] else ""
+        lacking = f"; lacking there {', '.join(base['absent'])}" if base["absent"] else ""
+        found["Base"] = f"{_grouped(base['taken'])} of {base['source']}{left}{lacking}"
     return found
+
+
+def _grouped(keys: Sequence[str]) -> str:
+    """Keys of a state dict by their first part: "rnn.* (8), fc_out.* (2)"."""
+    parts = [key.split(".", 1)[0] for key in keys]
+    return ", ".join(f"{part}.* ({parts.count(part)})" for part in dict.fromkeys(parts))

@@ -34,7 +34,7 @@ __all__ = ["DatasetSpec", "HandlerSpec", "Spec", "Task", "Workflow", "check_work
 log = logging.getLogger("qfast")
 
 PROCESSOR_LISTS = ("shared_processors", "infer_processors", "learn_processors")
-NETWORK_ARGUMENTS = ("d_feat", "hidden_size", "num_layers", "dropout")  # of a base model: they are the model's own
+NETWORK_ARGUMENTS = ("d_feat", "hidden_size", "num_layers")  # of a base model: they are the model's own
 PLAIN_TYPES = (int, float, str, bool, type(None))
 TEXT_FORMATS = "a date such as 2016-12-31 or a time such as '2016-12-31 14:30'"
 DateLike = dt.date | dt.datetime | pd.Timestamp
