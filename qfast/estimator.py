@@ -367,8 +367,7 @@ class Estimator:
         NotFittedError
             Neither `fit` nor `load_weights` was called.
         """
-        if not self.fitted:
-            raise NotFittedError("model is not fitted yet! Remedy: call fit(dataset) or load_weights(path) first.")
+        self._require_fitted()
         with self._device_memory("the panel"):
             windows = windows_of(dataset, segment, "infer", with_label=False).to(self.device)
         trained = self.data_.get("columns", [])
@@ -486,6 +485,10 @@ class Estimator:
                 f"the training loss became {float(total)} at batch {batches} of epoch {self.epoch_}. Features, labels "
                 f"and weights were finite; {remedy}."
             )
+
+    def _require_fitted(self) -> None:
+        if not self.fitted:
+            raise NotFittedError("model is not fitted yet! Remedy: call fit(dataset) or load_weights(path) first.")
 
     def _notify(self, moment: str) -> None:
         for callback in self.callbacks_:

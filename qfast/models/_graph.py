@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
+from qfast.attention import neighbours, plot_attention
+from qfast.data.adapt import windows_of
 from qfast.data.batching import Batches, BatchOrder, NumpyOrder, SequenceOrder, UnshuffledLoaderOrder
 from qfast.data.windows import WindowSet
-from qfast.errors import ConfigError
+from qfast.errors import ConfigError, DataError
 from qfast.estimator import Estimator
 from qfast.nn.graph import BASES, GATModel
 from qfast.pretrain import BaseWeights, chosen, read_base
@@ -172,6 +177,59 @@ class Graph(Estimator):
         self.train_optimizer = self._build_optimizer(params["optimizer"], params["lr"], params["weight_decay"])
         return cast(Estimator, base)
 
+    # ---------------------------------------------------------------- attention
+    @torch.no_grad()
+    def attention(
+        self,
+        dataset: Any,
+        date: Any,
+        instruments: str | Iterable[str] | None = None,
+        top: int = 10,
+        segment: str | slice | None = None,
+    ) -> pd.DataFrame:
+        """Who attends to whom on a day: the neighbours with the largest weights, and these weights.
+
+        Parameters
+        ----------
+        dataset
+            As in `predict`.
+        date
+            Date, or time stamp, of one cross-section.
+        instruments : str or sequence of str, optional
+            Whose neighbours; None: of all stocks of that day.
+        top : int
+            How many neighbours of each.
+        segment : str or slice, optional
+            Take the day out of this segment; by default only the day itself is read.
+
+        Returns
+        -------
+        DataFrame
+            As `qfast.attention.neighbours`: instrument, rank, neighbour, weight, score. Nothing N x N is built.
+
+        Raises
+        ------
+        NotFittedError
+            Neither `fit` nor `load_weights` was called.
+        DataError
+            No stock has a row on that date, an instrument has none, or the date names more than one cross-section.
+        """
+        self._require_fitted()
+        bounds = slice(date, date) if segment is None else segment
+        windows = windows_of(dataset, bounds, "infer", with_label=False).to(self.device)
+        samples = _cross_section(windows, date)
+        names = windows.keys_of(windows.rows[samples].cpu().numpy()).get_level_values(1)
+        self.network.eval()
+        query, key = cast(GATModel, self.network).scores(windows.batch(samples))
+        return neighbours(query, key, names, [instruments] if isinstance(instruments, str) else instruments, top)
+
+    def plot_attention(
+        self, dataset: Any, date: Any, path: str | os.PathLike[str], instruments: Any = None, top: int = 10
+    ) -> Path:
+        """Draw `attention(dataset, date, instruments, top)` into a .png, .pdf or .svg file; the file is returned."""
+        table = self.attention(dataset, date, instruments, top)
+        return plot_attention(table, path, f"Attention on {pd.Timestamp(date):%Y-%m-%d}")
+
     def _take(self, tensors: dict[str, Tensor]) -> None:
         self.network.load_state_dict({**self.network.state_dict(), **tensors})
         self.base_is_set_ = True
@@ -237,6 +295,21 @@ class GraphTimeSeries(Graph):
         if self._params["compat"] != "qlib":
             return days
         return Batches(torch.arange(len(windows), device=windows.device), days.bounds, days.whole)
+
+
+def _cross_section(windows: WindowSet, date: Any) -> Tensor:
+    """Samples of the one cross-section that `date` names."""
+    days, wanted = windows.days, pd.Timestamp(date)
+    firsts = windows.rows[days.order[days.bounds[:-1].to(windows.device)]].cpu().numpy()
+    dates = pd.DatetimeIndex(windows.keys_of(firsts).get_level_values(0)) if len(firsts) else pd.DatetimeIndex([])
+    found = np.flatnonzero(dates == wanted)
+    if len(found) == 0 and wanted == wanted.normalize():  # a bare date covers that whole day
+        found = np.flatnonzero(dates.normalize() == wanted)
+    if len(found) != 1:
+        why = f"names {len(found)} cross-sections, give the full time stamp" if len(found) else "has no row in the data"
+        raise DataError(f"date {date!r} {why}.")
+    day = int(found[0])
+    return days.order[int(days.bounds[day]) : int(days.bounds[day + 1])]
 
 
 def _labelled(windows: WindowSet, days: Batches) -> Tensor:
