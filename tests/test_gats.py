@@ -1,0 +1,431 @@
+"""GATs: batches that are days, scoring by stretches of days, what survives an interruption, attention to look at."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import make_frame
+from test_datasets import SEGMENTS
+from test_estimator import StopAt, flat, rolling, same, weights
+
+from qfast import attention
+from qfast.callbacks import Callback
+from qfast.data import TSDatasetH
+from qfast.errors import ConfigError, DataError, NotFittedError
+from qfast.models import GATs, ts
+from qfast.nn.recurrent import as_windows
+
+SMALL = {"d_feat": 3, "hidden_size": 8, "n_epochs": 3, "lr": 0.01, "seed": 1}
+both = pytest.mark.parametrize("kind", [GATs, ts.GATs], ids=["flat", "ts"])
+
+
+def data(kind: type, **kwargs):
+    return flat(**kwargs) if kind is GATs else rolling(**kwargs)
+
+
+def frame_of(kind: type, n_dates: int = 70, n_instruments: int = 9, **kwargs) -> pd.DataFrame:
+    return make_frame(n_dates, n_instruments, 12 if kind is GATs else 3, **kwargs)
+
+
+class Seen(Callback):
+    """The samples of each training step, as index entries."""
+
+    def __init__(self, model, dataset) -> None:
+        self.index = dataset.windows("train", "learn").keys()
+        self.steps: list[pd.MultiIndex] = []
+        inner = model.train_step
+
+        def train_step(windows, samples):
+            self.steps.append(self.index[samples.numpy()])
+            return inner(windows, samples)
+
+        model.train_step = train_step
+
+
+# ---------------------------------------------------------------- batches are days
+@both
+def test_every_training_batch_is_all_stocks_of_one_date(kind):
+    dataset = data(kind)
+    model = kind(**{**SMALL, "n_epochs": 2})
+    seen = Seen(model, dataset)
+    model.fit(dataset)
+    days = seen.index.get_level_values(0)
+    n_days = days.nunique()
+    assert len(seen.steps) == 2 * n_days
+    sizes = days.value_counts()
+    for step in seen.steps:
+        assert step.get_level_values(0).nunique() == 1
+        assert len(step) == sizes[step[0][0]]
+        assert step.get_level_values(1).is_monotonic_increasing
+    first, second = ([step[0][0] for step in seen.steps[k * n_days : (k + 1) * n_days]] for k in (0, 1))
+    assert sorted(first) == sorted(second) == sorted(days.unique())
+    assert first != second != sorted(second)
+    # the draws are NumPy's, one shuffle of the days a pass
+    np.random.seed(1)
+    order = np.arange(n_days)
+    np.random.shuffle(order)
+    assert first == [sorted(days.unique())[k] for k in order]
+
+
+@both
+def test_days_stay_in_order_where_asked(kind):
+    dataset = data(kind)
+    model = kind(**SMALL, shuffle_days=False)
+    seen = Seen(model, dataset)
+    model.fit(dataset)
+    dates = [step[0][0] for step in seen.steps]
+    assert dates == 3 * sorted(set(dates))
+
+
+def test_the_references_batches_mix_dates_and_are_there_on_request():
+    dataset = rolling()
+    model = ts.GATs(**{**SMALL, "n_epochs": 1}, compat="qlib")
+    seen = Seen(model, dataset)
+    model.fit(dataset)
+    assert np.mean([step.get_level_values(0).nunique() for step in seen.steps]) > 5
+    counts = seen.index.get_level_values(0).value_counts().sort_index()
+    assert [len(step) for step in seen.steps] == counts.tolist()
+    assert seen.steps[0].append(seen.steps[1:]).equals(seen.index)
+
+
+def test_rolling_windows_train_as_the_same_windows_laid_out_flat():
+    """The flat model is held equal to the reference's; so this holds the time-series one to it on true days."""
+    dataset = rolling()
+    wide, parts = [], ("train", "valid", "test")
+    for name in parts:
+        windows = dataset.windows(name, "learn")
+        table = windows.batch(torch.arange(len(windows))).transpose(1, 2).flatten(1).numpy()  # feature-major
+        columns = pd.MultiIndex.from_product([["feature"], [f"F{j}" for j in range(table.shape[1])]])
+        frame = pd.DataFrame(table, index=windows.keys(), columns=columns)
+        frame[("label", "LABEL0")] = windows.label.numpy()
+        wide.append(frame)
+    laid_out = flat(frame=pd.concat(wide).sort_index())
+    one, other = ts.GATs(**SMALL).fit(dataset), GATs(**SMALL).fit(laid_out)
+    assert len(one.history_) == 3
+    for name in ("train", "valid", "valid_all", "train_loss"):
+        np.testing.assert_allclose(one.history_[name], other.history_[name], rtol=1e-6)
+    found, expected = one.predict(dataset), other.predict(laid_out)
+    pd.testing.assert_series_equal(found.sort_index(), expected.sort_index(), rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------- scoring and predicting
+def test_predictions_stand_in_the_order_of_the_other_models_under_their_own_date():
+    dataset = rolling()
+    model = ts.GATs(**SMALL).fit(dataset)
+    found = model.predict(dataset)
+    other = ts.LSTM(**{**SMALL, "n_epochs": 1, "batch_size": 32}).fit(dataset).predict(dataset)
+    assert found.index.equals(other.index)
+    assert not found.index.get_level_values(0).is_monotonic_increasing
+    windows = dataset.windows("test", "infer")
+    with torch.no_grad():
+        for date, part in found.groupby(level=0):
+            samples = torch.from_numpy(np.flatnonzero(windows.keys().get_level_values(0) == date))
+            expected = model.network(windows.batch(samples))
+            np.testing.assert_allclose(part.to_numpy(), expected.numpy(), rtol=1e-4, atol=1e-6)
+
+
+@both
+def test_the_rows_order_does_not_matter(kind):
+    frame = frame_of(kind)
+    model = kind(**SMALL).fit(data(kind, frame=frame))
+    shuffled = frame.sample(frac=1.0, random_state=3)
+    found = model.predict(data(kind, frame=shuffled))
+    pd.testing.assert_series_equal(found, model.predict(data(kind, frame=frame)))
+
+
+@both
+@pytest.mark.parametrize("rows", [0, 1, 25, 10**6])
+def test_numbers_do_not_depend_on_how_many_days_go_through_the_network_at_once(kind, rows, monkeypatch):
+    dataset = data(kind)
+    model = kind(**SMALL).fit(dataset)
+    windows = model.load_segment(dataset, "valid")
+    expected, scores = model.predict(dataset), model.score_segment(windows, "valid")
+    monkeypatch.setattr(kind, "rows_per_call", rows)
+    calls = []
+    model.network.register_forward_hook(lambda *_: calls.append(1))
+    np.testing.assert_allclose(model.score_segment(windows, "valid"), scores, rtol=1e-6)
+    assert len(calls) == (1 if rows == 10**6 else len(windows.days) if rows < 2 else len(calls))
+    pd.testing.assert_series_equal(model.predict(dataset), expected, rtol=1e-5, atol=1e-6)
+
+
+@both
+def test_a_score_is_the_mean_over_days_of_the_days_scores(kind):
+    dataset = data(kind)
+    model = kind(**{**SMALL, "n_epochs": 1}).fit(dataset)
+    windows = dataset.windows("valid", "learn")
+    with torch.no_grad():
+        errors = [(model.network(windows.batch(samples)) - windows.label[samples]).square() for samples in windows.days]
+    record = model.history_.iloc[-1]
+    assert record["valid"] == pytest.approx(-np.mean([float(e.mean()) for e in errors]), rel=1e-5)
+    assert record["valid_all"] == pytest.approx(-float(torch.cat(errors).mean()), rel=1e-5)
+
+
+@both
+def test_gradients_are_not_recorded_while_scoring(kind):
+    model = kind(**{**SMALL, "n_epochs": 1})
+    seen = set()
+    model.network.register_forward_hook(lambda module, _, out: seen.add((module.training, out.requires_grad)))
+    model.fit(data(kind))
+    assert seen == {(True, True), (False, False)}
+
+
+# ---------------------------------------------------------------- unusual days
+@both
+@pytest.mark.parametrize("compat", [None, "qlib"])
+def test_a_day_with_one_stock(kind, compat):
+    frame = frame_of(kind)
+    for date in ("2020-01-08", "2020-02-19", "2020-03-20"):  # of each segment
+        frame = frame[(frame.index.get_level_values(0) != date) | (frame.index.get_level_values(1) == "S003")]
+    dataset = data(kind, frame=frame)
+    model = kind(**SMALL, compat=compat).fit(dataset)
+    assert np.isfinite(model.history_[["train", "valid", "train_loss"]].to_numpy()).all()
+    found = model.predict(dataset)
+    assert found.notna().all()
+    assert len(found.loc["2020-03-20"]) == 1
+
+
+@both
+def test_one_stock_in_all(kind):
+    dataset = data(kind, frame=frame_of(kind, 70, 1, holes=0.0))
+    model = kind(**SMALL)
+    before = weights(model)
+    assert model.fit(dataset).predict(dataset).notna().all()
+    assert not same(weights(model), before)
+
+
+@both
+def test_segments_of_one_day(kind):
+    one_day = {
+        "train": ("2020-02-03", "2020-02-03"),
+        "valid": ("2020-02-04", "2020-02-04"),
+        "test": ("2020-02-05",) * 2,
+    }
+    dataset = data(kind, segments=one_day)
+    model = kind(**SMALL).fit(dataset)
+    assert model.history_["train"].iloc[-1] > model.history_["train"].iloc[0]
+    assert len(model.predict(dataset)) == len(dataset.windows("test", "infer"))
+    assert len(model.predict(dataset, slice("2031-01-01", None))) == 0
+
+
+def test_windows_of_one_step():
+    dataset = TSDatasetH(handler=make_frame(70, 9, 3), segments=SEGMENTS, step_len=1)
+    for compat in (None, "qlib"):
+        assert ts.GATs(**SMALL, compat=compat).fit(dataset).predict(dataset).notna().all()
+
+
+@both
+def test_days_without_labels(kind):
+    frame = frame_of(kind)
+    labels = frame[("label", "LABEL0")].copy()
+    labels.loc[["2020-01-09", "2020-01-10", "2020-02-20"]] = np.nan  # two of train, one of valid
+    frame[("label", "LABEL0")] = labels
+    dataset = data(kind, frame=frame)
+    steps = {}
+    for compat in (None, "qlib"):
+        model = kind(**SMALL, shuffle_days=False, compat=compat)
+        seen = Seen(model, dataset)
+        model.fit(dataset)
+        steps[compat] = len(seen.steps) // 3
+        if compat is None:
+            assert np.isfinite(model.history_[["train", "valid", "valid_all", "train_loss"]].to_numpy()).all()
+        elif kind is GATs:  # with the time-series model the reference's batches are no days
+            assert model.history_[["train", "valid"]].isna().all(axis=None)
+    assert steps["qlib"] == steps[None] + 2 if kind is GATs else steps["qlib"] >= steps[None]
+    unlabelled = frame.drop(index=["2020-01-09", "2020-01-10"], level=0)
+    if kind is GATs:  # leaving the days out of the data is the same: no step, no pull on Adam's means
+        other = GATs(**SMALL, shuffle_days=False).fit(data(kind, frame=unlabelled))
+        assert same(weights(kind(**SMALL, shuffle_days=False).fit(dataset)), weights(other))
+
+
+# ---------------------------------------------------------------- arguments
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"base_model": "RNN"}, r"base_model must be one of \['GRU', 'LSTM'\], got 'RNN'"),
+        ({"base_model": "gru"}, r"got 'gru'\. Did you mean 'GRU'\?"),
+        ({"shuffle_days": 1}, "shuffle_days must be True or False, got 1"),
+        ({"shuffle_day": True}, r"GATs has no argument 'shuffle_day'\. Did you mean 'shuffle_days'\?"),
+        ({"model_path": 3}, "model_path must be a path or None, got 3"),
+        ({"n_epochs": -1}, "n_epochs must be a whole number of at least 0"),
+        ({"compat": "0.9.7"}, "compat must be None or 'qlib'"),
+    ],
+)
+@both
+def test_wrong_arguments_are_named(kind, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        kind(**arguments)
+
+
+@both
+def test_a_batch_size_is_taken_said_and_ignored(kind, caplog):
+    with caplog.at_level(logging.INFO, logger="qfast"):
+        model = kind(**SMALL, batch_size=5)
+    assert [r.message for r in caplog.records] == ["batch_size=5 has no effect: every day is a batch of GATs"]
+    assert model.fit(data(kind)).evals_result_ == kind(**SMALL).fit(data(kind)).evals_result_
+
+
+@both
+def test_get_params_rebuild_the_model(kind, caplog):
+    model = kind(**SMALL, dropout=0.1, base_model="LSTM", shuffle_days=False, compat="qlib", device="cpu")
+    with caplog.at_level(logging.INFO, logger="qfast"):
+        again = kind(**model.get_params())
+    assert again.get_params() == model.get_params()
+    assert caplog.records == []
+    assert (again.base_model, again.GAT_model is again.network, str(again.device)) == ("LSTM", True, "cpu")
+
+
+# ---------------------------------------------------------------- interruptions, copies
+@pytest.mark.parametrize("moment", ["batch", "checkpoint"])
+@both
+def test_an_interrupted_fit_resumes_to_the_unbroken_result(kind, moment, tmp_path):
+    arguments = {**SMALL, "n_epochs": 5, "dropout": 0.2, "base_model": "LSTM"}
+    unbroken = kind(**arguments).fit(data(kind))
+    broken = kind(**arguments)
+    with pytest.raises(KeyboardInterrupt):
+        broken.fit(data(kind), callbacks=[StopAt(2, moment)], checkpoint_dir=tmp_path)
+    assert broken.predict(data(kind)).notna().all()
+    np.random.seed(99)
+    torch.manual_seed(99)
+    resumed = kind(**arguments).fit(data(kind), checkpoint_dir=tmp_path, resume=True)
+    assert resumed.evals_result_ == unbroken.evals_result_
+    assert same(weights(resumed), weights(unbroken))
+    # and a further fit goes on from there, for both alike
+    for model in (resumed, unbroken):
+        np.random.seed(5)
+        torch.manual_seed(5)
+        model.fit(data(kind))
+    assert resumed.evals_result_ == unbroken.evals_result_
+
+
+@both
+def test_a_fitted_model_is_pickled_and_copied(kind):
+    model = kind(**SMALL).fit(data(kind))
+    expected = model.predict(data(kind))
+    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        pd.testing.assert_series_equal(again.predict(data(kind)), expected)
+        again.fit(data(kind))  # goes on
+        assert not same(weights(again), weights(model))
+
+
+@pytest.mark.parametrize("base", ["GRU", "LSTM"])
+def test_what_only_the_other_stocks_of_the_day_tell_is_learnt(base):
+    """The label is the market's move, which shows in the others' features and hardly in one's own."""
+    rng = np.random.default_rng(0)
+    frame = make_frame(160, 30, 3, holes=0.05)
+    dates = frame.index.get_level_values(0)
+    market = pd.Series(rng.standard_normal(dates.nunique()), index=dates.unique())
+    move = market.reindex(dates).to_numpy()
+    frame[("feature", "F0")] = (0.5 * move + frame[("feature", "F0")].to_numpy()).astype(np.float32)
+    frame[("label", "LABEL0")] = move.astype(np.float32)
+    segments = {"train": ("2020-01-01", "2020-06-15"), "test": ("2020-06-16", None)}
+    dataset = rolling(frame, segments)
+    model = ts.GATs(**{**SMALL, "n_epochs": 12}, base_model=base).fit(dataset)
+    alone = ts.LSTM(**{**SMALL, "n_epochs": 12, "batch_size": 64}).fit(dataset)
+    label = frame[("label", "LABEL0")]
+    found, expected = (m.predict(dataset).corr(label) for m in (model, alone))
+    assert found > 0.75 > 0.6 > expected
+
+
+# ---------------------------------------------------------------- attention
+def fitted(kind):
+    dataset = data(kind, frame=frame_of(kind, 70, 12))
+    return kind(**SMALL).fit(dataset), dataset
+
+
+@both
+def test_attention_is_the_softmax_of_the_day(kind):
+    model, dataset = fitted(kind)
+    date = pd.Timestamp("2020-03-16")
+    windows = dataset.windows(slice(date, date), "infer")
+    names = list(windows.keys().get_level_values(1))
+    net = model.network
+    with torch.no_grad():
+        hidden = net.rnn(as_windows(windows.batch(torch.arange(len(windows))), 3))[0][:, -1]
+        z = net.transformation(hidden)
+        scores = (z @ net.a[8:]) + (z @ net.a[:8]).t()
+        dense = torch.nn.functional.leaky_relu(scores, 0.01).softmax(1).numpy()
+    whole = model.attention(dataset, date, top=99)
+    assert list(whole) == ["instrument", "rank", "neighbour", "weight", "score"]
+    assert len(whole) == len(names) ** 2
+    grid = whole.pivot(index="instrument", columns="neighbour", values="weight")
+    np.testing.assert_allclose(grid.loc[names, names].to_numpy(), dense, rtol=1e-4, atol=1e-7)
+    assert (whole.groupby("instrument")["weight"].diff().dropna() <= 1e-9).all()  # largest first
+    part = model.attention(dataset, "2020-03-16", [names[3], names[0]], top=2)
+    assert list(part["instrument"]) == [names[3]] * 2 + [names[0]] * 2
+    assert list(part["rank"]) == [1, 2, 1, 2]
+    expected = whole[whole["instrument"].eq(names[3]) & whole["rank"].le(2)]
+    np.testing.assert_allclose(part["weight"][:2], expected["weight"], rtol=1e-12)
+    assert len(model.attention(dataset, date, names[0], top=1, segment="test")) == 1
+    by_segment = model.attention(dataset, date, segment="test")
+    pd.testing.assert_frame_equal(by_segment, model.attention(dataset, date), rtol=1e-4, atol=1e-6)
+
+
+def test_attention_of_few_stocks_of_a_large_market_stays_small(monkeypatch):
+    monkeypatch.setattr(attention, "SCORES_AT_ONCE", 50_000)
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 20_000)
+    largest = 0
+    inner = torch.nn.functional.leaky_relu
+
+    def leaky_relu(scores):
+        nonlocal largest
+        largest = max(largest, scores.numel())
+        return inner(scores)
+
+    monkeypatch.setattr(attention.functional, "leaky_relu", leaky_relu)
+    names = [f"S{i}" for i in range(20_000)]
+    table = attention.neighbours(query, key, names, names[:5], top=3)
+    assert largest == 40_000  # two rows at a time
+    weights = inner(query[4].double() + key.double(), 0.01).softmax(0)
+    np.testing.assert_allclose(table["weight"][12:], weights.topk(3).values, rtol=1e-12)
+
+
+@both
+def test_attention_names_what_is_not_there(kind):
+    model, dataset = fitted(kind)
+    with pytest.raises(NotFittedError, match="not fitted yet"):
+        kind(**SMALL).attention(dataset, "2020-03-16")
+    with pytest.raises(DataError, match=r"instruments: \['S0003'\] \(1 in all\) have no row .*Did you mean 'S003'"):
+        model.attention(dataset, "2020-03-16", ["S0003"])
+    with pytest.raises(DataError, match="date '2020-03-15' has no row in the data"):
+        model.attention(dataset, "2020-03-15")
+    with pytest.raises(ConfigError, match="top must be a whole number of at least 1, got 0"):
+        model.attention(dataset, "2020-03-16", top=0)
+
+
+def test_attention_of_an_intraday_moment():
+    frame = make_frame(40, 5, 3, holes=0.0, freq="12h")
+    frame.index = frame.index.set_levels(frame.index.levels[0] + pd.Timedelta("3h"), level=0)
+    segments = {"train": ("2020-01-01", "2020-01-10"), "test": ("2020-01-11", None)}
+    dataset = rolling(frame, segments)
+    model = ts.GATs(**SMALL).fit(dataset)
+    with pytest.raises(DataError, match="names 2 cross-sections, give the full time stamp"):
+        model.attention(dataset, "2020-01-12", segment="test")
+    assert len(model.attention(dataset, "2020-01-12 15:00", top=3)) == 15
+
+
+@both
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
+def test_attention_is_drawn(kind, suffix, tmp_path):
+    model, dataset = fitted(kind)
+    path = model.plot_attention(dataset, "2020-03-16", tmp_path / "new" / f"day{suffix}", top=4)
+    start = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}[suffix]
+    assert path.read_bytes().startswith(start)
+    assert [f.name for f in path.parent.iterdir()] == [path.name]
+    with pytest.raises(ConfigError, match=r"written as one of \['.png', '.pdf', '.svg'\], got 'day.bmp'"):
+        model.plot_attention(dataset, "2020-03-16", tmp_path / "day.bmp")
+
+
+def test_a_picture_of_many_stocks_shows_some_and_says_so(tmp_path):
+    torch.manual_seed(0)
+    table = attention.neighbours(*torch.randn(2, 100), [f"S{i:03d}" for i in range(100)], top=5)
+    text = attention.plot_attention(table, tmp_path / "a.svg", "Attention").read_text()
+    assert "Attention, 40 of 100 stocks" in text
+    with pytest.raises(DataError, match="the attention table is empty"):
+        attention.plot_attention(table[:0], tmp_path / "b.svg")
