@@ -18,15 +18,17 @@ from test_estimator import SMALL, flat, rolling, same, weights
 from qfast.data import DatasetH
 from qfast.data.handlers import Alpha360, DataHandlerLP
 from qfast.errors import ConfigError, DataError
-from qfast.models import GRU, LSTM, ts
+from qfast.models import GRU, LSTM, GATs, ts
 from qfast.workflow.config import load_config
 
 ALL = [LSTM, GRU, ts.LSTM, ts.GRU]
+FLAT = (LSTM, GRU, GATs)
+WITH_DAYS = [*ALL, GATs, ts.GATs]
 TESTS = Path(__file__).parent
 
 
 def data(kind: type, **kwargs):
-    return flat(**kwargs) if kind in (LSTM, GRU) else rolling(**kwargs)
+    return flat(**kwargs) if kind in FLAT else rolling(**kwargs)
 
 
 def test_every_line_of_the_table_names_a_test_that_exists():
@@ -68,7 +70,7 @@ def test_quirk_no_best_epoch(kind):
         kind(**large, compat="qlib").fit(data(kind))
 
 
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", WITH_DAYS)
 def test_quirk_no_validation_segment(kind):
     model = kind(**SMALL)
     model.fit(data(kind, segments={"train": SEGMENTS["train"]}))
@@ -91,13 +93,13 @@ def test_quirk_short_tail_of_scores(kind):
     assert record["valid_all"] == pytest.approx(-float(error.mean()), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", WITH_DAYS)
 def test_quirk_no_test_segment(kind):
     segments = {name: SEGMENTS[name] for name in ("train", "valid")}
     assert kind(**SMALL).fit(data(kind, segments=segments)).fitted
 
 
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", WITH_DAYS)
 def test_quirk_scores_without_gradients(kind):
     model = kind(**{**SMALL, "n_epochs": 1})
     seen = []
@@ -106,9 +108,9 @@ def test_quirk_scores_without_gradients(kind):
     assert set(seen) == {(True, True), (False, False)}
 
 
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", WITH_DAYS)
 def test_quirk_infinite_label(kind):
-    frame = make_frame(70, 9, 12 if kind in (LSTM, GRU) else 3)
+    frame = make_frame(70, 9, 12 if kind in FLAT else 3)
     values = frame[("label", "LABEL0")].to_numpy(copy=True)
     values[4] = np.inf
     frame[("label", "LABEL0")] = values
@@ -169,7 +171,7 @@ def test_quirk_nothing_shared_between_fits(tmp_path, monkeypatch):
         assert len(os.listdir("/proc/self/fd")) == open_files
 
 
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", WITH_DAYS)
 def test_quirk_empty_prediction(kind):
     model = kind(**{**SMALL, "n_epochs": 1}).fit(data(kind))
     found = model.predict(data(kind), slice("2031-01-01", "2031-12-31"))
@@ -192,3 +194,35 @@ def test_quirk_gru_needs_no_experiment(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     GRU(**SMALL).fit(DatasetH(handler=make_frame(70, 9, 12), segments=SEGMENTS))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", [GATs, ts.GATs])
+@pytest.mark.parametrize("base", ["GRU", "LSTM"])
+def test_quirk_base_of_the_models_own_size(kind, base):
+    model = kind(d_feat=3, hidden_size=8, num_layers=1, base_model=base, n_epochs=1).fit(data(kind))
+    assert model.network.rnn.weight_hh_l0.shape[1] == 8
+    assert model.predict(data(kind)).notna().all()
+
+
+@pytest.mark.parametrize("kind", [GATs, ts.GATs])
+def test_quirk_weights_of_samples_in_every_model(kind):
+    class FirstHalf:
+        """Stocks that count nothing pull nothing."""
+
+        def reweight(self, samples):
+            index = samples.index if hasattr(samples, "index") else samples.get_index()
+            return (index.get_level_values("instrument") < "S005").astype(float)
+
+    frame = make_frame(70, 9, 12 if kind is GATs else 3)
+    other = frame.copy()
+    rest = other.index.get_level_values("instrument") >= "S005"
+    other.loc[rest, ("label", "LABEL0")] = 7.0
+    found = [kind(**SMALL).fit(data(kind, frame=f), reweighter=FirstHalf()) for f in (frame, other)]
+    assert same(weights_after_training(found[0]), weights_after_training(found[1]))
+    plain = kind(**SMALL).fit(data(kind, frame=frame))
+    assert not same(weights_after_training(plain), weights_after_training(found[0]))
+
+
+def weights_after_training(model) -> dict[str, torch.Tensor]:
+    """Of the last epoch, whichever was best."""
+    return {"moments": torch.cat([s["exp_avg"].flatten() for s in model.train_optimizer.state.values()])}
