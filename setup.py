@@ -54,7 +54,7 @@ def extensions() -> list[Extension]:
         cpp_extension.CUDA_HOME = cuda_home  # None beside a CPU-only torch
         facts["QFAST_CUDA_ARCHS"] = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda_archs(cuda_home))
     macros = [("TORCH_TARGET_VERSION", STABLE_ABI), *((k, f'"{v}"') for k, v in facts.items())]
-    paths, headers = cpp_extension.library_paths(), glob("csrc/*.h")
+    paths, headers = cpp_extension.library_paths(), [*glob("csrc/*.h"), *glob("csrc/*.cuh")]
     built = [
         Extension("qfast._C", sorted(glob("csrc/*.cpp")), define_macros=macros, library_dirs=paths,
                   libraries=["torch_cpu"], extra_compile_args={"cxx": cxx}, depends=headers, language="c++")

@@ -8,7 +8,9 @@
 // two sort orders, the smaller part of each row's sum and its weight. What bounds it: reading [N, H] three
 // times and writing it once, 16 H bytes a row in float32 (twice that in the backward), where there are many
 // rows, and the latency of the passes where there are few. No atomics; every sum has one fixed order; nothing
-// synchronises, and all memory is torch's, so a CUDA graph can capture a call.
+// synchronises, and all memory is torch's, so a CUDA graph can capture a call. Nothing waits to look at the
+// numbers in `offsets` either, as Python does: where they are wrong no other memory is touched, but results
+// are NaN or undefined.
 //
 // Schemas and what is kept: qfast/ops/additive_attention.py. Same order everywhere: checks, device guard,
 // allocation, empty return, dispatch, launches, each with its check.
@@ -105,7 +107,7 @@ Shape check_days(const char* op, const Tensor& like, const MaybeTensor& offsets,
   QFAST_CHECK(rows < kMost, op, ": value: expected fewer than ", kMost, " rows, got ", rows, ".");
   QFAST_CHECK(longest >= 0 && longest <= rows && (longest > 0 || rows == 0), op,
               ": longest: expected the rows of the longest day, 1 to ", rows, ", got ", longest, ".");
-  Shape shape{{nullptr, 1, rows}, heads, static_cast<int>(width)};
+  Shape shape{{nullptr, 1, rows, nullptr}, heads, static_cast<int>(width)};
   if (!offsets) return shape;
   check_dims(op, "offsets", *offsets, 1, "[D + 1]");
   check_same_device(op, "offsets", *offsets, like, "value");

@@ -97,7 +97,7 @@ QFAST_DEVICE void list_day(const Day<T>& day, T slope, T* share_weight) {
   const int warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
   const T* none = nullptr;
   for (int64_t i = threadIdx.x; i < 2 * day.count; i += blockDim.x) {
-    place(day, i >= day.count, i >= day.count ? i - day.count : i, slope);
+    place(day, i >= day.count, i >= day.count ? i - day.count : i, slope, highest(day, slope));
   }
   __syncthreads();
   for (int64_t chunk = warp; chunk < day.chunks(); chunk += warps) sum_scalars<false>(day, chunk, none);
@@ -208,8 +208,21 @@ struct SortBits<double> {
   using Word = uint64_t;
 };
 
-// What a radix sort reads: unsigned numbers in the order of the scores, of the queries turned round. -0 and 0
-// may go either way. 2 x heads x N sort keys; a thread owns one.
+// Whether `offsets` do not run from 0 to N, ascending: what nobody has looked at must not lead beyond the
+// rows. One block.
+__global__ void check_offsets_kernel(const Days days, int32_t* broken) {
+  __shared__ int32_t any;
+  if (threadIdx.x == 0) any = days.offsets[0] != 0 || days.offsets[days.count] != days.rows;
+  __syncthreads();
+  for (int64_t d = threadIdx.x; d < days.count; d += blockDim.x) {
+    if (days.offsets[d] > days.offsets[d + 1]) any = 1;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) *broken = any;
+}
+
+// What a radix sort reads: unsigned numbers in the order of the scores, of the queries turned round.
+// 2 x heads x N of them; a thread owns one.
 template <class T>
 __global__ void sort_bits_kernel(const Shape shape, const T* key, const T* query,
                                  typename SortBits<T>::Word* bits, uint32_t* number) {
@@ -266,7 +279,8 @@ __global__ void place_kernel(const Shape shape, const Lists<T> lists, const T sl
     const int side = i >= total;
     const int64_t at = side ? i - total : i;
     const Day<T> day = lists.day(shape, at / rows, shape.days.day_of_row(at % rows));
-    place(day, side, at - day.first, slope);
+    const T top = shape.days.is_broken() ? std::numeric_limits<T>::quiet_NaN() : highest(day, slope);
+    place(day, side, at - day.first, slope, top);
   }
 }
 

@@ -30,11 +30,14 @@ constexpr unsigned kWholeWarp = ~0u;
 struct Days {
   const int64_t* offsets;  // [count + 1]; null: all rows are one day
   int64_t count, rows;     // D, N
+  const int32_t* broken;   // not 0: `offsets` are no such thing, all rows are one day; may be null
 
   QFAST_DEVICE int64_t begin(int64_t d) const {
-    const int64_t at = offsets != nullptr ? offsets[d] : d == 0 ? 0 : rows;
+    const bool whole = offsets == nullptr || is_broken();
+    const int64_t at = !whole ? offsets[d] : d == 0 ? 0 : rows;
     return at < 0 ? 0 : at < rows ? at : rows;
   }
+  QFAST_DEVICE bool is_broken() const { return broken != nullptr && *broken != 0; }
   // The chunks of a day are numbered from here: as many as it needs or more, without a table of them.
   QFAST_DEVICE int64_t first_chunk(int64_t d) const { return 2 * begin(d) / kChunk + d; }
   __host__ __device__ int64_t chunks() const { return 2 * rows / kChunk + count; }
@@ -140,11 +143,12 @@ QFAST_DEVICE T infinity() {
 }
 
 // A score that is not a number has no place in an order. A NaN key spoils its day as +inf does; a query that
-// is not finite spoils its own row only: last of all it disturbs no other, and -inf marks it.
+// is not finite spoils its own row only: last of all it disturbs no other, and -inf marks it. -0 becomes 0,
+// so that the two ways of sorting see the same ties.
 template <class T>
 QFAST_DEVICE T sortable(int side, T score) {
-  if (side == 0) return score == score ? score : infinity<T>();
-  return score - score == 0 ? score : -infinity<T>();
+  if (side == 0) return score == score ? score + T(0) : infinity<T>();
+  return score - score == 0 ? score + T(0) : -infinity<T>();
 }
 
 // The highest key; NaN, which spreads to every row, where the dense softmax is NaN in every row.
@@ -156,10 +160,11 @@ QFAST_DEVICE T highest(const Day<T>& day, T slope) {
 }
 
 // ---------------------------------------------------------------- the list
-// Puts the key (side 0) or query (1) at sorted position p into the list. A thread owns one.
+// Puts the key (side 0) or query (1) at sorted position p into the list. A thread owns one. `top` is the
+// highest key.
 template <class T>
-QFAST_DEVICE void place(const Day<T>& day, int side, int64_t p, T slope) {
-  const T score = day.sorted(side)[p], top = highest(day, slope);
+QFAST_DEVICE void place(const Day<T>& day, int side, int64_t p, T slope, T top) {
+  const T score = day.sorted(side)[p];
   const T* others = day.sorted(1 - side);
   int64_t low = 0, high = day.count;  // how many of the others stand before it
   while (low < high) {

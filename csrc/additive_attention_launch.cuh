@@ -115,13 +115,23 @@ void sort_scores(Device& device, const Shape& shape, const T* key, const T* quer
 }
 
 // ---------------------------------------------------------------- the operators
+// Several days in memory: with offsets that nobody has looked at, every row becomes NaN.
+template <class Device>
+Shape checked(Device& device, Shape shape) {
+  if (shape.days.offsets == nullptr) return shape;
+  int32_t* broken = device.template take<int32_t>(1);
+  device.launch(check_offsets_kernel, 1, kThreads, 0, shape.days, broken);
+  shape.days.broken = broken;
+  return shape;
+}
+
 template <class T, class Device>
 bool fits_one_block(const Device& device, int64_t longest, int width) {
   return longest <= kDayRows && plan_day<T>(longest, width).bytes <= device.shared_limit();
 }
 
 template <class T, class Device>
-void attend(Device& device, const Shape& shape, int64_t longest, T slope, const Forward<T>& io) {
+void attend(Device& device, Shape shape, int64_t longest, T slope, const Forward<T>& io) {
   const int64_t days = shape.heads * shape.days.count;
   if (fits_one_block<T>(device, longest, shape.width)) {
     const DayPlan plan = plan_day<T>(longest, shape.width);
@@ -129,6 +139,7 @@ void attend(Device& device, const Shape& shape, int64_t longest, T slope, const 
                   slope);
     return;
   }
+  shape = checked(device, shape);
   int32_t* orders = io.orders;
   if (orders == nullptr) orders = device.template take<int32_t>(2 * shape.heads * shape.days.rows);
   sort_scores(device, shape, io.key, io.query, orders);
@@ -139,7 +150,7 @@ void attend(Device& device, const Shape& shape, int64_t longest, T slope, const 
 
 // `io` as it comes from outside; delta and dots are found here.
 template <class T, class Device>
-void attend_backward(Device& device, const Shape& shape, int64_t longest, Backward<T> io) {
+void attend_backward(Device& device, Shape shape, int64_t longest, Backward<T> io) {
   const int lanes = lanes_for(shape.width), groups = (shape.width + lanes - 1) / lanes;
   io.total = shape.heads * shape.days.rows;
   io.delta = device.template take<T>(io.total);
@@ -150,6 +161,7 @@ void attend_backward(Device& device, const Shape& shape, int64_t longest, Backwa
                   plan.bytes, shape, plan, io);
     return;
   }
+  shape = checked(device, shape);
   const Passes<T> passes(device, shape, const_cast<int32_t*>(io.orders), io.slope);
   device.launch(query_gradient_kernel<T>, blocks_for(io.total, kThreads / lanes), kThreads, 0, shape, io,
                 lanes);

@@ -1,0 +1,404 @@
+"""Attention over the stocks of a day on a GPU: the CUDA kernels beside the dense softmax in float64.
+
+Days that fit into a block's shared memory and longer ones go different ways through the kernels (up to 2,048 rows,
+csrc/additive_attention.cu), so most tests come twice: with short days alone, and with a long day beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from attention_cases import (
+    ATTENTION_CASES,
+    AttentionCase,
+    chain_graph,
+    dense,
+    errors,
+    exact_attention,
+    exact_graph,
+    expected,
+    offsets_of,
+    randn,
+    results,
+    sorted_oracle,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_ops_attention import OF_TERMS, VIEWS, attention_inputs, check_accuracy, graph_inputs
+from test_ops_attention_rules import DAY, INFINITE_TERMS, INPUTS, SIZES, SPOILED, day_inputs
+from torch import Tensor
+
+from qfast import _backend
+from qfast.ops import additive_attention, graph_attention
+from qfast.ops.additive_attention import self_test
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no usable GPU"),
+    pytest.mark.skipif(
+        not _backend.status()["cuda"]["loaded"], reason=f"qfast._cuda: {_backend.status()['cuda']['reason']}"
+    ),
+]
+DEVICE = "cuda"
+LONG = 2500  # rows of a day that no block takes
+OPS = torch.ops.qfast
+
+
+@pytest.fixture(params=["float32", "float64"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return getattr(torch, request.param)
+
+
+@pytest.fixture(params=[[], [LONG]], ids=["short-days", "a-long-day"])
+def beside(request: pytest.FixtureRequest) -> list[int]:
+    """Days that stand beside those of a test."""
+    return request.param
+
+
+def on_gpu(call: Callable[..., Tensor], tensors: list[Tensor], grad: Tensor) -> list[Tensor]:
+    """Result and gradients of `call`, computed on the GPU and brought back."""
+    return [t.cpu() for t in results(call, [t.to(DEVICE) for t in tensors], grad.to(DEVICE))]
+
+
+def check(inputs: list[Tensor], offsets: Tensor | None, slope: float = 0.01, limit: float = 1e-13) -> None:
+    *tensors, grad = inputs
+    found = on_gpu(lambda *t: additive_attention(*t, offsets, slope), tensors, grad)
+    assert not exact_attention(*inputs, offsets, slope).misses(found, limit)
+
+
+def check_graph(inputs: list[Tensor], offsets: Tensor | None, slope: float = 0.01, limit: float = 1e-13) -> None:
+    *tensors, grad = inputs
+    hidden, weight, bias = (t.double() for t in tensors)
+    exact = exact_graph(hidden, weight, grad, weight @ hidden.t() + bias[:, None], offsets, slope)
+    assert not exact.misses(on_gpu(lambda *t: graph_attention(*t, offsets, slope), tensors, grad), limit)
+
+
+@pytest.mark.parametrize("name", ["additive_attention", "graph_attention"])
+def test_self_test(name: str) -> None:
+    self_test(name, torch.device(DEVICE))
+
+
+def test_the_kernels_serve_and_not_the_twins() -> None:
+    for name in ("additive_attention", "graph_attention"):
+        for operator in (name, f"{name}_backward"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qfast::{operator}", "CUDA")
+
+
+# ---------------------------------------------------------------- accuracy
+@pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda case: case.name)
+def test_float32_is_no_worse_than_the_dense_softmax(case: AttentionCase) -> None:
+    *tensors, grad = case.inputs()
+    found = on_gpu(lambda *t: additive_attention(*t, case.offsets, case.slope), tensors, grad)
+    check_accuracy(found, *expected(case), OF_TERMS)
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0, 60.0])
+@pytest.mark.parametrize("n", [1, 7, 300, LONG])
+def test_graph_attention_in_float32(n: int, scale: float) -> None:
+    """No worse than the dense softmax of the same float32 scores."""
+    offsets = offsets_of([n] * max(1, 400 // n))
+    hidden, weight, bias, grad = graph_inputs(int(offsets[-1]), 64, torch.float32)
+    weight = weight * scale
+    given_scores = [t.to(DEVICE) for t in (hidden, weight, bias)]
+    scores = OPS.graph_attention(*given_scores, offsets.to(DEVICE), n, 0.01, False)[1].cpu()
+    of_dense = results(lambda *t: dense(*t, offsets), (*scores, hidden), grad)
+    exact = exact_graph(hidden, weight, grad, scores, offsets)
+    found = on_gpu(lambda *t: graph_attention(*t, offsets), [hidden, weight, bias], grad)
+    check_accuracy(found, exact, errors(chain_graph(of_dense, hidden, weight, grad), exact.values), [2e-7] * 4)
+
+
+# ---------------------------------------------------------------- shapes
+@pytest.mark.parametrize("width", [1, 2, 3, 8, 17, 31, 32, 33, 64, 65, 130, 512])
+def test_any_width(width: int, dtype: torch.dtype, beside: list[int]) -> None:
+    sizes = [1, 0, 200, 29, *beside]
+    limit = 1e-6 if dtype == torch.float32 else 1e-13
+    check(attention_inputs(sum(sizes), width, dtype), offsets_of(sizes), limit=limit)
+    check_graph(graph_inputs(sum(sizes), width, dtype), offsets_of(sizes), limit=limit)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1023, 1025, 2047, 2048, 2049, 9000])
+def test_any_length_of_a_day(n: int) -> None:
+    check(attention_inputs(n, 5), None)
+    check(attention_inputs(n + 3, 5), offsets_of([2, n, 1]), slope=0.3)
+    check_graph(graph_inputs(n, 5), None)
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.01, 0.3, 1.0])
+def test_heads(slope: float, dtype: torch.dtype, beside: list[int]) -> None:
+    sizes = [40, 0, 1, 150, *beside]
+    limit = 1e-6 if dtype == torch.float32 else 1e-13
+    check(attention_inputs(sum(sizes), 9, dtype, heads=3), offsets_of(sizes), slope, limit)
+
+
+@pytest.mark.parametrize("sizes", [[], [0], [0, 0, 0], [1], [0, 1, 0, 1]], ids=str)
+@pytest.mark.parametrize("heads", [None, 0, 2])
+def test_hardly_any_rows(sizes: list[int], heads: int | None, dtype: torch.dtype) -> None:
+    n = sum(sizes)
+    *tensors, grad = attention_inputs(n, 4, dtype, heads=heads)
+    found = on_gpu(lambda *t: additive_attention(*t, offsets_of(sizes)), tensors, grad)
+    torch.testing.assert_close(found[0], tensors[2])
+    torch.testing.assert_close(found[3], grad)
+    hidden, weight, bias, grad = graph_inputs(n, 4, dtype)
+    found = on_gpu(lambda *t: graph_attention(*t, offsets_of(sizes)), [hidden, weight, bias], grad)
+    torch.testing.assert_close(found[:2], [2 * hidden, 2 * grad])
+    assert [t.shape for t in found[2:]] == [(2, 4), (2,)]
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_strides_do_not_matter(view: str, dtype: torch.dtype, beside: list[int]) -> None:
+    sizes = [3, 140, 0, 1, *beside]
+    offsets = offsets_of(sizes)
+    for make, call in ((attention_inputs, additive_attention), (graph_inputs, graph_attention)):
+        tensors = [t.to(DEVICE) for t in make(sum(sizes), 17, dtype)]
+        plain = results(lambda *t, call=call: call(*t, offsets), tensors[:-1], tensors[-1])
+        viewed = [VIEWS[view](t) for t in tensors]
+        found = results(lambda *t, call=call: call(*t, offsets), viewed[:-1], viewed[-1])
+        assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+
+
+uneven = st.lists(st.one_of(st.sampled_from([0, 1]), st.integers(2, 40), st.just(300)), min_size=1, max_size=12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=uneven,
+    long=st.booleans(),
+    width=st.integers(1, 70),
+    heads=st.sampled_from([None, 1, 3]),
+    slope=st.sampled_from([0.0, 0.01, 0.3, 1.0]),
+    scale=st.sampled_from([0.0, 0.1, 3.0]),
+    seed=st.integers(0, 99),
+)
+def test_any_days_equal_the_dense_softmax(sizes, long, width, heads, slope, scale, seed):
+    sizes = [*sizes, LONG] if long else sizes
+    query, key, value, grad = attention_inputs(sum(sizes), width, seed=seed, heads=heads)
+    check([query * scale, key * scale, value, grad], offsets_of(sizes), slope)
+
+
+def test_thousands_of_uneven_days(beside: list[int]) -> None:
+    sizes = [*(np.random.default_rng(0).geometric(0.02, 3000) - 1).tolist(), *beside]
+    assert sizes.count(0) > 30
+    offsets = offsets_of(sizes)
+    check(attention_inputs(sum(sizes), 8, torch.float32), offsets, limit=1e-6)
+
+
+def test_thousands_of_days_of_one_row() -> None:
+    n = 70_000  # more than a grid's second axis would take
+    *tensors, grad = attention_inputs(n, 3, torch.float32)
+    found = on_gpu(lambda *t: additive_attention(*t, offsets_of([1] * n)), tensors, grad)
+    torch.testing.assert_close(found[0], tensors[2])
+    torch.testing.assert_close(found[3], grad)
+
+
+# ---------------------------------------------------------------- gradients, schemas, what is not finite
+@pytest.mark.parametrize("slope", [0.0, 0.01, 1.0])
+def test_gradients_by_finite_differences(slope: float) -> None:
+    offsets = offsets_of([1, 0, 5, 3])
+    query, key = randn(2, 2, 9, seed=3).to(DEVICE)
+    tensors = [t.requires_grad_() for t in (query, key, randn(2, 9, 3, seed=4).to(DEVICE))]
+    assert torch.autograd.gradcheck(lambda *t: additive_attention(*t, offsets, slope), tensors)
+    hidden, weight, bias = (randn(*shape, seed=i).to(DEVICE) for i, shape in enumerate([(9, 3), (2, 3), (2,)]))
+    tensors = [t.requires_grad_() for t in (hidden, weight, bias)]
+    assert torch.autograd.gradcheck(lambda *t: graph_attention(*t, offsets, slope), tensors)
+
+
+@pytest.mark.parametrize("sizes", [None, [], [2, 1, 6]], ids=str)
+def test_opcheck(sizes: list[int] | None) -> None:
+    n = 9 if sizes is None else sum(sizes)
+    days = None if sizes is None else offsets_of(sizes).to(DEVICE), n, 0.01
+    query, key = randn(2, 2, n).to(DEVICE)
+    attention = query, key, randn(2, n, 3).to(DEVICE)
+    graph = randn(n, 3).to(DEVICE), randn(2, 3).to(DEVICE), randn(2).to(DEVICE)
+    for name, tensors, again in (("additive_attention", attention, 3), ("graph_attention", graph, 2)):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        torch.library.opcheck(getattr(OPS, name), (*leaves, *days, True))
+        torch.library.opcheck(getattr(OPS, name), (*tensors, *days, False))
+        kept = getattr(OPS, name)(*tensors, *days, True)
+        grad = randn(*kept[0].shape).to(DEVICE)
+        torch.library.opcheck(getattr(OPS, f"{name}_backward"), (grad, *tensors[:again], *days, *kept))
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.01, 1.0])
+@pytest.mark.parametrize("what", SPOILED)
+def test_what_is_not_finite_spreads_as_in_the_dense_softmax(what: str, slope: float, beside: list[int]) -> None:
+    """Forward and backward, place by place; the other days, and the other heads, keep their bits."""
+    sizes = [*SIZES, *beside]
+    inputs, clean = day_inputs(), day_inputs()
+    SPOILED[what](inputs)
+    more = dict(zip((*INPUTS, "grad"), attention_inputs(sum(beside), 5), strict=True))
+    spoiled, plain = ([torch.cat([of[n], more[n]]) for n in (*INPUTS, "grad")] for of in (inputs, clean))
+    heads = [torch.stack([a, b]) for a, b in zip(spoiled, plain, strict=True)]
+    untouched = [torch.stack([b, b]) for b in plain]
+
+    def ours(*tensors: Tensor) -> Tensor:
+        return additive_attention(*tensors, offsets_of(sizes), slope)
+
+    found, before = (on_gpu(ours, of[:-1], of[-1]) for of in (heads, untouched))
+    day = [t[DAY] for t in spoiled]
+    wanted = results(lambda *t: dense(*t, None, slope), day[:-1], day[-1])
+    there = [t[0, DAY] for t in found]
+    if what in INFINITE_TERMS:
+        torch.testing.assert_close(there[0], wanted[0], rtol=1e-9, atol=1e-11, equal_nan=True)
+        there, wanted = ([torch.where(t.isfinite(), t, torch.nan) for t in of] for of in (there, wanted))
+    torch.testing.assert_close(there, wanted, rtol=1e-9, atol=1e-11, equal_nan=True)
+    for a, b in zip(found, before, strict=True):
+        assert torch.equal(a[1], b[1])
+        assert torch.equal(a[0, : DAY.start], b[0, : DAY.start])
+        assert torch.equal(a[0, DAY.stop :], b[0, DAY.stop :])
+
+
+# ---------------------------------------------------------------- repeats, streams, graphs
+def direct_inputs(sizes: list[int], width: int = 64) -> tuple[list[Tensor], list[Tensor], Tensor, tuple]:
+    """Inputs of either operator itself, a gradient, and the days, all on the GPU."""
+    n = sum(sizes)
+    query, key = randn(2, 1, n, dtype=torch.float32).to(DEVICE)
+    hidden, weight, bias, grad = (t.to(DEVICE) for t in graph_inputs(n, width, torch.float32))
+    days = offsets_of(sizes).to(DEVICE), max(sizes), 0.01
+    return [query, key, hidden[None]], [hidden, weight, bias], grad, days
+
+
+def both_ways(attention: list[Tensor], graph: list[Tensor], grad: Tensor, days: tuple) -> list[Tensor]:
+    """Everything that the four operators return."""
+    kept = OPS.additive_attention(*attention, *days, True)
+    found = [*kept, *OPS.additive_attention_backward(grad[None], *attention, *days, *kept)]
+    kept = OPS.graph_attention(*graph, *days, True)
+    return [*found, *kept, *OPS.graph_attention_backward(grad, *graph[:2], *days, *kept)]
+
+
+def test_the_same_bits_come_again(beside: list[int]) -> None:
+    inputs = direct_inputs([1, 700, 0, 40, 900, 3, *beside])
+    first = both_ways(*inputs)
+    side = torch.cuda.Stream()
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(both_ways(*inputs), first, strict=True))
+        with torch.cuda.stream(side):
+            side.wait_stream(torch.cuda.default_stream())
+            again = both_ways(*inputs)
+        side.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+
+
+def test_nothing_waits_for_the_device(beside: list[int]) -> None:
+    inputs = direct_inputs([300, 0, 7, *beside])
+    both_ways(*inputs)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        both_ways(*inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_cuda_graph_captures_all_four_operators(beside: list[int]) -> None:
+    """Replayed on new numbers in the same memory, the offsets' too."""
+    sizes, other = [300, 0, 7, *beside], [5, 290, 12, *beside]
+    inputs, changed = direct_inputs(sizes), direct_inputs(other)
+    longest = max(*sizes, *other)
+    inputs, changed = ((*of[:3], (of[3][0], longest, 0.01)) for of in (inputs, changed))
+    changed = ([t * 0.7 for t in changed[0]], [t * 0.9 for t in changed[1]], changed[2] * 1.1, changed[3])
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        both_ways(*inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = both_ways(*inputs)
+    for given_now in (inputs, changed):
+        wanted = both_ways(*given_now)
+        static = [*inputs[0], *inputs[1], inputs[2], inputs[3][0]]
+        fresh = [*given_now[0], *given_now[1], given_now[2], given_now[3][0]]
+        for a, b in zip(static, [t.clone() for t in fresh], strict=True):
+            a.copy_(b)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_a_training_step_is_captured() -> None:
+    tensors = [t.to(DEVICE).requires_grad_() for t in graph_inputs(500, 64, torch.float32)[:3]]
+
+    def step() -> list[Tensor]:
+        return [*torch.autograd.grad(graph_attention(*tensors).square().sum(), tensors)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        wanted = step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+# ---------------------------------------------------------------- size
+def test_a_million_rows_in_one_day() -> None:
+    """In at most 2 GB beside its inputs; block sums keep float32 near the exact result."""
+    *tensors, grad = attention_inputs(1_000_000, 64, torch.float32)
+    leaves = [t.to(DEVICE).requires_grad_() for t in tensors]
+    on_device = grad.to(DEVICE)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = additive_attention(*leaves)
+    out.backward(on_device)
+    extra = torch.cuda.max_memory_allocated() - before
+    assert extra <= 2 << 30, f"{extra / 2**20:.0f} MB"
+    found = [t.cpu() for t in (out.detach(), *(leaf.grad for leaf in leaves))]
+    exact = sorted_oracle(*tensors, grad)
+    for i, (error, wanted) in enumerate(zip(errors(found, exact), exact, strict=True)):
+        assert error <= 1e-6 * float(wanted.norm()), (i, error / float(wanted.norm()))
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_numbers() -> None:
+    """The last columns of a matrix whose positions do not fit into 32 bits, beside themselves alone."""
+    n, width = 4_300_000, 512
+    if torch.cuda.get_device_properties(0).total_memory < 64 << 30:
+        pytest.skip("needs 64 GB on the GPU")
+    rng = torch.Generator(DEVICE).manual_seed(0)
+    query, key = torch.randn(2, 1, n, generator=rng, device=DEVICE)
+    value, grad = (torch.randn(1, n, width, generator=rng, device=DEVICE) for _ in range(2))
+    days = None, n, 0.01
+    kept = OPS.additive_attention(query, key, value, *days, True)
+    found = OPS.additive_attention_backward(grad, query, key, value, *days, *kept)
+    last, of_last = (t[..., -4:].contiguous() for t in (value, grad))
+    few = OPS.additive_attention(query, key, last, *days, True)
+    alone = OPS.additive_attention_backward(of_last, query, key, last, *days, *few)
+    torch.testing.assert_close(kept[0][..., -4:], few[0])
+    torch.testing.assert_close(found[2][..., -4:], alone[2])
+    assert all(torch.isfinite(t).all() for t in found[:2])
+
+
+# ---------------------------------------------------------------- refusals
+def test_refusals_of_the_kernels() -> None:
+    attention, graph, grad, (offsets, longest, slope) = direct_inputs([5, 4], 3)
+    with pytest.raises(ValueError, match="offsets: expected the device of value, got another"):
+        OPS.additive_attention(*attention, offsets.cpu(), longest, slope, False)
+    with pytest.raises(ValueError, match="longest: expected the rows of the longest day, 1 to 9, got 10"):
+        OPS.additive_attention(*attention, offsets, 10, slope, False)
+    with pytest.raises(ValueError, match="negative_slope: expected 0 to 1, got 2"):
+        OPS.additive_attention(*attention, offsets, longest, 2.0, False)
+    with pytest.raises(ValueError, match=r"query: expected shape \(1, 9\), got \(1, 8\)"):
+        OPS.additive_attention(attention[0][:, :8], *attention[1:], offsets, longest, slope, False)
+    with pytest.raises(ValueError, match=r"weight: expected shape \(2, 3\), got \(3, 2\)"):
+        OPS.graph_attention(graph[0], graph[1].t(), graph[2], offsets, longest, slope, False)
+    kept = OPS.graph_attention(*graph, offsets, longest, slope, False)
+    with pytest.raises(ValueError, match=r"share: expected shape \(1, 9, 3\), got \(1, 0, 3\)"):
+        OPS.graph_attention_backward(grad, *graph[:2], offsets, longest, slope, *kept)
+
+
+def test_offsets_that_nobody_has_looked_at_touch_no_other_memory() -> None:
+    attention, graph, grad, _ = direct_inputs([9], 3)
+    for wrong in ([0, 10], [0, 7, 3, 9], [-1, 9], [0, 8], [9, 0]):
+        both_ways(attention, graph, grad, (torch.tensor(wrong, device=DEVICE), 9, 0.01))
+    long = direct_inputs([LONG], 3)
+    found = both_ways(*long[:3], (torch.tensor([0, 2 * LONG, LONG], device=DEVICE), LONG, 0.01))
+    assert torch.isnan(found[0]).all()
+    torch.cuda.synchronize()
