@@ -252,11 +252,23 @@ def test_autocast_leaves_float32_alone(which: str) -> None:
     tensors = [t.detach().float() for t in make()]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = call(*tensors)
-        with pytest.raises(ValueError, match=r"expected a tensor of float32 or float64, got torch\.bfloat16"):
-            call(*(t.bfloat16() for t in tensors))
     assert found.dtype == torch.float32
     # the twin's matrix products are torch's, which autocast computes in bfloat16
     torch.testing.assert_close(found, call(*tensors), rtol=0, atol=0 if NATIVE else 2e-2)
+
+
+@pytest.mark.parametrize("which", BOTH)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precisions_are_computed_in_float32(which: str, dtype: torch.dtype) -> None:
+    call, _, make = BOTH[which]
+    narrow = [t.detach().to(dtype).requires_grad_() for t in make()]
+    wide = [t.detach().float().requires_grad_() for t in narrow]
+    found, expected = call(*narrow), call(*wide)
+    found.float().sum().backward()
+    expected.to(dtype).float().sum().backward()
+    assert torch.equal(found, expected.to(dtype))
+    for ours, theirs in zip(narrow, wide, strict=True):
+        assert torch.equal(ours.grad, theirs.grad.to(dtype))
 
 
 @pytest.mark.parametrize("which", BOTH)

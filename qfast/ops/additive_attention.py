@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
+from numbers import Real
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ def additive_attention(
     Parameters
     ----------
     query, key : Tensor [N] or [heads, N], float32 or float64
+        Half precisions are computed in float32 and the result is rounded back.
     value : Tensor [N, H] or [heads, N, H], same dtype
     offsets : Tensor [D + 1], int64, optional
         Day d is rows offsets[d] to offsets[d + 1]: ascending from 0 to N, empty days allowed. Days never see
@@ -73,6 +75,8 @@ def additive_attention(
     >>> additive_attention(torch.zeros(2), torch.zeros(2), value, torch.tensor([0, 1, 2])).tolist()
     [[1.0], [3.0]]
     """
+    if _is_half(value):
+        return additive_attention(_wide(query), _wide(key), value.float(), offsets, negative_slope).to(value.dtype)
     slope = _slope("additive_attention", negative_slope)
     _check_attention(query, key, value)
     days, longest = _days("additive_attention", offsets, query.shape[-1], query)
@@ -95,6 +99,7 @@ def graph_attention(
     Parameters
     ----------
     hidden : Tensor [N, H], float32 or float64
+        Half precisions are computed in float32 and the result is rounded back.
     weight : Tensor [2, H]
         Row 0 gives the query scores, row 1 the key scores.
     bias : Tensor [2]
@@ -120,6 +125,8 @@ def graph_attention(
     >>> graph_attention(torch.tensor([[1.0], [3.0]]), torch.zeros(2, 1), torch.zeros(2)).tolist()
     [[3.0], [5.0]]
     """
+    if _is_half(hidden):
+        return graph_attention(hidden.float(), _wide(weight), _wide(bias), offsets, negative_slope).to(hidden.dtype)
     slope = _slope("graph_attention", negative_slope)
     _check_graph(hidden, weight, bias)
     days, longest = _days("graph_attention", offsets, len(hidden), hidden)
@@ -146,9 +153,17 @@ def _require(condition: bool, operator: str, message: str) -> None:
         raise DataError(f"{operator}: {message}")
 
 
-def _slope(operator: str, negative_slope: float) -> float:
+def _is_half(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and tensor.dtype in (torch.float16, torch.bfloat16)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if _is_half(tensor) else tensor
+
+
+def _slope(operator: str, negative_slope: Any) -> float:
     # Outside [0, 1] the two sides of the bend would not be sums of terms that are at most 1.
-    if not 0.0 <= negative_slope <= 1.0:
+    if not isinstance(negative_slope, Real) or not 0.0 <= float(negative_slope) <= 1.0:
         raise ConfigError(f"{operator}: negative_slope must lie in [0, 1], got {negative_slope!r}.")
     return float(negative_slope)
 
@@ -204,7 +219,11 @@ def _check_attention(query: Tensor, key: Tensor, value: Tensor) -> None:
     fits = key.shape == query.shape
     _require(fits, name, f"key: expected the shape of query, {tuple(query.shape)}, got {tuple(key.shape)}.")
     fits = value.dim() == query.dim() + 1 and value.shape[:-1] == query.shape and value.shape[-1] > 0
-    _require(fits, name, f"value: expected shape {(*query.shape, 'H')} with H > 0, got {tuple(value.shape)}.")
+    _require(
+        fits,
+        name,
+        f"value: expected shape ({', '.join(map(str, query.shape))}, H) with H > 0, got {tuple(value.shape)}.",
+    )
 
 
 def _check_graph(hidden: Tensor, weight: Tensor, bias: Tensor) -> None:
