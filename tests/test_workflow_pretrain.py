@@ -174,7 +174,7 @@ class InterruptStage(Interrupt):
 
 @pytest.mark.parametrize("epoch", [0, 1, 2])
 @pytest.mark.parametrize("stage", ["pretrain", "fit"])
-def test_ctrl_c_in_either_stage_then_resume_equals_an_unbroken_run(case, files, tmp_path, stage, epoch):
+def test_ctrl_c_in_either_stage_then_resume_equals_an_unbroken_run(case, files, tmp_path, capsys, stage, epoch):
     path = tmp_path / "broken"
     with pytest.raises(KeyboardInterrupt):
         run(*files, BLOCK, output=path, seed=3, callbacks=[InterruptStage(stage, epoch)])
@@ -189,6 +189,7 @@ def test_ctrl_c_in_either_stage_then_resume_equals_an_unbroken_run(case, files, 
             epochs.append((type(estimator).__name__, estimator.epoch_))
 
     assert cli.main(["info", str(path)]) == 0
+    assert f"interrupted ({'pre-training' if stage == 'pretrain' else 'training'})\n" in capsys.readouterr().out
     run(resume=path, callbacks=[Count()])
     left = [("LSTM", e) for e in range(epoch, 3)] if stage == "pretrain" else []
     assert epochs == left + [("GATs", e) for e in range(epoch if stage == "fit" else 0, 3)]

@@ -137,17 +137,19 @@ def pretrain(
     keep = KeepHistory(folder)
     resume = resume and (folder / LAST).exists()
     log.info("pre-training%s: %s", " goes on" if resume else "", folder)
+    run_folder.update(stage="pre-training")
     base = model.pretrain(dataset, **arguments, callbacks=[*callbacks, keep], checkpoint_dir=folder, resume=resume)
     keep.keep_result(base)
     frame = base.history_
     run_folder.update(
+        stage="training",
         pretrain={
             "model": f"{type(base).__module__}.{type(base).__name__}",
             "arguments": dict(arguments),
             "epochs": len(frame),
             "best_epoch": base.best_epoch_,
             "seconds": float(frame["seconds"].sum()) if len(frame) else 0.0,
-        }
+        },
     )
 
 

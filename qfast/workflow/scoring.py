@@ -359,6 +359,8 @@ def scoring_summary(run_path: str | os.PathLike[str]) -> dict[str, Any]:
         k: run_folder.manifest.get(k) for k in ("experiment", "status", "error", "started", "ended", "device", "seed")
     }
     out["data"] = run_folder.manifest.get("data", {})
+    if out["status"] != folders.FINISHED and "stage" in run_folder.manifest:
+        out["status"] = f"{out['status']} ({run_folder.manifest['stage']})"
     out["pretraining"] = pretraining.facts(run_folder.manifest)
     out["hint"] = run_folder.resume_hint()
     out["notes"] = run_folder.manifest.get("notes", [])
