@@ -138,6 +138,12 @@ def test_an_empty_block_means_the_bases_own_defaults(files, tmp_path):
     assert (seen[0]["d_feat"], seen[0]["hidden_size"], seen[0]["num_layers"]) == (3, 4, 1)
 
 
+def test_zero_epochs_of_pretraining_take_the_base_as_drawn(files, tmp_path):
+    path = run(*files, [*GATS, ONE_EPOCH, "task.pretrain={n_epochs: 0}"], output=tmp_path / "r", seed=3).path
+    assert manifest(path)["pretrain"]["epochs"] == 0
+    assert (path / "report.html").exists()
+
+
 def test_without_a_block_nothing_is_pretrained(files, tmp_path):
     for name, sets in (("none", []), ("false", ["task.pretrain=false"])):
         path = run(*files, [*GATS, ONE_EPOCH, *sets], output=tmp_path / name, seed=3).path
@@ -337,6 +343,14 @@ def test_a_file_that_fits_nothing_is_refused_before_data_is_loaded(files, tmp_pa
     with pytest.raises(CheckpointError, match=r"x.pkl"):
         run(*files, [*GATS, f"{PATH}={tmp_path / 'x.pkl'}"], output=tmp_path / "r")
     assert not (tmp_path / "r").exists()
+
+
+def test_what_is_no_path_is_refused_by_the_model(files, tmp_path):
+    for value in ("5", "[a]", "{a: 1}"):
+        with pytest.raises(ConfigError, match=r"model_path must be a path or None, got"):
+            run(*files, [*GATS, f"{PATH}={value}"], output=tmp_path / "r")
+    with pytest.raises(ConfigError, match=r"task.model.kwargs.base_model: expected a valid string, got \['LSTM'\]"):
+        run(*files, [*BLOCK, "task.model.kwargs.base_model=[LSTM]"], output=tmp_path / "r")
 
 
 @pytest.mark.parametrize("epoch", [0, 1])

@@ -85,8 +85,8 @@ def absolute_model_path(spec: Spec, file: Path, optional: bool = False) -> None:
     """
     given = spec.kwargs.get("model_path")
     factory, _ = registry.MODELS.resolve({"class": spec.class_, "module_path": spec.module_path})
-    if given is None or "model_path" not in registry.parameters(factory):
-        return
+    if not isinstance(given, (str, os.PathLike)) or "model_path" not in registry.parameters(factory):
+        return  # none, or one that the model itself refuses
     places = [place.resolve() for place in _places(Path(os.fspath(given)).expanduser(), file)]
     places = list(dict.fromkeys(places))
     found = next((place for place in places if place.exists()), None)

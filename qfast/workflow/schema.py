@@ -371,7 +371,7 @@ def _model_class(spec: Any) -> Any:
 def _base_class(factory: Any, spec: Any) -> Any:
     """The estimator that `pretrain` of a model would train; None for a `base_model` that there is not."""
     asked = _item(spec, ["kwargs", "base_model"]) or registry.parameters(factory)["base_model"].default
-    return factory.base_estimators.get(asked)
+    return factory.base_estimators.get(asked) if isinstance(asked, str) else None
 
 
 def _type_problem(check: TypeAdapter[Any], value: Any) -> str:
