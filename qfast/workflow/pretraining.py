@@ -201,7 +201,7 @@ def facts(manifest: Mapping[str, Any]) -> dict[str, str]:
     if base:
         left = f"; left there {', '.join(base['not_taken'])}" if base["not_taken"] else ""
         lacking = f"; lacking there {', '.join(base['absent'])}" if base["absent"] else ""
-        found["Base"] = f"{_grouped(base['taken'])} of {base['source']}{left}{lacking}"
+        found["Base"] = f"{_grouped(base['taken'])} from {base['source']}{left}{lacking}"
     return found
 
 
