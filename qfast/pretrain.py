@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qfast import checkpoint
-from qfast.errors import CheckpointError
+from qfast.errors import CheckpointError, some
 
 PARTS = ("rnn.", "fc_out.")  # what the reference takes of a base
 GATES = {"LSTM": 4, "GRU": 3}
@@ -87,8 +87,8 @@ def chosen(tensors: Mapping[str, Tensor], network: nn.Module, source: str) -> Ba
     shapes = [f"{key}: {found[key]}, needed {own[key]}" for key in own if found.get(key, own[key]) != own[key]]
     if missing or surplus or shapes:
         raise CheckpointError(
-            f"{source} does not fit as the base: missing {missing or 'none'}, too many {surplus or 'none'}, other "
-            f"shapes {shapes or 'none'}; it holds {sorted(found)[:12]}.{_remedy(found, network)}"
+            f"{source} does not fit as the base: missing {_named(missing)}; too many {_named(surplus)}; other shapes "
+            f"{_named(shapes)}; it holds {_named(sorted(found))}.{_remedy(found, network)}"
         )
     return BaseWeights(
         {key: tensors[key] for key in own if key in found},
@@ -96,6 +96,10 @@ def chosen(tensors: Mapping[str, Tensor], network: nn.Module, source: str) -> Ba
         not_taken=sorted(key for key in found if key not in own),
         absent=[key for key in own if key not in found],
     )
+
+
+def _named(keys: list[str]) -> str:
+    return some(keys, most=3) or "none"
 
 
 def _weight_file(path: Path) -> Path:

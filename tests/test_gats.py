@@ -313,6 +313,23 @@ def test_a_fitted_model_is_pickled_and_copied(kind):
         assert not same(weights(again), weights(model))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
+@pytest.mark.parametrize("compat", [None, "qlib"])
+@both
+def test_a_gpu_gives_the_cpus_numbers(kind, compat):
+    gpu, cpu = (kind(**SMALL, compat=compat, device=device) for device in ("cuda", "cpu"))
+    for model in (gpu, cpu):
+        np.random.seed(5)
+        torch.manual_seed(5)
+        model.pretrain(data(kind), n_epochs=1, batch_size=64)
+        model.fit(data(kind))
+    np.testing.assert_allclose(gpu.history_[["train", "valid"]], cpu.history_[["train", "valid"]], rtol=1e-4)
+    pd.testing.assert_series_equal(gpu.predict(data(kind)), cpu.predict(data(kind)), rtol=1e-2, atol=1e-3)
+    tables = [model.attention(data(kind), "2020-03-16", top=3) for model in (gpu, cpu)]
+    pd.testing.assert_frame_equal(*tables, rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize("base", ["GRU", "LSTM"])
 def test_what_only_the_other_stocks_of_the_day_tell_is_learnt(base):
     """The label is the market's move, which shows in the others' features and hardly in one's own."""

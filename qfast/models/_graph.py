@@ -156,6 +156,18 @@ class Graph(Estimator):
             An unknown argument, a size, or a `model_path` beside pre-training.
         DataError, CheckpointError
             As `fit` of the base model.
+
+        Examples
+        --------
+        >>> from qfast.data import TSDatasetH, synthetic
+        >>> from qfast.models.ts import GATs
+        >>> frame = synthetic.factors(8, 40, 3, missing=0.0)
+        >>> dataset = TSDatasetH(handler=frame, segments={"train": (None, None)}, step_len=5)
+        >>> model = GATs(d_feat=3, hidden_size=4, n_epochs=1, base_model="LSTM", seed=0)
+        >>> model.pretrain(dataset, n_epochs=2, batch_size=64).history_.shape[0]
+        2
+        >>> model.fit(dataset).pretrained_["source"]
+        'pre-training of LSTM'
         """
         params = self._params
         if params["model_path"] is not None:
@@ -213,6 +225,17 @@ class Graph(Estimator):
             Neither `fit` nor `load_weights` was called.
         DataError
             No stock has a row on that date, an instrument has none, or the date names more than one cross-section.
+
+        Examples
+        --------
+        >>> from qfast.data import TSDatasetH, synthetic
+        >>> from qfast.models.ts import GATs
+        >>> frame = synthetic.factors(8, 40, 3, missing=0.0)
+        >>> dataset = TSDatasetH(handler=frame, segments={"train": (None, None)}, step_len=5)
+        >>> model = GATs(d_feat=3, hidden_size=4, n_epochs=1, seed=0).fit(dataset)
+        >>> table = model.attention(dataset, frame.index[-1][0], top=3)
+        >>> list(table), table["rank"].unique().tolist()
+        (['instrument', 'rank', 'neighbour', 'weight', 'score'], [1, 2, 3])
         """
         self._require_fitted()
         bounds = slice(date, date) if segment is None else segment
