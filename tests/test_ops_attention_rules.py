@@ -303,7 +303,7 @@ def test_refusals_of_additive_attention() -> None:
     for bad in (value[:8], value[:, :0], value[None], query):
         with pytest.raises(ValueError, match=r"value: expected shape \(9, H\) with H > 0, got \("):
             additive_attention(query, key, bad)
-    with pytest.raises(ValueError, match=r"value: expected shape \(2, 9, 'H'\) with H > 0, got \(9, 3\)"):
+    with pytest.raises(ValueError, match=r"value: expected shape \(2, 9, H\) with H > 0, got \(9, 3\)"):
         additive_attention(query.expand(2, 9), key.expand(2, 9), value)
 
 
