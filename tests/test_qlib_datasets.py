@@ -9,14 +9,14 @@ from test_datasets import SEGMENTS, gappy_frame, ours, theirs
 
 from qfast.data import DatasetH, TSDatasetH
 from qfast.data.adapt import windows_of
-from qfast.models import GRU, LSTM, ts
+from qfast.models import GRU, LSTM, GATs, ts
 
 pytest.importorskip("qlib", reason="pyqlib is the oracle; install qfast-models[qlib]")
 
 SMALL = {"hidden_size": 8, "n_epochs": 2, "batch_size": 32, "lr": 0.01, "seed": 1}
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "GATs"])
 @pytest.mark.parametrize("module", ["qfast.models", "qfast.models.ts"])
 def test_built_by_qlib_and_fitted_on_its_datasets(module, kind):
     from qlib.utils import init_instance_by_config
@@ -25,6 +25,8 @@ def test_built_by_qlib_and_fitted_on_its_datasets(module, kind):
     rolling = module.endswith("ts")
     d_feat = 4 if rolling else 2
     arguments = {**SMALL, "d_feat": d_feat}
+    if kind == "GATs":  # small steps: Adam makes whole ones of gradients that are rounding only (docs/parity.md)
+        arguments["lr"] = 0.001
     model = init_instance_by_config({"class": kind, "module_path": module, "kwargs": arguments})
     name, own, step = ("TSDatasetH", TSDatasetH, {"step_len": 5}) if rolling else ("DatasetH", DatasetH, {})
     scores: dict[str, list[float]] = {}
@@ -91,3 +93,32 @@ def test_a_qlib_reweighter_sees_the_sampler():
     reweighter = Recent()
     ts.LSTM(**SMALL, d_feat=4).fit(theirs("TSDatasetH", gappy_frame(), step_len=5), reweighter=reweighter)
     assert len(reweighter.seen) == 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_gats_on_qlibs_rolling_dataset_follows_the_reference(dtype, tmp_path):
+    """With float64 labels, as CSRankNorm leaves them, the reference's loss is float64 too."""
+    from qlib.contrib.model.pytorch_gats_ts import GATs as Reference
+
+    frame = gappy_frame()
+    frame = frame.astype(dtype)
+    arguments = {"d_feat": 4, "hidden_size": 8, "n_epochs": 2, "seed": 3}
+    expected: dict[str, list[float]] = {}
+    reference = Reference(**arguments, n_jobs=0)
+    reference.fit(theirs("TSDatasetH", frame, step_len=5), expected, save_path=str(tmp_path / "x.pt"))
+    model = ts.GATs(**arguments, compat="qlib").fit(theirs("TSDatasetH", frame, step_len=5))
+    for name in ("train", "valid"):
+        assert model.evals_result_[name] == pytest.approx(expected[name], rel=1e-6)
+    found = model.predict(theirs("TSDatasetH", frame, step_len=5))
+    wanted = reference.predict(theirs("TSDatasetH", frame, step_len=5))
+    pd.testing.assert_series_equal(found, wanted, rtol=1e-4, atol=1e-5, check_names=False)
+
+
+@pytest.mark.parametrize("kind", [GATs, ts.GATs])
+def test_attention_on_qlibs_datasets(kind):
+    name, own, step = ("DatasetH", DatasetH, {}) if kind is GATs else ("TSDatasetH", TSDatasetH, {"step_len": 5})
+    frame = gappy_frame()
+    model = kind(**SMALL, d_feat=2 if kind is GATs else 4).fit(theirs(name, frame, **step))
+    found = model.attention(theirs(name, frame, **step), "2020-03-20", top=3)
+    pd.testing.assert_frame_equal(found, model.attention(ours(own, frame, **step), "2020-03-20", top=3), rtol=1e-4)
+    assert model.pretrain(theirs(name, frame, **step), n_epochs=1, batch_size=32).fitted
