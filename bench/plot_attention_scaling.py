@@ -3,8 +3,8 @@
     python bench/plot_attention_scaling.py attention_scaling.png [--largest 1000000]
 
 Forward and backward, H = 64, one thread, process CPU time. Memory is the peak of a first step beyond its
-inputs, in a process of its own. The reference and the dense softmax stop where they take seconds; what they would need beyond is
-drawn dotted, as their last figure times N squared.
+inputs, in a process of its own. The reference and the dense softmax stop where they take seconds; what they would need
+beyond is drawn dotted, as their last figure times N squared.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 import shlex
 import shutil
@@ -68,6 +69,12 @@ def test_readme(reader):
     )
     assert run_examples(ROOT / "README.md", ("python",)) >= 3
     assert (reader / "attention.png").exists()
+
+
+def test_attention():
+    done = doctest.testfile(str(ROOT / "docs" / "attention.md"), module_relative=False)
+    assert done.attempted >= 10
+    assert done.failed == 0
 
 
 @pytest.mark.parametrize("document", ["README.md", *(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))])
