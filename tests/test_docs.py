@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import make_frame
+from test_estimator import rolling
 
 from qfast import cli
 from qfast.data import synthetic
+from qfast.models import ts
 from qfast.workflow.demo import DEMO, demo_prices
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +59,19 @@ def test_gats(reader):
     assert run_examples(ROOT / "docs" / "gats.md") >= 4
     assert (reader / "runs" / "gats" / "pretrain" / "best.safetensors").exists()
     assert (reader / "attention.png").exists()
+
+
+@pytest.mark.parametrize("compat", [None, "qlib"])
+def test_the_references_batches_look_ahead_and_days_do_not(compat):
+    """What docs/gats.md says of them: the score of a date moves with later windows."""
+    frame = make_frame(70, 9, 3, holes=0.0)
+    dates = frame.index.get_level_values("datetime")
+    later = frame.copy()
+    later.loc[dates == dates.max(), "feature"] += 1.0
+    model = ts.GATs(d_feat=3, hidden_size=8, n_epochs=1, lr=0.01, seed=1, compat=compat).fit(rolling(frame))
+    before, after = (model.predict(rolling(data)).sort_index() for data in (frame, later))
+    moved = before.index[before.to_numpy() != after.to_numpy()].get_level_values("datetime").unique()
+    assert list(moved) == [dates.max()] if compat is None else moved.min() < dates.max()
 
 
 @pytest.mark.slow
