@@ -318,7 +318,7 @@ def test_a_fitted_model_is_pickled_and_copied(kind):
 @pytest.mark.parametrize("compat", [None, "qlib"])
 @both
 def test_a_gpu_gives_the_cpus_numbers(kind, compat):
-    gpu, cpu = (kind(**SMALL, compat=compat, device=device) for device in ("cuda", "cpu"))
+    gpu, cpu = (kind(**{**SMALL, "lr": 1e-4}, compat=compat, device=device) for device in ("cuda", "cpu"))
     for model in (gpu, cpu):
         np.random.seed(5)
         torch.manual_seed(5)

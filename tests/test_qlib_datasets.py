@@ -26,7 +26,7 @@ def test_built_by_qlib_and_fitted_on_its_datasets(module, kind):
     d_feat = 4 if rolling else 2
     arguments = {**SMALL, "d_feat": d_feat}
     if kind == "GATs":  # small steps: Adam makes whole ones of gradients that are rounding only (docs/parity.md)
-        arguments["lr"] = 0.001
+        arguments["lr"] = 1e-4
     model = init_instance_by_config({"class": kind, "module_path": module, "kwargs": arguments})
     name, own, step = ("TSDatasetH", TSDatasetH, {"step_len": 5}) if rolling else ("DatasetH", DatasetH, {})
     scores: dict[str, list[float]] = {}
@@ -102,7 +102,7 @@ def test_gats_on_qlibs_rolling_dataset_follows_the_reference(dtype, tmp_path):
 
     frame = gappy_frame()
     frame = frame.astype(dtype)
-    arguments = {"d_feat": 4, "hidden_size": 8, "n_epochs": 2, "seed": 3}
+    arguments = {"d_feat": 4, "hidden_size": 8, "n_epochs": 2, "lr": 1e-4, "seed": 3}
     expected: dict[str, list[float]] = {}
     reference = Reference(**arguments, n_jobs=0)
     reference.fit(theirs("TSDatasetH", frame, step_len=5), expected, save_path=str(tmp_path / "x.pt"))
