@@ -1,15 +1,17 @@
-"""The device a model trains on."""
+"""The device a model trains on, and its memory."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from qfast.errors import BackendError, ConfigError, whole_number
+from qfast.errors import BackendError, ConfigError, DataError, whole_number
 
-__all__ = ["choose_device"]
+__all__ = ["choose_device", "memory_named"]
 
 
 def choose_device(device: str | torch.device, gpu: Any) -> torch.device:
@@ -52,3 +54,15 @@ def choose_device(device: str | torch.device, gpu: Any) -> torch.device:
     if chosen.type == "cuda" and chosen.index is not None and chosen.index >= torch.cuda.device_count():
         raise BackendError(f"device={str(device)!r} was asked for but there are {torch.cuda.device_count()} GPUs.")
     return chosen
+
+
+@contextmanager
+def memory_named(what: str, device: torch.device, remedy: str = "") -> Iterator[None]:
+    """Turn an out-of-memory error into a DataError that names the device and the remedies, `remedy` first."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DataError(
+            f"{what} does not fit into the memory of {device} ({error}). Remedy: {remedy}fewer columns or a shorter "
+            "period, or device='cpu'."
+        ) from None

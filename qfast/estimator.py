@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from numbers import Real
@@ -26,7 +26,7 @@ from qfast.callbacks import Callback, Checkpoint, EarlyStopping, Progress
 from qfast.data.adapt import windows_of
 from qfast.data.batching import Batches, BatchOrder, NumpyOrder
 from qfast.data.windows import WindowSet
-from qfast.device import choose_device
+from qfast.device import choose_device, memory_named
 from qfast.errors import ConfigError, DataError, NotFittedError, suggest, whole_number
 from qfast.losses import loss_function, metric_function, sample_weights
 
@@ -494,19 +494,9 @@ class Estimator:
         for callback in self.callbacks_:
             getattr(callback, moment)(self)
 
-    def _memory_remedy(self) -> str:
-        return f"a smaller batch_size (now {self._params['batch_size']}), " if "batch_size" in self._params else ""
-
-    @contextmanager
-    def _device_memory(self, what: str) -> Iterator[None]:
-        """Turn an out-of-memory error into one that names the device and the remedies."""
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise DataError(
-                f"{what} does not fit into the memory of {self.device} ({error}). Remedy: {self._memory_remedy()}fewer "
-                "columns or a shorter period, or device='cpu'."
-            ) from None
+    def _device_memory(self, what: str) -> AbstractContextManager[None]:
+        size = self._params.get("batch_size")
+        return memory_named(what, self.device, "" if size is None else f"a smaller batch_size (now {size}), ")
 
 
 def _finite_mean(values: np.ndarray) -> float:

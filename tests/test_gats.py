@@ -446,3 +446,19 @@ def test_a_picture_of_many_stocks_shows_some_and_says_so(tmp_path):
     assert "Attention, 40 of 100 stocks" in text
     with pytest.raises(DataError, match="the attention table is empty"):
         attention.plot_attention(table[:0], tmp_path / "b.svg")
+
+
+@both
+def test_memory_that_is_not_there_is_named(kind):
+    model = kind(**SMALL)
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.network.forward = full
+    with pytest.raises(DataError, match=r"training batch does not fit into the memory of cpu .* Remedy: fewer columns"):
+        model.fit(data(kind))
+    other = ts.LSTM(**SMALL, batch_size=7)
+    other.network.forward = full
+    with pytest.raises(DataError, match=r"Remedy: a smaller batch_size \(now 7\), fewer columns"):
+        other.fit(rolling())
