@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kDayThreads, 1)
   const int64_t total = shape.heads * shape.days.rows;
   for (int64_t i = blockIdx.x; i < shape.heads * shape.days.count; i += gridDim.x) {
     const Day<T> day = shared_day<T>(shape, plan, i / shape.days.count, i % shape.days.count);
-    __syncthreads();  // others may still read the day before
+    __syncthreads();  // the day before is done with the shared memory
     for (int64_t p = threadIdx.x; p < 2 * day.count; p += blockDim.x) {
       const int side = p >= day.count;
       const int64_t row = side ? p - day.count : p;
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kDayThreads, 1)
   const int warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
   for (int64_t i = blockIdx.x; i < shape.heads * shape.days.count; i += gridDim.x) {
     const Day<T> day = shared_day<T>(shape, plan, i / shape.days.count, i % shape.days.count);
-    __syncthreads();  // others may still read the day before
+    __syncthreads();  // the day before is done with the shared memory
     for (int64_t p = threadIdx.x; p < 2 * day.count; p += blockDim.x) {
       const int side = p >= day.count;
       const int64_t at = side ? p - day.count : p;

@@ -257,7 +257,7 @@ def direct_inputs(sizes: list[int], width: int = 64) -> tuple[list[Tensor], list
     query, key = randn(2, 1, n, dtype=torch.float32).to(DEVICE)
     hidden, weight, bias, grad = (t.to(DEVICE) for t in graph_inputs(n, width, torch.float32))
     days = offsets_of(sizes).to(DEVICE), max(sizes), 0.01
-    return [query, key, hidden[None]], [hidden, weight, bias], grad, days
+    return [query, key, hidden[None].clone()], [hidden, weight, bias], grad, days
 
 
 def both_ways(attention: list[Tensor], graph: list[Tensor], grad: Tensor, days: tuple) -> list[Tensor]:
