@@ -201,11 +201,12 @@ def test_training_from_the_references_file_follows_the_reference(name, suffix, t
 # ---------------------------------------------------------------- pre-training
 @pytest.mark.parametrize("name", ["LSTM", "GRU"])
 @both
-def test_pretraining_is_the_base_models_own_training(kind, name):
-    model = kind(**SMALL, base_model=name)
+@pytest.mark.parametrize("compat", [None, "qlib"])
+def test_pretraining_is_the_base_models_own_training(kind, name, compat):
+    model = kind(**SMALL, base_model=name, compat=compat)
     built = weights(model)
     base = model.pretrain(data(kind), **TRAINING)
-    alone = base_of(kind, name)(d_feat=3, hidden_size=8, seed=1, **TRAINING).fit(data(kind))
+    alone = base_of(kind, name)(d_feat=3, hidden_size=8, seed=1, compat=compat, **TRAINING).fit(data(kind))
     assert type(base) is base_of(kind, name)
     assert base.evals_result_ == alone.evals_result_
     assert same(parts(weights(model)), weights(alone))
@@ -270,9 +271,10 @@ def test_pretraining_pays(kind):
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "between", "fit"])
+@pytest.mark.parametrize("compat", [None, "qlib"])
 @both
-def test_broken_off_and_resumed_anywhere_it_ends_as_unbroken(kind, stage, tmp_path):
-    arguments = {**SMALL, "n_epochs": 4, "dropout": 0.2, **BASE}
+def test_broken_off_and_resumed_anywhere_it_ends_as_unbroken(kind, compat, stage, tmp_path):
+    arguments = {**SMALL, "n_epochs": 4, "dropout": 0.2, "compat": compat, **BASE}
     training = {**TRAINING, "n_epochs": 4, "dropout": 0.1}
     folders = {"pretrain": tmp_path / "base", "fit": tmp_path / "gats"}
 
@@ -295,6 +297,7 @@ def test_broken_off_and_resumed_anywhere_it_ends_as_unbroken(kind, stage, tmp_pa
     assert resumed.evals_result_ == unbroken.evals_result_
     assert same(weights(resumed), weights(unbroken))
     assert resumed.pretrained_ == unbroken.pretrained_ != {}
+    assert resumed.base_is_trained_
 
 
 @both

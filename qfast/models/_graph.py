@@ -88,9 +88,10 @@ class Graph(Estimator):
         )  # fmt: skip
         self.pretrained_: dict[str, Any] = {}
         self.base_is_set_ = False
+        self.base_is_trained_ = False  # by `pretrain`
         if ignored is not None:
             self.logger.info("batch_size=%r has no effect: every day is a batch of %s", ignored, type(self).__name__)
-        if model_path is not None and os.path.exists(model_path):
+        if model_path is not None and Path(model_path).expanduser().exists():
             read_base(Path(model_path), self.network)  # a file that does not fit is refused before data is loaded
 
     # ---------------------------------------------------------------- days
@@ -119,9 +120,9 @@ class Graph(Estimator):
         """Set the base's initial weights, as the reference does at the head of each fit; here at the first only.
 
         A fresh base is drawn in any case, so that the generators stand where the reference's do; `model_path`
-        then replaces its weights.
+        then replaces its weights. A base from `pretrain` stays in any case.
         """
-        if self.base_is_set_ and self._params["compat"] != "qlib":
+        if self.base_is_trained_ or (self.base_is_set_ and self._params["compat"] != "qlib"):
             return
         params = self._params
         base = BASES[params["base_model"]](params["d_feat"], params["hidden_size"], params["num_layers"])
@@ -186,6 +187,7 @@ class Graph(Estimator):
         base.fit(dataset, **fit)
         self._note(chosen(base.network.state_dict(), self.network, f"pre-training of {kind.__name__}"))
         self._take(base.network.state_dict())
+        self.base_is_trained_ = True
         self.train_optimizer = self._build_optimizer(params["optimizer"], params["lr"], params["weight_decay"])
         return cast(Estimator, base)
 
@@ -272,11 +274,11 @@ class Graph(Estimator):
         return self
 
     def checkpoint_facts(self) -> dict[str, Any]:
-        return {"pretrained": self.pretrained_}
+        return {"pretrained": self.pretrained_, "base_is_trained": self.base_is_trained_}
 
     def restore_facts(self, facts: dict[str, Any]) -> None:
         self.pretrained_ = facts.get("pretrained", {})
-        self.base_is_set_ = True
+        self.base_is_set_, self.base_is_trained_ = True, facts.get("base_is_trained", False)
 
 
 class GraphTimeSeries(Graph):
