@@ -16,7 +16,7 @@ from qfast.errors import ConfigError, DataError, suggest, whole_number
 from qfast.files import atomic_write
 
 SCORES_AT_ONCE = 1 << 22  # of stocks times neighbours: 32 MiB
-ROWS_SHOWN = 40  # of a picture
+MOST_SHOWN = 40  # stocks, and neighbours, of a picture
 FORMATS = (".png", ".pdf", ".svg")
 
 __all__ = ["neighbours", "plot_attention"]
@@ -101,7 +101,8 @@ def plot_attention(table: pd.DataFrame, path: str | os.PathLike[str], title: str
     Returns
     -------
     Path
-        The file. Of more than 40 stocks, 40 from the most to the least concentrated are shown, and the title says so.
+        The file. Of more than 40 stocks, 40 from the most to the least concentrated are shown, and the title says so;
+        of more than 40 neighbours the first 40.
 
     Raises
     ------
@@ -117,10 +118,11 @@ def plot_attention(table: pd.DataFrame, path: str | os.PathLike[str], title: str
         raise DataError("the attention table is empty: there is nothing to draw.")
     grid = table.pivot(index="instrument", columns="rank", values="weight")
     grid = grid.loc[grid.sum(axis=1).sort_values(ascending=False, kind="stable").index]
+    grid = grid.iloc[:, :MOST_SHOWN]
     total = len(grid)
-    if total > ROWS_SHOWN:
-        grid = grid.iloc[np.linspace(0, total - 1, ROWS_SHOWN).round().astype(int)]
-        title = f"{title}, {ROWS_SHOWN} of {total} stocks"
+    if total > MOST_SHOWN:
+        grid = grid.iloc[np.linspace(0, total - 1, MOST_SHOWN).round().astype(int)]
+        title = f"{title}, {MOST_SHOWN} of {total} stocks"
     columns = table.drop_duplicates("rank").set_index("rank")["neighbour"].reindex(grid.columns)
     target.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(target, lambda file: _draw(grid, list(columns), title, file, target.suffix[1:]))
@@ -136,7 +138,11 @@ def _draw(grid: pd.DataFrame, columns: list[str], title: str, file: Path, kind: 
     figure = Figure(figsize=(2.6 + 0.55 * width, 1.6 + 0.24 * rows), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    image = axes.imshow(grid.to_numpy(dtype=float), aspect="auto", cmap="viridis", vmin=0.0)
+    values = grid.to_numpy(dtype=float)
+    image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0.0)
+    for (row, column), value in np.ndenumerate(values):
+        colour = "black" if value > values.max() / 2 else "white"
+        axes.text(column, row, f"{value:.2g}", ha="center", va="center", color=colour, fontsize=6)
     axes.set_xticks(range(width), columns, rotation=60, ha="right", fontsize=8)
     axes.set_yticks(range(rows), list(grid.index), fontsize=8)
     axes.set(xlabel="neighbour, largest weight first", ylabel="stock", title=title)

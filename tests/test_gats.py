@@ -444,6 +444,8 @@ def test_a_picture_of_many_stocks_shows_some_and_says_so(tmp_path):
     table = attention.neighbours(*torch.randn(2, 100), [f"S{i:03d}" for i in range(100)], top=5)
     text = attention.plot_attention(table, tmp_path / "a.svg", "Attention").read_text()
     assert "Attention, 40 of 100 stocks" in text
+    wide = attention.neighbours(*torch.randn(2, 3000), [f"S{i:04d}" for i in range(3000)], ["S0001"], top=3000)
+    assert attention.plot_attention(wide, tmp_path / "w.png").stat().st_size > 1000
     with pytest.raises(DataError, match="the attention table is empty"):
         attention.plot_attention(table[:0], tmp_path / "b.svg")
 
