@@ -47,17 +47,19 @@ struct AttendJob {
   Element* share;               // [count, H] or null
 };
 
-// grad_value = both parts; the products of either with value go into the gradient of the keys.
+// grad_value = both parts; their products with value - center go into the gradient of the keys.
 template <class Element>
 struct AttendBackwardJob {
   Lookups<Element> lookups;
-  const Element* value;  // [count, H]
-  Element* grad_value;   // [count, H]
-  Element* prefix_dot;   // [count], by lookup
-  Element* suffix_dot;   // [count], by lookup
+  const Element* value;   // [count, H]
+  const Element* center;  // [H]
+  Element* grad_value;    // [count, H]
+  Element* prefix_dot;    // [count], by lookup
+  Element* suffix_dot;    // [count], by lookup
 };
 
-// mean_dot = grad . (out - residual), share_dot = grad . share, row by row.
+// Row by row: mean_dot = grad . (out - residual - center), share_dot = grad . (share - share_weight *
+// center).
 template <class Element>
 struct RowDotsJob {
   int64_t width;
@@ -65,8 +67,10 @@ struct RowDotsJob {
   const Element* out;
   const Element* residual;  // or null
   const Element* share;
-  Element* mean_dot;   // [count]
-  Element* share_dot;  // [count]
+  const Element* share_weight;  // [count]
+  const Element* center;        // [H]
+  Element* mean_dot;            // [count]
+  Element* share_dot;           // [count]
 };
 
 // scores[s, r] = weight[s] . hidden[r] + bias[s], s = 0, 1.

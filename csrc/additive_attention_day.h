@@ -71,6 +71,8 @@ struct Workspace {
   Element *prefix_dot, *suffix_dot;      // by sorted key
   int32_t* position;                     // of each lookup
   double *prefix, *suffix;               // [rows + 1]: running sums of scalars, up to and from each position
+  double *prefix_mass, *suffix_mass;     // [rows + 1], likewise
+  Element* center;                       // [width]
   Element *prefix_blocks, *suffix_blocks;  // [blocks + 1, width]
   LookupTask* tasks;                       // [blocks + 1 + rows / kTaskLookups]
 
@@ -94,6 +96,8 @@ struct Workspace {
       arena_.take(*part, backward ? rows : 0);
     arena_.take(position, rows);
     for (double** part : {&prefix, &suffix}) arena_.take(*part, rows + 1);
+    for (double** part : {&prefix_mass, &suffix_mass}) arena_.take(*part, backward ? rows + 1 : 0);
+    arena_.take(center, backward ? width : 0);
     for (Element** part : {&prefix_blocks, &suffix_blocks}) arena_.take(*part, (blocks + 1) * width);
     arena_.take(tasks, blocks + 1 + rows / kTaskLookups);
   }
@@ -155,9 +159,10 @@ class Day {
     });
     weigh();
     place_queries(nullptr);
+    find_center(day.value);
     grad_queries(day);
     place_keys();
-    sum_scalars(day);
+    sum_scalars();
     const RunningSums<Element> sums{n_,
                                     width_,
                                     day.grad,
@@ -169,17 +174,13 @@ class Day {
     sum_up(sums);
     const AttendBackwardJob<Element> job{{sums, w_.tasks, w_.orders[0], w_.position, w_.above, w_.below},
                                          day.value,
+                                         w_.center,
                                          day.grad_value,
                                          w_.prefix_dot,
                                          w_.suffix_dot};
     const auto kernel = attend_backward_kernel(Element{});
     each(split_lookups(), 4, [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
-    for (int64_t p = 0; p < n_; ++p) {
-      const int32_t at = w_.position[p];
-      const double above = w_.prefix_dot[p] - w_.above[p] * w_.prefix[at];
-      const double below = w_.suffix_dot[p] - w_.below[p] * w_.suffix[at];
-      day.grad_key[w_.orders[0][p]] = static_cast<Element>(above + slope_ * below);
-    }
+    grad_keys(day.grad_key);
   }
 
  private:
@@ -294,11 +295,21 @@ class Day {
     });
   }
 
+  // A row's weights sum to 1, so a vector taken off every value leaves the gradients of the scores as they
+  // are, and takes the rounding of what the values have in common off them. The mean of a block of rows does.
+  void find_center(const Element* value) {
+    const int64_t rows = std::min(n_, kSumRows);
+    std::fill_n(w_.center, width_, Element(0));
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < width_; ++c) w_.center[c] += value[r * width_ + c] / static_cast<Element>(rows);
+    }
+  }
+
   // The softmax of a row sums to 1, so the gradients of its scores sum to 0: those above the bend to minus
   // those below it, and one of the two sums gives both.
   void grad_queries(const Backward<Element>& day) {
-    const RowDotsJob<Element> job{width_,    day.grad,    day.out,     day.residual,
-                                  day.share, w_.mean_dot, w_.share_dot};
+    const RowDotsJob<Element> job{width_,           day.grad,  day.out,     day.residual, day.share,
+                                  day.share_weight, w_.center, w_.mean_dot, w_.share_dot};
     const auto kernel = row_dots_kernel(Element{});
     each(n_, 256, [&](int64_t begin, int64_t end) {
       kernel(job, begin, end);
@@ -317,13 +328,36 @@ class Day {
     }
   }
 
-  // Running sums of the rows' mean gradients, as those of the gradients themselves.
-  void sum_scalars(const Backward<Element>&) {
-    w_.prefix[0] = w_.suffix[n_] = 0;
+  // Running sums of the rows' mean gradients, as those of the gradients themselves, and of their weights.
+  void sum_scalars() {
+    w_.prefix[0] = w_.suffix[n_] = w_.prefix_mass[0] = w_.suffix_mass[n_] = 0;
     for (int64_t l = 0; l < n_; ++l) {
       const int64_t m = n_ - 1 - l;
-      w_.prefix[l + 1] = w_.prefix[l] + double(w_.above_factor[l]) * w_.mean_dot[w_.orders[1][l]];
-      w_.suffix[m] = w_.suffix[m + 1] + double(w_.below_factor[m]) * w_.mean_dot[w_.orders[1][m]];
+      const double above = w_.above_factor[l], below = w_.below_factor[m];
+      w_.prefix[l + 1] = w_.prefix[l] + above * w_.mean_dot[w_.orders[1][l]];
+      w_.prefix_mass[l + 1] = w_.prefix_mass[l] + above;
+      w_.suffix[m] = w_.suffix[m + 1] + below * w_.mean_dot[w_.orders[1][m]];
+      w_.suffix_mass[m] = w_.suffix_mass[m + 1] + below;
+    }
+  }
+
+  // The gradients of all scores of the day sum to 0 before the bend's slope, row by row. What rounding leaves
+  // of that sum would push all keys the same way, step after step, where their true gradient is 0 (as long as
+  // all scores lie on one side of the bend); so it is spread over the rows' mean gradients, and gone.
+  void grad_keys(Element* grad_key) {
+    double excess = 0, mass = 0;
+    for (int64_t p = 0; p < n_; ++p) {
+      const int32_t at = w_.position[p];
+      const double above = w_.above[p], below = w_.below[p];
+      excess += w_.prefix_dot[p] - above * w_.prefix[at] + w_.suffix_dot[p] - below * w_.suffix[at];
+      mass += above * w_.prefix_mass[at] + below * w_.suffix_mass[at];
+    }
+    const double shift = excess / mass;
+    for (int64_t p = 0; p < n_; ++p) {
+      const int32_t at = w_.position[p];
+      const double above = w_.prefix_dot[p] - w_.above[p] * (w_.prefix[at] + shift * w_.prefix_mass[at]);
+      const double below = w_.suffix_dot[p] - w_.below[p] * (w_.suffix[at] + shift * w_.suffix_mass[at]);
+      grad_key[w_.orders[0][p]] = static_cast<Element>(above + slope_ * below);
     }
   }
 

@@ -228,7 +228,7 @@ QFAST_ALWAYS_INLINE void attend_backward(const AttendBackwardJob<Element>& job, 
 #pragma GCC unroll 4
             for (int w = 0; w < W; ++w) {
               panel.write(job.grad_value + at, w, of_prefix[w] + of_suffix[w]);
-              const Vector<Element> value = panel.read(job.value + at, w);
+              const Vector<Element> value = panel.read(job.value + at, w) - panel.read(job.center, w);
               prefix_products[w] = value * of_prefix[w];
               suffix_products[w] = value * of_suffix[w];
             }
@@ -252,8 +252,9 @@ QFAST_ALWAYS_INLINE void row_dots(const RowDotsJob<Element>& job, int64_t begin,
         const Vector<Element> grad = panel.read(job.grad + at, w);
         Vector<Element> mean = panel.read(job.out + at, w);
         if (job.residual != nullptr) mean -= panel.read(job.residual + at, w);
-        mean_products[w] = grad * mean;
-        share_products[w] = grad * panel.read(job.share + at, w);
+        const Vector<Element> center = panel.read(job.center, w);
+        mean_products[w] = grad * (mean - center);
+        share_products[w] = grad * (panel.read(job.share + at, w) - job.share_weight[r] * center);
       }
       job.mean_dot[r] = (opens ? Element(0) : job.mean_dot[r]) + panel.sum(mean_products);
       job.share_dot[r] = (opens ? Element(0) : job.share_dot[r]) + panel.sum(share_products);
