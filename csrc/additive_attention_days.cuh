@@ -348,7 +348,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <bool kBackward, class T, class R, class Io>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     walk_kernel(const Shape shape, const Lists<T> lists, int lanes, int groups, const T* rows, const Io io) {
   each_chunk(shape, lists, lanes, groups, [&](const Day<T>& day, int64_t chunk, int group) {
     walk_columns<kBackward, T, R>(day, chunk, shape.width, group, Lanes(lanes), rows, io);
