@@ -191,3 +191,18 @@ def test_compile_into_one_graph():
     net(x, DAYS).sum().backward()
     for a, b in zip(compiled.parameters(), net.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("base", ["LSTM", "GRU"])
+def test_half_precision(base: str) -> None:
+    torch.manual_seed(0)
+    network, x, days = GATModel(d_feat=6, hidden_size=16, base_model=base), torch.randn(9, 60), torch.tensor([0, 4, 9])
+    expected = network(x, days)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = network(x, days)
+    found.float().sum().backward()
+    assert all(bool(torch.isfinite(p.grad).all()) for p in network.parameters())
+    torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.05)
+    narrow = network.bfloat16()(x.bfloat16(), days)
+    assert narrow.dtype == torch.bfloat16
+    torch.testing.assert_close(narrow.float(), expected, rtol=0.1, atol=0.05)

@@ -121,7 +121,8 @@ class GATModel(Recurrent):
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             traced = torch.jit.is_tracing()  # type: ignore[attr-defined]
             if not traced:
-                return graph_attention(hidden, weight, bias, offsets)
+                # autocast has the products of `_folded` in half precision, the hidden states perhaps not
+                return graph_attention(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype), offsets)
         days = [0, hidden.shape[0]] if offsets is None else [int(bound) for bound in offsets]
         query, key = (hidden @ weight.t() + bias).unbind(1)
         parts = [hidden[:0]]
