@@ -252,7 +252,7 @@ class Day {
     each(n_, 4096, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
         w_.above[p] = w_.keys[p] - highest;
-        w_.below[p] = slope_ * (w_.keys[p] - highest);
+        w_.below[p] = slope_ > 0 ? slope_ * w_.above[p] : 0;  // the difference may be infinite
       }
       exp_of(w_.above, begin, end);
       exp_of(w_.below, begin, end);
