@@ -296,12 +296,19 @@ class Day {
   }
 
   // A row's weights sum to 1, so a vector taken off every value leaves the gradients of the scores as they
-  // are, and takes the rounding of what the values have in common off them. The mean of a block of rows does.
+  // are, and takes the rounding of what it has in common with them off. That is the mean of a block of rows,
+  // drawn towards the value of the highest key by the weight it has: where it has all, the others' gradients
+  // are small numbers and not differences of large ones.
   void find_center(const Element* value) {
     const int64_t rows = std::min(n_, kSumRows);
-    std::fill_n(w_.center, width_, Element(0));
+    const double bent = std::count(w_.above_factor, w_.above_factor + n_, Element(0)) / double(n_);
+    const double top_weight = (1 - bent) / w_.suffix[0] + bent / w_.prefix[n_];
+    const Element* top = value + w_.orders[0][n_ - 1] * width_;
+    const auto of_top = static_cast<Element>(top_weight);
+    const auto of_each = static_cast<Element>((1 - top_weight) / double(rows));
+    for (int64_t c = 0; c < width_; ++c) w_.center[c] = of_top * top[c];
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < width_; ++c) w_.center[c] += value[r * width_ + c] / static_cast<Element>(rows);
+      for (int64_t c = 0; c < width_; ++c) w_.center[c] += of_each * value[r * width_ + c];
     }
   }
 
