@@ -8,6 +8,9 @@
 // memory latency beyond, which is why rows are asked for ahead.
 
 #define QFAST_INLINE_MEMBER inline __attribute__((always_inline))
+// GCC takes a function that does nothing but prefetch for one without effect, and drops it unless it is
+// inlined before it looks.
+#define QFAST_INLINE_LAMBDA __attribute__((always_inline))
 
 constexpr int kPanelVectors = 4;
 constexpr int64_t kRowsAhead = 8;
@@ -131,7 +134,7 @@ QFAST_ALWAYS_INLINE void each_lookup(const Lookups<Element>& job, const LookupTa
   const int64_t last = first + kSumRows < sums.count ? first + kSumRows : sums.count;
   const int64_t low = job.position[task.begin], high = job.position[task.end - 1];
   const auto row_at = [&](int64_t j) { return sums.rows + sums.order[j] * sums.width; };
-  const auto ask_ahead = [&](int64_t j) {
+  const auto ask_ahead = [&](int64_t j) QFAST_INLINE_LAMBDA {
     if (j + kSumRows < sums.count) panel.prefetch(row_at(j + kSumRows));
   };
   Vector<Element> before[W], behind[W], local[W] = {};
@@ -190,7 +193,7 @@ QFAST_ALWAYS_INLINE void attend(const AttendJob<Element>& job, int64_t begin, in
     for (int64_t t = begin; t < end; ++t) {
       each_lookup(
           lookups, lookups.tasks[t], panel,
-          [&](int64_t at) {
+          [&](int64_t at) QFAST_INLINE_LAMBDA {
             panel.prefetch_to_write(job.out + at);
             if (job.share != nullptr) panel.prefetch_to_write(job.share + at);
             if (job.residual != nullptr) panel.prefetch(job.residual + at);
@@ -219,7 +222,7 @@ QFAST_ALWAYS_INLINE void attend_backward(const AttendBackwardJob<Element>& job, 
     for (int64_t t = begin; t < end; ++t) {
       each_lookup(
           lookups, lookups.tasks[t], panel,
-          [&](int64_t at) {
+          [&](int64_t at) QFAST_INLINE_LAMBDA {
             panel.prefetch_to_write(job.grad_value + at);
             panel.prefetch(job.value + at);
           },
