@@ -45,6 +45,7 @@ struct AttendJob {
   const Element* share_weight;  // [count], by lookup: its sign bit chooses the part
   Element* out;                 // [count, H]
   Element* share;               // [count, H] or null
+  bool past_caches;             // whether out and share are written around the caches
 };
 
 // grad_value = both parts; their products with value - center go into the gradient of the keys.
@@ -54,6 +55,7 @@ struct AttendBackwardJob {
   const Element* value;   // [count, H]
   const Element* center;  // [H]
   Element* grad_value;    // [count, H]
+  bool past_caches;       // whether grad_value is written around the caches
   Element* prefix_dot;    // [count], by lookup
   Element* suffix_dot;    // [count], by lookup
 };

@@ -19,6 +19,7 @@ namespace qfast {
 
 constexpr int64_t kTaskLookups = 4 * kSumRows;  // most lookups of a task: they may all stand at one position
 constexpr int64_t kHugeBytes = 4 << 20;
+constexpr int64_t kPastCachesBytes = 16 << 20;
 
 #define QFAST_PICK(name)                                                \
   inline auto name##_kernel(float) { return cpu_kernels().name##_f32; } \
@@ -141,7 +142,8 @@ class Day {
         day.residual,
         w_.share_weight,
         day.out,
-        day.share};
+        day.share,
+        past_caches({day.out, day.share})};
     const auto kernel = attend_kernel(Element{});
     each(split_lookups(), 4, [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
     if (day.orders[0] == nullptr) return;
@@ -176,6 +178,7 @@ class Day {
                                          day.value,
                                          w_.center,
                                          day.grad_value,
+                                         past_caches({day.grad_value}),
                                          w_.prefix_dot,
                                          w_.suffix_dot};
     const auto kernel = attend_backward_kernel(Element{});
@@ -194,6 +197,14 @@ class Day {
     } else if (count > 0) {
       body(0, count);
     }
+  }
+
+  // Whether rows are written around the caches: where they are too many to stay in them, and whole lines.
+  bool past_caches(std::initializer_list<const Element*> written) const {
+    constexpr int64_t kLine = 64;
+    const int64_t row = sizeof(Element) * width_;
+    const auto on_lines = [](const Element* rows) { return reinterpret_cast<uintptr_t>(rows) % kLine == 0; };
+    return n_ * row >= kPastCachesBytes && row % kLine == 0 && std::ranges::all_of(written, on_lines);
   }
 
   // Where a score is not a number its row has no place in the order. Last among the queries it disturbs no

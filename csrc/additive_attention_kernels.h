@@ -38,6 +38,22 @@ struct Panel {
   QFAST_INLINE_MEMBER void write(Element* row, int w, Vector<Element> value) const {
     store<Element>(row + at[w], value, kWhole ? kLanes<Element> : count);
   }
+  // Whole cache lines around the caches, where `past` says so: a row that will not be read soon need not be
+  // read before it is written.
+  QFAST_INLINE_MEMBER void write(Element* row, int w, Vector<Element> value, bool past) const {
+#if defined(__x86_64__)
+    if (past) {
+      constexpr int kParts = sizeof(value) / 16;
+      __m128i parts[kParts];
+      __builtin_memcpy(parts, &value, sizeof(value));
+#pragma GCC unroll 4
+      for (int i = 0; i < kParts; ++i)
+        _mm_stream_si128(reinterpret_cast<__m128i*>(row + at[w]) + i, parts[i]);
+      return;
+    }
+#endif
+    write(row, w, value);
+  }
   QFAST_INLINE_MEMBER void prefetch(const Element* row) const {
 #pragma GCC unroll 4
     for (int w = 0; w < W; ++w) __builtin_prefetch(row + at[w]);
@@ -194,8 +210,8 @@ QFAST_ALWAYS_INLINE void attend(const AttendJob<Element>& job, int64_t begin, in
       each_lookup(
           lookups, lookups.tasks[t], panel,
           [&](int64_t at) QFAST_INLINE_LAMBDA {
-            panel.prefetch_to_write(job.out + at);
-            if (job.share != nullptr) panel.prefetch_to_write(job.share + at);
+            if (!job.past_caches) panel.prefetch_to_write(job.out + at);
+            if (!job.past_caches && job.share != nullptr) panel.prefetch_to_write(job.share + at);
             if (job.residual != nullptr) panel.prefetch(job.residual + at);
           },
           [&](int64_t l, int64_t at, const auto& of_prefix, const auto& of_suffix) {
@@ -203,15 +219,17 @@ QFAST_ALWAYS_INLINE void attend(const AttendJob<Element>& job, int64_t begin, in
             for (int w = 0; w < W; ++w) {
               Vector<Element> out = of_prefix[w] + of_suffix[w];
               if (job.residual != nullptr) out += panel.read(job.residual + at, w);
-              panel.write(job.out + at, w, out);
+              panel.write(job.out + at, w, out, job.past_caches);
             }
             if (job.share == nullptr) return;
             const bool below = __builtin_signbit(job.share_weight[l]);
 #pragma GCC unroll 4
-            for (int w = 0; w < W; ++w) panel.write(job.share + at, w, below ? -of_prefix[w] : of_suffix[w]);
+            for (int w = 0; w < W; ++w)
+              panel.write(job.share + at, w, below ? -of_prefix[w] : of_suffix[w], job.past_caches);
           });
     }
   });
+  if (job.past_caches) finish_stream();
 }
 
 template <class Element>
@@ -223,14 +241,14 @@ QFAST_ALWAYS_INLINE void attend_backward(const AttendBackwardJob<Element>& job, 
       each_lookup(
           lookups, lookups.tasks[t], panel,
           [&](int64_t at) QFAST_INLINE_LAMBDA {
-            panel.prefetch_to_write(job.grad_value + at);
+            if (!job.past_caches) panel.prefetch_to_write(job.grad_value + at);
             panel.prefetch(job.value + at);
           },
           [&](int64_t l, int64_t at, const auto& of_prefix, const auto& of_suffix) {
             Vector<Element> prefix_products[W], suffix_products[W];
 #pragma GCC unroll 4
             for (int w = 0; w < W; ++w) {
-              panel.write(job.grad_value + at, w, of_prefix[w] + of_suffix[w]);
+              panel.write(job.grad_value + at, w, of_prefix[w] + of_suffix[w], job.past_caches);
               const Vector<Element> value = panel.read(job.value + at, w) - panel.read(job.center, w);
               prefix_products[w] = value * of_prefix[w];
               suffix_products[w] = value * of_suffix[w];
@@ -240,6 +258,7 @@ QFAST_ALWAYS_INLINE void attend_backward(const AttendBackwardJob<Element>& job, 
           });
     }
   });
+  if (job.past_caches) finish_stream();
 }
 
 // ---------------------------------------------------------------- passes over rows as they lie in memory
