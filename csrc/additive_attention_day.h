@@ -74,6 +74,7 @@ struct Workspace {
   double *prefix, *suffix;               // [rows + 1]: running sums of scalars, up to and from each position
   double *prefix_mass, *suffix_mass;     // [rows + 1], likewise
   Element* center;                       // [width]
+  double* center_sum;                    // [width]
   Element *prefix_blocks, *suffix_blocks;  // [blocks + 1, width]
   LookupTask* tasks;                       // [blocks + 1 + rows / kTaskLookups]
 
@@ -99,6 +100,7 @@ struct Workspace {
     for (double** part : {&prefix, &suffix}) arena_.take(*part, rows + 1);
     for (double** part : {&prefix_mass, &suffix_mass}) arena_.take(*part, backward ? rows + 1 : 0);
     arena_.take(center, backward ? width : 0);
+    arena_.take(center_sum, backward ? width : 0);
     for (Element** part : {&prefix_blocks, &suffix_blocks}) arena_.take(*part, (blocks + 1) * width);
     arena_.take(tasks, blocks + 1 + rows / kTaskLookups);
   }
@@ -161,7 +163,7 @@ class Day {
     });
     weigh();
     place_queries(nullptr);
-    find_center(day.value);
+    find_center(day);
     grad_queries(day);
     place_keys();
     sum_scalars();
@@ -307,20 +309,23 @@ class Day {
   }
 
   // A row's weights sum to 1, so a vector taken off every value leaves the gradients of the scores as they
-  // are, and takes the rounding of what it has in common with them off. That is the mean of a block of rows,
-  // drawn towards the value of the highest key by the weight it has: where it has all, the others' gradients
-  // are small numbers and not differences of large ones.
-  void find_center(const Element* value) {
-    const int64_t rows = std::min(n_, kSumRows);
-    const double bent = std::count(w_.above_factor, w_.above_factor + n_, Element(0)) / double(n_);
-    const double top_weight = (1 - bent) / w_.suffix[0] + bent / w_.prefix[n_];
-    const Element* top = value + w_.orders[0][n_ - 1] * width_;
-    const auto of_top = static_cast<Element>(top_weight);
-    const auto of_each = static_cast<Element>((1 - top_weight) / double(rows));
-    for (int64_t c = 0; c < width_; ++c) w_.center[c] = of_top * top[c];
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < width_; ++c) w_.center[c] += of_each * value[r * width_ + c];
+  // are, and takes the rounding of what it has in common with them off. That is the mean result of rows taken
+  // evenly from the sorted queries: about the mean value where attention is spread, and the value that all
+  // look at where it is not.
+  void find_center(const Backward<Element>& day) {
+    const int64_t taken = std::min(n_, kSumRows);
+    std::fill_n(w_.center_sum, width_, 0.0);
+    int64_t rows = 0;
+    for (int64_t i = 0; i < taken; ++i) {
+      const int64_t l = i * n_ / taken;
+      if (!(w_.queries[l] > -kInfinity)) continue;  // without a result
+      const int64_t at = w_.orders[1][l] * width_;
+      for (int64_t c = 0; c < width_; ++c)
+        w_.center_sum[c] += day.out[at + c] - (day.residual != nullptr ? day.residual[at + c] : 0);
+      ++rows;
     }
+    for (int64_t c = 0; c < width_; ++c)
+      w_.center[c] = static_cast<Element>(w_.center_sum[c] / std::max<int64_t>(rows, 1));
   }
 
   // The softmax of a row sums to 1, so the gradients of its scores sum to 0: those above the bend to minus
