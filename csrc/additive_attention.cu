@@ -12,6 +12,10 @@
 // numbers in `offsets` either, as Python does: where they are wrong no other memory is touched, but results
 // are NaN or undefined.
 //
+// Backward of the scores: around a center of each day, and the gradients of a day's keys sum to 0 before the
+// bend's slope, as on the CPU (additive_attention_gradients.cuh); a pass over the chunks and one over the
+// rows for it, 16 bytes of memory a row and, in float32, 4 for each 32 columns.
+//
 // Schemas and what is kept: qfast/ops/additive_attention.py. Same order everywhere: checks, device guard,
 // allocation, empty return, dispatch, launches, each with its check.
 #include <cub/device/device_radix_sort.cuh>
@@ -238,10 +242,7 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_backward_cuda(
                      of_query.mutable_data_ptr<T>(),
                      of_key.mutable_data_ptr<T>(),
                      of_value.mutable_data_ptr<T>(),
-                     nullptr,
-                     nullptr,
-                     static_cast<T>(negative_slope),
-                     0};
+                     static_cast<T>(negative_slope)};
       attend_backward(device, shape, longest, io);
     });
   }
@@ -323,10 +324,7 @@ std::tuple<Tensor, Tensor, Tensor> graph_attention_backward_cuda(
                    of_query,
                    of_query + n,
                    of_hidden.mutable_data_ptr<T>(),
-                   nullptr,
-                   nullptr,
-                   static_cast<T>(negative_slope),
-                   0};
+                   static_cast<T>(negative_slope)};
     attend_backward(device, shape, longest, io);
     finish_hidden(device, Scoring<T>{data<T>(rows), data<T>(both), n, shape.width}, io.grad,
                   static_cast<const T*>(of_query), static_cast<const T*>(of_query + n), io.grad_value,

@@ -4,7 +4,7 @@
 // the chunks of all days. Included by additive_attention.cu, which has LAUNCH, Scratch and sort_pairs.
 #pragma once
 
-#include "additive_attention_kernels.cuh"
+#include "additive_attention_gradients.cuh"
 
 namespace qfast {
 namespace {
@@ -21,9 +21,9 @@ struct DayPlan {
   QFAST_DEVICE int64_t chunks() const { return (2 * longest + kChunk - 1) / kChunk; }
 };
 
-// Lanes that share a chunk: a warp, or fewer if there are fewer columns.
+// Lanes that share a chunk: a warp, or fewer if there are fewer columns; two sums at once take two of them.
 inline int lanes_for(int width) {
-  int lanes = 1;
+  int lanes = 2;
   while (lanes < width && lanes < kLanes) lanes *= 2;
   return lanes;
 }
@@ -35,7 +35,7 @@ DayPlan plan_day(int64_t longest, int width) {
   const int64_t chunks = (2 * longest + kChunk - 1) / kChunk;
   const int64_t wanted = chunks * plan.groups * plan.lanes;
   while (plan.threads > 64 && plan.threads / 2 >= wanted && plan.threads / 2 >= longest) plan.threads /= 2;
-  plan.bytes = 2 * chunks * (sizeof(double) + width * sizeof(T)) + 6 * longest * sizeof(T) +
+  plan.bytes = 4 * chunks * sizeof(double) + (2 * chunks + 1) * width * sizeof(T) + 6 * longest * sizeof(T) +
                4 * longest * sizeof(int32_t);
   return plan;
 }
@@ -47,8 +47,9 @@ QFAST_DEVICE Day<T> shared_day(const Shape& shape, const DayPlan& plan, int64_t 
   int64_t count = shape.days.begin(d + 1) - begin;
   count = count < 0 ? 0 : count < n ? count : n;
   double* scalars = shared_memory;
-  T* sums = reinterpret_cast<T*>(scalars + 2 * chunks);
-  T* scores = sums + 2 * chunks * shape.width;
+  T* sums = reinterpret_cast<T*>(scalars + 4 * chunks);
+  T* center = sums + 2 * chunks * shape.width;
+  T* scores = center + shape.width;
   T* weights = scores + 2 * n;
   int32_t* rows = reinterpret_cast<int32_t*>(weights + 4 * n);
   return {head * shape.days.rows + begin,
@@ -61,7 +62,8 @@ QFAST_DEVICE Day<T> shared_day(const Shape& shape, const DayPlan& plan, int64_t 
           weights + 2 * n,
           sums,
           scalars,
-          chunks};
+          chunks,
+          center};
 }
 
 // Sorts both lists in place, ties by row. A bitonic network whose every comparison puts the smaller first, so
@@ -100,11 +102,11 @@ QFAST_DEVICE void list_day(const Day<T>& day, T slope, T* share_weight) {
     place(day, i >= day.count, i >= day.count ? i - day.count : i, slope, highest(day, slope));
   }
   __syncthreads();
-  for (int64_t chunk = warp; chunk < day.chunks(); chunk += warps) sum_scalars<false>(day, chunk, none);
-  __syncthreads();
-  for (int part = warp; part < 2; part += warps) {
-    carry_sums(day.scalar_sums + part * day.stride, day.chunks(), part == 0);
+  for (int64_t chunk = warp; chunk < day.chunks(); chunk += warps) {
+    sum_scalars<false>(day, chunk, none, day.scalar_sums);
   }
+  __syncthreads();
+  for (int part = warp; part < 2; part += warps) carry_scalars<false>(day, part);
   __syncthreads();
   for (int64_t chunk = warp; chunk < day.chunks(); chunk += warps) normalise(day, chunk, share_weight);
   __syncthreads();
@@ -171,24 +173,26 @@ __global__ void __launch_bounds__(kDayThreads, 1)
       day.sorted(side)[at] = sortable(side, (side ? io.query : io.key)[day.first + row]);
       day.sorted_rows(side)[at] = row;
     }
-    for (int64_t row = threadIdx.x / plan.lanes; row < day.count; row += blockDim.x / plan.lanes) {
-      query_gradient(io, day.first + row, shape.width, lanes);
-    }
     __syncthreads();
     list_day(day, io.slope, static_cast<T*>(nullptr));
-    for (int64_t c = warp; c < day.chunks(); c += warps) sum_scalars<true>(day, c, io.delta);
+    for (int c = threadIdx.x; c < shape.width; c += blockDim.x) find_center(day, io.value, shape.width, c);
     __syncthreads();
-    for (int part = warp; part < 2; part += warps) {
-      carry_sums(day.scalar_sums + part * day.stride, day.chunks(), part == 0);
+    for (int64_t row = threadIdx.x / plan.lanes; row < day.count; row += blockDim.x / plan.lanes) {
+      query_gradient(io, day.first + row, shape.width, lanes, day.center);
     }
     __syncthreads();
-    for (int64_t c = warp; c < day.chunks(); c += warps) {
-      mean_gradients(day, c, io.slope, io.delta, io.grad_key);
-    }
+    for (int64_t c = warp; c < day.chunks(); c += warps) sum_gradients(day, c, io.delta);
+    __syncthreads();
+    for (int part = warp; part < 4; part += warps) carry_scalars<true>(day, part);
+    __syncthreads();
     attend_day<true, T, BackwardReceiver<T>>(day, plan, shape.width, io.grad, io);
     __syncthreads();
+    for (int64_t c = warp; c < day.chunks(); c += warps) key_gradients(day, c, io, plan.groups);
+    __syncthreads();
+    if (warp == 0) find_shift(day);
+    __syncthreads();
     for (int64_t row = threadIdx.x; row < day.count; row += blockDim.x) {
-      finish_key(io, day.first + row, plan.groups);
+      finish_key(io, day.first + row, day.scalar_sums[0]);
     }
   }
 }
@@ -301,8 +305,13 @@ QFAST_DEVICE void each_chunk(const Shape& shape, const Lists<T>& lists, int lane
 template <bool kBackward, class T>
 __global__ void __launch_bounds__(kThreads)
     sum_scalars_kernel(const Shape shape, const Lists<T> lists, const T* delta) {
-  each_chunk(shape, lists, kLanes, 1,
-             [&](const Day<T>& day, int64_t chunk, int) { sum_scalars<kBackward>(day, chunk, delta); });
+  each_chunk(shape, lists, kLanes, 1, [&](const Day<T>& day, int64_t chunk, int) {
+    if (kBackward) {
+      sum_gradients(day, chunk, delta);
+    } else {
+      sum_scalars<false>(day, chunk, delta, day.scalar_sums);
+    }
+  });
 }
 
 template <class T>
@@ -313,26 +322,54 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    mean_gradients_kernel(const Shape shape, const Lists<T> lists, const Backward<T> io) {
-  each_chunk(shape, lists, kLanes, 1, [&](const Day<T>& day, int64_t chunk, int) {
-    mean_gradients(day, chunk, io.slope, io.delta, io.grad_key);
-  });
+__global__ void __launch_bounds__(kThreads, 2)
+    key_gradients_kernel(const Shape shape, const Lists<T> lists, const Backward<T> io, int groups) {
+  each_chunk(shape, lists, kLanes, 1,
+             [&](const Day<T>& day, int64_t chunk, int) { key_gradients(day, chunk, io, groups); });
 }
 
-// A warp owns one column of one day. Scalars: kScalar.
-template <bool kScalar, class T>
-__global__ void __launch_bounds__(kThreads) carry_kernel(const Shape shape, const Lists<T> lists) {
-  const int64_t columns = 2 * static_cast<int64_t>(kScalar ? 1 : shape.width);
+// A warp owns one array of scalars of one day.
+template <bool kBackward, class T>
+__global__ void __launch_bounds__(kThreads) carry_scalars_kernel(const Shape shape, const Lists<T> lists) {
+  constexpr int kParts = kBackward ? 4 : 2;
+  const int64_t count = shape.heads * shape.days.count * kParts;
+  for (int64_t i = thread_number() / kLanes; i < count; i += thread_count() / kLanes) {
+    const int64_t d = i / kParts % shape.days.count;
+    const Day<T> day = lists.day(shape, i / kParts / shape.days.count, d);
+    if (day.count > 0) carry_scalars<kBackward>(day, static_cast<int>(i % kParts));
+  }
+}
+
+// A warp owns one column of one day.
+template <class T>
+__global__ void __launch_bounds__(kThreads) carry_columns_kernel(const Shape shape, const Lists<T> lists) {
+  const int64_t columns = 2 * static_cast<int64_t>(shape.width);
   const int64_t count = shape.heads * shape.days.count * columns;
   for (int64_t i = thread_number() / kLanes; i < count; i += thread_count() / kLanes) {
     const int64_t column = i % columns, d = i / columns % shape.days.count;
     const Day<T> day = lists.day(shape, i / columns / shape.days.count, d);
-    if (kScalar) {
-      carry_sums(day.scalar_sums + column * day.stride, day.chunks(), column == 0);
-    } else {
-      carry_sums(day.sums + column * day.stride, day.chunks(), column < shape.width);
-    }
+    carry_sums(day.sums + column * day.stride, day.chunks(), column < shape.width);
+  }
+}
+
+// A thread owns one column of one day.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    center_kernel(const Shape shape, const Lists<T> lists, const T* value) {
+  const int64_t width = shape.width, count = shape.heads * shape.days.count * width;
+  for (int64_t i = thread_number(); i < count; i += thread_count()) {
+    const int64_t d = i / width % shape.days.count;
+    const Day<T> day = lists.day(shape, i / width / shape.days.count, d);
+    find_center(day, value, shape.width, static_cast<int>(i % width));
+  }
+}
+
+// A warp owns a day.
+template <class T>
+__global__ void __launch_bounds__(kThreads) shift_kernel(const Shape shape, const Lists<T> lists) {
+  const int64_t count = shape.heads * shape.days.count;
+  for (int64_t i = thread_number() / kLanes; i < count; i += thread_count() / kLanes) {
+    find_shift(lists.day(shape, i / shape.days.count, i % shape.days.count));
   }
 }
 
@@ -355,19 +392,28 @@ __global__ void __launch_bounds__(kThreads, 2)
   });
 }
 
+template <class T>
+QFAST_DEVICE Day<T> day_of(const Shape& shape, const Lists<T>& lists, int64_t row) {
+  const int64_t within = row % shape.days.rows;
+  return lists.day(shape, row / shape.days.rows, shape.days.day_of_row(within));
+}
+
 // Bytes bound: the gradient, the result and the share are read once. A group of lanes owns a row.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    query_gradient_kernel(const Shape shape, const Backward<T> io, int lanes) {
+    query_gradient_kernel(const Shape shape, const Lists<T> lists, const Backward<T> io, int lanes) {
   const Lanes team(lanes);
   for (int64_t row = thread_number() / lanes; row < io.total; row += thread_count() / lanes) {
-    query_gradient(io, row, shape.width, team);
+    const T* center = day_of(shape, lists, row).center;
+    query_gradient(io, row, shape.width, team, center);
   }
 }
 
 template <class T>
-__global__ void finish_key_kernel(const Backward<T> io, int groups) {
-  for (int64_t row = thread_number(); row < io.total; row += thread_count()) finish_key(io, row, groups);
+__global__ void finish_key_kernel(const Shape shape, const Lists<T> lists, const Backward<T> io) {
+  for (int64_t row = thread_number(); row < io.total; row += thread_count()) {
+    finish_key(io, row, day_of(shape, lists, row).scalar_sums[0]);
+  }
 }
 
 }  // namespace

@@ -7,6 +7,9 @@
 // the backward in the same way. An item counts with weight `fore` in the sums that run from the front, with
 // `back` in those from the rear. Chunks of 128 items are summed by themselves in the tensors' type; what lies
 // before and behind each is added up in float64. Every order is fixed, so results repeat bit for bit.
+//
+// The gradients of the scores are those of values less a vector of the day, its center, and those of all keys
+// of a day sum to 0 before the bend's slope to the rounding of float64 (additive_attention_gradients.cuh).
 #pragma once
 
 #include <cmath>
@@ -19,6 +22,7 @@ namespace {
 constexpr int kChunk = 128;
 constexpr int kLanes = 32;
 constexpr int kRounds = kChunk / kLanes;
+constexpr int kCenterRows = 32;   // of a day, whose mean is the center
 constexpr int kAhead = 8;         // rows asked for at once: enough to hide most of the way to memory
 constexpr int kThreads = 256;     // of a block, where days are in memory
 constexpr int kDayThreads = 512;  // of a block that owns a day, at most
@@ -82,8 +86,9 @@ struct Day {
   int32_t* item;        // [2 n]: row of a key, ~row of a query
   T *fore, *back;       // [2 n]
   T* sums;              // [2, H, stride]: of chunks; then of all before (0), of all behind (1) each
-  double* scalar_sums;  // [2, stride]: the same of scalars
+  double* scalar_sums;  // [4, stride]: the same of scalars, two kinds of them
   int64_t stride;
+  T* center;  // [H], in the backward
 
   QFAST_DEVICE T* sorted(int side) const { return scores + side * queries; }
   QFAST_DEVICE int32_t* sorted_rows(int side) const { return rows + side * queries; }
@@ -102,7 +107,8 @@ struct Lists {
   int32_t* item;        // [heads, 2 N]
   T *fore, *back;       // [heads, 2 N]
   T* sums;              // [heads, 2, H, chunks]
-  double* scalar_sums;  // [heads, 2, chunks]
+  double* scalar_sums;  // [heads, 4, chunks]
+  T* centers;           // [heads, D, H]; null in the forward
 
   QFAST_DEVICE Day<T> day(const Shape& shape, int64_t head, int64_t d) const {
     const int64_t begin = shape.days.begin(d), first = head * shape.days.rows + begin;
@@ -117,8 +123,9 @@ struct Lists {
             fore + 2 * first,
             back + 2 * first,
             sums + head * 2 * shape.width * chunks + chunk,
-            scalar_sums + head * 2 * chunks + chunk,
-            chunks};
+            scalar_sums + head * 4 * chunks + chunk,
+            chunks,
+            centers + (head * shape.days.count + d) * shape.width};
   }
 };
 
@@ -133,6 +140,15 @@ struct Lanes {
   template <class T>
   QFAST_DEVICE T sum(T value) const {
     for (int step = size / 2; step > 0; step /= 2) value += __shfl_xor_sync(mask, value, step, size);
+    return value;
+  }
+  // Of two lanes or more: the sum of `first` in the lower half of them, of `second` in the upper.
+  template <class T>
+  QFAST_DEVICE T sum_two(T first, T second) const {
+    const bool upper = lane >= size / 2;
+    T value = upper ? second : first;
+    value += __shfl_xor_sync(mask, upper ? first : second, size / 2, size);
+    for (int step = size / 4; step > 0; step /= 2) value += __shfl_xor_sync(mask, value, step, size);
     return value;
   }
 };
@@ -193,17 +209,18 @@ QFAST_DEVICE void place(const Day<T>& day, int side, int64_t p, T slope, T top) 
 }
 
 // ---------------------------------------------------------------- sums of scalars
-// Forward: weights of the keys, which the queries read. Backward: mean gradients of the queries, times their
-// weights, which the keys read. A warp owns a chunk.
+// Forward: weights of the keys, which the queries read. Backward: weights of the queries, times their mean
+// gradients if `delta` is not null, which the keys read. `sums` is a kind of scalar_sums. A warp owns a
+// chunk.
 template <bool kBackward, class T>
 QFAST_DEVICE double scalar(const Day<T>& day, int64_t p, const T* weights, const T* delta) {
   const int32_t item = day.item[p];
   if ((item < 0) != kBackward) return 0;
-  return kBackward ? static_cast<double>(weights[p]) * delta[day.first + ~item] : weights[p];
+  return delta != nullptr ? static_cast<double>(weights[p]) * delta[day.first + ~item] : weights[p];
 }
 
 template <bool kBackward, class T>
-QFAST_DEVICE void sum_scalars(const Day<T>& day, int64_t chunk, const T* delta) {
+QFAST_DEVICE void sum_scalars(const Day<T>& day, int64_t chunk, const T* delta, double* sums) {
   const int lane = threadIdx.x % kLanes, count = day.items(chunk);
   double fore = 0, back = 0;
   for (int i = lane; i < count; i += kLanes) {
@@ -214,8 +231,15 @@ QFAST_DEVICE void sum_scalars(const Day<T>& day, int64_t chunk, const T* delta) 
   fore = lanes.sum(fore);
   back = lanes.sum(back);
   if (lane != 0) return;
-  day.scalar_sums[chunk] = fore;
-  day.scalar_sums[day.stride + chunk] = back;
+  sums[chunk] = fore;
+  sums[day.stride + chunk] = back;
+}
+
+// Both kinds that the backward needs.
+template <class T>
+QFAST_DEVICE void sum_gradients(const Day<T>& day, int64_t chunk, const T* delta) {
+  sum_scalars<true>(day, chunk, delta, day.scalar_sums);
+  sum_scalars<true>(day, chunk, static_cast<const T*>(nullptr), day.scalar_sums + 2 * day.stride);
 }
 
 // Sum of this lane's value and those of the lanes before it (or behind it).
@@ -231,10 +255,11 @@ QFAST_DEVICE double running_sum(double value, bool from_front) {
 
 // Calls receive(position, row, sum before it, sum behind it) for the items of a chunk that read the sums.
 template <bool kBackward, class T, class Receive>
-QFAST_DEVICE void read_scalars(const Day<T>& day, int64_t chunk, const T* delta, const Receive& receive) {
+QFAST_DEVICE void read_scalars(const Day<T>& day, int64_t chunk, const T* delta, const double* sums,
+                               const Receive& receive) {
   const int lane = threadIdx.x % kLanes, count = day.items(chunk);
   const int64_t first = chunk * kChunk + lane;
-  double before[kRounds], carry = day.scalar_sums[chunk];
+  double before[kRounds], carry = sums[chunk];
 #pragma unroll
   for (int u = 0; u < kRounds; ++u) {
     const bool inside = u * kLanes + lane < count;
@@ -243,7 +268,7 @@ QFAST_DEVICE void read_scalars(const Day<T>& day, int64_t chunk, const T* delta,
     before[u] = carry + sum;
     carry += __shfl_sync(kWholeWarp, sum, kLanes - 1, kLanes);
   }
-  carry = day.scalar_sums[day.stride + chunk];
+  carry = sums[day.stride + chunk];
 #pragma unroll
   for (int u = kRounds - 1; u >= 0; --u) {
     const int64_t p = first + u * kLanes;
@@ -259,7 +284,7 @@ QFAST_DEVICE void read_scalars(const Day<T>& day, int64_t chunk, const T* delta,
 // Divides the factors of the queries by their sums of weights and keeps the weight of the smaller part.
 template <class T>
 QFAST_DEVICE void normalise(const Day<T>& day, int64_t chunk, T* share_weight) {
-  read_scalars<false>(day, chunk, static_cast<const T*>(nullptr),
+  read_scalars<false>(day, chunk, static_cast<const T*>(nullptr), day.scalar_sums,
                       [&](int64_t p, int32_t row, double before, double behind) {
                         const double above = day.fore[p] * behind, below = day.back[p] * before;
                         const double total = above + below;
@@ -271,19 +296,10 @@ QFAST_DEVICE void normalise(const Day<T>& day, int64_t chunk, T* share_weight) {
                       });
 }
 
-// The gradient of the keys as far as the mean gradients of the queries decide it.
+// Turns sums of `chunks` chunks into the sums of all before each or behind each, and returns that of all. A
+// warp owns one column.
 template <class T>
-QFAST_DEVICE void mean_gradients(const Day<T>& day, int64_t chunk, T slope, const T* delta, T* grad_key) {
-  read_scalars<true>(day, chunk, delta, [&](int64_t p, int32_t row, double before, double behind) {
-    const double above = day.back[p] * before, below = day.fore[p] * behind;
-    grad_key[day.first + row] = static_cast<T>(-(above + slope * below));
-  });
-}
-
-// Turns sums of `chunks` chunks into the sums of all before each (part 0) or behind each (1). A warp owns one
-// column.
-template <class T>
-QFAST_DEVICE void carry_sums(T* sums, int64_t chunks, bool from_front) {
+QFAST_DEVICE double carry_sums(T* sums, int64_t chunks, bool from_front) {
   const int lane = threadIdx.x % kLanes;
   double carry = 0;
   for (int64_t i = lane; i - lane < chunks; i += kLanes) {
@@ -294,6 +310,15 @@ QFAST_DEVICE void carry_sums(T* sums, int64_t chunks, bool from_front) {
     if (inside) sums[chunk] = static_cast<T>(lane == 0 ? carry : carry + before);
     carry += __shfl_sync(kWholeWarp, sum, kLanes - 1, kLanes);
   }
+  return carry;
+}
+
+// Carries array `part` of scalar_sums: even ones run from the front. The sum of all weights of the keys is
+// left in the second kind, which is free until the backward fills it.
+template <bool kBackward, class T>
+QFAST_DEVICE void carry_scalars(const Day<T>& day, int part) {
+  const double all = carry_sums(day.scalar_sums + part * day.stride, day.chunks(), part % 2 == 0);
+  if (!kBackward && threadIdx.x % kLanes == 0) day.scalar_sums[(2 + part) * day.stride] = all;
 }
 
 // ---------------------------------------------------------------- sums of rows
@@ -346,6 +371,8 @@ struct Receiver {
   int64_t first;  // row
   int width;
 
+  QFAST_DEVICE Receiver(const Forward<T>& job, const Day<T>& day, int columns, int column)
+      : io(job), at(day.first * columns + column), first(day.first), width(columns) {}
   QFAST_DEVICE T* stored(int32_t row) const { return io.out + at + static_cast<int64_t>(row) * width; }
   QFAST_DEVICE T wanted(int32_t row) const {
     return io.residual == nullptr ? T(0) : io.residual[at + static_cast<int64_t>(row) * width];
@@ -369,10 +396,12 @@ struct Backward {
   const T *query, *key;      // [heads * N]
   T *grad_query, *grad_key;  // [heads * N]
   T* grad_value;             // [heads * N, H]
-  T* delta;                  // [heads * N]: grad . attended
-  T* dots;                   // [groups of columns, heads * N]: parts of the gradient of the keys
   T slope;
-  int64_t total;  // heads * N
+  // Room for what is found on the way.
+  int64_t total = 0;         // heads * N
+  T* delta = nullptr;        // [heads * N]: grad . (attended - center)
+  T* dots = nullptr;         // [groups of columns, 2, heads * N]: grad_value's two parts . (value - center)
+  double* to_key = nullptr;  // [2, heads * N]: the gradient of a key, and its change with the mean gradients
 };
 
 template <class T>
@@ -380,14 +409,24 @@ struct BackwardReceiver {
   const Backward<T>& io;
   int64_t at, first;
   int width;
+  T center;
 
+  QFAST_DEVICE BackwardReceiver(const Backward<T>& job, const Day<T>& day, int columns, int column)
+      : io(job),
+        at(day.first * columns + column),
+        first(day.first),
+        width(columns),
+        center(column < columns ? day.center[column] : T(0)) {}
   QFAST_DEVICE T* stored(int32_t row) const { return io.grad_value + at + static_cast<int64_t>(row) * width; }
-  QFAST_DEVICE T wanted(int32_t row) const { return io.value[at + static_cast<int64_t>(row) * width]; }
+  QFAST_DEVICE T wanted(int32_t row) const {
+    return io.value[at + static_cast<int64_t>(row) * width] - center;
+  }
   QFAST_DEVICE void receive(int32_t row, T above, T value, T below, bool active, const Lanes& lanes,
                             int group) const {
     if (active) *stored(row) = above + below;
-    const T dot = lanes.sum(active ? value * (above + io.slope * below) : T(0));
-    if (lanes.lane == 0) io.dots[group * io.total + first + row] = dot;
+    const T dot = lanes.sum_two(active ? value * above : T(0), active ? value * below : T(0));
+    if ((lanes.lane & (lanes.size / 2 - 1)) != 0) return;
+    io.dots[(2 * group + (lanes.lane != 0)) * io.total + first + row] = dot;
   }
 };
 
@@ -457,35 +496,10 @@ QFAST_DEVICE void walk_columns(const Day<T>& day, int64_t chunk, int width, int 
   const int column = group * lanes.size + lanes.lane;
   const bool active = column < width;
   const int64_t at = day.first * width + column;
-  const R receiver{io, at, day.first, width};
+  const R receiver(io, day, width, column);
   if (active) walk_up<kBackward>(day, chunk, day.sums[column * day.stride + chunk], rows + at, receiver);
   const T carry = active ? day.sums[(width + column) * day.stride + chunk] : T(0);
   walk_down<kBackward>(day, chunk, carry, rows + at, receiver, active, lanes, group);
-}
-
-// ---------------------------------------------------------------- rows by themselves
-// delta = grad . attended, and the gradient of the query: a softmax's weights sum to 1, so the gradients of a
-// row's scores sum to 0, those above the bend to minus those below it, and the kept part gives both.
-template <class T>
-QFAST_DEVICE void query_gradient(const Backward<T>& io, int64_t row, int width, const Lanes& lanes) {
-  T mean = 0, part = 0;
-  for (int64_t i = row * width + lanes.lane; i < (row + 1) * width; i += lanes.size) {
-    const T attended = io.residual == nullptr ? io.out[i] : io.out[i] - io.residual[i];
-    mean += io.grad[i] * attended;
-    part += io.grad[i] * io.share[i];
-  }
-  mean = lanes.sum(mean);
-  part = lanes.sum(part);
-  if (lanes.lane != 0) return;
-  io.delta[row] = mean;
-  io.grad_query[row] = (1 - io.slope) * (part - mean * io.share_weight[row]);
-}
-
-template <class T>
-QFAST_DEVICE void finish_key(const Backward<T>& io, int64_t row, int groups) {
-  T sum = io.grad_key[row];
-  for (int g = 0; g < groups; ++g) sum += io.dots[g * io.total + row];
-  io.grad_key[row] = sum;
 }
 
 }  // namespace

@@ -20,15 +20,19 @@ template <class T>
 class Passes {
  public:
   template <class Device>
-  Passes(Device& device, const Shape& shape, int32_t* orders, T slope)
+  Passes(Device& device, const Shape& shape, int32_t* orders, T slope, bool backward)
       : shape_(shape), slope_(slope), lanes_(lanes_for(shape.width)) {
     groups_ = (shape.width + lanes_ - 1) / lanes_;
     total_ = shape.heads * shape.days.rows;
     const int64_t chunks = shape.heads * shape.days.chunks();
-    lists_ = {device.template take<T>(2 * total_),       orders,
-              device.template take<int32_t>(2 * total_), device.template take<T>(2 * total_),
-              device.template take<T>(2 * total_),       device.template take<T>(2 * chunks * shape.width),
-              device.template take<double>(2 * chunks)};
+    lists_ = {device.template take<T>(2 * total_),
+              orders,
+              device.template take<int32_t>(2 * total_),
+              device.template take<T>(2 * total_),
+              device.template take<T>(2 * total_),
+              device.template take<T>(2 * chunks * shape.width),
+              device.template take<double>(4 * chunks),
+              backward ? device.template take<T>(shape.heads * shape.days.count * shape.width) : nullptr};
   }
 
   int groups() const { return groups_; }
@@ -40,7 +44,7 @@ class Passes {
     device.launch(sorted_scores_kernel<T>, rows(), kThreads, 0, shape_, lists_, key, query);
     device.launch(place_kernel<T>, rows(), kThreads, 0, shape_, lists_, slope_);
     device.launch(sum_scalars_kernel<false, T>, chunks(), kThreads, 0, shape_, lists_, none);
-    device.launch(carry_kernel<true, T>, carries(1), kThreads, 0, shape_, lists_);
+    device.launch(carry_scalars_kernel<false, T>, carries(2), kThreads, 0, shape_, lists_);
     device.launch(normalise_kernel<T>, chunks(), kThreads, 0, shape_, lists_, share_weight);
   }
 
@@ -51,11 +55,17 @@ class Passes {
 
   template <class Device>
   void attend(Device& device, const Backward<T>& io) const {
+    const int64_t columns_of_days = shape_.heads * shape_.days.count * shape_.width;
+    device.launch(center_kernel<T>, blocks_for(columns_of_days, kThreads), kThreads, 0, shape_, lists_,
+                  io.value);
+    device.launch(query_gradient_kernel<T>, blocks_for(total_, kThreads / lanes_), kThreads, 0, shape_,
+                  lists_, io, lanes_);
     device.launch(sum_scalars_kernel<true, T>, chunks(), kThreads, 0, shape_, lists_, const_delta(io));
-    device.launch(carry_kernel<true, T>, carries(1), kThreads, 0, shape_, lists_);
-    device.launch(mean_gradients_kernel<T>, chunks(), kThreads, 0, shape_, lists_, io);
+    device.launch(carry_scalars_kernel<true, T>, carries(4), kThreads, 0, shape_, lists_);
     columns<true, BackwardReceiver<T>>(device, io.grad, io);
-    device.launch(finish_key_kernel<T>, blocks_for(total_, kThreads), kThreads, 0, io, groups_);
+    device.launch(key_gradients_kernel<T>, chunks(), kThreads, 0, shape_, lists_, io, groups_);
+    device.launch(shift_kernel<T>, carries(1), kThreads, 0, shape_, lists_);
+    device.launch(finish_key_kernel<T>, blocks_for(total_, kThreads), kThreads, 0, shape_, lists_, io);
   }
 
  private:
@@ -63,7 +73,7 @@ class Passes {
   unsigned int rows() const { return blocks_for(2 * total_, kThreads); }
   unsigned int chunks() const { return blocks_for(shape_.heads * shape_.days.chunks(), kThreads / kLanes); }
   unsigned int carries(int64_t columns) const {
-    return blocks_for(shape_.heads * shape_.days.count * 2 * columns, kThreads / kLanes);
+    return blocks_for(shape_.heads * shape_.days.count * columns, kThreads / kLanes);
   }
 
   template <bool kBackward, class R, class Device, class Io>
@@ -72,7 +82,8 @@ class Passes {
     const unsigned int blocks = blocks_for(tasks, kThreads / lanes_);
     device.launch(sum_columns_kernel<kBackward, T>, blocks, kThreads, 0, shape_, lists_, lanes_, groups_,
                   summed);
-    device.launch(carry_kernel<false, T>, carries(shape_.width), kThreads, 0, shape_, lists_);
+    device.launch(carry_columns_kernel<T>, carries(2 * static_cast<int64_t>(shape_.width)), kThreads, 0,
+                  shape_, lists_);
     device.launch(walk_kernel<kBackward, T, R, Io>, blocks, kThreads, 0, shape_, lists_, lanes_, groups_,
                   summed, io);
   }
@@ -143,18 +154,19 @@ void attend(Device& device, Shape shape, int64_t longest, T slope, const Forward
   int32_t* orders = io.orders;
   if (orders == nullptr) orders = device.template take<int32_t>(2 * shape.heads * shape.days.rows);
   sort_scores(device, shape, io.key, io.query, orders);
-  const Passes<T> passes(device, shape, orders, slope);
+  const Passes<T> passes(device, shape, orders, slope, false);
   passes.list(device, io.key, io.query, io.share_weight);
   passes.attend(device, io);
 }
 
-// `io` as it comes from outside; delta and dots are found here.
+// `io` as it comes from outside: its room is taken here.
 template <class T, class Device>
 void attend_backward(Device& device, Shape shape, int64_t longest, Backward<T> io) {
   const int lanes = lanes_for(shape.width), groups = (shape.width + lanes - 1) / lanes;
   io.total = shape.heads * shape.days.rows;
   io.delta = device.template take<T>(io.total);
-  io.dots = device.template take<T>(io.total * groups);
+  io.dots = device.template take<T>(io.total * 2 * groups);
+  io.to_key = device.template take<double>(2 * io.total);
   if (fits_one_block<T>(device, longest, shape.width)) {
     const DayPlan plan = plan_day<T>(longest, shape.width);
     device.launch(attend_day_backward_kernel<T>, blocks_for(shape.heads * shape.days.count, 1), plan.threads,
@@ -162,9 +174,7 @@ void attend_backward(Device& device, Shape shape, int64_t longest, Backward<T> i
     return;
   }
   shape = checked(device, shape);
-  const Passes<T> passes(device, shape, const_cast<int32_t*>(io.orders), io.slope);
-  device.launch(query_gradient_kernel<T>, blocks_for(io.total, kThreads / lanes), kThreads, 0, shape, io,
-                lanes);
+  const Passes<T> passes(device, shape, const_cast<int32_t*>(io.orders), io.slope, true);
   passes.list(device, io.key, io.query, static_cast<T*>(nullptr));
   passes.attend(device, io);
 }

@@ -16,6 +16,7 @@ from attention_cases import (
     AttentionCase,
     chain_graph,
     dense,
+    dense_graph,
     errors,
     exact_attention,
     exact_graph,
@@ -28,6 +29,7 @@ from attention_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ops_attention import OF_TERMS, VIEWS, attention_inputs, check_accuracy, graph_inputs
+from test_ops_attention_noise import SIDES
 from test_ops_attention_rules import DAY, INFINITE_TERMS, INPUTS, SIZES, SPOILED, day_inputs
 from torch import Tensor
 
@@ -108,6 +110,53 @@ def test_graph_attention_in_float32(n: int, scale: float) -> None:
     exact = exact_graph(hidden, weight, grad, scores, offsets)
     found = on_gpu(lambda *t: graph_attention(*t, offsets), [hidden, weight, bias], grad)
     check_accuracy(found, exact, errors(chain_graph(of_dense, hidden, weight, grad), exact.values), [2e-7] * 4)
+
+
+# ---------------------------------------------------------------- where the gradient of the scores is 0
+def noise_inputs(side: str, n: int, common: float, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """All scores on one side of the bend, values with something in common."""
+    query, key = randn(n, seed=1) + SIDES[side], randn(n, seed=2)
+    value, grad = randn(n, 64, seed=3) + common, randn(n, 64, seed=4) + 0.5
+    return [t.to(dtype) for t in (query, key, value, grad)]
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("sizes", [[37], [300], [2000], [64, 1, 500]], ids=str)
+@pytest.mark.parametrize("common", [0.0, 10.0, 100.0])
+def test_keys_are_not_pushed_together(
+    side: str, sizes: list[int], common: float, dtype: torch.dtype, beside: list[int]
+) -> None:
+    sizes = [*sizes, *beside]
+    *tensors, grad = noise_inputs(side, sum(sizes), common, dtype)
+    _, of_query, of_key, _ = on_gpu(lambda *t: additive_attention(*t, offsets_of(sizes)), tensors, grad)
+    for found in of_key.double().split(sizes):
+        # the sum of n numbers rounded to float32; in float64 the sum itself is rounded
+        bound = 1e-7 if dtype == torch.float32 else 1e-12
+        assert abs(float(found.sum())) <= bound * float(found.abs().sum()) + 1e-12
+    if side == "above":
+        assert not of_query.any()  # every score has the slope 1, so a row's common part does not matter at all
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("n", [300, LONG])
+def test_a_bias_without_effect_gets_no_gradient(side: str, n: int) -> None:
+    hidden = randn(n, 64, seed=1, dtype=torch.float32) * 0.1 + 0.5
+    weight, grad = randn(2, 64, seed=2, dtype=torch.float32) * 0.1, randn(n, 64, seed=3, dtype=torch.float32)
+    tensors = [hidden, weight, torch.tensor([SIDES[side] * 2, 0.0])]
+    *_, found = on_gpu(graph_attention, tensors, grad)
+    *_, noise = results(dense_graph, tensors, grad)
+    assert float(found.norm()) <= float(noise.norm()) / 10
+
+
+@pytest.mark.parametrize("common", [1.0, 30.0, 100.0])
+@pytest.mark.parametrize("n", [400, LONG])
+def test_what_the_values_have_in_common_costs_less_than_in_the_dense_softmax(common: float, n: int) -> None:
+    tensors = [randn(n, seed=1), randn(n, seed=2), randn(n, 64, seed=3) + common]
+    tensors, grad = [t.float() for t in tensors], randn(n, 64, seed=4, dtype=torch.float32)
+    exact = results(dense, [t.double() for t in tensors], grad.double())
+    found, theirs = on_gpu(additive_attention, tensors, grad), results(dense, tensors, grad)
+    for ours, plain, true in zip(found[1:3], theirs[1:3], exact[1:3], strict=True):
+        assert (ours - true).norm() <= (plain - true).norm()
 
 
 # ---------------------------------------------------------------- shapes
