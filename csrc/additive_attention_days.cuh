@@ -106,7 +106,7 @@ QFAST_DEVICE void list_day(const Day<T>& day, T slope, T* share_weight) {
     sum_scalars<false>(day, chunk, none, day.scalar_sums);
   }
   __syncthreads();
-  for (int part = warp; part < 2; part += warps) carry_scalars<false>(day, part);
+  for (int part = warp; part < 2; part += warps) carry_scalars(day, part);
   __syncthreads();
   for (int64_t chunk = warp; chunk < day.chunks(); chunk += warps) normalise(day, chunk, share_weight);
   __syncthreads();
@@ -174,16 +174,15 @@ __global__ void __launch_bounds__(kDayThreads, 1)
       day.sorted_rows(side)[at] = row;
     }
     __syncthreads();
+    for (int c = threadIdx.x; c < shape.width; c += blockDim.x) find_center(day, io, shape.width, c);
     list_day(day, io.slope, static_cast<T*>(nullptr));
-    for (int c = threadIdx.x; c < shape.width; c += blockDim.x) find_center(day, io.value, shape.width, c);
-    __syncthreads();
     for (int64_t row = threadIdx.x / plan.lanes; row < day.count; row += blockDim.x / plan.lanes) {
       query_gradient(io, day.first + row, shape.width, lanes, day.center);
     }
     __syncthreads();
     for (int64_t c = warp; c < day.chunks(); c += warps) sum_gradients(day, c, io.delta);
     __syncthreads();
-    for (int part = warp; part < 4; part += warps) carry_scalars<true>(day, part);
+    for (int part = warp; part < 4; part += warps) carry_scalars(day, part);
     __syncthreads();
     attend_day<true, T, BackwardReceiver<T>>(day, plan, shape.width, io.grad, io);
     __syncthreads();
@@ -336,7 +335,7 @@ __global__ void __launch_bounds__(kThreads) carry_scalars_kernel(const Shape sha
   for (int64_t i = thread_number() / kLanes; i < count; i += thread_count() / kLanes) {
     const int64_t d = i / kParts % shape.days.count;
     const Day<T> day = lists.day(shape, i / kParts / shape.days.count, d);
-    if (day.count > 0) carry_scalars<kBackward>(day, static_cast<int>(i % kParts));
+    carry_scalars(day, static_cast<int>(i % kParts));
   }
 }
 
@@ -355,12 +354,12 @@ __global__ void __launch_bounds__(kThreads) carry_columns_kernel(const Shape sha
 // A thread owns one column of one day.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    center_kernel(const Shape shape, const Lists<T> lists, const T* value) {
+    center_kernel(const Shape shape, const Lists<T> lists, const Backward<T> io) {
   const int64_t width = shape.width, count = shape.heads * shape.days.count * width;
   for (int64_t i = thread_number(); i < count; i += thread_count()) {
     const int64_t d = i / width % shape.days.count;
     const Day<T> day = lists.day(shape, i / width / shape.days.count, d);
-    find_center(day, value, shape.width, static_cast<int>(i % width));
+    find_center(day, io, shape.width, static_cast<int>(i % width));
   }
 }
 

@@ -7,29 +7,30 @@
 namespace qfast {
 namespace {
 
-// A row's weights sum to 1, so a vector taken off every value leaves the gradients of the scores as they are
-// and takes off them the rounding of what the values have in common with it. That is the mean of the day's
-// first rows, drawn towards the value of the highest key by the weight that it has in the middle query: where
-// it has all, the others' gradients are small numbers and not differences of large ones. A thread owns a
-// column.
+// A row's weights sum to 1, so a vector taken off every value leaves the gradients of the scores as they are,
+// and takes off them the rounding of what the values have in common with it. That is the mean result of rows
+// taken evenly from the sorted queries: about the mean value where attention is spread, and the value that
+// all look at where it is not. Rows without a result are left out. A thread owns a column.
 template <class T>
-QFAST_DEVICE void find_center(const Day<T>& day, const T* value, int width, int column) {
-  const int rows = day.count < kCenterRows ? static_cast<int>(day.count) : kCenterRows;
-  if (rows == 0) return;
-  const T* of_column = value + day.first * width + column;
-  const bool bent = !(day.sorted(1)[day.count / 2] + day.sorted(0)[day.count - 1] > 0);
-  const double top_weight = 1 / day.scalar_sums[(bent ? 2 : 3) * day.stride];
-  T sum = 0;
-  for (int r = 0; r < rows; r += kAhead) {
+QFAST_DEVICE void find_center(const Day<T>& day, const Backward<T>& io, int width, int column) {
+  const int taken = day.count < kCenterRows ? static_cast<int>(day.count) : kCenterRows;
+  if (taken == 0) return;
+  double sum = 0;
+  int rows = 0;
+  for (int r = 0; r < taken; r += kAhead) {
     T x[kAhead];
 #pragma unroll
-    for (int u = 0; u < kAhead; ++u)
-      x[u] = r + u < rows ? of_column[static_cast<int64_t>(r + u) * width] : T(0);
+    for (int u = 0; u < kAhead; ++u) {
+      const int64_t p = (r + u) * day.count / taken;
+      const bool has = r + u < taken && day.sorted(1)[p] > -infinity<T>();
+      const int64_t at = has ? (day.first + day.sorted_rows(1)[p]) * width + column : 0;
+      x[u] = !has ? T(0) : io.residual == nullptr ? io.out[at] : io.out[at] - io.residual[at];
+      rows += has;
+    }
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) sum += x[u];
   }
-  const T top = of_column[static_cast<int64_t>(day.sorted_rows(0)[day.count - 1]) * width];
-  day.center[column] = static_cast<T>(top_weight * top + (1 - top_weight) / rows * sum);
+  day.center[column] = static_cast<T>(rows > 0 ? sum / rows : 0);
 }
 
 // delta = grad . (attended - center), and the gradient of the query: a softmax's weights sum to 1, so the

@@ -22,7 +22,7 @@ namespace {
 constexpr int kChunk = 128;
 constexpr int kLanes = 32;
 constexpr int kRounds = kChunk / kLanes;
-constexpr int kCenterRows = 32;   // of a day, whose mean is the center
+constexpr int kCenterRows = 32;   // of a day, whose mean result is the center
 constexpr int kAhead = 8;         // rows asked for at once: enough to hide most of the way to memory
 constexpr int kThreads = 256;     // of a block, where days are in memory
 constexpr int kDayThreads = 512;  // of a block that owns a day, at most
@@ -296,10 +296,9 @@ QFAST_DEVICE void normalise(const Day<T>& day, int64_t chunk, T* share_weight) {
                       });
 }
 
-// Turns sums of `chunks` chunks into the sums of all before each or behind each, and returns that of all. A
-// warp owns one column.
+// Turns sums of `chunks` chunks into the sums of all before each or behind each. A warp owns one column.
 template <class T>
-QFAST_DEVICE double carry_sums(T* sums, int64_t chunks, bool from_front) {
+QFAST_DEVICE void carry_sums(T* sums, int64_t chunks, bool from_front) {
   const int lane = threadIdx.x % kLanes;
   double carry = 0;
   for (int64_t i = lane; i - lane < chunks; i += kLanes) {
@@ -310,15 +309,12 @@ QFAST_DEVICE double carry_sums(T* sums, int64_t chunks, bool from_front) {
     if (inside) sums[chunk] = static_cast<T>(lane == 0 ? carry : carry + before);
     carry += __shfl_sync(kWholeWarp, sum, kLanes - 1, kLanes);
   }
-  return carry;
 }
 
-// Carries array `part` of scalar_sums: even ones run from the front. The sum of all weights of the keys is
-// left in the second kind, which is free until the backward fills it.
-template <bool kBackward, class T>
+// Array `part` of scalar_sums: even ones run from the front.
+template <class T>
 QFAST_DEVICE void carry_scalars(const Day<T>& day, int part) {
-  const double all = carry_sums(day.scalar_sums + part * day.stride, day.chunks(), part % 2 == 0);
-  if (!kBackward && threadIdx.x % kLanes == 0) day.scalar_sums[(2 + part) * day.stride] = all;
+  carry_sums(day.scalar_sums + part * day.stride, day.chunks(), part % 2 == 0);
 }
 
 // ---------------------------------------------------------------- sums of rows

@@ -56,8 +56,7 @@ class Passes {
   template <class Device>
   void attend(Device& device, const Backward<T>& io) const {
     const int64_t columns_of_days = shape_.heads * shape_.days.count * shape_.width;
-    device.launch(center_kernel<T>, blocks_for(columns_of_days, kThreads), kThreads, 0, shape_, lists_,
-                  io.value);
+    device.launch(center_kernel<T>, blocks_for(columns_of_days, kThreads), kThreads, 0, shape_, lists_, io);
     device.launch(query_gradient_kernel<T>, blocks_for(total_, kThreads / lanes_), kThreads, 0, shape_,
                   lists_, io, lanes_);
     device.launch(sum_scalars_kernel<true, T>, chunks(), kThreads, 0, shape_, lists_, const_delta(io));
