@@ -195,10 +195,10 @@ void finish_hidden(Device& device, const Scoring<T>& job, const T* grad, const T
   int64_t per_block = (job.rows + kBlocks - 1) / kBlocks;
   if (per_block < kLeast) per_block = kLeast;
   const int64_t blocks = (job.rows + per_block - 1) / per_block;
-  T* parts = device.template take<T>(blocks * 2 * (job.width + 1));
+  double* parts = device.template take<double>(blocks * 2 * (job.width + 1));
   device.launch(hidden_gradient_kernel<T>, static_cast<unsigned int>(blocks), kThreads, 0, job, grad,
                 of_query, of_key, grad_hidden, parts, per_block, lanes);
-  const T* const done = parts;
+  const double* const done = parts;
   device.launch(add_parts_kernel<T>, blocks_for(2 * (job.width + 1), kThreads / kLanes), kThreads, 0, done,
                 blocks, job.width, grad_weight, grad_bias);
 }

@@ -39,20 +39,21 @@ __global__ void __launch_bounds__(kThreads)
 
 // grad_hidden += grad + of_query weight[0] + of_key weight[1]; parts[b] = [2, H + 1] sums over the rows of
 // block b of of_query and of_key times [hidden, 1]. A block owns `per_block` rows, a group of lanes every
-// so-many-th of them, a lane one column after another. Bytes bound: three reads, one write of [N, H].
+// so-many-th of them, a lane one column after another, sums in float64: keys that sum to 0 do so here. Bytes
+// bound: three reads, one write of [N, H].
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     hidden_gradient_kernel(const Scoring<T> job, const T* grad, const T* of_query, const T* of_key,
-                           T* grad_hidden, T* parts, int64_t per_block, int lanes) {
-  __shared__ T sums[2][kThreads];
+                           T* grad_hidden, double* parts, int64_t per_block, int lanes) {
+  __shared__ double sums[2][kThreads];
   const int teams = static_cast<int>(blockDim.x) / lanes, team = static_cast<int>(threadIdx.x) / lanes;
   const int lane = static_cast<int>(threadIdx.x) % lanes, width = job.width;
   const int64_t begin = blockIdx.x * per_block, behind = begin + per_block;
   const int64_t end = behind < job.rows ? behind : job.rows;
-  T* const part = parts + static_cast<int64_t>(blockIdx.x) * 2 * (width + 1);
+  double* const part = parts + static_cast<int64_t>(blockIdx.x) * 2 * (width + 1);
   for (int first = 0; first <= width; first += lanes) {
     const int column = first + lane;
-    T query = 0, key = 0;
+    double query = 0, key = 0;
     for (int64_t row = begin + team; row < end && column <= width; row += teams) {
       const T q = of_query[row], k = of_key[row];
       const int64_t at = row * width + column;
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(kThreads)
     sums[1][threadIdx.x] = key;
     __syncthreads();
     if (team < 2 && column <= width) {
-      T sum = 0;
+      double sum = 0;
       for (int i = 0; i < teams; ++i) sum += sums[team][i * lanes + lane];
       part[team * (width + 1) + column] = sum;
     }
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(kThreads)
 // grad_weight and grad_bias: the parts of all blocks, in float64. A warp owns one of the 2 (H + 1) sums.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    add_parts_kernel(const T* parts, int64_t blocks, int width, T* grad_weight, T* grad_bias) {
+    add_parts_kernel(const double* parts, int64_t blocks, int width, T* grad_weight, T* grad_bias) {
   const Lanes lanes(kLanes);
   const int sums = 2 * (width + 1), warps = static_cast<int>(gridDim.x * blockDim.x) / kLanes;
   int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) / kLanes;
