@@ -112,7 +112,7 @@ def plot_attention(table: pd.DataFrame, path: str | os.PathLike[str], title: str
         An empty table.
     """
     target = Path(path)
-    if target.suffix not in FORMATS:
+    if target.suffix.lower() not in FORMATS:
         raise ConfigError(f"a picture is written as one of {list(FORMATS)}, got {target.name!r}.")
     if table.empty:
         raise DataError("the attention table is empty: there is nothing to draw.")
@@ -125,7 +125,7 @@ def plot_attention(table: pd.DataFrame, path: str | os.PathLike[str], title: str
         title = f"{title}, {MOST_SHOWN} of {total} stocks"
     columns = table.drop_duplicates("rank").set_index("rank")["neighbour"].reindex(grid.columns)
     target.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(target, lambda file: _draw(grid, list(columns), title, file, target.suffix[1:]))
+    atomic_write(target, lambda file: _draw(grid, list(columns), title, file, target.suffix.lower()[1:]))
     return target
 
 

@@ -90,6 +90,9 @@ def chosen(tensors: Mapping[str, Tensor], network: nn.Module, source: str) -> Ba
             f"{source} does not fit as the base: missing {_named(missing)}; too many {_named(surplus)}; other shapes "
             f"{_named(shapes)}; it holds {_named(sorted(found))}.{_remedy(found, network)}"
         )
+    broken = [key for key in own if key in found and not bool(tensors[key].isfinite().all())]
+    if broken:
+        raise CheckpointError(f"{source} holds NaN or infinity in {broken}: nothing can be trained from there.")
     return BaseWeights(
         {key: tensors[key] for key in own if key in found},
         source,

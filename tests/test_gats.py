@@ -464,3 +464,50 @@ def test_memory_that_is_not_there_is_named(kind):
     other.network.forward = full
     with pytest.raises(DataError, match=r"Remedy: a smaller batch_size \(now 7\), fewer columns"):
         other.fit(rolling())
+
+
+# ---------------------------------------------------------------- windows that are not finite
+@both
+def test_a_stock_with_nan_is_left_out_of_its_day(kind, caplog):
+    frame = frame_of(kind)
+    dataset = data(kind, frame=frame)
+    model = kind(**SMALL).fit(dataset)
+    whole = model.predict(dataset)
+    date, stock = whole.index[-1]
+    spoilt = frame.copy()
+    spoilt.loc[(date, stock), spoilt.columns[0]] = np.nan
+    found = model.predict(data(kind, frame=spoilt))
+    gone = found.index[found.isna()]
+    assert list(gone) == [(date, stock)]  # the last date: no later window holds it
+    assert "1 of" in caplog.text
+    alone = data(kind, frame=frame.drop((date, stock)))
+    rest = [key for key in whole.index if key[0] == date and key[1] != stock]
+    np.testing.assert_allclose(found[rest], model.predict(alone)[rest], rtol=1e-5, atol=1e-6)
+    others = [key for key in whole.index if key[0] != date]
+    np.testing.assert_allclose(found[others], whole[others], rtol=1e-5, atol=1e-6)
+    table = model.attention(data(kind, frame=spoilt), date, top=3)
+    assert stock not in set(table["instrument"]) | set(table["neighbour"])
+    assert np.isfinite(table["weight"]).all()
+    theirs = kind(**SMALL, compat="qlib")
+    theirs.network.load_state_dict(model.network.state_dict())
+    theirs.fitted = True
+    assert theirs.predict(data(kind, frame=spoilt)).isna().sum() > 1
+
+
+@both
+def test_a_date_that_is_none_is_named(kind):
+    dataset = data(kind)
+    model = kind(**{**SMALL, "n_epochs": 1}).fit(dataset)
+    for wrong in ("zzz", None):
+        with pytest.raises(DataError, match=r"date must be a date or a time stamp, got"):
+            model.attention(dataset, wrong)
+
+
+def test_a_bare_date_finds_the_one_bar_of_an_intraday_day():
+    frame = frame_of(GATs)
+    frame.index = frame.index.set_levels(frame.index.levels[0] + pd.Timedelta(hours=15), level=0)
+    dataset = data(GATs, frame=frame)
+    model = GATs(**{**SMALL, "n_epochs": 1}).fit(dataset)
+    date = model.predict(dataset).index[0][0]
+    table = model.attention(dataset, date.normalize(), top=2)
+    pd.testing.assert_frame_equal(table, model.attention(dataset, date, top=2))

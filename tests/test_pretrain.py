@@ -324,3 +324,11 @@ def test_pretraining_a_fitted_model_begins_its_optimiser_anew(kind):
     assert not same(parts(weights(model)), parts(weights(twin)))
     model.fit(data(kind))
     assert model.train_optimizer.state
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    state = LSTMModel(d_feat=6, hidden_size=8).state_dict()
+    state["rnn.weight_hh_l0"][0, 0] = float("nan")
+    torch.save(state, tmp_path / "broken.pkl")
+    with pytest.raises(CheckpointError, match=r"NaN or infinity in \['rnn.weight_hh_l0'\]"):
+        GATs(d_feat=6, hidden_size=8, base_model="LSTM", model_path=tmp_path / "broken.pkl")

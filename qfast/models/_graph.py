@@ -16,6 +16,7 @@ from qfast.attention import neighbours, plot_attention
 from qfast.data.adapt import windows_of
 from qfast.data.batching import Batches, BatchOrder, NumpyOrder, SequenceOrder, UnshuffledLoaderOrder
 from qfast.data.windows import WindowSet
+from qfast.dates import date_text
 from qfast.errors import ConfigError, DataError
 from qfast.estimator import Estimator
 from qfast.nn.graph import BASES, GATModel
@@ -112,7 +113,19 @@ class Graph(Estimator):
         return days.taken(order)
 
     def run_network(self, windows: WindowSet, samples: Tensor, offsets: Tensor | None = None) -> Tensor:
-        prediction: Tensor = self.network(windows.batch(samples), offsets)
+        """As in `Estimator`; a stock whose window is not finite gets NaN and is left out of its day.
+
+        It would turn every prediction of that day into NaN, as it does in the reference and with compat="qlib".
+        """
+        x = windows.batch(samples)
+        if self.network.training or self._params["compat"] == "qlib" or bool(torch.isfinite(x.sum())):
+            prediction: Tensor = self.network(x, offsets)
+            return prediction
+        finite = _finite_windows(x)
+        bounds = torch.tensor([0, len(x)]) if offsets is None else offsets.cpu()
+        before = torch.cat((torch.zeros(1, dtype=torch.int64), finite.cpu().cumsum(0)))
+        prediction = x.new_full((len(x),), float("nan"))
+        prediction[finite] = self.network(x[finite], before[bounds])
         return prediction
 
     # ---------------------------------------------------------------- the base
@@ -240,12 +253,20 @@ class Graph(Estimator):
         (['instrument', 'rank', 'neighbour', 'weight', 'score'], [1, 2, 3])
         """
         self._require_fitted()
-        bounds = slice(date, date) if segment is None else segment
+        wanted = _time_stamp(date)
+        # as text a bare date covers its whole day
+        bounds = slice(wanted, date_text(wanted)) if segment is None else segment
         windows = windows_of(dataset, bounds, "infer", with_label=False).to(self.device)
-        samples = _cross_section(windows, date)
+        samples = _cross_section(windows, wanted)
+        x = windows.batch(samples)
+        finite = _finite_windows(x)
         names = windows.keys_of(windows.rows[samples].cpu().numpy()).get_level_values(1)
+        if not bool(finite.all()):
+            left_out = list(names[~finite.cpu().numpy()])
+            self.logger.warning("left out, their features hold NaN or infinity: %s", left_out)
+            x, names = x[finite], names[finite.cpu().numpy()]
         self.network.eval()
-        query, key = cast(GATModel, self.network).scores(windows.batch(samples))
+        query, key = cast(GATModel, self.network).scores(x)
         return neighbours(query, key, names, [instruments] if isinstance(instruments, str) else instruments, top)
 
     def plot_attention(
@@ -322,9 +343,24 @@ class GraphTimeSeries(Graph):
         return Batches(torch.arange(len(windows), device=windows.device), days.bounds, days.whole)
 
 
-def _cross_section(windows: WindowSet, date: Any) -> Tensor:
-    """Samples of the one cross-section that `date` names."""
-    days, wanted = windows.days, pd.Timestamp(date)
+def _finite_windows(x: Tensor) -> Tensor:
+    """bool [B]: windows without NaN or infinity."""
+    return torch.isfinite(x).flatten(1).all(1)
+
+
+def _time_stamp(date: Any) -> pd.Timestamp:
+    try:
+        wanted = pd.Timestamp(date)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"date must be a date or a time stamp, got {date!r} ({error}).") from None
+    if wanted is pd.NaT:
+        raise DataError(f"date must be a date or a time stamp, got {date!r}.")
+    return wanted
+
+
+def _cross_section(windows: WindowSet, wanted: pd.Timestamp) -> Tensor:
+    """Samples of the one cross-section that `wanted` names."""
+    days = windows.days
     firsts = windows.rows[days.order[days.bounds[:-1].to(windows.device)]].cpu().numpy()
     dates = pd.DatetimeIndex(windows.keys_of(firsts).get_level_values(0)) if len(firsts) else pd.DatetimeIndex([])
     found = np.flatnonzero(dates == wanted)
@@ -332,7 +368,7 @@ def _cross_section(windows: WindowSet, date: Any) -> Tensor:
         found = np.flatnonzero(dates.normalize() == wanted)
     if len(found) != 1:
         why = f"names {len(found)} cross-sections, give the full time stamp" if len(found) else "has no row in the data"
-        raise DataError(f"date {date!r} {why}.")
+        raise DataError(f"date {date_text(wanted)!r} {why}.")
     day = int(found[0])
     return days.order[int(days.bounds[day]) : int(days.bounds[day + 1])]
 
