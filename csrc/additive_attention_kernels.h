@@ -12,7 +12,6 @@
 // inlined before it looks.
 #define QFAST_INLINE_LAMBDA __attribute__((always_inline))
 
-constexpr int kPanelVectors = 4;
 constexpr int64_t kRowsAhead = 8;
 
 // W vectors of columns. The last vector of a row that is no multiple of a vector long overlaps the one before
