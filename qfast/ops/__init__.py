@@ -8,15 +8,18 @@ import torch
 
 from qfast.ops import additive_attention as _attention
 from qfast.ops import recurrent as _recurrent
+from qfast.ops import temporal_conv as _temporal_conv
 from qfast.ops import window_gather as _window_gather
 from qfast.ops import window_index as _window_index
 from qfast.ops.additive_attention import additive_attention, graph_attention
 from qfast.ops.recurrent import gru, lstm
+from qfast.ops.temporal_conv import BlockWeights, temporal_block, temporal_conv_net
 from qfast.ops.window_gather import gather_windows, window_rows
 from qfast.ops.window_index import WindowIndex, build_window_index
 
 __all__ = [
     "OPERATORS",
+    "BlockWeights",
     "Operator",
     "WindowIndex",
     "additive_attention",
@@ -25,6 +28,8 @@ __all__ = [
     "graph_attention",
     "gru",
     "lstm",
+    "temporal_block",
+    "temporal_conv_net",
     "window_rows",
 ]
 
@@ -43,4 +48,5 @@ OPERATORS = {
     "graph_attention": Operator(partial(_attention.self_test, "graph_attention")),
     "gru": Operator(partial(_recurrent.self_test, "gru"), ("cpu",)),
     "lstm": Operator(partial(_recurrent.self_test, "lstm"), ("cpu",)),
+    "temporal_conv_net": Operator(_temporal_conv.self_test),
 }
