@@ -1,0 +1,109 @@
+// Which positions and taps of a stack of causal convolutions its wanted steps can see (docs/tcn.md). Host
+// only; the same cone as qfast/ops/temporal_conv_plan.py, as tables that kernels walk.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <iterator>
+#include <vector>
+
+namespace qfast {
+
+// Tap `tap` of a convolution (0 is the oldest, kernel - 1 the step itself) at the position numbered `slot`.
+struct Tap {
+  int32_t tap, slot;
+};
+
+// Taps of each slot: those of slot i are taps[begin[i]] to taps[begin[i + 1]].
+struct TapLists {
+  std::vector<int32_t> begin{0};
+  std::vector<Tap> taps;
+
+  int64_t slots() const { return static_cast<int64_t>(begin.size()) - 1; }
+  void end_slot() { begin.push_back(static_cast<int32_t>(taps.size())); }
+};
+
+using Positions = std::vector<int32_t>;  // time steps, ascending; a slot is an index into them
+
+struct ConvolutionPlan {
+  TapLists reads;    // of each output slot: the input slots it reads, oldest tap first
+  TapLists read_by;  // of each input slot: the output slots that read it, oldest tap first
+};
+
+// One residual block: first convolution input -> between, second between -> output.
+struct BlockPlan {
+  int64_t kernel, dilation;
+  Positions input, between, output;
+  ConvolutionPlan first, second;
+  std::vector<int32_t> beside;     // input slot at the position of each output slot
+  std::vector<int32_t> beside_of;  // output slot at the position of each input slot, -1: none
+};
+
+inline Positions positions_read(const Positions& outputs, int64_t kernel, int64_t dilation) {
+  Positions read;
+  for (const int64_t position : outputs)
+    for (int64_t j = 0; j < kernel && position - j * dilation >= 0; ++j)
+      read.push_back(static_cast<int32_t>(position - j * dilation));
+  std::sort(read.begin(), read.end());
+  read.erase(std::unique(read.begin(), read.end()), read.end());
+  return read;
+}
+
+inline int32_t slot_of(const Positions& positions, int64_t position) {
+  const auto found = std::lower_bound(positions.begin(), positions.end(), position);
+  return found != positions.end() && *found == position ? static_cast<int32_t>(found - positions.begin())
+                                                        : -1;
+}
+
+inline ConvolutionPlan plan_convolution(const Positions& inputs, const Positions& outputs, int64_t kernel,
+                                        int64_t dilation) {
+  ConvolutionPlan plan;
+  for (const int64_t position : outputs) {
+    for (int64_t tap = 0; tap < kernel; ++tap) {
+      const int64_t source = position - (kernel - 1 - tap) * dilation;
+      if (source >= 0) plan.reads.taps.push_back({static_cast<int32_t>(tap), slot_of(inputs, source)});
+    }
+    plan.reads.end_slot();
+  }
+  for (const int64_t position : inputs) {
+    for (int64_t tap = 0; tap < kernel; ++tap) {
+      const int32_t reader = slot_of(outputs, position + (kernel - 1 - tap) * dilation);
+      if (reader >= 0) plan.read_by.taps.push_back({static_cast<int32_t>(tap), reader});
+    }
+    plan.read_by.end_slot();
+  }
+  return plan;
+}
+
+// Of a window of `steps`, for its last step or all of them. The first block's input slots are the time steps
+// themselves, whether read or not, and so are the last block's output slots if all steps are wanted.
+inline std::vector<BlockPlan> plan_blocks(int64_t steps, const std::vector<int64_t>& kernels,
+                                          const std::vector<int64_t>& dilations, bool all_steps) {
+  Positions every, wanted;
+  for (int64_t t = 0; t < steps; ++t) every.push_back(static_cast<int32_t>(t));
+  if (all_steps) {
+    wanted = every;
+  } else {
+    wanted.push_back(static_cast<int32_t>(steps - 1));
+  }
+  std::vector<BlockPlan> blocks(kernels.size());
+  for (std::size_t i = blocks.size(); i-- > 0;) {
+    BlockPlan& block = blocks[i];
+    block.kernel = kernels[i];
+    block.dilation = dilations[i];
+    block.output = wanted;
+    block.between = positions_read(wanted, block.kernel, block.dilation);
+    const Positions read = positions_read(block.between, block.kernel, block.dilation);
+    wanted.clear();
+    std::set_union(read.begin(), read.end(), block.output.begin(), block.output.end(),
+                   std::back_inserter(wanted));
+    block.input = i == 0 ? every : wanted;
+    block.first = plan_convolution(block.input, block.between, block.kernel, block.dilation);
+    block.second = plan_convolution(block.between, block.output, block.kernel, block.dilation);
+    for (const int32_t position : block.output) block.beside.push_back(slot_of(block.input, position));
+    for (const int32_t position : block.input) block.beside_of.push_back(slot_of(block.output, position));
+  }
+  return blocks;
+}
+
+}  // namespace qfast
