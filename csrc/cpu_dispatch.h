@@ -10,6 +10,7 @@ namespace qfast {
 
 struct CpuKernels {
   const char* isa;
+  int64_t vector_bytes;
 #define QFAST_KERNEL(name, ...) void (*name)(__VA_ARGS__);
   QFAST_CPU_KERNELS
 #undef QFAST_KERNEL

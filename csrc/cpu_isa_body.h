@@ -8,18 +8,21 @@
 namespace qfast::QFAST_ISA {
 namespace {
 
+#include "philox.h"
 #include "simd.h"
 #include "window_resolve.h"
 // Kernels.
 #include "activations.h"
 #include "additive_attention_kernels.h"
 #include "recurrent_kernels.h"
+#include "temporal_conv_kernels.h"
+#include "temporal_conv_kernels_backward.h"
 #include "window_gather_kernels.h"
 
 }  // namespace
 
 extern const CpuKernels kernels;
-const CpuKernels kernels = {QFAST_ISA_NAME,
+const CpuKernels kernels = {QFAST_ISA_NAME, QFAST_VECTOR_BYTES,
 #define QFAST_KERNEL(name, ...) name,
                             QFAST_CPU_KERNELS
 #undef QFAST_KERNEL

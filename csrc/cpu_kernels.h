@@ -6,6 +6,7 @@
 
 #include "additive_attention.h"
 #include "recurrent.h"
+#include "temporal_conv.h"
 #include "window_gather.h"
 
 #define QFAST_CPU_KERNELS                                                                                  \
@@ -40,4 +41,12 @@
   QFAST_KERNEL(hidden_scores_f64, const ::qfast::ScoresJob<double>&, int64_t begin, int64_t end)           \
   QFAST_KERNEL(hidden_scores_backward_f64, const ::qfast::ScoresBackwardJob<double>&, int64_t begin,       \
                int64_t end)                                                                                \
-  QFAST_KERNEL(exp_f64, double* values, int64_t begin, int64_t end)
+  QFAST_KERNEL(exp_f64, double* values, int64_t begin, int64_t end)                                        \
+  QFAST_KERNEL(temporal_conv_forward_f32, const ::qfast::NetworkJob<float>&, int64_t begin, int64_t end,   \
+               float* s)                                                                                   \
+  QFAST_KERNEL(temporal_conv_forward_f64, const ::qfast::NetworkJob<double>&, int64_t begin, int64_t end,  \
+               double* s)                                                                                  \
+  QFAST_KERNEL(temporal_conv_backward_f32, const ::qfast::NetworkJob<float>&, int64_t begin, int64_t end,  \
+               float* s, float* sums)                                                                      \
+  QFAST_KERNEL(temporal_conv_backward_f64, const ::qfast::NetworkJob<double>&, int64_t begin, int64_t end, \
+               double* s, double* sums)

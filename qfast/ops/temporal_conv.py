@@ -278,7 +278,7 @@ def _drop(x: Tensor, convolution: int, dropout: float, seed: Tensor | None) -> T
     counter = c.view(1, -1, 1), t.view(1, 1, -1), torch.full_like(c[:1], convolution), groups.view(-1, 1, 1)
     words = torch.stack(torch.broadcast_tensors(*philox(seed, counter)), 1).reshape(-1, channels, steps)[:batch]
     scale = 0.0 if dropout == 1.0 else 1.0 / (1.0 - dropout)
-    return x * ((words >= keep_threshold(dropout)) * scale).to(x.dtype)
+    return x * ((words >= keep_threshold(dropout)).to(x.dtype) * scale)
 
 
 # ---------------------------------------------------------------- twins of the operators

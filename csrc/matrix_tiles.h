@@ -1,0 +1,77 @@
+// The innermost loop of the convolutions: a tile of a sum of small matrix products, held in registers.
+// Included inside the namespace of the instruction set.
+
+#if QFAST_VECTOR_BYTES == 64
+constexpr int kPanelVectors = 4;  // 32 registers: 6 x 4 sums, 4 columns, 1 broadcast
+#else
+constexpr int kPanelVectors = 2;  // 16 registers: 6 x 2 sums, 2 columns, 1 broadcast
+#endif
+
+// Rows of the sums that fill the registers beside the columns.
+template <int Vectors>
+constexpr int kTileRows = kPanelVectors == 4 ? (Vectors == 4   ? 6
+                                                : Vectors == 3 ? 8
+                                                : Vectors == 2 ? 12
+                                                               : 24)
+                                             : (Vectors == 2 ? 6 : 12);
+
+template <class Element, int Rows, int Vectors>
+struct Sums {
+  Vector<Element> at[Rows][Vectors];
+};
+
+// sums[i][:] += sum over k of a[i * a_row + k * a_step] * b[k * b_step : ... + width]
+template <class Element, int Rows, int Vectors>
+QFAST_ALWAYS_INLINE void add_product(Sums<Element, Rows, Vectors>& sums, const Element* a, int64_t a_row,
+                                     int64_t a_step, const Element* b, int64_t b_step, int64_t count) {
+  // One pointer to four rows each: the others are reached by a scaled index.
+  constexpr int kPointers = (Rows + 3) / 4;
+  const Element* base[kPointers];
+#pragma GCC unroll 8
+  for (int p = 0; p < kPointers; ++p) base[p] = a + 4 * p * a_row;
+  for (int64_t k = 0; k < count; ++k) {
+    Vector<Element> column[Vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) column[v] = load<Element>(b + v * kLanes<Element>, kLanes<Element>);
+#pragma GCC unroll 24
+    for (int i = 0; i < Rows; ++i) {
+      const Vector<Element> value = Vector<Element>{} + base[i / 4][(i % 4) * a_row];
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) sums.at[i][v] += value * column[v];
+    }
+#pragma GCC unroll 8
+    for (int p = 0; p < kPointers; ++p) base[p] += a_step;
+    b += b_step;
+  }
+}
+
+// body.template operator()<Rows>(first) for tiles that cover [0, count) with as many rows as fit.
+template <int Full, class Body>
+QFAST_ALWAYS_INLINE void for_row_tiles(int64_t count, const Body& body) {
+  int64_t row = 0;
+  for (; row + Full <= count; row += Full) body.template operator()<Full>(row);
+  if constexpr (Full > 12)
+    for (; row + 12 <= count; row += 12) body.template operator()<12>(row);
+  if constexpr (Full > 6)
+    for (; row + 6 <= count; row += 6) body.template operator()<6>(row);
+  for (; row + 4 <= count; row += 4) body.template operator()<4>(row);
+  for (; row + 2 <= count; row += 2) body.template operator()<2>(row);
+  for (; row < count; ++row) body.template operator()<1>(row);
+}
+
+// body.template operator()<Vectors>() for the width of a panel.
+template <class Element, class Body>
+QFAST_ALWAYS_INLINE void for_panel_width(int64_t width, const Body& body) {
+  switch (width / kLanes<Element>) {
+    case 1:
+      return body.template operator()<1>();
+    case 2:
+      return body.template operator()<2>();
+#if QFAST_VECTOR_BYTES == 64
+    case 3:
+      return body.template operator()<3>();
+    default:
+      return body.template operator()<4>();
+#endif
+  }
+}

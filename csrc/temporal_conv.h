@@ -1,0 +1,78 @@
+// Arguments of the temporal convolution kernels, shared by host code and the CPU instruction sets.
+//
+// The batch is cut into tiles of rows. In a tile an activation lies as [slot][row][channel], a slot being a
+// time position of the cone (temporal_conv_plan.h). A tile goes through the whole stack before the next.
+#pragma once
+
+#include <cstdint>
+
+#include "temporal_conv_plan.h"
+
+namespace qfast {
+
+// Columns of a convolution are handled a panel at a time. Its packed weights are [panel][tap][row][width],
+// zeros beyond the last column; packed biases [panel][width].
+struct Panels {
+  int64_t columns, width, count;
+};
+
+// Element (slot, row, channel) at data + slot * slot_stride + row * row_stride + channel * channel_stride.
+template <class Element>
+struct Activation {
+  Element* data;
+  int64_t slot_stride, row_stride, channel_stride;
+};
+
+struct TapTable {
+  const int32_t* begin;
+  const Tap* taps;
+  int64_t slots;
+};
+
+struct DropoutRule {
+  bool active;
+  uint64_t seed;
+  uint32_t threshold;  // an element is kept if its random word is at least this
+  double scale;        // of what is kept; 0 drops all
+};
+
+template <class Element>
+struct BlockJob {
+  int64_t features, channels, kernel;
+  bool downsample;
+  const int32_t *between_positions, *output_positions;  // time steps, for the dropout
+  TapTable first, second, beside_reads;                 // reads; the last of the 1x1
+  TapTable first_read_by, second_read_by;
+  const int32_t *beside, *beside_of;
+  int64_t input_slots;
+  Panels panels;  // of `channels`: both convolutions and the 1x1
+  const Element *first_weight, *first_bias, *second_weight, *second_bias, *beside_weight, *beside_bias;
+  // Turned over for the gradients of the inputs: panels of the input's channels,
+  // [panel][tap][channel][width].
+  Panels input_panels;
+  const Element *first_turned, *second_turned, *beside_turned;
+  int64_t between_at, output_at, signs_at;  // where they lie among what is kept, elements or bytes of one row
+  // Where the gradients lie in the sums of a chunk: weights [tap][row][channel], then bias.
+  int64_t first_sum, first_bias_sum, second_sum, second_bias_sum, beside_sum, beside_bias_sum;
+};
+
+template <class Element>
+struct NetworkJob {
+  int64_t batch, tile_rows, blocks_count;
+  const BlockJob<Element>* blocks;
+  Activation<const Element> x;  // slots are time steps
+  Activation<Element> output;   // of the last block; rows are those of the batch
+  Element* activations;         // kept for the backward: tile after tile, `row_elements` a row; or null
+  unsigned char* signs;         // likewise, `row_signs` bytes a row; or null
+  int64_t row_elements, row_signs;
+  int64_t slot_elements;  // of scratch for one slot of a panel, forward
+  DropoutRule dropout;
+  // Backward only.
+  Activation<const Element> grad;  // of the output
+  Activation<Element> grad_x;      // data null if not wanted; zeros on entry
+  int64_t widest_elements;         // of one row of the largest gradient, padding included
+};
+
+constexpr int64_t kPanelPadding = 64;  // elements that may be read past the end of a gradient
+
+}  // namespace qfast
