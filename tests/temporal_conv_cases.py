@@ -213,9 +213,11 @@ class Case:
 
     @property
     def name(self) -> str:
-        end = ("-all" if self.all_steps else "") + ("" if self.norm else "-plain")
-        dilations = "" if self.dilations is None else f"-d{'_'.join(map(str, self.dilations))}"
-        return f"T{self.steps}-k{self.kernel}-C{'_'.join(map(str, self.channels))}-F{self.features}-B{self.batch}{dilations}{end}"
+        kernels = (self.kernel,) if isinstance(self.kernel, int) else self.kernel
+        lists = zip("kCd", (kernels, self.channels, self.dilations or ()), strict=True)
+        parts = [letter + "_".join(map(str, numbers)) for letter, numbers in lists if numbers]
+        ends = ["all"] * self.all_steps + ["plain"] * (not self.norm)
+        return "-".join([f"T{self.steps}", *parts, f"F{self.features}", f"B{self.batch}", *ends])
 
     def inputs(self, seed: int) -> tuple[Tensor, Blocks, Tensor]:
         """x [B, F, T] as a view of windows [B, T, F], weights, and the gradient of the result: float32."""
