@@ -17,6 +17,7 @@ namespace {
 #include "recurrent_kernels.h"
 #include "temporal_conv_kernels.h"
 #include "temporal_conv_kernels_backward.h"
+#include "temporal_conv_kernels_rolling.h"
 #include "window_gather_kernels.h"
 
 }  // namespace

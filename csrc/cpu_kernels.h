@@ -46,6 +46,10 @@
                float* s)                                                                                   \
   QFAST_KERNEL(temporal_conv_forward_f64, const ::qfast::NetworkJob<double>&, int64_t begin, int64_t end,  \
                double* s)                                                                                  \
+  QFAST_KERNEL(temporal_conv_rolling_f32, const ::qfast::RollingJob<float>&, int64_t begin, int64_t end,   \
+               float* s)                                                                                   \
+  QFAST_KERNEL(temporal_conv_rolling_f64, const ::qfast::RollingJob<double>&, int64_t begin, int64_t end,  \
+               double* s)                                                                                  \
   QFAST_KERNEL(temporal_conv_backward_f32, const ::qfast::NetworkJob<float>&, int64_t begin, int64_t end,  \
                float* s, float* sums)                                                                      \
   QFAST_KERNEL(temporal_conv_backward_f64, const ::qfast::NetworkJob<double>&, int64_t begin, int64_t end, \

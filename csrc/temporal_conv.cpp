@@ -7,6 +7,7 @@
 
 #include "huge_pages.h"
 #include "temporal_conv_network.h"
+#include "temporal_conv_rolling.h"
 
 namespace qfast {
 namespace {
@@ -17,6 +18,8 @@ constexpr int64_t kChunkBytes = 128 << 20;  // that they may take together
 
 auto forward_kernel(float) { return cpu_kernels().temporal_conv_forward_f32; }
 auto forward_kernel(double) { return cpu_kernels().temporal_conv_forward_f64; }
+auto rolling_kernel(float) { return cpu_kernels().temporal_conv_rolling_f32; }
+auto rolling_kernel(double) { return cpu_kernels().temporal_conv_rolling_f64; }
 auto backward_kernel(float) { return cpu_kernels().temporal_conv_backward_f32; }
 auto backward_kernel(double) { return cpu_kernels().temporal_conv_backward_f64; }
 
@@ -51,6 +54,16 @@ Activation<Element> output_view(const Tensor& output, bool all_steps) {
 }
 
 // ---------------------------------------------------------------- forward
+template <class Job, class Element>
+void run_tiles(void (*kernel)(const Job&, int64_t, int64_t, Element*), const Job& job, int64_t tiles,
+               int64_t scratch_elements, const Tensor& like) {
+  const int64_t each = rounded_up(scratch_elements, 16);
+  const Tensor scratch = empty(like, {worker_count(tiles) * each});
+  Element* const space = scratch.mutable_data_ptr<Element>();
+  share(tiles,
+        [&](int64_t worker, int64_t begin, int64_t end) { kernel(job, begin, end, space + worker * each); });
+}
+
 std::tuple<Tensor, Tensor, Tensor> temporal_conv_net_cpu(const Tensor& x, std::vector<Tensor> weights,
                                                          std::vector<int64_t> dilations, double dropout,
                                                          std::optional<Tensor> seed, bool all_steps,
@@ -59,7 +72,6 @@ std::tuple<Tensor, Tensor, Tensor> temporal_conv_net_cpu(const Tensor& x, std::v
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);
     Network<Element> network("temporal_conv_net", x, weights, dilations, dropout, seed, all_steps);
-    network.prepare_forward(keep);
     auto& job = network.job;
     const int64_t batch = job.batch, kept = keep ? batch : 0, channels = network.tensors.back().channels;
     output = all_steps ? empty(x, {batch, x.size(1), channels}) : empty(x, {batch, channels});
@@ -70,13 +82,13 @@ std::tuple<Tensor, Tensor, Tensor> temporal_conv_net_cpu(const Tensor& x, std::v
       job.activations = activations.mutable_data_ptr<Element>();
       job.signs = signs.mutable_data_ptr<unsigned char>();
     }
-    const int64_t tiles = network.tiles(), each = rounded_up(network.scratch_elements, 16);
-    const Tensor scratch = empty(x, {worker_count(tiles) * each});
-    Element* const space = scratch.mutable_data_ptr<Element>();
-    const auto kernel = forward_kernel(Element{});
-    share(tiles, [&](int64_t worker, int64_t begin, int64_t end) {
-      kernel(job, begin, end, space + worker * each);
-    });
+    if (!keep && !all_steps && !job.dropout.active && RollingNetwork<Element>::applies(network, x)) {
+      RollingNetwork<Element> rolling(network);
+      run_tiles(rolling_kernel(Element{}), rolling.job, rolling.chunks(), rolling.scratch_elements, x);
+    } else {
+      network.prepare_forward(keep);
+      run_tiles(forward_kernel(Element{}), job, network.tiles(), network.scratch_elements, x);
+    }
   });
   return {output, activations, signs};
 }

@@ -29,6 +29,11 @@ struct TapTable {
   int64_t slots;
 };
 
+struct SlotList {
+  const int32_t* slots;
+  int64_t count;
+};
+
 struct DropoutRule {
   bool active;
   uint64_t seed;
@@ -38,11 +43,12 @@ struct DropoutRule {
 
 template <class Element>
 struct BlockJob {
-  int64_t features, channels, kernel;
+  int64_t features, channels, kernel, dilation;
   bool downsample;
   const int32_t *between_positions, *output_positions;  // time steps, for the dropout
   TapTable first, second, beside_reads;                 // reads; the last of the 1x1
   TapTable first_read_by, second_read_by;
+  SlotList first_computed, second_computed;  // forward: all slots, unless windows share some (SharedRows)
   const int32_t *beside, *beside_of;
   int64_t input_slots;
   Panels panels;  // of `channels`: both convolutions and the 1x1
@@ -71,6 +77,25 @@ struct NetworkJob {
   Activation<const Element> grad;  // of the output
   Activation<Element> grad_x;      // data null if not wanted; zeros on entry
   int64_t widest_elements;         // of one row of the largest gradient, padding included
+};
+
+// Windows that follow each other by one row share what no window's beginning can reach: there a convolution's
+// value depends on the row alone. Of the output of one convolution:
+struct SharedRows {
+  int64_t first_position,
+      last_position;         // shared positions of the cone; none: first_position > last_position
+  const int32_t* positions;  // time step of each slot
+  SlotList copied;           // shared slots that a window's own positions read
+  int64_t rows_at;           // where the shared rows lie in the scratch, elements
+};
+
+template <class Element>
+struct RollingJob {
+  NetworkJob<Element> windows;          // x: slots and rows have the same stride
+  const BlockJob<Element>* row_blocks;  // the same weights; one slot, whose taps are rows further up
+  const SharedRows *first, *second;     // of each block
+  int64_t chunk_rows;                   // windows that share rows
+  int64_t activations_at;               // where a tile's own activations lie in the scratch, elements
 };
 
 constexpr int64_t kPanelPadding = 64;  // elements that may be read past the end of a gradient

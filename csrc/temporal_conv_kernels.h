@@ -28,24 +28,30 @@ QFAST_ALWAYS_INLINE void for_vectors(int64_t columns, const Body& body) {
 }
 
 // ---------------------------------------------------------------- signs
-// Bit l: lane l is above 0.
+// Where the gradient passes a ReLU of this output: above 0, and as in torch where it is NaN.
 template <class Element>
-QFAST_ALWAYS_INLINE uint32_t positive_lanes(Vector<Element> x) {
+QFAST_ALWAYS_INLINE Vector<Element> passed(Vector<Element> output, Vector<Element> grad) {
+  return output <= Element(0) ? Vector<Element>{} : grad;
+}
+
+// Bit l: it passes in lane l.
+template <class Element>
+QFAST_ALWAYS_INLINE uint32_t passing_lanes(Vector<Element> x) {
 #if QFAST_VECTOR_BYTES == 64
   if constexpr (sizeof(Element) == 4) {
-    return _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_GT_OQ);
+    return _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_NLE_UQ);
   } else {
-    return _mm512_cmp_pd_mask((__m512d)x, _mm512_setzero_pd(), _CMP_GT_OQ);
+    return _mm512_cmp_pd_mask((__m512d)x, _mm512_setzero_pd(), _CMP_NLE_UQ);
   }
 #elif QFAST_VECTOR_BYTES == 32
   if constexpr (sizeof(Element) == 4) {
-    return _mm256_movemask_ps((__m256)(x > Element(0)));
+    return ~_mm256_movemask_ps((__m256)(x <= Element(0)));
   } else {
-    return _mm256_movemask_pd((__m256d)(x > Element(0)));
+    return ~_mm256_movemask_pd((__m256d)(x <= Element(0)));
   }
 #else
   uint32_t bits = 0;
-  for (int64_t lane = 0; lane < kLanes<Element>; ++lane) bits |= (x[lane] > Element(0) ? 1u : 0u) << lane;
+  for (int64_t lane = 0; lane < kLanes<Element>; ++lane) bits |= (x[lane] <= Element(0) ? 0u : 1u) << lane;
   return bits;
 #endif
 }
@@ -131,6 +137,24 @@ QFAST_ALWAYS_INLINE void philox_lanes(uint64_t seed, uint32_t channel, uint32_t 
   words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
 }
 
+// values[lane] *= the scale where the lane's word is kept, 0 where it is not.
+template <class Element>
+QFAST_ALWAYS_INLINE void scale_kept(const DropoutRule& rule, word_vector words, Element* values,
+                                    int64_t lanes) {
+  const auto kept = words >= rule.threshold;
+  if constexpr (sizeof(Element) == 4) {
+    const Vector<Element> factor =
+        kept ? Vector<Element>{} + static_cast<Element>(rule.scale) : Vector<Element>{};
+    if (lanes == kWordLanes) {
+      store<Element>(values, load<Element>(values, kWordLanes) * factor, kWordLanes);
+    } else {
+      store<Element>(values, load<Element>(values, lanes) * factor, lanes);
+    }
+  } else {
+    for (int64_t lane = 0; lane < lanes; ++lane) values[lane] *= kept[lane] ? rule.scale : 0;
+  }
+}
+
 // Where the elements [rows, columns] of a slot stand in the whole batch.
 struct Place {
   int64_t first_row, first_channel;  // the row divides by 4: a random word of a group belongs to each row
@@ -141,7 +165,6 @@ struct Place {
 template <class Element>
 static void drop(const DropoutRule& rule, const Place& place, int64_t rows, int64_t columns, Element* values,
                  int64_t stride) {
-  const Element scale = static_cast<Element>(rule.scale);
   for (int64_t row = 0; row < rows; row += 4) {
     const int64_t group_rows = smaller(4, rows - row);
     for (int64_t j = 0; j < columns; j += kWordLanes) {
@@ -150,16 +173,9 @@ static void drop(const DropoutRule& rule, const Place& place, int64_t rows, int6
                    static_cast<uint32_t>(place.position), static_cast<uint32_t>(place.convolution),
                    static_cast<uint32_t>((place.first_row + row) / 4), words);
       const int64_t lanes = smaller(kWordLanes, columns - j);
-      for (int64_t i = 0; i < group_rows; ++i) {
-        uint32_t word[kWordLanes];
-        __builtin_memcpy(word, &words[i], sizeof(word));
-        Element* const value = values + (row + i) * stride + j;
-        if (lanes == kWordLanes) {
-          for (int64_t l = 0; l < kWordLanes; ++l) value[l] *= word[l] >= rule.threshold ? scale : Element(0);
-        } else {
-          for (int64_t l = 0; l < lanes; ++l) value[l] *= word[l] >= rule.threshold ? scale : Element(0);
-        }
-      }
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < 4; ++i)
+        if (i < group_rows) scale_kept<Element>(rule, words[i], values + (row + i) * stride + j, lanes);
     }
   }
 }
@@ -237,7 +253,8 @@ struct TileForward {
     const int64_t width = block.panels.width, column = p * width, columns = panel_columns(block.panels, p);
     const Element* const weights = block.first_weight + column * block.kernel * block.features;
     const Element* const bias = block.first_bias + column;
-    for (int64_t slot = 0; slot < block.first.slots; ++slot) {
+    for (int64_t i = 0; i < block.first_computed.count; ++i) {
+      const int64_t slot = block.first_computed.slots[i];
       Element* const to = between.data + slot * between.slot_stride + column;
       convolve_slot<Element, Vectors>(
           block.first.taps + block.first.begin[slot], block.first.taps + block.first.begin[slot + 1], input,
@@ -273,7 +290,8 @@ struct TileForward {
     const Element* const bias = block.second_bias + column;
     Element *const product = scratch, *const beside = scratch + rows * width;
     const int64_t row_signs = (block.channels + 7) / 8;
-    for (int64_t slot = 0; slot < block.second.slots; ++slot) {
+    for (int64_t i = 0; i < block.second_computed.count; ++i) {
+      const int64_t slot = block.second_computed.slots[i];
       convolve_slot<Element, Vectors>(
           block.second.taps + block.second.begin[slot], block.second.taps + block.second.begin[slot + 1],
           between, block.channels, weights, rows, kNothingMore,
@@ -322,7 +340,7 @@ struct TileForward {
       for_vectors<Element>(columns, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
         const auto value = load<Element>(product + row * width + j, kLanes<Element>);
         if (signs != nullptr)
-          store_signs<Element>(signs + row * row_signs, column + j, lanes, positive_lanes<Element>(value));
+          store_signs<Element>(signs + row * row_signs, column + j, lanes, passing_lanes<Element>(value));
         Vector<Element> residual = {};
         if (strided) {
           for (int64_t l = 0; l < lanes; ++l) residual[l] = beside[(j + l) * other.channel_stride];

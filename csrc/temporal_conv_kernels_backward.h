@@ -39,8 +39,7 @@ struct TileBackward {
         block.second.slots, rows, block.channels, sums + block.second_bias_sum,
         [&](int64_t slot, int64_t row, int64_t j, int64_t lanes) __attribute__((always_inline)) {
           const auto value = load<Element>(at(output, slot, row) + j, lanes);
-          auto entering = load<Element>(at(grad, slot, row) + j, lanes);
-          entering = value > Element(0) ? entering : Vector<Element>{};
+          const auto entering = passed<Element>(value, load<Element>(at(grad, slot, row) + j, lanes));
           const auto second =
               where_sign<Element>(signs + (slot * rows + row) * row_signs, j, lanes, entering * scale);
           store<Element>(of_sum.data + slot * of_sum.slot_stride + row * of_sum.row_stride + j, entering,
@@ -120,8 +119,8 @@ struct TileBackward {
                 total, of_first.data + slot * of_first.slot_stride + row * of_first.row_stride + column,
                 of_first.row_stride, columns,
                 [&](Vector<Element> value, int i, int64_t j, int64_t lanes) __attribute__((always_inline)) {
-                  const auto passed = load<Element>(kept + i * between.row_stride + j, lanes);
-                  return passed > Element(0) ? value * scale : Vector<Element>{};
+                  return passed<Element>(load<Element>(kept + i * between.row_stride + j, lanes),
+                                         value * scale);
                 });
           });
     }

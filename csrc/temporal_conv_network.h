@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <initializer_list>
+#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -99,12 +100,10 @@ class Network {
       : tensors(cut_blocks(op, x, weights, dilations)) {
     std::vector<int64_t> kernels;
     for (const BlockTensors& block : tensors) kernels.push_back(block.kernel);
-    plans_ = plan_blocks(x.size(1), kernels, dilations, all_steps);
+    plans = plan_blocks(x.size(1), kernels, dilations, all_steps);
     job.batch = x.size(0);
     job.x = {x.const_data_ptr<Element>(), x.stride(1), x.stride(0), x.stride(2)};
     set_dropout(op, dropout, seed);
-    beside_begin_.resize(tensors.size());
-    beside_taps_.resize(tensors.size());
     for (std::size_t i = 0; i < tensors.size(); ++i) add_block(i);
     job.tile_rows = tile_rows();
     job.blocks_count = static_cast<int64_t>(blocks_.size());
@@ -162,7 +161,28 @@ class Network {
 
   int64_t tiles() const { return job.batch == 0 ? 0 : (job.batch + job.tile_rows - 1) / job.tile_rows; }
 
+  // Tables for a job, kept as long as the network.
+  const int32_t* hold(std::vector<int32_t> numbers) {
+    numbers_.push_back(std::move(numbers));
+    return numbers_.back().data();
+  }
+  const Tap* hold(std::vector<Tap> taps) {
+    taps_.push_back(std::move(taps));
+    return taps_.back().data();
+  }
+  SlotList hold_slots(std::vector<int32_t> slots) {
+    const int64_t count = static_cast<int64_t>(slots.size());
+    return {hold(std::move(slots)), count};
+  }
+  SlotList every_slot(int64_t count) {
+    std::vector<int32_t> slots(count);
+    std::iota(slots.begin(), slots.end(), 0);
+    return hold_slots(std::move(slots));
+  }
+  std::vector<BlockJob<Element>>& blocks() { return blocks_; }
+
   std::vector<BlockTensors> tensors;
+  std::vector<BlockPlan> plans;
   NetworkJob<Element> job{};
   int64_t scratch_elements = 0;  // of one worker
   int64_t sum_elements = 0;      // gradients of all weights
@@ -193,12 +213,13 @@ class Network {
   }
 
   void add_block(std::size_t i) {
-    const BlockPlan& plan = plans_[i];
+    const BlockPlan& plan = plans[i];
     const BlockTensors& given = tensors[i];
     BlockJob<Element> block{};
     block.features = given.features;
     block.channels = given.channels;
     block.kernel = given.kernel;
+    block.dilation = plan.dilation;
     block.downsample = given.beside_weight.has_value();
     block.between_positions = plan.between.data();
     block.output_positions = plan.output.data();
@@ -206,12 +227,15 @@ class Network {
     block.second = table(plan.second.reads);
     block.first_read_by = table(plan.first.read_by);
     block.second_read_by = table(plan.second.read_by);
+    std::vector<int32_t> beside_begin{0};
+    std::vector<Tap> beside_taps;
     for (const int32_t slot : plan.beside) {
-      beside_begin_[i].push_back(static_cast<int32_t>(beside_taps_[i].size()));
-      beside_taps_[i].push_back({0, slot});
+      beside_taps.push_back({0, slot});
+      beside_begin.push_back(static_cast<int32_t>(beside_taps.size()));
     }
-    beside_begin_[i].push_back(static_cast<int32_t>(beside_taps_[i].size()));
-    block.beside_reads = {beside_begin_[i].data(), beside_taps_[i].data(), block.second.slots};
+    block.beside_reads = {hold(std::move(beside_begin)), hold(std::move(beside_taps)), block.second.slots};
+    block.first_computed = every_slot(block.first.slots);
+    block.second_computed = every_slot(block.second.slots);
     block.beside = plan.beside.data();
     block.beside_of = plan.beside_of.data();
     block.input_slots = static_cast<int64_t>(plan.input.size());
@@ -292,10 +316,9 @@ class Network {
     return out;
   }
 
-  std::vector<BlockPlan> plans_;
   std::vector<BlockJob<Element>> blocks_;
-  std::vector<std::vector<int32_t>> beside_begin_;
-  std::vector<std::vector<Tap>> beside_taps_;
+  std::vector<std::vector<int32_t>> numbers_;
+  std::vector<std::vector<Tap>> taps_;
   std::vector<Tensor> held_;
 };
 

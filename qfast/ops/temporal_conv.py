@@ -109,7 +109,7 @@ def temporal_conv_net(
     tensor([74., 74., 74., 74.])
     """
     if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16):
-        wide = [BlockWeights(*(None if part is None else part.float() for part in block)) for block in blocks]
+        wide = [BlockWeights(*(part if part is None else part.float() for part in block)) for block in blocks]  # type: ignore[arg-type]
         settings: dict[str, Any] = {"dilations": dilations, "dropout": dropout, "training": training}
         return temporal_conv_net(x.float(), wide, **settings, all_steps=all_steps).to(x.dtype)
     weights, spacing = _checked("temporal_conv_net", x, blocks, dilations)
@@ -170,8 +170,8 @@ def _checked(
     fits = len(spacing) == len(blocks)
     _require(fits, operator, f"dilations: expected one for each of {len(blocks)} blocks, got {len(spacing)}.")
     for dilation in spacing:
-        whole = isinstance(dilation, int) and not isinstance(dilation, bool) and dilation >= 1
-        _require(whole, operator, f"dilations: expected whole numbers above 0, got {dilation!r}.")
+        whole = isinstance(dilation, int) and not isinstance(dilation, bool) and 0 < dilation < 2**31
+        _require(whole, operator, f"dilations: expected whole numbers from 1 to 2**31 - 1, got {dilation!r}.")
     weights: list[Tensor] = []
     width = x.shape[1]
     for number, block in enumerate(blocks):
@@ -194,22 +194,11 @@ def _checked_block(operator: str, where: str, x: Tensor, block: BlockWeights, wi
     }  # fmt: skip
     for name, shape in wanted.items():
         tensor = getattr(block, name)
-        if name.startswith("downsample"):
-            must = width != channels
-            text = "are equal: expected none" if not must else f"differ: expected a tensor of shape {shape}"
-            _require((tensor is not None) == must, operator, f"{where}{name}: widths {width} and {channels} {text}.")
-        if tensor is None and (name.startswith(("weight_g", "downsample"))):
+        known = isinstance(tensor, Tensor) and tensor.shape == shape
+        known = known and tensor.dtype is x.dtype and tensor.device == x.device
+        if known and (width != channels or not name.startswith("downsample")):
             continue
-        _require(isinstance(tensor, Tensor), operator, f"{where}{name}: expected a tensor, got {tensor!r}.")
-        alike = tensor.dtype == x.dtype and tensor.device == x.device
-        _require(
-            alike,
-            operator,
-            f"{where}{name}: expected dtype and device of x ({x.dtype}, {x.device}), got {tensor.dtype}, "
-            f"{tensor.device}. Remedy: x.to({name}), or the weights' module .to(x).",
-        )
-        fits = tuple(tensor.shape) == shape
-        _require(fits, operator, f"{where}{name}: expected shape {shape}, got {tuple(tensor.shape)}.")
+        _refuse_unfit(operator, f"{where}{name}", x, tensor, shape, width)
     _require(second == kernel, operator, f"{where}weight_v2: expected kernel size {kernel}, got {second}.")
     folded = [
         v if g is None else torch._weight_norm(v, g, 0)
@@ -219,6 +208,25 @@ def _checked_block(operator: str, where: str, x: Tensor, block: BlockWeights, wi
     if block.downsample_weight is not None and block.downsample_bias is not None:
         parts += [block.downsample_weight, block.downsample_bias]
     return parts
+
+
+def _refuse_unfit(operator: str, name: str, x: Tensor, tensor: Any, shape: tuple[int, ...], width: int) -> None:
+    """Says what is wrong with a weight, if anything is: some may be None."""
+    if "downsample" in name:
+        if width == shape[0]:
+            _require(tensor is None, operator, f"{name}: the block's widths are both {width}: expected none.")
+            return
+        text = (
+            f"{name}: the block's widths {width} and {shape[0]} differ: expected a tensor of shape {shape}, got none."
+        )
+        _require(tensor is not None, operator, text)
+    if tensor is None and "weight_g" in name:
+        return
+    _require(isinstance(tensor, Tensor), operator, f"{name}: expected a tensor, got {type(tensor).__name__}.")
+    alike = tensor.dtype == x.dtype and tensor.device == x.device
+    text = f"{name}: expected dtype and device of x ({x.dtype}, {x.device}), got {tensor.dtype}, {tensor.device}. "
+    _require(alike, operator, text + f"Remedy: x.to({name}), or the weights' module .to(x).")
+    _require(tuple(tensor.shape) == shape, operator, f"{name}: expected shape {shape}, got {tuple(tensor.shape)}.")
 
 
 def _by_block(weights: Sequence[Tensor], features: int) -> list[list[Tensor]]:
@@ -262,6 +270,7 @@ def _all_steps(
 
 
 def _causal(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
+    dilation = min(dilation, x.shape[2])  # farther taps only read zeros
     before = (weight.shape[2] - 1) * dilation
     return functional.conv1d(functional.pad(x, (before, 0)), weight, bias, dilation=dilation)
 
@@ -298,7 +307,9 @@ def _backward_twin(
     grad: Tensor, x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], dropout: float, seed: Tensor | None,
     all_steps: bool, output: Tensor, activations: Tensor, signs: Tensor, input_grad: bool,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    steps = x.transpose(1, 2)
+    unseen = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
+    unseen[list(_plan_of(x, weights, dilations, all_steps).blocks[0].input)] = False
+    steps = x.masked_fill(unseen.unsqueeze(1), 0).transpose(1, 2)  # a NaN there must not count
     between, second, _ = states = _all_steps(steps, weights, dilations, dropout, seed)
     outputs = _block_outputs(states, steps, weights)
     scale = 0.0 if dropout == 1.0 else 1.0 / (1.0 - dropout)
@@ -311,19 +322,23 @@ def _backward_twin(
     for number in range(len(blocks) - 1, -1, -1):
         w1, _, w2, _, *down = blocks[number]
         given = outputs[number - 1] if number else steps
-        beside = grad * (outputs[number] > 0)
-        of_h, *of_second = _causal_backward(
-            beside * (second[number] > 0) * scale, between[number], w2, dilations[number]
-        )
-        of_h = of_h * (between[number] > 0) * scale
+        beside = _passed(grad, outputs[number])
+        of_second = _passed(beside, second[number]) * scale
+        of_h, *of_second_weights = _causal_backward(of_second, between[number], w2, dilations[number])
+        of_h = _passed(of_h, between[number]) * scale
         grad, *of_first = _causal_backward(of_h, given, w1, dilations[number])
         of_down: list[Tensor] = []
         if down:
             beside, *of_down = _causal_backward(beside, given, down[0], 1)
         grad = grad + beside
-        grads = [*of_first, *of_second, *of_down, *grads]
+        grads = [*of_first, *of_second_weights, *of_down, *grads]
     of_x = grad.transpose(1, 2).contiguous() if input_grad else x.new_empty((0, *x.shape[1:]))
     return of_x, grads
+
+
+def _passed(grad: Tensor, output: Tensor) -> Tensor:
+    """Gradient past a ReLU of this output; as in torch NaN lets it pass."""
+    return grad.masked_fill(output <= 0, 0)
 
 
 def _block_outputs(
@@ -338,6 +353,7 @@ def _block_outputs(
 
 def _causal_backward(grad: Tensor, x: Tensor, weight: Tensor, dilation: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias of `_causal`."""
+    dilation = min(dilation, x.shape[2])
     before = (weight.shape[2] - 1) * dilation
     given = functional.pad(x, (before, 0)), weight, weight.shape[:1], [1], [0], [dilation], False, [0], 1, [True] * 3
     of_x, of_weight, of_bias = torch.ops.aten.convolution_backward(grad.contiguous(), *given)

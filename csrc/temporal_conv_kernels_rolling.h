@@ -1,0 +1,113 @@
+// Temporal convolution stack over windows that follow each other by one row, without gradients. Positions
+// that no window's zero padding reaches are computed once per row, a chunk of windows at a time; each window
+// then computes its own positions near its beginning, with the shared ones copied to their slots. The same
+// sums in the same order as window by window: the same bits.
+
+// Rows of the output of one convolution, from row `first` on.
+template <class Element>
+struct Rows {
+  Element* data;
+  int64_t first, stride, channel_stride;
+};
+
+template <class Element>
+struct RollingChunk {
+  const RollingJob<Element>& job;
+  int64_t begin, end;  // windows
+  Element* scratch;
+
+  Rows<Element> rows_of(const SharedRows& shared, int64_t channels) const {
+    return {scratch + shared.rows_at, begin + shared.first_position, channels, 1};
+  }
+
+  // Slot t is where tap t reads: (taps - 1 - t) * dilation rows up.
+  Activation<const Element> tapped(const Rows<const Element>& rows, int64_t first, int64_t kernel,
+                                   int64_t dilation) const {
+    return {rows.data + (first - rows.first - (kernel - 1) * dilation) * rows.stride, dilation * rows.stride,
+            rows.stride, rows.channel_stride};
+  }
+
+  void compute_shared() const {
+    const NetworkJob<Element>& windows = job.windows;
+    Rows<const Element> input{windows.x.data, 0, windows.x.row_stride, windows.x.channel_stride};
+    for (int64_t i = 0; i < windows.blocks_count; ++i) {
+      const BlockJob<Element>& block = job.row_blocks[i];
+      const SharedRows &first = job.first[i], &second = job.second[i];
+      if (first.first_position > first.last_position) return;
+      const Rows<Element> between = rows_of(first, block.channels);
+      const TileForward<Element> firsts{windows, 0, count(first), scratch};
+      firsts.first(block, 0, tapped(input, between.first, block.kernel, block.dilation), as_slot(between));
+      if (second.first_position > second.last_position) return;
+      const Rows<Element> output = rows_of(second, block.channels);
+      const TileForward<Element> seconds{windows, 0, count(second), scratch};
+      const Rows<const Element> read{between.data, between.first, between.stride, 1};
+      seconds.second(block, 0, tapped(input, output.first, block.kernel, block.dilation),
+                     tapped(read, output.first, block.kernel, block.dilation), as_slot(output), nullptr);
+      input = {output.data, output.first, output.stride, 1};
+    }
+  }
+
+  int64_t count(const SharedRows& shared) const {
+    return end - begin + shared.last_position - shared.first_position;
+  }
+
+  Activation<Element> as_slot(const Rows<Element>& rows) const { return {rows.data, 0, rows.stride, 1}; }
+
+  void copy_shared(const SharedRows& shared, int64_t first_window, int64_t windows, int64_t channels,
+                   const Activation<Element>& to) const {
+    const Rows<Element> rows = rows_of(shared, channels);
+    for (int64_t i = 0; i < shared.copied.count; ++i) {
+      const int64_t slot = shared.copied.slots[i];
+      const Element* const from = rows.data + (first_window + shared.positions[slot] - rows.first) * channels;
+      for (int64_t row = 0; row < windows; ++row)
+        __builtin_memcpy(to.data + slot * to.slot_stride + row * to.row_stride, from + row * channels,
+                         sizeof(Element) * channels);
+    }
+  }
+
+  void compute_tile(int64_t first_window, int64_t rows) const {
+    const NetworkJob<Element>& windows = job.windows;
+    const TileForward<Element> forward{windows, first_window, rows, scratch};
+    Element* const own = scratch + job.activations_at;
+    Activation<const Element> input = windows.x;
+    input.data += first_window * input.row_stride;
+    for (int64_t i = 0; i < windows.blocks_count; ++i) {
+      const BlockJob<Element>& block = windows.blocks[i];
+      const int64_t channels = block.channels;
+      const Activation<Element> between{own + block.between_at * rows, rows * channels, channels, 1};
+      Activation<Element> output{own + block.output_at * rows, rows * channels, channels, 1};
+      if (i + 1 == windows.blocks_count) {
+        output = windows.output;
+        output.data += first_window * output.row_stride;
+      }
+      forward.first(block, 0, input, between);
+      copy_shared(job.first[i], first_window, rows, channels, between);
+      forward.second(block, 0, input, reading(between), output, nullptr);
+      copy_shared(job.second[i], first_window, rows, channels, output);
+      input = reading(output);
+    }
+  }
+};
+
+// Chunks [begin, end) of windows.
+template <class Element>
+static void temporal_conv_rolling(const RollingJob<Element>& job, int64_t begin, int64_t end,
+                                  Element* scratch) {
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    const int64_t first = chunk * job.chunk_rows;
+    const RollingChunk<Element> rolling{job, first, smaller(first + job.chunk_rows, job.windows.batch),
+                                        scratch};
+    rolling.compute_shared();
+    for (int64_t window = rolling.begin; window < rolling.end; window += job.windows.tile_rows)
+      rolling.compute_tile(window, smaller(job.windows.tile_rows, rolling.end - window));
+  }
+}
+
+static void temporal_conv_rolling_f32(const RollingJob<float>& job, int64_t begin, int64_t end,
+                                      float* scratch) {
+  temporal_conv_rolling<float>(job, begin, end, scratch);
+}
+static void temporal_conv_rolling_f64(const RollingJob<double>& job, int64_t begin, int64_t end,
+                                      double* scratch) {
+  temporal_conv_rolling<double>(job, begin, end, scratch);
+}
