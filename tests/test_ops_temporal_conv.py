@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from temporal_conv_cases import (
     CASES,
+    NATIVE,
     Case,
     apart,
     expected,
@@ -26,6 +27,7 @@ from temporal_conv_cases import (
 from torch import Tensor
 
 from qfast.ops import BlockWeights, temporal_block, temporal_conv_net
+from qfast.ops.philox import draw_seed
 
 F64 = torch.float64
 
@@ -87,16 +89,20 @@ def stacks(draw: st.DrawFn) -> tuple[Case, str, float]:
     return case, draw(st.sampled_from(sorted(LAYOUTS))), draw(st.sampled_from([0.0, 0.0, 0.3, 0.9]))
 
 
-# Of [B, F, T]; each makes the same numbers lie differently in memory.
+def nan_like(x: Tensor) -> Tensor:
+    return torch.full_like(x, torch.nan)
+
+
+# Of [B, F, T]; each makes the same numbers lie differently in memory, with NaN between them.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "features first": lambda x: x.contiguous(),
     "windows of rows": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
     "flat": lambda x: x.reshape(len(x), x.shape[1] * x.shape[2]).view(x.shape),
     "batch last": lambda x: x.permute(1, 2, 0).contiguous().permute(2, 0, 1),
-    "columns of wider rows": lambda x: torch.cat([x * 0 + 9, x, x], 1)[:, x.shape[1] : 2 * x.shape[1]],
-    "every other step": lambda x: torch.stack([x, x + 9], 3).flatten(2)[:, :, ::2],
-    "every third row": lambda x: x.repeat_interleave(3, 0)[::3],
-    "from the third element": lambda x: torch.cat([x.new_zeros(3), x.flatten()])[3:].view(x.shape),
+    "columns of wider rows": lambda x: torch.cat([nan_like(x), x, nan_like(x)], 1)[:, x.shape[1] : 2 * x.shape[1]],
+    "every other step": lambda x: torch.stack([x, nan_like(x)], 3).flatten(2)[:, :, ::2],
+    "every other row": lambda x: torch.stack([x, nan_like(x)], 1).flatten(0, 1)[::2],
+    "from the third element": lambda x: torch.cat([x.new_full((3,), torch.nan), x.flatten()])[3:].view(x.shape),
 }
 
 
@@ -108,7 +114,7 @@ def test_any_stack_in_any_layout(drawn: tuple[Case, str, float]) -> None:
     x, blocks, grad = case.inputs(1)
     x, grad, blocks = x.double(), grad.double(), like(blocks, [part.double() for part in flat(blocks)])
     torch.manual_seed(case.batch)
-    seed = int(torch.empty(1, dtype=torch.int64).random_()) if dropout else 0
+    seed = int(draw_seed(x.device)) if dropout else 0
     given_twice = {"dilations": case.dilations, "all_steps": case.all_steps, "dropout": dropout}
 
     def ours(x: Tensor, blocks: list[BlockWeights]) -> Tensor:
@@ -168,6 +174,7 @@ def test_gradients_in_any_layout_and_repeated_inputs(isa: str) -> None:
         (200, 60, 3, (16,) * 5),
         (90, 20, 7, (12, 12, 12)),
         (333, 7, 2, (9, 17)),
+        (600, 20, 3, (8, 8)),
         (50, 30, 2, (8, 8)),  # longer than the receptive field: every position but the first ones is shared
         (100, 12, 1, (8, 4)),
     ],
@@ -186,6 +193,18 @@ def test_windows_of_consecutive_rows(
         copied = temporal_conv_net(windows.clone(), blocks, all_steps=all_steps)
     assert relative(shared, exact) <= (1e-6 if dtype == torch.float32 else 1e-13)
     assert relative(copied, exact) <= (1e-6 if dtype == torch.float32 else 1e-13)
+
+
+@settings(max_examples=60, deadline=None)
+@given(stacks(), st.integers(1, 70), st.integers(0, 3))
+def test_any_stack_over_consecutive_rows(drawn: tuple[Case, str, float], windows: int, beside: int) -> None:
+    case, *_ = drawn
+    series = randn(windows + case.steps - 1, case.features + beside)[:, : case.features]
+    blocks = like(case.inputs(1)[1], [part.double() for part in flat(case.inputs(1)[1])])
+    x = series.unfold(0, case.steps, 1)
+    with torch.no_grad():
+        found = case.call()(x, blocks)
+    assert relative(found, oracle(x, blocks, case.dilations, all_steps=case.all_steps)) < 1e-12
 
 
 def test_gradients_of_windows_of_consecutive_rows(isa: str) -> None:
@@ -207,10 +226,11 @@ def test_strides_that_are_nearly_those_of_consecutive_rows(isa: str) -> None:
             assert relative(temporal_conv_net(x, blocks), oracle(x, blocks)) < 1e-13, strides
 
 
-def test_a_row_that_is_nan_reaches_the_windows_that_can_see_it(isa: str) -> None:
+@pytest.mark.parametrize("rows", [90, 700])
+def test_a_row_that_is_nan_reaches_the_windows_that_can_see_it(rows: int, isa: str) -> None:
     steps, blocks = 20, stack(4, [8, 8], 3)
     seen = temporal_conv_net.plan(steps, 3, 2).blocks[0].input
-    series = randn(90, 4)
+    series = randn(rows, 4)
     with torch.no_grad():
         clean = temporal_conv_net(series.unfold(0, steps, 1), blocks)
         series[50, 1] = torch.nan
@@ -331,7 +351,8 @@ def test_sums_over_many_rows_stay_accurate(isa: str) -> None:
     blocks = [blocks[0]._replace(bias1=blocks[0].bias1 + 8, bias2=blocks[0].bias2 + 30)]  # all ReLUs open
     wide = like(blocks, [part.double() for part in flat(blocks)])
     grad = randn(4000, 16, 20, seed=1, dtype=torch.float32) + 1
-    for given_grad, limit in ((grad, 1e-6), (grad - grad.mean((0, 2), keepdim=True), 1e-6)):
+    limit = 1e-6 if NATIVE else 1e-5
+    for given_grad in (grad, grad - grad.mean((0, 2), keepdim=True)):
         found = results(lambda *t: temporal_conv_net(*t, all_steps=True), x, blocks, given_grad)[2:]
         exact = results(lambda *t: oracle(*t, all_steps=True), x.double(), wide, given_grad.double())[2:]
         sizes = results(lambda *t: oracle(*t, all_steps=True), x.double(), wide, grad.double())[2:]
