@@ -87,8 +87,9 @@ def test_readme(reader):
     assert (reader / "attention.png").exists()
 
 
-def test_attention():
-    done = doctest.testfile(str(ROOT / "docs" / "attention.md"), module_relative=False)
+@pytest.mark.parametrize("document", ["attention.md", "tcn.md"])
+def test_sessions_at_the_prompt(document):
+    done = doctest.testfile(str(ROOT / "docs" / document), module_relative=False)
     assert done.attempted >= 10
     assert done.failed == 0
 
