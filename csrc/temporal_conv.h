@@ -34,6 +34,17 @@ struct SlotList {
   int64_t count;
 };
 
+// Slots side by side that read slots side by side by the same taps: where the rows of a slot follow those of
+// the slot before, they are one matrix.
+struct Run {
+  int32_t slot, length;
+};
+
+struct RunList {
+  const Run* runs;
+  int64_t count;
+};
+
 struct DropoutRule {
   bool active;
   uint64_t seed;
@@ -48,7 +59,8 @@ struct BlockJob {
   const int32_t *between_positions, *output_positions;  // time steps, for the dropout
   TapTable first, second, beside_reads;                 // reads; the last of the 1x1
   TapTable first_read_by, second_read_by;
-  SlotList first_computed, second_computed;  // forward: all slots, unless windows share some (SharedRows)
+  RunList first_runs, second_runs;  // computed slots
+  RunList first_read_by_runs, second_read_by_runs;
   const int32_t *beside, *beside_of;
   int64_t input_slots;
   Panels panels;  // of `channels`: both convolutions and the 1x1

@@ -191,6 +191,28 @@ QFAST_ALWAYS_INLINE Activation<const Element> reading(const Activation<Element>&
   return {a.data, a.slot_stride, a.row_stride, a.channel_stride};
 }
 
+// `a` for a tile of this many rows: one row has no stride, which makes slots follow each other like rows.
+template <class Element>
+QFAST_ALWAYS_INLINE Activation<Element> for_rows(Activation<Element> a, int64_t rows) {
+  if (rows == 1) a.row_stride = a.slot_stride;
+  return a;
+}
+
+template <class Element>
+QFAST_ALWAYS_INLINE bool slots_follow(const Activation<Element>& a, int64_t rows) {
+  return a.slot_stride == rows * a.row_stride;
+}
+
+// body(slot, count) for the slots of the runs, as many at a time as are one matrix.
+template <class Body>
+QFAST_ALWAYS_INLINE void for_runs(const RunList& list, bool together, const Body& body) {
+  for (int64_t i = 0; i < list.count; ++i) {
+    const Run run = list.runs[i];
+    const int64_t step = together ? run.length : 1;
+    for (int64_t slot = run.slot; slot < run.slot + run.length; slot += step) body(slot, step);
+  }
+}
+
 // finish.template operator()<Rows, Vectors>(row, sums) for each tile of the rows of one slot and one panel;
 // `weights` is the panel's. `more` may add to the sums before.
 template <class Element, int Vectors, class More, class Finish>
@@ -253,22 +275,22 @@ struct TileForward {
     const int64_t width = block.panels.width, column = p * width, columns = panel_columns(block.panels, p);
     const Element* const weights = block.first_weight + column * block.kernel * block.features;
     const Element* const bias = block.first_bias + column;
-    for (int64_t i = 0; i < block.first_computed.count; ++i) {
-      const int64_t slot = block.first_computed.slots[i];
+    const bool together = slots_follow(input, rows) && slots_follow(between, rows);
+    for_runs(block.first_runs, together, [&](int64_t slot, int64_t count) __attribute__((always_inline)) {
       Element* const to = between.data + slot * between.slot_stride + column;
       convolve_slot<Element, Vectors>(
           block.first.taps + block.first.begin[slot], block.first.taps + block.first.begin[slot + 1], input,
-          block.features, weights, rows, kNothingMore,
+          block.features, weights, count * rows, kNothingMore,
           [&](int64_t row, auto& sums) __attribute__((always_inline)) {
             store_sums(sums, to + row * between.row_stride, between.row_stride, columns,
                        [&](Vector<Element> value, int, int64_t j, int64_t) __attribute__((always_inline)) {
                          return relu<Element>(value + load<Element>(bias + j, kLanes<Element>));
                        });
           });
-      if (job.dropout.active)
-        drop<Element>(job.dropout, {first_row, column, convolution, block.between_positions[slot]}, rows,
-                      columns, to, between.row_stride);
-    }
+      for (int64_t i = 0; job.dropout.active && i < count; ++i)
+        drop<Element>(job.dropout, {first_row, column, convolution, block.between_positions[slot + i]}, rows,
+                      columns, to + i * between.slot_stride, between.row_stride);
+    });
   }
 
   // output = relu(dropout(relu(second(between) + bias)) + beside)
@@ -285,44 +307,53 @@ struct TileForward {
   void second_panel(const BlockJob<Element>& block, int32_t convolution,
                     const Activation<const Element>& input, const Activation<const Element>& between,
                     const Activation<Element>& output, unsigned char* signs, int64_t p) const {
-    const int64_t width = block.panels.width, column = p * width, columns = panel_columns(block.panels, p);
+    const int64_t width = block.panels.width, column = p * width;
     const Element* const weights = block.second_weight + column * block.kernel * block.channels;
     const Element* const bias = block.second_bias + column;
-    Element *const product = scratch, *const beside = scratch + rows * width;
-    const int64_t row_signs = (block.channels + 7) / 8;
-    for (int64_t i = 0; i < block.second_computed.count; ++i) {
-      const int64_t slot = block.second_computed.slots[i];
+    const bool together = slots_follow(between, rows) && (!block.downsample || slots_follow(input, rows));
+    for_runs(block.second_runs, together, [&](int64_t slot, int64_t count) __attribute__((always_inline)) {
+      Element *const product = scratch, *const beside = scratch + count * rows * width;
       convolve_slot<Element, Vectors>(
           block.second.taps + block.second.begin[slot], block.second.taps + block.second.begin[slot + 1],
-          between, block.channels, weights, rows, kNothingMore,
+          between, block.channels, weights, count * rows, kNothingMore,
           [&](int64_t row, auto& sums) __attribute__((always_inline)) {
             store_sums(sums, product + row * width, width, width,
                        [&](Vector<Element> value, int, int64_t j, int64_t) __attribute__((always_inline)) {
                          return relu<Element>(value + load<Element>(bias + j, kLanes<Element>));
                        });
           });
-      if (job.dropout.active)
-        drop<Element>(job.dropout, {first_row, column, convolution, block.output_positions[slot]}, rows,
-                      columns, product, width);
-      Activation<const Element> other{at(input, block.beside[slot], 0) + column * input.channel_stride, 0,
-                                      input.row_stride, input.channel_stride};
-      if (block.downsample) {
-        downsample<Vectors>(block, input, slot, p, beside);
-        other = {beside, 0, width, 1};
-      }
-      combine(product, width, other, output.data + slot * output.slot_stride + column, output.row_stride,
-              columns, signs == nullptr ? nullptr : signs + slot * rows * row_signs, row_signs, column);
-    }
+      if (block.downsample) downsample<Vectors>(block, input, slot, count, p, beside);
+      for (int64_t i = 0; i < count; ++i)
+        finish_slot(block, convolution, input, slot + i, p, product + i * rows * width,
+                    beside + i * rows * width, output, signs);
+    });
+  }
+
+  // What follows the second convolution of a slot: its columns of a panel stand in `product`, and if they
+  // come from a 1x1 convolution what stands beside in `down`.
+  void finish_slot(const BlockJob<Element>& block, int32_t convolution,
+                   const Activation<const Element>& input, int64_t slot, int64_t p, Element* product,
+                   const Element* down, const Activation<Element>& output, unsigned char* signs) const {
+    const int64_t width = block.panels.width, column = p * width, columns = panel_columns(block.panels, p);
+    const int64_t row_signs = (block.channels + 7) / 8;
+    if (job.dropout.active)
+      drop<Element>(job.dropout, {first_row, column, convolution, block.output_positions[slot]}, rows,
+                    columns, product, width);
+    Activation<const Element> other{at(input, block.beside[slot], 0) + column * input.channel_stride, 0,
+                                    input.row_stride, input.channel_stride};
+    if (block.downsample) other = {down, 0, width, 1};
+    combine(product, width, other, output.data + slot * output.slot_stride + column, output.row_stride,
+            columns, signs == nullptr ? nullptr : signs + slot * rows * row_signs, row_signs, column);
   }
 
   template <int Vectors>
   void downsample(const BlockJob<Element>& block, const Activation<const Element>& input, int64_t slot,
-                  int64_t p, Element* to) const {
+                  int64_t count, int64_t p, Element* to) const {
     const int64_t width = block.panels.width, column = p * width;
     const Element* const bias = block.beside_bias + column;
     const Tap only{0, block.beside[slot]};
     convolve_slot<Element, Vectors>(
-        &only, &only + 1, input, block.features, block.beside_weight + column * block.features, rows,
+        &only, &only + 1, input, block.features, block.beside_weight + column * block.features, count * rows,
         kNothingMore, [&](int64_t row, auto& sums) __attribute__((always_inline)) {
           store_sums(sums, to + row * width, width, width,
                      [&](Vector<Element> value, int, int64_t j, int64_t) __attribute__((always_inline)) {
@@ -366,6 +397,7 @@ static void temporal_conv_forward(const NetworkJob<Element>& job, int64_t begin,
     unsigned char* const signs = job.signs == nullptr ? nullptr : job.signs + first_row * job.row_signs;
     Activation<const Element> input = job.x;
     input.data += first_row * input.row_stride;
+    input = for_rows(input, rows);
     for (int32_t i = 0; i < job.blocks_count; ++i) {
       const BlockJob<Element>& block = job.blocks[i];
       const int64_t channels = block.channels;

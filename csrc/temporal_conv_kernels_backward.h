@@ -59,23 +59,25 @@ struct TileBackward {
 
   // to[tap][feature][channel] += sum over slots and rows of input * grad.
   template <int Vectors>
-  void weight_panel(const TapTable& reads, int64_t kernel, const Activation<const Element>& input,
-                    int64_t features, const Activation<const Element>& grad, int64_t channels, int64_t column,
+  void weight_panel(const TapTable& reads, const RunList& runs, int64_t kernel,
+                    const Activation<const Element>& input, int64_t features,
+                    const Activation<const Element>& grad, int64_t channels, int64_t column,
                     Element* to) const {
     const int64_t columns = smaller(Vectors * kLanes<Element>, channels - column);
+    const bool together = slots_follow(input, rows);
     for (int64_t tap = 0; tap < kernel; ++tap) {
       for_row_tiles<kTileRows<Vectors>>(
           features, [&]<int Rows>(int64_t feature) __attribute__((always_inline)) {
             Sums<Element, Rows, Vectors> total = {};
-            for (int64_t slot = 0; slot < reads.slots; ++slot) {
+            for_runs(runs, together, [&](int64_t slot, int64_t count) __attribute__((always_inline)) {
               // The taps of a slot end with the step itself: those inside the window are the last ones.
               const int64_t back = kernel - tap, end = reads.begin[slot + 1];
-              if (end - back < reads.begin[slot]) continue;
+              if (end - back < reads.begin[slot]) return;
               const Element* const a =
                   at(input, reads.taps[end - back].slot, 0) + feature * input.channel_stride;
               add_product(total, a, input.channel_stride, input.row_stride, at(grad, slot, 0) + column,
-                          grad.row_stride, rows);
-            }
+                          grad.row_stride, count * rows);
+            });
             Element* const out = to + (tap * features + feature) * channels + column;
             store_sums(total, out, channels, columns,
                        [&](Vector<Element> value, int i, int64_t j, int64_t lanes) __attribute__((
@@ -84,12 +86,13 @@ struct TileBackward {
     }
   }
 
-  void weights(const Panels& panels, const TapTable& reads, int64_t kernel,
+  void weights(const Panels& panels, const TapTable& reads, const RunList& runs, int64_t kernel,
                const Activation<const Element>& input, int64_t features,
                const Activation<const Element>& grad, Element* to) const {
     for (int64_t p = 0; p < panels.count; ++p)
       for_panel_width<Element>(panels.width, [&]<int Vectors>() __attribute__((always_inline)) {
-        weight_panel<Vectors>(reads, kernel, input, features, grad, panels.columns, p * panels.width, to);
+        weight_panel<Vectors>(reads, runs, kernel, input, features, grad, panels.columns, p * panels.width,
+                              to);
       });
   }
 
@@ -110,20 +113,23 @@ struct TileBackward {
     const Element* const weights = block.second_turned + column * block.kernel * block.channels;
     const Element scale = static_cast<Element>(job.dropout.scale);
     const TapTable& taps = block.second_read_by;
-    for (int64_t slot = 0; slot < taps.slots; ++slot) {
-      convolve_slot<Element, Vectors>(
-          taps.taps + taps.begin[slot], taps.taps + taps.begin[slot + 1], of_second, block.channels, weights,
-          rows, kNothingMore, [&](int64_t row, auto& total) __attribute__((always_inline)) {
-            const Element* const kept = at(between, slot, row) + column;
-            store_sums(
-                total, of_first.data + slot * of_first.slot_stride + row * of_first.row_stride + column,
-                of_first.row_stride, columns,
-                [&](Vector<Element> value, int i, int64_t j, int64_t lanes) __attribute__((always_inline)) {
-                  return passed<Element>(load<Element>(kept + i * between.row_stride + j, lanes),
-                                         value * scale);
-                });
-          });
-    }
+    for_runs(
+        block.second_read_by_runs, true, [&](int64_t slot, int64_t count) __attribute__((always_inline)) {
+          convolve_slot<Element, Vectors>(
+              taps.taps + taps.begin[slot], taps.taps + taps.begin[slot + 1], of_second, block.channels,
+              weights, count * rows, kNothingMore,
+              [&](int64_t row, auto& total) __attribute__((always_inline)) {
+                const Element* const kept = at(between, slot, row) + column;
+                store_sums(total,
+                           of_first.data + slot * of_first.slot_stride + row * of_first.row_stride + column,
+                           of_first.row_stride, columns,
+                           [&](Vector<Element> value, int i, int64_t j, int64_t lanes)
+                               __attribute__((always_inline)) {
+                                 return passed<Element>(
+                                     load<Element>(kept + i * between.row_stride + j, lanes), value * scale);
+                               });
+              });
+        });
   }
 
   // Gradient of the block's input, from those of the first convolution and of what stands beside.
@@ -144,27 +150,31 @@ struct TileBackward {
     const Element* const weights = block.first_turned + column * block.kernel * block.channels;
     const Element* const down = block.downsample ? block.beside_turned + column * block.channels : nullptr;
     const TapTable& taps = block.first_read_by;
-    for (int64_t slot = 0; slot < taps.slots; ++slot) {
-      const int64_t beside = block.beside_of[slot];
-      convolve_slot<Element, Vectors>(
-          taps.taps + taps.begin[slot], taps.taps + taps.begin[slot + 1], of_first, block.channels, weights,
-          rows,
-          [&](int64_t row, auto& total) __attribute__((always_inline)) {
-            if (beside >= 0 && down != nullptr)
-              add_product(total, at(of_sum, beside, row), of_sum.row_stride, of_sum.channel_stride, down,
-                          kWidth, block.channels);
-          },
-          [&](int64_t row, auto& total) __attribute__((always_inline)) {
-            const bool adds = beside >= 0 && down == nullptr;
-            const Element* const same = adds ? at(of_sum, beside, row) + column : nullptr;
-            store_sums(
-                total, of_input.data + slot * of_input.slot_stride + row * of_input.row_stride + column,
-                of_input.row_stride, columns,
-                [&](Vector<Element> value, int i, int64_t j, int64_t lanes) __attribute__((always_inline)) {
-                  return adds ? value + load<Element>(same + i * of_sum.row_stride + j, lanes) : value;
-                });
-          });
-    }
+    const bool together = slots_follow(of_input, rows);
+    for_runs(
+        block.first_read_by_runs, together, [&](int64_t slot, int64_t count) __attribute__((always_inline)) {
+          const int64_t beside = block.beside_of[slot];
+          convolve_slot<Element, Vectors>(
+              taps.taps + taps.begin[slot], taps.taps + taps.begin[slot + 1], of_first, block.channels,
+              weights, count * rows,
+              [&](int64_t row, auto& total) __attribute__((always_inline)) {
+                if (beside >= 0 && down != nullptr)
+                  add_product(total, at(of_sum, beside, row), of_sum.row_stride, of_sum.channel_stride, down,
+                              kWidth, block.channels);
+              },
+              [&](int64_t row, auto& total) __attribute__((always_inline)) {
+                const bool adds = beside >= 0 && down == nullptr;
+                const Element* const same = adds ? at(of_sum, beside, row) + column : nullptr;
+                store_sums(total,
+                           of_input.data + slot * of_input.slot_stride + row * of_input.row_stride + column,
+                           of_input.row_stride, columns,
+                           [&](Vector<Element> value, int i, int64_t j, int64_t lanes)
+                               __attribute__((always_inline)) {
+                                 return adds ? value + load<Element>(same + i * of_sum.row_stride + j, lanes)
+                                             : value;
+                               });
+              });
+        });
   }
 
   // One block: the gradient of its output comes in `grad`, that of its input goes to `of_input` (data null:
@@ -176,15 +186,15 @@ struct TileBackward {
     const auto of_sum = dense(spaces[0], block.channels), of_second = dense(spaces[1], block.channels),
                of_first = dense(spaces[2], block.channels);
     through_output(block, grad, output, signs, of_sum, of_second);
-    weights(block.panels, block.second, block.kernel, between, block.channels, reading(of_second),
-            sums + block.second_sum);
+    weights(block.panels, block.second, block.second_runs, block.kernel, between, block.channels,
+            reading(of_second), sums + block.second_sum);
     through_second(block, reading(of_second), between, of_first);
     sum_columns(reading(of_first), block.first.slots, block.channels, sums + block.first_bias_sum);
-    weights(block.panels, block.first, block.kernel, input, block.features, reading(of_first),
-            sums + block.first_sum);
+    weights(block.panels, block.first, block.first_runs, block.kernel, input, block.features,
+            reading(of_first), sums + block.first_sum);
     if (block.downsample) {
       sum_columns(reading(of_sum), block.second.slots, block.channels, sums + block.beside_bias_sum);
-      weights(block.panels, block.beside_reads, 1, input, block.features, reading(of_sum),
+      weights(block.panels, block.beside_reads, block.second_runs, 1, input, block.features, reading(of_sum),
               sums + block.beside_sum);
     }
     if (of_input.data != nullptr) through_first(block, reading(of_first), reading(of_sum), of_input);
@@ -216,6 +226,8 @@ static void temporal_conv_backward(const NetworkJob<Element>& job, int64_t begin
       } else {
         input.data += first_row * input.row_stride;
         if (of_input.data != nullptr) of_input.data += first_row * of_input.row_stride;
+        input = for_rows(input, rows);
+        of_input = for_rows(of_input, rows);
       }
       Element* const spaces[3] = {here, scratch + 2 * piece, scratch + 3 * piece};
       backward.block(block, grad, input, reading(between), output, signs + block.signs_at * rows, spaces,

@@ -106,6 +106,12 @@ class Network {
     set_dropout(op, dropout, seed);
     for (std::size_t i = 0; i < tensors.size(); ++i) add_block(i);
     job.tile_rows = tile_rows();
+    for (BlockJob<Element>& block : blocks_) {
+      block.first_runs = runs(block.first, nullptr, every_slot(block.first.slots));
+      block.second_runs = runs(block.second, block.beside, every_slot(block.second.slots));
+      block.first_read_by_runs = runs(block.first_read_by, block.beside_of, every_slot(block.input_slots));
+      block.second_read_by_runs = runs(block.second_read_by, nullptr, every_slot(block.first.slots));
+    }
     job.blocks_count = static_cast<int64_t>(blocks_.size());
     job.blocks = blocks_.data();
   }
@@ -138,7 +144,7 @@ class Network {
         blocks_[i].output_at = between + (i % 2 ? output : 0);
       }
     }
-    job.slot_elements = rounded_up(2 * job.tile_rows * widest_panel, kPanelPadding);
+    job.slot_elements = rounded_up(2 * std::max(job.tile_rows, kMostRows) * widest_panel, kPanelPadding);
     scratch_elements = job.slot_elements + (keep ? 0 : (between + 2 * output) * job.tile_rows);
   }
 
@@ -174,11 +180,27 @@ class Network {
     const int64_t count = static_cast<int64_t>(slots.size());
     return {hold(std::move(slots)), count};
   }
-  SlotList every_slot(int64_t count) {
-    std::vector<int32_t> slots(count);
-    std::iota(slots.begin(), slots.end(), 0);
-    return hold_slots(std::move(slots));
+  RunList hold(std::vector<Run> runs) {
+    runs_.push_back(std::move(runs));
+    return {runs_.back().data(), static_cast<int64_t>(runs_.back().size())};
   }
+
+  // These slots (ascending) as runs of at most as many rows as a full tile has. `beside`, if not null, gives
+  // another slot that is read, or -1.
+  RunList runs(const TapTable& table, const int32_t* beside, const std::vector<int32_t>& slots) {
+    const int64_t longest = std::max<int64_t>(1, kMostRows / job.tile_rows);
+    std::vector<Run> found;
+    for (const int32_t slot : slots) {
+      if (!found.empty() && found.back().length < longest &&
+          found.back().slot + found.back().length == slot && follows(table, beside, slot)) {
+        ++found.back().length;
+      } else {
+        found.push_back({slot, 1});
+      }
+    }
+    return hold(std::move(found));
+  }
+
   std::vector<BlockJob<Element>>& blocks() { return blocks_; }
 
   std::vector<BlockTensors> tensors;
@@ -208,6 +230,26 @@ class Network {
     return {columns, rounded_up((columns + count - 1) / count, lanes), count};
   }
 
+  // Whether `slot` reads one slot further than the slot before it, by the same taps.
+  static bool follows(const TapTable& table, const int32_t* beside, int32_t slot) {
+    const int32_t before = table.begin[slot - 1], begin = table.begin[slot],
+                  count = table.begin[slot + 1] - begin;
+    if (begin - before != count) return false;
+    for (int32_t t = 0; t < count; ++t) {
+      const Tap &now = table.taps[begin + t], &earlier = table.taps[before + t];
+      if (now.tap != earlier.tap || now.slot != earlier.slot + 1) return false;
+    }
+    if (beside == nullptr) return true;
+    return beside[slot] < 0 ? beside[slot - 1] < 0
+                            : beside[slot] == beside[slot - 1] + 1 && beside[slot - 1] >= 0;
+  }
+
+  static std::vector<int32_t> every_slot(int64_t count) {
+    std::vector<int32_t> slots(count);
+    std::iota(slots.begin(), slots.end(), 0);
+    return slots;
+  }
+
   static TapTable table(const TapLists& lists) {
     return {lists.begin.data(), lists.taps.data(), lists.slots()};
   }
@@ -234,8 +276,6 @@ class Network {
       beside_begin.push_back(static_cast<int32_t>(beside_taps.size()));
     }
     block.beside_reads = {hold(std::move(beside_begin)), hold(std::move(beside_taps)), block.second.slots};
-    block.first_computed = every_slot(block.first.slots);
-    block.second_computed = every_slot(block.second.slots);
     block.beside = plan.beside.data();
     block.beside_of = plan.beside_of.data();
     block.input_slots = static_cast<int64_t>(plan.input.size());
@@ -319,6 +359,7 @@ class Network {
   std::vector<BlockJob<Element>> blocks_;
   std::vector<std::vector<int32_t>> numbers_;
   std::vector<std::vector<Tap>> taps_;
+  std::vector<std::vector<Run>> runs_;
   std::vector<Tensor> held_;
 };
 

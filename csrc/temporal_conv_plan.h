@@ -39,36 +39,43 @@ struct BlockPlan {
   std::vector<int32_t> beside_of;  // output slot at the position of each input slot, -1: none
 };
 
-inline Positions positions_read(const Positions& outputs, int64_t kernel, int64_t dilation) {
-  Positions read;
+// The slot of each time step, -1: none.
+inline std::vector<int32_t> slots_by_step(const Positions& positions, int64_t steps) {
+  std::vector<int32_t> slots(steps, -1);
+  int32_t slot = 0;
+  for (const int32_t position : positions) slots[position] = slot++;
+  return slots;
+}
+
+inline Positions positions_read(const Positions& outputs, int64_t steps, int64_t kernel, int64_t dilation) {
+  std::vector<char> read(steps, 0);
   for (const int64_t position : outputs)
-    for (int64_t j = 0; j < kernel && position - j * dilation >= 0; ++j)
-      read.push_back(static_cast<int32_t>(position - j * dilation));
-  std::sort(read.begin(), read.end());
-  read.erase(std::unique(read.begin(), read.end()), read.end());
-  return read;
+    for (int64_t j = 0; j < kernel && position - j * dilation >= 0; ++j) read[position - j * dilation] = 1;
+  Positions found;
+  for (int64_t step = 0; step < steps; ++step)
+    if (read[step]) found.push_back(static_cast<int32_t>(step));
+  return found;
 }
 
-inline int32_t slot_of(const Positions& positions, int64_t position) {
-  const auto found = std::lower_bound(positions.begin(), positions.end(), position);
-  return found != positions.end() && *found == position ? static_cast<int32_t>(found - positions.begin())
-                                                        : -1;
-}
-
-inline ConvolutionPlan plan_convolution(const Positions& inputs, const Positions& outputs, int64_t kernel,
-                                        int64_t dilation) {
+inline ConvolutionPlan plan_convolution(const Positions& inputs, const Positions& outputs, int64_t steps,
+                                        int64_t kernel, int64_t dilation) {
+  const std::vector<int32_t> input_slot = slots_by_step(inputs, steps),
+                             output_slot = slots_by_step(outputs, steps);
+  // Taps further back than the window are never inside it.
+  const int64_t oldest = std::max<int64_t>(0, kernel - 1 - (steps - 1) / dilation);
   ConvolutionPlan plan;
   for (const int64_t position : outputs) {
-    for (int64_t tap = 0; tap < kernel; ++tap) {
+    for (int64_t tap = oldest; tap < kernel; ++tap) {
       const int64_t source = position - (kernel - 1 - tap) * dilation;
-      if (source >= 0) plan.reads.taps.push_back({static_cast<int32_t>(tap), slot_of(inputs, source)});
+      if (source >= 0) plan.reads.taps.push_back({static_cast<int32_t>(tap), input_slot[source]});
     }
     plan.reads.end_slot();
   }
   for (const int64_t position : inputs) {
-    for (int64_t tap = 0; tap < kernel; ++tap) {
-      const int32_t reader = slot_of(outputs, position + (kernel - 1 - tap) * dilation);
-      if (reader >= 0) plan.read_by.taps.push_back({static_cast<int32_t>(tap), reader});
+    for (int64_t tap = oldest; tap < kernel; ++tap) {
+      const int64_t reader = position + (kernel - 1 - tap) * dilation;
+      if (reader < steps && output_slot[reader] >= 0)
+        plan.read_by.taps.push_back({static_cast<int32_t>(tap), output_slot[reader]});
     }
     plan.read_by.end_slot();
   }
@@ -92,16 +99,18 @@ inline std::vector<BlockPlan> plan_blocks(int64_t steps, const std::vector<int64
     block.kernel = kernels[i];
     block.dilation = dilations[i];
     block.output = wanted;
-    block.between = positions_read(wanted, block.kernel, block.dilation);
-    const Positions read = positions_read(block.between, block.kernel, block.dilation);
+    block.between = positions_read(wanted, steps, block.kernel, block.dilation);
+    const Positions read = positions_read(block.between, steps, block.kernel, block.dilation);
     wanted.clear();
     std::set_union(read.begin(), read.end(), block.output.begin(), block.output.end(),
                    std::back_inserter(wanted));
     block.input = i == 0 ? every : wanted;
-    block.first = plan_convolution(block.input, block.between, block.kernel, block.dilation);
-    block.second = plan_convolution(block.between, block.output, block.kernel, block.dilation);
-    for (const int32_t position : block.output) block.beside.push_back(slot_of(block.input, position));
-    for (const int32_t position : block.input) block.beside_of.push_back(slot_of(block.output, position));
+    block.first = plan_convolution(block.input, block.between, steps, block.kernel, block.dilation);
+    block.second = plan_convolution(block.between, block.output, steps, block.kernel, block.dilation);
+    const std::vector<int32_t> input_slot = slots_by_step(block.input, steps);
+    const std::vector<int32_t> output_slot = slots_by_step(block.output, steps);
+    for (const int32_t position : block.output) block.beside.push_back(input_slot[position]);
+    for (const int32_t position : block.input) block.beside_of.push_back(output_slot[position]);
   }
   return blocks;
 }

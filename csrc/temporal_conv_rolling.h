@@ -30,8 +30,10 @@ class RollingNetwork {
     int64_t reach = 0;  // steps before the current one that it depends on
     for (std::size_t i = 0; i < blocks.size(); ++i) {
       const BlockPlan& plan = network.plans[i];
-      blocks[i].first_computed = split(plan.between, reach += (plan.kernel - 1) * plan.dilation, first_[i]);
-      blocks[i].second_computed = split(plan.output, reach += (plan.kernel - 1) * plan.dilation, second_[i]);
+      own_first_.push_back(split(plan.between, reach += (plan.kernel - 1) * plan.dilation, first_[i]));
+      own_second_.push_back(split(plan.output, reach += (plan.kernel - 1) * plan.dilation, second_[i]));
+      blocks[i].first_runs = network.runs(blocks[i].first, nullptr, own_first_[i]);
+      blocks[i].second_runs = network.runs(blocks[i].second, blocks[i].beside, own_second_[i]);
       make_row_block(row_blocks_[i]);
     }
     for (std::size_t i = 0; i < blocks.size(); ++i) set_copied(i);
@@ -45,7 +47,7 @@ class RollingNetwork {
 
  private:
   // The slots that each window computes; those from `reach` on are shared.
-  SlotList split(const Positions& positions, int64_t reach, SharedRows& shared) {
+  static std::vector<int32_t> split(const Positions& positions, int64_t reach, SharedRows& shared) {
     std::vector<int32_t> own;
     shared = {1, 0, positions.data(), {nullptr, 0}, 0};
     for (std::size_t slot = 0; slot < positions.size(); ++slot) {
@@ -56,7 +58,7 @@ class RollingNetwork {
         shared.last_position = positions[slot];
       }
     }
-    return network_.hold_slots(std::move(own));
+    return own;
   }
 
   void make_row_block(BlockJob<Element>& block) {
@@ -65,14 +67,14 @@ class RollingNetwork {
     const int32_t last = static_cast<int32_t>(block.kernel - 1);
     block.first = {network_.hold(std::vector<int32_t>{0, last + 1}), network_.hold(std::move(taps)), 1};
     block.second = block.first;
-    block.first_computed = block.second_computed = network_.hold_slots({0});
+    block.first_runs = block.second_runs = network_.hold(std::vector<Run>{{0, 1}});
     block.beside = network_.hold(std::vector<int32_t>{last});
   }
 
-  static void add_shared_reads(const TapTable& reads, const SlotList& computed, const SharedRows& shared,
-                               std::set<int32_t>& found) {
-    for (int64_t i = 0; i < computed.count; ++i)
-      for (int32_t t = reads.begin[computed.slots[i]]; t < reads.begin[computed.slots[i] + 1]; ++t)
+  static void add_shared_reads(const TapTable& reads, const std::vector<int32_t>& own,
+                               const SharedRows& shared, std::set<int32_t>& found) {
+    for (const int32_t slot : own)
+      for (int32_t t = reads.begin[slot]; t < reads.begin[slot + 1]; ++t)
         if (is_shared(shared, reads.taps[t].slot)) found.insert(reads.taps[t].slot);
   }
 
@@ -83,22 +85,27 @@ class RollingNetwork {
   void set_copied(std::size_t i) {
     const std::vector<BlockJob<Element>>& blocks = network_.blocks();
     std::set<int32_t> between, output;
-    add_shared_reads(blocks[i].second, blocks[i].second_computed, first_[i], between);
+    add_shared_reads(blocks[i].second, own_second_[i], first_[i], between);
     if (i + 1 < blocks.size()) {
       const BlockJob<Element>& next = blocks[i + 1];
-      add_shared_reads(next.first, next.first_computed, second_[i], output);
-      add_shared_reads(next.beside_reads, next.second_computed, second_[i], output);
+      add_shared_reads(next.first, own_first_[i + 1], second_[i], output);
+      add_shared_reads(next.beside_reads, own_second_[i + 1], second_[i], output);
     } else if (is_shared(second_[i], 0)) {
       output.insert(0);  // the result itself
     }
-    first_[i].copied = network_.hold_slots({between.begin(), between.end()});
-    second_[i].copied = network_.hold_slots({output.begin(), output.end()});
+    first_[i].copied = slot_list(between);
+    second_[i].copied = slot_list(output);
+  }
+
+  SlotList slot_list(const std::set<int32_t>& slots) {
+    return {network_.hold(std::vector<int32_t>(slots.begin(), slots.end())),
+            static_cast<int64_t>(slots.size())};
   }
 
   // The scratch: what a slot of a panel needs, the shared rows, a tile's own activations.
   void place() {
     const std::vector<BlockJob<Element>>& blocks = network_.blocks();
-    int64_t most_rows = network_.job.tile_rows, widest = 0;
+    int64_t most_rows = kMostRows, widest = 0;
     const auto rows = [](const SharedRows& shared) {
       return shared.first_position > shared.last_position
                  ? 0
@@ -122,6 +129,7 @@ class RollingNetwork {
   Network<Element>& network_;
   std::vector<BlockJob<Element>> row_blocks_;
   std::vector<SharedRows> first_, second_;
+  std::vector<std::vector<int32_t>> own_first_, own_second_;  // slots that each window computes
 };
 
 }  // namespace qfast

@@ -57,7 +57,7 @@ def _multiply(word: Tensor, by: int) -> tuple[Tensor, Tensor]:
 
 def draw_seed(device: torch.device) -> Tensor:
     """int64 [1] on `device` from torch's generator of that device: `torch.manual_seed` makes it repeat."""
-    return torch.empty(1, dtype=torch.int64, device=device).random_()
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
 def keep_threshold(dropout: float) -> int:

@@ -200,14 +200,19 @@ def _checked_block(operator: str, where: str, x: Tensor, block: BlockWeights, wi
             continue
         _refuse_unfit(operator, f"{where}{name}", x, tensor, shape, width)
     _require(second == kernel, operator, f"{where}weight_v2: expected kernel size {kernel}, got {second}.")
-    folded = [
-        v if g is None else torch._weight_norm(v, g, 0)
-        for v, g in ((v1, block.weight_g1), (block.weight_v2, block.weight_g2))
-    ]
+    folded = [_folded(v, g) for v, g in ((v1, block.weight_g1), (block.weight_v2, block.weight_g2))]
     parts = [folded[0], block.bias1, folded[1], block.bias2]
     if block.downsample_weight is not None and block.downsample_bias is not None:
         parts += [block.downsample_weight, block.downsample_bias]
     return parts
+
+
+def _folded(v: Tensor, g: Tensor | None) -> Tensor:
+    if g is None:
+        return v
+    if transforms.active():  # torch's fused form has no forward-mode derivative
+        return v * (g / v.norm(dim=(1, 2), keepdim=True))
+    return torch._weight_norm(v, g, 0)
 
 
 def _refuse_unfit(operator: str, name: str, x: Tensor, tensor: Any, shape: tuple[int, ...], width: int) -> None:
@@ -414,7 +419,7 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
 def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
     x, seed, output, activations, signs, *weights = ctx.saved_tensors
     if grad is None:
-        return (None,) * 7
+        return None, [None] * len(weights), None, None, None, None, None
     dilations, dropout, all_steps = ctx.given
     of_x = ctx.needs_input_grad[0]
     grad_x, grads = torch.ops.qfast.temporal_conv_net_backward(
@@ -446,7 +451,7 @@ class _TemporalConvNet(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         grad_x, grads, *_ = _backward(ctx, grad)
-        return (grad_x, None, None, None, None, *(grads or (None,) * (len(ctx.needs_input_grad) - 5)))
+        return grad_x, None, None, None, None, *grads
 
 
 # ---------------------------------------------------------------- self-test
