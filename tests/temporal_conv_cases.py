@@ -254,6 +254,10 @@ CASES = [
     *(Case(8, 3, (16, 16), 4, b) for b in (0, 1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 17, 23, 24, 25, 47, 49, 100)),
     *(Case(8, 3, (16, 16), 4, b, all_steps=True) for b in (0, 1, 5, 100)),
     Case(6, 2, (8,), 3, 1000),
+    # long series of few rows
+    *(Case(1000, 3, (16, 16), 4, b, all_steps=True) for b in (1, 2)),
+    Case(1000, 2, (16,) * 5, 16, 1, all_steps=True),
+    Case(700, 5, (33,), 4, 3, all_steps=True),
     # depth and dilation
     Case(40, 2, (10,) * 7, 10, 4),
     Case(40, 2, (10,) * 7, 3, 4, all_steps=True),

@@ -161,6 +161,32 @@ def test_gradients_in_any_layout_and_repeated_inputs(isa: str) -> None:
         assert relative(call(repeated, blocks), oracle(repeated, blocks, all_steps=True)) < 1e-12
 
 
+def test_weights_in_any_layout(isa: str) -> None:
+    x, blocks = randn(6, 4, 9), stack(4, [5, 5], 3, norm=False)
+    grad = randn(6, 5, seed=2)
+    exact = results(temporal_conv_net, x, blocks, grad)
+
+    def strange(part: Tensor) -> Tensor:
+        backwards = part.permute(*range(part.dim() - 1, -1, -1)).contiguous()
+        spread = torch.stack([backwards, nan_like(backwards)], -1)[..., 0]
+        return spread.permute(*range(part.dim() - 1, -1, -1))
+
+    moved = like(blocks, [strange(part) for part in flat(blocks)])
+    assert not any(part.is_contiguous() for part in flat(moved))
+    found = results(temporal_conv_net, x, moved, grad)
+    assert all(same_bits(a, b) for a, b in zip(found, exact, strict=True))
+    ones = torch.ones(1, dtype=F64).expand(5)
+    repeated = [block._replace(bias1=ones, bias2=ones) for block in blocks]
+    assert relative(temporal_conv_net(x, repeated), oracle(x, repeated)) < 1e-13
+
+
+def test_inference_mode(isa: str) -> None:
+    x, blocks = randn(6, 4, 9), stack(4, [5, 5], 3)
+    with torch.inference_mode():
+        found = temporal_conv_net(x, blocks, dropout=0.5)
+    assert same_bits(found, temporal_conv_net(x, blocks))
+
+
 # ---------------------------------------------------------------- windows of consecutive rows
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("all_steps", [False, True])

@@ -75,9 +75,11 @@ def test_float32_drops_the_same_elements(isa: str) -> None:
 
 
 def test_long_windows_and_wide_layers(isa: str) -> None:
-    x, blocks = randn(6, 3, 250), stack(3, [130, 5], 9, norm=False)
-    call = _WithSeed(5, 0.25, dilations=[3, 7])
-    assert relative(call(x, blocks), call.expected(x, blocks)) < 1e-12
+    for batch, steps, all_steps in ((6, 250, False), (1, 700, True), (5, 300, True)):
+        x, blocks = randn(batch, 3, steps), stack(3, [130, 5], 9, norm=False)
+        grad = randn(batch, 5, steps, seed=1) if all_steps else randn(batch, 5, seed=1)
+        call = _WithSeed(5, 0.25, all_steps, dilations=[3, 7])
+        assert apart(results(call, x, blocks, grad), results(call.expected, x, blocks, grad), 1e-12) == []
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 24, 25, 97])
