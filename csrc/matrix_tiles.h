@@ -20,6 +20,12 @@ struct Sums {
   Vector<Element> at[Rows][Vectors];
 };
 
+// Subtracts: 0 + x would be an addition at run time, as it turns -0 into 0.
+template <class Element>
+QFAST_ALWAYS_INLINE Vector<Element> splat(Element x) {
+  return x - Vector<Element>{};
+}
+
 // sums[i][:] += sum over k of a[i * a_row + k * a_step] * b[k * b_step : ... + width]
 template <class Element, int Rows, int Vectors>
 QFAST_ALWAYS_INLINE void add_product(Sums<Element, Rows, Vectors>& sums, const Element* a, int64_t a_row,
@@ -35,7 +41,7 @@ QFAST_ALWAYS_INLINE void add_product(Sums<Element, Rows, Vectors>& sums, const E
     for (int v = 0; v < Vectors; ++v) column[v] = load<Element>(b + v * kLanes<Element>, kLanes<Element>);
 #pragma GCC unroll 24
     for (int i = 0; i < Rows; ++i) {
-      const Vector<Element> value = Vector<Element>{} + base[i / 4][(i % 4) * a_row];
+      const Vector<Element> value = splat(base[i / 4][(i % 4) * a_row]);
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) sums.at[i][v] += value * column[v];
     }

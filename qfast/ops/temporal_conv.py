@@ -303,9 +303,11 @@ def _forward_twin(
     x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], dropout: float, seed: Tensor | None,
     all_steps: bool, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    out = _all_steps(x.transpose(1, 2), weights, dilations, dropout, seed)[-1].transpose(1, 2)
+    with torch.autocast(x.device.type, enabled=False):
+        out = _all_steps(x.transpose(1, 2), weights, dilations, dropout, seed)[-1].transpose(1, 2)
     activations, signs = _empty_kept(x, weights, dilations, all_steps, keep)
-    return (out if all_steps else out[:, -1]).contiguous(), activations, signs
+    out = (out if all_steps else out[:, -1]).clone(memory_format=torch.contiguous_format)
+    return out, activations.zero_(), signs.zero_()
 
 
 def _backward_twin(
