@@ -87,7 +87,7 @@ struct NetworkJob {
   DropoutRule dropout;
   // Backward only.
   Activation<const Element> grad;  // of the output
-  Activation<Element> grad_x;      // data null if not wanted; zeros on entry
+  Activation<Element> grad_x;      // data null if not wanted
   int64_t widest_elements;         // of one row of the largest gradient, padding included
 };
 

@@ -44,6 +44,9 @@ def load_weights(network: nn.Module, path: Path) -> None:
         unexpected and differently shaped keys are named.
     """
     state = read_tensors(path)
+    rename = getattr(network, "own_names", None)  # of a network that reads its parameters under other names as well
+    if callable(rename):
+        state = rename(state)
     own = network.state_dict()
     missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     shapes = [
@@ -57,7 +60,10 @@ def load_weights(network: nn.Module, path: Path) -> None:
             f"{path} does not fit {type(network).__name__}: missing {missing or 'none'}, unexpected {extra or 'none'}, "
             f"other shapes {shapes or 'none'}.{hint} Remedy: build the model with the arguments it was trained with."
         )
-    network.load_state_dict(state)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:  # what the network itself refuses
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -1,6 +1,15 @@
-"""Networks: (B, T, F) -> (B,), parameters named as in the reference."""
+"""Networks: windows [B, T, F] (TCN: [B, F, T]) -> [B], parameters named as in the reference."""
 
 from qfast.nn.graph import GATModel
 from qfast.nn.recurrent import GRUModel, LSTMModel
+from qfast.nn.tcn import CausalConv1d, TCNModel, TemporalBlock, TemporalConvNet
 
-__all__ = ["GATModel", "GRUModel", "LSTMModel"]
+__all__ = [
+    "CausalConv1d",
+    "GATModel",
+    "GRUModel",
+    "LSTMModel",
+    "TCNModel",
+    "TemporalBlock",
+    "TemporalConvNet",
+]
