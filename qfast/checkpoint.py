@@ -46,7 +46,10 @@ def load_weights(network: nn.Module, path: Path) -> None:
     state = read_tensors(path)
     rename = getattr(network, "own_names", None)  # of a network that reads its parameters under other names as well
     if callable(rename):
-        state = rename(state)
+        try:
+            state = rename(state)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
     own = network.state_dict()
     missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     shapes = [
@@ -60,10 +63,7 @@ def load_weights(network: nn.Module, path: Path) -> None:
             f"{path} does not fit {type(network).__name__}: missing {missing or 'none'}, unexpected {extra or 'none'}, "
             f"other shapes {shapes or 'none'}.{hint} Remedy: build the model with the arguments it was trained with."
         )
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:  # what the network itself refuses
-        raise CheckpointError(f"{path}: {error}") from None
+    network.load_state_dict(state)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qfast.errors import ConfigError, DataError, whole_number
+from qfast.errors import CheckpointError, ConfigError, DataError, whole_number
 from qfast.ops.temporal_conv import BlockWeights, temporal_block, temporal_conv_net
 
 __all__ = ["CausalConv1d", "TCNModel", "TemporalBlock", "TemporalConvNet"]
@@ -106,7 +106,7 @@ class TemporalBlock(nn.Module):
         self.relu = nn.ReLU()
         self.dilation = dilation
         self._draw_as_reference()
-        self.register_load_state_dict_pre_hook(_read_either_name)
+        self.register_load_state_dict_pre_hook(_rename_before_loading)
 
     def _draw_as_reference(self) -> None:
         """The reference draws weights for the convolutions that its weight normalisation then overwrites: only the
@@ -190,6 +190,7 @@ class TemporalConvNet(nn.Module):
             for number, (before, width) in enumerate(pairwise(widths))
         ]
         self.network = nn.Sequential(*blocks)
+        self.register_load_state_dict_pre_hook(_rename_before_loading)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, F, T] -> [B, C, T]."""
@@ -220,8 +221,7 @@ class TemporalConvNet(nn.Module):
     def own_names(self, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
         """`state` with the names of this network: see the notes of `TemporalBlock`."""
         renamed = dict(state)
-        for number in range(len(self.network)):
-            _rename(renamed, f"{prefix}network.{number}.")
+        _rename_before_loading(self, renamed, prefix)
         return renamed
 
 
@@ -335,9 +335,8 @@ def _take_operator(blocks: Any) -> bool:
 
 
 # ---------------------------------------------------------------- names
-def _rename(state: dict[str, Tensor], prefix: str) -> list[str]:
-    """Gives a block's convolutions both of their names; says which copies differ."""
-    differing = []
+def _rename(state: dict[str, Tensor], prefix: str) -> None:
+    """Gives the convolutions of a block both of their names."""
     for name, alias in (("conv1", "net.0"), ("conv2", "net.4")):
         for place in (name, alias):
             for new, old in _NEW_NAMES.items():
@@ -347,16 +346,20 @@ def _rename(state: dict[str, Tensor], prefix: str) -> list[str]:
             one, other = f"{prefix}{name}.{part}", f"{prefix}{alias}.{part}"
             if one in state and other in state:
                 if state[one].shape != state[other].shape or not torch.equal(state[one], state[other]):
-                    differing.append(f"{one} and {other} are two names of one tensor but hold different values")
+                    raise CheckpointError(
+                        f"{one} and {other} are two names of one tensor but hold different values. Remedy: take the "
+                        "wrong one out of the state dict; either name alone is enough."
+                    )
             elif one in state:
                 state[other] = state[one]
             elif other in state:
                 state[one] = state[other]
-    return differing
 
 
-def _read_either_name(
-    module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any, strict: bool, missing: list[str],
-    unexpected: list[str], errors: list[str],
-) -> None:  # fmt: skip
-    errors += _rename(state, prefix)
+def _rename_before_loading(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Of a block, or of all blocks of a stack: what is refused is so before anything is loaded."""
+    if isinstance(module, TemporalConvNet):
+        for number in range(len(module.network)):
+            _rename(state, f"{prefix}network.{number}.")
+    else:
+        _rename(state, prefix)
