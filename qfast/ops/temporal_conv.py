@@ -170,8 +170,9 @@ def _checked(
     fits = len(spacing) == len(blocks)
     _require(fits, operator, f"dilations: expected one for each of {len(blocks)} blocks, got {len(spacing)}.")
     for dilation in spacing:
-        whole = isinstance(dilation, int) and not isinstance(dilation, bool) and 0 < dilation < 2**31
-        _require(whole, operator, f"dilations: expected whole numbers from 1 to 2**31 - 1, got {dilation!r}.")
+        whole = isinstance(dilation, int) and not isinstance(dilation, bool) and dilation > 0
+        _require(whole, operator, f"dilations: expected whole numbers above 0, got {dilation!r}.")
+    spacing = [min(dilation, 2**31 - 1) for dilation in spacing]  # past any window, all are alike
     weights: list[Tensor] = []
     width = x.shape[1]
     for number, block in enumerate(blocks):
