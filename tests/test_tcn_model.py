@@ -131,11 +131,13 @@ def test_wrong_arguments_are_named():
         net(x.reshape(9, -1)[:, :-1])
     with pytest.raises(DataError, match=r"got shape \[4\]"):
         net(torch.zeros(4))
-    with pytest.raises(DataError, match=r"float64.*Remedy"):
-        net(x.float())
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(DataError, match=rf"x is {dtype} but the network's weights are torch.float64. Remedy"):
+            net(x.to(dtype))
     for changed, message in (
         ({"num_channels": []}, r"num_channels must be a list .*got \[\]"),
         ({"num_channels": 8}, "num_channels must be a list .*got 8"),
+        ({"num_channels": None}, "num_channels must be a list .*got None"),
         ({"num_channels": [8, 0]}, "n_outputs must be a whole number of at least 1, got 0"),
         ({"kernel_size": 0}, "kernel_size must be"),
         ({"num_input": 2.5}, "num_input must be"),
@@ -188,6 +190,26 @@ def test_copies_that_differ_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"weights.pt: " + message):
         load_weights(net, tmp_path / "weights.pt")
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pkl"])
+def test_weights_that_became_nan_are_read(tmp_path, suffix):
+    """NaN is not equal to NaN, but both names hold it."""
+    net, _ = case(torch.float32)
+    net.tcn.network[0].conv1.weight_v.data[0, 0, 0] = float("nan")
+    save_weights(net, tmp_path / f"weights{suffix}")
+    other = TCNModel(**SIZES)
+    load_weights(other, tmp_path / f"weights{suffix}")
+    assert torch.isnan(other.tcn.network[0].conv1.weight_v[0, 0, 0])
+
+
+def test_weights_without_storage_are_read():
+    net, _ = case(torch.float32)
+    with torch.device("meta"):
+        other = TCNModel(**SIZES)
+    other.load_state_dict({key: value.clone() for key, value in other.state_dict().items()}, assign=True)
+    other.load_state_dict(net.state_dict(), assign=True)
+    assert torch.equal(other.tcn.network[0].conv1.weight_v, net.tcn.network[0].conv1.weight_v)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pkl"])
@@ -257,6 +279,7 @@ def test_functional_gradients():
     found = torch.func.grad(loss)(weights)
     expected = torch.autograd.grad(module_by_module(net, x).square().sum(), list(weights.values()))
     assert all(error(found[name], other) < 1e-12 for name, other in zip(weights, expected, strict=True))
+    assert all(value is weights[name] for name, value in net.named_parameters())  # the network's own are back
     each = torch.func.vmap(lambda row: net(row.unsqueeze(0)))(x)
     assert error(each.squeeze(1), net(x)) < 1e-12
 

@@ -6,8 +6,9 @@ and pytorch_tcn.py), so state dicts travel both ways.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
+from numbers import Real
 from typing import Any, cast
 
 import torch
@@ -60,6 +61,18 @@ class CausalConv1d(nn.Module):
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, dilation={self.dilation}"
 
 
+class _Steps(nn.Sequential):
+    """What a block runs. Its convolutions are the block's own, and torch.func.functional_call, which asks for all names
+    of a parameter, does not put those back right that have two: here they have none."""
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        for name, module in super().named_modules(memo, prefix, remove_duplicate):
+            if remove_duplicate or not isinstance(module, CausalConv1d):
+                yield name, module
+
+
 class TemporalBlock(nn.Module):
     """One residual block at all steps: relu(net(x) + x), or with a 1x1 convolution of x where the widths differ.
 
@@ -101,7 +114,7 @@ class TemporalBlock(nn.Module):
         self.dropout2 = nn.Dropout(dropout)
         # The reference cuts surplus steps off after each convolution: its numbers 1 and 5.
         first = self.conv1, nn.Identity(), self.relu1, self.dropout1
-        self.net = nn.Sequential(*first, self.conv2, nn.Identity(), self.relu2, self.dropout2)
+        self.net = _Steps(*first, self.conv2, nn.Identity(), self.relu2, self.dropout2)
         self.downsample = nn.Conv1d(n_inputs, n_outputs, 1) if n_inputs != n_outputs else None
         self.relu = nn.ReLU()
         self.dilation = dilation
@@ -182,7 +195,7 @@ class TemporalConvNet(nn.Module):
         self, num_inputs: int, num_channels: Sequence[int], kernel_size: int = 2, dropout: float = 0.2
     ) -> None:
         super().__init__()
-        if isinstance(num_channels, (str, int)) or len(num_channels) == 0:
+        if not isinstance(num_channels, Sequence) or isinstance(num_channels, str) or not num_channels:
             raise ConfigError(f"num_channels must be a list with the width of each block, got {num_channels!r}.")
         widths = [num_inputs, *num_channels]
         blocks = [
@@ -305,18 +318,27 @@ class TCNModel(nn.Module):
             )
         return x.reshape(x.shape[0], features, x.shape[1] // features)
 
+    def _require_own_dtype(self, x: Tensor) -> None:
+        own = self.linear.weight.dtype
+        if x.dtype != own and not torch.is_autocast_enabled(x.device.type):
+            raise DataError(
+                f"x is {x.dtype} but the network's weights are {own}. Remedy: x.to({own}), or the network "
+                f".to({x.dtype}); new networks take torch's default dtype (torch.set_default_dtype)."
+            )
+
     def _last_step(self, x: Tensor) -> Tensor:
         # As in nn/recurrent.py: a script leaves this branch out.
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             takes_operator = not _is_hooked(self.tcn) and self.tcn.takes_operator()
             if takes_operator:
+                self._require_own_dtype(x)
                 return self.tcn.by_operator(x, all_steps=False)
         out: Tensor = self.tcn(x)[:, :, -1]
         return out
 
 
 def _check_dropout(dropout: Any) -> None:
-    if not isinstance(dropout, (int, float)) or not 0.0 <= dropout <= 1.0:
+    if isinstance(dropout, bool) or not isinstance(dropout, Real) or not 0.0 <= float(dropout) <= 1.0:
         raise ConfigError(f"dropout must lie in [0, 1], got {dropout!r}.")
 
 
@@ -345,7 +367,7 @@ def _rename(state: dict[str, Tensor], prefix: str) -> None:
         for part in ("bias", "weight_g", "weight_v"):
             one, other = f"{prefix}{name}.{part}", f"{prefix}{alias}.{part}"
             if one in state and other in state:
-                if state[one].shape != state[other].shape or not torch.equal(state[one], state[other]):
+                if not _same(state[one], state[other]):
                     raise CheckpointError(
                         f"{one} and {other} are two names of one tensor but hold different values. Remedy: take the "
                         "wrong one out of the state dict; either name alone is enough."
@@ -354,6 +376,13 @@ def _rename(state: dict[str, Tensor], prefix: str) -> None:
                 state[other] = state[one]
             elif other in state:
                 state[one] = state[other]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two copies hold the same numbers, NaN included."""
+    if one is other or one.is_meta or other.is_meta:
+        return True
+    return one.shape == other.shape and bool(torch.isclose(one, other.to(one), rtol=0, atol=0, equal_nan=True).all())
 
 
 def _rename_before_loading(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
