@@ -3,6 +3,7 @@
 from qfast.nn.graph import GATModel
 from qfast.nn.recurrent import GRUModel, LSTMModel
 from qfast.nn.tcn import CausalConv1d, TCNModel, TemporalBlock, TemporalConvNet
+from qfast.nn.temporal_stream import TCNStream
 
 __all__ = [
     "CausalConv1d",
@@ -10,6 +11,7 @@ __all__ = [
     "GRUModel",
     "LSTMModel",
     "TCNModel",
+    "TCNStream",
     "TemporalBlock",
     "TemporalConvNet",
 ]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qfast.errors import CheckpointError, ConfigError, DataError, whole_number
+from qfast.nn.temporal_stream import TCNStream
 from qfast.ops.temporal_conv import BlockWeights, temporal_block, temporal_conv_net
 
 __all__ = ["CausalConv1d", "TCNModel", "TemporalBlock", "TemporalConvNet"]
@@ -297,6 +298,10 @@ class TCNModel(nn.Module):
         windows = self._windows(x)
         prediction: Tensor = self.linear(self._last_step(windows))
         return prediction.squeeze(-1) if self.output_size == 1 else prediction
+
+    def stream(self) -> TCNStream:
+        """What scores day by day from one new row of each instrument, with the weights as they are now."""
+        return TCNStream(self)
 
     def own_names(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`state` with the names of this network: see the notes of `TemporalBlock`."""
