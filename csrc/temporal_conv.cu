@@ -3,7 +3,7 @@
 // host.
 //
 // Where a tile of 4 to 16 rows fits into shared memory with the activations of a block, and each
-// convolution's weights into L1 beside it (T = 20, kernel 7, 5 x 32 channels: 97 KB for 16 rows, 28 KB of
+// convolution's weights into L1 beside it (T = 20, kernel 7, 5 x 32 channels: 95 KB for 16 rows, 28 KB of
 // weights), a block of threads takes its tile through the whole stack in one launch. Otherwise every
 // convolution is a launch over (tile of 64 rows, slot, channels), and activations pass through L2. The
 // kernels are the same (temporal_conv_kernels.cuh).
@@ -15,11 +15,11 @@
 // order in float64. No atomics; results repeat bit for bit. Nothing synchronises or copies from the host
 // (tables are arguments of launches), and all memory is torch's, so a CUDA graph can capture a call.
 //
-// Kept for the backward: outputs of convolutions at cone positions, 4 (kernel 3, T = 60, 128 channels: 87) KB
-// a row at most, and one bit an element of the second convolutions' outputs. The backward takes the gradients
-// of the same positions beside it, and up to 16 MB for sums in float32. What bounds it: multiply-adds in
-// float32 by FFMA, 2 per tap and pair of channels (forward), 4 more in the backward; loads from L1 come close
-// behind.
+// Kept for the backward: outputs of convolutions at cone positions (8 KB a row there; 87 KB for kernel 3, T =
+// 60, 5 x 128 channels), and one bit an element of the second convolutions' outputs. The backward takes the
+// gradients at the same positions beside it, and about 16 MB for sums in float32. What bounds it:
+// multiply-adds by FFMA, one a tap and pair of channels in the forward, two more in the backward; loads
+// through L1 come close behind. Unmeasured.
 //
 // Schemas: qfast/ops/temporal_conv.py. Order: checks, device guard, allocation, dispatch, launches.
 #include <cmath>

@@ -18,7 +18,7 @@ constexpr int64_t kTileRows = 64;  // of a block of threads where a stage is a l
 // Weights of one convolution that L1 holds beside a stack in shared memory: every block of threads walks all
 // of them for each slot. Wider ones come from L2, and there a stage a launch reads them 4 times less often.
 constexpr int64_t kCachedBytes = 64 << 10;
-constexpr int64_t kFillingTiles = 256;         // two for each multiprocessor, as far as there are rows
+constexpr int64_t kFillingTiles = 128;         // about one for each multiprocessor, as far as there are rows
 constexpr int64_t kGradientThreads = 1 << 17;  // that fill any device: 16 MB of sums in float32
 constexpr int64_t kLeastSteps = 64;            // of a thread, so that writing its sums is a small part
 
