@@ -284,7 +284,9 @@ class TCNStream:
     def _check_given(self, name: str, axes: str, given: Tensor) -> None:
         features, dtype = self._network.features, self._network.dtype
         if not isinstance(given, Tensor):
-            raise DataError(f"{name} must be a tensor {axes}, got {shown(given)}. Remedy: torch.as_tensor({name}).")
+            raise DataError(
+                f"{name} must be a tensor {axes}, got {type(given).__name__}. Remedy: torch.as_tensor({name})."
+            )
         if given.dim() != axes.count(",") + 1 or given.shape[1] != features or 0 in given.shape[2:]:
             raise DataError(
                 f"{name} must be {axes} with F = num_input = {features} of the model, got shape {list(given.shape)}."
@@ -377,7 +379,7 @@ class _Convolution(NamedTuple):
         of_taps = (seen.unsqueeze(1) - self.back) % self.slots * inputs.shape[1] + where.unsqueeze(1)
         flat = inputs.view(-1, inputs.shape[2])
         flat.index_copy_(0, of_taps[:, -1], x)
-        reached = flat.index_select(0, of_taps.view(-1)).view(len(x), -1)
+        reached = flat.index_select(0, of_taps.view(-1)).view(len(x), len(self.matrix))
         return torch.addmm(self.bias, reached, self.matrix).relu_()
 
 
