@@ -57,7 +57,7 @@ class Estimator:
     Parameters
     ----------
     network : dict
-        Arguments of `network_class`, also stored as attributes.
+        Arguments of `build_network`, which hands them to `network_class`; also stored as attributes.
     n_epochs, lr, metric, batch_size, early_stop, loss, optimizer, GPU, seed
         As in the reference: `optimizer` "adam" or "gd" (plain SGD); `metric` "" or "loss" (minus the
         loss); `seed` seeds NumPy's and torch's global generators before the network is built.
@@ -126,7 +126,7 @@ class Estimator:
         if seed is not None:
             np.random.seed(seed)  # noqa: NPY002 - the reference seeds the global generators here
             torch.manual_seed(seed)
-        self.network: nn.Module = self.network_class(**network).to(self.device)
+        self.network: nn.Module = self.build_network(**network).to(self.device)
         self.train_optimizer = self._build_optimizer(optimizer, lr, weight_decay)
         self.fitted = False
         self.stop_training = False
@@ -134,6 +134,10 @@ class Estimator:
         self.data_: dict[str, Any] = {}
         self.progress_ = FitProgress()
         self.callbacks_: list[Callback] = []
+
+    def build_network(self, **network: Any) -> nn.Module:
+        """The network of these arguments, on the CPU; for a network whose own arguments have other names."""
+        return self.network_class(**network)
 
     # ---------------------------------------------------------------- fit
     def fit(

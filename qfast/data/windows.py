@@ -127,6 +127,53 @@ class WindowSet:
             self.features, self.index, rows, self.step_len, fill=self.fill, first_position=self.first_position
         )
 
+    def view(self, samples: Tensor) -> Tensor | None:
+        """[B, T, F] without a copy where these windows follow each other by one row of the table and each is T rows of
+        it; None otherwise, or if they are flat. The windows overlap in memory: not to be written to.
+        """
+        if self.index is None or self.step_len is None or len(samples) == 0:
+            return None
+        rows = self.rows[samples]
+        first, last = int(rows[0]), int(rows[-1])
+        if last - first != len(rows) - 1 or bool((rows.diff() != 1).any()) or bool(self._has_holes(rows).any()):
+            return None
+        return self.features[first - self.step_len + 1 : last + 1].unfold(0, self.step_len, 1).transpose(1, 2)
+
+    def stretches(self, samples: Tensor, fewest: int, most: int) -> list[Tensor]:
+        """Rolling samples in parts of at most `most`: first those of which there is a `view`, then all others.
+
+        Parameters
+        ----------
+        samples : Tensor
+            int64 [B], in any order.
+        fewest, most : int
+            At least `fewest` windows that follow each other are parts of their own; the others share parts.
+
+        Returns
+        -------
+        list of int64 Tensor
+            Every sample in one of them.
+        """
+        rows, order = self.rows[samples].sort()
+        samples = samples[order]
+        holes = self._has_holes(rows)
+        starts = torch.ones_like(holes)
+        starts[1:] = holes[1:] | holes[:-1] | (rows.diff() != 1)
+        bounds = torch.cat((starts.nonzero()[:, 0], rows.new_tensor([len(rows)])))
+        sizes = bounds.diff()
+        together = sizes >= fewest
+        firsts, ends = bounds[:-1][together].tolist(), bounds[1:][together].tolist()
+        parts = [samples[first:end] for first, end in zip(firsts, ends, strict=True)]
+        rest = samples[~together.repeat_interleave(sizes)]
+        return [piece for part in (*parts, rest) if len(part) for piece in part.split(most)]
+
+    def _has_holes(self, rows: Tensor) -> Tensor:
+        """bool [B]: rolling windows that are not step_len consecutive rows of the table."""
+        assert self.index is not None
+        assert self.step_len is not None
+        before = self.step_len - 1
+        return (self.index.run[rows] < before) | (self.index.position[rows] - before < self.first_position)
+
     def select(self, keep: Tensor) -> WindowSet:
         """Only the samples with keep[i] (bool [n]); the tables are shared."""
         return replace(

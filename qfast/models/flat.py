@@ -7,9 +7,10 @@ from typing import ClassVar
 from qfast.estimator import Estimator
 from qfast.models._graph import Graph
 from qfast.models._recurrent import Recurrent
-from qfast.nn import GATModel, GRUModel, LSTMModel
+from qfast.models._tcn import TemporalConv
+from qfast.nn import GATModel, GRUModel, LSTMModel, TCNModel
 
-__all__ = ["GRU", "LSTM", "GATModel", "GATs", "GRUModel", "LSTMModel"]
+__all__ = ["GRU", "LSTM", "TCN", "GATModel", "GATs", "GRUModel", "LSTMModel", "TCNModel"]
 
 
 class LSTM(Recurrent):
@@ -89,3 +90,35 @@ class GATs(Graph):
     """
 
     base_estimators: ClassVar[dict[str, type[Estimator]]] = {"GRU": GRU, "LSTM": LSTM}
+
+
+class TCN(TemporalConv):
+    """Temporal convolution network over flat windows (Alpha360 style), read at the last step.
+
+    Parameters
+    ----------
+    d_feat : int
+        Features of a step.
+    n_chans, num_layers : int
+        Width and number of the blocks, whose dilations are 1, 2, 4, ...
+    kernel_size : int
+    dropout : float
+        Of every convolution's output.
+    n_epochs, lr, metric, batch_size, early_stop, loss, optimizer, GPU, seed
+        Of the training loop, see `Estimator`.
+    device, compat, progress
+        Keyword only, see `Estimator`.
+
+    Notes
+    -----
+    Reference: pyqlib 0.9.7, qlib.contrib.model.pytorch_tcn.TCN. Same arguments, weights and batch order under the same
+    seed, and without dropout the same scores; the masks of the dropout are drawn by counter (docs/tcn.md).
+
+    Examples
+    --------
+    >>> import torch
+    >>> TCN(d_feat=6, n_chans=8, seed=0).network(torch.zeros(2, 360)).shape
+    torch.Size([2])
+    """
+
+    tcn_model = property(lambda self: self.network, doc="The network, under the reference's name.")

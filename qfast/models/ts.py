@@ -7,9 +7,10 @@ from typing import ClassVar
 from qfast.estimator import Estimator
 from qfast.models._graph import GraphTimeSeries
 from qfast.models._recurrent import RecurrentTimeSeries
-from qfast.nn import GATModel, GRUModel, LSTMModel
+from qfast.models._tcn import TemporalConvTimeSeries
+from qfast.nn import GATModel, GRUModel, LSTMModel, TCNModel
 
-__all__ = ["GRU", "LSTM", "GATModel", "GATs", "GRUModel", "LSTMModel"]
+__all__ = ["GRU", "LSTM", "TCN", "GATModel", "GATs", "GRUModel", "LSTMModel", "TCNModel"]
 
 
 class LSTM(RecurrentTimeSeries):
@@ -71,3 +72,23 @@ class GATs(GraphTimeSeries):
     """
 
     base_estimators: ClassVar[dict[str, type[Estimator]]] = {"GRU": GRU, "LSTM": LSTM}
+
+
+class TCN(TemporalConvTimeSeries):
+    """Temporal convolution network over rolling windows (Alpha158 style). Parameters as the flat `TCN`, and `n_jobs`,
+    which is accepted and unused.
+
+    Notes
+    -----
+    Reference: pyqlib 0.9.7, qlib.contrib.model.pytorch_tcn_ts.TCN, whose `predict` forgets to transpose the windows
+    ([issue 1401](https://github.com/microsoft/qlib/issues/1401)): it fails, or where step_len == d_feat scores
+    nonsense. Here it transposes them; `compat="qlib"` brings the reference's predictions back.
+
+    Examples
+    --------
+    >>> import torch
+    >>> TCN(d_feat=20, n_chans=8, seed=0).network(torch.zeros(2, 20, 30)).shape
+    torch.Size([2])
+    """
+
+    TCN_model = property(lambda self: self.network, doc="The network, under the reference's name.")

@@ -6,7 +6,7 @@ Importing this module fills the registries. Handlers, processors and records reg
 from __future__ import annotations
 
 from qfast.data import DatasetH, TSDatasetH, handlers, processors
-from qfast.models import GRU, LSTM, GATs, ts
+from qfast.models import GRU, LSTM, TCN, GATs, ts
 from qfast.registry import DATASETS, MODELS
 from qfast.workflow import records
 
@@ -16,7 +16,6 @@ NOT_YET = {
     "ALSTM": "pytorch_alstm",
     "TransformerModel": "pytorch_transformer",
     "LocalformerModel": "pytorch_localformer",
-    "TCN": "pytorch_tcn",
 }
 
 
@@ -25,6 +24,7 @@ def _register() -> None:
         (LSTM, ts.LSTM, "pytorch_lstm"),
         (GRU, ts.GRU, "pytorch_gru"),
         (GATs, ts.GATs, "pytorch_gats"),
+        (TCN, ts.TCN, "pytorch_tcn"),
     ):
         name = flat.__name__
         MODELS.add(flat, name, modules=(f"qlib.contrib.model.{stem}", "qfast.models"))

@@ -1,0 +1,163 @@
+"""The constructors of TCN, flat and time-series, and its scoring of whole periods. The training loop is `Estimator`."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from qfast.data.batching import Batches, BatchOrder, LoaderOrder
+from qfast.data.windows import WindowSet
+from qfast.errors import DataError, whole_number
+from qfast.estimator import Estimator
+from qfast.nn.tcn import TCNModel
+
+FEWEST_IN_STRETCH = 32  # windows that follow each other, from which on a call of their own gains
+
+__all__ = ["TemporalConv", "TemporalConvTimeSeries"]
+
+
+class TemporalConv(Estimator):
+    """Arguments of the reference's flat TCN, positional order included."""
+
+    network_class = TCNModel
+
+    def __init__(
+        self,
+        d_feat: int = 6,
+        n_chans: int = 128,
+        kernel_size: int = 5,
+        num_layers: int = 5,
+        dropout: float = 0.5,
+        n_epochs: int = 200,
+        lr: float = 0.0001,
+        metric: str = "",
+        batch_size: int = 2000,
+        early_stop: int = 20,
+        loss: str = "mse",
+        optimizer: str = "adam",
+        GPU: Any = 0,
+        seed: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            {
+                "d_feat": d_feat, "n_chans": n_chans, "kernel_size": kernel_size, "num_layers": num_layers,
+                "dropout": dropout,
+            },
+            n_epochs=n_epochs,
+            lr=lr,
+            metric=metric,
+            batch_size=batch_size,
+            early_stop=early_stop,
+            loss=loss,
+            optimizer=optimizer,
+            GPU=GPU,
+            seed=seed,
+            **options,
+        )  # fmt: skip
+
+    def build_network(self, d_feat: int, n_chans: int, kernel_size: int, num_layers: int, dropout: float) -> TCNModel:  # type: ignore[override]
+        """`num_layers` blocks of `n_chans` channels and one output."""
+        d_feat, n_chans = whole_number("d_feat", d_feat), whole_number("n_chans", n_chans)
+        num_channels = [n_chans] * whole_number("num_layers", num_layers)
+        return self.network_class(d_feat, 1, num_channels, kernel_size, dropout)
+
+    def run_network(self, windows: WindowSet, samples: Tensor, offsets: Tensor | None = None) -> Tensor:
+        prediction: Tensor = self.network(self.network_input(windows, samples))
+        return prediction
+
+    def network_input(self, windows: WindowSet, samples: Tensor) -> Tensor:
+        """[B, F, T], or [B, F*T] feature-major of flat samples."""
+        x = windows.batch(samples)
+        d_feat = self._params["d_feat"]
+        if windows.step_len is None:
+            if x.shape[1] % d_feat:
+                raise DataError(f"the data has {x.shape[1]} columns, which is not a multiple of d_feat={d_feat}.")
+            return x
+        if x.shape[2] != d_feat:
+            raise DataError(f"the data has {x.shape[2]} features a step, the model d_feat={d_feat}. Remedy: "
+                            f"d_feat={x.shape[2]}.")  # fmt: skip
+        return x.transpose(1, 2)
+
+
+class TemporalConvTimeSeries(TemporalConv):
+    """As `TemporalConv` with two blocks, no dropout, a larger step and `n_jobs` before `GPU`; batches of the
+    reference's `_ts` models; the loss has the label's precision.
+
+    Samples are scored by rows: windows that follow each other in the panel go to the network as views of it, and what
+    they have in common is computed once.
+    """
+
+    order: ClassVar[BatchOrder] = LoaderOrder()
+    loss_dtype: ClassVar[torch.dtype | None] = None
+
+    def __init__(
+        self,
+        d_feat: int = 6,
+        n_chans: int = 128,
+        kernel_size: int = 5,
+        num_layers: int = 2,
+        dropout: float = 0.0,
+        n_epochs: int = 200,
+        lr: float = 0.001,
+        metric: str = "",
+        batch_size: int = 2000,
+        early_stop: int = 20,
+        loss: str = "mse",
+        optimizer: str = "adam",
+        n_jobs: int = 10,
+        GPU: Any = 0,
+        seed: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            d_feat, n_chans, kernel_size, num_layers, dropout, n_epochs, lr, metric, batch_size, early_stop, loss,
+            optimizer, GPU, seed, extra={"n_jobs": n_jobs}, **options,
+        )  # fmt: skip
+        self._forgets_transpose = False
+
+    def network_input(self, windows: WindowSet, samples: Tensor) -> Tensor:
+        if self._forgets_transpose:
+            return self._untransposed(windows, samples)
+        x = windows.view(samples) if self._shares(windows) else None
+        return super().network_input(windows, samples) if x is None else x.transpose(1, 2)
+
+    def _predictions(self, windows: WindowSet, batches: Batches) -> Tensor:
+        if not self._shares(windows):
+            return super()._predictions(windows, batches)
+        out = torch.empty(len(windows), dtype=windows.features.dtype)
+        for samples in windows.stretches(batches.order, FEWEST_IN_STRETCH, self._params["batch_size"]):
+            out[samples] = self.run_network(windows, samples)
+        return out[batches.order]
+
+    def _shares(self, windows: WindowSet) -> bool:
+        """Whether windows that follow each other cost less together: only the operator on the CPU makes use of it."""
+        if torch.is_grad_enabled() or windows.index is None or windows.device.type != "cpu":
+            return False
+        return windows.features.shape[1] == self._params["d_feat"] and self._params["compat"] != "qlib"
+
+    # ---------------------------------------------------------------- what the reference does
+    def predict(self, dataset: Any, segment: Any = "test") -> pd.Series:
+        """As `Estimator.predict`. With compat="qlib" the network is given [B, T, F] for [B, F, T], as in the reference,
+        which transposes windows in training and forgets it here."""
+        self._forgets_transpose = self._params["compat"] == "qlib"
+        try:
+            return super().predict(dataset, segment)
+        finally:
+            self._forgets_transpose = False
+
+    __call__ = predict
+
+    def _untransposed(self, windows: WindowSet, samples: Tensor) -> Tensor:
+        x = windows.batch(samples)
+        d_feat = self._params["d_feat"]
+        if windows.step_len not in (None, d_feat):
+            raise DataError(
+                "compat='qlib' predicts as the reference does, which forgets to transpose the windows: that needs "
+                f"step_len == d_feat, got step_len={windows.step_len} and d_feat={d_feat}. Remedy: compat=None, which "
+                "transposes them."
+            )
+        return x
