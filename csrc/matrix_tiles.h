@@ -20,6 +20,14 @@ struct Sums {
   Vector<Element> at[Rows][Vectors];
 };
 
+template <class Element, int Rows, int Vectors>
+QFAST_ALWAYS_INLINE void add(Sums<Element, Rows, Vectors>& sums, const Sums<Element, Rows, Vectors>& part) {
+#pragma GCC unroll 24
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) sums.at[i][v] += part.at[i][v];
+}
+
 // Subtracts: 0 + x would be an addition at run time, as it turns -0 into 0.
 template <class Element>
 QFAST_ALWAYS_INLINE Vector<Element> splat(Element x) {

@@ -223,9 +223,12 @@ QFAST_ALWAYS_INLINE void convolve_slot(const Tap* taps, const Tap* end,
   constexpr int64_t kWidth = Vectors * kLanes<Element>;
   for_row_tiles<kTileRows<Vectors>>(rows, [&]<int Rows>(int64_t row) __attribute__((always_inline)) {
     Sums<Element, Rows, Vectors> sums = {};
-    for (const Tap* tap = taps; tap != end; ++tap)
-      add_product(sums, at(input, tap->slot, row), input.row_stride, input.channel_stride,
+    for (const Tap* tap = taps; tap != end; ++tap) {
+      Sums<Element, Rows, Vectors> part = {};  // a tap by itself: a long chain of additions loses digits
+      add_product(part, at(input, tap->slot, row), input.row_stride, input.channel_stride,
                   weights + tap->tap * features * kWidth, kWidth, features);
+      add(sums, part);
+    }
     more(row, sums);
     finish(row, sums);
   });
