@@ -13,8 +13,11 @@ from qfast.data.windows import WindowSet
 from qfast.errors import DataError, whole_number
 from qfast.estimator import Estimator
 from qfast.nn.tcn import TCNModel
+from qfast.ops.temporal_conv import temporal_conv_net
+from qfast.ops.temporal_conv_plan import Plan
 
-FEWEST_IN_STRETCH = 32  # windows that follow each other, from which on a call of their own gains
+CALL_COST = 50e6  # multiplications that take as long as what a call for windows that follow each other adds, measured
+FEWEST_IN_CALL = 16
 
 __all__ = ["TemporalConv", "TemporalConvTimeSeries"]
 
@@ -129,9 +132,17 @@ class TemporalConvTimeSeries(TemporalConv):
         if not self._shares(windows):
             return super()._predictions(windows, batches)
         out = torch.empty(len(windows), dtype=windows.features.dtype)
-        for samples in windows.stretches(batches.order, FEWEST_IN_STRETCH, self._params["batch_size"]):
+        fewest = self._fewest_in_call(windows.features.shape[1], windows.step_len or 1)
+        for samples in windows.stretches(batches.order, fewest, self._params["batch_size"]):
             out[samples] = self.run_network(windows, samples)
         return out[batches.order]
+
+    def _fewest_in_call(self, features: int, steps: int) -> int:
+        """Windows that follow each other from which on they are worth a call of their own."""
+        params = self._params
+        channels = [params["n_chans"]] * params["num_layers"]
+        plan: Plan = temporal_conv_net.plan(steps, params["kernel_size"], len(channels))  # type: ignore[attr-defined]
+        return max(FEWEST_IN_CALL, round(CALL_COST / plan.multiply_adds(features, channels)[0]))
 
     def _shares(self, windows: WindowSet) -> bool:
         """Whether windows that follow each other cost less together: only the operator on the CPU makes use of it."""
