@@ -71,7 +71,7 @@ def test_narrow_dtypes(dtype):
     assert found.dtype == dtype
     expected = over_all_rows(model.double(), x.double())
     error = (found - expected).norm() / expected.norm()
-    assert error < (2e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps)
+    assert error < (2e-6 if dtype == torch.float32 else 0.4 * torch.finfo(dtype).eps)  # only the result is rounded
 
 
 def test_windows_from_the_receptive_field_on_agree_and_shorter_ones_do_not():
@@ -134,13 +134,16 @@ def test_names_may_be_of_any_sequence():
 def test_forgotten_instruments_begin_anew():
     model, x = network(), history(40)
     stream, names = model.stream(), list("abcde")
-    stream.warm_start(x[:, :, :20], names)
+    stream.warm_start(x[:, :, :19], names)
+    stream.push(x[[1, 3], :, 19], ["b", "d"])
+    stream.push(x[[0, 2, 4], :, 19], ["a", "c", "e"])
     stream.forget(["b", "d"])
     assert stream.instruments == ["a", "c", "e"]
     assert {part.shape[1] for part in stream.state_dict()["inputs"]} == {3}
-    found = pushed(stream, x[:, :, 20:], names)
-    close(found[[0, 2, 4]], over_all_rows(model, x)[[0, 2, 4], 20:])
-    close(found[[1, 3]], over_all_rows(model, x[:, :, 20:])[[1, 3]])
+    staying = stream.push(x[[0, 2, 4], :, 20], ["a", "c", "e"])
+    found = pushed(stream, x[:, :, 21:], names)
+    close(torch.cat((staying.unsqueeze(1), found[[0, 2, 4]]), 1), over_all_rows(model, x)[[0, 2, 4], 20:])
+    close(found[[1, 3]], over_all_rows(model, x[:, :, 21:])[[1, 3]])
 
 
 def test_no_rows():
