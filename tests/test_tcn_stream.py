@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import pickle
 import random
 
 import numpy as np
@@ -120,12 +121,21 @@ def test_instruments_come_and_go_and_miss_days():
 def test_names_may_be_of_any_sequence():
     model, x = network(), history(12)
     expected, names = pushed(model.stream(), x), ["a", "b", "c", "d", "e"]
-    for given in (names, tuple(names), np.array(names), pd.Index(names), pd.Series(names), iter(names)):
+    for given in (
+        names,
+        tuple(names),
+        np.array(names),
+        list(np.array(names)),
+        pd.Index(names),
+        pd.Series(names),
+        iter(names),
+    ):
         found = model.stream()
         found.push(x[:, :, 0], given)
         assert found.instruments == names
+        assert {type(name) for name in found.instruments} == {str}
         assert torch.equal(pushed(found, x[:, :, 1:], names), expected[:, 1:])
-    for numbers in (range(N), torch.arange(N), np.arange(N)):
+    for numbers in (range(N), torch.arange(N), np.arange(N), list(np.arange(N))):
         stream = model.stream()
         first, second = stream.push(x[:, :, 0]), stream.push(x[:, :, 1], numbers)
         assert torch.equal(torch.stack((first, second), 1), expected[:, :2])
@@ -212,6 +222,8 @@ def test_saved_and_restored():
         restored.load_state_dict(state)
         assert restored.instruments == list("abcde")
         assert torch.equal(pushed(restored, x[:, :, 30:], list("abcde")), after)
+    copied = pickle.loads(pickle.dumps(restored))
+    assert torch.equal(copied.push(x[:, :, 0], list("edcba")), restored.push(x[:, :, 0], list("edcba")))
     assert torch.equal(kept["seen"], torch.full((N,), 30))  # nor have those of the restored ones
 
 

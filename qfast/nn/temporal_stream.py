@@ -9,6 +9,7 @@ import copy
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
@@ -256,7 +257,8 @@ class TCNStream:
     # ------------------------------------------------------------ names and checks
     def _hold(self, names: list[Name], state: _State) -> None:
         self._state, self._last = state, None
-        self._row_of = {name: row for row, name in enumerate(names)}
+        plain = [str(name) if isinstance(name, str) else int(name) for name in names]  # NumPy's cannot be saved
+        self._row_of = {name: row for row, name in enumerate(plain)}
 
     def _rows(self, names: list[Name]) -> Tensor:
         """int64 [N], where the state of these instruments stands."""
@@ -300,11 +302,11 @@ class TCNStream:
 
 def _as_list(instruments: Any) -> list[Name]:
     """Also of an array, a tensor or a pandas index: plain names, which can be compared and saved."""
-    if isinstance(instruments, (str, int)):
+    if isinstance(instruments, (str, Integral)):
         raise DataError(f"instruments must be a list of names, got {instruments!r}. Remedy: [{instruments!r}].")
     names = list(instruments.tolist() if hasattr(instruments, "tolist") else instruments)
     for name in names:
-        if not isinstance(name, (str, int)):
+        if not isinstance(name, (str, Integral)):
             raise DataError(f"instruments holds {shown(name)}: a name must be str or int, so that it can be saved.")
     return names
 
@@ -389,7 +391,8 @@ class _Network:
     def __init__(self, model: TCNModel) -> None:
         self.dtype, self.features, self.output_size = model.linear.weight.dtype, model.num_input, model.output_size
         self.digest = _digest(model)
-        self._model = copy.deepcopy(model)
+        self._model = copy.deepcopy(model).requires_grad_(False)
+        self._model.zero_grad()
         if self.dtype.itemsize < 4:
             self._model.float()
         self._fold()
