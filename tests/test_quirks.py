@@ -18,17 +18,25 @@ from test_estimator import SMALL, flat, rolling, same, weights
 from qfast.data import DatasetH
 from qfast.data.handlers import Alpha360, DataHandlerLP
 from qfast.errors import ConfigError, DataError
-from qfast.models import GRU, LSTM, GATs, ts
+from qfast.models import GRU, LSTM, TCN, GATs, ts
 from qfast.workflow.config import load_config
 
-ALL = [LSTM, GRU, ts.LSTM, ts.GRU]
-FLAT = (LSTM, GRU, GATs)
+ALL = [LSTM, GRU, TCN, ts.LSTM, ts.GRU, ts.TCN]
+FLAT = (LSTM, GRU, GATs, TCN)
 WITH_DAYS = [*ALL, GATs, ts.GATs]
 TESTS = Path(__file__).parent
 
 
 def data(kind: type, **kwargs):
     return flat(**kwargs) if kind in FLAT else rolling(**kwargs)
+
+
+def small(kind: type, **changes):
+    """A model of a few hundred weights."""
+    arguments = {**SMALL, **changes}
+    if kind in (TCN, ts.TCN):
+        arguments |= {"n_chans": arguments.pop("hidden_size"), "kernel_size": 2, "num_layers": 2}
+    return kind(**arguments)
 
 
 def test_every_line_of_the_table_names_a_test_that_exists():
@@ -43,38 +51,38 @@ def test_every_line_of_the_table_names_a_test_that_exists():
 def test_quirk_remainder_of_one(kind):
     dataset = data(kind)
     n = len(dataset.windows("test", "infer"))
-    model = kind(**{**SMALL, "n_epochs": 1}).fit(dataset)
+    model = small(kind, n_epochs=1).fit(dataset)
     whole = model.predict(dataset)
     model._params["batch_size"] = n - 1
     pd.testing.assert_series_equal(model.predict(dataset), whole, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [LSTM, ts.GRU])
+@pytest.mark.parametrize("kind", [LSTM, ts.GRU, TCN, ts.TCN])
 def test_quirk_batches_of_one(kind):
-    model = kind(**{**SMALL, "n_epochs": 1, "batch_size": 1})
+    model = small(kind, n_epochs=1, batch_size=1)
     before = weights(model)
-    model.fit(data(kind, frame=make_frame(70, 1, 12 if kind is LSTM else 3)))
+    model.fit(data(kind, frame=make_frame(70, 1, 12 if kind in FLAT else 3)))
     assert not same(weights(model), before)
 
 
 @pytest.mark.parametrize("kind", ALL)
 def test_quirk_no_best_epoch(kind):
-    model = kind(**{**SMALL, "n_epochs": 0})
+    model = small(kind, n_epochs=0)
     before = weights(model)
     model.fit(data(kind))
     assert same(weights(model), before)
     assert len(model.history_) == 0
-    large = {**SMALL, "n_epochs": 1, "batch_size": 8192}
-    assert kind(**large).fit(data(kind)).best_epoch_ == 0
+    large = {"n_epochs": 1, "batch_size": 8192}
+    assert small(kind, **large).fit(data(kind)).best_epoch_ == 0
     with pytest.raises(DataError, match="batch_size is 8192 but the segment has"):
-        kind(**large, compat="qlib").fit(data(kind))
+        small(kind, **large, compat="qlib").fit(data(kind))
 
 
 @pytest.mark.parametrize("kind", WITH_DAYS)
 def test_quirk_no_validation_segment(kind):
-    model = kind(**SMALL)
+    model = small(kind)
     model.fit(data(kind, segments={"train": SEGMENTS["train"]}))
-    again = kind(**SMALL)
+    again = small(kind)
     before = weights(again)
     assert not same(weights(model), before)
     assert len(model.history_) == SMALL["n_epochs"]
@@ -85,9 +93,10 @@ def test_quirk_short_tail_of_scores(kind):
     dataset = data(kind)
     windows = dataset.windows("valid", "learn")
     batch_size = len(windows) // 2 + 1  # one full batch and a tail
-    model = kind(**{**SMALL, "n_epochs": 1, "batch_size": batch_size}).fit(dataset)
+    model = small(kind, n_epochs=1, batch_size=batch_size).fit(dataset)
     with torch.no_grad():
-        error = (model.network.eval()(windows.batch(torch.arange(len(windows)))) - windows.label) ** 2
+        model.network.eval()
+        error = (model.run_network(windows, torch.arange(len(windows))) - windows.label) ** 2
     record = model.history_.iloc[-1]
     assert record["valid"] == pytest.approx(-float(error[:batch_size].mean()), rel=1e-5)
     assert record["valid_all"] == pytest.approx(-float(error.mean()), rel=1e-5)
@@ -96,12 +105,12 @@ def test_quirk_short_tail_of_scores(kind):
 @pytest.mark.parametrize("kind", WITH_DAYS)
 def test_quirk_no_test_segment(kind):
     segments = {name: SEGMENTS[name] for name in ("train", "valid")}
-    assert kind(**SMALL).fit(data(kind, segments=segments)).fitted
+    assert small(kind).fit(data(kind, segments=segments)).fitted
 
 
 @pytest.mark.parametrize("kind", WITH_DAYS)
 def test_quirk_scores_without_gradients(kind):
-    model = kind(**{**SMALL, "n_epochs": 1})
+    model = small(kind, n_epochs=1)
     seen = []
     model.network.register_forward_hook(lambda module, _, out: seen.append((module.training, out.requires_grad)))
     model.fit(data(kind))
@@ -114,7 +123,7 @@ def test_quirk_infinite_label(kind):
     values = frame[("label", "LABEL0")].to_numpy(copy=True)
     values[4] = np.inf
     frame[("label", "LABEL0")] = values
-    model = kind(**SMALL).fit(data(kind, frame=frame))
+    model = small(kind).fit(data(kind, frame=frame))
     assert all(torch.isfinite(v).all() for v in weights(model).values())
 
 
@@ -123,7 +132,7 @@ def test_quirk_two_labels():
     frame[("label", "LABEL1")] = frame[("label", "LABEL0")]
     for kind in (LSTM, ts.LSTM):
         with pytest.raises(DataError, match=r"2 label columns .*trained on exactly one"):
-            kind(**SMALL).fit(data(kind, frame=frame))
+            small(kind).fit(data(kind, frame=frame))
 
 
 def prices() -> pd.DataFrame:
@@ -173,7 +182,7 @@ def test_quirk_nothing_shared_between_fits(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", WITH_DAYS)
 def test_quirk_empty_prediction(kind):
-    model = kind(**{**SMALL, "n_epochs": 1}).fit(data(kind))
+    model = small(kind, n_epochs=1).fit(data(kind))
     found = model.predict(data(kind), slice("2031-01-01", "2031-12-31"))
     assert len(found) == 0
     assert found.index.names == ["datetime", "instrument"]
@@ -217,9 +226,9 @@ def test_quirk_weights_of_samples_in_every_model(kind):
     other = frame.copy()
     rest = other.index.get_level_values("instrument") >= "S005"
     other.loc[rest, ("label", "LABEL0")] = 7.0
-    found = [kind(**SMALL).fit(data(kind, frame=f), reweighter=FirstHalf()) for f in (frame, other)]
+    found = [small(kind).fit(data(kind, frame=f), reweighter=FirstHalf()) for f in (frame, other)]
     assert same(weights_after_training(found[0]), weights_after_training(found[1]))
-    plain = kind(**SMALL).fit(data(kind, frame=frame))
+    plain = small(kind).fit(data(kind, frame=frame))
     assert not same(weights_after_training(plain), weights_after_training(found[0]))
 
 

@@ -1,4 +1,4 @@
-"""LSTM, GRU and GATs beside pyqlib's own: same weights, same batches, same scores, same predictions."""
+"""LSTM, GRU, GATs and TCN beside pyqlib's own: same weights, same batches, same scores, same predictions."""
 
 from __future__ import annotations
 
@@ -18,22 +18,29 @@ import qfast.models.ts
 pytest.importorskip("qlib", reason="pyqlib is the oracle; install qfast-models[qlib]")
 
 CASES = [
-    ("LSTM", "lstm", ""), ("GRU", "gru", ""), ("GATs", "gats", ""),
-    ("LSTM", "lstm", "_ts"), ("GRU", "gru", "_ts"), ("GATs", "gats", "_ts"),
+    ("LSTM", "lstm", ""), ("GRU", "gru", ""), ("GATs", "gats", ""), ("TCN", "tcn", ""),
+    ("LSTM", "lstm", "_ts"), ("GRU", "gru", "_ts"), ("GATs", "gats", "_ts"), ("TCN", "tcn", "_ts"),
 ]  # fmt: skip
 IDS = [f"{name}{suffix}" for name, _, suffix in CASES]
 SIZES = {"d_feat": 3, "hidden_size": 8, "num_layers": 2}
 TRAIN = {"n_epochs": 3, "batch_size": 16, "lr": 0.01}
 NETWORK = {
-    "lstm": "lstm_model", "gru": "gru_model", "gats": "GAT_model",
+    "lstm": "lstm_model", "gru": "gru_model", "gats": "GAT_model", "tcn": "tcn_model",
     "lstm_ts": "LSTM_model", "gru_ts": "GRU_model", "gats_ts": "GAT_model",
+    "tcn_ts": "TCN_model",
 }  # fmt: skip
 
 
+def sizes(name: str, d_feat: int = 3, width: int = 8, num_layers: int = 2) -> dict[str, int]:
+    return {"d_feat": d_feat, "n_chans" if name == "TCN" else "hidden_size": width, "num_layers": num_layers}
+
+
 def training(name: str, suffix: str) -> dict[str, float]:
-    """GATs in small steps: Adam makes whole ones of gradients that are nothing but rounding (a bias under the softmax),
-    and of large steps two equal implementations part after a while. The reference's flat GATs can only be trained in
-    its default sizes, which its base always has."""
+    """TCN without dropout: the masks are our own. GATs in small steps: Adam makes whole ones of gradients that are
+    nothing but rounding (a bias under the softmax), and of large steps two equal implementations part after a while.
+    The reference's flat GATs can only be trained in its default sizes, which its base always has."""
+    if name == "TCN":
+        return {**sizes(name), **TRAIN, "dropout": 0.0, "lr": 1e-3}
     if name != "GATs":
         return {**SIZES, **TRAIN}
     own = SIZES if suffix else {"d_feat": 6, "hidden_size": 64, "num_layers": 2}
@@ -77,18 +84,18 @@ class Segments:
         return part[col_set] if isinstance(col_set, str) else part[list(col_set)]
 
 
-def panel(suffix: str, holes: float = 0.15) -> Segments:
+def panel(suffix: str, holes: float = 0.15, step_len: int = 5) -> Segments:
     if suffix:
-        return Segments(make_frame(70, 9, 3, holes=holes), step_len=5)
+        return Segments(make_frame(70, 9, 3, holes=holes), step_len=step_len)
     frame = make_frame(70, 9, 12, holes=holes)  # 12 columns: 3 features of 4 steps each
     return Segments(frame, None)
 
 
 @pytest.mark.parametrize(("name", "module", "suffix"), CASES, ids=IDS)
 def test_same_seed_gives_the_same_weights_and_leaves_the_generators_alike(name, module, suffix):
-    reference = theirs(name, module, suffix)(**SIZES, seed=7)
+    reference = theirs(name, module, suffix)(**sizes(name), seed=7)
     after = torch.get_rng_state(), np.random.get_state()
-    model = ours(name, suffix)(**SIZES, seed=7)
+    model = ours(name, suffix)(**sizes(name), seed=7)
     expected = getattr(reference, NETWORK[module + suffix]).state_dict()
     assert list(model.network.state_dict()) == list(expected)
     for key, value in model.network.state_dict().items():
@@ -109,7 +116,7 @@ def test_positional_arguments_stand_in_the_references_order(name, module, suffix
 
 @pytest.mark.parametrize(("name", "module", "suffix"), CASES, ids=IDS)
 def test_batches_scores_and_predictions_follow_the_reference(name, module, suffix, monkeypatch, tmp_path):
-    data = panel(suffix)
+    data = panel(suffix, step_len=3 if name == "TCN" else 5)  # else the reference's time-series TCN cannot predict
     arguments = {**training(name, suffix), "seed": 3}
     reference = theirs(name, module, suffix)(**arguments, **({"n_jobs": 0} if suffix else {}))
     seen: dict[str, list[torch.Tensor]] = {"ours": [], "theirs": []}
@@ -134,7 +141,7 @@ def test_batches_scores_and_predictions_follow_the_reference(name, module, suffi
     expected_prediction = reference.predict(data)
     after = torch.get_rng_state(), np.random.get_state()[1]
 
-    model = ours(name, suffix)(**arguments, compat="qlib" if name == "GATs" else None)
+    model = ours(name, suffix)(**arguments, compat="qlib" if name in ("GATs", "TCN") else None)
     spy(model, "ours")
     found: dict[str, list[float]] = {"kept": [1.0]}
     model.fit(data, found, save_path=tmp_path / "ours.pt")
@@ -159,12 +166,15 @@ def test_batches_scores_and_predictions_follow_the_reference(name, module, suffi
 
 @pytest.mark.parametrize(("name", "module", "suffix"), CASES, ids=IDS)
 def test_weights_copied_in_give_the_references_numbers(name, module, suffix):
-    reference = theirs(name, module, suffix)(d_feat=6, hidden_size=64)
+    own = sizes(name, d_feat=6, width=64)
+    reference = theirs(name, module, suffix)(**own)
     network = getattr(reference, NETWORK[module + suffix])
-    model = ours(name, suffix)(d_feat=6, hidden_size=64)
+    model = ours(name, suffix)(**own)
     model.network.load_state_dict(network.state_dict())
     x = torch.randn(33, 20, 6)
-    given = x if suffix else x.permute(0, 2, 1).reshape(33, -1)
+    steps_last = x.transpose(1, 2)
+    x = steps_last if name == "TCN" else x
+    given = x if suffix else steps_last.reshape(33, -1)
     network.eval()
     with torch.no_grad():
         expected = network(given)
@@ -216,3 +226,30 @@ def test_dropout_draws_interleave_as_in_the_reference(tmp_path):
     )
     ours("LSTM", "_ts")(**SIZES, **TRAIN, dropout=0.3, seed=3).fit(data, found)
     np.testing.assert_allclose(found["valid"], expected["valid"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_time_series_tcn_trains_as_the_reference_at_any_step_len(dtype, tmp_path):
+    """The loss has the label's precision; predictions beside the reference's network on transposed windows."""
+    frame = make_frame(70, 9, 3, holes=0.15, dtype=dtype)
+    data = Segments(frame, step_len=7)
+    arguments = {**training("TCN", "_ts"), "kernel_size": 3, "num_layers": 3, "seed": 3}
+    expected, found = {}, {}
+    reference = theirs("TCN", "tcn", "_ts")(**arguments, n_jobs=0)
+    reference.fit(data, expected, save_path=str(tmp_path / "reference.pkl"))
+    model = ours("TCN", "_ts")(**arguments)
+    seen = []
+    inner = model.loss_fn
+    model.loss_fn = lambda *given: seen.append(given[0].dtype) or inner(*given)
+    model.fit(data, found)
+    assert set(seen) == {torch.from_numpy(np.zeros(1, dtype)).dtype}
+    for segment in ("train", "valid"):
+        np.testing.assert_allclose(found[segment], expected[segment], rtol=1e-5)
+    windows = data.prepare("test")
+    windows.config(fillna_type="ffill+bfill")
+    x = torch.from_numpy(windows[list(range(len(windows)))][:, :, :-1]).float().transpose(1, 2)
+    with torch.no_grad():
+        expected_prediction = reference.TCN_model.eval()(x).numpy()
+    np.testing.assert_allclose(model.predict(data).to_numpy(), expected_prediction, rtol=1e-4, atol=1e-5)
+    other = ours("TCN", "_ts")(**{**arguments, "seed": 9}).load_weights(tmp_path / "reference.pkl")
+    np.testing.assert_allclose(other.predict(data).to_numpy(), expected_prediction, rtol=1e-4, atol=1e-5)
