@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -93,9 +94,9 @@ def test_an_export_holds_torchs_operations_only(network):
     torch.testing.assert_close(program.module()(x), net(x), rtol=1e-12, atol=1e-12)
 
 
-def test_compile_into_one_graph(monkeypatch):
+@torch._dynamo.config.patch(allow_rnn=True)  # pytest's monkeypatch would remove it: torch.export needs it afterwards
+def test_compile_into_one_graph():
     """GRU: torch itself fails on its LSTM with this back end when gradients are wanted."""
-    monkeypatch.setattr(torch._dynamo.config, "allow_rnn", True)
     net, x, _ = case(GRUModel)
     compiled = torch.compile(copy.deepcopy(net), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), net(x), rtol=1e-12, atol=1e-12)
