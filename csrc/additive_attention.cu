@@ -25,6 +25,7 @@
 
 #include "additive_attention_launch.cuh"
 #include "cuda_common.cuh"
+#include "cuda_device.cuh"
 
 namespace qfast {
 namespace {
@@ -32,34 +33,9 @@ namespace {
 using MaybeTensor = std::optional<Tensor>;
 
 // ---------------------------------------------------------------- the device, as the launches need it
-class CudaDevice {
+class SortingDevice : public CudaDevice {
  public:
-  explicit CudaDevice(const Tensor& like) : scope_(like), like_(like) {
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&shared_limit_, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                          like.get_device_index()));
-  }
-
-  size_t shared_limit() const { return static_cast<size_t>(shared_limit_); }
-
-  template <class T>
-  T* take(int64_t count) {
-    const int64_t shape[] = {count * static_cast<int64_t>(sizeof(T))};
-    held_.push_back(torch::stable::new_empty(like_, {shape, 1}, ScalarType::Byte));
-    return static_cast<T*>(held_.back().mutable_data_ptr());
-  }
-
-  template <class... Parameters, class... Arguments>
-  void launch(void (*kernel)(Parameters...), unsigned int blocks, int threads, size_t shared,
-              const Arguments&... arguments) {
-    constexpr size_t kUnasked = 48 << 10;
-    if (shared > kUnasked) {
-      STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                          cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          static_cast<int>(shared)));
-    }
-    kernel<<<blocks, threads, shared, scope_.stream()>>>(arguments...);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  }
+  using CudaDevice::CudaDevice;
 
   // Stable, by the lowest `bits`. Both arrays come with as much room again; returns where the numbers end up.
   template <class Word>
@@ -68,18 +44,12 @@ class CudaDevice {
     cub::DoubleBuffer<uint32_t> values(numbers[0], numbers[1]);
     size_t bytes = 0;
     const auto run = [&](void* room) {
-      return cub::DeviceRadixSort::SortPairs(room, bytes, keys, values, count, 0, bits, scope_.stream());
+      return cub::DeviceRadixSort::SortPairs(room, bytes, keys, values, count, 0, bits, stream());
     };
     STD_CUDA_CHECK(run(nullptr));
     STD_CUDA_CHECK(run(take<char>(static_cast<int64_t>(bytes))));
     return values.Current();
   }
-
- private:
-  CudaScope scope_;
-  const Tensor& like_;
-  int shared_limit_ = 0;
-  std::vector<Tensor> held_;  // goes back to torch's allocator, which reuses it on this stream in order
 };
 
 // ---------------------------------------------------------------- arguments
@@ -188,7 +158,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_cuda(const Tensor&
       check_days(op, value, offsets, longest, negative_slope, value.size(0), value.size(1), value.size(2));
   check_shape(op, "query", query, value, {value.size(0), value.size(1)});
   check_shape(op, "key", key, value, {value.size(0), value.size(1)});
-  CudaDevice device(value);
+  SortingDevice device(value);
   const Tensor s = torch::stable::contiguous(query), t = torch::stable::contiguous(key);
   const Tensor rows = torch::stable::contiguous(value);
   const MaybeTensor days = dense_offsets(offsets);
@@ -218,7 +188,7 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_backward_cuda(
   for (const auto& [name, like] : {std::pair{"grad", &grad}, std::pair{"out", &out}})
     check_shape(op, name, *like, value, {heads, n, width});
   check_kept(op, value, shape, {share, share_weight, orders});
-  CudaDevice device(value);
+  SortingDevice device(value);
   const Tensor g = torch::stable::contiguous(grad), s = torch::stable::contiguous(query);
   const Tensor t = torch::stable::contiguous(key), v = torch::stable::contiguous(value);
   const Tensor result = torch::stable::contiguous(out);
@@ -261,7 +231,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> graph_attention_cuda(const Te
   Shape shape = check_days(op, hidden, offsets, longest, negative_slope, 1, n, width);
   check_shape(op, "weight", weight, hidden, {2, width});
   check_shape(op, "bias", bias, hidden, {2});
-  CudaDevice device(hidden);
+  SortingDevice device(hidden);
   const Tensor rows = torch::stable::contiguous(hidden), both = torch::stable::contiguous(weight);
   const Tensor shift = torch::stable::contiguous(bias);
   const MaybeTensor days = dense_offsets(offsets);
@@ -299,7 +269,7 @@ std::tuple<Tensor, Tensor, Tensor> graph_attention_backward_cuda(
     return {of_hidden, torch::stable::new_zeros(hidden, {weight_shape, 2}),
             torch::stable::new_zeros(hidden, {bias_shape, 1})};
   }
-  CudaDevice device(hidden);
+  SortingDevice device(hidden);
   const Tensor g = torch::stable::contiguous(grad), rows = torch::stable::contiguous(hidden);
   const Tensor both = torch::stable::contiguous(weight), result = torch::stable::contiguous(out);
   const Tensor st = torch::stable::contiguous(scores);

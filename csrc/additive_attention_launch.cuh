@@ -1,5 +1,5 @@
 // The order of the launches of additive and graph attention. `Device` has the stream, launches kernels, hands
-// out memory for the length of a call and sorts (additive_attention.cu: CudaDevice). No launch waits for
+// out memory for the length of a call and sorts (additive_attention.cu: SortingDevice). No launch waits for
 // another on the host: sizes come from `longest` and the shapes, never from the device.
 #pragma once
 
