@@ -196,7 +196,7 @@ class TemporalConvNet(nn.Module):
         self, num_inputs: int, num_channels: Sequence[int], kernel_size: int = 2, dropout: float = 0.2
     ) -> None:
         super().__init__()
-        if not isinstance(num_channels, Sequence) or isinstance(num_channels, str) or not num_channels:
+        if not isinstance(num_channels, Sequence) or len(num_channels) == 0:
             raise ConfigError(f"num_channels must be a list with the width of each block, got {num_channels!r}.")
         widths = [num_inputs, *num_channels]
         blocks = [
