@@ -139,33 +139,22 @@ class WindowSet:
             return None
         return self.features[first - self.step_len + 1 : last + 1].unfold(0, self.step_len, 1).transpose(1, 2)
 
-    def stretches(self, samples: Tensor, fewest: int, most: int) -> list[Tensor]:
-        """Rolling samples in parts of at most `most`: first those of which there is a `view`, then all others.
-
-        Parameters
-        ----------
-        samples : Tensor
-            int64 [B], in any order.
-        fewest, most : int
-            At least `fewest` windows that follow each other are parts of their own; the others share parts.
+    def stretches(self, fewest: int) -> list[Tensor]:
+        """The longest sequences of rolling samples of which there is a `view`, those of at least `fewest` (2 or more).
 
         Returns
         -------
         list of int64 Tensor
-            Every sample in one of them.
+            Sample numbers, in the order of the rows; no sample is in two of them.
         """
-        rows, order = self.rows[samples].sort()
-        samples = samples[order]
+        rows, samples = self.rows.sort()
         holes = self._has_holes(rows)
         starts = torch.ones_like(holes)
         starts[1:] = holes[1:] | holes[:-1] | (rows.diff() != 1)
         bounds = torch.cat((starts.nonzero()[:, 0], rows.new_tensor([len(rows)])))
-        sizes = bounds.diff()
-        together = sizes >= fewest
-        firsts, ends = bounds[:-1][together].tolist(), bounds[1:][together].tolist()
-        parts = [samples[first:end] for first, end in zip(firsts, ends, strict=True)]
-        rest = samples[~together.repeat_interleave(sizes)]
-        return [piece for part in (*parts, rest) if len(part) for piece in part.split(most)]
+        long = bounds.diff() >= fewest
+        pairs = zip(bounds[:-1][long].tolist(), bounds[1:][long].tolist(), strict=True)
+        return [samples[begin:end] for begin, end in pairs]
 
     def _has_holes(self, rows: Tensor) -> Tensor:
         """bool [B]: rolling windows that are not step_len consecutive rows of the table."""

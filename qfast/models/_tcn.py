@@ -131,10 +131,16 @@ class TemporalConvTimeSeries(TemporalConv):
     def _predictions(self, windows: WindowSet, batches: Batches) -> Tensor:
         if not self._shares(windows):
             return super()._predictions(windows, batches)
+        # Of all samples: without those of a tail that was drawn and left out, few windows would follow each other.
+        stretches = windows.stretches(self._fewest_in_call(windows.features.shape[1], windows.step_len or 1))
+        left = torch.zeros(len(windows), dtype=torch.bool)
+        left[batches.order] = True
+        for samples in stretches:
+            left[samples] = False
         out = torch.empty(len(windows), dtype=windows.features.dtype)
-        fewest = self._fewest_in_call(windows.features.shape[1], windows.step_len or 1)
-        for samples in windows.stretches(batches.order, fewest, self._params["batch_size"]):
-            out[samples] = self.run_network(windows, samples)
+        for part in filter(len, (*stretches, left.nonzero()[:, 0])):
+            for samples in part.split(self._params["batch_size"]):
+                out[samples] = self.run_network(windows, samples)
         return out[batches.order]
 
     def _fewest_in_call(self, features: int, steps: int) -> int:
