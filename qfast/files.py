@@ -22,7 +22,8 @@ __all__ = ["atomic_write", "is_disk_full", "locked", "sweep"]
 log = logging.getLogger("qfast")
 
 LOCK = ".lock"
-TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
+# Ours, and those that safetensors writes before it puts a file in its place.
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp|\.tmp[0-9A-Za-z]{6}")
 
 
 def atomic_write(target: Path, write: Callable[[Path], object]) -> None:
@@ -54,9 +55,12 @@ def atomic_write(target: Path, write: Callable[[Path], object]) -> None:
 
 
 def sweep(folder: Path) -> list[Path]:
-    """Remove the temporary files that a killed `atomic_write` left in `folder` and below; what was removed."""
+    """Remove the temporary files that a killed `atomic_write` left in `folder` and below; what was removed.
+
+    To be called by the one process that writes to `folder`: any other's files would be taken for left over.
+    """
     removed = []
-    for file in folder.rglob(".*.tmp"):
+    for file in folder.rglob(".*tmp*"):
         if TEMPORARY.fullmatch(file.name) and file.is_file() and not file.is_symlink():
             with contextlib.suppress(OSError):
                 file.unlink()

@@ -181,8 +181,10 @@ def test_a_platform_without_locks_runs_all_the_same(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- temporary files
 def test_sweep_removes_our_temporary_files_and_no_others(tmp_path):
     (tmp_path / "plots").mkdir()
-    ours = [tmp_path / LEFTOVER, tmp_path / "plots" / ".loss.png.00000000deadbeef.tmp"]
-    others = [tmp_path / name for name in (".mine.tmp", "a.0123456789abcdef.tmp", ".a.0123.tmp", ".reserve")]
+    of_safetensors = ".tmp4k4dCc"
+    ours = [tmp_path / LEFTOVER, tmp_path / of_safetensors, tmp_path / "plots" / ".loss.png.00000000deadbeef.tmp"]
+    names = (".mine.tmp", "a.0123456789abcdef.tmp", ".a.0123.tmp", ".reserve", ".tmp", ".tmp4k4dCcX", "a.tmp4k4dCc")
+    others = [tmp_path / name for name in names]
     for file in [*ours, *others]:
         file.write_text("x")
     assert sorted(sweep(tmp_path)) == sorted(ours)
