@@ -83,12 +83,12 @@ struct NetworkJob {
   Element* activations;         // kept for the backward: tile after tile, `row_elements` a row; or null
   unsigned char* signs;         // likewise, `row_signs` bytes a row; or null
   int64_t row_elements, row_signs;
-  int64_t slot_elements;  // of scratch for one slot of a panel, forward
+  int64_t slot_elements;  // of scratch for a run of slots of a panel, forward: sums and what stands beside
   DropoutRule dropout;
   // Backward only.
   Activation<const Element> grad;  // of the output
   Activation<Element> grad_x;      // data null if not wanted
-  int64_t widest_elements;         // of one row of the largest gradient, padding included
+  int64_t widest_elements;         // of one row of the largest gradient
 };
 
 // Windows that follow each other by one row share what no window's beginning can reach: there a convolution's

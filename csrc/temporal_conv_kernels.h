@@ -213,7 +213,7 @@ QFAST_ALWAYS_INLINE void for_runs(const RunList& list, bool together, const Body
   }
 }
 
-// finish.template operator()<Rows, Vectors>(row, sums) for each tile of the rows of one slot and one panel;
+// finish(row, sums) for each tile of the rows of a run of slots and one panel;
 // `weights` is the panel's. `more` may add to the sums before.
 template <class Element, int Vectors, class More, class Finish>
 QFAST_ALWAYS_INLINE void convolve_slot(const Tap* taps, const Tap* end,

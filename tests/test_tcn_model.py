@@ -192,6 +192,14 @@ def test_copies_that_differ_are_refused(tmp_path):
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
 
 
+def test_old_and_new_names_that_differ_are_refused():
+    net, _ = case(torch.float32)
+    state = {key: value for key, value in net.state_dict().items() if ".net." not in key}
+    state |= {f"{key}": value + 1 for key, value in with_new_names(state).items() if "original0" in key}
+    with pytest.raises(CheckpointError, match=r"conv1.weight_g and .*conv1.parametrizations.weight.original0 are two"):
+        net.load_state_dict(state)
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pkl"])
 def test_weights_that_became_nan_are_read(tmp_path, suffix):
     """NaN is not equal to NaN, but both names hold it."""
@@ -267,6 +275,15 @@ def test_changed_modules_are_called():
     block.relu = nn.Tanh()
     assert error(block(x), (block.net(x) + x).tanh()) < 1e-12
     assert error(block(x), plain) > 1e-3
+
+
+def test_exchanged_parts_are_called():
+    net, x = case()
+    expected = net(x)
+    net.linear = nn.Sequential(net.linear)
+    assert torch.equal(net(x), expected)
+    net.tcn = nn.Sequential(net.tcn)
+    assert error(net(x), expected) < 1e-12
 
 
 def test_functional_gradients():

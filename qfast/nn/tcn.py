@@ -324,7 +324,7 @@ class TCNModel(nn.Module):
         return x.reshape(x.shape[0], features, x.shape[1] // features)
 
     def _require_own_dtype(self, x: Tensor) -> None:
-        own = self.linear.weight.dtype
+        own = next(self.tcn.parameters()).dtype
         if x.dtype != own and not torch.is_autocast_enabled(x.device.type):
             raise DataError(
                 f"x is {x.dtype} but the network's weights are {own}. Remedy: x.to({own}), or the network "
@@ -334,7 +334,9 @@ class TCNModel(nn.Module):
     def _last_step(self, x: Tensor) -> Tensor:
         # As in nn/recurrent.py: a script leaves this branch out.
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            takes_operator = not _is_hooked(self.tcn) and self.tcn.takes_operator()
+            takes_operator = (
+                type(self.tcn) is TemporalConvNet and not _is_hooked(self.tcn) and self.tcn.takes_operator()
+            )
             if takes_operator:
                 self._require_own_dtype(x)
                 return self.tcn.by_operator(x, all_steps=False)
@@ -368,19 +370,23 @@ def _rename(state: dict[str, Tensor], prefix: str) -> None:
         for place in (name, alias):
             for new, old in _NEW_NAMES.items():
                 if f"{prefix}{place}.{new}" in state:
+                    _require_same(state, f"{prefix}{place}.{old}", f"{prefix}{place}.{new}")
                     state[f"{prefix}{place}.{old}"] = state.pop(f"{prefix}{place}.{new}")
         for part in ("bias", "weight_g", "weight_v"):
             one, other = f"{prefix}{name}.{part}", f"{prefix}{alias}.{part}"
-            if one in state and other in state:
-                if not _same(state[one], state[other]):
-                    raise CheckpointError(
-                        f"{one} and {other} are two names of one tensor but hold different values. Remedy: take the "
-                        "wrong one out of the state dict; either name alone is enough."
-                    )
-            elif one in state:
+            _require_same(state, one, other)
+            if one in state:
                 state[other] = state[one]
             elif other in state:
                 state[one] = state[other]
+
+
+def _require_same(state: dict[str, Tensor], one: str, other: str) -> None:
+    if one in state and other in state and not _same(state[one], state[other]):
+        raise CheckpointError(
+            f"{one} and {other} are two names of one tensor but hold different values. Remedy: take the wrong one out "
+            "of the state dict; either name alone is enough."
+        )
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

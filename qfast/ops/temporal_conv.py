@@ -109,7 +109,11 @@ def temporal_conv_net(
     tensor([74., 74., 74., 74.])
     """
     if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16):
-        wide = [BlockWeights(*(part if part is None else part.float() for part in block)) for block in blocks]  # type: ignore[arg-type]
+        half = x.dtype  # weights of other types are left to the checks
+        wide = [
+            BlockWeights(*(part.float() if part is not None and part.dtype == half else part for part in block))  # type: ignore[arg-type]
+            for block in blocks
+        ]
         settings: dict[str, Any] = {"dilations": dilations, "dropout": dropout, "training": training}
         return temporal_conv_net(x.float(), wide, **settings, all_steps=all_steps).to(x.dtype)
     weights, spacing = _checked("temporal_conv_net", x, blocks, dilations)
