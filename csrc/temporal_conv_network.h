@@ -176,10 +176,6 @@ class Network {
     taps_.push_back(std::move(taps));
     return taps_.back().data();
   }
-  SlotList hold_slots(std::vector<int32_t> slots) {
-    const int64_t count = static_cast<int64_t>(slots.size());
-    return {hold(std::move(slots)), count};
-  }
   RunList hold(std::vector<Run> runs) {
     runs_.push_back(std::move(runs));
     return {runs_.back().data(), static_cast<int64_t>(runs_.back().size())};

@@ -117,7 +117,8 @@ def temporal_conv_net(
         settings: dict[str, Any] = {"dilations": dilations, "dropout": dropout, "training": training}
         return temporal_conv_net(x.float(), wide, **settings, all_steps=all_steps).to(x.dtype)
     weights, spacing = _checked("temporal_conv_net", x, blocks, dilations)
-    rate = _dropout("temporal_conv_net", dropout) if training else 0.0
+    rate = _dropout("temporal_conv_net", dropout)
+    rate = rate if training else 0.0
     seed = draw_seed(x.device) if rate else None
     if transforms.active():
         out = _all_steps(x, weights, spacing, rate, seed)[-1]
@@ -170,6 +171,8 @@ def _checked(
     fits = x.dim() == 3 and x.shape[1] > 0 and x.shape[2] > 0
     _require(fits, operator, f"x: expected shape [B, F, T] with F and T of at least 1, got {tuple(x.shape)}.")
     _require(len(blocks) > 0, operator, "blocks: expected at least one block, got none.")
+    known = dilations is None or isinstance(dilations, Sequence)
+    _require(known, operator, f"dilations: expected a list with one for each block, got {dilations!r}.")
     spacing = [2**i for i in range(len(blocks))] if dilations is None else list(dilations)
     fits = len(spacing) == len(blocks)
     _require(fits, operator, f"dilations: expected one for each of {len(blocks)} blocks, got {len(spacing)}.")

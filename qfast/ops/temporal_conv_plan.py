@@ -133,10 +133,9 @@ def plan(T: int, kernel_size: int | Sequence[int], layers: int | Sequence[int], 
     T = 20, receptive field 373: 294 of 1400 taps, 4.8x less
     """
     whole_number("T", T)
-    count = layers if isinstance(layers, int) else len(layers)
-    whole_number("layers", count)
-    dilations = [2**i for i in range(count)] if isinstance(layers, int) else list(layers)
-    kernels = [kernel_size] * count if isinstance(kernel_size, int) else list(kernel_size)
+    dilations = list(layers) if isinstance(layers, Sequence) else [2**i for i in range(whole_number("layers", layers))]
+    count = whole_number("layers", len(dilations))
+    kernels = list(kernel_size) if isinstance(kernel_size, Sequence) else [kernel_size] * count
     if len(kernels) != count:
         raise ConfigError(f"kernel_size: expected one number per block ({count}), got {len(kernels)}.")
     for size in kernels:
