@@ -7,7 +7,7 @@ Parameter names, creation order and initial weights are those of the reference
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +94,7 @@ class Recurrent(nn.Module):
         rnn = self.rnn
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         layers = [[getattr(rnn, f"{name}_l{layer}") for name in names] for layer in range(rnn.num_layers)]
-        return self._kind().operator(x, layers, dropout=rnn.dropout, training=rnn.training)[1]
+        return self._kind().operator(x, layers, dropout=rnn.dropout, training=rnn.training)[0]
 
     def _takes_operator(self, x: Tensor) -> bool:
         """Whether to compute with our operator: on the CPU, where it measures faster than torch's layer or where
@@ -137,7 +137,7 @@ class _RecurrentModel(Recurrent):
     """fc_out(last step of the top recurrent layer); subclasses say which layer."""
 
     layer: ClassVar[type[nn.LSTM] | type[nn.GRU]]
-    operator: ClassVar[Callable[..., tuple[Tensor, Tensor]]]
+    operator: ClassVar[Callable[..., tuple[Tensor, Any]]]
     # Steps times rows of a batch from which inference too measures faster with our operator. torch runs the
     # LSTM's with a fused kernel that ours only beats where its buffers are mapped anew for each batch.
     operator_infers_from: ClassVar[int]

@@ -1,374 +1,326 @@
-"""LSTM and GRU over time-major sequences, one operator a layer, with gradients.
+"""Stacks of LSTM and GRU layers, at the last step only or at all of them.
 
-Reading order: the two public steps (`lstm`, `gru`), the plain-torch twins that state the meaning, then
-schemas, fakes and gradients. The native kernels are csrc/recurrent.cpp and csrc/recurrent_kernels.h.
+Reading order: the two public functions and their checks, recurrent_cells.py for the meaning in plain torch, then
+schemas, fakes and gradients. The kernels are csrc/recurrent_kernels.h (behind recurrent.cpp) and csrc/recurrent.cu.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from qfast.errors import ConfigError, DataError
 from qfast.ops import transforms
+from qfast.ops.philox import draw_seed
+from qfast.ops.recurrent_cells import GRU, LSTM, Cell, backward_twin, empty_kept, forward_twin
 
 __all__ = ["gru", "lstm"]
 
 Layers = Sequence[Sequence[Tensor]]
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+_HALVES = (torch.float16, torch.bfloat16)
 
 
-def lstm(x: Tensor, layers: Layers, *, dropout: float = 0.0, training: bool = False) -> tuple[Tensor, Tensor]:
-    """Stacked LSTM that starts from a zero state.
+def lstm(
+    x: Tensor,
+    layers: Layers,
+    *,
+    initial_state: tuple[Tensor, Tensor] | None = None,
+    dropout: float = 0.0,
+    training: bool = False,
+    all_steps: bool = False,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Stacked LSTM in one operator.
 
     Parameters
     ----------
     x : Tensor [B, T, F], float32 or float64
-        Any strides; T >= 1.
+        Any strides, read in place; float16 and bfloat16 are computed in float32 and rounded once, at the end.
     layers : sequence of (weight_ih, weight_hh, bias_ih, bias_hh)
         Per layer [4H, F or H], [4H, H], [4H], [4H], gates in torch's order: input, forget, cell, output.
+    initial_state : (h, c), each Tensor [L, B, H], optional
+        State of each layer before the first step; zeros if None.
     dropout : float
-        Applied to the output of each layer but the last, with torch's generator, if `training`.
+        Applied to the output of each layer but the last, if `training`. Element (b, t, j) of layer l has word b % 4 of
+        the Philox counter (j, t, l, b // 4) under one seed a call, drawn from torch's generator of x's device.
+    all_steps : bool
+        Whether `output` holds h of every step of the last layer or of the last step alone, which is cheaper.
 
     Returns
     -------
-    output : Tensor [B, T, H]
-        h of every step of the last layer (a view of [T, B, H]).
-    last : Tensor [B, H]
-        Its last step. Where only that is wanted, read it here: the gradient of `output` need not be built.
+    output : Tensor [B, T, H] if all_steps, else [B, H]
+    (h, c) : Tensors [L, B, H]
+        State of each layer after the last step. Without a step (T = 0) the initial one.
 
     Raises
     ------
     ValueError
-        Wrong dtype, shape or device, no step, no layer.
+        Wrong dtype, shape or device, no layer, dropout outside [0, 1].
     NotImplementedError
         A gradient of a gradient by `backward` or `torch.autograd.grad(create_graph=True)`: take torch's layer
         for it, or torch.func.grad twice.
 
     Notes
     -----
+    Without a gradient, windows of consecutive rows (`rows.unfold(0, T, 1).transpose(1, 2)`) share the products of
+    their rows with the first layer's weight_ih on the CPU; the numbers stay the same up to rounding.
+
+    The same call gives the same bits every time and with any number of threads.
+
     Under torch.func's transforms (grad, jvp, vmap, jacrev, hessian, ...) and in forward-mode levels the
     steps are torch's own operations: every derivative is there, at torch's speed.
 
-    The same call gives the same bits every time, but gradients of the weights are sums over tiles of rows
-    whose number follows the thread count: other counts differ in the last bits.
-
     Source
     ------
-    Hochreiter and Schmidhuber 1997; values and gradients as torch.nn.LSTM.
+    Hochreiter and Schmidhuber 1997; values and gradients as torch.nn.LSTM(batch_first=True).
 
     Examples
     --------
     >>> layer = [torch.zeros(8, 3), torch.zeros(8, 2), torch.zeros(8), torch.zeros(8)]
-    >>> output, last = lstm(torch.ones(5, 7, 3), [layer])
-    >>> output.shape, last.shape
-    (torch.Size([5, 7, 2]), torch.Size([5, 2]))
+    >>> output, (h, c) = lstm(torch.ones(5, 7, 3), [layer])
+    >>> output.shape, h.shape
+    (torch.Size([5, 2]), torch.Size([1, 5, 2]))
     """
-
-    def layer(x: Tensor, keep: bool, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> tuple[Tensor, Tensor]:
-        bias = b_ih + b_hh
-        if transforms.active():
-            output, last, *_ = _lstm_layer_twin(x, w_ih, w_hh, bias, False)
-            return output, last
-        return torch.ops.qfast.lstm_layer(x, w_ih, w_hh, bias, keep)[:2]
-
-    return _stack("lstm", layer, x, layers, dropout if training else 0.0)
+    if initial_state is not None and (not isinstance(initial_state, (tuple, list)) or len(initial_state) != 2):
+        raise DataError(f"lstm: initial_state: expected a pair (h, c), got {type(initial_state).__name__}.")
+    output, h, c = _run(LSTM, x, layers, initial_state or (), dropout if training else 0.0, dropout, all_steps)
+    return output, (h, c)
 
 
-def gru(x: Tensor, layers: Layers, *, dropout: float = 0.0, training: bool = False) -> tuple[Tensor, Tensor]:
-    """Stacked GRU that starts from a zero state. Arguments, results and notes as `lstm`.
+def gru(
+    x: Tensor,
+    layers: Layers,
+    *,
+    initial_state: Tensor | None = None,
+    dropout: float = 0.0,
+    training: bool = False,
+    all_steps: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Stacked GRU in one operator. Arguments, results and notes as `lstm`; the state is h alone.
 
     The gates stand in torch's order (reset, update, new) in [3H, .] weights, and as in torch the reset gate
     multiplies h W_hn^T + b_hn, not h.
 
     Source
     ------
-    Cho et al. 2014; values and gradients as torch.nn.GRU.
+    Cho et al. 2014; values and gradients as torch.nn.GRU(batch_first=True).
 
     Examples
     --------
     >>> layer = [torch.zeros(6, 3), torch.zeros(6, 2), torch.zeros(6), torch.zeros(6)]
-    >>> gru(torch.ones(5, 7, 3), [layer])[1].shape
-    torch.Size([5, 2])
+    >>> output, h = gru(torch.ones(5, 7, 3), [layer], all_steps=True)
+    >>> output.shape, h.shape
+    (torch.Size([5, 7, 2]), torch.Size([1, 5, 2]))
     """
-
-    def layer(x: Tensor, keep: bool, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> tuple[Tensor, Tensor]:
-        if transforms.active():
-            output, last, _ = _gru_layer_twin(x, w_ih, w_hh, b_ih, b_hh, False)
-            return output, last
-        return torch.ops.qfast.gru_layer(x, w_ih, w_hh, b_ih, b_hh, keep)[:2]
-
-    return _stack("gru", layer, x, layers, dropout if training else 0.0)
-
-
-def _stack(
-    operator: str, layer: Callable[..., tuple[Tensor, Tensor]], x: Tensor, layers: Layers, dropout: float
-) -> tuple[Tensor, Tensor]:
-    if not layers or any(len(weights) != 4 for weights in layers):
-        raise DataError(
-            f"{operator}: layers: expected at least one (weight_ih, weight_hh, bias_ih, bias_hh), "
-            f"got {[len(weights) for weights in layers]} tensors per layer."
-        )
-    if not 0.0 <= dropout <= 1.0:
-        raise ConfigError(f"{operator}: dropout must lie in [0, 1], got {dropout!r}.")
-    _require(x.dim() == 3, operator, f"x: expected shape [B, T, F], got {tuple(x.shape)}.")
-    steps = x.transpose(0, 1)
-    for number, weights in enumerate(layers):
-        for name, tensor in zip(_WEIGHTS, weights, strict=True):
-            _require_alike(operator, name, tensor, x)
-        if number and dropout:
-            steps = functional.dropout(steps, dropout)
-        keep = torch.is_grad_enabled() and any(t.requires_grad for t in (steps, *weights))
-        steps, last = layer(steps, keep, *weights)
-    return steps.transpose(0, 1), last
+    given = () if initial_state is None else (initial_state,)
+    output, h = _run(GRU, x, layers, given, dropout if training else 0.0, dropout, all_steps)
+    return output, h
 
 
 # ---------------------------------------------------------------- arguments
+def _run(
+    cell: Cell, x: Tensor, layers: Layers, state: Sequence[Tensor], active_dropout: float, dropout: Any, all_steps: bool
+) -> tuple[Tensor, ...]:
+    if isinstance(x, Tensor) and x.dtype in _HALVES:
+        half = x.dtype  # weights of other types are left to the checks
+        widened = [[part.float() if part.dtype == half else part for part in layer] for layer in layers]
+        states = [part.float() if part.dtype == half else part for part in state]
+        results = _run(cell, x.float(), widened, states, active_dropout, dropout, all_steps)
+        return tuple(part.to(half) for part in results)
+    weights = _checked(cell, x, layers, state, dropout)
+    p = float(active_dropout) if len(layers) > 1 else 0.0
+    seed = draw_seed(x.device) if p else None
+    if transforms.active():
+        return forward_twin(cell, x, weights, state, p, seed, all_steps, False)[: 1 + len(cell.state_names)]
+    wants_grad = torch.is_grad_enabled() and any(part.requires_grad for part in (x, *state, *weights))
+    if wants_grad and not torch.compiler.is_compiling():
+        out: tuple[Tensor, ...] = _Recurrent.apply(cell, len(state), p, seed, all_steps, x, *state, *weights)
+        return out
+    optional = (*state, None, None)[: len(cell.state_names)]
+    run = getattr(torch.ops.qfast, cell.name)
+    result: tuple[Tensor, ...] = run(x, weights, *optional, p, seed, all_steps, wants_grad)
+    return result[: 1 + len(cell.state_names)]
+
+
 def _require(condition: bool, operator: str, message: str) -> None:
     if not condition:
         raise DataError(f"{operator}: {message}")
 
 
-def _require_alike(operator: str, name: str, tensor: Tensor, x: Tensor) -> None:
+def _checked(cell: Cell, x: Tensor, layers: Layers, state: Sequence[Tensor], dropout: Any) -> list[Tensor]:
+    """The weights of all layers in a row, once everything fits."""
+    name = cell.name
+    _require(isinstance(x, Tensor), name, f"x: expected a tensor, got {type(x).__name__}.")
+    known = x.dtype in (torch.float32, torch.float64)
+    _require(known, name, f"x: expected dtype float32 or float64, got {x.dtype}.")
+    fits = x.dim() == 3 and x.shape[2] > 0
+    _require(fits, name, f"x: expected shape [B, T, F] with F of at least 1, got {tuple(x.shape)}.")
+    if isinstance(dropout, bool) or not isinstance(dropout, Real) or not 0.0 <= float(dropout) <= 1.0:
+        raise ConfigError(f"{name}: dropout must lie in [0, 1], got {dropout!r}.")
+    counts = [len(layer) for layer in layers]
+    _require(
+        bool(counts) and set(counts) == {4},
+        name,
+        f"layers: expected at least one (weight_ih, weight_hh, bias_ih, bias_hh), got {counts} tensors per layer.",
+    )
+    first = layers[0][1]
+    fits = isinstance(first, Tensor) and first.dim() == 2 and first.shape[1] > 0
+    got = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
+    _require(fits, name, f"layers[0].weight_hh: expected shape [{cell.gates} * H, H] with H of at least 1, got {got}.")
+    hidden, rows = first.shape[1], cell.gates * first.shape[1]
+    for number, layer in enumerate(layers):
+        shapes = (rows, x.shape[2] if number == 0 else hidden), (rows, hidden), (rows,), (rows,)
+        for part, tensor, shape in zip(_WEIGHTS, layer, shapes, strict=True):
+            _require_fits(name, f"layers[{number}].{part}", tensor, x, shape)
+    for part, tensor in zip(cell.state_names, state, strict=False):
+        _require_fits(name, f"initial_state.{part}", tensor, x, (len(layers), x.shape[0], hidden))
+    return [tensor for layer in layers for tensor in layer]
+
+
+def _require_fits(operator: str, name: str, tensor: Any, x: Tensor, shape: tuple[int, ...]) -> None:
+    _require(isinstance(tensor, Tensor), operator, f"{name}: expected a tensor, got {type(tensor).__name__}.")
     if tensor.dtype != x.dtype or tensor.device != x.device:
         raise DataError(
             f"{operator}: {name}: expected dtype and device of x ({x.dtype} on {x.device}), got {tensor.dtype} on "
-            f"{tensor.device}. Remedy: x.to({name}), or the weights' module .to(x). New modules take torch's "
+            f"{tensor.device}. Remedy: x.to({tensor.dtype}), or the weights' module .to(x). New modules take torch's "
             "default dtype (torch.set_default_dtype)."
         )
-
-
-def _check_layer(operator: str, x: Tensor, w_ih: Tensor, w_hh: Tensor, biases: dict[str, Tensor], gates: int) -> int:
-    """H, once everything fits."""
-    known = x.dtype in (torch.float32, torch.float64)
-    _require(known, operator, f"x: expected dtype float32 or float64, got {x.dtype}.")
-    _require(x.dim() == 3, operator, f"x: expected shape [T, B, F], got {tuple(x.shape)}.")
-    _require(w_hh.dim() == 2, operator, f"weight_hh: expected shape [gates * H, H], got {tuple(w_hh.shape)}.")
-    n_hidden = w_hh.shape[1]
-    _require(
-        x.shape[0] > 0 and x.shape[2] > 0 and n_hidden > 0,
-        operator,
-        "x: expected at least one step and one feature, weight_hh at least one unit, got "
-        f"{tuple(x.shape)} and {tuple(w_hh.shape)}.",
-    )
-    wanted: dict[str, tuple[Tensor, tuple[int, ...]]] = {
-        "weight_ih": (w_ih, (gates * n_hidden, x.shape[2])),
-        "weight_hh": (w_hh, (gates * n_hidden, n_hidden)),
-    }
-    wanted |= {name: (bias, (gates * n_hidden,)) for name, bias in biases.items()}
-    for name, (tensor, shape) in wanted.items():
-        _require_alike(operator, name, tensor, x)
-        fits = tuple(tensor.shape) == shape
-        _require(fits, operator, f"{name}: expected shape {shape}, got {tuple(tensor.shape)}.")
-    return n_hidden
-
-
-# ---------------------------------------------------------------- plain-torch twins
-# The two forward twins also serve inside torch's transforms, so they change no view in place.
-def _lstm_layer_twin(x: Tensor, w_ih: Tensor, w_hh: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, ...]:
-    n_hidden = _check_layer("lstm_layer", x, w_ih, w_hh, {"bias": bias}, 4)
-    from_input = x @ w_ih.t() + bias
-    h = cell = x.new_zeros((x.shape[1], n_hidden))
-    hidden: list[Tensor] = []
-    cells: list[Tensor] = []
-    gates: list[Tensor] = []
-    for part in from_input:
-        i, f, g, o = (torch.addmm(part, h, w_hh.t()) if hidden else part).chunk(4, 1)
-        i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-        cell = f * cell + i * g
-        h = o * cell.tanh()
-        hidden.append(h)
-        if keep:
-            cells.append(cell)
-            gates.append(torch.cat((i, f, g, o), 1))
-    empty = x.new_empty((0, x.shape[1], 4 * n_hidden)), x.new_empty((0, x.shape[1], n_hidden))
-    kept = (torch.stack(gates), torch.stack(cells)) if keep else empty
-    return torch.stack(hidden), h.clone(), *kept
-
-
-def _lstm_layer_backward_twin(
-    grad_output: Tensor | None, grad_last: Tensor | None, x: Tensor, w_ih: Tensor, w_hh: Tensor, output: Tensor,
-    gates: Tensor, cells: Tensor, input_grad: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    grads = torch.empty_like(gates)
-    grad_h = torch.zeros_like(output[0]) if grad_last is None else grad_last
-    grad_cell = torch.zeros_like(output[0])
-    for t in range(len(x) - 1, -1, -1):
-        grad_h = grad_h if grad_output is None else grad_h + grad_output[t]
-        i, f, g, o = gates[t].chunk(4, 1)
-        tanh_cell = cells[t].tanh()
-        grad_cell = grad_cell + grad_h * o * (1 - tanh_cell**2)
-        before = cells[t - 1] if t else torch.zeros_like(tanh_cell)
-        parts = (
-            grad_cell * g * (i - i * i),
-            grad_cell * before * (f - f * f),
-            grad_cell * i * (1 - g * g),
-            grad_h * tanh_cell * (o - o * o),
-        )
-        torch.cat(parts, 1, out=grads[t])
-        grad_cell = grad_cell * f
-        grad_h = grads[t] @ w_hh
-    return _weight_grads(grads, grads, x, w_ih, output, input_grad)[:4]
-
-
-def _gru_layer_twin(
-    x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, keep: bool
-) -> tuple[Tensor, ...]:
-    n_hidden = _check_layer("gru_layer", x, w_ih, w_hh, {"bias_ih": b_ih, "bias_hh": b_hh}, 3)
-    from_input = x @ w_ih.t() + b_ih
-    h = x.new_zeros((x.shape[1], n_hidden))
-    hidden, gates = [], []
-    for part in from_input:
-        from_hidden = torch.addmm(b_hh, h, w_hh.t())
-        r, z = (part[:, : 2 * n_hidden] + from_hidden[:, : 2 * n_hidden]).sigmoid_().chunk(2, 1)
-        reset = from_hidden[:, 2 * n_hidden :]
-        n = (part[:, 2 * n_hidden :] + r * reset).tanh_()
-        h = n + z * (h - n)
-        hidden.append(h)
-        if keep:
-            gates.append(torch.cat((n, r, z, reset), 1))
-    kept = torch.stack(gates) if keep else x.new_empty((0, x.shape[1], 4 * n_hidden))
-    return torch.stack(hidden), h.clone(), kept
-
-
-def _gru_layer_backward_twin(
-    grad_output: Tensor | None, grad_last: Tensor | None, x: Tensor, w_ih: Tensor, w_hh: Tensor, output: Tensor,
-    gates: Tensor, input_grad: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    of_input, of_hidden = (gates.new_empty((*gates.shape[:2], w_hh.shape[0])) for _ in range(2))
-    grad_h = torch.zeros_like(output[0]) if grad_last is None else grad_last
-    for t in range(len(x) - 1, -1, -1):
-        grad_h = grad_h if grad_output is None else grad_h + grad_output[t]
-        n, r, z, reset = gates[t].chunk(4, 1)
-        before = output[t - 1] if t else torch.zeros_like(n)
-        grad_n = grad_h * (1 - z) * (1 - n * n)
-        grad_z = grad_h * (before - n) * (z - z * z)
-        grad_r = grad_n * reset * (r - r * r)
-        torch.cat((grad_r, grad_z, grad_n), 1, out=of_input[t])
-        torch.cat((grad_r, grad_z, grad_n * r), 1, out=of_hidden[t])
-        grad_h = torch.addmm(grad_h * z, of_hidden[t], w_hh)
-    return _weight_grads(of_input, of_hidden, x, w_ih, output, input_grad)
-
-
-def _weight_grads(
-    of_input: Tensor, of_hidden: Tensor, x: Tensor, w_ih: Tensor, output: Tensor, input_grad: bool
-) -> tuple[Tensor, ...]:
-    """Gradients of x, W_ih, W_hh, b_ih and b_hh from those of x W_ih^T + b_ih and h W_hh^T + b_hh."""
-    return (
-        of_input @ w_ih if input_grad else x.new_empty((0, *x.shape[1:])),
-        of_input.flatten(0, 1).t() @ x.flatten(0, 1),
-        of_hidden[1:].flatten(0, 1).t() @ output[:-1].flatten(0, 1),
-        of_input.sum((0, 1)),
-        of_hidden.sum((0, 1)),
-    )
+    _require(tuple(tensor.shape) == shape, operator, f"{name}: expected shape {shape}, got {tuple(tensor.shape)}.")
 
 
 # ---------------------------------------------------------------- schemas and fakes
-_LSTM = "Tensor x, Tensor weight_ih, Tensor weight_hh"
-_GRADS = "Tensor? grad_output, Tensor? grad_last"
-_SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "lstm_layer": (f"({_LSTM}, Tensor bias, bool keep) -> (Tensor, Tensor, Tensor, Tensor)", _lstm_layer_twin),
-    "lstm_layer_backward": (
-        f"({_GRADS}, {_LSTM}, Tensor output, Tensor gates, Tensor cells, bool input_grad) "
-        "-> (Tensor, Tensor, Tensor, Tensor)",
-        _lstm_layer_backward_twin,
-    ),
-    "gru_layer": (
-        f"({_LSTM}, Tensor bias_ih, Tensor bias_hh, bool keep) -> (Tensor, Tensor, Tensor)",
-        _gru_layer_twin,
-    ),
-    "gru_layer_backward": (
-        f"({_GRADS}, {_LSTM}, Tensor output, Tensor gates, bool input_grad) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-        _gru_layer_backward_twin,
-    ),
-}
-for _name, (_schema, _twin) in _SCHEMAS.items():  # the twin serves wherever no kernel is loaded
-    torch.library.define(f"qfast::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(f"qfast::{_name}", "CompositeExplicitAutograd", _twin)
+def _schemas(cell: Cell) -> dict[str, tuple[str, Callable[..., Any]]]:
+    n = len(cell.state_names)
+    initial = "".join(f", Tensor? {name}0" for name in cell.state_names)
+    entering = "".join(f", Tensor? grad_{name}" for name in cell.state_names)
+    given = f"Tensor x, Tensor[] weights{initial}, float dropout, Tensor? seed, bool all_steps"
+    states = ", Tensor" * n
+
+    def forward(x: Tensor, weights: Sequence[Tensor], *rest: Any) -> tuple[Tensor, ...]:
+        state = [part for part in rest[:n] if part is not None]
+        with torch.autocast(x.device.type, enabled=False):
+            return forward_twin(cell, x, weights, state, *rest[n:])
+
+    def backward(grad_output: Tensor | None, *rest: Any) -> tuple[Any, ...]:
+        grads, (x, weights, *given) = rest[:n], rest[n:]
+        state = [part for part in given[:n] if part is not None]
+        return backward_twin(cell, grad_output, grads, x, weights, state, *given[n:])
+
+    return {
+        cell.name: (f"({given}, bool keep) -> (Tensor{states}, Tensor, Tensor)", forward),
+        f"{cell.name}_backward": (
+            f"(Tensor? grad_output{entering}, {given}, Tensor gates, Tensor kept, bool input_grad, bool state_grad) "
+            f"-> (Tensor{states}, Tensor[])",
+            backward,
+        ),
+    }
 
 
-def _fake_layer(x: Tensor, n_hidden: int, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    steps, batch = x.shape[:2]
-    kept = steps if keep else 0
-    sizes = (steps, batch, n_hidden), (batch, n_hidden), (kept, batch, 4 * n_hidden), (kept, batch, n_hidden)
-    output, last, gates, cells = (x.new_empty(size) for size in sizes)
-    return output, last, gates, cells
+def _fake_forward(cell: Cell, x: Tensor, weights: Sequence[Tensor], *rest: Any) -> tuple[Tensor, ...]:
+    all_steps, keep = rest[-2:]
+    batch, hidden = x.shape[0], weights[1].shape[1]
+    output = x.new_empty((batch, x.shape[1], hidden) if all_steps else (batch, hidden))
+    states = [x.new_empty((len(weights) // 4, batch, hidden)) for _ in cell.state_names]
+    return output, *states, *empty_kept(x, weights, keep)
 
 
-def _fake_grads(x: Tensor, w_ih: Tensor, w_hh: Tensor, input_grad: bool) -> tuple[Tensor, ...]:
-    sizes = (x.shape[0] if input_grad else 0, *x.shape[1:]), w_ih.shape, w_hh.shape, w_hh.shape[:1], w_hh.shape[:1]
-    return tuple(x.new_empty(size) for size in sizes)
-
-
-@torch.library.register_fake("qfast::lstm_layer")
-def _(x, w_ih, w_hh, bias, keep):  # type: ignore[no-untyped-def]
-    return _fake_layer(x, _check_layer("lstm_layer", x, w_ih, w_hh, {"bias": bias}, 4), keep)
-
-
-@torch.library.register_fake("qfast::gru_layer")
-def _(x, w_ih, w_hh, b_ih, b_hh, keep):  # type: ignore[no-untyped-def]
-    n_hidden = _check_layer("gru_layer", x, w_ih, w_hh, {"bias_ih": b_ih, "bias_hh": b_hh}, 3)
-    return _fake_layer(x, n_hidden, keep)[:3]
-
-
-@torch.library.register_fake("qfast::lstm_layer_backward")
-def _(grad_output, grad_last, x, w_ih, w_hh, output, gates, cells, input_grad):  # type: ignore[no-untyped-def]
-    return _fake_grads(x, w_ih, w_hh, input_grad)[:4]
-
-
-@torch.library.register_fake("qfast::gru_layer_backward")
-def _(grad_output, grad_last, x, w_ih, w_hh, output, gates, input_grad):  # type: ignore[no-untyped-def]
-    return _fake_grads(x, w_ih, w_hh, input_grad)
+def _fake_backward(cell: Cell, grad_output: Any, *rest: Any) -> tuple[Any, ...]:
+    n = len(cell.state_names)
+    x, weights, input_grad, state_grad = rest[n], rest[n + 1], *rest[-2:]
+    of_x = x.new_empty((x.shape[0] if input_grad else 0, *x.shape[1:]))
+    layers = len(weights) // 4 if state_grad else 0
+    of_states = [x.new_empty((layers, x.shape[0], weights[1].shape[1])) for _ in range(n)]
+    return of_x, *of_states, [part.new_empty(part.shape) for part in weights]
 
 
 # ---------------------------------------------------------------- gradients
-def _save_layer(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, w_ih, w_hh, *_, keep = inputs
+def _backward(cell: Cell, ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """Gradients of x, of the initial state (None each where there was none) and of the weights."""
+    n = len(cell.state_names)
+    x, seed, gates, kept, *rest = ctx.saved_tensors
+    state, weights = rest[: ctx.n_states], rest[ctx.n_states :]
+    optional = (*state, None, None)[:n]
+    run = getattr(torch.ops.qfast, f"{cell.name}_backward")
+    given = (x, weights, *optional, ctx.dropout, seed, ctx.all_steps, gates, kept)
+    of_x, *of_states, of_weights = run(*grads[: 1 + n], *given, ctx.input_grad, ctx.n_states > 0)
+    return of_x if ctx.input_grad else None, of_states if ctx.n_states else [None] * n, of_weights
+
+
+def _save(cell: Cell, ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor], input_grad: bool) -> None:
+    n = len(cell.state_names)
+    x, weights, *rest = inputs
+    dropout, seed, all_steps, keep = rest[n:]
     if not keep:
         raise DataError("keep: must be true where a gradient is wanted.")
-    hidden, _, *kept = output
-    ctx.save_for_backward(x, w_ih, w_hh, hidden, *kept)
-    ctx.mark_non_differentiable(*kept)
+    state = [part for part in rest[:n] if part is not None]
+    ctx.save_for_backward(x, seed, *output[1 + n :], *state, *weights)
+    ctx.dropout, ctx.all_steps, ctx.n_states, ctx.input_grad = dropout, all_steps, len(state), input_grad
+    ctx.mark_non_differentiable(*output[1 + n :])
     ctx.set_materialize_grads(False)
 
 
-def _backward_of(operator: str, n_biases: int) -> Callable[..., Any]:
-    def backward(ctx, grad_output, grad_last, *_):  # type: ignore[no-untyped-def]
-        if grad_output is None and grad_last is None:
-            return (None,) * (4 + n_biases)
-        of_x = ctx.needs_input_grad[0]
-        run = getattr(torch.ops.qfast, f"{operator}_backward")
-        grad_x, *others = run(grad_output, grad_last, *ctx.saved_tensors, of_x)
-        return grad_x if of_x else None, *others, None
+class _Recurrent(torch.autograd.Function):
+    """The operators in eager mode, where torch.library's own wrapping would cost more than a small batch."""
 
-    return backward
+    @staticmethod
+    def forward(ctx, cell, n_states, dropout, seed, all_steps, x, *tensors):  # type: ignore[no-untyped-def]
+        n = len(cell.state_names)
+        state, weights = tensors[:n_states], list(tensors[n_states:])
+        inputs = (x, weights, *(*state, None, None)[:n], dropout, seed, all_steps, True)
+        output = getattr(torch.ops.qfast, cell.name)(*inputs)
+        _save(cell, ctx, inputs, output, ctx.needs_input_grad[5])
+        ctx.cell = cell
+        return output[: 1 + n]
 
-
-def _no_double_backward(operator: str) -> Callable[..., Any]:
+    @staticmethod
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
-        layer = {"lstm_layer": "LSTM", "gru_layer": "GRU"}[operator]
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        of_x, of_states, of_weights = _backward(ctx.cell, ctx, grads)
+        return None, None, None, None, None, of_x, *of_states[: ctx.n_states], *of_weights
+
+
+def _register(cell: Cell) -> None:
+    n = len(cell.state_names)
+    for name, (schema, twin) in _schemas(cell).items():  # the twin serves wherever no kernel is loaded
+        torch.library.define(f"qfast::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.impl(f"qfast::{name}", "CompositeExplicitAutograd", twin)
+    torch.library.register_fake(f"qfast::{cell.name}", partial(_fake_forward, cell))
+    torch.library.register_fake(f"qfast::{cell.name}_backward", partial(_fake_backward, cell))
+
+    def save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        _save(cell, ctx, inputs, output, ctx.needs_input_grad[0])
+
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        n_weights = len(ctx.saved_tensors) - 4 - ctx.n_states
+        if all(grad is None for grad in grads):
+            return None, [None] * n_weights, *(None,) * n, None, None, None, None
+        of_x, of_states, of_weights = _backward(cell, ctx, grads)
+        return of_x, of_weights, *of_states, None, None, None, None
+
+    def refuse(ctx, *grads):  # type: ignore[no-untyped-def]
         raise NotImplementedError(
-            f"{operator}: double backward is not supported. Remedy: torch.nn.{layer} where gradients of gradients "
-            "are wanted (the networks of qfast.nn are such a layer with QFAST_BACKEND=torch), or torch.func.grad "
-            "within torch.func.grad, which these functions support."
+            f"{cell.name}: double backward is not supported. Remedy: torch.nn.{cell.name.upper()} where gradients of "
+            "gradients are wanted (the networks of qfast.nn are such a layer with QFAST_BACKEND=torch), or "
+            "torch.func.grad within torch.func.grad, which these functions support."
         )
 
-    return backward
+    torch.library.register_autograd(f"qfast::{cell.name}", backward, setup_context=save)
+    torch.library.register_autograd(f"qfast::{cell.name}_backward", refuse)
 
 
-for _name, _n_biases in (("lstm_layer", 1), ("gru_layer", 2)):
-    torch.library.register_autograd(f"qfast::{_name}", _backward_of(_name, _n_biases), setup_context=_save_layer)
-    torch.library.register_autograd(f"qfast::{_name}_backward", _no_double_backward(_name))
+for _cell in (LSTM, GRU):
+    _register(_cell)
 
 
 # ---------------------------------------------------------------- self-test
 def self_test(name: str, device: torch.device) -> None:
-    """The kernels that serve `device` against the plain-torch twins, forward and backward, in float64.
+    """The kernels that serve `device` against plain torch, forward and backward, in float64, with dropout.
 
     Parameters
     ----------
@@ -379,24 +331,26 @@ def self_test(name: str, device: torch.device) -> None:
     ArithmeticError
         They differ.
     """
-    gates = {"lstm": 4, "gru": 3}[name]
+    cell = {"lstm": LSTM, "gru": GRU}[name]
     rng = torch.Generator().manual_seed(0)
     batch, steps, features, hidden = 7, 5, 3, 19  # 19: whole vectors and a rest
-    sizes = [(steps, batch, features), (gates * hidden, features), (gates * hidden, hidden)]
-    sizes += [(gates * hidden,)] * {"lstm": 1, "gru": 2}[name]
-    given = [torch.randn(size, generator=rng, dtype=torch.float64).to(device) for size in sizes]
-    forward = _SCHEMAS[f"{name}_layer"][1](*given, True)
-    output, last, *kept = forward
-    back = (output, last, *given[:3], output, *kept, True)  # any tensors of these shapes will do as gradients
-    pairs = [
-        (getattr(torch.ops.qfast, f"{name}_layer")(*given, True), forward),
-        (
-            getattr(torch.ops.qfast, f"{name}_layer_backward")(*back),
-            _SCHEMAS[f"{name}_layer_backward"][1](*back),
-        ),
-    ]
-    for found, expected in pairs:
-        for ours, theirs in zip(found, expected, strict=True):
+    sizes = [(cell.gates * hidden, features), (cell.gates * hidden, hidden), (cell.gates * hidden,)]
+    shapes = [*sizes, sizes[2], sizes[1], sizes[1], sizes[2], sizes[2]]
+    weights = [(torch.randn(size, generator=rng, dtype=torch.float64) * 0.3).to(device) for size in shapes]
+    x = torch.randn((batch, steps, features), generator=rng, dtype=torch.float64).to(device)
+    state = [torch.randn((2, batch, hidden), generator=rng, dtype=torch.float64).to(device) for _ in cell.state_names]
+    seed = torch.tensor([3], device=device)
+    for all_steps in (False, True):
+        given = (x, weights, *state, 0.25, seed, all_steps)
+        found = getattr(torch.ops.qfast, name)(*given, True)
+        expected = forward_twin(cell, x, weights, state, 0.25, seed, all_steps, True)
+        n = 1 + len(state)
+        back = (*found[:n], *given, *found[n:], True, True)  # the results will do as their own gradients
+        *of_inputs, of_weights = getattr(torch.ops.qfast, f"{name}_backward")(*back)
+        twin_back = (found[0], found[1:n], x, weights, state, 0.25, seed, all_steps, *expected[n:], True, True)
+        *twin_inputs, twin_weights = backward_twin(cell, *twin_back)
+        pairs = [*zip(found[:n], expected[:n], strict=True), *zip(of_inputs, twin_inputs, strict=True)]
+        for ours, theirs in [*pairs, *zip(of_weights, twin_weights, strict=True)]:
             error = float((ours - theirs).norm() / theirs.norm())
             if not error < 1e-12:
                 raise ArithmeticError(f"{name}: native and plain torch differ by {error:.1e} (relative norm).")
