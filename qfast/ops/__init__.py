@@ -7,11 +7,13 @@ from typing import NamedTuple
 import torch
 
 from qfast.ops import additive_attention as _attention
+from qfast.ops import attention_pool as _attention_pool
 from qfast.ops import recurrent as _recurrent
 from qfast.ops import temporal_conv as _temporal_conv
 from qfast.ops import window_gather as _window_gather
 from qfast.ops import window_index as _window_index
 from qfast.ops.additive_attention import additive_attention, graph_attention
+from qfast.ops.attention_pool import attention_pool
 from qfast.ops.recurrent import gru, lstm
 from qfast.ops.temporal_conv import BlockWeights, temporal_block, temporal_conv_net
 from qfast.ops.window_gather import gather_windows, window_rows
@@ -23,6 +25,7 @@ __all__ = [
     "Operator",
     "WindowIndex",
     "additive_attention",
+    "attention_pool",
     "build_window_index",
     "gather_windows",
     "graph_attention",
@@ -43,6 +46,7 @@ class Operator(NamedTuple):
 
 OPERATORS = {
     "additive_attention": Operator(partial(_attention.self_test, "additive_attention")),
+    "attention_pool": Operator(_attention_pool.self_test, ("cpu",)),
     "build_window_index": Operator(_window_index.self_test, ("cpu",)),
     "gather_windows": Operator(_window_gather.self_test),
     "graph_attention": Operator(partial(_attention.self_test, "graph_attention")),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qfast.ops.philox import keep_threshold, philox
 
-__all__ = ["GRU", "LSTM", "Cell", "backward_twin", "empty_kept", "forward_twin"]
+__all__ = ["GRU", "LSTM", "Cell", "backward_twin", "dropout_mask", "empty_kept", "forward_twin"]
 
 
 # ---------------------------------------------------------------- the cells
@@ -73,7 +73,7 @@ def _by_layer(weights: Sequence[Tensor]) -> list[Sequence[Tensor]]:
     return [weights[at : at + 4] for at in range(0, len(weights), 4)]
 
 
-def _mask(like: Tensor, layer: int, dropout: float, seed: Tensor) -> Tensor:
+def dropout_mask(like: Tensor, layer: int, dropout: float, seed: Tensor) -> Tensor:
     """0 or 1 / (1 - dropout) for each element of a layer's output [B, T, H]; see `lstm` for the rule."""
     batch, steps, hidden = like.shape
     groups, t, j = (torch.arange(n, device=like.device) for n in ((batch + 3) // 4, steps, hidden))
@@ -114,7 +114,7 @@ def forward_twin(
     states, all_gates, all_kept = [], [], []
     for number, layer in enumerate(layers):
         if number and dropout and seed is not None:
-            h = h * _mask(h, number - 1, dropout, seed)
+            h = h * dropout_mask(h, number - 1, dropout, seed)
         h, after, gates, kept = _layer_steps(cell, h, layer, _initial(cell, x, weights, state, number))
         states.append(after)
         if keep and gates:
@@ -165,7 +165,7 @@ def backward_twin(
         if number:
             given = outputs[number - 1]
             if dropout and seed is not None:
-                mask = _mask(given, number - 1, dropout, seed)
+                mask = dropout_mask(given, number - 1, dropout, seed)
                 given = given * mask
         shifted = torch.cat((before[0].unsqueeze(1), outputs[number]), 1)[:, :steps]
         flat_input, flat_hidden = of_input.flatten(0, 1).t(), of_hidden.flatten(0, 1).t()
