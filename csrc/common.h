@@ -74,6 +74,8 @@ void dispatch_floating(ScalarType type, const Body& body) {
   }
 }
 
+inline int64_t rounded_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+
 // Runs body(begin, end) on torch's own thread pool. The body must not throw: it runs across a C boundary.
 template <class Body>
 void parallel_for(int64_t count, int64_t grain, const Body& body) {

@@ -3,7 +3,7 @@
 // a function shared with another unit would be linked from either and could bring illegal instructions.
 // System headers must be included before the pragma, never here.
 
-#define QFAST_DEVICE_INLINE static inline
+#define QFAST_DEVICE_INLINE static inline __attribute__((always_inline))
 
 namespace qfast::QFAST_ISA {
 namespace {
@@ -14,7 +14,11 @@ namespace {
 // Kernels.
 #include "activations.h"
 #include "additive_attention_kernels.h"
+#include "dropout_kernels.h"
+#include "matrix_tiles.h"
+#include "recurrent_cell.h"
 #include "recurrent_kernels.h"
+#include "recurrent_kernels_backward.h"
 #include "temporal_conv_kernels.h"
 #include "temporal_conv_kernels_backward.h"
 #include "temporal_conv_kernels_rolling.h"

@@ -9,48 +9,49 @@
 #include "temporal_conv.h"
 #include "window_gather.h"
 
-#define QFAST_CPU_KERNELS                                                                                  \
-  QFAST_KERNEL(resolve_windows, const ::qfast::ResolveJob&, int64_t begin, int64_t end)                    \
-  QFAST_KERNEL(gather_windows, const ::qfast::GatherJob&, int64_t begin, int64_t end, unsigned char* s)    \
-  QFAST_KERNEL(scatter_windows_f32, const ::qfast::ScatterJob&, int64_t begin, int64_t end)                \
-  QFAST_KERNEL(scatter_windows_f64, const ::qfast::ScatterJob&, int64_t begin, int64_t end)                \
-  QFAST_KERNEL(lstm_forward_f32, const ::qfast::LstmForwardJob<float>&, int64_t begin, int64_t end)        \
-  QFAST_KERNEL(lstm_backward_f32, const ::qfast::LstmBackwardJob<float>&, int64_t begin, int64_t end,      \
-               float* sums)                                                                                \
-  QFAST_KERNEL(lstm_forward_f64, const ::qfast::LstmForwardJob<double>&, int64_t begin, int64_t end)       \
-  QFAST_KERNEL(lstm_backward_f64, const ::qfast::LstmBackwardJob<double>&, int64_t begin, int64_t end,     \
-               double* sums)                                                                               \
-  QFAST_KERNEL(gru_forward_f32, const ::qfast::GruForwardJob<float>&, int64_t begin, int64_t end)          \
-  QFAST_KERNEL(gru_backward_f32, const ::qfast::GruBackwardJob<float>&, int64_t begin, int64_t end,        \
-               float* sums)                                                                                \
-  QFAST_KERNEL(gru_forward_f64, const ::qfast::GruForwardJob<double>&, int64_t begin, int64_t end)         \
-  QFAST_KERNEL(gru_backward_f64, const ::qfast::GruBackwardJob<double>&, int64_t begin, int64_t end,       \
-               double* sums)                                                                               \
-  QFAST_KERNEL(block_sums_f32, const ::qfast::RunningSums<float>&, int64_t begin, int64_t end)             \
-  QFAST_KERNEL(attend_f32, const ::qfast::AttendJob<float>&, int64_t begin, int64_t end)                   \
-  QFAST_KERNEL(attend_backward_f32, const ::qfast::AttendBackwardJob<float>&, int64_t begin, int64_t end)  \
-  QFAST_KERNEL(row_dots_f32, const ::qfast::RowDotsJob<float>&, int64_t begin, int64_t end)                \
-  QFAST_KERNEL(hidden_scores_f32, const ::qfast::ScoresJob<float>&, int64_t begin, int64_t end)            \
-  QFAST_KERNEL(hidden_scores_backward_f32, const ::qfast::ScoresBackwardJob<float>&, int64_t begin,        \
-               int64_t end)                                                                                \
-  QFAST_KERNEL(exp_f32, float* values, int64_t begin, int64_t end)                                         \
-  QFAST_KERNEL(block_sums_f64, const ::qfast::RunningSums<double>&, int64_t begin, int64_t end)            \
-  QFAST_KERNEL(attend_f64, const ::qfast::AttendJob<double>&, int64_t begin, int64_t end)                  \
-  QFAST_KERNEL(attend_backward_f64, const ::qfast::AttendBackwardJob<double>&, int64_t begin, int64_t end) \
-  QFAST_KERNEL(row_dots_f64, const ::qfast::RowDotsJob<double>&, int64_t begin, int64_t end)               \
-  QFAST_KERNEL(hidden_scores_f64, const ::qfast::ScoresJob<double>&, int64_t begin, int64_t end)           \
-  QFAST_KERNEL(hidden_scores_backward_f64, const ::qfast::ScoresBackwardJob<double>&, int64_t begin,       \
-               int64_t end)                                                                                \
-  QFAST_KERNEL(exp_f64, double* values, int64_t begin, int64_t end)                                        \
-  QFAST_KERNEL(temporal_conv_forward_f32, const ::qfast::NetworkJob<float>&, int64_t begin, int64_t end,   \
-               float* s)                                                                                   \
-  QFAST_KERNEL(temporal_conv_forward_f64, const ::qfast::NetworkJob<double>&, int64_t begin, int64_t end,  \
-               double* s)                                                                                  \
-  QFAST_KERNEL(temporal_conv_rolling_f32, const ::qfast::RollingJob<float>&, int64_t begin, int64_t end,   \
-               float* s)                                                                                   \
-  QFAST_KERNEL(temporal_conv_rolling_f64, const ::qfast::RollingJob<double>&, int64_t begin, int64_t end,  \
-               double* s)                                                                                  \
-  QFAST_KERNEL(temporal_conv_backward_f32, const ::qfast::NetworkJob<float>&, int64_t begin, int64_t end,  \
-               float* s, float* sums)                                                                      \
-  QFAST_KERNEL(temporal_conv_backward_f64, const ::qfast::NetworkJob<double>&, int64_t begin, int64_t end, \
+#define QFAST_CPU_KERNELS                                                                                    \
+  QFAST_KERNEL(resolve_windows, const ::qfast::ResolveJob&, int64_t begin, int64_t end)                      \
+  QFAST_KERNEL(gather_windows, const ::qfast::GatherJob&, int64_t begin, int64_t end, unsigned char* s)      \
+  QFAST_KERNEL(scatter_windows_f32, const ::qfast::ScatterJob&, int64_t begin, int64_t end)                  \
+  QFAST_KERNEL(scatter_windows_f64, const ::qfast::ScatterJob&, int64_t begin, int64_t end)                  \
+  QFAST_KERNEL(lstm_forward_f32, const ::qfast::RecurrentJob<float>&, int64_t begin, int64_t end, float* s)  \
+  QFAST_KERNEL(lstm_backward_f32, const ::qfast::RecurrentJob<float>&, int64_t begin, int64_t end, float* s, \
+               float* sums)                                                                                  \
+  QFAST_KERNEL(lstm_forward_f64, const ::qfast::RecurrentJob<double>&, int64_t begin, int64_t end,           \
+               double* s)                                                                                    \
+  QFAST_KERNEL(lstm_backward_f64, const ::qfast::RecurrentJob<double>&, int64_t begin, int64_t end,          \
+               double* s, double* sums)                                                                      \
+  QFAST_KERNEL(gru_forward_f32, const ::qfast::RecurrentJob<float>&, int64_t begin, int64_t end, float* s)   \
+  QFAST_KERNEL(gru_backward_f32, const ::qfast::RecurrentJob<float>&, int64_t begin, int64_t end, float* s,  \
+               float* sums)                                                                                  \
+  QFAST_KERNEL(gru_forward_f64, const ::qfast::RecurrentJob<double>&, int64_t begin, int64_t end, double* s) \
+  QFAST_KERNEL(gru_backward_f64, const ::qfast::RecurrentJob<double>&, int64_t begin, int64_t end,           \
+               double* s, double* sums)                                                                      \
+  QFAST_KERNEL(block_sums_f32, const ::qfast::RunningSums<float>&, int64_t begin, int64_t end)               \
+  QFAST_KERNEL(attend_f32, const ::qfast::AttendJob<float>&, int64_t begin, int64_t end)                     \
+  QFAST_KERNEL(attend_backward_f32, const ::qfast::AttendBackwardJob<float>&, int64_t begin, int64_t end)    \
+  QFAST_KERNEL(row_dots_f32, const ::qfast::RowDotsJob<float>&, int64_t begin, int64_t end)                  \
+  QFAST_KERNEL(hidden_scores_f32, const ::qfast::ScoresJob<float>&, int64_t begin, int64_t end)              \
+  QFAST_KERNEL(hidden_scores_backward_f32, const ::qfast::ScoresBackwardJob<float>&, int64_t begin,          \
+               int64_t end)                                                                                  \
+  QFAST_KERNEL(exp_f32, float* values, int64_t begin, int64_t end)                                           \
+  QFAST_KERNEL(block_sums_f64, const ::qfast::RunningSums<double>&, int64_t begin, int64_t end)              \
+  QFAST_KERNEL(attend_f64, const ::qfast::AttendJob<double>&, int64_t begin, int64_t end)                    \
+  QFAST_KERNEL(attend_backward_f64, const ::qfast::AttendBackwardJob<double>&, int64_t begin, int64_t end)   \
+  QFAST_KERNEL(row_dots_f64, const ::qfast::RowDotsJob<double>&, int64_t begin, int64_t end)                 \
+  QFAST_KERNEL(hidden_scores_f64, const ::qfast::ScoresJob<double>&, int64_t begin, int64_t end)             \
+  QFAST_KERNEL(hidden_scores_backward_f64, const ::qfast::ScoresBackwardJob<double>&, int64_t begin,         \
+               int64_t end)                                                                                  \
+  QFAST_KERNEL(exp_f64, double* values, int64_t begin, int64_t end)                                          \
+  QFAST_KERNEL(temporal_conv_forward_f32, const ::qfast::NetworkJob<float>&, int64_t begin, int64_t end,     \
+               float* s)                                                                                     \
+  QFAST_KERNEL(temporal_conv_forward_f64, const ::qfast::NetworkJob<double>&, int64_t begin, int64_t end,    \
+               double* s)                                                                                    \
+  QFAST_KERNEL(temporal_conv_rolling_f32, const ::qfast::RollingJob<float>&, int64_t begin, int64_t end,     \
+               float* s)                                                                                     \
+  QFAST_KERNEL(temporal_conv_rolling_f64, const ::qfast::RollingJob<double>&, int64_t begin, int64_t end,    \
+               double* s)                                                                                    \
+  QFAST_KERNEL(temporal_conv_backward_f32, const ::qfast::NetworkJob<float>&, int64_t begin, int64_t end,    \
+               float* s, float* sums)                                                                        \
+  QFAST_KERNEL(temporal_conv_backward_f64, const ::qfast::NetworkJob<double>&, int64_t begin, int64_t end,   \
                double* s, double* sums)

@@ -1,5 +1,5 @@
-// The innermost loop of the convolutions: a tile of a sum of small matrix products, held in registers.
-// Included inside the namespace of the instruction set.
+// The innermost loop of convolutions and recurrent layers: a tile of a sum of small matrix products, held in
+// registers. Included inside the namespace of the instruction set.
 
 #if QFAST_VECTOR_BYTES == 64
 constexpr int kPanelVectors = 4;  // 32 registers: 6 x 4 sums, 4 columns, 1 broadcast
@@ -34,9 +34,9 @@ QFAST_ALWAYS_INLINE Vector<Element> splat(Element x) {
   return x - Vector<Element>{};
 }
 
-// sums[i][:] += sum over k of a[i * a_row + k * a_step] * b[k * b_step : ... + width]
-template <class Element, int Rows, int Vectors>
-QFAST_ALWAYS_INLINE void add_product(Sums<Element, Rows, Vectors>& sums, const Element* a, int64_t a_row,
+// sums[i][First : First + Count] += sum over k of a[i * a_row + k * a_step] * b[k * b_step : ... + width]
+template <int First, int Count, class Element, int Rows, int Vectors>
+QFAST_ALWAYS_INLINE void add_columns(Sums<Element, Rows, Vectors>& sums, const Element* a, int64_t a_row,
                                      int64_t a_step, const Element* b, int64_t b_step, int64_t count) {
   // One pointer to four rows each: the others are reached by a scaled index.
   constexpr int kPointers = (Rows + 3) / 4;
@@ -44,19 +44,25 @@ QFAST_ALWAYS_INLINE void add_product(Sums<Element, Rows, Vectors>& sums, const E
 #pragma GCC unroll 8
   for (int p = 0; p < kPointers; ++p) base[p] = a + 4 * p * a_row;
   for (int64_t k = 0; k < count; ++k) {
-    Vector<Element> column[Vectors];
+    Vector<Element> column[Count];
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) column[v] = load<Element>(b + v * kLanes<Element>, kLanes<Element>);
+    for (int v = 0; v < Count; ++v) column[v] = load<Element>(b + v * kLanes<Element>, kLanes<Element>);
 #pragma GCC unroll 24
     for (int i = 0; i < Rows; ++i) {
       const Vector<Element> value = splat(base[i / 4][(i % 4) * a_row]);
 #pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) sums.at[i][v] += value * column[v];
+      for (int v = 0; v < Count; ++v) sums.at[i][First + v] += value * column[v];
     }
 #pragma GCC unroll 8
     for (int p = 0; p < kPointers; ++p) base[p] += a_step;
     b += b_step;
   }
+}
+
+template <class Element, int Rows, int Vectors>
+QFAST_ALWAYS_INLINE void add_product(Sums<Element, Rows, Vectors>& sums, const Element* a, int64_t a_row,
+                                     int64_t a_step, const Element* b, int64_t b_step, int64_t count) {
+  add_columns<0, Vectors>(sums, a, a_row, a_step, b, b_step, count);
 }
 
 // body.template operator()<Rows>(first) for tiles that cover [0, count) with as many rows as fit.

@@ -1,601 +1,215 @@
-// One LSTM or GRU layer over all time steps, and its gradients, on the CPU. The batch is walked in tiles of
-// rows whose state, gates and GEMM operands stay in the second-level cache from step to step; a step is one
-// torch GEMM (two for the GRU) and one cell kernel (recurrent_kernels.h). What a step of a tile contributes
-// to the weights is collected and multiplied a few steps at a time. Schemas: qfast/ops/recurrent.py.
+// Stacked LSTM and GRU on the CPU: buffers and threads. Schemas: qfast/ops/recurrent.py; what is computed:
+// recurrent_cell.h, recurrent_kernels.h and recurrent_kernels_backward.h.
 #include "recurrent.h"
 
-#include <algorithm>
-#include <array>
 #include <cstring>
-#include <optional>
 #include <tuple>
-#include <vector>
 
-#include "common.h"
-#include "cpu_dispatch.h"
-#include "huge_pages.h"
+#include "cpu_workers.h"
+#include "recurrent_network.h"
 
 namespace qfast {
 namespace {
 
-using MaybeTensor = std::optional<Tensor>;
+using host::GruCell;
+using host::LstmCell;
 
-constexpr int64_t kTileRows = 256;  // rows of a tile: the tile of a step is about half of a 1 MB cache
-constexpr int64_t kChunkRows =
-    2048;                           // rows (steps times rows of the tile) of one GEMM of the weight gradients
-constexpr int64_t kBlockRows = 32;  // rows whose bias gradients are summed as one: fixed, so that sums repeat
-constexpr int64_t kHugeBytes = 4 << 20;  // what is kept for the backward: from here huge pages pay
-constexpr int64_t kGrainUnits = 4096;    // cells of one task: long enough to pay for waking a thread
+constexpr int64_t kParts = 16;             // sums of weight gradients, each of a fixed part of the tiles
+constexpr int64_t kPartBytes = 128 << 20;  // that they may take together
 
-struct Shape {
-  int64_t steps, rows, features, hidden;
-};
+auto forward_kernel(LstmCell, float) { return cpu_kernels().lstm_forward_f32; }
+auto forward_kernel(LstmCell, double) { return cpu_kernels().lstm_forward_f64; }
+auto forward_kernel(GruCell, float) { return cpu_kernels().gru_forward_f32; }
+auto forward_kernel(GruCell, double) { return cpu_kernels().gru_forward_f64; }
+auto backward_kernel(LstmCell, float) { return cpu_kernels().lstm_backward_f32; }
+auto backward_kernel(LstmCell, double) { return cpu_kernels().lstm_backward_f64; }
+auto backward_kernel(GruCell, float) { return cpu_kernels().gru_backward_f32; }
+auto backward_kernel(GruCell, double) { return cpu_kernels().gru_backward_f64; }
 
-// Equal tiles; more threads get proportionally larger ones, as the GEMMs of a tile are split among them.
-int64_t tile_rows(const Shape& shape) {
-  const int64_t most = kTileRows * torch::stable::get_num_threads();
-  const int64_t tiles = (shape.rows + most - 1) / most;
-  return tiles == 0 ? 0 : (shape.rows + tiles - 1) / tiles;
-}
-
-// ---------------------------------------------------------------- tensors
-Tensor matrix(const Tensor& like, int64_t rows, int64_t columns) {
-  const int64_t shape[] = {rows, columns};
-  return torch::stable::new_empty(like, {shape, 2});
-}
-
-Tensor sequence(const Tensor& like, int64_t steps, int64_t rows, int64_t columns) {
-  const int64_t shape[] = {steps, rows, columns};
-  Tensor out = torch::stable::new_empty(like, {shape, 3});
-  const int64_t bytes = out.numel() * (like.scalar_type() == ScalarType::Float ? 4 : 8);
-  if (bytes >= kHugeBytes) advise_huge_pages(out.mutable_data_ptr(), bytes);
-  return out;
-}
-
-Tensor part(Tensor whole, int64_t dim, int64_t begin, int64_t count) {
-  return torch::stable::narrow(whole, dim, begin, count);
-}
-
-Tensor transposed(const Tensor& tensor) { return torch::stable::transpose(tensor, 0, 1); }
-
-template <class Element>
-Element* data(const Tensor& tensor) {
-  return tensor.mutable_data_ptr<Element>();
-}
-
-template <class Element>
-const Element* data(const MaybeTensor& tensor) {
-  return tensor ? tensor->const_data_ptr<Element>() : nullptr;
-}
-
-MaybeTensor contiguous(const MaybeTensor& tensor) {
-  return tensor ? MaybeTensor(torch::stable::contiguous(*tensor)) : std::nullopt;
-}
-
-// out = left right. `out` may be columns of a wider matrix.
-void multiply(const Tensor& out, const Tensor& left, const Tensor& right) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(left), from(right), from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference over, to drop it
-}
-
-template <class Element>
-void fill_zero(const Tensor& tensor) {
-  std::memset(data<Element>(tensor), 0, sizeof(Element) * tensor.numel());
-}
-
-template <class Element>
-struct Strided {
-  Element* data;
-  int64_t row, column;  // strides, elements
-};
-
-template <class Element>
-void copy(Strided<Element> to, Strided<const Element> from, int64_t begin, int64_t end, int64_t columns) {
-  for (int64_t r = begin; r < end; ++r) {
-    Element* __restrict out = to.data + r * to.row;
-    const Element* __restrict in = from.data + r * from.row;
-    if (from.column == 1 && to.column == 1) {
-      std::memcpy(out, in, sizeof(Element) * columns);
-    } else {
-      for (int64_t c = 0; c < columns; ++c) out[c * to.column] = in[c * from.column];
-    }
-  }
-}
-
-// x[t, first + r, :] of [T, B, F] with any strides.
-template <class Element>
-Strided<const Element> step_of(const Tensor& x, int64_t t, int64_t first) {
-  return {x.const_data_ptr<Element>() + t * x.stride(0) + first * x.stride(1), x.stride(1), x.stride(2)};
-}
-
-// [W_ih | W_hh]: [G, F + H].
-template <class Element>
-Tensor joined(const Tensor& weight_ih, const Tensor& weight_hh) {
-  const int64_t gates = weight_ih.size(0), features = weight_ih.size(1), hidden = weight_hh.size(1);
-  Tensor out = matrix(weight_ih, gates, features + hidden);
-  Element* to = data<Element>(out);
-  copy<Element>({to, features + hidden, 1}, {data<Element>(weight_ih), features, 1}, 0, gates, features);
-  copy<Element>({to + features, features + hidden, 1}, {data<Element>(weight_hh), hidden, 1}, 0, gates,
-                hidden);
-  return out;
-}
-
-// A contiguous matrix out of rows [begin, begin + count) of the transpose of `sums`.
-template <class Element>
-Tensor transposed_rows(const Tensor& sums, int64_t begin, int64_t count) {
-  const int64_t columns = sums.size(1);
-  Tensor out = matrix(sums, columns, count);
-  copy<Element>({data<Element>(out), 1, count}, {data<Element>(sums) + begin * columns, columns, 1}, 0, count,
-                columns);
-  return out;
-}
-
-template <class Element>
-void add(const Tensor& to, const Tensor& from) {
-  Element* __restrict sum = data<Element>(to);
-  const Element* __restrict term = data<Element>(from);
-  const int64_t count = to.numel();
-  for (int64_t i = 0; i < count; ++i) sum[i] += term[i];
-}
-
-// ---------------------------------------------------------------- checks
-void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& x,
-                std::initializer_list<int64_t> shape) {
-  QFAST_CHECK(tensor.is_cpu() && tensor.scalar_type() == x.scalar_type(), op, ": ", name,
-              ": expected dtype and device of x.");
-  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
-  std::ostringstream wanted;
-  int64_t axis = 0;
-  for (const int64_t size : shape) {
-    wanted << (axis ? ", " : "") << size;
-    same = same && tensor.size(axis++) == size;
-  }
-  QFAST_CHECK(same, op, ": ", name, ": expected shape (", wanted.str(), "), got ", shape_text(tensor), ".");
-}
-
-Shape check_layer(const char* op, const Tensor& x, const Tensor& weight_ih, const Tensor& weight_hh,
-                  int64_t gates) {
-  check_floating(op, "x", x);
-  check_dims(op, "x", x, 3, "[T, B, F]");
-  check_dims(op, "weight_hh", weight_hh, 2, "[gates * H, H]");
-  const Shape shape{x.size(0), x.size(1), x.size(2), weight_hh.size(1)};
-  QFAST_CHECK(shape.steps > 0 && shape.features > 0 && shape.hidden > 0, op,
-              ": x: expected at least one step and one feature, weight_hh at least one unit, got ",
-              shape_text(x), " and ", shape_text(weight_hh), ".");
-  check_like(op, "weight_ih", weight_ih, x, {gates * shape.hidden, shape.features});
-  check_like(op, "weight_hh", weight_hh, x, {gates * shape.hidden, shape.hidden});
-  return shape;
-}
-
-void check_grads(const char* op, const MaybeTensor& grad_output, const MaybeTensor& grad_last,
-                 const Tensor& x, const Shape& s) {
-  if (grad_output) check_like(op, "grad_output", *grad_output, x, {s.steps, s.rows, s.hidden});
-  if (grad_last) check_like(op, "grad_last", *grad_last, x, {s.rows, s.hidden});
-}
-
-int64_t grain(const Shape& shape) { return kGrainUnits / shape.hidden; }
-
-template <class Element>
-Tensor last_of(const Tensor& output, const Shape& s) {
-  Tensor last = matrix(output, s.rows, s.hidden);
-  std::memcpy(data<Element>(last), data<Element>(output) + (s.steps - 1) * s.rows * s.hidden,
-              sizeof(Element) * s.rows * s.hidden);
-  return last;
-}
-
-// ---------------------------------------------------------------- kernels by type
-#define QFAST_BY_TYPE(name)                                      \
-  auto name##_kernel(float) { return cpu_kernels().name##_f32; } \
-  auto name##_kernel(double) { return cpu_kernels().name##_f64; }
-QFAST_BY_TYPE(lstm_forward)
-QFAST_BY_TYPE(lstm_backward)
-QFAST_BY_TYPE(gru_forward)
-QFAST_BY_TYPE(gru_backward)
-#undef QFAST_BY_TYPE
+const MaybeTensor kNone;
 
 // ---------------------------------------------------------------- forward
-// Rows [first, first + rows) of an LSTM layer. `gates` and `cells` are [T, B, .], or one step if not kept.
-template <class Element>
-void lstm_tile(const Tensor& x, const Tensor& weights, const Tensor& bias, const Tensor& output,
-               const Tensor& gates, const Tensor& cells, bool keep, const Shape& s, int64_t first,
-               int64_t rows) {
-  const int64_t F = s.features, H = s.hidden;
-  const Tensor operand = matrix(x, rows, F + H), pre = matrix(x, rows, 4 * H);
-  const Tensor right = transposed(weights);
-  Element* const joint = data<Element>(operand);
-  const auto take_step = [&](int64_t t, int64_t begin, int64_t end) {
-    copy<Element>({joint, F + H, 1}, step_of<Element>(x, t, first), begin, end, F);
-  };
-  take_step(0, 0, rows);
-  const auto kernel = lstm_forward_kernel(Element{});
-  for (int64_t t = 0; t < s.steps; ++t) {
-    if (t == 0) {  // no h yet
-      multiply(pre, part(operand, 1, 0, F), part(right, 0, 0, F));
-    } else {
-      multiply(pre, operand, right);
-    }
-    const int64_t at = (t * s.rows + first) * H, kept = keep ? at : first * H;
-    Element* const cell = data<Element>(cells);
-    const Element* const before = t == 0 ? nullptr : cell + (keep ? kept - s.rows * H : kept);
-    const LstmForwardJob<Element> job{H,
-                                      data<Element>(pre),
-                                      data<Element>(bias),
-                                      before,
-                                      keep ? data<Element>(gates) + at * 4 : nullptr,
-                                      cell + kept,
-                                      data<Element>(output) + at,
-                                      joint + F,
-                                      F + H};
-    parallel_for(rows, grain(s), [&](int64_t begin, int64_t end) {
-      kernel(job, begin, end);
-      if (t + 1 < s.steps) take_step(t + 1, begin, end);
-    });
-  }
-}
+struct Forward {
+  Tensor output, last_h, last_c, gates, carried;
+};
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_layer_cpu(const Tensor& x, const Tensor& weight_ih,
-                                                          const Tensor& weight_hh, const Tensor& bias,
-                                                          bool keep) {
-  const char* op = "lstm_layer";
-  const Shape s = check_layer(op, x, weight_ih, weight_hh, 4);
-  check_like(op, "bias", bias, x, {4 * s.hidden});
-  Tensor output = sequence(x, s.steps, s.rows, s.hidden), last;
-  Tensor gates = sequence(x, keep ? s.steps : 0, s.rows, 4 * s.hidden);
-  Tensor cells = sequence(x, keep ? s.steps : 0, s.rows, s.hidden);
-  dispatch_floating(x.scalar_type(), [&](auto zero) {
-    using Element = decltype(zero);
-    const Tensor weights =
-        joined<Element>(torch::stable::contiguous(weight_ih), torch::stable::contiguous(weight_hh));
-    const Tensor sum = torch::stable::contiguous(bias);
-    const Tensor states = keep ? cells : matrix(x, s.rows, s.hidden);
-    const int64_t tile = tile_rows(s);
-    for (int64_t first = 0; first < s.rows; first += tile) {
-      lstm_tile<Element>(x, weights, sum, output, gates, states, keep, s, first,
-                         std::min(tile, s.rows - first));
-    }
-    last = last_of<Element>(output, s);
-  });
-  return {output, last, gates, cells};
+// Windows of rows that follow each other share the products of their rows with the first layer's weights.
+bool rolls(const Tensor& x, bool keep, bool drops) {
+  return !keep && !drops && x.size(0) > 1 && x.size(1) > 1 && x.stride(0) == x.stride(1);
 }
 
 template <class Element>
-void gru_tile(const Tensor& x, const Tensor& weight_ih, const Tensor& weight_hh, const Tensor& bias_ih,
-              const Tensor& bias_hh, const Tensor& output, const Tensor& gates, bool keep, const Shape& s,
-              int64_t first, int64_t rows) {
-  const int64_t F = s.features, H = s.hidden;
-  const Tensor input = matrix(x, rows, F), state = matrix(x, rows, H);
-  const Tensor from_input = matrix(x, rows, 3 * H), from_hidden = matrix(x, rows, 3 * H);
-  const Tensor right_ih = transposed(weight_ih), right_hh = transposed(weight_hh);
-  const auto take_step = [&](int64_t t, int64_t begin, int64_t end) {
-    copy<Element>({data<Element>(input), F, 1}, step_of<Element>(x, t, first), begin, end, F);
-  };
-  take_step(0, 0, rows);
-  fill_zero<Element>(state);
-  fill_zero<Element>(from_hidden);  // of the first step, where there is no h yet
-  const auto kernel = gru_forward_kernel(Element{});
-  for (int64_t t = 0; t < s.steps; ++t) {
-    multiply(from_input, input, right_ih);
-    if (t > 0) multiply(from_hidden, state, right_hh);
-    const int64_t at = (t * s.rows + first) * H;
-    const GruForwardJob<Element> job{H,
-                                     data<Element>(from_input),
-                                     data<Element>(from_hidden),
-                                     data<Element>(bias_ih),
-                                     data<Element>(bias_hh),
-                                     keep ? data<Element>(gates) + at * 4 : nullptr,
-                                     data<Element>(state),
-                                     data<Element>(output) + at};
-    parallel_for(rows, grain(s), [&](int64_t begin, int64_t end) {
-      kernel(job, begin, end);
-      if (t + 1 < s.steps) take_step(t + 1, begin, end);
-    });
-  }
+Sequence<Element> sequence_of(const Tensor& output) {
+  return {output.mutable_data_ptr<Element>(), output.stride(0), output.stride(1), 1};
 }
 
-std::tuple<Tensor, Tensor, Tensor> gru_layer_cpu(const Tensor& x, const Tensor& weight_ih,
-                                                 const Tensor& weight_hh, const Tensor& bias_ih,
-                                                 const Tensor& bias_hh, bool keep) {
-  const char* op = "gru_layer";
-  const Shape s = check_layer(op, x, weight_ih, weight_hh, 3);
-  check_like(op, "bias_ih", bias_ih, x, {3 * s.hidden});
-  check_like(op, "bias_hh", bias_hh, x, {3 * s.hidden});
-  Tensor output = sequence(x, s.steps, s.rows, s.hidden), last;
-  Tensor gates = sequence(x, keep ? s.steps : 0, s.rows, 4 * s.hidden);
-  const Tensor held[] = {torch::stable::contiguous(weight_ih), torch::stable::contiguous(weight_hh),
-                         torch::stable::contiguous(bias_ih), torch::stable::contiguous(bias_hh)};
+// Equal shares for the threads, each cut into equal tiles.
+template <class Cell, class Element>
+void run_forward(RecurrentNetwork<Cell, Element>& network, const Tensor& like, bool rolling) {
+  auto& job = network.job;
+  const int64_t units = (job.batch + kRecurrentRowStep - 1) / kRecurrentRowStep,
+                workers = worker_count(units);
+  job.tile_rows = even_tile_rows((units + workers - 1) / workers * kRecurrentRowStep);
+  network.prepare_forward(rolling);
+  const int64_t each = rounded_up(network.scratch_elements, 16);
+  const Tensor scratch = empty(like, {workers * each});
+  Element* const space = scratch.mutable_data_ptr<Element>();
+  const auto kernel = forward_kernel(Cell{}, Element{});
+  share(units, [&](int64_t worker, int64_t begin, int64_t end) {
+    kernel(job, begin * kRecurrentRowStep, std::min(end * kRecurrentRowStep, job.batch),
+           space + worker * each);
+  });
+}
+
+template <class Cell>
+Forward forward(const char* op, const Tensor& x, const std::vector<Tensor>& weights, const MaybeTensor& h0,
+                const MaybeTensor& c0, double dropout, const MaybeTensor& seed, bool all_steps, bool keep) {
+  check_floating(op, "x", x);
+  Forward out;
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);
-    const int64_t tile = tile_rows(s);
-    for (int64_t first = 0; first < s.rows; first += tile) {
-      gru_tile<Element>(x, held[0], held[1], held[2], held[3], output, gates, keep, s, first,
-                        std::min(tile, s.rows - first));
+    RecurrentNetwork<Cell, Element> network(op, x, weights, h0, c0, dropout, seed);
+    auto& job = network.job;
+    const int64_t L = job.layer_count, B = job.batch, T = job.steps, H = job.hidden, kept = keep ? T : 0;
+    out.last_h = empty(x, {L, B, H}), out.last_c = empty(x, {Cell::kStates == 2 ? L : 0, B, H});
+    out.gates = empty(x, {L, kept, B, 4, H}), out.carried = empty(x, {L, kept, B, H});
+    out.output = all_steps ? empty(x, {B, T, H}) : empty(x, {B, H});
+    job.last_h = out.last_h.template mutable_data_ptr<Element>();
+    job.last_c = out.last_c.template mutable_data_ptr<Element>();
+    if (all_steps) job.output = sequence_of<Element>(out.output);
+    if (keep) {
+      job.gates = out.gates.template mutable_data_ptr<Element>();
+      job.carried = out.carried.template mutable_data_ptr<Element>();
     }
-    last = last_of<Element>(output, s);
+    run_forward(network, x, rolls(x, keep, job.dropout.active));
+    if (!all_steps && B > 0)
+      std::memcpy(out.output.mutable_data_ptr(), job.last_h + (L - 1) * B * H, sizeof(Element) * B * H);
   });
-  return {output, last, gates};
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_cpu(const Tensor& x, std::vector<Tensor> weights,
+                                                            MaybeTensor h0, MaybeTensor c0, double dropout,
+                                                            MaybeTensor seed, bool all_steps, bool keep) {
+  const Forward out = forward<LstmCell>("lstm", x, weights, h0, c0, dropout, seed, all_steps, keep);
+  return {out.output, out.last_h, out.last_c, out.gates, out.carried};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gru_cpu(const Tensor& x, std::vector<Tensor> weights,
+                                                   MaybeTensor h0, double dropout, MaybeTensor seed,
+                                                   bool all_steps, bool keep) {
+  const Forward out = forward<GruCell>("gru", x, weights, h0, kNone, dropout, seed, all_steps, keep);
+  return {out.output, out.last_h, out.gates, out.carried};
 }
 
 // ---------------------------------------------------------------- backward
-// What the backward of a tile collects towards the gradients of weights and biases: gradients of the gates
-// of several steps above each other, the GEMM operands they belong to, and sums of the gates' gradients.
-template <class Element>
-class Collected {
- public:
-  Collected(const Tensor& x, const Shape& s, int64_t tile)
-      : shape_(s),
-        operands_(matrix(x, slots(s, tile) * tile, s.features + s.hidden)),
-        grads_(matrix(x, slots(s, tile) * tile, 4 * s.hidden)),
-        sums_(matrix(x, (tile + kBlockRows - 1) / kBlockRows, 4 * s.hidden)),
-        bias_(matrix(x, 1, 4 * s.hidden)) {
-    fill_zero<Element>(bias_);
-  }
-
-  static int64_t slots(const Shape& s, int64_t tile) {
-    return std::clamp<int64_t>(tile == 0 ? 1 : kChunkRows / tile, 1, s.steps);
-  }
-
-  void begin_tile(int64_t first, int64_t rows) {
-    first_ = first, rows_ = rows, used_ = 0;
-    capacity_ = slots(shape_, rows);
-    capacity_ = std::min(capacity_, operands_.size(0) / rows);
-    fill_zero<Element>(sums_);
-  }
-
-  bool full() const { return used_ == capacity_; }
-  int64_t filled_rows() const { return used_ * rows_; }
-  Tensor filled_grads() const { return part(grads_, 0, 0, filled_rows()); }
-  Tensor filled_operands() const { return part(operands_, 0, 0, filled_rows()); }
-  void clear() { used_ = 0; }
-  const Tensor& bias() const { return bias_; }
-
-  // The gates' gradients of the step last taken.
-  Tensor step_grads() const { return part(grads_, 0, (used_ - 1) * rows_, rows_); }
-
-  // Makes room for a step, copies x and the h before it, runs kernel(job, begin, end, sums) over blocks of
-  // rows.
-  template <class Job, class Kernel>
-  void take_step(Job job, const Kernel& kernel, const Tensor& x, const Tensor& output, int64_t t) {
-    const int64_t F = shape_.features, H = shape_.hidden, width = F + H, slot = used_++ * rows_;
-    job.grad_gates = data<Element>(grads_) + slot * 4 * H;
-    Element* const operand = data<Element>(operands_) + slot * width;
-    const int64_t blocks = (rows_ + kBlockRows - 1) / kBlockRows;
-    parallel_for(blocks, grain(shape_) / kBlockRows, [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block) {
-        const int64_t from = block * kBlockRows, to = std::min(from + kBlockRows, rows_);
-        kernel(job, from, to, data<Element>(sums_) + block * 4 * H);
-        copy<Element>({operand, width, 1}, step_of<Element>(x, t, first_), from, to, F);
-        if (t > 0) {
-          copy<Element>({operand + F, width, 1}, step_of<Element>(output, t - 1, first_), from, to, H);
-        } else {
-          for (int64_t r = from; r < to; ++r) std::memset(operand + r * width + F, 0, sizeof(Element) * H);
-        }
-      }
-    });
-  }
-
-  void end_tile() {
-    const int64_t blocks = (rows_ + kBlockRows - 1) / kBlockRows;
-    for (int64_t block = 0; block < blocks; ++block) {
-      for (int64_t j = 0; j < 4 * shape_.hidden; ++j)
-        data<Element>(bias_)[j] += data<Element>(sums_)[block * 4 * shape_.hidden + j];
-    }
-  }
-
- private:
-  Shape shape_;
-  Tensor operands_, grads_, sums_, bias_;
-  int64_t first_ = 0, rows_ = 0, used_ = 0, capacity_ = 0;
-};
-
-// The part of a sum of outer products that is collected: sums += left^T right.
-template <class Element>
-void add_product(const Tensor& sums, const Tensor& left, const Tensor& right, const Tensor& scratch) {
-  multiply(scratch, transposed(left), right);
-  add<Element>(sums, scratch);
-}
-
-// What enters at step t of a tile: the gradient of that step's output, and at the last step that of `last`
-// in the place of the gradient from the step after.
-template <class Element>
 struct Entering {
-  const Element* grad_output;
-  const Element* grad_last;
-  const Shape shape;
-  int64_t first;
-
-  const Element* at(int64_t t) const {
-    return grad_output == nullptr ? nullptr : grad_output + (t * shape.rows + first) * shape.hidden;
-  }
-  const Element* last() const { return grad_last == nullptr ? nullptr : grad_last + first * shape.hidden; }
+  const MaybeTensor &output, &h, &c;
 };
 
-template <class Element>
-Tensor zero_matrix(const Tensor& like, int64_t rows, int64_t columns) {
-  Tensor out = matrix(like, rows, columns);
-  fill_zero<Element>(out);
-  return out;
-}
+struct Backward {
+  Tensor grad_x, grad_h, grad_c;
+  std::vector<Tensor> weights;
+};
 
-// weights is [W_ih | W_hh] where the gradient of x is wanted, W_hh otherwise.
-template <class Element>
-void lstm_tile_backward(const Entering<Element>& entering, const Tensor& x, const Tensor& weights,
-                        const Tensor& output, const Tensor& gates, const Tensor& cells, const Tensor& grad_x,
-                        const Tensor& weight_sums, const Tensor& scratch, Collected<Element>& collected,
-                        int64_t rows) {
-  const Shape& s = entering.shape;
-  const int64_t H = s.hidden, F = s.features, first = entering.first;
-  const bool input_grad = grad_x.numel() > 0;
-  const int64_t before = input_grad ? F : 0;  // columns of the operand's gradient before those of h
-  const Tensor grad_operand = matrix(x, rows, before + H), grad_cell = zero_matrix<Element>(x, rows, H);
-  collected.begin_tile(first, rows);
-  const auto kernel = lstm_backward_kernel(Element{});
-  for (int64_t t = s.steps - 1; t >= 0; --t) {
-    const int64_t at = (t * s.rows + first) * H;
-    const Element* const cell = data<Element>(cells) + at;
-    const bool at_end = t == s.steps - 1;
-    const LstmBackwardJob<Element> job{H,
-                                       data<Element>(gates) + at * 4,
-                                       cell,
-                                       t == 0 ? nullptr : cell - s.rows * H,
-                                       entering.at(t),
-                                       at_end ? entering.last() : data<Element>(grad_operand) + before,
-                                       at_end ? H : before + H,
-                                       data<Element>(grad_cell),
-                                       nullptr};
-    collected.take_step(job, kernel, x, output, t);
-    if (t > 0 || input_grad) multiply(grad_operand, collected.step_grads(), weights);
-    if (input_grad) {
-      copy<Element>({data<Element>(grad_x) + (t * s.rows + first) * F, F, 1},
-                    {data<Element>(grad_operand), F + H, 1}, 0, rows, F);
+// The tiles in a fixed number of parts, whatever the number of threads, whose sums are added in order.
+template <class Cell, class Element>
+std::vector<Tensor> run_backward(RecurrentNetwork<Cell, Element>& network, const Tensor& like) {
+  const auto& job = network.job;
+  const int64_t tiles = (job.batch + job.tile_rows - 1) / job.tile_rows;
+  const int64_t elements = rounded_up(network.sum_elements, 16);
+  const int64_t fitting = kPartBytes / static_cast<int64_t>(sizeof(Element)) / elements;
+  const int64_t parts = std::max<int64_t>(1, std::min({tiles, kParts, fitting}));
+  const int64_t each = rounded_up(network.scratch_elements, 16);
+  const Tensor scratch = empty(like, {worker_count(parts) * each}), sums = empty(like, {parts * elements});
+  Element* const space = scratch.mutable_data_ptr<Element>();
+  Element* const total = sums.mutable_data_ptr<Element>();
+  const auto kernel = backward_kernel(Cell{}, Element{});
+  share(parts, [&](int64_t worker, int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      Element* const sum = total + part * elements;
+      std::fill(sum, sum + elements, Element(0));
+      const int64_t first = tiles * part / parts * job.tile_rows;
+      const int64_t last = std::min(tiles * (part + 1) / parts * job.tile_rows, job.batch);
+      kernel(job, first, last, space + worker * each, sum);
     }
-    if (t > 0 && !collected.full()) continue;
-    add_product<Element>(weight_sums, collected.filled_operands(), collected.filled_grads(), scratch);
-    collected.clear();
-  }
-  collected.end_tile();
+  });
+  for (int64_t part = 1; part < parts; ++part)
+    for (int64_t i = 0; i < elements; ++i) total[i] += total[part * elements + i];
+  return network.weight_gradients(total);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_layer_backward_cpu(const MaybeTensor& grad_output,
-                                                                   const MaybeTensor& grad_last,
-                                                                   const Tensor& x, const Tensor& weight_ih,
-                                                                   const Tensor& weight_hh,
-                                                                   const Tensor& output, const Tensor& gates,
-                                                                   const Tensor& cells, bool input_grad) {
-  const char* op = "lstm_layer_backward";
-  const Shape s = check_layer(op, x, weight_ih, weight_hh, 4);
-  check_grads(op, grad_output, grad_last, x, s);
-  check_like(op, "output", output, x, {s.steps, s.rows, s.hidden});
-  check_like(op, "gates", gates, x, {s.steps, s.rows, 4 * s.hidden});
-  check_like(op, "cells", cells, x, {s.steps, s.rows, s.hidden});
-  const MaybeTensor held_output = contiguous(grad_output), held_last = contiguous(grad_last);
-  const Tensor kept[] = {torch::stable::contiguous(output), torch::stable::contiguous(gates),
-                         torch::stable::contiguous(cells)};
-  const Tensor w_ih = torch::stable::contiguous(weight_ih), w_hh = torch::stable::contiguous(weight_hh);
-  Tensor grad_x = sequence(x, input_grad ? s.steps : 0, s.rows, s.features), grad_ih, grad_hh, grad_bias;
+template <class Cell>
+Backward backward(const char* op, const Entering& grads, const Tensor& x, const std::vector<Tensor>& weights,
+                  const MaybeTensor& h0, const MaybeTensor& c0, double dropout, const MaybeTensor& seed,
+                  bool all_steps, const Tensor& gates, const Tensor& carried, bool input_grad,
+                  bool state_grad) {
+  check_floating(op, "x", x);
+  Backward out;
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);
-    const int64_t width = s.features + s.hidden, tile = tile_rows(s);
-    const Tensor weights = input_grad ? joined<Element>(w_ih, w_hh) : w_hh;
-    const Tensor sums = zero_matrix<Element>(x, width, 4 * s.hidden),
-                 scratch = matrix(x, width, 4 * s.hidden);
-    Collected<Element> collected(x, s, tile);
-    for (int64_t first = 0; first < s.rows; first += tile) {
-      const Entering<Element> entering{data<Element>(held_output), data<Element>(held_last), s, first};
-      lstm_tile_backward<Element>(entering, x, weights, kept[0], kept[1], kept[2], grad_x, sums, scratch,
-                                  collected, std::min(tile, s.rows - first));
+    RecurrentNetwork<Cell, Element> network(op, x, weights, h0, c0, dropout, seed);
+    network.prepare_backward(input_grad);
+    auto& job = network.job;
+    const int64_t L = job.layer_count, B = job.batch, T = job.steps, H = job.hidden;
+    check_shaped(op, "gates", gates, x, {L, T, B, 4, H});
+    check_shaped(op, "kept", carried, x, {L, T, B, H});
+    const Tensor held_gates = torch::stable::contiguous(gates),
+                 held_carried = torch::stable::contiguous(carried);
+    job.gates = held_gates.mutable_data_ptr<Element>(),
+    job.carried = held_carried.mutable_data_ptr<Element>();
+    job.grad_h = network.state(op, "grad_h", grads.h, x),
+    job.grad_c = network.state(op, "grad_c", grads.c, x);
+    Tensor entering;
+    if (grads.output && all_steps) {
+      check_shaped(op, "grad_output", *grads.output, x, {B, T, H});
+      entering = torch::stable::contiguous(*grads.output);
+      job.grad_output = {entering.const_data_ptr<Element>(), entering.stride(0), entering.stride(1), 1};
+    } else if (grads.output) {
+      check_shaped(op, "grad_output", *grads.output, x, {B, H});
+      entering = torch::stable::contiguous(*grads.output);
+      job.grad_last = entering.const_data_ptr<Element>();
     }
-    grad_ih = transposed_rows<Element>(sums, 0, s.features);
-    grad_hh = transposed_rows<Element>(sums, s.features, s.hidden);
-    const int64_t shape[] = {4 * s.hidden};
-    grad_bias = torch::stable::view(collected.bias(), {shape, 1});
+    out.grad_x = empty(x, {input_grad ? B : 0, T, x.size(2)});
+    out.grad_h = empty(x, {state_grad ? L : 0, B, H});
+    out.grad_c = empty(x, {state_grad && Cell::kStates == 2 ? L : 0, B, H});
+    if (input_grad) job.grad_x = out.grad_x.template mutable_data_ptr<Element>();
+    if (state_grad) {
+      job.grad_first_h = out.grad_h.template mutable_data_ptr<Element>();
+      job.grad_first_c = out.grad_c.template mutable_data_ptr<Element>();
+    }
+    out.weights = run_backward(network, x);
   });
-  return {grad_x, grad_ih, grad_hh, grad_bias};
-}
-
-// weight_ih has its rows in the order of the kept gates (new, reset, update); so have the columns of sums_ih.
-template <class Element>
-void gru_tile_backward(const Entering<Element>& entering, const Tensor& x, const Tensor& weight_ih,
-                       const Tensor& weight_hh, const Tensor& output, const Tensor& gates,
-                       const Tensor& grad_x, const Tensor& sums_ih, const Tensor& sums_hh,
-                       const Tensor (&scratch)[2], Collected<Element>& collected, int64_t rows) {
-  const Shape& s = entering.shape;
-  const int64_t H = s.hidden, F = s.features, first = entering.first;
-  const bool input_grad = grad_x.numel() > 0;
-  const Tensor grad_operand = matrix(x, rows, H), grad_state = zero_matrix<Element>(x, rows, H);
-  const Tensor grad_input = matrix(x, input_grad ? rows : 0, F);
-  collected.begin_tile(first, rows);
-  const auto kernel = gru_backward_kernel(Element{});
-  for (int64_t t = s.steps - 1; t >= 0; --t) {
-    const int64_t at = (t * s.rows + first) * H;
-    const GruBackwardJob<Element> job{H,
-                                      data<Element>(gates) + at * 4,
-                                      t == 0 ? nullptr : data<Element>(output) + at - s.rows * H,
-                                      entering.at(t),
-                                      t == s.steps - 1 ? entering.last() : data<Element>(grad_operand),
-                                      data<Element>(grad_state),
-                                      nullptr};
-    collected.take_step(job, kernel, x, output, t);
-    const Tensor grads = collected.step_grads();
-    if (t > 0) multiply(grad_operand, part(grads, 1, H, 3 * H), weight_hh);
-    if (input_grad) {
-      multiply(grad_input, part(grads, 1, 0, 3 * H), weight_ih);
-      std::memcpy(data<Element>(grad_x) + (t * s.rows + first) * F, data<Element>(grad_input),
-                  sizeof(Element) * rows * F);
-    }
-    if (t > 0 && !collected.full()) continue;
-    const Tensor all = collected.filled_grads(), operands = collected.filled_operands();
-    add_product<Element>(sums_ih, part(operands, 1, 0, F), part(all, 1, 0, 3 * H), scratch[0]);
-    add_product<Element>(sums_hh, part(operands, 1, F, H), part(all, 1, H, 3 * H), scratch[1]);
-    collected.clear();
-  }
-  collected.end_tile();
-}
-
-// Moves the first third behind the others: new, reset, update -> reset, update, new (forth), or back.
-template <class Element>
-Tensor rotated_thirds(const Tensor& rows, bool forth) {
-  Tensor out = matrix(rows, rows.size(0), rows.size(1));
-  const int64_t third = rows.size(0) / 3 * rows.size(1);
-  const Element* from = data<Element>(rows);
-  Element* to = data<Element>(out);
-  const int64_t head = forth ? third : 2 * third;  // elements that change places with the rest
-  std::memcpy(to, from + head, sizeof(Element) * (3 * third - head));
-  std::memcpy(to + 3 * third - head, from, sizeof(Element) * head);
   return out;
 }
 
-template <class Element>
-Tensor gru_bias(const Tensor& sums, int64_t hidden, bool of_input) {
-  const int64_t shape[] = {3 * hidden}, bytes = sizeof(Element) * hidden;
-  Tensor out = torch::stable::new_empty(sums, {shape, 1});
-  const Element* from = data<Element>(sums);
-  std::memcpy(data<Element>(out), from + hidden, 2 * bytes);
-  std::memcpy(data<Element>(out) + 2 * hidden, from + (of_input ? 0 : 3 * hidden), bytes);
-  return out;
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_backward_cpu(
+    MaybeTensor grad_output, MaybeTensor grad_h, MaybeTensor grad_c, const Tensor& x,
+    std::vector<Tensor> weights, MaybeTensor h0, MaybeTensor c0, double dropout, MaybeTensor seed,
+    bool all_steps, const Tensor& gates, const Tensor& kept, bool input_grad, bool state_grad) {
+  const Backward out = backward<LstmCell>("lstm_backward", {grad_output, grad_h, grad_c}, x, weights, h0, c0,
+                                          dropout, seed, all_steps, gates, kept, input_grad, state_grad);
+  return {out.grad_x, out.grad_h, out.grad_c, out.weights};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gru_layer_backward_cpu(
-    const MaybeTensor& grad_output, const MaybeTensor& grad_last, const Tensor& x, const Tensor& weight_ih,
-    const Tensor& weight_hh, const Tensor& output, const Tensor& gates, bool input_grad) {
-  const char* op = "gru_layer_backward";
-  const Shape s = check_layer(op, x, weight_ih, weight_hh, 3);
-  check_grads(op, grad_output, grad_last, x, s);
-  check_like(op, "output", output, x, {s.steps, s.rows, s.hidden});
-  check_like(op, "gates", gates, x, {s.steps, s.rows, 4 * s.hidden});
-  const MaybeTensor held_output = contiguous(grad_output), held_last = contiguous(grad_last);
-  const Tensor kept[] = {torch::stable::contiguous(output), torch::stable::contiguous(gates)};
-  const Tensor w_ih = torch::stable::contiguous(weight_ih), w_hh = torch::stable::contiguous(weight_hh);
-  Tensor grad_x = sequence(x, input_grad ? s.steps : 0, s.rows, s.features);
-  Tensor grad_ih, grad_hh, bias_ih, bias_hh;
-  dispatch_floating(x.scalar_type(), [&](auto zero) {
-    using Element = decltype(zero);
-    const int64_t F = s.features, H = s.hidden, tile = tile_rows(s);
-    const Tensor turned = rotated_thirds<Element>(w_ih, false);
-    const Tensor sums_ih = zero_matrix<Element>(x, F, 3 * H), sums_hh = zero_matrix<Element>(x, H, 3 * H);
-    const Tensor scratch[] = {matrix(x, F, 3 * H), matrix(x, H, 3 * H)};
-    Collected<Element> collected(x, s, tile);
-    for (int64_t first = 0; first < s.rows; first += tile) {
-      const Entering<Element> entering{data<Element>(held_output), data<Element>(held_last), s, first};
-      gru_tile_backward<Element>(entering, x, turned, w_hh, kept[0], kept[1], grad_x, sums_ih, sums_hh,
-                                 scratch, collected, std::min(tile, s.rows - first));
-    }
-    grad_ih = rotated_thirds<Element>(transposed_rows<Element>(sums_ih, 0, F), true);
-    grad_hh = transposed_rows<Element>(sums_hh, 0, H);
-    bias_ih = gru_bias<Element>(collected.bias(), H, true);
-    bias_hh = gru_bias<Element>(collected.bias(), H, false);
-  });
-  return {grad_x, grad_ih, grad_hh, bias_ih, bias_hh};
+std::tuple<Tensor, Tensor, std::vector<Tensor>> gru_backward_cpu(MaybeTensor grad_output, MaybeTensor grad_h,
+                                                                 const Tensor& x, std::vector<Tensor> weights,
+                                                                 MaybeTensor h0, double dropout,
+                                                                 MaybeTensor seed, bool all_steps,
+                                                                 const Tensor& gates, const Tensor& kept,
+                                                                 bool input_grad, bool state_grad) {
+  const Backward out = backward<GruCell>("gru_backward", {grad_output, grad_h, kNone}, x, weights, h0, kNone,
+                                         dropout, seed, all_steps, gates, kept, input_grad, state_grad);
+  return {out.grad_x, out.grad_h, out.weights};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(qfast, CPU, m) {
-  m.impl("lstm_layer", TORCH_BOX(&lstm_layer_cpu));
-  m.impl("lstm_layer_backward", TORCH_BOX(&lstm_layer_backward_cpu));
-  m.impl("gru_layer", TORCH_BOX(&gru_layer_cpu));
-  m.impl("gru_layer_backward", TORCH_BOX(&gru_layer_backward_cpu));
+  m.impl("lstm", TORCH_BOX(&lstm_cpu));
+  m.impl("gru", TORCH_BOX(&gru_cpu));
+  m.impl("lstm_backward", TORCH_BOX(&lstm_backward_cpu));
+  m.impl("gru_backward", TORCH_BOX(&gru_backward_cpu));
 }
 
 }  // namespace qfast

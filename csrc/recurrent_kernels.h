@@ -1,150 +1,223 @@
-// LSTM and GRU cells, one pass over a time step; see cpu_isa_body.h for what may stand here. A thread owns
-// whole rows. Compute bound by the activations (about 15 flops and a quarter division each) as long as the
-// tile stays in the second-level cache.
+// Stacked LSTM and GRU, all steps and layers of a tile of batch rows; see cpu_isa_body.h for what may stand
+// here.
+//
+// A step of a layer is [rows, features + H] x [features + H, gates * H] and the cell. Weights are packed so
+// that the gates of a block of units lie side by side: a few rows of the block's four sums stay in registers
+// until they have become c and h. A thread owns whole tiles, whose state and the weights stay in the
+// second-level cache. Bound by multiply-adds: 2 * gates * H * (features + H) flops a row, step and layer,
+// beside five activations of a unit for the LSTM and three for the GRU (about 20 flops and a division each),
+// against 20 bytes a unit that are kept for the backward in float32.
+
+#if QFAST_VECTOR_BYTES == 64
+constexpr int kCellRows = 6;  // 32 registers: 6 x 4 sums, 4 columns, 1 broadcast
+#else
+constexpr int kCellRows = 3;  // 16 registers: 3 x 4 sums, 3 broadcasts, 1 column
+#endif
 
 template <class Element>
-QFAST_ALWAYS_INLINE Vector<Element> load_or_zero(const Element* from, int64_t at, int64_t count) {
-  return from == nullptr ? Vector<Element>{} : load<Element>(from + at, count);
+struct VectorMath {
+  QFAST_ALWAYS_INLINE Vector<Element> sigmoid(Vector<Element> x) { return QFAST_ISA::sigmoid<Element>(x); }
+  QFAST_ALWAYS_INLINE Vector<Element> tanh(Vector<Element> x) { return QFAST_ISA::tanh<Element>(x); }
+};
+
+// One step of one layer of a tile. Pointers are those of the tile's first row.
+template <class Element>
+struct LayerStep {
+  int64_t hidden, stride, features;
+  const Element* input;  // features 0: its products are in `start`
+  int64_t input_row, input_feature;
+  const Element* start;  // what the sums begin with, [block][4][lane], `start_row` from row to row
+  int64_t start_row;
+  const Element *input_weight, *hidden_weight;
+  const Element* h_before;  // null: zeros
+  Element* h;
+  const Element* carried_before;
+  Element* carried;
+  Element *gates, *kept;  // [rows, 4, H] and [rows, H], or null
+  Element* output;        // or null
+  int64_t output_row;
+};
+
+template <class Cell, class Element, int Rows>
+QFAST_ALWAYS_INLINE void add_inputs(Sums<Element, Rows, 4>& sums, const Element* input, int64_t row_stride,
+                                    int64_t feature_stride, const Element* weight, int64_t features) {
+  add_columns<0, Cell::kGates>(sums, input, row_stride, feature_stride, weight,
+                               Cell::kGates * kLanes<Element>, features);
 }
 
-// sums[j] += value[j]: the sums over the rows of a block are the gradients of the biases.
-template <class Element>
-QFAST_ALWAYS_INLINE void add_to(Element* sums, Vector<Element> value, int64_t count) {
-  store<Element>(sums, load<Element>(sums, count) + value, count);
-}
-
-template <class Element>
-QFAST_ALWAYS_INLINE void lstm_forward_units(const LstmForwardJob<Element>& job, int64_t row, int64_t j,
-                                            int64_t count) {
-  const int64_t H = job.hidden, at = row * H + j;
-  const Element* pre = job.pre + row * 4 * H + j;
-  const Element* bias = job.bias + j;
-  const auto i = sigmoid<Element>(load<Element>(pre, count) + load<Element>(bias, count));
-  const auto f = sigmoid<Element>(load<Element>(pre + H, count) + load<Element>(bias + H, count));
-  const auto g = tanh<Element>(load<Element>(pre + 2 * H, count) + load<Element>(bias + 2 * H, count));
-  const auto o = sigmoid<Element>(load<Element>(pre + 3 * H, count) + load<Element>(bias + 3 * H, count));
-  const auto cell = f * load_or_zero<Element>(job.cell_before, at, count) + i * g;
-  const auto h = o * tanh<Element>(cell);
-  if (job.gates != nullptr) {
-    Element* gates = job.gates + row * 4 * H + j;
-    store<Element>(gates, i, count);
-    store<Element>(gates + H, f, count);
-    store<Element>(gates + 2 * H, g, count);
-    store<Element>(gates + 3 * H, o, count);
+// What becomes of the sums of a block of units of some rows.
+template <class Cell, class Element, int Rows>
+QFAST_ALWAYS_INLINE void finish_cells(const LayerStep<Element>& step, const Sums<Element, Rows, 4>& sums,
+                                      int64_t unit, int64_t row, int64_t count) {
+  const int64_t H = step.hidden;
+#pragma GCC unroll 6
+  for (int i = 0; i < Rows; ++i) {
+    const int64_t r = row + i, at = r * step.stride + unit;
+    Vector<Element> gates[4], h;
+    Vector<Element> carried = load<Element>(step.carried_before + at, kLanes<Element>);
+    Cell::template forward<VectorMath<Element>>(sums.at[i], gates, &carried, &h);
+    store<Element>(step.carried + at, carried, kLanes<Element>);
+    if constexpr (!Cell::kCarriesOutput) store<Element>(step.h + at, h, kLanes<Element>);
+    if (step.output != nullptr) store<Element>(step.output + r * step.output_row + unit, h, count);
+    if (step.gates == nullptr) continue;
+#pragma GCC unroll 4
+    for (int64_t g = 0; g < 4; ++g) store<Element>(step.gates + (r * 4 + g) * H + unit, gates[g], count);
+    store<Element>(step.kept + r * H + unit, carried, count);
   }
-  store<Element>(job.cell + at, cell, count);
-  store<Element>(job.output + at, h, count);
-  store<Element>(job.operand + row * job.operand_stride + j, h, count);
 }
 
-// tanh of the cell is computed again: cheaper than to keep and read it.
-template <class Element>
-QFAST_ALWAYS_INLINE void lstm_backward_units(const LstmBackwardJob<Element>& job, int64_t row, int64_t j,
-                                             int64_t count, Element* sums) {
-  const int64_t H = job.hidden, at = row * H + j;
-  const Element* gates = job.gates + row * 4 * H + j;
-  const auto i = load<Element>(gates, count), f = load<Element>(gates + H, count);
-  const auto g = load<Element>(gates + 2 * H, count), o = load<Element>(gates + 3 * H, count);
-  const auto tanh_cell = tanh<Element>(load<Element>(job.cell + at, count));
-  const auto grad_h = load_or_zero<Element>(job.grad_output, at, count) +
-                      load_or_zero<Element>(job.grad_operand, row * job.operand_stride + j, count);
-  const auto grad_cell =
-      load<Element>(job.grad_cell + at, count) + grad_h * o * (Element(1) - tanh_cell * tanh_cell);
-  const auto grad_i = grad_cell * g * (i - i * i);
-  const auto grad_f = grad_cell * load_or_zero<Element>(job.cell_before, at, count) * (f - f * f);
-  const auto grad_g = grad_cell * i * (Element(1) - g * g);
-  const auto grad_o = grad_h * tanh_cell * (o - o * o);
-  store<Element>(job.grad_cell + at, grad_cell * f, count);
-  Element* grads = job.grad_gates + row * 4 * H + j;
-  store<Element>(grads, grad_i, count);
-  store<Element>(grads + H, grad_f, count);
-  store<Element>(grads + 2 * H, grad_g, count);
-  store<Element>(grads + 3 * H, grad_o, count);
-  add_to<Element>(sums + j, grad_i, count);
-  add_to<Element>(sums + H + j, grad_f, count);
-  add_to<Element>(sums + 2 * H + j, grad_g, count);
-  add_to<Element>(sums + 3 * H + j, grad_o, count);
-}
-
-template <class Element>
-QFAST_ALWAYS_INLINE void gru_forward_units(const GruForwardJob<Element>& job, int64_t row, int64_t j,
-                                           int64_t count) {
-  const int64_t H = job.hidden, at = row * H + j;
-  const Element* x = job.from_input + row * 3 * H + j;
-  const Element* h = job.from_hidden + row * 3 * H + j;
-  const Element *bias_x = job.bias_input + j, *bias_h = job.bias_hidden + j;
-  const auto r = sigmoid<Element>(load<Element>(x, count) + load<Element>(bias_x, count) +
-                                  load<Element>(h, count) + load<Element>(bias_h, count));
-  const auto z = sigmoid<Element>(load<Element>(x + H, count) + load<Element>(bias_x + H, count) +
-                                  load<Element>(h + H, count) + load<Element>(bias_h + H, count));
-  const auto reset = load<Element>(h + 2 * H, count) + load<Element>(bias_h + 2 * H, count);
-  const auto n =
-      tanh<Element>(load<Element>(x + 2 * H, count) + load<Element>(bias_x + 2 * H, count) + r * reset);
-  const auto state = n + z * (load<Element>(job.state + at, count) - n);
-  if (job.gates != nullptr) {
-    Element* gates = job.gates + row * 4 * H + j;
-    store<Element>(gates, n, count);
-    store<Element>(gates + H, r, count);
-    store<Element>(gates + 2 * H, z, count);
-    store<Element>(gates + 3 * H, reset, count);
+template <class Cell, class Element, int Rows>
+static void step_cells(const LayerStep<Element>& step, int64_t block, int64_t row) {
+  constexpr int64_t lanes = kLanes<Element>, width = Cell::kGates * lanes;
+  Sums<Element, Rows, 4> sums;
+  const Element* const start = step.start + row * step.start_row + block * 4 * lanes;
+#pragma GCC unroll 6
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) sums.at[i][g] = load<Element>(start + i * step.start_row + g * lanes, lanes);
+  add_inputs<Cell>(sums, step.input + row * step.input_row, step.input_row, step.input_feature,
+                   step.input_weight + block * step.features * width, step.features);
+  if (step.h_before != nullptr) {
+    add_columns<4 - Cell::kGates, Cell::kGates>(sums, step.h_before + row * step.stride, step.stride, 1,
+                                                step.hidden_weight + block * step.hidden * width, width,
+                                                step.hidden);
   }
-  store<Element>(job.state + at, state, count);
-  store<Element>(job.output + at, state, count);
+  finish_cells<Cell>(step, sums, block * lanes, row, smaller(lanes, step.hidden - block * lanes));
+}
+
+// Products of a row of x and the bias, [row][block][4][lane], for rows [0, rows) from `input` on.
+template <class Cell, class Element>
+static void project_rows(const RecurrentLayer<Element>& layer, int64_t blocks, const Element* input,
+                         int64_t row_stride, int64_t feature_stride, int64_t rows, Element* out) {
+  constexpr int64_t lanes = kLanes<Element>;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const Element* const weight = layer.input_weight + block * layer.features * Cell::kGates * lanes;
+    for_row_tiles<kCellRows>(rows, [&]<int Rows>(int64_t row) __attribute__((always_inline)) {
+      Sums<Element, Rows, 4> sums;
+#pragma GCC unroll 6
+      for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+        for (int g = 0; g < 4; ++g)
+          sums.at[i][g] = load<Element>(layer.bias + (block * 4 + g) * lanes, lanes);
+      add_inputs<Cell>(sums, input + row * row_stride, row_stride, feature_stride, weight, layer.features);
+#pragma GCC unroll 6
+      for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+        for (int g = 0; g < 4; ++g)
+          store<Element>(out + (((row + i) * blocks + block) * 4 + g) * lanes, sums.at[i][g], lanes);
+    });
+  }
+}
+
+// rows of [rows, H], or zeros, as [row][stride] with zeros beyond H.
+template <class Element>
+static void widen_rows(Element* to, int64_t stride, const Element* from, int64_t hidden, int64_t rows) {
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t j = 0; j < stride; ++j)
+      to[row * stride + j] = from == nullptr || j >= hidden ? Element(0) : from[row * hidden + j];
 }
 
 template <class Element>
-QFAST_ALWAYS_INLINE void gru_backward_units(const GruBackwardJob<Element>& job, int64_t row, int64_t j,
-                                            int64_t count, Element* sums) {
-  const int64_t H = job.hidden, at = row * H + j;
-  const Element* gates = job.gates + row * 4 * H + j;
-  const auto n = load<Element>(gates, count), r = load<Element>(gates + H, count);
-  const auto z = load<Element>(gates + 2 * H, count), reset = load<Element>(gates + 3 * H, count);
-  const auto grad_h = load<Element>(job.grad_state + at, count) +
-                      load_or_zero<Element>(job.grad_output, at, count) +
-                      load_or_zero<Element>(job.grad_operand, at, count);
-  const auto grad_n = grad_h * (Element(1) - z) * (Element(1) - n * n);
-  const auto grad_z = grad_h * (load_or_zero<Element>(job.state_before, at, count) - n) * (z - z * z);
-  const auto grad_r = grad_n * reset * (r - r * r);
-  const auto grad_reset = grad_n * r;
-  store<Element>(job.grad_state + at, grad_h * z, count);
-  Element* grads = job.grad_gates + row * 4 * H + j;
-  store<Element>(grads, grad_n, count);
-  store<Element>(grads + H, grad_r, count);
-  store<Element>(grads + 2 * H, grad_z, count);
-  store<Element>(grads + 3 * H, grad_reset, count);
-  add_to<Element>(sums + j, grad_n, count);
-  add_to<Element>(sums + H + j, grad_r, count);
-  add_to<Element>(sums + 2 * H + j, grad_z, count);
-  add_to<Element>(sums + 3 * H + j, grad_reset, count);
+static void narrow_rows(Element* to, const Element* from, int64_t stride, int64_t hidden, int64_t rows) {
+  for (int64_t row = 0; row < rows; ++row)
+    __builtin_memcpy(to + row * hidden, from + row * stride, sizeof(Element) * hidden);
 }
 
-// A loop over rows and units for each cell: whole vectors, then what is left of the row. The last argument
-// of a backward kernel is [4H], the running sums of the block of rows.
-#define QFAST_CELL(name, Job, Element, suffix)                                       \
-  static void name##_##suffix(const Job<Element>& job, int64_t begin, int64_t end) { \
-    for (int64_t row = begin; row < end; ++row) {                                    \
-      int64_t j = 0;                                                                 \
-      for (; j + kLanes<Element> <= job.hidden; j += kLanes<Element>)                \
-        name##_units<Element>(job, row, j, kLanes<Element>);                         \
-      if (j < job.hidden) name##_units<Element>(job, row, j, job.hidden - j);        \
-    }                                                                                \
+// Buffers of a tile: of each layer h twice, c (not for the GRU) and h after the dropout; then projected rows.
+template <class Element>
+struct ForwardTile {
+  int64_t each, per_layer;
+  Element* space;
+  Element* h(int64_t layer, int64_t t) const { return space + layer * per_layer + (t & 1) * each; }
+  Element* cell(int64_t layer) const { return space + layer * per_layer + 2 * each; }
+  Element* given(int64_t layer) const { return space + layer * per_layer + 3 * each; }
+  Element* projected(int64_t layers) const { return space + layers * per_layer; }
+};
+
+template <class Cell, class Element>
+static LayerStep<Element> layer_step(const RecurrentJob<Element>& job, const ForwardTile<Element>& tile,
+                                     int64_t first, int64_t rows, int64_t l, int64_t t) {
+  const RecurrentLayer<Element>& layer = job.layers[l];
+  const int64_t H = job.hidden, at = (l * job.steps + t) * job.batch + first;
+  const bool top = l + 1 == job.layer_count;
+  LayerStep<Element> step{};
+  step.hidden = H, step.stride = job.stride, step.features = layer.features;
+  step.input = job.x.data + first * job.x.row_stride + t * job.x.step_stride;
+  step.input_row = job.x.row_stride, step.input_feature = job.x.feature_stride;
+  step.start = layer.bias;
+  if (l > 0) {
+    step.input = job.dropout.active ? tile.given(l - 1) : tile.h(l - 1, t);
+    step.input_row = job.stride, step.input_feature = 1;
+  } else if (job.rolling) {
+    step.features = 0, step.start_row = job.blocks * 4 * kLanes<Element>;
+    step.start = tile.projected(job.layer_count) + t * step.start_row;
   }
-#define QFAST_CELL_BACKWARD(name, Job, Element, suffix)                                             \
-  static void name##_##suffix(const Job<Element>& job, int64_t begin, int64_t end, Element* sums) { \
-    for (int64_t row = begin; row < end; ++row) {                                                   \
-      int64_t j = 0;                                                                                \
-      for (; j + kLanes<Element> <= job.hidden; j += kLanes<Element>)                               \
-        name##_units<Element>(job, row, j, kLanes<Element>, sums);                                  \
-      if (j < job.hidden) name##_units<Element>(job, row, j, job.hidden - j, sums);                 \
-    }                                                                                               \
+  step.input_weight = layer.input_weight, step.hidden_weight = layer.hidden_weight;
+  step.h_before = t == 0 && job.first_h == nullptr ? nullptr : tile.h(l, t - 1);
+  step.h = tile.h(l, t);
+  step.carried_before = Cell::kCarriesOutput ? tile.h(l, t - 1) : tile.cell(l);
+  step.carried = Cell::kCarriesOutput ? step.h : tile.cell(l);
+  if (job.gates != nullptr) step.gates = job.gates + at * 4 * H, step.kept = job.carried + at * H;
+  if (top && job.output.data != nullptr) {
+    step.output = job.output.data + first * job.output.row_stride + t * job.output.step_stride;
+    step.output_row = job.output.row_stride;
   }
-QFAST_CELL(lstm_forward, LstmForwardJob, float, f32)
-QFAST_CELL(lstm_forward, LstmForwardJob, double, f64)
-QFAST_CELL(gru_forward, GruForwardJob, float, f32)
-QFAST_CELL(gru_forward, GruForwardJob, double, f64)
-QFAST_CELL_BACKWARD(lstm_backward, LstmBackwardJob, float, f32)
-QFAST_CELL_BACKWARD(lstm_backward, LstmBackwardJob, double, f64)
-QFAST_CELL_BACKWARD(gru_backward, GruBackwardJob, float, f32)
-QFAST_CELL_BACKWARD(gru_backward, GruBackwardJob, double, f64)
-#undef QFAST_CELL
-#undef QFAST_CELL_BACKWARD
+  (void)rows;
+  return step;
+}
+
+template <class Cell, class Element>
+static void forward_tile(const RecurrentJob<Element>& job, int64_t first, int64_t rows,
+                         const ForwardTile<Element>& tile) {
+  const int64_t H = job.hidden;
+  for (int64_t l = 0; l < job.layer_count; ++l) {
+    const int64_t at = (l * job.batch + first) * H;
+    widen_rows<Element>(tile.h(l, -1), job.stride, job.first_h == nullptr ? nullptr : job.first_h + at, H,
+                        rows);
+    if constexpr (!Cell::kCarriesOutput)
+      widen_rows<Element>(tile.cell(l), job.stride, job.first_c == nullptr ? nullptr : job.first_c + at, H,
+                          rows);
+  }
+  if (job.rolling) {
+    project_rows<Cell, Element>(job.layers[0], job.blocks, job.x.data + first * job.x.row_stride,
+                                job.x.row_stride, job.x.feature_stride, rows + job.steps - 1,
+                                tile.projected(job.layer_count));
+  }
+  for (int64_t t = 0; t < job.steps; ++t) {
+    for (int64_t l = 0; l < job.layer_count; ++l) {
+      const LayerStep<Element> step = layer_step<Cell, Element>(job, tile, first, rows, l, t);
+      for (int64_t block = 0; block < job.blocks; ++block)
+        for_row_tiles<kCellRows>(
+            rows, [&]<int Rows>(int64_t row) { step_cells<Cell, Element, Rows>(step, block, row); });
+      if (!job.dropout.active || l + 1 == job.layer_count) continue;
+      __builtin_memcpy(tile.given(l), step.h, sizeof(Element) * rows * job.stride);
+      const Place place{first, 0, static_cast<int32_t>(l), static_cast<int32_t>(t)};
+      drop<Element>(job.dropout, place, rows, H, tile.given(l), job.stride);
+    }
+  }
+  for (int64_t l = 0; l < job.layer_count; ++l) {
+    const int64_t at = (l * job.batch + first) * H;
+    narrow_rows<Element>(job.last_h + at, tile.h(l, job.steps - 1), job.stride, H, rows);
+    if constexpr (!Cell::kCarriesOutput)
+      narrow_rows<Element>(job.last_c + at, tile.cell(l), job.stride, H, rows);
+  }
+}
+
+// Rows [begin, end) of the batch; `begin` divides by 4.
+template <class Cell, class Element>
+static void forward_rows(const RecurrentJob<Element>& job, int64_t begin, int64_t end, Element* scratch) {
+  const int64_t each = job.tile_rows * job.stride;
+  const ForwardTile<Element> tile{each, 4 * each, scratch};
+  for (int64_t first = begin; first < end; first += job.tile_rows)
+    forward_tile<Cell, Element>(job, first, smaller(job.tile_rows, end - first), tile);
+}
+
+#define QFAST_RECURRENT(name, Cell, Element)                                                         \
+  static void name(const RecurrentJob<Element>& job, int64_t begin, int64_t end, Element* scratch) { \
+    forward_rows<Cell, Element>(job, begin, end, scratch);                                           \
+  }
+QFAST_RECURRENT(lstm_forward_f32, LstmCell, float)
+QFAST_RECURRENT(lstm_forward_f64, LstmCell, double)
+QFAST_RECURRENT(gru_forward_f32, GruCell, float)
+QFAST_RECURRENT(gru_forward_f64, GruCell, double)
+#undef QFAST_RECURRENT

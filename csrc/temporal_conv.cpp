@@ -5,14 +5,13 @@
 #include <cstring>
 #include <tuple>
 
-#include "huge_pages.h"
+#include "cpu_workers.h"
 #include "temporal_conv_network.h"
 #include "temporal_conv_rolling.h"
 
 namespace qfast {
 namespace {
 
-constexpr int64_t kHugeBytes = 4 << 20;
 constexpr int64_t kChunks = 16;             // sums of weight gradients, each of a fixed part of the tiles
 constexpr int64_t kChunkBytes = 128 << 20;  // that they may take together
 
@@ -22,28 +21,6 @@ auto rolling_kernel(float) { return cpu_kernels().temporal_conv_rolling_f32; }
 auto rolling_kernel(double) { return cpu_kernels().temporal_conv_rolling_f64; }
 auto backward_kernel(float) { return cpu_kernels().temporal_conv_backward_f32; }
 auto backward_kernel(double) { return cpu_kernels().temporal_conv_backward_f64; }
-
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape,
-             std::optional<ScalarType> dtype = std::nullopt) {
-  Tensor out = torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
-  const ScalarType type = out.scalar_type();
-  const int64_t bytes = out.numel() * (type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 1);
-  if (bytes >= kHugeBytes) advise_huge_pages(out.mutable_data_ptr(), bytes);
-  return out;
-}
-
-// body(worker, begin, end) for equal shares of [0, count), one for each thread.
-template <class Body>
-void share(int64_t count, const Body& body) {
-  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), count);
-  parallel_for(workers, 1, [&](int64_t first, int64_t last) {
-    for (int64_t w = first; w < last; ++w) body(w, count * w / workers, count * (w + 1) / workers);
-  });
-}
-
-int64_t worker_count(int64_t count) {
-  return std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), count));
-}
 
 template <class Element>
 Activation<Element> output_view(const Tensor& output, bool all_steps) {

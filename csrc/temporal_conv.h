@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "dropout.h"
 #include "temporal_conv_plan.h"
 
 namespace qfast {
@@ -43,13 +44,6 @@ struct Run {
 struct RunList {
   const Run* runs;
   int64_t count;
-};
-
-struct DropoutRule {
-  bool active;
-  uint64_t seed;
-  uint32_t threshold;  // an element is kept if its random word is at least this
-  double scale;        // of what is kept; 0 drops all
 };
 
 template <class Element>

@@ -11,6 +11,7 @@
 
 #include "common.h"
 #include "cpu_dispatch.h"
+#include "dropout_host.h"
 #include "temporal_conv.h"
 
 namespace qfast {
@@ -30,8 +31,6 @@ struct BlockTensors {
   int64_t first_elements() const { return kernel * features * channels; }
   int64_t second_elements() const { return kernel * channels * channels; }
 };
-
-inline int64_t rounded_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
 inline void check_weight(const char* op, const char* name, int64_t block, const Tensor& tensor,
                          const Tensor& x, std::initializer_list<int64_t> shape) {
@@ -103,7 +102,7 @@ class Network {
     plans = plan_blocks(x.size(1), kernels, dilations, all_steps);
     job.batch = x.size(0);
     job.x = {x.const_data_ptr<Element>(), x.stride(1), x.stride(0), x.stride(2)};
-    set_dropout(op, dropout, seed);
+    job.dropout = dropout_rule(op, dropout, seed);
     for (std::size_t i = 0; i < tensors.size(); ++i) add_block(i);
     job.tile_rows = tile_rows();
     for (BlockJob<Element>& block : blocks_) {
@@ -206,19 +205,6 @@ class Network {
   int64_t sum_elements = 0;      // gradients of all weights
 
  private:
-  void set_dropout(const char* op, double dropout, const std::optional<Tensor>& seed) {
-    QFAST_CHECK(dropout >= 0 && dropout <= 1, op, ": dropout: expected 0 to 1, got ", dropout, ".");
-    job.dropout = {dropout > 0, 0, 0, 1};
-    if (!job.dropout.active) return;
-    QFAST_CHECK(seed && seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op,
-                ": seed: expected one int64 on the device of x where there is dropout.");
-    job.dropout.seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
-    const double threshold = std::nearbyint(dropout * 4294967296.0);
-    const bool none = threshold >= 4294967296.0;  // a word cannot be that large, so nothing is kept
-    job.dropout.threshold = none ? 0 : static_cast<uint32_t>(threshold);
-    job.dropout.scale = none ? 0 : 1 / (1 - dropout);
-  }
-
   static Panels panels_of(int64_t columns) {
     const int64_t bytes = cpu_kernels().vector_bytes, lanes = bytes / static_cast<int64_t>(sizeof(Element));
     const int64_t most = bytes == 64 ? 4 : 2;

@@ -1,0 +1,342 @@
+// Gradients of stacked LSTM and GRU, a tile of batch rows through all steps backwards; see cpu_isa_body.h for
+// what may stand here.
+//
+// At a step, from the top layer down: the gradients of the four sums of every unit, then their products with
+// the weights turned over, which are the gradients of the h before and of the layer's input. The sums'
+// gradients of a few steps are collected for one product with the inputs of these steps: the gradients of
+// the weights. tanh(c) and the LSTM's h are computed again from what is kept. Each part of the rows adds its
+// tiles in order to sums of its own. Bound by multiply-adds: 4 * gates * H * (features + H) flops a row, step
+// and layer (a quarter less for the first layer where x wants no gradient), against 20 bytes read a unit in
+// float32.
+
+// Rows of weight gradients (inputs of a layer) whose sums fill the registers.
+template <class Cell>
+constexpr int kInputRows = kPanelVectors == 4 ? (Cell::kGates == 4 ? 6 : 8) : (Cell::kGates == 4 ? 3 : 4);
+
+// Buffers of a layer of a tile, [rows][stride] each. Steps of a chunk have a slot each in the rings.
+template <class Element>
+struct BackwardLayer {
+  Element* grad_h;        // by way of the step after
+  Element* grad_carried;  // likewise
+  Element* entering;      // gradient of this step's h from the layer above
+  Element* activated;     // tanh(c) of the step
+  Element* outputs;       // LSTM: h of chunk_steps + 1 steps, made again
+  Element* given;         // h after the dropout, of chunk_steps steps
+  Element* sums;          // gradients of the sums, [chunk_steps][rows][sum_stride]
+};
+
+template <class Element>
+struct BackwardTile {
+  int64_t first, rows;
+  int64_t each;        // elements of a buffer
+  int64_t sum_stride;  // from row to row of `sums`
+  int64_t chunk;
+  const BackwardLayer<Element>* layers;
+  int64_t step_sums;  // elements from step to step of `sums`
+
+  Element* sums(int64_t layer, int64_t t) const { return layers[layer].sums + t % chunk * step_sums; }
+};
+
+// Where h of a step of a layer is read for the tile: rows `row_stride` apart. Null: zeros.
+template <class Element>
+struct ReadRows {
+  const Element* data;
+  int64_t row_stride, feature_stride;
+};
+
+template <class Element>
+QFAST_ALWAYS_INLINE int64_t kept_at(const RecurrentJob<Element>& job, int64_t layer, int64_t t,
+                                    int64_t first) {
+  return ((layer * job.steps + t) * job.batch + first) * job.hidden;
+}
+
+// h of step t (-1: before the first) of a layer.
+template <class Cell, class Element>
+static ReadRows<Element> output_rows(const RecurrentJob<Element>& job, const BackwardTile<Element>& tile,
+                                     int64_t layer, int64_t t) {
+  if (t < 0) {
+    if (job.first_h == nullptr) return {nullptr, 0, 0};
+    return {job.first_h + (layer * job.batch + tile.first) * job.hidden, job.hidden, 1};
+  }
+  if constexpr (Cell::kCarriesOutput) {
+    return {job.carried + kept_at(job, layer, t, tile.first), job.hidden, 1};
+  } else {
+    return {tile.layers[layer].outputs + t % (tile.chunk + 1) * tile.each, job.stride, 1};
+  }
+}
+
+// What a layer read at step t.
+template <class Cell, class Element>
+static ReadRows<Element> input_rows(const RecurrentJob<Element>& job, const BackwardTile<Element>& tile,
+                                    int64_t layer, int64_t t) {
+  if (layer == 0) {
+    return {job.x.data + tile.first * job.x.row_stride + t * job.x.step_stride, job.x.row_stride,
+            job.x.feature_stride};
+  }
+  if (job.dropout.active) return {tile.layers[layer - 1].given + t % tile.chunk * tile.each, job.stride, 1};
+  return output_rows<Cell>(job, tile, layer - 1, t);
+}
+
+// out[rows][columns] = gradients of the sums x turned weights.
+template <class Cell, int First, class Element>
+static void turned_product(const RecurrentJob<Element>& job, const Element* sums, int64_t sum_stride,
+                           const Element* turned, int64_t width, int64_t columns, int64_t rows, Element* out,
+                           int64_t out_stride) {
+  constexpr int64_t lanes = kLanes<Element>, gates = Cell::kGates * lanes;
+  for (int64_t begin = 0; begin < columns; begin += width, turned += job.blocks * gates * width) {
+    for_panel_width<Element>(width, [&]<int Vectors>() {
+      for_row_tiles<kTileRows<Vectors>>(rows, [&]<int Count>(int64_t row) __attribute__((always_inline)) {
+        Sums<Element, Count, Vectors> product{};
+        const Element* const from = sums + row * sum_stride + First * lanes;
+        if constexpr (Cell::kGates == 4) {
+          add_product(product, from, sum_stride, 1, turned, width, job.blocks * gates);
+        } else {
+          for (int64_t block = 0; block < job.blocks; ++block)
+            add_product(product, from + block * 4 * lanes, sum_stride, 1, turned + block * gates * width,
+                        width, gates);
+        }
+#pragma GCC unroll 24
+        for (int i = 0; i < Count; ++i)
+#pragma GCC unroll 4
+          for (int v = 0; v < Vectors; ++v) {
+            const int64_t j = begin + v * lanes;
+            if (j < columns)
+              store<Element>(out + (row + i) * out_stride + j, product.at[i][v], smaller(lanes, columns - j));
+          }
+      });
+    });
+  }
+}
+
+// sum[block][input][gate][lane] += inputs^T x gradients of the sums, over the rows of `steps` steps.
+template <class Cell, int First, class Element>
+static void add_weight_sums(const RecurrentJob<Element>& job, const BackwardTile<Element>& tile,
+                            int64_t layer, int64_t begin, int64_t end, int64_t features, bool hidden,
+                            Element* sum) {
+  constexpr int64_t lanes = kLanes<Element>, gates = Cell::kGates * lanes;
+  for (int64_t block = 0; block < job.blocks; ++block) {
+    for_row_tiles<kInputRows<Cell>>(features, [&]<int Count>(int64_t input) __attribute__((always_inline)) {
+      Sums<Element, Count, Cell::kGates> sums{};
+      for (int64_t t = begin; t < end; ++t) {
+        const ReadRows<Element> rows =
+            hidden ? output_rows<Cell>(job, tile, layer, t - 1) : input_rows<Cell>(job, tile, layer, t);
+        if (rows.data == nullptr) continue;
+        add_product(sums, rows.data + input * rows.feature_stride, rows.feature_stride, rows.row_stride,
+                    tile.sums(layer, t) + (block * 4 + First) * lanes, tile.sum_stride, tile.rows);
+      }
+      Element* const to = sum + (block * features + input) * gates;
+#pragma GCC unroll 24
+      for (int i = 0; i < Count; ++i)
+#pragma GCC unroll 4
+        for (int g = 0; g < Cell::kGates; ++g) {
+          Element* const place = to + i * gates + g * lanes;
+          store<Element>(place, load<Element>(place, lanes) + sums.at[i][g], lanes);
+        }
+    });
+  }
+}
+
+template <class Element>
+static void add_bias_sums(const RecurrentJob<Element>& job, const BackwardTile<Element>& tile, int64_t layer,
+                          int64_t begin, int64_t end, Element* sum) {
+  constexpr int64_t lanes = kLanes<Element>;
+  for (int64_t block = 0; block < job.blocks; ++block) {
+    Vector<Element> total[4] = {};
+    for (int64_t t = begin; t < end; ++t) {
+      const Element* const from = tile.sums(layer, t) + block * 4 * lanes;
+      for (int64_t row = 0; row < tile.rows; ++row)
+#pragma GCC unroll 4
+        for (int g = 0; g < 4; ++g)
+          total[g] += load<Element>(from + row * tile.sum_stride + g * lanes, lanes);
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) {
+      Element* const place = sum + (block * 4 + g) * lanes;
+      store<Element>(place, load<Element>(place, lanes) + total[g], lanes);
+    }
+  }
+}
+
+// Gradients of the sums of step t of a layer, and h of the step before once more (LSTM). `entering`: the
+// gradient of h from outside, rows `entering_stride` apart, or null.
+template <class Cell, class Element>
+static void cell_gradients(const RecurrentJob<Element>& job, const BackwardTile<Element>& tile, int64_t l,
+                           int64_t t, const Element* entering, int64_t entering_stride) {
+  constexpr int64_t lanes = kLanes<Element>;
+  const BackwardLayer<Element>& layer = tile.layers[l];
+  const int64_t H = job.hidden, stride = job.stride;
+  const Element* const gates_now = job.gates + kept_at(job, l, t, tile.first) * 4;
+  const Element* const first = Cell::kCarriesOutput ? job.first_h : job.first_c;
+  const Element* before_all = nullptr;
+  if (t > 0) {
+    before_all = job.carried + kept_at(job, l, t - 1, tile.first);
+  } else if (first != nullptr) {
+    before_all = first + (l * job.batch + tile.first) * H;
+  }
+  const Element* const gates_before = t == 0 ? nullptr : job.gates + kept_at(job, l, t - 1, tile.first) * 4;
+  Element* const output = layer.outputs + (t + tile.chunk) % (tile.chunk + 1) * tile.each;  // of t - 1
+  Element* const sums = tile.sums(l, t);
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    for (int64_t j = 0; j < H; j += lanes) {
+      const int64_t count = smaller(lanes, H - j), at = row * stride + j;
+      Vector<Element> gates[4], grads[4];
+#pragma GCC unroll 4
+      for (int g = 0; g < 4; ++g) gates[g] = load<Element>(gates_now + (row * 4 + g) * H + j, count);
+      const Vector<Element> before =
+          before_all == nullptr ? Vector<Element>{} : load<Element>(before_all + row * H + j, count);
+      Vector<Element> grad_h = load<Element>(layer.grad_h + at, lanes);
+      if (entering != nullptr) grad_h += load<Element>(entering + row * entering_stride + j, count);
+      Vector<Element> grad_carried = load<Element>(layer.grad_carried + at, lanes);
+      const Vector<Element> activated = load<Element>(layer.activated + at, lanes);
+      Cell::backward(gates, before, activated, grad_h, &grad_carried, grads);
+      store<Element>(layer.grad_carried + at, grad_carried, lanes);
+#pragma GCC unroll 4
+      for (int g = 0; g < 4; ++g)
+        store<Element>(sums + row * tile.sum_stride + j * 4 + g * lanes, grads[g], lanes);
+      if constexpr (!Cell::kCarriesOutput) {
+        if (gates_before == nullptr) continue;
+        const Vector<Element> now = tanh<Element>(before);
+        store<Element>(layer.activated + at, now, lanes);
+        store<Element>(output + at, now * load<Element>(gates_before + (row * 4 + 3) * H + j, count), lanes);
+      }
+    }
+  }
+}
+
+// Buffers as they are before the last step.
+template <class Cell, class Element>
+static void begin_layer(const RecurrentJob<Element>& job, const BackwardTile<Element>& tile, int64_t l) {
+  constexpr int64_t lanes = kLanes<Element>;
+  const BackwardLayer<Element>& layer = tile.layers[l];
+  const int64_t H = job.hidden, stride = job.stride, at = (l * job.batch + tile.first) * H;
+  widen_rows<Element>(layer.grad_h, stride, job.grad_h == nullptr ? nullptr : job.grad_h + at, H, tile.rows);
+  widen_rows<Element>(layer.grad_carried, stride, job.grad_c == nullptr ? nullptr : job.grad_c + at, H,
+                      tile.rows);
+  if constexpr (!Cell::kCarriesOutput) {
+    if (job.steps == 0) return;
+    const int64_t t = job.steps - 1, kept = kept_at(job, l, t, tile.first);
+    Element* const output = layer.outputs + t % (tile.chunk + 1) * tile.each;
+    for (int64_t row = 0; row < tile.rows; ++row)
+      for (int64_t j = 0; j < H; j += lanes) {
+        const int64_t count = smaller(lanes, H - j), place = row * stride + j;
+        const Vector<Element> now = tanh<Element>(load<Element>(job.carried + kept + row * H + j, count));
+        const Vector<Element> gate = load<Element>(job.gates + (kept + row * H) * 4 + 3 * H + j, count);
+        store<Element>(layer.activated + place, now, lanes);
+        store<Element>(output + place, now * gate, lanes);
+      }
+  }
+}
+
+// h of step t after the dropout, as the layer above read it, and the gradient that comes back through it.
+template <class Cell, class Element>
+static void pass_dropout(const RecurrentJob<Element>& job, const BackwardTile<Element>& tile, int64_t l,
+                         int64_t t) {
+  const BackwardLayer<Element>& layer = tile.layers[l];
+  const Place place{tile.first, 0, static_cast<int32_t>(l), static_cast<int32_t>(t)};
+  const ReadRows<Element> output = output_rows<Cell>(job, tile, l, t);
+  Element* const given = layer.given + t % tile.chunk * tile.each;
+  for (int64_t row = 0; row < tile.rows; ++row)
+    __builtin_memcpy(given + row * job.stride, output.data + row * output.row_stride,
+                     sizeof(Element) * job.hidden);
+  drop<Element>(job.dropout, place, tile.rows, job.hidden, given, job.stride);
+  drop<Element>(job.dropout, place, tile.rows, job.hidden, layer.entering, job.stride);
+}
+
+template <class Cell, class Element>
+static void backward_step(const RecurrentJob<Element>& job, const BackwardTile<Element>& tile, int64_t l,
+                          int64_t t) {
+  constexpr int kFirstHidden = 4 - Cell::kGates;
+  const BackwardLayer<Element>& layer = tile.layers[l];
+  const RecurrentLayer<Element>& weights = job.layers[l];
+  const Element* entering = nullptr;
+  int64_t entering_stride = 0;
+  if (l + 1 < job.layer_count) {
+    if (job.dropout.active) pass_dropout<Cell>(job, tile, l, t);
+    entering = layer.entering, entering_stride = job.stride;
+  } else if (job.grad_output.data != nullptr) {
+    entering =
+        job.grad_output.data + tile.first * job.grad_output.row_stride + t * job.grad_output.step_stride;
+    entering_stride = job.grad_output.row_stride;
+  } else if (job.grad_last != nullptr && t + 1 == job.steps) {
+    entering = job.grad_last + tile.first * job.hidden, entering_stride = job.hidden;
+  }
+  cell_gradients<Cell>(job, tile, l, t, entering, entering_stride);
+  const Element* const sums = tile.sums(l, t);
+  if (t > 0 || job.grad_first_h != nullptr)
+    turned_product<Cell, kFirstHidden>(job, sums, tile.sum_stride, weights.hidden_turned, job.hidden_width,
+                                       job.hidden, tile.rows, layer.grad_h, job.stride);
+  if (l > 0) {
+    turned_product<Cell, 0>(job, sums, tile.sum_stride, weights.input_turned, weights.input_width, job.hidden,
+                            tile.rows, tile.layers[l - 1].entering, job.stride);
+  } else if (job.grad_x != nullptr) {
+    const int64_t features = weights.features;
+    turned_product<Cell, 0>(job, sums, tile.sum_stride, weights.input_turned, weights.input_width, features,
+                            tile.rows, job.grad_x + (tile.first * job.steps + t) * features,
+                            job.steps * features);
+  }
+}
+
+template <class Cell, class Element>
+static void backward_tile(const RecurrentJob<Element>& job, const BackwardTile<Element>& tile,
+                          Element* total) {
+  constexpr int kFirstHidden = 4 - Cell::kGates;
+  for (int64_t l = 0; l < job.layer_count; ++l) begin_layer<Cell>(job, tile, l);
+  for (int64_t t = job.steps - 1, end = job.steps; t >= 0; --t) {
+    for (int64_t l = job.layer_count - 1; l >= 0; --l) backward_step<Cell>(job, tile, l, t);
+    if (t > 0 && end - t < tile.chunk) continue;
+    for (int64_t l = 0; l < job.layer_count; ++l) {
+      const RecurrentLayer<Element>& layer = job.layers[l];
+      add_weight_sums<Cell, 0>(job, tile, l, t, end, layer.features, false, total + layer.input_sum);
+      add_weight_sums<Cell, kFirstHidden>(job, tile, l, t, end, job.hidden, true, total + layer.hidden_sum);
+      add_bias_sums(job, tile, l, t, end, total + layer.bias_sum);
+    }
+    end = t;
+  }
+  if (job.grad_first_h == nullptr) return;
+  for (int64_t l = 0; l < job.layer_count; ++l) {
+    const BackwardLayer<Element>& layer = tile.layers[l];
+    if constexpr (Cell::kCarriesOutput)
+      for (int64_t i = 0; i < tile.rows * job.stride; ++i) layer.grad_h[i] += layer.grad_carried[i];
+    const int64_t at = (l * job.batch + tile.first) * job.hidden;
+    narrow_rows<Element>(job.grad_first_h + at, layer.grad_h, job.stride, job.hidden, tile.rows);
+    if constexpr (!Cell::kCarriesOutput)
+      narrow_rows<Element>(job.grad_first_c + at, layer.grad_carried, job.stride, job.hidden, tile.rows);
+  }
+}
+
+// Rows [begin, end) of the batch, a part; `begin` divides by 4. Adds to `total`. A layer's buffers follow
+// each other in the scratch, RecurrentJob::layer_scratch elements a layer, behind one BackwardLayer for each.
+template <class Cell, class Element>
+static void backward_rows(const RecurrentJob<Element>& job, int64_t begin, int64_t end, Element* scratch,
+                          Element* total) {
+  const int64_t chunk = job.chunk_steps, each = job.tile_rows * job.stride;
+  auto* const layers = reinterpret_cast<BackwardLayer<Element>*>(scratch);
+  Element* const space = scratch + job.layer_count * job.header_elements;
+  for (int64_t l = 0; l < job.layer_count; ++l) {
+    Element* const at = space + l * job.layer_scratch;
+    layers[l] = {at,
+                 at + each,
+                 at + 2 * each,
+                 at + 3 * each,
+                 at + 4 * each,
+                 at + (5 + chunk) * each,
+                 at + (5 + 2 * chunk) * each};
+  }
+  for (int64_t first = begin; first < end; first += job.tile_rows) {
+    const int64_t rows = smaller(job.tile_rows, end - first);
+    const BackwardTile<Element> tile{
+        first, rows, each, job.sum_stride, chunk, layers, job.tile_rows * job.sum_stride};
+    backward_tile<Cell>(job, tile, total);
+  }
+}
+
+#define QFAST_RECURRENT(name, Cell, Element)                                                       \
+  static void name(const RecurrentJob<Element>& job, int64_t begin, int64_t end, Element* scratch, \
+                   Element* total) {                                                               \
+    backward_rows<Cell, Element>(job, begin, end, scratch, total);                                 \
+  }
+QFAST_RECURRENT(lstm_backward_f32, LstmCell, float)
+QFAST_RECURRENT(lstm_backward_f64, LstmCell, double)
+QFAST_RECURRENT(gru_backward_f32, GruCell, float)
+QFAST_RECURRENT(gru_backward_f64, GruCell, double)
+#undef QFAST_RECURRENT
