@@ -73,8 +73,13 @@ class Recurrent(nn.Module):
         # nn.LSTM warns about dropout without a second layer, where it has no effect; the reference's
         # defaults make that combination common.
         between = float(dropout) if num_layers > 1 else 0.0
-        self.rnn = kind.layer(d_feat, hidden_size, num_layers=num_layers, batch_first=True, dropout=between)
+        inputs = self._add_head(d_feat, hidden_size)
+        self.rnn = kind.layer(inputs, hidden_size, num_layers=num_layers, batch_first=True, dropout=between)
         self.d_feat = d_feat
+
+    def _add_head(self, d_feat: int, hidden_size: int) -> int:
+        """Registers what stands before `rnn`, which draws its weights first; the features that `rnn` gets."""
+        return d_feat
 
     def _kind(self) -> type[_RecurrentModel]:
         """The class that knows the layer and its operator."""
