@@ -268,8 +268,10 @@ def test_all_problems_come_at_once_with_their_paths(write):
         (["task.model.module_path=os"], r"model 'LSTM' is not known under the module path 'os'.*nothing is imported"),
         (["task.model.class=system", "task.model.module_path=os"], r"unknown model class 'system'"),
         (["task.model=os.system"], r"unknown model class 'system'"),
-        (["task.model.class=ALSTM", model_path("alstm_ts")], r"ALSTM is known, .* \['GATs', 'GRU', 'LSTM', 'TCN'\]"),
-        (["task.model.class=TransformerModel", model_path("transformer")], r"TransformerModel is known, but"),
+        (
+            ["task.model.class=TransformerModel", model_path("transformer")],
+            r"TransformerModel is known, .* \['ALSTM', 'GATs', 'GRU', 'LSTM', 'TCN'\]",
+        ),
         (["task.model.class=LocalformerModel", model_path("localformer")], r"LocalformerModel is known, but"),
         (["task.record.0.class=HFSignalRecord"], r"0.class: HFSignalRecord is not available in this version"),
         (["task.dataset.kwargs.handler=file://handler.pkl"], r"pickled objects are not read, got 'file://handler.pkl'"),

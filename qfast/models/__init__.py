@@ -3,6 +3,6 @@
 `qfast.models.ts` holds the same models with the reference's time-series defaults.
 """
 
-from qfast.models.flat import GRU, LSTM, TCN, GATModel, GATs, GRUModel, LSTMModel, TCNModel
+from qfast.models.flat import ALSTM, GRU, LSTM, TCN, ALSTMModel, GATModel, GATs, GRUModel, LSTMModel, TCNModel
 
-__all__ = ["GRU", "LSTM", "TCN", "GATModel", "GATs", "GRUModel", "LSTMModel", "TCNModel"]
+__all__ = ["ALSTM", "GRU", "LSTM", "TCN", "ALSTMModel", "GATModel", "GATs", "GRUModel", "LSTMModel", "TCNModel"]

@@ -1,19 +1,23 @@
-"""The constructors of LSTM and GRU, flat and time-series. The training loop is `Estimator`."""
+"""The constructors of LSTM, GRU and ALSTM, flat and time-series. The training loop is `Estimator`."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from qfast.data.batching import BatchOrder, LoaderOrder
 from qfast.estimator import Estimator
+from qfast.nn import ALSTMModel
 
-__all__ = ["Recurrent", "RecurrentTimeSeries"]
+__all__ = ["Attentive", "AttentiveTimeSeries", "Recurrent", "RecurrentTimeSeries"]
 
 
 class Recurrent(Estimator):
     """Arguments of the reference's flat LSTM and GRU, positional order included."""
+
+    network_options: ClassVar[dict[str, Any]] = {}  # keyword arguments of the network alone, and their defaults
 
     def __init__(
         self,
@@ -32,8 +36,9 @@ class Recurrent(Estimator):
         seed: int | None = None,
         **options: Any,
     ) -> None:
+        more = {name: options.pop(name, default) for name, default in self.network_options.items()}
         super().__init__(
-            {"d_feat": d_feat, "hidden_size": hidden_size, "num_layers": num_layers, "dropout": dropout},
+            {"d_feat": d_feat, "hidden_size": hidden_size, "num_layers": num_layers, "dropout": dropout, **more},
             n_epochs=n_epochs,
             lr=lr,
             metric=metric,
@@ -75,3 +80,27 @@ class RecurrentTimeSeries(Recurrent):
             d_feat, hidden_size, num_layers, dropout, n_epochs, lr, metric, batch_size, early_stop, loss, optimizer,
             GPU, seed, extra={"n_jobs": n_jobs}, **options,
         )  # fmt: skip
+
+
+class Attentive(Recurrent):
+    """As `Recurrent`, and `rnn_type`: the reference takes it, ignores it and builds a GRU."""
+
+    network_class = ALSTMModel
+    network_options: ClassVar[dict[str, Any]] = {"rnn_type": "GRU"}
+    options: ClassVar[tuple[str, ...]] = (*Recurrent.options, *network_options)
+    ALSTM_model = property(lambda self: self.network, doc="The network, under the reference's name.")
+
+    def build_network(self, *, rnn_type: str, **network: Any) -> nn.Module:  # type: ignore[override]
+        """The network with the layer that `rnn_type` asks for; with compat="qlib" it is a GRU in any case."""
+        asked = str(rnn_type).upper()
+        if self._params["compat"] == "qlib":
+            if asked != "GRU":
+                self.logger.warning("rnn_type=%r has no effect with compat='qlib': a GRU is built", rnn_type)
+            rnn_type = "GRU"
+        elif asked != "GRU":
+            self.logger.info("rnn_type=%r is built; the reference would ignore it and build a GRU", rnn_type)
+        return self.network_class(rnn_type=rnn_type, **network)
+
+
+class AttentiveTimeSeries(Attentive, RecurrentTimeSeries):
+    """As `Attentive`, with the arguments, batches and loss precision of `RecurrentTimeSeries`."""

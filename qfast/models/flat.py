@@ -6,11 +6,11 @@ from typing import ClassVar
 
 from qfast.estimator import Estimator
 from qfast.models._graph import Graph
-from qfast.models._recurrent import Recurrent
+from qfast.models._recurrent import Attentive, Recurrent
 from qfast.models._tcn import TemporalConv
-from qfast.nn import GATModel, GRUModel, LSTMModel, TCNModel
+from qfast.nn import ALSTMModel, GATModel, GRUModel, LSTMModel, TCNModel
 
-__all__ = ["GRU", "LSTM", "TCN", "GATModel", "GATs", "GRUModel", "LSTMModel", "TCNModel"]
+__all__ = ["ALSTM", "GRU", "LSTM", "TCN", "ALSTMModel", "GATModel", "GATs", "GRUModel", "LSTMModel", "TCNModel"]
 
 
 class LSTM(Recurrent):
@@ -56,6 +56,34 @@ class GRU(Recurrent):
     network_class = GRUModel
     drops_incomplete_rows = True
     gru_model = property(lambda self: self.network, doc="The network, under the reference's name.")
+
+
+class ALSTM(Attentive):
+    """LSTM or GRU with attention over time on flat windows (Alpha360 style), trained on shuffled rows.
+
+    Parameters
+    ----------
+    d_feat, hidden_size, num_layers, dropout
+        Of the network `ALSTMModel`.
+    n_epochs, lr, metric, batch_size, early_stop, loss, optimizer, GPU, seed
+        Of the training loop, see `Estimator`. `batch_size` counts rows, `early_stop` epochs.
+    rnn_type : str
+        Keyword only: "GRU", "LSTM" or "RNN". The reference takes it and builds a GRU whatever it says; so does
+        `compat="qlib"`.
+    device, compat, progress
+        Keyword only, see `Estimator`.
+
+    Notes
+    -----
+    Reference: pyqlib 0.9.7, qlib.contrib.model.pytorch_alstm.ALSTM. Same arguments, weights and batch order under the
+    same seed, and without dropout the same scores; the masks of the dropout are drawn by counter.
+
+    Examples
+    --------
+    >>> import torch
+    >>> ALSTM(d_feat=6, hidden_size=8, seed=0).network(torch.zeros(2, 360)).shape
+    torch.Size([2])
+    """
 
 
 class GATs(Graph):

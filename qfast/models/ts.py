@@ -6,11 +6,11 @@ from typing import ClassVar
 
 from qfast.estimator import Estimator
 from qfast.models._graph import GraphTimeSeries
-from qfast.models._recurrent import RecurrentTimeSeries
+from qfast.models._recurrent import AttentiveTimeSeries, RecurrentTimeSeries
 from qfast.models._tcn import TemporalConvTimeSeries
-from qfast.nn import GATModel, GRUModel, LSTMModel, TCNModel
+from qfast.nn import ALSTMModel, GATModel, GRUModel, LSTMModel, TCNModel
 
-__all__ = ["GRU", "LSTM", "TCN", "GATModel", "GATs", "GRUModel", "LSTMModel", "TCNModel"]
+__all__ = ["ALSTM", "GRU", "LSTM", "TCN", "ALSTMModel", "GATModel", "GATs", "GRUModel", "LSTMModel", "TCNModel"]
 
 
 class LSTM(RecurrentTimeSeries):
@@ -52,6 +52,20 @@ class GRU(RecurrentTimeSeries):
 
     network_class = GRUModel
     GRU_model = property(lambda self: self.network, doc="The network, under the reference's name.")
+
+
+class ALSTM(AttentiveTimeSeries):
+    """LSTM or GRU with attention over time on rolling windows (Alpha158 style). Parameters as the flat `ALSTM`, and
+    `n_jobs`, which is accepted and unused.
+
+    Reference: pyqlib 0.9.7, qlib.contrib.model.pytorch_alstm_ts.ALSTM.
+
+    Examples
+    --------
+    >>> import torch
+    >>> ALSTM(d_feat=20, hidden_size=8, seed=0).network(torch.zeros(2, 20, 20)).shape
+    torch.Size([2])
+    """
 
 
 class GATs(GraphTimeSeries):

@@ -245,9 +245,8 @@ def self_test(device: torch.device) -> None:
     given: Any = (*tensors, 0.25, torch.tensor([3], device=device))
     found, expected = torch.ops.qfast.attention_pool(*given), _pool(*given)
     pairs = [*zip(found, expected, strict=True)]
-    kept = found[1], found[0]
-    own = torch.ops.qfast.attention_pool_backward(grad, *given, *kept)
-    pairs += zip(own, _backward(grad, *given, expected[1], expected[0]), strict=True)
+    own = torch.ops.qfast.attention_pool_backward(grad, *given, found[1], found[0])
+    pairs += zip(own, _SCHEMAS["attention_pool_backward"][1](grad, *given, expected[1], expected[0]), strict=True)
     for ours, theirs in pairs:
         error = float((ours - theirs).norm() / theirs.norm())
         if not error < 1e-12:

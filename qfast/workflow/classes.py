@@ -6,14 +6,13 @@ Importing this module fills the registries. Handlers, processors and records reg
 from __future__ import annotations
 
 from qfast.data import DatasetH, TSDatasetH, handlers, processors
-from qfast.models import GRU, LSTM, TCN, GATs, ts
+from qfast.models import ALSTM, GRU, LSTM, TCN, GATs, ts
 from qfast.registry import DATASETS, MODELS
 from qfast.workflow import records
 
 __all__ = ["handlers", "processors", "records"]
 
 NOT_YET = {
-    "ALSTM": "pytorch_alstm",
     "TransformerModel": "pytorch_transformer",
     "LocalformerModel": "pytorch_localformer",
 }
@@ -23,6 +22,7 @@ def _register() -> None:
     for flat, rolling, stem in (
         (LSTM, ts.LSTM, "pytorch_lstm"),
         (GRU, ts.GRU, "pytorch_gru"),
+        (ALSTM, ts.ALSTM, "pytorch_alstm"),
         (GATs, ts.GATs, "pytorch_gats"),
         (TCN, ts.TCN, "pytorch_tcn"),
     ):
