@@ -1,4 +1,4 @@
-// Sigmoid and tanh over vectors of the instruction set being compiled, float32 and float64, within 4 ulp.
+// Sigmoid and tanh over vectors of the instruction set being compiled, float32 and float64.
 // Both tails saturate to exactly 0, 1 and -1, tanh keeps relative accuracy and the sign at 0, NaN stays NaN.
 // Included inside the namespace of the instruction set.
 
@@ -15,7 +15,8 @@ struct Lanes<float> {
   static constexpr int32_t sign = INT32_MIN;
   static constexpr float magic = 0x1.8p23f;             // adding it rounds to an integer
   static constexpr float exp_zero = -104.f;             // exp is 0 from here down
-  static constexpr float tanh_one = -40.f;              // tanh(20) is 1
+  static constexpr float tanh_one = 40.f;               // tanh(20) is 1
+  static constexpr float exp_infinite = 89.f;           // exp is infinite from here up
   static constexpr float ln2_high = 0.693359375f;       // few bits: times an exponent it is exact
   static constexpr float ln2_low = -2.12194440054e-4f;  // the rest of ln 2
 };
@@ -28,7 +29,8 @@ struct Lanes<double> {
   static constexpr int64_t sign = INT64_MIN;
   static constexpr double magic = 0x1.8p52;
   static constexpr double exp_zero = -746.;
-  static constexpr double tanh_one = -80.;
+  static constexpr double tanh_one = 80.;
+  static constexpr double exp_infinite = 710.;
   static constexpr double ln2_high = 6.93147180369123816490e-01;
   static constexpr double ln2_low = 1.90821492927058770002e-10;
 };
@@ -61,25 +63,59 @@ QFAST_ALWAYS_INLINE void store(Element* to, Vector<Element> value, int64_t count
   }
 }
 
-// 1 / (k + 1)!, k = 0..12: exp(r) - 1 = r (1 + r/2 + r^2/6 + ...). For |r| <= ln(2)/2 seven terms suffice in
-// float32 and thirteen in float64.
-constexpr double kFactorials[] = {
-    1.,         1. / 2,      1. / 6,       1. / 24,       1. / 120,       1. / 720,        1. / 5040,
-    1. / 40320, 1. / 362880, 1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800.};
+// Subtracts: 0 + x would be an addition at run time, as it turns -0 into 0.
+template <class Element>
+QFAST_ALWAYS_INLINE Vector<Element> splat(Element x) {
+  return x - Vector<Element>{};
+}
+
+// exp(r) = 1 + r + r^2 (c[0] + c[1] r + ...) for |r| <= ln(2) / 2. float32: least maximal relative
+// error, 3.1e-9 (Lawson's iteration); float64: 1 / (k + 2)!.
+template <class Element>
+struct ExpTerms;
+
+template <>
+struct ExpTerms<float> {
+  static constexpr int count = 5;
+  static constexpr float c[] = {0x1.fffffcp-2f, 0x1.55549p-3f, 0x1.5558f8p-5f, 0x1.123b02p-7f,
+                                0x1.6a2256p-10f};
+};
+
+template <>
+struct ExpTerms<double> {
+  static constexpr int count = 12;
+  static constexpr double c[] = {1. / 2,       1. / 6,        1. / 24,        1. / 120,
+                                 1. / 720,     1. / 5040,     1. / 40320,     1. / 362880,
+                                 1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800.};
+};
+
+// x = n ln(2) + r with a whole n, for |x| as large as exponents go. `magic` + n, whose last bits hold n.
+template <class Element>
+QFAST_ALWAYS_INLINE Vector<Element> reduce_exp(Vector<Element> x, Vector<Element>* r) {
+  using L = Lanes<Element>;
+  const Vector<Element> shifted = x * Element(1.44269504088896340736) + L::magic;
+  const Vector<Element> whole = shifted - L::magic;
+  *r = (x - whole * L::ln2_high) - whole * L::ln2_low;
+  return shifted;
+}
+
+// exp(r) - 1
+template <class Element>
+QFAST_ALWAYS_INLINE Vector<Element> exp_rest(Vector<Element> r) {
+  using Terms = ExpTerms<Element>;
+  Vector<Element> sum = splat(Terms::c[Terms::count - 1]);
+#pragma GCC unroll 16
+  for (int k = Terms::count - 2; k >= 0; --k) sum = sum * r + Terms::c[k];
+  return sum * (r * r) + r;
+}
 
 // exp(x) = 2^exponent (1 + rest), |rest| < 0.42, for x in [exp_zero, 0].
 template <class Element>
 QFAST_ALWAYS_INLINE void split_exp(Vector<Element> x, Vector<Element>* rest, Integers<Element>* exponent) {
-  using L = Lanes<Element>;
-  const Vector<Element> magic = Vector<Element>{} + L::magic;
-  const Vector<Element> rounded = x * Element(1.44269504088896340736) + magic;
-  const Vector<Element> whole = rounded - magic;
-  *exponent = (Integers<Element>)rounded - (Integers<Element>)magic;
-  const Vector<Element> r = (x - whole * L::ln2_high) - whole * L::ln2_low;
-  Vector<Element> sum = Vector<Element>{} + Element(kFactorials[L::terms - 1]);
-#pragma GCC unroll 16
-  for (int k = L::terms - 2; k > 0; --k) sum = sum * r + Element(kFactorials[k]);
-  *rest = sum * r * r + r;
+  Vector<Element> r;
+  const Vector<Element> shifted = reduce_exp<Element>(x, &r);
+  *exponent = (Integers<Element>)shifted - (Integers<Element>)splat(Lanes<Element>::magic);
+  *rest = exp_rest<Element>(r);
 }
 
 // 2^exponent for a normal result.
@@ -88,39 +124,57 @@ QFAST_ALWAYS_INLINE Vector<Element> power_of_two(Integers<Element> exponent) {
   return (Vector<Element>)((exponent + Lanes<Element>::bias) << Lanes<Element>::mantissa_bits);
 }
 
+// 2^n of `magic` + n: 0 for n = -bias, infinity for n = bias + 1.
 template <class Element>
-QFAST_ALWAYS_INLINE Vector<Element> negative_magnitude(Vector<Element> x) {
-  return (Vector<Element>)((Integers<Element>)x | Lanes<Element>::sign);
+QFAST_ALWAYS_INLINE Vector<Element> shifted_power(Vector<Element> shifted) {
+  using L = Lanes<Element>;
+  return (Vector<Element>)(((Integers<Element>)shifted << L::mantissa_bits) +
+                           (Integers<Element>)splat(Element(1)));
 }
 
-// With e = exp(-|x|): 1 / (1 + e) above zero, e / (1 + e) below, which keeps the small results accurate.
+// x where it is within the bound or NaN, else the bound.
+template <class Element>
+QFAST_ALWAYS_INLINE Vector<Element> at_most(Vector<Element> x, Element bound) {
+#if QFAST_VECTOR_BYTES == 64
+  if constexpr (sizeof(Element) == 4) {  // maskz: gcc 12 warns about what the plain form leaves undefined
+    return (Vector<Element>)_mm512_maskz_min_ps(0xFFFF, (__m512)splat(bound), (__m512)x);
+  } else {
+    return (Vector<Element>)_mm512_maskz_min_pd(0xFF, (__m512d)splat(bound), (__m512d)x);
+  }
+#elif QFAST_VECTOR_BYTES == 32
+  if constexpr (sizeof(Element) == 4) {
+    return (Vector<Element>)_mm256_min_ps((__m256)splat(bound), (__m256)x);
+  } else {
+    return (Vector<Element>)_mm256_min_pd((__m256d)splat(bound), (__m256d)x);
+  }
+#else
+  const Vector<Element> most = splat(bound);
+  return x > most ? most : x;
+#endif
+}
+
+// 1 / (1 + exp(-x)), within 3 ulp (float32: where it is normal; smaller results may be 0). 0 and 1 in the
+// tails.
 template <class Element>
 QFAST_ALWAYS_INLINE Vector<Element> sigmoid(Vector<Element> x) {
-  const Vector<Element> lowest = Vector<Element>{} + Lanes<Element>::exp_zero;
-  const Vector<Element> one = Vector<Element>{} + Element(1);
-  Vector<Element> minus = negative_magnitude<Element>(x);
-  minus = minus < lowest ? lowest : minus;  // NaN compares false and stays
-  Vector<Element> rest;
-  Integers<Element> exponent;
-  split_exp<Element>(minus, &rest, &exponent);
-  const Integers<Element> half = exponent >> 1;  // in two steps: the result may be subnormal
-  const Vector<Element> e =
-      (one + rest) * power_of_two<Element>(half) * power_of_two<Element>(exponent - half);
-  return (x < Element(0) ? e : one) / (one + e);
+  using L = Lanes<Element>;
+  // past these bounds exp(-x) is infinite, or nothing beside 1
+  const Vector<Element> minus =
+      -at_most<Element>(-at_most<Element>(-x, L::exp_infinite), L::exp_infinite - 2);
+  Vector<Element> r;
+  const Vector<Element> power = shifted_power<Element>(reduce_exp<Element>(minus, &r));
+  return Element(1) / (power * (exp_rest<Element>(r) + Element(1)) + Element(1));
 }
 
-// With m = exp(-2|x|) - 1, free of cancellation at 0: -m / (2 + m), with the sign of x.
+// With m = exp(2|x|) - 1, free of cancellation at 0: m / (m + 2), with the sign of x. Within 3 ulp.
 template <class Element>
 QFAST_ALWAYS_INLINE Vector<Element> tanh(Vector<Element> x) {
-  const Vector<Element> lowest = Vector<Element>{} + Lanes<Element>::tanh_one;
-  Vector<Element> minus = negative_magnitude<Element>(x) * Element(2);
-  minus = minus < lowest ? lowest : minus;
-  Vector<Element> rest;
-  Integers<Element> exponent;
-  split_exp<Element>(minus, &rest, &exponent);
-  const Vector<Element> power = power_of_two<Element>(exponent);
-  const Vector<Element> m = power * rest + (power - Element(1));
-  const Vector<Element> magnitude = m / (m + Element(2));  // negative
-  const Integers<Element> sign = (Integers<Element>)x & Lanes<Element>::sign;
-  return (Vector<Element>)(((Integers<Element>)magnitude & ~Lanes<Element>::sign) | sign);
+  using L = Lanes<Element>;
+  const Integers<Element> sign = (Integers<Element>)x & L::sign;
+  const Vector<Element> magnitude = (Vector<Element>)((Integers<Element>)x & ~L::sign);
+  Vector<Element> r;
+  const Vector<Element> power =
+      shifted_power<Element>(reduce_exp<Element>(at_most<Element>(magnitude + magnitude, L::tanh_one), &r));
+  const Vector<Element> m = power * exp_rest<Element>(r) + (power - Element(1));
+  return (Vector<Element>)((Integers<Element>)(m / (m + Element(2))) | sign);
 }

@@ -28,12 +28,6 @@ QFAST_ALWAYS_INLINE void add(Sums<Element, Rows, Vectors>& sums, const Sums<Elem
     for (int v = 0; v < Vectors; ++v) sums.at[i][v] += part.at[i][v];
 }
 
-// Subtracts: 0 + x would be an addition at run time, as it turns -0 into 0.
-template <class Element>
-QFAST_ALWAYS_INLINE Vector<Element> splat(Element x) {
-  return x - Vector<Element>{};
-}
-
 // sums[i][First : First + Count] += sum over k of a[i * a_row + k * a_step] * b[k * b_step : ... + width]
 template <int First, int Count, class Element, int Rows, int Vectors>
 QFAST_ALWAYS_INLINE void add_columns(Sums<Element, Rows, Vectors>& sums, const Element* a, int64_t a_row,
