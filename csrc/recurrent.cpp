@@ -14,7 +14,8 @@ namespace {
 using host::GruCell;
 using host::LstmCell;
 
-constexpr int64_t kParts = 16;             // sums of weight gradients, each of a fixed part of the tiles
+constexpr int64_t kParts = 16;  // sums of weight gradients, each of a fixed part of the tiles
+constexpr int64_t kStreamedBytes = 8 << 20;
 constexpr int64_t kPartBytes = 128 << 20;  // that they may take together
 
 auto forward_kernel(LstmCell, float) { return cpu_kernels().lstm_forward_f32; }
@@ -36,6 +37,15 @@ struct Forward {
 // Windows of rows that follow each other share the products of their rows with the first layer's weights.
 bool rolls(const Tensor& x, bool keep, bool drops) {
   return !keep && !drops && x.size(0) > 1 && x.size(1) > 1 && x.stride(0) == x.stride(1);
+}
+
+// Whether what is kept is better written past the caches: it would push everything else out.
+template <class Element>
+bool streams(const RecurrentJob<Element>& job) {
+  const int64_t units = job.layer_count * job.steps * job.batch * job.hidden;
+  const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 64 == 0; };
+  return units * 5 * static_cast<int64_t>(sizeof(Element)) >= kStreamedBytes && job.hidden == job.stride &&
+         aligned(job.gates) && aligned(job.carried);
 }
 
 template <class Element>
@@ -80,6 +90,7 @@ Forward forward(const char* op, const Tensor& x, const std::vector<Tensor>& weig
     if (keep) {
       job.gates = out.gates.template mutable_data_ptr<Element>();
       job.carried = out.carried.template mutable_data_ptr<Element>();
+      job.streamed = streams(job);
     }
     run_forward(network, x, rolls(x, keep, job.dropout.active));
     if (!all_steps && B > 0)

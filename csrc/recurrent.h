@@ -43,6 +43,7 @@ struct RecurrentJob {
   Element *last_h, *last_c;          // [L, B, H]
   Sequence<Element> output;          // of all steps; data null if only the last is wanted
   Element *gates, *carried;          // [L, T, B, 4, H] and [L, T, B, H], kept for the backward; or null
+  bool streamed;                     // what is kept goes past the caches
   DropoutRule dropout;
   // Backward only.
   Sequence<const Element> grad_output;   // of all steps, or data null

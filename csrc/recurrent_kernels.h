@@ -14,6 +14,24 @@ constexpr int kCellRows = 6;  // 32 registers: 6 x 4 sums, 4 columns, 1 broadcas
 constexpr int kCellRows = 3;  // 16 registers: 3 x 4 sums, 3 broadcasts, 1 column
 #endif
 
+// Past the caches, if `streamed`: then `to` is aligned to whole vectors.
+template <class Element>
+QFAST_ALWAYS_INLINE void keep(Element* to, Vector<Element> value, int64_t count, bool streamed) {
+#if defined(__x86_64__)
+  if (streamed) {
+#if QFAST_VECTOR_BYTES == 64
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)value);
+#elif QFAST_VECTOR_BYTES == 32
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)value);
+#else
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), (__m128i)value);
+#endif
+    return;
+  }
+#endif
+  store<Element>(to, value, count);
+}
+
 template <class Element>
 struct VectorMath {
   QFAST_ALWAYS_INLINE Vector<Element> sigmoid(Vector<Element> x) { return QFAST_ISA::sigmoid<Element>(x); }
@@ -34,6 +52,7 @@ struct LayerStep {
   const Element* carried_before;
   Element* carried;
   Element *gates, *kept;  // [rows, 4, H] and [rows, H], or null
+  bool streamed;          // what is kept
   Element* output;        // or null
   int64_t output_row;
 };
@@ -61,8 +80,9 @@ QFAST_ALWAYS_INLINE void finish_cells(const LayerStep<Element>& step, const Sums
     if (step.output != nullptr) store<Element>(step.output + r * step.output_row + unit, h, count);
     if (step.gates == nullptr) continue;
 #pragma GCC unroll 4
-    for (int64_t g = 0; g < 4; ++g) store<Element>(step.gates + (r * 4 + g) * H + unit, gates[g], count);
-    store<Element>(step.kept + r * H + unit, carried, count);
+    for (int64_t g = 0; g < 4; ++g)
+      keep<Element>(step.gates + (r * 4 + g) * H + unit, gates[g], count, step.streamed);
+    keep<Element>(step.kept + r * H + unit, carried, count, step.streamed);
   }
 }
 
@@ -158,6 +178,7 @@ static LayerStep<Element> layer_step(const RecurrentJob<Element>& job, const For
   step.carried_before = Cell::kCarriesOutput ? tile.h(l, t - 1) : tile.cell(l);
   step.carried = Cell::kCarriesOutput ? step.h : tile.cell(l);
   if (job.gates != nullptr) step.gates = job.gates + at * 4 * H, step.kept = job.carried + at * H;
+  step.streamed = job.streamed;
   if (top && job.output.data != nullptr) {
     step.output = job.output.data + first * job.output.row_stride + t * job.output.step_stride;
     step.output_row = job.output.row_stride;
@@ -210,6 +231,7 @@ static void forward_rows(const RecurrentJob<Element>& job, int64_t begin, int64_
   const ForwardTile<Element> tile{each, 4 * each, scratch};
   for (int64_t first = begin; first < end; first += job.tile_rows)
     forward_tile<Cell, Element>(job, first, smaller(job.tile_rows, end - first), tile);
+  if (job.streamed) finish_stream();
 }
 
 #define QFAST_RECURRENT(name, Cell, Element)                                                         \
