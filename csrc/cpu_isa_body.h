@@ -23,6 +23,8 @@ namespace {
 #include "temporal_conv_kernels_backward.h"
 #include "temporal_conv_kernels_rolling.h"
 #include "window_gather_kernels.h"
+// Takes parts of the kernels above.
+#include "attention_pool_kernels.h"
 
 }  // namespace
 

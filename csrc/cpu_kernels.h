@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "additive_attention.h"
+#include "attention_pool.h"
 #include "recurrent.h"
 #include "temporal_conv.h"
 #include "window_gather.h"
@@ -43,6 +44,14 @@
   QFAST_KERNEL(hidden_scores_backward_f64, const ::qfast::ScoresBackwardJob<double>&, int64_t begin,         \
                int64_t end)                                                                                  \
   QFAST_KERNEL(exp_f64, double* values, int64_t begin, int64_t end)                                          \
+  QFAST_KERNEL(attention_pool_forward_f32, const ::qfast::PoolJob<float>&, int64_t begin, int64_t end,       \
+               float* s)                                                                                     \
+  QFAST_KERNEL(attention_pool_backward_f32, const ::qfast::PoolJob<float>&, int64_t begin, int64_t end,      \
+               float* s, float* sums)                                                                        \
+  QFAST_KERNEL(attention_pool_forward_f64, const ::qfast::PoolJob<double>&, int64_t begin, int64_t end,      \
+               double* s)                                                                                    \
+  QFAST_KERNEL(attention_pool_backward_f64, const ::qfast::PoolJob<double>&, int64_t begin, int64_t end,     \
+               double* s, double* sums)                                                                      \
   QFAST_KERNEL(temporal_conv_forward_f32, const ::qfast::NetworkJob<float>&, int64_t begin, int64_t end,     \
                float* s)                                                                                     \
   QFAST_KERNEL(temporal_conv_forward_f64, const ::qfast::NetworkJob<double>&, int64_t begin, int64_t end,    \

@@ -81,7 +81,7 @@ def dropout_mask(like: Tensor, layer: int, dropout: float, seed: Tensor) -> Tens
     words = torch.stack(
         torch.broadcast_tensors(*philox(seed, (j.view(1, 1, -1), t.view(1, -1, 1), number, groups.view(-1, 1, 1)))), 1
     )
-    kept = words.reshape(-1, steps, hidden)[:batch] >= keep_threshold(dropout)
+    kept = words.flatten(0, 1)[:batch] >= keep_threshold(dropout)
     return kept.to(like.dtype) * (0.0 if dropout == 1.0 else 1.0 / (1.0 - dropout))
 
 

@@ -1,0 +1,272 @@
+// Attention over the steps of a window: scores . tanh(weight h + bias), their softmax, the mean of h under
+// it, and the gradients, for which the tanh is computed again. Included inside the namespace of the
+// instruction set.
+
+// A part of a tile that is computed at once: `count` steps from `step`, of `rows` rows from `first`.
+struct PoolBlock {
+  int64_t first, rows, step, count;
+};
+
+// to[row] = from[row] . weight for rows `stride` apart; the results stand side by side.
+template <class Element>
+static void multiply(const PackedWeight<Element>& weight, const Element* from, int64_t stride, int64_t rows,
+                     Element* to) {
+  const int64_t padded = weight.width * weight.count;
+  for (int64_t panel = 0; panel < weight.count; ++panel) {
+    const Element* const data = weight.data + panel * weight.rows * weight.width;
+    for_panel_width<Element>(weight.width, [&]<int Vectors>() __attribute__((always_inline)) {
+      for_row_tiles<kTileRows<Vectors>>(rows, [&]<int Rows>(int64_t row) __attribute__((always_inline)) {
+        Sums<Element, Rows, Vectors> sums = {};
+        add_product(sums, from + row * stride, stride, 1, data, Vectors * kLanes<Element>, weight.rows);
+        Element* const out = to + row * padded + panel * weight.width;
+#pragma GCC unroll 24
+        for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+          for (int v = 0; v < Vectors; ++v)
+            store<Element>(out + i * padded + v * kLanes<Element>, sums.at[i][v], kLanes<Element>);
+      });
+    });
+  }
+}
+
+template <class Element>
+QFAST_ALWAYS_INLINE Element sum_of_lanes(Vector<Element> values) {
+  Element total = 0;
+  for (int64_t lane = 0; lane < kLanes<Element>; ++lane) total += values[lane];
+  return total;
+}
+
+template <class Element>
+QFAST_ALWAYS_INLINE Element dot(const Element* a, const Element* b, int64_t columns) {
+  Vector<Element> total = {};
+  for_vectors<Element>(columns, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
+    total += load<Element>(a + j, lanes) * load<Element>(b + j, lanes);
+  });
+  return sum_of_lanes<Element>(total);
+}
+
+// values = tanh((values + bias) * mask) over a block; the mask, if there is dropout, is left in `mask`.
+template <class Element>
+static void activate(const PoolJob<Element>& job, const PoolBlock& block, Element* values, Element* mask) {
+  const int64_t padded = job.entering.width * job.entering.count, cells = block.rows * block.count;
+  const bool drops = job.dropout.active;
+  if (drops) {
+    for (int64_t i = 0; i < cells * padded; ++i) mask[i] = 1;
+    for (int64_t s = 0; s < block.count; ++s) {
+      const Place place{block.first, 0, INT32_MIN, static_cast<int32_t>(block.step + s)};
+      drop<Element>(job.dropout, place, block.rows, job.width, mask + s * padded, block.count * padded);
+    }
+  }
+  for (int64_t cell = 0; cell < cells; ++cell)
+    for (int64_t j = 0; j < padded; j += kLanes<Element>) {
+      Element* const at = values + cell * padded + j;
+      Vector<Element> x = load<Element>(at, kLanes<Element>) + load<Element>(job.bias + j, kLanes<Element>);
+      if (drops) x *= load<Element>(mask + cell * padded + j, kLanes<Element>);
+      store<Element>(at, tanh<Element>(x), kLanes<Element>);
+    }
+}
+
+// ---------------------------------------------------------------- forward
+template <class Element>
+static void softmax(Element* scores, int64_t count) {
+  Element most = scores[0];
+  for (int64_t t = 1; t < count; ++t) most = scores[t] > most ? scores[t] : most;
+  for (int64_t t = 0; t < count; ++t) scores[t] -= most;
+  exp_in_place<Element>(scores, 0, count);
+  Vector<Element> total = {};
+  for_vectors<Element>(count, [&](int64_t t, int64_t lanes) __attribute__((always_inline)) {
+    total += load<Element>(scores + t, lanes);
+  });
+  const Element scale = 1 / sum_of_lanes<Element>(total);
+  for (int64_t t = 0; t < count; ++t) scores[t] *= scale;
+}
+
+// to = sum over steps of weights[t] * h[t]
+template <class Element>
+static void weighted_sum(const Element* weights, const Element* h, int64_t stride, int64_t steps,
+                         int64_t hidden, Element* to) {
+  constexpr int64_t kWhole = kPanelVectors * kLanes<Element>;
+  int64_t j = 0;
+  for (; j + kWhole <= hidden; j += kWhole) {
+    Sums<Element, 1, kPanelVectors> sums = {};
+    add_product(sums, weights, 0, 1, h + j, stride, steps);
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanelVectors; ++v)
+      store<Element>(to + j + v * kLanes<Element>, sums.at[0][v], kLanes<Element>);
+  }
+  for_vectors<Element>(hidden - j, [&](int64_t k, int64_t lanes) __attribute__((always_inline)) {
+    Vector<Element> total = {};
+    for (int64_t t = 0; t < steps; ++t)
+      total += splat(weights[t]) * load<Element>(h + t * stride + j + k, lanes);
+    store<Element>(to + j + k, total, lanes);
+  });
+}
+
+template <class Element>
+static void score_block(const PoolJob<Element>& job, const PoolBlock& block, Element* scratch) {
+  const int64_t padded = job.entering.width * job.entering.count, cells = block.rows * block.count;
+  const Element* const h = job.h + block.first * job.row_stride + block.step * job.step_stride;
+  if (job.row_stride == block.count * job.step_stride) {  // the block is one matrix
+    multiply(job.entering, h, job.step_stride, cells, scratch);
+  } else {
+    for (int64_t row = 0; row < block.rows; ++row)
+      multiply(job.entering, h + row * job.row_stride, job.step_stride, block.count,
+               scratch + row * block.count * padded);
+  }
+  activate(job, block, scratch, scratch + job.tile_rows * job.block_steps * padded);
+  for (int64_t row = 0; row < block.rows; ++row)
+    for (int64_t s = 0; s < block.count; ++s)
+      job.attention[(block.first + row) * job.steps + block.step + s] =
+          dot<Element>(scratch + (row * block.count + s) * padded, job.score, job.width);
+}
+
+// Tiles [begin, end).
+template <class Element>
+static void pool_forward(const PoolJob<Element>& job, int64_t begin, int64_t end, Element* scratch) {
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const int64_t first = tile * job.tile_rows, rows = smaller(job.tile_rows, job.batch - first);
+    for (int64_t step = 0; step < job.steps; step += job.block_steps)
+      score_block(job, PoolBlock{first, rows, step, smaller(job.block_steps, job.steps - step)}, scratch);
+    for (int64_t row = first; row < first + rows; ++row) {
+      Element* const attention = job.attention + row * job.steps;
+      softmax<Element>(attention, job.steps);
+      weighted_sum<Element>(attention, job.h + row * job.row_stride, job.step_stride, job.steps, job.hidden,
+                            job.pooled + row * job.hidden);
+    }
+  }
+}
+
+// ---------------------------------------------------------------- backward
+template <class Element>
+struct PoolBackward {
+  const PoolJob<Element>& job;
+  const PoolBlock block;
+  Element *values, *mask, *rows, *of_scores;  // scratch: tanh, dropout, h and then its gradient, scores
+  Element *of_weight, *of_bias, *of_score;    // sums of the part
+
+  // h of the block, padded with zeros.
+  void copy_rows() const {
+    const int64_t padded = job.turned.width * job.turned.count;
+    for (int64_t row = 0; row < block.rows; ++row)
+      for (int64_t s = 0; s < block.count; ++s) {
+        const Element* const from =
+            job.h + (block.first + row) * job.row_stride + (block.step + s) * job.step_stride;
+        Element* const to = rows + (row * block.count + s) * padded;
+        for_vectors<Element>(job.hidden, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
+          store<Element>(to + j, load<Element>(from + j, lanes), lanes);
+        });
+        for (int64_t j = job.hidden; j < padded; ++j) to[j] = 0;
+      }
+  }
+
+  void scores() const {
+    const int64_t padded = job.turned.width * job.turned.count;
+    for (int64_t row = 0; row < block.rows; ++row) {
+      const int64_t at = block.first + row;
+      const Element* const grad = job.grad + at * job.hidden;
+      const Element mean = dot<Element>(grad, job.pooled + at * job.hidden, job.hidden);
+      for (int64_t s = 0; s < block.count; ++s) {
+        const int64_t cell = row * block.count + s;
+        of_scores[cell] = job.attention[at * job.steps + block.step + s] *
+                          (dot<Element>(grad, rows + cell * padded, job.hidden) - mean);
+      }
+    }
+  }
+
+  // From the tanh to the gradient of what goes into it, in place; adds those of bias and score.
+  void through_tanh() const {
+    const int64_t padded = job.entering.width * job.entering.count, cells = block.rows * block.count;
+    const bool drops = job.dropout.active;
+    for (int64_t j = 0; j < padded; j += kLanes<Element>) {
+      const Vector<Element> score = load<Element>(job.score + j, kLanes<Element>);
+      Vector<Element> bias_sum = {}, score_sum = {};
+      for (int64_t cell = 0; cell < cells; ++cell) {
+        Element* const at = values + cell * padded + j;
+        const Vector<Element> y = load<Element>(at, kLanes<Element>), of_score_here = splat(of_scores[cell]);
+        Vector<Element> grad = of_score_here * score * (Element(1) - y * y);
+        if (drops) grad *= load<Element>(mask + cell * padded + j, kLanes<Element>);
+        score_sum += of_score_here * y;
+        bias_sum += grad;
+        store<Element>(at, grad, kLanes<Element>);
+      }
+      store<Element>(of_bias + j, load<Element>(of_bias + j, kLanes<Element>) + bias_sum, kLanes<Element>);
+      store<Element>(of_score + j, load<Element>(of_score + j, kLanes<Element>) + score_sum, kLanes<Element>);
+    }
+  }
+
+  // of_weight += gradient^T . h
+  void weight_sums() const {
+    const int64_t from = job.entering.width * job.entering.count, to = job.turned.width * job.turned.count;
+    const int64_t cells = block.rows * block.count;
+    for (int64_t column = 0; column < to; column += job.turned.width)
+      for_panel_width<Element>(job.turned.width, [&]<int Vectors>() __attribute__((always_inline)) {
+        for_row_tiles<kTileRows<Vectors>>(job.width, [&]<int Rows>(int64_t a) __attribute__((always_inline)) {
+          Sums<Element, Rows, Vectors> sums = {};
+          add_product(sums, values + a, 1, from, rows + column, to, cells);
+#pragma GCC unroll 24
+          for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+            for (int v = 0; v < Vectors; ++v) {
+              Element* const out = of_weight + (a + i) * to + column + v * kLanes<Element>;
+              store<Element>(out, load<Element>(out, kLanes<Element>) + sums.at[i][v], kLanes<Element>);
+            }
+        });
+      });
+  }
+
+  // The gradient of h: by way of the scores, and as part of the mean.
+  void input_gradient() const {
+    const int64_t padded = job.turned.width * job.turned.count, cells = block.rows * block.count;
+    multiply(job.turned, values, job.entering.width * job.entering.count, cells, rows);
+    for (int64_t cell = 0; cell < cells; ++cell) {
+      const int64_t row = block.first + cell / block.count, step = block.step + cell % block.count;
+      const Element* const grad = job.grad + row * job.hidden;
+      Element* const to = job.grad_h + (row * job.steps + step) * job.hidden;
+      const Vector<Element> attention = splat(job.attention[row * job.steps + step]);
+      for_vectors<Element>(job.hidden, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
+        const Vector<Element> through = load<Element>(rows + cell * padded + j, lanes);
+        store<Element>(to + j, through + attention * load<Element>(grad + j, lanes), lanes);
+      });
+    }
+  }
+};
+
+// Tiles [begin, end), a part's.
+template <class Element>
+static void pool_backward(const PoolJob<Element>& job, int64_t begin, int64_t end, Element* scratch,
+                          Element* sums) {
+  const int64_t narrow = job.entering.width * job.entering.count;
+  const int64_t wide = job.turned.width * job.turned.count;
+  const int64_t cells = job.tile_rows * job.block_steps;
+  Element* const mask = scratch + cells * narrow;
+  Element* const rows = mask + (job.dropout.active ? cells * narrow : 0);
+  Element* const of_bias = sums + job.width * wide;
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const int64_t first = tile * job.tile_rows, count = smaller(job.tile_rows, job.batch - first);
+    for (int64_t step = 0; step < job.steps; step += job.block_steps) {
+      const PoolBlock block{first, count, step, smaller(job.block_steps, job.steps - step)};
+      const PoolBackward<Element> pass{job,  block,   scratch,         mask, rows, rows + cells * wide,
+                                       sums, of_bias, of_bias + narrow};
+      pass.copy_rows();
+      multiply(job.entering, rows, wide, block.rows * block.count, scratch);
+      activate(job, block, scratch, mask);
+      pass.scores();
+      pass.through_tanh();
+      pass.weight_sums();
+      pass.input_gradient();
+    }
+  }
+}
+
+#define QFAST_ATTENTION_POOL(suffix, Element)                                                           \
+  static void attention_pool_forward_##suffix(const PoolJob<Element>& job, int64_t begin, int64_t end,  \
+                                              Element* s) {                                             \
+    pool_forward<Element>(job, begin, end, s);                                                          \
+  }                                                                                                     \
+  static void attention_pool_backward_##suffix(const PoolJob<Element>& job, int64_t begin, int64_t end, \
+                                               Element* s, Element* sums) {                             \
+    pool_backward<Element>(job, begin, end, s, sums);                                                   \
+  }
+QFAST_ATTENTION_POOL(f32, float)
+QFAST_ATTENTION_POOL(f64, double)
+#undef QFAST_ATTENTION_POOL
