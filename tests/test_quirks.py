@@ -18,11 +18,11 @@ from test_estimator import SMALL, flat, rolling, same, weights
 from qfast.data import DatasetH
 from qfast.data.handlers import Alpha360, DataHandlerLP
 from qfast.errors import ConfigError, DataError
-from qfast.models import GRU, LSTM, TCN, GATs, ts
+from qfast.models import ALSTM, GRU, LSTM, TCN, GATs, ts
 from qfast.workflow.config import load_config
 
-ALL = [LSTM, GRU, TCN, ts.LSTM, ts.GRU, ts.TCN]
-FLAT = (LSTM, GRU, GATs, TCN)
+ALL = [LSTM, GRU, ALSTM, TCN, ts.LSTM, ts.GRU, ts.ALSTM, ts.TCN]
+FLAT = (LSTM, GRU, ALSTM, GATs, TCN)
 WITH_DAYS = [*ALL, GATs, ts.GATs]
 TESTS = Path(__file__).parent
 

@@ -1,4 +1,4 @@
-"""LSTM, GRU, GATs and TCN beside pyqlib's own: same weights, same batches, same scores, same predictions."""
+"""LSTM, GRU, ALSTM, GATs and TCN beside pyqlib's own: same weights, same batches, same scores, same predictions."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ import qfast.models.ts
 pytest.importorskip("qlib", reason="pyqlib is the oracle; install qfast-models[qlib]")
 
 CASES = [
-    ("LSTM", "lstm", ""), ("GRU", "gru", ""), ("GATs", "gats", ""), ("TCN", "tcn", ""),
-    ("LSTM", "lstm", "_ts"), ("GRU", "gru", "_ts"), ("GATs", "gats", "_ts"), ("TCN", "tcn", "_ts"),
+    ("LSTM", "lstm", ""), ("GRU", "gru", ""), ("ALSTM", "alstm", ""), ("GATs", "gats", ""), ("TCN", "tcn", ""),
+    ("LSTM", "lstm", "_ts"), ("GRU", "gru", "_ts"), ("ALSTM", "alstm", "_ts"), ("GATs", "gats", "_ts"),
+    ("TCN", "tcn", "_ts"),
 ]  # fmt: skip
 IDS = [f"{name}{suffix}" for name, _, suffix in CASES]
 SIZES = {"d_feat": 3, "hidden_size": 8, "num_layers": 2}
 TRAIN = {"n_epochs": 3, "batch_size": 16, "lr": 0.01}
 NETWORK = {
-    "lstm": "lstm_model", "gru": "gru_model", "gats": "GAT_model", "tcn": "tcn_model",
-    "lstm_ts": "LSTM_model", "gru_ts": "GRU_model", "gats_ts": "GAT_model",
+    "lstm": "lstm_model", "gru": "gru_model", "alstm": "ALSTM_model", "gats": "GAT_model", "tcn": "tcn_model",
+    "lstm_ts": "LSTM_model", "gru_ts": "GRU_model", "alstm_ts": "ALSTM_model", "gats_ts": "GAT_model",
     "tcn_ts": "TCN_model",
 }  # fmt: skip
 
@@ -183,7 +184,7 @@ def test_weights_copied_in_give_the_references_numbers(name, module, suffix):
         assert model.network(given[:1]).shape == (1,)
 
 
-@pytest.mark.parametrize(("name", "module"), [("LSTM", "lstm"), ("GRU", "gru")])
+@pytest.mark.parametrize(("name", "module"), [("LSTM", "lstm"), ("GRU", "gru"), ("ALSTM", "alstm")])
 def test_sample_weights_follow_the_reference(name, module, tmp_path):
     from qlib.data.dataset.weight import Reweighter
 
