@@ -11,7 +11,9 @@ Needs Python 3.10 or newer and a C++20 compiler; nothing is installed outside .v
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 import venv
@@ -26,7 +28,8 @@ CONSTRAINTS = ROOT / "requirements" / "constraints.txt"
 def run(*command: str | Path) -> None:
     """Run a command in the project's folder; its failure ends ours with the same status."""
     print("$", *command, flush=True)
-    status = subprocess.run([str(part) for part in command], cwd=ROOT).returncode
+    path = os.pathsep.join([str(BIN), os.environ.get("PATH", os.defpath)])  # the build looks for ninja there
+    status = subprocess.run([str(part) for part in command], cwd=ROOT, env={**os.environ, "PATH": path}).returncode
     if status:
         sys.exit(status)
 
@@ -36,6 +39,16 @@ def install(*what: str) -> None:
     run(BIN / "python", "-m", "pip", "install", "--quiet", "--constraint", CONSTRAINTS, *what)
 
 
+def build_requirements() -> list[str]:
+    """What pyproject.toml asks for a build; Python 3.10 reads no TOML."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    found = re.search(r"^\[build-system\]\nrequires = (\[.*\])$", text, re.MULTILINE)
+    if found is None:
+        sys.exit("pyproject.toml has no line `requires = [...]` right after [build-system]")
+    requirements: list[str] = json.loads(found[1])
+    return requirements
+
+
 def main(arguments: list[str]) -> None:
     if sys.version_info < (3, 10):  # noqa: UP036 - whoever runs this may have any version
         sys.exit(f"qfast needs Python 3.10 or newer; this is {sys.version.split()[0]}.")
@@ -43,9 +56,9 @@ def main(arguments: list[str]) -> None:
         sys.exit(__doc__)
     if not (BIN / "python").exists() and not (BIN / "python.exe").exists():
         venv.create(HOME, with_pip=True)
-    # torch first: build isolation and the environment then agree on one version
-    install("torch")
-    install("--editable", ".[dev]" if arguments[0] == "check" else ".[test]")
+    # Built without isolation: with the torch that is used, and beside the last build, of which ninja keeps what it can
+    install(*build_requirements())
+    install("--no-build-isolation", "--editable", ".[dev]" if arguments[0] == "check" else ".[test]")
     if arguments[0] == "demo":
         run(BIN / "qfast", "demo", *arguments[1:])
     elif arguments[0] == "test":

@@ -4,6 +4,8 @@ Environment: QFAST_NATIVE=0 builds neither (plain-torch tier, no compiler); QFAS
 without it; QFAST_WERROR=1 has warnings fail; CUDA_HOME, MAX_JOBS, TORCH_CUDA_ARCH_LIST are torch's own.
 """
 
+import fcntl
+import hashlib
 import os
 import re
 import shutil
@@ -34,42 +36,38 @@ def find_cuda() -> str | None:
     return None
 
 
-def cuda_archs(home: str) -> str:
-    """Every architecture of ours that this toolkit knows, and PTX of the newest for later ones."""
-    text = subprocess.check_output([f"{home}/bin/nvcc", "--version"], text=True)
-    release = [int(part) for part in re.findall(r"release (\d+)\.(\d+)", text)[0]]
-    return ";".join(arch for since, archs in ARCHS.items() if release >= [*since] for arch in archs) + "+PTX"
-
-
 def extensions() -> list[Extension]:
     cuda_home = find_cuda()  # first: a wrong QFAST_CUDA is named even where the packages below are missing
     import pybind11
+    import torch
     from torch.utils import cpp_extension
 
     system = [pybind11.get_include(), *cpp_extension.include_paths()]  # warnings in these are not ours
     flags = ["-O3", "-std=c++20", *(flag for path in system for flag in ("-isystem", path))]
     cxx = [*flags, "-g0", "-fvisibility=hidden", *WARNINGS]
-    facts = {"QFAST_CUDA_TOOLKIT": cuda_home or "none", "QFAST_CUDA_ARCHS": "none"}
+    tools = subprocess.getoutput(f"{cpp_extension.get_cxx_compiler()} --version; {cuda_home}/bin/nvcc --version")
     if cuda_home:
         cpp_extension.CUDA_HOME = cuda_home  # None beside a CPU-only torch
-        facts["QFAST_CUDA_ARCHS"] = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda_archs(cuda_home))
+        release = tuple(map(int, re.findall(r"release (\d+)\.(\d+)", tools)[-1]))
+        archs = [arch for since, known in ARCHS.items() if since <= release for arch in known]
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(archs) + "+PTX")  # the newest's PTX serves later ones
+    unseen = repr((torch.version.git_version, pybind11.__version__, tools)).encode()  # by ninja: so in all commands
+    facts = {"QFAST_CUDA_TOOLKIT": cuda_home or "none", "QFAST_TOOLS": hashlib.sha256(unseen).hexdigest()}
+    facts["QFAST_CUDA_ARCHS"] = os.environ["TORCH_CUDA_ARCH_LIST"] if cuda_home else "none"
     macros = [("TORCH_TARGET_VERSION", STABLE_ABI), *((k, f'"{v}"') for k, v in facts.items())]
     paths, headers = cpp_extension.library_paths(), [*glob("csrc/*.h"), *glob("csrc/*.cuh")]
-    built = [
-        Extension("qfast._C", sorted(glob("csrc/*.cpp")), define_macros=macros, library_dirs=paths,
-                  libraries=["torch_cpu"], extra_compile_args={"cxx": cxx}, depends=headers, language="c++")
-    ]  # fmt: skip
+    built = [Extension("qfast._C", sorted(glob("csrc/*.cpp")), define_macros=macros, library_dirs=paths, language="c++",
+                       libraries=["torch_cpu"], extra_compile_args={"cxx": cxx}, depends=headers)]  # fmt: skip
     if cuda_home:
         nvcc = [*flags, "-isystem", f"{cuda_home}/include", "-Xcompiler", ",".join(cxx[len(flags) :])]
         nvcc += ["-Werror", "all-warnings"] if "-Werror" in WARNINGS else []
-        paths = [*paths, f"{cuda_home}/lib64", f"{cuda_home}/lib"]
-        libraries = ["torch_cpu", "cudart_static", "dl", "rt", "pthread"]
         link = ["-Wl,--no-as-needed", "-ltorch"]  # libtorch.so brings in libtorch_cuda.so where there is one
-        built.append(
-            Extension("qfast._cuda", sorted(glob("csrc/*.cu")), define_macros=[*macros, ("USE_CUDA", None)],
-                      library_dirs=paths, libraries=libraries, extra_link_args=link,
-                      extra_compile_args={"cxx": cxx, "nvcc": nvcc}, depends=headers, language="c++")
-        )  # fmt: skip
+        read = hashlib.sha256(b"".join(Path(h).read_bytes() for h in sorted(headers)))  # nvcc's, ninja may not know
+        built += [Extension("qfast._cuda", sorted(glob("csrc/*.cu")), extra_link_args=link, depends=headers,
+                            define_macros=[*macros, ("USE_CUDA", None), ("QFAST_HEADERS", read.hexdigest())],
+                            library_dirs=[*paths, f"{cuda_home}/lib64", f"{cuda_home}/lib"], language="c++",
+                            libraries=["torch_cpu", "cudart_static", "dl", "rt", "pthread"],
+                            extra_compile_args={"cxx": cxx, "nvcc": nvcc})]  # fmt: skip
     return built
 
 
@@ -88,9 +86,11 @@ def build_command() -> type:
                 super().build_extensions()
 
         def build_extension(self, ext: Extension) -> None:
-            root, self.build_temp = self.build_temp, os.path.join(self.build_temp, ext.name)
-            super().build_extension(ext)  # in a folder of its own: x.cpp and x.cu both become x.o
-            self.build_temp = root
+            self.build_temp = os.path.abspath(f"build/objects/{sys.implementation.cache_tag}/{ext.name}")
+            os.makedirs(self.build_temp, exist_ok=True)  # it lasts, pip's does not; x.cpp and x.cu both become x.o
+            with open(f"{self.build_temp}/lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # another build at the same time waits, and finds it all done
+                super().build_extension(ext)
 
     return Build
 

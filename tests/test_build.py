@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from qfast import _backend
 ROOT = Path(__file__).parents[1]
 LIBRARIES = _backend._library_files("_C") + _backend._library_files("_cuda")
 from_source = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+TOOLS = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # ninja may be a package beside Python
 needs_nm = pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm and readelf (binutils)")
 # Everything of torch that a library may use: the C functions of the stable ABI.
 STABLE = re.compile(r"^(aoti_torch_|torch_[a-z0-9_]+$)")
@@ -82,6 +84,49 @@ def test_setup_refuses_cuda_by_request(environment: dict[str, str], message: str
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
     assert done.returncode != 0
     assert re.search(message, done.stderr)
+
+
+@from_source
+@pytest.mark.skipif(not shutil.which("ninja", path=TOOLS) or not shutil.which("c++"), reason="needs ninja and c++")
+def test_a_second_build_makes_anew_what_changed(tmp_path: Path) -> None:
+    """Whatever temporary folder it is given: pip's editable installs bring a new one each time."""
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    for folder, file, text in [
+        ("csrc", "a.h", "inline int a = 1;"), ("csrc", "one.cpp", '#include "a.h"\nint one() { return a; }'),
+        ("csrc", "two.cpp", "int two() { return 2; }"), ("qfast", "__init__.py", ""),
+    ]:  # fmt: skip
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / file).write_text(text)
+
+    def build(number: int) -> dict[str, int]:
+        command = [sys.executable, "setup.py", "build_ext", "--inplace", "--build-temp", str(tmp_path / f"t{number}")]
+        environment = {**os.environ, "QFAST_CUDA": "0", "QFAST_NATIVE": "1", "PATH": TOOLS}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("build/objects/*/qfast._C/**/*.o")}
+
+    first = build(1)
+    assert set(first) == {"one.o", "two.o"}
+    assert build(2) == first
+    (tmp_path / "csrc" / "a.h").write_text("inline int a = 5;")
+    third = build(3)
+    assert third["two.o"] == first["two.o"]
+    assert third["one.o"] > first["one.o"]
+
+
+@from_source
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="needs tomllib")
+def test_bootstrap_installs_what_a_build_needs() -> None:
+    import tomllib
+
+    spec = importlib.util.spec_from_file_location("bootstrap", ROOT / "bootstrap.py")
+    assert spec is not None
+    assert spec.loader is not None
+    bootstrap = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bootstrap)
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert bootstrap.build_requirements() == asked
 
 
 @from_source
