@@ -22,7 +22,6 @@
 // through L1 come close behind. Unmeasured.
 //
 // Schemas: qfast/ops/temporal_conv.py. Order: checks, device guard, allocation, dispatch, launches.
-#include <cmath>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -42,22 +41,6 @@ Tensor room(const Tensor& like, std::initializer_list<int64_t> shape,
 template <class T>
 const T* data(const std::optional<Tensor>& tensor) {
   return tensor ? tensor->const_data_ptr<T>() : nullptr;
-}
-
-Dropout dropout_rule(const char* op, const Tensor& x, double dropout, const std::optional<Tensor>& seed) {
-  QFAST_CHECK(dropout >= 0 && dropout <= 1, op, ": dropout: expected 0 to 1, got ", dropout, ".");
-  Dropout rule;
-  if (dropout == 0) return rule;
-  QFAST_CHECK(seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op,
-              ": seed: expected one int64 on the device of x where there is dropout.");
-  check_same_device(op, "seed", *seed, x, "x");
-  const double threshold = std::nearbyint(dropout * 4294967296.0);
-  const bool none = threshold >= 4294967296.0;  // a word cannot be that large, so nothing is kept
-  rule.active = true;
-  rule.seed = seed->const_data_ptr<int64_t>();
-  rule.threshold = none ? 0 : static_cast<uint32_t>(threshold);
-  rule.scale = none ? 0 : 1 / (1 - dropout);
-  return rule;
 }
 
 // [B, T, C], or [B, C] for the last step alone.
@@ -92,7 +75,7 @@ NetworkData<T> network_data(const char* op, const Tensor& x, const std::vector<B
   network.steps = x.size(1);
   // The kernels only read it.
   network.x = in_memory(const_cast<T*>(x.const_data_ptr<T>()), x.stride(1), x.stride(0), x.stride(2));
-  network.dropout = dropout_rule(op, x, dropout, seed);
+  network.dropout = device_dropout(op, "x", x, dropout, seed);
   return network;
 }
 

@@ -4,12 +4,10 @@
 
 #include <cstdint>
 
-#define QFAST_DEVICE_INLINE __device__ __forceinline__
+#include "cuda_dropout.cuh"
 
 namespace qfast {
 namespace {
-
-#include "philox.h"
 
 constexpr int kRows = 4;     // of a thread
 constexpr int kColumns = 8;  // of a thread
@@ -64,13 +62,6 @@ struct Stage {
   Place<T> second_near, second_far;  // kOutputGradient: the gradient of the second convolution's result
   Place<T> kept;
   unsigned char* signs = nullptr;  // [slot][row of the batch][(columns + 7) / 8]
-};
-
-struct Dropout {
-  bool active = false;
-  const int64_t* seed = nullptr;  // on the device
-  uint32_t threshold = 0;         // an element is kept if its random word is at least this
-  double scale = 1;               // of what is kept; 0 drops all
 };
 
 template <class T>

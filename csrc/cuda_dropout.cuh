@@ -1,0 +1,42 @@
+// What CUDA kernels know of a call's dropout. The seed stays on the device, so a captured call draws anew.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <optional>
+
+#include "common.h"
+
+#define QFAST_DEVICE_INLINE __device__ __forceinline__
+
+namespace qfast {
+namespace {
+
+#include "philox.h"
+
+struct Dropout {
+  bool active = false;
+  const int64_t* seed = nullptr;  // on the device
+  uint32_t threshold = 0;         // an element is kept if its random word is at least this
+  double scale = 1;               // of what is kept; 0 drops all
+};
+
+inline Dropout device_dropout(const char* op, const char* first_name, const Tensor& first, double dropout,
+                              const std::optional<Tensor>& seed) {
+  QFAST_CHECK(dropout >= 0 && dropout <= 1, op, ": dropout: expected 0 to 1, got ", dropout, ".");
+  Dropout rule;
+  if (dropout == 0) return rule;
+  QFAST_CHECK(seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op,
+              ": seed: expected one int64 on the device of ", first_name, " where there is dropout.");
+  check_same_device(op, "seed", *seed, first, first_name);
+  const double threshold = std::nearbyint(dropout * 4294967296.0);
+  const bool none = threshold >= 4294967296.0;  // a word cannot be that large, so nothing is kept
+  rule.active = true;
+  rule.seed = seed->const_data_ptr<int64_t>();
+  rule.threshold = none ? 0 : static_cast<uint32_t>(threshold);
+  rule.scale = none ? 0 : 1 / (1 - dropout);
+  return rule;
+}
+
+}  // namespace
+}  // namespace qfast

@@ -1,0 +1,47 @@
+// Checks of what the recurrent operators are given, for CPU and CUDA. Host only.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "common.h"
+
+namespace qfast {
+
+using MaybeTensor = std::optional<Tensor>;
+
+inline void check_shaped(const char* op, const char* name, const Tensor& tensor, const Tensor& x,
+                         std::initializer_list<int64_t> shape) {
+  check_same_device(op, name, tensor, x, "x");
+  QFAST_CHECK(tensor.scalar_type() == x.scalar_type(), op, ": ", name, ": expected the dtype of x, got ",
+              torch::headeronly::toString(tensor.scalar_type()), ".");
+  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
+  std::ostringstream wanted;
+  int64_t axis = 0;
+  for (const int64_t size : shape) {
+    wanted << (axis ? ", " : "") << size;
+    same = same && tensor.size(axis++) == size;
+  }
+  QFAST_CHECK(same, op, ": ", name, ": expected shape (", wanted.str(), "), got ", shape_text(tensor), ".");
+}
+
+// `gates`: blocks of H rows in the weights.
+inline void check_layers(const char* op, const Tensor& x, const std::vector<Tensor>& weights, int64_t gates) {
+  check_floating(op, "x", x);
+  check_dims(op, "x", x, 3, "[B, T, F]");
+  QFAST_CHECK(!weights.empty() && weights.size() % 4 == 0, op, ": weights: expected four a layer, got ",
+              weights.size(), ".");
+  check_dims(op, "weight_hh", weights[1], 2, "[gates * H, H]");
+  const int64_t hidden = weights[1].size(1), rows = gates * hidden;
+  QFAST_CHECK(x.size(2) > 0 && hidden > 0, op, ": x: expected at least one feature and one unit, got ",
+              shape_text(x), " and ", shape_text(weights[1]), ".");
+  for (size_t first = 0; first < weights.size(); first += 4) {
+    const Tensor* const layer = &weights[first];
+    check_shaped(op, "weight_ih", layer[0], x, {rows, first == 0 ? x.size(2) : hidden});
+    check_shaped(op, "weight_hh", layer[1], x, {rows, hidden});
+    check_shaped(op, "bias_ih", layer[2], x, {rows});
+    check_shaped(op, "bias_hh", layer[3], x, {rows});
+  }
+}
+
+}  // namespace qfast
