@@ -42,7 +42,7 @@ struct PoolSizes {
     return job.tile_rows * job.block_steps * job.entering.padded() * (job.dropout.active ? 2 : 1);
   }
   static int64_t backward(const PoolJob<Element>& job) {
-    return forward(job) + job.tile_rows * job.block_steps * (job.turned.padded() + 1);
+    return forward(job) + job.tile_rows * (job.block_steps * job.turned.padded() + job.steps);
   }
   static int64_t sums(const PoolJob<Element>& job) {
     return job.width * job.turned.padded() + 2 * job.entering.padded();

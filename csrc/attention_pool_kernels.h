@@ -137,12 +137,33 @@ static void pool_forward(const PoolJob<Element>& job, int64_t begin, int64_t end
 }
 
 // ---------------------------------------------------------------- backward
+// Gradients of a row's scores. What the steps have in common is taken off first: it moves no score, but its
+// rounding would.
+template <class Element>
+static void score_gradients(const PoolJob<Element>& job, int64_t row, Element* to) {
+  const Element* const attention = job.attention + row * job.steps;
+  const Element* const pooled = job.pooled + row * job.hidden;
+  const Element* const grad = job.grad + row * job.hidden;
+  for (int64_t t = 0; t < job.steps; ++t) {
+    const Element* const h = job.h + row * job.row_stride + t * job.step_stride;
+    Vector<Element> total = {};
+    for_vectors<Element>(job.hidden, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
+      const Vector<Element> apart = load<Element>(h + j, lanes) - load<Element>(pooled + j, lanes);
+      total += apart * load<Element>(grad + j, lanes);
+    });
+    to[t] = sum_of_lanes<Element>(total);
+  }
+  const Element mean = dot<Element>(attention, to, job.steps);
+  for (int64_t t = 0; t < job.steps; ++t) to[t] = attention[t] * (to[t] - mean);
+}
+
 template <class Element>
 struct PoolBackward {
   const PoolJob<Element>& job;
   const PoolBlock block;
-  Element *values, *mask, *rows, *of_scores;  // scratch: tanh, dropout, h and then its gradient, scores
-  Element *of_weight, *of_bias, *of_score;    // sums of the part
+  Element *values, *mask, *rows;            // scratch: tanh, dropout, h and then its gradient
+  const Element* of_scores;                 // of the tile, [row][step]
+  Element *of_weight, *of_bias, *of_score;  // sums of the part
 
   // h of the block, padded with zeros.
   void copy_rows() const {
@@ -159,36 +180,24 @@ struct PoolBackward {
       }
   }
 
-  void scores() const {
-    const int64_t padded = job.turned.width * job.turned.count;
-    for (int64_t row = 0; row < block.rows; ++row) {
-      const int64_t at = block.first + row;
-      const Element* const grad = job.grad + at * job.hidden;
-      const Element mean = dot<Element>(grad, job.pooled + at * job.hidden, job.hidden);
-      for (int64_t s = 0; s < block.count; ++s) {
-        const int64_t cell = row * block.count + s;
-        of_scores[cell] = job.attention[at * job.steps + block.step + s] *
-                          (dot<Element>(grad, rows + cell * padded, job.hidden) - mean);
-      }
-    }
-  }
-
   // From the tanh to the gradient of what goes into it, in place; adds those of bias and score.
   void through_tanh() const {
-    const int64_t padded = job.entering.width * job.entering.count, cells = block.rows * block.count;
+    const int64_t padded = job.entering.width * job.entering.count;
     const bool drops = job.dropout.active;
     for (int64_t j = 0; j < padded; j += kLanes<Element>) {
       const Vector<Element> score = load<Element>(job.score + j, kLanes<Element>);
       Vector<Element> bias_sum = {}, score_sum = {};
-      for (int64_t cell = 0; cell < cells; ++cell) {
-        Element* const at = values + cell * padded + j;
-        const Vector<Element> y = load<Element>(at, kLanes<Element>), of_score_here = splat(of_scores[cell]);
-        Vector<Element> grad = of_score_here * score * (Element(1) - y * y);
-        if (drops) grad *= load<Element>(mask + cell * padded + j, kLanes<Element>);
-        score_sum += of_score_here * y;
-        bias_sum += grad;
-        store<Element>(at, grad, kLanes<Element>);
-      }
+      for (int64_t row = 0; row < block.rows; ++row)
+        for (int64_t s = 0; s < block.count; ++s) {
+          const int64_t at = (row * block.count + s) * padded + j;
+          const Vector<Element> of_cell = splat(of_scores[row * job.steps + block.step + s]);
+          const Vector<Element> y = load<Element>(values + at, kLanes<Element>);
+          Vector<Element> grad = of_cell * score * (Element(1) - y * y);
+          if (drops) grad *= load<Element>(mask + at, kLanes<Element>);
+          score_sum += of_cell * y;
+          bias_sum += grad;
+          store<Element>(values + at, grad, kLanes<Element>);
+        }
       store<Element>(of_bias + j, load<Element>(of_bias + j, kLanes<Element>) + bias_sum, kLanes<Element>);
       store<Element>(of_score + j, load<Element>(of_score + j, kLanes<Element>) + score_sum, kLanes<Element>);
     }
@@ -216,18 +225,20 @@ struct PoolBackward {
 
   // The gradient of h: by way of the scores, and as part of the mean.
   void input_gradient() const {
-    const int64_t padded = job.turned.width * job.turned.count, cells = block.rows * block.count;
-    multiply(job.turned, values, job.entering.width * job.entering.count, cells, rows);
-    for (int64_t cell = 0; cell < cells; ++cell) {
-      const int64_t row = block.first + cell / block.count, step = block.step + cell % block.count;
-      const Element* const grad = job.grad + row * job.hidden;
-      Element* const to = job.grad_h + (row * job.steps + step) * job.hidden;
-      const Vector<Element> attention = splat(job.attention[row * job.steps + step]);
-      for_vectors<Element>(job.hidden, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
-        const Vector<Element> through = load<Element>(rows + cell * padded + j, lanes);
-        store<Element>(to + j, through + attention * load<Element>(grad + j, lanes), lanes);
-      });
-    }
+    const int64_t padded = job.turned.width * job.turned.count;
+    multiply(job.turned, values, job.entering.width * job.entering.count, block.rows * block.count, rows);
+    for (int64_t row = 0; row < block.rows; ++row)
+      for (int64_t s = 0; s < block.count; ++s) {
+        const Element* const from = rows + (row * block.count + s) * padded;
+        const Element* const grad = job.grad + (block.first + row) * job.hidden;
+        const int64_t at = (block.first + row) * job.steps + block.step + s;
+        const Vector<Element> attention = splat(job.attention[at]);
+        for_vectors<Element>(job.hidden, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
+          const Vector<Element> through = load<Element>(from + j, lanes);
+          store<Element>(job.grad_h + at * job.hidden + j,
+                         through + attention * load<Element>(grad + j, lanes), lanes);
+        });
+      }
   }
 };
 
@@ -240,17 +251,19 @@ static void pool_backward(const PoolJob<Element>& job, int64_t begin, int64_t en
   const int64_t cells = job.tile_rows * job.block_steps;
   Element* const mask = scratch + cells * narrow;
   Element* const rows = mask + (job.dropout.active ? cells * narrow : 0);
+  Element* const of_scores = rows + cells * wide;
   Element* const of_bias = sums + job.width * wide;
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t first = tile * job.tile_rows, count = smaller(job.tile_rows, job.batch - first);
+    for (int64_t row = 0; row < count; ++row)
+      score_gradients<Element>(job, first + row, of_scores + row * job.steps);
     for (int64_t step = 0; step < job.steps; step += job.block_steps) {
       const PoolBlock block{first, count, step, smaller(job.block_steps, job.steps - step)};
-      const PoolBackward<Element> pass{job,  block,   scratch,         mask, rows, rows + cells * wide,
+      const PoolBackward<Element> pass{job,  block,   scratch,         mask, rows, of_scores,
                                        sums, of_bias, of_bias + narrow};
       pass.copy_rows();
       multiply(job.entering, rows, wide, block.rows * block.count, scratch);
       activate(job, block, scratch, mask);
-      pass.scores();
       pass.through_tanh();
       pass.weight_sums();
       pass.input_gradient();

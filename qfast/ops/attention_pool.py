@@ -151,8 +151,9 @@ def _backward(
     attention: Tensor, pooled: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     activated, mask = _activated(h, weight, bias, dropout, seed)
-    along = (h @ grad.unsqueeze(2)).squeeze(2)
-    of_scores = attention * (along - (pooled * grad).sum(1, keepdim=True))
+    # What the steps have in common is taken off first: it moves no score, but its rounding would.
+    along = ((h - pooled.unsqueeze(1)) @ grad.unsqueeze(2)).squeeze(2)
+    of_scores = attention * (along - (attention * along).sum(1, keepdim=True))
     of_projected = of_scores.unsqueeze(2) * score * (1 - activated**2)
     if mask is not None:
         of_projected = of_projected * mask

@@ -1,0 +1,395 @@
+"""Attention over time beside the same computed step by step in float64: values, gradients, dropout, threads, memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qfast import _backend
+from qfast.ops import attention_pool
+from qfast.ops.philox import philox
+
+NATIVE = _backend.native is not None
+NAMES = ("h", "weight", "bias", "score")
+SHAPES = [  # B, T, H, A
+    (0, 3, 4, 2), (1, 1, 1, 1), (1, 1, 1, 0), (2, 3, 2, 1), (5, 7, 7, 3), (3, 20, 16, 8), (13, 20, 64, 32),
+    (100, 20, 64, 32), (3, 300, 64, 32), (9, 60, 100, 50), (259, 5, 19, 9), (4, 1000, 33, 16), (7, 20, 512, 256),
+    (97, 1, 128, 64),
+]  # fmt: skip
+
+
+def tensors(batch: int, steps: int, hidden: int, width: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """h, weight, bias, score and the gradient of the result."""
+    rng = torch.Generator().manual_seed(batch + 10 * steps + hidden)
+    shapes = (batch, steps, hidden), (width, hidden), (width,), (width,), (batch, hidden)
+    h, weight, bias, score, grad = (torch.randn(s, generator=rng, dtype=torch.float64).to(dtype) for s in shapes)
+    return [h, weight / max(hidden, 1) ** 0.5, bias, score, grad]
+
+
+def plainly(h: Tensor, weight: Tensor, bias: Tensor, score: Tensor, mask: Tensor | None = None) -> Tensor:
+    """One operation of torch's after the other."""
+    projected = torch.nn.functional.linear(h, weight, bias)
+    if mask is not None:
+        projected = projected * mask
+    scores = torch.nn.functional.linear(projected.tanh(), score.view(1, -1))
+    return (scores.softmax(1) * h).sum(1)
+
+
+def results(function: Any, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def close(found: Tensor, expected: Tensor, bound: float) -> None:
+    assert found.shape == expected.shape
+    error, size = (found.double() - expected).norm(), expected.norm()
+    assert error <= bound * size + 1e-14, (float(error), float(size))
+
+
+def same(found: Tensor, expected: Tensor) -> None:
+    """Bit by bit; plain torch's own products depend on the strides."""
+    if NATIVE:
+        assert torch.equal(found, expected)
+    else:
+        torch.testing.assert_close(found, expected)
+
+
+# ---------------------------------------------------------------- values and gradients
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_float64_equals_torch(shape: tuple[int, ...], isa: str) -> None:
+    *inputs, grad = tensors(*shape)
+    for found, expected in zip(results(attention_pool, inputs, grad), results(plainly, inputs, grad), strict=True):
+        close(found, expected, 1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_float32_is_no_less_accurate_than_torch(shape: tuple[int, ...], isa: str) -> None:
+    *inputs, grad = tensors(*shape, dtype=torch.float32)
+    exact = results(plainly, [t.double() for t in inputs], grad.double())
+    theirs = results(plainly, inputs, grad)
+    for found, plain, expected in zip(results(attention_pool, inputs, grad), theirs, exact, strict=True):
+        close(found, expected, 1e-5)
+        assert (found - expected).norm() <= 3 * (plain - expected).norm() + 3e-7 * expected.norm() + 1e-9
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(0, 40), steps=st.integers(1, 40), hidden=st.integers(1, 70), width=st.integers(0, 70),
+    wide=st.booleans(),
+)  # fmt: skip
+def test_any_shape(batch: int, steps: int, hidden: int, width: int, wide: bool) -> None:
+    dtype, bound = (torch.float64, 1e-11) if wide else (torch.float32, 2e-5)
+    *inputs, grad = tensors(batch, steps, hidden, width, dtype)
+    expected = results(plainly, [t.double() for t in inputs], grad.double())
+    out, *gradients = results(attention_pool, inputs, grad)
+    close(out, expected[0], bound)
+    for found, true in zip(gradients, expected[1:], strict=True):
+        # a single step has no gradient but that of the mean, the reference leaves rounding there
+        assert (found.double() - true).norm() <= bound * true.norm() + 1e-6 * (0 if wide else 1) + 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("view", ["permuted", "sliced", "expanded", "overlapping", "every other feature"])
+def test_strides(view: str, dtype: torch.dtype, isa: str) -> None:
+    *inputs, grad = tensors(9, 12, 20, 7, dtype)
+    rng = torch.Generator().manual_seed(5)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng, dtype=dtype)
+
+    h = {
+        "permuted": randn(9, 20, 12).transpose(1, 2),
+        "sliced": randn(11, 15, 25)[1:10, 2:14, 3:23],
+        "expanded": randn(1, 12, 20).expand(9, 12, 20),
+        "overlapping": randn(20, 20).unfold(0, 12, 1).transpose(1, 2),
+        "every other feature": randn(9, 12, 40)[..., ::2],
+    }[view]
+    assert h.shape == (9, 12, 20)
+    assert not h.is_contiguous()
+    leaves = [t.detach().clone().requires_grad_() for t in inputs[1:]]
+    out = attention_pool(h, *leaves)
+    found = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+    expected = results(attention_pool, [h.contiguous(), *inputs[1:]], grad)
+    for ours, dense in zip(found, [expected[0], *expected[2:]], strict=True):
+        same(ours, dense)
+    odd = inputs[1].t().contiguous().t(), torch.stack((inputs[2],) * 2, 1)[:, 0], inputs[3].view(1, -1)
+    same(attention_pool(h, *odd), out.detach())
+
+
+def test_gradients_by_finite_differences(isa: str) -> None:
+    *inputs, _ = tensors(5, 4, 3, 2)
+    leaves = [t.requires_grad_() for t in inputs]
+    assert torch.autograd.gradcheck(attention_pool, leaves)
+
+    def dropped(*given: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return attention_pool(*given, dropout=0.4, training=True)
+
+    assert torch.autograd.gradcheck(dropped, leaves)
+
+
+@pytest.mark.parametrize("which", NAMES)
+def test_any_one_tensor_may_want_a_gradient(which: str, isa: str) -> None:
+    *inputs, grad = tensors(6, 5, 9, 4)
+    expected = results(attention_pool, inputs, grad)[1 + NAMES.index(which)]
+    inputs[NAMES.index(which)].requires_grad_()
+    attention_pool(*inputs).backward(grad)
+    assert torch.equal(inputs[NAMES.index(which)].grad, expected)
+
+
+def test_one_step_is_its_own_mean_and_moves_no_weight(isa: str) -> None:
+    *inputs, grad = tensors(30, 1, 64, 32, torch.float32)
+    out, of_h, *others = results(attention_pool, inputs, grad)
+    assert torch.equal(out, inputs[0][:, 0])
+    assert torch.equal(of_h[:, 0], grad)
+    assert not any(bool(part.any()) for part in others)
+
+
+@pytest.mark.parametrize(("common", "times"), [(10.0, 1.5), (1000.0, 100.0)])
+def test_what_the_steps_have_in_common_costs_less_than_in_torch(common: float, times: float, isa: str) -> None:
+    """Scores do not depend on it, and Adam would make whole steps of what rounding leaves."""
+    *inputs, grad = tensors(40, 20, 64, 32, torch.float32)
+    inputs[0] += common
+    inputs[1] /= common
+    exact = results(plainly, [t.double() for t in inputs], grad.double())
+    found, theirs = results(attention_pool, inputs, grad), results(plainly, inputs, grad)
+    for ours, plain, true in zip(found[2:], theirs[2:], exact[2:], strict=True):
+        assert (ours - true).norm() <= (plain - true).norm() / times
+
+
+def test_large_scores_saturate_as_in_torch(isa: str) -> None:
+    *inputs, grad = tensors(12, 9, 16, 8, torch.float32)
+    inputs[1] *= 100
+    inputs[3] *= 100
+    exact = results(plainly, [t.double() for t in inputs], grad.double())
+    found, theirs = results(attention_pool, inputs, grad), results(plainly, inputs, grad)
+    for ours, plain, true in zip(found, theirs, exact, strict=True):
+        assert torch.isfinite(ours).all()
+        assert (ours - true).norm() <= 3 * (plain - true).norm() + 1e-6 * true.norm()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_spreads_as_in_torch_and_stays_in_its_row(value: float, isa: str) -> None:
+    *inputs, grad = tensors(11, 6, 19, 9)
+    inputs[0][4, 2, 3] = value
+    found, expected = attention_pool(*inputs), plainly(*inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
+    assert torch.isfinite(found[[*range(4), *range(5, 11)]]).all()
+    assert not torch.isfinite(found[4]).all()
+    of_h = results(attention_pool, inputs, grad)[1]
+    assert torch.isfinite(of_h[[*range(4), *range(5, 11)]]).all()
+
+
+# ---------------------------------------------------------------- determinism
+@pytest.mark.skipif(not NATIVE, reason="torch's own products do not promise it")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_same_bits_every_time_and_with_any_number_of_threads(dtype: torch.dtype, dropout: float, isa: str) -> None:
+    *inputs, grad = tensors(301, 7, 40, 20, dtype)
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 1, 3):
+            torch.set_num_threads(threads)
+            torch.manual_seed(8)
+            runs.append(results(lambda *t: attention_pool(*t, dropout=dropout, training=True), inputs, grad))
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+# ---------------------------------------------------------------- dropout
+def mask_of(seed: int, batch: int, steps: int, width: int, dropout: float) -> Tensor:
+    """By the words of the definition, one element at a time."""
+    mask = torch.zeros(batch, steps, width, dtype=torch.float64)
+    key = torch.tensor([seed])
+    for b in range(batch):
+        for t in range(steps):
+            for a in range(width):
+                word = philox(key, tuple(torch.tensor([n]) for n in (a, t, 2**31, b // 4)))[b % 4]
+                mask[b, t, a] = int(word) >= round(dropout * 2**32)
+    return mask / (1 - dropout)
+
+
+def test_dropout_is_that_of_the_definition(isa: str) -> None:
+    *inputs, grad = tensors(6, 5, 9, 18)
+    seed = torch.tensor([-(2**61) + 12345])
+    mask = mask_of(int(seed), 6, 5, 18, 0.3)
+    out, attention = torch.ops.qfast.attention_pool(*inputs, 0.3, seed)
+    expected = results(lambda *t: plainly(*t, mask=mask), inputs, grad)
+    close(out, expected[0], 1e-12)
+    gradients = torch.ops.qfast.attention_pool_backward(grad, *inputs, 0.3, seed, attention, out)
+    for found, true in zip(gradients, expected[1:], strict=True):
+        close(found, true, 1e-12)
+
+
+def test_dropout_in_float32_drops_the_same_and_whatever_the_rest_of_the_batch(isa: str) -> None:
+    *inputs, _ = tensors(23, 5, 9, 18)
+    seed = torch.tensor([99])
+    whole, narrow = (torch.ops.qfast.attention_pool(*(t.to(d) for t in inputs), 0.3, seed)[0]
+                     for d in (torch.float64, torch.float32))  # fmt: skip
+    close(narrow, whole, 1e-5)
+    part = torch.ops.qfast.attention_pool(inputs[0][:5], *inputs[1:], 0.3, seed)[0]
+    assert torch.equal(part, whole[:5])
+
+
+def test_dropout_follows_the_generator_and_training(isa: str) -> None:
+    *inputs, _ = tensors(8, 6, 10, 40)
+    torch.manual_seed(4)
+    first, second = (attention_pool(*inputs, dropout=0.5, training=True) for _ in range(2))
+    torch.manual_seed(4)
+    assert torch.equal(attention_pool(*inputs, dropout=0.5, training=True), first)
+    assert not torch.equal(first, second)
+    assert torch.equal(attention_pool(*inputs, dropout=0.5), attention_pool(*inputs))
+    everything = attention_pool(*inputs, dropout=1.0, training=True)
+    torch.testing.assert_close(everything, inputs[0].mean(1))  # scores that are all alike
+
+
+# ---------------------------------------------------------------- torch around it
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("batch", [0, 5])
+def test_opcheck(batch: int, dropout: float) -> None:
+    *inputs, _ = tensors(batch, 4, 6, 3)
+    seed = torch.tensor([7]) if dropout else None
+    torch.library.opcheck(torch.ops.qfast.attention_pool, (*[t.requires_grad_() for t in inputs], dropout, seed))
+
+
+def test_double_backward_is_refused_by_name() -> None:
+    *inputs, _ = tensors(3, 4, 5, 2)
+    h = inputs[0].requires_grad_()
+    (first,) = torch.autograd.grad(attention_pool(*inputs).sum(), h, create_graph=True)
+    with pytest.raises(NotImplementedError, match="attention_pool: double backward is not supported"):
+        first.sum().backward()
+
+
+def test_transforms_and_forward_mode() -> None:
+    *inputs, _ = tensors(3, 4, 5, 2)
+    h, *others = inputs
+    along = torch.randn_like(h)
+
+    def of_h(h: Tensor) -> Tensor:
+        return attention_pool(h, *others).square().sum()
+
+    def plain(h: Tensor) -> Tensor:
+        return plainly(h, *others).square().sum()
+
+    torch.testing.assert_close(torch.func.grad(of_h)(h), torch.func.grad(plain)(h))
+    slope = torch.func.jvp(plain, (h,), (along,))[1]
+    torch.testing.assert_close(torch.func.jvp(of_h, (h,), (along,))[1], slope)
+    torch.testing.assert_close(torch.func.hessian(of_h)(h), torch.func.hessian(plain)(h))
+    many = torch.stack((h, along))
+    torch.testing.assert_close(torch.vmap(of_h)(many), torch.stack([plain(part) for part in many]))
+    with torch.autograd.forward_ad.dual_level():
+        dual = of_h(torch.autograd.forward_ad.make_dual(h, along))
+        tangent = torch.autograd.forward_ad.unpack_dual(dual).tangent
+        torch.testing.assert_close(tangent, slope)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled(dynamic: bool) -> None:
+    compiled = torch.compile(attention_pool, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for batch in (5, 6):
+        *inputs, grad = tensors(batch, 4, 6, 3)
+        for a, b in zip(results(compiled, inputs, grad), results(attention_pool, inputs, grad), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_exported() -> None:
+    class Pool(torch.nn.Module):
+        def forward(self, *given: Tensor) -> Tensor:
+            return attention_pool(*given)
+
+    *inputs, _ = tensors(5, 4, 6, 3)
+    program = torch.export.export(Pool(), tuple(inputs))
+    torch.testing.assert_close(program.module()(*inputs), attention_pool(*inputs))
+
+
+def test_autocast_leaves_float32_alone() -> None:
+    *inputs, _ = tensors(5, 4, 6, 3, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(attention_pool(*inputs), attention_pool(*inputs).float())
+        found = attention_pool(*inputs)
+    assert torch.equal(found, attention_pool(*inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precisions_are_computed_in_float32(dtype: torch.dtype) -> None:
+    *inputs, _ = tensors(5, 4, 6, 3, dtype)
+    expected = attention_pool(*(t.float() for t in inputs)).to(dtype)
+    found = attention_pool(*inputs)
+    assert found.dtype == dtype
+    assert torch.equal(found, expected)
+
+
+def test_meta_tensors_have_shapes() -> None:
+    *inputs, _ = (t.to("meta") for t in tensors(5, 4, 6, 3))
+    assert attention_pool(*inputs).shape == (5, 6)
+
+
+# ---------------------------------------------------------------- refusals
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"h": [[1.0]]}, "h: expected a tensor, got list"),
+        ({"h": torch.zeros(2, 3, 4, dtype=torch.int64)}, "h: expected dtype float32 or float64, got torch.int64"),
+        ({"h": torch.zeros(3, 4)}, r"h: expected shape \[B, T, H\] with T and H of at least 1, got \(3, 4\)"),
+        ({"h": torch.zeros(2, 0, 4)}, r"at least 1, got \(2, 0, 4\)"),
+        ({"weight": None}, "weight: expected a tensor, got NoneType"),
+        ({"weight": torch.zeros(2, 5)}, r"weight: expected shape \[A, 4\], got \(2, 5\)"),
+        ({"weight": torch.zeros(2, 4).double()}, r"weight: expected dtype and device of h .*Remedy: h.to\("),
+        ({"bias": torch.zeros(3)}, r"bias: expected shape \(2,\), got \(3,\)"),
+        ({"score": torch.zeros(2, 2)}, r"score: expected shape \(2,\), got \(2, 2\)"),
+        ({"dropout": 1.5}, r"dropout must lie in \[0, 1\], got 1.5"),
+        ({"dropout": True}, r"dropout must lie in \[0, 1\], got True"),
+        ({"dropout": "a"}, r"dropout must lie in \[0, 1\], got 'a'"),
+    ],
+)
+def test_refusals(change: dict[str, Any], message: str) -> None:
+    arguments = {
+        "h": torch.zeros(2, 3, 4), "weight": torch.zeros(2, 4), "bias": torch.zeros(2), "score": torch.zeros(2),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        attention_pool(**{**arguments, **change})
+
+
+@pytest.mark.skipif(not NATIVE, reason="the checks of the kernels themselves")
+def test_the_kernels_refuse_what_would_read_beyond_their_memory() -> None:
+    *inputs, grad = tensors(3, 4, 6, 2)
+    forward, backward = torch.ops.qfast.attention_pool, torch.ops.qfast.attention_pool_backward
+    with pytest.raises(ValueError, match=r"attention_pool: weight: expected \[A, 6\]"):
+        forward(inputs[0], inputs[1][:, :4], *inputs[2:], 0.0, None)
+    with pytest.raises(ValueError, match=r"bias and score: expected \[2\]"):
+        forward(*inputs[:3], inputs[3][:1], 0.0, None)
+    with pytest.raises(ValueError, match="expected the dtype of h"):
+        forward(inputs[0].float(), *inputs[1:], 0.0, None)
+    with pytest.raises(ValueError, match="seed: expected one int64"):
+        forward(*inputs, 0.5, None)
+    out, attention = forward(*inputs, 0.0, None)
+    with pytest.raises(ValueError, match=r"attention: expected \(3, 4\)"):
+        backward(grad, *inputs, 0.0, None, attention[:2], out)
+    with pytest.raises(ValueError, match=r"grad: expected \(3, 6\)"):
+        backward(grad[:, :3], *inputs, 0.0, None, attention, out)
+
+
+# ---------------------------------------------------------------- memory
+@pytest.mark.skipif(not NATIVE or sys.platform != "linux", reason="the kernels' own use of memory, read from Linux")
+def test_nothing_of_the_size_of_the_scores_layer_is_kept() -> None:
+    program = (
+        "import resource, torch, qfast.ops as ops\n"
+        "h = torch.randn(4000, 50, 8, requires_grad=True)\n"
+        "w, b, v = (torch.randn(s, requires_grad=True) for s in ((256, 8), (256,), (256,)))\n"
+        "ops.attention_pool(h[:8], w, b, v).sum().backward()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "ops.attention_pool(h, w, b, v).sum().backward()\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert float(ran.stdout) < 60  # MiB; [B, T, A] alone takes 195
