@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "attention_pool_arguments.h"
 #include "cpu_dispatch.h"
 #include "cpu_workers.h"
 #include "dropout_host.h"
@@ -25,47 +26,13 @@ auto forward_kernel(double) { return cpu_kernels().attention_pool_forward_f64; }
 auto backward_kernel(float) { return cpu_kernels().attention_pool_backward_f32; }
 auto backward_kernel(double) { return cpu_kernels().attention_pool_backward_f64; }
 
-struct Given {
-  const char* op;
-  const Tensor &h, &weight, &bias, &score;
-};
-
-void check(const Given& given) {
-  const auto& [op, h, weight, bias, score] = given;
-  check_floating(op, "h", h);
-  check_dims(op, "h", h, 3, "[B, T, H]");
-  QFAST_CHECK(h.size(1) > 0 && h.size(2) > 0 && h.size(1) <= INT32_MAX, op,
-              ": h: expected at least one step and one feature, and fewer than 2^31 steps, got ",
-              shape_text(h), ".");
-  check_dims(op, "weight", weight, 2, "[A, H]");
-  check_dims(op, "bias", bias, 1, "[A]");
-  check_dims(op, "score", score, 1, "[A]");
-  const int64_t width = weight.size(0);
-  QFAST_CHECK(weight.size(1) == h.size(2), op, ": weight: expected [A, ", h.size(2), "], got ",
-              shape_text(weight), ".");
-  QFAST_CHECK(bias.size(0) == width && score.size(0) == width, op, ": bias and score: expected [", width,
-              "], got ", shape_text(bias), " and ", shape_text(score), ".");
-  for (const Tensor* tensor : {&weight, &bias, &score}) {
-    check_same_device(op, "weight, bias or score", *tensor, h, "h");
-    QFAST_CHECK(tensor->scalar_type() == h.scalar_type(), op,
-                ": weight, bias and score: expected the dtype of h.");
-  }
-}
-
-void check_result(const char* op, const char* name, const Tensor& tensor, const Tensor& h, int64_t columns) {
-  const bool fits = tensor.dim() == 2 && tensor.size(0) == h.size(0) && tensor.size(1) == columns &&
-                    tensor.scalar_type() == h.scalar_type();
-  QFAST_CHECK(fits, op, ": ", name, ": expected (", h.size(0), ", ", columns, ") in the dtype of h, got ",
-              shape_text(tensor), ".");
-}
-
 // Everything but the results of a call.
 template <class Element>
 class Pool {
  public:
   PoolJob<Element> job{};
 
-  Pool(const Given& given, double dropout, const std::optional<Tensor>& seed)
+  Pool(const PoolTensors& given, double dropout, const std::optional<Tensor>& seed)
       : h_(given.h.stride(2) == 1 ? given.h : torch::stable::contiguous(given.h)),
         weight_(torch::stable::contiguous(given.weight)) {
     job.batch = h_.size(0), job.steps = h_.size(1), job.hidden = h_.size(2), job.width = weight_.size(0);
@@ -121,8 +88,8 @@ class Pool {
 std::tuple<Tensor, Tensor> attention_pool_cpu(const Tensor& h, const Tensor& weight, const Tensor& bias,
                                               const Tensor& score, double dropout,
                                               std::optional<Tensor> seed) {
-  const Given given{"attention_pool", h, weight, bias, score};
-  check(given);
+  const PoolTensors given{"attention_pool", h, weight, bias, score};
+  check_pool(given);
   const Tensor pooled = empty(h, {h.size(0), h.size(2)}), attention = empty(h, {h.size(0), h.size(1)});
   dispatch_floating(h.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);
@@ -173,11 +140,11 @@ void copy_rows(const Tensor& to, const Element* from, int64_t rows, int64_t colu
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_pool_backward_cpu(
     const Tensor& grad, const Tensor& h, const Tensor& weight, const Tensor& bias, const Tensor& score,
     double dropout, std::optional<Tensor> seed, const Tensor& attention, const Tensor& pooled) {
-  const Given given{"attention_pool_backward", h, weight, bias, score};
-  check(given);
-  check_result(given.op, "grad", grad, h, h.size(2));
-  check_result(given.op, "pooled", pooled, h, h.size(2));
-  check_result(given.op, "attention", attention, h, h.size(1));
+  const PoolTensors given{"attention_pool_backward", h, weight, bias, score};
+  check_pool(given);
+  check_pool_result(given.op, "grad", grad, h, h.size(2));
+  check_pool_result(given.op, "pooled", pooled, h, h.size(2));
+  check_pool_result(given.op, "attention", attention, h, h.size(1));
   const int64_t width = weight.size(0);
   Tensor grad_h = empty(h, {h.size(0), h.size(1), h.size(2)}), grad_weight = empty(h, {width, h.size(2)}),
          grad_bias = empty(h, {width}), grad_score = empty(h, {width});
