@@ -116,20 +116,13 @@ class ALSTMModel(Recurrent):
         return self.rnn_type.upper() != "RNN" and super()._takes_operator(x)
 
     def _attended_by_operator(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        steps = self._all_steps(self._mapped(x))
+        steps = self._by_operator(self._mapped(x), all_steps=True)
         if not self._attention_is_plain():
             return steps, (steps * self.att_net(steps)).sum(1)
         entering, leaving = cast(nn.Linear, self.att_net.att_fc_in), cast(nn.Linear, self.att_net.att_fc_out)
         dropout = cast(nn.Dropout, self.att_net.att_dropout)
         weights = entering.weight, entering.bias, leaving.weight
         return steps, attention_pool(steps, *weights, dropout=dropout.p, training=dropout.training)
-
-    def _all_steps(self, x: Tensor) -> Tensor:
-        rnn = self.rnn
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        layers = [[getattr(rnn, f"{name}_l{layer}") for name in names] for layer in range(rnn.num_layers)]
-        kind = self._kind()
-        return kind.operator(x, layers, dropout=rnn.dropout, training=rnn.training, all_steps=True)[0]
 
     def _mapped(self, x: Tensor) -> Tensor:
         """`net` of every step, without a gradient once a row where windows overlap."""

@@ -44,9 +44,9 @@ class GATModel(Recurrent):
     Notes
     -----
     No N x N tensor is built: `transformation` and `a` are folded into two vectors, and `qfast.ops.graph_attention`
-    does the rest in N log N. TorchScript and traces hold the dense softmax instead, in N x N memory, and a trace
-    keeps the days of its example. About `rnn`, compilers and torch.func the notes of `LSTMModel` hold; hooks of
-    `transformation` are not called.
+    does the rest in N log N. TorchScript, traces and `to_reference()` hold the dense softmax instead, in N x N memory,
+    and a trace keeps the days of its example. About `rnn`, compilers and torch.func the notes of `LSTMModel` hold;
+    hooks of `transformation` are not called.
 
     Examples
     --------
@@ -119,8 +119,8 @@ class GATModel(Recurrent):
     def _attend(self, hidden: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor | None) -> Tensor:
         # As in `_last_step`: a script leaves this branch out. A trace would keep its example's number of rows.
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            traced = torch.jit.is_tracing()  # type: ignore[attr-defined]
-            if not traced:
+            dense = self._plain_torch or torch.jit.is_tracing()  # type: ignore[attr-defined]
+            if not dense:
                 # autocast has the products of `_folded` in half precision, the hidden states perhaps not
                 return graph_attention(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype), offsets)
         days = [0, hidden.shape[0]] if offsets is None else [int(bound) for bound in offsets]

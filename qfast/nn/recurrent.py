@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qfast import _backend
 from qfast.errors import ConfigError, DataError, whole_number
+from qfast.nn.plain import PlainTorch
 from qfast.ops import recurrent, transforms
 
 __all__ = ["GRUModel", "LSTMModel", "Recurrent", "as_windows"]
@@ -59,7 +60,7 @@ def as_windows(x: Tensor, d_feat: int) -> Tensor:
     raise DataError(f"x must be [B, T, F] or [B, F*T], got {x.dim()} axes with shape {list(x.shape)}.")
 
 
-class Recurrent(nn.Module):
+class Recurrent(PlainTorch):
     """`rnn` over a window, read at its last step: what every network with such a base begins with."""
 
     def __init__(
@@ -95,19 +96,20 @@ class Recurrent(nn.Module):
         out: Tensor = self.rnn(x)[0]
         return out[:, -1, :]
 
-    def _by_operator(self, x: Tensor) -> Tensor:
+    def _by_operator(self, x: Tensor, all_steps: bool = False) -> Tensor:
+        """[B, T, F] -> [B, H], or [B, T, H] of all steps."""
         rnn = self.rnn
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         layers = [[getattr(rnn, f"{name}_l{layer}") for name in names] for layer in range(rnn.num_layers)]
-        return self._kind().operator(x, layers, dropout=rnn.dropout, training=rnn.training)[0]
+        operator = self._kind().operator
+        return operator(x, layers, dropout=rnn.dropout, training=rnn.training, all_steps=all_steps)[0]
 
     def _takes_operator(self, x: Tensor) -> bool:
-        """Whether to compute with our operator: on the CPU, where it measures faster than torch's layer or where
-        torch's layer cannot follow (vmap; forward mode in float32)."""
+        """Whether to compute with our operator: on the CPU, in float32 and float64."""
         rnn = self.rnn
-        if not self._is_plain(rnn) or torch.compiler.is_compiling():
+        if self._plain_torch or not self._is_plain(rnn):
             return False
-        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined]
             return False
         if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return False
@@ -119,9 +121,8 @@ class Recurrent(nn.Module):
             )
         if x.dtype not in (torch.float32, torch.float64) or x.shape[1] == 0:
             return False
-        if transforms.active():
-            return True
-        return _backend.native is not None and self._operator_is_faster(x)
+        # torch's layer cannot follow vmap, nor forward mode in float32
+        return torch.compiler.is_compiling() or transforms.active() or _backend.native is not None
 
     def _is_plain(self, rnn: nn.Module) -> bool:
         """Whether `rnn` is still the layer that was built here: nothing but it would do what the operator does."""
@@ -130,24 +131,12 @@ class Recurrent(nn.Module):
         hooks = rnn._forward_hooks or rnn._forward_pre_hooks or rnn._backward_hooks or rnn._backward_pre_hooks
         return rnn.batch_first and not hooks  # hooks would not be called
 
-    def _operator_is_faster(self, x: Tensor) -> bool:
-        threads, kind = torch.get_num_threads(), self._kind()
-        if threads > 1 and x.shape[0] < threads * kind.operator_rows_per_thread:
-            return False
-        trains = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.rnn.parameters()))
-        return trains or x.shape[0] * x.shape[1] >= kind.operator_infers_from
-
 
 class _RecurrentModel(Recurrent):
     """fc_out(last step of the top recurrent layer); subclasses say which layer."""
 
     layer: ClassVar[type[nn.LSTM] | type[nn.GRU]]
     operator: ClassVar[Callable[..., tuple[Tensor, Any]]]
-    # Steps times rows of a batch from which inference too measures faster with our operator. torch runs the
-    # LSTM's with a fused kernel that ours only beats where its buffers are mapped anew for each batch.
-    operator_infers_from: ClassVar[int]
-    # Rows of a batch for each of several threads below which torch's layer is faster; 1 thread always gains.
-    operator_rows_per_thread: ClassVar[int]
 
     def __init__(self, d_feat: int = 6, hidden_size: int = 64, num_layers: int = 2, dropout: float = 0.0) -> None:
         super().__init__(type(self), d_feat, hidden_size, num_layers, dropout)
@@ -175,8 +164,10 @@ class LSTMModel(_RecurrentModel):
     Notes
     -----
     `rnn` is torch's layer and may be replaced, hooked or quantised; only as it was built, on the CPU, is it computed
-    by qfast's operator. torch.compile, torch.jit, torch.export and CUDA take torch's layer; torch.func's transforms
-    and forward mode work. A gradient of a gradient by `backward` needs QFAST_BACKEND=torch, or torch.func.grad twice.
+    by qfast's operator. torch.jit, torch.export, autocast, CUDA and `to_reference()` take torch's layer.
+    torch.compile leaves its graph for the operator; fullgraph=True needs torch._dynamo.config.allow_rnn = True, as for
+    any torch.nn.LSTM. torch.func's transforms and forward mode work. A gradient of a gradient by `backward` needs
+    `to_reference()`, or torch.func.grad twice.
 
     Examples
     --------
@@ -186,8 +177,6 @@ class LSTMModel(_RecurrentModel):
 
     layer = nn.LSTM
     operator = recurrent.lstm
-    operator_infers_from = 32768
-    operator_rows_per_thread = 64
 
 
 class GRUModel(_RecurrentModel):
@@ -201,5 +190,3 @@ class GRUModel(_RecurrentModel):
 
     layer = nn.GRU
     operator = recurrent.gru
-    operator_infers_from = 0
-    operator_rows_per_thread = 0

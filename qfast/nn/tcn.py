@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qfast.errors import CheckpointError, ConfigError, DataError, whole_number
+from qfast.nn.plain import PlainTorch
 from qfast.nn.temporal_stream import TCNStream
 from qfast.ops.temporal_conv import BlockWeights, temporal_block, temporal_conv_net
 
@@ -74,7 +75,7 @@ class _Steps(nn.Sequential):
                 yield name, module
 
 
-class TemporalBlock(nn.Module):
+class TemporalBlock(PlainTorch):
     """One residual block at all steps: relu(net(x) + x), or with a 1x1 convolution of x where the widths differ.
 
     Parameters
@@ -171,7 +172,7 @@ class TemporalBlock(nn.Module):
         return type(down) is down_kind and not any(_is_hooked(module) for module in self.modules())
 
 
-class TemporalConvNet(nn.Module):
+class TemporalConvNet(PlainTorch):
     """Stack of temporal blocks with the dilations 1, 2, 4, ..., at all steps.
 
     Parameters
@@ -239,7 +240,7 @@ class TemporalConvNet(nn.Module):
         return renamed
 
 
-class TCNModel(nn.Module):
+class TCNModel(PlainTorch):
     """Temporal convolution network read at the last step (Bai et al. 2018; reference: pytorch_tcn.py).
 
     Parameters
@@ -358,7 +359,7 @@ def _take_operator(blocks: Any) -> bool:
     """Whether one operator can do these blocks: a trace would keep it, and nothing else could read the trace."""
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
-    if not all(type(block) is TemporalBlock and block.is_plain() for block in blocks):
+    if not all(type(block) is TemporalBlock and block.is_plain() and not block._plain_torch for block in blocks):
         return False
     return len({(block.dropout1.p, block.dropout1.training) for block in blocks}) == 1
 
