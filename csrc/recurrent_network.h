@@ -168,14 +168,22 @@ class RecurrentNetwork {
         body(unit / lanes_, gate, unit % lanes_, row_of(input, gate, unit));
   }
 
+  // A square of columns and lanes at a time: both sides then stay in the first-level cache.
   const Element* pack(const Tensor& weight, bool input) {
+    constexpr int64_t kSquare = 16;
     const int64_t columns = weight.size(1), gates = Cell::kGates * lanes_;
     const Element* const from = weight.const_data_ptr<Element>();
     Element* const to = room(job.blocks * columns * gates);
-    for_gate_rows(input, [&](int64_t block, int64_t gate, int64_t lane, int64_t row) {
-      Element* const place = to + block * columns * gates + gate * lanes_ + lane;
-      for (int64_t k = 0; k < columns; ++k) place[k * gates] = from[row * columns + k];
-    });
+    for (int64_t first = 0; first < job.hidden; first += lanes_)
+      for (int64_t gate = 0; gate < Cell::kGates; ++gate)
+        for (int64_t begin = 0; begin < columns; begin += kSquare) {
+          const int64_t end = std::min(begin + kSquare, columns), last = std::min(first + lanes_, job.hidden);
+          for (int64_t unit = first; unit < last; ++unit) {
+            const Element* const row = from + row_of(input, gate, unit) * columns;
+            Element* const place = to + first * columns * Cell::kGates + gate * lanes_ + unit - first;
+            for (int64_t k = begin; k < end; ++k) place[k * gates] = row[k];
+          }
+        }
     return to;
   }
 
