@@ -139,6 +139,8 @@ class ALSTMModel(Recurrent):
         parts = list(self.att_net)
         if [type(part) for part in parts] != [nn.Linear, nn.Dropout, nn.Tanh, nn.Linear, nn.Softmax]:
             return False
+        if cast(nn.Linear, parts[0]).bias is None or cast(nn.Softmax, parts[4]).dim != 1:
+            return False
         return not any(_has_hooks(part) for part in (self.att_net, *parts))
 
 

@@ -1,0 +1,301 @@
+"""ALSTMModel beside the same layers of torch called one by one, by every way that a network of torch's is used."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from qfast import _backend
+from qfast.errors import ConfigError, DataError
+from qfast.nn import ALSTMModel
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+types = pytest.mark.parametrize("rnn_type", ["GRU", "LSTM", "RNN"])
+
+
+def plainly(net: ALSTMModel, x: Tensor) -> Tensor:
+    steps = net.rnn(net.net(x))[0]
+    pooled = (steps * net.att_net(steps)).sum(1)
+    return net.fc_out(torch.cat((steps[:, -1], pooled), 1))[..., 0]
+
+
+def case(rnn_type: str = "GRU", dtype: torch.dtype = torch.float64, rows: int = 40) -> tuple[ALSTMModel, Tensor]:
+    torch.manual_seed(0)
+    return ALSTMModel(5, 9, 2, rnn_type=rnn_type).to(dtype), torch.randn(rows, 7, 5, dtype=dtype)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of what goes into `attention_pool`."""
+    from qfast.nn import alstm
+
+    seen: list[tuple[int, ...]] = []
+    inner = alstm.attention_pool
+    monkeypatch.setattr(alstm, "attention_pool", lambda h, *a, **k: seen.append(tuple(h.shape)) or inner(h, *a, **k))
+    return seen
+
+
+# ---------------------------------------------------------------- numbers
+@types
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_predictions_and_gradients_are_those_of_the_layers(rnn_type: str, dtype: torch.dtype, bound: float) -> None:
+    net, x = case(rnn_type, dtype)
+    exact, wide = copy.deepcopy(net).double(), x.double().requires_grad_()
+    x.requires_grad_()
+    found, expected = net(x), plainly(exact, wide)
+    assert (found - expected).norm() <= bound * expected.norm()
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    pairs = [(x, wide), *zip(net.parameters(), exact.parameters(), strict=True)]
+    for ours, theirs in pairs:
+        assert (ours.grad.double() - theirs.grad).norm() <= 3 * bound * theirs.grad.norm()
+
+
+@pytest.mark.parametrize("rnn_type", ["GRU", "LSTM"])
+def test_the_operators_are_what_computes(rnn_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if _backend.native is None:
+        pytest.skip("no native library")
+    seen = counted(monkeypatch)
+    net, x = case(rnn_type)
+    net(x)
+    assert seen == [(40, 7, 9)]
+
+
+@types
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 1, 1), (6, 2, 3), (20, 33, 1)], ids=str)
+def test_sizes(rnn_type: str, sizes: tuple[int, int, int]) -> None:
+    net = ALSTMModel(*sizes, rnn_type=rnn_type).double()
+    for batch, steps in ((1, 1), (2, 9), (0, 4)):
+        x = torch.randn(batch, steps, sizes[0], dtype=torch.float64)
+        if batch == 0 and rnn_type == "RNN":
+            continue  # torch's own layer is asked
+        assert net(x).shape == (batch,)
+        if batch:
+            torch.testing.assert_close(net(x), plainly(net, x), rtol=1e-12, atol=1e-12)
+
+
+def test_flat_windows_are_read_feature_by_feature() -> None:
+    net, x = case()
+    assert torch.equal(net(x.transpose(1, 2).reshape(40, -1)), net(x.transpose(1, 2).contiguous().transpose(1, 2)))
+    with pytest.raises(DataError, match=r"built with d_feat=5\. Remedy: d_feat=4"):
+        net(x[..., :4])
+
+
+# ---------------------------------------------------------------- rows once
+@pytest.mark.parametrize("rnn_type", ["GRU", "LSTM"])
+@pytest.mark.parametrize("spacing", [1, 3])
+def test_windows_of_consecutive_rows_map_each_row_once(rnn_type: str, spacing: int) -> None:
+    net, _ = case(rnn_type)
+    rows = torch.randn(60, 5 * spacing, dtype=torch.float64)[:, ::spacing]
+    windows = rows.unfold(0, 20, 1).transpose(1, 2)
+    seen: list[int] = []
+    net.net.register_forward_hook(lambda _module, given, _out: seen.append(given[0].shape[:-1].numel()))
+    with torch.no_grad():
+        found, expected = net(windows), net(windows.contiguous())
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+    if _backend.native is not None:
+        assert seen == [60, 41 * 20]
+    one, same_row = windows[:1], rows[:1].unsqueeze(0).expand(6, 4, 5)
+    for odd in (one, same_row, windows[:, :1]):
+        with torch.no_grad():
+            torch.testing.assert_close(net(odd), net(odd.contiguous()), rtol=1e-12, atol=1e-13)
+
+
+def test_windows_of_consecutive_rows_have_gradients() -> None:
+    net, _ = case()
+    rows = torch.randn(30, 5, dtype=torch.float64, requires_grad=True)
+    for function in (net, lambda x: plainly(net, x)):
+        function(rows.unfold(0, 8, 1).transpose(1, 2)).square().sum().backward()
+    other = rows.detach().clone().requires_grad_()
+    plainly(net, other.unfold(0, 8, 1).transpose(1, 2)).square().sum().backward()
+    torch.testing.assert_close(rows.grad, 2 * other.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_a_head_that_looks_across_steps_gets_whole_windows() -> None:
+    """Whoever puts another layer in front may mean the window."""
+
+    class Centred(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x - x.mean(1, keepdim=True)
+
+    net, _ = case()
+    net.net.append(Centred())
+    windows = torch.randn(30, 5, dtype=torch.float64).unfold(0, 8, 1).transpose(1, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(net(windows), plainly(net, windows), rtol=1e-12, atol=1e-12)
+
+
+# ---------------------------------------------------------------- changed parts
+@pytest.mark.parametrize("part", ["att_fc_in", "att_act", "att_net"])
+def test_hooks_inside_the_attention_are_called(part: str) -> None:
+    net, x = case()
+    called = []
+    module = net.att_net if part == "att_net" else getattr(net.att_net, part)
+    handle = module.register_forward_hook(lambda *_: called.append(part))
+    torch.testing.assert_close(net(x), plainly(net, x), rtol=1e-12, atol=1e-12)
+    assert called == [part, part]
+    handle.remove()
+    net(x)
+    assert len(called) == 2 or _backend.native is None
+
+
+def test_an_exchanged_activation_is_called() -> None:
+    net, x = case()
+    before = net(x)
+    net.att_net.att_act = nn.ReLU()
+    assert not torch.allclose(net(x), before)
+    torch.testing.assert_close(net(x), plainly(net, x), rtol=1e-12, atol=1e-12)
+
+
+def test_an_attention_without_bias_is_computed() -> None:
+    net, x = case()
+    net.att_net.att_fc_in = nn.Linear(9, 4, bias=False).double()
+    torch.testing.assert_close(net(x), plainly(net, x), rtol=1e-12, atol=1e-12)
+
+
+def test_an_exchanged_output_with_bias_and_a_wider_attention_are_computed() -> None:
+    net, x = case()
+    net.att_net.att_fc_in, net.att_net.att_fc_out = nn.Linear(9, 11).double(), nn.Linear(11, 1).double()
+    torch.testing.assert_close(net(x), plainly(net, x), rtol=1e-12, atol=1e-12)
+
+
+# ---------------------------------------------------------------- dropout
+def test_dropout_counts_in_training_only_and_follows_the_generator() -> None:
+    torch.manual_seed(0)
+    net, x = ALSTMModel(5, 8, 1, dropout=0.5), torch.randn(30, 7, 5)
+    torch.manual_seed(1)
+    first, second = net(x), net(x)
+    torch.manual_seed(1)
+    assert torch.equal(net(x), first)
+    assert not torch.equal(first, second)
+    net.eval()
+    assert torch.equal(net(x), net(x))
+    torch.testing.assert_close(net(x), plainly(net, x), rtol=1e-5, atol=1e-6)
+    net.train()
+    net.att_net.eval()
+    assert torch.equal(net(x), net(x))
+
+
+# ---------------------------------------------------------------- arguments
+@pytest.mark.parametrize("rnn_type", ["gru", "Lstm", "rnn"])
+def test_the_type_may_be_written_in_any_case(rnn_type: str) -> None:
+    net = ALSTMModel(rnn_type=rnn_type)
+    assert type(net.rnn) is getattr(nn, rnn_type.upper())
+    assert net.rnn_type == rnn_type
+
+
+@pytest.mark.parametrize("rnn_type", ["LSTN", "Linear", "", None, 3])
+def test_another_type_is_refused(rnn_type: object) -> None:
+    with pytest.raises(ConfigError, match=r"rnn_type must be one of \['GRU', 'LSTM', 'RNN'\], got"):
+        ALSTMModel(rnn_type=rnn_type)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="Did you mean 'LSTM'"):
+        ALSTMModel(rnn_type="LSTN")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"hidden_size": 0}, "hidden_size"), ({"d_feat": 2.5}, "d_feat"), ({"dropout": 2.0}, "dropout must lie in")],
+)
+def test_wrong_sizes_are_named(wrong: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ALSTMModel(**wrong)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- torch around it
+@types
+def test_trace_script_and_export_hold_torchs_operations_only(rnn_type: str) -> None:
+    net, x = case(rnn_type)
+    expected = plainly(net, x)
+    for made in (torch.jit.trace(net, (x,)), torch.jit.script(net)):
+        torch.testing.assert_close(made(x), expected, rtol=1e-12, atol=1e-12)
+        assert "qfast::" not in str(made.inlined_graph)
+    program = torch.export.export(net, (x,))
+    assert "qfast" not in str(program.graph)
+    torch.testing.assert_close(program.module()(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@torch._dynamo.config.patch(allow_rnn=True)
+def test_compile_into_one_graph() -> None:
+    net, x = case("GRU")
+    compiled = torch.compile(copy.deepcopy(net), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), net(x), rtol=1e-12, atol=1e-12)
+    compiled(x).sum().backward()
+    net(x).sum().backward()
+    for a, b in zip(compiled.parameters(), net.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("rnn_type", ["GRU", "LSTM"])
+def test_transforms(rnn_type: str) -> None:
+    net, x = case(rnn_type)
+    along = torch.randn_like(x)
+    expected = torch.func.jvp(lambda x: plainly(net, x), (x,), (along,))[1]
+    torch.testing.assert_close(torch.func.jvp(net, (x,), (along,))[1], expected, rtol=1e-10, atol=1e-13)
+    found = torch.func.grad(lambda p: functional_call(net, p, (x,)).square().sum())(dict(net.named_parameters()))
+    plainly(net, x).square().sum().backward()
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-10, atol=1e-12)
+    others = [copy.deepcopy(net) for _ in range(2)]
+    parameters, buffers = torch.func.stack_module_state(others)
+    ensemble = torch.vmap(lambda p, b: functional_call(net, (p, b), (x,)))(parameters, buffers)
+    torch.testing.assert_close(ensemble, torch.stack([plainly(net, x)] * 2), rtol=1e-12, atol=1e-12)
+
+
+def test_autocast() -> None:
+    net, x = case(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = net(x)
+    assert (found.float() - plainly(net, x)).norm() <= 0.05 * plainly(net, x).norm() + 0.02
+
+
+def test_dynamic_quantisation() -> None:
+    net, x = case(dtype=torch.float32)
+    net.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        small = torch.ao.quantization.quantize_dynamic(net, {nn.GRU, nn.Linear}, dtype=torch.qint8)
+        found = small(x)
+    assert type(small.att_net.att_fc_in) is not nn.Linear
+    assert (found - net(x)).norm() <= 0.1 * net(x).norm() + 0.02
+
+
+def test_it_is_copied_and_pickled_after_a_forward() -> None:
+    net, x = case()
+    expected = net(x)
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(other(x), expected)
+
+
+# ---------------------------------------------------------------- the reference
+@pytest.mark.parametrize("suffix", ["", "_ts"])
+@pytest.mark.parametrize("rnn_type", ["GRU", "lstm", "RNN"])
+@pytest.mark.parametrize("sizes", [(6, 64, 2), (20, 5, 1)], ids=str)
+def test_the_references_weights_names_and_numbers(suffix: str, rnn_type: str, sizes: tuple[int, int, int]) -> None:
+    import importlib
+
+    pytest.importorskip("qlib", reason="pyqlib is the oracle; install qfast-models[qlib]")
+    theirs = importlib.import_module(f"qlib.contrib.model.pytorch_alstm{suffix}").ALSTMModel
+    torch.manual_seed(5)
+    reference, after = theirs(*sizes, rnn_type=rnn_type), torch.get_rng_state()
+    torch.manual_seed(5)
+    net = ALSTMModel(*sizes, rnn_type=rnn_type)
+    assert torch.equal(torch.get_rng_state(), after)
+    expected = reference.state_dict()
+    assert list(net.state_dict()) == list(expected)
+    assert all(torch.equal(value, expected[key]) for key, value in net.state_dict().items())
+    x = torch.randn(21, 12, sizes[0], dtype=torch.float64)
+    given = x if suffix else x.transpose(1, 2).reshape(21, -1)
+    reference.double().load_state_dict(net.double().state_dict())
+    found, numbers = net(given), reference(given)
+    assert (found - numbers).norm() <= 1e-12 * numbers.norm()
+    assert net(given[:1]).shape == reference(given[:1]).shape == (1,)
+    found.square().sum().backward()
+    numbers.square().sum().backward()
+    for ours, other in zip(net.parameters(), reference.parameters(), strict=True):
+        assert (ours.grad - other.grad).norm() <= 1e-12 * other.grad.norm()
