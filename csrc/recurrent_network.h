@@ -10,12 +10,11 @@
 #include "cpu_dispatch.h"
 #include "dropout_host.h"
 #include "recurrent.h"
+#include "recurrent_arguments.h"
 
 #define QFAST_DEVICE_INLINE static inline
 
 namespace qfast {
-
-using MaybeTensor = std::optional<Tensor>;
 
 namespace host {
 #include "recurrent_cell.h"
@@ -27,21 +26,6 @@ constexpr int64_t kRecurrentMostRows = 48;
 constexpr int64_t kChunkSumBytes = 128
                                    << 10;  // gradients of the sums of a layer of a tile that are collected
 constexpr int64_t kMostChunkSteps = 4;
-
-inline void check_shaped(const char* op, const char* name, const Tensor& tensor, const Tensor& x,
-                         std::initializer_list<int64_t> shape) {
-  check_same_device(op, name, tensor, x, "x");
-  QFAST_CHECK(tensor.scalar_type() == x.scalar_type(), op, ": ", name, ": expected the dtype of x, got ",
-              torch::headeronly::toString(tensor.scalar_type()), ".");
-  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
-  std::ostringstream wanted;
-  int64_t axis = 0;
-  for (const int64_t size : shape) {
-    wanted << (axis ? ", " : "") << size;
-    same = same && tensor.size(axis++) == size;
-  }
-  QFAST_CHECK(same, op, ": ", name, ": expected shape (", wanted.str(), "), got ", shape_text(tensor), ".");
-}
 
 // Fixed by the sizes, so that sums of gradients have the same order with any number of threads.
 inline int64_t even_tile_rows(int64_t rows) {
@@ -56,23 +40,10 @@ class RecurrentNetwork {
                    const MaybeTensor& first_h, const MaybeTensor& first_c, double dropout,
                    const MaybeTensor& seed)
       : lanes_(cpu_kernels().vector_bytes / static_cast<int64_t>(sizeof(Element))) {
-    check_floating(op, "x", x);
-    check_dims(op, "x", x, 3, "[B, T, F]");
-    QFAST_CHECK(!weights.empty() && weights.size() % 4 == 0, op, ": weights: expected four a layer, got ",
-                weights.size(), ".");
-    check_dims(op, "weight_hh", weights[1], 2, "[gates * H, H]");
+    check_layers(op, x, weights, Cell::kGates);
     job.batch = x.size(0), job.steps = x.size(1), job.hidden = weights[1].size(1);
     job.layer_count = static_cast<int64_t>(weights.size()) / 4;
-    QFAST_CHECK(x.size(2) > 0 && job.hidden > 0, op, ": x: expected at least one feature and one unit, got ",
-                shape_text(x), " and ", shape_text(weights[1]), ".");
-    const int64_t H = job.hidden, rows = Cell::kGates * H;
-    for (int64_t l = 0; l < job.layer_count; ++l) {
-      const Tensor* const layer = &weights[4 * l];
-      check_shaped(op, "weight_ih", layer[0], x, {rows, l == 0 ? x.size(2) : H});
-      check_shaped(op, "weight_hh", layer[1], x, {rows, H});
-      check_shaped(op, "bias_ih", layer[2], x, {rows});
-      check_shaped(op, "bias_hh", layer[3], x, {rows});
-    }
+    const int64_t H = job.hidden;
     for (const Tensor& weight : weights) weights_.push_back(torch::stable::contiguous(weight));
     job.blocks = (H + lanes_ - 1) / lanes_, job.stride = job.blocks * lanes_;
     job.x = {x.const_data_ptr<Element>(), x.stride(0), x.stride(1), x.stride(2)};
