@@ -6,7 +6,8 @@ beyond that in shared memory up to about 110, else in L2; tiles of 8 rows, or 16
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ pytestmark = [
 ]
 DEVICE = "cuda"
 CELLS = {"lstm": LSTM, "gru": GRU}
+CALLS: dict[str, Callable[..., Any]] = {"lstm": lstm, "gru": gru}
 F32, F64 = torch.float32, torch.float64
 
 
@@ -100,7 +102,7 @@ class Given(NamedTuple):
     seed: Tensor | None
     all_steps: bool
 
-    def flat(self, cell: Cell) -> tuple[object, ...]:
+    def flat(self, cell: Cell) -> tuple[Any, ...]:
         return self.x, self.weights, *(*self.state, None, None)[: len(cell.state_names)], *self[3:]
 
 
@@ -135,10 +137,12 @@ def both_ways(cell: Cell, arguments: Given) -> list[Tensor]:
 
 
 def by_definition(cell: Cell, arguments: Given) -> list[Tensor]:
-    n, (x, weights, state, *rest) = 1 + len(cell.state_names), arguments
-    found = forward_twin(cell, x, weights, state, *rest, True)
+    n, given = 1 + len(cell.state_names), arguments[:3]
+    dropout, seed, all_steps = arguments[3:]
+    found = forward_twin(cell, *given, dropout, seed, all_steps, True)
     grads = gradients_like(list(found[:n]))
-    back = backward_twin(cell, grads[0], grads[1:], x, weights, state, *rest, *found[n:], True, True)
+    rest = dropout, seed, all_steps, found[n], found[n + 1], True, True
+    back = backward_twin(cell, grads[0], grads[1:], *given, *rest)
     return [*found[:n], *back[:-1], *back[-1]]
 
 
@@ -202,7 +206,7 @@ def test_beside_torchs_own_layers(name: str, all_steps: bool) -> None:
     expected = [exact, *torch.autograd.grad(exact, leaves, grad)]
     there = [leaf.detach().to(DEVICE).requires_grad_() for leaf in leaves]
     layers = [there[1 + at : 5 + at] for at in (0, 4)]
-    ours = {"lstm": lstm, "gru": gru}[name](there[0], layers, all_steps=all_steps)[0]
+    ours = CALLS[name](there[0], layers, all_steps=all_steps)[0]
     found = [ours, *torch.autograd.grad(ours, there, grad.to(DEVICE))]
     assert [error for error in map(relative, found, expected) if not error <= 1e-12] == []
 
@@ -277,7 +281,7 @@ def test_manual_seed_makes_it_repeat(cell: Cell, hidden: int) -> None:
 
     def once(seed: int) -> Tensor:
         torch.manual_seed(seed)
-        return {"lstm": lstm, "gru": gru}[cell.name](given.x, layers, dropout=0.3, training=True)[0]
+        return CALLS[cell.name](given.x, layers, dropout=0.3, training=True)[0]
 
     assert torch.equal(once(5), once(5))
     assert not torch.equal(once(5), once(6))
@@ -301,7 +305,7 @@ def test_opcheck(cell: Cell, case: Case) -> None:
 def test_gradients_by_finite_differences(cell: Cell) -> None:
     given = arguments(cell, Case(3, 4, 2, 5, 2, True, True), F64, DEVICE)
     leaves = [part.requires_grad_() for part in (given.x, *given.weights)]
-    call = {"lstm": lstm, "gru": gru}[cell.name]
+    call = CALLS[cell.name]
     assert torch.autograd.gradcheck(lambda x, *w: call(x, [w[:4], w[4:]], all_steps=True)[0], leaves)
 
 
