@@ -98,7 +98,7 @@ struct alignas(16) RowQuad {
 
 QFAST_DEVICE_INLINE void prefetch([[maybe_unused]] const void* from) {
 #ifdef __CUDA_ARCH__
-  asm volatile("prefetch.global.L1 [%0];" ::"l"(from));
+  asm volatile("prefetch.L1 [%0];" ::"l"(from));
 #endif
 }
 

@@ -141,8 +141,8 @@ def by_definition(cell: Cell, arguments: Given) -> list[Tensor]:
     dropout, seed, all_steps = arguments[3:]
     found = forward_twin(cell, *given, dropout, seed, all_steps, True)
     grads = gradients_like(list(found[:n]))
-    rest = dropout, seed, all_steps, found[n], found[n + 1], True, True
-    back = backward_twin(cell, grads[0], grads[1:], *given, *rest)
+    kept = found[n], found[n + 1]
+    back = backward_twin(cell, grads[0], grads[1:], *given, dropout, seed, all_steps, *kept, True, True)
     return [*found[:n], *back[:-1], *back[-1]]
 
 
