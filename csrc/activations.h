@@ -89,13 +89,14 @@ struct ExpTerms<double> {
                                  1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800.};
 };
 
-// x = n ln(2) + r with a whole n, for |x| as large as exponents go. `magic` + n, whose last bits hold n.
-template <class Element>
+// Sign * x = n ln(2) + r with a whole n, for |x| as large as exponents go. `magic` + n, whose last bits hold
+// n.
+template <class Element, int Sign = 1>
 QFAST_ALWAYS_INLINE Vector<Element> reduce_exp(Vector<Element> x, Vector<Element>* r) {
   using L = Lanes<Element>;
-  const Vector<Element> shifted = x * Element(1.44269504088896340736) + L::magic;
+  const Vector<Element> shifted = x * Element(Sign * 1.44269504088896340736) + L::magic;
   const Vector<Element> whole = shifted - L::magic;
-  *r = (x - whole * L::ln2_high) - whole * L::ln2_low;
+  *r = ((Sign < 0 ? -x : x) - whole * L::ln2_high) - whole * L::ln2_low;
   return shifted;
 }
 
@@ -132,26 +133,39 @@ QFAST_ALWAYS_INLINE Vector<Element> shifted_power(Vector<Element> shifted) {
                            (Integers<Element>)splat(Element(1)));
 }
 
-// x where it is within the bound or NaN, else the bound.
-template <class Element>
-QFAST_ALWAYS_INLINE Vector<Element> at_most(Vector<Element> x, Element bound) {
+// x where it is within the bound or NaN, else the bound. The processor's own minimum and maximum give the
+// second operand where one is NaN. maskz: gcc 12 warns about what the plain form leaves undefined.
 #if QFAST_VECTOR_BYTES == 64
-  if constexpr (sizeof(Element) == 4) {  // maskz: gcc 12 warns about what the plain form leaves undefined
-    return (Vector<Element>)_mm512_maskz_min_ps(0xFFFF, (__m512)splat(bound), (__m512)x);
-  } else {
-    return (Vector<Element>)_mm512_maskz_min_pd(0xFF, (__m512d)splat(bound), (__m512d)x);
+#define QFAST_BOUND(name, operation, beyond)                                                          \
+  template <class Element>                                                                            \
+  QFAST_ALWAYS_INLINE Vector<Element> name(Vector<Element> x, Element bound) {                        \
+    if constexpr (sizeof(Element) == 4) {                                                             \
+      return (Vector<Element>)_mm512_maskz_##operation##_ps(0xFFFF, (__m512)splat(bound), (__m512)x); \
+    } else {                                                                                          \
+      return (Vector<Element>)_mm512_maskz_##operation##_pd(0xFF, (__m512d)splat(bound), (__m512d)x); \
+    }                                                                                                 \
   }
 #elif QFAST_VECTOR_BYTES == 32
-  if constexpr (sizeof(Element) == 4) {
-    return (Vector<Element>)_mm256_min_ps((__m256)splat(bound), (__m256)x);
-  } else {
-    return (Vector<Element>)_mm256_min_pd((__m256d)splat(bound), (__m256d)x);
+#define QFAST_BOUND(name, operation, beyond)                                              \
+  template <class Element>                                                                \
+  QFAST_ALWAYS_INLINE Vector<Element> name(Vector<Element> x, Element bound) {            \
+    if constexpr (sizeof(Element) == 4) {                                                 \
+      return (Vector<Element>)_mm256_##operation##_ps((__m256)splat(bound), (__m256)x);   \
+    } else {                                                                              \
+      return (Vector<Element>)_mm256_##operation##_pd((__m256d)splat(bound), (__m256d)x); \
+    }                                                                                     \
   }
 #else
-  const Vector<Element> most = splat(bound);
-  return x > most ? most : x;
+#define QFAST_BOUND(name, operation, beyond)                                   \
+  template <class Element>                                                     \
+  QFAST_ALWAYS_INLINE Vector<Element> name(Vector<Element> x, Element bound) { \
+    const Vector<Element> bounds = splat(bound);                               \
+    return x beyond bounds ? bounds : x;                                       \
+  }
 #endif
-}
+QFAST_BOUND(at_most, min, >)
+QFAST_BOUND(at_least, max, <)
+#undef QFAST_BOUND
 
 // 1 / (1 + exp(-x)), within 3 ulp (float32: where it is normal; smaller results may be 0). 0 and 1 in the
 // tails.
