@@ -33,8 +33,8 @@ def attention_pool(
     Parameters
     ----------
     h : Tensor [B, T, H], float32 or float64
-        Any strides, read in place; T of at least 1. float16 and bfloat16 are computed in float32 and rounded once, at
-        the end.
+        Any strides, read in place where features stand side by side; T of at least 1. float16 and bfloat16 are
+        computed in float32 and rounded once, at the end.
     weight : Tensor [A, H]
     bias : Tensor [A]
     score : Tensor [A]
