@@ -82,7 +82,7 @@ def input_like(rng: torch.Generator, case: Case, dtype: torch.dtype, device: str
         return draw(rng, *shape).float().to(device, dtype)
 
     if case.layout == "windows":
-        return numbers(batch + steps, features).unfold(0, max(steps, 1), 1)[:batch].transpose(1, 2)[:, :steps]
+        return numbers(batch + max(steps, 1), features).unfold(0, max(steps, 1), 1)[:batch].transpose(1, 2)[:, :steps]
     if case.layout == "features first":
         return numbers(batch, features * steps).view(batch, features, steps).transpose(1, 2)
     if case.layout == "steps of a larger tensor":
