@@ -14,6 +14,8 @@ constexpr int kCellRows = 6;  // 32 registers: 6 x 4 sums, 4 columns, 1 broadcas
 constexpr int kCellRows = 3;  // 16 registers: 3 x 4 sums, 3 broadcasts, 1 column
 #endif
 
+constexpr int64_t kLongestSum = 256;  // products that one sum takes up one after the other
+
 // Past the caches, if `streamed`: then `to` is aligned to whole vectors.
 template <class Element>
 QFAST_ALWAYS_INLINE void keep(Element* to, Vector<Element> value, int64_t count, bool streamed) {
@@ -57,11 +59,28 @@ struct LayerStep {
   int64_t output_row;
 };
 
+// As add_columns. Long sums are taken in parts, each from 0: an error that grows with the length of a part
+// only.
+template <int First, int Count, class Element, int Rows>
+QFAST_ALWAYS_INLINE void add_long_columns(Sums<Element, Rows, 4>& sums, const Element* a, int64_t a_row,
+                                          int64_t a_step, const Element* b, int64_t count) {
+  constexpr int64_t width = Count * kLanes<Element>;
+  if (count <= kLongestSum) return add_columns<First, Count>(sums, a, a_row, a_step, b, width, count);
+  for (int64_t begin = 0; begin < count; begin += kLongestSum) {
+    Sums<Element, Rows, Count> part{};
+    add_product(part, a + begin * a_step, a_row, a_step, b + begin * width, width,
+                smaller(kLongestSum, count - begin));
+#pragma GCC unroll 6
+    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < Count; ++v) sums.at[i][First + v] += part.at[i][v];
+  }
+}
+
 template <class Cell, class Element, int Rows>
 QFAST_ALWAYS_INLINE void add_inputs(Sums<Element, Rows, 4>& sums, const Element* input, int64_t row_stride,
                                     int64_t feature_stride, const Element* weight, int64_t features) {
-  add_columns<0, Cell::kGates>(sums, input, row_stride, feature_stride, weight,
-                               Cell::kGates * kLanes<Element>, features);
+  add_long_columns<0, Cell::kGates>(sums, input, row_stride, feature_stride, weight, features);
 }
 
 // What becomes of the sums of a block of units of some rows.
@@ -98,9 +117,9 @@ static void step_cells(const LayerStep<Element>& step, int64_t block, int64_t ro
   add_inputs<Cell>(sums, step.input + row * step.input_row, step.input_row, step.input_feature,
                    step.input_weight + block * step.features * width, step.features);
   if (step.h_before != nullptr) {
-    add_columns<4 - Cell::kGates, Cell::kGates>(sums, step.h_before + row * step.stride, step.stride, 1,
-                                                step.hidden_weight + block * step.hidden * width, width,
-                                                step.hidden);
+    add_long_columns<4 - Cell::kGates, Cell::kGates>(sums, step.h_before + row * step.stride, step.stride, 1,
+                                                     step.hidden_weight + block * step.hidden * width,
+                                                     step.hidden);
   }
   finish_cells<Cell>(step, sums, block * lanes, row, smaller(lanes, step.hidden - block * lanes));
 }

@@ -210,6 +210,10 @@ static void begin_layer(const RecurrentJob<Element>& job, const BackwardTile<Ele
   const BackwardLayer<Element>& layer = tile.layers[l];
   const int64_t H = job.hidden, stride = job.stride, at = (l * job.batch + tile.first) * H;
   widen_rows<Element>(layer.grad_h, stride, job.grad_h == nullptr ? nullptr : job.grad_h + at, H, tile.rows);
+  if (l + 1 == job.layer_count && job.grad_last != nullptr)
+    for (int64_t row = 0; row < tile.rows; ++row)
+      for (int64_t j = 0; j < H; ++j)
+        layer.grad_h[row * stride + j] += job.grad_last[(tile.first + row) * H + j];
   widen_rows<Element>(layer.grad_carried, stride, job.grad_c == nullptr ? nullptr : job.grad_c + at, H,
                       tile.rows);
   if constexpr (!Cell::kCarriesOutput) {
@@ -257,8 +261,6 @@ static void backward_step(const RecurrentJob<Element>& job, const BackwardTile<E
     entering =
         job.grad_output.data + tile.first * job.grad_output.row_stride + t * job.grad_output.step_stride;
     entering_stride = job.grad_output.row_stride;
-  } else if (job.grad_last != nullptr && t + 1 == job.steps) {
-    entering = job.grad_last + tile.first * job.hidden, entering_stride = job.hidden;
   }
   cell_gradients<Cell>(job, tile, l, t, entering, entering_stride);
   const Element* const sums = tile.sums(l, t);
