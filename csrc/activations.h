@@ -192,3 +192,19 @@ QFAST_ALWAYS_INLINE Vector<Element> tanh(Vector<Element> x) {
   const Vector<Element> m = power * exp_rest<Element>(r) + (power - Element(1));
   return (Vector<Element>)((Integers<Element>)(m / (m + Element(2))) | sign);
 }
+
+template <class Element>
+static void tanh_elements(const Element* from, Element* to, int64_t begin, int64_t end) {
+  constexpr int64_t lanes = kLanes<Element>;
+  for (int64_t i = begin; i < end; i += lanes) {
+    const int64_t count = end - i < lanes ? end - i : lanes;
+    store<Element>(to + i, tanh<Element>(load<Element>(from + i, count)), count);
+  }
+}
+
+static void tanh_f32(const float* from, float* to, int64_t begin, int64_t end) {
+  tanh_elements<float>(from, to, begin, end);
+}
+static void tanh_f64(const double* from, double* to, int64_t begin, int64_t end) {
+  tanh_elements<double>(from, to, begin, end);
+}

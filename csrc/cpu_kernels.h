@@ -11,6 +11,8 @@
 #include "window_gather.h"
 
 #define QFAST_CPU_KERNELS                                                                                    \
+  QFAST_KERNEL(tanh_f32, const float* from, float* to, int64_t begin, int64_t end)                           \
+  QFAST_KERNEL(tanh_f64, const double* from, double* to, int64_t begin, int64_t end)                         \
   QFAST_KERNEL(resolve_windows, const ::qfast::ResolveJob&, int64_t begin, int64_t end)                      \
   QFAST_KERNEL(gather_windows, const ::qfast::GatherJob&, int64_t begin, int64_t end, unsigned char* s)      \
   QFAST_KERNEL(scatter_windows_f32, const ::qfast::ScatterJob&, int64_t begin, int64_t end)                  \

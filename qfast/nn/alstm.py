@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qfast.errors import ConfigError, suggest
 from qfast.nn.recurrent import GRUModel, LSTMModel, Recurrent, _RecurrentModel, as_windows
-from qfast.ops import attention_pool, transforms
+from qfast.ops import attention_pool, tanh, transforms
 
 __all__ = ["RNN_TYPES", "ALSTMModel"]
 
@@ -97,12 +97,12 @@ class ALSTMModel(Recurrent):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, F] or [B, F*T] -> [B]."""
-        steps, pooled = self._attended(as_windows(x, self.d_feat))
-        prediction: Tensor = self.fc_out(torch.cat((steps[:, -1, :], pooled), 1)).squeeze(-1)
+        last, pooled = self._attended(as_windows(x, self.d_feat))
+        prediction: Tensor = self.fc_out(torch.cat((last, pooled), 1)).squeeze(-1)
         return prediction
 
     def _attended(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, T, F] -> steps of `rnn` [B, T, H], their weighted mean [B, H]; the same numbers by either way."""
+        """[B, T, F] -> last step of `rnn`, weighted mean of its steps, [B, H] each; the same numbers by either way."""
         # As in `_last_step`: a script leaves the outer branch out, which must stay alone.
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             takes_operator = self._takes_operator(x)
@@ -110,19 +110,20 @@ class ALSTMModel(Recurrent):
                 return self._attended_by_operator(x)
         steps: Tensor = self.rnn(self.net(x))[0]
         pooled: Tensor = (steps * self.att_net(steps)).sum(1)
-        return steps, pooled
+        return steps[:, -1, :], pooled
 
     def _takes_operator(self, x: Tensor) -> bool:
         return self.rnn_type.upper() != "RNN" and super()._takes_operator(x)
 
     def _attended_by_operator(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        steps = self._by_operator(self._mapped(x), all_steps=True)
+        steps, states = self._run_operator(self._mapped(x), all_steps=True)
+        last = states[-1]  # not out of `steps`, whose gradient would be as large and zero elsewhere
         if not self._attention_is_plain():
-            return steps, (steps * self.att_net(steps)).sum(1)
+            return last, (steps * self.att_net(steps)).sum(1)
         entering, leaving = cast(nn.Linear, self.att_net.att_fc_in), cast(nn.Linear, self.att_net.att_fc_out)
         dropout = cast(nn.Dropout, self.att_net.att_dropout)
         weights = entering.weight, entering.bias, leaving.weight
-        return steps, attention_pool(steps, *weights, dropout=dropout.p, training=dropout.training)
+        return last, attention_pool(steps, *weights, dropout=dropout.p, training=dropout.training)
 
     def _mapped(self, x: Tensor) -> Tensor:
         """`net` of every step, without a gradient once a row where windows overlap."""
@@ -130,9 +131,15 @@ class ALSTMModel(Recurrent):
         overlaps = batch > 1 and steps > 1 and x.stride(0) == x.stride(1)
         per_row = all(type(part) in (nn.Linear, nn.Tanh) for part in self.net)
         if not overlaps or not per_row or torch.is_grad_enabled() or transforms.active():
-            return self.net(x)
+            return self._row_map(x)
         rows = x.as_strided((batch + steps - 1, features), (x.stride(0), x.stride(2)))
-        return self.net(rows).unfold(0, steps, 1).transpose(1, 2)
+        return self._row_map(rows).unfold(0, steps, 1).transpose(1, 2)
+
+    def _row_map(self, x: Tensor) -> Tensor:
+        plain = [type(part) for part in self.net] == [nn.Linear, nn.Tanh]
+        if not plain or any(_has_hooks(part) for part in (self.net, *self.net)):
+            return self.net(x)
+        return tanh(cast(nn.Linear, self.net.fc_in)(x))
 
     def _attention_is_plain(self) -> bool:
         """Whether `att_net` is still what was built here: nothing but it would do what the operator does."""

@@ -96,13 +96,17 @@ class Recurrent(PlainTorch):
         out: Tensor = self.rnn(x)[0]
         return out[:, -1, :]
 
-    def _by_operator(self, x: Tensor, all_steps: bool = False) -> Tensor:
-        """[B, T, F] -> [B, H], or [B, T, H] of all steps."""
+    def _by_operator(self, x: Tensor) -> Tensor:
+        return self._run_operator(x, all_steps=False)[0]
+
+    def _run_operator(self, x: Tensor, all_steps: bool) -> tuple[Tensor, Tensor]:
+        """[B, T, F] -> h of the last step [B, H] or of all steps [B, T, H], and the last of each layer [L, B, H]."""
         rnn = self.rnn
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         layers = [[getattr(rnn, f"{name}_l{layer}") for name in names] for layer in range(rnn.num_layers)]
         operator = self._kind().operator
-        return operator(x, layers, dropout=rnn.dropout, training=rnn.training, all_steps=all_steps)[0]
+        output, state = operator(x, layers, dropout=rnn.dropout, training=rnn.training, all_steps=all_steps)
+        return output, state[0] if isinstance(state, tuple) else state
 
     def _takes_operator(self, x: Tensor) -> bool:
         """Whether to compute with our operator: on the CPU, in float32 and float64."""

@@ -6,12 +6,14 @@ from typing import NamedTuple
 
 import torch
 
+from qfast.ops import activations as _activations
 from qfast.ops import additive_attention as _attention
 from qfast.ops import attention_pool as _attention_pool
 from qfast.ops import recurrent as _recurrent
 from qfast.ops import temporal_conv as _temporal_conv
 from qfast.ops import window_gather as _window_gather
 from qfast.ops import window_index as _window_index
+from qfast.ops.activations import tanh
 from qfast.ops.additive_attention import additive_attention, graph_attention
 from qfast.ops.attention_pool import attention_pool
 from qfast.ops.recurrent import gru, lstm
@@ -31,6 +33,7 @@ __all__ = [
     "graph_attention",
     "gru",
     "lstm",
+    "tanh",
     "temporal_block",
     "temporal_conv_net",
     "window_rows",
@@ -46,11 +49,12 @@ class Operator(NamedTuple):
 
 OPERATORS = {
     "additive_attention": Operator(partial(_attention.self_test, "additive_attention")),
-    "attention_pool": Operator(_attention_pool.self_test, ("cpu",)),
+    "attention_pool": Operator(_attention_pool.self_test),
     "build_window_index": Operator(_window_index.self_test, ("cpu",)),
     "gather_windows": Operator(_window_gather.self_test),
     "graph_attention": Operator(partial(_attention.self_test, "graph_attention")),
-    "gru": Operator(partial(_recurrent.self_test, "gru"), ("cpu",)),
-    "lstm": Operator(partial(_recurrent.self_test, "lstm"), ("cpu",)),
+    "gru": Operator(partial(_recurrent.self_test, "gru")),
+    "lstm": Operator(partial(_recurrent.self_test, "lstm")),
+    "tanh": Operator(_activations.self_test, ("cpu",)),
     "temporal_conv_net": Operator(_temporal_conv.self_test),
 }
