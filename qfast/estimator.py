@@ -29,6 +29,7 @@ from qfast.data.windows import WindowSet
 from qfast.device import choose_device, memory_named
 from qfast.errors import ConfigError, DataError, NotFittedError, suggest, whole_number
 from qfast.losses import loss_function, metric_function, sample_weights
+from qfast.nn.plain import PlainTorch
 
 GRADIENT_LIMIT = 3.0  # the reference clips every gradient element to +-3
 
@@ -67,7 +68,8 @@ class Estimator:
         "auto": the GPU number `GPU` if torch sees one and GPU >= 0, otherwise the CPU. Any other
         value is taken literally, and refused where it cannot be had.
     compat : str, optional
-        "qlib" brings back what the reference does and we changed on purpose (docs/parity.md).
+        "qlib" brings back what the reference does and we changed on purpose (docs/parity.md); with dropout it
+        computes by torch's own layers, at their speed, for the reference's masks.
     progress : bool or "auto"
         Progress bar; "auto" shows it only on a terminal.
 
@@ -126,7 +128,10 @@ class Estimator:
         if seed is not None:
             np.random.seed(seed)  # noqa: NPY002 - the reference seeds the global generators here
             torch.manual_seed(seed)
-        self.network: nn.Module = self.build_network(**network).to(self.device)
+        built = self.build_network(**network)
+        if compat == "qlib" and isinstance(built, PlainTorch) and network.get("dropout"):
+            built = built.to_reference()  # whose dropout draws as the reference's
+        self.network: nn.Module = built.to(self.device)
         self.train_optimizer = self._build_optimizer(optimizer, lr, weight_decay)
         self.fitted = False
         self.stop_training = False
@@ -296,8 +301,12 @@ class Estimator:
 
     def run_network(self, windows: WindowSet, samples: Tensor, offsets: Tensor | None = None) -> Tensor:
         """Predictions [B] for samples int64 [B]; `offsets` cuts them into batches, None: they are one."""
-        prediction: Tensor = self.network(windows.batch(samples))
+        prediction: Tensor = self.network(self.features_of(windows, samples))
         return prediction
+
+    def features_of(self, windows: WindowSet, samples: Tensor) -> Tensor:
+        """What the network is given for some samples: [B, T, F], or [B, F*T] if flat."""
+        return windows.batch(samples)
 
     def train_step(self, windows: WindowSet, samples: Tensor) -> Tensor:
         """Forward, backward, value clipping and optimiser step for samples int64 [B]; the detached loss."""

@@ -245,8 +245,8 @@ def test_flat_samples_in_a_time_series_model(always_views):
 
 def test_a_call_of_their_own_is_for_windows_that_are_worth_it():
     wide, narrow = ts.TCN(n_chans=128, num_layers=5), ts.TCN(n_chans=4, num_layers=1)
-    assert wide._fewest_in_call(6, 60) < 50
-    assert narrow._fewest_in_call(6, 5) > 10_000
+    assert wide.fewest_in_call(6, 60) < 50
+    assert narrow.fewest_in_call(6, 5) > 10_000
 
 
 @settings(max_examples=60, deadline=None)

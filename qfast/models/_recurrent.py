@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Any, ClassVar
 
 import torch
@@ -9,7 +10,12 @@ from torch import nn
 
 from qfast.data.batching import BatchOrder, LoaderOrder
 from qfast.estimator import Estimator
+from qfast.models._period import WholePeriod
 from qfast.nn import ALSTMModel
+
+# What a call for windows that follow each other adds, in windows: its last tiles are not full. Measured.
+CALL_COST = 10
+NEVER = 2**62
 
 __all__ = ["Attentive", "AttentiveTimeSeries", "Recurrent", "RecurrentTimeSeries"]
 
@@ -52,7 +58,7 @@ class Recurrent(Estimator):
         )
 
 
-class RecurrentTimeSeries(Recurrent):
+class RecurrentTimeSeries(WholePeriod, Recurrent):
     """As `Recurrent` with `n_jobs` before `GPU`; batches and loss precision of the reference's `_ts` models."""
 
     order: ClassVar[BatchOrder] = LoaderOrder()
@@ -81,6 +87,16 @@ class RecurrentTimeSeries(Recurrent):
             GPU, seed, extra={"n_jobs": n_jobs}, **options,
         )  # fmt: skip
 
+    def fewest_in_call(self, features: int, steps: int) -> int:
+        """Those of whose multiplications `CALL_COST` windows' worth are saved: the first layer's products with rows."""
+        per_row = sum(weight.numel() for weight in self.row_weights())
+        every = sum(p.numel() for p in self.network.parameters() if p.dim() == 2)
+        return ceil(CALL_COST * every * steps / (per_row * (steps - 1))) if steps > 1 else NEVER
+
+    def row_weights(self) -> list[nn.Parameter]:
+        """Matrices of the network that act on single rows of the panel."""
+        return [self.network.get_parameter("rnn.weight_ih_l0")]
+
 
 class Attentive(Recurrent):
     """As `Recurrent`, and `rnn_type`: the reference takes it, ignores it and builds a GRU."""
@@ -104,3 +120,7 @@ class Attentive(Recurrent):
 
 class AttentiveTimeSeries(Attentive, RecurrentTimeSeries):
     """As `Attentive`, with the arguments, batches and loss precision of `RecurrentTimeSeries`."""
+
+    def row_weights(self) -> list[nn.Parameter]:
+        head = [parameter for parameter in self.network.get_submodule("net").parameters() if parameter.dim() == 2]
+        return [*super().row_weights(), *head]

@@ -8,10 +8,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from qfast.data.batching import Batches, BatchOrder, LoaderOrder
+from qfast.data.batching import BatchOrder, LoaderOrder
 from qfast.data.windows import WindowSet
 from qfast.errors import DataError, whole_number
 from qfast.estimator import Estimator
+from qfast.models._period import WholePeriod
 from qfast.nn.tcn import TCNModel
 from qfast.ops.temporal_conv import temporal_conv_net
 from qfast.ops.temporal_conv_plan import Plan
@@ -74,7 +75,7 @@ class TemporalConv(Estimator):
 
     def network_input(self, windows: WindowSet, samples: Tensor) -> Tensor:
         """[B, F, T], or [B, F*T] feature-major of flat samples."""
-        x = windows.batch(samples)
+        x = self.features_of(windows, samples)
         d_feat = self._params["d_feat"]
         if windows.step_len is None:
             if x.shape[1] % d_feat:
@@ -86,12 +87,9 @@ class TemporalConv(Estimator):
         return x.transpose(1, 2)
 
 
-class TemporalConvTimeSeries(TemporalConv):
+class TemporalConvTimeSeries(WholePeriod, TemporalConv):
     """As `TemporalConv` with two blocks, no dropout, a larger step and `n_jobs` before `GPU`; batches of the
     reference's `_ts` models; the loss has the label's precision.
-
-    Samples are scored by rows: windows that follow each other in the panel go to the network as views of it, and what
-    they have in common is computed once.
     """
 
     order: ClassVar[BatchOrder] = LoaderOrder()
@@ -125,36 +123,13 @@ class TemporalConvTimeSeries(TemporalConv):
     def network_input(self, windows: WindowSet, samples: Tensor) -> Tensor:
         if self._forgets_transpose:
             return self._untransposed(windows, samples)
-        x = windows.view(samples) if self._shares(windows) else None
-        return super().network_input(windows, samples) if x is None else x.transpose(1, 2)
+        return super().network_input(windows, samples)
 
-    def _predictions(self, windows: WindowSet, batches: Batches) -> Tensor:
-        if not self._shares(windows):
-            return super()._predictions(windows, batches)
-        # Of all samples: without those of a tail that was drawn and left out, few windows would follow each other.
-        stretches = windows.stretches(self._fewest_in_call(windows.features.shape[1], windows.step_len or 1))
-        left = torch.zeros(len(windows), dtype=torch.bool)
-        left[batches.order] = True
-        for samples in stretches:
-            left[samples] = False
-        out = torch.empty(len(windows), dtype=windows.features.dtype)
-        for part in filter(len, (*stretches, left.nonzero()[:, 0])):
-            for samples in part.split(self._params["batch_size"]):
-                out[samples] = self.run_network(windows, samples)
-        return out[batches.order]
-
-    def _fewest_in_call(self, features: int, steps: int) -> int:
-        """Windows that follow each other from which on they are worth a call of their own."""
+    def fewest_in_call(self, features: int, steps: int) -> int:
         params = self._params
         channels = [params["n_chans"]] * params["num_layers"]
         plan: Plan = temporal_conv_net.plan(steps, params["kernel_size"], len(channels))  # type: ignore[attr-defined]
         return max(FEWEST_IN_CALL, round(CALL_COST / plan.multiply_adds(features, channels)[0]))
-
-    def _shares(self, windows: WindowSet) -> bool:
-        """Whether windows that follow each other cost less together: only the operator on the CPU makes use of it."""
-        if torch.is_grad_enabled() or windows.index is None or windows.device.type != "cpu":
-            return False
-        return windows.features.shape[1] == self._params["d_feat"] and self._params["compat"] != "qlib"
 
     # ---------------------------------------------------------------- what the reference does
     def predict(self, dataset: Any, segment: Any = "test") -> pd.Series:
