@@ -1,0 +1,243 @@
+"""Whole periods scored by LSTM, GRU and ALSTM: views of the panel where windows follow each other, the same numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import make_frame
+from test_estimator import same, weights
+from torch import Tensor
+
+from qfast.data import TSDatasetH
+from qfast.data.windows import WindowSet
+from qfast.models import ts
+from qfast.models._recurrent import RecurrentTimeSeries
+
+SMALL = {"d_feat": 3, "hidden_size": 8, "batch_size": 4096, "lr": 0.01, "seed": 1, "device": "cpu"}
+STEP_LEN = 5
+kinds = pytest.mark.parametrize("kind", [ts.LSTM, ts.GRU, ts.ALSTM], ids=lambda kind: kind.__name__)
+
+
+@pytest.fixture
+def always_views(monkeypatch):
+    """Views from two windows on: the periods here are too short for those of their own length."""
+    monkeypatch.setattr(RecurrentTimeSeries, "fewest_in_call", lambda *_: 2)
+
+
+def built(kind: type, **arguments) -> RecurrentTimeSeries:
+    """With weights so large that what stands in a window decides, not the biases."""
+    model = kind(**{**SMALL, **arguments})
+    with torch.no_grad():
+        for parameter in model.network.parameters():
+            parameter *= 3.0
+    model.fitted = True
+    return model
+
+
+def without(frame: pd.DataFrame, instrument: str, days: slice) -> pd.DataFrame:
+    """`frame` without these days of an instrument."""
+    lost = frame.index.get_level_values(0).unique()[days]
+    dates, names = (frame.index.get_level_values(level) for level in (0, 1))
+    return frame[~(dates.isin(lost) & (names == instrument))]
+
+
+def dataset_of(frame: pd.DataFrame, first_day: int = 0, step_len: int = STEP_LEN) -> TSDatasetH:
+    first = frame.index.get_level_values(0).unique()[first_day]
+    return TSDatasetH(handler=frame, segments={"test": (first, None)}, step_len=step_len)
+
+
+def scored(dataset: TSDatasetH) -> WindowSet:
+    return dataset.windows("test", "infer", with_label=False)
+
+
+@torch.no_grad()
+def one_by_one(model: RecurrentTimeSeries, windows: WindowSet, size: int = 50) -> Tensor:
+    """The network on gathered windows, in batches of samples that follow each other."""
+    parts = [windows.batch(samples) for samples in torch.arange(len(windows)).split(size)]
+    assert all(x.untyped_storage().data_ptr() != windows.features.untyped_storage().data_ptr() for x in parts)
+    return torch.cat([model.network.eval()(x) for x in parts])
+
+
+def assert_near(found: Tensor | pd.Series, expected: Tensor) -> None:
+    """Relative to how far predictions lie apart: what they have in common would hide a wrong one."""
+    found = found if isinstance(found, Tensor) else torch.tensor(found.to_numpy())
+    spread = (expected - expected.mean()).norm()
+    assert spread > 0.05 * expected.norm()
+    assert (found - expected).norm() <= 1e-5 * spread
+
+
+class Calls:
+    """How many windows each call of the network had, and whether they were a view of the panel."""
+
+    def __init__(self, model: RecurrentTimeSeries) -> None:
+        self.sizes: list[tuple[int, bool]] = []
+        model.network.register_forward_pre_hook(self.note)
+
+    def note(self, network, inputs):
+        x = inputs[0]
+        self.sizes.append((len(x), x.stride(0) == x.stride(1)))
+
+    def viewed(self) -> int:
+        return sum(size for size, is_view in self.sizes if is_view)
+
+
+def windows_in_stretches(frame: pd.DataFrame, first_day: int = 0, end: int | None = None) -> int:
+    """Counted day by day: windows without a missing day, two or more that follow each other."""
+    there = frame[("label", "LABEL0")].unstack().notna()
+    whole = (there.rolling(STEP_LEN).sum() == STEP_LEN).iloc[first_day:end]
+    return int((whole & (whole.shift(1, fill_value=False) | whole.shift(-1, fill_value=False))).to_numpy().sum())
+
+
+# ---------------------------------------------------------------- predictions
+FULL = make_frame(60, 6, 3, holes=0.0)
+SHORT = without(without(FULL, "S003", slice(0, 57)), "S005", slice(0, 59))  # 3 days and 1 day of 5 steps
+PANELS = {
+    "all rows": (FULL, 0),
+    "some holes": (make_frame(60, 6, 3, holes=0.05), 0),
+    "many holes": (make_frame(60, 6, 3, holes=0.3), 0),
+    "listed in mid period": (without(FULL, "S002", slice(0, 45)), 20),
+    "suspended in mid period": (without(FULL, "S002", slice(40, 43)), 20),
+    "shorter than a window": (SHORT, 0),
+    "from mid panel": (FULL, 31),
+}
+
+
+@kinds
+@pytest.mark.parametrize("batch_size", [11, 4096])
+@pytest.mark.parametrize("panel", PANELS)
+def test_predictions_are_those_of_gathered_windows(kind, panel, batch_size, always_views):
+    frame, first_day = PANELS[panel]
+    dataset, model = dataset_of(frame, first_day), built(kind, batch_size=batch_size)
+    windows = scored(dataset)
+    expected, calls = one_by_one(model, windows), Calls(model)
+    found = model.predict(dataset)
+    assert found.index.equals(windows.keys())
+    assert_near(found, expected)
+    assert sum(size for size, _ in calls.sizes) == len(windows)
+    assert max(size for size, _ in calls.sizes) <= batch_size
+    in_views = windows_in_stretches(frame, first_day)
+    assert in_views > 0
+    if batch_size == 4096:  # smaller ones can hold nothing but windows left over that happen to follow each other
+        assert calls.viewed() == in_views
+    else:
+        assert in_views <= calls.viewed() <= in_views + 2 * batch_size
+
+
+def test_a_nan_stays_in_the_windows_that_hold_it(always_views):
+    wrong = FULL.copy()
+    wrong.loc[(FULL.index.get_level_values(0).unique()[30], "S002"), ("feature", "F1")] = np.nan
+    model = built(ts.ALSTM)
+    clean, found = model.predict(dataset_of(FULL)), model.predict(dataset_of(wrong))
+    touched = found.isna()
+    assert touched.sum() == STEP_LEN
+    assert set(found.index[touched].get_level_values(1)) == {"S002"}
+    pd.testing.assert_series_equal(found[~touched], clean[~touched], rtol=1e-5, atol=1e-6)
+
+
+@kinds
+def test_a_call_of_their_own_is_for_at_least_fewest_in_call(kind):
+    """One window fewer than it takes, and they are gathered together with the rest."""
+    fewest = built(kind).fewest_in_call(3, STEP_LEN)
+    assert 10 < fewest < 400
+    first_day = STEP_LEN + 3
+    frame = make_frame(first_day + fewest, 4, 3, holes=0.0)
+    for name in ("S000", "S002"):
+        frame = without(frame, name, slice(first_day + fewest - 1, None))
+    model = built(kind)
+    windows = scored(dataset_of(frame, first_day))
+    expected, calls = one_by_one(model, windows), Calls(model)
+    assert_near(model.predict(dataset_of(frame, first_day)), expected)
+    assert calls.sizes == [(fewest, True), (fewest, True), (2 * (fewest - 1), False)]
+
+
+@kinds
+def test_windows_of_one_step_have_nothing_in_common(kind):
+    dataset = dataset_of(make_frame(60, 6, 3, holes=0.05), 20, step_len=1)  # an instrument is no whole batch
+    model = built(kind, batch_size=40)
+    windows = scored(dataset)
+    expected, calls = one_by_one(model, windows), Calls(model)
+    found = model.predict(dataset)
+    sizes = [size for size, _ in calls.sizes]
+    assert sizes == [40] * (len(windows) // 40) + [len(windows) % 40]  # no calls beyond those of whole batches
+    assert found.index.equals(windows.keys())
+    assert_near(found, expected)
+
+
+# ---------------------------------------------------------------- scores
+@kinds
+def test_a_shuffled_training_score_is_that_of_its_batches(kind, always_views):
+    frame = make_frame(60, 6, 3, holes=0.05)
+    windows = TSDatasetH(handler=frame, segments={"train": (None, None)}, step_len=STEP_LEN).windows("train", "learn")
+    model = built(kind, batch_size=64)
+    torch.manual_seed(5)
+    batches = model.batches(windows, "train_score")
+    assert 0 < len(windows) - len(batches.order) < 64  # a tail that was drawn and left out
+    expected = one_by_one(model, windows)
+    losses = [(expected[s].double() - windows.label[s].double()).square().mean() for s in batches]
+    calls = Calls(model)
+    torch.manual_seed(5)
+    score, _ = model.score_segment(windows, "train")
+    assert score == pytest.approx(-float(torch.stack(losses).mean()), rel=1e-6)
+    assert calls.viewed() == windows_in_stretches(frame)
+
+
+@kinds
+def test_a_fit_scores_as_without_views(kind, always_views, monkeypatch):
+    frame = make_frame(60, 6, 3, holes=0.05)
+    days = frame.index.get_level_values(0).unique()
+    segments = {"train": (days[0], days[39]), "valid": (days[40], None)}
+    fits, viewed = [], []
+    for shares in (True, False):
+        if not shares:
+            monkeypatch.setattr(RecurrentTimeSeries, "_shares", lambda *_: False)
+        model = kind(**{**SMALL, "batch_size": 32, "n_epochs": 2})
+        calls = Calls(model)
+        fits.append(model.fit(TSDatasetH(handler=frame, segments=segments, step_len=STEP_LEN)))
+        viewed.append(calls.viewed())
+    in_views = windows_in_stretches(frame, 0, 40) + windows_in_stretches(frame, 40)
+    assert viewed == [2 * in_views, 0]  # also of the tail that the training batches leave out
+    for name in ("train", "valid", "valid_all"):
+        np.testing.assert_allclose(fits[0].history_[name], fits[1].history_[name], rtol=1e-6)
+    assert same(weights(fits[0]), weights(fits[1]))  # training batches are gathered either way
+
+
+# ---------------------------------------------------------------- where there are no views
+@kinds
+def test_the_reference_s_numbers_are_computed_without_views(kind, always_views):
+    dataset, model = dataset_of(FULL), built(kind, compat="qlib", batch_size=40)
+    expected, calls = one_by_one(model, scored(dataset)), Calls(model)
+    assert_near(model.predict(dataset), expected)
+    assert calls.sizes == [(40, False)] * 9
+    calls = Calls(ours := built(kind, batch_size=40))
+    ours.predict(dataset)
+    assert calls.viewed() == windows_in_stretches(FULL)  # and without compat with them
+
+
+@kinds
+def test_no_views_with_gradients(kind, always_views):
+    model, windows = built(kind), scored(dataset_of(FULL))
+    batches = model.batches(windows, "predict")
+    calls = Calls(model)
+    out = model._predictions(windows, batches)
+    assert calls.sizes == [(len(windows), False)]
+    out.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.network.parameters())
+    with torch.no_grad():
+        again = model._predictions(windows, batches)
+    assert calls.viewed() == windows_in_stretches(FULL)
+    assert_near(again, out.detach())
+
+
+@kinds
+@pytest.mark.parametrize("part", ["rnn", "fc_out", ""])
+def test_a_hook_is_called_for_every_window(kind, part, always_views):
+    dataset = dataset_of(make_frame(60, 6, 3, holes=0.05))
+    windows = scored(dataset)
+    expected, model, seen = one_by_one(built(kind), windows), built(kind), []
+    model.network.get_submodule(part).register_forward_hook(lambda _module, given, _out: seen.append(len(given[0])))
+    calls = Calls(model)
+    assert_near(model.predict(dataset), expected)
+    assert sum(seen) == len(windows)
+    assert calls.viewed() > len(windows) / 2
