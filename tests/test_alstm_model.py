@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from qfast import _backend
 from qfast.errors import ConfigError, DataError
-from qfast.nn import ALSTMModel
+from qfast.nn import ALSTMModel, alstm
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 types = pytest.mark.parametrize("rnn_type", ["GRU", "LSTM", "RNN"])
@@ -90,12 +90,13 @@ def test_flat_windows_are_read_feature_by_feature() -> None:
 # ---------------------------------------------------------------- rows once
 @pytest.mark.parametrize("rnn_type", ["GRU", "LSTM"])
 @pytest.mark.parametrize("spacing", [1, 3])
-def test_windows_of_consecutive_rows_map_each_row_once(rnn_type: str, spacing: int) -> None:
+def test_windows_of_consecutive_rows_map_each_row_once(rnn_type: str, spacing: int, monkeypatch) -> None:
     net, _ = case(rnn_type)
     rows = torch.randn(60, 5 * spacing, dtype=torch.float64)[:, ::spacing]
     windows = rows.unfold(0, 20, 1).transpose(1, 2)
     seen: list[int] = []
-    net.net.register_forward_hook(lambda _module, given, _out: seen.append(given[0].shape[:-1].numel()))
+    inner = alstm.tanh
+    monkeypatch.setattr(alstm, "tanh", lambda z: (seen.append(z.shape[:-1].numel()), inner(z))[1])
     with torch.no_grad():
         found, expected = net(windows), net(windows.contiguous())
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
@@ -105,6 +106,35 @@ def test_windows_of_consecutive_rows_map_each_row_once(rnn_type: str, spacing: i
     for odd in (one, same_row, windows[:, :1]):
         with torch.no_grad():
             torch.testing.assert_close(net(odd), net(odd.contiguous()), rtol=1e-12, atol=1e-13)
+
+
+@torch.no_grad()
+def test_changed_parts_are_called_as_they_are() -> None:
+    """Other names, another container, a hook that looks across steps, a score for each unit: as plain torch does it."""
+
+    class Doubled(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    def centred(_module: nn.Module, _given: object, out: Tensor) -> Tensor:
+        return out - out.mean(1, keepdim=True)
+
+    windows = torch.randn(30, 5, dtype=torch.float64).unfold(0, 8, 1).transpose(1, 2)
+    for change in ("names", "container", "hook", "scores", "bias"):
+        net, _ = case()
+        if change == "names":
+            net.net, net.att_net = nn.Sequential(*net.net), nn.Sequential(*net.att_net)
+        elif change == "container":
+            net.net, net.att_net = Doubled(*net.net), Doubled(*net.att_net)
+        elif change == "hook":
+            net.net.register_forward_hook(centred)
+        else:
+            width = net.att_net.att_fc_out.in_features
+            outputs = net.rnn.hidden_size if change == "scores" else 1
+            net.att_net.att_fc_out = nn.Linear(width, outputs, bias=change == "bias").double()
+        expected = plainly(net, windows.contiguous())
+        for given in (windows, windows.contiguous()):
+            torch.testing.assert_close(net(given), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_windows_of_consecutive_rows_have_gradients() -> None:

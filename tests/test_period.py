@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.nn.utils.prune
 from conftest import make_frame
 from test_estimator import same, weights
 from torch import Tensor
@@ -241,3 +242,15 @@ def test_a_hook_is_called_for_every_window(kind, part, always_views):
     assert_near(model.predict(dataset), expected)
     assert sum(seen) == len(windows)
     assert calls.viewed() > len(windows) / 2
+
+
+@pytest.mark.parametrize("change", ["pruned", "replaced"])
+@kinds
+def test_a_changed_layer_is_scored_too(kind, change):
+    """Whatever stands in the place of `rnn`: how long a stretch must be is told by the sizes, not by its weights."""
+    dataset, model = dataset_of(make_frame(40, 3, 3)), built(kind)
+    if change == "pruned":
+        torch.nn.utils.prune.l1_unstructured(model.network.rnn, "weight_ih_l0", 0.5)
+    else:
+        model.network.rnn = torch.nn.Sequential(model.network.rnn)
+    assert_near(model.predict(dataset), one_by_one(model, scored(dataset)))

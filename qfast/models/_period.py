@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qfast import _backend
 from qfast.data.batching import Batches
 from qfast.data.windows import WindowSet
 from qfast.estimator import Estimator
@@ -17,7 +18,8 @@ class WholePeriod(Estimator):
 
     Samples are scored in the order of the panel's rows: a stretch of windows that follow each other goes to the network
     as a view of the panel, x.stride(0) == x.stride(1), and the rest gathered, `batch_size` at a time at the most. A
-    subclass says from how many windows on that is worth a call.
+    subclass says from how many windows on that is worth a call. A network, or a hook of it, must not write to its
+    input: it is the panel.
     """
 
     def fewest_in_call(self, features: int, steps: int) -> int:
@@ -46,5 +48,7 @@ class WholePeriod(Estimator):
     def _shares(self, windows: WindowSet) -> bool:
         """Whether windows that follow each other cost less together: only the operators on the CPU make use of it."""
         if torch.is_grad_enabled() or windows.index is None or windows.device.type != "cpu":
+            return False
+        if _backend.native is None:
             return False
         return windows.features.shape[1] == self._params["d_feat"] and self._params["compat"] != "qlib"

@@ -89,13 +89,13 @@ class RecurrentTimeSeries(WholePeriod, Recurrent):
 
     def fewest_in_call(self, features: int, steps: int) -> int:
         """Those of whose multiplications `CALL_COST` windows' worth are saved: the first layer's products with rows."""
-        per_row = sum(weight.numel() for weight in self.row_weights())
-        every = sum(p.numel() for p in self.network.parameters() if p.dim() == 2)
+        per_row, every = self.multiply_adds(features)
         return ceil(CALL_COST * every * steps / (per_row * (steps - 1))) if steps > 1 else NEVER
 
-    def row_weights(self) -> list[nn.Parameter]:
-        """Matrices of the network that act on single rows of the panel."""
-        return [self.network.get_parameter("rnn.weight_ih_l0")]
+    def multiply_adds(self, features: int) -> tuple[int, int]:
+        """Of a step, in units of H times the gates: those that depend on a row alone, and all."""
+        hidden, layers = self._params["hidden_size"], self._params["num_layers"]
+        return features, features + (2 * layers - 1) * hidden
 
 
 class Attentive(Recurrent):
@@ -121,6 +121,7 @@ class Attentive(Recurrent):
 class AttentiveTimeSeries(Attentive, RecurrentTimeSeries):
     """As `Attentive`, with the arguments, batches and loss precision of `RecurrentTimeSeries`."""
 
-    def row_weights(self) -> list[nn.Parameter]:
-        head = [parameter for parameter in self.network.get_submodule("net").parameters() if parameter.dim() == 2]
-        return [*super().row_weights(), *head]
+    def multiply_adds(self, features: int) -> tuple[int, int]:
+        hidden, layers, gates = self._params["hidden_size"], self._params["num_layers"], 3
+        head = features / gates + hidden  # `net`, and the first layer's products with what it gives
+        return ceil(head), ceil(head + (2 * layers - 1) * hidden)

@@ -120,35 +120,36 @@ class ALSTMModel(Recurrent):
         last = states[-1]  # not out of `steps`, whose gradient would be as large and zero elsewhere
         if not self._attention_is_plain():
             return last, (steps * self.att_net(steps)).sum(1)
-        entering, leaving = cast(nn.Linear, self.att_net.att_fc_in), cast(nn.Linear, self.att_net.att_fc_out)
-        dropout = cast(nn.Dropout, self.att_net.att_dropout)
+        entering, leaving = cast(nn.Linear, self.att_net[0]), cast(nn.Linear, self.att_net[3])
+        dropout = cast(nn.Dropout, self.att_net[1])
         weights = entering.weight, entering.bias, leaving.weight
         return last, attention_pool(steps, *weights, dropout=dropout.p, training=dropout.training)
 
     def _mapped(self, x: Tensor) -> Tensor:
         """`net` of every step, without a gradient once a row where windows overlap."""
+        if not _is_plain(self.net, [nn.Linear, nn.Tanh]):
+            return self.net(x)  # may look across steps
+        linear = cast(nn.Linear, self.net[0])
         batch, steps, features = x.shape
         overlaps = batch > 1 and steps > 1 and x.stride(0) == x.stride(1)
-        per_row = all(type(part) in (nn.Linear, nn.Tanh) for part in self.net)
-        if not overlaps or not per_row or torch.is_grad_enabled() or transforms.active():
-            return self._row_map(x)
+        if not overlaps or torch.is_grad_enabled() or transforms.active():
+            return tanh(linear(x))
         rows = x.as_strided((batch + steps - 1, features), (x.stride(0), x.stride(2)))
-        return self._row_map(rows).unfold(0, steps, 1).transpose(1, 2)
-
-    def _row_map(self, x: Tensor) -> Tensor:
-        plain = [type(part) for part in self.net] == [nn.Linear, nn.Tanh]
-        if not plain or any(_has_hooks(part) for part in (self.net, *self.net)):
-            return self.net(x)
-        return tanh(cast(nn.Linear, self.net.fc_in)(x))
+        return tanh(linear(rows)).unfold(0, steps, 1).transpose(1, 2)
 
     def _attention_is_plain(self) -> bool:
-        """Whether `att_net` is still what was built here: nothing but it would do what the operator does."""
-        parts = list(self.att_net)
-        if [type(part) for part in parts] != [nn.Linear, nn.Dropout, nn.Tanh, nn.Linear, nn.Softmax]:
+        if not _is_plain(self.att_net, [nn.Linear, nn.Dropout, nn.Tanh, nn.Linear, nn.Softmax]):
             return False
-        if cast(nn.Linear, parts[0]).bias is None or cast(nn.Softmax, parts[4]).dim != 1:
-            return False
-        return not any(_has_hooks(part) for part in (self.att_net, *parts))
+        entering, _, _, leaving, softmax = self.att_net
+        one_score = leaving.out_features == 1 and [name for name, _ in leaving.named_parameters()] == ["weight"]
+        return bool(one_score and entering.bias is not None and cast(nn.Softmax, softmax).dim == 1)
+
+
+def _is_plain(layers: nn.Module, kinds: list[type[nn.Module]]) -> bool:
+    """Whether `layers` is still what was built here, in kind and without hooks: an operator would not call others."""
+    if type(layers) is not nn.Sequential or [type(part) for part in layers] != kinds:
+        return False
+    return not any(_has_hooks(part) for part in (layers, *layers))
 
 
 def _has_hooks(part: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qfast.errors import DataError
 from qfast.ops import transforms
 
 __all__ = ["tanh"]
@@ -27,6 +28,11 @@ def tanh(x: Tensor) -> Tensor:
     Tensor
         Shape and dtype of x, within 3 units in the last place.
 
+    Raises
+    ------
+    ValueError
+        x is not a tensor.
+
     Notes
     -----
     Any number of derivatives; torch.func's transforms and forward mode compute torch.tanh.
@@ -36,7 +42,12 @@ def tanh(x: Tensor) -> Tensor:
     >>> tanh(torch.tensor([0.0, 100.0, -100.0]))
     tensor([ 0.,  1., -1.])
     """
-    known = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
+    if not isinstance(x, Tensor):
+        raise DataError(f"tanh: x: expected a tensor, got {type(x).__name__}.")
+    device = x.device.type
+    known = x.dtype in (torch.float32, torch.float64)
+    if torch.amp.is_autocast_available(device):
+        known = known and not torch.is_autocast_enabled(device)
     if not known or transforms.active():
         return torch.tanh(x)
     out: Tensor = torch.ops.qfast.tanh(x)

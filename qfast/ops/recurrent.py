@@ -40,7 +40,8 @@ def lstm(
     Parameters
     ----------
     x : Tensor [B, T, F], float32 or float64
-        Any strides, read in place; float16 and bfloat16 are computed in float32 and rounded once, at the end.
+        Any strides, read in place; float16 and bfloat16, also beside float32 weights, are computed in float32 and
+        rounded once, at the end.
     layers : sequence of (weight_ih, weight_hh, bias_ih, bias_hh)
         Per layer [4H, F or H], [4H, H], [4H], [4H], gates in torch's order: input, forget, cell, output.
     initial_state : (h, c), each Tensor [L, B, H], optional
@@ -126,7 +127,8 @@ def gru(
 def _run(
     cell: Cell, x: Tensor, layers: Layers, state: Sequence[Tensor], active_dropout: float, dropout: Any, all_steps: bool
 ) -> tuple[Tensor, ...]:
-    if isinstance(x, Tensor) and x.dtype in _HALVES:
+    _check_structure(cell, x, layers, state)
+    if x.dtype in _HALVES:
         half = x.dtype  # weights of other types are left to the checks
         widened = [[part.float() if part.dtype == half else part for part in layer] for layer in layers]
         states = [part.float() if part.dtype == half else part for part in state]
@@ -152,25 +154,38 @@ def _require(condition: bool, operator: str, message: str) -> None:
         raise DataError(f"{operator}: {message}")
 
 
+def _check_structure(cell: Cell, x: Any, layers: Any, state: Sequence[Any]) -> None:
+    """Tensors where tensors belong; their shapes and dtypes are looked at later."""
+    _require_tensor(cell, "x", x)
+    wanted = f"{cell.name}: layers: expected at least one (weight_ih, weight_hh, bias_ih, bias_hh), got "
+    if not isinstance(layers, Sequence) or not all(isinstance(layer, Sequence) for layer in layers):
+        raise DataError(f"{wanted}{type(layers).__name__}: a list of lists of tensors is needed.")
+    counts = [len(layer) for layer in layers]
+    if set(counts) != {4}:
+        raise DataError(f"{wanted}{counts} tensors per layer.")
+    for number, layer in enumerate(layers):
+        for part, tensor in zip(_WEIGHTS, layer, strict=True):
+            _require_tensor(cell, f"layers[{number}].{part}", tensor)
+    for part, tensor in zip(cell.state_names, state, strict=False):
+        _require_tensor(cell, f"initial_state.{part}", tensor)
+
+
+def _require_tensor(cell: Cell, name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise DataError(f"{cell.name}: {name}: expected a tensor, got {type(value).__name__}.")
+
+
 def _checked(cell: Cell, x: Tensor, layers: Layers, state: Sequence[Tensor], dropout: Any) -> list[Tensor]:
     """The weights of all layers in a row, once everything fits."""
     name = cell.name
-    _require(isinstance(x, Tensor), name, f"x: expected a tensor, got {type(x).__name__}.")
     known = x.dtype in (torch.float32, torch.float64)
     _require(known, name, f"x: expected dtype float32 or float64, got {x.dtype}.")
     fits = x.dim() == 3 and x.shape[2] > 0
     _require(fits, name, f"x: expected shape [B, T, F] with F of at least 1, got {tuple(x.shape)}.")
     if isinstance(dropout, bool) or not isinstance(dropout, Real) or not 0.0 <= float(dropout) <= 1.0:
         raise ConfigError(f"{name}: dropout must lie in [0, 1], got {dropout!r}.")
-    counts = [len(layer) for layer in layers]
-    _require(
-        bool(counts) and set(counts) == {4},
-        name,
-        f"layers: expected at least one (weight_ih, weight_hh, bias_ih, bias_hh), got {counts} tensors per layer.",
-    )
     first = layers[0][1]
-    fits = isinstance(first, Tensor) and first.dim() == 2 and first.shape[1] > 0
-    got = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
+    fits, got = first.dim() == 2 and first.shape[1] > 0, tuple(first.shape)
     _require(fits, name, f"layers[0].weight_hh: expected shape [{cell.gates} * H, H] with H of at least 1, got {got}.")
     hidden, rows = first.shape[1], cell.gates * first.shape[1]
     for number, layer in enumerate(layers):
@@ -183,7 +198,6 @@ def _checked(cell: Cell, x: Tensor, layers: Layers, state: Sequence[Tensor], dro
 
 
 def _require_fits(operator: str, name: str, tensor: Any, x: Tensor, shape: tuple[int, ...]) -> None:
-    _require(isinstance(tensor, Tensor), operator, f"{name}: expected a tensor, got {type(tensor).__name__}.")
     if tensor.dtype != x.dtype or tensor.device != x.device:
         raise DataError(
             f"{operator}: {name}: expected dtype and device of x ({x.dtype} on {x.device}), got {tensor.dtype} on "
