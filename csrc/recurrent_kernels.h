@@ -59,13 +59,13 @@ struct LayerStep {
   int64_t output_row;
 };
 
-// As add_columns. Long sums are taken in parts, each from 0: an error that grows with the length of a part
+// As add_columns. Long ones are taken in parts, each from 0: an error that grows with the length of a part
 // only.
-template <int First, int Count, class Element, int Rows>
+template <bool Long, int First, int Count, class Element, int Rows>
 QFAST_ALWAYS_INLINE void add_long_columns(Sums<Element, Rows, 4>& sums, const Element* a, int64_t a_row,
                                           int64_t a_step, const Element* b, int64_t count) {
   constexpr int64_t width = Count * kLanes<Element>;
-  if (count <= kLongestSum) return add_columns<First, Count>(sums, a, a_row, a_step, b, width, count);
+  if constexpr (!Long) return add_columns<First, Count>(sums, a, a_row, a_step, b, width, count);
   for (int64_t begin = 0; begin < count; begin += kLongestSum) {
     Sums<Element, Rows, Count> part{};
     add_product(part, a + begin * a_step, a_row, a_step, b + begin * width, width,
@@ -77,10 +77,10 @@ QFAST_ALWAYS_INLINE void add_long_columns(Sums<Element, Rows, 4>& sums, const El
   }
 }
 
-template <class Cell, class Element, int Rows>
+template <bool Long, class Cell, class Element, int Rows>
 QFAST_ALWAYS_INLINE void add_inputs(Sums<Element, Rows, 4>& sums, const Element* input, int64_t row_stride,
                                     int64_t feature_stride, const Element* weight, int64_t features) {
-  add_long_columns<0, Cell::kGates>(sums, input, row_stride, feature_stride, weight, features);
+  add_long_columns<Long, 0, Cell::kGates>(sums, input, row_stride, feature_stride, weight, features);
 }
 
 // What becomes of the sums of a block of units of some rows.
@@ -105,7 +105,7 @@ QFAST_ALWAYS_INLINE void finish_cells(const LayerStep<Element>& step, const Sums
   }
 }
 
-template <class Cell, class Element, int Rows>
+template <bool Long, class Cell, class Element, int Rows>
 static void step_cells(const LayerStep<Element>& step, int64_t block, int64_t row) {
   constexpr int64_t lanes = kLanes<Element>, width = Cell::kGates * lanes;
   Sums<Element, Rows, 4> sums;
@@ -114,18 +114,18 @@ static void step_cells(const LayerStep<Element>& step, int64_t block, int64_t ro
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
     for (int g = 0; g < 4; ++g) sums.at[i][g] = load<Element>(start + i * step.start_row + g * lanes, lanes);
-  add_inputs<Cell>(sums, step.input + row * step.input_row, step.input_row, step.input_feature,
-                   step.input_weight + block * step.features * width, step.features);
+  add_inputs<Long, Cell>(sums, step.input + row * step.input_row, step.input_row, step.input_feature,
+                         step.input_weight + block * step.features * width, step.features);
   if (step.h_before != nullptr) {
-    add_long_columns<4 - Cell::kGates, Cell::kGates>(sums, step.h_before + row * step.stride, step.stride, 1,
-                                                     step.hidden_weight + block * step.hidden * width,
-                                                     step.hidden);
+    add_long_columns<Long, 4 - Cell::kGates, Cell::kGates>(
+        sums, step.h_before + row * step.stride, step.stride, 1,
+        step.hidden_weight + block * step.hidden * width, step.hidden);
   }
   finish_cells<Cell>(step, sums, block * lanes, row, smaller(lanes, step.hidden - block * lanes));
 }
 
 // Products of a row of x and the bias, [row][block][4][lane], for rows [0, rows) from `input` on.
-template <class Cell, class Element>
+template <bool Long, class Cell, class Element>
 static void project_rows(const RecurrentLayer<Element>& layer, int64_t blocks, const Element* input,
                          int64_t row_stride, int64_t feature_stride, int64_t rows, Element* out) {
   constexpr int64_t lanes = kLanes<Element>;
@@ -138,7 +138,8 @@ static void project_rows(const RecurrentLayer<Element>& layer, int64_t blocks, c
 #pragma GCC unroll 4
         for (int g = 0; g < 4; ++g)
           sums.at[i][g] = load<Element>(layer.bias + (block * 4 + g) * lanes, lanes);
-      add_inputs<Cell>(sums, input + row * row_stride, row_stride, feature_stride, weight, layer.features);
+      add_inputs<Long, Cell>(sums, input + row * row_stride, row_stride, feature_stride, weight,
+                             layer.features);
 #pragma GCC unroll 6
       for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
@@ -206,7 +207,7 @@ static LayerStep<Element> layer_step(const RecurrentJob<Element>& job, const For
   return step;
 }
 
-template <class Cell, class Element>
+template <bool Long, class Cell, class Element>
 static void forward_tile(const RecurrentJob<Element>& job, int64_t first, int64_t rows,
                          const ForwardTile<Element>& tile) {
   const int64_t H = job.hidden;
@@ -219,16 +220,16 @@ static void forward_tile(const RecurrentJob<Element>& job, int64_t first, int64_
                           rows);
   }
   if (job.rolling) {
-    project_rows<Cell, Element>(job.layers[0], job.blocks, job.x.data + first * job.x.row_stride,
-                                job.x.row_stride, job.x.feature_stride, rows + job.steps - 1,
-                                tile.projected(job.layer_count));
+    project_rows<Long, Cell, Element>(job.layers[0], job.blocks, job.x.data + first * job.x.row_stride,
+                                      job.x.row_stride, job.x.feature_stride, rows + job.steps - 1,
+                                      tile.projected(job.layer_count));
   }
   for (int64_t t = 0; t < job.steps; ++t) {
     for (int64_t l = 0; l < job.layer_count; ++l) {
       const LayerStep<Element> step = layer_step<Cell, Element>(job, tile, first, rows, l, t);
       for (int64_t block = 0; block < job.blocks; ++block)
         for_row_tiles<kCellRows>(
-            rows, [&]<int Rows>(int64_t row) { step_cells<Cell, Element, Rows>(step, block, row); });
+            rows, [&]<int Rows>(int64_t row) { step_cells<Long, Cell, Element, Rows>(step, block, row); });
       if (!job.dropout.active || l + 1 == job.layer_count) continue;
       __builtin_memcpy(tile.given(l), step.h, sizeof(Element) * rows * job.stride);
       const Place place{first, 0, static_cast<int32_t>(l), static_cast<int32_t>(t)};
@@ -248,8 +249,15 @@ template <class Cell, class Element>
 static void forward_rows(const RecurrentJob<Element>& job, int64_t begin, int64_t end, Element* scratch) {
   const int64_t each = job.tile_rows * job.stride;
   const ForwardTile<Element> tile{each, 4 * each, scratch};
-  for (int64_t first = begin; first < end; first += job.tile_rows)
-    forward_tile<Cell, Element>(job, first, smaller(job.tile_rows, end - first), tile);
+  const bool is_long = job.hidden > kLongestSum || job.layers[0].features > kLongestSum;
+  for (int64_t first = begin; first < end; first += job.tile_rows) {
+    const int64_t rows = smaller(job.tile_rows, end - first);
+    if (is_long) {
+      forward_tile<true, Cell, Element>(job, first, rows, tile);
+    } else {
+      forward_tile<false, Cell, Element>(job, first, rows, tile);
+    }
+  }
   if (job.streamed) finish_stream();
 }
 
