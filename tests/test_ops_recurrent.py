@@ -31,6 +31,7 @@ from recurrent_cases import (
 )
 from torch import Tensor
 
+from qfast import _backend
 from qfast.ops.recurrent import self_test
 from qfast.ops.recurrent_cells import backward_twin, forward_twin
 
@@ -75,14 +76,16 @@ BY_NAME = {case.name: case for case in CASES}
 @pytest.mark.parametrize("name", NAMES)
 def test_values_and_gradients_are_those_of_torchs_layers(name: str, case: str, isa: str) -> None:
     """float64 to 1e-12; float32 to 1e-5, and beside torch's own float32 within 2 (gradients 3) times its
-    error, or 5e-7 (1e-6), whichever is more: sums of hundreds of products round more than the cells do."""
+    error, or 5e-7 (1e-6, plain torch 2e-6), whichever is more: sums of hundreds of products round more than the cells
+    do, and in plain torch a gradient of a weight is one sum over all rows and steps."""
     of = BY_NAME[case]
     call = partial(operator, name, all_steps=of.all_steps)
     exact, of_torch = exact_results(name, of)
     assert apart(results(call, inputs_of(name, of)), exact, 1e-12) == []
     narrow, n = results(call, inputs_of(name, of, F32)), 1 + len(CELLS[name].state_names)
+    floor = 1e-6 if _backend.native is not None else 2e-6
     for i, (found, true, plain) in enumerate(zip(narrow, exact, of_torch, strict=True)):
-        limit = max(2 * plain, 5e-7) if i < n else max(3 * plain, 1e-6)
+        limit = max(2 * plain, 5e-7) if i < n else max(3 * plain, floor)
         assert relative(found, true) <= min(limit, 1e-5), (i, relative(found, true), plain)
 
 
