@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -62,6 +63,22 @@ inline void check_same_device(const char* op, const char* name, const Tensor& te
   const bool same = tensor.is_cuda() == first.is_cuda() && tensor.is_cpu() == first.is_cpu() &&
                     tensor.get_device_index() == first.get_device_index();
   QFAST_CHECK(same, op, ": ", name, ": expected the device of ", first_name, ", got another.");
+}
+
+// `x` is the tensor that says dtype and device.
+inline void check_shaped(const char* op, const char* name, const Tensor& tensor, const Tensor& x,
+                         std::initializer_list<int64_t> shape) {
+  check_same_device(op, name, tensor, x, "x");
+  QFAST_CHECK(tensor.scalar_type() == x.scalar_type(), op, ": ", name, ": expected the dtype of x, got ",
+              torch::headeronly::toString(tensor.scalar_type()), ".");
+  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
+  std::ostringstream wanted;
+  int64_t axis = 0;
+  for (const int64_t size : shape) {
+    wanted << (axis ? ", " : "") << size;
+    same = same && tensor.size(axis++) == size;
+  }
+  QFAST_CHECK(same, op, ": ", name, ": expected shape (", wanted.str(), "), got ", shape_text(tensor), ".");
 }
 
 // Calls body(float{}) or body(double{}); the dtype has been checked.

@@ -6,6 +6,8 @@
 
 #include "additive_attention.h"
 #include "attention_pool.h"
+#include "encoder_layer.h"
+#include "feed_forward.h"
 #include "recurrent.h"
 #include "temporal_conv.h"
 #include "window_gather.h"
@@ -53,6 +55,20 @@
   QFAST_KERNEL(attention_pool_forward_f64, const ::qfast::PoolJob<double>&, int64_t begin, int64_t end,      \
                double* s)                                                                                    \
   QFAST_KERNEL(attention_pool_backward_f64, const ::qfast::PoolJob<double>&, int64_t begin, int64_t end,     \
+               double* s, double* sums)                                                                      \
+  QFAST_KERNEL(feed_forward_f32, const ::qfast::FeedForwardJob<float>&, int64_t begin, int64_t end,          \
+               float* s)                                                                                     \
+  QFAST_KERNEL(feed_forward_f64, const ::qfast::FeedForwardJob<double>&, int64_t begin, int64_t end,         \
+               double* s)                                                                                    \
+  QFAST_KERNEL(feed_forward_backward_f32, const ::qfast::FeedForwardJob<float>&, int64_t begin, int64_t end, \
+               float* s, float* sums)                                                                        \
+  QFAST_KERNEL(feed_forward_backward_f64, const ::qfast::FeedForwardJob<double>&, int64_t begin,             \
+               int64_t end, double* s, double* sums)                                                         \
+  QFAST_KERNEL(encoder_layer_f32, const ::qfast::EncoderJob<float>&, int64_t begin, int64_t end, float* s)   \
+  QFAST_KERNEL(encoder_layer_backward_f32, const ::qfast::EncoderJob<float>&, int64_t begin, int64_t end,    \
+               float* s, float* sums)                                                                        \
+  QFAST_KERNEL(encoder_layer_f64, const ::qfast::EncoderJob<double>&, int64_t begin, int64_t end, double* s) \
+  QFAST_KERNEL(encoder_layer_backward_f64, const ::qfast::EncoderJob<double>&, int64_t begin, int64_t end,   \
                double* s, double* sums)                                                                      \
   QFAST_KERNEL(temporal_conv_forward_f32, const ::qfast::NetworkJob<float>&, int64_t begin, int64_t end,     \
                float* s)                                                                                     \

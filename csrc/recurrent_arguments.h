@@ -10,21 +10,6 @@ namespace qfast {
 
 using MaybeTensor = std::optional<Tensor>;
 
-inline void check_shaped(const char* op, const char* name, const Tensor& tensor, const Tensor& x,
-                         std::initializer_list<int64_t> shape) {
-  check_same_device(op, name, tensor, x, "x");
-  QFAST_CHECK(tensor.scalar_type() == x.scalar_type(), op, ": ", name, ": expected the dtype of x, got ",
-              torch::headeronly::toString(tensor.scalar_type()), ".");
-  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
-  std::ostringstream wanted;
-  int64_t axis = 0;
-  for (const int64_t size : shape) {
-    wanted << (axis ? ", " : "") << size;
-    same = same && tensor.size(axis++) == size;
-  }
-  QFAST_CHECK(same, op, ": ", name, ": expected shape (", wanted.str(), "), got ", shape_text(tensor), ".");
-}
-
 // `gates`: blocks of H rows in the weights.
 inline void check_layers(const char* op, const Tensor& x, const std::vector<Tensor>& weights, int64_t gates) {
   check_floating(op, "x", x);

@@ -1,0 +1,108 @@
+// Attention of a window's steps to each other, one head at a time, and its gradients. Included inside the
+// namespace of the instruction set.
+//
+// Per head: scores [results, T] = q k^T / sqrt(D / heads), their softmax, dropout, times v. All of it stays
+// in the caches; nothing is kept, the backward computes the weights again. Bound by multiply-adds: 4 T D
+// flops a row with a result forward, 12 T D backward.
+
+constexpr int32_t kHeadDropout = 3;  // and the head's number
+
+// One head of one window. Strides are those of the group's buffers.
+template <class Element>
+struct Head {
+  const EncoderJob<Element>& job;
+  const EncoderGroup<Element>& group;
+  int64_t window, head;  // of the batch
+  int64_t in_group;      // the window's place
+
+  int64_t width() const { return job.width / job.heads; }
+  int64_t at(int64_t rows) const { return in_group * rows; }
+  Element* query_of(Element* queries) const {
+    return queries + at(job.results) * job.padded + head * width();
+  }
+  Element* key_of(Element* pairs) const { return pairs + at(job.steps) * job.padded_pair + head * width(); }
+  Element* value_of(Element* pairs) const { return key_of(pairs) + job.width; }
+
+  PanelMatrix<Element> queries(const Element* from) const {
+    return in_place(from, job.results, width(), job.padded);
+  }
+  PanelMatrix<Element> pairs(const Element* from) const {
+    return in_place(from, job.steps, width(), job.padded_pair);
+  }
+
+  // Rows of keys or values as columns, times `scale`.
+  PanelMatrix<Element> turned(const Element* from, Element scale) const {
+    PanelMatrix<Element> to = in_place<Element>(group.turned, width(), job.steps, 0);
+    to.step = to.width, to.apart = width() * to.width;
+    for (int64_t s = 0; s < job.steps; ++s) {
+      Element* const column = group.turned + s / to.width * to.apart + s % to.width;
+      for (int64_t j = 0; j < width(); ++j) column[j * to.width] = scale * from[s * job.padded_pair + j];
+    }
+    return to;
+  }
+
+  Element scale() const { return static_cast<Element>(1 / __builtin_sqrt(static_cast<double>(width()))); }
+
+  // Attention weights, and after the dropout (the same if there is none).
+  void weigh() const {
+    const int64_t stride = job.padded_steps;
+    multiply<Finish::kPut, Element>(turned(key_of(group.key_value), scale()), query_of(group.query),
+                                    job.padded, 1, job.results, {group.scores, stride, nullptr, nullptr, 0});
+    for (int64_t t = 0; t < job.results; ++t) softmax<Element>(group.scores + t * stride, job.steps);
+    if (!job.dropout.active) return;
+    draw_mask();
+    for (int64_t i = 0; i < job.results * stride; ++i) group.dropped[i] = group.scores[i] * group.mask[i];
+  }
+
+  // Four steps share a random number, hence for the last step alone its group of four.
+  void draw_mask() const {
+    const int64_t stride = job.padded_steps, first = job.steps - job.results, inside = first % 4;
+    const auto use = static_cast<int32_t>(kHeadDropout + head);
+    Element* const mask = group.mask;
+    if (inside == 0) {
+      for (int64_t i = 0; i < job.results * stride; ++i) mask[i] = 1;
+      drop<Element>(job.dropout, {first, 0, use, static_cast<int32_t>(window)}, job.results, job.steps, mask,
+                    stride);
+      return;
+    }
+    Element four[4 * kLanes<Element>];
+    for (int64_t s = 0; s < job.steps; s += kLanes<Element>) {
+      for (Element& value : four) value = 1;
+      drop<Element>(job.dropout, {first - inside, s, use, static_cast<int32_t>(window)}, inside + 1,
+                    smaller(kLanes<Element>, job.steps - s), four, kLanes<Element>);
+      for (int64_t j = 0; j < smaller(kLanes<Element>, job.steps - s); ++j)
+        mask[s + j] = four[inside * kLanes<Element> + j];
+    }
+  }
+
+  // weights x values into `mixed`
+  void mix() const {
+    multiply<Finish::kPut, Element>(pairs(value_of(group.key_value)), group.dropped, job.padded_steps, 1,
+                                    job.results, {query_of(group.mixed), job.padded, nullptr, nullptr, 0});
+  }
+
+  // Gradients of query, key and value out of that of `mixed`.
+  void backward() const {
+    const int64_t stride = job.padded_steps;
+    Element* const grad = query_of(group.grad_mixed);
+    multiply<Finish::kPut, Element>(turned(value_of(group.key_value), 1), grad, job.padded, 1, job.results,
+                                    {group.grad_scores, stride, nullptr, nullptr, 0});
+    multiply<Finish::kPut, Element>(queries(grad), group.dropped, 1, stride, job.steps,
+                                    {value_of(group.grad_key_value), job.padded_pair, nullptr, nullptr, 0});
+    for (int64_t t = 0; t < job.results; ++t) through_softmax(t * stride);
+    multiply<Finish::kPut, Element>(pairs(key_of(group.key_value)), group.grad_scores, stride, 1, job.results,
+                                    {query_of(group.grad_query), job.padded, nullptr, nullptr, 0});
+    multiply<Finish::kPut, Element>(queries(query_of(group.query)), group.grad_scores, 1, stride, job.steps,
+                                    {key_of(group.grad_key_value), job.padded_pair, nullptr, nullptr, 0});
+  }
+
+  // A row of the gradient of the weights becomes that of q . k.
+  void through_softmax(int64_t row) const {
+    Element* const grad = group.grad_scores + row;
+    const Element* const weights = group.scores + row;
+    if (job.dropout.active)
+      for (int64_t s = 0; s < job.steps; ++s) grad[s] *= group.mask[row + s];
+    const Element mean = dot<Element>(weights, grad, job.steps), by = scale();
+    for (int64_t s = 0; s < job.steps; ++s) grad[s] = weights[s] * (grad[s] - mean) * by;
+  }
+};

@@ -1,0 +1,143 @@
+// Weights packed for the CPU kernels, for the length of a call. Host only.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "cpu_dispatch.h"
+#include "cpu_workers.h"
+#include "panels.h"
+
+namespace qfast {
+
+template <class Element>
+class PanelStore {
+ public:
+  explicit PanelStore(const Tensor& like) : like_(like) {}
+
+  static PanelCut cut(int64_t columns) {
+    return {columns, cpu_kernels().vector_bytes, static_cast<int64_t>(sizeof(Element))};
+  }
+
+  // The rows [first, first + columns) of a linear layer's weight as the right side of x . weight^T.
+  PanelMatrix<Element> linear(const Tensor& weight, int64_t first, int64_t columns) {
+    const int64_t rows = weight.size(1);
+    return pack(weight.const_data_ptr<Element>() + first * rows, rows, columns, 1, rows);
+  }
+
+  // The same rows as the right side of grad . weight.
+  PanelMatrix<Element> turned(const Tensor& weight, int64_t first, int64_t rows) {
+    const int64_t columns = weight.size(1);
+    return pack(weight.const_data_ptr<Element>() + first * columns, rows, columns, columns, 1);
+  }
+
+  // Elements of a vector, zeros up to whole panels.
+  const Element* vector(const Element* from, int64_t columns) {
+    Element* const to = zeros(cut(columns).padded());
+    if (columns > 0) std::memcpy(to, from, sizeof(Element) * columns);
+    return to;
+  }
+
+ private:
+  // Element (k, j) from from[k * row_stride + j * column_stride]. A square at a time: both sides then stay in
+  // the first-level cache.
+  PanelMatrix<Element> pack(const Element* from, int64_t rows, int64_t columns, int64_t row_stride,
+                            int64_t column_stride) {
+    constexpr int64_t kSquare = 16;
+    const PanelCut panel = cut(columns);
+    Element* const to = zeros(rows * panel.padded());
+    for (int64_t first = 0; first < columns; first += kSquare)
+      for (int64_t begin = 0; begin < rows; begin += kSquare)
+        for (int64_t j = first; j < std::min(first + kSquare, columns); ++j) {
+          Element* const place = to + j / panel.width * rows * panel.width + j % panel.width;
+          for (int64_t k = begin; k < std::min(begin + kSquare, rows); ++k)
+            place[k * panel.width] = from[k * row_stride + j * column_stride];
+        }
+    return {rows, columns, panel.width, panel.count, panel.width, rows * panel.width, to};
+  }
+
+  Element* zeros(int64_t elements) {
+    held_.push_back(empty(like_, {std::max<int64_t>(elements, 1)}));
+    Element* const to = held_.back().template mutable_data_ptr<Element>();
+    std::fill(to, to + elements, Element(0));
+    return to;
+  }
+
+  Tensor like_;
+  std::vector<Tensor> held_;
+};
+
+// A part of the tiles: its sums are added up in its own memory.
+constexpr int64_t kSumParts = 16;
+constexpr int64_t kSumPartBytes = 128 << 20;  // that they may take together
+
+// kernel(first tile, last tile, scratch, sums) for a fixed number of parts of the tiles, whatever the number
+// of threads, whose sums are then added in order. Gives the total, `sum_elements` of it.
+template <class Element, class Kernel>
+Tensor sum_in_parts(const Tensor& like, int64_t tiles, int64_t scratch_elements, int64_t sum_elements,
+                    const Kernel& kernel) {
+  const int64_t elements = rounded_up(std::max<int64_t>(sum_elements, 1), 16);
+  const int64_t each = rounded_up(scratch_elements, 16);
+  const int64_t fitting = kSumPartBytes / static_cast<int64_t>(sizeof(Element)) / elements;
+  const int64_t parts = std::max<int64_t>(1, std::min({tiles, kSumParts, fitting}));
+  const Tensor scratch = empty(like, {worker_count(parts) * each}), sums = empty(like, {parts * elements});
+  Element* const space = scratch.mutable_data_ptr<Element>();
+  Element* const total = sums.mutable_data_ptr<Element>();
+  share(parts, [&](int64_t worker, int64_t begin, int64_t end) {
+    // What lies beyond the columns of a buffer is read, though not used.
+    std::fill(space + worker * each, space + (worker + 1) * each, Element(0));
+    for (int64_t part = begin; part < end; ++part) {
+      Element* const sum = total + part * elements;
+      std::fill(sum, sum + elements, Element(0));
+      kernel(tiles * part / parts, tiles * (part + 1) / parts, space + worker * each, sum);
+    }
+  });
+  for (int64_t part = 1; part < parts; ++part)
+    for (int64_t i = 0; i < elements; ++i) total[i] += total[part * elements + i];
+  return sums;
+}
+
+// kernel(first tile, last tile, scratch) for equal shares of the tiles.
+template <class Element, class Kernel>
+void run_tiles(const Tensor& like, int64_t tiles, int64_t scratch_elements, const Kernel& kernel) {
+  const int64_t each = rounded_up(scratch_elements, 16);
+  const Tensor scratch = empty(like, {worker_count(tiles) * each});
+  Element* const space = scratch.mutable_data_ptr<Element>();
+  share(tiles, [&](int64_t worker, int64_t begin, int64_t end) {
+    std::fill(space + worker * each, space + (worker + 1) * each, Element(0));
+    kernel(begin, end, space + worker * each);
+  });
+}
+
+// [rows, columns] out of rows that stand `stride` apart.
+template <class Element>
+Tensor taken(const Tensor& like, const Element* from, int64_t rows, int64_t columns, int64_t stride) {
+  const Tensor out = empty(like, {rows, columns});
+  Element* const to = out.mutable_data_ptr<Element>();
+  for (int64_t row = 0; columns > 0 && row < rows; ++row)
+    std::memcpy(to + row * columns, from + row * stride, sizeof(Element) * columns);
+  return out;
+}
+
+// [columns, rows] likewise: turned over.
+template <class Element>
+Tensor taken_turned(const Tensor& like, const Element* from, int64_t rows, int64_t columns, int64_t stride) {
+  constexpr int64_t kSquare = 16;
+  const Tensor out = empty(like, {columns, rows});
+  Element* const to = out.mutable_data_ptr<Element>();
+  for (int64_t first = 0; first < rows; first += kSquare)
+    for (int64_t j = 0; j < columns; ++j)
+      for (int64_t row = first; row < std::min(first + kSquare, rows); ++row)
+        to[j * rows + row] = from[row * stride + j];
+  return out;
+}
+
+template <class Element>
+Tensor taken_vector(const Tensor& like, const Element* from, int64_t columns) {
+  const Tensor out = empty(like, {columns});
+  if (columns > 0) std::memcpy(out.mutable_data_ptr<Element>(), from, sizeof(Element) * columns);
+  return out;
+}
+
+}  // namespace qfast
