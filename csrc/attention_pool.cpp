@@ -8,18 +8,15 @@
 #include <vector>
 
 #include "attention_pool_arguments.h"
-#include "cpu_dispatch.h"
-#include "cpu_workers.h"
 #include "dropout_host.h"
+#include "panel_store.h"
 
 namespace qfast {
 namespace {
 
-constexpr int64_t kPoolRows = 96;              // rows and steps of a tile, as far as the batch has them
-constexpr int64_t kPoolBytes = 256 << 10;      // what a block holds: well within a 1 MB cache
-constexpr int64_t kLeastSteps = 8;             // of a block
-constexpr int64_t kPoolParts = 16;             // sums of weight gradients, each of a fixed part of the tiles
-constexpr int64_t kPoolPartBytes = 128 << 20;  // that they may take together
+constexpr int64_t kPoolRows = 96;          // rows and steps of a tile, as far as the batch has them
+constexpr int64_t kPoolBytes = 256 << 10;  // what a block holds: well within a 1 MB cache
+constexpr int64_t kLeastSteps = 8;         // of a block
 
 auto forward_kernel(float) { return cpu_kernels().attention_pool_forward_f32; }
 auto forward_kernel(double) { return cpu_kernels().attention_pool_forward_f64; }
@@ -34,11 +31,12 @@ class Pool {
 
   Pool(const PoolTensors& given, double dropout, const std::optional<Tensor>& seed)
       : h_(given.h.stride(2) == 1 ? given.h : torch::stable::contiguous(given.h)),
-        weight_(torch::stable::contiguous(given.weight)) {
+        weight_(torch::stable::contiguous(given.weight)),
+        store_(given.h) {
     job.batch = h_.size(0), job.steps = h_.size(1), job.hidden = h_.size(2), job.width = weight_.size(0);
     job.h = h_.const_data_ptr<Element>();
     job.row_stride = h_.stride(0), job.step_stride = h_.stride(1);
-    job.entering = packed(job.hidden, job.width, 1, job.hidden);
+    job.entering = store_.linear(weight_, 0, job.width);
     job.bias = padded(given.bias), job.score = padded(given.score);
     job.dropout = dropout_rule(given.op, dropout, seed);
     // Fixed by the sizes, so that sums of gradients have the same order with any number of threads.
@@ -49,39 +47,18 @@ class Pool {
     job.block_steps = std::min(job.steps, std::max(kLeastSteps, kPoolBytes / step_bytes));
   }
 
-  void prepare_backward() { job.turned = packed(job.width, job.hidden, job.hidden, 1); }
+  void prepare_backward() { job.turned = store_.turned(weight_, 0, job.width); }
 
   int64_t tiles() const { return (job.batch + job.tile_rows - 1) / job.tile_rows; }
 
  private:
-  // Element (row, column) from weight[row * row_stride + column * column_stride].
-  PackedWeight<Element> packed(int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
-    const int64_t bytes = cpu_kernels().vector_bytes, lanes = bytes / static_cast<int64_t>(sizeof(Element));
-    const int64_t most = (bytes == 64 ? 4 : 2) * lanes, count = (columns + most - 1) / most;
-    const int64_t width = count == 0 ? 0 : rounded_up((columns + count - 1) / count, lanes);
-    const Element* const from = weight_.const_data_ptr<Element>();
-    Element* const to = zeros(rows * width * count);
-    for (int64_t column = 0; column < columns; ++column)
-      for (int64_t row = 0; row < rows; ++row)
-        to[(column / width * rows + row) * width + column % width] =
-            from[row * row_stride + column * column_stride];
-    return {rows, columns, width, count, to};
-  }
-
   const Element* padded(const Tensor& tensor) {
     const Tensor held = torch::stable::contiguous(tensor);
-    Element* const to = zeros(job.entering.padded());
-    if (job.width > 0) std::memcpy(to, held.const_data_ptr<Element>(), sizeof(Element) * job.width);
-    return to;
-  }
-
-  Element* zeros(int64_t elements) {
-    held_.emplace_back(elements, Element(0));
-    return held_.back().data();
+    return store_.vector(held.const_data_ptr<Element>(), job.width);
   }
 
   Tensor h_, weight_;
-  std::vector<std::vector<Element>> held_;
+  PanelStore<Element> store_;
 };
 
 // ---------------------------------------------------------------- forward
@@ -96,47 +73,15 @@ std::tuple<Tensor, Tensor> attention_pool_cpu(const Tensor& h, const Tensor& wei
     Pool<Element> pool(given, dropout, seed);
     auto& job = pool.job;
     job.pooled = pooled.mutable_data_ptr<Element>(), job.attention = attention.mutable_data_ptr<Element>();
-    const int64_t each = rounded_up(PoolSizes<Element>::forward(job), 16);
-    const Tensor scratch = empty(h, {worker_count(pool.tiles()) * each});
-    Element* const space = scratch.mutable_data_ptr<Element>();
     const auto kernel = forward_kernel(Element{});
-    share(pool.tiles(), [&](int64_t worker, int64_t begin, int64_t end) {
-      kernel(job, begin, end, space + worker * each);
-    });
+    run_tiles<Element>(
+        h, pool.tiles(), PoolSizes<Element>::forward(job),
+        [&](int64_t begin, int64_t end, Element* scratch) { kernel(job, begin, end, scratch); });
   });
   return {pooled, attention};
 }
 
 // ---------------------------------------------------------------- backward
-// Runs the tiles in a fixed number of parts, whatever the number of threads, and adds their sums in order.
-template <class Element>
-void run_backward(const Pool<Element>& pool, const Tensor& like, const Tensor& sums_of_parts, int64_t parts,
-                  int64_t elements) {
-  const int64_t each = rounded_up(PoolSizes<Element>::backward(pool.job), 16);
-  const Tensor scratch = empty(like, {worker_count(parts) * each});
-  Element* const space = scratch.mutable_data_ptr<Element>();
-  Element* const total = sums_of_parts.mutable_data_ptr<Element>();
-  const auto kernel = backward_kernel(Element{});
-  share(parts, [&](int64_t worker, int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) {
-      Element* const sum = total + part * elements;
-      std::fill(sum, sum + elements, Element(0));
-      kernel(pool.job, pool.tiles() * part / parts, pool.tiles() * (part + 1) / parts, space + worker * each,
-             sum);
-    }
-  });
-  for (int64_t part = 1; part < parts; ++part)
-    for (int64_t i = 0; i < elements; ++i) total[i] += total[part * elements + i];
-}
-
-template <class Element>
-void copy_rows(const Tensor& to, const Element* from, int64_t rows, int64_t columns, int64_t stride) {
-  if (columns == 0) return;
-  Element* const out = to.mutable_data_ptr<Element>();
-  for (int64_t row = 0; row < rows; ++row)
-    std::memcpy(out + row * columns, from + row * stride, sizeof(Element) * columns);
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_pool_backward_cpu(
     const Tensor& grad, const Tensor& h, const Tensor& weight, const Tensor& bias, const Tensor& score,
     double dropout, std::optional<Tensor> seed, const Tensor& attention, const Tensor& pooled) {
@@ -146,8 +91,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_pool_backward_cpu(
   check_pool_result(given.op, "pooled", pooled, h, h.size(2));
   check_pool_result(given.op, "attention", attention, h, h.size(1));
   const int64_t width = weight.size(0);
-  Tensor grad_h = empty(h, {h.size(0), h.size(1), h.size(2)}), grad_weight = empty(h, {width, h.size(2)}),
-         grad_bias = empty(h, {width}), grad_score = empty(h, {width});
+  const Tensor grad_h = empty(h, {h.size(0), h.size(1), h.size(2)});
+  std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor>> gradients;
   dispatch_floating(h.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);
     Pool<Element> pool(given, dropout, seed);
@@ -158,18 +103,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_pool_backward_cpu(
     job.grad = entering.const_data_ptr<Element>();
     job.attention = kept.mutable_data_ptr<Element>(), job.pooled = result.mutable_data_ptr<Element>();
     job.grad_h = grad_h.mutable_data_ptr<Element>();
-    const int64_t elements = std::max<int64_t>(16, rounded_up(PoolSizes<Element>::sums(job), 16));
-    const int64_t fitting = kPoolPartBytes / static_cast<int64_t>(sizeof(Element)) / elements;
-    const int64_t parts = std::max<int64_t>(1, std::min({pool.tiles(), kPoolParts, fitting}));
-    const Tensor sums = empty(h, {parts * elements});
-    run_backward(pool, h, sums, parts, elements);
+    const auto kernel = backward_kernel(Element{});
+    const Tensor sums = sum_in_parts<Element>(h, pool.tiles(), PoolSizes<Element>::backward(job),
+                                              PoolSizes<Element>::sums(job),
+                                              [&](int64_t begin, int64_t end, Element* scratch,
+                                                  Element* part) { kernel(job, begin, end, scratch, part); });
     const Element* const total = sums.const_data_ptr<Element>();
     const int64_t wide = job.turned.padded(), narrow = job.entering.padded();
-    copy_rows(grad_weight, total, width, job.hidden, wide);
-    copy_rows(grad_bias, total + width * wide, 1, width, narrow);
-    copy_rows(grad_score, total + width * wide + narrow, 1, width, narrow);
+    gradients = {grad_h, taken<Element>(h, total, width, job.hidden, wide),
+                 taken_vector<Element>(h, total + width * wide, width),
+                 taken_vector<Element>(h, total + width * wide + narrow, width)};
   });
-  return {grad_h, grad_weight, grad_bias, grad_score};
+  return *gradients;
 }
 
 }  // namespace

@@ -7,17 +7,9 @@
 #include <cstdint>
 
 #include "dropout.h"
+#include "panels.h"
 
 namespace qfast {
-
-// A weight packed as [panel][row][width], zeros beyond the last column.
-template <class Element>
-struct PackedWeight {
-  int64_t rows, columns, width, count;  // of a panel; panels
-  const Element* data;
-
-  int64_t padded() const { return width * count; }
-};
 
 template <class Element>
 struct PoolJob {
@@ -25,14 +17,14 @@ struct PoolJob {
   int64_t tile_rows, block_steps;       // the rows divide by 4, which share a counter of the dropout
   const Element* h;                     // features side by side
   int64_t row_stride, step_stride;
-  PackedWeight<Element> entering;  // H rows, A columns
-  const Element *bias, *score;     // padded as the columns
+  PanelMatrix<Element> entering;  // H rows, A columns
+  const Element *bias, *score;    // padded as the columns
   DropoutRule dropout;
   Element *attention, *pooled;  // [B, T] and [B, H]
   // Backward only.
-  PackedWeight<Element> turned;  // A rows, H columns
-  const Element* grad;           // of pooled, [B, H]
-  Element* grad_h;               // [B, T, H]
+  PanelMatrix<Element> turned;  // A rows, H columns
+  const Element* grad;          // of pooled, [B, H]
+  Element* grad_h;              // [B, T, H]
 };
 
 // Elements of scratch of a tile, and of a part's sums: weight [A][padded H], then bias and score [padded A].

@@ -9,46 +9,15 @@ struct PoolBlock {
 
 // to[row] = from[row] . weight for rows `stride` apart; the results stand side by side.
 template <class Element>
-static void multiply(const PackedWeight<Element>& weight, const Element* from, int64_t stride, int64_t rows,
-                     Element* to) {
-  const int64_t padded = weight.width * weight.count;
-  for (int64_t panel = 0; panel < weight.count; ++panel) {
-    const Element* const data = weight.data + panel * weight.rows * weight.width;
-    for_panel_width<Element>(weight.width, [&]<int Vectors>() __attribute__((always_inline)) {
-      for_row_tiles<kTileRows<Vectors>>(rows, [&]<int Rows>(int64_t row) __attribute__((always_inline)) {
-        Sums<Element, Rows, Vectors> sums = {};
-        add_product(sums, from + row * stride, stride, 1, data, Vectors * kLanes<Element>, weight.rows);
-        Element* const out = to + row * padded + panel * weight.width;
-#pragma GCC unroll 24
-        for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 4
-          for (int v = 0; v < Vectors; ++v)
-            store<Element>(out + i * padded + v * kLanes<Element>, sums.at[i][v], kLanes<Element>);
-      });
-    });
-  }
-}
-
-template <class Element>
-QFAST_ALWAYS_INLINE Element sum_of_lanes(Vector<Element> values) {
-  Element total = 0;
-  for (int64_t lane = 0; lane < kLanes<Element>; ++lane) total += values[lane];
-  return total;
-}
-
-template <class Element>
-QFAST_ALWAYS_INLINE Element dot(const Element* a, const Element* b, int64_t columns) {
-  Vector<Element> total = {};
-  for_vectors<Element>(columns, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
-    total += load<Element>(a + j, lanes) * load<Element>(b + j, lanes);
-  });
-  return sum_of_lanes<Element>(total);
+QFAST_ALWAYS_INLINE void project(const PanelMatrix<Element>& weight, const Element* from, int64_t stride,
+                                 int64_t rows, Element* to) {
+  multiply<Finish::kPut, Element>(weight, from, stride, 1, rows, {to, weight.padded(), nullptr, nullptr, 0});
 }
 
 // values = tanh((values + bias) * mask) over a block; the mask, if there is dropout, is left in `mask`.
 template <class Element>
 static void activate(const PoolJob<Element>& job, const PoolBlock& block, Element* values, Element* mask) {
-  const int64_t padded = job.entering.width * job.entering.count, cells = block.rows * block.count;
+  const int64_t padded = job.entering.padded(), cells = block.rows * block.count;
   const bool drops = job.dropout.active;
   if (drops) {
     for (int64_t i = 0; i < cells * padded; ++i) mask[i] = 1;
@@ -104,14 +73,14 @@ static void weighted_sum(const Element* weights, const Element* h, int64_t strid
 
 template <class Element>
 static void score_block(const PoolJob<Element>& job, const PoolBlock& block, Element* scratch) {
-  const int64_t padded = job.entering.width * job.entering.count, cells = block.rows * block.count;
+  const int64_t padded = job.entering.padded(), cells = block.rows * block.count;
   const Element* const h = job.h + block.first * job.row_stride + block.step * job.step_stride;
   if (job.row_stride == block.count * job.step_stride) {  // the block is one matrix
-    multiply(job.entering, h, job.step_stride, cells, scratch);
+    project(job.entering, h, job.step_stride, cells, scratch);
   } else {
     for (int64_t row = 0; row < block.rows; ++row)
-      multiply(job.entering, h + row * job.row_stride, job.step_stride, block.count,
-               scratch + row * block.count * padded);
+      project(job.entering, h + row * job.row_stride, job.step_stride, block.count,
+              scratch + row * block.count * padded);
   }
   activate(job, block, scratch, scratch + job.tile_rows * job.block_steps * padded);
   for (int64_t row = 0; row < block.rows; ++row)
@@ -167,7 +136,7 @@ struct PoolBackward {
 
   // h of the block, padded with zeros.
   void copy_rows() const {
-    const int64_t padded = job.turned.width * job.turned.count;
+    const int64_t padded = job.turned.padded();
     for (int64_t row = 0; row < block.rows; ++row)
       for (int64_t s = 0; s < block.count; ++s) {
         const Element* const from =
@@ -182,7 +151,7 @@ struct PoolBackward {
 
   // From the tanh to the gradient of what goes into it, in place; adds those of bias and score.
   void through_tanh() const {
-    const int64_t padded = job.entering.width * job.entering.count;
+    const int64_t padded = job.entering.padded();
     const bool drops = job.dropout.active;
     for (int64_t j = 0; j < padded; j += kLanes<Element>) {
       const Vector<Element> score = load<Element>(job.score + j, kLanes<Element>);
@@ -205,28 +174,15 @@ struct PoolBackward {
 
   // of_weight += gradient^T . h
   void weight_sums() const {
-    const int64_t from = job.entering.width * job.entering.count, to = job.turned.width * job.turned.count;
-    const int64_t cells = block.rows * block.count;
-    for (int64_t column = 0; column < to; column += job.turned.width)
-      for_panel_width<Element>(job.turned.width, [&]<int Vectors>() __attribute__((always_inline)) {
-        for_row_tiles<kTileRows<Vectors>>(job.width, [&]<int Rows>(int64_t a) __attribute__((always_inline)) {
-          Sums<Element, Rows, Vectors> sums = {};
-          add_product(sums, values + a, 1, from, rows + column, to, cells);
-#pragma GCC unroll 24
-          for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 4
-            for (int v = 0; v < Vectors; ++v) {
-              Element* const out = of_weight + (a + i) * to + column + v * kLanes<Element>;
-              store<Element>(out, load<Element>(out, kLanes<Element>) + sums.at[i][v], kLanes<Element>);
-            }
-        });
-      });
+    const int64_t from = job.entering.padded(), to = job.turned.padded();
+    multiply<Finish::kAdd, Element>(in_place<Element>(rows, block.rows * block.count, job.hidden, to), values,
+                                    1, from, job.width, {of_weight, to, nullptr, nullptr, 0});
   }
 
   // The gradient of h: by way of the scores, and as part of the mean.
   void input_gradient() const {
-    const int64_t padded = job.turned.width * job.turned.count;
-    multiply(job.turned, values, job.entering.width * job.entering.count, block.rows * block.count, rows);
+    const int64_t padded = job.turned.padded();
+    project(job.turned, values, job.entering.padded(), block.rows * block.count, rows);
     for (int64_t row = 0; row < block.rows; ++row)
       for (int64_t s = 0; s < block.count; ++s) {
         const Element* const from = rows + (row * block.count + s) * padded;
@@ -246,8 +202,8 @@ struct PoolBackward {
 template <class Element>
 static void pool_backward(const PoolJob<Element>& job, int64_t begin, int64_t end, Element* scratch,
                           Element* sums) {
-  const int64_t narrow = job.entering.width * job.entering.count;
-  const int64_t wide = job.turned.width * job.turned.count;
+  const int64_t narrow = job.entering.padded();
+  const int64_t wide = job.turned.padded();
   const int64_t cells = job.tile_rows * job.block_steps;
   Element* const mask = scratch + cells * narrow;
   Element* const rows = mask + (job.dropout.active ? cells * narrow : 0);
@@ -262,7 +218,7 @@ static void pool_backward(const PoolJob<Element>& job, int64_t begin, int64_t en
       const PoolBackward<Element> pass{job,  block,   scratch,         mask, rows, of_scores,
                                        sums, of_bias, of_bias + narrow};
       pass.copy_rows();
-      multiply(job.entering, rows, wide, block.rows * block.count, scratch);
+      project(job.entering, rows, wide, block.rows * block.count, scratch);
       activate(job, block, scratch, mask);
       pass.through_tanh();
       pass.weight_sums();

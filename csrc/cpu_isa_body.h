@@ -24,8 +24,8 @@ namespace {
 #include "temporal_conv_kernels_rolling.h"
 #include "window_gather_kernels.h"
 // Take parts of the kernels above.
-#include "attention_pool_kernels.h"
 #include "panel_kernels.h"
+#include "attention_pool_kernels.h"
 #include "feed_forward_kernels.h"
 #include "encoder_attention_kernels.h"
 #include "encoder_layer_kernels.h"

@@ -25,12 +25,12 @@ struct Rows {
   int64_t windows, steps;
   int64_t first_window, first_step;  // in the whole batch, for the dropout; the first divides by 4
 
-  QFAST_BOTH int64_t count() const { return windows * steps; }
-  QFAST_BOTH int64_t quads() const { return (windows + kQuad - 1) / kQuad * steps; }
-  QFAST_BOTH int64_t window(int64_t quad) const { return quad / steps * kQuad; }
-  QFAST_BOTH int64_t step(int64_t quad) const { return quad % steps; }
+  __host__ __device__ int64_t count() const { return windows * steps; }
+  __host__ __device__ int64_t quads() const { return (windows + kQuad - 1) / kQuad * steps; }
+  __host__ __device__ int64_t window(int64_t quad) const { return quad / steps * kQuad; }
+  __host__ __device__ int64_t step(int64_t quad) const { return quad % steps; }
   // Where it stands, or -1: no such row.
-  QFAST_BOTH int64_t row(int64_t quad, int i) const {
+  __host__ __device__ int64_t row(int64_t quad, int i) const {
     const int64_t w = window(quad) + i;
     return w < windows ? w * steps + step(quad) : -1;
   }

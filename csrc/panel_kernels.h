@@ -4,6 +4,22 @@
 // A panel (rows x at most four vectors) stays in the first-level cache while the rows of the tile go by, six
 // or more at a time. Bound by multiply-adds: 24 to a loop of 4 vector loads and 6 broadcasts.
 
+template <class Element>
+QFAST_ALWAYS_INLINE Element sum_of_lanes(Vector<Element> values) {
+  Element total = 0;
+  for (int64_t lane = 0; lane < kLanes<Element>; ++lane) total += values[lane];
+  return total;
+}
+
+template <class Element>
+QFAST_ALWAYS_INLINE Element dot(const Element* a, const Element* b, int64_t columns) {
+  Vector<Element> total = {};
+  for_vectors<Element>(columns, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
+    total += load<Element>(a + j, lanes) * load<Element>(b + j, lanes);
+  });
+  return sum_of_lanes<Element>(total);
+}
+
 enum class Finish { kPut, kAdd, kRelu, kGate };
 
 // Where the sums go, [row][column], and what is done on the way. kPut: + bias, if there is one. kAdd: to what
