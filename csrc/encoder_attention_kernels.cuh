@@ -81,9 +81,8 @@ struct Head {
 
   // Memory: weights, then rows. `backward` has two of each but for the keys and values.
   QFAST_DEVICE_INLINE void place(T* shared, bool backward) {
-    T* const all = job.weights == nullptr
-                       ? shared
-                       : job.weights + int64_t{blockIdx.x} * job.weights_elements(backward);
+    T* const all =
+        job.weights == nullptr ? shared : job.weights + int64_t{blockIdx.x} * job.weights_elements(backward);
     weights = all, grad_weights = all + job.together * job.steps;
     T* rows = job.weights == nullptr ? shared + job.weights_elements(backward) : shared;
     query = rows, grad = rows + job.together * job.row_stride();
@@ -161,9 +160,8 @@ struct Head {
   // Results are all steps, or the last one: that is alone in its four, at its own place among them.
   QFAST_DEVICE_INLINE Four<T> scales(int64_t quad, int64_t s) const {
     const int64_t query_step = job.steps - job.results + first + quad * kQuad;
-    const Four<T> kept =
-        kept_scales<T>(job.dropout, seed, s, job.first_window + window,
-                       kHeadPlace + static_cast<uint32_t>(number), query_step / kQuad);
+    const Four<T> kept = kept_scales<T>(job.dropout, seed, s, job.first_window + window,
+                                        kHeadPlace + static_cast<uint32_t>(number), query_step / kQuad);
     const int at = static_cast<int>(query_step % kQuad);
     const T low = at & 1 ? kept.of[1] : kept.of[0], high = at & 1 ? kept.of[3] : kept.of[2];
     return at == 0 ? kept : Four<T>{{at & 2 ? high : low, T(0), T(0), T(0)}};
@@ -189,9 +187,8 @@ struct Head {
 
   // The weights before their dropout.
   QFAST_DEVICE_INLINE void attend() {
-    for_pairs(job.steps, [&](int64_t quad, int64_t s) {
-      four_of(weights, quad, s) = dots(query, quad, key, s);
-    });
+    for_pairs(job.steps,
+              [&](int64_t quad, int64_t s) { four_of(weights, quad, s) = dots(query, quad, key, s); });
     __syncthreads();
     const int lane = static_cast<int>(thread() % kLanes);
     for_queries(count, [&](int64_t, T* row, T*) {
@@ -218,19 +215,23 @@ struct Head {
     }
   }
 
+  QFAST_DEVICE_INLINE void write_mixed() const {
+    for_pairs(job.width, [&](int64_t quad, int64_t c) {
+      const Four<T> sums = mix(weights, quad, value, c);
+#pragma unroll
+      for (int i = 0; i < kQuad; ++i)
+        if (quad * kQuad + i < count)
+          job.mixed[result(quad * kQuad + i) * columns() + column() + c] = sums.of[i];
+    });
+  }
+
   QFAST_DEVICE_INLINE void forward() {
     for_groups([&] {
       load_queries();
       __syncthreads();
       attend();
       drop();
-      for_pairs(job.width, [&](int64_t quad, int64_t c) {
-        const Four<T> sums = mix(weights, quad, value, c);
-#pragma unroll
-        for (int i = 0; i < kQuad; ++i)
-          if (quad * kQuad + i < count)
-            job.mixed[result(quad * kQuad + i) * columns() + column() + c] = sums.of[i];
-      });
+      write_mixed();
       __syncthreads();
     });
   }
@@ -251,7 +252,8 @@ struct Head {
     const int lane = static_cast<int>(thread() % kLanes);
     for_queries(quads() * kQuad, [&](int64_t q, T* row, T* grads) {
       T along = T(0);
-      for (int64_t s = lane; s < job.steps && q < count; s += kLanes) along += row[s * kQuad] * grads[s * kQuad];
+      for (int64_t s = lane; s < job.steps && q < count; s += kLanes)
+        along += row[s * kQuad] * grads[s * kQuad];
       along = sum_of_warp(along);
       for (int64_t s = lane; s < job.steps; s += kLanes) {
         grads[s * kQuad] = q < count ? row[s * kQuad] * (grads[s * kQuad] - along) : T(0);
@@ -290,6 +292,7 @@ struct Head {
       attend();
       attend_backward();
       drop();
+      write_mixed();
       for_pairs(job.width, [&](int64_t quad, int64_t c) {
         const Four<T> sums = mix(grad_weights, quad, key, c);
 #pragma unroll
@@ -309,7 +312,8 @@ __global__ void __launch_bounds__(kHeadThreads) attention_kernel(Attention<T> jo
   extern __shared__ double shared_memory[];
   const uint64_t seed = read_seed(job.dropout);
   for (int64_t task = blockIdx.x; task < job.windows * job.heads; task += gridDim.x) {
-    Head<T> head{job, task / job.heads, static_cast<int32_t>(task % job.heads), seed, {}, {}, {}, {}, {}, {}, 0, 0};
+    Head<T> head{
+        job, task / job.heads, static_cast<int32_t>(task % job.heads), seed, {}, {}, {}, {}, {}, {}, 0, 0};
     head.place(reinterpret_cast<T*>(shared_memory), backward);
     if (backward) {
       head.backward();

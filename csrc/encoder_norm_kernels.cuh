@@ -12,8 +12,8 @@ struct Norm {
   Rows rows;
   int64_t width;
   Dropout dropout;
-  uint32_t place;     // in its counters
-  const T* sums;      // [parts][rows][D]: what the residual is added to, before bias and dropout
+  uint32_t place;  // in its counters
+  const T* sums;   // [parts][rows][D]: what the residual is added to, before bias and dropout
   int64_t parts;
   const T* sums_bias;
   const T* residual;  // [rows][D], its own strides
@@ -86,8 +86,8 @@ __global__ void __launch_bounds__(kPlainThreads) norm_kernel(Norm<T> job) {
       for_rows(job.rows, quad, width, j, [&](int i, int64_t, int64_t at) {
         T value = job.sums[at];
         for (int64_t p = 1; p < job.parts; ++p) value += job.sums[p * part + at];
-        const int64_t from = (job.rows.window(quad) + i) * job.residual_window +
-                             job.rows.step(quad) * job.residual_step + j;
+        const int64_t from =
+            (job.rows.window(quad) + i) * job.residual_window + job.rows.step(quad) * job.residual_step + j;
         value = (value + job.sums_bias[j]) * kept.of[i] + job.residual[from];
         job.output[at] = value;
         mean[i] += value;
@@ -134,8 +134,7 @@ __global__ void __launch_bounds__(kPlainThreads) norm_backward_kernel(NormBackwa
     mean_of_warp(along, width);
     for (int64_t j = lane; j < width; j += kLanes) {
       Four<T> kept = {};
-      if (job.dropped != nullptr)
-        kept = row_scales<T>(job.dropout, seed, job.rows, quad, j, job.place);
+      if (job.dropped != nullptr) kept = row_scales<T>(job.dropout, seed, job.rows, quad, j, job.place);
       for_rows(job.rows, quad, width, j, [&](int i, int64_t row, int64_t at) {
         const T value =
             (entering(at) * job.weight[j] - mean[i] - job.normalised[at] * along[i]) * job.scales[row];

@@ -41,8 +41,8 @@ template <class T>
 QFAST_DEVICE_INLINE Four<T> kept_scales(const Dropout& rule, uint64_t seed, int64_t c0, int64_t c1,
                                         uint32_t place, int64_t group) {
   const T scale = static_cast<T>(rule.scale);
-  const PhiloxWords words = philox(seed, static_cast<uint32_t>(c0), static_cast<uint32_t>(c1), place,
-                                   static_cast<uint32_t>(group));
+  const PhiloxWords words =
+      philox(seed, static_cast<uint32_t>(c0), static_cast<uint32_t>(c1), place, static_cast<uint32_t>(group));
   Four<T> scales;
 #pragma unroll
   for (int i = 0; i < kQuad; ++i) scales.of[i] = words.word[i] >= rule.threshold ? scale : T(0);

@@ -1,5 +1,5 @@
-// Linear, relu, dropout, linear on CUDA, forward and backward. Has never run on a GPU: the kernels are checked
-// by emulation on the host.
+// Linear, relu, dropout, linear on CUDA, forward and backward. Has never run on a GPU: the kernels are
+// checked by emulation on the host.
 //
 // Forward, one launch: the hidden of a tile of rows goes through shared memory slice by slice
 // (feed_forward_kernels.cuh). Backward, in parts of the rows whose hidden is 32 MB, so that it stays in L2:
@@ -51,7 +51,8 @@ Tensor feed_forward_cuda(const Tensor& x, const Tensor& weight_in, const Tensor&
   if (N == 0) return output;
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    FeedForward<T> net(device, block.weight_in, block.bias_in, block.weight_out, block.dropout, false);
+    FeedForwardLaunches<T> net(device, block.weight_in, block.bias_in, block.weight_out, block.dropout,
+                               false);
     const SumsOfUnits sums = net.forward(block.x, block.rows());
     device.launch(feed_forward_join_kernel<T>, grid_for(N * O, kPlainThreads), kPlainThreads, 0,
                   output.mutable_data_ptr<T>(), sums.held.const_data_ptr<T>(), sums.parts,
@@ -78,7 +79,8 @@ Gradients feed_forward_backward_cuda(const Tensor& grad, const Tensor& x, const 
     using T = decltype(zero);
     PartSums sums(device, grads);
     if (N > 0) {
-      FeedForward<T> net(device, block.weight_in, block.bias_in, block.weight_out, block.dropout, true);
+      FeedForwardLaunches<T> net(device, block.weight_in, block.bias_in, block.weight_out, block.dropout,
+                                 true);
       net.backward(block.x, entering, block.rows(), input_grad ? &grad_x : nullptr, sums);
     }
     sums.finish();

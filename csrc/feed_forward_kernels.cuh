@@ -3,8 +3,8 @@
 // A block of threads has a tile of 128 rows (64 of float64) and takes 32 hidden units after the other. Inputs
 // and hidden lie [feature][row] in shared memory, so a thread reads four rows or four columns in one load: 8
 // rows times 4 units for the hidden, then 8 rows times 8 results, whose sums stay in registers. Weights are
-// packed once a call (pack_kernel). Where there are few tiles, several blocks share one, each with some of the
-// hidden; their sums are added in order.
+// packed once a call (pack_kernel). Where there are few tiles, several blocks share one, each with some of
+// the hidden; their sums are added in order.
 #pragma once
 
 #include "encoder_rows.cuh"
@@ -13,10 +13,10 @@ namespace qfast {
 namespace {
 
 constexpr int kTileThreads = 128;
-constexpr int kColumnLanes = 8;                           // threads side by side along the columns
-constexpr int kTallRows = 64;                             // of all threads, at a quad each
-constexpr int kUnits = kColumnLanes * kQuad;              // of a slice of the hidden
-constexpr int kTileQuads = kTileThreads / kColumnLanes;   // quads of rows that lie side by side
+constexpr int kColumnLanes = 8;                          // threads side by side along the columns
+constexpr int kTallRows = 64;                            // of all threads, at a quad each
+constexpr int kUnits = kColumnLanes * kQuad;             // of a slice of the hidden
+constexpr int kTileQuads = kTileThreads / kColumnLanes;  // quads of rows that lie side by side
 static_assert(kTileQuads * kQuad == kTallRows);
 
 template <class T>
@@ -27,16 +27,16 @@ struct Tile {
 };
 
 template <class T>
-struct FeedForwardJob {
+struct FeedForwardData {
   Rows rows;
   int32_t inputs, hidden, outputs;  // D, M, O
   int32_t slices, splits;           // of the hidden
   int32_t padded;                   // results, to a multiple of 64; forward only
   const T *x, *grad;                // [rows][D], and backward [rows][O]
-  const T *entering, *leaving;      // packed: [D][slices][32]; [slices * 32][padded], backward [O][slices][32]
-  const T* bias;                    // [M]
-  T* sums;                          // [splits][rows][O]
-  T *units, *grad_units;            // [rows][M]; the second may be null
+  const T *entering, *leaving;  // packed: [D][slices][32]; [slices * 32][padded], backward [O][slices][32]
+  const T* bias;                // [M]
+  T* sums;                      // [splits][rows][O]
+  T *units, *grad_units;        // [rows][M]; the second may be null
   Dropout dropout;
 };
 
@@ -140,7 +140,7 @@ QFAST_DEVICE_INLINE T passed_back(T unit, T grad, T scale) {
 
 // Without dropout all ones, which change no bit.
 template <class T>
-QFAST_DEVICE_INLINE Four<T> unit_scales(const FeedForwardJob<T>& job, uint64_t seed, int64_t quad,
+QFAST_DEVICE_INLINE Four<T> unit_scales(const FeedForwardData<T>& job, uint64_t seed, int64_t quad,
                                         int64_t unit) {
   if (!job.dropout.active) return {{T(1), T(1), T(1), T(1)}};
   return kept_scales<T>(job.dropout, seed, job.rows, quad, unit, kHiddenPlace);
@@ -148,7 +148,7 @@ QFAST_DEVICE_INLINE Four<T> unit_scales(const FeedForwardJob<T>& job, uint64_t s
 
 // body(first quad of the tile, first and last slice + 1, number of the split), tile by tile.
 template <class T, class Body>
-QFAST_DEVICE_INLINE void for_tiles(const FeedForwardJob<T>& job, const Body& body) {
+QFAST_DEVICE_INLINE void for_tiles(const FeedForwardData<T>& job, const Body& body) {
   constexpr int kQuads = Tile<T>::kRows / kQuad;
   const int64_t tiles = (job.rows.quads() + kQuads - 1) / kQuads;
   for (int64_t task = blockIdx.x; task < tiles * job.splits; task += gridDim.x) {
@@ -161,7 +161,7 @@ QFAST_DEVICE_INLINE void for_tiles(const FeedForwardJob<T>& job, const Body& bod
 // ---------------------------------------------------------------- forward
 // Sums of W2 drop(relu(W1 x + b1)). kWide: 64s of results.
 template <class T, int kWide>
-__global__ void __launch_bounds__(kTileThreads) feed_forward_kernel(FeedForwardJob<T> job) {
+__global__ void __launch_bounds__(kTileThreads) feed_forward_kernel(FeedForwardData<T> job) {
   using At = Tile<T>;
   constexpr int kQuads = At::kQuads;
   extern __shared__ double shared_memory[];
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(kTileThreads) feed_forward_kernel(FeedForwardJ
 // ---------------------------------------------------------------- backward
 // The hidden after its dropout, and the gradient of the sums before its relu.
 template <class T>
-__global__ void __launch_bounds__(kTileThreads) feed_forward_hidden_kernel(FeedForwardJob<T> job) {
+__global__ void __launch_bounds__(kTileThreads) feed_forward_hidden_kernel(FeedForwardData<T> job) {
   using At = Tile<T>;
   constexpr int kQuads = At::kQuads;
   extern __shared__ double shared_memory[];
@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(kTileThreads) feed_forward_hidden_kernel(FeedF
 // ---------------------------------------------------------------- blocks too wide for shared memory
 // Of products that came from outside: `units` W1 x, `grad_units` W2 turned over times the gradient.
 template <class T>
-__global__ void __launch_bounds__(kPlainThreads) feed_forward_activate_kernel(FeedForwardJob<T> job) {
+__global__ void __launch_bounds__(kPlainThreads) feed_forward_activate_kernel(FeedForwardData<T> job) {
   const uint64_t seed = read_seed(job.dropout);
   for_elements(job.rows.quads() * job.hidden, [&](int64_t task) {
     const int64_t quad = task / job.hidden, unit = task % job.hidden;
@@ -308,7 +308,8 @@ __global__ void __launch_bounds__(kPlainThreads) feed_forward_activate_kernel(Fe
 // Parts of the sums, in order, and the bias.
 template <class T>
 __global__ void __launch_bounds__(kPlainThreads)
-    feed_forward_join_kernel(T* to, const T* sums, int64_t parts, const T* bias, int64_t rows, int64_t width) {
+    feed_forward_join_kernel(T* to, const T* sums, int64_t parts, const T* bias, int64_t rows,
+                             int64_t width) {
   for_elements(rows * width, [&](int64_t i) {
     T value = sums[i];
     for (int64_t part = 1; part < parts; ++part) value += sums[part * rows * width + i];

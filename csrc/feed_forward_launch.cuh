@@ -35,7 +35,7 @@ class PartSums {
     for (size_t i = 0; i < totals_.size() && any_; ++i) {
       const int64_t count = totals_[i].numel();
       device_.launch(add_kernel<T>, grid_for(count, kPlainThreads), kPlainThreads, 0,
-                     totals_[i].template mutable_data_ptr<T>(), parts_[i].template const_data_ptr<T>(), count);
+                     totals_[i].mutable_data_ptr<T>(), parts_[i].const_data_ptr<T>(), count);
     }
     any_ = true;
   }
@@ -57,11 +57,11 @@ struct SumsOfUnits {
 };
 
 template <class T>
-class FeedForward {
+class FeedForwardLaunches {
  public:
   // Weights contiguous.
-  FeedForward(CudaDevice& device, const Tensor& weight_in, const Tensor& bias_in, const Tensor& weight_out,
-              const Dropout& dropout, bool backward)
+  FeedForwardLaunches(CudaDevice& device, const Tensor& weight_in, const Tensor& bias_in,
+                      const Tensor& weight_out, const Dropout& dropout, bool backward)
       : device_(device), weight_in_(weight_in), weight_out_(weight_out) {
     job_.inputs = static_cast<int32_t>(weight_in.size(1));
     job_.hidden = static_cast<int32_t>(weight_in.size(0));
@@ -90,9 +90,9 @@ class FeedForward {
       });
       return made;
     }
-    FeedForwardJob<T> job = job_;
+    FeedForwardData<T> job = job_;
     job.rows = rows, job.splits = static_cast<int32_t>(splits);
-    job.x = x.const_data_ptr<T>(), job.sums = made.held.template mutable_data_ptr<T>();
+    job.x = x.const_data_ptr<T>(), job.sums = made.held.mutable_data_ptr<T>();
     const auto kernel = job.padded > kTallRows ? feed_forward_kernel<T, 2> : feed_forward_kernel<T, 1>;
     device_.launch(kernel, grid_for(tiles * splits, 1), kTileThreads, shared_bytes(false), job);
     return made;
@@ -123,9 +123,7 @@ class FeedForward {
   }
 
   // Only the dropout asks for windows.
-  Rows in_order(const Rows& rows) const {
-    return job_.dropout.active ? rows : Rows{rows.count(), 1, 0, 0};
-  }
+  Rows in_order(const Rows& rows) const { return job_.dropout.active ? rows : Rows{rows.count(), 1, 0, 0}; }
 
   static int64_t tiles_of(const Rows& rows) {
     constexpr int64_t kQuads = Tile<T>::kRows / kQuad;
@@ -177,7 +175,7 @@ class FeedForward {
       units_ = room(x, {N, job_.hidden}), made_ = true;
       if (grad != nullptr) grad_units_ = room(x, {N, job_.hidden});
     }
-    FeedForwardJob<T> job = job_;
+    FeedForwardData<T> job = job_;
     job.rows = rows, job.units = units_.mutable_data_ptr<T>();
     if (grad != nullptr) job.grad_units = grad_units_.mutable_data_ptr<T>();
     if (in_shared_ && grad != nullptr) {
@@ -196,7 +194,7 @@ class FeedForward {
 
   CudaDevice& device_;
   Tensor weight_in_, weight_out_, units_, grad_units_;
-  FeedForwardJob<T> job_{};
+  FeedForwardData<T> job_{};
   bool in_shared_ = false, made_ = false;
 };
 
