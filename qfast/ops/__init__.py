@@ -9,6 +9,8 @@ import torch
 from qfast.ops import activations as _activations
 from qfast.ops import additive_attention as _attention
 from qfast.ops import attention_pool as _attention_pool
+from qfast.ops import encoder_layer as _encoder_layer
+from qfast.ops import feed_forward as _feed_forward
 from qfast.ops import recurrent as _recurrent
 from qfast.ops import temporal_conv as _temporal_conv
 from qfast.ops import window_gather as _window_gather
@@ -16,6 +18,8 @@ from qfast.ops import window_index as _window_index
 from qfast.ops.activations import tanh
 from qfast.ops.additive_attention import additive_attention, graph_attention
 from qfast.ops.attention_pool import attention_pool
+from qfast.ops.encoder_layer import encoder_layer
+from qfast.ops.feed_forward import feed_forward
 from qfast.ops.recurrent import gru, lstm
 from qfast.ops.temporal_conv import BlockWeights, temporal_block, temporal_conv_net
 from qfast.ops.window_gather import gather_windows, window_rows
@@ -29,6 +33,8 @@ __all__ = [
     "additive_attention",
     "attention_pool",
     "build_window_index",
+    "encoder_layer",
+    "feed_forward",
     "gather_windows",
     "graph_attention",
     "gru",
@@ -51,6 +57,8 @@ OPERATORS = {
     "additive_attention": Operator(partial(_attention.self_test, "additive_attention")),
     "attention_pool": Operator(_attention_pool.self_test),
     "build_window_index": Operator(_window_index.self_test, ("cpu",)),
+    "encoder_layer": Operator(_encoder_layer.self_test),
+    "feed_forward": Operator(_feed_forward.self_test),
     "gather_windows": Operator(_window_gather.self_test),
     "graph_attention": Operator(partial(_attention.self_test, "graph_attention")),
     "gru": Operator(partial(_recurrent.self_test, "gru")),

@@ -73,10 +73,11 @@ def _by_layer(weights: Sequence[Tensor]) -> list[Sequence[Tensor]]:
     return [weights[at : at + 4] for at in range(0, len(weights), 4)]
 
 
-def dropout_mask(like: Tensor, layer: int, dropout: float, seed: Tensor) -> Tensor:
-    """0 or 1 / (1 - dropout) for each element of a layer's output [B, T, H]; see `lstm` for the rule."""
+def dropout_mask(like: Tensor, layer: int, dropout: float, seed: Tensor, first_step: int = 0) -> Tensor:
+    """0 or 1 / (1 - dropout) for each element of a layer's output [B, T, H], steps from `first_step` on; see `lstm`."""
     batch, steps, hidden = like.shape
     groups, t, j = (torch.arange(n, device=like.device) for n in ((batch + 3) // 4, steps, hidden))
+    t = t + first_step
     number = torch.tensor(layer, device=like.device)
     words = torch.stack(
         torch.broadcast_tensors(*philox(seed, (j.view(1, 1, -1), t.view(1, -1, 1), number, groups.view(-1, 1, 1)))), 1

@@ -1,0 +1,266 @@
+"""A post-norm Transformer encoder layer in one operator, at all steps or at the last one alone.
+
+Reading order: the public function and its checks, encoder_twin.py for the meaning in plain torch, then schemas, fakes
+and gradients. The kernels are csrc/encoder_layer_kernels.h (behind encoder_layer.cpp) and csrc/encoder_layer.cu.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qfast.errors import ConfigError, DataError
+from qfast.ops import transforms
+from qfast.ops.encoder_twin import WEIGHTS, backward_twin, forward_twin
+from qfast.ops.feed_forward import check_floating, check_parameter, checked_dropout
+from qfast.ops.philox import draw_seed
+
+__all__ = ["encoder_layer"]
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def encoder_layer(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    heads: int,
+    eps: float = 1e-5,
+    dropout: float = 0.0,
+    training: bool = False,
+    last_step: bool = False,
+) -> Tensor:
+    """Self-attention, residual, norm, feed-forward block (ReLU), residual, norm: without a mask, every step sees all.
+
+    Parameters
+    ----------
+    x : Tensor [B, T, D], float32 or float64
+        Any strides. float16 and bfloat16 are computed in float32 and rounded once, at the end.
+    weights : 12 tensors
+        The parameters of torch.nn.TransformerEncoderLayer in its own order: in_proj_weight [3D, D], in_proj_bias [3D],
+        out_proj.weight [D, D], out_proj.bias [D], linear1.weight [M, D], linear1.bias [M], linear2.weight [D, M],
+        linear2.bias [D], norm1.weight [D], norm1.bias [D], norm2.weight [D], norm2.bias [D].
+    heads : int
+        A divisor of D.
+    eps : float
+        Added to the variance under the root of both norms.
+    dropout : float
+        Where torch's layer has it, if `training`: attention weights, result of the attention, hidden values, result of
+        the feed-forward block. Element (b, t, j) of the last three has word b % 4 of the Philox counter
+        (j, t, place, b // 4), place 0, 1 and 2; the weight of key s for query t of head h has word t % 4 of
+        (s, b, 3 + h, t // 4). One seed a call, drawn from torch's generator of x's device.
+    last_step : bool
+        Only the last step's result: queries, attention rows and feed-forward for one step a window instead of T. Equal
+        to the last step of the full form, dropout included.
+
+    Returns
+    -------
+    Tensor [B, T, D], or [B, D] if last_step
+        The same bits every time and with any number of threads. Differentiable in x and all weights.
+
+    Raises
+    ------
+    ValueError
+        Wrong dtype, shape or device, no step, heads that do not divide D, eps below 0, dropout outside [0, 1].
+    NotImplementedError
+        A gradient of a gradient by `backward`; torch.func.grad twice gives it.
+
+    Notes
+    -----
+    Kept for the backward are x and, per step with a result, 2 D + 2 numbers; neither the attention weights nor the M
+    hidden values, which are computed again.
+
+    Under torch.func's transforms (grad, jvp, vmap, ...) and in forward-mode levels the steps are torch's own
+    operations: every derivative is there, at torch's speed.
+
+    Source
+    ------
+    Vaswani et al. 2017; values and gradients as torch.nn.TransformerEncoderLayer(batch_first=True).
+
+    Examples
+    --------
+    >>> layer = torch.nn.TransformerEncoderLayer(8, 2, batch_first=True)
+    >>> encoder_layer(torch.zeros(3, 20, 8), list(layer.parameters()), heads=2, last_step=True).shape
+    torch.Size([3, 8])
+    """
+    if isinstance(x, Tensor) and x.dtype in _HALVES and isinstance(weights, (list, tuple)):
+        wide: Any = [part.float() if isinstance(part, Tensor) and part.dtype == x.dtype else part for part in weights]
+        options: Any = {"dropout": dropout, "training": training, "last_step": last_step}
+        return encoder_layer(x.float(), wide, heads=heads, eps=eps, **options).to(x.dtype)
+    _check(x, weights, heads, eps)
+    p = checked_dropout("encoder_layer", dropout) if training else 0.0
+    given: Any = (x, list(weights), heads, float(eps), p, draw_seed(x.device) if p else None, bool(last_step))
+    if transforms.active():
+        return forward_twin(*given)[0]
+    wants_grad = torch.is_grad_enabled() and any(part.requires_grad for part in (x, *weights))
+    if wants_grad and not torch.compiler.is_compiling():
+        output: Tensor = _Function.apply(*given[2:], x, *weights)
+        return output
+    out: Tensor = torch.ops.qfast.encoder_layer(*given, wants_grad)[0]
+    return out
+
+
+# ---------------------------------------------------------------- arguments
+def _check(x: Any, weights: Any, heads: Any, eps: Any) -> None:
+    op = "encoder_layer"
+    check_floating(op, x)
+    if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] == 0:
+        raise DataError(f"{op}: x: expected shape [B, T, D] with T and D of at least 1, got {tuple(x.shape)}.")
+    width = x.shape[2]
+    if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or width % heads:
+        raise ConfigError(f"{op}: heads: expected a divisor of D = {width}, got {heads!r}.")
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not eps >= 0:
+        raise ConfigError(f"{op}: eps must be a number of at least 0, got {eps!r}.")
+    if not isinstance(weights, (list, tuple)) or len(weights) != len(WEIGHTS):
+        got = len(weights) if isinstance(weights, (list, tuple)) else type(weights).__name__
+        raise DataError(
+            f"{op}: weights: expected 12 tensors in the order of torch.nn.TransformerEncoderLayer.parameters(), "
+            f"got {got}. Remedy: list(layer.parameters()) of a layer with bias=True."
+        )
+    first = weights[WEIGHTS.index("linear1.weight")]
+    hidden = len(first) if isinstance(first, Tensor) and first.dim() == 2 else 1
+    if hidden == 0:
+        raise DataError(f"{op}: linear1.weight: expected at least one row, got {tuple(first.shape)}.")
+    vector = (width,)
+    shapes = {
+        "in_proj_weight": (3 * width, width), "in_proj_bias": (3 * width,), "out_proj.weight": (width, width),
+        "linear1.weight": (hidden, width), "linear1.bias": (hidden,), "linear2.weight": (width, hidden),
+    }  # fmt: skip
+    for name, tensor in zip(WEIGHTS, weights, strict=True):
+        check_parameter(op, name, tensor, x, shapes.get(name, vector))
+
+
+# ---------------------------------------------------------------- schemas and fakes
+def _forward(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *given, keep = others
+    with torch.autocast(x.device.type, enabled=False):
+        output, normalised, scales = forward_twin(x, *given)
+    if not keep:
+        normalised, scales = normalised[:, :0].clone(), scales[:, :0].clone()
+    return output, normalised, scales
+
+
+def _backward(grad: Tensor, x: Tensor, weights: list[Tensor], *others: Any) -> tuple[Tensor, list[Tensor]]:
+    *given, input_grad = others
+    of_x, of_weights = backward_twin(grad, x, weights, *given)
+    return (of_x if input_grad else of_x[:0].clone()), of_weights
+
+
+_GIVEN = "Tensor x, Tensor[] weights, int heads"
+_DROPOUT = "float dropout, Tensor? seed, bool last_step"
+_SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "encoder_layer": (
+        f"({_GIVEN}, float eps, {_DROPOUT}, bool keep) -> (Tensor output, Tensor normalised, Tensor scales)",
+        _forward,
+    ),
+    "encoder_layer_backward": (
+        f"(Tensor grad, {_GIVEN}, {_DROPOUT}, Tensor normalised, Tensor scales, bool input_grad) "
+        "-> (Tensor grad_x, Tensor[] grad_weights)",
+        _backward,
+    ),
+}
+for _name, (_schema, _twin) in _SCHEMAS.items():  # the twin serves wherever no kernel is loaded
+    torch.library.define(f"qfast::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(f"qfast::{_name}", "CompositeExplicitAutograd", _twin)
+
+
+@torch.library.register_fake("qfast::encoder_layer")
+def _(x, weights, heads, eps, dropout, seed, last_step, keep):  # type: ignore[no-untyped-def]
+    batch, steps, width = x.shape
+    results, kept = 1 if last_step else steps, batch if keep else 0
+    output = x.new_empty((batch, width) if last_step else (batch, steps, width))
+    return output, x.new_empty((2, kept, results, width)), x.new_empty((2, kept, results))
+
+
+@torch.library.register_fake("qfast::encoder_layer_backward")
+def _(grad, x, weights, heads, dropout, seed, last_step, normalised, scales, input_grad):  # type: ignore[no-untyped-def]
+    of_x = x.new_empty((x.shape[0] if input_grad else 0, *x.shape[1:]))
+    return of_x, [part.new_empty(part.shape) for part in weights]
+
+
+# ---------------------------------------------------------------- gradients
+# Registered for the operator, where torch.compile finds it, and in a Function as well: eager calls through the
+# registered one cost more than the kernel takes for a small batch.
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, weights, ctx.heads, _, ctx.dropout, seed, ctx.last_step, keep = inputs
+    if not keep:
+        raise DataError("encoder_layer: keep: must be true where a gradient is wanted.")
+    ctx.save_for_backward(x, seed, *output[1:], *weights)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _of_inputs(ctx: Any, grad: Tensor, input_grad: bool) -> tuple[Tensor | None, list[Tensor]]:
+    x, seed, normalised, scales, *weights = ctx.saved_tensors
+    of_x, of_weights = torch.ops.qfast.encoder_layer_backward(
+        grad, x, weights, ctx.heads, ctx.dropout, seed, ctx.last_step, normalised, scales, input_grad
+    )
+    return of_x if input_grad else None, of_weights
+
+
+def _gradients(ctx, grad, *_):  # type: ignore[no-untyped-def]
+    if grad is None:
+        return None, [None] * len(WEIGHTS), *(None,) * 6
+    return *_of_inputs(ctx, grad, ctx.needs_input_grad[0]), *(None,) * 6
+
+
+def _no_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    raise NotImplementedError(
+        "encoder_layer: double backward is not supported. Remedy: torch.func.grad within torch.func.grad, which "
+        "computes with torch's own operations."
+    )
+
+
+torch.library.register_autograd("qfast::encoder_layer", _gradients, setup_context=_save)
+torch.library.register_autograd("qfast::encoder_layer_backward", _no_double_backward)
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, heads, eps, dropout, seed, last_step, x, *weights):  # type: ignore[no-untyped-def]
+        given = (x, list(weights), heads, eps, dropout, seed, last_step, True)
+        output = torch.ops.qfast.encoder_layer(*given)
+        _save(ctx, given, output)
+        return output[0]
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        of_x, of_weights = _of_inputs(ctx, grad, ctx.needs_input_grad[5])
+        return *(None,) * 5, of_x, *of_weights
+
+
+# ---------------------------------------------------------------- self-test
+def self_test(device: torch.device) -> None:
+    """The kernels that serve `device` against plain torch, forward and backward, in float64, with dropout.
+
+    Raises
+    ------
+    ArithmeticError
+        They differ.
+    """
+    rng = torch.Generator().manual_seed(0)
+    batch, steps, width, hidden, heads = 5, 7, 12, 83, 2
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng, dtype=torch.float64).to(device)
+
+    matrices = [(3 * width, width), (width, width), (hidden, width), (width, hidden)]
+    weights = [part for shape in matrices for part in (0.3 * random(*shape), random(shape[0]))]
+    weights += [random(width) for _ in range(4)]
+    x, seed = random(batch, steps, width), torch.tensor([3], device=device)
+    for last_step in (False, True):
+        given: Any = (x, weights, heads, 1e-5, 0.25, seed, last_step)
+        found, expected = torch.ops.qfast.encoder_layer(*given, True), forward_twin(*given)
+        back: Any = (x, weights, heads, *given[4:])
+        of_x, of_weights = torch.ops.qfast.encoder_layer_backward(found[0], *back, *found[1:], True)
+        twin_x, twin_weights = backward_twin(expected[0], *back, *expected[1:])
+        pairs = [*zip(found, expected, strict=True), (of_x, twin_x), *zip(of_weights, twin_weights, strict=True)]
+        for ours, theirs in pairs:
+            error = float((ours - theirs).norm() / theirs.norm())
+            if not error < 1e-12:
+                raise ArithmeticError(f"encoder_layer: native and plain torch differ by {error:.1e} (relative norm).")

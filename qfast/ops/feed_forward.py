@@ -1,0 +1,279 @@
+"""Linear, ReLU, dropout, linear in one operator, whose wide hidden is never written to memory.
+
+Reading order: the public function and its checks, the plain-torch twin that states the meaning, then schemas, fakes and
+gradients. The kernels are csrc/feed_forward_kernels.h (behind feed_forward.cpp) and csrc/feed_forward.cu.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qfast.errors import ConfigError, DataError
+from qfast.ops import transforms
+from qfast.ops.philox import draw_seed
+from qfast.ops.recurrent_cells import dropout_mask
+
+__all__ = ["feed_forward"]
+
+_HALVES = (torch.float16, torch.bfloat16)
+HIDDEN_DROPOUT = 1  # third word of its Philox counters
+
+
+def feed_forward(
+    x: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor,
+    weight_out: Tensor,
+    bias_out: Tensor,
+    *,
+    dropout: float = 0.0,
+    training: bool = False,
+) -> Tensor:
+    """weight_out . drop(relu(weight_in x + bias_in)) + bias_out, row by row.
+
+    Parameters
+    ----------
+    x : Tensor [..., D], float32 or float64
+        Any strides. float16 and bfloat16 are computed in float32 and rounded once, at the end.
+    weight_in : Tensor [M, D]
+    bias_in : Tensor [M]
+    weight_out : Tensor [O, M]
+    bias_out : Tensor [O]
+    dropout : float
+        Applied to the M hidden values, if `training`. Hidden value m of row n (rows counted over all leading axes) has
+        word n % 4 of the Philox counter (m, 0, 1, n // 4) under one seed a call, drawn from torch's generator of x's
+        device.
+
+    Returns
+    -------
+    Tensor [..., O]
+        The same bits every time and with any number of threads. Differentiable in all five tensors.
+
+    Raises
+    ------
+    ValueError
+        Wrong dtype, shape or device, D, M or O of 0, dropout outside [0, 1].
+    NotImplementedError
+        A gradient of a gradient by `backward`; torch.func.grad twice gives it.
+
+    Notes
+    -----
+    The hidden values [..., M] are made a slice at a time, in the caches; the backward makes them again. Peak memory
+    does not depend on M.
+
+    Under torch.func's transforms (grad, jvp, vmap, ...) and in forward-mode levels the steps are torch's own
+    operations: every derivative is there, at torch's speed.
+
+    Source
+    ------
+    The feed-forward block of Vaswani et al. 2017; values and gradients as torch.nn.TransformerEncoderLayer has it.
+
+    Examples
+    --------
+    >>> identity = torch.eye(2)
+    >>> feed_forward(torch.tensor([[3.0, -4.0]]), identity, torch.zeros(2), identity, torch.ones(2)).tolist()
+    [[4.0, 1.0]]
+    """
+    if isinstance(x, Tensor) and x.dtype in _HALVES:
+        wide: Any = [part.float() if isinstance(part, Tensor) and part.dtype == x.dtype else part
+                     for part in (weight_in, bias_in, weight_out, bias_out)]  # fmt: skip
+        return feed_forward(x.float(), *wide, dropout=dropout, training=training).to(x.dtype)
+    _check(x, weight_in, bias_in, weight_out, bias_out)
+    p = checked_dropout("feed_forward", dropout) if training else 0.0
+    given: Any = (x.reshape(-1, x.shape[-1]), weight_in, bias_in, weight_out, bias_out, p)
+    given = (*given, draw_seed(x.device) if p else None)
+    wants_grad = torch.is_grad_enabled() and any(part.requires_grad for part in given[:5])
+    if transforms.active():
+        out = _feed_forward(*given)
+    elif wants_grad and not torch.compiler.is_compiling():
+        out = _Function.apply(*given)
+    else:
+        out = torch.ops.qfast.feed_forward(*given)
+    return out.reshape(*x.shape[:-1], weight_out.shape[0])
+
+
+# ---------------------------------------------------------------- arguments
+def checked_dropout(op: str, dropout: Any) -> float:
+    if isinstance(dropout, bool) or not isinstance(dropout, Real) or not 0.0 <= float(dropout) <= 1.0:
+        raise ConfigError(f"{op}: dropout must lie in [0, 1], got {dropout!r}.")
+    return float(dropout)
+
+
+def check_parameter(op: str, name: str, tensor: Any, x: Tensor, shape: tuple[int, ...]) -> None:
+    """A parameter beside x: type, dtype, device and shape."""
+    if not isinstance(tensor, Tensor):
+        raise DataError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}.")
+    if tensor.dtype != x.dtype or tensor.device != x.device:
+        raise DataError(
+            f"{op}: {name}: expected dtype and device of x ({x.dtype} on {x.device}), got {tensor.dtype} on "
+            f"{tensor.device}. Remedy: x.to({tensor.dtype}), or the weights' module .to(x)."
+        )
+    if tuple(tensor.shape) != shape:
+        raise DataError(f"{op}: {name}: expected shape {shape}, got {tuple(tensor.shape)}.")
+
+
+def check_floating(op: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise DataError(f"{op}: x: expected a tensor, got {type(x).__name__}.")
+    if x.dtype not in (torch.float32, torch.float64):
+        raise DataError(f"{op}: x: expected dtype float32 or float64, got {x.dtype}.")
+
+
+def _check(x: Any, weight_in: Any, bias_in: Any, weight_out: Any, bias_out: Any) -> None:
+    check_floating("feed_forward", x)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise DataError(f"feed_forward: x: expected shape [..., D] with D of at least 1, got {tuple(x.shape)}.")
+    sizes = []
+    for name, weight in (("weight_in", weight_in), ("weight_out", weight_out)):
+        if not isinstance(weight, Tensor) or weight.dim() != 2 or len(weight) == 0:
+            got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+            raise DataError(f"feed_forward: {name}: expected a matrix with at least one row, got {got}.")
+        sizes.append(len(weight))
+    hidden, out = sizes
+    check_parameter("feed_forward", "weight_in", weight_in, x, (hidden, x.shape[-1]))
+    check_parameter("feed_forward", "bias_in", bias_in, x, (hidden,))
+    check_parameter("feed_forward", "weight_out", weight_out, x, (out, hidden))
+    check_parameter("feed_forward", "bias_out", bias_out, x, (out,))
+
+
+# ---------------------------------------------------------------- the meaning, in plain torch
+def hidden_values(x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+    hidden = (x @ weight.t() + bias).relu()
+    return hidden if mask is None else hidden * mask
+
+
+def hidden_mask(x: Tensor, hidden: int, dropout: float, seed: Tensor | None) -> Tensor | None:
+    if not dropout or seed is None:
+        return None
+    return dropout_mask(x.new_empty((len(x), 1, hidden)), HIDDEN_DROPOUT, dropout, seed).squeeze(1)
+
+
+def block_gradients(
+    grad: Tensor, x: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of x [N, D] and the four parameters."""
+    hidden = hidden_values(x, weight_in, bias_in, mask)
+    of_hidden = torch.where(hidden <= 0, 0.0, grad @ weight_out)  # NaN passes, as in torch
+    if mask is not None:
+        of_hidden = of_hidden * mask
+    return of_hidden @ weight_in, of_hidden.t() @ x, of_hidden.sum(0), grad.t() @ hidden, grad.sum(0)
+
+
+def _feed_forward(
+    x: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, bias_out: Tensor, dropout: float,
+    seed: Tensor | None,
+) -> Tensor:  # fmt: skip
+    mask = hidden_mask(x, len(weight_in), dropout, seed)
+    return hidden_values(x, weight_in, bias_in, mask) @ weight_out.t() + bias_out
+
+
+def _forward(x: Tensor, *others: Any) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return _feed_forward(x, *others)
+
+
+def _backward(
+    grad: Tensor, x: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, dropout: float,
+    seed: Tensor | None, input_grad: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    mask = hidden_mask(x, len(weight_in), dropout, seed)
+    of_x, *others = block_gradients(grad, x, weight_in, bias_in, weight_out, mask)
+    return (of_x if input_grad else of_x[:0].clone()), *others
+
+
+# ---------------------------------------------------------------- schemas and fakes
+_GIVEN = "Tensor x, Tensor weight_in, Tensor bias_in, Tensor weight_out"
+_SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "feed_forward": (f"({_GIVEN}, Tensor bias_out, float dropout, Tensor? seed) -> Tensor", _forward),
+    "feed_forward_backward": (
+        f"(Tensor grad, {_GIVEN}, float dropout, Tensor? seed, bool input_grad) -> (Tensor grad_x, "
+        "Tensor grad_weight_in, Tensor grad_bias_in, Tensor grad_weight_out, Tensor grad_bias_out)",
+        _backward,
+    ),
+}
+for _name, (_schema, _twin) in _SCHEMAS.items():  # the twin serves wherever no kernel is loaded
+    torch.library.define(f"qfast::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(f"qfast::{_name}", "CompositeExplicitAutograd", _twin)
+
+
+@torch.library.register_fake("qfast::feed_forward")
+def _(x, weight_in, bias_in, weight_out, bias_out, dropout, seed):  # type: ignore[no-untyped-def]
+    return x.new_empty((x.shape[0], weight_out.shape[0]))
+
+
+@torch.library.register_fake("qfast::feed_forward_backward")
+def _(grad, x, weight_in, bias_in, weight_out, dropout, seed, input_grad):  # type: ignore[no-untyped-def]
+    of_parameters = (part.new_empty(part.shape) for part in (weight_in, bias_in, weight_out))
+    of_x = x.new_empty((x.shape[0] if input_grad else 0, x.shape[1]))
+    return of_x, *of_parameters, x.new_empty(weight_out.shape[:1])
+
+
+# ---------------------------------------------------------------- gradients
+# Registered for the operator, where torch.compile finds it, and in a Function as well: eager calls through the
+# registered one cost more than the kernel takes for a small batch.
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, weight_in, bias_in, weight_out, _, ctx.dropout, seed = inputs
+    ctx.save_for_backward(x, weight_in, bias_in, weight_out, seed)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, grad):  # type: ignore[no-untyped-def]
+    if grad is None:
+        return (None,) * 7
+    *tensors, seed = ctx.saved_tensors
+    input_grad = ctx.needs_input_grad[0]
+    given = grad, *tensors, ctx.dropout, seed, input_grad
+    of_x, *of_parameters = torch.ops.qfast.feed_forward_backward(*given)
+    return of_x if input_grad else None, *of_parameters, None, None
+
+
+def _no_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    raise NotImplementedError(
+        "feed_forward: double backward is not supported. Remedy: torch.func.grad within torch.func.grad, which "
+        "computes with torch's own operations."
+    )
+
+
+torch.library.register_autograd("qfast::feed_forward", _gradients, setup_context=_save)
+torch.library.register_autograd("qfast::feed_forward_backward", _no_double_backward)
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *given):  # type: ignore[no-untyped-def]
+        output = torch.ops.qfast.feed_forward(*given)
+        _save(ctx, given, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return _gradients(ctx, grad)
+
+
+# ---------------------------------------------------------------- self-test
+def self_test(device: torch.device) -> None:
+    """The kernels that serve `device` against plain torch, forward and backward, in float64, with dropout.
+
+    Raises
+    ------
+    ArithmeticError
+        They differ.
+    """
+    rng = torch.Generator().manual_seed(0)
+    rows, wide, hidden, out = 7, 5, 83, 19  # whole vectors and a rest
+    shapes = (rows, out), (rows, wide), (hidden, wide), (hidden,), (out, hidden), (out,)
+    grad, *tensors = (torch.randn(shape, generator=rng, dtype=torch.float64).to(device) for shape in shapes)
+    dropout: Any = (0.25, torch.tensor([3], device=device))
+    given: Any = (*tensors, *dropout)
+    pairs = [(torch.ops.qfast.feed_forward(*given), _feed_forward(*given))]
+    back: Any = (grad, *tensors[:4], *dropout, True)
+    pairs += zip(torch.ops.qfast.feed_forward_backward(*back), _backward(*back), strict=True)
+    for ours, theirs in pairs:
+        error = float((ours - theirs).norm() / theirs.norm())
+        if not error < 1e-12:
+            raise ArithmeticError(f"feed_forward: native and plain torch differ by {error:.1e} (relative norm).")
