@@ -51,16 +51,22 @@ QFAST_DEVICE_INLINE void for_quads(const Rows& rows, const Body& body) {
     body(quad, lane);
 }
 
-// body(i, row, element of the row's column) for the quad's rows that there are.
-template <class Body>
-QFAST_DEVICE_INLINE void for_rows(const Rows& rows, int64_t quad, int64_t width, int64_t column,
-                                  const Body& body) {
+// Four rows, -1 where there is none.
+struct QuadRows {
+  int64_t row[kQuad];
+
+  QFAST_DEVICE_INLINE QuadRows(const Rows& rows, int64_t quad) {
 #pragma unroll
-  for (int i = 0; i < kQuad; ++i) {
-    const int64_t row = rows.row(quad, i);
-    if (row >= 0) body(i, row, row * width + column);
+    for (int i = 0; i < kQuad; ++i) row[i] = rows.row(quad, i);
   }
-}
+  // body(i, row, its element) for those that there are.
+  template <class Body>
+  QFAST_DEVICE_INLINE void at(int64_t width, int64_t column, const Body& body) const {
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i)
+      if (row[i] >= 0) body(i, row[i], row[i] * width + column);
+  }
+};
 
 template <class T>
 QFAST_DEVICE_INLINE void mean_of_warp(T (&sums)[kQuad], int64_t width) {
@@ -69,33 +75,29 @@ QFAST_DEVICE_INLINE void mean_of_warp(T (&sums)[kQuad], int64_t width) {
 }
 
 template <class T>
-QFAST_DEVICE_INLINE Four<T> row_scales(const Dropout& rule, uint64_t seed, const Rows& rows, int64_t quad,
-                                       int64_t column, uint32_t place) {
-  if (!rule.active) return {{T(1), T(1), T(1), T(1)}};
-  return kept_scales<T>(rule, seed, rows, quad, column, place);
-}
-
-template <class T>
 __global__ void __launch_bounds__(kPlainThreads) norm_kernel(Norm<T> job) {
   const uint64_t seed = read_seed(job.dropout);
   const int64_t width = job.width, part = job.rows.count() * width;
   for_quads(job.rows, [&](int64_t quad, int lane) {
+    const QuadRows mine(job.rows, quad);
+    const QuadCounter counter = job.rows.counter(quad);
+    const int64_t residual =
+        job.rows.window(quad) * job.residual_window + job.rows.step(quad) * job.residual_step;
     T mean[kQuad] = {}, scale[kQuad] = {};
     for (int64_t j = lane; j < width; j += kLanes) {
-      const Four<T> kept = row_scales<T>(job.dropout, seed, job.rows, quad, j, job.place);
-      for_rows(job.rows, quad, width, j, [&](int i, int64_t, int64_t at) {
+      const Four<T> kept = scales_of<T>(job.dropout, seed, counter, j, job.place);
+      mine.at(width, j, [&](int i, int64_t, int64_t at) {
         T value = job.sums[at];
         for (int64_t p = 1; p < job.parts; ++p) value += job.sums[p * part + at];
-        const int64_t from =
-            (job.rows.window(quad) + i) * job.residual_window + job.rows.step(quad) * job.residual_step + j;
-        value = (value + job.sums_bias[j]) * kept.of[i] + job.residual[from];
+        value =
+            (value + job.sums_bias[j]) * kept.of[i] + job.residual[residual + i * job.residual_window + j];
         job.output[at] = value;
         mean[i] += value;
       });
     }
     mean_of_warp(mean, width);
     for (int64_t j = lane; j < width; j += kLanes)
-      for_rows(job.rows, quad, width, j, [&](int i, int64_t, int64_t at) {
+      mine.at(width, j, [&](int i, int64_t, int64_t at) {
         const T away = job.output[at] - mean[i];
         scale[i] += away * away;
       });
@@ -103,7 +105,7 @@ __global__ void __launch_bounds__(kPlainThreads) norm_kernel(Norm<T> job) {
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) scale[i] = T(1) / ::sqrt(scale[i] + job.eps);
     for (int64_t j = lane; j < width; j += kLanes)
-      for_rows(job.rows, quad, width, j, [&](int i, int64_t row, int64_t at) {
+      mine.at(width, j, [&](int i, int64_t row, int64_t at) {
         const T value = (job.output[at] - mean[i]) * scale[i];
         job.output[at] = value * job.weight[j] + job.bias[j];
         if (job.normalised == nullptr) return;
@@ -119,9 +121,11 @@ __global__ void __launch_bounds__(kPlainThreads) norm_backward_kernel(NormBackwa
   const int64_t width = job.width;
   const auto entering = [&](int64_t at) { return job.more != nullptr ? job.more[at] : job.grad[at]; };
   for_quads(job.rows, [&](int64_t quad, int lane) {
+    const QuadRows mine(job.rows, quad);
+    const QuadCounter counter = job.rows.counter(quad);
     T mean[kQuad] = {}, along[kQuad] = {};
     for (int64_t j = lane; j < width; j += kLanes)
-      for_rows(job.rows, quad, width, j, [&](int i, int64_t, int64_t at) {
+      mine.at(width, j, [&](int i, int64_t, int64_t at) {
         if (job.more != nullptr) job.more[at] += job.grad[at];
         const T grad = entering(at), normalised = job.normalised[at];
         job.weighted[at] = grad * normalised;
@@ -134,8 +138,8 @@ __global__ void __launch_bounds__(kPlainThreads) norm_backward_kernel(NormBackwa
     mean_of_warp(along, width);
     for (int64_t j = lane; j < width; j += kLanes) {
       Four<T> kept = {};
-      if (job.dropped != nullptr) kept = row_scales<T>(job.dropout, seed, job.rows, quad, j, job.place);
-      for_rows(job.rows, quad, width, j, [&](int i, int64_t row, int64_t at) {
+      if (job.dropped != nullptr) kept = scales_of<T>(job.dropout, seed, counter, j, job.place);
+      mine.at(width, j, [&](int i, int64_t row, int64_t at) {
         const T value =
             (entering(at) * job.weight[j] - mean[i] - job.normalised[at] * along[i]) * job.scales[row];
         job.before[at] = value;

@@ -18,6 +18,11 @@ struct alignas(16) Four {
   T of[kQuad];
 };
 
+// What four rows have in common in the counters of the dropout.
+struct QuadCounter {
+  int64_t step, group;
+};
+
 // Rows of whole windows as they stand in memory, [window][step], and how kernels count them: four windows at
 // a step, the next step, the next four windows. So one counter of the dropout serves four neighbours. Rows
 // that are no part of a window are windows of a single step.
@@ -29,6 +34,9 @@ struct Rows {
   __host__ __device__ int64_t quads() const { return (windows + kQuad - 1) / kQuad * steps; }
   __host__ __device__ int64_t window(int64_t quad) const { return quad / steps * kQuad; }
   __host__ __device__ int64_t step(int64_t quad) const { return quad % steps; }
+  __host__ __device__ QuadCounter counter(int64_t quad) const {
+    return {first_step + step(quad), (first_window + window(quad)) / kQuad};
+  }
   // Where it stands, or -1: no such row.
   __host__ __device__ int64_t row(int64_t quad, int i) const {
     const int64_t w = window(quad) + i;
@@ -49,11 +57,12 @@ QFAST_DEVICE_INLINE Four<T> kept_scales(const Dropout& rule, uint64_t seed, int6
   return scales;
 }
 
+// Without dropout all ones, which change no bit.
 template <class T>
-QFAST_DEVICE_INLINE Four<T> kept_scales(const Dropout& rule, uint64_t seed, const Rows& rows, int64_t quad,
-                                        int64_t column, uint32_t place) {
-  return kept_scales<T>(rule, seed, column, rows.first_step + rows.step(quad), place,
-                        (rows.first_window + rows.window(quad)) / kQuad);
+QFAST_DEVICE_INLINE Four<T> scales_of(const Dropout& rule, uint64_t seed, const QuadCounter& quad,
+                                      int64_t column, uint32_t place) {
+  if (!rule.active) return {{T(1), T(1), T(1), T(1)}};
+  return kept_scales<T>(rule, seed, column, quad.step, place, quad.group);
 }
 
 QFAST_DEVICE_INLINE uint64_t read_seed(const Dropout& rule) {

@@ -138,12 +138,13 @@ QFAST_DEVICE_INLINE T passed_back(T unit, T grad, T scale) {
   return unit <= T(0) ? T(0) : grad * scale;
 }
 
-// Without dropout all ones, which change no bit.
+// Of the thread's own rows.
 template <class T>
-QFAST_DEVICE_INLINE Four<T> unit_scales(const FeedForwardData<T>& job, uint64_t seed, int64_t quad,
-                                        int64_t unit) {
-  if (!job.dropout.active) return {{T(1), T(1), T(1), T(1)}};
-  return kept_scales<T>(job.dropout, seed, job.rows, quad, unit, kHiddenPlace);
+QFAST_DEVICE_INLINE void own_counters(QuadCounter (&counters)[Tile<T>::kQuads], const Rows& rows,
+                                      int64_t first_quad) {
+#pragma unroll
+  for (int q = 0; q < Tile<T>::kQuads; ++q)
+    counters[q] = rows.counter(first_quad + q * kTileQuads + Thread().quad);
 }
 
 // body(first quad of the tile, first and last slice + 1, number of the split), tile by tile.
@@ -175,6 +176,8 @@ __global__ void __launch_bounds__(kTileThreads) feed_forward_kernel(FeedForwardD
   for_tiles(job, [&](int64_t first_quad, int begin, int end, int64_t split) {
     __syncthreads();
     find_rows<T>(row_of, job.rows, first_quad);
+    QuadCounter counters[kQuads];
+    own_counters<T>(counters, job.rows, first_quad);
     __syncthreads();
     turn_rows(x, job.x, row_of, job.inputs);
     T sums[kQuads * kQuad][kWide * 2 * kQuad] = {};
@@ -194,7 +197,7 @@ __global__ void __launch_bounds__(kTileThreads) feed_forward_kernel(FeedForwardD
         const T bias = there ? job.bias[unit] : T(0);
 #pragma unroll
         for (int q = 0; q < kQuads; ++q) {
-          const Four<T> scales = unit_scales(job, seed, first_quad + q * kTileQuads + me.quad, unit);
+          const Four<T> scales = scales_of<T>(job.dropout, seed, counters[q], unit, kHiddenPlace);
           Four<T> values;
 #pragma unroll
           for (int i = 0; i < kQuad; ++i)
@@ -237,6 +240,8 @@ __global__ void __launch_bounds__(kTileThreads) feed_forward_hidden_kernel(FeedF
   for_tiles(job, [&](int64_t first_quad, int begin, int end, int64_t) {
     __syncthreads();
     find_rows<T>(row_of, job.rows, first_quad);
+    QuadCounter counters[kQuads];
+    own_counters<T>(counters, job.rows, first_quad);
     __syncthreads();
     turn_rows(x, job.x, row_of, job.inputs);
     turn_rows(grad, job.grad, row_of, job.outputs);
@@ -255,7 +260,7 @@ __global__ void __launch_bounds__(kTileThreads) feed_forward_hidden_kernel(FeedF
         for (int j = 0; j < kQuad; ++j) {
           const int64_t unit = first_unit + j;
           if (unit >= job.hidden) continue;
-          const Four<T> scales = unit_scales(job, seed, first_quad + q * kTileQuads + me.quad, unit);
+          const Four<T> scales = scales_of<T>(job.dropout, seed, counters[q], unit, kHiddenPlace);
 #pragma unroll
           for (int i = 0; i < kQuad; ++i) {
             T &value = units[q * kQuad + i][j], &of = grads[q * kQuad + i][j];
@@ -291,7 +296,7 @@ __global__ void __launch_bounds__(kPlainThreads) feed_forward_activate_kernel(Fe
   const uint64_t seed = read_seed(job.dropout);
   for_elements(job.rows.quads() * job.hidden, [&](int64_t task) {
     const int64_t quad = task / job.hidden, unit = task % job.hidden;
-    const Four<T> scales = unit_scales(job, seed, quad, unit);
+    const Four<T> scales = scales_of<T>(job.dropout, seed, job.rows.counter(quad), unit, kHiddenPlace);
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) {
       const int64_t row = job.rows.row(quad, i);
