@@ -91,7 +91,8 @@ def encoder_layer(
         options: Any = {"dropout": dropout, "training": training, "last_step": last_step}
         return encoder_layer(x.float(), wide, heads=heads, eps=eps, **options).to(x.dtype)
     _check(x, weights, heads, eps)
-    p = checked_dropout("encoder_layer", dropout) if training else 0.0
+    p = checked_dropout("encoder_layer", dropout)
+    p = p if training else 0.0
     given: Any = (x, list(weights), heads, float(eps), p, draw_seed(x.device) if p else None, bool(last_step))
     if transforms.active():
         return forward_twin(*given)[0]

@@ -84,7 +84,8 @@ def feed_forward(
                      for part in (weight_in, bias_in, weight_out, bias_out)]  # fmt: skip
         return feed_forward(x.float(), *wide, dropout=dropout, training=training).to(x.dtype)
     _check(x, weight_in, bias_in, weight_out, bias_out)
-    p = checked_dropout("feed_forward", dropout) if training else 0.0
+    p = checked_dropout("feed_forward", dropout)
+    p = p if training else 0.0
     given: Any = (x.reshape(-1, x.shape[-1]), weight_in, bias_in, weight_out, bias_out, p)
     given = (*given, draw_seed(x.device) if p else None)
     wants_grad = torch.is_grad_enabled() and any(part.requires_grad for part in given[:5])
