@@ -29,6 +29,7 @@ namespace {
 #include "feed_forward_kernels.h"
 #include "encoder_attention_kernels.h"
 #include "encoder_layer_kernels.h"
+#include "window_conv_kernels.h"
 
 }  // namespace
 

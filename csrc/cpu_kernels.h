@@ -10,6 +10,7 @@
 #include "feed_forward.h"
 #include "recurrent.h"
 #include "temporal_conv.h"
+#include "window_conv.h"
 #include "window_gather.h"
 
 #define QFAST_CPU_KERNELS                                                                                    \
@@ -69,6 +70,13 @@
                float* s, float* sums)                                                                        \
   QFAST_KERNEL(encoder_layer_f64, const ::qfast::EncoderJob<double>&, int64_t begin, int64_t end, double* s) \
   QFAST_KERNEL(encoder_layer_backward_f64, const ::qfast::EncoderJob<double>&, int64_t begin, int64_t end,   \
+               double* s, double* sums)                                                                      \
+  QFAST_KERNEL(window_conv_f32, const ::qfast::WindowConvJob<float>&, int64_t begin, int64_t end, float* s)  \
+  QFAST_KERNEL(window_conv_backward_f32, const ::qfast::WindowConvJob<float>&, int64_t begin, int64_t end,   \
+               float* s, float* sums)                                                                        \
+  QFAST_KERNEL(window_conv_f64, const ::qfast::WindowConvJob<double>&, int64_t begin, int64_t end,           \
+               double* s)                                                                                    \
+  QFAST_KERNEL(window_conv_backward_f64, const ::qfast::WindowConvJob<double>&, int64_t begin, int64_t end,  \
                double* s, double* sums)                                                                      \
   QFAST_KERNEL(temporal_conv_forward_f32, const ::qfast::NetworkJob<float>&, int64_t begin, int64_t end,     \
                float* s)                                                                                     \

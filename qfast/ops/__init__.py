@@ -13,6 +13,7 @@ from qfast.ops import encoder_layer as _encoder_layer
 from qfast.ops import feed_forward as _feed_forward
 from qfast.ops import recurrent as _recurrent
 from qfast.ops import temporal_conv as _temporal_conv
+from qfast.ops import window_conv as _window_conv
 from qfast.ops import window_gather as _window_gather
 from qfast.ops import window_index as _window_index
 from qfast.ops.activations import tanh
@@ -22,6 +23,7 @@ from qfast.ops.encoder_layer import encoder_layer
 from qfast.ops.feed_forward import feed_forward
 from qfast.ops.recurrent import gru, lstm
 from qfast.ops.temporal_conv import BlockWeights, temporal_block, temporal_conv_net
+from qfast.ops.window_conv import window_conv
 from qfast.ops.window_gather import gather_windows, window_rows
 from qfast.ops.window_index import WindowIndex, build_window_index
 
@@ -42,6 +44,7 @@ __all__ = [
     "tanh",
     "temporal_block",
     "temporal_conv_net",
+    "window_conv",
     "window_rows",
 ]
 
@@ -65,4 +68,5 @@ OPERATORS = {
     "lstm": Operator(partial(_recurrent.self_test, "lstm")),
     "tanh": Operator(_activations.self_test, ("cpu",)),
     "temporal_conv_net": Operator(_temporal_conv.self_test),
+    "window_conv": Operator(_window_conv.self_test, ("cpu",)),
 }

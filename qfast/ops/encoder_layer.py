@@ -259,7 +259,8 @@ def self_test(device: torch.device) -> None:
         found, expected = torch.ops.qfast.encoder_layer(*given, True), forward_twin(*given)
         back: Any = (x, weights, heads, *given[4:])
         of_x, of_weights = torch.ops.qfast.encoder_layer_backward(found[0], *back, *found[1:], True)
-        twin_x, twin_weights = backward_twin(expected[0], *back, *expected[1:])
+        twin_back: Any = (*back, *expected[1:])
+        twin_x, twin_weights = backward_twin(expected[0], *twin_back)
         pairs = [*zip(found, expected, strict=True), (of_x, twin_x), *zip(of_weights, twin_weights, strict=True)]
         for ours, theirs in pairs:
             error = float((ours - theirs).norm() / theirs.norm())

@@ -1,0 +1,84 @@
+// Convolution over the steps of each window, zeros beyond its ends, and the gradients. Included inside the
+// namespace of the instruction set.
+//
+// A tile of windows is copied between rows of zeros; every step's taps then lie side by side, and the
+// convolution is one product of [steps, taps * in] with the weight, the gradient of x likewise with the
+// weight turned over. The weight's gradient is one product over all rows of a tile. Bound by multiply-adds: 2
+// taps in out flops a row forward, twice that backward.
+
+// [windows][steps] rows between zeros; columns beyond the last stay 0.
+template <class Element>
+static void copy_between_zeros(const WindowConvJob<Element>& job, const Element* from, int64_t window_stride,
+                               int64_t step_stride, int64_t column_stride, int64_t windows, int64_t columns,
+                               Element* to, int64_t padded) {
+  for (int64_t w = 0; w < windows; ++w)
+    copy_strided<Element>(from + w * window_stride, step_stride, column_stride, job.steps, columns,
+                          to + (w * job.rows_apart() + job.taps / 2) * padded, padded);
+  // The rows of zeros are never written, but a tile of fewer windows has old rows behind it.
+  const int64_t end = (windows * job.rows_apart() + job.taps / 2) * padded;
+  for (int64_t i = windows * job.rows_apart() * padded; i < end; ++i) to[i] = 0;
+}
+
+// to[window][step] = the taps of a step . weight (+ bias)
+template <class Element>
+static void convolve(const WindowConvJob<Element>& job, const PanelMatrix<Element>& weight,
+                     const Element* bias, const Element* from, int64_t padded, int64_t windows, Element* to) {
+  for (int64_t w = 0; w < windows; ++w)
+    multiply<Finish::kPut, Element>(weight, from + w * job.rows_apart() * padded, padded, 1, job.steps,
+                                    {to + w * job.steps * weight.columns, weight.columns, bias, nullptr, 0});
+}
+
+// Tiles [begin, end).
+template <class Element>
+static void window_conv_tiles(const WindowConvJob<Element>& job, int64_t begin, int64_t end,
+                              Element* scratch) {
+  Carving<Element> space{scratch};
+  const auto tile = WindowConvTile<Element>::carve(job, false, space);
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t first = t * job.tile_windows, windows = smaller(job.tile_windows, job.batch - first);
+    copy_between_zeros<Element>(job, job.x + first * job.x_window, job.x_window, job.x_step, job.x_column,
+                                windows, job.in, tile.x, job.padded_in);
+    convolve<Element>(job, job.weight, job.bias, tile.x, job.padded_in, windows,
+                      job.output + first * job.steps * job.out);
+  }
+}
+
+// Tiles [begin, end), a part's.
+template <class Element>
+static void window_conv_backward_tiles(const WindowConvJob<Element>& job, int64_t begin, int64_t end,
+                                       Element* scratch, Element* part) {
+  Carving<Element> space{scratch}, total{part};
+  const auto tile = WindowConvTile<Element>::carve(job, true, space);
+  const auto sums = WindowConvSums<Element>::carve(job, total);
+  const int64_t side = job.taps / 2, row = job.steps * job.out;
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t first = t * job.tile_windows, windows = smaller(job.tile_windows, job.batch - first);
+    copy_between_zeros<Element>(job, job.x + first * job.x_window, job.x_window, job.x_step, job.x_column,
+                                windows, job.in, tile.x, job.padded_in);
+    copy_between_zeros<Element>(job, job.grad + first * row, row, job.out, 1, windows, job.out, tile.grad,
+                                job.padded_out);
+    // Row i of the gradient meets rows i - side .. i + side of x; those between the windows are 0.
+    const Element* const grad = tile.grad + side * job.padded_out;
+    const int64_t rows = windows * job.rows_apart() - side;
+    multiply<Finish::kAdd, Element>(in_place<Element>(grad, rows, job.out, job.padded_out), tile.x, 1,
+                                    job.padded_in, job.taps * job.padded_in,
+                                    {sums.weight, job.padded_out, nullptr, nullptr, 0});
+    add_rows<Element>(grad, job.padded_out, rows, job.out, sums.bias);
+    if (job.grad_x != nullptr)
+      convolve<Element>(job, job.weight_turned, nullptr, tile.grad, job.padded_out, windows,
+                        job.grad_x + first * job.steps * job.in);
+  }
+}
+
+#define QFAST_WINDOW_CONV(suffix, Element)                                                                 \
+  static void window_conv_##suffix(const WindowConvJob<Element>& job, int64_t begin, int64_t end,          \
+                                   Element* s) {                                                           \
+    window_conv_tiles<Element>(job, begin, end, s);                                                        \
+  }                                                                                                        \
+  static void window_conv_backward_##suffix(const WindowConvJob<Element>& job, int64_t begin, int64_t end, \
+                                            Element* s, Element* sums) {                                   \
+    window_conv_backward_tiles<Element>(job, begin, end, s, sums);                                         \
+  }
+QFAST_WINDOW_CONV(f32, float)
+QFAST_WINDOW_CONV(f64, double)
+#undef QFAST_WINDOW_CONV

@@ -1,0 +1,184 @@
+"""Convolution over the steps of each window, centred, with zeros beyond its ends.
+
+Reading order: the public function and its checks, the plain-torch twin that states the meaning, then schemas, fakes and
+gradients. The CPU kernels are csrc/window_conv_kernels.h (behind window_conv.cpp); on CUDA torch's convolution serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qfast.errors import DataError
+from qfast.ops import transforms
+from qfast.ops.feed_forward import check_floating, check_parameter
+
+__all__ = ["window_conv"]
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def window_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """y_t = bias + sum over k of weight[:, :, k] x_(t + k - K // 2), with x 0 outside the window.
+
+    Parameters
+    ----------
+    x : Tensor [B, T, D], float32 or float64
+        Any strides. float16 and bfloat16 are computed in float32 and rounded once, at the end.
+    weight : Tensor [O, D, K]
+        As torch.nn.Conv1d has it; K odd.
+    bias : Tensor [O]
+
+    Returns
+    -------
+    Tensor [B, T, O]
+        The same bits every time and with any number of threads. Differentiable in all three tensors.
+
+    Raises
+    ------
+    ValueError
+        Wrong dtype, shape or device, even K.
+    NotImplementedError
+        A gradient of a gradient by `backward`; torch.func.grad twice gives it.
+
+    Source
+    ------
+    torch.nn.Conv1d(D, O, K, padding=K // 2) over the steps, as Localformer has it between its layers (pyqlib 0.9.7,
+    qlib/contrib/model/pytorch_localformer.py).
+
+    Examples
+    --------
+    >>> x = torch.tensor([[[1.0], [2.0], [4.0]]])
+    >>> window_conv(x, torch.tensor([[[1.0, 0.0, 10.0]]]), torch.zeros(1)).flatten().tolist()
+    [20.0, 41.0, 2.0]
+    """
+    if isinstance(x, Tensor) and x.dtype in _HALVES:
+        wide: Any = [part.float() if isinstance(part, Tensor) and part.dtype == x.dtype else part
+                     for part in (weight, bias)]  # fmt: skip
+        return window_conv(x.float(), *wide).to(x.dtype)
+    _check(x, weight, bias)
+    if transforms.active():
+        return _convolved(x, weight, bias)
+    wants_grad = torch.is_grad_enabled() and any(part.requires_grad for part in (x, weight, bias))
+    if wants_grad and not torch.compiler.is_compiling():
+        output: Tensor = _Function.apply(x, weight, bias)
+        return output
+    out: Tensor = torch.ops.qfast.window_conv(x, weight, bias)
+    return out
+
+
+def _check(x: Any, weight: Any, bias: Any) -> None:
+    check_floating("window_conv", x)
+    if x.dim() != 3 or x.shape[2] == 0:
+        raise DataError(f"window_conv: x: expected shape [B, T, D] with D of at least 1, got {tuple(x.shape)}.")
+    if not isinstance(weight, Tensor) or weight.dim() != 3 or len(weight) == 0 or weight.shape[2] % 2 == 0:
+        got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise DataError(f"window_conv: weight: expected shape [O, D, K] with odd K and O of at least 1, got {got}.")
+    check_parameter("window_conv", "weight", weight, x, (len(weight), x.shape[2], weight.shape[2]))
+    check_parameter("window_conv", "bias", bias, x, (len(weight),))
+
+
+# ---------------------------------------------------------------- the meaning, in plain torch
+def _taps(x: Tensor, taps: int) -> Tensor:
+    """[B, T, D, K]"""
+    side = taps // 2
+    return torch.nn.functional.pad(x, (0, 0, side, side)).unfold(1, taps, 1)
+
+
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.nn.functional.conv1d(x.transpose(1, 2), weight, bias, padding=weight.shape[2] // 2).transpose(1, 2)
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return _convolved(x, weight, bias).contiguous()
+
+
+def _backward(grad: Tensor, x: Tensor, weight: Tensor, input_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    of_weight = torch.einsum("bto,btdk->odk", grad, _taps(x, weight.shape[2]))
+    of_x = torch.einsum("btok,odk->btd", _taps(grad, weight.shape[2]), weight.flip(2)) if input_grad else x[:0]
+    return of_x.clone(memory_format=torch.contiguous_format), of_weight.contiguous(), grad.sum((0, 1))
+
+
+# ---------------------------------------------------------------- schemas and fakes
+_SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "window_conv": ("(Tensor x, Tensor weight, Tensor bias) -> Tensor", _forward),
+    "window_conv_backward": (
+        "(Tensor grad, Tensor x, Tensor weight, bool input_grad) "
+        "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+        _backward,
+    ),
+}
+for _name, (_schema, _twin) in _SCHEMAS.items():  # the twin serves wherever no kernel is loaded
+    torch.library.define(f"qfast::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(f"qfast::{_name}", "CompositeExplicitAutograd", _twin)
+
+
+@torch.library.register_fake("qfast::window_conv")
+def _(x, weight, bias):  # type: ignore[no-untyped-def]
+    return x.new_empty((x.shape[0], x.shape[1], weight.shape[0]))
+
+
+@torch.library.register_fake("qfast::window_conv_backward")
+def _(grad, x, weight, input_grad):  # type: ignore[no-untyped-def]
+    of_x = x.new_empty((x.shape[0] if input_grad else 0, *x.shape[1:]))
+    return of_x, weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
+
+
+# ---------------------------------------------------------------- gradients
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _gradients(ctx, grad):  # type: ignore[no-untyped-def]
+    input_grad = ctx.needs_input_grad[0]
+    of_x, *of_parameters = torch.ops.qfast.window_conv_backward(grad, *ctx.saved_tensors, input_grad)
+    return of_x if input_grad else None, *of_parameters
+
+
+def _no_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    raise NotImplementedError(
+        "window_conv: double backward is not supported. Remedy: torch.func.grad within torch.func.grad, which "
+        "computes with torch's own operations."
+    )
+
+
+torch.library.register_autograd("qfast::window_conv", _gradients, setup_context=_save)
+torch.library.register_autograd("qfast::window_conv_backward", _no_double_backward)
+
+
+class _Function(torch.autograd.Function):
+    """The operator in eager mode, where torch.library's own wrapping would cost more than a small batch."""
+
+    @staticmethod
+    def forward(ctx, *given):  # type: ignore[no-untyped-def]
+        _save(ctx, given, None)
+        return torch.ops.qfast.window_conv(*given)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return _gradients(ctx, grad)
+
+
+# ---------------------------------------------------------------- self-test
+def self_test(device: torch.device) -> None:
+    """The kernels that serve `device` against plain torch, forward and backward, in float64.
+
+    Raises
+    ------
+    ArithmeticError
+        They differ.
+    """
+    rng = torch.Generator().manual_seed(0)
+    shapes = (7, 5, 19), (11, 19, 3), (11,), (7, 5, 11)
+    x, weight, bias, grad = (torch.randn(shape, generator=rng, dtype=torch.float64).to(device) for shape in shapes)
+    pairs = [(torch.ops.qfast.window_conv(x, weight, bias), _convolved(x, weight, bias))]
+    back: Any = (grad, x, weight, True)
+    pairs += zip(torch.ops.qfast.window_conv_backward(*back), _backward(*back), strict=True)
+    for ours, theirs in pairs:
+        error = float((ours - theirs).norm() / theirs.norm())
+        if not error < 1e-12:
+            raise ArithmeticError(f"window_conv: native and plain torch differ by {error:.1e} (relative norm).")
