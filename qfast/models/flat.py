@@ -8,9 +8,13 @@ from qfast.estimator import Estimator
 from qfast.models._graph import Graph
 from qfast.models._recurrent import Attentive, Recurrent
 from qfast.models._tcn import TemporalConv
-from qfast.nn import ALSTMModel, GATModel, GRUModel, LSTMModel, TCNModel
+from qfast.models._transformer import Encoder
+from qfast.nn import ALSTMModel, GATModel, GRUModel, Localformer, LSTMModel, TCNModel, Transformer
 
-__all__ = ["ALSTM", "GRU", "LSTM", "TCN", "ALSTMModel", "GATModel", "GATs", "GRUModel", "LSTMModel", "TCNModel"]
+__all__ = [
+    "ALSTM", "GRU", "LSTM", "TCN", "ALSTMModel", "GATModel", "GATs", "GRUModel", "LSTMModel", "Localformer",
+    "LocalformerModel", "TCNModel", "Transformer", "TransformerModel",
+]  # fmt: skip
 
 
 class LSTM(Recurrent):
@@ -150,3 +154,50 @@ class TCN(TemporalConv):
     """
 
     tcn_model = property(lambda self: self.network, doc="The network, under the reference's name.")
+
+
+class TransformerModel(Encoder):
+    """Transformer encoder over flat windows (Alpha360 style), read at its last step.
+
+    Parameters
+    ----------
+    d_feat, d_model, nhead, num_layers, dropout
+        Of the network `qfast.nn.Transformer`.
+    n_epochs, lr, metric, batch_size, early_stop, loss, optimizer, GPU, seed
+        Of the training loop, see `Estimator`. `batch_size` counts rows, `early_stop` epochs.
+    reg : float
+        Weight decay: L2 added to the gradient.
+    n_jobs : int
+        Accepted for the reference's sake and unused.
+    device, compat, progress
+        Keyword only, see `Estimator`.
+
+    Notes
+    -----
+    Reference: pyqlib 0.9.7, qlib.contrib.model.pytorch_transformer.TransformerModel. Same arguments, weights and batch
+    order under the same seed, and without dropout the same scores; the masks of the dropout are drawn by counter.
+
+    Examples
+    --------
+    >>> import torch
+    >>> TransformerModel(d_feat=6, d_model=8, seed=0).network(torch.zeros(2, 360)).shape
+    torch.Size([2])
+    """
+
+    network_class = Transformer
+
+
+class LocalformerModel(Encoder):
+    """Transformer encoder with local context and a GRU on top, over flat windows (Alpha360 style).
+
+    Parameters and notes as `TransformerModel`; the network is `qfast.nn.Localformer`. Reference:
+    qlib.contrib.model.pytorch_localformer.LocalformerModel.
+
+    Examples
+    --------
+    >>> import torch
+    >>> LocalformerModel(d_feat=6, d_model=8, seed=0).network(torch.zeros(2, 360)).shape
+    torch.Size([2])
+    """
+
+    network_class = Localformer

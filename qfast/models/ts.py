@@ -8,9 +8,13 @@ from qfast.estimator import Estimator
 from qfast.models._graph import GraphTimeSeries
 from qfast.models._recurrent import AttentiveTimeSeries, RecurrentTimeSeries
 from qfast.models._tcn import TemporalConvTimeSeries
-from qfast.nn import ALSTMModel, GATModel, GRUModel, LSTMModel, TCNModel
+from qfast.models._transformer import EncoderTimeSeries
+from qfast.nn import ALSTMModel, GATModel, GRUModel, Localformer, LSTMModel, TCNModel, Transformer
 
-__all__ = ["ALSTM", "GRU", "LSTM", "TCN", "ALSTMModel", "GATModel", "GATs", "GRUModel", "LSTMModel", "TCNModel"]
+__all__ = [
+    "ALSTM", "GRU", "LSTM", "TCN", "ALSTMModel", "GATModel", "GATs", "GRUModel", "LSTMModel", "Localformer",
+    "LocalformerModel", "TCNModel", "Transformer", "TransformerModel",
+]  # fmt: skip
 
 
 class LSTM(RecurrentTimeSeries):
@@ -106,3 +110,34 @@ class TCN(TemporalConvTimeSeries):
     """
 
     TCN_model = property(lambda self: self.network, doc="The network, under the reference's name.")
+
+
+class TransformerModel(EncoderTimeSeries):
+    """Transformer encoder over rolling windows (Alpha158 style). Parameters as the flat `TransformerModel`.
+
+    Reference: pyqlib 0.9.7, qlib.contrib.model.pytorch_transformer_ts.TransformerModel.
+
+    Examples
+    --------
+    >>> import torch
+    >>> TransformerModel(d_feat=20, d_model=8, seed=0).network(torch.zeros(2, 20, 20)).shape
+    torch.Size([2])
+    """
+
+    network_class = Transformer
+
+
+class LocalformerModel(EncoderTimeSeries):
+    """Transformer encoder with local context and a GRU on top, over rolling windows (Alpha158 style). Parameters as the
+    flat `LocalformerModel`.
+
+    Reference: pyqlib 0.9.7, qlib.contrib.model.pytorch_localformer_ts.LocalformerModel.
+
+    Examples
+    --------
+    >>> import torch
+    >>> LocalformerModel(d_feat=20, d_model=8, seed=0).network(torch.zeros(2, 20, 20)).shape
+    torch.Size([2])
+    """
+
+    network_class = Localformer

@@ -2,9 +2,11 @@
 
 from qfast.nn.alstm import ALSTMModel
 from qfast.nn.graph import GATModel
+from qfast.nn.localformer import Localformer
 from qfast.nn.recurrent import GRUModel, LSTMModel
 from qfast.nn.tcn import CausalConv1d, TCNModel, TemporalBlock, TemporalConvNet
 from qfast.nn.temporal_stream import TCNStream
+from qfast.nn.transformer import Transformer
 
 __all__ = [
     "ALSTMModel",
@@ -12,8 +14,10 @@ __all__ = [
     "GATModel",
     "GRUModel",
     "LSTMModel",
+    "Localformer",
     "TCNModel",
     "TCNStream",
     "TemporalBlock",
     "TemporalConvNet",
+    "Transformer",
 ]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qfast.errors import ConfigError, suggest
+from qfast.nn.plain import has_hooks
 from qfast.nn.recurrent import GRUModel, LSTMModel, Recurrent, _RecurrentModel, as_windows
 from qfast.ops import attention_pool, tanh, transforms
 
@@ -149,8 +150,4 @@ def _is_plain(layers: nn.Module, kinds: list[type[nn.Module]]) -> bool:
     """Whether `layers` is still what was built here, in kind and without hooks: an operator would not call others."""
     if type(layers) is not nn.Sequential or [type(part) for part in layers] != kinds:
         return False
-    return not any(_has_hooks(part) for part in (layers, *layers))
-
-
-def _has_hooks(part: nn.Module) -> bool:
-    return bool(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
+    return not any(has_hooks(part) for part in (layers, *layers))

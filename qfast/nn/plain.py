@@ -5,9 +5,14 @@ from __future__ import annotations
 import copy
 from typing import TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-__all__ = ["PlainTorch"]
+from qfast import _backend
+from qfast.errors import DataError
+from qfast.ops import transforms
+
+__all__ = ["PlainTorch", "has_hooks"]
 
 Network = TypeVar("Network", bound="PlainTorch")
 
@@ -41,3 +46,30 @@ class PlainTorch(nn.Module):
             if isinstance(part, PlainTorch):
                 part._plain_torch = True
         return plain
+
+    def _may_take_operator(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether to compute a network of such weights with our operators: on the CPU, in float32 and float64.
+
+        Raises
+        ------
+        DataError
+            x has not the weights' dtype.
+        """
+        if self._plain_torch or torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined]
+            return False
+        if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return False
+        if x.dtype != weight.dtype:
+            raise DataError(
+                f"x is {x.dtype} but the network's weights are {weight.dtype}. Remedy: x.to({weight.dtype}), or "
+                f"the network .to({x.dtype}); new networks take torch's default dtype (torch.set_default_dtype)."
+            )
+        if x.dtype not in (torch.float32, torch.float64) or x.shape[1] == 0:
+            return False
+        # torch's layers cannot all follow vmap, nor forward mode in float32
+        return torch.compiler.is_compiling() or transforms.active() or _backend.native is not None
+
+
+def has_hooks(part: nn.Module) -> bool:
+    """Whether something waits for the calls of a module, which an operator in its place would not make."""
+    return bool(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)

@@ -12,10 +12,9 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from qfast import _backend
 from qfast.errors import ConfigError, DataError, whole_number
-from qfast.nn.plain import PlainTorch
-from qfast.ops import recurrent, transforms
+from qfast.nn.plain import PlainTorch, has_hooks
+from qfast.ops import recurrent
 
 __all__ = ["GRUModel", "LSTMModel", "Recurrent", "as_windows"]
 
@@ -60,6 +59,12 @@ def as_windows(x: Tensor, d_feat: int) -> Tensor:
     raise DataError(f"x must be [B, T, F] or [B, F*T], got {x.dim()} axes with shape {list(x.shape)}.")
 
 
+def layer_weights(rnn: nn.RNNBase) -> list[list[Tensor]]:
+    """Of each layer, as the operators take them."""
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    return [[getattr(rnn, f"{name}_l{layer}") for name in names] for layer in range(rnn.num_layers)]
+
+
 class Recurrent(PlainTorch):
     """`rnn` over a window, read at its last step: what every network with such a base begins with."""
 
@@ -101,39 +106,20 @@ class Recurrent(PlainTorch):
 
     def _run_operator(self, x: Tensor, all_steps: bool) -> tuple[Tensor, Tensor]:
         """[B, T, F] -> h of the last step [B, H] or of all steps [B, T, H], and the last of each layer [L, B, H]."""
-        rnn = self.rnn
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        layers = [[getattr(rnn, f"{name}_l{layer}") for name in names] for layer in range(rnn.num_layers)]
+        rnn, layers = self.rnn, layer_weights(self.rnn)
         operator = self._kind().operator
         output, state = operator(x, layers, dropout=rnn.dropout, training=rnn.training, all_steps=all_steps)
         return output, state[0] if isinstance(state, tuple) else state
 
     def _takes_operator(self, x: Tensor) -> bool:
-        """Whether to compute with our operator: on the CPU, in float32 and float64."""
-        rnn = self.rnn
-        if self._plain_torch or not self._is_plain(rnn):
-            return False
-        if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined]
-            return False
-        if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-            return False
-        weight = cast(Tensor, rnn.weight_ih_l0)
-        if x.dtype != weight.dtype:
-            raise DataError(
-                f"x is {x.dtype} but the network's weights are {weight.dtype}. Remedy: x.to({weight.dtype}), or "
-                f"the network .to({x.dtype}); new networks take torch's default dtype (torch.set_default_dtype)."
-            )
-        if x.dtype not in (torch.float32, torch.float64) or x.shape[1] == 0:
-            return False
-        # torch's layer cannot follow vmap, nor forward mode in float32
-        return torch.compiler.is_compiling() or transforms.active() or _backend.native is not None
+        """Whether to compute with our operator."""
+        return self._is_plain(self.rnn) and self._may_take_operator(x, cast(Tensor, self.rnn.weight_ih_l0))
 
     def _is_plain(self, rnn: nn.Module) -> bool:
         """Whether `rnn` is still the layer that was built here: nothing but it would do what the operator does."""
         if type(rnn) is not self._kind().layer or rnn.bidirectional or rnn.proj_size or not rnn.bias:
             return False
-        hooks = rnn._forward_hooks or rnn._forward_pre_hooks or rnn._backward_hooks or rnn._backward_pre_hooks
-        return rnn.batch_first and not hooks  # hooks would not be called
+        return rnn.batch_first and not has_hooks(rnn)
 
 
 class _RecurrentModel(Recurrent):

@@ -6,16 +6,11 @@ Importing this module fills the registries. Handlers, processors and records reg
 from __future__ import annotations
 
 from qfast.data import DatasetH, TSDatasetH, handlers, processors
-from qfast.models import ALSTM, GRU, LSTM, TCN, GATs, ts
+from qfast.models import ALSTM, GRU, LSTM, TCN, GATs, LocalformerModel, TransformerModel, ts
 from qfast.registry import DATASETS, MODELS
 from qfast.workflow import records
 
 __all__ = ["handlers", "processors", "records"]
-
-NOT_YET = {
-    "TransformerModel": "pytorch_transformer",
-    "LocalformerModel": "pytorch_localformer",
-}
 
 
 def _register() -> None:
@@ -25,20 +20,12 @@ def _register() -> None:
         (ALSTM, ts.ALSTM, "pytorch_alstm"),
         (GATs, ts.GATs, "pytorch_gats"),
         (TCN, ts.TCN, "pytorch_tcn"),
+        (TransformerModel, ts.TransformerModel, "pytorch_transformer"),
+        (LocalformerModel, ts.LocalformerModel, "pytorch_localformer"),
     ):
         name = flat.__name__
         MODELS.add(flat, name, modules=(f"qlib.contrib.model.{stem}", "qfast.models"))
         MODELS.add(rolling, name, modules=(f"qlib.contrib.model.{stem}_ts", "qfast.models.ts"))
-    for name, stem in NOT_YET.items():
-        modules = (
-            f"qlib.contrib.model.{stem}",
-            f"qlib.contrib.model.{stem}_ts",
-            "qfast.models",
-            "qfast.models.ts",
-        )
-        MODELS.unavailable(
-            name, f"{name} is known, but this version does not have it yet; it has {MODELS.names()}.", modules
-        )
     for dataset in (DatasetH, TSDatasetH):
         DATASETS.add(dataset, modules=("qlib.data.dataset", "qfast.data", "qfast.data.dataset"))
 
