@@ -7,6 +7,28 @@
 
 constexpr int32_t kHeadDropout = 3;  // and the head's number
 
+// A row of scores and what stands beside it up to whole vectors becomes its softmax and zeros.
+template <class Element>
+static void padded_softmax(Element* scores, int64_t count, int64_t padded) {
+  constexpr int64_t lanes = kLanes<Element>;
+  for (int64_t s = count; s < padded; ++s) scores[s] = -static_cast<Element>(__builtin_inf());
+  Vector<Element> most = load<Element>(scores, lanes);
+  for (int64_t s = lanes; s < padded; s += lanes) {
+    const Vector<Element> value = load<Element>(scores + s, lanes);
+    most = value > most ? value : most;
+  }
+  const Element top = most_of_lanes<Element>(most);
+  for (int64_t s = 0; s < padded; s += lanes)
+    store<Element>(scores + s, load<Element>(scores + s, lanes) - top, lanes);
+  exp_in_place<Element>(scores, 0, padded);
+  Vector<Element> total = {};
+  for (int64_t s = 0; s < padded; s += lanes) total += load<Element>(scores + s, lanes);
+  const Element scale = 1 / sum_of_lanes<Element>(total);
+  for (int64_t s = 0; s < padded; s += lanes)
+    store<Element>(scores + s, load<Element>(scores + s, lanes) * scale, lanes);
+  for (int64_t s = count; s < padded; ++s) scores[s] = 0;
+}
+
 // One head of one window. Strides are those of the group's buffers.
 template <class Element>
 struct Head {
@@ -30,9 +52,10 @@ struct Head {
     return in_place(from, job.steps, width(), job.padded_pair);
   }
 
-  // Rows of keys or values as columns, times `scale`.
+  // Rows of keys or values as columns, times `scale`, and columns of zeros up to whole panels.
   PanelMatrix<Element> turned(const Element* from, Element scale) const {
     PanelMatrix<Element> to = in_place<Element>(group.turned, width(), job.steps, 0);
+    to.columns = to.padded();
     to.step = to.width, to.apart = width() * to.width;
     for (int64_t s = 0; s < job.steps; ++s) {
       Element* const column = group.turned + s / to.width * to.apart + s % to.width;
@@ -48,7 +71,8 @@ struct Head {
     const int64_t stride = job.padded_steps;
     multiply<Finish::kPut, Element>(turned(key_of(group.key_value), scale()), query_of(group.query),
                                     job.padded, 1, job.results, {group.scores, stride, nullptr, nullptr, 0});
-    for (int64_t t = 0; t < job.results; ++t) softmax<Element>(group.scores + t * stride, job.steps);
+    for (int64_t t = 0; t < job.results; ++t)
+      padded_softmax<Element>(group.scores + t * stride, job.steps, stride);
     if (!job.dropout.active) return;
     draw_mask();
     for (int64_t i = 0; i < job.results * stride; ++i) group.dropped[i] = group.scores[i] * group.mask[i];
@@ -96,13 +120,24 @@ struct Head {
                                     {key_of(group.grad_key_value), job.padded_pair, nullptr, nullptr, 0});
   }
 
-  // A row of the gradient of the weights becomes that of q . k.
+  // A row of the gradient of the weights becomes that of q . k. Both are 0 beyond the last step.
   void through_softmax(int64_t row) const {
+    constexpr int64_t lanes = kLanes<Element>;
     Element* const grad = group.grad_scores + row;
     const Element* const weights = group.scores + row;
-    if (job.dropout.active)
-      for (int64_t s = 0; s < job.steps; ++s) grad[s] *= group.mask[row + s];
-    const Element mean = dot<Element>(weights, grad, job.steps), by = scale();
-    for (int64_t s = 0; s < job.steps; ++s) grad[s] = weights[s] * (grad[s] - mean) * by;
+    Vector<Element> along = {};
+    for (int64_t s = 0; s < job.padded_steps; s += lanes) {
+      Vector<Element> value = load<Element>(grad + s, lanes);
+      if (job.dropout.active) {
+        value *= load<Element>(group.mask + row + s, lanes);
+        store<Element>(grad + s, value, lanes);
+      }
+      along += value * load<Element>(weights + s, lanes);
+    }
+    const Element mean = sum_of_lanes<Element>(along), by = scale();
+    for (int64_t s = 0; s < job.padded_steps; s += lanes) {
+      const Vector<Element> value = load<Element>(grad + s, lanes) - mean;
+      store<Element>(grad + s, load<Element>(weights + s, lanes) * value * by, lanes);
+    }
   }
 };

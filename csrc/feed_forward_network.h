@@ -6,8 +6,8 @@
 
 namespace qfast {
 
-constexpr int64_t kSliceColumns = 64;  // of the hidden, computed at once
-constexpr int64_t kGroupRows = 120;    // whole register tiles of any width
+constexpr int64_t kSliceColumns = 256;  // of the hidden, computed at once
+constexpr int64_t kGroupRows = 240;     // whole register tiles of any width
 
 // Windows of `steps` rows each that are taken at once: about `rows` rows.
 inline int64_t windows_of(int64_t rows, int64_t steps, bool drops) {

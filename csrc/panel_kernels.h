@@ -4,11 +4,28 @@
 // A panel (rows x at most four vectors) stays in the first-level cache while the rows of the tile go by, six
 // or more at a time. Bound by multiply-adds: 24 to a loop of 4 vector loads and 6 broadcasts.
 
+// As a tree: the lanes one after the other would wait for each other.
 template <class Element>
 QFAST_ALWAYS_INLINE Element sum_of_lanes(Vector<Element> values) {
-  Element total = 0;
-  for (int64_t lane = 0; lane < kLanes<Element>; ++lane) total += values[lane];
-  return total;
+  Element part[kLanes<Element>];
+  __builtin_memcpy(part, &values, sizeof(values));
+#pragma GCC unroll 4
+  for (int64_t half = kLanes<Element> / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < half; ++i) part[i] += part[i + half];
+  return part[0];
+}
+
+// NaN is passed over.
+template <class Element>
+QFAST_ALWAYS_INLINE Element most_of_lanes(Vector<Element> values) {
+  Element part[kLanes<Element>];
+  __builtin_memcpy(part, &values, sizeof(values));
+#pragma GCC unroll 4
+  for (int64_t half = kLanes<Element> / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < half; ++i) part[i] = part[i + half] > part[i] ? part[i + half] : part[i];
+  return part[0];
 }
 
 template <class Element>
