@@ -23,6 +23,7 @@ import pytest
 import torch
 from compare import compare, cpu_seconds, memory_mb, reset_peak
 from fma_peak import fma_peak
+from network_calls import inference, training_step
 from torch import Tensor, nn
 
 import qfast.nn
@@ -69,32 +70,6 @@ def network(kind: str, shape: Shape, side: str) -> nn.Module:
     name = f"qlib.contrib.model.pytorch_{kind.lower()}"
     module = pytest.importorskip(name, reason="pyqlib (extra qlib) is not installed")
     return getattr(module, f"{kind}Model")(**sizes)
-
-
-def training_step(net: nn.Module, x: Tensor, fused: bool) -> Callable[[], None]:
-    """`fused` chooses Adam's implementation: ours is torch's fused one, the reference's is torch's default."""
-    net.train()
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-4, fused=fused)
-    label = torch.randn(len(x), generator=torch.Generator().manual_seed(1))
-
-    def step() -> None:
-        loss = (net(x) - label).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_value_(net.parameters(), 3.0)
-        optimizer.step()
-
-    return step
-
-
-def inference(net: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    net.eval()
-
-    @torch.no_grad()
-    def score() -> Tensor:
-        return net(x)
-
-    return score
 
 
 def call_of(kind: str, what: str, shape: Shape, side: str, x: Tensor) -> Callable[[], object]:

@@ -1,0 +1,210 @@
+"""Transformer and Localformer beside the reference's modules.
+
+    python -m pytest bench/bench_transformer.py -s -k beside   # training step and inference, interleaved
+    python -m pytest bench/bench_transformer.py -s -k table    # the encoder layer over sizes, beside torch's
+    python -m pytest bench/bench_transformer.py -s -k share    # FLOPs a second, of the processor's peak
+    python -m pytest bench/bench_transformer.py -s -k memory   # peak of a training step
+    python -m pytest bench/bench_transformer.py -k regression --benchmark-only
+
+A step is forward, mean squared error, backward, value clipping and Adam with weight decay; both sides start from the
+same weights and have no dropout. d_model 64, 2 heads, 2 layers, feed-forward blocks 2048 wide. The reference's modules
+are pyqlib's. FLOPs are 2 for a multiplication and addition of the matrix products that our side computes: for the
+Transformer's last layer keys and values of all steps and everything else of one.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compare import compare, cpu_seconds, memory_mb, reset_peak
+from fma_peak import fma_peak
+from network_calls import inference, training_step
+from torch import Tensor, nn
+
+import qfast.nn
+from qfast.ops import encoder_layer
+
+WIDTH, HEADS, LAYERS, HIDDEN = 64, 2, 2, 2048
+MODULES = {"Transformer": "pytorch_transformer", "Localformer": "pytorch_localformer"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    batch: int
+    steps: int
+    features: int
+
+    def windows(self) -> Tensor:
+        return torch.randn(self.batch, self.steps, self.features, generator=torch.Generator().manual_seed(0))
+
+    def flops(self, kind: str) -> float:
+        """Of a forward pass."""
+        D, T = WIDTH, self.steps
+        pairs = 4.0 * D * D * T  # keys and values
+        step = 4.0 * D * D + 4.0 * D * T + 4.0 * D * HIDDEN  # query, result, attention, feed-forward of one step
+        layer = pairs + step * T
+        if kind == "Transformer":
+            return self.batch * ((LAYERS - 1) * layer + pairs + step)
+        beside = 6.0 * D * D * T + 12.0 * D * D * T  # convolution, GRU
+        return self.batch * LAYERS * (layer + beside)
+
+
+SHAPES = {"2048x20": Shape(2048, 20, 20), "2048x60": Shape(2048, 60, 6)}
+# lowest ratio asked for
+GOALS = {
+    ("Transformer", "inference"): 5.5,
+    ("Transformer", "training"): 4.0,
+    ("Localformer", "inference"): 3.0,
+    ("Localformer", "training"): 2.7,
+}
+
+
+def network(kind: str, shape: Shape, side: str) -> nn.Module:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"d_feat": shape.features, "d_model": WIDTH, "nhead": HEADS, "num_layers": LAYERS}
+    if side == "qfast":
+        return getattr(qfast.nn, kind)(**sizes, dropout=0.0)
+    pytest.importorskip("qlib", reason="pyqlib (extra qlib) is not installed")
+    return import_module(f"qlib.contrib.model.{MODULES[kind]}").Transformer(**sizes, dropout=0.0)
+
+
+def call_of(kind: str, what: str, shape: Shape, side: str, x: Tensor) -> Callable[[], object]:
+    # the reference's modules want flat windows [B, F * T]
+    given = x.transpose(1, 2).flatten(1) if side == "reference" else x
+    net = network(kind, shape, side)
+    if what == "inference":
+        return inference(net, given)
+    return training_step(net, given, side == "qfast", weight_decay=1e-3)
+
+
+# ---------------------------------------------------------------- beside the reference
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("what", ["inference", "training"])
+@pytest.mark.parametrize("kind", MODULES)
+def test_beside_the_reference(kind: str, what: str, name: str, threads: int) -> None:
+    shape, x = SHAPES[name], SHAPES[name].windows()
+    ours, theirs = (call_of(kind, what, shape, side, x) for side in ("qfast", "reference"))
+    if what == "inference":
+        torch.testing.assert_close(ours(), theirs(), rtol=1e-4, atol=1e-4)
+    result = compare(ours, theirs, rounds=2 if name == "2048x20" else 1, threads=threads)
+    print(f"\n{kind} {what}, {name} {shape}, {threads} threads: {result} ({result.ratio:.2f})")
+    if threads == 1:
+        assert result.ratio >= GOALS[kind, what]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("kind", MODULES)
+def test_share_of_the_peak(kind: str, name: str) -> None:
+    """FLOPs a second of inference over the peak of multiply-adds, taking turns, best of 5."""
+    shape, x = SHAPES[name], SHAPES[name].windows()
+    score = call_of(kind, "inference", shape, "qfast", x)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    best = peak = 0.0
+    for _ in range(5):
+        best = max(best, shape.flops(kind) / cpu_seconds(score))
+        peak = max(peak, 1e9 * fma_peak(repeats=3))
+    torch.set_num_threads(before)
+    print(f"\n{kind} {name}: inference {best / 1e9:.1f} of {peak / 1e9:.1f} GFLOP/s, {best / peak:.0%}")
+    assert best >= 0.8 * peak
+
+
+# ---------------------------------------------------------------- over shapes
+def layer_ratio(width: int, heads: int, hidden: int, batch: int, steps: int, what: str) -> float:
+    """torch's layer over our operator, all steps, each at its best of three rounds, CPU time of one thread."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(width, heads, hidden, 0.0, batch_first=False)
+    weights, x = list(layer.parameters()), torch.randn(batch, steps, width, requires_grad=True)
+    turned = x.detach().transpose(0, 1).contiguous().requires_grad_()
+
+    def train(call: Callable[[], Tensor]) -> None:
+        layer.zero_grad()
+        call().square().mean().backward()
+
+    def infer(call: Callable[[], Tensor]) -> None:
+        with torch.no_grad():
+            call()
+
+    run = train if what == "training" else infer
+    sides: list[Callable[[], Tensor]] = [lambda: encoder_layer(x, weights, heads=heads), lambda: layer(turned)]
+    best = [float("inf")] * 2
+    for turn in range(4):  # the first warms up
+        for i, side in enumerate(sides):
+            seconds = cpu_seconds(lambda side=side: run(side))  # type: ignore[misc]
+            best[i] = min(best[i], seconds) if turn else best[i]
+    return best[1] / best[0]
+
+
+@pytest.mark.parametrize("what", ["inference", "training"])
+@pytest.mark.parametrize("width", [8, 32, 64, 128, 256])
+def test_table_of_shapes(width: int, what: str) -> None:
+    """Never slower than torch's layer by more than 5 %."""
+    torch.set_num_threads(1)
+    batches, slow = (1, 16, 300, 2048), []
+    print(
+        f"\nencoder layer {what}, D={width}, 2 heads: torch / ours\n    M    T " + "".join(f"{b:>8}" for b in batches)
+    )
+    for hidden in (256, 2048):
+        for steps in (10, 20, 60, 250):
+            line = f"{hidden:>5} {steps:>4} "
+            for batch in batches:
+                if batch * steps * width * (hidden + steps) > 4e9:
+                    line += "       -"
+                    continue
+                found = layer_ratio(width, 2, hidden, batch, steps, what)
+                line += f"{found:8.2f}"
+                if found < 0.95:
+                    slow.append((hidden, steps, batch, round(found, 2)))
+            print(line, flush=True)
+    assert not slow, f"slower than torch's layer by more than 5 %: {slow}"
+
+
+# ---------------------------------------------------------------- memory
+def print_step_memory(side: str, kind: str, name: str) -> None:
+    """Peak of two training steps beyond what was resident before, in MB: activations, gradients, optimiser."""
+    torch.set_num_threads(1)
+    shape = SHAPES[name]
+    call_of(kind, "training", shape, side, shape.windows()[:4])()
+    step = call_of(kind, "training", shape, side, shape.windows())
+    before = memory_mb("VmRSS")
+    reset_peak()
+    step()
+    step()
+    print(memory_mb("VmHWM") - before)
+
+
+def step_memory(side: str, kind: str, name: str) -> float:
+    code = f"import bench_transformer; bench_transformer.print_step_memory({side!r}, {kind!r}, {name!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+    )
+    return float(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_memory_of_a_training_step(kind: str) -> None:
+    pytest.importorskip("qlib", reason="pyqlib (extra qlib) is not installed")
+    ours, theirs = (step_memory(side, kind, "2048x20") for side in ("qfast", "reference"))
+    print(f"\n{kind} 2048x20: qfast {ours:.0f} MB, reference {theirs:.0f} MB, {ours / theirs:.0%}")
+    assert ours <= 0.25 * theirs
+
+
+# ---------------------------------------------------------------- pytest-benchmark
+@pytest.mark.parametrize("side", ["qfast", "reference"])
+@pytest.mark.parametrize("what", ["inference", "training"])
+@pytest.mark.parametrize("kind", MODULES)
+def test_regression(benchmark: Any, kind: str, what: str, side: str) -> None:
+    """One thread, 256 windows of 20 steps; groups put the two sides next to each other."""
+    torch.set_num_threads(1)
+    shape = Shape(256, 20, 20)
+    benchmark.group = f"{kind} {what}"
+    benchmark.pedantic(call_of(kind, what, shape, side, shape.windows()), rounds=3, warmup_rounds=1)
