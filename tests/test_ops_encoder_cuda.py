@@ -8,24 +8,30 @@ at once or some, keys in shared memory or not.
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from encoder_definition import (
-    EPS,
+from encoder_cases import (
+    F32,
     F64,
-    SEED,
     Block,
-    Layer,
+    Case,
+    apart,
     block_inputs,
-    by_definition,
-    define_layer,
-    layer_inputs,
-    seed_for,
+    block_of_masks,
+    definition,
+    inputs_of,
+    layer_of_masks,
+    plain_block,
+    relative,
+    results,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from recurrent_cases import LAYOUTS
+from torch import Tensor
 
 from qfast import _backend
 from qfast.ops import encoder_layer, feed_forward
@@ -38,72 +44,102 @@ pytestmark = [
     ),
 ]
 DEVICE = "cuda"
-F32 = torch.float32
 OPS = torch.ops.qfast
+SEED = 12345678901
 NAMES = ("feed_forward", "encoder_layer")
 
+# Sizes and dropout.
 BLOCKS = [
-    Block(0, 4, 5, 6),
-    Block(1, 1, 1, 1),
-    Block(3, 7, 33, 5, 0.3),
-    Block(70, 64, 100, 64, 0.3),
-    Block(131, 10, 64, 70, 0.2),
-    Block(300, 16, 300, 8),
-    Block(65, 128, 70, 128, 0.3),
-    Block(13, 130, 40, 200, 0.4),
-    Block(9, 512, 256, 512, 0.1),
-    Block(9, 300, 9, 3, 0.3),
-    Block(140, 24, 37, 130, 1.0),
-    Block(5000, 64, 2048, 64, 0.1),
-    Block(20000, 8, 300, 3),
+    (Block((0,), 4, 5, 6), 0.0),
+    (Block((1,), 1, 1, 1), 0.0),
+    (Block((3,), 7, 33, 5), 0.3),
+    (Block((70,), 64, 100, 64), 0.3),
+    (Block((131,), 10, 64, 70), 0.2),
+    (Block((300,), 16, 300, 8), 0.0),
+    (Block((65,), 128, 70, 128), 0.3),
+    (Block((13,), 130, 40, 200), 0.4),
+    (Block((9,), 512, 256, 512), 0.1),
+    (Block((9,), 300, 9, 3), 0.3),
+    (Block((140,), 24, 37, 130), 1.0),
+    (Block((5000,), 64, 2048, 64), 0.1),
+    (Block((20000,), 8, 300, 3), 0.0),
 ]
 LAYERS = [
-    Layer(0, 3, 8, 2, 5),
-    Layer(1, 1, 8, 4, 16),
-    Layer(2, 5, 8, 2, 33),
-    Layer(5, 7, 10, 5, 12, 0.3, "steps first"),
-    Layer(6, 20, 16, 2, 40, 0.2, "features first"),
-    Layer(3, 33, 24, 3, 100, 0.0, "part of a larger tensor"),
-    Layer(9, 20, 64, 2, 2048, 0.5),
-    Layer(3, 61, 36, 4, 20, 0.1),
-    Layer(2, 130, 8, 1, 9, 0.1),
-    Layer(2, 512, 64, 2, 70, 0.2),
-    Layer(1, 3000, 8, 2, 9, 0.2),
-    Layer(5, 4, 136, 2, 30, 0.2),
-    Layer(2, 9, 512, 8, 64, 0.3),
-    Layer(3, 5, 512, 1, 20),
-    Layer(259, 5, 12, 3, 9, 0.3),
+    (Case(0, 3, 8, 2, 5), 0.0),
+    (Case(1, 1, 8, 4, 16), 0.0),
+    (Case(2, 5, 8, 2, 33), 0.0),
+    (Case(5, 7, 10, 5, 12, layout="time first"), 0.3),
+    (Case(6, 20, 16, 2, 40, layout="features first"), 0.2),
+    (Case(3, 33, 24, 3, 100, layout="inner"), 0.0),
+    (Case(9, 20, 64, 2, 2048), 0.5),
+    (Case(3, 61, 36, 4, 20), 0.1),
+    (Case(2, 130, 8, 1, 9), 0.1),
+    (Case(2, 512, 64, 2, 70), 0.2),
+    (Case(1, 3000, 8, 2, 9), 0.2),
+    (Case(5, 4, 136, 2, 30), 0.2),
+    (Case(2, 9, 512, 8, 64), 0.3),
+    (Case(3, 5, 512, 1, 20), 0.0),
+    (Case(259, 5, 12, 3, 9), 0.3),
 ]
-BOTH_FORMS = [case._replace(last=last) for case in LAYERS for last in (False, True)]
-LAYOUTS = ["plain", "steps first", "features first", "part of a larger tensor"]
+BOTH_FORMS = [(replace(case, last=last), dropout) for case, dropout in LAYERS for last in (False, True)]
 
 
-def block_both_ways(tensors: list[Tensor], grad: Tensor, dropout: float, seed: Tensor | None) -> list[Tensor]:
-    """Result and five gradients, by the raw operators."""
-    found = OPS.feed_forward(*tensors, dropout, seed)
-    return [found, *OPS.feed_forward_backward(grad, *tensors[:4], dropout, seed, True)]
+def named(parts: object) -> str:
+    return parts.name if isinstance(parts, (Block, Case)) else str(parts)
 
 
-def layer_both_ways(tensors: list[Tensor], grad: Tensor, case: Layer, seed: Tensor | None) -> list[Tensor]:
-    """Result and thirteen gradients, by the raw operators."""
+def moved(tensor: Tensor, device: str) -> Tensor:
+    """On the device with the same strides."""
+    whole = tensor.new_empty(0).set_(tensor.untyped_storage()).to(device)
+    return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def given_to(case: Block | Case, dtype: torch.dtype, device: str) -> list[Tensor]:
+    """x and the parameters."""
+    inputs = block_inputs(case, dtype) if isinstance(case, Block) else inputs_of(case, dtype)
+    return [moved(part, device) for part in inputs]
+
+
+def seed_for(dropout: float, device: str, seed: int = SEED) -> Tensor | None:
+    return torch.tensor([seed], device=device) if dropout else None
+
+
+def gradient_like(out: Tensor) -> Tensor:
+    """That of `encoder_cases.results`."""
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out)
+
+
+def both_ways(
+    case: Block | Case, tensors: list[Tensor], dropout: float, seed: Tensor | None, grad: Tensor | None = None
+) -> list[Tensor]:
+    """Result and gradients, by the raw operators; `grad` None is one from the host."""
+    if isinstance(case, Block):
+        found = OPS.feed_forward(*tensors, dropout, seed)
+        entering = gradient_like(found) if grad is None else grad
+        return [found, *OPS.feed_forward_backward(entering, *tensors[:4], dropout, seed, True)]
     x, *weights = tensors
-    found, *kept = OPS.encoder_layer(x, weights, case.heads, EPS, case.dropout, seed, case.last, True)
-    rest = (x, weights, case.heads, case.dropout, seed, case.last, *kept, True)
-    of_x, of_weights = OPS.encoder_layer_backward(grad, *rest)
+    found, *kept = OPS.encoder_layer(x, weights, case.heads, case.eps, dropout, seed, case.last, True)
+    entering = gradient_like(found) if grad is None else grad
+    rest = (x, weights, case.heads, dropout, seed, case.last, *kept, True)
+    of_x, of_weights = OPS.encoder_layer_backward(entering, *rest)
     return [found, of_x, *of_weights]
 
 
-def on_gpu(case: Block | Layer, dtype: torch.dtype, seed: int = SEED) -> list[Tensor]:
-    given = seed_for(case.dropout, DEVICE, seed)
+def on_gpu(case: Block | Case, dtype: torch.dtype, dropout: float = 0.0, seed: int = SEED) -> list[Tensor]:
+    return both_ways(case, given_to(case, dtype, DEVICE), dropout, seed_for(dropout, DEVICE, seed))
+
+
+def by_definition(case: Block | Case, dtype: torch.dtype, dropout: float = 0.0, seed: int = SEED) -> list[Tensor]:
+    """By torch's autograd on the CPU."""
     if isinstance(case, Block):
-        return block_both_ways(*block_inputs(case, dtype, DEVICE), case.dropout, given)
-    return layer_both_ways(*layer_inputs(case, dtype, DEVICE), case, given)
+        call = partial(block_of_masks, dropout=dropout, seed=seed) if dropout else plain_block
+    else:
+        call = partial(layer_of_masks, case, dropout=dropout, seed=seed) if dropout else partial(definition, case)
+    return results(call, given_to(case, dtype, "cpu"))
 
 
-def relative(found: Tensor, exact: Tensor) -> float:
-    assert found.shape == exact.shape
-    error, size = float((found.cpu().double() - exact).norm()), float(exact.norm())
-    return error / size if size > 1e-9 else error
+def to_cpu(found: list[Tensor]) -> list[Tensor]:
+    return [part.cpu() for part in found]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -118,98 +154,87 @@ def test_the_kernels_serve_and_not_the_twins(name: str) -> None:
 
 
 # ---------------------------------------------------------------- accuracy
-@pytest.mark.parametrize("case", [*BLOCKS, *BOTH_FORMS], ids=str)
-def test_float64(case: Block | Layer) -> None:
-    found, exact = on_gpu(case, F64), by_definition(case, F64)
-    assert [error for error in map(relative, found, exact) if not error <= 1e-12] == []
+@pytest.mark.parametrize(("case", "dropout"), [*BLOCKS, *BOTH_FORMS], ids=named)
+def test_float64(case: Block | Case, dropout: float) -> None:
+    assert apart(to_cpu(on_gpu(case, F64, dropout)), by_definition(case, F64, dropout), 1e-12) == []
 
 
-@pytest.mark.parametrize("case", [*BLOCKS, *BOTH_FORMS], ids=str)
-def test_float32_beside_plain_torch(case: Block | Layer) -> None:
+@pytest.mark.parametrize(("case", "dropout"), [*BLOCKS, *BOTH_FORMS], ids=named)
+def test_float32_beside_plain_torch(case: Block | Case, dropout: float) -> None:
     """Within five times what plain torch is off from float64 on the CPU, or a few roundings, and 2e-5 always."""
-    found, plain, exact = on_gpu(case, F32), by_definition(case, F32), by_definition(case, F64)
+    exact, plain = (by_definition(case, dtype, dropout) for dtype in (F64, F32))
+    found = to_cpu(on_gpu(case, F32, dropout))
+    assert apart(found, exact, 2e-5) == []
     for number, (ours, theirs, true) in enumerate(zip(found, plain, exact, strict=True)):
         error = relative(ours, true)
-        assert error <= 2e-5, (number, error)
         assert error <= max(5 * relative(theirs, true), 2e-6), (number, error)
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_beside_torchs_own_layer(last: bool) -> None:
-    """The public function with autograd, against torch.nn on the CPU."""
-    torch.manual_seed(0)
-    module = nn.TransformerEncoderLayer(24, 3, 50, 0.0, batch_first=True).double()
-    x = torch.randn(11, 9, 24, dtype=F64)
-    leaves = [x.clone().requires_grad_(), *module.parameters()]
-    exact = module(leaves[0])
-    exact = exact[:, -1] if last else exact
-    grad = torch.randn(exact.shape, dtype=F64)
-    expected = [exact, *torch.autograd.grad(exact, leaves, grad)]
-    there = [leaf.detach().to(DEVICE).requires_grad_() for leaf in leaves]
+def test_the_public_function_with_autograd(last: bool) -> None:
+    case = Case(11, 9, 24, 3, 50, last)
+    there = [part.requires_grad_() for part in given_to(case, F64, DEVICE)]
     ours = encoder_layer(there[0], there[1:], heads=3, last_step=last)
-    found = [ours.detach(), *torch.autograd.grad(ours, there, grad.to(DEVICE))]
-    assert [error for error in map(relative, found, [part.detach() for part in expected]) if not error <= 1e-12] == []
+    found = [ours.detach(), *torch.autograd.grad(ours, there, gradient_like(ours.detach()))]
+    assert apart(to_cpu(found), by_definition(case, F64), 1e-12) == []
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     st.builds(
-        Block, st.integers(0, 300), st.integers(1, 140), st.integers(1, 140), st.integers(1, 140),
-        st.sampled_from([0.0, 0.3, 1.0]),
-    )
+        lambda rows, *sizes: Block((rows,), *sizes),
+        st.integers(0, 300), st.integers(1, 140), st.integers(1, 140), st.integers(1, 140),
+    ),
+    st.sampled_from([0.0, 0.3, 1.0]),
 )  # fmt: skip
-def test_any_block(case: Block) -> None:
-    for ours, true in zip(on_gpu(case, F64), by_definition(case, F64), strict=True):
-        torch.testing.assert_close(ours.cpu(), true, rtol=1e-10, atol=1e-11)
+def test_any_block(case: Block, dropout: float) -> None:
+    assert apart(to_cpu(on_gpu(case, F64, dropout)), by_definition(case, F64, dropout), 1e-12) == []
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     st.builds(
-        lambda batch, steps, heads, width, *rest: Layer(batch, steps, heads * width, heads, *rest),
-        st.integers(0, 13), st.integers(1, 70), st.integers(1, 6), st.integers(1, 20), st.integers(1, 70),
-        st.sampled_from([0.0, 0.3, 1.0]), st.sampled_from(LAYOUTS), st.booleans(),
-    )
+        lambda batch, steps, heads, width, *rest: Case(batch, steps, heads * width, heads, *rest),
+        st.integers(0, 13), st.integers(1, 70), st.integers(1, 6), st.integers(2, 20), st.integers(1, 70),
+        st.booleans(), st.sampled_from(LAYOUTS),
+    ),
+    st.sampled_from([0.0, 0.3, 1.0]),
 )  # fmt: skip
-def test_any_layer_in_any_layout(case: Layer) -> None:
-    if case.width == 1:  # a norm over one feature gives zeros
-        case = case._replace(width=2)
-    for ours, true in zip(on_gpu(case, F64), by_definition(case, F64), strict=True):
-        torch.testing.assert_close(ours.cpu(), true, rtol=1e-8, atol=1e-8)  # few features: large scales of the norm
+def test_any_layer_in_any_layout(case: Case, dropout: float) -> None:
+    found, exact = to_cpu(on_gpu(case, F64, dropout)), by_definition(case, F64, dropout)
+    for ours, true in zip(found, exact, strict=True):  # few features: large scales of the norm
+        torch.testing.assert_close(ours, true, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("last", [False, True])
 def test_layouts_do_not_change_a_bit(layout: str, last: bool) -> None:
-    case = Layer(20, 9, 24, 3, 50, 0.0, layout, last)
-    (x, *weights), grad = layer_inputs(case, F32, DEVICE)
-    moved = layer_both_ways([x, *weights], grad, case, None)
-    easy = layer_both_ways([x.contiguous(), *weights], grad, case, None)
-    assert all(torch.equal(a, b) for a, b in zip(moved, easy, strict=True))
+    case = Case(20, 9, 24, 3, 50, last, layout)
+    x, *weights = given_to(case, F32, DEVICE)
+    strided, easy = (both_ways(case, [given, *weights], 0.0, None) for given in (x, x.contiguous()))
+    assert all(torch.equal(a, b) for a, b in zip(strided, easy, strict=True))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_the_last_step_is_that_of_the_full_form(dropout: float) -> None:
-    case = Layer(50, 21, 64, 2, 300, dropout)
-    (x, *weights), _ = layer_inputs(case, F64, DEVICE)
-    given = (x, weights, case.heads, EPS, dropout, seed_for(dropout, DEVICE))
+    x, *weights = given_to(Case(50, 21, 64, 2, 300), F64, DEVICE)
+    given = (x, weights, 2, 1e-5, dropout, seed_for(dropout, DEVICE))
     full, last = OPS.encoder_layer(*given, False, False)[0], OPS.encoder_layer(*given, True, False)[0]
     torch.testing.assert_close(last, full[:, -1], rtol=1e-12, atol=1e-12)
 
 
 def test_only_what_is_asked_is_made() -> None:
-    case = Layer(7, 6, 8, 2, 20)
-    (x, *weights), grad = layer_inputs(case, F64, DEVICE)
-    given = x, weights, case.heads
-    kept, none = (OPS.encoder_layer(*given, EPS, 0.0, None, False, keep) for keep in (True, False))
+    x, *weights = given_to(Case(7, 6, 8, 2, 20), F64, DEVICE)
+    given = x, weights, 2
+    kept, none = (OPS.encoder_layer(*given, 1e-5, 0.0, None, False, keep) for keep in (True, False))
     assert torch.equal(kept[0], none[0])
     assert [tuple(part.shape) for part in none[1:]] == [(2, 0, 6, 8), (2, 0, 6)]
-    whole, part = (
-        OPS.encoder_layer_backward(grad, *given, 0.0, None, False, *kept[1:], wanted) for wanted in (True, False)
-    )
+    rest = gradient_like(kept[0]), *given, 0.0, None, False, *kept[1:]
+    whole, part = (OPS.encoder_layer_backward(*rest, wanted) for wanted in (True, False))
     assert tuple(part[0].shape) == (0, 6, 8)
     assert all(torch.equal(a, b) for a, b in zip(whole[1], part[1], strict=True))
-    tensors, grad = block_inputs(Block(9, 4, 20, 3), F64, DEVICE)
+    tensors = given_to(Block((9,), 4, 20, 3), F64, DEVICE)
+    grad = gradient_like(OPS.feed_forward(*tensors, 0.0, None))
     whole, part = (OPS.feed_forward_backward(grad, *tensors[:4], 0.0, None, wanted) for wanted in (True, False))
     assert tuple(part[0].shape) == (0, 4)
     assert all(torch.equal(a, b) for a, b in zip(whole[1:], part[1:], strict=True))
@@ -217,40 +242,34 @@ def test_only_what_is_asked_is_made() -> None:
 
 def test_a_batch_in_parts() -> None:
     """Windows in two parts, and the hidden of each in several."""
-    case = Layer(2100, 20, 64, 4, 600, 0.2)
-    found, exact = on_gpu(case, F64), by_definition(case, F64)
-    assert [error for error in map(relative, found, exact) if not error <= 1e-12] == []
+    case = Case(2100, 20, 64, 4, 600)
+    assert apart(to_cpu(on_gpu(case, F64, 0.2)), by_definition(case, F64, 0.2), 1e-12) == []
 
 
 def test_attention_that_is_all_on_one_step() -> None:
-    """Weights of the projection times 100."""
-    case = Layer(9, 12, 16, 2, 20)
-    (x, in_weight, *others), grad = layer_inputs(case, F64, "cpu")
-    tensors = [x, in_weight * 100, *others]
-    leaves = [part.clone().requires_grad_() for part in tensors]
-    out = define_layer(leaves[0], leaves[1:], case.heads, 0.0, None)
-    exact = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+    """Weights of the attention's products times 100."""
+    case = Case(9, 12, 16, 2, 20)
+    exact = results(partial(definition, case), inputs_of(case, F64, 100.0))
     for dtype, limit in ((F32, 1e-2), (F64, 1e-10)):
-        found = layer_both_ways([part.to(DEVICE, dtype) for part in tensors], grad.to(DEVICE, dtype), case, None)
+        found = both_ways(case, [part.to(DEVICE) for part in inputs_of(case, dtype, 100.0)], 0.0, None)
         assert all(part.isfinite().all() for part in found)
-        assert [error for error in map(relative, found, exact) if not error <= limit] == []
+        assert apart(to_cpu(found), exact, limit) == []
 
 
 # ---------------------------------------------------------------- dropout
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**62 + 12345])
 @pytest.mark.parametrize("dropout", [1e-9, 0.5, 1.0])
-@pytest.mark.parametrize("last", [False, True])
-def test_the_masks_are_those_of_the_definition(seed: int, dropout: float, last: bool) -> None:
-    for case in (Layer(27, 6, 20, 4, 40, dropout, "plain", last), Layer(6, 19, 16, 2, 130, dropout, "plain", last)):
-        for ours, true in zip(on_gpu(case, F64, seed), by_definition(case, F64, seed), strict=True):
-            torch.testing.assert_close(ours.cpu(), true, rtol=1e-10, atol=1e-11)
-    block = Block(99, 20, 70, 30, dropout)
-    for ours, true in zip(on_gpu(block, F64, seed), by_definition(block, F64, seed), strict=True):
-        torch.testing.assert_close(ours.cpu(), true, rtol=1e-10, atol=1e-11)
+def test_the_masks_are_those_of_the_definition(seed: int, dropout: float) -> None:
+    cases: list[Block | Case] = [Block((99,), 20, 70, 30)]
+    cases += [Case(*sizes, last) for sizes in ((27, 6, 20, 4, 40), (6, 19, 16, 2, 130)) for last in (False, True)]
+    for case in cases:
+        exact = by_definition(case, F64, dropout, seed)
+        for ours, true in zip(to_cpu(on_gpu(case, F64, dropout, seed)), exact, strict=True):
+            torch.testing.assert_close(ours, true, rtol=1e-10, atol=1e-11)
 
 
 def test_manual_seed_makes_it_repeat() -> None:
-    (x, *weights), _ = layer_inputs(Layer(40, 9, 32, 2, 64), F32, DEVICE)
+    x, *weights = given_to(Case(40, 9, 32, 2, 64), F32, DEVICE)
 
     def once(seed: int) -> list[Tensor]:
         torch.manual_seed(seed)
@@ -265,57 +284,52 @@ def test_manual_seed_makes_it_repeat() -> None:
 
 # ---------------------------------------------------------------- gradients, schemas, what is not finite
 def test_gradients_by_finite_differences() -> None:
-    tensors, _ = block_inputs(Block(5, 4, 9, 3), F64, DEVICE)
-    assert torch.autograd.gradcheck(feed_forward, [part.requires_grad_() for part in tensors])
+    leaves = [part.requires_grad_() for part in given_to(Block((5,), 4, 9, 3), F64, DEVICE)]
+    assert torch.autograd.gradcheck(feed_forward, leaves)
     for last in (False, True):
-        tensors, _ = layer_inputs(Layer(3, 5, 4, 2, 6), F64, DEVICE)
-        leaves = [part.requires_grad_() for part in tensors]
+        leaves = [part.requires_grad_() for part in given_to(Case(3, 5, 4, 2, 6), F64, DEVICE)]
         assert torch.autograd.gradcheck(lambda x, *w, last=last: encoder_layer(x, w, heads=2, last_step=last), leaves)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_opcheck(dropout: float) -> None:
+    seed = seed_for(dropout, DEVICE)
     for rows in (0, 5):
-        tensors, grad = block_inputs(Block(rows, 4, 9, 3), F64, DEVICE)
-        rest = dropout, seed_for(dropout, DEVICE)
+        tensors = given_to(Block((rows,), 4, 9, 3), F64, DEVICE)
+        rest = dropout, seed
         torch.library.opcheck(OPS.feed_forward, (*(part.clone().requires_grad_() for part in tensors), *rest))
+        grad = gradient_like(OPS.feed_forward(*tensors, *rest))
         for wanted in (False, True):
             torch.library.opcheck(OPS.feed_forward_backward, (grad, *tensors[:4], *rest, wanted))
-    for case in (
-        Layer(0, 3, 4, 2, 5, dropout),
-        Layer(3, 5, 4, 2, 6, dropout),
-        Layer(3, 5, 4, 2, 6, dropout, last=True),
-    ):
-        (x, *weights), grad = layer_inputs(case, F64, DEVICE)
-        seed = seed_for(dropout, DEVICE)
-        forward = case.heads, EPS, dropout, seed, case.last
+    for case in (Case(0, 3, 4, 2, 5), Case(3, 5, 4, 2, 6), Case(3, 5, 4, 2, 6, True)):
+        x, *weights = given_to(case, F64, DEVICE)
+        forward = case.heads, case.eps, dropout, seed, case.last
         torch.library.opcheck(OPS.encoder_layer, (x, weights, *forward, False))
         leaves = [part.clone().requires_grad_() for part in weights]
         torch.library.opcheck(OPS.encoder_layer, (x.clone().requires_grad_(), leaves, *forward, True))
-        kept = OPS.encoder_layer(x, weights, *forward, True)[1:]
+        out, *kept = OPS.encoder_layer(x, weights, *forward, True)
         for wanted in (False, True):
             rest = x, weights, case.heads, dropout, seed, case.last, *kept, wanted
-            torch.library.opcheck(OPS.encoder_layer_backward, (grad, *rest))
+            torch.library.opcheck(OPS.encoder_layer_backward, (gradient_like(out), *rest))
 
 
 @pytest.mark.parametrize("hidden", [50, 3000])
 def test_autocast_casts_nothing_inside(hidden: int) -> None:
-    case, block = Layer(9, 6, 24, 3, hidden), Block(70, 140, hidden, 140)
-    plain = on_gpu(case, F32) + on_gpu(block, F32)
-    with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        found = on_gpu(case, F32) + on_gpu(block, F32)
-    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+    for case in (Case(9, 6, 24, 3, hidden), Block((70,), 140, hidden, 140)):
+        plain = on_gpu(case, F32)
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            found = on_gpu(case, F32)
+        assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("last", [False, True])
 def test_what_is_not_finite_stays_in_its_window(value: float, last: bool) -> None:
-    case = Layer(30, 9, 24, 3, 70, 0.2, "plain", last)
-    tensors, grad = layer_inputs(case, F64, DEVICE)
-    seed = seed_for(case.dropout, DEVICE)
-    clean = layer_both_ways(tensors, grad, case, seed)
+    case, seed = Case(30, 9, 24, 3, 70, last), torch.tensor([SEED], device=DEVICE)
+    tensors = given_to(case, F64, DEVICE)
+    clean = both_ways(case, tensors, 0.2, seed)
     tensors[0][13, 2, 4] = value
-    found = layer_both_ways(tensors, grad, case, seed)
+    found = both_ways(case, tensors, 0.2, seed)
     others = [i for i in range(30) if i != 13]
     for number in (0, 1):  # the result, the gradient of x
         assert torch.equal(found[number][others], clean[number][others])
@@ -324,10 +338,11 @@ def test_what_is_not_finite_stays_in_its_window(value: float, last: bool) -> Non
 
 @pytest.mark.parametrize("width", [24, 140])
 def test_what_is_not_finite_stays_in_its_row(width: int) -> None:
-    tensors, grad = block_inputs(Block(70, width, 50, 9), F64, DEVICE)
-    clean = block_both_ways(tensors, grad, 0.0, None)
+    case = Block((70,), width, 50, 9)
+    tensors = given_to(case, F64, DEVICE)
+    clean = both_ways(case, tensors, 0.0, None)
     tensors[0][13, 2] = torch.nan
-    found = block_both_ways(tensors, grad, 0.0, None)
+    found = both_ways(case, tensors, 0.0, None)
     others = [i for i in range(70) if i != 13]
     for number in (0, 1):
         assert torch.equal(found[number][others], clean[number][others])
@@ -336,70 +351,61 @@ def test_what_is_not_finite_stays_in_its_row(width: int) -> None:
 
 # ---------------------------------------------------------------- repeats, graphs, memory, size
 def test_the_same_bits_come_again() -> None:
-    cases = Layer(500, 20, 64, 2, 512, 0.2), Layer(500, 20, 64, 2, 512, 0.2, last=True), Block(9000, 64, 512, 64, 0.2)
-    for case in cases:
-        first = on_gpu(case, F32)
+    for case in (Case(500, 20, 64, 2, 512), Case(500, 20, 64, 2, 512, True), Block((9000,), 64, 512, 64)):
+        first = on_gpu(case, F32, 0.2)
         for _ in range(3):
-            assert all(torch.equal(a, b) for a, b in zip(on_gpu(case, F32), first, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(on_gpu(case, F32, 0.2), first, strict=True))
 
 
-def test_nothing_waits_for_the_device() -> None:
-    case = Layer(70, 9, 24, 3, 64, 0.2)
-    tensors, grad = layer_inputs(case, F32, DEVICE)
-    block, of_block = block_inputs(Block(70, 24, 64, 20), F32, DEVICE)
-    seed = torch.tensor([3], device=DEVICE)
-    layer_both_ways(tensors, grad, case, seed)
-    block_both_ways(block, of_block, 0.2, seed)
+GRAPHED = [Case(70, 9, 24, 3, 64), Case(70, 9, 24, 3, 64, True), Block((70,), 24, 64, 20)]
+
+
+@pytest.mark.parametrize("case", GRAPHED, ids=named)
+def test_nothing_waits_for_the_device(case: Block | Case) -> None:
+    tensors, seed = given_to(case, F32, DEVICE), torch.tensor([3], device=DEVICE)
+    grad = gradient_like(both_ways(case, tensors, 0.2, seed)[0])
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        layer_both_ways(tensors, grad, case, seed)
-        block_both_ways(block, of_block, 0.2, seed)
+        both_ways(case, tensors, 0.2, seed, grad)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("last", [False, True])
-def test_a_cuda_graph_captures_both_operators(last: bool) -> None:
+@pytest.mark.parametrize("case", GRAPHED, ids=named)
+def test_a_cuda_graph_captures_it(case: Block | Case) -> None:
     """Replayed on new numbers in the same memory, the seed's too."""
-    case = Layer(70, 9, 24, 3, 64, 0.2, "plain", last)
-    tensors, grad = layer_inputs(case, F32, DEVICE)
-    block, of_block = block_inputs(Block(70, 24, 64, 20), F32, DEVICE)
-    seed = torch.tensor([3], device=DEVICE)
-
-    def both() -> list[Tensor]:
-        return layer_both_ways(tensors, grad, case, seed) + block_both_ways(block, of_block, 0.2, seed)
-
+    tensors, seed = given_to(case, F32, DEVICE), torch.tensor([3], device=DEVICE)
+    grad = gradient_like(both_ways(case, tensors, 0.2, seed)[0])
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        both()
+        both_ways(case, tensors, 0.2, seed, grad)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = both()
+        found = both_ways(case, tensors, 0.2, seed, grad)
     for number in (3, 4):
         seed.fill_(number)
         tensors[0].mul_(0.5)
-        block[0].mul_(0.5)
         graph.replay()
         torch.cuda.synchronize()
-        for a, b in zip(found, both(), strict=True):
+        for a, b in zip(found, both_ways(case, tensors, 0.2, seed, grad), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # cuBLAS has other workspaces under capture
 
 
 def peak_bytes(hidden: int) -> int:
-    """Of a forward and a backward pass, beside what there was before it, weights and their gradients taken off."""
-    case = Layer(1000, 20, 64, 2, hidden)
-    tensors, grad = layer_inputs(case, F32, DEVICE)
-    layer_both_ways(tensors, grad, case, None)  # cuBLAS' workspace
+    """Of a forward and a backward pass, beside what there was before; weights and their gradients taken off."""
+    case = Case(1000, 20, 64, 2, hidden)
+    tensors = given_to(case, F32, DEVICE)
+    both_ways(case, tensors, 0.0, None)  # cuBLAS' workspace
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    layer_both_ways(tensors, grad, case, None)
+    both_ways(case, tensors, 0.0, None)
     of_weights = sum(part.numel() * part.element_size() for part in tensors[1:])
-    return torch.cuda.max_memory_allocated() - before - 5 * of_weights
+    return torch.cuda.max_memory_allocated() - before - 5 * of_weights  # packed, gradients, those of a part
 
 
 def test_memory_does_not_grow_with_the_hidden() -> None:
@@ -410,46 +416,44 @@ def test_memory_does_not_grow_with_the_hidden() -> None:
 def test_more_than_two_to_the_31_elements() -> None:
     if torch.cuda.get_device_properties(0).total_memory < 64 << 30:
         pytest.skip("needs 64 GB on the GPU")
-    (_, *weights), _ = layer_inputs(Layer(1, 1, 64, 2, 64), F32, DEVICE)
+    _, *weights = given_to(Case(1, 1, 64, 2, 64), F32, DEVICE)
     x = torch.randn(1_150_000, 30, 64, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE)
     assert x.numel() > 2**31
-    whole = OPS.encoder_layer(x, weights, 2, EPS, 0.0, None, False, False)[0]
-    few = OPS.encoder_layer(x[-5:], weights, 2, EPS, 0.0, None, False, False)[0]
+    whole, few = (OPS.encoder_layer(part, weights, 2, 1e-5, 0.0, None, False, False)[0] for part in (x, x[-5:]))
     torch.testing.assert_close(whole[-5:], few, rtol=1e-4, atol=1e-4)
     del whole
     rows = x.flatten(0, 1)
-    whole = OPS.feed_forward(rows, *weights[4:8], 0.0, None)
-    few = OPS.feed_forward(rows[-5:], *weights[4:8], 0.0, None)
+    whole, few = (OPS.feed_forward(part, *weights[4:8], 0.0, None) for part in (rows, rows[-5:]))
     torch.testing.assert_close(whole[-5:], few, rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------- refusals
 def test_refusals_of_the_kernels() -> None:
-    case = Layer(3, 5, 4, 2, 6)
-    (x, *weights), grad = layer_inputs(case, F32, DEVICE)
+    x, *weights = given_to(Case(3, 5, 4, 2, 6), F32, DEVICE)
+    rest = 2, 1e-5, 0.0, None, False, False
     with pytest.raises(ValueError, match="seed: expected one int64 on the device of x"):
-        OPS.encoder_layer(x, weights, 2, EPS, 0.5, None, False, False)
+        OPS.encoder_layer(x, weights, 2, 1e-5, 0.5, None, False, False)
     with pytest.raises(ValueError, match=r"dropout: expected 0 to 1, got 1\.5"):
-        OPS.encoder_layer(x, weights, 2, EPS, 1.5, None, False, False)
+        OPS.encoder_layer(x, weights, 2, 1e-5, 1.5, None, False, False)
     with pytest.raises(ValueError, match="heads: expected a divisor of D = 4, got 3"):
-        OPS.encoder_layer(x, weights, 3, EPS, 0.0, None, False, False)
+        OPS.encoder_layer(x, weights, 3, *rest[1:])
     with pytest.raises(ValueError, match="weights: expected 12, got 11"):
-        OPS.encoder_layer(x, weights[1:], 2, EPS, 0.0, None, False, False)
+        OPS.encoder_layer(x, weights[1:], *rest)
     with pytest.raises(ValueError, match="x: expected at least one step"):
-        OPS.encoder_layer(x[:, :0], weights, 2, EPS, 0.0, None, False, False)
-    kept = OPS.encoder_layer(x, weights, 2, EPS, 0.0, None, False, False)[1:]
+        OPS.encoder_layer(x[:, :0], weights, *rest)
+    kept = OPS.encoder_layer(x, weights, *rest)[1:]
     with pytest.raises(ValueError, match=r"normalised: expected shape \(2, 3, 5, 4\), got \(2, 0, 5, 4\)"):
-        OPS.encoder_layer_backward(grad, x, weights, 2, 0.0, None, False, *kept, True)
-    tensors, of_block = block_inputs(Block(5, 4, 9, 3), F32, DEVICE)
+        OPS.encoder_layer_backward(x, x, weights, 2, 0.0, None, False, *kept, True)
+    tensors = given_to(Block((5,), 4, 9, 3), F32, DEVICE)
     with pytest.raises(ValueError, match=r"bias_in: expected shape \(9\), got \(8,\)"):
         OPS.feed_forward(*tensors[:2], tensors[2][1:], *tensors[3:], 0.0, None)
-    with pytest.raises(ValueError, match=r"grad: expected shape \(5, 3\), got \(4, 3\)"):
-        OPS.feed_forward_backward(of_block[1:], *tensors[:4], 0.0, None, True)
+    with pytest.raises(ValueError, match=r"grad: expected shape \(5, 3\), got \(5, 4\)"):
+        OPS.feed_forward_backward(tensors[0], *tensors[:4], 0.0, None, True)
 
 
 def test_tensors_of_another_device_are_refused() -> None:
-    (x, *weights), _ = layer_inputs(Layer(3, 5, 4, 2, 6), F32, DEVICE)
+    x, *weights = given_to(Case(3, 5, 4, 2, 6), F32, DEVICE)
     with pytest.raises(ValueError, match="in_proj_weight: expected the device of x, got another"):
-        OPS.encoder_layer(x, [weights[0].cpu(), *weights[1:]], 2, EPS, 0.0, None, False, False)
+        OPS.encoder_layer(x, [weights[0].cpu(), *weights[1:]], 2, 1e-5, 0.0, None, False, False)
     with pytest.raises(ValueError, match="seed: expected the device of x, got another"):
         OPS.feed_forward(x[:, 0], *weights[4:8], 0.5, torch.tensor([3]))
