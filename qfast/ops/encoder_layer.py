@@ -146,7 +146,8 @@ def _forward(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _backward(grad: Tensor, x: Tensor, weights: list[Tensor], *others: Any) -> tuple[Tensor, list[Tensor]]:
     *given, input_grad = others
-    of_x, of_weights = backward_twin(grad, x, weights, *given)
+    with torch.autocast(x.device.type, enabled=False):
+        of_x, of_weights = backward_twin(grad, x, weights, *given)
     return (of_x if input_grad else of_x[:0].clone()), of_weights
 
 

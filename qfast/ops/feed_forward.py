@@ -183,7 +183,8 @@ def _backward(
     seed: Tensor | None, input_grad: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     mask = hidden_mask(x, len(weight_in), dropout, seed)
-    of_x, *others = block_gradients(grad, x, weight_in, bias_in, weight_out, mask)
+    with torch.autocast(x.device.type, enabled=False):
+        of_x, *others = block_gradients(grad, x, weight_in, bias_in, weight_out, mask)
     return (of_x if input_grad else of_x[:0].clone()), *others
 
 
