@@ -331,10 +331,10 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 @pytest.mark.parametrize(
     ("sizes", "limit"),
     [
-        # MiB: x takes 29, what both norms keep twice that, result and gradients as much again; the hidden alone 3,750
-        ({"batch": 8000, "steps": 60, "hidden": 2048, "last": False}, 250),
-        # the gradient of x, 29, and little else
-        ({"batch": 8000, "steps": 60, "hidden": 2048, "last": True}, 60),
+        # MiB: x takes 15, what both norms keep twice that, result and gradients as much again; the hidden alone 1,875
+        ({"batch": 4000, "steps": 60, "hidden": 2048, "last": False}, 125),
+        # the gradient of x, 15, and little else
+        ({"batch": 4000, "steps": 60, "hidden": 2048, "last": True}, 40),
         # one window's attention weights take 7 a head, those of all 230
         ({"batch": 20, "steps": 1200, "hidden": 8, "last": False}, 60),
     ],
