@@ -12,7 +12,7 @@ from qfast import _backend
 from qfast.errors import DataError
 from qfast.ops import transforms
 
-__all__ = ["PlainTorch", "has_hooks"]
+__all__ = ["PlainTorch", "check_dtype", "has_hooks"]
 
 Network = TypeVar("Network", bound="PlainTorch")
 
@@ -59,15 +59,27 @@ class PlainTorch(nn.Module):
             return False
         if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return False
-        if x.dtype != weight.dtype:
-            raise DataError(
-                f"x is {x.dtype} but the network's weights are {weight.dtype}. Remedy: x.to({weight.dtype}), or "
-                f"the network .to({x.dtype}); new networks take torch's default dtype (torch.set_default_dtype)."
-            )
+        check_dtype(x, weight)
         if x.dtype not in (torch.float32, torch.float64) or x.shape[1] == 0:
             return False
         # torch's layers cannot all follow vmap, nor forward mode in float32
         return torch.compiler.is_compiling() or transforms.active() or _backend.native is not None
+
+
+def check_dtype(x: Tensor, weight: Tensor) -> None:
+    """x has the dtype of a network's weights.
+
+    Raises
+    ------
+    DataError
+        It has not.
+    """
+    if x.dtype == weight.dtype:
+        return
+    remedy = f"x.to({weight.dtype})"
+    if x.is_floating_point():
+        remedy += f", or the network .to({x.dtype}); new networks take torch's default dtype (torch.set_default_dtype)"
+    raise DataError(f"x is {x.dtype} but the network's weights are {weight.dtype}. Remedy: {remedy}.")
 
 
 def has_hooks(part: nn.Module) -> bool:

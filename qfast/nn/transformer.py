@@ -7,14 +7,13 @@ qlib/contrib/model/pytorch_transformer.py), so state dicts travel both ways.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from qfast.errors import ConfigError, DataError, whole_number
-from qfast.nn.plain import PlainTorch, has_hooks
+from qfast.nn.plain import PlainTorch, check_dtype, has_hooks
 from qfast.nn.recurrent import as_windows
 from qfast.ops import encoder_layer
 
@@ -42,8 +41,8 @@ class PositionalEncoding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, B, D] -> [T, B, D]"""
-        encoded: Tensor = x + cast(Tensor, self.pe)[: len(x)]
-        return encoded
+        positions: Tensor = self.pe  # type: ignore[assignment]
+        return x + positions[: len(x)]
 
 
 class WindowEncoder(PlainTorch):
@@ -84,6 +83,14 @@ class WindowEncoder(PlainTorch):
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, F] or [B, F*T] -> [B]; a batch of one stays one-dimensional (the reference returns 0-d)."""
         x = as_windows(x, self.d_feat)
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            self._check(x)
+        mapped = self.pos_encoder(self.feature_layer(x).transpose(0, 1)).transpose(0, 1)
+        prediction: Tensor = self.decoder_layer(self._encoded(mapped)).squeeze(-1)
+        return prediction
+
+    def _check(self, x: Tensor) -> None:
+        """Where torch's layers would refuse without saying what to do, or return what is none."""
         if x.shape[1] > LONGEST:
             raise DataError(
                 f"x has {x.shape[1]} steps, but there are positions for {LONGEST}. Remedy: a step_len of at most "
@@ -91,15 +98,15 @@ class WindowEncoder(PlainTorch):
             )
         if x.shape[1] == 0:
             raise DataError(f"x has no step: its shape is {list(x.shape)}, expected [B, T, F] with T of at least 1.")
-        mapped = self.pos_encoder(self.feature_layer(x).transpose(0, 1)).transpose(0, 1)
-        prediction: Tensor = self.decoder_layer(self._encoded(mapped)).squeeze(-1)
-        return prediction
+        weight = getattr(self.feature_layer, "weight", None)
+        if isinstance(weight, Tensor) and not torch.is_autocast_enabled(x.device.type):
+            check_dtype(x, weight)
 
-    def _takes_operators(self, x: Tensor, layers: Iterable[nn.Module]) -> bool:
+    def _takes_operators(self, x: Tensor, layers: nn.ModuleList) -> bool:
         """Whether the layers are computed by our operators: as they were built, and where these serve."""
-        if not all(_is_plain(layer) for layer in layers):
+        if len(layers) == 0 or not all(_is_plain(layer) for layer in layers):
             return False
-        return self._may_take_operator(x, self.feature_layer.weight)
+        return self._may_take_operator(x, cast(nn.TransformerEncoderLayer, layers[0]).linear1.weight)
 
 
 class Transformer(WindowEncoder):
@@ -147,15 +154,27 @@ class Transformer(WindowEncoder):
         return nn.TransformerEncoder(self.encoder_layer, num_layers, enable_nested_tensor=False)
 
     def _encoded(self, x: Tensor) -> Tensor:
-        encoder = cast(nn.TransformerEncoder, self.transformer_encoder)
-        whole = type(encoder) is nn.TransformerEncoder and encoder.norm is None and not has_hooks(encoder)
-        if not torch.jit.is_scripting() and whole and self._takes_operators(x, encoder.layers):  # type: ignore[attr-defined]
-            last = len(encoder.layers) - 1
-            for number, layer in enumerate(encoder.layers):
-                x = run_layer(layer, x, last_step=number == last)
-            return x
-        steps: Tensor = encoder(x.transpose(0, 1))
+        # A script leaves the outer branch out, and so does not compile what it calls: it must stay alone.
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            takes_operators = self._is_as_built() and self._takes_operators(x, self._layers())
+            if takes_operators:
+                return self._by_operators(x)
+        steps: Tensor = self.transformer_encoder(x.transpose(0, 1))
         return steps[-1]
+
+    def _by_operators(self, x: Tensor) -> Tensor:
+        layers = self._layers()
+        for number, layer in enumerate(layers, 1):
+            x = run_layer(layer, x, last_step=number == len(layers))
+        return x
+
+    def _layers(self) -> nn.ModuleList:
+        return cast(nn.TransformerEncoder, self.transformer_encoder).layers
+
+    def _is_as_built(self) -> bool:
+        """All but the layers, hooks and all: an operator would not do what another does."""
+        encoder = self.transformer_encoder
+        return type(encoder) is nn.TransformerEncoder and encoder.norm is None and not has_hooks(encoder)
 
 
 def run_layer(layer: nn.Module, x: Tensor, last_step: bool) -> Tensor:
@@ -192,6 +211,6 @@ def _is_plain(layer: nn.Module) -> bool:
         projects
         and not any(bias is None for bias in biases)
         and len(shares) == len(modes) == len({norm.eps for norm in norms}) == 1
-        and not layer.norm_first
+        and not (layer.norm_first or attention.batch_first)
         and layer.activation is nn.functional.relu
     )
