@@ -1,0 +1,582 @@
+"""Transformer and Localformer beside the same layers of torch called one by one, by every way a network is used."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import io
+import math
+import pickle
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch._dynamo
+from temporal_conv_cases import relative
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from qfast import _backend
+from qfast.errors import ConfigError, DataError
+from qfast.nn import Localformer, Transformer, transformer
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::torch.jit.TracerWarning"
+)
+both = pytest.mark.parametrize("kind", [Transformer, Localformer], ids=lambda kind: kind.__name__)
+F32, F64 = torch.float32, torch.float64
+Network = Transformer | Localformer
+NATIVE = _backend.native is not None
+
+
+def case(kind: type, dtype: torch.dtype = F64, rows: int = 12, dropout: float = 0.0) -> tuple[Network, Tensor]:
+    torch.manual_seed(0)
+    return kind(5, 8, 2, 2, dropout).to(dtype), torch.randn(rows, 7, 5, dtype=dtype)
+
+
+def positions(steps: int, width: int) -> Tensor:
+    """Of the paper, element by element, in float64."""
+    rows = [
+        [(math.cos if d % 2 else math.sin)(t / 10000 ** ((d - d % 2) / width)) for d in range(width)]
+        for t in range(steps)
+    ]
+    return torch.tensor(rows, dtype=F64)
+
+
+def plainly(net: Network, x: Tensor) -> Tensor:
+    """Torch's layers, which take [T, B, D], one after the other."""
+    encoder = net.transformer_encoder
+    steps = net.feature_layer(x).transpose(0, 1)
+    steps = steps + net.pos_encoder.pe[: len(steps)]
+    for i, layer in enumerate(encoder.layers):
+        if isinstance(net, Transformer):
+            steps = layer(steps)
+        else:
+            beside = encoder.conv[i](steps.permute(1, 2, 0)).permute(2, 0, 1)
+            steps = layer(steps + beside)
+    if not isinstance(net, Transformer):
+        steps = net.rnn(steps + beside)[0]
+    return net.decoder_layer(steps[-1])[:, 0]
+
+
+def gradients(net: Network, out: Tensor) -> dict[str, Tensor]:
+    """Of all parameters that take part."""
+    net.zero_grad()
+    out.pow(2).sum().backward()
+    return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """One entry per call of the operator: whether it was asked for the last step alone."""
+    calls: list[bool] = []
+    inner = transformer.encoder_layer
+
+    def counted(x: Tensor, weights: object, **options: bool) -> Tensor:
+        calls.append(options["last_step"])
+        return inner(x, weights, **options)
+
+    monkeypatch.setattr(transformer, "encoder_layer", counted)
+    return calls
+
+
+# ---------------------------------------------------------------- numbers
+# Of two features a norm leaves a sign: gradients through it are nothing but rounding.
+SIZES = [(1, 4, 1, 1, 1), (6, 8, 4, 2, 1), (6, 8, 8, 3, 2), (20, 16, 1, 4, 5), (3, 10, 5, 2, 13), (6, 64, 2, 2, 20)]
+LARGE = [(20, 64, 2, 2, 60), (6, 128, 4, 3, 30), (3, 36, 3, 4, 130)]
+
+
+@both
+@pytest.mark.parametrize("sizes", [*SIZES, *(pytest.param(s, marks=pytest.mark.slow) for s in LARGE)], ids=str)
+def test_predictions_and_gradients_are_those_of_the_layers(kind: type, sizes: tuple[int, ...]) -> None:
+    """In float64 to 1e-11, in float32 to 2e-5 (or three times torch's own error)."""
+    *build, steps = sizes
+    torch.manual_seed(3)
+    net = kind(*build, 0.0)
+    exact, x = copy.deepcopy(net).double(), torch.randn(9, steps, build[0])
+    expected = plainly(exact, x.double())
+    true = {"": expected.detach(), **gradients(exact, expected)}
+
+    def found(call: Callable[[Network, Tensor], Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        of = copy.deepcopy(net).to(dtype)
+        out = call(of, x.to(dtype))
+        return {"": out.detach(), **gradients(of, out)}
+
+    def ours(net: Network, x: Tensor) -> Tensor:
+        return net(x)
+
+    wide, narrow, torchs = found(ours, F64), found(ours, F32), found(plainly, F32)
+    assert list(wide) == list(narrow) == list(true)
+    for name, value in true.items():
+        assert relative(wide[name], value) < 1e-11, name
+        assert relative(narrow[name], value) <= max(2e-5, 3 * relative(torchs[name], value)), name
+
+
+@both
+@pytest.mark.parametrize("layers", [1, 3])
+def test_the_operators_are_what_computes(kind: type, layers: int, seen: list[bool]) -> None:
+    if not NATIVE:
+        pytest.skip("no native library")
+    kind(5, 8, 2, layers, 0.1)(torch.randn(4, 7, 5))
+    last = kind is Transformer  # the other's GRU reads every step
+    assert seen == [*[False] * (layers - 1), last]
+
+
+@both
+def test_gradients_of_the_data(kind: type) -> None:
+    net, x = case(kind)
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    for leaf, out in zip(leaves, (net(leaves[0]), plainly(net, leaves[1])), strict=True):
+        out.pow(2).sum().backward()
+        assert leaf.grad is not None
+    assert relative(leaves[0].grad, leaves[1].grad) < 1e-12
+
+
+@both
+def test_any_batch_and_the_shape_of_one(kind: type) -> None:
+    net, x = case(kind)
+    expected = plainly(net, x)
+    for rows in (0, 1, 5):
+        assert net(x[:rows]).shape == (rows,)
+        torch.testing.assert_close(net(x[:rows]), expected[:rows], rtol=1e-11, atol=1e-12)
+        assert net.to_reference()(x[:rows]).shape == (rows,)
+    net(x[:0]).sum().backward()
+    assert all(bool((p.grad == 0).all()) for p in net.parameters() if p.grad is not None)
+
+
+@both
+def test_flat_windows_are_read_feature_by_feature(kind: type) -> None:
+    net, x = case(kind)
+    torch.testing.assert_close(net(x.transpose(1, 2).flatten(1)), net(x), rtol=1e-13, atol=1e-14)
+    time_first = x.transpose(0, 1).contiguous().transpose(0, 1)
+    torch.testing.assert_close(net(time_first), net(x), rtol=1e-13, atol=1e-14)
+
+
+def test_positions_are_those_of_the_paper() -> None:
+    for width in (2, 8, 64):
+        pe = Transformer(3, width, 1).pos_encoder.pe
+        assert pe.shape == (1000, 1, width)
+        torch.testing.assert_close(pe[:, 0].double(), positions(1000, width), rtol=0, atol=1e-4)  # float32 of t
+        torch.testing.assert_close(pe[:30, 0].double(), positions(30, width), rtol=0, atol=3e-6)
+
+
+@both
+def test_a_window_that_is_not_finite_stays_alone(kind: type) -> None:
+    net, x = case(kind)
+    clean = net(x)
+    x[3, 2, 1] = torch.nan
+    found = net(x)
+    assert found[3].isnan()
+    rest = torch.arange(len(x)) != 3
+    torch.testing.assert_close(found[rest], clean[rest], rtol=1e-12, atol=1e-13)
+
+
+# ---------------------------------------------------------------- what is there and not used
+@both
+def test_the_layer_that_is_copied_takes_no_part(kind: type) -> None:
+    """It is in the reference's files, so it is in ours."""
+    net, x = case(kind)
+    expected = net(x).detach()
+    net(x).sum().backward()
+    unused = [name for name, p in net.named_parameters() if p.grad is None]
+    assert unused == [f"encoder_layer.{name}" for name, _ in net.encoder_layer.named_parameters()]
+    assert len(unused) == 12
+    assert set(unused) <= set(net.state_dict())
+    for p in net.encoder_layer.parameters():
+        p.data.fill_(7.0)
+    assert torch.equal(net(x), expected)
+
+
+@both
+def test_an_optimiser_leaves_what_has_no_gradient_alone(kind: type) -> None:
+    net, x = case(kind)
+    before = copy.deepcopy(net.encoder_layer.state_dict())
+    adam = torch.optim.Adam(net.parameters(), weight_decay=0.1)
+    net(x).sum().backward()
+    adam.step()
+    assert all(torch.equal(value, before[key]) for key, value in net.encoder_layer.state_dict().items())
+
+
+# ---------------------------------------------------------------- refusals
+@both
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"d_model": 7, "nhead": 7}, "d_model must be even, .*, got 7"),
+        ({"d_model": 8, "nhead": 3}, r"nhead must divide d_model=8, got 3\. Remedy: one of \[1, 2, 4, 8\]"),
+        ({"d_feat": 0}, "d_feat must be a whole number of at least 1, got 0"),
+        ({"d_model": 8.0}, "d_model must be a whole number of at least 1, got 8.0"),
+        ({"nhead": 0}, "nhead must be a whole number of at least 1, got 0"),
+        ({"num_layers": 0}, "num_layers must be a whole number of at least 1, got 0"),
+        ({"num_layers": True}, "num_layers must be a whole number of at least 1, got True"),
+        ({"dropout": 1.5}, r"dropout must lie in \[0, 1\], got 1.5"),
+        ({"dropout": math.nan}, r"dropout must lie in \[0, 1\], got nan"),
+    ],
+)
+def test_wrong_sizes_are_named(kind: type, wrong: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        kind(**wrong)
+
+
+@both
+def test_wrong_data_is_named(kind: type) -> None:
+    net, x = case(kind)
+    for given, message in (
+        (x[..., :4], r"x has 4 features .* built with d_feat=5\. Remedy: d_feat=4"),
+        (x.flatten(1)[:, :33], "x has 33 columns, which is not a multiple of d_feat=5"),
+        (x[0, 0], "x must be .*, got 1 axes"),
+        (x[:, :0], r"x has no step: its shape is \[12, 0, 5\]"),
+        (x.float(), r"x is torch.float32 but the network's weights are torch.float64\. Remedy: x.to\(torch.float64\)"),
+        (x.long(), r"x is torch.int64 .* Remedy: x.to\(torch.float64\)\.$"),
+        (torch.zeros(1, 1001, 5, dtype=F64), "x has 1001 steps, but there are positions for 1000. Remedy: a step_len"),
+        (torch.zeros(1, 5005, dtype=F64), "x has 1001 steps, .* or check d_feat=5 if x is flat"),
+    ):
+        for way in (net, net.to_reference()):
+            with pytest.raises(DataError, match=message):
+                way(given)
+
+
+@both
+def test_a_thousand_steps(kind: type) -> None:
+    torch.manual_seed(0)
+    net, x = kind(2, 2, 1, 1, 0.0).double(), torch.randn(2, 1000, 2, dtype=F64)
+    torch.testing.assert_close(net(x), plainly(net, x), rtol=1e-10, atol=1e-12)
+
+
+# ---------------------------------------------------------------- dropout
+@both
+def test_dropout_counts_in_training_only_and_repeats_with_the_seed(kind: type) -> None:
+    net, x = case(kind, F32, dropout=0.4)
+    state = torch.get_rng_state()
+    net.eval()
+    torch.testing.assert_close(net(x), plainly(net, x), rtol=1e-5, atol=1e-6)
+    assert torch.equal(torch.get_rng_state(), state)
+    net.train()
+    torch.manual_seed(8)
+    first, second = net(x), net(x)
+    assert not torch.allclose(first, second)
+    torch.manual_seed(8)
+    assert torch.equal(net(x), first)
+    torch.manual_seed(8)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), first, rtol=1e-5, atol=1e-6)
+
+
+@both
+@pytest.mark.parametrize("dropout", [0.1, 0.5])
+def test_training_draws_as_torchs_layers_do(kind: type, dropout: float) -> None:
+    """One window many times: every copy has masks of its own. Mean, spread and tails are those of torch's masks."""
+    net, x = case(kind, F32, rows=1, dropout=dropout)
+    many = x[:, :4].expand(3000, 4, 5)
+    with torch.no_grad():
+        found, expected = net(many).double(), net.to_reference()(many).double()
+    spread = float(expected.std())
+    assert float(found.std()) == pytest.approx(spread, rel=0.1)
+    assert abs(float(found.mean() - expected.mean())) < 5 * spread * (2 / 3000) ** 0.5
+    marks = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=F64)
+    shares = (expected.quantile(marks)[:, None] > found).double().mean(1)
+    assert torch.all((shares - marks).abs() < 0.06)
+
+
+@both
+def test_everything_dropped(kind: type) -> None:
+    net, x = case(kind, dropout=1.0)
+    net.eval()
+    torch.testing.assert_close(net(x), plainly(net, x), rtol=1e-12, atol=1e-12)
+    net.train()
+    torch.testing.assert_close(net(x), net.to_reference()(x), rtol=1e-11, atol=1e-12)
+    assert all(torch.isfinite(g).all() for g in gradients(net, net(x)).values())
+
+
+# ---------------------------------------------------------------- changed networks
+def _with_hook(net: Network, layer: nn.TransformerEncoderLayer) -> None:
+    layer.register_forward_hook(lambda module, _, out: out * 2)
+
+
+def _with_inner_hook(net: Network, layer: nn.TransformerEncoderLayer) -> None:
+    layer.linear1.register_forward_pre_hook(lambda module, given: (given[0] * 2,))
+
+
+def _gelu(net: Network, layer: nn.TransformerEncoderLayer) -> None:
+    layer.activation = nn.functional.gelu
+
+
+def _norm_first(net: Network, layer: nn.TransformerEncoderLayer) -> None:
+    layer.norm_first = True
+
+
+def _other_eps(net: Network, layer: nn.TransformerEncoderLayer) -> None:
+    layer.norm2.eps = 0.5
+
+
+def _no_norm(net: Network, layer: nn.TransformerEncoderLayer) -> None:
+    layer.norm1 = nn.Identity()
+
+
+def _no_bias(net: Network, layer: nn.TransformerEncoderLayer) -> None:
+    layer.linear2.bias = None
+
+
+def _zero_attention(net: Network, layer: nn.TransformerEncoderLayer) -> None:
+    layer.self_attn.add_zero_attn = True
+
+
+def _weight_norm(net: Network, layer: nn.TransformerEncoderLayer) -> None:
+    nn.utils.parametrizations.weight_norm(layer.linear1)
+    layer.linear1.parametrizations.weight.original0.data.mul_(2)
+
+
+def _other_linear(net: Network, layer: nn.TransformerEncoderLayer) -> None:
+    layer.linear1 = nn.Sequential(layer.linear1, nn.Tanh())
+
+
+def _batch_first(net: Network, layer: nn.TransformerEncoderLayer) -> None:
+    torch.manual_seed(4)
+    net.transformer_encoder.layers[1] = nn.TransformerEncoderLayer(8, 2, dropout=0.0, batch_first=True).double()
+
+
+def _own_layer(net: Network, layer: nn.TransformerEncoderLayer) -> None:
+    class Doubled(nn.TransformerEncoderLayer):
+        def forward(self, *given: Tensor, **options: object) -> Tensor:
+            return 2 * super().forward(*given, **options)
+
+    layer.__class__ = Doubled
+
+
+CHANGES = [
+    _with_hook, _with_inner_hook, _gelu, _norm_first, _other_eps, _no_norm, _no_bias,
+    _zero_attention, _weight_norm, _other_linear, _batch_first, _own_layer,
+]  # fmt: skip
+
+
+@both
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_changed_networks_are_computed_as_they_are(kind: type, change: Callable, seen: list[bool]) -> None:
+    net, x = case(kind)
+    before = net(x)
+    seen.clear()
+    change(net, net.transformer_encoder.layers[1])
+    found = net(x)
+    assert seen == []
+    assert not torch.allclose(found, before, rtol=1e-9)  # the change counts
+    torch.testing.assert_close(found, plainly(net, x), rtol=1e-11, atol=1e-12)
+
+
+@both
+def test_a_hook_on_the_whole_encoder_is_called(kind: type, seen: list[bool]) -> None:
+    net, x = case(kind)
+    net.transformer_encoder.register_forward_hook(lambda module, _, out: out * 0)
+    found = net(x)
+    assert seen == []
+    torch.testing.assert_close(found, found[:1].expand(12), rtol=1e-12, atol=1e-12)  # nothing of the data arrives
+
+
+def test_a_norm_after_the_encoder_is_applied(seen: list[bool]) -> None:
+    net, x = case(Transformer)
+    net.transformer_encoder.norm = nn.LayerNorm(8, elementwise_affine=False).double()
+    read: list[Tensor] = []
+    net.decoder_layer.register_forward_hook(lambda module, given, out: read.append(given[0]))
+    net(x)
+    assert seen == []
+    torch.testing.assert_close(read[0].mean(1), torch.zeros(12, dtype=F64))
+
+
+@both
+def test_layers_that_are_replaced_by_the_same_kind_count(kind: type, seen: list[bool]) -> None:
+    """A wider block, other heads, another number of layers: the operator computes what is there."""
+    net, x = case(kind)
+    torch.manual_seed(4)
+    net.transformer_encoder.layers[0] = nn.TransformerEncoderLayer(8, 4, 30, dropout=0.0, layer_norm_eps=0.1).double()
+    torch.testing.assert_close(net(x), plainly(net, x), rtol=1e-11, atol=1e-12)
+    assert len(seen) == 2 * NATIVE
+
+
+@both
+def test_the_first_and_last_layers_may_be_anything(kind: type) -> None:
+    net, x = case(kind)
+    net.feature_layer = nn.Sequential(net.feature_layer, nn.Tanh())
+    net.decoder_layer = nn.Sequential(nn.Tanh(), net.decoder_layer)
+    torch.testing.assert_close(net(x), plainly(net, x), rtol=1e-11, atol=1e-12)
+
+
+@both
+@pytest.mark.parametrize("part", ["dropout", "dropout1", "dropout2", "self_attn", "norm1"])
+def test_modes_that_differ_within_a_layer_are_kept(kind: type, part: str, seen: list[bool]) -> None:
+    net, x = case(kind, F32, dropout=0.5)
+    for layer in net.transformer_encoder.layers:
+        getattr(layer, part).eval()
+    torch.manual_seed(2)
+    found = net(x)
+    assert seen == []
+    torch.manual_seed(2)
+    torch.testing.assert_close(found, net.to_reference()(x), rtol=1e-5, atol=1e-6)
+
+
+@both
+def test_shares_that_differ_within_a_layer_are_kept(kind: type, seen: list[bool]) -> None:
+    net, x = case(kind, dropout=0.5)
+    net.transformer_encoder.layers[0].dropout1.p = 0.1
+    net(x)
+    assert seen == []
+
+
+@both
+def test_layers_in_modes_of_their_own(kind: type, seen: list[bool]) -> None:
+    """All of a layer in eval is a mode that the operator has."""
+    net, x = case(kind, dropout=0.5)
+    net.transformer_encoder.eval()
+    if kind is Localformer:
+        net.rnn.eval()
+    torch.testing.assert_close(net(x), plainly(net, x), rtol=1e-11, atol=1e-12)
+    assert len(seen) == 2 * NATIVE
+
+
+# ---------------------------------------------------------------- torch around it
+@both
+def test_trace_script_and_export_hold_torchs_operations_only(kind: type) -> None:
+    net, x = case(kind)
+    expected = plainly(net, x)
+    for made in (torch.jit.trace(net, (x,)), torch.jit.script(net)):
+        torch.testing.assert_close(made(x), expected, rtol=1e-12, atol=1e-12)
+        assert "qfast::" not in str(made.inlined_graph)
+    program = torch.export.export(net, (x,))
+    assert "qfast" not in str(program.graph)
+    torch.testing.assert_close(program.module()(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@both
+def test_export_of_any_batch_and_a_file(kind: type) -> None:
+    """As exporters to other formats take it: eval mode, batch left open, saved and read."""
+    net, x = case(kind, F32)
+    plain = net.eval().to_reference()
+    assert "qfast" not in str(torch.export.export(plain, (x,)).graph)
+    open_batch = {"x": {0: torch.export.Dim("batch", min=2, max=4096)}}
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(plain, (x,), dynamic_shapes=open_batch), file)
+    file.seek(0)
+    again = torch.export.load(file).module()
+    for rows in (12, 5):
+        torch.testing.assert_close(again(x[:rows]), net(x[:rows]), rtol=1e-5, atol=1e-6)
+
+
+@both
+@torch._dynamo.config.patch(allow_rnn=True)
+def test_compile_into_one_graph(kind: type) -> None:
+    net, x = case(kind)
+    compiled = torch.compile(copy.deepcopy(net), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), net(x), rtol=1e-12, atol=1e-12)
+    expected = gradients(net, net(x))
+    compiled(x).pow(2).sum().backward()
+    for name, p in compiled._orig_mod.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(p.grad, expected[name], rtol=1e-10, atol=1e-10)
+    torch.compiler.reset()
+
+
+@both
+def test_transforms(kind: type) -> None:
+    net, x = case(kind, rows=4)
+    along = torch.randn_like(x)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # torch's own has no forward mode
+        expected = torch.func.jvp(lambda x: plainly(net, x), (x,), (along,))[1]
+    torch.testing.assert_close(torch.func.jvp(net, (x,), (along,))[1], expected, rtol=1e-9, atol=1e-12)
+    used = {name: p for name, p in net.named_parameters() if not name.startswith("encoder_layer.")}
+    found = torch.func.grad(lambda p: functional_call(net, p, (x,)).pow(2).sum())(used)
+    for name, value in gradients(net, plainly(net, x)).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+    windows = torch.stack((x, along))
+    torch.testing.assert_close(torch.vmap(net)(windows), torch.stack((net(x), net(along))), rtol=1e-11, atol=1e-12)
+    parameters, buffers = torch.func.stack_module_state([copy.deepcopy(net) for _ in range(2)])
+    ensemble = torch.vmap(lambda p, b: functional_call(net, (p, b), (x,)))(parameters, buffers)
+    torch.testing.assert_close(ensemble, torch.stack([plainly(net, x)] * 2), rtol=1e-11, atol=1e-12)
+
+
+@both
+def test_gradients_of_gradients(kind: type) -> None:
+    """By torch.func, and by `backward` on torch's own layers (with the attention that has one)."""
+    net, x = case(kind, rows=2)
+    leaf = x.clone().requires_grad_()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        (first,) = torch.autograd.grad(net.to_reference()(leaf).pow(2).sum(), leaf, create_graph=True)
+        (expected,) = torch.autograd.grad(first.pow(2).sum(), leaf)
+    slope = torch.func.grad(lambda x: net(x).pow(2).sum())
+    found = torch.func.grad(lambda x: slope(x).pow(2).sum())(x)
+    assert relative(found, expected) < 1e-10
+    if NATIVE:
+        (first,) = torch.autograd.grad(net(leaf).pow(2).sum(), leaf, create_graph=True)
+        with pytest.raises(NotImplementedError, match=r"double backward is not supported"):
+            first.pow(2).sum().backward()
+
+
+@both
+def test_autocast_and_halves(kind: type) -> None:
+    net, x = case(kind, F32)
+    expected = plainly(net, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = net(x)
+    assert (found.float() - expected).norm() <= 0.05 * expected.norm() + 0.05
+    half = copy.deepcopy(net).bfloat16()(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - expected).norm() <= 0.1 * expected.norm() + 0.1
+
+
+@both
+def test_dynamic_quantisation(kind: type) -> None:
+    net, x = case(kind, F32)
+    net.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        small = torch.ao.quantization.quantize_dynamic(net, {nn.GRU, nn.Linear}, dtype=torch.qint8)
+    assert type(small.decoder_layer) is not nn.Linear
+    assert (small(x) - net(x)).norm() <= 0.2 * net(x).norm() + 0.05
+
+
+@both
+def test_it_is_copied_and_pickled_after_a_forward(kind: type) -> None:
+    net, x = case(kind)
+    expected = net(x)
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(other(x), expected)
+    plain = net.to_reference()
+    torch.testing.assert_close(plain(x), expected, rtol=1e-12, atol=1e-12)
+    plain.feature_layer.weight.data.zero_()
+    assert torch.equal(net(x), expected)  # weights of its own
+
+
+# ---------------------------------------------------------------- the reference
+@pytest.mark.parametrize("suffix", ["", "_ts"])
+@pytest.mark.parametrize("sizes", [(6, 8, 4, 2), (20, 16, 2, 1), (5, 12, 1, 3)], ids=str)
+@both
+def test_the_references_weights_names_and_numbers(kind: type, suffix: str, sizes: tuple[int, ...]) -> None:
+    pytest.importorskip("qlib", reason="pyqlib is the oracle; install qfast-models[qlib]")
+    theirs = importlib.import_module(f"qlib.contrib.model.pytorch_{kind.__name__.lower()}{suffix}").Transformer
+    torch.manual_seed(5)
+    reference, after = theirs(*sizes, 0.0, None), torch.get_rng_state()
+    torch.manual_seed(5)
+    net = kind(*sizes, 0.0)
+    assert torch.equal(torch.get_rng_state(), after)
+    expected = reference.state_dict()
+    assert list(net.state_dict()) == list(expected)
+    assert all(torch.equal(value, expected[key]) for key, value in net.state_dict().items())
+    assert [name for name, _ in net.named_parameters()] == [name for name, _ in reference.named_parameters()]
+    x = torch.randn(11, 12, sizes[0], dtype=F64)
+    given = x if suffix else x.transpose(1, 2).reshape(11, -1)
+    reference.double().load_state_dict(net.double().state_dict())
+    found, numbers = net(given), reference(given)
+    assert relative(found, numbers) < 1e-12
+    assert net(given[:1]).shape == (1,)
+    of_ours, of_theirs = gradients(net, found), gradients(reference, numbers)
+    assert list(of_ours) == list(of_theirs)
+    for name, value in of_theirs.items():
+        assert relative(of_ours[name], value) < 1e-11, name
+
+
+@both
+def test_the_references_defaults(kind: type) -> None:
+    import inspect
+
+    pytest.importorskip("qlib", reason="pyqlib is the oracle; install qfast-models[qlib]")
+    theirs = importlib.import_module(f"qlib.contrib.model.pytorch_{kind.__name__.lower()}").Transformer
+    expected = [(p.name, p.default) for p in inspect.signature(theirs).parameters.values()]
+    assert [(p.name, p.default) for p in inspect.signature(kind).parameters.values()] == expected
