@@ -87,6 +87,7 @@ class Estimator:
     rows_per_call: ClassVar[int] = 0  # rows of batches that are scored in one call of the network; 0: each batch alone
     drops_incomplete_rows: ClassVar[bool] = False  # training rows with any NaN are left out, not refused
     options: ClassVar[tuple[str, ...]] = ("device", "compat", "progress")
+    decay_name: ClassVar[str] = "weight_decay"  # what the model's own constructor calls it
 
     def __init__(
         self,
@@ -114,7 +115,7 @@ class Estimator:
         }  # fmt: skip
         if batch_size is None:
             del training["batch_size"]
-        options = {"weight_decay": weight_decay, "device": device, "compat": compat, "progress": progress}
+        options = {self.decay_name: weight_decay, "device": device, "compat": compat, "progress": progress}
         self._params = {**network, **training, **(extra or {}), **options}
         if unknown:
             name = next(iter(unknown))
@@ -457,7 +458,7 @@ class Estimator:
         for name, least in {"n_epochs": 0, "batch_size": 1, "early_stop": 0}.items():
             if name in params:
                 whole_number(name, params[name], least)
-        for name in ("lr", "weight_decay"):
+        for name in ("lr", self.decay_name):
             value = params[name]
             if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < float("inf"):
                 raise ConfigError(f"{name} must be a number of at least 0, got {value!r}.")

@@ -14,6 +14,7 @@ __all__ = ["Encoder", "EncoderTimeSeries"]
 class Encoder(Estimator):
     """Arguments of the reference's flat Transformer and Localformer, positional order included."""
 
+    decay_name: ClassVar[str] = "reg"
     model = property(lambda self: self.network, doc="The network, under the reference's name.")
 
     def __init__(
@@ -53,7 +54,7 @@ class Encoder(Estimator):
             GPU=GPU,
             seed=seed,
             weight_decay=reg,
-            extra={"reg": reg, "n_jobs": n_jobs},
+            extra={"n_jobs": n_jobs},
             **options,
         )
 
