@@ -270,9 +270,10 @@ def test_all_problems_come_at_once_with_their_paths(write):
         (["task.model=os.system"], r"unknown model class 'system'"),
         (
             ["task.model.class=TransformerModel", model_path("transformer")],
-            r"TransformerModel is known, .* \['ALSTM', 'GATs', 'GRU', 'LSTM', 'TCN'\]",
+            r"kwargs.hidden_size: TransformerModel has no argument 'hidden_size'; it takes .*'d_model'.*'reg'",
         ),
-        (["task.model.class=LocalformerModel", model_path("localformer")], r"LocalformerModel is known, but"),
+        (["task.model.class=LocalformerModel", model_path("gru")], r"model 'LocalformerModel' is not known under"),
+        (["task.model.class=Transformer", model_path("transformer")], r"unknown model class 'Transformer'"),
         (["task.record.0.class=HFSignalRecord"], r"0.class: HFSignalRecord is not available in this version"),
         (["task.dataset.kwargs.handler=file://handler.pkl"], r"pickled objects are not read, got 'file://handler.pkl'"),
         (["task.model.kwargs=5"], r"task.model.kwargs: expected a mapping, got 5"),

@@ -18,11 +18,12 @@ from test_estimator import SMALL, flat, rolling, same, weights
 from qfast.data import DatasetH
 from qfast.data.handlers import Alpha360, DataHandlerLP
 from qfast.errors import ConfigError, DataError
-from qfast.models import ALSTM, GRU, LSTM, TCN, GATs, ts
+from qfast.models import ALSTM, GRU, LSTM, TCN, GATs, LocalformerModel, TransformerModel, ts
 from qfast.workflow.config import load_config
 
-ALL = [LSTM, GRU, ALSTM, TCN, ts.LSTM, ts.GRU, ts.ALSTM, ts.TCN]
-FLAT = (LSTM, GRU, ALSTM, GATs, TCN)
+ENCODERS = [TransformerModel, LocalformerModel, ts.TransformerModel, ts.LocalformerModel]
+ALL = [LSTM, GRU, ALSTM, TCN, ts.LSTM, ts.GRU, ts.ALSTM, ts.TCN, *ENCODERS]
+FLAT = (LSTM, GRU, ALSTM, GATs, TCN, TransformerModel, LocalformerModel)
 WITH_DAYS = [*ALL, GATs, ts.GATs]
 TESTS = Path(__file__).parent
 
@@ -36,6 +37,8 @@ def small(kind: type, **changes):
     arguments = {**SMALL, **changes}
     if kind in (TCN, ts.TCN):
         arguments |= {"n_chans": arguments.pop("hidden_size"), "kernel_size": 2, "num_layers": 2}
+    if kind in ENCODERS:
+        arguments |= {"d_model": arguments.pop("hidden_size"), "num_layers": 1}
     return kind(**arguments)
 
 
@@ -57,7 +60,7 @@ def test_quirk_remainder_of_one(kind):
     pd.testing.assert_series_equal(model.predict(dataset), whole, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [LSTM, ts.GRU, TCN, ts.TCN])
+@pytest.mark.parametrize("kind", [LSTM, ts.GRU, TCN, ts.TCN, *ENCODERS])
 def test_quirk_batches_of_one(kind):
     model = small(kind, n_epochs=1, batch_size=1)
     before = weights(model)

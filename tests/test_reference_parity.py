@@ -1,4 +1,4 @@
-"""LSTM, GRU, ALSTM, GATs and TCN beside pyqlib's own: same weights, same batches, same scores, same predictions."""
+"""Every model beside pyqlib's own: same weights, same batches, same scores, same predictions."""
 
 from __future__ import annotations
 
@@ -20,28 +20,35 @@ pytest.importorskip("qlib", reason="pyqlib is the oracle; install qfast-models[q
 CASES = [
     ("LSTM", "lstm", ""), ("GRU", "gru", ""), ("ALSTM", "alstm", ""), ("GATs", "gats", ""), ("TCN", "tcn", ""),
     ("LSTM", "lstm", "_ts"), ("GRU", "gru", "_ts"), ("ALSTM", "alstm", "_ts"), ("GATs", "gats", "_ts"),
-    ("TCN", "tcn", "_ts"),
+    ("TCN", "tcn", "_ts"), ("TransformerModel", "transformer", ""), ("LocalformerModel", "localformer", ""),
+    ("TransformerModel", "transformer", "_ts"), ("LocalformerModel", "localformer", "_ts"),
 ]  # fmt: skip
+ENCODERS = ("TransformerModel", "LocalformerModel")
 IDS = [f"{name}{suffix}" for name, _, suffix in CASES]
 SIZES = {"d_feat": 3, "hidden_size": 8, "num_layers": 2}
 TRAIN = {"n_epochs": 3, "batch_size": 16, "lr": 0.01}
 NETWORK = {
     "lstm": "lstm_model", "gru": "gru_model", "alstm": "ALSTM_model", "gats": "GAT_model", "tcn": "tcn_model",
     "lstm_ts": "LSTM_model", "gru_ts": "GRU_model", "alstm_ts": "ALSTM_model", "gats_ts": "GAT_model",
-    "tcn_ts": "TCN_model",
+    "tcn_ts": "TCN_model", "transformer": "model", "localformer": "model", "transformer_ts": "model",
+    "localformer_ts": "model",
 }  # fmt: skip
 
 
 def sizes(name: str, d_feat: int = 3, width: int = 8, num_layers: int = 2) -> dict[str, int]:
-    return {"d_feat": d_feat, "n_chans" if name == "TCN" else "hidden_size": width, "num_layers": num_layers}
+    names = {"TCN": "n_chans", **dict.fromkeys(ENCODERS, "d_model")}
+    return {"d_feat": d_feat, names.get(name, "hidden_size"): width, "num_layers": num_layers}
 
 
 def training(name: str, suffix: str) -> dict[str, float]:
     """TCN without dropout: the masks are our own. GATs in small steps: Adam makes whole ones of gradients that are
     nothing but rounding (a bias under the softmax), and of large steps two equal implementations part after a while.
+    Transformer and Localformer likewise: the bias of the keys has no gradient but rounding.
     The reference's flat GATs can only be trained in its default sizes, which its base always has."""
     if name == "TCN":
         return {**sizes(name), **TRAIN, "dropout": 0.0, "lr": 1e-3}
+    if name in ENCODERS:
+        return {**sizes(name), **TRAIN, "nhead": 4, "lr": 1e-3}
     if name != "GATs":
         return {**SIZES, **TRAIN}
     own = SIZES if suffix else {"d_feat": 6, "hidden_size": 64, "num_layers": 2}
