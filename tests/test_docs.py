@@ -87,7 +87,9 @@ def test_readme(reader):
     assert (reader / "attention.png").exists()
 
 
-@pytest.mark.parametrize("document", ["alstm.md", "attention.md", "encoder.md", "recurrent.md", "tcn.md"])
+@pytest.mark.parametrize(
+    "document", ["alstm.md", "attention.md", "encoder.md", "recurrent.md", "tcn.md", "transformer.md"]
+)
 def test_sessions_at_the_prompt(document):
     done = doctest.testfile(str(ROOT / "docs" / document), module_relative=False)
     assert done.attempted >= 10
