@@ -19,6 +19,7 @@ namespace {
 #include "recurrent_cell.h"
 #include "recurrent_kernels.h"
 #include "recurrent_kernels_backward.h"
+#include "rolling_kernels.h"
 #include "temporal_conv_kernels.h"
 #include "temporal_conv_kernels_backward.h"
 #include "temporal_conv_kernels_rolling.h"

@@ -9,6 +9,7 @@
 #include "encoder_layer.h"
 #include "feed_forward.h"
 #include "recurrent.h"
+#include "rolling.h"
 #include "temporal_conv.h"
 #include "window_conv.h"
 #include "window_gather.h"
@@ -78,6 +79,8 @@
                double* s)                                                                                    \
   QFAST_KERNEL(window_conv_backward_f64, const ::qfast::WindowConvJob<double>&, int64_t begin, int64_t end,  \
                double* s, double* sums)                                                                      \
+  QFAST_KERNEL(rolling, const ::qfast::RollingStatsJob&, int64_t begin, int64_t end, int64_t longest,        \
+               double* s)                                                                                    \
   QFAST_KERNEL(temporal_conv_forward_f32, const ::qfast::NetworkJob<float>&, int64_t begin, int64_t end,     \
                float* s)                                                                                     \
   QFAST_KERNEL(temporal_conv_forward_f64, const ::qfast::NetworkJob<double>&, int64_t begin, int64_t end,    \

@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <limits>
 #include <map>
 #include <optional>
 #include <string>
@@ -11,6 +13,7 @@
 
 #include "common.h"
 #include "cpu_dispatch.h"
+#include "rolling_host.h"
 #include "window_index.h"
 
 namespace py = pybind11;
@@ -33,6 +36,31 @@ std::tuple<Array<int32_t>, Array<int32_t>, Array<int32_t>> window_index(
                               position.mutable_data(), back.mutable_data(), run.mutable_data());
   }
   return {position, back, run};
+}
+
+// [windows, rows], NaN outside the instruments' rows.
+Array<double> rolling(const std::string& kind, const Array<double>& x, const std::optional<Array<double>>& y,
+                      const Array<int64_t>& start, const Array<int64_t>& stop, const Array<int64_t>& windows,
+                      double parameter) {
+  QFAST_CHECK(start.size() == stop.size() && (!y || y->size() == x.size()),
+              "rolling: expected series and row bounds of one length each.");
+  Array<double> out({windows.size(), x.size()});
+  const qfast::RollingStatsJob job{qfast::rolling_kind(kind),
+                                   x.data(),
+                                   y ? y->data() : nullptr,
+                                   start.data(),
+                                   stop.data(),
+                                   windows.data(),
+                                   windows.size(),
+                                   parameter,
+                                   out.mutable_data(),
+                                   x.size()};
+  {
+    const py::gil_scoped_release unlocked;
+    std::fill(job.out, job.out + job.window_count * job.rows, std::numeric_limits<double>::quiet_NaN());
+    qfast::run_rolling(job, start.size());
+  }
+  return out;
 }
 
 std::map<std::string, std::string> build_info() {
@@ -61,4 +89,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("select_isa", &qfast::select_isa, py::arg("name"), "Use one of available_isas() from now on.");
   m.def("window_index", &window_index, py::arg("instruments").noconvert(), py::arg("dates").noconvert(),
         py::arg("live").noconvert().none(true), "Tables position, back, run of a sorted panel.");
+  m.def("rolling", &rolling, py::arg("kind"), py::arg("x").noconvert(), py::arg("y").noconvert().none(true),
+        py::arg("start").noconvert(), py::arg("stop").noconvert(), py::arg("windows").noconvert(),
+        py::arg("parameter"), "Rolling statistics over instruments' rows, [windows, rows].");
 }

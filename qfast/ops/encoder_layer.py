@@ -141,7 +141,7 @@ def _forward(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
         output, normalised, scales = forward_twin(x, *given)
     if not keep:
         normalised, scales = normalised[:, :0].clone(), scales[:, :0].clone()
-    return output, normalised, scales
+    return output.contiguous(), normalised, scales  # x may be strided in any way
 
 
 def _backward(grad: Tensor, x: Tensor, weights: list[Tensor], *others: Any) -> tuple[Tensor, list[Tensor]]:

@@ -1,0 +1,180 @@
+"""Rolling statistics of instruments' rows against pandas, which is what the reference computes with."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qfast import _backend
+from qfast.data.rolling import STATISTICS, _twin, rolling
+from qfast.errors import ConfigError, DataError
+
+SINGLE = [kind for kind in STATISTICS if kind not in ("cov", "corr")]
+WINDOWS = [5, 10, 20, 60]
+needs_native = pytest.mark.skipif(_backend.native is None, reason="compares the native code with pandas")
+
+
+def series(seed: int, rows: int, missing: float = 0.1, level: float = 50.0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    values = level + rng.standard_normal(rows).cumsum()
+    values[rng.random(rows) < missing] = np.nan
+    return values
+
+
+def bounds(*lengths: int) -> tuple[np.ndarray, np.ndarray]:
+    ends = np.cumsum(lengths)
+    return ends - lengths, ends
+
+
+def both(kind: str, x: np.ndarray, rows: tuple[np.ndarray, np.ndarray], windows: list[int], y=None, parameter=0.0):  # type: ignore[no-untyped-def]
+    found = rolling(kind, x, *rows, windows, other=y, parameter=parameter)
+    wide = None if y is None else y.astype(np.float64)
+    return found, _twin(kind, x.astype(np.float64), wide, *rows, np.asarray(windows), parameter)
+
+
+def options(kind: str) -> dict[str, object]:
+    return {"windows": [1] if kind == "ema" else WINDOWS, "parameter": {"quantile": 0.8, "ema": 0.1}.get(kind, 0.0)}
+
+
+def assert_same(found: np.ndarray, expected: np.ndarray, rtol: float = 1e-9, atol: float = 1e-9) -> None:
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
+    np.testing.assert_allclose(found, expected, rtol=rtol, atol=atol)
+
+
+@needs_native
+@pytest.mark.parametrize("missing", [0.0, 0.1, 0.7])
+@pytest.mark.parametrize("kind", SINGLE)
+def test_as_pandas(kind: str, missing: float, isa: str) -> None:
+    x = series(1, 1200, missing)
+    assert_same(
+        *both(kind, x, bounds(700, 1, 0, 3, 496), **options(kind)), rtol=1e-7 if kind in ("skew", "kurt") else 1e-9
+    )
+
+
+@needs_native
+@pytest.mark.parametrize("kind", ["cov", "corr"])
+def test_pairs_as_pandas(kind: str) -> None:
+    x, y = series(2, 900), series(3, 900, 0.2, level=1e6)
+    assert_same(*both(kind, x, bounds(500, 400), WINDOWS, y), rtol=1e-8)
+
+
+@needs_native
+@pytest.mark.parametrize("kind", SINGLE)
+def test_values_that_repeat(kind: str) -> None:
+    """Ties, and stretches without any change."""
+    x = np.repeat(np.random.default_rng(4).integers(1, 4, 60), 7) * 0.1
+    assert_same(*both(kind, x, bounds(len(x)), **options(kind)), rtol=1e-6, atol=1e-12)
+
+
+def test_what_is_constant_has_no_spread() -> None:
+    x = np.full(50, 0.1)
+    rows = bounds(50)
+    assert np.all(rolling("std", x, *rows, [5, 20])[:, 1:] == 0)
+    assert np.all(rolling("slope", x, *rows, [5])[:, 1:] == 0)
+    assert np.isnan(rolling("rsquare", x, *rows, [5])).all()
+    assert np.isnan(rolling("corr", x, *rows, [5], other=series(1, 50, 0.0))).all()
+
+
+@pytest.mark.parametrize("kind", SINGLE)
+def test_an_infinite_value_is_gone_with_its_window(kind: str) -> None:
+    x = series(5, 200, 0.0)
+    x[70] = np.inf
+    with_hole = x.copy()
+    with_hole[70] = np.nan
+    found, expected = (rolling(kind, part, *bounds(200), **options(kind)) for part in (x, with_hole))
+    if kind in ("slope", "rsquare", "resi"):  # NaN while it is there, as in the reference
+        for w, window in enumerate(WINDOWS):
+            assert np.isnan(found[w, 70 : 70 + window]).all()
+            np.testing.assert_allclose(np.delete(found[w], range(70, 70 + window)),
+                                       np.delete(expected[w], range(70, 70 + window)))  # fmt: skip
+    else:
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_nothing_drifts() -> None:
+    """A value of 1e12 that has left the window leaves no trace; a running sum keeps about 1e-4 of it."""
+    x = series(6, 400, 0.0, level=1.0)
+    spiked = x.copy()
+    spiked[100] = 1e12
+    for kind in ("mean", "std", "slope", "resi"):
+        found, expected = (rolling(kind, part, *bounds(400), [20]) for part in (spiked, x))
+        np.testing.assert_array_equal(found[:, 121:], expected[:, 121:])
+
+
+def test_instruments_do_not_meet() -> None:
+    x = series(7, 300)
+    rows = bounds(100, 200)
+    for kind in SINGLE:
+        whole = rolling(kind, x, *rows, **options(kind))
+        alone = rolling(kind, x[100:], *bounds(200), **options(kind))
+        np.testing.assert_array_equal(whole[:, 100:], alone)
+    outside = rolling("mean", x, np.array([10]), np.array([20]), [3])
+    assert np.isnan(outside[0, :10]).all()
+    assert np.isnan(outside[0, 20:]).all()
+
+
+@needs_native
+def test_float32_and_strides() -> None:
+    x = series(8, 600).astype(np.float32)
+    expected = rolling("std", x[::2].copy(), *bounds(300), [5])
+    np.testing.assert_array_equal(rolling("std", x[::2], *bounds(300), [5]), expected)
+    assert_same(*both("std", x, bounds(600), [5, 20]), rtol=1e-9)
+
+
+@needs_native
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(SINGLE),
+    lengths=st.lists(st.integers(0, 90), min_size=1, max_size=5),
+    windows=st.sets(st.integers(4, 40), min_size=1, max_size=4),
+    missing=st.floats(0, 1),
+    seed=st.integers(0, 2**16),
+)
+def test_any_panel(kind: str, lengths: list[int], windows: set[int], missing: float, seed: int) -> None:
+    x = series(seed, sum(lengths), missing)
+    given_windows = sorted(windows)[:1] if kind == "ema" else sorted(windows)
+    parameter = {"quantile": 0.2, "ema": 0.3}.get(kind, 0.0)
+    assert_same(*both(kind, x, bounds(*lengths), given_windows, parameter=parameter), rtol=1e-6, atol=1e-8)
+
+
+def test_threads_change_no_bit() -> None:
+    torch = pytest.importorskip("torch")
+    x, rows, before = series(9, 4000), bounds(*[400] * 10), torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append([rolling(kind, x, *rows, **options(kind)) for kind in SINGLE])
+    finally:
+        torch.set_num_threads(before)
+    for one, two in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize(
+    ("kind", "windows", "others", "message"),
+    [
+        ("meen", [5], {}, "no statistic 'meen'.*Did you mean 'mean'"),
+        ("mean", [], {}, "ascending from 1, got \\[\\]"),
+        ("mean", [5, 5], {}, "ascending from 1, got \\[5, 5\\]"),
+        ("mean", [0], {}, "ascending from 1, got \\[0\\]"),
+        ("mean", [2.5], {}, "whole numbers"),
+        ("skew", [2], {}, "ascending from 3"),
+        ("corr", [5], {}, "need a second series"),
+        ("mean", [5], {"other": np.zeros(3)}, "no other statistic takes one"),
+        ("quantile", [5], {"parameter": 1.5}, "must lie in \\[0, 1\\], got 1.5"),
+        ("ema", [5], {}, "in \\(0, 1\\]"),
+    ],
+)
+def test_wrong_arguments(kind: str, windows: list[float], others: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        rolling(kind, np.zeros(3), *bounds(3), windows, **others)  # type: ignore[arg-type]
+
+
+def test_rows_beyond_the_series() -> None:
+    with pytest.raises(DataError, match="within the 3 rows"):
+        rolling("mean", np.zeros(3), np.array([0]), np.array([4]), [2])
+    with pytest.raises(DataError, match="of one length, got"):
+        rolling("cov", np.zeros(3), *bounds(3), [2], other=np.zeros(4))
