@@ -85,6 +85,8 @@ def _check(x: Any, weight: Any, bias: Any) -> None:
 def _taps(x: Tensor, taps: int) -> Tensor:
     """[B, T, D, K]"""
     side = taps // 2
+    if x.shape[1] == 0:  # too short to be unfolded
+        return x.new_empty((*x.shape, taps))
     return torch.nn.functional.pad(x, (0, 0, side, side)).unfold(1, taps, 1)
 
 
