@@ -191,13 +191,20 @@ static void rolling_pairs(const RollingStatsJob& job, const RollingBlock& block,
   over_windows(
       job, block,
       [&](int64_t k, int64_t first) __attribute__((always_inline)) {
-        QFAST_BLOCK_LOOP(first) {
-          const double both = a_known[r - k] * b_known[r - k], p = a_known[r - k] * (a[r - k] - a_near[r]),
-                       q = b_known[r - k] * (b[r - k] - b_near[r]);
-          n[r] += both, sx[r] += both * p, sy[r] += both * q;
-          sxx[r] += both * p * p, syy[r] += both * q * q, sxy[r] += p * q;
-          xn[r] += a_known[r - k], xs[r] += p, xq[r] += p * p;
-          yn[r] += b_known[r - k], ys[r] += q, yq[r] += q * q;
+        // Vectors by hand: of twelve sums the compiler cannot tell that they lie apart.
+        for (int64_t r = first; r < block.end; r += kLanes<double>) {
+          const int64_t lanes = smaller(kLanes<double>, block.end - r);
+          const auto at = [&](const double* from)
+                              __attribute__((always_inline)) { return load<double>(from + r, lanes); };
+          const auto add = [&](double* sum, Vector<double> value) __attribute__((always_inline)) {
+            store<double>(sum + r, load<double>(sum + r, lanes) + value, lanes);
+          };
+          const Vector<double> of_a = at(a_known - k), of_b = at(b_known - k), both = of_a * of_b;
+          const Vector<double> p = of_a * (at(a - k) - at(a_near)), q = of_b * (at(b - k) - at(b_near));
+          add(n, both), add(sx, both * p), add(sy, both * q);
+          add(sxx, both * p * p), add(syy, both * q * q), add(sxy, p * q);
+          add(xn, of_a), add(xs, p), add(xq, p * p);
+          add(yn, of_b), add(ys, q), add(yq, q * q);
         }
       },
       [&](int64_t, int64_t w) __attribute__((always_inline)) {
