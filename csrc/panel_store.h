@@ -85,7 +85,7 @@ Tensor sum_in_parts(const Tensor& like, int64_t tiles, int64_t scratch_elements,
   Element* const space = scratch.mutable_data_ptr<Element>();
   Element* const total = sums.mutable_data_ptr<Element>();
   share(parts, [&](int64_t worker, int64_t begin, int64_t end) {
-    // What lies beyond the columns of a buffer is read, though not used.
+    // Kernels count on zeros where a buffer has columns that they never write.
     std::fill(space + worker * each, space + (worker + 1) * each, Element(0));
     for (int64_t part = begin; part < end; ++part) {
       Element* const sum = total + part * elements;
@@ -98,7 +98,7 @@ Tensor sum_in_parts(const Tensor& like, int64_t tiles, int64_t scratch_elements,
   return sums;
 }
 
-// kernel(first tile, last tile, scratch) for equal shares of the tiles.
+// kernel(first tile, last tile, scratch) for equal shares of the tiles; the scratch is handed over as zeros.
 template <class Element, class Kernel>
 void run_tiles(const Tensor& like, int64_t tiles, int64_t scratch_elements, const Kernel& kernel) {
   const int64_t each = rounded_up(scratch_elements, 16);
