@@ -51,17 +51,17 @@ struct EncoderGroup {
     const int64_t rows = job.group_windows * job.steps, wanted = job.group_windows * job.results;
     const int64_t wide = wanted * job.padded + job.padded_head, cells = job.results * job.padded_steps;
     const int64_t pair = rows * job.padded_pair + job.padded_head;
-    const auto if_backward = [&](int64_t elements) { return backward ? elements : 0; };
+    const int64_t times = backward ? 1 : 0;
     EncoderGroup group;
     group.x = space.take(rows * job.padded), group.query = space.take(wide);
     group.key_value = space.take(pair), group.mixed = space.take(wide);
     group.turned = space.take(job.width / job.heads * job.padded_steps), group.scores = space.take(cells);
     group.mask = space.take(job.dropout.active ? cells : 0);
     group.dropped = job.dropout.active ? space.take(cells) : group.scores;
-    group.grad_mixed = space.take(if_backward(wide)), group.grad_query = space.take(if_backward(wide));
-    group.grad_key_value = space.take(if_backward(pair));
-    group.grad_scores = space.take(if_backward(cells));
-    group.grad_x = space.take(if_backward(rows * job.padded));
+    group.grad_mixed = space.take(times * wide), group.grad_query = space.take(times * wide);
+    group.grad_key_value = space.take(times * pair);
+    group.grad_scores = space.take(times * cells);
+    group.grad_x = space.take(times * rows * job.padded);
     return group;
   }
 };

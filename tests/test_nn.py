@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo
 from torch import Tensor, nn
 from torch.func import functional_call
 
+import qfast.nn
 from qfast.errors import DataError
 from qfast.nn import GRUModel, LSTMModel
 
@@ -162,3 +164,20 @@ def test_other_dtypes_of_x_and_weights_are_named(network):
         DataError, match=r"x is torch.float32 but .* weights are torch.float64. Remedy: x.to\(torch.float64"
     ):
         net(x.float())
+
+
+NETWORKS = {
+    "LSTMModel": {"hidden_size": np.int64(8)},
+    "GRUModel": {"hidden_size": np.int64(8)},
+    "ALSTMModel": {"hidden_size": np.int64(8)},
+    "Transformer": {"d_model": np.int64(8), "nhead": np.int64(2)},
+    "Localformer": {"d_model": np.int64(8), "nhead": np.int64(2)},
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_sizes_of_numpy_and_a_flat_batch_of_none(name: str) -> None:
+    """Sizes as a search over hyper-parameters gives them; a segment's last batch may be empty."""
+    network = getattr(qfast.nn, name)(d_feat=np.int64(6), num_layers=np.int64(2), **NETWORKS[name]).eval()
+    assert network(torch.zeros(3, 120)).shape == (3,)
+    assert network(torch.zeros(0, 120)).shape == (0,)

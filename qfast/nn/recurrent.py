@@ -55,7 +55,7 @@ def as_windows(x: Tensor, d_feat: int) -> Tensor:
                 f"x has {x.shape[1]} columns, which is not a multiple of d_feat={d_feat}: a flat window "
                 "[B, F*T] holds T steps of each feature. Remedy: set d_feat to the number of features per step."
             )
-        return x.reshape(len(x), d_feat, -1).permute(0, 2, 1)
+        return x.reshape(len(x), d_feat, x.shape[1] // d_feat).permute(0, 2, 1)
     raise DataError(f"x must be [B, T, F] or [B, F*T], got {x.dim()} axes with shape {list(x.shape)}.")
 
 
@@ -72,8 +72,8 @@ class Recurrent(PlainTorch):
         self, kind: type[_RecurrentModel], d_feat: int, hidden_size: int, num_layers: int, dropout: float
     ) -> None:
         super().__init__()
-        for name, value in {"d_feat": d_feat, "hidden_size": hidden_size, "num_layers": num_layers}.items():
-            whole_number(name, value)
+        d_feat, hidden_size = whole_number("d_feat", d_feat), whole_number("hidden_size", hidden_size)
+        num_layers = whole_number("num_layers", num_layers)
         if not 0.0 <= float(dropout) <= 1.0:
             raise ConfigError(f"dropout must lie in [0, 1], got {dropout!r}.")
         # nn.LSTM warns about dropout without a second layer, where it has no effect; the reference's

@@ -50,9 +50,8 @@ class WindowEncoder(PlainTorch):
 
     def __init__(self, d_feat: int, d_model: int, nhead: int, num_layers: int, dropout: float, device: Any) -> None:
         super().__init__()
-        sizes = {"d_feat": d_feat, "d_model": d_model, "nhead": nhead, "num_layers": num_layers}
-        for name, value in sizes.items():
-            whole_number(name, value)
+        d_feat, d_model = whole_number("d_feat", d_feat), whole_number("d_model", d_model)
+        nhead, num_layers = whole_number("nhead", nhead), whole_number("num_layers", num_layers)
         if d_model % 2:
             raise ConfigError(f"d_model must be even, as positions are pairs of sine and cosine, got {d_model}.")
         if d_model % nhead:

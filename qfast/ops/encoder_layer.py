@@ -7,6 +7,7 @@ and gradients. The kernels are csrc/encoder_layer_kernels.h (behind encoder_laye
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ def encoder_layer(
     _check(x, weights, heads, eps)
     p = checked_dropout("encoder_layer", dropout)
     p = p if training else 0.0
-    given: Any = (x, list(weights), heads, float(eps), p, draw_seed(x.device) if p else None, bool(last_step))
+    given: Any = (x, list(weights), int(heads), float(eps), p, draw_seed(x.device) if p else None, bool(last_step))
     if transforms.active():
         return forward_twin(*given)[0]
     wants_grad = torch.is_grad_enabled() and any(part.requires_grad for part in (x, *weights))
@@ -111,7 +112,7 @@ def _check(x: Any, weights: Any, heads: Any, eps: Any) -> None:
     if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] == 0:
         raise DataError(f"{op}: x: expected shape [B, T, D] with T and D of at least 1, got {tuple(x.shape)}.")
     width = x.shape[2]
-    if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or width % heads:
+    if isinstance(heads, bool) or not isinstance(heads, Integral) or heads < 1 or width % int(heads):
         raise ConfigError(f"{op}: heads: expected a divisor of D = {width}, got {heads!r}.")
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not eps >= 0:
         raise ConfigError(f"{op}: eps must be a number of at least 0, got {eps!r}.")
