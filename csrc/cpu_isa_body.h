@@ -24,11 +24,13 @@ namespace {
 #include "temporal_conv_kernels_backward.h"
 #include "temporal_conv_kernels_rolling.h"
 #include "window_gather_kernels.h"
-// Take parts of the kernels above.
+// Products of packed panels, of the kernels above.
 #include "panel_kernels.h"
+// Take parts of those.
 #include "attention_pool_kernels.h"
-#include "feed_forward_kernels.h"
 #include "encoder_attention_kernels.h"
+#include "feed_forward_kernels.h"
+// The encoder layer holds a feed-forward.
 #include "encoder_layer_kernels.h"
 #include "window_conv_kernels.h"
 
