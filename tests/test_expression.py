@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qfast.data.expression import Extent, evaluate, fields, reach
+from qfast.data.expression import fields, reach
+from qfast.data.factors import evaluate
 from qfast.data.panel import Panel
+from qfast.data.prices import Extent
 from qfast.errors import ConfigError, DataError
 
 
@@ -111,10 +113,25 @@ def test_optional_fields_are_nan():
 @pytest.mark.parametrize(
     ("text", "message", "caret"),
     [
-        ("$close + Mean($close, 5)", r"operator 'Mean' is not available; there are \['Abs', 'Log', 'Ref'\]", 9),
+        ("$close + Meen($close, 5)", r"operator 'Meen' is not available. Did you mean 'Mean'\?", 9),
+        ("$close + Xyzzy($close)", r"operator 'Xyzzy' is not available; there are \['Abs', 'Add', .*'WMA'\]", 9),
+        ("TResample($close, '1d', 'sum')", "works on series indexed by time and is not available", 0),
+        ("Mean($close, 0.5) + Rank($close, 0.5)", r"Rank needs a whole number of rows from 1 \(0: all rows", 33),
+        ("Mean($close, -5)", "whole number of rows from 1 .* or a weight between 0 and 1", 13),
+        ("Skew($close, 2)", "Skew needs a whole number of rows from 3", 13),
+        ("Mean($close, $open)", "Mean needs a number here", 13),
+        ("Quantile($close, 5, 1.5)", "Quantile needs a share from 0 to 1", 20),
+        ("Mask($close, SPY)", "Mask needs the name of an instrument in quotes", 13),
+        ("1 < $close < 3", r"more than two sides; write \(a < b\) & \(b < c\)", 0),
+        ("$close > 1 and $open > 1", r"'and' cannot be used on series; write \(a\) & \(b\)", 0),
+        ("$close & $open", "ufunc 'bitwise_and' not supported", 0),
+        ("If(1, $close, $open)", "If needs a field to work on", 3),
+        ("Greater(1, 2) + $close", "Greater needs a field to work on", 8),
+        ("(1 < 2) * $close", "'<' between two numbers", 1),
+        ("Mean(feature=$close, N=5)", r"Mean takes 2 argument\(s\), got 2", 0),
+        ("$$roe_q", "point-in-time data", 0),
         ("1 + close", r"unknown name 'close'; a field is written \$close", 4),
-        ("Ref($close, 0)", "needs a whole number n other than 0", 12),
-        ("Ref($close, 1.5)", "needs a whole number n other than 0", 12),
+        ("Ref($close, 1.5)", "needs a whole number n", 12),
         ("  Ref($close)", r"Ref takes 2 argument\(s\), got 1", 2),
         ("$close $open", "does not parse", None),
         ("$close * (1 / 0)", "division by zero", 10),

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from qfast.data import synthetic
-from qfast.data.expression import evaluate
+from qfast.data.factors import evaluate
 from qfast.data.sources import load_prices
 from qfast.errors import ConfigError
 

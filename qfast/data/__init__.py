@@ -1,15 +1,18 @@
 """Panels, datasets, handlers, processors and sources: from prices to batches."""
 
 from qfast.data.dataset import DatasetH, TSDataSampler, TSDatasetH
-from qfast.data.handlers import Alpha360, Alpha360vwap, DataHandlerLP
+from qfast.data.handlers import Alpha158, Alpha158vwap, Alpha360, Alpha360vwap, DataHandlerLP, FactorHandler
 from qfast.data.panel import Panel
 from qfast.data.sources import load_prices
 
 __all__ = [
+    "Alpha158",
+    "Alpha158vwap",
     "Alpha360",
     "Alpha360vwap",
     "DataHandlerLP",
     "DatasetH",
+    "FactorHandler",
     "Panel",
     "TSDataSampler",
     "TSDatasetH",

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from qfast.data.expression import Extent
 from qfast.data.panel import Panel
 from qfast.errors import ConfigError, DataError
 
@@ -16,6 +15,13 @@ PRICE_FIELDS = ("open", "high", "low", "close", "volume", "vwap")
 DAY_AS_NUMBER = range(1800_01_01, 2200_12_32)  # 20240131
 
 Spans = dict[str, list[tuple[Any, Any]] | None]  # instrument -> membership; None = always
+
+
+class Extent(NamedTuple):
+    """Panel rows [start[i], stop[i]) of each instrument in which a series exists; int64 [N] each."""
+
+    start: np.ndarray
+    stop: np.ndarray
 
 
 class Prices(NamedTuple):

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from qfast.data.expression import Extent
 from qfast.data.panel import Block, Panel
-from qfast.data.prices import PRICE_FIELDS, Prices, Spans, given_spans, is_date, market_of, parse_dates
+from qfast.data.prices import PRICE_FIELDS, Extent, Prices, Spans, given_spans, is_date, market_of, parse_dates
 from qfast.errors import ConfigError, DataError, suggest
 
 __all__ = ["BinaryStore", "is_store"]

@@ -10,11 +10,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from qfast.data.handlers.alpha158 import Alpha158, Alpha158vwap, FactorHandler
 from qfast.data.handlers.alpha360 import Alpha360, Alpha360vwap
 from qfast.data.handlers.base import DataHandlerLP, RawDataDroppedError
 from qfast.registry import HANDLERS
 
-__all__ = ["Alpha360", "Alpha360vwap", "DataHandlerLP", "RawDataDroppedError", "build_handler"]
+__all__ = [
+    "Alpha158",
+    "Alpha158vwap",
+    "Alpha360",
+    "Alpha360vwap",
+    "DataHandlerLP",
+    "FactorHandler",
+    "RawDataDroppedError",
+    "build_handler",
+]
 
 
 def build_handler(spec: Any, *, path: str = "handler", **extra: Any) -> Any:
@@ -23,12 +33,6 @@ def build_handler(spec: Any, *, path: str = "handler", **extra: Any) -> Any:
 
 
 HANDLERS.add(DataHandlerLP, modules=("qlib.data.dataset.handler", "qfast.data.handlers", "qfast.data"))
-for _class in (Alpha360, Alpha360vwap):
+for _class in (Alpha158, Alpha158vwap, Alpha360, Alpha360vwap):
     HANDLERS.add(_class, modules=("qlib.contrib.data.handler", "qfast.data.handlers", "qfast.data"))
-for _name in ("Alpha158", "Alpha158vwap"):
-    HANDLERS.unavailable(
-        _name,
-        f"{_name} is not available yet. Remedy: use Alpha360, or compute the factors elsewhere and give them to "
-        "DataHandlerLP.from_frame.",
-        modules=("qlib.contrib.data.handler", "qfast.data.handlers", "qfast.data"),
-    )
+HANDLERS.add(FactorHandler, modules=("qfast.data.handlers", "qfast.data"))

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from qfast.data.expression import evaluate, fields, reach
-from qfast.data.handlers.base import DataHandlerLP
-from qfast.data.panel import Block, Panel
-from qfast.data.prices import PRICE_FIELDS, Prices
-from qfast.data.processors import Workspace
-from qfast.data.rows import take_rows
-from qfast.data.sources import read_prices
-from qfast.errors import ConfigError, DataError, shown
-
-log = logging.getLogger("qfast.data")
+from qfast.data.handlers.prices import DEFAULT_LEARN_PROCESSORS, PriceHandler
+from qfast.data.prices import Prices
 
 DEFAULT_INFER_PROCESSORS: tuple[Mapping[str, Any], ...] = (
     {"class": "ProcessInf", "kwargs": {}},
     {"class": "ZScoreNorm", "kwargs": {}},
     {"class": "Fillna", "kwargs": {}},
 )
-DEFAULT_LEARN_PROCESSORS: tuple[Mapping[str, Any], ...] = (
-    {"class": "DropnaLabel"},
-    {"class": "CSZScoreNorm", "kwargs": {"fields_group": "label"}},
-)
 WINDOW_CHUNK = 1 << 12  # rows whose windows of one field stay in the cache
 
 
-class Alpha360(DataHandlerLP):
+class Alpha360(PriceHandler):
     """60 days of six price fields as features, and the return of the next but one day as label.
 
     Features are Ref(f, i) / $close for i = 59 .. 0 and f = close, open, high, low, vwap, then
@@ -88,7 +74,6 @@ class Alpha360(DataHandlerLP):
     ((70, 360), 0.5)
     """
 
-    LABEL = (["Ref($close, -2)/Ref($close, -1) - 1"], ["LABEL0"])
     WINDOW = 60
     FIELDS = ("close", "open", "high", "low", "vwap", "volume")
 
@@ -113,74 +98,25 @@ class Alpha360(DataHandlerLP):
         provider_uri: Any = None,
         vwap: str | None = None,
     ) -> None:
-        for name, value in (("filter_pipe", filter_pipe), ("inst_processors", inst_processors)):
-            if value:
-                raise ConfigError(f"{type(self).__name__}: {name} is not available, got {shown(value)}.")
-        self._configure(
-            {"shared": shared_processors, "infer": infer_processors, "learn": learn_processors},
-            process_type, drop_raw, instruments, start_time, end_time, fit_start_time, fit_end_time,
+        self._set_up(
+            instruments=instruments, start_time=start_time, end_time=end_time, freq=freq,
+            stages={"shared": shared_processors, "infer": infer_processors, "learn": learn_processors},
+            fit_start_time=fit_start_time, fit_end_time=fit_end_time, process_type=process_type, drop_raw=drop_raw,
+            label=label, data=data, provider_uri=provider_uri, vwap=vwap,
+            refused={"filter_pipe": filter_pipe, "inst_processors": inst_processors},
         )  # fmt: skip
-        self.freq = freq
-        self._label, self._label_names = _label_config(self.LABEL if label is None else label)
-        before, after = (max(side) for side in zip((self.WINDOW - 1, 0), *map(reach, self._label), strict=True))
-        self._prices = read_prices(
-            data, provider_uri=provider_uri, instruments=instruments, start_time=start_time, end_time=end_time,
-            freq=freq, vwap=vwap, margin=(before, after),
-            wanted=list(dict.fromkeys([*self.FIELDS, *(f for text in self._label for f in fields(text))])),
-        )  # fmt: skip
-        self._rows = self._prices.panel.rows_between(start_time, end_time)
-        self._report_missing_fields()
-        self._labels = self._label_panel()
-        raw = self._with_features(self._labels)
-        space = Workspace(raw.blocks if drop_raw else ["feature"])
-        self._process(raw, space)
-        if not drop_raw and "feature" not in space.overwritten:
-            self._raw = raw  # nobody changed the features: the raw panel costs nothing
-        if drop_raw:
-            del self._prices, self._labels
 
-    @property
-    def prices(self) -> Panel | None:
-        """The prices behind the features, group "price"; None where drop_raw gave them up."""
-        found = getattr(self, "_prices", None)
-        return None if found is None else found.panel
+    def _feature_names(self) -> list[str]:
+        return [f"{field.upper()}{i}" for field in self.FIELDS for i in range(self.WINDOW - 1, -1, -1)]
 
-    def _report_missing_fields(self) -> None:
-        """The reference reads a field without a file as NaN; say so, and refuse if none is there."""
-        known = self._prices.panel.columns("price")
-        missing = [f for f in self.FIELDS if f not in known]
-        if "close" in missing:
-            raise DataError(f"{type(self).__name__}: the prices have no column 'close'; they have {list(known)}.")
-        if missing:
-            log.warning(
-                "%s: the prices have no column(s) %s; their features are NaN.%s",
-                type(self).__name__, ", ".join(missing),
-                " vwap='typical' uses (high + low + close) / 3 instead." if "vwap" in missing else "",
-            )  # fmt: skip
+    def _feature_fields(self) -> list[str]:
+        return list(self.FIELDS)
 
-    def _label_panel(self) -> Panel:
-        """The handler's rows with the group "label" only."""
-        panel, extents = self._prices
-        optional = set(PRICE_FIELDS)
-        values = np.empty((len(self._rows), len(self._label)), dtype=np.float32)
-        for j, text in enumerate(self._label):
-            values[:, j] = evaluate(text, panel, extents=extents, optional=optional)[self._rows]
-        keys = replace(take_rows(panel, self._rows, groups=()), live=None)
-        return keys.with_group("label", values, self._label_names)
+    def _feature_reach(self) -> tuple[int, int]:
+        return self.WINDOW - 1, 0
 
-    def _with_features(self, labels: Panel) -> Panel:
-        names = [f"{field.upper()}{i}" for field in self.FIELDS for i in range(self.WINDOW - 1, -1, -1)]
-        values = price_windows(self._prices, self._rows, self.FIELDS, self.WINDOW)
-        features = replace(labels, blocks={"feature": Block(values, tuple(names))})
-        return replace(labels, blocks={**features.blocks, **labels.blocks})
-
-    def _raw_panel(self, groups: Sequence[str] | None) -> Panel:
-        if self._raw is not None or self.drop_raw:
-            return super()._raw_panel(groups)
-        if groups is not None and set(groups) <= {"label"}:
-            return self._labels
-        log.debug("%s: raw features are computed again from the prices", type(self).__name__)
-        return self._with_features(self._labels)
+    def _feature_values(self, prices: Prices, rows: np.ndarray) -> np.ndarray:
+        return price_windows(prices, rows, self.FIELDS, self.WINDOW)
 
 
 class Alpha360vwap(Alpha360):
@@ -240,19 +176,3 @@ def price_windows(prices: Prices, rows: np.ndarray, names: Sequence[str], window
                 if outside.any():  # the field's file does not cover this day: the reference has no row there
                     target[outside] = np.nan
     return out
-
-
-def _label_config(label: Any) -> tuple[list[str], list[str]]:
-    """Expressions and column names of a label setting."""
-    if isinstance(label, str):
-        label = [label]
-    if isinstance(label, (list, tuple)) and len(label):
-        if all(isinstance(text, str) for text in label):
-            return list(label), list(label)
-        if len(label) == 2 and all(isinstance(part, (list, tuple)) for part in label):
-            texts, names = (list(part) for part in label)
-            if texts and len(texts) == len(names) and all(isinstance(t, str) for t in [*texts, *names]):
-                return texts, names
-    raise ConfigError(
-        f"label must be a list of expressions or (expressions, names) of equal length, got {shown(label)}."
-    )

@@ -1,0 +1,166 @@
+"""Computed factors on disk, so that a second run reads them instead.
+
+One Parquet file per combination of data, rows and expressions, named by a digest of all three: another price,
+another day or another expression is another file, and nothing ever has to be thrown away because it is old. Files
+appear whole or not at all, so an interrupted run and two runs at a time do no harm. A file that cannot be read is
+said and computed again; a disk that is full costs the file and not the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import qfast
+from qfast.data.expression import Call, parse, walk
+from qfast.data.operators import OPERATORS
+from qfast.data.prices import Prices
+from qfast.errors import ConfigError, QfastError
+from qfast.files import atomic_write
+
+__all__ = ["FactorCache"]
+
+log = logging.getLogger("qfast.data")
+
+FORMAT = 1  # of the files; counts in their names
+ROW_GROUP = 1 << 15  # rows that are put from rows into columns, or back, at a time
+
+
+class FactorCache:
+    """A folder of computed factors.
+
+    Parameters
+    ----------
+    folder : path
+        Made when something is first written to it.
+
+    Raises
+    ------
+    ConfigError
+        Something that is no folder stands there, or pyarrow is not installed.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> values = np.array([[1.0, 2.0], [3.0, np.nan]], dtype=np.float32)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     cache = FactorCache(folder)
+    ...     cache.write("some-key", ["$close", "$open"], values)
+    ...     cache.read("some-key", ["$close", "$open"], 2).tolist()
+    [[1.0, 2.0], [3.0, nan]]
+    """
+
+    def __init__(self, folder: Any) -> None:
+        self.folder = Path(folder).expanduser()
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ConfigError(f"cache: {str(self.folder)!r} is not a folder.")
+        if importlib.util.find_spec("pyarrow") is None:
+            raise ConfigError(
+                "cache: keeping factors on disk needs pyarrow, which is not installed. "
+                "Remedy: pip install 'qfast-models[parquet]', or leave the cache out."
+            )
+
+    def key(
+        self, texts: Sequence[str], prices: Prices, rows: np.ndarray, start_time: Any, others: Mapping[str, Prices]
+    ) -> str | None:
+        """Digest of everything the factors depend on; None if they hold an operator of the user's own.
+
+        Parameters
+        ----------
+        texts : sequence of str
+            Expressions.
+        prices : Prices
+        rows : int64 [M]
+            Panel rows wanted.
+        start_time : date-like or None
+        others : mapping
+            Further prices, by instrument.
+        """
+        calls = {node.operator for text in texts for node in walk(parse(text)) if isinstance(node, Call)}
+        own = sorted(name for name in calls if OPERATORS[name].form == "user")
+        if own:
+            log.info("factors with operators of your own %s are not kept on disk", own)
+            return None
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(f"{FORMAT} {qfast.__version__} {start_time}\x1e".encode())
+        digest.update("\x1f".join(texts).encode())
+        for name, (panel, extents) in [("", prices), *sorted(others.items())]:
+            digest.update(f"\x1e{name}\x1e{panel.content_hash()}".encode())
+            for field in sorted(extents):
+                digest.update(field.encode())
+                digest.update(np.ascontiguousarray(extents[field], dtype=np.int64).data)
+        digest.update(np.ascontiguousarray(rows, dtype=np.int64).data)
+        return digest.hexdigest()
+
+    def path(self, key: str) -> Path:
+        """The file of a key."""
+        return self.folder / f"factors-{key}.parquet"
+
+    def read(self, key: str | None, texts: Sequence[str], n_rows: int) -> np.ndarray | None:
+        """float32 [n_rows, len(texts)]; None if there is no such file, or none that can be read.
+
+        Parameters
+        ----------
+        key : str or None
+            From `key`.
+        texts : sequence of str
+            Expressions, in the order of the columns.
+        n_rows : int
+        """
+        if key is None or not self.path(key).is_file():
+            return None
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        file = self.path(key)
+        try:
+            with pq.ParquetFile(file, memory_map=True) as parquet:
+                if parquet.metadata.num_rows != n_rows or parquet.metadata.num_columns != len(texts):
+                    raise ValueError(f"{parquet.metadata.num_rows} rows of {parquet.metadata.num_columns} columns")
+                out = np.empty((n_rows, len(texts)), dtype=np.float32)
+                start = 0
+                for group in range(parquet.num_row_groups):
+                    table = parquet.read_row_group(group, use_threads=False)
+                    columns = np.stack([column.to_numpy() for column in table.columns])
+                    out[start : start + table.num_rows] = columns.T
+                    start += table.num_rows
+        except (OSError, ValueError, pa.ArrowException) as error:
+            log.warning("%s cannot be read (%s); the factors are computed again", file, error)
+            return None
+        log.info("factors read from %s", file)
+        return out
+
+    def write(self, key: str | None, texts: Sequence[str], values: np.ndarray) -> None:
+        """Keep `values` [M, C] under `key`; does nothing for None.
+
+        Parameters
+        ----------
+        key : str or None
+        texts : sequence of str
+            C expressions.
+        values : float32 [M, C]
+        """
+        if key is None:
+            return
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        schema = pa.schema([(f"{place}: {text}", pa.float32()) for place, text in enumerate(texts)])
+
+        def fill(file: Path) -> None:
+            with pq.ParquetWriter(file, schema, compression="none", use_dictionary=False, write_statistics=False) as to:
+                for start in range(0, len(values), ROW_GROUP):
+                    columns = np.ascontiguousarray(values[start : start + ROW_GROUP].T)
+                    to.write_table(pa.Table.from_arrays([pa.array(column) for column in columns], schema=schema))
+
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            atomic_write(self.path(key), fill)
+        except (OSError, QfastError) as error:
+            log.warning("the factors are not kept on disk: %s", error)

@@ -1,0 +1,176 @@
+"""What the handlers over prices share: reading, the label, and raw features that are computed when asked for."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from qfast.data.expression import fields, reach
+from qfast.data.factors import evaluate_all, other_prices
+from qfast.data.handlers.base import DataHandlerLP
+from qfast.data.panel import Block, Panel
+from qfast.data.prices import PRICE_FIELDS, Prices
+from qfast.data.processors import Workspace
+from qfast.data.rows import take_rows
+from qfast.data.sources import read_prices
+from qfast.errors import ConfigError, DataError, shown
+
+log = logging.getLogger("qfast.data")
+
+DEFAULT_LEARN_PROCESSORS: tuple[Mapping[str, Any], ...] = (
+    {"class": "DropnaLabel"},
+    {"class": "CSZScoreNorm", "kwargs": {"fields_group": "label"}},
+)
+
+
+class PriceHandler(DataHandlerLP):
+    """A handler whose features and label are computed from prices.
+
+    Subclasses say in `LABEL` what the label is by default, in `_feature_names`, `_feature_fields` and
+    `_feature_reach` what their features are called and read, and compute them in `_feature_values`.
+    """
+
+    LABEL: tuple[list[str], list[str]] = (["Ref($close, -2)/Ref($close, -1) - 1"], ["LABEL0"])
+
+    def _set_up(
+        self,
+        *,
+        instruments: Any,
+        start_time: Any,
+        end_time: Any,
+        freq: str,
+        stages: Mapping[str, Sequence[Any]],
+        fit_start_time: Any,
+        fit_end_time: Any,
+        process_type: str,
+        drop_raw: bool,
+        label: Any,
+        data: Any,
+        provider_uri: Any,
+        vwap: str | None,
+        refused: Mapping[str, Any],
+    ) -> None:
+        """Everything a constructor does once its features are known."""
+        for name, value in refused.items():
+            if value:
+                raise ConfigError(f"{type(self).__name__}: {name} is not available, got {shown(value)}.")
+        self._configure(stages, process_type, drop_raw, instruments, start_time, end_time, fit_start_time, fit_end_time)
+        self.freq = freq
+        self._label, self._label_names = expressions_and_names(
+            "label", self.get_label_config() if label is None else label
+        )
+        before, after = (max(side) for side in zip(self._feature_reach(), *map(reach, self._label), strict=True))
+
+        def read(who: Any) -> Prices:
+            return read_prices(
+                data, provider_uri=provider_uri, instruments=who, start_time=start_time, end_time=end_time,
+                freq=freq, vwap=vwap, margin=(before, after), wanted=wanted,
+            )  # fmt: skip
+
+        wanted = list(dict.fromkeys([*self._feature_fields(), *(f for text in self._label for f in fields(text))]))
+        self._prices = read(instruments)
+        self._others = other_prices(
+            [*self._feature_texts(), *self._label], self._prices.panel, lambda name: read([name])
+        )
+        self._rows = self._prices.panel.rows_between(start_time, end_time)
+        self._report_missing_fields()
+        self._labels = self._label_panel()
+        raw = self._with_features(self._labels)
+        space = Workspace(raw.blocks if drop_raw else ["feature"])
+        self._process(raw, space)
+        if not drop_raw and "feature" not in space.overwritten:
+            self._raw = raw  # nobody changed the features: the raw panel costs nothing
+        if drop_raw:
+            del self._prices, self._labels
+
+    # ---------------------------------------------------------------- what a subclass says of its features
+    @abstractmethod
+    def _feature_names(self) -> list[str]:
+        """Columns."""
+
+    @abstractmethod
+    def _feature_fields(self) -> list[str]:
+        """Price fields that they read."""
+
+    @abstractmethod
+    def _feature_reach(self) -> tuple[int, int]:
+        """Rows before and after the current one that they look at."""
+
+    @abstractmethod
+    def _feature_values(self, prices: Prices, rows: np.ndarray) -> np.ndarray:
+        """float32 [len(rows), C]."""
+
+    def _feature_texts(self) -> list[str]:
+        """Expressions behind them, where there are any."""
+        return []
+
+    def get_label_config(self) -> tuple[list[str], list[str]]:
+        """(expressions, names) of the label where the constructor is given none."""
+        return self.LABEL
+
+    # ---------------------------------------------------------------- prices, label, raw features
+    @property
+    def prices(self) -> Panel | None:
+        """The prices behind the features, group "price"; None where drop_raw gave them up."""
+        found = getattr(self, "_prices", None)
+        return None if found is None else found.panel
+
+    def _report_missing_fields(self) -> None:
+        """The reference reads a field without a file as NaN; say so, and refuse if none is there."""
+        known = {name.lower() for name in self._prices.panel.columns("price")}
+        missing = [f for f in self._feature_fields() if f not in known and f in PRICE_FIELDS]
+        if "close" in missing:
+            raise DataError(f"{type(self).__name__}: the prices have no column 'close'; they have {sorted(known)}.")
+        if missing:
+            log.warning(
+                "%s: the prices have no column(s) %s; their features are NaN.%s",
+                type(self).__name__, ", ".join(missing),
+                " vwap='typical' uses (high + low + close) / 3 instead." if "vwap" in missing else "",
+            )  # fmt: skip
+
+    def _evaluated(self, texts: Sequence[str], prices: Prices, rows: np.ndarray) -> np.ndarray:
+        """float32 [len(rows), len(texts)]."""
+        return evaluate_all(
+            texts, prices.panel, rows=rows, extents=prices.extents, optional=PRICE_FIELDS,
+            start_time=self.start_time, others=self._others,
+        )  # fmt: skip
+
+    def _label_panel(self) -> Panel:
+        """The handler's rows with the group "label" only."""
+        values = self._evaluated(self._label, self._prices, self._rows)
+        keys = replace(take_rows(self._prices.panel, self._rows, groups=()), live=None)
+        return keys.with_group("label", values, self._label_names)
+
+    def _with_features(self, labels: Panel) -> Panel:
+        values = self._feature_values(self._prices, self._rows)
+        features = replace(labels, blocks={"feature": Block(values, tuple(self._feature_names()))})
+        return replace(labels, blocks={**features.blocks, **labels.blocks})
+
+    def _raw_panel(self, groups: Sequence[str] | None) -> Panel:
+        if self._raw is not None or self.drop_raw:
+            return super()._raw_panel(groups)
+        if groups is not None and set(groups) <= {"label"}:
+            return self._labels
+        log.debug("%s: raw features are computed again from the prices", type(self).__name__)
+        return self._with_features(self._labels)
+
+
+def expressions_and_names(what: str, given: Any) -> tuple[list[str], list[str]]:
+    """Expressions and column names of a setting: a text, a list of texts, or (texts, names)."""
+    if isinstance(given, str):
+        given = [given]
+    if isinstance(given, (list, tuple)) and len(given):
+        if all(isinstance(text, str) for text in given):
+            return list(given), list(given)
+        if len(given) == 2 and all(isinstance(part, (list, tuple)) for part in given):
+            texts, names = (list(part) for part in given)
+            if texts and len(texts) == len(names) and all(isinstance(t, str) for t in [*texts, *names]):
+                return texts, names
+    raise ConfigError(
+        f"{what} must be a list of expressions or (expressions, names) of equal length, got {shown(given)}."
+    )

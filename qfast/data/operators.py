@@ -1,0 +1,202 @@
+"""Operators of factor expressions: their arguments, and how far they look.
+
+What they compute is in `qfast.data.factors`. The names, arguments and meaning are those of pyqlib 0.9.7
+(qlib/data/ops.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from qfast.errors import ConfigError, shown
+
+__all__ = ["OPERATORS", "Operator", "Reach", "register_operator", "unregister_operator"]
+
+Reach = tuple[int, int]  # rows before and after the current one
+SYMBOLS = {
+    "Add": "+", "Sub": "-", "Mul": "*", "Div": "/", "Power": "**", "Gt": ">", "Ge": ">=", "Lt": "<", "Le": "<=",
+    "Eq": "==", "Ne": "!=", "And": "&", "Or": "|",
+}  # fmt: skip
+TAIL = 1e-6  # an exponential weight that is no longer looked at
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator.
+
+    Attributes
+    ----------
+    name : str
+    series : int
+        Leading arguments that are expressions.
+    settings : tuple of str
+        Trailing arguments that are written out: "window", "shift", "share" (0 to 1), "instrument", "number".
+    form : str
+        How it is computed: "elementwise", "condition", "shift", "delta", "rolling", "pair", "other instrument", "user".
+    least : int
+        Shortest window.
+    decays : bool
+        A window between 0 and 1 is the weight of the newest value of an exponential mean.
+    reach : callable, optional
+        (settings) -> rows before and after; None follows from `form`.
+    function : callable, optional
+        Of a user's operator.
+    """
+
+    name: str
+    series: int
+    settings: tuple[str, ...] = ()
+    form: str = "elementwise"
+    least: int = 1
+    decays: bool = False
+    reach: Callable[..., Reach] | None = None
+    function: Callable[..., Any] | None = None
+
+    def widened(self, settings: tuple[Any, ...], inner: Reach) -> Reach:
+        """Reach of a call, given that of its arguments."""
+        before, after = inner
+        if self.reach is not None:
+            own = self.reach(*settings)
+            return before + own[0], after + own[1]
+        if self.form in ("shift", "delta"):
+            rows = settings[0]
+            return max(before + rows, before), max(after - rows, after)
+        if self.form in ("rolling", "pair"):
+            window = settings[0]
+            if 0 < window < 1:
+                window = int(math.log(TAIL) / math.log(1 - window))
+            return before + max(window - 1, 0), after
+        return before, after
+
+    def from_the_first_row(self, settings: tuple[Any, ...]) -> bool:
+        """True if the value depends on the row at which the data begins, however long ago that is."""
+        if self.form in ("shift", "delta", "rolling", "pair"):
+            return self.name == "EMA" or settings[0] == 0 or 0 < settings[0] < 1
+        return False
+
+
+def _builtin() -> dict[str, Operator]:
+    found = [Operator(name, 2) for name in (*SYMBOLS, "Greater", "Less")]
+    found += [Operator(name, 1) for name in ("Abs", "Sign", "Log", "Not")]
+    found += [Operator("If", 3, form="condition")]
+    found += [Operator("Ref", 1, ("shift",), "shift"), Operator("Delta", 1, ("shift",), "delta")]
+    found += [Operator(name, 1, ("window",), "rolling", decays=True) for name in ("Mean", "Sum", "Std", "Var")]
+    found += [Operator(name, 1, ("window",), "rolling", decays=True) for name in ("Max", "Min", "Med", "Count", "EMA")]
+    found += [Operator("Skew", 1, ("window",), "rolling", 3), Operator("Kurt", 1, ("window",), "rolling", 4)]
+    found += [
+        Operator(name, 1, ("window",), "rolling")
+        for name in ("Mad", "Rank", "IdxMax", "IdxMin", "Slope", "Rsquare", "Resi", "WMA")
+    ]
+    found += [Operator("Quantile", 1, ("window", "share"), "rolling")]
+    found += [Operator(name, 2, ("window",), "pair") for name in ("Corr", "Cov")]
+    found += [Operator("Mask", 1, ("instrument",), "other instrument")]
+    return {operator.name: operator for operator in found}
+
+
+OPERATORS: dict[str, Operator] = _builtin()
+BUILTIN = frozenset(OPERATORS)
+
+
+def register_operator(
+    name: str,
+    function: Callable[..., Any],
+    *,
+    series: int = 1,
+    settings: int = 0,
+    reach: Reach | Callable[..., Reach] = (0, 0),
+) -> None:
+    """Make a function of one's own an operator of factor expressions.
+
+    Parameters
+    ----------
+    name : str
+        How expressions call it. Registering a name again replaces it; the built-in ones stay.
+    function : callable
+        Called once per instrument with `series` arrays [L] of its rows, in order of time, and then the settings;
+        gives the L values. The arrays are not to be changed.
+    series : int
+        Number of leading arguments that are expressions.
+    settings : int
+        Number of trailing arguments that are numbers.
+    reach : (int, int), or callable of the settings
+        Rows before and after the current one that the function looks at. More rows are read by it.
+
+    Raises
+    ------
+    ConfigError
+        A name that is taken or is no name, numbers that make no sense.
+
+    Examples
+    --------
+    >>> import numpy as np, pandas as pd
+    >>> from qfast.data.factors import evaluate
+    >>> from qfast.data.panel import Panel
+    >>> register_operator("Twice", lambda x, times: x * 2 * times, settings=1)
+    >>> index = pd.MultiIndex.from_product([pd.date_range("2024-01-01", periods=2), ["A"]],
+    ...                                    names=["datetime", "instrument"])
+    >>> panel = Panel.from_frame(pd.DataFrame({"close": [1.0, 2.0]}, index=index), group="price")
+    >>> evaluate("Twice($close, 3) + 1", panel).tolist()
+    [7.0, 13.0]
+    >>> unregister_operator("Twice")
+    """
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ConfigError(f"name of an operator must be an identifier such as 'Alpha', got {shown(name)}.")
+    if name in BUILTIN:
+        raise ConfigError(f"operator {name!r} is built in. Remedy: another name.")
+    if not callable(function):
+        raise ConfigError(f"function of operator {name!r} must be callable, got {shown(function)}.")
+    for what, value, least in (("series", series, 1), ("settings", settings, 0)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"{what} of operator {name!r} must be a whole number from {least}, got {value!r}.")
+    if callable(reach):
+        rows = reach
+    else:
+        if len(tuple(reach)) != 2 or min(reach) < 0:
+            raise ConfigError(f"reach of operator {name!r} must be (rows before, rows after), got {reach!r}.")
+        before, after = (int(part) for part in reach)
+
+        def rows(*_: Any) -> Reach:
+            return before, after
+
+    OPERATORS[name] = Operator(name, series, ("number",) * settings, "user", reach=rows, function=function)
+
+
+def unregister_operator(name: str) -> None:
+    """Take back what `register_operator` did.
+
+    Parameters
+    ----------
+    name : str
+
+    Raises
+    ------
+    ConfigError
+        A built-in operator, or none.
+    """
+    if name in BUILTIN or name not in OPERATORS:
+        raise ConfigError(f"{name!r} is no registered operator of the user's.")
+    del OPERATORS[name]
+
+
+def check_setting(operator: Operator, kind: str, value: Any) -> str | None:
+    """What is wrong with a written-out argument; None if nothing is."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if kind == "instrument":
+        return None if isinstance(value, str) else f"{operator.name} needs the name of an instrument in quotes"
+    if isinstance(value, (str, bool)):
+        return f"{operator.name} needs a number here"
+    if kind == "shift":
+        return None if whole else f"{operator.name}(x, n) needs a whole number n"
+    if kind == "window":
+        if whole and (value == 0 or value >= operator.least):
+            return None
+        if operator.decays and isinstance(value, float) and 0 < value < 1:
+            return None
+        share = ", or a weight between 0 and 1" if operator.decays else ""
+        return f"{operator.name} needs a whole number of rows from {operator.least} (0: all rows so far){share}"
+    if kind == "share":
+        return None if 0 <= value <= 1 else f"{operator.name} needs a share from 0 to 1"
+    return None

@@ -1,0 +1,390 @@
+"""Factors against pandas, instrument by instrument, and against pyqlib's own engine."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from store import FIELDS, read_series, write_store
+
+from qfast.data import FactorHandler
+from qfast.data.expression import fields, reach
+from qfast.data.factors import ROW_CHUNK, evaluate, evaluate_all, register_operator, unregister_operator
+from qfast.data.panel import Panel
+from qfast.data.sources import load_prices, read_prices
+from qfast.errors import ConfigError, DataError
+
+FLAT = 2e-5
+ELEMENTWISE = [
+    "Abs($close - $open)", "Sign($close - $open)", "Log($volume)", "Power($close, 2)", "$close ** 0.5",
+    "2 ** ($close / 20)",
+    "Greater($close, $open)", "Less($close, 20)", "If($close > $open, $high, $low)", "If($close > $open, 1, 0)",
+    "Not($close > $open) * 1", "($close > $open) & ($volume > 10)", "Or($close >= $open, $high <= $low) + 0",
+    "And($close == $open, $vwap != $close) + 0", "Gt($close, 20)", "Ge($close, $open)", "Lt($close, $open)",
+    "Le($close, 20)", "Eq($volume, 0)", "Ne($volume, 0)", "Add($close, Sub($open, Mul($high, Div($low, 2))))",
+    "Delta($close, 3)", "Delta($close > $open, 2)", "Ref($close, 3)", "Ref($close > $open, 1)", "-$close",
+    "1 / $volume",
+]  # fmt: skip
+WINDOWED = [
+    "Mean", "Sum", "Std", "Var", "Max", "Min", "Med", "Mad", "Rank", "Count", "IdxMax", "IdxMin", "WMA", "Slope",
+    "Rsquare", "Resi", "EMA", "Skew", "Kurt",
+]  # fmt: skip
+ROLLING = [
+    *(f"{name}($close, {n})" for name in WINDOWED for n in (4, 7, 60)),
+    *(f"Quantile($close, {n}, {q})" for n in (1, 5, 30) for q in (0, 0.2, 0.8, 1)),
+    "Mean($close, 1)", "Std($close, 1)", "Std($close, 2)", "Max($open, 1)", "Slope($close, 2)", "WMA($volume, 3)",
+    *(f"{name}($close, $volume, {n})" for name in ("Corr", "Cov") for n in (2, 5, 30)),
+    "Mean($close > Ref($close, 1), 5)", "Count($volume / 0, 5)", "IdxMax(Ref($high, 2), 10)",
+    "Mean(Mean($close, 3), 4)",
+    "Std(Abs($close / Ref($close, 1) - 1) * $volume, 5)",
+    "Corr($close / Ref($close, 1), Log($volume / Ref($volume, 1) + 1), 20)",
+    "Sum(If($close > $open, $volume, -$volume), 5)", "Mean(Ref($close, -2), 5)", "Max($close, 5) - Min($close, 5)",
+]  # fmt: skip
+MEMORY = [
+    *(f"{name}($close, 0)" for name in WINDOWED), "Ref($close, 0)", "Delta($close, 0)", "Quantile($close, 0, 0.3)",
+    "Corr($close, $volume, 0)", "Cov($close, $open, 0)", "Mean($close, 0.2)", "Max($close, 0.5)", "EMA($close, 0.1)",
+    "EMA($close / $open, 12) - EMA($close / $open, 26)",
+]  # fmt: skip
+
+
+# ---------------------------------------------------------------- pandas as the oracle
+class S:
+    """A pandas series of one instrument, under NumPy's operators."""
+
+    def __init__(self, s: object) -> None:
+        self.s = s
+
+    def rolled(self, n: float) -> object:
+        return self.s.expanding(min_periods=1) if n == 0 else self.s.rolling(n, min_periods=1)
+
+
+def plain(x: object) -> object:
+    return x.s if isinstance(x, S) else x
+
+
+def ufunc(name: str):
+    return lambda *parts: S(getattr(np, name)(*map(plain, parts)))
+
+
+for _method, _name in {
+    "add": "add", "sub": "subtract", "mul": "multiply", "truediv": "divide", "pow": "power", "gt": "greater",
+    "ge": "greater_equal", "lt": "less", "le": "less_equal", "eq": "equal", "ne": "not_equal", "and": "bitwise_and",
+    "or": "bitwise_or",
+}.items():  # fmt: skip
+    setattr(S, f"__{_method}__", ufunc(_name))
+    if _method in ("add", "sub", "mul", "truediv", "pow"):
+        setattr(S, f"__r{_method}__", lambda a, b, name=_name: ufunc(name)(b, a))
+S.__neg__ = lambda a: S(a.s * -1)
+
+
+def by_method(name: str, **kwargs: object):
+    def rolling(x: S, n: float) -> S:
+        if isinstance(n, float):
+            return S(x.s.ewm(alpha=n, min_periods=1).mean())
+        return S(getattr(x.rolled(n), name)(**kwargs))
+
+    return rolling
+
+
+def by_apply(function):
+    return lambda x, n: S(x.rolled(n).apply(function, raw=True))
+
+
+def line(name: str):
+    def of(values: np.ndarray) -> float:
+        x = np.arange(1.0, len(values) + 1)
+        known = ~np.isnan(values)
+        if known.sum() < 2 or (name == "resi" and not known[-1]):
+            return np.nan
+        slope, intercept = np.polyfit(x[known], values[known], 1)
+        if name == "slope":
+            return slope
+        if name == "resi":
+            return values[-1] - (slope * x[-1] + intercept)
+        with np.errstate(all="ignore"):
+            return np.corrcoef(x[known], values[known])[0, 1] ** 2
+
+    def rolling(x: S, n: int) -> S:
+        found = x.s.astype(float).rolling(n or len(x.s), min_periods=0).apply(of, raw=True)
+        if name == "rsquare" and n:
+            found[np.isclose(x.rolled(n).std(), 0, atol=FLAT)] = np.nan
+        return S(found)
+
+    return rolling
+
+
+def mad(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return np.mean(np.abs(known - known.mean()))
+
+
+def wma(values: np.ndarray) -> float:
+    weights = np.arange(len(values)) + 1
+    return np.nanmean(weights / weights.sum() * values)
+
+
+def ema(x: S, n: float) -> S:
+    if n == 0:
+
+        def growing(values: np.ndarray) -> float:
+            weights = (1 - 2 / (1 + len(values))) ** np.arange(len(values))[::-1]
+            return np.nansum(weights / weights.sum() * values)
+
+        return by_apply(growing)(x, 0)
+    return S(x.s.ewm(**({"alpha": n} if n < 1 else {"span": n}), min_periods=1).mean())
+
+
+def corr(x: S, y: S, n: int) -> S:
+    found = x.rolled(n).corr(y.s)
+    if n:
+        flat = [np.isclose(side.rolled(n).std(), 0, atol=FLAT) for side in (x, y)]
+        found[flat[0] | flat[1]] = np.nan
+    return S(found)
+
+
+SCOPE = {
+    **{n: ufunc(u) for n, u in {
+        "Abs": "abs", "Log": "log", "Not": "bitwise_not", "Power": "power", "Add": "add", "Sub": "subtract",
+        "Mul": "multiply", "Div": "divide", "Greater": "maximum", "Less": "minimum", "Gt": "greater",
+        "Ge": "greater_equal", "Lt": "less", "Le": "less_equal", "Eq": "equal", "Ne": "not_equal",
+        "And": "bitwise_and", "Or": "bitwise_or",
+    }.items()},
+    "Sign": lambda x: S(np.sign(x.s.astype(np.float32))),
+    "If": lambda c, a, b: S(pd.Series(np.where(c.s, plain(a), plain(b)), index=c.s.index)),
+    "Ref": lambda x, n: S(x.s.shift(n) if n else pd.Series(x.s.iloc[0], index=x.s.index)),
+    "Delta": lambda x, n: S(x.s - (x.s.shift(n) if n else x.s.iloc[0])),
+    **{n: by_method(m) for n, m in {
+        "Mean": "mean", "Sum": "sum", "Std": "std", "Var": "var", "Max": "max", "Min": "min", "Med": "median",
+        "Count": "count", "Skew": "skew", "Kurt": "kurt",
+    }.items()},
+    "Rank": by_method("rank", pct=True),
+    "Quantile": lambda x, n, q: S(x.rolled(n).quantile(q)),
+    "IdxMax": by_apply(lambda v: v.argmax() + 1), "IdxMin": by_apply(lambda v: v.argmin() + 1),
+    "Mad": by_apply(mad), "WMA": by_apply(wma), "EMA": ema,
+    **{n: line(n.lower()) for n in ("Slope", "Rsquare", "Resi")},
+    "Corr": corr, "Cov": lambda x, y, n: S(x.rolled(n).cov(y.s)),
+}  # fmt: skip
+
+
+def by_pandas(text: str, series: dict[str, pd.Series]) -> pd.Series:
+    with np.errstate(all="ignore"):
+        found = eval(text.replace("$", "_"), SCOPE, {f"_{k}": S(v) for k, v in series.items()})
+        return found.s.astype(np.float32)
+
+
+def price_panel(seed: int = 0, n_days: int = 80, names: str = "ABC", specials: bool = False) -> Panel:
+    """Prices with holes, flat stretches, zero volume and instruments of different lengths."""
+    rng = np.random.default_rng(seed)
+    days = pd.bdate_range("2024-01-01", periods=n_days)
+    frames = []
+    for place, name in enumerate(names):
+        dates = days[rng.integers(0, n_days // 2) if place else 0 :]
+        close = 20 * np.exp(np.cumsum(0.02 * rng.standard_normal(len(dates))))
+        close[10:25] = close[10]  # flat
+        frame = pd.DataFrame({"datetime": dates, "instrument": name, "close": close})
+        for field in ("open", "high", "low", "vwap"):
+            frame[field] = close * (1 + 0.01 * rng.standard_normal(len(dates)))
+        frame["volume"] = np.where(rng.random(len(dates)) < 0.1, 0, rng.lognormal(10, 1, len(dates)))
+        values = frame.iloc[:, 2:].to_numpy()
+        values[rng.random(values.shape) < 0.06] = np.nan
+        if specials:
+            values[rng.random(values.shape) < 0.02] = np.inf
+            values[rng.random(values.shape) < 0.02] = 0
+        frame.iloc[:, 2:] = values
+        frames.append(frame)
+    return load_prices(pd.concat(frames))
+
+
+def assert_same(panel: Panel, text: str, ours: np.ndarray) -> None:
+    for code in range(len(panel.instruments)):
+        rows = np.flatnonzero(panel.instrument_codes == code)
+        series = {f: pd.Series(panel.column(f)[rows], index=rows) for f in panel.columns("price")}
+        expected = by_pandas(text, series).to_numpy()
+        np.testing.assert_allclose(ours[rows], expected, rtol=2e-5, atol=1e-6, equal_nan=True, err_msg=text)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("text", [*ELEMENTWISE, *ROLLING, *MEMORY])
+def test_every_operator_equals_pandas(text):
+    panel = price_panel(1)
+    assert_same(panel, text, evaluate(text, panel))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "text", [t for t in [*ELEMENTWISE, *ROLLING] if not any(w in t for w in ("Slope", "Rs", "Resi"))]
+)
+def test_infinite_and_zero_prices(text):
+    """The line's operators are left out: the reference's running sums are NaN ever after an infinite value."""
+    panel = price_panel(2, specials=True)
+    assert_same(panel, text, evaluate(text, panel))
+
+
+def test_a_line_forgets_an_infinite_value():
+    panel = price_panel(2, specials=True)
+    found = evaluate("Slope($close, 5)", panel)
+    last = pd.Series(np.isinf(panel.column("close"))).groupby(panel.instrument_codes).rolling(5, min_periods=1).max()
+    touched = last.to_numpy() > 0
+    assert np.isnan(found[touched]).all()
+    assert np.isfinite(found[~touched]).mean() > 0.9
+
+
+leaves = st.sampled_from(["$close", "$open", "$volume", "$high"])
+numbers = st.sampled_from(["2", "0.5", "1e-12", "3"])
+
+
+def grow(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    window = st.integers(1, 9)
+    return st.one_of(
+        st.builds(lambda a, op, b: f"({a} {op} {b})", inner, st.sampled_from("+-*/"), inner | numbers),
+        st.builds(
+            lambda f, a, n: f"{f}({a}, {n})", st.sampled_from(["Mean", "Max", "Min", "Std", "Sum"]), inner, window
+        ),
+        st.builds(lambda f, a, b: f"{f}({a}, {b})", st.sampled_from(["Greater", "Less"]), inner, inner | numbers),
+        st.builds(lambda a, n: f"Ref({a}, {n})", inner, st.integers(-4, 4)),
+        st.builds(lambda a, b: f"If({a} > {b}, {a}, {b})", inner, inner),
+        st.builds(lambda a: f"Abs({a})", inner),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(st.recursive(leaves, grow, max_leaves=5), min_size=1, max_size=5), seed=st.integers(0, 20))
+@pytest.mark.filterwarnings("ignore")
+def test_expressions_together_equal_each_alone(texts, seed):
+    """Sharing what they have in common changes no bit, nor does the number of instruments in a pass."""
+    panel = price_panel(seed, 30)
+    together = evaluate_all(texts, panel)
+    for place, text in enumerate(texts):
+        np.testing.assert_array_equal(together[:, place], evaluate(text, panel))
+    some = np.flatnonzero(np.random.default_rng(seed).random(panel.n_rows) < 0.3)
+    np.testing.assert_array_equal(evaluate_all(texts, panel, rows=some), together[some])
+
+
+def test_passes_over_a_few_instruments_change_nothing(monkeypatch):
+    panel = price_panel(5, 60, "ABCDEFG")
+    texts = [*ELEMENTWISE, *ROLLING]
+    whole = evaluate_all(texts, panel)
+    assert panel.n_rows < ROW_CHUNK
+    for rows in (1, 70, 200):
+        monkeypatch.setattr("qfast.data.factors.ROW_CHUNK", rows)
+        np.testing.assert_array_equal(evaluate_all(texts, panel), whole)
+
+
+def test_what_is_written_to():
+    panel = price_panel()
+    table = np.zeros((panel.n_rows, 3), dtype=np.float32)
+    assert evaluate_all(["$close", "$open"], panel, out=table[:, 1:]) is not None
+    np.testing.assert_array_equal(table[:, 1], panel.column("close"))
+    assert evaluate_all([], panel).shape == (panel.n_rows, 0)
+    assert evaluate_all(["$close"], panel, rows=np.arange(0)).shape == (0, 1)
+
+
+def test_another_instruments_series():
+    panel = price_panel(3, 40)
+    ours = evaluate("$close / Mask(Mean($close, 3), 'a')", panel)
+    assert ours.dtype == np.float32
+    rows = np.flatnonzero(panel.instrument_codes == 0)
+    index = pd.Series(panel.column("close")[rows]).rolling(3, min_periods=1).mean().to_numpy()
+    by_day = np.full(len(panel.datetimes), np.nan)
+    by_day[panel.date_codes[rows]] = index
+    np.testing.assert_allclose(ours, panel.column("close") / by_day[panel.date_codes], rtol=1e-6)
+    np.testing.assert_array_equal(ours, evaluate("$close / ChangeInstrument('A', Mean($close, 3))", panel))
+    with pytest.raises(DataError, match=r"there is no instrument 'Z' in the data"):
+        evaluate("Mask($close, 'Z')", panel)
+
+
+def test_operators_of_ones_own():
+    panel = price_panel(4, 20)
+    register_operator("Range", lambda high, low, scale: (high - low) * scale, series=2, settings=1)
+    register_operator("Fresh", lambda x, n: np.arange(len(x)) >= n, settings=1, reach=lambda n: (n, 0))
+    try:
+        np.testing.assert_allclose(
+            evaluate("Range($high, $low, 2)", panel), 2 * evaluate("$high - $low", panel), rtol=1e-6
+        )
+        assert reach("Fresh(Ref($close, 2), 5)") == (7, 0)
+        assert evaluate("Fresh($close, 5)", panel).sum() == panel.n_rows - 5 * len(panel.instruments)
+        with pytest.raises(ConfigError, match="takes 3 argument"):
+            evaluate("Range($high, $low)", panel)
+        register_operator("Range", lambda x: x[:-1])
+        with pytest.raises(ConfigError, match="operator 'Range': its function must give one value a row"):
+            evaluate("Range($high)", panel)
+    finally:
+        unregister_operator("Range")
+        unregister_operator("Fresh")
+    with pytest.raises(ConfigError, match="operator 'Range' is not available"):
+        evaluate("Range($high)", panel)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("Mean", abs), "operator 'Mean' is built in"),
+        (("My op", abs), "must be an identifier"),
+        (("Mine", 3), "must be callable"),
+        (("Mine", abs, {"series": 0}), "series of operator 'Mine' must be a whole number from 1"),
+        (("Mine", abs, {"settings": -1}), "settings of operator 'Mine' must be a whole number from 0"),
+        (("Mine", abs, {"reach": (1, -1)}), "must be .rows before, rows after."),
+    ],
+)
+def test_registering_refuses(arguments, message):
+    name, function, *rest = arguments
+    with pytest.raises(ConfigError, match=message):
+        register_operator(name, function, **(rest[0] if rest else {}))
+    with pytest.raises(ConfigError, match="no registered operator"):
+        unregister_operator("Mean")
+
+
+# ---------------------------------------------------------------- stores, and pyqlib as the oracle
+def through_the_handler(root: Path, texts: list[str], market: str = "all", **times: str) -> pd.DataFrame:
+    handler = FactorHandler(texts, market, provider_uri=root, learn_processors=[], label=["$close"], **times)
+    return handler.fetch(col_set="feature")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_files_of_different_length_equal_pandas(tmp_path):
+    """Fields whose files begin and end at different days, by what pandas makes of their union."""
+    root = write_store(tmp_path / "store")
+    texts = [*ELEMENTWISE, *ROLLING]
+    ours = through_the_handler(root, texts)
+    prices = read_prices(provider_uri=root)
+    compared = 0
+    for code in prices.panel.instruments:
+        series = {field: read_series(root, str(code), field) for field in FIELDS}
+        mine = ours.xs(code, level="instrument")
+        for text in texts:
+            try:
+                expected = by_pandas(text, series)
+            except (ValueError, TypeError, IndexError):
+                continue  # as the reference refuses what pandas does: series of unequal length compared, empty ones
+            compared += 1
+            expected = expected.set_axis(prices.panel.datetimes[expected.index]).reindex(mine.index).to_numpy()
+            np.testing.assert_allclose(mine[text], expected, rtol=2e-5, atol=1e-6, err_msg=f"{code} {text}")
+    assert compared > 3 * len(texts)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("market", ["all", "mixed"])
+def test_every_operator_equals_qlib(tmp_path, market):
+    qlib = pytest.importorskip("qlib", reason="pyqlib is not installed")
+    root = write_store(tmp_path / "store")
+    qlib.init(provider_uri=str(root), region="us", kernels=1, logging_level=logging.ERROR)
+    from qlib.data import D
+
+    # The reference raises where an operator meets series of unequal length, which the test above has, for a negated
+    # field, and for Delta(x, 0) of an instrument without rows.
+    alone = [t for t in [*ELEMENTWISE, *ROLLING, *MEMORY] if len(set(fields(t))) == 1 and "-$" not in t]
+    alone.remove("Delta($close, 0)")
+    start, end = "2020-03-02", "2020-05-20"
+    theirs = D.features(D.instruments(market), alone, start, end).swaplevel().sort_index()
+    ours = through_the_handler(root, alone, market, start_time=start, end_time=end)
+    assert ours.index.tolist() == theirs.index.tolist()
+    for text in alone:
+        mine, reference = ours[text].to_numpy(), theirs[text].to_numpy(np.float32)
+        if text.startswith("Delta"):  # the reference reads one row too few for it: NaN on the first day asked for
+            mine = np.where(ours.index.get_level_values("datetime") == pd.Timestamp(start), reference, mine)
+        np.testing.assert_allclose(mine, reference, rtol=2e-5, atol=1e-6, equal_nan=True, err_msg=text)
