@@ -127,17 +127,18 @@ def test_report_and_history(case):
     _, _, path, _ = case
     page = (path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3
-    assert "PortAnaRecord (the portfolio backtest) is not available" in page
+    assert "PortAnaRecord, the portfolio backtest, was left out: the backtest needs prices" in page
     assert "small: LSTM" in page
     history = pd.read_csv(path / "history.csv", index_col="epoch")
     assert len(history) == 3
     assert {"train", "valid", "train_loss"} <= set(history)
 
 
-def test_the_backtest_is_said_to_be_missing(case, tmp_path, caplog):
+def test_a_backtest_without_prices_is_said_to_be_left_out(case, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "qfast"):
         run(case[0], case[1], ["task.model.kwargs.n_epochs=1"], output=tmp_path / "r")
-    assert "PortAnaRecord (the portfolio backtest) is not available in this version" in caplog.text
+    assert "was left out: the backtest needs prices, and DataHandlerLP has none" in caplog.text
+    assert not (tmp_path / "r" / "portfolio_analysis").exists()
 
 
 def test_resolved_config_runs_again_to_the_same_scores(case, tmp_path):

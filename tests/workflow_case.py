@@ -41,7 +41,11 @@ task:
       kwargs: {ana_long_short: true, ann_scaler: 252}
     - class: PortAnaRecord
       module_path: qlib.workflow.record_temp
-      kwargs: {config: {strategy: {kwargs: {signal: <PRED>}}}}
+      kwargs:
+        config:
+          strategy: {class: TopkDropoutStrategy, module_path: qlib.contrib.strategy,
+                     kwargs: {signal: <PRED>, topk: 4, n_drop: 1}}
+          backtest: {start_time: null, end_time: null, account: 1000000, benchmark: SH000300}
 """
 
 

@@ -5,6 +5,7 @@ Scores, labels, IC and rank IC are always written; a record says how they are an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,6 +14,7 @@ import pandas as pd
 from qfast.errors import ConfigError
 from qfast.metrics import ic_summary, long_short_return, long_short_summary
 from qfast.registry import RECORDS
+from qfast.workflow.portfolio import PortfolioPlan
 
 if TYPE_CHECKING:
     from qfast.workflow.report import SegmentResult
@@ -23,11 +25,7 @@ MODULES = ("qlib.workflow.record_temp", "qfast.workflow.records", "qfast.workflo
 
 
 class Record:
-    """Base: adds to a segment's metrics, and says what it could not do.
-
-    `needs_objects` lists the arguments for which the workflow hands over the live objects where the
-    file does not name them (<MODEL>, <DATASET>).
-    """
+    """Base: adds to a segment's metrics, and says what it could not do."""
 
     notice: ClassVar[str] = ""
 
@@ -87,15 +85,48 @@ class SigAnaRecord(Record):
 
 
 class PortAnaRecord(Record):
-    """The reference's backtest. Its configuration is accepted, but this version does not run it."""
+    """A portfolio that follows the scores of the segment test: returns, costs, risk.
 
-    notice = (
-        "PortAnaRecord (the portfolio backtest) is not available in this version and was left out: the run has no "
-        "portfolio results. Scores and labels are in the run folder for a backtest of your own."
-    )
+    Parameters
+    ----------
+    config : mapping, optional
+        The reference's, with "strategy" and "backtest"; see `qfast.workflow.portfolio.PortfolioPlan`.
+    risk_analysis_freq, indicator_analysis_freq : str, optional
+        Must be a day.
+    indicator_analysis_method : str, optional
+        Must be "mean".
 
-    def __init__(self, config: Any = None, **kwargs: Any) -> None:
+    Raises
+    ------
+    ConfigError
+        Something in the configuration that is not known or not available.
+    """
+
+    def __init__(
+        self,
+        config: Any = None,
+        risk_analysis_freq: Any = None,
+        indicator_analysis_freq: Any = None,
+        indicator_analysis_method: str | None = None,
+        skip_existing: bool = False,
+        recorder: Any = None,
+    ) -> None:
+        for name, freq in (
+            ("risk_analysis_freq", risk_analysis_freq), ("indicator_analysis_freq", indicator_analysis_freq),
+        ):  # fmt: skip
+            if freq not in (None, "day", "1day", ["day"], ["1day"]):
+                raise ConfigError(f"PortAnaRecord: {name} must be 'day', got {freq!r}.")
+        if indicator_analysis_method not in (None, "mean"):
+            raise ConfigError(
+                f"PortAnaRecord: indicator_analysis_method must be 'mean', got {indicator_analysis_method!r}."
+            )
         self.config = config
+        self.plan = PortfolioPlan(config)
+
+    @staticmethod
+    def check_arguments(kwargs: Mapping[str, Any]) -> None:
+        """Raise a ConfigError for what a workflow file cannot say."""
+        PortAnaRecord(**kwargs)
 
 
 RECORDS.accept(Record)

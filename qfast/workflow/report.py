@@ -62,6 +62,8 @@ class Report:
         Caption -> PNG bytes.
     newest : Series, optional
         Scores of the newest date, indexed by instrument.
+    portfolio : DataFrame, optional
+        Risk of the backtest's excess returns: rows are analyses, columns measures.
     """
 
     title: str
@@ -74,6 +76,7 @@ class Report:
     intro: str = ""
     newest: pd.Series | None = None
     newest_date: Any = None
+    portfolio: pd.DataFrame | None = None
 
 
 # ---------------------------------------------------------------- plots
@@ -143,6 +146,26 @@ def quantile_plot(segments: Sequence[SegmentResult]) -> bytes:
     return _png(figure)
 
 
+def portfolio_plot(report: pd.DataFrame) -> bytes:
+    """PNG of a backtest: running sums of the portfolio's and the benchmark's returns, and of what it is ahead."""
+    figure, axes = _figure(columns=2)
+    returns = {
+        "portfolio": report["return"] - report["cost"], "without costs": report["return"], "benchmark": report["bench"],
+    }  # fmt: skip
+    colours = ("#1d4ed8", "#93c5fd", "#8a94a6")
+    for (name, series), colour in zip(returns.items(), colours, strict=True):
+        axes[0].plot(report.index, series.cumsum(), color=colour, label=name, linewidth=1.8)
+    excess = (returns["portfolio"] - report["bench"]).cumsum()
+    axes[1].plot(report.index, excess, color="#1d4ed8", label="ahead, with costs", linewidth=1.8)
+    axes[1].fill_between(report.index, excess - excess.cummax(), 0, color="#d97706", alpha=0.35, label="drawdown")
+    for panel, title in zip(axes, ("Sum of returns", "Ahead of the benchmark"), strict=True):
+        panel.axhline(0, color="#9ca3af", linewidth=0.8)
+        panel.set(title=title)
+        panel.tick_params(axis="x", rotation=30)
+        _legend(panel)
+    return _png(figure)
+
+
 def _quantile_means(segment: SegmentResult) -> list[float]:
     frame = pd.DataFrame({"score": segment.score, "label": segment.label}).dropna()
     if frame.empty:
@@ -206,6 +229,16 @@ def render_html(report: Report) -> str:
             for name, png in report.plots.items()
         ),
     ]
+    if report.portfolio is not None:
+        rows = {str(name).replace("_", " "): dict(row) for name, row in report.portfolio.iterrows()}
+        parts += [
+            "<h2>Portfolio</h2>",
+            _metric_table(
+                {n: {str(k).replace("_", " "): v for k, v in row.items()} for n, row in rows.items()}, "return"
+            ),
+            '<p class="small">Daily returns beyond the benchmark, added up and not compounded; a year has 238 days. '
+            "The scores of a day are traded on the next.</p>",
+        ]
     if report.newest is not None and len(report.newest):
         parts += [f"<h2>Newest scores ({_text(report.newest_date)})</h2>", _newest(report.newest)]
     parts += ["<h2>Run</h2>", _fact_table(report.facts)]
@@ -224,9 +257,9 @@ def _cards(metrics: Mapping[str, Mapping[str, float | None]]) -> str:
     return f'<section class="cards">{"".join(cards)}</section>'
 
 
-def _metric_table(metrics: Mapping[str, Mapping[str, float | None]]) -> str:
+def _metric_table(metrics: Mapping[str, Mapping[str, float | None]], first: str = "segment") -> str:
     columns = list(dict.fromkeys(key for row in metrics.values() for key in row))
-    head = "".join(f"<th>{_text(column)}</th>" for column in ("segment", *columns))
+    head = "".join(f"<th>{_text(column)}</th>" for column in (first, *columns))
     rows = [
         f"<tr><th>{_text(name)}</th>{''.join(f'<td>{_number(row.get(c))}</td>' for c in columns)}</tr>"
         for name, row in metrics.items()

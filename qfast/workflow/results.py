@@ -15,8 +15,17 @@ from qfast.metrics import ic_summary
 from qfast.workflow import pretraining
 from qfast.workflow.config import dump_yaml
 from qfast.workflow.folder import RunFolder
+from qfast.workflow.portfolio import PortfolioResult
 from qfast.workflow.records import Record
-from qfast.workflow.report import Report, SegmentResult, cumulative_plot, loss_plot, quantile_plot, render_html
+from qfast.workflow.report import (
+    Report,
+    SegmentResult,
+    cumulative_plot,
+    loss_plot,
+    portfolio_plot,
+    quantile_plot,
+    render_html,
+)
 from qfast.workflow.schema import Workflow
 
 __all__ = ["evaluate", "raw_labels", "write_report", "write_results"]
@@ -93,6 +102,7 @@ def write_report(
     results: Mapping[str, SegmentResult],
     metrics: Mapping[str, Any],
     started: float,
+    portfolio: PortfolioResult | None = None,
 ) -> None:
     """The plots and report.html; `started` (seconds since 1970) is when the run began."""
     shown = [r for name, r in results.items() if name != "newest"]
@@ -103,6 +113,8 @@ def write_report(
         "cumulative_ic": cumulative_plot(shown),
         "score_groups": quantile_plot(shown),
     }
+    if portfolio is not None:
+        plots["portfolio"] = portfolio_plot(portfolio.backtest.report)
     (run_folder / "plots").mkdir(exist_ok=True)
     for name, png in plots.items():
         run_folder.write_bytes(f"plots/{name}.png", png)
@@ -119,6 +131,7 @@ def write_report(
         notes=run_folder.manifest["notes"],
         newest=newest.xs(date, level="datetime") if len(newest) else None,
         newest_date=date_text(date),
+        portfolio=None if portfolio is None else portfolio.backtest.risk()["risk"].unstack(),
     )
     run_folder.write_text("report.html", render_html(page))
 

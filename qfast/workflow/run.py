@@ -21,7 +21,8 @@ from qfast.workflow import folder as folders
 from qfast.workflow import pretraining
 from qfast.workflow.config import dump_yaml, fill_placeholders, load_config
 from qfast.workflow.folder import CONFIG, LAST, RunFolder
-from qfast.workflow.records import Record
+from qfast.workflow.portfolio import PortfolioResult, write_portfolio
+from qfast.workflow.records import PortAnaRecord, Record
 from qfast.workflow.results import evaluate, raw_labels, write_report, write_results
 from qfast.workflow.schema import Workflow, check_workflow
 from qfast.workflow.scoring import build_dataset, data_facts, data_source, save_scoring
@@ -45,12 +46,15 @@ class RunResult:
         Segment -> metric -> value.
     model, dataset
         The fitted estimator and its data.
+    portfolio : dict
+        Metric of the backtest -> value; empty without one.
     """
 
     path: Path
     metrics: dict[str, dict[str, float]]
     model: Any
     dataset: Any
+    portfolio: dict[str, float] = field(default_factory=dict)
 
     @property
     def report(self) -> Path:
@@ -324,8 +328,33 @@ def _execute(job: _Job, run_folder: RunFolder, loaded: _Loaded) -> RunResult:
     _fit(job, run_folder, model, dataset)
     results = evaluate(model, dataset, loaded.labels)
     metrics = write_results(run_folder, records, results)
-    write_report(run_folder, workflow, model, dataset, results, metrics, job.started)
-    return RunResult(run_folder.path, metrics, model, dataset)
+    portfolio = _trade(run_folder, workflow, records, results, dataset)
+    write_report(run_folder, workflow, model, dataset, results, metrics, job.started, portfolio)
+    traded = {} if portfolio is None else portfolio.backtest.metrics()
+    return RunResult(run_folder.path, metrics, model, dataset, traded)
+
+
+def _trade(
+    run_folder: RunFolder, workflow: Workflow, records: Sequence[Record], results: Mapping[str, Any], dataset: Any
+) -> PortfolioResult | None:
+    """The backtest that the file asks for, on the scores of the segment test, which the reference's is on too."""
+    plan = next((record.plan for record in records if isinstance(record, PortAnaRecord)), None)
+    if plan is None:
+        return None
+    region = str((workflow.qlib_init.model_extra or {}).get("region", "cn")).lower()
+    found = None
+    try:
+        if "test" not in results or not len(results["test"].score):
+            raise DataError("the segment test has no scores to trade on.")
+        found = plan.run(results["test"].score, dataset.handler, region)
+        write_portfolio(run_folder, found)
+        notes = [f"portfolio backtest: {note}." for note in found.notes]
+    except DataError as error:  # what is trained is not thrown away for it
+        notes = [f"PortAnaRecord, the portfolio backtest, was left out: {error}"]
+    for note in notes:
+        log.warning(note)
+    run_folder.update(notes=[*run_folder.manifest["notes"], *notes])
+    return found
 
 
 def _build_model(job: _Job) -> Any:

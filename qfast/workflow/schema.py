@@ -304,7 +304,14 @@ def _class_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 continue
         kwargs = spec.get("kwargs")
         if isinstance(kwargs, Mapping):
-            yield from _argument_problems(factory, kwargs, f"{path}.kwargs")
+            problems = list(_argument_problems(factory, kwargs, f"{path}.kwargs"))
+            yield from problems
+            check = getattr(factory, "check_arguments", None)
+            if check is not None and not problems:
+                try:
+                    check(kwargs)
+                except ConfigError as error:
+                    yield f"{path}.kwargs", str(error)
 
 
 def _known_arguments(factory: Callable[..., Any]) -> tuple[str, ...] | None:

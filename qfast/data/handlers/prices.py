@@ -6,6 +6,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from qfast.data.handlers.base import DataHandlerLP
 from qfast.data.panel import Block, Panel
 from qfast.data.prices import PRICE_FIELDS, Prices
 from qfast.data.processors import Workspace
-from qfast.data.rows import take_rows
+from qfast.data.rows import restrict_rows, take_rows
 from qfast.data.sources import read_prices
+from qfast.data.store import is_store
 from qfast.errors import ConfigError, DataError, shown
 
 log = logging.getLogger("qfast.data")
@@ -72,6 +74,8 @@ class PriceHandler(DataHandlerLP):
                 freq=freq, vwap=vwap, margin=(before, after), wanted=wanted,
             )  # fmt: skip
 
+        store = provider_uri is not None or (isinstance(data, (str, Path)) and is_store(data))
+        self._store = (provider_uri if provider_uri is not None else data, vwap) if store else None
         wanted = list(dict.fromkeys([*self._feature_fields(), *(f for text in self._label for f in fields(text))]))
         self._prices = read(instruments)
         self._others = other_prices(
@@ -119,6 +123,36 @@ class PriceHandler(DataHandlerLP):
         """The prices behind the features, group "price"; None where drop_raw gave them up."""
         found = getattr(self, "_prices", None)
         return None if found is None else found.panel
+
+    def quotes(self, instruments: Sequence[str], wanted: Sequence[str], start_time: Any, end_time: Any) -> Prices:
+        """Prices of instruments, also of ones that are no samples, with a day before `start_time`.
+
+        Parameters
+        ----------
+        instruments : sequence of str
+            Those that the source has not are left out.
+        wanted : sequence of str
+            Fields; those that the source has not are left out.
+        start_time, end_time : date-like or None
+            Rows outside them may be there.
+
+        Raises
+        ------
+        DataError
+            None of the instruments is there, or the prices were given up (drop_raw).
+        """
+        if self._store is not None:
+            source, vwap = self._store
+            return read_prices(
+                provider_uri=source, instruments=list(instruments), start_time=start_time, end_time=end_time,
+                freq=self.freq, vwap=vwap, wanted=wanted, margin=(1, 1),
+            )  # fmt: skip
+        if self.prices is None:
+            raise DataError("the prices were given up (drop_raw=True). Remedy: build the handler with drop_raw=False.")
+        known = [name for name in self.prices.instruments if name in set(instruments)]
+        if not known:
+            raise DataError(f"none of the instruments {list(instruments)[:5]} is in the prices.")
+        return Prices(restrict_rows(self.prices, known, None, None), {})
 
     def _report_missing_fields(self) -> None:
         """The reference reads a field without a file as NaN; say so, and refuse if none is there."""
