@@ -1,4 +1,4 @@
-"""The command line: qfast run, predict, demo, info, doctor."""
+"""The command line: qfast run, check, predict, demo, info, doctor."""
 
 from __future__ import annotations
 
@@ -40,6 +40,10 @@ DataOption = Annotated[
     typer.Option(help="Prices: a CSV or Parquet file, a folder of CSV files, or a Qlib data folder."),
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change one value: task.model.kwargs.n_epochs=5. May be given several times."),
+]
 OutputOption = Annotated[
     Path | None,
     typer.Option("--output", "-o", help="The run folder to make. Default: runs/<experiment>-<UTC time>."),
@@ -70,10 +74,7 @@ def _root(
 def run_command(
     config: Annotated[Path | None, typer.Argument(help="Workflow file in Qlib's YAML format.")] = None,
     data: DataOption = None,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Change one value: task.model.kwargs.n_epochs=5. May be given several times."),
-    ] = None,
+    sets: SetOption = None,
     device: DeviceOption = None,
     output: OutputOption = None,
     seed: SeedOption = None,
@@ -91,12 +92,33 @@ def run_command(
     _print_result(result)
 
 
+@app.command("check")
+def check_command(
+    config: Annotated[Path, typer.Argument(help="A workflow file in Qlib's format.")],
+    data: DataOption = None,
+    sets: SetOption = None,
+    experiments: Annotated[
+        bool, typer.Option(help="Also run the model: time of an epoch, look-ahead, window invariance.")
+    ] = True,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Look a workflow and its data over before training; exit status 1 if something must be mended."""
+    from qfast.workflow.check import check
+
+    _log_to_stderr(quiet=True)
+    report = check(config, data, sets or (), device=device, experiments=experiments)
+    for line in report.lines():
+        typer.echo(line)
+    raise typer.Exit(0 if report.ok else 1)
+
+
 @app.command("predict")
 def predict_command(
     run_path: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     data: Annotated[Path, typer.Option(help="New prices; they need no label and may end today.")],
     start: Annotated[str | None, typer.Option(help="Score from this date on.")] = None,
     end: Annotated[str | None, typer.Option(help="Score up to this date.")] = None,
+    date: Annotated[str | None, typer.Option(help="Score this date only; latest: the newest one of the data.")] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Where the scores go, .parquet or .csv. Default: scores_<first>_<last> in the run folder."),
@@ -111,7 +133,7 @@ def predict_command(
     _log_to_stderr(quiet)
     RunFolder.open(run_path)
     check_table_target(run_path / "scores.parquet" if out is None else out)
-    scores = predict(run_path, data, start=start, end=end, device=device)
+    scores = predict(run_path, data, start=start, end=end, date=date, device=device)
     dates = scores.index.get_level_values("datetime")
     if out is None:
         first, last = (stamp.strftime("%Y%m%d") for stamp in (dates.min(), dates.max()))

@@ -23,7 +23,7 @@ TOLERATED = 0.1
 
 def days_needed(dataset: Any) -> int:
     """Days, its own included, that the features of one sample look at."""
-    return int(getattr(dataset.handler, "WINDOW", 1)) + int(getattr(dataset, "step_len", 1)) - 1
+    return int(getattr(dataset.handler, "lookback", 1)) + int(getattr(dataset, "step_len", 1)) - 1
 
 
 def short_share(dataset: Any, segment: str = "train") -> float:

@@ -36,6 +36,7 @@ __all__ = ["build_dataset", "data_facts", "data_source", "predict", "save_scorin
 log = logging.getLogger("qfast")
 
 FORMAT = 1
+LATEST = "latest"
 MODEL = "model.json"
 PROCESSORS = "processors.safetensors"
 NOT_SCORING = ("device", "progress", "model_path")  # of a model's arguments: all weights are in BEST
@@ -197,6 +198,7 @@ def predict(
     *,
     start: Any = None,
     end: Any = None,
+    date: Any = None,
     device: str = "auto",
 ) -> pd.Series:
     """Scores of a run's best weights for new data.
@@ -210,6 +212,8 @@ def predict(
         must reach far enough back for the features: 60 trading days for Alpha360.
     start, end : date-like, optional
         Score only these dates, both inclusive. Rows before `start` still serve as history.
+    date : date-like or "latest", optional
+        Score this date only, instead of `start` and `end`; "latest" is the newest one of the data.
     device : str
         "auto", "cpu", "cuda", "cuda:1".
 
@@ -222,7 +226,7 @@ def predict(
     Raises
     ------
     ConfigError
-        `run_path` is no run folder.
+        `run_path` is no run folder; both `date` and `start` or `end`.
     CheckpointError
         A file of the run is missing, truncated or does not fit.
     DataError
@@ -236,6 +240,11 @@ def predict(
     ...
     qfast.errors.ConfigError: run folder 'no/such/run' does not exist.
     """
+    latest = isinstance(date, str) and date == LATEST
+    if date is not None and (start is not None or end is not None):
+        raise ConfigError(f"--date {date} is one date; leave --start and --end out, or the date.")
+    if date is not None and not latest:
+        start = end = _bound("date", date)
     bounds = [_bound("start", start), _bound("end", end)]
     run_folder = RunFolder.open(run_path)
     if run_folder.manifest["status"] != folders.FINISHED:
@@ -249,6 +258,9 @@ def predict(
     # A flat sample is one row, so rows before `start` are not needed; a rolling window reaches back.
     flat = "step_len" not in registry.parameters(registry.DATASETS.resolve(dataset_spec["class"])[0])
     handler = _scoring_handler(run_folder, facts, data, bounds if flat else [None, None])
+    if latest:
+        panel = handler.panel("infer")
+        bounds = [panel.datetimes[int(panel.date_codes[panel.live_rows()].max())].isoformat()] * 2
     dataset_kwargs = {**dataset_spec["kwargs"], "handler": handler, "segments": {"new": bounds}}
     dataset = registry.DATASETS.build({**dataset_spec, "kwargs": dataset_kwargs}, path="dataset")
     note = check_history(dataset, bounds[0], bounds[1], facts.get("short_history", 0.0))

@@ -154,6 +154,16 @@ class PriceHandler(DataHandlerLP):
             raise DataError(f"none of the instruments {list(instruments)[:5]} is in the prices.")
         return Prices(restrict_rows(self.prices, known, None, None), {})
 
+    @property
+    def lookback(self) -> int:
+        """Days, its own included, that the features of a row look at."""
+        return self._feature_reach()[0] + 1
+
+    @property
+    def label_horizon(self) -> int:
+        """Days after its own that the label of a row looks at."""
+        return max(reach(text)[1] for text in self._label)
+
     def _report_missing_fields(self) -> None:
         """The reference reads a field without a file as NaN; say so, and refuse if none is there."""
         known = {name.lower() for name in self._prices.panel.columns("price")}
