@@ -1,0 +1,250 @@
+"""The portfolio simulation: against pyqlib's on the same scores, and by hand."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from qfast.backtest import Exchange, Market, TopkDropout, backtest, risk_analysis
+from qfast.data import FactorHandler, synthetic
+from qfast.data.sources import load_prices, read_prices
+from qfast.errors import ConfigError, DataError
+from qfast.workflow.portfolio import PortfolioPlan
+from qfast.workflow.records import PortAnaRecord
+
+START, END = "2020-02-03", "2020-06-10"
+
+
+def write_market(root: Path, n_stocks: int = 25, n_days: int = 140, factor: bool = True, seed: int = 0) -> Path:
+    """A Qlib store with suspensions, late listings and days at the price limit."""
+    rng = np.random.default_rng(seed)
+    calendar = pd.bdate_range("2020-01-01", periods=n_days)
+    for part in ("calendars", "instruments", "features"):
+        (root / part).mkdir(parents=True)
+    (root / "calendars" / "day.txt").write_text("\n".join(calendar.strftime("%Y-%m-%d")) + "\n")
+    lines = []
+    for stock in range(n_stocks):
+        first = int(rng.integers(0, 60)) if stock % 5 == 0 and stock else 0
+        close = 20 * np.exp(np.cumsum(0.03 * rng.standard_normal(n_days - first)))
+        fields = {"close": close, "open": close * (1 + 0.01 * rng.standard_normal(len(close)))}
+        fields["volume"] = rng.lognormal(12, 1, len(close))
+        gone = rng.random(len(close)) < 0.03
+        for values in fields.values():
+            values[gone] = np.nan
+        fields["open"][rng.random(len(close)) < 0.01] = 0  # no deal price: the close is used
+        fields["change"] = fields["close"] / np.concatenate([[np.nan], fields["close"][:-1]]) - 1
+        if factor:
+            fields["factor"] = np.where(gone, np.nan, 1 + stock / 7)
+        folder = root / "features" / f"s{stock:02d}"
+        folder.mkdir()
+        for name, values in fields.items():
+            np.concatenate([[first], values]).astype("<f4").tofile(folder / f"{name}.day.bin")
+        lines.append(f"S{stock:02d}\t2020-01-01\t2099-12-31")
+    (root / "instruments" / "all.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def scores(root: Path, seed: int = 0) -> pd.Series:
+    """Scores with holes, of days and of single stocks, that know a little of what comes."""
+    rng = np.random.default_rng(seed)
+    panel = read_prices(provider_uri=root).panel
+    close = pd.Series(panel.column("close").astype(float), panel.index(np.arange(panel.n_rows)))
+    found = close.groupby(level="instrument").pct_change(fill_method=None).fillna(0) * 3
+    found += rng.standard_normal(len(found))
+    days = found.index.get_level_values("datetime")
+    keep = (rng.random(len(found)) < 0.95) & (days != days.unique()[50])
+    return found[keep].astype(np.float32).rename("score")
+
+
+def ours(root: Path, score: pd.Series, strategy: TopkDropout, exchange: Exchange, account: float = 1e6):
+    prices = read_prices(provider_uri=root, wanted=exchange.fields(), start_time=START, end_time=END, margin=(1, 0))
+    market, notes = Market.of(prices, exchange, START, END)
+    days = prices.panel.datetimes
+    before = days[days < market.days[0]][-1]
+    bench = pd.Series(0.001, market.days)
+    return backtest(score, market, strategy, exchange, account=account, benchmark=bench, day_before=before), notes
+
+
+CASES = [
+    ("cn", {}, {}),
+    ("us", {}, {"limit_threshold": 0.03}),
+    ("cn", {"only_tradable": True}, {"limit_threshold": 0.02}),
+    ("cn", {"hold_thresh": 4, "forbid_all_trade_at_limit": False}, {"limit_threshold": 0.02, "deal_price": "open"}),
+    ("us", {"risk_degree": 1.0}, {"min_cost": 500, "deal_price": ["$open", "$close"]}),
+    ("cn", {"topk": 12}, {"impact_cost": 0.1}),
+    ("us", {"n_drop": 8}, {"open_cost": 0.01, "close_cost": 0.02}),
+    ("cn", {}, {"limit_threshold": ("$close > 30", "$close < 15")}),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("region", "strategy", "rules"), CASES, ids=str)
+@pytest.mark.parametrize("factor", [True, False], ids=["factor", "adjusted"])
+def test_report_equals_qlib(tmp_path, region, strategy, rules, factor):
+    qlib = pytest.importorskip("qlib", reason="pyqlib is not installed")
+    root = write_market(tmp_path / "store", factor=factor)
+    qlib.init(provider_uri=str(root), region=region, kernels=1, logging_level=logging.CRITICAL)
+    from qlib.backtest import backtest as reference
+    from qlib.contrib.evaluate import indicator_analysis
+    from qlib.contrib.evaluate import risk_analysis as reference_risk
+
+    score = scores(root)
+    strategy = {"topk": 8, "n_drop": 2, **strategy}
+    rules = {"limit_threshold": 0.05, "open_cost": 0.0005, "close_cost": 0.0015, "min_cost": 5, **rules}
+    metrics, indicators = reference(
+        start_time=START, end_time=END,
+        strategy={"class": "TopkDropoutStrategy", "module_path": "qlib.contrib.strategy",
+                  "kwargs": {"signal": score.to_frame(), **strategy}},
+        executor={"class": "SimulatorExecutor", "module_path": "qlib.backtest.executor",
+                  "kwargs": {"time_per_step": "day", "generate_portfolio_metrics": True}},
+        account=1e6, benchmark=pd.Series(0.001, pd.bdate_range(START, END)), exchange_kwargs=dict(rules),
+    )  # fmt: skip
+    report, positions = metrics["1day"]
+    orders = indicators["1day"][0].astype(float)
+    exchange = Exchange(**rules, trade_unit={"cn": 100, "us": 1}[region])
+    found, _ = ours(root, score, TopkDropout(**strategy), exchange)
+    assert found.report.index.tolist() == report.index.tolist()
+    assert found.report["turnover"].sum() > 0.5
+    for column in report:
+        np.testing.assert_allclose(found.report[column], report[column], rtol=1e-6, atol=1e-9, err_msg=column)
+    for column in ("ffr", "deal_amount", "value", "count"):
+        np.testing.assert_allclose(found.indicators[column], orders[column], rtol=1e-6, err_msg=column)
+    np.testing.assert_allclose(found.orders()["value"], indicator_analysis(orders)["value"], rtol=1e-6)
+    excess = report["return"] - report["bench"]
+    for name, series in {"without": excess, "with": excess - report["cost"]}.items():
+        expected = reference_risk(series, freq="day")["risk"]
+        np.testing.assert_allclose(found.risk().loc[f"excess_return_{name}_cost"]["risk"], expected, rtol=1e-5)
+    for day in report.index[::9]:
+        held = {k: v for k, v in positions[day].position.items() if isinstance(v, dict)}
+        mine = found.positions.loc[day] if held else None
+        assert held == {} or sorted(held) == sorted(mine.index)
+        for code, facts in held.items():
+            for name in ("amount", "price", "weight", "count_day"):
+                assert mine.loc[code, name] == pytest.approx(facts[name], rel=1e-6)
+
+
+def test_two_days_by_hand():
+    """Ten of money, half into each of two stocks; one doubles; the worse is sold for the third."""
+    days = pd.bdate_range("2024-01-01", periods=4)
+    frame = pd.DataFrame(
+        [(d, s, p) for d, row in zip(days, ([1, 1, 1], [1, 2, 1], [2, 2, 1], [2, 2, 4]), strict=True)
+         for s, p in zip("ABC", map(float, row), strict=True)],
+        columns=["datetime", "instrument", "close"],
+    )  # fmt: skip
+    score = pd.Series(
+        [3.0, 2.0, 1.0, 3.0, 1.0, 2.0],
+        pd.MultiIndex.from_product([days[[0, 2]], list("ABC")], names=["datetime", "instrument"]),
+    )
+    exchange = Exchange(open_cost=0.0, close_cost=0.5, min_cost=0.0)
+    market, notes = Market.of(read_prices(frame), exchange, days[1], None)
+    assert notes == ["the prices have no (whole) column factor, so they count as adjusted: no round lots"]
+    found = backtest(score, market, TopkDropout(2, 1, risk_degree=1.0), exchange, account=10, day_before=days[0])
+    held = found.positions["amount"].unstack()
+    assert held.loc[days[1]].to_dict() == pytest.approx({"A": 5.0, "B": 2.5, "C": np.nan}, nan_ok=True)
+    # the score of day 2 prefers C to B: B's 2.5 shares go at 2 less half, and 2.5 buys 2.5 / 4 shares of C
+    assert held.loc[days[3]].to_dict() == pytest.approx({"A": 5.0, "B": np.nan, "C": 0.625}, nan_ok=True)
+    assert found.report["account"].tolist() == pytest.approx([10.0, 15.0, 12.5])
+    assert found.report["return"].tolist() == pytest.approx([0.0, 0.5, 0.0])
+    assert found.report["cost"].tolist() == pytest.approx([0.0, 0.0, 2.5 / 15])
+    assert found.report["bench"].isna().all()
+    assert found.indicators["count"].tolist() == [2.0, 0.0, 2.0]
+
+
+def test_nothing_is_dropped_where_none_may_be():
+    """The reference takes the last n_drop of a list, which for 0 is all of it, and sells everything every day."""
+    frame = synthetic.prices(6, 20)
+    market, _ = Market.of(read_prices(frame), Exchange(min_cost=0.0), None, None)
+    rng = np.random.default_rng(0)
+    index = pd.MultiIndex.from_product([market.days, market.instruments], names=["datetime", "instrument"])
+    found = backtest(
+        pd.Series(rng.standard_normal(len(index)), index), market, TopkDropout(3, 0), Exchange(min_cost=0.0)
+    )
+    held = found.positions["amount"].unstack().notna()
+    assert (held.sum(axis=1) == 3).all()
+    assert (held == held.iloc[0]).all(axis=None)
+
+
+def test_nothing_is_traded_without_scores_or_prices():
+    frame = synthetic.prices(5, 30)
+    panel = load_prices(frame)
+    exchange = Exchange(min_cost=0.0)
+    market, _ = Market.of(read_prices(frame), exchange, None, None)
+    old = pd.Series(
+        1.0, pd.MultiIndex.from_product([[pd.Timestamp("1999-01-04")], ["S0"]], names=["datetime", "instrument"])
+    )
+    with pytest.raises(DataError, match=r"no day from .* follows a day with scores"):
+        backtest(old, market, TopkDropout(2, 1), exchange)
+    unknown = pd.Series(1.0, pd.MultiIndex.from_product([panel.datetimes, ["ZZ"]], names=["datetime", "instrument"]))
+    found = backtest(unknown, market, TopkDropout(2, 1), exchange, account=100)
+    assert (found.report["account"] == 100).all()
+    assert len(found.positions) == 0
+    assert np.isnan(found.metrics()["1day.ffr"])
+    with pytest.raises(DataError, match="no trading day from 2099"):
+        Market.of(read_prices(frame), exchange, "2099-01-01", None)
+    with pytest.raises(ConfigError, match="account must be an amount of money, got 0"):
+        backtest(unknown, market, TopkDropout(2, 1), exchange, account=0)
+
+
+def test_risk_of_compounding_by_sums():
+    found = risk_analysis(pd.Series([0.01, -0.03, 0.02, 0.01]))["risk"]
+    assert found["annualized_return"] == pytest.approx(0.0025 * 238)
+    assert found["max_drawdown"] == pytest.approx(-0.03)
+    assert found["information_ratio"] == pytest.approx(found["mean"] / found["std"] * 238**0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"strategy": {"class": "WeightStrategyBase"}}, "strategy 'WeightStrategyBase' is not available"),
+        ({"strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 5}}}, "TopkDropoutStrategy needs n_drop"),
+        ({"strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 5, "n_dorp": 1}}}, "Did you mean 'n_drop'"),
+        ({"strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 0, "n_drop": 1}}}, "topk must be a whole"),
+        ({"strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 5, "n_drop": 1, "method_buy": "random"}}},
+         "method_buy must be 'top'"),
+        ({"strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 5, "n_drop": 1, "signal": "x.pkl"}}},
+         "signal must be <PRED>"),
+        ({"backtest": {"acount": 1}}, "Did you mean 'account'"),
+        ({"backtest": {"exchange_kwargs": {"volume_threshold": 1}}}, "has no 'volume_threshold'"),
+        ({"backtest": {"exchange_kwargs": {"open_cost": -1}}}, "open_cost must be a number from 0"),
+        ({"backtest": {"exchange_kwargs": {"limit_threshold": "x"}}}, "limit_threshold must be a number or"),
+        ({"executor": {"class": "NestedExecutor"}}, "executor 'NestedExecutor' is not available"),
+        ({"executor": {"class": "SimulatorExecutor", "kwargs": {"time_per_step": "30min"}}}, "'30min' .* only 'day'"),
+        ({"portfolio": {}}, "config has no 'portfolio'"),
+    ],
+)  # fmt: skip
+def test_configurations_that_are_refused(changes, message):
+    good = {"strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 5, "n_drop": 1}}, "backtest": {}}
+    PortfolioPlan(good)
+    with pytest.raises(ConfigError, match=message):
+        PortAnaRecord({**good, **changes})
+
+
+def test_the_reference_default_is_a_plan():
+    plan = PortAnaRecord().plan
+    assert (plan.strategy.topk, plan.strategy.n_drop, plan.benchmark) == (50, 5, "SH000300")
+    assert plan.exchange("cn").trade_unit == 100
+    for name, value in (("risk_analysis_freq", "week"), ("indicator_analysis_method", "value_weighted")):
+        with pytest.raises(ConfigError, match=f"{name} must be"):
+            PortAnaRecord(**{name: value})
+
+
+def test_plan_over_a_store_reads_the_benchmark_beside_the_market(tmp_path):
+    root = write_market(tmp_path / "store")
+    handler = FactorHandler(["$close"], ["S01", "S02", "S03", "S04"], provider_uri=root, learn_processors=[])
+    score = scores(root)
+    score = score[score.index.get_level_values("instrument").isin(["S01", "S02", "S03", "S04"])]
+    config = {"strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 2, "n_drop": 1}},
+              "backtest": {"start_time": START, "end_time": END, "account": 1e6, "benchmark": "S09"}}  # fmt: skip
+    found = PortfolioPlan(config).run(score, handler)
+    close = read_prices(provider_uri=root, instruments=["S09"]).panel
+    change = pd.Series(close.column("close"), close.datetimes[close.date_codes]).pct_change(fill_method=None).fillna(0)
+    np.testing.assert_allclose(found.backtest.report["bench"], change.reindex(found.backtest.report.index), rtol=1e-4)
+    assert found.notes == []
+    config["backtest"] = {**config["backtest"], "benchmark": "SH000300", "start_time": None, "end_time": None}
+    found = PortfolioPlan(config).run(score, handler)
+    assert "no benchmark SH000300: the mean return of all instruments" in found.notes[0]
+    assert found.backtest.report.index[0] == score.index.get_level_values("datetime").min()
