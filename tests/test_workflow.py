@@ -14,7 +14,9 @@ import pytest
 import safetensors.numpy
 from workflow_case import factors, write_case
 
+from qfast.backtest import Exchange, Market, TopkDropout, backtest
 from qfast.callbacks import Callback
+from qfast.data.sources import read_prices
 from qfast.errors import CheckpointError, ConfigError, DataError, QfastError
 from qfast.files import atomic_write, is_disk_full
 from qfast.metrics import daily_ic, ic_summary
@@ -534,6 +536,51 @@ def test_scores_of_a_day_do_not_depend_on_the_period_asked_for(price_case):
     np.testing.assert_allclose(some, every.reindex(some.index), rtol=1e-5, atol=1e-7)
     with pytest.raises(DataError, match=r"no rows? .*2030"):
         predict(path, prices, start="2030-01-01")
+
+
+def test_one_date_can_be_asked_for(price_case, tmp_path):
+    prices, path = price_case
+    dates = prices.index.get_level_values("datetime").unique().sort_values()
+    every = predict(path, prices)
+    for asked, date in (("latest", dates[-1]), ("2019-12-02", pd.Timestamp("2019-12-02"))):
+        scores = predict(path, prices, date=asked)
+        assert scores.index.get_level_values("datetime").unique().tolist() == [date]
+        np.testing.assert_allclose(scores, every.reindex(scores.index), rtol=1e-5, atol=1e-7)
+        assert len(scores) == (every.index.get_level_values("datetime") == date).sum()
+    with pytest.raises(ConfigError, match="--date latest is one date; leave --start and --end out"):
+        predict(path, prices, date="latest", start="2019-01-01")
+    with pytest.raises(ConfigError, match="--date: expected a date such as"):
+        predict(path, prices, date="newest")
+
+
+def test_the_portfolio_of_a_run_is_that_of_its_scores(price_case):
+    prices, path = price_case
+    folder = path / "portfolio_analysis"
+    assert {f.name for f in folder.iterdir()} == {
+        "report_normal_1day.parquet", "positions_normal_1day.parquet", "indicators_normal_1day.parquet",
+        "port_analysis_1day.parquet", "indicator_analysis_1day.parquet", "metrics.json",
+    }  # fmt: skip
+    pred = read_frame(path, "pred")
+    score = pred.loc[pred["segment"] == "test", "score"]
+    exchange = Exchange(open_cost=0.0005, close_cost=0.0015, min_cost=0, limit_threshold=0.095)
+    start = score.index.get_level_values("datetime").min()
+    market, _ = Market.of(read_prices(prices), exchange, start, None)
+    days = pd.DatetimeIndex(prices.index.get_level_values("datetime").unique()).sort_values()
+    strategy = TopkDropout(20, 2)
+    expected = backtest(score, market, strategy, exchange, account=1e6, day_before=days[days < start][-1])
+    report = pd.read_parquet(folder / "report_normal_1day.parquet")
+    for column in ("account", "turnover", "cost"):
+        np.testing.assert_allclose(report[column], expected.report[column], rtol=1e-9)
+    mean = prices.groupby(level="instrument")["close"].pct_change(fill_method=None).groupby(level="datetime").mean()
+    alike = np.isclose(report["bench"], mean.reindex(report.index), rtol=1e-3, atol=1e-6)
+    assert alike.mean() > 0.9  # pandas goes back over holes, a day's return does not
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert len(metrics) == 13
+    excess = report["return"] - report["bench"] - report["cost"]
+    assert metrics["1day.excess_return_with_cost.annualized_return"] == pytest.approx(excess.mean() * 238)
+    page = (path / "report.html").read_text()
+    assert "<h2>Portfolio</h2>" in page
+    assert "no benchmark MARKET: the mean return of all instruments" in page
 
 
 def test_prices_from_a_file_are_scored_alike(price_case, tmp_path):
