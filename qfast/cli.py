@@ -7,13 +7,13 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from qfast.errors import QfastError
+from qfast.errors import ConfigError, QfastError
 
 # Before torch loads OpenMP. By default its threads spin while they wait, and on a machine that does anything else
 # they keep the core from the thread they wait for: an epoch of the demo was seen to take between 2 and 47 s. Waiting
@@ -82,12 +82,18 @@ def run_command(
         Path | None,
         typer.Option(help="Go on with an unfinished run folder."),
     ] = None,
+    engine: Annotated[
+        str, typer.Option(help="qfast, or qlib: data, records and recorder are pyqlib's, the model is ours.")
+    ] = "qfast",
     quiet: QuietOption = False,
 ) -> None:
     """Train the model of a workflow file; write scores, metrics, plots and a report into a run folder."""
     from qfast.workflow.run import run
 
     _log_to_stderr(quiet)
+    if engine != "qfast":
+        _run_in_qlib(engine, config, {"--data": data, "--output": output, "--resume": resume}, sets or (), device, seed)
+        return
     result = run(config, data, sets or (), device, output, seed, resume)
     _print_result(result)
 
@@ -248,6 +254,22 @@ def _stop_logging() -> None:
     for handler in [h for h in logger.handlers if h.name == LOG_HANDLER]:
         logger.removeHandler(handler)
         logger.setLevel(logging.NOTSET)
+
+
+def _run_in_qlib(
+    engine: str, config: Path | None, ours: Mapping[str, Any], sets: Sequence[str], device: str | None, seed: int | None
+) -> None:
+    from qfast.integrations.qlib import run
+
+    given = [name for name, value in ours.items() if value is not None]
+    if engine != "qlib":
+        raise ConfigError(f"--engine must be qfast or qlib, got {engine!r}.")
+    if config is None or given:
+        raise ConfigError(f"--engine qlib needs a workflow file and takes no {', '.join(given) or '--resume'}.")
+    result = run(config, sets, device=device, seed=seed)
+    for name, value in result.metrics.items():
+        typer.echo(f"{name:<50}{value:.6g}")
+    typer.echo(f"recorder: {result.recorder.id} of experiment {result.recorder.experiment_id}")
 
 
 def _print_result(result: Any) -> None:
