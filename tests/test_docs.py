@@ -15,6 +15,7 @@ from test_estimator import rolling
 
 from qfast import cli
 from qfast.data import synthetic
+from qfast.data.factors import unregister_operator
 from qfast.models import ts
 from qfast.workflow.demo import DEMO, demo_prices
 
@@ -61,6 +62,18 @@ def test_gats(reader):
     assert (reader / "attention.png").exists()
 
 
+def test_factors(reader):
+    assert run_examples(ROOT / "docs" / "factors.md") == 1
+    unregister_operator("Spread")
+    assert len(list((reader / "factors").iterdir())) == 1
+
+
+def test_workflow(reader):
+    assert run_examples(ROOT / "docs" / "workflow.md") == 1
+    assert (reader / "runs" / "first" / "portfolio_analysis" / "metrics.json").exists()
+    assert (reader / "tomorrow.csv").exists()
+
+
 @pytest.mark.parametrize("compat", [None, "qlib"])
 def test_the_references_batches_look_ahead_and_days_do_not(compat):
     """What docs/gats.md says of them: the score of a date moves with later windows."""
@@ -88,11 +101,18 @@ def test_readme(reader):
 
 
 @pytest.mark.parametrize(
-    "document", ["alstm.md", "attention.md", "encoder.md", "recurrent.md", "tcn.md", "transformer.md"]
+    ("document", "least"),
+    [
+        *(
+            (name, 10)
+            for name in ("alstm.md", "attention.md", "encoder.md", "recurrent.md", "tcn.md", "transformer.md")
+        ),
+        ("factors.md", 2),
+    ],
 )
-def test_sessions_at_the_prompt(document):
+def test_sessions_at_the_prompt(document, least):
     done = doctest.testfile(str(ROOT / "docs" / document), module_relative=False)
-    assert done.attempted >= 10
+    assert done.attempted >= least
     assert done.failed == 0
 
 
