@@ -319,8 +319,7 @@ def backtest(
     ------
     The daily backtest of pyqlib 0.9.7: TopkDropoutStrategy, SimulatorExecutor, Exchange, Account.
     """
-    if isinstance(account, bool) or not isinstance(account, (int, float)) or not account > 0:
-        raise ConfigError(f"backtest: account must be an amount of money, got {shown(account)}.")
+    check_account(account)
     signals = _signals(score, market, day_before)
     if not any(signal is not None for signal in signals):
         raise DataError(
@@ -331,6 +330,12 @@ def backtest(
         orders = [] if signal is None else _orders(book, day, signal, strategy)
         book.trade(day, orders)
     return book.result(benchmark)
+
+
+def check_account(account: Any) -> None:
+    """Raise a ConfigError for what is no amount of money."""
+    if isinstance(account, bool) or not isinstance(account, (int, float)) or not 0 < account < math.inf:
+        raise ConfigError(f"backtest: account must be an amount of money, got {shown(account)}.")
 
 
 def _signals(score: pd.Series, market: Market, day_before: pd.Timestamp | None) -> list[np.ndarray | None]:

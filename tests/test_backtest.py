@@ -211,6 +211,8 @@ def test_risk_of_compounding_by_sums():
         ({"backtest": {"exchange_kwargs": {"volume_threshold": 1}}}, "has no 'volume_threshold'"),
         ({"backtest": {"exchange_kwargs": {"open_cost": -1}}}, "open_cost must be a number from 0"),
         ({"backtest": {"exchange_kwargs": {"limit_threshold": "x"}}}, "limit_threshold must be a number or"),
+        ({"backtest": {"account": {"cash": 5}}}, "account must be an amount of money"),
+        ({"backtest": {"exchange_kwargs": {"deal_price": "$close +"}}}, "does not parse"),
         ({"executor": {"class": "NestedExecutor"}}, "executor 'NestedExecutor' is not available"),
         ({"executor": {"class": "SimulatorExecutor", "kwargs": {"time_per_step": "30min"}}}, "'30min' .* only 'day'"),
         ({"portfolio": {}}, "config has no 'portfolio'"),

@@ -18,6 +18,7 @@ from qfast.backtest import (
     Market,
     TopkDropout,
     backtest,
+    check_account,
     equal_weight_return,
 )
 from qfast.data.factors import evaluate_all
@@ -84,7 +85,8 @@ class PortfolioPlan:
         self.account = run.get("account", 1e9)
         self.benchmark = run.get("benchmark", "SH000300")
         self._exchange = dict(run.get("exchange_kwargs") or {})
-        self.exchange("cn")
+        check_account(self.account)
+        self.exchange("cn").fields()  # parses its expressions
 
     def exchange(self, region: str) -> Exchange:
         """The rules of trading; what is not given is the region's."""

@@ -342,15 +342,16 @@ def _trade(
     if plan is None:
         return None
     region = str((workflow.qlib_init.model_extra or {}).get("region", "cn")).lower()
-    found = None
+    found: PortfolioResult | None = None
     try:
         if "test" not in results or not len(results["test"].score):
             raise DataError("the segment test has no scores to trade on.")
         found = plan.run(results["test"].score, dataset.handler, region)
+    except (ConfigError, DataError) as error:  # what is trained is not thrown away for it
+        notes = [f"PortAnaRecord, the portfolio backtest, was left out: {error}"]
+    if found is not None:
         write_portfolio(run_folder, found)
         notes = [f"portfolio backtest: {note}." for note in found.notes]
-    except DataError as error:  # what is trained is not thrown away for it
-        notes = [f"PortAnaRecord, the portfolio backtest, was left out: {error}"]
     for note in notes:
         log.warning(note)
     run_folder.update(notes=[*run_folder.manifest["notes"], *notes])

@@ -45,7 +45,7 @@ HANDLER_PATH = "task.dataset.kwargs.handler"
 # Of the training run only: scoring takes all rows of the new data and fits nothing.
 TRAINING_ONLY = (
     "instruments", "start_time", "end_time", "fit_start_time", "fit_end_time", "data", "provider_uri", "source",
-    "shared_processors", "infer_processors", "learn_processors", "drop_raw", "filter_pipe",
+    "shared_processors", "infer_processors", "learn_processors", "drop_raw", "filter_pipe", "cache",
 )  # fmt: skip
 
 
