@@ -188,38 +188,49 @@ static void rolling_pairs(const RollingStatsJob& job, const RollingBlock& block,
                      *__restrict yn = block.sum(9), *__restrict ys = block.sum(10), *__restrict yq = block.sum(11);
   const double* __restrict a = x.value, * __restrict a_known = x.known, * __restrict a_near = x.near;
   const double* __restrict b = y.value, * __restrict b_known = y.known, * __restrict b_near = y.near;
-  over_windows(
-      job, block,
-      [&](int64_t k, int64_t first) __attribute__((always_inline)) {
-        // Vectors by hand: of twelve sums the compiler cannot tell that they lie apart.
-        for (int64_t r = first; r < block.end; r += kLanes<double>) {
-          const int64_t lanes = smaller(kLanes<double>, block.end - r);
-          const auto at = [&](const double* from)
-                              __attribute__((always_inline)) { return load<double>(from + r, lanes); };
-          const auto add = [&](double* sum, Vector<double> value) __attribute__((always_inline)) {
-            store<double>(sum + r, load<double>(sum + r, lanes) + value, lanes);
-          };
-          const Vector<double> of_a = at(a_known - k), of_b = at(b_known - k), both = of_a * of_b;
-          const Vector<double> p = of_a * (at(a - k) - at(a_near)), q = of_b * (at(b - k) - at(b_near));
-          add(n, both), add(sx, both * p), add(sy, both * q);
-          add(sxx, both * p * p), add(syy, both * q * q), add(sxy, p * q);
-          add(xn, of_a), add(xs, p), add(xq, p * p);
-          add(yn, of_b), add(ys, q), add(yq, q * q);
-        }
-      },
-      [&](int64_t, int64_t w) __attribute__((always_inline)) {
-        double* const out = out0 + w * job.rows;
-        QFAST_BLOCK_LOOP(block.begin) {
-          const double together = sxy[r] - sx[r] * sy[r] / n[r];
-          double found = n[r] > 1 ? together / (n[r] - 1) : kMissing;
-          if (job.kind == RollingKind::kCorr) {
-            const double of_x = sxx[r] - sx[r] * sx[r] / n[r], of_y = syy[r] - sy[r] * sy[r] / n[r];
-            const bool flat = is_flat(xn[r], xs[r], xq[r]) || is_flat(yn[r], ys[r], yq[r]);
-            found = flat || !(n[r] > 1) ? kMissing : together / __builtin_sqrt(of_x * of_y);
-          }
-          out[r] = found;
-        }
-      });
+  // Vectors by hand: of twelve sums the compiler cannot tell that they lie apart.
+  double* const __restrict all[] = {n, sx, sy, sxx, syy, sxy, xn, xs, xq, yn, ys, yq};
+  constexpr int kSums = 12;
+  // Steps [from, to) back of rows r, r + 1, ...: the sums are in registers meanwhile.
+  const auto add_steps = [&](int64_t r, int64_t lanes, int64_t from,
+                             int64_t to) __attribute__((always_inline)) {
+    Vector<double> sums[kSums];
+    for (int i = 0; i < kSums; ++i) sums[i] = load<double>(all[i] + r, lanes);
+    const Vector<double> a0 = load<double>(a_near + r, lanes), b0 = load<double>(b_near + r, lanes);
+    for (int64_t k = from; k < to; ++k) {
+      const auto at = [&](const double* series)
+                          __attribute__((always_inline)) { return load<double>(series + r - k, lanes); };
+      const Vector<double> of_a = at(a_known), of_b = at(b_known), both = of_a * of_b;
+      const Vector<double> p = of_a * (at(a) - a0), q = of_b * (at(b) - b0);
+      const Vector<double> terms[kSums] = {
+          both, both * p, both * q, both * p * p, both * q * q, p * q, of_a, p, p * p, of_b, q, q * q};
+      for (int i = 0; i < kSums; ++i) sums[i] = sums[i] + terms[i];
+    }
+    for (int i = 0; i < kSums; ++i) store<double>(all[i] + r, sums[i], lanes);
+  };
+  int64_t done = 0;
+  for (int64_t w = 0; w < job.window_count; ++w) {
+    const int64_t steps = smaller(job.windows[w], block.end);
+    // The first rows have not all steps behind them: one step at a time for those that have it.
+    const int64_t inside = steps > block.begin ? steps : block.begin;
+    for (int64_t k = done; k < steps; ++k)
+      for (int64_t r = k > block.begin ? k : block.begin; r < inside; r += kLanes<double>)
+        add_steps(r, smaller(kLanes<double>, inside - r), k, k + 1);
+    for (int64_t r = inside; r < block.end; r += kLanes<double>)
+      add_steps(r, smaller(kLanes<double>, block.end - r), done, steps);
+    done = steps;
+    double* const out = out0 + w * job.rows;
+    QFAST_BLOCK_LOOP(block.begin) {
+      const double together = sxy[r] - sx[r] * sy[r] / n[r];
+      double found = n[r] > 1 ? together / (n[r] - 1) : kMissing;
+      if (job.kind == RollingKind::kCorr) {
+        const double of_x = sxx[r] - sx[r] * sx[r] / n[r], of_y = syy[r] - sy[r] * sy[r] / n[r];
+        const bool flat = is_flat(xn[r], xs[r], xq[r]) || is_flat(yn[r], ys[r], yq[r]);
+        found = flat || !(n[r] > 1) ? kMissing : together / __builtin_sqrt(of_x * of_y);
+      }
+      out[r] = found;
+    }
+  }
 }
 
 // ---------------------------------------------------------------- order
