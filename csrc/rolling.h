@@ -44,7 +44,13 @@ struct RollingStatsJob {
 constexpr int64_t kRollingBlock = 512;  // rows whose sums are taken together
 constexpr int64_t kRollingSums = 14;    // at most
 
-// Doubles of scratch for instruments of at most `longest` rows.
-inline int64_t rolling_scratch(int64_t longest) { return 6 * longest + kRollingSums * kRollingBlock; }
+constexpr int64_t kSortedWindows = 8;  // windows kept in order together
+constexpr int64_t kSortedMargin = 8;   // infinities behind each, a vector of them at least
+
+// Doubles of scratch for instruments of at most `longest` rows: two series, and sums or sorted windows.
+inline int64_t rolling_scratch(int64_t longest) {
+  const int64_t sums = kRollingSums * kRollingBlock, sorted = kSortedWindows * (longest + kSortedMargin);
+  return 6 * longest + (sums > sorted ? sums : sorted);
+}
 
 }  // namespace qfast
