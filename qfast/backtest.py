@@ -509,7 +509,8 @@ class _Book:
         index = pd.MultiIndex.from_arrays([days[day], self.market.instruments[who]], names=["datetime", "instrument"])
         names = ("amount", "price", "weight", "count_day")
         positions = pd.DataFrame(dict(zip(names, rest, strict=True)), index)
-        return Backtest(report, positions, pd.DataFrame(self._indicators, days, columns=columns))
+        indicators = pd.DataFrame(self._indicators, days, columns=columns).astype({"count": np.int64})
+        return Backtest(report, positions, indicators)
 
 
 def equal_weight_return(panel: Panel) -> pd.Series:

@@ -152,6 +152,17 @@ def predict_command(
     typer.echo(f"highest on {dates.max():%Y-%m-%d}: " + ", ".join(f"{k} {v:.4f}" for k, v in newest.iloc[:5].items()))
 
 
+@app.command("export")
+def export_command(
+    run_path: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")],
+    out: Annotated[Path | None, typer.Option(help="Where they go. Default: artifacts in the run folder.")] = None,
+) -> None:
+    """Write a run's tables as the pickles that Qlib's recorder keeps: pred.pkl, report_normal_1day.pkl and so on."""
+    from qfast.workflow.artifacts import export_artifacts
+
+    typer.echo(export_artifacts(run_path, out))
+
+
 @app.command("demo")
 def demo_command(
     output: OutputOption = None,

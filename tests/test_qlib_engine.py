@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from test_backtest import write_market
 
@@ -13,8 +15,16 @@ from qfast.cli import main
 from qfast.errors import ConfigError
 from qfast.integrations.qlib import run as run_in_qlib
 from qfast.integrations.qlib import with_our_model
+from qfast.workflow import folder
+from qfast.workflow.artifacts import export_artifacts
 from qfast.workflow.run import run
 
+ARTIFACTS = [
+    "pred.pkl", "label.pkl", "sig_analysis/ic.pkl", "sig_analysis/ric.pkl",
+    *(f"portfolio_analysis/{name}.pkl" for name in (
+        "report_normal_1day", "indicators_normal_1day", "port_analysis_1day", "indicator_analysis_1day",
+    )),
+]  # fmt: skip
 TEXT = """
 qlib_init: {provider_uri: PLACE, region: us, kernels: 1}
 experiment_name: small
@@ -105,7 +115,8 @@ def test_three_ways_give_the_same_numbers(tmp_path, monkeypatch):
 
     from qfast.workflow.config import load_config
 
-    alone = task_train(load_config(file).values["task"], experiment_name="alone").list_metrics()
+    recorder = task_train(load_config(file).values["task"], experiment_name="alone")
+    alone = recorder.list_metrics()
     own = run(file, output=tmp_path / "run")
     logging.getLogger("qlib").setLevel(logging.ERROR)
     assert len(alone) == 17
@@ -114,3 +125,52 @@ def test_three_ways_give_the_same_numbers(tmp_path, monkeypatch):
         mine = own.portfolio[name] if name in own.portfolio else own.metrics["test"][name]
         assert mine == pytest.approx(value, rel=1e-4, abs=1e-6), name
     assert json.loads((own.path / "portfolio_analysis" / "metrics.json").read_text()) == own.portfolio
+
+    exported = export_artifacts(own.path)
+    assert json.loads((exported / "metrics.json").read_text()) == pytest.approx(alone, rel=1e-4, abs=1e-6)
+    for name in ARTIFACTS:
+        mine, theirs = pd.read_pickle(exported / name), recorder.load_object(name)
+        assert type(mine) is type(theirs), name
+        if isinstance(theirs, pd.Series):
+            pd.testing.assert_series_equal(mine, theirs, rtol=1e-3, atol=1e-5, check_freq=False)
+        else:
+            ordered = (mine, theirs) if name.startswith("portfolio") else (mine.sort_index(), theirs.sort_index())
+            pd.testing.assert_frame_equal(*ordered, rtol=1e-3, atol=1e-5, check_freq=False)
+    name = "portfolio_analysis/positions_normal_1day.pkl"
+    mine, theirs = pd.read_pickle(exported / name), recorder.load_object(name)
+    assert list(mine) == list(theirs)
+    for day, position in theirs.items():
+        assert set(mine[day].get_stock_list()) == set(position.get_stock_list())
+        assert mine[day].calculate_value() == pytest.approx(position.calculate_value(), rel=1e-4)
+        assert mine[day].get_stock_weight_dict() == pytest.approx(position.get_stock_weight_dict(), rel=1e-3)
+
+
+def test_what_is_exported_without_qlib_and_without_pyarrow(tmp_path, monkeypatch):
+    file = write_workflow(tmp_path)
+    monkeypatch.setattr(folder, "_has_pyarrow", lambda: False)
+    run(file, output=tmp_path / "csv")
+    monkeypatch.undo()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    found = export_artifacts(tmp_path / "csv", tmp_path / "there")
+    for name in ARTIFACTS:
+        table = pd.read_pickle(found / name)
+        dated = name.split("/")[-1] not in ("port_analysis_1day.pkl", "indicator_analysis_1day.pkl")
+        assert isinstance(table.index.get_level_values(0)[0], pd.Timestamp) is dated
+    positions = pd.read_pickle(found / "portfolio_analysis" / "positions_normal_1day.pkl")
+    last = positions[max(positions)]
+    worth = last.pop("cash") + sum(row["amount"] * row["price"] for name, row in last.items() if name[0] == "S")
+    assert worth == pytest.approx(last["now_account_value"], rel=1e-6)
+
+
+def test_what_cannot_be_exported(tmp_path, capsys):
+    file = write_workflow(tmp_path)
+    done = run(file, sets=["task.record=[SignalRecord]"], output=tmp_path / "run").path
+    (tmp_path / "taken").write_text("")
+    assert main(["export", str(done), "--out", str(tmp_path / "taken")]) == 2
+    assert "taken' cannot be made" in capsys.readouterr().err
+    assert main(["export", str(done)]) == 0
+    assert not (done / "artifacts" / "portfolio_analysis" / "report_normal_1day.pkl").exists()
+    manifest = json.loads((done / "manifest.json").read_text())
+    (done / "manifest.json").write_text(json.dumps({**manifest, "status": "failed"}))
+    assert main(["export", str(done)]) == 2
+    assert "is failed; only a finished run is exported" in capsys.readouterr().err

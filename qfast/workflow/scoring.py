@@ -122,6 +122,7 @@ def data_facts(handler: Any, data: Any, workflow: Workflow) -> dict[str, Any]:
         "instruments": len(panel.instruments),
         "first": date_text(dates[0]),
         "last": date_text(dates[-1]),
+        "label": str(next(iter(handler.get_cols("label")), "LABEL0")),
     }
 
 
