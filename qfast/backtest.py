@@ -70,8 +70,11 @@ class TopkDropout:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"TopkDropoutStrategy: {name} must be a whole number from {least}, got {value!r}.")
-        if not 0 < self.risk_degree <= 1:
-            raise ConfigError(f"TopkDropoutStrategy: risk_degree must lie in (0, 1], got {self.risk_degree!r}.")
+        for name in ("only_tradable", "forbid_all_trade_at_limit"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"TopkDropoutStrategy: {name} must be true or false, got {getattr(self, name)!r}.")
+        if not _is_number(self.risk_degree) or not 0 < self.risk_degree <= 1:
+            raise ConfigError(f"TopkDropoutStrategy: risk_degree must be a number in (0, 1], got {self.risk_degree!r}.")
 
 
 @dataclass(frozen=True)
@@ -111,15 +114,15 @@ class Exchange:
     def __post_init__(self) -> None:
         for name in ("open_cost", "close_cost", "min_cost", "impact_cost"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+            if not _is_number(value) or not 0 <= value < math.inf:
                 raise ConfigError(f"exchange: {name} must be a number from 0, got {value!r}.")
-        pair = self.deal_price if not isinstance(self.deal_price, str) else (self.deal_price, self.deal_price)
-        if len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+        pair = (self.deal_price, self.deal_price) if isinstance(self.deal_price, str) else self.deal_price
+        if not _is_pair_of_texts(pair):
             raise ConfigError(f"exchange: deal_price must be a field or (buy, sell), got {self.deal_price!r}.")
         limit = self.limit_threshold
-        if isinstance(limit, (bool, str)):
+        if limit is not None and not _is_number(limit) and not _is_pair_of_texts(limit):
             raise ConfigError(f"exchange: limit_threshold must be a number or (buy, sell), got {limit!r}.")
-        if self.trade_unit is not None and (isinstance(self.trade_unit, bool) or not self.trade_unit > 0):
+        if self.trade_unit is not None and not (_is_number(self.trade_unit) and self.trade_unit > 0):
             raise ConfigError(f"exchange: trade_unit must be a whole number from 1 or None, got {self.trade_unit!r}.")
 
     def deal_texts(self) -> tuple[str, str]:
@@ -132,15 +135,20 @@ class Exchange:
         """Expressions of the limits, where they are given so."""
         if self.limit_threshold is None or isinstance(self.limit_threshold, (int, float)):
             return []
-        texts = list(self.limit_threshold)
-        if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
-            raise ConfigError(f"exchange: limit_threshold must be a number or (buy, sell), got {texts!r}.")
-        return texts
+        return list(self.limit_threshold)
 
     def fields(self) -> list[str]:
         """Price fields that trading needs."""
         texts = [*self.deal_texts(), *self.limit_texts()]
         return list(dict.fromkeys([*MARKET_FIELDS, *(field for text in texts for field in fields(text))]))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_pair_of_texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(part, str) for part in value)
 
 
 @dataclass(frozen=True)
@@ -185,6 +193,14 @@ class Market:
         table = np.full((len(texts), high - low, len(panel.instruments)), np.nan)
         table[:, panel.date_codes[rows] - low, panel.instrument_codes[rows]] = found.T
         close, buy, sell, volume, moved, factor = table[:6]
+        wrong = np.isinf(close) | (close <= 0)
+        if wrong.any():
+            close[wrong] = np.nan
+            first = panel.instruments[int(np.flatnonzero(wrong.any(0))[0])]
+            notes.append(
+                f"{int(wrong.sum())} closing prices are infinite, zero or negative, the first of {first}: they count "
+                "as missing, nothing is traded on those days"
+            )
         suspended = np.isnan(close)
         if exchange.limit_texts():
             no_buying, no_selling = (np.isnan(side) | (side != 0) | suspended for side in table[6:])
@@ -195,7 +211,7 @@ class Market:
             # float32 like the reference's, so that a change of just the threshold counts alike
             no_buying = (moved.astype(np.float32) >= limit) | suspended
             no_selling = (moved.astype(np.float32) <= -limit) | suspended
-        buy, sell = (np.where(np.nan_to_num(price) > NO_PRICE, price, close) for price in (buy, sell))
+        buy, sell = (np.where(np.isfinite(price) & (price > NO_PRICE), price, close) for price in (buy, sell))
         adjusted = bool((np.isnan(factor) & ~suspended).any())
         if adjusted and exchange.trade_unit not in (None, 1):
             notes.append("the prices have no (whole) column factor, so they count as adjusted: no round lots")
@@ -313,7 +329,8 @@ def backtest(
     ConfigError
         No money.
     DataError
-        Not one day of the market follows a day with scores.
+        Not one day of the market follows a day with scores; scores that are no Series by (datetime, instrument), or
+        two of one instrument on one day.
 
     Source
     ------
@@ -334,12 +351,23 @@ def backtest(
 
 def check_account(account: Any) -> None:
     """Raise a ConfigError for what is no amount of money."""
-    if isinstance(account, bool) or not isinstance(account, (int, float)) or not 0 < account < math.inf:
+    if not _is_number(account) or not 0 < account < math.inf:
         raise ConfigError(f"backtest: account must be an amount of money, got {shown(account)}.")
 
 
 def _signals(score: pd.Series, market: Market, day_before: pd.Timestamp | None) -> list[np.ndarray | None]:
     """For each day the scores of the day before, [2, n]: instrument codes and values; None where there are none."""
+    if not isinstance(score, pd.Series) or not {"datetime", "instrument"} <= set(score.index.names):
+        raise DataError(
+            f"backtest: score must be a Series by (datetime, instrument), got a {type(score).__name__}"
+            + (f" indexed by {list(score.index.names)}." if isinstance(score, (pd.Series, pd.DataFrame)) else ".")
+        )
+    twice = score.index.duplicated()
+    if twice.any():
+        raise DataError(
+            f"backtest: score has {int(twice.sum())} row(s) whose (datetime, instrument) occurs before, first "
+            f"{tuple(map(str, score.index[int(np.argmax(twice))]))}. Remedy: score[~score.index.duplicated()]."
+        )
     days = score.index.get_level_values("datetime")
     place = pd.Index(market.instruments).get_indexer(score.index.get_level_values("instrument"))
     values = score.to_numpy(dtype=np.float64)
@@ -455,7 +483,7 @@ class _Book:
         else:
             shares = self.rounded(day, i, shares)
         value = shares * price
-        if value <= NOTHING:
+        if not NOTHING < value < math.inf:  # nor NaN: one price that is none must not spoil the account
             return 0.0, 0.0, 0.0
         return math.copysign(shares, amount), value, max(value * ratio, rules.min_cost)
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-__all__ = ["date_text", "is_date_only"]
+__all__ = ["TEXT_FORMATS", "date_text", "is_date_only", "normal_date"]
+
+TEXT_FORMATS = "a date such as 2016-12-31 or a time such as '2016-12-31 14:30'"
 
 
 def is_date_only(value: Any) -> bool:
@@ -28,3 +30,31 @@ def date_text(stamp: pd.Timestamp) -> str:
     ('2020-12-31', '2020-12-31T14:30:00')
     """
     return stamp.date().isoformat() if stamp == stamp.normalize() else stamp.isoformat()
+
+
+def normal_date(value: Any) -> str | None:
+    """ISO text of a date or time; None stays None (an open end).
+
+    A date without a time stays one: as an end it covers its whole day.
+
+    Raises
+    ------
+    ValueError
+        Not a date; a bare number is refused, because it would be read as nanoseconds.
+
+    Examples
+    --------
+    >>> normal_date(dt.date(2016, 12, 31)), normal_date("31 Dec 2016"), normal_date("2016-12-31 14:30")
+    ('2016-12-31', '2016-12-31', '2016-12-31T14:30:00')
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (str, dt.date)):
+        raise ValueError(f"expected {TEXT_FORMATS}, got the {type(value).__name__} {value!r}")
+    try:
+        stamp = pd.Timestamp(value)
+    except (ValueError, TypeError, OverflowError):
+        stamp = pd.NaT
+    if stamp is pd.NaT:
+        raise ValueError(f"expected {TEXT_FORMATS}, got {value!r}")
+    return stamp.date().isoformat() if is_date_only(value) else stamp.isoformat()

@@ -189,6 +189,59 @@ def test_nothing_is_traded_without_scores_or_prices():
         backtest(unknown, market, TopkDropout(2, 1), exchange, account=0)
 
 
+@pytest.mark.parametrize("price", [0.0, np.inf, -1.0])
+def test_a_price_that_is_none_spoils_nothing(price):
+    frame = synthetic.prices(n_instruments=6, n_days=30)
+    panel = load_prices(frame)
+    exchange = Exchange(trade_unit=None)
+    rng = np.random.default_rng(0)
+    index = panel.index(np.arange(panel.n_rows))
+    score = pd.Series(rng.standard_normal(panel.n_rows), index)
+    whole = backtest(score, Market.of(read_prices(frame), exchange, None, None)[0], TopkDropout(2, 1), exchange)
+    (day, bought), *_ = whole.positions[whole.positions["count_day"] == 1].index[4:]
+    keys = frame.set_index(["datetime", "instrument"]).index if "datetime" in frame else frame.index
+    here = np.array([pd.Timestamp(d) == day and str(i) == str(bought) for d, i in keys])
+    assert here.sum() == 1
+    broken = frame.copy()
+    broken.loc[here, ["open", "high", "low", "close"]] = price
+    market, notes = Market.of(read_prices(broken), exchange, None, None)
+    assert "1 closing prices are infinite, zero or negative" in notes[0]
+    found = backtest(score, market, TopkDropout(2, 1), exchange)
+    assert np.isfinite(found.report["account"]).all()
+    assert (day, bought) not in found.positions.index
+    before = found.report.index < day
+    pd.testing.assert_frame_equal(found.report[before], whole.report[before])
+
+
+def test_scores_that_are_refused():
+    frame = synthetic.prices(n_instruments=4, n_days=20)
+    panel = load_prices(frame)
+    market, _ = Market.of(read_prices(frame), Exchange(), None, None)
+    score = pd.Series(1.0, panel.index(np.arange(panel.n_rows)))
+    for wrong, message in (
+        (pd.concat([score, score.iloc[:2]]), "2 row.s. whose .* occurs before, first .*2"),
+        (score.to_frame(), "must be a Series .* got a DataFrame"),
+        (score.rename_axis([None, None]), "got a Series indexed by"),
+    ):
+        with pytest.raises(DataError, match=message):
+            backtest(wrong, market, TopkDropout(2, 1), Exchange())
+
+
+def test_what_has_to_be_said_of_the_benchmark(tmp_path):
+    root = write_market(tmp_path / "store")
+    handler = FactorHandler(["$close"], "all", provider_uri=root, learn_processors=[])
+    config = {"strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 2, "n_drop": 1}},
+              "backtest": {"start_time": START, "end_time": END, "account": 1e6, "benchmark": None}}  # fmt: skip
+    found = PortfolioPlan(config).run(scores(root), handler)
+    assert found.notes == ["no benchmark was asked for: excess returns and their risk are empty"]
+    config["backtest"]["benchmark"] = ["S09", "NOPE"]
+    found = PortfolioPlan(config).run(scores(root), handler)
+    assert found.notes == ["the prices have no NOPE: the benchmark is the mean return of the others"]
+    config["backtest"]["exchange_kwargs"] = {"deal_price": "settle"}
+    with pytest.raises(ConfigError, match="the prices have no settle, which deal_price"):
+        PortfolioPlan(config).check_prices(handler)
+
+
 def test_risk_of_compounding_by_sums():
     found = risk_analysis(pd.Series([0.01, -0.03, 0.02, 0.01]))["risk"]
     assert found["annualized_return"] == pytest.approx(0.0025 * 238)
@@ -214,7 +267,27 @@ def test_risk_of_compounding_by_sums():
         ({"backtest": {"account": {"cash": 5}}}, "account must be an amount of money"),
         ({"backtest": {"exchange_kwargs": {"deal_price": "$close +"}}}, "does not parse"),
         ({"executor": {"class": "NestedExecutor"}}, "executor 'NestedExecutor' is not available"),
-        ({"executor": {"class": "SimulatorExecutor", "kwargs": {"time_per_step": "30min"}}}, "'30min' .* only 'day'"),
+        ({"executor": {"class": "SimulatorExecutor", "kwargs": {"time_per_step": "30min"}}},
+         "time_per_step must be 'day', got '30min'"),
+        ({"executor": {"class": "SimulatorExecutor", "kwargs": {"settle_type": "cash"}}}, "settle_type must be 'None'"),
+        ({"executor": {"class": "SimulatorExecutor", "kwargs": {"trade_type": "parallel"}}}, "must be 'serial'"),
+        ({"executor": {"class": "SimulatorExecutor", "kwargs": {"verbos": True}}}, "Did you mean 'verbose'"),
+        ({"executor": {"class": "SimulatorExecutor", "kwargs": [1]}}, r"kwargs must be a mapping, got \[1\]"),
+        ({"backtest": {"exchange_kwargs": [1]}}, r"exchange_kwargs must be a mapping, got \[1\]"),
+        ({"backtest": {"exchange_kwargs": {"codes": ["S01"]}}}, r"codes must be 'all', got \['S01'\]"),
+        ({"backtest": {"exchange_kwargs": {"freq": "1min"}}}, "freq must be 'day', got '1min'"),
+        ({"backtest": {"exchange_kwargs": {"deal_price": 3}}}, "deal_price must be a field or"),
+        ({"backtest": {"exchange_kwargs": {"trade_unit": "1"}}}, "trade_unit must be a whole number"),
+        ({"backtest": {"pos_type": "InfPosition"}}, "pos_type must be 'Position', got 'InfPosition'"),
+        ({"backtest": {"benchmark": 5}}, "benchmark must be an instrument, a list of them or null, got 5"),
+        ({"backtest": {"start_time": "hello"}}, "start_time: expected a date .* got 'hello'"),
+        ({"backtest": {"start_time": 20170101}}, "start_time: expected a date .* got the int 20170101"),
+        ({"backtest": {"start_time": "2017-02-01", "end_time": "2017-01-01"}}, "2017-02-01 lies after end_time"),
+        ({"strategy": {"class": "TopkDropoutStrategy", "kwargs": [1]}}, r"kwargs must be a mapping, got \[1\]"),
+        ({"strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 5, "n_drop": 1, "risk_degree": "0.9"}}},
+         "risk_degree must be a number in"),
+        ({"strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 5, "n_drop": 1, "only_tradable": "no"}}},
+         "only_tradable must be true or false, got 'no'"),
         ({"portfolio": {}}, "config has no 'portfolio'"),
     ],
 )  # fmt: skip

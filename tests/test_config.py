@@ -284,6 +284,10 @@ def test_all_problems_come_at_once_with_their_paths(write):
         (["task.dataset.kwargs.handler.kwargs.fit_end_time=20200101"], r"expected a date .* got the int 20200101"),
         (["experiment_name=5"], r"experiment_name: expected a valid string, got 5"),
         (["task.model.class=null"], r"task.model.class: expected a valid string, got None"),
+        (["task.record.1.kwargs.ann_scaler=-1"], r"record.1.kwargs: SigAnaRecord: ann_scaler, .* positive, got -1.0"),
+        (["task.record.1.kwargs.ana_long_short=perhaps"], r"ana_long_short: expected a valid boolean, .*'perhaps'"),
+        (["task.record.1.kwargs.label_col=1"], r"record.1.kwargs: SigAnaRecord: label_col must be 0"),
+        (["qlib_init={region: mars}"], r"qlib_init.region: expected 'cn', 'us' or 'tw', got 'mars'"),
     ],
 )  # fmt: skip
 def test_each_wrong_value_is_refused_by_name(write, sets, message):
@@ -326,6 +330,12 @@ def test_values_get_the_declared_type(write):
     workflow = checked(write(TEXT), "task.model.kwargs.lr='1e-4'", "task.model.kwargs.n_epochs='7'")
     assert workflow.task.model.kwargs["lr"] == 1e-4
     assert workflow.task.model.kwargs["n_epochs"] == 7
+    sets = ["task.record.1.kwargs={ana_long_short: no, ann_scaler: '252'}",
+            "task.dataset.kwargs.handler.kwargs.drop_raw=no"]  # fmt: skip
+    task = checked(write(TEXT), *sets).task
+    assert task.record[1].kwargs == {"ana_long_short": False, "ann_scaler": 252.0}
+    assert task.dataset.kwargs.handler.kwargs.model_extra["drop_raw"] is False
+    assert checked(write(TEXT), "qlib_init={region: US}").qlib_init.region == "us"
 
 
 def test_record_may_be_one_mapping_or_absent(write):

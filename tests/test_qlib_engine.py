@@ -104,6 +104,20 @@ def test_the_engine_is_named_and_its_limits(tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_the_engine_takes_what_only_qlib_has(tmp_path, monkeypatch):
+    pytest.importorskip("qlib", reason="pyqlib is not installed")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.chdir(tmp_path)
+    file = write_workflow(tmp_path)
+    sets = ["task.record.2.kwargs.indicator_analysis_method=amount_weighted", "task.model.kwargs.lr='1e-2'"]
+    assert len(run_in_qlib(file, sets, folder=tmp_path / "mlruns").metrics) == 17
+    with pytest.raises(ConfigError, match=r"task.model.kwargs.hidden: LSTM has no argument 'hidden'"):
+        run_in_qlib(file, ["task.model.kwargs.hidden=3"])
+    with pytest.raises(ConfigError, match=r"qlib_init.provider_uri is missing"):
+        run_in_qlib(file, ["qlib_init.provider_uri=null"])
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_three_ways_give_the_same_numbers(tmp_path, monkeypatch):
     """pyqlib alone, pyqlib with our model, and qfast without pyqlib: IC and portfolio."""
     pytest.importorskip("qlib", reason="pyqlib is not installed")

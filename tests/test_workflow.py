@@ -547,6 +547,16 @@ def test_one_date_can_be_asked_for(price_case, tmp_path):
         assert scores.index.get_level_values("datetime").unique().tolist() == [date]
         np.testing.assert_allclose(scores, every.reindex(scores.index), rtol=1e-5, atol=1e-7)
         assert len(scores) == (every.index.get_level_values("datetime") == date).sum()
+    frame = prices.reset_index()
+    assert predict(path, frame, date="latest").attrs["notes"] == []
+    today = frame[frame["datetime"] == dates[-1]].assign(datetime=dates[-1] + pd.Timedelta(days=1))
+    empty = today.assign(open=np.nan, high=np.nan, low=np.nan, close=np.nan)
+    found = predict(path, pd.concat([frame, empty]), date="latest")
+    assert set(found.index.get_level_values("datetime")) == {dates[-1]}
+    assert "the newest day of the data, holds no value" in found.attrs["notes"][0]
+    found = predict(path, pd.concat([frame, today.iloc[:2]]), date="latest")
+    assert len(found) == 2
+    assert "only 2 instruments have values, 21 on the days before" in found.attrs["notes"][0]
     with pytest.raises(ConfigError, match="--date latest is one date; leave --start and --end out"):
         predict(path, prices, date="latest", start="2019-01-01")
     with pytest.raises(ConfigError, match="--date: expected a date such as"):

@@ -18,7 +18,7 @@ from typing import Any
 from qfast import registry
 from qfast.errors import ConfigError
 from qfast.workflow.config import load_config
-from qfast.workflow.schema import check_workflow, register_all
+from qfast.workflow.schema import check_model, register_all
 
 __all__ = ["QlibResult", "run", "with_our_model"]
 
@@ -98,17 +98,19 @@ def run(
             "--engine qlib needs pyqlib, which is not installed. Remedy: pip install 'qfast-models[qlib]'."
         )
     values = load_config(config_path, sets).values
-    workflow = check_workflow(values, str(config_path))
-    if workflow.qlib_init.provider_uri is None:
+    settings = dict(values.get("qlib_init") or {})
+    if settings.get("provider_uri") is None:
         raise ConfigError("qlib_init.provider_uri is missing; Qlib's engine reads its own data folder.")
+    # Handlers, strategies and records are Qlib's here, which has more of them: the model alone is looked at.
+    if not isinstance(values.get("task"), dict) or "model" not in values["task"]:
+        raise ConfigError(f"{config_path}: task.model is missing.")
+    given = {key: value for key, value in (("device", device), ("seed", seed)) if value is not None}
+    kwargs = check_model(values["task"]["model"]) | given
     task = with_our_model(values["task"])
-    given = {"device": device, "seed": seed}
-    kwargs = {**(task["model"].get("kwargs") or {}), **{k: v for k, v in given.items() if v is not None}}
     task["model"]["kwargs"] = kwargs
 
     qlib = importlib.import_module("qlib")
     trainer = importlib.import_module("qlib.model.trainer")
-    settings = dict(values.get("qlib_init") or {})
     if "exp_manager" not in settings:
         manager = dict(qlib.config.C["exp_manager"])
         place = Path(folder).resolve()

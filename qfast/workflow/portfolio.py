@@ -23,7 +23,8 @@ from qfast.backtest import (
 )
 from qfast.data.factors import evaluate_all
 from qfast.data.panel import Panel
-from qfast.errors import ConfigError, DataError, shown, suggest
+from qfast.dates import normal_date
+from qfast.errors import ConfigError, DataError, shown, some, suggest
 from qfast.registry import parameters
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ __all__ = ["PortfolioPlan", "PortfolioResult", "write_portfolio"]
 log = logging.getLogger("qfast")
 
 FOLDER = "portfolio_analysis"
+SAMPLE = 20  # instruments whose prices are looked at beforehand
+OPTIONAL_FIELDS = ("volume", "change", "factor")
 DEFAULT: Mapping[str, Any] = {
     "strategy": {"class": "TopkDropoutStrategy", "kwargs": {"signal": "<PRED>", "topk": 50, "n_drop": 5}},
     "backtest": {
@@ -46,7 +49,15 @@ DEFAULT: Mapping[str, Any] = {
 SECTIONS = ("strategy", "backtest", "executor")
 BACKTEST_KEYS = ("start_time", "end_time", "account", "benchmark", "exchange_kwargs", "pos_type")
 ORDERS = {"method_sell": "bottom", "method_buy": "top"}  # the reference's other choice draws at random
-TAKEN_AS_IS = ("codes", "freq", "subscribe_fields", "quote_cls")  # of the exchange: nothing to be said by them here
+# What is taken only as the reference's default, because another choice would give another result.
+FIXED_EXCHANGE: Mapping[str, Sequence[Any]] = {
+    "codes": ("all", None), "freq": ("day", "1day", None), "quote_cls": (None,),
+}  # fmt: skip
+FIXED_EXECUTOR: Mapping[str, Sequence[Any]] = {
+    "time_per_step": ("day", "1day"), "trade_type": ("serial",), "settle_type": ("None", None),
+    "start_time": (None,), "end_time": (None,), "indicator_config": ({}, None),
+}  # fmt: skip
+WITHOUT_EFFECT = ("generate_portfolio_metrics", "verbose", "track_data")  # of the executor: what is recorded
 
 
 @dataclass
@@ -81,22 +92,46 @@ class PortfolioPlan:
         _check_executor(given.get("executor"))
         run = given["backtest"]
         _require_keys("backtest", run, BACKTEST_KEYS)
-        self.start, self.end = run.get("start_time"), run.get("end_time")
+        _require_fixed("backtest", run, {"pos_type": ("Position",)})
+        self.start, self.end = _period(run)
         self.account = run.get("account", 1e9)
-        self.benchmark = run.get("benchmark", "SH000300")
-        self._exchange = dict(run.get("exchange_kwargs") or {})
+        self.benchmark = _benchmark(run.get("benchmark", "SH000300"))
+        exchange = run.get("exchange_kwargs") or {}
+        _require_keys("exchange_kwargs", exchange, (*parameters(Exchange), *FIXED_EXCHANGE, "subscribe_fields"))
+        _require_fixed("exchange_kwargs", exchange, FIXED_EXCHANGE)
+        self._exchange = {k: v for k, v in exchange.items() if k in parameters(Exchange)}
         check_account(self.account)
         self.exchange("cn").fields()  # parses its expressions
 
     def exchange(self, region: str) -> Exchange:
         """The rules of trading; what is not given is the region's."""
-        own = {k: v for k, v in self._exchange.items() if k not in TAKEN_AS_IS}
-        known = tuple(parameters(Exchange))
-        _require_keys("exchange_kwargs", own, known)
-        own.setdefault("trade_unit", LOTS.get(region, LOTS["cn"]))
+        own = dict(self._exchange)
+        own.setdefault("trade_unit", LOTS[region])
         if own.get("limit_threshold") is None:
-            own["limit_threshold"] = LIMITS.get(region, LIMITS["cn"])
+            own["limit_threshold"] = LIMITS[region]
         return Exchange(**{k: v for k, v in own.items() if v is not None or k in ("trade_unit", "limit_threshold")})
+
+    def check_prices(self, handler: Any, region: str = "cn") -> None:
+        """Raise a ConfigError if the handler's prices lack a field that is traded at, as far as a few of them tell.
+
+        Parameters
+        ----------
+        handler : PriceHandler or any other
+            One without prices is not looked at.
+        region : {"cn", "us", "tw"}
+        """
+        if not hasattr(handler, "quotes"):
+            return
+        exchange = self.exchange(region)
+        names = [str(name) for name in handler.panel("infer").instruments[:SAMPLE]]
+        panel = handler.quotes(names, exchange.fields(), None, None).panel
+        there = {str(column).lower() for column in panel.columns("price")}
+        missing = [name for name in exchange.fields() if name not in {*there, *OPTIONAL_FIELDS}]
+        if missing:
+            raise ConfigError(
+                f"PortAnaRecord: the prices have no {some(missing)}, which deal_price or limit_threshold "
+                f"({shown(exchange.deal_price)}, {shown(exchange.limit_threshold)}) look at."
+            )
 
     def run(self, score: pd.Series, handler: Any, region: str = "cn") -> PortfolioResult:
         """Trade on scores over the handler's prices.
@@ -132,7 +167,9 @@ class PortfolioPlan:
 
     def _benchmark(self, handler: Any, panel: Panel, start: Any, end: Any) -> tuple[pd.Series | None, list[str]]:
         """Daily return of the benchmark, and what has to be said of it."""
-        if self.benchmark is None or isinstance(self.benchmark, pd.Series):
+        if self.benchmark is None:
+            return None, ["no benchmark was asked for: excess returns and their risk are empty"]
+        if isinstance(self.benchmark, pd.Series):
             return self.benchmark, []
         names = [self.benchmark] if isinstance(self.benchmark, str) else [str(name) for name in self.benchmark]
         try:
@@ -142,7 +179,10 @@ class PortfolioPlan:
             note = f"the prices have no benchmark {said}: the mean return of all instruments is the benchmark"
             return equal_weight_return(panel), [note]
         change = evaluate_all(["$close / Ref($close, 1) - 1"], found)[:, 0]
-        return pd.Series(change).groupby(found.datetimes[found.date_codes]).mean(), []
+        there = {str(name).lower() for name in found.instruments}
+        missing = [name for name in names if name.lower() not in there]
+        notes = [f"the prices have no {some(missing)}: the benchmark is the mean return of the others"]
+        return pd.Series(change).groupby(found.datetimes[found.date_codes]).mean(), notes if missing else []
 
 
 def _day_after(panel: Panel, day: pd.Timestamp) -> pd.Timestamp:
@@ -150,10 +190,48 @@ def _day_after(panel: Panel, day: pd.Timestamp) -> pd.Timestamp:
     return later[0] if len(later) else day
 
 
-def _require_keys(where: str, given: Any, known: Sequence[str]) -> None:
+def _period(run: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Start and end of trading."""
+    start, end = (_date(name, run.get(name)) for name in ("start_time", "end_time"))
+    if start is not None and end is not None and pd.Timestamp(start) > pd.Timestamp(end):
+        raise ConfigError(f"PortAnaRecord: backtest: start_time {start} lies after end_time {end}.")
+    return start, end
+
+
+def _date(name: str, value: Any) -> str | None:
+    try:
+        return normal_date(value)
+    except ValueError as error:
+        raise ConfigError(f"PortAnaRecord: backtest: {name}: {error}.") from None
+
+
+def _benchmark(given: Any) -> Any:
+    several = isinstance(given, (list, tuple)) and bool(given) and all(isinstance(name, str) for name in given)
+    if given is None or isinstance(given, (str, pd.Series)) or several:
+        return given
+    raise ConfigError(
+        f"PortAnaRecord: backtest: benchmark must be an instrument, a list of them or null, got {shown(given)}."
+    )
+
+
+def _require_fixed(where: str, given: Mapping[str, Any], allowed: Mapping[str, Sequence[Any]]) -> None:
+    """Refuse what would give other results in the reference and is not simulated here."""
+    for name, values in allowed.items():
+        if name in given and given[name] not in values:
+            raise ConfigError(
+                f"PortAnaRecord: {where}: {name} must be {values[0]!r}, got {shown(given[name])}; anything else is not "
+                "available. Remedy: leave it out, or --engine qlib."
+            )
+
+
+def _mapping(where: str, given: Any) -> Mapping[str, Any]:
     if not isinstance(given, Mapping):
         raise ConfigError(f"PortAnaRecord: {where} must be a mapping, got {shown(given)}.")
-    for name in given:
+    return given
+
+
+def _require_keys(where: str, given: Any, known: Sequence[str]) -> None:
+    for name in _mapping(where, given):
         if name not in known:
             raise ConfigError(f"PortAnaRecord: {where} has no {name!r}; it has {list(known)}." + suggest(name, known))
 
@@ -167,7 +245,7 @@ def _strategy(spec: Any) -> TopkDropout:
             f"PortAnaRecord: strategy {name!r} is not available, only TopkDropoutStrategy. Remedy: that one, or leave "
             "PortAnaRecord out and trade on the scores of the run with a simulation of your own."
         )
-    kwargs = dict(spec.get("kwargs") or {})
+    kwargs = dict(_mapping("strategy: kwargs", spec.get("kwargs") or {}))
     signal = kwargs.pop("signal", "<PRED>")
     if not (isinstance(signal, str) and signal == "<PRED>"):
         raise ConfigError(f"PortAnaRecord: the strategy's signal must be <PRED>, got {shown(signal)}.")
@@ -189,9 +267,9 @@ def _check_executor(spec: Any) -> None:
     name = str(spec.get("class") if isinstance(spec, Mapping) else spec).rsplit(".", 1)[-1]
     if name != "SimulatorExecutor":
         raise ConfigError(f"PortAnaRecord: executor {name!r} is not available, only SimulatorExecutor.")
-    step = (spec.get("kwargs") or {}).get("time_per_step", "day") if isinstance(spec, Mapping) else "day"
-    if step not in ("day", "1day"):
-        raise ConfigError(f"PortAnaRecord: time_per_step {step!r} of the executor is not available, only 'day'.")
+    kwargs = (spec.get("kwargs") if isinstance(spec, Mapping) else None) or {}
+    _require_keys("executor: kwargs", kwargs, (*FIXED_EXECUTOR, *WITHOUT_EFFECT))
+    _require_fixed("executor", kwargs, FIXED_EXECUTOR)
 
 
 def write_portfolio(run_folder: RunFolder, result: PortfolioResult) -> dict[str, float]:

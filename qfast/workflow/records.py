@@ -70,6 +70,13 @@ class SigAnaRecord(Record):
     def __post_init__(self) -> None:
         if self.label_col != 0:
             raise ConfigError(f"SigAnaRecord: label_col must be 0, the only label there is; got {self.label_col!r}.")
+        if not self.ann_scaler > 0:
+            raise ConfigError(f"SigAnaRecord: ann_scaler, days of a year, must be positive, got {self.ann_scaler!r}.")
+
+    @staticmethod
+    def check_arguments(kwargs: Mapping[str, Any]) -> None:
+        """Raise a ConfigError for what a workflow file cannot say."""
+        SigAnaRecord(**kwargs)
 
     def metrics(self, segment: SegmentResult) -> dict[str, float]:
         found = ic_summary(segment.ic, segment.rank_ic)

@@ -317,6 +317,9 @@ def _execute(job: _Job, run_folder: RunFolder, loaded: _Loaded) -> RunResult:
     workflow, model, dataset = job.workflow, loaded.model, loaded.dataset
     notices = _notices(workflow)
     records = _build_records(workflow, model, dataset)
+    for record in records:
+        if isinstance(record, PortAnaRecord):
+            record.plan.check_prices(dataset.handler, workflow.qlib_init.region)
     run_folder.write_text(CONFIG, dump_yaml(workflow.resolved()))
     run_folder.update(
         config=job.source, seed=job.seed, seed_drawn=job.seed_drawn, device=str(model.device), tiers=_tiers(),
@@ -341,14 +344,16 @@ def _trade(
     plan = next((record.plan for record in records if isinstance(record, PortAnaRecord)), None)
     if plan is None:
         return None
-    region = str((workflow.qlib_init.model_extra or {}).get("region", "cn")).lower()
     found: PortfolioResult | None = None
     try:
         if "test" not in results or not len(results["test"].score):
             raise DataError("the segment test has no scores to trade on.")
-        found = plan.run(results["test"].score, dataset.handler, region)
-    except (ConfigError, DataError) as error:  # what is trained is not thrown away for it
-        notes = [f"PortAnaRecord, the portfolio backtest, was left out: {error}"]
+        found = plan.run(results["test"].score, dataset.handler, workflow.qlib_init.region)
+    except Exception as error:  # what is trained is not thrown away for it, whatever it is
+        if not isinstance(error, QfastError):
+            log.exception("the portfolio backtest broke off")
+        named = str(error) if isinstance(error, QfastError) else f"{type(error).__name__}: {error}"
+        notes = [f"PortAnaRecord, the portfolio backtest, was left out: {named}"]
     if found is not None:
         write_portfolio(run_folder, found)
         notes = [f"portfolio backtest: {note}." for note in found.notes]

@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from qfast import registry
-from qfast.dates import is_date_only
+from qfast.dates import normal_date
 from qfast.errors import ConfigError, shown, suggest
 
 __all__ = ["DatasetSpec", "HandlerSpec", "Spec", "Task", "Workflow", "check_workflow", "normal_date"]
@@ -36,36 +36,7 @@ log = logging.getLogger("qfast")
 PROCESSOR_LISTS = ("shared_processors", "infer_processors", "learn_processors")
 NETWORK_ARGUMENTS = ("d_feat", "hidden_size", "num_layers")  # of a base model: they are the model's own
 PLAIN_TYPES = (int, float, str, bool, type(None))
-TEXT_FORMATS = "a date such as 2016-12-31 or a time such as '2016-12-31 14:30'"
 DateLike = dt.date | dt.datetime | pd.Timestamp
-
-
-def normal_date(value: Any) -> str | None:
-    """ISO text of a date or time; None stays None (an open end).
-
-    A date without a time stays one: as an end it covers its whole day.
-
-    Raises
-    ------
-    ValueError
-        Not a date; a bare number is refused, because it would be read as nanoseconds.
-
-    Examples
-    --------
-    >>> normal_date(dt.date(2016, 12, 31)), normal_date("31 Dec 2016"), normal_date("2016-12-31 14:30")
-    ('2016-12-31', '2016-12-31', '2016-12-31T14:30:00')
-    """
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (str, dt.date)):
-        raise ValueError(f"expected {TEXT_FORMATS}, got the {type(value).__name__} {value!r}")
-    try:
-        stamp = pd.Timestamp(value)
-    except (ValueError, TypeError, OverflowError):
-        stamp = pd.NaT
-    if stamp is pd.NaT:
-        raise ValueError(f"expected {TEXT_FORMATS}, got {value!r}")
-    return stamp.date().isoformat() if is_date_only(value) else stamp.isoformat()
 
 
 def _segment(value: Any) -> Any:
@@ -160,9 +131,14 @@ class Task(_Model):
     pretrain: Annotated[dict[str, Any] | Literal[False], BeforeValidator(_pretrain_block)] = False
 
 
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
 class QlibInit(_Model):
     model_config = ConfigDict(extra="allow")
     provider_uri: str | dict[str, str] | None = None
+    region: Annotated[Literal["cn", "us", "tw"], BeforeValidator(_lower)] = "cn"
 
 
 class Workflow(_Model):
@@ -221,6 +197,22 @@ def check_workflow(values: Mapping[str, Any], source: str = "configuration") -> 
     _coerce(workflow)
     _log_ignored(workflow)
     return workflow
+
+
+def check_model(spec: Any) -> dict[str, Any]:
+    """The arguments of a model's description, with the types that its class declares; all else of a file unchecked.
+
+    Raises
+    ------
+    ConfigError
+        No such model, arguments that it has not or that have another type.
+    """
+    register_all()
+    problems = list(_class_problems({"task": {"model": spec}}))
+    if problems or not isinstance(spec, Mapping):
+        lines = [f"  {path}: {message}" for path, message in problems] or ["  task.model: expected a mapping."]
+        raise ConfigError("\n".join(["the model cannot be built.", *lines]))
+    return _coerced(_model_class(spec), spec.get("kwargs") or {})
 
 
 # ---------------------------------------------------------------- structure
@@ -309,7 +301,7 @@ def _class_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             check = getattr(factory, "check_arguments", None)
             if check is not None and not problems:
                 try:
-                    check(kwargs)
+                    check(_coerced(factory, kwargs))
                 except ConfigError as error:
                     yield f"{path}.kwargs", str(error)
 
@@ -337,7 +329,7 @@ def _argument_problems(
         elif known is not None and name not in known:
             title = getattr(factory, "__name__", "it")
             yield f"{path}.{name}", f"{title} has no argument {name!r}; it takes {list(known)}.{suggest(name, known)}"
-        elif name in checks and not (isinstance(value, str) and value.startswith("<")):
+        elif name in checks and not _is_placeholder(value):
             problem = _type_problem(checks[name], value)
             if problem:
                 yield f"{path}.{name}", problem
@@ -412,6 +404,11 @@ def _is_plain(hint: Any) -> bool:
 def _coerce(workflow: Workflow) -> None:
     """Give arguments the type that their class declares ("1e-3" in quotes becomes 0.001)."""
     task = workflow.task
+    handler = task.dataset.kwargs.handler
+    for kind, described in (
+        (registry.DATASETS, task.dataset), (registry.HANDLERS, handler), *((registry.RECORDS, r) for r in task.record),
+    ):  # fmt: skip
+        _coerce_object(kind, described)
     spec = task.model.model_dump(by_alias=True)
     factory = _model_class(spec)
     task.model.kwargs = _coerced(factory, task.model.kwargs)
@@ -420,9 +417,23 @@ def _coerce(workflow: Workflow) -> None:
         task.pretrain = task.pretrain if base is None else _coerced(base, task.pretrain)
 
 
+def _coerce_object(kind: registry.Registry, spec: Spec) -> None:
+    factory, _ = kind.resolve(spec.model_dump(by_alias=True, include={"class_", "module_path"}))
+    # Of a handler and a dataset some are fields of the structure above, and have their types.
+    kwargs = spec.kwargs if isinstance(spec.kwargs, dict) else spec.kwargs.model_extra or {}
+    kwargs.update(_coerced(factory, kwargs))
+
+
 def _coerced(factory: Callable[..., Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     checks = _argument_types(factory)
-    return {name: checks[name].validate_python(value) if name in checks else value for name, value in kwargs.items()}
+    return {
+        name: checks[name].validate_python(value) if name in checks and not _is_placeholder(value) else value
+        for name, value in kwargs.items()
+    }
+
+
+def _is_placeholder(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith("<")
 
 
 def _log_ignored(workflow: Workflow) -> None:
@@ -433,7 +444,7 @@ def _log_ignored(workflow: Workflow) -> None:
             "imported by name",
             extra["sys"],
         )
-    ignored = sorted(set(workflow.qlib_init.model_extra or {}) - {"region"})
+    ignored = sorted(workflow.qlib_init.model_extra or {})
     if ignored:
         log.info("qlib_init: %s have no meaning here and are ignored", ignored)
     train_end = workflow.task.dataset.kwargs.segments["train"][1]

@@ -22,14 +22,14 @@ from qfast import registry
 from qfast.data.panel import Panel
 from qfast.data.prices import parse_dates
 from qfast.data.tables import read_table
-from qfast.dates import date_text
+from qfast.dates import date_text, normal_date
 from qfast.errors import CheckpointError, ConfigError, DataError, some
 from qfast.files import atomic_write
 from qfast.workflow import folder as folders
 from qfast.workflow import pretraining
 from qfast.workflow.folder import BEST, RunFolder
 from qfast.workflow.history import check_history, short_share
-from qfast.workflow.schema import Workflow, normal_date, register_all
+from qfast.workflow.schema import Workflow, register_all
 
 __all__ = ["build_dataset", "data_facts", "data_source", "predict", "save_scoring"]
 
@@ -37,6 +37,7 @@ log = logging.getLogger("qfast")
 
 FORMAT = 1
 LATEST = "latest"
+DAYS_LOOKED_AT = 20  # the newest ones, to tell what is usual
 MODEL = "model.json"
 PROCESSORS = "processors.safetensors"
 NOT_SCORING = ("device", "progress", "model_path")  # of a model's arguments: all weights are in BEST
@@ -214,7 +215,7 @@ def predict(
     start, end : date-like, optional
         Score only these dates, both inclusive. Rows before `start` still serve as history.
     date : date-like or "latest", optional
-        Score this date only, instead of `start` and `end`; "latest" is the newest one of the data.
+        Score this date only, instead of `start` and `end`; "latest" is the newest one on which the data holds values.
     device : str
         "auto", "cpu", "cuda", "cuda:1".
 
@@ -259,14 +260,16 @@ def predict(
     # A flat sample is one row, so rows before `start` are not needed; a rolling window reaches back.
     flat = "step_len" not in registry.parameters(registry.DATASETS.resolve(dataset_spec["class"])[0])
     handler = _scoring_handler(run_folder, facts, data, bounds if flat else [None, None])
+    notes = []
     if latest:
-        panel = handler.panel("infer")
-        bounds = [panel.datetimes[int(panel.date_codes[panel.live_rows()].max())].isoformat()] * 2
+        day, said = _newest_day(handler)
+        bounds = [day.isoformat()] * 2
+        notes += said
     dataset_kwargs = {**dataset_spec["kwargs"], "handler": handler, "segments": {"new": bounds}}
     dataset = registry.DATASETS.build({**dataset_spec, "kwargs": dataset_kwargs}, path="dataset")
     note = check_history(dataset, bounds[0], bounds[1], facts.get("short_history", 0.0))
-    notes = [] if note is None else [note]
-    if note is not None:
+    notes += [] if note is None else [note]
+    for note in notes:
         log.warning("%s", note)
     scores = model.predict(dataset, "new")
     if scores.empty:
@@ -278,6 +281,33 @@ def predict(
     scores = scores.rename("score").sort_index()
     scores.attrs["notes"] = notes
     return scores
+
+
+def _newest_day(handler: Any) -> tuple[pd.Timestamp, list[str]]:
+    """The newest day on which anything is known, and what has to be said of it."""
+    panel = _source_panel(handler)
+    rows = panel.live_rows()
+    rows = rows[panel.date_codes[rows] > panel.date_codes[rows].max() - DAYS_LOOKED_AT]
+    if "price" in panel.blocks and "close" in panel.columns("price"):
+        known = np.isfinite(panel.column("close")[rows])
+    else:
+        known = np.isfinite(panel.values(next(iter(panel.blocks)))[rows]).any(axis=1)
+    counts = np.bincount(panel.date_codes[rows[known]], minlength=len(panel.datetimes))
+    last = int(panel.date_codes[rows].max())
+    day = int(np.flatnonzero(counts)[-1]) if known.any() else last
+    said = []
+    if day < last:
+        said.append(
+            f"{date_text(panel.datetimes[last])}, the newest day of the data, holds no value; "
+            f"{date_text(panel.datetimes[day])} is scored"
+        )
+    usual = float(np.median(counts[:day][counts[:day] > 0])) if counts[:day].any() else 0.0
+    if counts[day] < usual / 2:
+        said.append(
+            f"on {date_text(panel.datetimes[day])} only {counts[day]} instruments have values, {usual:.0f} on the days "
+            "before: is the day complete?"
+        )
+    return panel.datetimes[day], said
 
 
 def _bound(name: str, value: Any) -> str | None:
