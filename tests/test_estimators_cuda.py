@@ -1,0 +1,122 @@
+"""Every model trained on a GPU, beside itself on the CPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import make_frame
+
+import qfast.models
+import qfast.models.ts
+from qfast.data import DatasetH, TSDatasetH
+from qfast.errors import DataError
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no usable GPU"),
+]
+DEVICE = "cuda"
+ENCODERS = ("TransformerModel", "LocalformerModel")
+NAMES = ("LSTM", "GRU", "ALSTM", "GATs", "TCN", *ENCODERS)
+CASES = [(name, suffix) for suffix in ("", "_ts") for name in NAMES]
+IDS = [name + suffix for name, suffix in CASES]
+SEGMENTS = {
+    "train": ("2020-01-01", "2020-02-14"),
+    "valid": ("2020-02-15", "2020-03-10"),
+    "test": ("2020-03-11", "2020-12-31"),
+}
+
+
+def model_of(name: str, suffix: str, device: str, **changes):
+    width = {"TCN": "n_chans", **dict.fromkeys(ENCODERS, "d_model")}.get(name, "hidden_size")
+    kwargs = {"d_feat": 3, width: 8, "num_layers": 2, "n_epochs": 2, "lr": 1e-3, "seed": 3, "dropout": 0.0}
+    if name != "GATs":
+        kwargs["batch_size"] = 32
+    if name in ENCODERS:
+        kwargs["nhead"] = 4
+    return getattr(qfast.models.ts if suffix else qfast.models, name)(**{**kwargs, **changes}, device=device)
+
+
+def data_of(suffix: str):
+    if suffix:
+        return TSDatasetH(handler=make_frame(70, 9, 3, holes=0.1), segments=SEGMENTS, step_len=5)
+    return DatasetH(handler=make_frame(70, 9, 12, holes=0.1), segments=SEGMENTS)
+
+
+@pytest.mark.parametrize(("name", "suffix"), CASES, ids=IDS)
+def test_a_gpu_trains_to_the_cpus_numbers(name, suffix):
+    on_gpu, on_cpu = (model_of(name, suffix, device).fit(data_of(suffix)) for device in (DEVICE, "cpu"))
+    assert all(p.device.type == DEVICE for p in on_gpu.network.parameters())
+    pd.testing.assert_frame_equal(
+        on_gpu.history_[["train_loss", "train", "valid"]], on_cpu.history_[["train_loss", "train", "valid"]], rtol=1e-3
+    )
+    scores = [model.predict(data_of(suffix), "test") for model in (on_gpu, on_cpu)]
+    spread = float(scores[1].std())
+    np.testing.assert_allclose(scores[0], scores[1], rtol=0, atol=1e-2 * spread)
+
+
+@pytest.mark.parametrize(("name", "suffix"), CASES, ids=IDS)
+def test_a_gpu_trains_the_same_twice_with_dropout(name, suffix):
+    pair = [model_of(name, suffix, DEVICE, dropout=0.4).fit(data_of(suffix)) for _ in range(2)]
+    for key, value in pair[0].network.state_dict().items():
+        assert torch.equal(value, pair[1].network.state_dict()[key]), key
+
+
+LOAD = """
+import sys
+import torch
+assert not torch.cuda.is_available()
+sys.path[:0] = sys.argv[4:]
+from test_estimators_cuda import data_of, model_of
+model = model_of(sys.argv[1], sys.argv[2], "auto").load_weights(sys.argv[3])
+print(repr(float(model.predict(data_of(sys.argv[2]), "test").sum())))
+"""
+
+
+@pytest.mark.parametrize(("name", "suffix"), CASES, ids=IDS)
+def test_weights_of_a_gpu_are_read_without_one(name, suffix, tmp_path):
+    model = model_of(name, suffix, DEVICE).fit(data_of(suffix))
+    model.save_weights(tmp_path / "w.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, name, suffix, str(tmp_path / "w.safetensors"), os.path.dirname(__file__)],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    total = float(model.predict(data_of(suffix), "test").sum())
+    assert float(done.stdout.split()[-1]) == pytest.approx(total, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("suffix", ["", "_ts"])
+def test_training_goes_on_from_a_checkpoint_of_the_other_device(suffix, tmp_path):
+    for first, second in ((DEVICE, "cpu"), ("cpu", DEVICE)):
+        folder = tmp_path / first
+        model_of("LSTM", suffix, first, n_epochs=1).fit(data_of(suffix), checkpoint_dir=folder)
+        resumed = model_of("LSTM", suffix, second).fit(data_of(suffix), checkpoint_dir=folder, resume=True)
+        whole = model_of("LSTM", suffix, "cpu").fit(data_of(suffix))
+        np.testing.assert_allclose(resumed.history_["valid"], whole.history_["valid"], rtol=1e-3)
+
+
+def test_what_does_not_fit_is_said_with_remedies():
+    model = model_of("LSTM", "_ts", DEVICE, hidden_size=512, batch_size=400)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 2**20) / total)
+    try:
+        with pytest.raises(DataError, match=r"does not fit into the memory of cuda.*a smaller batch_size \(now 400\)"):
+            model.fit(data_of("_ts"))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    model.fit(data_of("_ts"))  # nothing is left behind that stands in the way
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_the_second_gpu_gives_the_firsts_numbers():
+    pair = [model_of("LSTM", "_ts", device).fit(data_of("_ts")) for device in ("cuda:0", "cuda:1")]
+    assert next(pair[1].network.parameters()).device == torch.device("cuda:1")
+    for key, value in pair[0].network.state_dict().items():
+        assert torch.equal(value.cpu(), pair[1].network.state_dict()[key].cpu()), key
