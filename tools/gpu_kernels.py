@@ -1,0 +1,108 @@
+"""Small shapes of every kernel, forward and backward, for compute-sanitizer; `tools/gpu_check.sh` runs it.
+
+    compute-sanitizer --tool memcheck python tools/gpu_kernels.py [DEVICE]
+
+Results are compared in the tests; here each kernel has to run, at sizes with whole vectors, tiles and days as well
+as with rests of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qfast import ops
+from qfast.doctor import self_tests
+from qfast.nn import ALSTMModel, GATModel, GRUModel, Localformer, LSTMModel, TCNModel, Transformer
+
+LONG_DAY = 2100  # rows from which a day takes the kernels that sort in several blocks
+
+
+def networks() -> Iterator[tuple[nn.Module, tuple[int, ...]]]:
+    """(network, shape of its windows)"""
+    kind: Any
+    for kind in (LSTMModel, GRUModel, ALSTMModel):
+        for hidden, batch in ((8, 5), (33, 70), (64, 130)):
+            yield kind(d_feat=6, hidden_size=hidden, num_layers=2, dropout=0.3), (batch, 7, 6)
+    yield GATModel(d_feat=6, hidden_size=20, num_layers=2, dropout=0.3), (37, 7, 6)
+    for channels, kernel in ((5, 3), (32, 7), (130, 5)):
+        yield TCNModel(6, 1, [channels] * 3, kernel, 0.3), (33, 6, 20)
+    for kind in (Transformer, Localformer):
+        for width, heads in ((8, 2), (64, 2), (132, 4)):
+            yield kind(d_feat=6, d_model=width, nhead=heads, num_layers=2, dropout=0.3), (19, 9, 6)
+
+
+def layers() -> Iterator[tuple[Callable[..., Any], Sequence[Tensor]]]:
+    """(operator, its tensors): what the networks do not take on every device"""
+    for width, heads, hidden in ((8, 2, 50), (64, 4, 300), (132, 4, 70)):
+        weights = list(nn.TransformerEncoderLayer(width, heads, hidden).parameters())
+        for last in (False, True):
+            settings = {"heads": heads, "dropout": 0.3, "training": True, "last_step": last}
+            yield lambda x, *w, s=settings: ops.encoder_layer(x, w, **s), [torch.randn(19, 9, width), *weights]
+        block = [torch.randn(hidden, width), torch.randn(hidden), torch.randn(width, hidden), torch.randn(width)]
+        call = partial(ops.feed_forward, dropout=0.3, training=True)
+        yield call, [torch.randn(75, width), *block]
+    for hidden, batch in ((8, 5), (33, 70), (64, 130), (150, 9)):
+        for operator, kind in ((ops.lstm, nn.LSTM), (ops.gru, nn.GRU)):
+            weights = list(kind(6, hidden, 2).parameters())
+            yield (
+                lambda x, *w, f=operator: f(x, [w[:4], w[4:]], dropout=0.3, training=True, all_steps=True)[0],
+                [torch.randn(batch, 7, 6), *weights],
+            )
+        pool = [torch.randn(batch, 7, hidden), torch.randn(hidden // 2, hidden), torch.randn(hidden // 2)]
+        yield partial(ops.attention_pool, dropout=0.3, training=True), [*pool, torch.randn(hidden // 2)]
+
+
+def attention() -> Iterator[tuple[Callable[..., Any], Sequence[Tensor]]]:
+    """(operator, its tensors)"""
+    for sizes, width in (([1, 0, 7, 64, 300], 8), ([LONG_DAY, 3], 33), ([40] * 9, 64)):
+        rows = sum(sizes)
+        offsets = torch.tensor([0, *sizes]).cumsum(0)
+        query, key, value = torch.randn(rows), torch.randn(rows), torch.randn(rows, width)
+        yield lambda q, k, v, at=offsets: ops.additive_attention(q, k, v, at), [query, key, value]
+        weight, bias = torch.randn(2, width), torch.randn(2)
+        yield lambda h, w, b, at=offsets: ops.graph_attention(h, w, b, at), [value, weight, bias]
+
+
+def gathers(device: torch.device) -> Iterator[tuple[Callable[..., Any], Sequence[Tensor]]]:
+    rows = torch.randint(-1, 50, (40, 8), device=device)
+    for columns in (1, 3, 20):
+        for layout in ("BTD", "BDT"):
+            yield lambda panel, at=layout: ops.gather_windows(panel, rows, layout=at), [torch.randn(50, columns)]
+
+
+def both_ways(call: Callable[..., Any], tensors: Sequence[Tensor], device: torch.device) -> None:
+    for dtype in (torch.float32, torch.float64):
+        given = [tensor.detach().to(device, dtype).requires_grad_() for tensor in tensors]
+        call(*given).square().sum().backward()
+
+
+def main() -> None:
+    device = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda")
+    torch.manual_seed(0)
+    for name, test in self_tests().items():
+        if f"({device.type})" in name:
+            test()
+            print("self-test", name, flush=True)
+    for call, tensors in (*attention(), *layers(), *gathers(device)):
+        both_ways(call, tensors, device)
+    print("attention, layers, gathers", flush=True)
+    for network, shape in networks():
+        for dtype in (torch.float32, torch.float64):
+            network.to(device, dtype).train()
+            network(torch.randn(shape, device=device, dtype=dtype)).square().sum().backward()
+            network.eval()
+            with torch.no_grad():
+                network(torch.randn(shape, device=device, dtype=dtype))
+        print(type(network).__name__, shape, flush=True)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    main()
