@@ -69,17 +69,29 @@ def attention() -> Iterator[tuple[Callable[..., Any], Sequence[Tensor]]]:
         yield lambda h, w, b, at=offsets: ops.graph_attention(h, w, b, at), [value, weight, bias]
 
 
-def gathers(device: torch.device) -> Iterator[tuple[Callable[..., Any], Sequence[Tensor]]]:
-    rows = torch.randint(-1, 50, (40, 8), device=device)
+def gathers() -> Iterator[tuple[Callable[..., Any], Sequence[Tensor]]]:
+    rows = torch.randint(-1, 50, (40, 8))
     for columns in (1, 3, 20):
         for layout in ("BTD", "BDT"):
-            yield lambda panel, at=layout: ops.gather_windows(panel, rows, layout=at), [torch.randn(50, columns)]
+            panel = torch.randn(50, columns)
+            yield lambda x, at=layout: ops.gather_windows(x, rows.to(x.device), layout=at), [panel]
 
 
-def both_ways(call: Callable[..., Any], tensors: Sequence[Tensor], device: torch.device) -> None:
-    for dtype in (torch.float32, torch.float64):
-        given = [tensor.detach().to(device, dtype).requires_grad_() for tensor in tensors]
-        call(*given).square().sum().backward()
+def operators() -> Iterator[tuple[Callable[..., Any], Sequence[Tensor]]]:
+    """(operator, its tensors) of all operators that CUDA kernels serve, but the convolutions over time"""
+    yield from attention()
+    yield from layers()
+    yield from gathers()
+
+
+def both_ways(
+    call: Callable[..., Any], tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype
+) -> list[Tensor]:
+    """Result and gradients."""
+    given = [tensor.detach().to(device, dtype).requires_grad_() for tensor in tensors]
+    found = call(*given)
+    found.square().sum().backward()
+    return [found.detach(), *(tensor.grad for tensor in given if tensor.grad is not None)]
 
 
 def main() -> None:
@@ -89,8 +101,9 @@ def main() -> None:
         if f"({device.type})" in name:
             test()
             print("self-test", name, flush=True)
-    for call, tensors in (*attention(), *layers(), *gathers(device)):
-        both_ways(call, tensors, device)
+    for call, tensors in operators():
+        for dtype in (torch.float32, torch.float64):
+            both_ways(call, tensors, device, dtype)
     print("attention, layers, gathers", flush=True)
     for network, shape in networks():
         for dtype in (torch.float32, torch.float64):

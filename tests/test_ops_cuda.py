@@ -1,0 +1,104 @@
+"""What holds for all CUDA operators alike: another stream, another GPU, half a gather in a graph.
+
+The calls are those of `tools/gpu_kernels.py`, which compute-sanitizer looks at.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from qfast import ops
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no usable GPU"),
+]
+GPU = "cuda"
+
+
+def kernels():
+    file = Path(__file__).parents[1] / "tools" / "gpu_kernels.py"
+    spec = importlib.util.spec_from_file_location("gpu_kernels", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def calls():
+    torch.manual_seed(0)
+    return list(kernels().operators()), kernels().both_ways
+
+
+def results(calls, device, dtype=torch.float32):
+    """All results and gradients on a device, dropout masks drawn alike."""
+    cases, both_ways = calls
+    out = []
+    for call, tensors in cases:
+        torch.manual_seed(7)
+        found = both_ways(call, tensors, torch.device(device), dtype)
+        out.append([part.nan_to_num(nan=7.0) for part in found])  # a gather's missing rows are NaN
+    return out
+
+
+def require_same(found, expected):
+    for number, (some, others) in enumerate(zip(found, expected, strict=True)):
+        for one, other in zip(some, others, strict=True):
+            assert torch.equal(one.cpu(), other.cpu()), number
+
+
+def test_float64_equals_the_cpu(calls):
+    for number, pair in enumerate(
+        zip(results(calls, GPU, torch.float64), results(calls, "cpu", torch.float64), strict=True)
+    ):
+        for one, other in zip(*pair, strict=True):
+            error = float((one.cpu() - other).norm() / other.norm().clamp_min(1e-300))
+            assert error < 1e-11, (number, error)
+
+
+def test_another_stream_gives_the_same_bits(calls):
+    expected = results(calls, GPU)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    busy = torch.randn(4096, 4096, device=GPU)
+    for _ in range(20):  # an operator that used the default stream would wait for this, or read too early
+        busy = busy @ busy / 4096
+    with torch.cuda.stream(stream):
+        found = results(calls, GPU)
+    stream.synchronize()
+    require_same(found, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_another_gpu_gives_the_same_bits(calls):
+    with torch.cuda.device(0):  # the operators go where their tensors are, not where the current device is
+        require_same(results(calls, "cuda:1"), results(calls, "cuda:0"))
+
+
+def test_a_gather_is_captured():
+    panel = torch.randn(500, 20, device=GPU)
+    rows = torch.randint(0, 500, (64, 20), device=GPU)
+    grad = torch.randn(64, 20, 20, device=GPU)
+
+    def once():
+        x = panel.detach().requires_grad_()
+        found = ops.gather_windows(x, rows)
+        return found, *torch.autograd.grad(found, x, grad)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        once()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = once()
+    rows.copy_(torch.randint(0, 500, (64, 20)))
+    graph.replay()
+    torch.cuda.synchronize()
+    for one, other in zip(captured, once(), strict=True):
+        assert torch.equal(one, other)
