@@ -538,6 +538,35 @@ def test_scores_of_a_day_do_not_depend_on_the_period_asked_for(price_case):
         predict(path, prices, start="2030-01-01")
 
 
+@pytest.mark.parametrize("rolling", [False, True], ids=["flat", "ts"])
+def test_features_without_end_are_those_of_training(tmp_path, rolling):
+    """EMA and windows of 0 rows know of the first day, which is not the first one of what is scored."""
+    prices = demo_prices(n_instruments=12, n_days=560)
+    features = "['EMA($close, 20) / $close', 'Mean($volume, 0) / $volume']"
+    sets = [
+        "task.dataset.class=" + ("TSDatasetH" if rolling else "DatasetH"),
+        *(["task.dataset.kwargs.step_len=3"] if rolling else []),
+        "task.model.module_path=" + ("qfast.models.ts" if rolling else "qfast.models"),
+        "task.dataset.kwargs.handler.class=FactorHandler",
+        f"task.dataset.kwargs.handler.kwargs.features={features}",
+        "task.dataset.kwargs.handler.kwargs.start_time=2018-06-01",
+        "task.model.kwargs={d_feat: 2, hidden_size: 4, num_layers: 1, n_epochs: 1}",
+    ]
+    own = run(DEMO, prices, sets, output=tmp_path / "run", seed=1)
+    scores = read_frame(own.path, "pred")["score"]
+    dates = scores.index.get_level_values("datetime").unique()
+    for found in (
+        predict(own.path, prices, date=dates[-3].date()),
+        predict(own.path, prices, start=dates[-9].date(), end=dates[-2].date()),
+        predict(own.path, prices, date="latest"),
+    ):
+        np.testing.assert_allclose(found, scores.reindex(found.index), rtol=1e-5, atol=1e-7)
+        assert found.attrs["notes"] == []
+    later = prices[prices.index.get_level_values("datetime") >= "2018-09-03"]
+    notes = predict(own.path, later).attrs["notes"]
+    assert any("the data begins on 2018-09-03, training on 2018-06-01" in note for note in notes)
+
+
 def test_one_date_can_be_asked_for(price_case, tmp_path):
     prices, path = price_case
     dates = prices.index.get_level_values("datetime").unique().sort_values()

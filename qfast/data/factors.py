@@ -30,7 +30,7 @@ from qfast.data.prices import Extent, Prices
 from qfast.data.rolling import rolling
 from qfast.errors import ConfigError, DataError, suggest
 
-__all__ = ["evaluate", "evaluate_all", "register_operator", "unregister_operator"]
+__all__ = ["depends_on_the_start", "evaluate", "evaluate_all", "register_operator", "unregister_operator"]
 
 ROW_CHUNK = 1 << 15  # rows of one pass: their results and intermediate series fit the caches
 
@@ -260,6 +260,15 @@ class _Graph:
         by_day = np.full(len(self.panel.datetimes), np.nan, dtype=np.result_type(values, np.float32))
         by_day[place[place >= 0]] = values[place >= 0]
         return by_day
+
+
+def depends_on_the_start(text: str) -> bool:
+    """True for an expression that looks back without end (EMA, a window of 0 rows): the first day of the data counts.
+
+    >>> depends_on_the_start("EMA($close, 5)"), depends_on_the_start("Mean($close, 5)")
+    (True, False)
+    """
+    return _from_the_first_row(parse(text))
 
 
 def _from_the_first_row(node: Node) -> bool:

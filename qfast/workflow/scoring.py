@@ -19,6 +19,7 @@ import pandas as pd
 import safetensors.numpy
 
 from qfast import registry
+from qfast.data.factors import depends_on_the_start
 from qfast.data.panel import Panel
 from qfast.data.prices import parse_dates
 from qfast.data.tables import read_table
@@ -177,11 +178,24 @@ def save_scoring(run_folder: RunFolder, workflow: Workflow, model: Any, dataset:
         "raw_columns": _raw_columns(handler),
         "source_columns": _source_columns(handler),
         "short_history": short_share(dataset),
+        "start": _start_that_counts(handler),
     }
     # A file without any array is not readable everywhere, hence the marker.
     arrays["format"] = np.array([FORMAT], dtype=np.int64)
     atomic_write(run_folder / PROCESSORS, lambda file: safetensors.numpy.save_file(arrays, file))
     run_folder.write_json(MODEL, facts)
+
+
+def _start_that_counts(handler: Any) -> str | None:
+    """The first day of training, if features look back without end, as EMA does; else None."""
+    if not any(depends_on_the_start(text) for text in getattr(handler, "feature_expressions", [])):
+        return None
+    return date_text(_first_day(handler))
+
+
+def _first_day(handler: Any) -> pd.Timestamp:
+    panel = handler.panel("infer")
+    return panel.datetimes[int(panel.date_codes.min())]
 
 
 def _constructor_arguments(processor: Any) -> dict[str, Any]:
@@ -269,6 +283,11 @@ def predict(
     dataset = registry.DATASETS.build({**dataset_spec, "kwargs": dataset_kwargs}, path="dataset")
     note = check_history(dataset, bounds[0], bounds[1], facts.get("short_history", 0.0))
     notes += [] if note is None else [note]
+    if facts.get("start") is not None and _first_day(handler) > pd.Timestamp(facts["start"]):
+        notes.append(
+            f"the data begins on {date_text(_first_day(handler))}, training on {facts['start']}: features that look "
+            "back without end (EMA, windows of 0 rows) are others than in training"
+        )
     for note in notes:
         log.warning("%s", note)
     scores = model.predict(dataset, "new")
@@ -336,6 +355,8 @@ def _scoring_handler(run_folder: RunFolder, facts: Mapping[str, Any], data: Any,
     own["learn_processors"] = []
     if "data" in own:  # features are computed for these dates only, from prices that reach further back
         own["start_time"], own["end_time"] = bounds
+        if facts.get("start") is not None:  # or from where they were in training, which features such as EMA know of
+            own["start_time"] = facts["start"]
     if "instruments" in taken:
         own["instruments"] = "all" if "data" in own else None
     handler = registry.HANDLERS.build({**spec, "kwargs": own}, path="model.json")

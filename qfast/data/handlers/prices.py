@@ -160,6 +160,11 @@ class PriceHandler(DataHandlerLP):
         return self._feature_reach()[0] + 1
 
     @property
+    def feature_expressions(self) -> list[str]:
+        """Expressions of the features, in their order; empty where there are none."""
+        return list(self._feature_texts())
+
+    @property
     def label_horizon(self) -> int:
         """Days after its own that the label of a row looks at."""
         return max(reach(text)[1] for text in self._label)
