@@ -7,16 +7,25 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+from store import write_store
 from workflow_case import factors, write_case
 
 from qfast.cli import main
+from qfast.data.expression import parse
+from qfast.data.factors import register_operator, unregister_operator
+from qfast.data.handlers.base import RawDataDroppedError
 from qfast.data.processors import Processor
 from qfast.errors import ConfigError
 from qfast.registry import PROCESSORS
 from qfast.workflow.check import check
 from qfast.workflow.demo import DEMO, demo_prices
+from qfast.workflow.experiments import rows_ahead
+from qfast.workflow.run import run
 
 SHORT = ["task.model.kwargs.hidden_size=4", "task.model.kwargs.n_epochs=3"]
+HANDLER = "task.dataset.kwargs.handler.kwargs"
+SEGMENTS = "task.dataset.kwargs.segments"
+BACKTEST = "task.record.2.kwargs.config.backtest"
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +45,9 @@ def test_a_clean_workflow_passes(prices):
     report = check(DEMO, prices, SHORT)
     assert report.ok
     assert levels(report, "look-ahead") == ["ok", "ok"]
-    assert levels(report, "invariance") == ["ok"]
+    assert levels(report, "invariance") == ["ok", "ok"]
+    assert levels(report, "portfolio")[0] == "ok"
+    assert "the prices have no benchmark MARKET" in text(report, "portfolio")
     assert "no feature of that day or before moves by a bit" in text(report, "look-ahead")
     assert "no key occurs twice" in text(report, "data")
     assert "a training pass takes about" in text(report, "time")
@@ -63,6 +74,147 @@ def test_a_fit_window_in_the_future_is_found_both_ways(prices):
     assert re.search(r"3\d\d feature\(s\) of earlier days move", text(report, "look-ahead"))
 
 
+def of_factors(*texts: str) -> list[str]:
+    """Changes to the demo that make expressions its features."""
+    return [
+        *SHORT, "task.dataset.kwargs.handler.class=FactorHandler", f"task.model.kwargs.d_feat={len(texts)}",
+        f"{HANDLER}.features={[text.replace(chr(39), chr(34)) for text in texts]}",
+    ]  # fmt: skip
+
+
+def with_gaps(prices: pd.DataFrame) -> pd.DataFrame:
+    """A twentieth of the rows suspended, a twentieth without any volume."""
+    found, rng = prices.copy(), np.random.default_rng(3)
+    found[rng.random(len(found)) < 0.05] = np.nan
+    found.loc[rng.random(len(found)) < 0.05, "volume"] = 0.0
+    return found
+
+
+LOOKS_AHEAD = {
+    "suspended tomorrow": ("If(Ref($close, -1) == Ref($close, -1), 1, 0)", 1),
+    "delisted in 60 days": ("Count(Ref($close, -60), 1)", 60),
+    "no volume tomorrow": ("Sign(Ref($volume, -1))", 1),
+}
+
+
+@pytest.mark.parametrize("case", LOOKS_AHEAD)
+def test_an_expression_that_looks_ahead_is_an_error_that_names_it(prices, case):
+    expression, rows = LOOKS_AHEAD[case]
+    report = check(DEMO, with_gaps(prices), of_factors("$close / Ref($close, 5)", expression))
+    assert levels(report, "look-ahead")[:2] == ["error", "error"]  # by what it says, by what it does
+    found = text(report, "look-ahead")
+    assert f"{rows} row(s), {expression!r}" in found
+    assert "1 feature(s) look ahead" in found
+    assert f"1 feature(s) of earlier days move: {expression}" in found
+
+
+def test_the_proof_counts_shifts_and_not_the_rows_on_the_way(prices):
+    past = "Ref(Ref($close, -2) / Ref($close, -1) - 1, 3)"  # the label of three days ago
+    assert rows_ahead(parse(past)) == -1
+    assert rows_ahead(parse("Mean(Delta(Mask($close, 'A'), -4), 10) + Ref($close, 2)")) == 4
+    assert rows_ahead(parse("Ref(If(Ref($close, 5) > 1, 1, 0), -3)")) == -2
+    report = check(DEMO, prices, of_factors(past, "Mean($close, 5) / $close"))
+    assert report.ok, report.lines()
+    assert "none of the 2 expressions looks beyond its own day" in text(report, "look-ahead")
+
+
+def next_row(values: np.ndarray) -> np.ndarray:
+    return np.append(values[1:], np.nan)
+
+
+@pytest.mark.parametrize(
+    "sees", [lambda x: np.isnan(next_row(x)).astype(float), lambda x: np.sign(next_row(x))], ids=["missing", "zero"]
+)
+def test_what_an_operator_hides_of_its_reach_is_seen_by_the_holes(prices, sees):
+    """Only whether there is a value tomorrow, or a volume: random factors on the future do not touch that."""
+    register_operator("Peeks", sees)
+    try:
+        report = check(DEMO, with_gaps(prices), of_factors("$close / Ref($close, 5)", "Peeks($volume)"))
+    finally:
+        unregister_operator("Peeks")
+    assert levels(report, "look-ahead") == ["ok", "error", "error"]
+
+
+def test_the_future_is_changed_after_several_days(prices):
+    """A leak in the first days of the segment alone, which one cut in its middle does not meet."""
+    days = prices.index.get_level_values("datetime").unique().sort_values()
+    scored = days[days >= "2020-01-01"]
+
+    class PeekEarly(Peek):
+        def _apply(self, panel, space):
+            early = np.asarray(panel.datetimes < scored[len(scored) // 3])[panel.date_codes]
+            values = panel.values("feature").copy()
+            values[early] = np.roll(values, -1, axis=0)[early]
+            return panel.replace("feature", values)
+
+    report = check_with(PeekEarly, prices)
+    assert levels(report, "look-ahead") == ["error", "error"]
+
+
+def test_a_mask_of_an_instrument_is_checked_with_that_instrument(tmp_path):
+    many = demo_prices(n_instruments=130, n_days=540)
+    names = sorted(many.index.get_level_values("instrument").unique())
+    assert len(names) > 120  # every third is in the sample
+    report = check(DEMO, many, of_factors(f"$close / Mask($close, '{names[1]}')", "Mean($close, 5) / $close"))
+    assert report.ok, report.lines()
+    assert levels(report, "look-ahead") == ["ok"] * 3
+
+
+def test_a_mask_of_an_instrument_outside_the_market(tmp_path):
+    root = write_store(tmp_path, n_days=400)
+    changes = [
+        *of_factors("$close / Mask($close, 'CCC')", "Mean($close, 5) / $close"),
+        f"{HANDLER}.instruments=mixed", f"{HANDLER}.start_time=2020-01-01", f"{HANDLER}.fit_start_time=2020-01-01",
+        f"{HANDLER}.fit_end_time=2020-12-31", "task.record=[]",
+        f"{SEGMENTS}={{train: [2020-01-01, 2020-12-31], valid: [2021-01-01, 2021-02-28], test: [2021-03-01, null]}}",
+    ]  # fmt: skip
+    report = check(DEMO, str(root), changes)
+    assert report.ok, report.lines()
+    assert levels(report, "look-ahead") == ["ok"] * 3
+    assert levels(report, "invariance") == ["ok"] * 2
+
+
+@pytest.mark.parametrize(("end", "level"), [("null", "ok"), ("2019-06-30", "note")])
+def test_train_alone_is_cut_where_nothing_is_fitted(prices, end, level):
+    """What lies in the fit window may move with it: no leak."""
+    only = [f"{SEGMENTS}={{train: [2018-01-01, 2019-06-30]}}", f"{HANDLER}.end_time={end}", "task.record=[]"]
+    report = check(DEMO, prices, [*SHORT, *only])
+    assert report.ok, report.lines()
+    assert set(levels(report, "look-ahead")) == {level}
+    if level == "note":
+        assert "processors are fitted up to 2019-06-28, the data's last days" in text(report, "look-ahead")
+
+
+def test_features_since_the_first_day_are_named(prices):
+    report = check(DEMO, prices, of_factors("EMA($close, 5) / $close", "$close / Mean($close, 0)", "Mean($close, 5)"))
+    assert report.ok, report.lines()
+    assert levels(report, "invariance") == ["ok", "note"]
+    found = text(report, "invariance")
+    assert (
+        "2 feature(s) depend on the first day of the data: EMA($close, 5) / $close, $close / Mean($close, 0)" in found
+    )
+
+
+def test_an_operator_that_reads_more_than_it_says_gives_other_scores_on_less_data(prices):
+    register_operator("SoFar", lambda x: np.nancumsum(x) / np.arange(1, len(x) + 1))
+    try:
+        report = check(DEMO, prices, of_factors("SoFar($close) / $close", "Mean($close, 5) / $close"))
+    finally:
+        unregister_operator("SoFar")
+    assert levels(report, "invariance") == ["ok", "warning"]
+    assert "with prices from" in text(report, "invariance")
+
+
+def test_dropped_raw_data_is_an_error_and_does_not_hide_a_leak(prices, tmp_path):
+    drop = [*SHORT, f"{HANDLER}.drop_raw=true"]
+    report = check(DEMO, prices, drop)
+    assert [f.topic for f in report.findings if f.level == "error"] == ["data"]
+    assert "it will stop with RawDataDroppedError. Remedy: leave drop_raw out" in text(report, "data")
+    assert levels(report, "look-ahead") == ["ok", "ok"]
+    with pytest.raises(RawDataDroppedError):
+        run(DEMO, prices, drop, output=tmp_path / "run")
+
+
 class Peek(Processor):
     """Takes the next row's value: the leak that nobody sees in a table."""
 
@@ -71,17 +223,76 @@ class Peek(Processor):
         return panel.replace("feature", values)
 
 
-def test_a_processor_that_looks_ahead_is_found(prices, monkeypatch):
-    PROCESSORS.add(Peek, modules=("tests",))
-    steps = "task.dataset.kwargs.handler.kwargs.infer_processors=[{class: Peek}, {class: Fillna}]"
+class Breaks(Processor):
+    """Fails in a way that nobody foresaw, but only on a sample."""
+
+    def _apply(self, panel, space):
+        raise KeyError("of its own")
+
+
+def check_with(processor, prices):
+    """The report on the demo with a processor of one's own."""
+    PROCESSORS.add(processor, modules=("tests",))
+    steps = f"{HANDLER}.infer_processors=[{{class: {processor.__name__}}}, {{class: Fillna}}]"
     try:
-        report = check(DEMO, prices, [*SHORT, steps])
+        return check(DEMO, prices, [*SHORT, steps])
     finally:
         for known in [key for key, value in vars(PROCESSORS).items() if isinstance(value, dict)]:
-            vars(PROCESSORS)[known].pop("Peek", None)
+            vars(PROCESSORS)[known].pop(processor.__name__, None)
+
+
+def test_a_processor_that_looks_ahead_is_found(prices):
+    report = check_with(Peek, prices)
     assert not report.ok
     assert levels(report, "look-ahead") == ["error", "error"]
     assert "scores differ, first" in text(report, "look-ahead")
+
+
+def test_an_error_that_nobody_foresaw_is_a_finding(prices, monkeypatch):
+    report = check_with(Breaks, prices)
+    assert [f.level for f in report.findings] == ["ok", "error"]
+    assert re.search(r"KeyError: 'of its own' \(raised by _apply, test_check.py line \d+\)", text(report, "data"))
+
+    def broken(*_):
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr("qfast.workflow.experiments._change_the_future", broken)
+    report = check(DEMO, prices, SHORT)
+    assert levels(report, "look-ahead") == ["error"]
+    assert levels(report, "invariance") == ["ok", "ok"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (f"{BACKTEST}.exchange_kwargs.deal_price=settle", "the prices have no settle"),
+        (
+            f"{BACKTEST}={{account: 1e6, start_time: 2031-01-01}}",
+            "will leave the backtest out: backtest: there is no trading day from",
+        ),
+        (f"{BACKTEST}={{account: 1e6, end_time: 2019-05-01}}", "will leave the backtest out"),
+        (f"{SEGMENTS}={{train: [2018-01-01, 2019-06-30], valid: [2019-07-01, null]}}", "there is no segment test"),
+    ],
+)
+def test_a_backtest_that_cannot_be_is_an_error(prices, change, said):
+    report = check(DEMO, prices, [*SHORT, change], experiments=False)
+    assert not report.ok
+    assert levels(report, "portfolio") == ["error"]
+    assert said in text(report, "portfolio")
+
+
+@pytest.mark.parametrize(
+    "change", [f"{BACKTEST}={{account: 1e6, start_time: hello}}", "task.record.1.kwargs={label_col: 1}"]
+)
+def test_arguments_of_records_are_checked_as_for_a_run(prices, change):
+    with pytest.raises(ConfigError, match=r"\n  task\.record\.\d\.kwargs: "):
+        check(DEMO, prices, [*SHORT, change])
+
+
+def test_a_benchmark_of_the_prices_needs_no_note(prices):
+    name = prices.index.get_level_values("instrument")[0]
+    report = check(DEMO, prices, [*SHORT, f"{BACKTEST}.benchmark={name}"], experiments=False)
+    assert not any("benchmark" in f.text for f in report.findings)
 
 
 def test_segments_that_overlap_or_are_empty_are_named(prices):

@@ -1,9 +1,7 @@
 """`qfast check`: what is wrong with a workflow and its data, before hours are spent on it.
 
-Besides looking at the data it makes two experiments. The future is changed, all else left alone, and the features
-and the scores of the past must not move; and scores are asked for in a shorter period, and must be the same. Both
-are made on the processed features and on a network with its first weights, so no training is needed: what leaks
-leaks through data and processors, or through what a network does with a batch, and both are there.
+What can be read off the data, the segments and the expressions is looked at here, and a portfolio backtest is
+rehearsed; the experiments with a changed future and with other questions are in `qfast.workflow.experiments`.
 """
 
 from __future__ import annotations
@@ -12,8 +10,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +18,15 @@ import numpy as np
 import pandas as pd
 
 from qfast import registry
-from qfast.callbacks import Callback
-from qfast.data.handlers.prices import PriceHandler
 from qfast.data.panel import Panel
-from qfast.data.rows import restrict_rows
 from qfast.dates import date_text
-from qfast.errors import QfastError, some
+from qfast.errors import DataError, QfastError, some
 from qfast.workflow import pretraining
-from qfast.workflow.config import load_config
+from qfast.workflow.config import fill_placeholders, load_config
+from qfast.workflow.experiments import experiment, look_at_expressions
+from qfast.workflow.findings import CheckReport, Finding
+from qfast.workflow.portfolio import PortfolioPlan
+from qfast.workflow.records import PortAnaRecord
 from qfast.workflow.schema import Workflow, check_workflow
 from qfast.workflow.scoring import build_dataset
 
@@ -36,40 +34,8 @@ __all__ = ["CheckReport", "Finding", "check"]
 
 log = logging.getLogger("qfast")
 
-SAMPLE = 60  # instruments of the experiments
 MANY_MISSING = 0.2  # share from which a column's or a day's missing values are a warning
-TIMED_BATCHES = 6
-SAME = 1e-5  # scores of one row, asked for in two ways, differ by less, beside their spread
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing found. `level` is "ok", "note", "warning" or "error"."""
-
-    level: str
-    topic: str
-    text: str
-
-
-@dataclass
-class CheckReport:
-    """All findings of a check."""
-
-    findings: list[Finding] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        """True if nothing was found that must be mended."""
-        return all(finding.level != "error" for finding in self.findings)
-
-    def add(self, level: str, topic: str, text: str) -> None:
-        """Append a finding."""
-        self.findings.append(Finding(level, topic, text))
-
-    def lines(self) -> list[str]:
-        """The findings as lines of text."""
-        wide = max((len(f.topic) for f in self.findings), default=0)
-        return [f"{f.level:<8}{f.topic:<{wide + 2}}{f.text}" for f in self.findings]
+TRADED = 20  # instruments of a rehearsed backtest
 
 
 def check(
@@ -93,7 +59,8 @@ def check(
     -------
     CheckReport
         Missing values by column and by day, constant columns, duplicate rows, label horizon and fit windows against
-        the segments, memory and time, look-ahead, window invariance.
+        the segments, what a portfolio backtest needs, memory and time, look-ahead, window invariance. An error that
+        breaks one of them off is a finding, too.
 
     Raises
     ------
@@ -107,27 +74,38 @@ def check(
     >>> report.ok, [f.level for f in report.findings if f.topic == "look-ahead"]
     (True, ['ok', 'ok'])
     """
-    workflow = check_workflow(load_config(config_path, sets).values, str(config_path))
-    pretraining.absolute_model_path(workflow.task.model, Path(config_path), optional=True)
+    report = CheckReport()
+    with report.attempt("workflow", goes_on=(QfastError,)):
+        workflow = check_workflow(load_config(config_path, sets).values, str(config_path))
+        pretraining.absolute_model_path(workflow.task.model, Path(config_path), optional=True)
+    if not report.ok:
+        return report
     if device is not None:
         workflow.task.model.kwargs["device"] = device
     workflow.task.model.kwargs.setdefault("seed", 0)
-    report = CheckReport([Finding("ok", "workflow", f"{config_path}: keys, classes and arguments are known")])
+    report.add("ok", "workflow", f"{config_path}: keys, classes and arguments are known")
+    _keep_raw(report, workflow)
     started = time.perf_counter()
-    try:
+    dataset = None
+    with report.attempt("data"):  # duplicate rows, wrong columns, empty periods: each says what and where
         dataset = build_dataset(workflow, data)
-    except QfastError as error:  # duplicate rows, wrong columns, empty periods: each says what and where
-        report.add("error", "data", str(error))
+    if dataset is None:
         return report
-    _look_at_data(report, dataset, time.perf_counter() - started)
-    _look_at_segments(report, workflow, dataset)
-    if experiments and not any(f.level == "error" and f.topic == "segments" for f in report.findings):
-        with _silence():  # what is said of the data has been said once
-            _try(report, "time", lambda: _time_an_epoch(report, workflow, dataset))
-            _try(report, "look-ahead", lambda: _change_the_future(report, workflow, dataset))
-            _try(report, "invariance", lambda: _ask_for_less(report, workflow, dataset))
-    elif experiments:
+    seconds = time.perf_counter() - started
+    with report.attempt("data"):
+        _look_at_data(report, dataset, seconds)
+    with report.attempt("look-ahead"):
+        look_at_expressions(report, dataset.handler)
+    with report.attempt("segments"):
+        _look_at_segments(report, workflow, dataset)
+    if any(f.level == "error" and f.topic == "segments" for f in report.findings):
         report.add("note", "experiments", "left out: the segments come first")
+        return report
+    with _silence():  # what is said of the data has been said once
+        with report.attempt("portfolio"):
+            _look_at_portfolio(report, workflow, dataset)
+        if experiments:
+            experiment(report, workflow, dataset)
     return report
 
 
@@ -141,22 +119,33 @@ def _silence() -> Iterator[None]:
         log.setLevel(before)
 
 
-def _try(report: CheckReport, topic: str, experiment: Callable[[], None]) -> None:
-    try:
-        experiment()
-    except QfastError as error:
-        report.add("error", topic, str(error))
-
-
 # ---------------------------------------------------------------- data
+def _keep_raw(report: CheckReport, workflow: Workflow) -> None:
+    """A run compares its scores with raw labels; the rest of the check goes on as if they were kept."""
+    own = workflow.task.dataset.kwargs.handler.kwargs.model_extra or {}
+    if own.get("drop_raw"):
+        report.add(
+            "error", "data",
+            "task.dataset.kwargs.handler.kwargs.drop_raw is true, and `qfast run` needs the raw labels: it will stop "
+            "with RawDataDroppedError. Remedy: leave drop_raw out",
+        )  # fmt: skip
+        own["drop_raw"] = False
+
+
 def _look_at_data(report: CheckReport, dataset: Any, seconds: float) -> None:
     handler = dataset.handler
+    if handler.drop_raw:
+        report.add(
+            "error", "data",
+            f"{type(handler).__name__} drops the raw data, and `qfast run` needs the raw labels: it will stop with "
+            "RawDataDroppedError. Remedy: build it with drop_raw=False",
+        )  # fmt: skip
     infer = handler.panel("infer")
-    dates = infer.datetimes[infer.date_codes[[0, -1]]] if infer.n_rows else infer.datetimes
+    codes = infer.date_codes[infer.live_rows()]
     report.add(
         "ok", "data",
-        f"{infer.n_live:,} rows, {len(infer.instruments)} instruments, {date_text(dates.min())} to "
-        f"{date_text(infer.datetimes[int(infer.date_codes.max())])}; no key occurs twice; read and processed in "
+        f"{infer.n_live:,} rows, {len(infer.instruments)} instruments, {date_text(infer.datetimes[codes.min()])} to "
+        f"{date_text(infer.datetimes[codes.max()])}; no key occurs twice; read and processed in "
         f"{seconds:.1f} s",
     )  # fmt: skip
     raw = infer if handler.drop_raw else handler.panel("raw")
@@ -273,175 +262,37 @@ def _look_at_fit_windows(report: CheckReport, dataset: Any, panel: Panel, spans:
                 report.add("ok", "fit window", f"{name} is fitted up to {end}, before what is scored")
 
 
-# ---------------------------------------------------------------- experiments
-class _EnoughError(Exception):
-    """Ends a timed fit."""
-
-
-class _Stopwatch(Callback):
-    """Times the first batches of a fit and ends it."""
-
-    def __init__(self) -> None:
-        self.moments: list[float] = []
-
-    def on_epoch_start(self, estimator: Any) -> None:
-        self.moments.append(time.perf_counter())
-
-    def on_batch_end(self, estimator: Any) -> None:
-        self.moments.append(time.perf_counter())
-        if len(self.moments) > TIMED_BATCHES:
-            raise _EnoughError
-
-    def on_epoch_end(self, estimator: Any) -> None:  # fewer batches than that
-        raise _EnoughError
-
-    @property
-    def seconds(self) -> float:
-        """Of a batch; the first one pays for memory and threads."""
-        steps = np.diff(self.moments)
-        return float(np.median(steps[1:] if len(steps) > 1 else steps))
-
-
-def _build_model(workflow: Workflow, **changes: Any) -> Any:
-    spec = workflow.task.model.given()
-    return registry.MODELS.build({**spec, "kwargs": {**spec.get("kwargs", {}), **changes}}, path="task.model")
-
-
-def _time_an_epoch(report: CheckReport, workflow: Workflow, dataset: Any) -> None:
-    panel = dataset.handler.panel("infer")
-    size = sum(p.nbytes for p in _distinct([dataset.handler.panel("infer"), dataset.handler.panel("learn")]))
-    report.add("note", "memory", f"features and labels take {size / 2**20:,.0f} MB and are held once")
-    model, watch = _build_model(workflow, n_epochs=1, progress=False), _Stopwatch()
-    try:
-        model.fit(dataset, callbacks=[watch])
-    except _EnoughError:
-        pass
-    except QfastError as error:
-        report.add("error", "training", str(error))
+# ---------------------------------------------------------------- portfolio
+def _look_at_portfolio(report: CheckReport, workflow: Workflow, dataset: Any) -> None:
+    """The backtest that the file asks for, on scores drawn at random."""
+    objects = {"<MODEL>": None, "<DATASET>": dataset, "<PRED>": "<PRED>"}
+    task = workflow.resolved()["task"]
+    plans = []
+    for position, spec in enumerate(workflow.task.record):
+        record = registry.RECORDS.build(fill_placeholders(spec.given(), objects, task), path=f"task.record.{position}")
+        plans += [record.plan] if isinstance(record, PortAnaRecord) else []
+    if not plans:
         return
-    rows = panel.rows_between(*dataset.segments["train"])
-    size = model.get_params().get("batch_size")
-    batches = len(np.unique(panel.date_codes[rows])) if size is None else max(1, len(rows) // size)  # None: a day each
-    epoch, epochs = watch.seconds * batches, workflow.task.model.kwargs.get("n_epochs", 200)
+    for plan in plans:
+        plan.check_prices(dataset.handler, workflow.qlib_init.region)
+    with report.attempt("portfolio", "`qfast run` will leave the backtest out: "):
+        _rehearse(report, plans[0], workflow, dataset)  # the first one is the one that is run
+
+
+def _rehearse(report: CheckReport, plan: PortfolioPlan, workflow: Workflow, dataset: Any) -> None:
+    if "test" not in dataset.segments:
+        raise DataError("there is no segment test, whose scores it trades on.")
+    panel = dataset.handler.panel("infer")
+    rows = panel.rows_between(*dataset.segments["test"])
+    there = np.unique(panel.instrument_codes[rows])
+    rows = rows[np.isin(panel.instrument_codes[rows], there[:: -(-len(there) // TRADED)])]
+    score = pd.Series(np.random.default_rng(0).standard_normal(len(rows)), panel.index(rows), name="score")
+    found = plan.run(score, dataset.handler, workflow.qlib_init.region)
+    days = found.backtest.report.index
     report.add(
-        "note", "time",
-        f"a training pass takes about {_duration(epoch)} ({batches:,} batches of {watch.seconds * 1e3:,.0f} ms, "
-        f"{model.device}); {epochs} epochs, with their evaluation, at most {_duration(1.5 * epoch * int(epochs))}",
+        "ok", "portfolio",
+        f"{len(days)} days can be traded, {date_text(days[0])} to {date_text(days[-1])} (tried on "
+        f"{min(len(there), TRADED)} instruments)",
     )  # fmt: skip
-
-
-def _distinct(panels: Sequence[Panel]) -> Iterator[Any]:
-    seen: set[int] = set()
-    for panel in panels:
-        for block in panel.blocks.values():
-            if id(block.values) not in seen:
-                seen.add(id(block.values))
-                yield block.values
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _change_the_future(report: CheckReport, workflow: Workflow, dataset: Any) -> None:
-    """Prices after a day in the middle of what is scored are changed; features and scores up to it must not move."""
-    name = _scored(dataset)
-    panel = dataset.handler.panel("infer")
-    codes = np.unique(panel.date_codes[panel.rows_between(*dataset.segments[name])])
-    if len(codes) < 4:
-        report.add("note", "look-ahead", f"{name} has too few days for the experiment")
-        return
-    cut = panel.datetimes[int(codes[len(codes) // 2])]
-    source = _source(dataset.handler)
-    if source is None:
-        report.add("note", "look-ahead", "the prices or factors were given up (drop_raw), so nothing can be changed")
-        return
-    some_names = [str(n) for n in panel.instruments[:: -(-len(panel.instruments) // SAMPLE)]]
-    source = restrict_rows(source, [n for n in source.instruments if str(n) in set(some_names)], None, None)
-    sets = [_rebuilt(workflow, prices) for prices in (source, _with_another_future(source, cut))]
-    frames = [s.handler.fetch(slice(None, cut), col_set="feature", data_key="infer") for s in sets]
-    moved = [str(c) for c in frames[0] if not np.array_equal(frames[0][c], frames[1][c], equal_nan=True)]
-    said = f"with every price after {date_text(cut)} changed ({len(source.instruments)} instruments)"
-    if moved:
-        report.add("error", "look-ahead", f"{said}, {len(moved)} feature(s) of earlier days move: {some(moved)}")
-    else:
-        report.add("ok", "look-ahead", f"{said}, no feature of that day or before moves by a bit")
-    one, other = (_with_first_weights(workflow).predict(part, name).sort_index() for part in sets)
-    keep = one.index.get_level_values("datetime") <= cut
-    _say_difference(report, "look-ahead", said, one[keep], other.reindex(one.index[keep]))
-
-
-def _ask_for_less(report: CheckReport, workflow: Workflow, dataset: Any) -> None:
-    """Scores of the second half of a segment, asked for with the first half and without."""
-    name = _scored(dataset)
-    panel = dataset.handler.panel("infer")
-    codes = np.unique(panel.date_codes[panel.rows_between(*dataset.segments[name])])
-    middle = panel.datetimes[int(codes[len(codes) // 2])]
-    end = dataset.segments[name][1]
-    model = _with_first_weights(workflow)
-    whole, part = model.predict(dataset, name), model.predict(dataset, slice(middle, end))
-    _say_difference(
-        report,
-        "invariance",
-        f"asked for from {date_text(middle)} on and with what lies before",
-        whole.loc[part.index],
-        part,
-    )
-
-
-def _scored(dataset: Any) -> str:
-    return next((name for name in ("test", "valid") if name in dataset.segments), "train")
-
-
-def _source(handler: Any) -> Panel | None:
-    """What the handler's features are computed from: prices, or the user's own factors."""
-    if isinstance(handler, PriceHandler):
-        return handler.prices
-    return None if handler.drop_raw else handler.panel("raw")
-
-
-def _with_another_future(panel: Panel, cut: pd.Timestamp) -> Panel:
-    rng = np.random.default_rng(0)
-    later = np.asarray(panel.datetimes > cut)[panel.date_codes]
-    blocks = {}
-    for group, block in panel.blocks.items():
-        values = block.values.copy()
-        factor = np.exp(0.3 * rng.standard_normal((int(later.sum()), values.shape[1])))
-        values[later] = (values[later] * factor + 0.01).astype(values.dtype)
-        blocks[group] = replace(block, values=values)
-    return replace(panel, blocks=blocks)
-
-
-def _rebuilt(workflow: Workflow, source: Panel) -> Any:
-    """The workflow's dataset over other prices or factors."""
-    spec = workflow.task.dataset.given()
-    own = spec["kwargs"]["handler"].setdefault("kwargs", {})
-    for name in ("instruments", "cache"):
-        own.pop(name, None)
-    return build_dataset(workflow.model_copy(update={"task": _task(workflow, spec)}), source)
-
-
-def _task(workflow: Workflow, spec: Mapping[str, Any]) -> Any:
-    return workflow.task.model_copy(update={"dataset": type(workflow.task.dataset).model_validate(spec)})
-
-
-def _with_first_weights(workflow: Workflow) -> Any:
-    model = _build_model(workflow, progress=False)
-    model.fitted = True
-    return model
-
-
-def _say_difference(report: CheckReport, topic: str, said: str, one: pd.Series, other: pd.Series) -> None:
-    apart = np.abs(one.to_numpy(dtype=float) - other.to_numpy(dtype=float))
-    spread = float(np.nanstd(one.to_numpy(dtype=float))) or 1.0
-    unlike = ~(apart <= SAME * spread) & ~(np.isnan(one.to_numpy()) & np.isnan(other.to_numpy()))
-    if unlike.any():
-        first = one.index[int(np.argmax(unlike))]
-        report.add(
-            "error", topic,
-            f"{said}, {int(unlike.sum()):,} of {len(one):,} scores differ, first {first[1]} on {date_text(first[0])}",
-        )  # fmt: skip
-    else:
-        report.add("ok", topic, f"{said}, all {len(one):,} scores are the same")
+    for note in found.notes:
+        report.add("note", "portfolio", note)
