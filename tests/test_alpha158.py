@@ -227,6 +227,8 @@ def test_an_instrument_outside_the_market_can_be_looked_at(tmp_path):
         ({"features": ["$clos"]}, DataError, r"no column 'clos'.* Did you mean 'close'\?"),
         ({"features": ["Mask($close, 'ZZ')"]}, DataError, r"\['ZZ'\] \(1 in all\) are not in the data"),
         ({"features": ["$close"], "cache": __file__}, ConfigError, "cache: .* is not a folder"),
+        ({"features": ["$close"], "cache": True}, ConfigError, "cache: expected a folder's path .*, got True"),
+        ({"features": ["$close"], "cache": ""}, ConfigError, "cache: expected a folder's path .*, got ''"),
         ({"features": ["$close"], "filter_pipe": [1]}, ConfigError, "filter_pipe is not available"),
     ],
 )
@@ -278,7 +280,9 @@ def test_a_damaged_file_is_said_and_computed_again(tmp_path, caplog):
     first = cached(tmp_path, frame)
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"", b"PAR1 no"):
+    middle = len(whole) // 2
+    scratched = whole[: middle - 64] + b"\xff" * 128 + whole[middle + 64 :]
+    for damaged in (whole[: len(whole) // 2], b"", b"PAR1 no", scratched):
         file.write_bytes(damaged)
         with caplog.at_level(logging.WARNING, logger="qfast"):
             pd.testing.assert_frame_equal(cached(tmp_path, frame), first)

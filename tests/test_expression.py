@@ -138,6 +138,13 @@ def test_optional_fields_are_nan():
         ("$close if $open else 1", "only fields, numbers", 0),
         ("$收 + close", "unknown name 'close'", 5),
         ("Ref(1, 2)", "Ref needs a field to work on", 4),
+        ("Ref($close, 99999999999999999999999)", r"Ref\(x, n\): n goes up to 1,000,000,000", 12),
+        ("Mean($close, 99999999999999999999999)", r"n goes up to 1,000,000,000", 13),
+        ("$close * 10 ** 400", "int too large to convert to float", 9),
+        ("$close * 9 ** 9 ** 9", "too large|out of range", 9),
+        ("$close * " + "9" * 400, "int too large to convert to float", 9),
+        ("$close * (-1) ** 0.5", "not a real number", 9),
+        ("($close > 1) - ($open > 1)", r"cannot be subtracted; write If\(a > b, 1, 0\)", 0),
     ],
 )
 def test_mistakes_are_pointed_at(text, message, caret):
@@ -148,6 +155,23 @@ def test_mistakes_are_pointed_at(text, message, caret):
     assert pointer.strip() == "^"
     if caret is not None:  # where Python itself stops parsing differs between its versions
         assert pointer.index("^") - 4 == caret
+
+
+def test_long_sums():
+    panel = price_panel()
+    expected = 200 * panel.column("close")
+    np.testing.assert_allclose(evaluate(" + ".join(["$close"] * 200), panel), expected, rtol=1e-5)
+    groups = " + ".join("(" + " + ".join(["$close"] * 100) + ")" for _ in range(2))
+    np.testing.assert_allclose(evaluate(groups, panel), expected, rtol=1e-5)
+    for terms in (2_000, 100_000):
+        with pytest.raises(ConfigError, match=r"nested more than 250 deep|does not parse"):
+            evaluate(" + ".join(["$close"] * terms), panel)
+
+
+def test_line_breaks_of_any_kind():
+    panel = price_panel()
+    found = evaluate("Mean($close,\r\n\t5) /\n$close", panel)
+    np.testing.assert_array_equal(found, evaluate("Mean($close, 5) / $close", panel))
 
 
 def test_other_refusals():

@@ -48,7 +48,7 @@ ROLLING = [
 MEMORY = [
     *(f"{name}($close, 0)" for name in WINDOWED), "Ref($close, 0)", "Delta($close, 0)", "Quantile($close, 0, 0.3)",
     "Corr($close, $volume, 0)", "Cov($close, $open, 0)", "Mean($close, 0.2)", "Max($close, 0.5)", "EMA($close, 0.1)",
-    "EMA($close / $open, 12) - EMA($close / $open, 26)",
+    "EMA($close / $open, 12) - EMA($close / $open, 26)", "EMA($close, 0)", "EMA(1 / $volume, 0)",
 ]  # fmt: skip
 
 
@@ -311,8 +311,17 @@ def test_operators_of_ones_own():
         with pytest.raises(ConfigError, match="takes 3 argument"):
             evaluate("Range($high, $low)", panel)
         register_operator("Range", lambda x: x[:-1])
-        with pytest.raises(ConfigError, match="operator 'Range': its function must give one value a row"):
+        with pytest.raises(ConfigError, match=r"failed for \w+: ValueError: it must give one value a row, .*got"):
             evaluate("Range($high)", panel)
+        register_operator("Range", np.ndarray.fill, settings=1)  # writes to what it is given
+        before = panel.values("price").copy()
+        with pytest.raises(ConfigError, match=r"failed for .*read-only") as caught:
+            evaluate("$high - Range($low, 0)", panel)
+        assert str(caught.value).endswith("    $high - Range($low, 0)\n            ^")
+        np.testing.assert_array_equal(panel.values("price"), before)
+        register_operator("Range", lambda x: x, reach=lambda: None)
+        with pytest.raises(ConfigError, match="reach of operator 'Range' gave None for the settings"):
+            reach("Range($high)")
     finally:
         unregister_operator("Range")
         unregister_operator("Fresh")
@@ -329,6 +338,8 @@ def test_operators_of_ones_own():
         (("Mine", abs, {"series": 0}), "series of operator 'Mine' must be a whole number from 1"),
         (("Mine", abs, {"settings": -1}), "settings of operator 'Mine' must be a whole number from 0"),
         (("Mine", abs, {"reach": (1, -1)}), "must be .rows before, rows after."),
+        (("Mine", abs, {"reach": 5}), "must be .rows before, rows after., got 5"),
+        (("Mine", abs, {"reach": ("a", 1)}), "must be .rows before, rows after."),
     ],
 )
 def test_registering_refuses(arguments, message):
@@ -340,6 +351,12 @@ def test_registering_refuses(arguments, message):
 
 
 # ---------------------------------------------------------------- stores, and pyqlib as the oracle
+def test_an_unknown_field_is_told_what_the_store_has(tmp_path):
+    root = write_store(tmp_path / "store")
+    with pytest.raises(DataError, match=r"no column 'opne'; it has \[.*'close'.*'open'.*\]. Did you mean 'open'"):
+        FactorHandler(["$close", "Mean($opne, 5)"], provider_uri=root, learn_processors=[])
+
+
 def through_the_handler(root: Path, texts: list[str], market: str = "all", **times: str) -> pd.DataFrame:
     handler = FactorHandler(texts, market, provider_uri=root, learn_processors=[], label=["$close"], **times)
     return handler.fetch(col_set="feature")

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import ast
 import operator
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from qfast.data.operators import OPERATORS, SYMBOLS, Reach, check_setting
-from qfast.errors import ConfigError, suggest
+from qfast.errors import ConfigError, shown, suggest
 
 __all__ = ["Call", "ExpressionError", "Field", "Node", "Number", "fields", "instruments", "parse", "pointed", "reach"]
 
+DEEPEST = 250  # operators inside operators; Python's own limit would be met soon after
 FIELD_MARK = "_"  # stands in for "$" while Python parses, so that positions stay the same
 
 BINARY: Mapping[type[ast.AST], str] = {
@@ -84,7 +86,7 @@ def parse(text: str) -> Node:
     """
     if not isinstance(text, str) or not text.strip():
         raise ExpressionError(f"an expression must be a text such as '$close', got {text!r}.")
-    line = " ".join(text.split("\n"))
+    line = _one_line(text)
     lead = len(line) - len(line.lstrip())
     try:
         tree = ast.parse(line.strip().replace("$", FIELD_MARK), mode="eval").body
@@ -92,7 +94,7 @@ def parse(text: str) -> Node:
         at = max(0, min((error.offset or 1) - 1 + lead, len(line)))
         raise ExpressionError(_caret(text, at, f"does not parse: {error.msg}")) from None
     except (ValueError, RecursionError, MemoryError) as error:
-        raise ExpressionError(_caret(text, 0, f"does not parse: {error}")) from None
+        raise ExpressionError(f"expression: does not parse: {error}\n    {shown(text)}") from None
     code = line.strip().encode()
     for node in ast.walk(tree):  # Python counts bytes, the caret counts characters
         if hasattr(node, "col_offset"):
@@ -156,20 +158,36 @@ def pointed(text: str, node: Node, problem: str) -> str:
     return _caret(text, node.at, problem)
 
 
+def _one_line(text: str) -> str:
+    """Line breaks and tabs are blanks; every character keeps its place."""
+    return re.sub(r"\s", " ", text)
+
+
 def _caret(text: str, at: int, problem: str) -> str:
-    line = " ".join(text.split("\n"))
-    return f"expression: {problem}\n    {line}\n    {' ' * at}^"
+    return f"expression: {problem}\n    {_one_line(text)}\n    {' ' * at}^"
 
 
 class _Reader:
     """Turns Python's tree into ours and refuses everything else in it."""
 
     def __init__(self, text: str) -> None:
-        self.text = text
+        self.text, self.line = text, _one_line(text)
+        self.depth = 0
 
     def node(self, node: ast.expr) -> Node:
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise self._error(
+                node,
+                f"nested more than {DEEPEST} deep (a sum of many terms is, too). Remedy: brackets around groups of it",
+            )
+        found = self._node(node)
+        self.depth -= 1
+        return found
+
+    def _node(self, node: ast.expr) -> Node:
         if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-            return Number(node.value, node.col_offset)
+            return Number(self._finite(node, lambda: node.value), node.col_offset)
         if isinstance(node, ast.Name):
             return self._name(node)
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
@@ -190,9 +208,9 @@ class _Reader:
 
     def _name(self, node: ast.Name) -> Field:
         at = node.col_offset
-        if self._line()[at : at + 2] == "$$":
+        if self.line[at : at + 2] == "$$":
             raise self._error(node, "fields of point-in-time data ($$name) are not available")
-        if self._line()[at : at + 1] != "$":
+        if self.line[at : at + 1] != "$":
             raise self._error(node, f"unknown name {node.id!r}; a field is written ${node.id}")
         return Field(node.id[len(FIELD_MARK) :].lower(), at)
 
@@ -210,11 +228,20 @@ class _Reader:
             return Call(name, sides, (), node.col_offset)
         if name not in ARITHMETIC:
             raise self._error(node, f"{SYMBOLS[name]!r} between two numbers")
+        values = [side.value for side in sides if isinstance(side, Number)]
+        if name == "Power" and abs(values[1]) > 1024:  # of whole numbers it would have no end
+            values = [float(value) for value in values]
+        return Number(self._finite(node, lambda: ARITHMETIC[name](*values)), node.col_offset)
+
+    def _finite(self, node: ast.expr, compute: Callable[[], Any]) -> Any:
         try:
-            value = ARITHMETIC[name](*(side.value for side in sides))  # type: ignore[union-attr]
+            value = compute()
+            if isinstance(value, complex):
+                raise self._error(node, "not a real number")
+            float(value)
         except (ArithmeticError, ValueError) as error:
             raise self._error(node, str(error)) from None
-        return Number(value, node.col_offset)
+        return value
 
     def _call(self, node: ast.Call, name: str) -> Node:
         arguments = node.args
@@ -255,9 +282,6 @@ class _Reader:
         if problem is not None:
             raise self._error(argument, problem)
         return value
-
-    def _line(self) -> str:
-        return " ".join(self.text.split("\n"))
 
     def _error(self, node: ast.expr, problem: str) -> ExpressionError:
         return ExpressionError(_caret(self.text, node.col_offset, problem))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,14 @@ import qfast
 from qfast.data.expression import Call, parse, walk
 from qfast.data.operators import OPERATORS
 from qfast.data.prices import Prices
-from qfast.errors import ConfigError, QfastError
+from qfast.errors import ConfigError, QfastError, shown
 from qfast.files import atomic_write
 
 __all__ = ["FactorCache"]
 
 log = logging.getLogger("qfast.data")
 
-FORMAT = 1  # of the files; counts in their names
+FORMAT = 2  # of the files; counts in their names
 ROW_GROUP = 1 << 15  # rows that are put from rows into columns, or back, at a time
 
 
@@ -57,6 +58,8 @@ class FactorCache:
     """
 
     def __init__(self, folder: Any) -> None:
+        if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
+            raise ConfigError(f"cache: expected a folder's path or nothing at all, got {shown(folder)}.")
         self.folder = Path(folder).expanduser()
         if self.folder.exists() and not self.folder.is_dir():
             raise ConfigError(f"cache: {str(self.folder)!r} is not a folder.")
@@ -120,7 +123,7 @@ class FactorCache:
 
         file = self.path(key)
         try:
-            with pq.ParquetFile(file, memory_map=True) as parquet:
+            with pq.ParquetFile(file, memory_map=True, page_checksum_verification=True) as parquet:
                 if parquet.metadata.num_rows != n_rows or parquet.metadata.num_columns != len(texts):
                     raise ValueError(f"{parquet.metadata.num_rows} rows of {parquet.metadata.num_columns} columns")
                 out = np.empty((n_rows, len(texts)), dtype=np.float32)
@@ -154,7 +157,8 @@ class FactorCache:
         schema = pa.schema([(f"{place}: {text}", pa.float32()) for place, text in enumerate(texts)])
 
         def fill(file: Path) -> None:
-            with pq.ParquetWriter(file, schema, compression="none", use_dictionary=False, write_statistics=False) as to:
+            plain = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+            with pq.ParquetWriter(file, schema, write_page_checksum=True, **plain) as to:
                 for start in range(0, len(values), ROW_GROUP):
                     columns = np.ascontiguousarray(values[start : start + ROW_GROUP].T)
                     to.write_table(pa.Table.from_arrays([pa.array(column) for column in columns], schema=schema))

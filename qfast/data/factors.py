@@ -234,9 +234,7 @@ class _Graph:
 
     def _check_field(self, text: str, node: Field) -> None:
         if node.name not in self.columns and node.name not in self.optional:
-            near = suggest(node.name, self.columns)
-            problem = f"the data has no column {node.name!r}; it has {sorted(self.columns)}."
-            raise DataError(pointed(text, node, problem + near))
+            raise no_such_field(text, node, self.columns)
 
     def _other(self, text: str, node: Call, begin: int) -> np.ndarray:
         """float32 or float64 [D]: an expression of another instrument, by date code of this panel."""
@@ -260,6 +258,12 @@ class _Graph:
         by_day = np.full(len(self.panel.datetimes), np.nan, dtype=np.result_type(values, np.float32))
         by_day[place[place >= 0]] = values[place >= 0]
         return by_day
+
+
+def no_such_field(text: str, node: Field, known: Collection[str]) -> DataError:
+    """The error of an expression whose field is none of those known."""
+    problem = f"the data has no column {node.name!r}; it has {sorted(known)}.{suggest(node.name, known)}"
+    return DataError(pointed(text, node, problem))
 
 
 def depends_on_the_start(text: str) -> bool:
@@ -356,7 +360,7 @@ class _Chunk:
         if kind == EMA:
             return self._sweep("ema", settings[2], [max(1, int(settings[1]))], inputs)[max(1, int(settings[1]))]
         if kind == EMA_OVER_ALL:
-            return self._each(inputs, _ema_over_all)
+            return self._each(number, inputs, _ema_over_all)
         if kind == FROM_THE_START:
             return self._from_the_start(settings[0], settings[2], inputs)
         return self._operator(number, OPERATORS[kind], settings, inputs)
@@ -368,12 +372,14 @@ class _Chunk:
                 return shifted
             return replace(shifted, values=inputs[0].values - shifted.values)
         if operator.form == "user":
-            return self._each(inputs, lambda *parts: operator.function(*parts, *settings), operator.name)
+            return self._each(number, inputs, lambda *parts: operator.function(*parts, *settings))
         try:
             return self._elementwise(operator, inputs)
         except TypeError as error:  # logic on numbers, arithmetic on truth values: NumPy says which
-            text, node = self.graph.source[number]
-            raise ExpressionError(pointed(text, node, str(error))) from None
+            said = f"{error}"
+            if operator.name == "Sub":  # NumPy would have it written with a sign that the language has not
+                said = "comparisons cannot be subtracted; write If(a > b, 1, 0) - If(c > d, 1, 0)"
+            raise ExpressionError(pointed(*self.graph.source[number], said)) from None
 
     def _elementwise(self, operator: Any, inputs: list[Any]) -> _Series:
         series = [part for part in inputs if isinstance(part, _Series)]
@@ -471,24 +477,30 @@ class _Chunk:
         found = cov.values / np.sqrt(spread[0] * spread[1])
         return replace(cov, values=found if name == "Corr" else found**2)
 
-    def _each(self, inputs: list[_Series], function: Callable[..., Any], name: str = "") -> _Series:
+    def _each(self, number: int, inputs: list[_Series], function: Callable[..., Any]) -> _Series:
         """A function of one instrument's series at a time."""
         extent = inputs[0].extent
         for other in inputs[1:]:
             extent = self._union(extent, other.extent)
         bounds = self.whole if extent is None else extent
         out = np.full(len(self.rows), np.nan)
-        for start, stop in zip(bounds.start.tolist(), bounds.stop.tolist(), strict=True):
-            if start >= stop:
-                continue
-            found = np.asarray(function(*(part.values[start:stop] for part in inputs)))
-            if found.shape != (stop - start,):
-                raise ConfigError(
-                    f"operator {name!r}: its function must give one value a row, shape {(stop - start,)}, "
-                    f"got {found.shape}."
-                )
-            out[start:stop] = found
+        for who, (start, stop) in enumerate(zip(bounds.start.tolist(), bounds.stop.tolist(), strict=True)):
+            if start < stop:
+                out[start:stop] = self._called(number, who, function, [part.values[start:stop] for part in inputs])
         return _Series(out, extent)
+
+    def _called(self, number: int, who: int, function: Callable[..., Any], parts: list[np.ndarray]) -> np.ndarray:
+        for part in parts:
+            part.setflags(write=False)  # a view of ours: what it shows may be the caller's prices
+        try:
+            found = np.asarray(function(*parts), dtype=np.float64)
+            if found.shape != parts[0].shape:
+                raise ValueError(f"it must give one value a row, shape {parts[0].shape}, got {found.shape}")
+        except Exception as error:
+            name = self.graph.panel.instruments[self.who.start + who]
+            said = f"the function of the operator failed for {name}: {type(error).__name__}: {error}"
+            raise ConfigError(pointed(*self.graph.source[number], said)) from error
+        return found
 
 
 def _used(step: int, left: dict[int, int], found: dict[int, Any]) -> None:
@@ -499,10 +511,12 @@ def _used(step: int, left: dict[int, int], found: dict[int, Any]) -> None:
 
 def _ema_over_all(values: np.ndarray) -> np.ndarray:
     """The reference's EMA(x, 0): at row n the mean of all rows so far, with the weights of a span of n."""
-    out = np.empty(len(values))
-    for n in range(1, len(values) + 1):
+    out = np.full(len(values), np.nan)
+    known = np.isfinite(values)
+    there = np.where(known, values, 0)
+    for n in range(1 + int(np.argmax(known)) if known.any() else len(values) + 1, len(values) + 1):
         weights = (1 - 2 / (1 + n)) ** np.arange(n)[::-1]
-        out[n - 1] = np.nansum(weights / weights.sum() * values[:n])
+        out[n - 1] = weights @ there[:n] / weights.sum()
     return out
 
 

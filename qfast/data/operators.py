@@ -20,6 +20,7 @@ SYMBOLS = {
     "Add": "+", "Sub": "-", "Mul": "*", "Div": "/", "Power": "**", "Gt": ">", "Ge": ">=", "Lt": "<", "Le": "<=",
     "Eq": "==", "Ne": "!=", "And": "&", "Or": "|",
 }  # fmt: skip
+LARGEST = 10**9  # rows of a shift or a window
 TAIL = 1e-6  # an exponential weight that is no longer looked at
 
 
@@ -60,6 +61,11 @@ class Operator:
         before, after = inner
         if self.reach is not None:
             own = self.reach(*settings)
+            if not _is_reach(own):
+                raise ConfigError(
+                    f"reach of operator {self.name!r} gave {shown(own)} for the settings {settings}; it must give "
+                    "(rows before, rows after)."
+                )
             return before + own[0], after + own[1]
         if self.form in ("shift", "delta"):
             rows = settings[0]
@@ -76,6 +82,12 @@ class Operator:
         if self.form in ("shift", "delta", "rolling", "pair"):
             return self.name == "EMA" or settings[0] == 0 or 0 < settings[0] < 1
         return False
+
+
+def _is_reach(value: Any) -> bool:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        return False
+    return all(isinstance(part, int) and not isinstance(part, bool) and part >= 0 for part in value)
 
 
 def _builtin() -> dict[str, Operator]:
@@ -116,7 +128,7 @@ def register_operator(
         How expressions call it. Registering a name again replaces it; the built-in ones stay.
     function : callable
         Called once per instrument with `series` arrays [L] of its rows, in order of time, and then the settings;
-        gives the L values. The arrays are not to be changed.
+        gives the L values. The arrays cannot be written to.
     series : int
         Number of leading arguments that are expressions.
     settings : int
@@ -154,9 +166,9 @@ def register_operator(
     if callable(reach):
         rows = reach
     else:
-        if len(tuple(reach)) != 2 or min(reach) < 0:
+        if not _is_reach(reach):
             raise ConfigError(f"reach of operator {name!r} must be (rows before, rows after), got {reach!r}.")
-        before, after = (int(part) for part in reach)
+        before, after = reach
 
         def rows(*_: Any) -> Reach:
             return before, after
@@ -188,6 +200,8 @@ def check_setting(operator: Operator, kind: str, value: Any) -> str | None:
         return None if isinstance(value, str) else f"{operator.name} needs the name of an instrument in quotes"
     if isinstance(value, (str, bool)):
         return f"{operator.name} needs a number here"
+    if kind in ("shift", "window") and not abs(value) <= LARGEST:
+        return f"{operator.name}(x, n): n goes up to {LARGEST:,}"
     if kind == "shift":
         return None if whole else f"{operator.name}(x, n) needs a whole number n"
     if kind == "window":

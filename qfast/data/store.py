@@ -61,6 +61,11 @@ class BinaryStore:
         """Names of the market files."""
         return sorted(p.stem for p in (self.root / "instruments").glob("*.txt"))
 
+    def fields(self) -> list[str]:
+        """Names of the fields that some instrument has."""
+        suffix = f".{self.freq}.bin"
+        return sorted({file.name.removesuffix(suffix) for file in (self.root / "features").glob(f"*/*{suffix}")})
+
     def read(
         self,
         instruments: Any = "all",

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qfast.data.expression import fields, reach
-from qfast.data.factors import evaluate_all, other_prices
+from qfast.data.expression import Field, fields, parse, reach, walk
+from qfast.data.factors import evaluate_all, no_such_field, other_prices
 from qfast.data.handlers.base import DataHandlerLP
 from qfast.data.panel import Block, Panel
 from qfast.data.prices import PRICE_FIELDS, Prices
 from qfast.data.processors import Workspace
 from qfast.data.rows import restrict_rows, take_rows
 from qfast.data.sources import read_prices
-from qfast.data.store import is_store
+from qfast.data.store import BinaryStore, is_store
 from qfast.errors import ConfigError, DataError, shown
 
 log = logging.getLogger("qfast.data")
@@ -173,6 +173,7 @@ class PriceHandler(DataHandlerLP):
         """The reference reads a field without a file as NaN; say so, and refuse if none is there."""
         known = {name.lower() for name in self._prices.panel.columns("price")}
         missing = [f for f in self._feature_fields() if f not in known and f in PRICE_FIELDS]
+        self._require_fields(known)
         if "close" in missing:
             raise DataError(f"{type(self).__name__}: the prices have no column 'close'; they have {sorted(known)}.")
         if missing:
@@ -181,6 +182,14 @@ class PriceHandler(DataHandlerLP):
                 type(self).__name__, ", ".join(missing),
                 " vwap='typical' uses (high + low + close) / 3 instead." if "vwap" in missing else "",
             )  # fmt: skip
+
+    def _require_fields(self, known: Collection[str]) -> None:
+        """A store is read for the fields that are wanted, so what else it has is asked for where one is missing."""
+        for text in (*self._feature_texts(), *self._label):
+            for node in walk(parse(text)):
+                if isinstance(node, Field) and node.name not in known and node.name not in PRICE_FIELDS:
+                    there = known if self._store is None else BinaryStore(self._store[0], self.freq).fields()
+                    raise no_such_field(text, node, there)
 
     def _evaluated(self, texts: Sequence[str], prices: Prices, rows: np.ndarray) -> np.ndarray:
         """float32 [len(rows), len(texts)]."""
