@@ -44,8 +44,7 @@ def extensions() -> list[Extension]:
 
     system = [pybind11.get_include(), *cpp_extension.include_paths()]  # warnings in these are not ours
     flags = ["-O3", "-std=c++20", *(flag for path in system for flag in ("-isystem", path))]
-    # Nobody reads errno or floating-point exceptions; without them sqrt and conditions are vectors too.
-    cxx = [*flags, "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", *WARNINGS]
+    cxx = [*flags, "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", *WARNINGS]  # sqrt in vectors
     tools = subprocess.getoutput(f"{cpp_extension.get_cxx_compiler()} --version; {cuda_home}/bin/nvcc --version")
     if cuda_home:
         cpp_extension.CUDA_HOME = cuda_home  # None beside a CPU-only torch
