@@ -567,6 +567,13 @@ def test_features_without_end_are_those_of_training(tmp_path, rolling):
     assert any("the data begins on 2018-09-03, training on 2018-06-01" in note for note in notes)
 
 
+def test_the_manifest_tells_the_time_of_each_stage(price_case):
+    seconds = manifest(price_case[1])["seconds"]
+    assert list(seconds) == ["data", "training", "scores", "portfolio"]
+    assert all(0 < taken < 600 for taken in seconds.values())
+    assert f"data {seconds['data']:.1f}, training" in (price_case[1] / "report.html").read_text()
+
+
 def test_one_date_can_be_asked_for(price_case, tmp_path):
     prices, path = price_case
     dates = prices.index.get_level_values("datetime").unique().sort_values()

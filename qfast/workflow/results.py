@@ -176,8 +176,12 @@ def _facts(run_folder: RunFolder, workflow: Workflow, model: Any, started: float
         "Versions": ", ".join(f"{name} {version}" for name, version in manifest["versions"].items()),
         "Platform": manifest["platform"],
         "Command": shlex.join(manifest["command"]),
-        "Wall time": f"{time.time() - started:.1f} s",
+        "Wall time": f"{time.time() - started:.1f} s ({_stages(manifest['seconds'])})",
     }
+
+
+def _stages(seconds: Mapping[str, float]) -> str:
+    return ", ".join(f"{stage} {taken:.1f}" for stage, taken in seconds.items())
 
 
 def _span(start: str | None, end: str | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
@@ -74,6 +75,13 @@ class _Job:
     resumed: RunFolder | None = None
     callbacks: Sequence[Callback] = ()
     started: float = field(default_factory=time.time)
+    seconds: dict[str, float] = field(default_factory=dict)  # wall time by stage
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - began, 3)
 
 
 def run(
@@ -302,8 +310,9 @@ class _Loaded:
 
 def _load(job: _Job, model: Any = None) -> _Loaded:
     model = _build_model(job) if model is None else model
-    dataset = build_dataset(job.workflow, job.data)
-    facts = data_facts(dataset.handler, job.data, job.workflow)
+    with job.timed("data"):
+        dataset = build_dataset(job.workflow, job.data)
+        facts = data_facts(dataset.handler, job.data, job.workflow)
     if job.resumed is not None:
         _require_same_data(job.resumed, facts)
         if (job.resumed / LAST).exists():
@@ -326,12 +335,16 @@ def _execute(job: _Job, run_folder: RunFolder, loaded: _Loaded) -> RunResult:
         notes=notices, data=loaded.facts, **folders.environment(),
     )  # fmt: skip
     save_scoring(run_folder, workflow, model, dataset)
-    if not (run_folder / LAST).exists():
-        pretraining.pretrain(run_folder, workflow, model, dataset, job.resumed is not None, job.callbacks)
-    _fit(job, run_folder, model, dataset)
-    results = evaluate(model, dataset, loaded.labels)
-    metrics = write_results(run_folder, records, results)
-    portfolio = _trade(run_folder, workflow, records, results, dataset)
+    with job.timed("training"):
+        if not (run_folder / LAST).exists():
+            pretraining.pretrain(run_folder, workflow, model, dataset, job.resumed is not None, job.callbacks)
+        _fit(job, run_folder, model, dataset)
+    with job.timed("scores"):
+        results = evaluate(model, dataset, loaded.labels)
+        metrics = write_results(run_folder, records, results)
+    with job.timed("portfolio"):
+        portfolio = _trade(run_folder, workflow, records, results, dataset)
+    run_folder.update(seconds=job.seconds)
     write_report(run_folder, workflow, model, dataset, results, metrics, job.started, portfolio)
     traded = {} if portfolio is None else portfolio.backtest.metrics()
     return RunResult(run_folder.path, metrics, model, dataset, traded)
