@@ -228,6 +228,7 @@ def test_an_instrument_outside_the_market_can_be_looked_at(tmp_path):
         ({"features": ["Mask($close, 'ZZ')"]}, DataError, r"\['ZZ'\] \(1 in all\) are not in the data"),
         ({"features": ["$close"], "cache": __file__}, ConfigError, "cache: .* is not a folder"),
         ({"features": ["$close"], "cache": True}, ConfigError, "cache: expected a folder's path .*, got True"),
+        ({"features": ["$close"], "cache": 3}, ConfigError, "cache: expected a folder's path .*, got 3"),
         ({"features": ["$close"], "cache": ""}, ConfigError, "cache: expected a folder's path .*, got ''"),
         ({"features": ["$close"], "filter_pipe": [1]}, ConfigError, "filter_pipe is not available"),
     ],
@@ -289,6 +290,20 @@ def test_a_damaged_file_is_said_and_computed_again(tmp_path, caplog):
         assert "cannot be read" in caplog.text
         caplog.clear()
         assert len(file.read_bytes()) == len(whole)
+
+
+def test_damage_anywhere_gives_no_wrong_value(tmp_path):
+    """In the file's own description too, which no page's checksum covers."""
+    texts, values = ["$close", "$open"], np.arange(20, dtype=np.float32).reshape(10, 2)
+    cache = FactorCache(tmp_path)
+    cache.write("key", texts, values)
+    whole = cache.path("key").read_bytes()
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 8
+        cache.path("key").write_bytes(damaged)
+        found = cache.read("key", texts, len(values))
+        assert found is None or np.array_equal(found, values), place
 
 
 def test_a_full_disk_costs_the_file_and_not_the_run(tmp_path, monkeypatch, caplog):

@@ -14,8 +14,9 @@ from store import FIELDS, read_series, write_store
 
 from qfast.data import FactorHandler
 from qfast.data.expression import fields, reach
-from qfast.data.factors import ROW_CHUNK, evaluate, evaluate_all, register_operator, unregister_operator
+from qfast.data.factors import ROW_CHUNK, _Graph, evaluate, evaluate_all, register_operator, unregister_operator
 from qfast.data.panel import Panel
+from qfast.data.rolling import ema_over_all
 from qfast.data.sources import load_prices, read_prices
 from qfast.errors import ConfigError, DataError
 
@@ -298,6 +299,41 @@ def test_another_instruments_series():
         evaluate("Mask($close, 'Z')", panel)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("market", ["all", "mixed"])
+def test_what_another_instrument_was_equals_qlib(tmp_path, market):
+    """Windows and shifts over a Mask see the other's days, also before the listing of who asks (BBB, EEE)."""
+    qlib = pytest.importorskip("qlib", reason="pyqlib is not installed")
+    root = write_store(tmp_path / "store")
+    qlib.init(provider_uri=str(root), region="us", kernels=1, logging_level=logging.ERROR)
+    from qlib.data import D
+
+    forms = [
+        "Ref({m}, 1)", "Ref({m}, -3)", "Ref({m}, 0)", "Mean({m}, 5)", "Std({m} / 2 + 1, 7)", "Mean({m} > 20, 4)",
+        "Mean(Ref({m}, 2), 4)", "Corr({m}, Ref({m}, 1), 6)", "Abs(Mean({m}, 3)) + 1", "EMA({m}, 5)", "Mean({m}, 0)",
+        "If({m} > 20, 1, 0)", "{m} == {m}", "Mask(Mean(Mask($close, 'AAA'), 3), '{who}')",
+        "Mask(Mean($close, 0) / Mask(EMA($close, 9), 'BBB'), '{who}')",
+    ]  # fmt: skip
+    masks = {who: f"Mask($close, '{who}')" for who in ("AAA", "BBB", "CCC")}
+    texts = [form.format(m=mask, who=who) for who, mask in masks.items() for form in forms]
+    texts.append("Mean($close, 60)")  # more days are read than an EMA begins with
+    for start, end in (("2020-02-26", "2020-05-20"), ("2020-06-10", "2020-06-16")):  # with the first days of BBB, EEE
+        theirs = D.features(D.instruments(market), texts, start, end).swaplevel().sort_index()
+        ours = through_the_handler(root, texts, market, start_time=start, end_time=end)
+        theirs = theirs.reindex(ours.index)  # the reference adds the other's days where who asks has none
+        for text in texts:
+            expected = theirs[text].to_numpy(np.float32)
+            np.testing.assert_allclose(ours[text], expected, rtol=2e-5, atol=1e-6, err_msg=text)
+
+
+def test_one_mask_is_computed_once(monkeypatch):
+    panel, asked = price_panel(3, 40), []
+    other = _Graph._other
+    monkeypatch.setattr(_Graph, "_other", lambda self, *given: asked.append(given) or other(self, *given))
+    evaluate_all([f"$close / Mask($close, 'A') + {n}" for n in range(9)], panel)
+    assert len(asked) == 1
+
+
 def test_operators_of_ones_own():
     panel = price_panel(4, 20)
     register_operator("Range", lambda high, low, scale: (high - low) * scale, series=2, settings=1)
@@ -311,17 +347,23 @@ def test_operators_of_ones_own():
         with pytest.raises(ConfigError, match="takes 3 argument"):
             evaluate("Range($high, $low)", panel)
         register_operator("Range", lambda x: x[:-1])
-        with pytest.raises(ConfigError, match=r"failed for \w+: ValueError: it must give one value a row, .*got"):
+        with pytest.raises(ConfigError, match=r"'Range' failed for \w+: ValueError: it must give one value a row"):
             evaluate("Range($high)", panel)
         register_operator("Range", np.ndarray.fill, settings=1)  # writes to what it is given
         before = panel.values("price").copy()
-        with pytest.raises(ConfigError, match=r"failed for .*read-only") as caught:
+        with pytest.raises(ConfigError, match=r"operator 'Range' failed for .*read-only") as caught:
             evaluate("$high - Range($low, 0)", panel)
+        assert isinstance(caught.value.__cause__, ValueError)
         assert str(caught.value).endswith("    $high - Range($low, 0)\n            ^")
         np.testing.assert_array_equal(panel.values("price"), before)
         register_operator("Range", lambda x: x, reach=lambda: None)
         with pytest.raises(ConfigError, match="reach of operator 'Range' gave None for the settings"):
             reach("Range($high)")
+        register_operator("Range", lambda x: x, reach=lambda n: (n, 0))
+        with pytest.raises(ConfigError, match=r"reach of operator 'Range' failed for the settings \(\): TypeError"):
+            reach("Range($high)")
+        register_operator("Range", lambda x: x, reach=(np.int64(3), 0))
+        assert reach("Range($high)") == (3, 0)
     finally:
         unregister_operator("Range")
         unregister_operator("Fresh")
@@ -338,7 +380,7 @@ def test_operators_of_ones_own():
         (("Mine", abs, {"series": 0}), "series of operator 'Mine' must be a whole number from 1"),
         (("Mine", abs, {"settings": -1}), "settings of operator 'Mine' must be a whole number from 0"),
         (("Mine", abs, {"reach": (1, -1)}), "must be .rows before, rows after."),
-        (("Mine", abs, {"reach": 5}), "must be .rows before, rows after., got 5"),
+        (("Mine", abs, {"reach": 5}), "must be .rows before, rows after., two whole .* got 5"),
         (("Mine", abs, {"reach": ("a", 1)}), "must be .rows before, rows after."),
     ],
 )
@@ -353,8 +395,35 @@ def test_registering_refuses(arguments, message):
 # ---------------------------------------------------------------- stores, and pyqlib as the oracle
 def test_an_unknown_field_is_told_what_the_store_has(tmp_path):
     root = write_store(tmp_path / "store")
-    with pytest.raises(DataError, match=r"no column 'opne'; it has \[.*'close'.*'open'.*\]. Did you mean 'open'"):
-        FactorHandler(["$close", "Mean($opne, 5)"], provider_uri=root, learn_processors=[])
+    for source in ({"provider_uri": root}, {"provider_uri": {"day": str(root)}}, {"data": root}):
+        with pytest.raises(DataError, match=r"no column 'opne'; it has \[.*'close'.*'open'.*\]. Did you mean 'open'"):
+            FactorHandler(["$close", "Mean($opne, 5)"], learn_processors=[], **source)
+    handler = FactorHandler(["$close"], provider_uri=root, learn_processors=[], drop_raw=True)
+    assert handler.price_fields() == sorted(FIELDS)
+    frame = pd.DataFrame(price_panel().to_frame("price"))
+    assert FactorHandler(["$close"], data=frame, learn_processors=[]).price_fields() == sorted(FIELDS)
+    with pytest.raises(DataError, match="given up"):
+        FactorHandler(["$close"], data=frame, learn_processors=[], drop_raw=True).price_fields()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ema_over_all_equals_qlib():
+    """Of series with holes and infinite values, at their beginning too."""
+    pytest.importorskip("qlib", reason="pyqlib is not installed")
+    from qlib.data.base import Feature
+    from qlib.data.ops import EMA
+
+    class Given(Feature):
+        def load(self, instrument: str, start: int, end: int, *rest: object) -> pd.Series:
+            return pd.Series(values)
+
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        values = rng.standard_normal(int(rng.integers(1, 40))).astype(np.float32)
+        values[rng.random(len(values)) < 0.3] = np.nan
+        values[rng.random(len(values)) < 0.2] = rng.choice([np.inf, -np.inf])
+        theirs = EMA(Given("x"), 0)._load_internal("A", 0, len(values))
+        np.testing.assert_allclose(ema_over_all(values), theirs, rtol=1e-5, atol=1e-7)
 
 
 def through_the_handler(root: Path, texts: list[str], market: str = "all", **times: str) -> pd.DataFrame:

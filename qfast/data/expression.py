@@ -10,15 +10,20 @@ import ast
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qfast.data.operators import OPERATORS, SYMBOLS, Reach, check_setting
 from qfast.errors import ConfigError, shown, suggest
 
-__all__ = ["Call", "ExpressionError", "Field", "Node", "Number", "fields", "instruments", "parse", "pointed", "reach"]
+__all__ = [
+    "Call", "ExpressionError", "Field", "Node", "Number", "fields", "instruments", "masked_last", "parse", "pointed",
+    "reach",
+]  # fmt: skip
 
 DEEPEST = 250  # operators inside operators; Python's own limit would be met soon after
+TOO_DEEP = f"nested more than {DEEPEST} deep (a sum of many terms is, too). Remedy: brackets around groups of it"
+BESIDE = 300  # characters of a long text that a message shows before and after the place
 FIELD_MARK = "_"  # stands in for "$" while Python parses, so that positions stay the same
 
 BINARY: Mapping[type[ast.AST], str] = {
@@ -93,7 +98,9 @@ def parse(text: str) -> Node:
     except SyntaxError as error:
         at = max(0, min((error.offset or 1) - 1 + lead, len(line)))
         raise ExpressionError(_caret(text, at, f"does not parse: {error.msg}")) from None
-    except (ValueError, RecursionError, MemoryError) as error:
+    except (RecursionError, MemoryError):  # Python's own limit, which names no place
+        raise ExpressionError(f"expression: {TOO_DEEP}\n    {shown(text)}") from None
+    except ValueError as error:
         raise ExpressionError(f"expression: does not parse: {error}\n    {shown(text)}") from None
     code = line.strip().encode()
     for node in ast.walk(tree):  # Python counts bytes, the caret counts characters
@@ -153,6 +160,38 @@ def walk(node: Node) -> Iterator[Node]:
             yield from walk(child)
 
 
+def masked_last(node: Call) -> Call:
+    """A call all of whose series are those of one other instrument, with a single `Mask` around all of it.
+
+    Windows and shifts then see that instrument's own days, as in the reference, and not those of who asks; of Masks in
+    each other the innermost counts. Any other call is given back as it is.
+
+    >>> masked_last(parse("Mean(Mask($close, 'A') / 2, 5)")) == parse("Mask(Mean($close / 2, 5), 'A')")
+    True
+    """
+    sources = [source for part in node.series for source in _sources(part)]
+    names = {source.settings[0].lower() if isinstance(source, Call) else None for source in sources}
+    if len(names) != 1 or not isinstance(sources[0], Call):
+        return node
+    whole = node.series[0] if node.operator == "Mask" else node
+    return masked_last(replace(sources[0], series=(_without_mask(whole),)))
+
+
+def _sources(node: Node) -> Iterator[Node]:
+    """What a node's values come from: fields, and Masks in the place of the fields below them."""
+    if isinstance(node, Field) or (isinstance(node, Call) and node.operator == "Mask"):
+        yield node
+    elif isinstance(node, Call):
+        for part in node.series:
+            yield from _sources(part)
+
+
+def _without_mask(node: Node) -> Node:
+    if not isinstance(node, Call):
+        return node
+    return node.series[0] if node.operator == "Mask" else replace(node, series=tuple(map(_without_mask, node.series)))
+
+
 def pointed(text: str, node: Node, problem: str) -> str:
     """A message with the place of `node` in `text` marked below it."""
     return _caret(text, node.at, problem)
@@ -164,7 +203,10 @@ def _one_line(text: str) -> str:
 
 
 def _caret(text: str, at: int, problem: str) -> str:
-    return f"expression: {problem}\n    {_one_line(text)}\n    {' ' * at}^"
+    line = _one_line(text)
+    first, stop = max(0, at - BESIDE), at + BESIDE
+    before, after = "..." if first else "", "..." if stop < len(line) else ""
+    return f"expression: {problem}\n    {before}{line[first:stop]}{after}\n    {' ' * (len(before) + at - first)}^"
 
 
 class _Reader:
@@ -177,10 +219,7 @@ class _Reader:
     def node(self, node: ast.expr) -> Node:
         self.depth += 1
         if self.depth > DEEPEST:
-            raise self._error(
-                node,
-                f"nested more than {DEEPEST} deep (a sum of many terms is, too). Remedy: brackets around groups of it",
-            )
+            raise self._error(node, TOO_DEEP)
         found = self._node(node)
         self.depth -= 1
         return found
@@ -236,11 +275,14 @@ class _Reader:
     def _finite(self, node: ast.expr, compute: Callable[[], Any]) -> Any:
         try:
             value = compute()
-            if isinstance(value, complex):
-                raise self._error(node, "not a real number")
-            float(value)
-        except (ArithmeticError, ValueError) as error:
+            if not isinstance(value, complex):
+                float(value)
+        except OverflowError:
+            raise self._error(node, "a number that is too large for a float") from None
+        except ArithmeticError as error:
             raise self._error(node, str(error)) from None
+        if isinstance(value, complex):
+            raise self._error(node, "not a real number")
         return value
 
     def _call(self, node: ast.Call, name: str) -> Node:

@@ -29,7 +29,7 @@ __all__ = ["FactorCache"]
 
 log = logging.getLogger("qfast.data")
 
-FORMAT = 2  # of the files; counts in their names
+FORMAT = 3  # of the files, and of what expressions mean; counts in their names
 ROW_GROUP = 1 << 15  # rows that are put from rows into columns, or back, at a time
 
 
@@ -124,7 +124,8 @@ class FactorCache:
         file = self.path(key)
         try:
             with pq.ParquetFile(file, memory_map=True, page_checksum_verification=True) as parquet:
-                if parquet.metadata.num_rows != n_rows or parquet.metadata.num_columns != len(texts):
+                # The checksums are those of the pages: what the file says of its columns is checked here.
+                if parquet.metadata.num_rows != n_rows or not parquet.schema_arrow.equals(_schema(texts)):
                     raise ValueError(f"{parquet.metadata.num_rows} rows of {parquet.metadata.num_columns} columns")
                 out = np.empty((n_rows, len(texts)), dtype=np.float32)
                 start = 0
@@ -154,7 +155,7 @@ class FactorCache:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        schema = pa.schema([(f"{place}: {text}", pa.float32()) for place, text in enumerate(texts)])
+        schema = _schema(texts)
 
         def fill(file: Path) -> None:
             plain = {"compression": "none", "use_dictionary": False, "write_statistics": False}
@@ -168,3 +169,10 @@ class FactorCache:
             atomic_write(self.path(key), fill)
         except (OSError, QfastError) as error:
             log.warning("the factors are not kept on disk: %s", error)
+
+
+def _schema(texts: Sequence[str]) -> Any:
+    """Columns of a file: their place and expression, float32."""
+    import pyarrow as pa
+
+    return pa.schema([(f"{place}: {text}", pa.float32()) for place, text in enumerate(texts)])

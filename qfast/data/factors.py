@@ -16,18 +16,18 @@ instruments at a time, whose series stay in the cache; what leaves is the float3
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from qfast.data.expression import Call, ExpressionError, Field, Node, Number, instruments, parse, pointed, reach
+from qfast.data.expression import Call, ExpressionError, Field, Node, Number, masked_last, parse, pointed, reach
 from qfast.data.operators import OPERATORS, register_operator, unregister_operator
 from qfast.data.panel import Panel
 from qfast.data.prices import Extent, Prices
-from qfast.data.rolling import rolling
+from qfast.data.rolling import ema_over_all, rolling
 from qfast.errors import ConfigError, DataError, suggest
 
 __all__ = ["depends_on_the_start", "evaluate", "evaluate_all", "register_operator", "unregister_operator"]
@@ -190,7 +190,7 @@ class _Graph:
         self.source: list[tuple[str, Node]] = []  # a place to point at, by step
         self.windows: dict[int, set[int]] = {}  # by sweep
         self._known: dict[tuple[Any, ...], int] = {}
-        self.by_day: dict[tuple[Any, ...], np.ndarray] = {}  # values by date code, of (Mask, begin)
+        self.by_day: dict[tuple[Any, ...], tuple[np.ndarray, int, int]] = {}  # of (Mask, begin)
         self._first_day = 0 if start_time is None else panel.date_code_range(start_time)[0]
         self.results = [self._expression(text) for text in texts]
         self.uses = Counter(i for step in self.steps for i in step.inputs) + Counter(self.results)
@@ -207,11 +207,14 @@ class _Graph:
         if isinstance(node, Field):
             self._check_field(text, node)
             return self._add(text, node, FIELD, (), (node.name, begin))
+        operator = OPERATORS[node.operator]
+        if operator.form not in ("elementwise", "condition"):  # what looks at more than the row
+            node = masked_last(node)
         if node.operator == "Mask":
-            self.by_day.setdefault((node, begin), self._other(text, node, begin))
+            if (node, begin) not in self.by_day:
+                self.by_day[node, begin] = self._other(text, node, begin)
             return self._add(text, node, OTHER, (), (node, begin))
         inputs = tuple(self._node(text, part, begin) for part in node.series)
-        operator = OPERATORS[node.operator]
         if operator.form not in ("rolling", "pair"):
             return self._add(text, node, node.operator, inputs, node.settings)
         kind, window, parameter = _sweep_of(node)
@@ -236,8 +239,8 @@ class _Graph:
         if node.name not in self.columns and node.name not in self.optional:
             raise no_such_field(text, node, self.columns)
 
-    def _other(self, text: str, node: Call, begin: int) -> np.ndarray:
-        """float32 or float64 [D]: an expression of another instrument, by date code of this panel."""
+    def _other(self, text: str, node: Call, begin: int) -> tuple[np.ndarray, int, int]:
+        """Of another instrument: float32 or float64 [D] by date code of this panel, and its first and last day."""
         name = node.settings[0]
         known = {str(i).lower(): str(i) for i in self.panel.instruments}
         prices = next((p for key, p in self.others.items() if key.lower() == name.lower()), None)
@@ -247,17 +250,23 @@ class _Graph:
             )
         panel, extents = (self.panel, self.extents) if prices is None else prices
         code = [str(i).lower() for i in panel.instruments].index(name.lower())
-        graph = _Graph((), panel, extents, self.optional, None, self.others)
-        graph.results = [graph._node(text, node.series[0], begin if prices is None else 0)]
+        here = Prices(self.panel, dict(self.extents))
+        others = self.others if prices is None else {**dict.fromkeys(known.values(), here), **self.others}
+        graph = _Graph((), panel, extents, self.optional, None, others)
+        day = panel.datetimes.searchsorted(self.panel.datetimes[begin]) if begin else 0
+        graph.results = [graph._node(text, node.series[0], int(day))]
         graph.uses = Counter(i for step in graph.steps for i in step.inputs) + Counter(graph.results)
         bounds = np.searchsorted(panel.instrument_codes, np.arange(len(panel.instruments) + 1))
+        chunk = _Chunk(graph, code, code + 1, bounds)
         with np.errstate(all="ignore"):
-            values = next(_Chunk(graph, code, code + 1, bounds).values())
-        rows = slice(bounds[code], bounds[code + 1])
-        place = self.panel.datetimes.get_indexer(panel.datetimes[panel.date_codes[rows]])
+            series = next(chunk.series())
+        extent = chunk.whole if series.extent is None else series.extent
+        rows = slice(int(extent.start[0]), int(extent.stop[0]))
+        values, place = series.values[rows], self.panel.datetimes.get_indexer(panel.datetimes[chunk.days[rows]])
+        values, place = values[place >= 0], place[place >= 0]
         by_day = np.full(len(self.panel.datetimes), np.nan, dtype=np.result_type(values, np.float32))
-        by_day[place[place >= 0]] = values[place >= 0]
-        return by_day
+        by_day[place] = values
+        return (by_day, int(place[0]), int(place[-1]) + 1) if len(place) else (by_day, 0, 0)
 
 
 def no_such_field(text: str, node: Field, known: Collection[str]) -> DataError:
@@ -319,12 +328,15 @@ class _Chunk:
     def run(self) -> np.ndarray:
         """float32 [C, rows]."""
         out = np.empty((len(self.graph.results), len(self.rows)), dtype=np.float32)
-        for place, values in enumerate(self.values()):
-            out[place] = values
+        for place, series in enumerate(self.series()):
+            if series.extent is None or series.values.dtype.kind == "f":
+                out[place] = series.values
+            else:
+                out[place] = np.where(self._inside(series.extent), series.values, np.float32(np.nan))
         return out
 
-    def values(self) -> Iterator[np.ndarray]:
-        """Results in order, NaN where there is none; each step's value is given up when nothing needs it any more."""
+    def series(self) -> Iterator[_Series]:
+        """Results in order; each step's value is given up when nothing needs it any more."""
         graph, left = self.graph, dict(self.graph.uses)
         found: dict[int, Any] = {}
         ready = 0
@@ -337,10 +349,7 @@ class _Chunk:
             ready = max(ready, result + 1)
             series = found[result]
             _used(result, left, found)
-            if series.extent is None or series.values.dtype.kind == "f":
-                yield series.values
-            else:
-                yield np.where(self._inside(series.extent), series.values, np.float32(np.nan))
+            yield series
 
     def _step(self, number: int, inputs: list[Any]) -> Any:
         kind, settings = self.graph.steps[number].kind, self.graph.steps[number].settings
@@ -356,11 +365,12 @@ class _Chunk:
         if kind == KNOWN:
             return replace(inputs[0], values=~np.isnan(inputs[0].values))
         if kind == OTHER:
-            return _Series(self.graph.by_day[settings][self.days], None)
+            by_day, first, stop = self.graph.by_day[settings]
+            return _Series(by_day[self.days], Extent(self._rows_before(first), self._rows_before(stop)))
         if kind == EMA:
             return self._sweep("ema", settings[2], [max(1, int(settings[1]))], inputs)[max(1, int(settings[1]))]
         if kind == EMA_OVER_ALL:
-            return self._each(number, inputs, _ema_over_all)
+            return self._each(number, inputs, ema_over_all)
         if kind == FROM_THE_START:
             return self._from_the_start(settings[0], settings[2], inputs)
         return self._operator(number, OPERATORS[kind], settings, inputs)
@@ -375,9 +385,11 @@ class _Chunk:
             return self._each(number, inputs, lambda *parts: operator.function(*parts, *settings))
         try:
             return self._elementwise(operator, inputs)
-        except TypeError as error:  # logic on numbers, arithmetic on truth values: NumPy says which
+        except (TypeError, ValueError, OverflowError) as error:  # of truth values and whole numbers: NumPy says which
             said = f"{error}"
-            if operator.name == "Sub":  # NumPy would have it written with a sign that the language has not
+            if not isinstance(error, TypeError):
+                said += " Remedy: write the number with a point, such as 2.0"
+            elif operator.name == "Sub":  # NumPy would have it written with a sign that the language has not
                 said = "comparisons cannot be subtracted; write If(a > b, 1, 0) - If(c > d, 1, 0)"
             raise ExpressionError(pointed(*self.graph.source[number], said)) from None
 
@@ -426,9 +438,12 @@ class _Chunk:
                 extent = None
         if begin > 0:
             whole = self.whole if extent is None else extent
-            before = np.bincount(self.codes[self.days < begin], minlength=len(whole.start))
-            extent = Extent(np.maximum(whole.start, self.whole.start + before), whole.stop)
+            extent = Extent(np.maximum(whole.start, self._rows_before(begin)), whole.stop)
         return self._cut(values, extent)
+
+    def _rows_before(self, day: int) -> np.ndarray:
+        """int64 [N]: the first row of each instrument that is not before a date code."""
+        return self.whole.start + np.bincount(self.codes[self.days < day], minlength=len(self.whole.start))
 
     def _shifted(self, series: _Series, n: int) -> _Series:
         values = series.values if series.values.dtype.kind == "f" else series.values.astype(np.float64)
@@ -497,8 +512,8 @@ class _Chunk:
             if found.shape != parts[0].shape:
                 raise ValueError(f"it must give one value a row, shape {parts[0].shape}, got {found.shape}")
         except Exception as error:
-            name = self.graph.panel.instruments[self.who.start + who]
-            said = f"the function of the operator failed for {name}: {type(error).__name__}: {error}"
+            name, operator = self.graph.panel.instruments[self.who.start + who], self.graph.steps[number].kind
+            said = f"the function of operator {operator!r} failed for {name}: {type(error).__name__}: {error}"
             raise ConfigError(pointed(*self.graph.source[number], said)) from error
         return found
 
@@ -507,21 +522,3 @@ def _used(step: int, left: dict[int, int], found: dict[int, Any]) -> None:
     left[step] -= 1
     if not left[step]:
         del found[step]
-
-
-def _ema_over_all(values: np.ndarray) -> np.ndarray:
-    """The reference's EMA(x, 0): at row n the mean of all rows so far, with the weights of a span of n."""
-    out = np.full(len(values), np.nan)
-    known = np.isfinite(values)
-    there = np.where(known, values, 0)
-    for n in range(1 + int(np.argmax(known)) if known.any() else len(values) + 1, len(values) + 1):
-        weights = (1 - 2 / (1 + n)) ** np.arange(n)[::-1]
-        out[n - 1] = weights @ there[:n] / weights.sum()
-    return out
-
-
-def other_prices(texts: Iterable[str], panel: Panel, read: Callable[[str], Prices]) -> dict[str, Prices]:
-    """Prices of the instruments that expressions name and the panel has not, by `read(name)`."""
-    known = {str(i).lower() for i in panel.instruments}
-    names = dict.fromkeys(name for text in texts for name in instruments(text))
-    return {name: read(name) for name in names if name.lower() not in known}

@@ -22,6 +22,7 @@ SYMBOLS = {
 }  # fmt: skip
 LARGEST = 10**9  # rows of a shift or a window
 TAIL = 1e-6  # an exponential weight that is no longer looked at
+A_REACH = "(rows before, rows after), two whole numbers from 0 such as (5, 0)"
 
 
 @dataclass(frozen=True)
@@ -60,20 +61,26 @@ class Operator:
         """Reach of a call, given that of its arguments."""
         before, after = inner
         if self.reach is not None:
-            own = self.reach(*settings)
+            try:
+                own = self.reach(*settings)
+            except Exception as error:
+                raise ConfigError(
+                    f"reach of operator {self.name!r} failed for the settings {settings}: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
             if not _is_reach(own):
                 raise ConfigError(
-                    f"reach of operator {self.name!r} gave {shown(own)} for the settings {settings}; it must give "
-                    "(rows before, rows after)."
+                    f"reach of operator {self.name!r} gave {shown(own)} for the settings {settings}; "
+                    f"it must give {A_REACH}."
                 )
-            return before + own[0], after + own[1]
+            return before + int(own[0]), after + int(own[1])
         if self.form in ("shift", "delta"):
             rows = settings[0]
             return max(before + rows, before), max(after - rows, after)
         if self.form in ("rolling", "pair"):
             window = settings[0]
             if 0 < window < 1:
-                window = int(math.log(TAIL) / math.log(1 - window))
+                window = int(min(math.log(TAIL) / math.log1p(-window), LARGEST))
             return before + max(window - 1, 0), after
         return before, after
 
@@ -87,7 +94,7 @@ class Operator:
 def _is_reach(value: Any) -> bool:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         return False
-    return all(isinstance(part, int) and not isinstance(part, bool) and part >= 0 for part in value)
+    return all(hasattr(part, "__index__") and not isinstance(part, bool) and part >= 0 for part in value)
 
 
 def _builtin() -> dict[str, Operator]:
@@ -167,7 +174,7 @@ def register_operator(
         rows = reach
     else:
         if not _is_reach(reach):
-            raise ConfigError(f"reach of operator {name!r} must be (rows before, rows after), got {reach!r}.")
+            raise ConfigError(f"reach of operator {name!r} must be {A_REACH}, got {shown(reach)}.")
         before, after = reach
 
         def rows(*_: Any) -> Reach:

@@ -15,7 +15,7 @@ import pandas as pd
 from qfast import _backend
 from qfast.errors import ConfigError, DataError, suggest
 
-__all__ = ["STATISTICS", "rolling"]
+__all__ = ["STATISTICS", "ema_over_all", "rolling"]
 
 PAIRS = ("cov", "corr")
 FLAT = 2e-5  # a standard deviation up to here counts as none: the reference's rule for corr and rsquare
@@ -91,6 +91,33 @@ def rolling(
         return _twin(kind, series, beside, *bounds, lengths, parameter)
     found: np.ndarray = _backend.native.rolling(kind, series, beside, *bounds, lengths, float(parameter))
     return found
+
+
+def ema_over_all(values: np.ndarray) -> np.ndarray:
+    """The reference's EMA(x, 0): at row n the mean of all rows so far, with the weights of a span of n.
+
+    Parameters
+    ----------
+    values : floating [L]
+        Of one instrument; NaN and infinite values are missing, and count as 0 after the first that is not.
+
+    Returns
+    -------
+    float64 [L]
+        NaN before the first value.
+
+    Examples
+    --------
+    >>> ema_over_all(np.array([np.nan, 2.0, 2.0])).round(2).tolist()
+    [nan, 1.5, 1.71]
+    """
+    out = np.full(len(values), np.nan)
+    known = np.isfinite(values)
+    there = np.where(known, values, 0)
+    for n in range(1 + int(np.argmax(known)) if known.any() else len(values) + 1, len(values) + 1):
+        weights = (1 - 2 / (1 + n)) ** np.arange(n)[::-1]
+        out[n - 1] = weights @ there[:n] / weights.sum()
+    return out
 
 
 def _checked(kind: str, windows: Sequence[int], other: Any, parameter: float) -> np.ndarray:

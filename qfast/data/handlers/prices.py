@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qfast.data.expression import Field, fields, parse, reach, walk
-from qfast.data.factors import evaluate_all, no_such_field, other_prices
+from qfast.data.expression import Field, fields, instruments, parse, reach, walk
+from qfast.data.factors import evaluate_all, no_such_field
 from qfast.data.handlers.base import DataHandlerLP
 from qfast.data.panel import Block, Panel
 from qfast.data.prices import PRICE_FIELDS, Prices
@@ -148,11 +148,25 @@ class PriceHandler(DataHandlerLP):
                 freq=self.freq, vwap=vwap, wanted=wanted, margin=(1, 1),
             )  # fmt: skip
         if self.prices is None:
-            raise DataError("the prices were given up (drop_raw=True). Remedy: build the handler with drop_raw=False.")
+            raise _given_up()
         known = [name for name in self.prices.instruments if name in set(instruments)]
         if not known:
             raise DataError(f"none of the instruments {list(instruments)[:5]} is in the prices.")
         return Prices(restrict_rows(self.prices, known, None, None), {})
+
+    def price_fields(self) -> list[str]:
+        """Fields that there are to be read: of a store all that it has, otherwise the columns of the prices.
+
+        Raises
+        ------
+        DataError
+            The prices were given up (drop_raw).
+        """
+        if self._store is not None:
+            return BinaryStore(self._store[0], self.freq).fields()
+        if self.prices is None:
+            raise _given_up()
+        return sorted(name.lower() for name in self.prices.columns("price"))
 
     @property
     def lookback(self) -> int:
@@ -184,12 +198,11 @@ class PriceHandler(DataHandlerLP):
             )  # fmt: skip
 
     def _require_fields(self, known: Collection[str]) -> None:
-        """A store is read for the fields that are wanted, so what else it has is asked for where one is missing."""
+        """Only the fields that are wanted are read from a store: a message must list all that it has."""
         for text in (*self._feature_texts(), *self._label):
             for node in walk(parse(text)):
                 if isinstance(node, Field) and node.name not in known and node.name not in PRICE_FIELDS:
-                    there = known if self._store is None else BinaryStore(self._store[0], self.freq).fields()
-                    raise no_such_field(text, node, there)
+                    raise no_such_field(text, node, self.price_fields())
 
     def _evaluated(self, texts: Sequence[str], prices: Prices, rows: np.ndarray) -> np.ndarray:
         """float32 [len(rows), len(texts)]."""
@@ -216,6 +229,17 @@ class PriceHandler(DataHandlerLP):
             return self._labels
         log.debug("%s: raw features are computed again from the prices", type(self).__name__)
         return self._with_features(self._labels)
+
+
+def _given_up() -> DataError:
+    return DataError("the prices were given up (drop_raw=True). Remedy: build the handler with drop_raw=False.")
+
+
+def other_prices(texts: Iterable[str], panel: Panel, read: Callable[[str], Prices]) -> dict[str, Prices]:
+    """Prices of the instruments that expressions name and the panel has not, by `read(name)`."""
+    known = {str(i).lower() for i in panel.instruments}
+    names = dict.fromkeys(name for text in texts for name in instruments(text))
+    return {name: read(name) for name in names if name.lower() not in known}
 
 
 def expressions_and_names(what: str, given: Any) -> tuple[list[str], list[str]]:
