@@ -153,7 +153,8 @@ def _model_name(estimator: Estimator) -> str:
 
 def _require_same_params(estimator: Estimator, saved: dict[str, Any], path: Path) -> None:
     """A resumed fit must be the same fit, except that it may run longer or elsewhere."""
-    free = {"device", "n_epochs", "progress", "GPU", "n_jobs", "model_path"}  # the weights are in the checkpoint
+    # of the model_path's weights the checkpoint has what became of them
+    free = {"device", "n_epochs", "progress", "cuda_graphs", "GPU", "n_jobs", "model_path"}
     own = json.loads(json.dumps(estimator.get_params(), default=str))
     changed = [f"{k}: {saved[k]!r} -> {own.get(k)!r}" for k in saved if k not in free and saved[k] != own.get(k)]
     if changed:

@@ -30,6 +30,7 @@ from qfast.device import choose_device, memory_named
 from qfast.errors import ConfigError, DataError, NotFittedError, suggest, whole_number
 from qfast.losses import loss_function, metric_function, sample_weights
 from qfast.nn.plain import PlainTorch
+from qfast.step_graphs import Steps, training_steps
 
 GRADIENT_LIMIT = 3.0  # the reference clips every gradient element to +-3
 
@@ -72,6 +73,10 @@ class Estimator:
         computes by torch's own layers, at their speed, for the reference's masks.
     progress : bool or "auto"
         Progress bar; "auto" shows it only on a terminal.
+    cuda_graphs : bool
+        On a GPU, record the training step once and repeat it with one launch; the numbers stay the same. Off until
+        it has been seen to work (docs/gpu.md). A `loss_fn` or `train_step` of your own is recorded with it and must
+        not depend on anything but its arguments, weights and buffers.
 
     Attributes
     ----------
@@ -86,7 +91,7 @@ class Estimator:
     loss_dtype: ClassVar[torch.dtype | None] = torch.float32  # None: that of the label
     rows_per_call: ClassVar[int] = 0  # rows of batches that are scored in one call of the network; 0: each batch alone
     drops_incomplete_rows: ClassVar[bool] = False  # training rows with any NaN are left out, not refused
-    options: ClassVar[tuple[str, ...]] = ("device", "compat", "progress")
+    options: ClassVar[tuple[str, ...]] = ("device", "compat", "progress", "cuda_graphs")
     decay_name: ClassVar[str] = "weight_decay"  # what the model's own constructor calls it
 
     def __init__(
@@ -106,6 +111,7 @@ class Estimator:
         device: str | torch.device = "auto",
         compat: str | None = None,
         progress: bool | str = "auto",
+        cuda_graphs: bool = False,
         extra: dict[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
@@ -115,7 +121,10 @@ class Estimator:
         }  # fmt: skip
         if batch_size is None:
             del training["batch_size"]
-        options = {self.decay_name: weight_decay, "device": device, "compat": compat, "progress": progress}
+        options = {
+            self.decay_name: weight_decay, "device": device, "compat": compat, "progress": progress,
+            "cuda_graphs": cuda_graphs,
+        }  # fmt: skip
         self._params = {**network, **training, **(extra or {}), **options}
         if unknown:
             name = next(iter(unknown))
@@ -140,6 +149,7 @@ class Estimator:
         self.data_: dict[str, Any] = {}
         self.progress_ = FitProgress()
         self.callbacks_: list[Callback] = []
+        self._steps_of: tuple[WindowSet, Steps] | None = None
 
     def build_network(self, **network: Any) -> nn.Module:
         """The network of these arguments, on the CPU; for a network whose own arguments have other names."""
@@ -209,6 +219,7 @@ class Estimator:
             for name in ("train", "valid"):
                 scores[name].extend(r[name] for r in self.progress_.records if r.get(name) is not None)
             self.evals_result_ = scores
+            self._steps_of = None  # recorded steps hold memory
             self._notify("on_fit_end")
         if save_path is not None:
             self.save_weights(save_path)
@@ -281,18 +292,23 @@ class Estimator:
     def train_epoch(self, windows: WindowSet) -> float:
         """One pass over the shuffled batches, short tail dropped; returns their mean loss."""
         self.network.train()
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        made = 0
-        with self._device_memory("a training batch"):
-            for samples in self.batches(windows, "train"):
-                loss = self.train_step(windows, samples)
-                total += loss
-                made += 1
+        batches = self.batches(windows, "train")
+        steps = self._steps(windows)
+        watch = any(type(callback).on_batch_end is not Callback.on_batch_end for callback in self.callbacks_)
+        with self._device_memory("a training batch"), steps.training_pass(batches, watch) as step:
+            for number in range(batches.whole):
+                total = step(number)
                 if self.device.type == "cpu":  # on a GPU the check would wait for the device every step
-                    self._require_finite(total, made)
+                    self._require_finite(total, number + 1)
                 self._notify("on_batch_end")
-        self._require_finite(total, made)
-        return float(total) / made
+        self._require_finite(steps.total, batches.whole)
+        return float(steps.total) / batches.whole
+
+    def _steps(self, windows: WindowSet) -> Steps:
+        """What makes the training steps of a fit."""
+        if self._steps_of is None or self._steps_of[0] is not windows:
+            self._steps_of = windows, training_steps(self, windows)
+        return self._steps_of[1]
 
     def batches(self, windows: WindowSet, stage: str) -> Batches:
         """The batches of one pass; `stage` is "train", "train_score", "valid_score" or "predict"."""
@@ -450,7 +466,7 @@ class Estimator:
         """Take back what `checkpoint_facts` gave."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "callbacks_": []}
+        return {**self.__dict__, "callbacks_": [], "_steps_of": None}
 
     # ---------------------------------------------------------------- helpers
     def _check_arguments(self) -> None:
@@ -467,6 +483,8 @@ class Estimator:
             raise ConfigError(f"seed must be below 2**32 (NumPy's generator takes no more), got {seed!r}.")
         if params["progress"] not in (True, False, "auto"):
             raise ConfigError(f"progress must be True, False or 'auto', got {params['progress']!r}.")
+        if not isinstance(params["cuda_graphs"], bool):
+            raise ConfigError(f"cuda_graphs must be True or False, got {params['cuda_graphs']!r}.")
         if params["compat"] not in (None, "qlib"):
             raise ConfigError(f"compat must be None or 'qlib', got {params['compat']!r}.")
         loss_function(params["loss"])

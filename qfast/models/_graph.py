@@ -194,7 +194,7 @@ class Graph(Estimator):
         if given:
             raise ConfigError(f"pretrain takes no {given[0]!r}: the base has the size of the model, {sizes}.")
         fit = {name: training.pop(name) for name in FIT_ARGUMENTS if name in training}
-        shared = {name: params[name] for name in ("GPU", "seed", "compat", "progress")}
+        shared = {name: params[name] for name in ("GPU", "seed", "compat", "progress", "cuda_graphs")}
         kind = self.base_estimators[params["base_model"]]
         base = cast(Any, kind)(**sizes, **{**shared, "device": str(self.device), **training})
         base.fit(dataset, **fit)

@@ -41,7 +41,7 @@ LATEST = "latest"
 DAYS_LOOKED_AT = 20  # the newest ones, to tell what is usual
 MODEL = "model.json"
 PROCESSORS = "processors.safetensors"
-NOT_SCORING = ("device", "progress", "model_path")  # of a model's arguments: all weights are in BEST
+NOT_SCORING = ("device", "progress", "cuda_graphs", "model_path")  # of a model's arguments: all weights are in BEST
 STAGES = ("shared", "infer")  # learn processors have no part in scoring
 HANDLER_PATH = "task.dataset.kwargs.handler"
 # Of the training run only: scoring takes all rows of the new data and fits nothing.
