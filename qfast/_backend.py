@@ -7,6 +7,11 @@
     cpu    never load the CUDA library; tensors on a GPU are served by plain torch
     torch  load nothing native: every operator is its plain-torch twin
 
+`QFAST_CUDA_LAYERS` says what networks take on a GPU where torch has a layer of its own (LSTM, GRU, encoder):
+
+    torch  torch's layers, cuDNN among them (default, until ours have been measured there)
+    qfast  the operators of the CUDA library
+
 `QFAST_ISA` (baseline, avx2 or avx512) overrides the instruction set that the CPU library picks, for tests.
 """
 
@@ -23,15 +28,16 @@ import torch
 from qfast.errors import BackendError
 
 CHOICES = ("auto", "cuda", "cpu", "torch")
+LAYERS = ("torch", "qfast")
 BROKEN = "built but does not load"
 
-__all__ = ["BROKEN", "CHOICES", "choice", "native", "status"]
+__all__ = ["BROKEN", "CHOICES", "LAYERS", "choice", "cuda_layers", "layers_serve", "native", "status"]
 
 
-def _read_choice() -> str:
-    value = os.environ.get("QFAST_BACKEND", "").strip().lower() or "auto"
-    if value not in CHOICES:
-        raise BackendError(f"QFAST_BACKEND is {value!r}; allowed: {', '.join(CHOICES)}.")
+def _read_choice(name: str, choices: tuple[str, ...]) -> str:
+    value = os.environ.get(name, "").strip().lower() or choices[0]
+    if value not in choices:
+        raise BackendError(f"{name} is {value!r}; allowed: {', '.join(choices)}.")
     return value
 
 
@@ -86,9 +92,17 @@ def _library_files(stem: str) -> list[Path]:
     return sorted(Path(__file__).parent.glob(f"{stem}*.so"))
 
 
-choice: str = _read_choice()
+choice: str = _read_choice("QFAST_BACKEND", CHOICES)
+cuda_layers: str = _read_choice("QFAST_CUDA_LAYERS", LAYERS)
 native, _cpu_reason = _load_cpu(choice)
 _cuda_loaded, _cuda_reason = _load_cuda(choice)
+
+
+def layers_serve(device: torch.device) -> bool:
+    """Whether networks compute by our operators on a device what torch has a layer for."""
+    if device.type == "cuda":
+        return _cuda_loaded and cuda_layers == "qfast"
+    return device.type == "cpu" and native is not None
 
 
 def status() -> dict[str, Any]:

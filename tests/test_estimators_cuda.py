@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from conftest import make_frame
 
 import qfast.models
 import qfast.models.ts
+from qfast import _backend, step_graphs
+from qfast.callbacks import Callback
 from qfast.data import DatasetH, TSDatasetH
 from qfast.errors import DataError
 
@@ -49,8 +52,15 @@ def data_of(suffix: str):
     return DatasetH(handler=make_frame(70, 9, 12, holes=0.1), segments=SEGMENTS)
 
 
+@pytest.fixture(params=_backend.LAYERS)
+def layers(request, monkeypatch):
+    """Whose layers the networks take on a GPU."""
+    monkeypatch.setattr(_backend, "cuda_layers", request.param)
+    return request.param
+
+
 @pytest.mark.parametrize(("name", "suffix"), CASES, ids=IDS)
-def test_a_gpu_trains_to_the_cpus_numbers(name, suffix):
+def test_a_gpu_trains_to_the_cpus_numbers(name, suffix, layers):
     on_gpu, on_cpu = (model_of(name, suffix, device).fit(data_of(suffix)) for device in (DEVICE, "cpu"))
     assert all(p.device.type == DEVICE for p in on_gpu.network.parameters())
     pd.testing.assert_frame_equal(
@@ -61,11 +71,86 @@ def test_a_gpu_trains_to_the_cpus_numbers(name, suffix):
     np.testing.assert_allclose(scores[0], scores[1], rtol=0, atol=1e-2 * spread)
 
 
+def states_equal(a, b) -> None:
+    for key, value in a.network.state_dict().items():
+        assert torch.equal(value, b.network.state_dict()[key]), key
+    for ours, theirs in zip(a.train_optimizer.state.values(), b.train_optimizer.state.values(), strict=True):
+        for key, value in ours.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[key])), key
+    columns = ["train_loss", "train", "valid"]
+    pd.testing.assert_frame_equal(a.history_[columns], b.history_[columns], check_exact=True)
+
+
 @pytest.mark.parametrize(("name", "suffix"), CASES, ids=IDS)
-def test_a_gpu_trains_the_same_twice_with_dropout(name, suffix):
-    pair = [model_of(name, suffix, DEVICE, dropout=0.4).fit(data_of(suffix)) for _ in range(2)]
-    for key, value in pair[0].network.state_dict().items():
-        assert torch.equal(value, pair[1].network.state_dict()[key]), key
+def test_a_gpu_trains_the_same_twice_with_dropout(name, suffix, layers):
+    states_equal(*(model_of(name, suffix, DEVICE, dropout=0.4).fit(data_of(suffix)) for _ in range(2)))
+
+
+# ---------------------------------------------------------------- steps as CUDA graphs
+@pytest.fixture
+def recorded(monkeypatch):
+    """Batch sizes of the steps that were recorded, in order; a step that waits for the device fails the test."""
+    sizes: list[int] = []
+    kind, record, refuse = step_graphs.StepGraphs, step_graphs.StepGraphs._record, pytest.fail
+
+    def noted(self, samples):
+        sizes.append(len(samples))
+        return record(self, samples)
+
+    monkeypatch.setattr(kind, "_record", noted)
+    monkeypatch.setattr(kind, "_refuse", lambda self, why: refuse(why))
+    return sizes
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize(("name", "suffix"), CASES, ids=IDS)
+def test_recorded_steps_train_to_the_same_bits(name, suffix, dropout, layers, recorded):
+    plain, graphs = (
+        model_of(name, suffix, DEVICE, dropout=dropout, cuda_graphs=on, n_epochs=3).fit(data_of(suffix))
+        for on in (False, True)
+    )
+    states_equal(plain, graphs)
+    assert recorded
+    assert len(recorded) == len(set(recorded))
+
+
+def test_recorded_steps_follow_the_learning_rate(recorded):
+    class Halve(Callback):
+        def on_epoch_start(self, estimator):
+            for group in estimator.train_optimizer.param_groups:
+                group["lr"] *= 0.5
+
+    states_equal(
+        *(
+            model_of("LSTM", "_ts", DEVICE, n_epochs=3, cuda_graphs=on).fit(data_of("_ts"), callbacks=[Halve()])
+            for on in (False, True)
+        )
+    )
+    assert len(recorded) == 3
+
+
+def test_a_step_that_waits_is_launched_kernel_by_kernel(caplog):
+    class Curious(qfast.models.ts.LSTM):
+        def loss_fn(self, prediction, label, weight):
+            loss = super().loss_fn(prediction, label, weight)
+            return loss * 2 if float(loss.detach()) > 1 else loss
+
+    kwargs = {"d_feat": 3, "hidden_size": 8, "n_epochs": 2, "batch_size": 32, "seed": 1, "device": DEVICE}
+    pair = [Curious(**kwargs, cuda_graphs=on).fit(data_of("_ts")) for on in (False, True)]
+    states_equal(*pair)
+    assert "not as CUDA graphs: they wait for the device" in caplog.text
+
+
+def test_a_recorded_fit_gives_its_memory_back():
+    model_of("TCN", "_ts", DEVICE, cuda_graphs=True).fit(data_of("_ts"))
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    for _ in range(3):
+        model_of("TCN", "_ts", DEVICE, cuda_graphs=True).fit(data_of("_ts"))
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before + 2**22
 
 
 LOAD = """

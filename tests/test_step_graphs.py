@@ -11,12 +11,11 @@ import logging
 from contextlib import nullcontext
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from test_estimators_cuda import CASES, IDS, data_of, model_of
+from test_estimators_cuda import CASES, IDS, data_of, model_of, states_equal
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten
 
 from qfast import step_graphs
 from qfast.callbacks import Callback
@@ -100,16 +99,6 @@ def recorder(monkeypatch):
     made = TapeRecorder()
     monkeypatch.setattr(step_graphs, "recorder_for", lambda device: made)
     return made
-
-
-def states_equal(a, b) -> None:
-    for key, value in a.network.state_dict().items():
-        assert torch.equal(value, b.network.state_dict()[key]), key
-    for ours, theirs in zip(a.train_optimizer.state.values(), b.train_optimizer.state.values(), strict=True):
-        for key, value in ours.items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[key])), key
-    columns = ["train_loss", "train", "valid"]
-    pd.testing.assert_frame_equal(a.history_[columns], b.history_[columns], check_exact=True)
 
 
 # ---------------------------------------------------------------- models
@@ -302,10 +291,15 @@ def test_a_pass_that_ends_early_leaves_nothing_behind():
     table = torch.arange(12.0)
     batches = Batches.of_size(torch.arange(12), 3, drop_last=True)
     graphs, _ = steps_of(StepGraphs, table, fingerprint=lambda: 1, recorder=TapeRecorder())
-    with pytest.raises(KeyboardInterrupt), graphs.training_pass(batches) as run:
-        for number in range(3):
-            run(number)
-        raise KeyboardInterrupt
+
+    def stopped() -> None:
+        with graphs.training_pass(batches) as run:
+            for number in range(3):
+                run(number)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
     with graphs.training_pass(batches) as run:
         assert float(run(0)) == float(graphs.total)
 

@@ -48,7 +48,7 @@ class PlainTorch(nn.Module):
         return plain
 
     def _may_take_operator(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether to compute a network of such weights with our operators: on the CPU, in float32 and float64.
+        """Whether to compute a network of such weights with our operators: where these serve, in float32 and float64.
 
         Raises
         ------
@@ -57,13 +57,16 @@ class PlainTorch(nn.Module):
         """
         if self._plain_torch or torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined]
             return False
-        if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        device = x.device.type
+        if device not in ("cpu", "cuda") or torch.is_autocast_enabled(device):
+            return False
+        if device == "cuda" and not _backend.layers_serve(x.device):
             return False
         check_dtype(x, weight)
         if x.dtype not in (torch.float32, torch.float64) or x.shape[1] == 0:
             return False
         # torch's layers cannot all follow vmap, nor forward mode in float32
-        return torch.compiler.is_compiling() or transforms.active() or _backend.native is not None
+        return torch.compiler.is_compiling() or transforms.active() or _backend.layers_serve(x.device)
 
 
 def check_dtype(x: Tensor, weight: Tensor) -> None:
