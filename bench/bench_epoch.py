@@ -28,15 +28,15 @@ from qfast.models import ts
 FEATURES, STEP_LEN, BATCH, REPEATS = 20, 20, 800, 3
 
 
-def alpha158_shaped(n_instruments: int, n_days: int) -> pd.DataFrame:
-    """Random (datetime, instrument) frame of 20 features and a label, 2% of the rows missing."""
+def alpha158_shaped(n_instruments: int, n_days: int, features: int = FEATURES) -> pd.DataFrame:
+    """Random (datetime, instrument) frame of features and a label, 2% of the rows missing."""
     rng = np.random.default_rng(0)
     dates = pd.bdate_range("2010-01-01", periods=n_days)
     names = [f"S{i:04d}" for i in range(n_instruments)]
     index = pd.MultiIndex.from_product([dates, names], names=["datetime", "instrument"])
     index = index[rng.random(len(index)) > 0.02]
-    columns = pd.MultiIndex.from_tuples([("feature", f"F{j}") for j in range(FEATURES)] + [("label", "LABEL0")])
-    return pd.DataFrame(rng.standard_normal((len(index), FEATURES + 1)).astype("f4"), index=index, columns=columns)
+    columns = pd.MultiIndex.from_tuples([("feature", f"F{j}") for j in range(features)] + [("label", "LABEL0")])
+    return pd.DataFrame(rng.standard_normal((len(index), features + 1)).astype("f4"), index=index, columns=columns)
 
 
 class Prepared:

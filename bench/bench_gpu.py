@@ -1,10 +1,12 @@
 """Operators and epochs on a GPU, beside torch's own layers, and beside the device's copy bandwidth and FMA peak.
 
-    python bench/bench_gpu.py [--only gather,attention,recurrent,tcn,encoder,epoch] [--compile] [--device cuda]
+    python bench/bench_gpu.py [--only gather,attention,recurrent,tcn,encoder,step,epoch] [--compile] [--device cuda]
 
 Medians by CUDA events after a warm-up, both sides interleaved in one process; a backward is that of the sum of
-squares. `--compile` also times torch.compile of the baseline. A Markdown table goes to standard output. `--device
-cpu` with `--small` is for trying the script itself. Nothing of it has been run on a GPU yet.
+squares. A step is that of an estimator: gather, forward, loss, backward, clipping, Adam; beside it one of torch's
+layers, its indexing and its Adam. Networks take our recurrent and encoder operators, and torch's where the name says
+so. `--compile` also times torch.compile of the baseline. A Markdown table goes to standard output. `--device cpu` with
+`--small` is for trying the script itself. Nothing of it has been run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -20,12 +22,13 @@ import torch
 from bench_epoch import FEATURES, STEP_LEN, alpha158_shaped
 from torch import Tensor, nn
 
-from qfast import ops
+from qfast import _backend, ops
 from qfast.data import TSDatasetH
+from qfast.losses import masked_mse
 from qfast.models import ts
 from qfast.nn import TCNModel
 
-PARTS = ("gather", "attention", "recurrent", "tcn", "encoder", "epoch")
+PARTS = ("gather", "attention", "recurrent", "tcn", "encoder", "step", "epoch")
 WARM_UP, REPEATS = 5, 30
 
 
@@ -191,8 +194,83 @@ def encoders(device: torch.device, small: bool) -> Iterator[Case]:
         )
 
 
+ENCODER = {"d_model": 64, "dropout": 0.0}
+STEPS: tuple[tuple[str, int, int, int, dict[str, Any]], ...] = (  # model, batch (stocks of a day), T, F, arguments
+    ("LSTM", 800, 20, FEATURES, {"batch_size": 800}),
+    ("LSTM", 800, 60, 6, {"batch_size": 800}),
+    ("LSTM", 5000, 20, FEATURES, {"batch_size": 5000}),
+    ("GRU", 800, 20, FEATURES, {"batch_size": 800}),
+    ("ALSTM", 800, 20, FEATURES, {"batch_size": 800}),
+    ("GATs", 300, 20, FEATURES, {}),
+    ("GATs", 800, 20, FEATURES, {}),
+    ("TCN", 2000, 20, FEATURES, {"n_chans": 32, "kernel_size": 7, "num_layers": 5, "batch_size": 2000}),
+    ("TCN", 2000, 60, 6, {"n_chans": 128, "kernel_size": 3, "num_layers": 5, "batch_size": 2000}),
+    ("TransformerModel", 2048, 20, FEATURES, {"batch_size": 2048, **ENCODER}),
+    ("LocalformerModel", 2048, 20, FEATURES, {"batch_size": 2048, **ENCODER}),
+)
+
+
+def training(device: torch.device, small: bool) -> Iterator[Case]:
+    for name, batch, steps, features, kwargs in STEPS:
+        if small:
+            batch, kwargs = 12, {**kwargs, **({"batch_size": 12} if "batch_size" in kwargs else {})}
+        stocks = batch if name == "GATs" else min(batch, 300)
+        frame = alpha158_shaped(stocks, steps + batch // stocks + 9, features)
+        dataset = TSDatasetH(handler=frame, segments={"train": (None, None)}, step_len=steps)
+        made = [getattr(ts, name)(d_feat=features, seed=0, device=str(device), **kwargs) for _ in range(2)]
+        windows = made[0].load_segment(dataset, "train").to(device)
+        day = windows.days
+        shuffled = torch.randperm(len(windows))[:batch].to(device)
+        samples = day.order[int(day.bounds[-2]) :] if name == "GATs" else shuffled
+        for group in made[0].train_optimizer.param_groups:
+            group["capturable"] = device.type == "cuda"
+
+        def ours(model: Any = made[0], windows: Any = windows, samples: Tensor = samples) -> Tensor:
+            model.network.train()
+            return model.train_step(windows, samples)
+
+        title = f"{name} step, {batch} x {steps} x {features}"
+        if name == "TCN":
+            title += f", kernel {kwargs['kernel_size']}, {kwargs['n_chans']} wide"
+        yield Case(title, ours, torch_step(made[1], windows, samples))
+        if device.type == "cuda" and name not in ("GATs", "TCN"):
+            yield Case(f"{title}, torch's layers", with_torch_layers(ours))
+
+
+def with_torch_layers(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def call() -> Tensor:
+        _backend.cuda_layers = "torch"
+        try:
+            return step()
+        finally:
+            _backend.cuda_layers = "qfast"
+
+    return call
+
+
+def torch_step(model: Any, windows: Any, samples: Tensor) -> Callable[[], Tensor]:
+    """As the reference writes a step, but for its loader: the windows are indexed on the device."""
+    network = model.network.to_reference().train()
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    rows = ops.window_rows(windows.index, windows.rows, windows.step_len)
+
+    def step() -> Tensor:
+        x, label = windows.features[rows[samples]], windows.label[samples]
+        if isinstance(network, TCNModel):
+            x = x.transpose(1, 2)
+        loss = masked_mse(network(x), label)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_value_(network.parameters(), 3.0)
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
 OF_PART = {
     "gather": gathers, "attention": attention, "recurrent": recurrent, "tcn": convolutions, "encoder": encoders,
+    "step": training,
 }  # fmt: skip
 
 
@@ -219,12 +297,18 @@ def epochs(device: torch.device, small: bool) -> None:
     cut = dates[int(len(dates) * 0.9)]
     segments = {"train": (None, cut), "valid": (cut + (dates[1] - dates[0]), None)}
     dataset = TSDatasetH(handler=frame, segments=segments, step_len=STEP_LEN)
-    print("\n| model | training pass | with both evaluations |\n| --- | --- | --- |")
+    print("\n| model | layers | steps | training pass | with both evaluations |\n| --- | --- | --- | --- | --- |")
     for name in ("LSTM", "GRU", "ALSTM", "GATs", "TCN", "TransformerModel", "LocalformerModel"):
-        model = getattr(ts, name)(d_feat=FEATURES, n_epochs=2, seed=0, device=str(device), progress=False)
-        model.fit(dataset)
-        last = model.history_.iloc[-1]  # the first epoch pays for memory and kernels
-        print(f"| {name} | {last['train_seconds']:.2f} s | {last['seconds']:.2f} s |", flush=True)
+        for layers in _backend.LAYERS if name != "TCN" else ("qfast",):
+            _backend.cuda_layers = layers
+            for graphs in (False, True):
+                arguments = {"d_feat": FEATURES, "n_epochs": 3, "seed": 0, "cuda_graphs": graphs, "progress": False}
+                model = getattr(ts, name)(device=str(device), **arguments)
+                model.fit(dataset)
+                last = model.history_.iloc[-1]  # the first epoch pays for memory, kernels and graphs
+                how = "graphs" if graphs else "as written"
+                times = f"{last['train_seconds']:.2f} s | {last['seconds']:.2f} s"
+                print(f"| {name} | {layers} | {how} | {times} |", flush=True)
 
 
 def main() -> None:
@@ -239,6 +323,7 @@ def main() -> None:
         parser.error(f"--only takes {', '.join(PARTS)}, got {given.only}")
     device = torch.device(given.device)
     clock = Clock(device)
+    _backend.cuda_layers = "qfast"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     bandwidth, peak = copy_bandwidth(clock, given.small), product_peak(clock, given.small)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
