@@ -1,6 +1,6 @@
 """Operators and epochs on a GPU, beside torch's own layers, and beside the device's copy bandwidth and FMA peak.
 
-    python bench/bench_gpu.py [--only gather,attention,recurrent,tcn,encoder,step,epoch] [--compile] [--device cuda]
+    python bench/bench_gpu.py [--only gather,attention,recurrent,tcn,encoder,step,scaling,epoch] [--compile]
 
 Medians by CUDA events after a warm-up, both sides interleaved in one process; a backward is that of the sum of
 squares. A step is that of an estimator: gather, forward, loss, backward, clipping, Adam; beside it one of torch's
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from bench_epoch import FEATURES, STEP_LEN, alpha158_shaped
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from qfast.losses import masked_mse
 from qfast.models import ts
 from qfast.nn import TCNModel
 
-PARTS = ("gather", "attention", "recurrent", "tcn", "encoder", "step", "epoch")
+PARTS = ("gather", "attention", "recurrent", "tcn", "encoder", "step", "scaling", "epoch")
 WARM_UP, REPEATS = 5, 30
 
 
@@ -311,6 +312,40 @@ def epochs(device: torch.device, small: bool) -> None:
                 print(f"| {name} | {layers} | {how} | {times} |", flush=True)
 
 
+# ---------------------------------------------------------------- scaling
+def attention_call(n: int, device: torch.device) -> Callable[[], Any]:
+    given = [torch.randn(n, device=device), torch.randn(n, device=device), torch.randn(n, 64, device=device)]
+    return both_ways(lambda q, k, v: ops.additive_attention(q, k, v), given)
+
+
+def lstm_call(batch: int, steps: int, device: torch.device) -> Callable[[], Any]:
+    return next(case.ours for case in _lstm_cases(batch, steps, device) if "both" in case.name)
+
+
+def _lstm_cases(batch: int, steps: int, device: torch.device) -> Iterator[Case]:
+    return _recurrent_pair(ops.lstm, nn.LSTM, 4, torch.randn(batch, steps, FEATURES, device=device))
+
+
+def scaling(clock: Clock, small: bool) -> None:
+    """Time as a power of a size: least squares of the logarithms, forward and backward, as one graph."""
+    device, shrink = clock.device, 50 if small else 1
+    laws: dict[str, tuple[Sequence[int], Callable[[int], Callable[[], Any]]]] = {
+        "attention over N stocks": ((100, 300, 1000, 2000), lambda n: attention_call(n, device)),
+        "attention over N stocks, many": ((20_000, 100_000, 300_000, 1_000_000), lambda n: attention_call(n, device)),
+        "LSTM of B windows of 20 steps": ((5_000, 10_000, 20_000, 50_000), lambda n: lstm_call(n, 20, device)),
+        "LSTM of 800 windows of T steps": ((500, 1000, 2000, 4000), lambda n: lstm_call(800 // shrink, n, device)),
+    }
+    print("\n| what | sizes | times | exponent | R2 |\n| --- | --- | --- | --- | --- |")
+    for name, (sizes, call_of) in laws.items():
+        sizes = [max(2, size // shrink) for size in sizes]
+        times = [clock.medians([captured(call_of(size), device)])[0] for size in sizes]
+        x, y = np.log(sizes), np.log(times)
+        slope, offset = np.polyfit(x, y, 1)
+        fit = 1 - np.square(y - slope * x - offset).sum() / np.square(y - y.mean()).sum()
+        shown = ", ".join(f"{time * 1e3:,.0f} us" for time in times)
+        print(f"| {name} | {', '.join(map(str, sizes))} | {shown} | {slope:.2f} | {fit:.3f} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PARTS))
@@ -333,6 +368,8 @@ def main() -> None:
     for part in parts:
         for case in OF_PART[part](device, given.small) if part in OF_PART else ():
             print(row(case, clock, bandwidth, peak, given.compile), flush=True)
+    if "scaling" in parts:
+        scaling(clock, given.small)
     if "epoch" in parts:
         epochs(device, given.small)
 

@@ -33,6 +33,7 @@ from qfast.nn.plain import PlainTorch
 from qfast.step_graphs import Steps, training_steps
 
 GRADIENT_LIMIT = 3.0  # the reference clips every gradient element to +-3
+GPU_ROWS = 8192  # that are scored in one call on a GPU, which small batches would leave idle
 
 __all__ = ["Estimator", "FitProgress"]
 
@@ -89,7 +90,9 @@ class Estimator:
     network_class: ClassVar[type[nn.Module]]
     order: ClassVar[BatchOrder] = NumpyOrder()
     loss_dtype: ClassVar[torch.dtype | None] = torch.float32  # None: that of the label
-    rows_per_call: ClassVar[int] = 0  # rows of batches that are scored in one call of the network; 0: each batch alone
+    rows_per_call: ClassVar[int] = (
+        0  # rows of batches that one call of the network scores; 0: each batch alone, many on a GPU
+    )
     drops_incomplete_rows: ClassVar[bool] = False  # training rows with any NaN are left out, not refused
     options: ClassVar[tuple[str, ...]] = ("device", "compat", "progress", "cuda_graphs")
     decay_name: ClassVar[str] = "weight_decay"  # what the model's own constructor calls it
@@ -369,10 +372,8 @@ class Estimator:
 
     def _predictions(self, windows: WindowSet, batches: Batches) -> Tensor:
         """Of the samples in `batches.order`, in that order."""
-        parts = [
-            self.run_network(windows, batches.order[call.rows], call.offsets)
-            for call in batches.calls(self.rows_per_call)
-        ]
+        rows = self.rows_per_call or (GPU_ROWS if self.device.type == "cuda" else 0)
+        parts = [self.run_network(windows, batches.order[call.rows], call.offsets) for call in batches.calls(rows)]
         return torch.cat(parts) if parts else torch.empty(0, device=self.device)
 
     # ---------------------------------------------------------------- predict
