@@ -26,6 +26,7 @@ from attention_cases import (
     results,
     sorted_oracle,
 )
+from gpu import DEVICE, needs_gpu, needs_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ops_attention import OF_TERMS, VIEWS, attention_inputs, check_accuracy, graph_inputs
@@ -33,18 +34,10 @@ from test_ops_attention_noise import SIDES
 from test_ops_attention_rules import DAY, INFINITE_TERMS, INPUTS, SIZES, SPOILED, day_inputs
 from torch import Tensor
 
-from qfast import _backend
 from qfast.ops import additive_attention, graph_attention
 from qfast.ops.additive_attention import self_test
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no usable GPU"),
-    pytest.mark.skipif(
-        not _backend.status()["cuda"]["loaded"], reason=f"qfast._cuda: {_backend.status()['cuda']['reason']}"
-    ),
-]
-DEVICE = "cuda"
+pytestmark = needs_kernels
 LONG = 2500  # rows of a day that no block takes
 OPS = torch.ops.qfast
 
@@ -86,7 +79,7 @@ def test_self_test(name: str) -> None:
 def test_the_kernels_serve_and_not_the_twins() -> None:
     for name in ("additive_attention", "graph_attention"):
         for operator in (name, f"{name}_backward"):
-            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qfast::{operator}", "CUDA")
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qfast::{operator}", DEVICE.upper())
 
 
 # ---------------------------------------------------------------- accuracy
@@ -317,6 +310,7 @@ def both_ways(attention: list[Tensor], graph: list[Tensor], grad: Tensor, days: 
     return [*found, *kept, *OPS.graph_attention_backward(grad, *graph[:2], *days, *kept)]
 
 
+@needs_gpu
 def test_the_same_bits_come_again(beside: list[int]) -> None:
     inputs = direct_inputs([1, 700, 0, 40, 900, 3, *beside])
     first = both_ways(*inputs)
@@ -330,6 +324,7 @@ def test_the_same_bits_come_again(beside: list[int]) -> None:
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 
+@needs_gpu
 def test_nothing_waits_for_the_device(beside: list[int]) -> None:
     inputs = direct_inputs([300, 0, 7, *beside])
     both_ways(*inputs)
@@ -341,6 +336,7 @@ def test_nothing_waits_for_the_device(beside: list[int]) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@needs_gpu
 def test_a_cuda_graph_captures_all_four_operators(beside: list[int]) -> None:
     """Replayed on new numbers in the same memory, the offsets' too."""
     sizes, other = [300, 0, 7, *beside], [5, 290, 12, *beside]
@@ -367,6 +363,7 @@ def test_a_cuda_graph_captures_all_four_operators(beside: list[int]) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
+@needs_gpu
 def test_a_training_step_is_captured() -> None:
     tensors = [t.to(DEVICE).requires_grad_() for t in graph_inputs(500, 64, torch.float32)[:3]]
 
@@ -387,6 +384,7 @@ def test_a_training_step_is_captured() -> None:
 
 
 # ---------------------------------------------------------------- size
+@needs_gpu
 def test_a_million_rows_in_one_day() -> None:
     """In at most 2 GB beside its inputs; block sums keep float32 near the exact result."""
     *tensors, grad = attention_inputs(1_000_000, 64, torch.float32)
@@ -405,6 +403,7 @@ def test_a_million_rows_in_one_day() -> None:
         assert error <= 1e-6 * float(wanted.norm()), (i, error / float(wanted.norm()))
 
 
+@needs_gpu
 @pytest.mark.slow
 def test_more_than_two_to_the_31_numbers() -> None:
     """The last columns of a matrix whose positions do not fit into 32 bits, beside themselves alone."""
@@ -443,6 +442,7 @@ def test_refusals_of_the_kernels() -> None:
         OPS.graph_attention_backward(grad, *graph[:2], offsets, longest, slope, *kept)
 
 
+@needs_gpu
 def test_offsets_that_nobody_has_looked_at_touch_no_other_memory() -> None:
     attention, graph, grad, _ = direct_inputs([9], 3)
     for wrong in ([0, 10], [0, 7, 3, 9], [-1, 9], [0, 8], [9, 0]):

@@ -7,21 +7,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from gpu import DEVICE, needs_gpu, needs_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qfast import _backend
 from qfast.ops import attention_pool
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no usable GPU"),
-    pytest.mark.skipif(
-        not _backend.status()["cuda"]["loaded"], reason=f"qfast._cuda: {_backend.status()['cuda']['reason']}"
-    ),
-]
-DEVICE = "cuda"
+pytestmark = needs_kernels
 F32, F64 = torch.float32, torch.float64
 OPS = torch.ops.qfast
 MODULE = importlib.import_module("qfast.ops.attention_pool")  # the package has the function under that name
@@ -109,7 +102,7 @@ def test_self_test() -> None:
 
 def test_the_kernels_serve_and_not_the_twins() -> None:
     for name in ("attention_pool", "attention_pool_backward"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qfast::{name}", "CUDA")
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qfast::{name}", DEVICE.upper())
 
 
 # ---------------------------------------------------------------- accuracy
@@ -226,6 +219,7 @@ def test_the_same_bits_come_again() -> None:
         assert all(torch.equal(a, b) for a, b in zip(both_ways(tensors, grad, 0.2, seed), first, strict=True))
 
 
+@needs_gpu
 def test_nothing_waits_for_the_device() -> None:
     tensors, grad = inputs(Case(70, 9, 33, 16), F32, DEVICE)
     seed = torch.tensor([3], device=DEVICE)
@@ -238,6 +232,7 @@ def test_nothing_waits_for_the_device() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@needs_gpu
 def test_a_cuda_graph_captures_both_operators() -> None:
     """Replayed on new numbers in the same memory, the seed's too."""
     tensors, grad = inputs(Case(70, 9, 33, 16), F32, DEVICE)
@@ -259,6 +254,7 @@ def test_a_cuda_graph_captures_both_operators() -> None:
             torch.testing.assert_close(a, b)  # cuBLAS has other workspaces under capture
 
 
+@needs_gpu
 @pytest.mark.slow
 def test_more_than_two_to_the_31_elements() -> None:
     if torch.cuda.get_device_properties(0).total_memory < 64 << 30:
@@ -288,6 +284,7 @@ def test_refusals_of_the_kernels() -> None:
         OPS.attention_pool_backward(grad, h, weight, bias, score, 0.0, None, attention[:, 1:], pooled)
 
 
+@needs_gpu
 def test_tensors_of_another_device_are_refused() -> None:
     (h, weight, bias, score), _ = inputs(Case(3, 5, 4, 2), F32, DEVICE)
     with pytest.raises(ValueError, match="expected the device of h, got another"):

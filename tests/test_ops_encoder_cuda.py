@@ -28,22 +28,15 @@ from encoder_cases import (
     relative,
     results,
 )
+from gpu import DEVICE, needs_gpu, needs_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recurrent_cases import LAYOUTS
 from torch import Tensor
 
-from qfast import _backend
 from qfast.ops import encoder_layer, feed_forward
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no usable GPU"),
-    pytest.mark.skipif(
-        not _backend.status()["cuda"]["loaded"], reason=f"qfast._cuda: {_backend.status()['cuda']['reason']}"
-    ),
-]
-DEVICE = "cuda"
+pytestmark = needs_kernels
 OPS = torch.ops.qfast
 SEED = 12345678901
 NAMES = ("feed_forward", "encoder_layer")
@@ -150,7 +143,7 @@ def test_self_test(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_kernels_serve_and_not_the_twins(name: str) -> None:
     for which in (name, f"{name}_backward"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qfast::{which}", "CUDA")
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qfast::{which}", DEVICE.upper())
 
 
 # ---------------------------------------------------------------- accuracy
@@ -360,6 +353,7 @@ def test_the_same_bits_come_again() -> None:
 GRAPHED = [Case(70, 9, 24, 3, 64), Case(70, 9, 24, 3, 64, True), Block((70,), 24, 64, 20)]
 
 
+@needs_gpu
 @pytest.mark.parametrize("case", GRAPHED, ids=named)
 def test_nothing_waits_for_the_device(case: Block | Case) -> None:
     tensors, seed = given_to(case, F32, DEVICE), torch.tensor([3], device=DEVICE)
@@ -372,6 +366,7 @@ def test_nothing_waits_for_the_device(case: Block | Case) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@needs_gpu
 @pytest.mark.parametrize("case", GRAPHED, ids=named)
 def test_a_cuda_graph_captures_it(case: Block | Case) -> None:
     """Replayed on new numbers in the same memory, the seed's too."""
@@ -412,6 +407,7 @@ def test_memory_does_not_grow_with_the_hidden() -> None:
     assert peak_bytes(8192) < 1.1 * peak_bytes(1024)
 
 
+@needs_gpu
 @pytest.mark.slow
 def test_more_than_two_to_the_31_elements() -> None:
     if torch.cuda.get_device_properties(0).total_memory < 64 << 30:
@@ -451,6 +447,7 @@ def test_refusals_of_the_kernels() -> None:
         OPS.feed_forward_backward(tensors[0], *tensors[:4], 0.0, None, True)
 
 
+@needs_gpu
 def test_tensors_of_another_device_are_refused() -> None:
     x, *weights = given_to(Case(3, 5, 4, 2, 6), F32, DEVICE)
     with pytest.raises(ValueError, match="in_proj_weight: expected the device of x, got another"):

@@ -11,23 +11,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from gpu import DEVICE, long_on_host, needs_gpu, needs_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qfast import _backend
 from qfast.ops import gru, lstm
 from qfast.ops.recurrent import self_test
 from qfast.ops.recurrent_cells import GRU, LSTM, Cell, backward_twin, forward_twin
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no usable GPU"),
-    pytest.mark.skipif(
-        not _backend.status()["cuda"]["loaded"], reason=f"qfast._cuda: {_backend.status()['cuda']['reason']}"
-    ),
-]
-DEVICE = "cuda"
+pytestmark = needs_kernels
 CELLS = {"lstm": LSTM, "gru": GRU}
 CALLS: dict[str, Callable[..., Any]] = {"lstm": lstm, "gru": gru}
 F32, F64 = torch.float32, torch.float64
@@ -169,7 +162,7 @@ def test_self_test(cell: Cell) -> None:
 
 def test_the_kernels_serve_and_not_the_twins(cell: Cell) -> None:
     for name in (cell.name, f"{cell.name}_backward"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qfast::{name}", "CUDA")
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qfast::{name}", DEVICE.upper())
 
 
 # ---------------------------------------------------------------- accuracy
@@ -229,6 +222,7 @@ def test_any_stack_in_any_layout(name: str, case: Case, dtype: torch.dtype) -> N
     assert [error for error in map(relative, found, exact) if not error <= limit] == []
 
 
+@long_on_host
 def test_a_batch_in_parts(cell: Cell) -> None:
     """Products of 256 MB at a time: here two parts, the second one short."""
     case = Case(1100, 62, 3, 130, 2, True, True, 0.2)
@@ -331,6 +325,7 @@ def test_what_is_not_finite_stays_in_its_row(cell: Cell, value: float, hidden: i
 
 
 # ---------------------------------------------------------------- repeats, streams, graphs
+@long_on_host
 def test_the_same_bits_come_again(cell: Cell, hidden: int) -> None:
     given = arguments(cell, Case(1500, 9, 6, hidden, 2, True, True, 0.2), F32, DEVICE)
     first = both_ways(cell, given)
@@ -345,6 +340,7 @@ def test_without_keep_the_bits_are_the_same(cell: Cell, hidden: int) -> None:
         assert torch.equal(kept, plain)
 
 
+@needs_gpu
 def test_nothing_waits_for_the_device(cell: Cell, hidden: int) -> None:
     given = arguments(cell, Case(70, 9, 6, hidden, 2, True, True, 0.2), F32, DEVICE)
     flat, ops, n = given.flat(cell), torch.ops.qfast, 1 + len(cell.state_names)
@@ -362,6 +358,7 @@ def test_nothing_waits_for_the_device(cell: Cell, hidden: int) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@needs_gpu
 def test_a_cuda_graph_captures_both_operators(cell: Cell, hidden: int) -> None:
     """Replayed on new numbers in the same memory, the seed's too."""
     case, n = Case(70, 9, 6, hidden, 2, True, True, 0.2), 1 + len(cell.state_names)
@@ -393,6 +390,7 @@ def test_a_cuda_graph_captures_both_operators(cell: Cell, hidden: int) -> None:
 
 
 # ---------------------------------------------------------------- size
+@needs_gpu
 def test_memory_of_a_training_step() -> None:
     """2 x 64 units, T = 20, 5,000 rows: 250 MB are kept, gradients and what lies between beside it within 250 MB."""
     given = arguments(LSTM, Case(5000, 20, 20, 64, 2), F32, DEVICE)
@@ -405,6 +403,7 @@ def test_memory_of_a_training_step() -> None:
     assert extra <= 500 << 20, f"{extra / 2**20:.0f} MB"
 
 
+@needs_gpu
 @pytest.mark.slow
 def test_more_than_two_to_the_31_elements() -> None:
     """The last rows of a batch whose kept gates do not fit into 32 bits, beside themselves alone."""
@@ -450,6 +449,7 @@ def test_refusals_of_the_kernels() -> None:
         run(*wide, False)
 
 
+@needs_gpu
 def test_tensors_of_another_device_are_refused() -> None:
     given = arguments(LSTM, Case(3, 4, 2, 5, 2, False, True), F32, DEVICE)
     x, weights, h0, c0 = given.flat(LSTM)[:4]

@@ -10,25 +10,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from gpu import DEVICE, needs_gpu, needs_kernels
 from hypothesis import given, settings
 from temporal_conv_cases import CASES, Case, apart, expected, flat, like, mask, oracle, randn, relative, results, stack
 from test_ops_temporal_conv import LAYOUTS, stacks
 from test_ops_temporal_conv_dropout import SEEDS
 from torch import Tensor
 
-from qfast import _backend
 from qfast.ops import BlockWeights, temporal_conv_net
 from qfast.ops.philox import draw_seed
 from qfast.ops.temporal_conv import self_test
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no usable GPU"),
-    pytest.mark.skipif(
-        not _backend.status()["cuda"]["loaded"], reason=f"qfast._cuda: {_backend.status()['cuda']['reason']}"
-    ),
-]
-DEVICE = "cuda"
+pytestmark = needs_kernels
 NARROW, WIDE = [20, 20, 33], [20, 130, 128]
 OPS = torch.ops.qfast
 INF, NAN = torch.inf, torch.nan
@@ -63,7 +56,7 @@ def test_self_test() -> None:
 
 def test_the_kernels_serve_and_not_the_twins() -> None:
     for name in ("temporal_conv_net", "temporal_conv_net_backward"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qfast::{name}", "CUDA")
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qfast::{name}", DEVICE.upper())
 
 
 # ---------------------------------------------------------------- accuracy
@@ -291,6 +284,7 @@ def both_ways(x: Tensor, weights: list[Tensor], grad: Tensor, seed: Tensor) -> l
     return [*kept, of_x, *grads]
 
 
+@needs_gpu
 def test_the_same_bits_come_again(channels: list[int]) -> None:
     inputs = direct_inputs(channels, 1500)
     first = both_ways(*inputs)
@@ -304,6 +298,7 @@ def test_the_same_bits_come_again(channels: list[int]) -> None:
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 
+@needs_gpu
 def test_nothing_waits_for_the_device(channels: list[int]) -> None:
     inputs = direct_inputs(channels, 70)
     both_ways(*inputs)
@@ -315,6 +310,7 @@ def test_nothing_waits_for_the_device(channels: list[int]) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@needs_gpu
 def test_a_cuda_graph_captures_both_operators(channels: list[int]) -> None:
     """Replayed on new numbers in the same memory, the seed's too."""
     inputs, changed = direct_inputs(channels, 70), direct_inputs(channels, 70, seed=8)
@@ -337,6 +333,7 @@ def test_a_cuda_graph_captures_both_operators(channels: list[int]) -> None:
 
 
 # ---------------------------------------------------------------- size
+@needs_gpu
 def test_memory_of_a_training_step() -> None:
     """T = 60, kernel 3, 5 x 128 channels, 2,000 rows: what is kept, gradients of it and sums, within 512 MB."""
     blocks = stack(6, [128] * 5, 3, norm=False, dtype=torch.float32)
@@ -350,6 +347,7 @@ def test_memory_of_a_training_step() -> None:
     assert extra <= 512 << 20, f"{extra / 2**20:.0f} MB"
 
 
+@needs_gpu
 @pytest.mark.slow
 def test_more_than_two_to_the_31_elements() -> None:
     """The last rows of a batch whose kept activations do not fit into 32 bits, beside themselves alone."""

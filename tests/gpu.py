@@ -1,0 +1,24 @@
+"""Where the tests of CUDA operators run: on a GPU, or their kernels as host code (tools/cuda_on_host.py)."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from qfast import _backend
+
+ON_HOST = os.environ.get("QFAST_CUDA_ON_HOST", "")
+DEVICE = "cpu" if ON_HOST else "cuda"
+if ON_HOST:
+    torch.ops.load_library(ON_HOST)
+
+_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no usable GPU")
+_kernels = pytest.mark.skipif(
+    not _backend.status()["cuda"]["loaded"], reason=f"qfast._cuda: {_backend.status()['cuda']['reason']}"
+)
+
+needs_gpu = _device  # of a test that says something about the device itself
+long_on_host = pytest.mark.skipif(bool(ON_HOST) and not os.environ.get("QFAST_HOST_ALL"), reason="minutes as host code")
+needs_kernels = [pytest.mark.gpu] if ON_HOST else [pytest.mark.gpu, _device, _kernels]

@@ -1,0 +1,92 @@
+"""What tools/cuda_on_host.py makes of CUDA sources, and that it sees what it is for."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).parents[1] / "tools"
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("cuda_on_host", TOOLS / "cuda_on_host.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_launches_and_shared_memory_become_cpp(tool):
+    given = """
+    extern __shared__ double shared_memory[];
+    __shared__ int32_t any;
+    if (x) sum_kernel<Word, true><<<grid_for(n, 4), kBlock, bytes, scope.stream()>>>(job, pair(a, b));
+    dispatch([&](auto zero) {
+      scatter<decltype(zero)>
+          <<<1, 32>>>(to);
+    });
+    STABLE_TORCH_LIBRARY_IMPL(qfast, CUDA, m) {}
+    """
+    found = tool.as_host_code(given)
+    assert "double* const shared_memory = cuda_on_host::shared_memory<double>();" in found
+    assert "static int32_t any;" in found
+    launch = "cuda_on_host::launch(grid_for(n, 4), kBlock, bytes, [&] { sum_kernel<Word, true>(job, pair(a, b)); });"
+    assert "if (x) " in found
+    assert launch in found
+    assert "cuda_on_host::launch(1, 32, 0, [&] { scatter<decltype(zero)>(to); });" in found
+    assert "(qfast, CPU, m)" in found
+
+
+PROGRAM = """
+#include <cuda_runtime.h>
+%s
+int main() {
+  constexpr unsigned kThreads = 96;
+  std::vector<float> in(kThreads), out(kThreads, -1);
+  for (unsigned i = 0; i < kThreads; ++i) in[i] = float(i);
+  for (int repeat = 0; repeat < 50; ++repeat)
+    cuda_on_host::launch(2, kThreads, kThreads * sizeof(float), [&] { kernel(in.data(), out.data()); });
+  for (unsigned i = 0; i < kThreads; ++i)
+    if (out[i] != in[kThreads - 1 - i] + 16 * 31) return 3;
+}
+"""
+KERNEL = """
+__global__ void kernel(const float* in, float* out) {
+  float* const held = cuda_on_host::shared_memory<float>();
+  float all = threadIdx.x % 32;
+  for (int step = 16; step > 0; step /= 2) all += __shfl_xor_sync(~0u, all, step);
+  held[threadIdx.x] = in[threadIdx.x];
+  BARRIER
+  out[threadIdx.x] = held[blockDim.x - 1 - threadIdx.x] + all;
+}
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("barrier", "status", "said"),
+    [
+        ("__syncthreads();", 0, ""),
+        ("", 3, ""),
+        ("if (threadIdx.x < 40) __syncthreads();", -6, "a thread has left before a barrier that others wait at"),
+        ("if (threadIdx.x < 40) __syncwarp();", -6, "lanes wait for others that do not come"),
+        ("__shfl_sync(1u << threadIdx.x % 32, all, threadIdx.x % 2);", -6, "a shuffle from a lane that takes no part"),
+    ],
+    ids=["right", "none", "not all threads", "not all lanes", "lane alone"],
+)
+def test_what_is_wrong_shows(tool, tmp_path, barrier, status, said):
+    source = tmp_path / "program.cpp"
+    source.write_text(PROGRAM % KERNEL.replace("BARRIER", barrier))
+    program = tmp_path / "program"
+    switch = TOOLS / "cuda_on_host" / "switch.cpp"
+    command = ["g++", "-std=c++20", "-O1", f"-I{switch.parent}", str(source), str(switch), "-o", str(program)]
+    subprocess.run([*command, f"-I{sysconfig.get_paths()['include']}"], check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True)
+    assert done.returncode == status
+    assert said in done.stderr

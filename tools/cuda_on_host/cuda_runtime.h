@@ -1,0 +1,286 @@
+// CUDA kernels as host code: what tools/cuda_on_host.py gives a C++ compiler in place of the toolkit's
+// header.
+//
+// Every thread of a block is a fiber with a stack of its own. A block's fibers run in an order that changes
+// at random, whole warps ahead of others, until each has reached a barrier; so what a missing barrier would
+// break breaks here too, sooner or later. Blocks run one after another, in random order. Shared memory is as
+// large as the launch says and begins as NaN. A barrier that not all threads reach, a shuffle from a lane
+// that takes no part and a lane beyond the block end the process with a message.
+//
+// Not shown: anything about time, caches, the order of writes between blocks, or what the device compiler
+// does.
+#pragma once
+
+#include <math.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#define __device__
+#define __host__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __restrict__
+
+struct uint3 {
+  unsigned x = 0, y = 0, z = 0;
+};
+struct dim3 : uint3 {};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) double2 {
+  double x, y;
+};
+
+namespace cuda_on_host {
+
+constexpr unsigned kWarp = 32, kMostThreads = 1024;
+constexpr size_t kStack = 128 << 10;
+
+inline uint3 thread_index, block_index;
+inline dim3 block_size, grid_size;
+
+[[noreturn]] inline void give_up(const char* why) {
+  std::fprintf(stderr, "cuda_on_host: %s (block %u, thread %u)\n", why, block_index.x, thread_index.x);
+  std::abort();
+}
+
+inline long setting(const char* name, long otherwise) {
+  const char* const text = std::getenv(name);
+  return text == nullptr ? otherwise : std::atol(text);
+}
+
+inline std::mt19937& random_source() {
+  static std::mt19937 source(static_cast<unsigned>(setting("QFAST_HOST_SEED", 1)));
+  return source;
+}
+
+// ---------------------------------------------------------------- fibers
+enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
+
+struct Fiber {
+  void* stack_pointer = nullptr;
+  std::unique_ptr<char[]> stack;
+  State state = State::kDone;
+  unsigned mask = 0;            // of the warp barrier it waits at
+  unsigned long long word = 0;  // what it shows to its warp
+};
+
+inline std::vector<Fiber> fibers;
+inline void* scheduler = nullptr;  // its stack pointer
+inline const std::function<void()>* work = nullptr;
+
+extern "C" void cuda_on_host_switch(void** save, void* to);
+
+inline Fiber& me() { return fibers[thread_index.x]; }
+
+inline void wait_as(State state) {
+  Fiber& fiber = me();
+  fiber.state = state;
+  cuda_on_host_switch(&fiber.stack_pointer, scheduler);
+}
+
+inline void fiber_main() {
+  (*work)();
+  wait_as(State::kDone);
+  std::abort();
+}
+
+inline void start_fiber(Fiber& fiber) {
+  if (!fiber.stack) fiber.stack.reset(new char[kStack]);
+  const auto top = reinterpret_cast<uintptr_t>(fiber.stack.get() + kStack) & ~uintptr_t{15};
+  void** place = reinterpret_cast<void**>(top);
+  *--place = nullptr;
+  *--place = reinterpret_cast<void*>(&fiber_main);
+  for (int saved = 0; saved < 6; ++saved) *--place = nullptr;
+  fiber.stack_pointer = place;
+  fiber.state = State::kReady;
+}
+
+// ---------------------------------------------------------------- barriers
+inline void warp_barrier(unsigned mask) {
+  if (!(mask >> thread_index.x % kWarp & 1)) give_up("a lane waits for a mask that it is not in");
+  me().mask = mask;
+  wait_as(State::kAtWarpBarrier);
+}
+
+inline bool release_warps(unsigned threads) {
+  bool released = false;
+  for (unsigned t = 0; t < threads; ++t) {
+    if (fibers[t].state != State::kAtWarpBarrier) continue;
+    const unsigned first = t / kWarp * kWarp, mask = fibers[t].mask;
+    bool all = true;
+    for (unsigned lane = 0; lane < kWarp; ++lane) {
+      if (!(mask >> lane & 1)) continue;
+      if (first + lane >= threads) give_up("a mask names lanes beyond the block");
+      const Fiber& other = fibers[first + lane];
+      all &= other.state == State::kAtWarpBarrier && other.mask == mask;
+    }
+    for (unsigned lane = 0; all && lane < kWarp; ++lane)
+      if (mask >> lane & 1) fibers[first + lane].state = State::kReady;
+    released |= all;
+  }
+  return released;
+}
+
+inline bool any_in(unsigned threads, State state) {
+  return std::any_of(fibers.begin(), fibers.begin() + threads,
+                     [&](const Fiber& f) { return f.state == state; });
+}
+
+// ---------------------------------------------------------------- one block
+// Which warps are held back for a while, so that others run ahead of them to their next barrier.
+struct Holding {
+  std::vector<char> held;
+  unsigned left = 0;
+
+  void next(unsigned warps) {
+    if (held.size() == warps && left-- > 0) return;
+    auto& random = random_source();
+    left = random() % 3 ? random() % 60 : random() % 5000;
+    held.assign(warps, 0);
+    if (const unsigned kind = random() % 3; kind > 0)
+      for (char& warp : held) warp = kind == 1 ? random() % 2 : random() % 8 != 0;
+  }
+};
+
+inline void run_block(unsigned threads, const std::function<void()>& body) {
+  work = &body;
+  if (fibers.size() < threads) fibers.resize(threads);
+  for (unsigned t = 0; t < threads; ++t) start_fiber(fibers[t]);
+  std::vector<unsigned> order(threads);
+  std::iota(order.begin(), order.end(), 0u);
+  Holding holding;
+  for (;;) {
+    if (const unsigned how = random_source()() % 3; how == 1) {
+      std::reverse(order.begin(), order.end());
+    } else if (how == 2) {
+      std::shuffle(order.begin(), order.end(), random_source());
+    }
+    holding.next((threads + kWarp - 1) / kWarp);
+    const auto free = [&](unsigned t) {
+      return fibers[t].state == State::kReady && !holding.held[t / kWarp];
+    };
+    const bool some_free = std::any_of(order.begin(), order.end(), free);
+    for (unsigned t : order) {
+      if (fibers[t].state != State::kReady || (some_free && !free(t))) continue;
+      thread_index.x = t;
+      cuda_on_host_switch(&scheduler, fibers[t].stack_pointer);
+    }
+    release_warps(threads);
+    if (any_in(threads, State::kReady)) continue;
+    if (any_in(threads, State::kAtWarpBarrier)) give_up("lanes wait for others that do not come");
+    if (!any_in(threads, State::kAtBlockBarrier)) return;
+    if (any_in(threads, State::kDone)) give_up("a thread has left before a barrier that others wait at");
+    for (unsigned t = 0; t < threads; ++t) fibers[t].state = State::kReady;
+  }
+}
+
+// ---------------------------------------------------------------- a launch
+inline std::vector<char> shared_room;
+inline char* shared_begin = nullptr;
+
+template <class T>
+T* shared_memory() {
+  return reinterpret_cast<T*>(shared_begin);
+}
+
+inline void launch(unsigned blocks, unsigned threads, size_t shared, const std::function<void()>& body) {
+  if (threads == 0 || threads > kMostThreads) give_up("a block of no or of too many threads");
+  if (shared > static_cast<size_t>(setting("QFAST_HOST_SHARED", 227 << 10)))
+    give_up("too much shared memory");
+  shared_room.assign(shared + 16, 0);
+  const auto at = reinterpret_cast<uintptr_t>(shared_room.data());
+  shared_begin = shared_room.data() + (16 - at % 16) % 16;
+  block_size.x = threads, grid_size.x = blocks;
+  std::vector<unsigned> order(blocks);
+  std::iota(order.begin(), order.end(), 0u);
+  std::shuffle(order.begin(), order.end(), random_source());
+  for (unsigned block : order) {
+    std::memset(shared_begin, 0xff, shared);
+    block_index.x = block;
+    run_block(threads, body);
+  }
+}
+
+// ---------------------------------------------------------------- shuffles
+// `source` lane of the own warp, or -1: the own value.
+template <class T>
+T shuffle(unsigned mask, T value, int source) {
+  static_assert(sizeof(T) <= sizeof(Fiber::word));
+  const unsigned mine = thread_index.x;
+  std::memcpy(&fibers[mine].word, &value, sizeof value);
+  warp_barrier(mask);
+  if (source >= 0) {
+    if (!(mask >> source & 1)) give_up("a shuffle from a lane that takes no part");
+    std::memcpy(&value, &fibers[mine / kWarp * kWarp + static_cast<unsigned>(source)].word, sizeof value);
+  }
+  warp_barrier(mask);
+  return value;
+}
+
+inline int lane() { return static_cast<int>(thread_index.x % kWarp); }
+
+}  // namespace cuda_on_host
+
+#define threadIdx (cuda_on_host::thread_index)
+#define blockIdx (cuda_on_host::block_index)
+#define blockDim (cuda_on_host::block_size)
+#define gridDim (cuda_on_host::grid_size)
+
+inline void __syncthreads() { cuda_on_host::wait_as(cuda_on_host::State::kAtBlockBarrier); }
+inline void __syncwarp(unsigned mask = ~0u) { cuda_on_host::warp_barrier(mask); }
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
+  return cuda_on_host::shuffle(mask, value, cuda_on_host::lane() / width * width + source % width);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32) {
+  const int lane = cuda_on_host::lane(), source = lane ^ bits;
+  return cuda_on_host::shuffle(mask, value, source / width <= lane / width ? source : -1);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, int step, int width = 32) {
+  const int lane = cuda_on_host::lane(), source = lane - step;
+  return cuda_on_host::shuffle(mask, value, source >= lane / width * width ? source : -1);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, int step, int width = 32) {
+  const int lane = cuda_on_host::lane(), source = lane + step;
+  return cuda_on_host::shuffle(mask, value, source / width == lane / width ? source : -1);
+}
+
+// ---------------------------------------------------------------- the runtime
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) {
+  *value = static_cast<int>(what == cudaDevAttrMultiProcessorCount
+                                ? cuda_on_host::setting("QFAST_HOST_MULTIPROCESSORS", 132)
+                                : cuda_on_host::setting("QFAST_HOST_SHARED", 227 << 10));
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
