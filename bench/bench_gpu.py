@@ -326,8 +326,9 @@ def _lstm_cases(batch: int, steps: int, device: torch.device) -> Iterator[Case]:
     return _recurrent_pair(ops.lstm, nn.LSTM, 4, torch.randn(batch, steps, FEATURES, device=device))
 
 
-def scaling(clock: Clock, small: bool) -> None:
+def scaling(clock: Clock, small: bool, picture: str | None) -> None:
     """Time as a power of a size: least squares of the logarithms, forward and backward, as one graph."""
+    points: dict[str, tuple[list[int], list[float]]] = {}
     device, shrink = clock.device, 50 if small else 1
     laws: dict[str, tuple[Sequence[int], Callable[[int], Callable[[], Any]]]] = {
         "attention over N stocks": ((100, 300, 1000, 2000), lambda n: attention_call(n, device)),
@@ -339,11 +340,30 @@ def scaling(clock: Clock, small: bool) -> None:
     for name, (sizes, call_of) in laws.items():
         sizes = [max(2, size // shrink) for size in sizes]
         times = [clock.medians([captured(call_of(size), device)])[0] for size in sizes]
+        points[name] = sizes, times
         x, y = np.log(sizes), np.log(times)
         slope, offset = np.polyfit(x, y, 1)
         fit = 1 - np.square(y - slope * x - offset).sum() / np.square(y - y.mean()).sum()
         shown = ", ".join(f"{time * 1e3:,.0f} us" for time in times)
         print(f"| {name} | {', '.join(map(str, sizes))} | {shown} | {slope:.2f} | {fit:.3f} |", flush=True)
+    if picture is not None:
+        draw(points, picture)
+
+
+def draw(points: dict[str, tuple[list[int], list[float]]], picture: str) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6.5, 4.2), layout="constrained")
+    for name, (sizes, times) in points.items():
+        axis.loglog(sizes, times, "o-", label=name, markersize=4)
+    axis.set_xlabel("size")
+    axis.set_ylabel("ms, forward and backward, one graph")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    figure.savefig(picture, dpi=150)
 
 
 def main() -> None:
@@ -352,6 +372,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--plot", metavar="FILE", help="draw what `scaling` measures: .png, .svg or .pdf")
     given = parser.parse_args()
     parts = given.only.split(",")
     if not set(parts) <= set(PARTS):
@@ -369,7 +390,7 @@ def main() -> None:
         for case in OF_PART[part](device, given.small) if part in OF_PART else ():
             print(row(case, clock, bandwidth, peak, given.compile), flush=True)
     if "scaling" in parts:
-        scaling(clock, given.small)
+        scaling(clock, given.small, given.plot)
     if "epoch" in parts:
         epochs(device, given.small)
 
