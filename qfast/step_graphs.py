@@ -226,7 +226,8 @@ def training_steps(estimator: Estimator, windows: WindowSet) -> Steps:
     if recorder is None:
         return Steps(step, estimator.device)
     for group in estimator.train_optimizer.param_groups:
-        group["capturable"] = True  # its count of steps stays on the device
+        if "capturable" in group:
+            group["capturable"] = True  # the count of steps stays on the device
     # else it warns at each step that runs as it is written
     estimator.train_optimizer._warned_capturable_if_run_uncaptured = True
     return StepGraphs(
