@@ -6,6 +6,7 @@ The kernels are csrc/adam_kernels.h (behind adam.cpp) and csrc/adam.cu; qfast/op
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -176,11 +177,12 @@ def self_test(device: torch.device) -> None:
 
     lists = [drawn(), drawn(), drawn(), [part.square() for part in drawn()]]
     steps = [torch.tensor(float(i), device=device) for i in range(len(shapes))]
+    twin: Any = _twin  # takes its lists unpacked
     ours, twins = ([[t.clone() for t in part] for part in (*lists, steps)] for _ in range(2))
     for _ in range(3):
         numbers = (1e-2, 0.9, 0.999, 1e-8, 0.1, 1.0)
         torch.ops.qfast.clipped_adam_(*ours, None, *numbers)
-        _twin(*twins, None, *numbers)
+        twin(*twins, None, *numbers)
     for found, expected in zip(ours, twins, strict=True):
         for one, other in zip(found, expected, strict=True):
             error = float((one - other).double().norm() / other.double().norm().clamp_min(1e-300))
