@@ -87,8 +87,7 @@ class ClippedAdam(torch.optim.Adam):
             with torch.enable_grad():
                 loss = closure()
         if not self._step_by_operator():
-            nn.utils.clip_grad_value_([p for group in self.param_groups for p in group["params"]], self.limit)
-            _adam_step(self)
+            self._step_by_torch()
         return loss
 
     @torch.no_grad()
@@ -112,6 +111,17 @@ class ClippedAdam(torch.optim.Adam):
                 weight_decay=group["weight_decay"], limit=self.limit, ticket=self._ticket(tensors[0][0].device),
             )  # fmt: skip
         return True
+
+    def _step_by_torch(self) -> None:
+        nn.utils.clip_grad_value_([p for group in self.param_groups for p in group["params"]], self.limit)
+        strided = [group for group in self.param_groups if group["fused"] and not _is_contiguous(group["params"])]
+        for group in strided:  # torch's fused kernel on the CPU walks memory as if there were no strides
+            group["fused"] = None
+        try:
+            _adam_step(self)
+        finally:
+            for group in strided:
+                group["fused"] = True
 
     def _ticket(self, device: torch.device) -> Tensor | None:
         """Of this optimiser alone: two that step on different streams must not count each other's blocks."""
@@ -137,6 +147,10 @@ def _is_plain(group: dict[str, Any]) -> bool:
     return group["fused"] is not False and not any(group.get(name) for name in other)
 
 
+def _is_contiguous(parameters: list[Tensor]) -> bool:
+    return all(p.is_contiguous() and p.grad.is_contiguous() for p in parameters if p.grad is not None)
+
+
 def _is_served(
     parameters: list[Tensor],
     gradients: list[Tensor],
@@ -146,20 +160,23 @@ def _is_served(
     lr: float | Tensor,
 ) -> bool:
     """Whether a native kernel takes these tensors, in one call."""
-    first = parameters[0]
-    device, dtype = first.device, first.dtype
+    device, dtype = parameters[0].device, parameters[0].dtype
     tier = _backend.status().get(device.type)
     if tier is None or not tier["loaded"] or dtype not in (torch.float32, torch.float64):
         return False
     if isinstance(lr, Tensor) and (lr.device.type != "cpu" or device.type != "cpu"):
         return False
-    if any(type(p) is not nn.Parameter and type(p) is not Tensor for p in parameters):
+    if not {*map(type, parameters)} <= {nn.Parameter, Tensor}:
         return False  # subclasses compute as they like
-    if any(t.dtype != dtype or t.device != device for part in (parameters, exp_avg, exp_avg_sq) for t in part):
+    # Torch makes states like their parameter and lets gradients be nothing else, so one of each will do; the
+    # operator looks at all of them.
+    if any(part[0].dtype != dtype or part[0].device != device for part in (gradients, exp_avg, exp_avg_sq)):
         return False
-    if any(g.dtype != dtype or g.layout is not torch.strided for g in gradients):
-        return False
-    return all(step.dtype == torch.float32 and step.device == device for step in steps)
+    return (
+        all(p.dtype == dtype and p.device == device for p in parameters)
+        and all(g.layout is torch.strided for g in gradients)
+        and all(step.dtype == torch.float32 and step.device == device for step in steps)
+    )
 
 
 def _adam_step(optimizer: torch.optim.Adam) -> None:
