@@ -29,9 +29,10 @@ void run_adam(const AdamLists& lists, const AdamNumbers& numbers) {
   std::vector<AdamCorrection<Element>> corrections;
   std::vector<int64_t> first_unit{0};
   quartets.reserve(count), tensors.reserve(count), corrections.reserve(count), first_unit.reserve(count + 1);
+  // First, as copies may find no memory: then nothing has been written.
+  for (size_t i = 0; i < count; ++i) quartets.emplace_back(lists, i);
   double last_step = -1;
   for (size_t i = 0; i < count; ++i) {
-    quartets.emplace_back(lists, i);
     tensors.push_back(quartets[i].template pointers<Element>());
     first_unit.push_back(first_unit[i] + (tensors[i].count + kUnit - 1) / kUnit);
     const double step = *lists.steps[i].mutable_data_ptr<float>() += 1;

@@ -9,6 +9,7 @@ from itertools import chain, pairwise
 
 import pytest
 import torch
+from conftest import make_frame
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -16,7 +17,10 @@ from torch.nn.utils import clip_grad_value_
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qfast import _backend
+from qfast.callbacks import Callback
+from qfast.data import DatasetH
 from qfast.errors import DataError
+from qfast.models import GRU
 from qfast.ops import clipped_adam_
 from qfast.ops.adam import self_test
 from qfast.optim import ClippedAdam
@@ -404,3 +408,24 @@ def test_sparse_gradients_are_refused_as_torch_does():
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match=r"[Ss]parse"):
         ClippedAdam(table.parameters(), lr=0.1).step()
+
+
+# ---------------------------------------------------------------- in the training loop
+@pytest.mark.parametrize("name", ["adam", "gd"])
+def test_estimators_clip_whatever_the_optimizer(name):
+    """Labels that make gradients large; a callback sees them clipped."""
+    largest = []
+
+    class Look(Callback):
+        def on_batch_end(self, model):
+            largest.append(max(float(p.grad.abs().max()) for p in model.network.parameters()))
+
+    frame = make_frame(40, 9, 12)
+    frame["label"] *= 1e4
+    dataset = DatasetH(handler=frame, segments={"train": (None, None)})
+    model = GRU(d_feat=3, hidden_size=8, n_epochs=1, batch_size=32, lr=1e-6, seed=1, optimizer=name)
+    model.fit(dataset, callbacks=[Look()])
+    assert isinstance(model.train_optimizer, torch.optim.Adam if name == "adam" else torch.optim.SGD)
+    assert isinstance(model.train_optimizer, ClippedAdam) == (name == "adam")
+    assert largest
+    assert max(largest) == 3.0
