@@ -13,6 +13,7 @@ namespace {
 #include "window_resolve.h"
 // Kernels.
 #include "activations.h"
+#include "adam_kernels.h"
 #include "additive_attention_kernels.h"
 #include "dropout_kernels.h"
 #include "matrix_tiles.h"

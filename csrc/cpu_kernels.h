@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "adam.h"
 #include "additive_attention.h"
 #include "attention_pool.h"
 #include "encoder_layer.h"
@@ -17,6 +18,10 @@
 #define QFAST_CPU_KERNELS                                                                                    \
   QFAST_KERNEL(tanh_f32, const float* from, float* to, int64_t begin, int64_t end)                           \
   QFAST_KERNEL(tanh_f64, const double* from, double* to, int64_t begin, int64_t end)                         \
+  QFAST_KERNEL(clipped_adam_f32, const ::qfast::AdamTensor<float>&, const ::qfast::AdamSettings<float>&,     \
+               const ::qfast::AdamCorrection<float>&, int64_t begin, int64_t end)                            \
+  QFAST_KERNEL(clipped_adam_f64, const ::qfast::AdamTensor<double>&, const ::qfast::AdamSettings<double>&,   \
+               const ::qfast::AdamCorrection<double>&, int64_t begin, int64_t end)                           \
   QFAST_KERNEL(resolve_windows, const ::qfast::ResolveJob&, int64_t begin, int64_t end)                      \
   QFAST_KERNEL(gather_windows, const ::qfast::GatherJob&, int64_t begin, int64_t end, unsigned char* s)      \
   QFAST_KERNEL(scatter_windows_f32, const ::qfast::ScatterJob&, int64_t begin, int64_t end)                  \

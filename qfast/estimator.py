@@ -30,6 +30,7 @@ from qfast.device import choose_device, memory_named
 from qfast.errors import ConfigError, DataError, NotFittedError, suggest, whole_number
 from qfast.losses import loss_function, metric_function, sample_weights
 from qfast.nn.plain import PlainTorch
+from qfast.optim import ClippedAdam
 from qfast.step_graphs import Steps, training_steps
 
 GRADIENT_LIMIT = 3.0  # the reference clips every gradient element to +-3
@@ -337,7 +338,8 @@ class Estimator:
         loss = self.loss_fn(prediction, label, weight)
         self.train_optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_value_(self.network.parameters(), GRADIENT_LIMIT)
+        if not isinstance(self.train_optimizer, ClippedAdam):  # which clips in its step
+            torch.nn.utils.clip_grad_value_(self.network.parameters(), GRADIENT_LIMIT)
         self.train_optimizer.step()
         return loss.detach()
 
@@ -494,7 +496,7 @@ class Estimator:
     def _build_optimizer(self, name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         parameters = self.network.parameters()
         if str(name).lower() == "adam":
-            return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+            return ClippedAdam(parameters, lr=lr, weight_decay=weight_decay, limit=GRADIENT_LIMIT)
         if str(name).lower() == "gd":
             return torch.optim.SGD(parameters, lr=lr, weight_decay=weight_decay)
         raise ConfigError(f"optimizer must be 'adam' or 'gd', got {name!r}." + suggest(name, ("adam", "gd")))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from qfast.ops import activations as _activations
+from qfast.ops import adam as _adam
 from qfast.ops import additive_attention as _attention
 from qfast.ops import attention_pool as _attention_pool
 from qfast.ops import encoder_layer as _encoder_layer
@@ -17,6 +18,7 @@ from qfast.ops import window_conv as _window_conv
 from qfast.ops import window_gather as _window_gather
 from qfast.ops import window_index as _window_index
 from qfast.ops.activations import tanh
+from qfast.ops.adam import clipped_adam_
 from qfast.ops.additive_attention import additive_attention, graph_attention
 from qfast.ops.attention_pool import attention_pool
 from qfast.ops.encoder_layer import encoder_layer
@@ -35,6 +37,7 @@ __all__ = [
     "additive_attention",
     "attention_pool",
     "build_window_index",
+    "clipped_adam_",
     "encoder_layer",
     "feed_forward",
     "gather_windows",
@@ -60,6 +63,7 @@ OPERATORS = {
     "additive_attention": Operator(partial(_attention.self_test, "additive_attention")),
     "attention_pool": Operator(_attention_pool.self_test),
     "build_window_index": Operator(_window_index.self_test, ("cpu",)),
+    "clipped_adam_": Operator(_adam.self_test),
     "encoder_layer": Operator(_encoder_layer.self_test),
     "feed_forward": Operator(_feed_forward.self_test),
     "gather_windows": Operator(_window_gather.self_test),

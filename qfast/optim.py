@@ -1,0 +1,186 @@
+"""Adam that clips gradients itself: the pass that `clip_grad_value_` would make is part of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qfast import _backend
+from qfast.errors import DataError
+from qfast.ops import clipped_adam_
+
+__all__ = ["ClippedAdam"]
+
+
+class ClippedAdam(torch.optim.Adam):
+    """torch.optim.Adam whose step first clips every gradient element to +-limit, as clip_grad_value_ does.
+
+    Parameters
+    ----------
+    params, lr, betas, eps, weight_decay, amsgrad, ...
+        As of torch.optim.Adam. `fused` and `capturable` are True unless asked otherwise, where torch has them: the
+        states' `step` is then a float32 tensor beside the parameter, and a CUDA graph can capture the step.
+    limit : float
+        Above 0; infinity for no limit. No part of `state_dict`, which is that of torch.optim.Adam.
+
+    Raises
+    ------
+    ValueError
+        `limit` is not a number above 0, or what torch.optim.Adam refuses.
+
+    Notes
+    -----
+    One call of our operator makes the step where the native library serves the device and parameters, gradients and
+    states are dense float32 or float64 tensors, alike within a group. Anything else is torch's clip_grad_value_ and
+    Adam: other dtypes, amsgrad, maximize, decoupled_weight_decay, differentiable, `foreach=True`, `fused=False`, a
+    learning rate that is a tensor on CUDA. A GradScaler unscales the gradients itself, before they are clipped.
+
+    Examples
+    --------
+    >>> weight = torch.nn.Parameter(torch.zeros(1))
+    >>> optimizer = ClippedAdam([weight], lr=0.1, limit=3.0)
+    >>> weight.grad = torch.tensor([7.0])
+    >>> optimizer.step()
+    >>> weight.data, weight.grad
+    (tensor([-0.1000]), tensor([3.]))
+    """
+
+    def __init__(self, params: Any, lr: float | Tensor = 1e-3, *args: Any, limit: float = 3.0, **kwargs: Any) -> None:
+        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
+            raise DataError(
+                f"ClippedAdam: limit: expected a number above 0, got {limit!r}. Remedy: float('inf') for no limit."
+            )
+        self.limit = float(limit)
+        self._tickets: dict[torch.device, Tensor] = {}
+        super().__init__(params, lr, *args, **kwargs)
+        self._step_supports_amp_scaling = False  # what is clipped must be unscaled first
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with settings of their own."""
+        super().add_param_group(param_group)
+        _prefer_fused(self.param_groups[-1])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the states and settings of any Adam's `state_dict`."""
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            _prefer_fused(group)
+            for parameter in group["params"] if group["fused"] else ():
+                state = self.state.get(parameter)
+                if state:  # torch leaves the number of steps on the CPU where it was not fused
+                    state["step"] = state["step"].to(parameter.device, torch.float32)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "limit": self.limit}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._tickets = {}
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Clip the gradients in place and make one step; returns what `closure` does, if it is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._step_by_operator():
+            self._step_by_torch()
+        return loss
+
+    @torch.no_grad()
+    def _step_by_operator(self) -> bool:
+        """Whether the operator can take all groups; then it has."""
+        if torch.compiler.is_compiling() or not all(map(_is_plain, self.param_groups)):
+            return False
+        calls = []
+        for group in self.param_groups:
+            lists: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
+            self._init_group(group, *lists)
+            parameters, gradients, exp_avg, exp_avg_sq, _, steps = lists
+            if parameters:
+                if not _is_served(parameters, gradients, exp_avg, exp_avg_sq, steps, group["lr"]):
+                    return False
+                calls.append((group, (parameters, gradients, exp_avg, exp_avg_sq, steps)))
+        for group, tensors in calls:
+            beta1, beta2 = group["betas"]
+            clipped_adam_(
+                *tensors, lr=float(group["lr"]), beta1=beta1, beta2=beta2, eps=group["eps"],
+                weight_decay=group["weight_decay"], limit=self.limit, ticket=self._ticket(tensors[0][0].device),
+            )  # fmt: skip
+        return True
+
+    def _step_by_torch(self) -> None:
+        nn.utils.clip_grad_value_([p for group in self.param_groups for p in group["params"]], self.limit)
+        strided = [group for group in self.param_groups if group["fused"] and not _is_contiguous(group["params"])]
+        for group in strided:  # torch's fused kernel on the CPU walks memory as if there were no strides
+            group["fused"] = None
+        try:
+            _adam_step(self)
+        finally:
+            for group in strided:
+                group["fused"] = True
+
+    def _ticket(self, device: torch.device) -> Tensor | None:
+        """Of this optimiser alone: two that step on different streams must not count each other's blocks."""
+        if device.type == "cpu":
+            return None
+        if device not in self._tickets:
+            self._tickets[device] = torch.zeros(1, dtype=torch.int32, device=device)
+        return self._tickets[device]
+
+
+def _prefer_fused(group: dict[str, Any]) -> None:
+    """Where torch has a fused kernel, its kind of state: the number of steps beside the parameter."""
+    able = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in group["params"])
+    if able and group["fused"] is None and not group["foreach"] and not group["differentiable"]:
+        group["fused"] = True
+    if any(p.is_cuda for p in group["params"]) and not group["differentiable"]:
+        group["capturable"] = True
+
+
+def _is_plain(group: dict[str, Any]) -> bool:
+    """Whether the settings are those of the operator, or say nothing of how to compute."""
+    other = ("amsgrad", "maximize", "differentiable", "decoupled_weight_decay", "foreach")
+    return group["fused"] is not False and not any(group.get(name) for name in other)
+
+
+def _is_contiguous(parameters: list[Tensor]) -> bool:
+    return all(p.is_contiguous() and p.grad.is_contiguous() for p in parameters if p.grad is not None)
+
+
+def _is_served(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    steps: list[Tensor],
+    lr: float | Tensor,
+) -> bool:
+    """Whether a native kernel takes these tensors, in one call."""
+    device, dtype = parameters[0].device, parameters[0].dtype
+    tier = _backend.status().get(device.type)
+    if tier is None or not tier["loaded"] or dtype not in (torch.float32, torch.float64):
+        return False
+    if isinstance(lr, Tensor) and (lr.device.type != "cpu" or device.type != "cpu"):
+        return False
+    if not {*map(type, parameters)} <= {nn.Parameter, Tensor}:
+        return False  # subclasses compute as they like
+    # Torch makes states like their parameter and lets gradients be nothing else, so one of each will do; the
+    # operator looks at all of them.
+    if any(part[0].dtype != dtype or part[0].device != device for part in (gradients, exp_avg, exp_avg_sq)):
+        return False
+    return (
+        all(p.dtype == dtype and p.device == device for p in parameters)
+        and all(g.layout is torch.strided for g in gradients)
+        and all(step.dtype == torch.float32 and step.device == device for step in steps)
+    )
+
+
+def _adam_step(optimizer: torch.optim.Adam) -> None:
+    """Adam's step without the hooks around it, which have run around ours."""
+    step: Any = torch.optim.Adam.step
+    inner = step.__wrapped__ if getattr(step, "hooked", False) else step
+    inner(optimizer)
