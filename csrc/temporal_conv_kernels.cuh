@@ -291,25 +291,92 @@ __global__ void __launch_bounds__(kThreads) stages_kernel(Stages<T> run) {
 }
 
 // ---------------------------------------------------------------- gradients of weights
-// A thread owns 4 x 8 elements of one tap's weight and sums them over a part of the (slot, row) pairs in
-// which that tap read the window. The parts are added by sum_parts_kernel, in order and in float64.
+// A thread owns 8 x 8 elements of one tap's weight and sums them over a part of the (slot, row) pairs in
+// which that tap read the window: 4 loads of 16 bytes for 64 multiply-adds, as many as L1 delivers in the
+// time. The parts are added by sum_parts_kernel, in order and in float64.
+
+// Two quads of `all` elements: number `group`, and the one half of all quads further on, so that threads side
+// by side read side by side. An absent second one reads the first again, for nothing.
+struct TwoQuads {
+  int begin[2], count[2];
+  QFAST_DEVICE_INLINE TwoQuads(int group, int groups, int all) {
+    begin[0] = group * 4;
+    begin[1] = (group + groups) * 4;
+    count[0] = all - begin[0];
+    count[1] = all - begin[1];
+    if (count[1] <= 0) begin[1] = begin[0];
+  }
+  QFAST_DEVICE_INLINE bool whole() const { return count[0] >= 4 && (count[1] >= 4 || count[1] <= 0); }
+};
+
+// One operand of a part's rows: quad q of a row begins at of[q], and at the next row `step` bytes further on.
 template <class T>
-__global__ void __launch_bounds__(kThreads) weight_gradient_kernel(WeightGradients<T> run) {
+struct GradientOperand {
+  const char* of[2];
+  int64_t step, stride;  // stride: elements between channels
+  bool packed;
+
+  QFAST_DEVICE_INLINE GradientOperand(const Place<T>& place, int64_t slot, int64_t row, const TwoQuads& quads)
+      : step(place.row_stride * static_cast<int64_t>(sizeof(T))),
+        stride(place.channel_stride),
+        packed(place.packed) {
+    const T* const begin = place.data + slot * place.slot_stride + row * place.row_stride;
+#pragma unroll
+    for (int q = 0; q < 2; ++q) of[q] = reinterpret_cast<const char*>(begin + quads.begin[q] * stride);
+  }
+
+  // kWhole: it lies on 16 bytes. Goes on to the next row.
+  template <bool kWhole>
+  QFAST_DEVICE_INLINE Quad<T> next(int q, const TwoQuads& quads) {
+    const T* const from = reinterpret_cast<const T*>(of[q]);
+    of[q] += step;
+    if constexpr (kWhole) return *reinterpret_cast<const Quad<T>*>(from);
+    return load_quad(from, stride, quads.count[q], packed);
+  }
+};
+
+// kWhole: nothing but loads, multiply-adds and four pointers is in the loop.
+template <bool kWhole, bool kBias, class T>
+QFAST_DEVICE_INLINE void add_rows(GradientOperand<T> source, const TwoQuads& channels,
+                                  GradientOperand<T> grad, const TwoQuads& columns, int rows, T (&sum)[8][8],
+                                  T (&bias)[8]) {
+#pragma unroll(kWhole && !kBias ? 2 : 1)
+  for (; rows > 0; --rows) {
+    Quad<T> values[2], grads[2];
+#pragma unroll
+    for (int q = 0; q < 2; ++q) values[q] = source.template next<kWhole>(q, channels);
+#pragma unroll
+    for (int q = 0; q < 2; ++q) grads[q] = grad.template next<kWhole>(q, columns);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const T of = grads[j / 4].of[j % 4];
+#pragma unroll
+      for (int k = 0; k < 8; ++k) sum[k][j] += values[k / 4].of[k % 4] * of;
+      if constexpr (kBias) bias[j] += of;
+    }
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
+    weight_gradient_kernel(WeightGradients<T> run) {
   for (int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; at < run.threads;
        at += int64_t{gridDim.x} * blockDim.x) {
     int number = run.count - 1;
     while (run.jobs[number].first_thread > at) --number;
     const WeightGradient<T>& job = run.jobs[number];
     const int64_t item = (at - job.first_thread) % job.items, part = (at - job.first_thread) / job.items;
-    const int column_groups = (job.columns + kColumns - 1) / kColumns;
-    const int column = static_cast<int>(item % column_groups) * kColumns;
+    const int column_groups = gradient_groups(job.columns), channel_groups = gradient_groups(job.channels);
     const int64_t rest = item / column_groups;
-    const int channel_groups = (job.channels + kRows - 1) / kRows;
-    const int channel = static_cast<int>(rest % channel_groups) * kRows;
+    const TwoQuads columns(static_cast<int>(item % column_groups), column_groups, job.columns);
+    const TwoQuads channels(static_cast<int>(rest % channel_groups), channel_groups, job.channels);
     const int tap = static_cast<int>(rest / channel_groups);
-    const bool with_bias = channel == 0 && tap == job.taps - 1;  // that tap reads once for every output
-    const int channels = job.channels - channel, columns = job.columns - column;
-    T sum[kRows][kColumns] = {}, bias[kColumns] = {};
+    const bool with_bias = rest % channel_groups == 0 && tap == job.taps - 1;  // which reads for every output
+    const bool whole = job.source.packed && job.grad.packed && channels.whole() && columns.whole();
+    // As one in a warp, so that it walks the rows once.
+    const unsigned lanes = __activemask();
+    const bool all_whole = __all_sync(lanes, whole), any_bias = __any_sync(lanes, with_bias);
+    T sum[8][8] = {}, bias[8] = {};
 
     const int64_t back = (job.taps - 1 - tap) * job.dilation;
     int first_slot = 0;  // the first output whose tap is inside the window; positions ascend
@@ -319,25 +386,17 @@ __global__ void __launch_bounds__(kThreads) weight_gradient_kernel(WeightGradien
     for (int64_t pair = part * run.steps; pair < end;) {
       const int slot = first_slot + static_cast<int>(pair / run.batch);
       const int64_t row = pair % run.batch;
-      const int64_t rows = run.batch - row < end - pair ? run.batch - row : end - pair;
-      const int from = job.source_slots[job.positions[slot] - back];
-      const T* source = job.source.data + from * job.source.slot_stride + row * job.source.row_stride +
-                        channel * job.source.channel_stride;
-      const T* grad = job.grad.data + slot * job.grad.slot_stride + row * job.grad.row_stride + column;
-#pragma unroll 2
-      for (int64_t i = 0; i < rows; ++i) {
-        const Quad<T> values = load_quad(source, job.source.channel_stride, channels, job.source.packed);
-        const Quad<T> grads[2] = {load_quad(grad, 1, columns, job.grad.packed),
-                                  load_quad(grad + 4, 1, columns - 4, job.grad.packed)};
-#pragma unroll
-        for (int j = 0; j < kColumns; ++j) {
-          const T of = grads[j / 4].of[j % 4];
-#pragma unroll
-          for (int k = 0; k < kRows; ++k) sum[k][j] += values.of[k] * of;
-          if (with_bias) bias[j] += of;
-        }
-        source += job.source.row_stride;
-        grad += job.grad.row_stride;
+      constexpr int64_t kMost = 1 << 30;
+      const int rows = static_cast<int>(min(min(run.batch - row, end - pair), kMost));
+      const GradientOperand<T> source(job.source, job.source_slots[job.positions[slot] - back], row,
+                                      channels);
+      const GradientOperand<T> grad(job.grad, slot, row, columns);
+      if (!all_whole) {
+        add_rows<false, true>(source, channels, grad, columns, rows, sum, bias);
+      } else if (any_bias) {
+        add_rows<true, true>(source, channels, grad, columns, rows, sum, bias);
+      } else {
+        add_rows<true, false>(source, channels, grad, columns, rows, sum, bias);
       }
       pair += rows;
     }
@@ -345,15 +404,16 @@ __global__ void __launch_bounds__(kThreads) weight_gradient_kernel(WeightGradien
     T* const to = run.sums + job.sums_at + part * job.elements;
     const int64_t weights = static_cast<int64_t>(job.taps) * job.channels * job.columns;
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-      if (j >= columns) continue;
+    for (int j = 0; j < 8; ++j) {
+      if (j % 4 >= columns.count[j / 4]) continue;
+      const int column = columns.begin[j / 4] + j % 4;
 #pragma unroll
-      for (int k = 0; k < kRows; ++k)
-        if (k < channels) {
-          const int64_t tap_row = static_cast<int64_t>(tap) * job.channels + channel + k;
-          to[tap_row * job.columns + column + j] = sum[k][j];
-        }
-      if (with_bias) to[weights + column + j] = bias[j];
+      for (int k = 0; k < 8; ++k) {
+        if (k % 4 >= channels.count[k / 4]) continue;
+        const int64_t tap_row = static_cast<int64_t>(tap) * job.channels + channels.begin[k / 4] + k % 4;
+        to[tap_row * job.columns + column] = sum[k][j];
+      }
+      if (with_bias) to[weights + column] = bias[j];
     }
   }
 }

@@ -102,6 +102,9 @@ struct Packing {
   int64_t row_stride, column_stride;
 };
 
+// Threads that share the columns, or the channels, of a weight's gradient: two quads each.
+QFAST_DEVICE_INLINE constexpr int gradient_groups(int elements) { return ((elements + 3) / 4 + 1) / 2; }
+
 struct Words {
   static constexpr int kMost = 896;  // what fits beside the other arguments of a launch
   uint32_t word[kMost];

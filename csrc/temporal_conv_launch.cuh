@@ -19,7 +19,7 @@ constexpr int64_t kTileRows = 64;  // of a block of threads where a stage is a l
 // of them for each slot. Wider ones come from L2, and there a stage a launch reads them 4 times less often.
 constexpr int64_t kCachedBytes = 64 << 10;
 constexpr int64_t kFillingTiles = 128;         // about one for each multiprocessor, as far as there are rows
-constexpr int64_t kGradientThreads = 1 << 17;  // that fill any device: 16 MB of sums in float32
+constexpr int64_t kGradientThreads = 1 << 16;  // that fill any device: 16 MB of sums in float32
 constexpr int64_t kLeastSteps = 64;            // of a thread, so that writing its sums is a small part
 
 constexpr int64_t up_to(int64_t value, int64_t multiple) {
@@ -411,7 +411,7 @@ class Call {
     job.taps = static_cast<int32_t>(taps);
     job.channels = static_cast<int32_t>(features);
     job.columns = static_cast<int32_t>(columns);
-    job.items = taps * parts_of(features, kRows) * parts_of(columns, kColumns);
+    job.items = taps * gradient_groups(job.channels) * gradient_groups(job.columns);
     job.elements = (taps * features + 1) * columns;
     job.of_weight = of_weight;
     job.of_bias = of_bias;

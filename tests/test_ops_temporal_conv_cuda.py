@@ -371,6 +371,7 @@ def test_more_than_two_to_the_31_elements() -> None:
 
 
 # ---------------------------------------------------------------- refusals
+@needs_gpu
 def test_refusals_of_the_kernels() -> None:
     x, weights, grad, seed = direct_inputs(NARROW, 3)
     with pytest.raises(ValueError, match="seed: expected one int64 on the device of x"):

@@ -52,6 +52,9 @@ struct alignas(16) double2 {
   double x, y;
 };
 
+using std::max;
+using std::min;
+
 namespace cuda_on_host {
 
 constexpr unsigned kWarp = 32, kMostThreads = 1024;
@@ -270,6 +273,16 @@ T __shfl_down_sync(unsigned mask, T value, int step, int width = 32) {
   const int lane = cuda_on_host::lane(), source = lane + step;
   return cuda_on_host::shuffle(mask, value, source / width == lane / width ? source : -1);
 }
+
+// Of the lanes that happen to be together no more than one is promised: that much a kernel may count on.
+inline unsigned __activemask() { return 1u << cuda_on_host::lane(); }
+inline int __any_sync(unsigned mask, int found) {
+  int any = 0;
+  for (int source = 0; source < 32; ++source)
+    if (mask >> source & 1) any |= cuda_on_host::shuffle(mask, found != 0, source);
+  return any;
+}
+inline int __all_sync(unsigned mask, int found) { return !__any_sync(mask, !found); }
 
 // ---------------------------------------------------------------- the runtime
 using cudaStream_t = void*;
