@@ -58,8 +58,25 @@ __device__ __forceinline__ int64_t step_row(const DeviceGather<Word>& job, int64
   return r < job.panel_rows ? r : -1;
 }
 
+// out[i] = word(i) for the lane's own i < count, in ascending order; several loads are on their way at a
+// time.
+template <class Word, class Source>
+__device__ __forceinline__ void copy_words(Word* out, int64_t count, int lane, Source&& word) {
+  constexpr int kAtATime = 4;
+  for (int64_t begin = lane; begin < count; begin += kWarp * kAtATime) {
+    Word held[kAtATime];
+#pragma unroll
+    for (int k = 0; k < kAtATime; ++k)
+      if (const int64_t i = begin + k * kWarp; i < count) held[k] = word(i);
+#pragma unroll
+    for (int k = 0; k < kAtATime; ++k)
+      if (const int64_t i = begin + k * kWarp; i < count) out[i] = held[k];
+  }
+}
+
 // Computes out[b]. A warp owns a window: lane 0 resolves its rows if they have holes, then the lanes take
-// the T x W words in output order (transposed: in [W, T] order), so writes are coalesced.
+// the T x W words in output order (transposed: in [W, T] order), so writes are coalesced. A window without
+// holes of rows that lie side by side is one piece of memory.
 // Bytes bound: B T W words read and written once.
 template <class Word, bool kTransposed>
 __global__ void __launch_bounds__(kBlock) gather_windows_kernel(const DeviceGather<Word> job) {
@@ -73,20 +90,25 @@ __global__ void __launch_bounds__(kBlock) gather_windows_kernel(const DeviceGath
        b += warps) {
     const int64_t last = job.rolling ? row_number(job.index, b) : -1;
     const int64_t start = job.rolling ? contiguous_start(job.tables, last) : -1;
+    Word* const out = job.out + b * total;
+    if (!kTransposed && start >= 0 && job.row_stride == job.width) {
+      const Word* const from = job.panel + start * job.row_stride;
+      copy_words(out, total, lane, [&](int64_t i) { return from[i]; });
+      continue;
+    }
     if (job.rolling && start < 0) {
       __syncwarp();  // the lanes may still read the window before
       if (lane == 0) resolve_window(job.tables, last, numbers);
       __syncwarp();
     }
-    Word* out = job.out + b * total;
     int64_t outer = lane / inner, position = lane % inner;  // one division a window, not one a word
-    for (int64_t i = lane; i < total; i += kWarp) {
+    copy_words(out, total, lane, [&](int64_t) {
       const int64_t t = kTransposed ? position : outer;
       const int64_t d = kTransposed ? outer : position;
       const int64_t r = step_row(job, b, t, start, numbers);
-      out[i] = r < 0 ? job.missing : job.panel[r * job.row_stride + d];
       for (position += kWarp; position >= inner; position -= inner) ++outer;
-    }
+      return r < 0 ? job.missing : job.panel[r * job.row_stride + d];
+    });
   }
 }
 
@@ -135,7 +157,7 @@ Word nan_word(int64_t element) {
     Word word;
     float single[4];
     double twice[2];
-  } value{};
+  } value{};  // the word is its beginning
   for (int i = 0; i < 4 && element == 4; ++i) value.single[i] = std::numeric_limits<float>::quiet_NaN();
   for (int i = 0; i < 2 && element == 8; ++i) value.twice[i] = std::numeric_limits<double>::quiet_NaN();
   return value.word;
@@ -166,9 +188,9 @@ void launch_gather(const GatherJob& job, int64_t windows, cudaStream_t stream) {
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// 16-byte words where every row begins on one; transposed output scatters elements, so it takes them singly.
-bool fits_wide_words(const GatherJob& job) {
-  const auto divides = [](int64_t bytes) { return bytes % 16 == 0; };
+// Every row begins on such a word; transposed output scatters elements, so it takes them singly.
+bool fits_words(const GatherJob& job, int64_t bytes) {
+  const auto divides = [&](int64_t value) { return value % bytes == 0; };
   return !job.transposed && divides(job.width) && divides(job.row_stride) &&
          divides(static_cast<int64_t>(reinterpret_cast<uintptr_t>(job.panel))) &&
          divides(static_cast<int64_t>(reinterpret_cast<uintptr_t>(job.out)));
@@ -192,12 +214,12 @@ Tensor gather(const Tensor& panel, const Tensor& index, const WindowTables* tabl
                       static_cast<unsigned char*>(out.mutable_data_ptr()),
                       transposed,
                       false};
-  if (fits_wide_words(job)) {
+  if (fits_words(job, 16)) {
     launch_gather<uint4>(job, windows, stream);
-  } else if (size == 4) {
-    launch_gather<uint32_t>(job, windows, stream);
+  } else if (size == 8 || fits_words(job, 8)) {
+    launch_gather<uint2>(job, windows, stream);
   } else {
-    launch_gather<unsigned long long>(job, windows, stream);
+    launch_gather<uint32_t>(job, windows, stream);
   }
   return out;
 }
