@@ -10,8 +10,8 @@
 //
 // No atomics; results repeat bit for bit as far as cuBLAS' do (one stream, or CUBLAS_WORKSPACE_CONFIG set).
 // Nothing synchronises or copies from the host, and all memory is torch's, so a CUDA graph can capture a
-// call. What bounds it: multiply-adds by FFMA, above all of the feed-forward block. Unmeasured. Schemas:
-// qfast/ops/encoder_layer.py.
+// call. What bounds it: multiply-adds, above all of the feed-forward block, which may go to tensor cores.
+// Unmeasured. Schemas: qfast/ops/encoder_layer.py.
 #include <optional>
 #include <tuple>
 

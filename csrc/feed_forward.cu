@@ -8,9 +8,13 @@
 // shared memory (more than 128 results, or about that many inputs) take their hidden by cuBLAS too, in the
 // same parts. So memory beside the results does not depend on the size of the hidden.
 //
+// float32 may be multiplied by tensor cores instead, as the caller says (feed_forward_tensor_core.cuh): the
+// two launches that make the hidden then do. cuBLAS' products are not touched by that.
+//
 // No atomics; results repeat bit for bit as far as cuBLAS' do (one stream, or CUBLAS_WORKSPACE_CONFIG set).
 // Nothing synchronises or copies from the host, and all memory is torch's, so a CUDA graph can capture a
-// call. What bounds it: multiply-adds by FFMA. Unmeasured. Schemas: qfast/ops/feed_forward.py.
+// call. What bounds it: multiply-adds, by FFMA unless told otherwise. Unmeasured. Schemas:
+// qfast/ops/feed_forward.py.
 #include <optional>
 #include <tuple>
 

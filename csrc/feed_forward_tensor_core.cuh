@@ -17,14 +17,17 @@
 //
 // A product of tensor cores adds with truncation. 3xtf32 therefore adds the three products of a chunk, the
 // small ones first, to zero, and the chunk to the sums by FADD; tf32 and bf16 add to the sums themselves.
-// 3xtf32 keeps operands in float32 and splits them in registers; a value that is not finite becomes NaN
-// there. A NaN stays NaN in all.
+// 3xtf32 keeps operands in float32 and splits them in registers. A NaN stays NaN; a row of x with an infinity
+// gives no finite result, but may give NaN where float32 would give an infinity.
 //
-// What bounds it, at 64 -> 2048 -> 64, per slice and warp: 256 products of depth 8 (128 of 16 in bf16; three
-// times as many in 3xtf32), and 192 loads of 512 bytes (96 in bf16), 4 cycles of the SM's shared memory each.
-// So without a split the loads weigh about as much as the products; with dropout 8 calls of Philox a lane add
-// about as many integer operations. Reads of weights: 1 MB (0.5 in bf16) from L2 for every 128 rows, 67
-// MFLOP. Shared memory: 128 rows of x, two slices: 66 KB (33 KB in bf16), backward 97 KB (49 KB).
+// What bounds it, at 64 -> 2048 -> 64 without dropout, per slice and warp: 128 products of depth 8 (64 of
+// depth 16 in bf16; 384 of depth 8 in 3xtf32) and 48 loads of 512 bytes (24 in bf16), 4 cycles of the SM's
+// shared memory each. At 2 cycles of an SM for a product the products take 256 cycles and the loads 192. In
+// 3xtf32 the splits count as well: three other instructions a product. Dropout adds 8 calls of Philox a lane
+// and slice, about 70 integer instructions each. Weights are read from L2, 1 MB (0.5 in bf16) for 128 rows
+// and their 67 MFLOP. Shared memory: the rows of x and two slices, 66 KB (33 in bf16); backward 98 KB (50).
+// Registers, sm_90: forward 168 for up to 64 results (3xtf32 161: it may have 255), backward 123 (3xtf32
+// 168); nothing is spilled there.
 #pragma once
 
 #include "feed_forward_kernels.cuh"
@@ -182,7 +185,8 @@ QFAST_DEVICE_INLINE RowWords units_of_chunk(const float (&units)[kRowFragments][
   return rows;
 }
 
-// A float32 as the sum of two tf32, to 2^-21 of it at worst. What is not finite leaves NaN as its rest.
+// A float32 as the sum of two tf32, but for one unit of its last place at worst. The rest of what is not
+// finite, or too large for tf32, is not finite either.
 struct Split {
   uint32_t high, rest;
 
