@@ -23,8 +23,10 @@ class TensorLaunches {
     if (precision == Precision::kIeee || !narrow || !device.has_tensor_cores()) return;
     job_.input_chunks = chunks_of(precision, net.inputs);
     job_.output_chunks = backward ? chunks_of(precision, net.outputs) : 0;
-    SlicePacking packing{entering,   net.bias,    leaving,    nullptr,   net.inputs,
-                         net.hidden, net.outputs, net.slices, net.padded};
+    SlicePacking packing{};
+    packing.entering = entering, packing.bias = net.bias, packing.leaving = leaving;
+    packing.inputs = net.inputs, packing.hidden = net.hidden, packing.outputs = net.outputs;
+    packing.slices = net.slices, packing.padded = net.padded;
     packing.backward = backward;
     packing.entering_words = job_.input_chunks * kUnits * kWords;
     packing.leaving_words =
