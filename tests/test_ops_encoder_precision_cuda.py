@@ -71,7 +71,7 @@ def test_errors_of_the_block(case: Block, dropout: float) -> None:
     narrow = [part.float() for part in exact]
     true, plain = both_ways(exact, dropout), both_ways(narrow, dropout)
     for ours, theirs in zip(errors(both_ways(narrow, dropout, "3xtf32"), true), errors(plain, true), strict=True):
-        assert ours <= max(2 * theirs, 3e-7)
+        assert ours <= max(2 * theirs, 5e-7)
     for name, limit in LIMITS.items():
         assert max(errors(both_ways(narrow, dropout, name), true)) <= limit, name
 
@@ -86,7 +86,7 @@ def test_errors_of_a_layer(last: bool) -> None:
         with using_precision(name):
             return relative(encoder_layer(x, weights, heads=2, last_step=last).cpu(), true.cpu())
 
-    assert error("3xtf32") <= max(2 * error("ieee"), 3e-7)
+    assert error("3xtf32") <= max(2 * error("ieee"), 5e-7)
     for name, limit in LIMITS.items():
         assert 1e-6 < error(name) <= limit, name  # it is computed otherwise
 
