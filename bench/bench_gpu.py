@@ -28,6 +28,7 @@ from qfast.data import TSDatasetH
 from qfast.losses import masked_mse
 from qfast.models import ts
 from qfast.nn import TCNModel
+from qfast.precision import NAMES
 
 PARTS = ("gather", "attention", "recurrent", "tcn", "encoder", "step", "scaling", "epoch")
 WARM_UP, REPEATS = 5, 30
@@ -192,6 +193,17 @@ def encoders(device: torch.device, small: bool) -> Iterator[Case]:
         name = f"encoder layer, {batch} x {steps}, 64 wide, feed-forward 2,048"
         yield Case(
             f"{name}, both ways", both_ways(ours, [x, *weights]), both_ways(theirs, [x, *weights]), 0, 3.0 * products
+        )
+        yield from _precisions(x.flatten(0, 1), weights[4:8])
+
+
+def _precisions(x: Tensor, weights: Sequence[Tensor]) -> Iterator[Case]:
+    """The feed-forward block in each, by the raw operator: the last column may exceed 100 %."""
+    for number, name in enumerate(NAMES):
+        yield Case(
+            f"feed-forward block, {len(x)} rows, forward, {name}",
+            lambda n=number: torch.ops.qfast.feed_forward(x, *weights, 0.0, None, n),
+            products=len(x) * 2.0 * weights[0].numel(),
         )
 
 

@@ -13,9 +13,12 @@ class CudaDevice {
   explicit CudaDevice(const Tensor& like) : scope_(like), like_(like) {
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&shared_limit_, cudaDevAttrMaxSharedMemoryPerBlockOptin,
                                           like.get_device_index()));
+    STD_CUDA_CHECK(
+        cudaDeviceGetAttribute(&major_, cudaDevAttrComputeCapabilityMajor, like.get_device_index()));
   }
 
   size_t shared_limit() const { return static_cast<size_t>(shared_limit_); }
+  bool has_tensor_cores() const { return major_ >= 8; }  // for tf32 and bf16
   cudaStream_t stream() const { return scope_.stream(); }
 
   template <class T>
@@ -41,7 +44,7 @@ class CudaDevice {
  private:
   CudaScope scope_;
   const Tensor& like_;
-  int shared_limit_ = 0;
+  int shared_limit_ = 0, major_ = 0;
   std::vector<Tensor> held_;  // goes back to torch's allocator, which reuses it on this stream in order
 };
 

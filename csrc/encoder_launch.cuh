@@ -81,12 +81,13 @@ struct EncoderKept {
 template <class T>
 class EncoderLaunches {
  public:
-  EncoderLaunches(const char* op, CudaDevice& device, const EncoderGiven& given, bool backward)
+  EncoderLaunches(const char* op, CudaDevice& device, const EncoderGiven& given, bool backward,
+                  Precision precision)
       : op_(op),
         device_(device),
         given_(given),
         net_(device, given.weights[kLinear1Weight], given.weights[kLinear1Bias],
-             given.weights[kLinear2Weight], given.dropout, backward) {}
+             given.weights[kLinear2Weight], given.dropout, backward, precision) {}
 
   // body(first window, windows), by parts.
   template <class Body>

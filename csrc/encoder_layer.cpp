@@ -117,7 +117,8 @@ class Encoder {
 
 std::tuple<Tensor, Tensor, Tensor> encoder_layer_cpu(const Tensor& x, std::vector<Tensor> weights,
                                                      int64_t heads, double eps, double dropout,
-                                                     std::optional<Tensor> seed, bool last_step, bool keep) {
+                                                     std::optional<Tensor> seed, bool last_step, bool keep,
+                                                     int64_t /*precision*/) {
   const char* const op = "encoder_layer";
   check_encoder_layer(op, x, weights, heads);
   const DropoutRule rule = dropout_rule(op, dropout, seed);
@@ -146,7 +147,8 @@ std::tuple<Tensor, std::vector<Tensor>> encoder_layer_backward_cpu(const Tensor&
                                                                    std::vector<Tensor> weights, int64_t heads,
                                                                    double dropout, std::optional<Tensor> seed,
                                                                    bool last_step, const Tensor& normalised,
-                                                                   const Tensor& scales, bool input_grad) {
+                                                                   const Tensor& scales, bool input_grad,
+                                                                   int64_t /*precision*/) {
   const char* const op = "encoder_layer_backward";
   check_encoder_layer(op, x, weights, heads);
   const DropoutRule rule = dropout_rule(op, dropout, seed);

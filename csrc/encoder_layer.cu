@@ -10,8 +10,8 @@
 //
 // No atomics; results repeat bit for bit as far as cuBLAS' do (one stream, or CUBLAS_WORKSPACE_CONFIG set).
 // Nothing synchronises or copies from the host, and all memory is torch's, so a CUDA graph can capture a
-// call. What bounds it: multiply-adds by FFMA, above all of the feed-forward block. Unmeasured. Schemas:
-// qfast/ops/encoder_layer.py.
+// call. What bounds it: multiply-adds, above all of the feed-forward block, which may go to tensor cores.
+// Unmeasured. Schemas: qfast/ops/encoder_layer.py.
 #include <optional>
 #include <tuple>
 
@@ -22,18 +22,20 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor> encoder_layer_cuda(const Tensor& x, std::vector<Tensor> weights,
                                                       int64_t heads, double eps, double dropout,
-                                                      std::optional<Tensor> seed, bool last_step, bool keep) {
+                                                      std::optional<Tensor> seed, bool last_step, bool keep,
+                                                      int64_t precision) {
   const char* const op = "encoder_layer";
   check_cuda(op, "x", x);
   CudaDevice device(x);
   const EncoderGiven given(op, x, weights, heads, dropout, seed, last_step);
+  const Precision form = checked_precision(op, precision);
   const int64_t B = given.batch(), D = given.width(), R = given.results, kept_batch = keep ? B : 0;
   const Tensor output = last_step ? room(x, {B, D}) : room(x, {B, R, D});
   const Tensor normalised = room(x, {2, kept_batch, R, D}), scales = room(x, {2, kept_batch, R});
   if (B == 0) return {output, normalised, scales};
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    EncoderLaunches<T> launches(op, device, given, false);
+    EncoderLaunches<T> launches(op, device, given, false, form);
     EncoderKept<T> kept{};
     if (keep) kept = {normalised.mutable_data_ptr<T>(), scales.mutable_data_ptr<T>()};
     constexpr int64_t kMatrices = 8;  // [rows][D] of a part
@@ -44,16 +46,15 @@ std::tuple<Tensor, Tensor, Tensor> encoder_layer_cuda(const Tensor& x, std::vect
   return {output, normalised, scales};
 }
 
-std::tuple<Tensor, std::vector<Tensor>> encoder_layer_backward_cuda(const Tensor& grad, const Tensor& x,
-                                                                    std::vector<Tensor> weights,
-                                                                    int64_t heads, double dropout,
-                                                                    std::optional<Tensor> seed,
-                                                                    bool last_step, const Tensor& normalised,
-                                                                    const Tensor& scales, bool input_grad) {
+std::tuple<Tensor, std::vector<Tensor>> encoder_layer_backward_cuda(
+    const Tensor& grad, const Tensor& x, std::vector<Tensor> weights, int64_t heads, double dropout,
+    std::optional<Tensor> seed, bool last_step, const Tensor& normalised, const Tensor& scales,
+    bool input_grad, int64_t precision) {
   const char* const op = "encoder_layer_backward";
   check_cuda(op, "x", x);
   CudaDevice device(x);
   const EncoderGiven given(op, x, weights, heads, dropout, seed, last_step);
+  const Precision form = checked_precision(op, precision);
   const int64_t B = given.batch(), D = given.width(), R = given.results;
   if (last_step) {
     check_shaped(op, "grad", grad, x, {B, D});
@@ -74,7 +75,7 @@ std::tuple<Tensor, std::vector<Tensor>> encoder_layer_backward_cuda(const Tensor
     using T = decltype(zero);
     PartSums sums(device, of_others), net_sums(device, of_net);
     if (B > 0) {
-      EncoderLaunches<T> launches(op, device, given, true);
+      EncoderLaunches<T> launches(op, device, given, true, form);
       const EncoderKept<T> kept{held.mutable_data_ptr<T>(), held_scales.mutable_data_ptr<T>()};
       constexpr int64_t kMatrices = 16;
       launches.for_parts(kMatrices, [&](int64_t first, int64_t windows) {

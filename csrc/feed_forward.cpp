@@ -56,7 +56,7 @@ int64_t scratch_of(const FeedForwardJob<Element>& job, bool backward) {
 
 Tensor feed_forward_cpu(const Tensor& x, const Tensor& weight_in, const Tensor& bias_in,
                         const Tensor& weight_out, const Tensor& bias_out, double dropout,
-                        std::optional<Tensor> seed) {
+                        std::optional<Tensor> seed, int64_t /*precision*/) {
   const char* const op = "feed_forward";
   const Block block(op, x, weight_in, bias_in, weight_out);
   const int64_t out = weight_out.size(0);
@@ -81,7 +81,7 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Gradients feed_forward_backward_cpu(const Tensor& grad, const Tensor& x, const Tensor& weight_in,
                                     const Tensor& bias_in, const Tensor& weight_out, double dropout,
-                                    std::optional<Tensor> seed, bool input_grad) {
+                                    std::optional<Tensor> seed, bool input_grad, int64_t /*precision*/) {
   const char* const op = "feed_forward_backward";
   const Block block(op, x, weight_in, bias_in, weight_out);
   const int64_t out = weight_out.size(0), hidden = weight_in.size(0);

@@ -8,9 +8,13 @@
 // shared memory (more than 128 results, or about that many inputs) take their hidden by cuBLAS too, in the
 // same parts. So memory beside the results does not depend on the size of the hidden.
 //
+// float32 may be multiplied by tensor cores instead, as the caller says (feed_forward_tensor_core.cuh): the
+// two launches that make the hidden then do. cuBLAS' products are not touched by that.
+//
 // No atomics; results repeat bit for bit as far as cuBLAS' do (one stream, or CUBLAS_WORKSPACE_CONFIG set).
 // Nothing synchronises or copies from the host, and all memory is torch's, so a CUDA graph can capture a
-// call. What bounds it: multiply-adds by FFMA. Unmeasured. Schemas: qfast/ops/feed_forward.py.
+// call. What bounds it: multiply-adds, by FFMA unless told otherwise. Unmeasured. Schemas:
+// qfast/ops/feed_forward.py.
 #include <optional>
 #include <tuple>
 
@@ -40,19 +44,20 @@ struct Block {
 
 Tensor feed_forward_cuda(const Tensor& x, const Tensor& weight_in, const Tensor& bias_in,
                          const Tensor& weight_out, const Tensor& bias_out, double dropout,
-                         std::optional<Tensor> seed) {
+                         std::optional<Tensor> seed, int64_t precision) {
   const char* const op = "feed_forward";
   check_cuda(op, "x", x);
   CudaDevice device(x);
   const Block block(op, x, weight_in, bias_in, weight_out, dropout, seed);
+  const Precision form = checked_precision(op, precision);
   const int64_t N = x.size(0), O = block.outputs();
   check_shaped(op, "bias_out", bias_out, x, {O});
   const Tensor output = room(x, {N, O}), bias = torch::stable::contiguous(bias_out);
   if (N == 0) return output;
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    FeedForwardLaunches<T> net(device, block.weight_in, block.bias_in, block.weight_out, block.dropout,
-                               false);
+    FeedForwardLaunches<T> net(device, block.weight_in, block.bias_in, block.weight_out, block.dropout, false,
+                               form);
     const SumsOfUnits sums = net.forward(block.x, block.rows());
     device.launch(feed_forward_join_kernel<T>, grid_for(N * O, kPlainThreads), kPlainThreads, 0,
                   output.mutable_data_ptr<T>(), sums.held.const_data_ptr<T>(), sums.parts,
@@ -63,11 +68,12 @@ Tensor feed_forward_cuda(const Tensor& x, const Tensor& weight_in, const Tensor&
 
 Gradients feed_forward_backward_cuda(const Tensor& grad, const Tensor& x, const Tensor& weight_in,
                                      const Tensor& bias_in, const Tensor& weight_out, double dropout,
-                                     std::optional<Tensor> seed, bool input_grad) {
+                                     std::optional<Tensor> seed, bool input_grad, int64_t precision) {
   const char* const op = "feed_forward_backward";
   check_cuda(op, "x", x);
   CudaDevice device(x);
   const Block block(op, x, weight_in, bias_in, weight_out, dropout, seed);
+  const Precision form = checked_precision(op, precision);
   const int64_t N = x.size(0);
   check_shaped(op, "grad", grad, x, {N, block.outputs()});
   const Tensor entering = torch::stable::contiguous(grad);
@@ -80,7 +86,7 @@ Gradients feed_forward_backward_cuda(const Tensor& grad, const Tensor& x, const 
     PartSums sums(device, grads);
     if (N > 0) {
       FeedForwardLaunches<T> net(device, block.weight_in, block.bias_in, block.weight_out, block.dropout,
-                                 true);
+                                 true, form);
       net.backward(block.x, entering, block.rows(), input_grad ? &grad_x : nullptr, sums);
     }
     sums.finish();

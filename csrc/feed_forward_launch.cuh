@@ -3,11 +3,14 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "cuda_device.cuh"
 #include "cuda_matrix.cuh"
 #include "feed_forward_kernels.cuh"
+#include "feed_forward_tensor_launch.cuh"
 
 namespace qfast {
 namespace {
@@ -61,7 +64,7 @@ class FeedForwardLaunches {
  public:
   // Weights contiguous.
   FeedForwardLaunches(CudaDevice& device, const Tensor& weight_in, const Tensor& bias_in,
-                      const Tensor& weight_out, const Dropout& dropout, bool backward)
+                      const Tensor& weight_out, const Dropout& dropout, bool backward, Precision precision)
       : device_(device), weight_in_(weight_in), weight_out_(weight_out) {
     job_.inputs = static_cast<int32_t>(weight_in.size(1));
     job_.hidden = static_cast<int32_t>(weight_in.size(0));
@@ -70,6 +73,11 @@ class FeedForwardLaunches {
     job_.padded = static_cast<int32_t>(rounded_up(job_.outputs, kTallRows));
     job_.bias = bias_in.const_data_ptr<T>(), job_.dropout = dropout;
     const bool narrow = backward || job_.outputs <= kWidest;
+    if constexpr (kSingle) {
+      tensor_.emplace(device, job_, weight_in.const_data_ptr<T>(), weight_out.const_data_ptr<T>(), precision,
+                      backward, narrow);
+      if (tensor_->serve()) return;
+    }
     in_shared_ = narrow && shared_bytes(backward) <= device.shared_limit();
     if (in_shared_) pack(backward);
   }
@@ -79,10 +87,10 @@ class FeedForwardLaunches {
     rows = in_order(rows);
     const int64_t N = rows.count(), O = job_.outputs;
     const int64_t tiles = tiles_of(rows);
-    const int64_t splits = in_shared_ ? splits_for(tiles) : 1;
+    const int64_t splits = in_tiles() ? splits_for(tiles) : 1;
     const SumsOfUnits made{room(x, {splits * N, O}), splits};
     if (N == 0) return made;
-    if (!in_shared_) {
+    if (!in_tiles()) {
       for_parts(rows, [&](int64_t first, const Rows& part) {
         activate(rows_of(x, first, part.count()), nullptr, part);
         multiply(rows_of(made.held, first, part.count()), rows_of(units_, 0, part.count()),
@@ -93,6 +101,7 @@ class FeedForwardLaunches {
     FeedForwardData<T> job = job_;
     job.rows = rows, job.splits = static_cast<int32_t>(splits);
     job.x = x.const_data_ptr<T>(), job.sums = made.held.mutable_data_ptr<T>();
+    if (launch_tensor(job, tiles)) return made;
     const auto kernel = job.padded > kTallRows ? feed_forward_kernel<T, 2> : feed_forward_kernel<T, 1>;
     device_.launch(kernel, grid_for(tiles * splits, 1), kTileThreads, shared_bytes(false), job);
     return made;
@@ -117,6 +126,21 @@ class FeedForwardLaunches {
   }
 
  private:
+  static constexpr bool kSingle = std::is_same_v<T, float>;
+
+  // Not by cuBLAS.
+  bool in_tiles() const { return in_shared_ || (tensor_ && tensor_->serve()); }
+
+  bool launch_tensor(const FeedForwardData<T>& job, int64_t tiles) {
+    if constexpr (kSingle) {
+      if (tensor_->serve()) {
+        tensor_->launch(job, grid_for(tiles * job.splits, 1));
+        return true;
+      }
+    }
+    return false;
+  }
+
   static Tensor rows_of(const Tensor& matrix, int64_t first, int64_t count) {
     Tensor source = matrix;
     return torch::stable::narrow(source, 0, first, count);
@@ -178,10 +202,11 @@ class FeedForwardLaunches {
     FeedForwardData<T> job = job_;
     job.rows = rows, job.units = units_.mutable_data_ptr<T>();
     if (grad != nullptr) job.grad_units = grad_units_.mutable_data_ptr<T>();
-    if (in_shared_ && grad != nullptr) {
+    if (in_tiles() && grad != nullptr) {
       const int64_t tiles = tiles_of(rows), splits = splits_for(tiles);
       job.splits = static_cast<int32_t>(splits);
       job.x = x.const_data_ptr<T>(), job.grad = grad->const_data_ptr<T>();
+      if (launch_tensor(job, tiles)) return;
       device_.launch(feed_forward_hidden_kernel<T>, grid_for(tiles * splits, 1), kTileThreads,
                      shared_bytes(true), job);
       return;
@@ -195,6 +220,7 @@ class FeedForwardLaunches {
   CudaDevice& device_;
   Tensor weight_in_, weight_out_, units_, grad_units_;
   FeedForwardData<T> job_{};
+  std::optional<TensorLaunches> tensor_;  // float32 only
   bool in_shared_ = false, made_ = false;
 };
 

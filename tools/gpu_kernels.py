@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qfast import ops
 from qfast.doctor import self_tests
 from qfast.nn import ALSTMModel, GATModel, GRUModel, Localformer, LSTMModel, TCNModel, Transformer
+from qfast.precision import NAMES, using_precision
 
 LONG_DAY = 2100  # rows from which a day takes the kernels that sort in several blocks
 
@@ -37,6 +38,11 @@ def networks() -> Iterator[tuple[nn.Module, tuple[int, ...]]]:
             yield kind(d_feat=6, d_model=width, nhead=heads, num_layers=2, dropout=0.3), (19, 9, 6)
 
 
+def feed_forward_in(precision: str, *tensors: Tensor) -> Tensor:
+    with using_precision(precision):
+        return ops.feed_forward(*tensors, dropout=0.3, training=True)
+
+
 def layers() -> Iterator[tuple[Callable[..., Any], Sequence[Tensor]]]:
     """(operator, its tensors): what the networks do not take on every device"""
     for width, heads, hidden in ((8, 2, 50), (64, 4, 300), (132, 4, 70)):
@@ -45,8 +51,8 @@ def layers() -> Iterator[tuple[Callable[..., Any], Sequence[Tensor]]]:
             settings = {"heads": heads, "dropout": 0.3, "training": True, "last_step": last}
             yield lambda x, *w, s=settings: ops.encoder_layer(x, w, **s), [torch.randn(19, 9, width), *weights]
         block = [torch.randn(hidden, width), torch.randn(hidden), torch.randn(width, hidden), torch.randn(width)]
-        call = partial(ops.feed_forward, dropout=0.3, training=True)
-        yield call, [torch.randn(75, width), *block]
+        for name in NAMES:
+            yield partial(feed_forward_in, name), [torch.randn(150, width), *block]
     for hidden, batch in ((8, 5), (33, 70), (64, 130), (150, 9)):
         for operator, kind in ((ops.lstm, nn.LSTM), (ops.gru, nn.GRU)):
             weights = list(kind(6, hidden, 2).parameters())

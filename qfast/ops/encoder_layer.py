@@ -18,6 +18,7 @@ from qfast.ops import transforms
 from qfast.ops.encoder_twin import WEIGHTS, backward_twin, forward_twin
 from qfast.ops.feed_forward import check_floating, check_parameter, checked_dropout
 from qfast.ops.philox import draw_seed
+from qfast.precision import precision_for
 
 __all__ = ["encoder_layer"]
 
@@ -60,7 +61,8 @@ def encoder_layer(
     Returns
     -------
     Tensor [B, T, D], or [B, D] if last_step
-        The same bits every time and with any number of threads. Differentiable in x and all weights.
+        The same bits every time and with any number of threads. Differentiable in x and all weights. On a GPU the
+        feed-forward block multiplies float32 as `qfast.precision` says.
 
     Raises
     ------
@@ -99,9 +101,9 @@ def encoder_layer(
         return forward_twin(*given)[0]
     wants_grad = torch.is_grad_enabled() and any(part.requires_grad for part in (x, *weights))
     if wants_grad and not torch.compiler.is_compiling():
-        output: Tensor = _Function.apply(*given[2:], x, *weights)
+        output: Tensor = _Function.apply(*given[2:], precision_for(x), x, *weights)
         return output
-    out: Tensor = torch.ops.qfast.encoder_layer(*given, wants_grad)[0]
+    out: Tensor = torch.ops.qfast.encoder_layer(*given, wants_grad, precision_for(x))[0]
     return out
 
 
@@ -136,19 +138,23 @@ def _check(x: Any, weights: Any, heads: Any, eps: Any) -> None:
 
 
 # ---------------------------------------------------------------- schemas and fakes
-def _forward(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *given, keep = others
+def _forward(
+    x: Tensor, weights: list[Tensor], heads: int, eps: float, dropout: float, seed: Tensor | None, last_step: bool,
+    keep: bool, precision: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.autocast(x.device.type, enabled=False):
-        output, normalised, scales = forward_twin(x, *given)
+        output, normalised, scales = forward_twin(x, weights, heads, eps, dropout, seed, last_step)
     if not keep:
         normalised, scales = normalised[:, :0].clone(), scales[:, :0].clone()
     return output.contiguous(), normalised, scales  # x may be strided in any way
 
 
-def _backward(grad: Tensor, x: Tensor, weights: list[Tensor], *others: Any) -> tuple[Tensor, list[Tensor]]:
-    *given, input_grad = others
+def _backward(
+    grad: Tensor, x: Tensor, weights: list[Tensor], heads: int, dropout: float, seed: Tensor | None, last_step: bool,
+    normalised: Tensor, scales: Tensor, input_grad: bool, precision: int = 0,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     with torch.autocast(x.device.type, enabled=False):
-        of_x, of_weights = backward_twin(grad, x, weights, *given)
+        of_x, of_weights = backward_twin(grad, x, weights, heads, dropout, seed, last_step, normalised, scales)
     return (of_x if input_grad else of_x[:0].clone()), of_weights
 
 
@@ -156,12 +162,13 @@ _GIVEN = "Tensor x, Tensor[] weights, int heads"
 _DROPOUT = "float dropout, Tensor? seed, bool last_step"
 _SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
     "encoder_layer": (
-        f"({_GIVEN}, float eps, {_DROPOUT}, bool keep) -> (Tensor output, Tensor normalised, Tensor scales)",
+        f"({_GIVEN}, float eps, {_DROPOUT}, bool keep, int precision=0) "
+        "-> (Tensor output, Tensor normalised, Tensor scales)",
         _forward,
     ),
     "encoder_layer_backward": (
-        f"(Tensor grad, {_GIVEN}, {_DROPOUT}, Tensor normalised, Tensor scales, bool input_grad) "
-        "-> (Tensor grad_x, Tensor[] grad_weights)",
+        f"(Tensor grad, {_GIVEN}, {_DROPOUT}, Tensor normalised, Tensor scales, bool input_grad, "
+        "int precision=0) -> (Tensor grad_x, Tensor[] grad_weights)",
         _backward,
     ),
 }
@@ -171,7 +178,7 @@ for _name, (_schema, _twin) in _SCHEMAS.items():  # the twin serves wherever no 
 
 
 @torch.library.register_fake("qfast::encoder_layer")
-def _(x, weights, heads, eps, dropout, seed, last_step, keep):  # type: ignore[no-untyped-def]
+def _(x, weights, heads, eps, dropout, seed, last_step, keep, precision=0):  # type: ignore[no-untyped-def]
     batch, steps, width = x.shape
     results, kept = 1 if last_step else steps, batch if keep else 0
     output = x.new_empty((batch, width) if last_step else (batch, steps, width))
@@ -179,7 +186,9 @@ def _(x, weights, heads, eps, dropout, seed, last_step, keep):  # type: ignore[n
 
 
 @torch.library.register_fake("qfast::encoder_layer_backward")
-def _(grad, x, weights, heads, dropout, seed, last_step, normalised, scales, input_grad):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    grad, x, weights, heads, dropout, seed, last_step, normalised, scales, input_grad, precision=0
+):
     of_x = x.new_empty((x.shape[0] if input_grad else 0, *x.shape[1:]))
     return of_x, [part.new_empty(part.shape) for part in weights]
 
@@ -188,7 +197,7 @@ def _(grad, x, weights, heads, dropout, seed, last_step, normalised, scales, inp
 # Registered for the operator, where torch.compile finds it, and in a Function as well: eager calls through the
 # registered one cost more than the kernel takes for a small batch.
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, weights, ctx.heads, _, ctx.dropout, seed, ctx.last_step, keep = inputs
+    x, weights, ctx.heads, _, ctx.dropout, seed, ctx.last_step, keep, ctx.precision = inputs
     if not keep:
         raise DataError("encoder_layer: keep: must be true where a gradient is wanted.")
     ctx.save_for_backward(x, seed, *output[1:], *weights)
@@ -199,15 +208,17 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
 def _of_inputs(ctx: Any, grad: Tensor, input_grad: bool) -> tuple[Tensor | None, list[Tensor]]:
     x, seed, normalised, scales, *weights = ctx.saved_tensors
     of_x, of_weights = torch.ops.qfast.encoder_layer_backward(
-        grad, x, weights, ctx.heads, ctx.dropout, seed, ctx.last_step, normalised, scales, input_grad
-    )
+        grad, x, weights, ctx.heads, ctx.dropout, seed, ctx.last_step, normalised, scales, input_grad,
+        ctx.precision,
+    )  # fmt: skip
     return of_x if input_grad else None, of_weights
 
 
 def _gradients(ctx, grad, *_):  # type: ignore[no-untyped-def]
+    others = (None,) * (len(ctx.needs_input_grad) - 2)  # torch leaves out arguments that are their defaults
     if grad is None:
-        return None, [None] * len(WEIGHTS), *(None,) * 6
-    return *_of_inputs(ctx, grad, ctx.needs_input_grad[0]), *(None,) * 6
+        return None, [None] * len(WEIGHTS), *others
+    return *_of_inputs(ctx, grad, ctx.needs_input_grad[0]), *others
 
 
 def _no_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
@@ -223,8 +234,8 @@ torch.library.register_autograd("qfast::encoder_layer_backward", _no_double_back
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, heads, eps, dropout, seed, last_step, x, *weights):  # type: ignore[no-untyped-def]
-        given = (x, list(weights), heads, eps, dropout, seed, last_step, True)
+    def forward(ctx, heads, eps, dropout, seed, last_step, precision, x, *weights):  # type: ignore[no-untyped-def]
+        given = (x, list(weights), heads, eps, dropout, seed, last_step, True, precision)
         output = torch.ops.qfast.encoder_layer(*given)
         _save(ctx, given, output)
         return output[0]
@@ -233,8 +244,8 @@ class _Function(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        of_x, of_weights = _of_inputs(ctx, grad, ctx.needs_input_grad[5])
-        return *(None,) * 5, of_x, *of_weights
+        of_x, of_weights = _of_inputs(ctx, grad, ctx.needs_input_grad[6])
+        return *(None,) * 6, of_x, *of_weights
 
 
 # ---------------------------------------------------------------- self-test

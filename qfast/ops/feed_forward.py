@@ -17,6 +17,7 @@ from qfast.errors import ConfigError, DataError
 from qfast.ops import transforms
 from qfast.ops.philox import draw_seed
 from qfast.ops.recurrent_cells import dropout_mask
+from qfast.precision import precision_for
 
 __all__ = ["feed_forward"]
 
@@ -52,7 +53,8 @@ def feed_forward(
     Returns
     -------
     Tensor [..., O]
-        The same bits every time and with any number of threads. Differentiable in all five tensors.
+        The same bits every time and with any number of threads. Differentiable in all five tensors. On a GPU float32 is
+        multiplied as `qfast.precision` says.
 
     Raises
     ------
@@ -87,7 +89,7 @@ def feed_forward(
     p = checked_dropout("feed_forward", dropout)
     p = p if training else 0.0
     given: Any = (x.reshape(-1, x.shape[-1]), weight_in, bias_in, weight_out, bias_out, p)
-    given = (*given, draw_seed(x.device) if p else None)
+    given = (*given, draw_seed(x.device) if p else None, precision_for(x))
     wants_grad = torch.is_grad_enabled() and any(part.requires_grad for part in given[:5])
     if transforms.active():
         out = _feed_forward(*given)
@@ -143,6 +145,7 @@ def _check(x: Any, weight_in: Any, bias_in: Any, weight_out: Any, bias_out: Any)
 
 
 # ---------------------------------------------------------------- the meaning, in plain torch
+# Whatever the precision: torch's own settings hold for torch's own products.
 def hidden_values(x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
     hidden = (x @ weight.t() + bias).relu()
     return hidden if mask is None else hidden * mask
@@ -167,7 +170,7 @@ def block_gradients(
 
 def _feed_forward(
     x: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, bias_out: Tensor, dropout: float,
-    seed: Tensor | None,
+    seed: Tensor | None, precision: int = 0,
 ) -> Tensor:  # fmt: skip
     mask = hidden_mask(x, len(weight_in), dropout, seed)
     return hidden_values(x, weight_in, bias_in, mask) @ weight_out.t() + bias_out
@@ -180,7 +183,7 @@ def _forward(x: Tensor, *others: Any) -> Tensor:
 
 def _backward(
     grad: Tensor, x: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, dropout: float,
-    seed: Tensor | None, input_grad: bool,
+    seed: Tensor | None, input_grad: bool, precision: int = 0,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     mask = hidden_mask(x, len(weight_in), dropout, seed)
     with torch.autocast(x.device.type, enabled=False):
@@ -191,9 +194,9 @@ def _backward(
 # ---------------------------------------------------------------- schemas and fakes
 _GIVEN = "Tensor x, Tensor weight_in, Tensor bias_in, Tensor weight_out"
 _SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "feed_forward": (f"({_GIVEN}, Tensor bias_out, float dropout, Tensor? seed) -> Tensor", _forward),
+    "feed_forward": (f"({_GIVEN}, Tensor bias_out, float dropout, Tensor? seed, int precision=0) -> Tensor", _forward),
     "feed_forward_backward": (
-        f"(Tensor grad, {_GIVEN}, float dropout, Tensor? seed, bool input_grad) -> (Tensor grad_x, "
+        f"(Tensor grad, {_GIVEN}, float dropout, Tensor? seed, bool input_grad, int precision=0) -> (Tensor grad_x, "
         "Tensor grad_weight_in, Tensor grad_bias_in, Tensor grad_weight_out, Tensor grad_bias_out)",
         _backward,
     ),
@@ -204,12 +207,12 @@ for _name, (_schema, _twin) in _SCHEMAS.items():  # the twin serves wherever no 
 
 
 @torch.library.register_fake("qfast::feed_forward")
-def _(x, weight_in, bias_in, weight_out, bias_out, dropout, seed):  # type: ignore[no-untyped-def]
+def _(x, weight_in, bias_in, weight_out, bias_out, dropout, seed, precision=0):  # type: ignore[no-untyped-def]
     return x.new_empty((x.shape[0], weight_out.shape[0]))
 
 
 @torch.library.register_fake("qfast::feed_forward_backward")
-def _(grad, x, weight_in, bias_in, weight_out, dropout, seed, input_grad):  # type: ignore[no-untyped-def]
+def _(grad, x, weight_in, bias_in, weight_out, dropout, seed, input_grad, precision=0):  # type: ignore[no-untyped-def]
     of_parameters = (part.new_empty(part.shape) for part in (weight_in, bias_in, weight_out))
     of_x = x.new_empty((x.shape[0] if input_grad else 0, x.shape[1]))
     return of_x, *of_parameters, x.new_empty(weight_out.shape[:1])
@@ -219,19 +222,19 @@ def _(grad, x, weight_in, bias_in, weight_out, dropout, seed, input_grad):  # ty
 # Registered for the operator, where torch.compile finds it, and in a Function as well: eager calls through the
 # registered one cost more than the kernel takes for a small batch.
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, weight_in, bias_in, weight_out, _, ctx.dropout, seed = inputs
+    x, weight_in, bias_in, weight_out, _, ctx.dropout, seed, ctx.precision = inputs
     ctx.save_for_backward(x, weight_in, bias_in, weight_out, seed)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, grad):  # type: ignore[no-untyped-def]
     if grad is None:
-        return (None,) * 7
+        return (None,) * 8
     *tensors, seed = ctx.saved_tensors
     input_grad = ctx.needs_input_grad[0]
-    given = grad, *tensors, ctx.dropout, seed, input_grad
+    given = grad, *tensors, ctx.dropout, seed, input_grad, ctx.precision
     of_x, *of_parameters = torch.ops.qfast.feed_forward_backward(*given)
-    return of_x if input_grad else None, *of_parameters, None, None
+    return of_x if input_grad else None, *of_parameters, None, None, None
 
 
 def _no_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]

@@ -1,0 +1,171 @@
+"""Precisions of the feed-forward block on a GPU, by itself and in an encoder layer, beside float64.
+
+A hidden value that is rounded to the other side of its ReLU has no gradient, so where gradients are compared the biases
+keep hidden values away from zero.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from encoder_cases import F32, Block, Case, block_inputs, inputs_of, relative
+from torch import Tensor
+
+from qfast import _backend
+from qfast.ops import encoder_layer, feed_forward
+from qfast.precision import NAMES, using_precision
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no usable GPU"),
+    pytest.mark.skipif(
+        not _backend.status()["cuda"]["loaded"], reason=f"qfast._cuda: {_backend.status()['cuda']['reason']}"
+    ),
+]
+DEVICE = "cuda"
+OPS = torch.ops.qfast
+FAST = NAMES[1:]
+LIMITS = {"tf32": 2e-3, "bf16": 2e-2}  # of the relative norm
+
+# All forms: results in one or two 64s of columns, several tiles, several blocks a tile, rests of everything.
+BLOCKS = [
+    (Block((1,), 1, 1, 1), 0.0),
+    (Block((3,), 7, 33, 5), 0.3),
+    (Block((70,), 64, 100, 64), 0.3),
+    (Block((131,), 10, 64, 70), 0.2),
+    (Block((300,), 16, 300, 8), 0.0),
+    (Block((65,), 128, 70, 128), 0.3),
+    (Block((40,), 33, 257, 65), 0.0),
+    (Block((5000,), 64, 2048, 64), 0.1),
+    (Block((13,), 130, 40, 200), 0.4),  # too wide for these forms
+]
+
+
+def seed_for(dropout: float) -> Tensor | None:
+    return torch.tensor([12345], device=DEVICE) if dropout else None
+
+
+def away_from_zero(case: Block) -> list[Tensor]:
+    """x, parameters and a gradient in float64, of float32 values; half of the hidden values are well below zero."""
+    x, w1, b1, w2, b2 = (part.double().to(DEVICE) for part in block_inputs(case, F32))
+    largest = (x @ w1.t()).abs().max() if len(x) else x.new_ones(())
+    b1 = torch.where(torch.arange(len(b1), device=DEVICE) % 3 == 1, -1.0, 1.0) * (1.5 * largest + b1.abs())
+    grad = torch.randn(len(x), case.out, generator=torch.Generator().manual_seed(9)).double().to(DEVICE)
+    return [part.float().double() for part in (x, w1, b1, w2, 0.1 * b2, grad)]
+
+
+def both_ways(tensors: list[Tensor], dropout: float, name: str = "ieee") -> list[Tensor]:
+    *given, grad = tensors
+    seed, number = seed_for(dropout), NAMES.index(name)
+    out = OPS.feed_forward(*given, dropout, seed, number)
+    return [out, *OPS.feed_forward_backward(grad, *given[:4], dropout, seed, True, number)]
+
+
+def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
+    return [relative(ours.cpu(), true.cpu()) for ours, true in zip(found, exact, strict=True)]
+
+
+@pytest.mark.parametrize(("case", "dropout"), BLOCKS, ids=str)
+def test_errors_of_the_block(case: Block, dropout: float) -> None:
+    exact = away_from_zero(case)
+    narrow = [part.float() for part in exact]
+    true, plain = both_ways(exact, dropout), both_ways(narrow, dropout)
+    for ours, theirs in zip(errors(both_ways(narrow, dropout, "3xtf32"), true), errors(plain, true), strict=True):
+        assert ours <= max(2 * theirs, 5e-7)
+    for name, limit in LIMITS.items():
+        assert max(errors(both_ways(narrow, dropout, name), true)) <= limit, name
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_errors_of_a_layer(last: bool) -> None:
+    case = Case(50, 9, 64, 2, 300, last)
+    x, *weights = (part.to(DEVICE) for part in inputs_of(case, F32))
+    true = encoder_layer(x.double(), [part.double() for part in weights], heads=2, last_step=last)
+
+    def error(name: str) -> float:
+        with using_precision(name):
+            return relative(encoder_layer(x, weights, heads=2, last_step=last).cpu(), true.cpu())
+
+    assert error("3xtf32") <= max(2 * error("ieee"), 5e-7)
+    for name, limit in LIMITS.items():
+        assert 1e-6 < error(name) <= limit, name  # it is computed otherwise
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("dropout", [1e-9, 0.4, 1.0])
+def test_dropout_takes_the_same_hidden_values(name: str, dropout: float) -> None:
+    rows, hidden = 300, 70
+    x, w1, _, _, _ = (part.to(DEVICE) for part in block_inputs(Block((rows,), 20, hidden, 3), F32))
+    given = x, w1, torch.full((hidden,), 99.0, device=DEVICE), torch.eye(hidden, device=DEVICE), x.new_zeros(hidden)
+    ours, theirs = (OPS.feed_forward(*given, dropout, seed_for(dropout), NAMES.index(n)) != 0 for n in (name, "ieee"))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_the_same_bits_come_again(name: str) -> None:
+    for case in (Block((9000,), 64, 512, 64), Block((70,), 20, 2048, 100)):
+        tensors = [part.float() for part in away_from_zero(case)]
+        first = both_ways(tensors, 0.2, name)
+        for _ in range(3):
+            assert all(torch.equal(a, b) for a, b in zip(both_ways(tensors, 0.2, name), first, strict=True))
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_in_its_row(name: str, value: float) -> None:
+    tensors = [part.float() for part in away_from_zero(Block((150,), 20, 70, 33))]
+    clean = both_ways(tensors, 0.2, name)
+    tensors[0][37, 3] = value
+    found = both_ways(tensors, 0.2, name)
+    others = [i for i in range(150) if i != 37]
+    for number in (0, 1):  # the result, the gradient of x
+        assert torch.equal(found[number][others], clean[number][others])
+    assert not found[0][37].isfinite().any()
+    if value != value:
+        assert found[0][37].isnan().all()
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_rows_do_not_depend_on_their_tile(name: str) -> None:
+    x, *weights, _ = (part.float() for part in away_from_zero(Block((300,), 20, 90, 33)))
+    number = NAMES.index(name)
+    whole = OPS.feed_forward(x, *weights, 0.0, None, number)
+    for first, last in ((0, 1), (0, 129), (64, 300), (77, 109)):
+        assert torch.equal(OPS.feed_forward(x[first:last], *weights, 0.0, None, number), whole[first:last])
+
+
+def test_the_backward_has_the_precision_of_its_forward() -> None:
+    x, *weights, grad = (part.float() for part in away_from_zero(Block((150,), 20, 70, 33)))
+    leaves = [part.requires_grad_() for part in (x, *weights)]
+    with using_precision("bf16"):
+        out = feed_forward(*leaves)
+    with using_precision("ieee"):
+        found = torch.autograd.grad(out, leaves, grad)
+    expected = both_ways([part.detach() for part in (*leaves, grad)], 0.0, "bf16")
+    assert all(torch.equal(a, b) for a, b in zip((out.detach(), *found), expected, strict=True))
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_cuda_graph_captures_it(name: str) -> None:
+    tensors = [part.float() for part in away_from_zero(Block((150,), 20, 70, 33))]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        both_ways(tensors, 0.0, name)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = both_ways(tensors, 0.0, name)
+    tensors[0].mul_(0.5)
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip(found, both_ways(tensors, 0.0, name), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # cuBLAS has other workspaces under capture
+
+
+def test_float64_has_no_choice_and_other_numbers_are_refused() -> None:
+    tensors = away_from_zero(Block((37,), 20, 70, 9))
+    assert all(torch.equal(a, b) for a, b in zip(both_ways(tensors, 0.0, "bf16"), both_ways(tensors, 0.0), strict=True))
+    for number in (-1, 4):
+        with pytest.raises(ValueError, match=r"feed_forward: precision: expected 0 \(ieee\)"):
+            OPS.feed_forward(*tensors[:5], 0.0, None, number)
