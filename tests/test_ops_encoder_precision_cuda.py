@@ -9,20 +9,13 @@ from __future__ import annotations
 import pytest
 import torch
 from encoder_cases import F32, Block, Case, block_inputs, inputs_of, relative
+from gpu import DEVICE, long_on_host, needs_gpu, needs_kernels
 from torch import Tensor
 
-from qfast import _backend
 from qfast.ops import encoder_layer, feed_forward
 from qfast.precision import NAMES, using_precision
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no usable GPU"),
-    pytest.mark.skipif(
-        not _backend.status()["cuda"]["loaded"], reason=f"qfast._cuda: {_backend.status()['cuda']['reason']}"
-    ),
-]
-DEVICE = "cuda"
+pytestmark = needs_kernels
 OPS = torch.ops.qfast
 FAST = NAMES[1:]
 LIMITS = {"tf32": 2e-3, "bf16": 2e-2}  # of the relative norm
@@ -36,7 +29,7 @@ BLOCKS = [
     (Block((300,), 16, 300, 8), 0.0),
     (Block((65,), 128, 70, 128), 0.3),
     (Block((40,), 33, 257, 65), 0.0),
-    (Block((5000,), 64, 2048, 64), 0.1),
+    pytest.param(Block((5000,), 64, 2048, 64), 0.1, marks=long_on_host),
     (Block((13,), 130, 40, 200), 0.4),  # too wide for these forms
 ]
 
@@ -76,6 +69,7 @@ def test_errors_of_the_block(case: Block, dropout: float) -> None:
         assert max(errors(both_ways(narrow, dropout, name), true)) <= limit, name
 
 
+@needs_gpu  # host code is given no precision by the networks' side
 @pytest.mark.parametrize("last", [False, True])
 def test_errors_of_a_layer(last: bool) -> None:
     case = Case(50, 9, 64, 2, 300, last)
@@ -134,6 +128,7 @@ def test_rows_do_not_depend_on_their_tile(name: str) -> None:
         assert torch.equal(OPS.feed_forward(x[first:last], *weights, 0.0, None, number), whole[first:last])
 
 
+@needs_gpu  # host code is given no precision by the networks' side
 def test_the_backward_has_the_precision_of_its_forward() -> None:
     x, *weights, grad = (part.float() for part in away_from_zero(Block((150,), 20, 70, 33)))
     leaves = [part.requires_grad_() for part in (x, *weights)]
@@ -145,6 +140,7 @@ def test_the_backward_has_the_precision_of_its_forward() -> None:
     assert all(torch.equal(a, b) for a, b in zip((out.detach(), *found), expected, strict=True))
 
 
+@needs_gpu
 @pytest.mark.parametrize("name", FAST)
 def test_a_cuda_graph_captures_it(name: str) -> None:
     tensors = [part.float() for part in away_from_zero(Block((150,), 20, 70, 33))]

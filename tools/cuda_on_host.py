@@ -26,7 +26,8 @@ STANDING_IN = Path(__file__).resolve().with_suffix("")
 STABLE_ABI = "0x020a000000000000"
 TESTS = (
     "test_ops_attention_cuda.py", "test_ops_attention_pool_cuda.py", "test_ops_encoder_cuda.py",
-    "test_ops_recurrent_cuda.py", "test_ops_temporal_conv_cuda.py", "test_ops_window_gather.py",
+    "test_ops_encoder_precision_cuda.py", "test_ops_recurrent_cuda.py", "test_ops_temporal_conv_cuda.py",
+    "test_ops_window_gather.py",
 )  # fmt: skip
 
 
@@ -102,9 +103,9 @@ def build(sanitize: bool, only: set[str]) -> Path:
     sources.mkdir(parents=True, exist_ok=True)
     read = [*sorted((ROOT / "csrc").iterdir()), *sorted(p for p in STANDING_IN.rglob("*") if p.is_file())]
     for path in read:
-        if path.parent == ROOT / "csrc" and path.name != "cuda_common.cuh" and path.suffix in (".h", ".cuh", ".cu"):
-            _write(sources / path.name, as_host_code(path.read_text()))
-    _write(sources / "cuda_common.cuh", (STANDING_IN / "cuda_common.cuh").read_text())
+        other = STANDING_IN / path.name  # stands for it
+        if path.parent == ROOT / "csrc" and path.suffix in (".h", ".cuh", ".cu"):
+            _write(sources / path.name, other.read_text() if other.exists() else as_host_code(path.read_text()))
     shared = [p for p in (*sources.glob("*.h"), *sources.glob("*.cuh"), *STANDING_IN.rglob("*.*")) if p.is_file()]
     system = [pybind11.get_include(), sysconfig.get_paths()["include"], *cpp_extension.include_paths()]
     flags = ["-std=c++20", "-O2", "-g1", "-fPIC", "-mfma", "-ffp-contract=fast"]

@@ -14,6 +14,7 @@
 #include <math.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -284,16 +285,41 @@ inline int __any_sync(unsigned mask, int found) {
 }
 inline int __all_sync(unsigned mask, int found) { return !__any_sync(mask, !found); }
 
+// ---------------------------------------------------------------- single threads
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline void __threadfence() {}
+inline unsigned atomicInc(unsigned* counter, unsigned last) {  // fibers change at barriers alone
+  const unsigned before = *counter;
+  *counter = before >= last ? 0 : before + 1;
+  return before;
+}
+
 // ---------------------------------------------------------------- the runtime
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr {
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrComputeCapabilityMajor
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) {
-  *value = static_cast<int>(what == cudaDevAttrMultiProcessorCount
-                                ? cuda_on_host::setting("QFAST_HOST_MULTIPROCESSORS", 132)
-                                : cuda_on_host::setting("QFAST_HOST_SHARED", 227 << 10));
+  long found = 9;
+  if (what == cudaDevAttrMaxSharedMemoryPerBlockOptin)
+    found = cuda_on_host::setting("QFAST_HOST_SHARED", 227 << 10);
+  if (what == cudaDevAttrMultiProcessorCount)
+    found = cuda_on_host::setting("QFAST_HOST_MULTIPROCESSORS", 132);
+  *value = static_cast<int>(found);
   return cudaSuccess;
 }
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
