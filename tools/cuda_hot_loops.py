@@ -1,13 +1,13 @@
 """What the inner loops of CUDA kernels are made of, out of their machine code. Needs no GPU.
 
-    nvcc -cubin -arch=sm_90 ... csrc/recurrent.cu -o recurrent.cubin     # flags as setup.py has them
-    python tools/cuda_hot_loops.py recurrent.cubin [--kernel recurrent_forward] [--all]
+    QFAST_CUDA=1 pip install .                                            # builds qfast/_cuda*.so
+    python tools/cuda_hot_loops.py PATH/_cuda*.so --arch sm_90 [--kernel recurrent_forward] [--all]
 
 Disassembled by cuobjdump (of the CUDA toolkit, on the PATH). A loop is what lies between a backward branch and its
 target and has no other loop within. For each kernel its loops with multiply-adds, longest first (`--all`: those
 without as well): instructions, multiply-adds on the FMA or tensor pipe and their share of all, loads from shared memory
-by width, multiply-adds a load, loads and stores of global memory by width, of local memory (spills), shuffles, special
-functions, barriers. An unrolled loop without a branch does not show; `straight` counts what is outside of all loops.
+by width, multiply-adds a load of any kind, loads and stores of global memory by width (or of memory that may be either),
+of local memory (spills), shuffles, special functions, barriers. An unrolled loop without a branch does not show; `straight` counts what is outside of all loops.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Loop:
     def count(self, *names: str) -> int:
         return sum(one.name.split(".")[0] in names for one in self.body)
 
-    def widths(self, name: str) -> str:
+    def widths(self, *names: str) -> str:
         """As 4x128 + 2x32, in bits."""
-        found = Counter(width_of(one.name) for one in self.body if one.name.split(".")[0] == name)
+        found = Counter(width_of(one.name) for one in self.body if one.name.split(".")[0] in names)
         return " + ".join(f"{count}x{width}" for width, count in sorted(found.items(), reverse=True)) or "-"
 
 
@@ -84,18 +84,19 @@ def inner_loops(code: list[Instruction]) -> list[Loop]:
 
 
 def described(loop: Loop, label: str) -> str:
-    fma, size, shared = loop.count(*MULTIPLY_ADDS), len(loop.body), loop.count("LDS", "LDSM")
+    fma, size, loads = loop.count(*MULTIPLY_ADDS), len(loop.body), loop.count("LDS", "LDSM", "LDG", "LD")
     cells = [
-        label, size, fma, f"{fma / size:.0%}", loop.widths("LDS"), f"{fma / shared:.1f}" if shared else "-",
-        loop.widths("LDG"), loop.widths("STG"), loop.count("STS"), loop.count("LDL", "STL"), loop.count("SHFL"),
-        loop.count("MUFU"), loop.count("BAR"),
+        label, size, fma, f"{fma / size:.0%}", f"{fma / loads:.1f}" if loads else "-", loop.widths("LDS", "LDSM"),
+        loop.widths("LDG", "LD"), loop.widths("STG", "ST"), loop.count("STS"), loop.count("LDL", "STL"),
+        loop.count("SHFL"), loop.count("MUFU"), loop.count("BAR"),
     ]  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="a .cubin, or an object or library with one architecture in it")
+    parser.add_argument("file", type=Path, help="a library, object or .cubin")
+    parser.add_argument("--arch", default="sm_90", help="of several in the file")
     parser.add_argument("--kernel", default="", help="only those whose name has this")
     parser.add_argument("--all", action="store_true", help="loops without multiply-adds too")
     given = parser.parse_args()
@@ -103,10 +104,14 @@ def main() -> int:
         if shutil.which(tool) is None:
             print(f"{tool} is not on the PATH. Remedy: the CUDA toolkit's bin, and binutils.", file=sys.stderr)
             return 2
-    listing = subprocess.run(["cuobjdump", "-sass", str(given.file)], capture_output=True, text=True, check=True)
+    listing = subprocess.run(
+        ["cuobjdump", "-sass", "-arch", given.arch, str(given.file)], capture_output=True, text=True, check=True
+    )
     code = read_code(listing.stdout)
     plain = subprocess.run(["c++filt"], input="\n".join(code), capture_output=True, text=True, check=True)
-    print("| kernel, loop | instructions | FMA | share | LDS | FMA/LDS | LDG | STG | STS | local | SHFL | MUFU | BAR |")
+    print(
+        "| kernel, loop | instructions | FMA | share | FMA/load | LDS | LDG | STG | STS | local | SHFL | MUFU | BAR |"
+    )
     print("| --- " * 13 + "|")
     for name, instructions in zip(plain.stdout.splitlines(), code.values(), strict=True):
         short = re.sub(r"\(anonymous namespace\)::|qfast::|^void |\(.*$", "", name)
