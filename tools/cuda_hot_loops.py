@@ -5,9 +5,10 @@
 
 Disassembled by cuobjdump (of the CUDA toolkit, on the PATH). A loop is what lies between a backward branch and its
 target and has no other loop within. For each kernel its loops with multiply-adds, longest first (`--all`: those
-without as well): instructions, multiply-adds on the FMA or tensor pipe and their share of all, loads from shared memory
-by width, multiply-adds a load of any kind, loads and stores of global memory by width (or of memory that may be either),
-of local memory (spills), shuffles, special functions, barriers. An unrolled loop without a branch does not show; `straight` counts what is outside of all loops.
+without as well): instructions; multiply-adds on the FMA or tensor pipe, their share of all, and how many for a load;
+loads from shared memory by width; loads and stores of global memory (or of what may be either) by width; stores to
+shared memory; local memory (spills); shuffles; special functions; barriers. A loop that is unrolled as a whole does not
+show: `straight` counts what is outside of all loops.
 """
 
 from __future__ import annotations
