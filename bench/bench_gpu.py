@@ -1,6 +1,6 @@
 """Operators and epochs on a GPU, beside torch's own layers, and beside the device's copy bandwidth and FMA peak.
 
-    python bench/bench_gpu.py [--only gather,attention,recurrent,tcn,encoder,step,scaling,epoch] [--compile]
+    python bench/bench_gpu.py [--only gather,attention,recurrent,tcn,encoder,adam,step,scaling,epoch] [--compile]
 
 Medians by CUDA events after a warm-up, both sides interleaved in one process; a backward is that of the sum of
 squares. A step is that of an estimator: gather, forward, loss, backward, clipping, Adam; beside it one of torch's
@@ -28,9 +28,10 @@ from qfast.data import TSDatasetH
 from qfast.losses import masked_mse
 from qfast.models import ts
 from qfast.nn import TCNModel
+from qfast.optim import ClippedAdam
 from qfast.precision import NAMES
 
-PARTS = ("gather", "attention", "recurrent", "tcn", "encoder", "step", "scaling", "epoch")
+PARTS = ("gather", "attention", "recurrent", "tcn", "encoder", "adam", "step", "scaling", "epoch")
 WARM_UP, REPEATS = 5, 30
 
 
@@ -207,6 +208,24 @@ def _precisions(x: Tensor, weights: Sequence[Tensor]) -> Iterator[Case]:
         )
 
 
+def optimizers(device: torch.device, small: bool) -> Iterator[Case]:
+    from bench_adam import NETWORKS
+
+    for name, shapes in NETWORKS.items():
+        ours, theirs = ([torch.randn(shape, device=device) for shape in shapes] for _ in range(2))
+        for tensor in (*ours, *theirs):
+            tensor.grad = torch.randn_like(tensor)
+        optimizer = ClippedAdam(ours, lr=1e-3)
+        plain = torch.optim.Adam(theirs, lr=1e-3, foreach=True)
+
+        def clip_and_step(tensors: list[Tensor] = theirs, plain: torch.optim.Adam = plain) -> None:
+            nn.utils.clip_grad_value_(tensors, 3.0)
+            plain.step()
+
+        moved = 7.0 * 4 * sum(tensor.numel() for tensor in ours)  # four read, three written
+        yield Case(f"clipping and Adam, {name} tensors", optimizer.step, clip_and_step, moved)
+
+
 ENCODER = {"d_model": 64, "dropout": 0.0}
 STEPS: tuple[tuple[str, int, int, int, dict[str, Any]], ...] = (  # model, batch (stocks of a day), T, F, arguments
     ("LSTM", 800, 20, FEATURES, {"batch_size": 800}),
@@ -283,7 +302,7 @@ def torch_step(model: Any, windows: Any, samples: Tensor) -> Callable[[], Tensor
 
 OF_PART = {
     "gather": gathers, "attention": attention, "recurrent": recurrent, "tcn": convolutions, "encoder": encoders,
-    "step": training,
+    "adam": optimizers, "step": training,
 }  # fmt: skip
 
 
