@@ -10,14 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu import DEVICE, needs_gpu, needs_kernels
 
 from qfast import ops
+from qfast.ops import OPERATORS
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no usable GPU"),
-]
+pytestmark = needs_kernels
 GPU = "cuda"
+
+
+@pytest.mark.parametrize("name", [name for name, operator in OPERATORS.items() if "cuda" in operator.devices])
+def test_an_operator_tests_itself(name):
+    OPERATORS[name].self_test(torch.device(DEVICE))
 
 
 def kernels():
@@ -51,6 +55,7 @@ def require_same(found, expected):
             assert torch.equal(one.cpu(), other.cpu()), number
 
 
+@needs_gpu
 def test_float64_equals_the_cpu(calls):
     for number, pair in enumerate(
         zip(results(calls, GPU, torch.float64), results(calls, "cpu", torch.float64), strict=True)
@@ -60,6 +65,7 @@ def test_float64_equals_the_cpu(calls):
             assert error < 1e-11, (number, error)
 
 
+@needs_gpu
 def test_another_stream_gives_the_same_bits(calls):
     expected = results(calls, GPU)
     torch.cuda.synchronize()
@@ -73,12 +79,14 @@ def test_another_stream_gives_the_same_bits(calls):
     require_same(found, expected)
 
 
+@needs_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 def test_another_gpu_gives_the_same_bits(calls):
     with torch.cuda.device(0):  # the operators go where their tensors are, not where the current device is
         require_same(results(calls, "cuda:1"), results(calls, "cuda:0"))
 
 
+@needs_gpu
 def test_a_gather_is_captured():
     panel = torch.randn(500, 20, device=GPU)
     rows = torch.randint(0, 500, (64, 20), device=GPU)

@@ -27,7 +27,7 @@ STABLE_ABI = "0x020a000000000000"
 TESTS = (
     "test_ops_attention_cuda.py", "test_ops_attention_pool_cuda.py", "test_ops_encoder_cuda.py",
     "test_ops_encoder_precision_cuda.py", "test_ops_recurrent_cuda.py", "test_ops_temporal_conv_cuda.py",
-    "test_ops_window_gather.py",
+    "test_ops_window_gather.py", "test_ops_cuda.py",
 )  # fmt: skip
 
 

@@ -48,7 +48,7 @@ part build 300 "$python" setup.py build_ext --inplace || exit 1
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 part doctor 60 "$python" -m qfast.doctor || failed=1
 
-files=$(grep -lE 'mark\.gpu' tests/test_*.py)
+files=$(grep -lE 'mark\.gpu|needs_kernels' tests/test_*.py)
 for file in $files; do
   while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-4}" ]; do wait -n || failed=1; done
   part "$(basename "$file" .py)" 240 "$python" -m pytest -q -m "gpu and not slow" -p no:cacheprovider "$file" &
