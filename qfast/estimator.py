@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from qfast import checkpoint
+from qfast.arguments import check_training_arguments
 from qfast.callbacks import Callback, Checkpoint, EarlyStopping, Progress
 from qfast.data.adapt import windows_of
 from qfast.data.batching import Batches, BatchOrder, NumpyOrder
 from qfast.data.windows import WindowSet
 from qfast.device import choose_device, memory_named
-from qfast.errors import ConfigError, DataError, NotFittedError, suggest, whole_number
+from qfast.errors import ConfigError, DataError, NotFittedError, suggest
 from qfast.losses import loss_function, metric_function, sample_weights
 from qfast.nn.plain import PlainTorch
 from qfast.optim import ClippedAdam
@@ -133,7 +133,7 @@ class Estimator:
         if unknown:
             name = next(iter(unknown))
             raise ConfigError(f"{type(self).__name__} has no argument {name!r}." + suggest(name, self._params))
-        self._check_arguments()
+        check_training_arguments(self._params, self.decay_name)
         for name, value in self._params.items():
             if name != "device":
                 setattr(self, name, value)
@@ -472,27 +472,6 @@ class Estimator:
         return {**self.__dict__, "callbacks_": [], "_steps_of": None}
 
     # ---------------------------------------------------------------- helpers
-    def _check_arguments(self) -> None:
-        params = self._params
-        for name, least in {"n_epochs": 0, "batch_size": 1, "early_stop": 0}.items():
-            if name in params:
-                whole_number(name, params[name], least)
-        for name in ("lr", self.decay_name):
-            value = params[name]
-            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < float("inf"):
-                raise ConfigError(f"{name} must be a number of at least 0, got {value!r}.")
-        seed = params["seed"]
-        if seed is not None and whole_number("seed", seed, 0) >= 2**32:
-            raise ConfigError(f"seed must be below 2**32 (NumPy's generator takes no more), got {seed!r}.")
-        if params["progress"] not in (True, False, "auto"):
-            raise ConfigError(f"progress must be True, False or 'auto', got {params['progress']!r}.")
-        if not isinstance(params["cuda_graphs"], bool):
-            raise ConfigError(f"cuda_graphs must be True or False, got {params['cuda_graphs']!r}.")
-        if params["compat"] not in (None, "qlib"):
-            raise ConfigError(f"compat must be None or 'qlib', got {params['compat']!r}.")
-        loss_function(params["loss"])
-        metric_function(params["metric"])
-
     def _build_optimizer(self, name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         parameters = self.network.parameters()
         if str(name).lower() == "adam":
