@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +54,8 @@ class Recorder(Protocol):
 class CudaRecorder:
     """A stream of its own, and graphs that share their memory.
 
-    Sharing is safe: replays follow each other on the one stream, and nothing that a graph leaves in its memory (the
-    gradients) is read by another.
+    Sharing is safe: replays follow each other on the one stream, and what a graph leaves in its memory (the
+    gradients) is held, so that no other is given that memory.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -131,6 +131,14 @@ class Steps:
         self.total += self.step(samples)
 
 
+class Recording(NamedTuple):
+    """A step of one batch size: where its sample numbers go, what repeats it, where its gradients come."""
+
+    samples: Tensor
+    replay: Callable[[], None]
+    gradients: list[tuple[Tensor, Tensor | None]]
+
+
 class StepGraphs(Steps):
     """Training steps that are recorded once for each batch size.
 
@@ -141,17 +149,24 @@ class StepGraphs(Steps):
     fingerprint : callable
         What else a recorded step was recorded for, None while steps must not be recorded. Another one means new
         recordings.
+    parameters : callable
+        Gives the tensors that have the step's gradients afterwards.
     recorder : Recorder
     """
 
     def __init__(
-        self, step: Step, device: torch.device, fingerprint: Callable[[], Fingerprint], recorder: Recorder
+        self,
+        step: Step,
+        device: torch.device,
+        fingerprint: Callable[[], Fingerprint],
+        parameters: Callable[[], Iterable[Tensor]],
+        recorder: Recorder,
     ) -> None:
         super().__init__(step, device)
-        self.fingerprint, self.recorder = fingerprint, recorder
+        self.fingerprint, self.parameters, self.recorder = fingerprint, parameters, recorder
         self.logger = logging.getLogger("qfast")
         self.tried: set[int] = set()  # batch sizes that ran as they are written
-        self.replays: dict[int, tuple[Tensor, Callable[[], None]]] = {}  # of the fingerprint, by batch size
+        self.replays: dict[int, Recording] = {}  # of the fingerprint, by batch size
         self.recorded_for: Fingerprint = None
         self.refusal: str | None = None  # why steps are not recorded any more
 
@@ -184,9 +199,11 @@ class StepGraphs(Steps):
             if not self._record(samples):
                 self._add(samples)
                 return False
-        numbers, replay = self.replays[size]
-        numbers.copy_(samples)
-        replay()
+        recording = self.replays[size]
+        recording.samples.copy_(samples)
+        recording.replay()
+        for parameter, gradient in recording.gradients:
+            parameter.grad = gradient
         return True
 
     def _add(self, samples: Tensor) -> None:
@@ -204,10 +221,12 @@ class StepGraphs(Steps):
     def _record(self, samples: Tensor) -> bool:
         numbers = samples.clone()
         try:
-            self.replays[len(samples)] = numbers, self.recorder.record(lambda: self._add(numbers))
+            replay = self.recorder.record(lambda: self._add(numbers))
         except RuntimeError as error:  # nothing of the step has run
             self._refuse(str(error).splitlines()[0])
             return False
+        gradients = [(parameter, parameter.grad) for parameter in self.parameters()]
+        self.replays[len(samples)] = Recording(numbers, replay, gradients)
         return True
 
     def _refuse(self, why: str) -> None:
@@ -231,7 +250,11 @@ def training_steps(estimator: Estimator, windows: WindowSet) -> Steps:
     # else it warns at each step that runs as it is written
     estimator.train_optimizer._warned_capturable_if_run_uncaptured = True
     return StepGraphs(
-        step, estimator.device, lambda: fingerprint(estimator.network, estimator.train_optimizer), recorder
+        step,
+        estimator.device,
+        fingerprint=lambda: fingerprint(estimator.network, estimator.train_optimizer),
+        parameters=lambda: estimator.network.parameters(),
+        recorder=recorder,
     )
 
 

@@ -203,6 +203,25 @@ def test_what_a_callback_changes_is_not_lost(callback, recorder):
     assert recorder.recorded > 1
 
 
+class Gradients(Callback):
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+
+    def on_batch_end(self, estimator):
+        self.norms += [float(p.grad.norm()) for p in estimator.network.parameters()]
+
+
+@pytest.mark.parametrize(("name", "suffix"), [("GATs", "_ts"), ("LSTM", "")])
+def test_a_callback_sees_the_gradients_of_its_step(name, suffix, recorder):
+    """Also where days of different sizes take turns."""
+    seen = []
+    for on in (False, True):
+        seen.append(Gradients())
+        model_of(name, suffix, "cpu", n_epochs=3, cuda_graphs=on).fit(data_of(suffix), callbacks=[seen[-1]])
+    assert recorder.replayed > 0
+    assert seen[0].norms == seen[1].norms
+
+
 def test_hooks_are_called_at_every_step(recorder):
     calls = []
     model = model_of("LSTM", "_ts", "cpu", cuda_graphs=True)
@@ -275,7 +294,7 @@ def test_more_batch_sizes_than_are_kept(monkeypatch):
     batches = Batches(torch.randperm(40), bounds, len(bounds) - 1)
     recorder = TapeRecorder()
     plain, plain_state = steps_of(Steps, table)
-    graphs, state = steps_of(StepGraphs, table, fingerprint=lambda: 1, recorder=recorder)
+    graphs, state = steps_of(StepGraphs, table, fingerprint=lambda: 1, parameters=list, recorder=recorder)
     for _ in range(2):
         totals = []
         for steps in (plain, graphs):
@@ -290,7 +309,7 @@ def test_more_batch_sizes_than_are_kept(monkeypatch):
 def test_a_pass_that_ends_early_leaves_nothing_behind():
     table = torch.arange(12.0)
     batches = Batches.of_size(torch.arange(12), 3, drop_last=True)
-    graphs, _ = steps_of(StepGraphs, table, fingerprint=lambda: 1, recorder=TapeRecorder())
+    graphs, _ = steps_of(StepGraphs, table, fingerprint=lambda: 1, parameters=list, recorder=TapeRecorder())
 
     def stopped() -> None:
         with graphs.training_pass(batches) as run:
