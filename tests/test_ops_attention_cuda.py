@@ -425,6 +425,7 @@ def test_more_than_two_to_the_31_numbers() -> None:
 
 
 # ---------------------------------------------------------------- refusals
+@needs_gpu
 def test_refusals_of_the_kernels() -> None:
     attention, graph, grad, (offsets, longest, slope) = direct_inputs([5, 4], 3)
     with pytest.raises(ValueError, match="offsets: expected the device of value, got another"):

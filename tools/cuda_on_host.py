@@ -153,8 +153,9 @@ def main() -> int:
     environment.setdefault("OMP_NUM_THREADS", "1")
     if given.sanitize:
         compiler = os.environ.get("CXX", "g++")
-        asan = subprocess.check_output([compiler, "-print-file-name=libasan.so"], text=True).strip()
-        environment |= {"LD_PRELOAD": asan, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
+        names = ("libasan.so", "libstdc++.so")  # the second so that exceptions are found
+        found = [subprocess.check_output([compiler, f"-print-file-name={n}"], text=True).strip() for n in names]
+        environment |= {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
     if not any(part.endswith(".py") or ".py::" in part for part in rest):
         rest += [str(ROOT / "tests" / name) for name in TESTS]
     return subprocess.run([sys.executable, "-m", "pytest", "-q", *rest], env=environment, cwd=ROOT).returncode
