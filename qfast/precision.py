@@ -70,7 +70,7 @@ def using_precision(name: str) -> Iterator[None]:
 
 def precision() -> str:
     """What holds now; never "auto"."""
-    return _torchs() if _chosen == "auto" else _chosen
+    return torchs_precision() if _chosen == "auto" else _chosen
 
 
 def precision_for(x: Tensor) -> int:
@@ -78,11 +78,12 @@ def precision_for(x: Tensor) -> int:
     return NAMES.index(precision()) if x.is_cuda and x.dtype == torch.float32 else 0
 
 
-def _torchs() -> str:
+def torchs_precision() -> str:
+    """The name of torch's own setting, which cuBLAS follows whatever is set here."""
     try:
         return _OF_TORCH[torch.get_float32_matmul_precision()]
     except RuntimeError:  # set by torch.backends.cuda.matmul.fp32_precision, which has no name for bf16
         return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-_torchs._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile guards torch's setting by itself
+torchs_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile guards torch's setting by itself

@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from qfast import _backend
 from qfast.data.batching import Batches
 from qfast.nn.plain import has_hooks
+from qfast.precision import precision, torchs_precision
 
 if TYPE_CHECKING:
     from qfast.data.windows import WindowSet
@@ -264,7 +266,9 @@ def recorder_for(device: torch.device) -> Recorder | None:
 
 
 def fingerprint(network: nn.Module, optimizer: torch.optim.Optimizer) -> Fingerprint:
-    """What a recorded training step depends on: modes, weights and their places, the optimiser's settings and state.
+    """What a recorded training step depends on.
+
+    Modes, weights and their places, the optimiser's settings and state, and how products are computed.
 
     None where something in Python waits for each step.
     """
@@ -280,7 +284,8 @@ def fingerprint(network: nn.Module, optimizer: torch.optim.Optimizer) -> Fingerp
         for group in optimizer.param_groups
     ]
     modes = tuple(part.training for part in network.modules())
-    return id(optimizer), tuple(parameters), buffers, tuple(settings), modes
+    how = precision(), torchs_precision(), _backend.cuda_layers
+    return id(optimizer), tuple(parameters), buffers, tuple(settings), modes, how
 
 
 def _plain(value: object) -> Hashable:

@@ -21,7 +21,8 @@ from qfast import step_graphs
 from qfast.callbacks import Callback
 from qfast.data.batching import Batches
 from qfast.models.ts import LSTM
-from qfast.step_graphs import StepGraphs, Steps
+from qfast.precision import using_precision
+from qfast.step_graphs import StepGraphs, Steps, fingerprint
 
 TO_THE_HOST = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero", "aten.unique")
 
@@ -321,6 +322,23 @@ def test_a_pass_that_ends_early_leaves_nothing_behind():
         stopped()
     with graphs.training_pass(batches) as run:
         assert float(run(0)) == float(graphs.total)
+
+
+def test_how_products_are_computed_is_part_of_a_recording():
+    model = model_of("LSTM", "", "cpu")
+    seen = {fingerprint(model.network, model.train_optimizer)}
+    with using_precision("tf32"):
+        seen.add(fingerprint(model.network, model.train_optimizer))
+    before = torch.get_float32_matmul_precision()
+    try:
+        for name in ("high", "medium"):
+            torch.set_float32_matmul_precision(name)
+            with using_precision("ieee"):
+                seen.add(fingerprint(model.network, model.train_optimizer))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert len(seen) == 4
+    assert fingerprint(model.network, model.train_optimizer) in seen
 
 
 def test_the_option_is_checked():
