@@ -4,8 +4,9 @@
     python tools/cuda_resources.py build.log                        # exit status 1 if the table says otherwise
     python tools/cuda_resources.py build.log --write                # after a change that was meant
 
-pip appends to its log, so each build needs a new one. A kernel takes what the toolkit's ptxas gives it, so counts are compared for the release that wrote the table; under
-any other one only spills count. Spilled bytes are those of stores and loads together.
+pip appends to its log, so each build needs a new one. A kernel takes what the toolkit's ptxas gives it, so counts are
+compared for the release that wrote the table; under any other one only spills count. Spilled bytes are those of stores
+and loads together.
 """
 
 from __future__ import annotations
