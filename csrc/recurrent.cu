@@ -2,7 +2,7 @@
 // emulation on the host.
 //
 // Forward, layer by layer: one matrix product with W_ih over all steps of all rows (torch's, cuBLAS), then
-// one launch for the steps, in which a block of threads takes a tile of 8 or 16 rows through all of them with
+// one launch for the steps, in which a block of threads takes a tile of 4 to 16 rows through all of them with
 // its h in shared memory and W_hh in registers or shared memory where it fits (recurrent_kernels.cuh). Rows
 // are taken in parts of about 256 MB of products. Windows that follow each other by one row share their
 // products in the first layer.
@@ -13,7 +13,7 @@
 // for bit as far as cuBLAS' do (one stream, or CUBLAS_WORKSPACE_CONFIG set).
 //
 // Nothing synchronises or copies from the host, and all memory is torch's, so a CUDA graph can capture a
-// call. What bounds it: multiply-adds by FFMA; for few rows (8 x multiprocessors and fewer) the latency of a
+// call. What bounds it: multiply-adds by FFMA; for few rows (4 x multiprocessors and fewer) the latency of a
 // step. Unmeasured. Schemas: qfast/ops/recurrent.py.
 #include <tuple>
 

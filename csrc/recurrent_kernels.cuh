@@ -219,8 +219,10 @@ QFAST_DEVICE_INLINE T element_or_zero(const T* from, int64_t at) {
   return from == nullptr ? T(0) : from[at];
 }
 
-// Threads of a block at most: where a lane's sums or weights take more than 128 registers, half of the other.
+// Threads of a block at most, and blocks of a multiprocessor at least: what 64 weights and the sums of four
+// rows leave of 65,536 registers. Where a lane has more sums, one block of half as many threads.
 constexpr int most_threads(int tile_rows, int held) { return held > 0 || tile_rows > 8 ? 256 : 512; }
+constexpr int least_blocks(int tile_rows, int held) { return held > 0 && tile_rows <= 4 ? 2 : 1; }
 
 // Held: inputs of a slice whose weights are in registers, forward, of a cell of four gates; 0: none are.
 template <class Cell, bool kForward>

@@ -133,7 +133,7 @@ struct BackwardTile {
 };
 
 template <class Cell, class T, int kTileRows, int kHeld>
-__global__ void __launch_bounds__(most_threads(kTileRows, kHeld))
+__global__ void __launch_bounds__(most_threads(kTileRows, kHeld), least_blocks(kTileRows, kHeld))
     recurrent_backward_kernel(BackwardLayer<T> layer) {
   extern __shared__ double shared_memory[];
   constexpr int kDepth = held_depth<Cell, false>(kHeld);

@@ -123,7 +123,7 @@ struct ForwardTile {
 };
 
 template <class Cell, class T, int kTileRows, int kHeld>
-__global__ void __launch_bounds__(most_threads(kTileRows, kHeld))
+__global__ void __launch_bounds__(most_threads(kTileRows, kHeld), least_blocks(kTileRows, kHeld))
     recurrent_forward_kernel(ForwardLayer<T> layer) {
   extern __shared__ double shared_memory[];
   constexpr int kGates = Cell::kGates, kDepth = held_depth<Cell, true>(kHeld);

@@ -12,7 +12,8 @@ namespace {
 
 constexpr int kThreads = 256;       // of a block, in kernels without tiles
 constexpr int64_t kHeldUnits = 64;  // whose weights fit into registers: 64 of each of 256 threads
-constexpr int64_t kWideRows = 16;   // of a tile where weights come from memory: half the loads of 8 rows
+constexpr int kHeldRows = 4;  // of a tile then: two blocks a multiprocessor, one runs while the other waits
+constexpr int64_t kWideRows = 16;  // of a tile where weights come from memory: half the loads of 8 rows
 constexpr int64_t kWideBatch = 132 * kWideRows;  // that fills a large device with tiles of that many
 
 inline unsigned int blocks_for(int64_t tasks, int64_t per_block) {
@@ -88,8 +89,8 @@ class RecurrentLaunches {
         hidden_ <= kHeldUnits || tile_fits(kLeast), op_, ": ", hidden_,
         " units do not fit into this GPU's shared memory. Remedy: fewer units, or QFAST_BACKEND=torch.");
     if constexpr (sizeof(T) == 4) {
-      if (hidden_ <= kHeldUnits / 2) return body(Constant<8>(), Constant<8>());
-      if (hidden_ <= kHeldUnits) return body(Constant<8>(), Constant<16>());
+      if (hidden_ <= kHeldUnits / 2) return body(Constant<kHeldRows>(), Constant<8>());
+      if (hidden_ <= kHeldUnits) return body(Constant<kHeldRows>(), Constant<16>());
       if (batch_ >= kWideBatch && tile_fits(kWideRows)) return body(Constant<kWideRows>(), Constant<0>());
     }
     body(Constant<kLeast>(), Constant<0>());
