@@ -1,6 +1,6 @@
 """Operators and epochs on a GPU, beside torch's own layers, and beside the device's copy bandwidth and FMA peak.
 
-    python bench/bench_gpu.py [--only gather,attention,recurrent,tcn,encoder,adam,step,scaling,epoch] [--compile]
+    python bench/bench_gpu.py [--only gather,attention,ways,recurrent,tcn,encoder,adam,step,scaling,epoch] [--compile]
 
 Medians by CUDA events after a warm-up, both sides interleaved in one process; a backward is that of the sum of
 squares. A step is that of an estimator: gather, forward, loss, backward, clipping, Adam; beside it one of torch's
@@ -12,6 +12,7 @@ so. `--compile` also times torch.compile of the baseline. A Markdown table goes 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,19 +32,23 @@ from qfast.nn import TCNModel
 from qfast.optim import ClippedAdam
 from qfast.precision import NAMES
 
-PARTS = ("gather", "attention", "recurrent", "tcn", "encoder", "adam", "step", "scaling", "epoch")
+PARTS = ("gather", "attention", "ways", "recurrent", "tcn", "encoder", "adam", "step", "scaling", "epoch")
 WARM_UP, REPEATS = 5, 30
 
 
 @dataclass(frozen=True)
 class Case:
-    """Two ways to one result. `moved` bytes and `products` (multiply-adds) are the least that it needs."""
+    """Two ways to one result. `moved` bytes and `products` (multiply-adds) are the least that it needs.
+
+    `captures`: the baseline can be a graph as well, which torch's Adam as the reference makes it cannot.
+    """
 
     name: str
     ours: Callable[[], Any]
     baseline: Callable[[], Any] | None = None
     moved: float = 0
     products: float = 0
+    captures: bool = True
 
 
 class Clock:
@@ -223,7 +228,7 @@ def optimizers(device: torch.device, small: bool) -> Iterator[Case]:
             plain.step()
 
         moved = 7.0 * 4 * sum(tensor.numel() for tensor in ours)  # four read, three written
-        yield Case(f"clipping and Adam, {name} tensors", optimizer.step, clip_and_step, moved)
+        yield Case(f"clipping and Adam, {name} tensors", optimizer.step, clip_and_step, moved, captures=False)
 
 
 ENCODER = {"d_model": 64, "dropout": 0.0}
@@ -264,7 +269,7 @@ def training(device: torch.device, small: bool) -> Iterator[Case]:
         title = f"{name} step, {batch} x {steps} x {features}"
         if name == "TCN":
             title += f", kernel {kwargs['kernel_size']}, {kwargs['n_chans']} wide"
-        yield Case(title, ours, torch_step(made[1], windows, samples))
+        yield Case(title, ours, torch_step(made[1], windows, samples), captures=False)
         if device.type == "cuda" and name not in ("GATs", "TCN"):
             yield Case(f"{title}, torch's layers", with_torch_layers(ours))
 
@@ -343,6 +348,29 @@ def epochs(device: torch.device, small: bool) -> None:
                 print(f"| {name} | {layers} | {how} | {times} |", flush=True)
 
 
+# ---------------------------------------------------------------- attention's three ways
+def ways(clock: Clock, small: bool) -> None:
+    """Forward and backward as one graph, by the way that is asked for: where `auto` should change over."""
+    names, variable = ("dense", "block", "passes", "auto"), "QFAST_CUDA_ATTENTION"
+    before = os.environ.get(variable)
+    print(f"\n| days | stocks | {' | '.join(names)} |\n| --- | --- |{' --- |' * len(names)}")
+    for days in (1, 3) if small else (1, 4, 16, 64):
+        for n in (40,) if small else (100, 300, 500, 800, 1000, 1500, 2000):
+            tensors = [torch.randn(*shape, device=clock.device) for shape in ((days * n,), (days * n,), (days * n, 64))]
+            offsets = torch.arange(days + 1) * n
+
+            def attend(*given: Tensor, days: Tensor = offsets) -> Tensor:
+                return ops.additive_attention(*given, days)
+
+            calls = []
+            for name in names:
+                os.environ[variable] = name
+                calls.append(captured(both_ways(attend, tensors), clock.device))
+            times = " | ".join(f"{time * 1e3:,.0f} us" for time in clock.medians(calls))
+            print(f"| {days} | {n} | {times} |", flush=True)
+    os.environ.pop(variable) if before is None else os.environ.update({variable: before})
+
+
 # ---------------------------------------------------------------- scaling
 def attention_call(n: int, device: torch.device) -> Callable[[], Any]:
     given = [torch.randn(n, device=device), torch.randn(n, device=device), torch.randn(n, 64, device=device)]
@@ -415,11 +443,13 @@ def main() -> None:
     bandwidth, peak = copy_bandwidth(clock, given.small), product_peak(clock, given.small)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}: copy {bandwidth / 1e9:,.0f} GB/s, float32 {peak * 2e-12:,.1f} TFLOP/s\n")
-    print("| case | torch | compiled | qfast | as one graph | ratio | of copy | of float32 |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| case | torch | as one graph | compiled | qfast | as one graph | ratio | of copy | of float32 |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for part in parts:
         for case in OF_PART[part](device, given.small) if part in OF_PART else ():
             print(row(case, clock, bandwidth, peak, given.compile), flush=True)
+    if "ways" in parts:
+        ways(clock, given.small)
     if "scaling" in parts:
         scaling(clock, given.small, given.plot)
     if "epoch" in parts:
@@ -430,12 +460,18 @@ def row(case: Case, clock: Clock, bandwidth: float, peak: float, compiled: bool)
     calls = {"ours": case.ours, "graph": captured(case.ours, clock.device)}
     if case.baseline is not None:
         calls["torch"] = case.baseline
+        if case.captures and clock.device.type == "cuda":
+            calls["torch graph"] = captured(case.baseline, clock.device)
         if compiled:
             calls["compiled"] = torch.compile(case.baseline)
     times = dict(zip(calls, clock.medians(list(calls.values())), strict=True))
     best = min(times["ours"], times["graph"])
-    texts = [f"{times[key] * 1e3:,.0f} us" if key in times else "-" for key in ("torch", "compiled", "ours", "graph")]
-    ratio = f"{min(times[k] for k in ('torch', 'compiled') if k in times) / best:.2f}x" if case.baseline else "-"
+    texts = [
+        f"{times[key] * 1e3:,.0f} us" if key in times else "-"
+        for key in ("torch", "torch graph", "compiled", "ours", "graph")
+    ]
+    theirs = [times[key] for key in ("torch", "torch graph", "compiled") if key in times]
+    ratio = f"{min(theirs) / best:.2f}x" if theirs else "-"
     copy = f"{case.moved / best * 1e3 / bandwidth:.0%}" if case.moved else "-"
     share = f"{case.products / best * 1e3 / peak:.0%}" if case.products else "-"
     return f"| {case.name} | {' | '.join(texts)} | {ratio} | {copy} | {share} |"

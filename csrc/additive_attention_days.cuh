@@ -1,7 +1,7 @@
 // Additive attention on CUDA: the kernels, and in which order they run. Two ways through the same passes:
 // a day that fits into shared memory belongs to one block, which sorts it and does everything in one launch;
 // if a day of the call does not fit, all days are sorted together in memory and each pass is a launch over
-// the chunks of all days. Included by additive_attention.cu, which has LAUNCH, Scratch and sort_pairs.
+// the chunks of all days, in the order of additive_attention_launch.cuh.
 #pragma once
 
 #include "additive_attention_gradients.cuh"

@@ -2,7 +2,7 @@
 // with the sum of those of all keys of a day exactly 0 before the bend's slope. docs/attention.md says why.
 #pragma once
 
-#include "additive_attention_kernels.cuh"
+#include "additive_attention_rows.cuh"
 
 namespace qfast {
 namespace {
@@ -10,27 +10,34 @@ namespace {
 // A row's weights sum to 1, so a vector taken off every value leaves the gradients of the scores as they are,
 // and takes off them the rounding of what the values have in common with it. That is the mean result of rows
 // taken evenly from the sorted queries: about the mean value where attention is spread, and the value that
-// all look at where it is not. Rows without a result are left out. A thread owns a column.
-template <class T>
-QFAST_DEVICE void find_center(const Day<T>& day, const Backward<T>& io, int width, int column) {
-  const int taken = day.count < kCenterRows ? static_cast<int>(day.count) : kCenterRows;
-  if (taken == 0) return;
+// all look at where it is not. Rows without a result (row_at: -1) are left out. A thread owns a column.
+template <class T, class RowAt>
+QFAST_DEVICE T center_of(const Backward<T>& io, int64_t first, int64_t count, int width, int column,
+                         const RowAt& row_at) {
+  const int taken = count < kCenterRows ? static_cast<int>(count) : kCenterRows;
+  if (taken == 0) return 0;
   double sum = 0;
   int rows = 0;
   for (int r = 0; r < taken; r += kAhead) {
     T x[kAhead];
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
-      const int64_t p = (r + u) * day.count / taken;
-      const bool has = r + u < taken && day.sorted(1)[p] > -infinity<T>();
-      const int64_t at = has ? (day.first + day.sorted_rows(1)[p]) * width + column : 0;
-      x[u] = !has ? T(0) : io.residual == nullptr ? io.out[at] : io.out[at] - io.residual[at];
-      rows += has;
+      const int64_t row = r + u < taken ? row_at((r + u) * count / taken) : -1;
+      const int64_t at = row >= 0 ? (first + row) * width + column : 0;
+      x[u] = row < 0 ? T(0) : io.residual == nullptr ? io.out[at] : io.out[at] - io.residual[at];
+      rows += row >= 0;
     }
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) sum += x[u];
   }
-  day.center[column] = static_cast<T>(rows > 0 ? sum / rows : 0);
+  return static_cast<T>(rows > 0 ? sum / rows : 0);
+}
+
+template <class T>
+QFAST_DEVICE void find_center(const Day<T>& day, const Backward<T>& io, int width, int column) {
+  day.center[column] = center_of(io, day.first, day.count, width, column, [&](int64_t p) -> int64_t {
+    return day.sorted(1)[p] > -infinity<T>() ? day.sorted_rows(1)[p] : -1;
+  });
 }
 
 // delta = grad . (attended - center), and the gradient of the query: a softmax's weights sum to 1, so the

@@ -167,12 +167,36 @@ QFAST_DEVICE T sortable(int side, T score) {
   return score - score == 0 ? score + T(0) : -infinity<T>();
 }
 
-// The highest key; NaN, which spreads to every row, where the dense softmax is NaN in every row.
+// `top`, or NaN, which spreads to every row, where the dense softmax is NaN in every row.
 template <class T>
-QFAST_DEVICE T highest(const Day<T>& day, T slope) {
-  const T top = day.scores[day.count - 1], least = day.scores[0];
+QFAST_DEVICE T highest(T top, T least, T slope) {
   const bool sane = top < infinity<T>() && top > -infinity<T>() && (slope > 0 || least > -infinity<T>());
   return sane ? top : std::numeric_limits<T>::quiet_NaN();
+}
+
+template <class T>
+QFAST_DEVICE T highest(const Day<T>& day, T slope) {
+  return highest(day.scores[day.count - 1], day.scores[0], slope);
+}
+
+// The exponential of a score is a product on either side of the bend: a key's factor above or below it, times
+// that of the query. `score` is sortable, `top` the highest key.
+template <class T>
+struct Factors {
+  T above, below;
+};
+
+template <class T>
+QFAST_DEVICE Factors<T> key_factors(T score, T slope, T top) {
+  return {exp(score - top), slope == 0 && top == top ? T(1) : exp(slope * (score - top))};
+}
+
+template <class T>
+QFAST_DEVICE Factors<T> query_factors(T score, T slope, T top) {
+  const T most = score + top;  // its highest score
+  const bool bent = most > 0 && slope < 1;
+  const T below = bent ? exp((slope - 1) * most) : T(1);
+  return {most > 0 ? T(1) : T(0), score == -infinity<T>() ? std::numeric_limits<T>::quiet_NaN() : below};
 }
 
 // ---------------------------------------------------------------- the list
@@ -194,18 +218,10 @@ QFAST_DEVICE void place(const Day<T>& day, int side, int64_t p, T slope, T top) 
   }
   const int64_t at = p + low;
   const int32_t row = day.sorted_rows(side)[p];
-  if (side == 0) {
-    day.item[at] = row;
-    day.fore[at] = slope == 0 && top == top ? T(1) : exp(slope * (score - top));
-    day.back[at] = exp(score - top);
-  } else {
-    const T most = score + top;  // its highest score
-    const bool bent = most > 0 && slope < 1;
-    day.item[at] = ~row;
-    day.fore[at] = most > 0 ? T(1) : T(0);
-    day.back[at] = bent ? exp((slope - 1) * most) : T(1);
-    if (score == -infinity<T>()) day.back[at] = std::numeric_limits<T>::quiet_NaN();
-  }
+  const Factors<T> of = side == 0 ? key_factors(score, slope, top) : query_factors(score, slope, top);
+  day.item[at] = side == 0 ? row : ~row;
+  day.fore[at] = side == 0 ? of.below : of.above;
+  day.back[at] = side == 0 ? of.above : of.below;
 }
 
 // ---------------------------------------------------------------- sums of scalars
@@ -281,6 +297,14 @@ QFAST_DEVICE void read_scalars(const Day<T>& day, int64_t chunk, const T* delta,
   }
 }
 
+// The smaller of a row's two parts, as a share of their sum; the part from below the bend is marked by its
+// sign.
+template <class T>
+QFAST_DEVICE T smaller_share(double above, double below, double total) {
+  const double part = above / total;
+  return static_cast<T>(part <= 0.5 ? part : -(below / total));
+}
+
 // Divides the factors of the queries by their sums of weights and keeps the weight of the smaller part.
 template <class T>
 QFAST_DEVICE void normalise(const Day<T>& day, int64_t chunk, T* share_weight) {
@@ -291,8 +315,7 @@ QFAST_DEVICE void normalise(const Day<T>& day, int64_t chunk, T* share_weight) {
                         day.fore[p] = static_cast<T>(day.fore[p] / total);
                         day.back[p] = static_cast<T>(day.back[p] / total);
                         if (share_weight == nullptr) return;
-                        const double part = above / total;
-                        share_weight[day.first + row] = static_cast<T>(part <= 0.5 ? part : -(below / total));
+                        share_weight[day.first + row] = smaller_share<T>(above, below, total);
                       });
 }
 
@@ -315,187 +338,6 @@ QFAST_DEVICE void carry_sums(T* sums, int64_t chunks, bool from_front) {
 template <class T>
 QFAST_DEVICE void carry_scalars(const Day<T>& day, int part) {
   carry_sums(day.scalar_sums + part * day.stride, day.chunks(), part % 2 == 0);
-}
-
-// ---------------------------------------------------------------- sums of rows
-// `rows` are the summed ones, [heads * N, H]: value forward, the gradient of the result backward. A group of
-// lanes owns a chunk, a lane one column of it; `column` may lie behind the last.
-template <bool kBackward, class T>
-QFAST_DEVICE void sum_columns(const Day<T>& day, int64_t chunk, int width, int column, const T* rows) {
-  if (column >= width) return;
-  const int count = day.items(chunk);
-  const int32_t* item = day.item + chunk * kChunk;
-  const T *fore = day.fore + chunk * kChunk, *back = day.back + chunk * kChunk;
-  rows += day.first * width + column;
-  T front = 0, rear = 0;
-  for (int p = 0; p < count; p += kAhead) {
-    T x[kAhead];
-    bool summed[kAhead];
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      const int32_t it = p + u < count ? item[p + u] : 0;
-      summed[u] = p + u < count && (it < 0) == kBackward;
-      x[u] = summed[u] ? rows[static_cast<int64_t>(kBackward ? ~it : it) * width] : T(0);
-    }
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      if (!summed[u]) continue;
-      front += fore[p + u] * x[u];
-      rear += back[p + u] * x[u];
-    }
-  }
-  day.sums[column * day.stride + chunk] = front;
-  day.sums[(width + column) * day.stride + chunk] = rear;
-}
-
-// What the queries read becomes the result.
-template <class T>
-struct Forward {
-  const T* value;        // [heads * N, H]
-  const T* residual;     // [heads * N, H] or null
-  T* out;                // [heads * N, H]
-  T* share;              // [heads * N, H] or null: nothing is kept
-  T* share_weight;       // [heads * N] or null
-  int32_t* orders;       // [2, heads * N] or null
-  const T *query, *key;  // [heads * N]
-};
-
-template <class T>
-struct Receiver {
-  const Forward<T>& io;
-  int64_t at;     // of column `column` of the day's first row
-  int64_t first;  // row
-  int width;
-
-  QFAST_DEVICE Receiver(const Forward<T>& job, const Day<T>& day, int columns, int column)
-      : io(job), at(day.first * columns + column), first(day.first), width(columns) {}
-  QFAST_DEVICE T* stored(int32_t row) const { return io.out + at + static_cast<int64_t>(row) * width; }
-  QFAST_DEVICE T wanted(int32_t row) const {
-    return io.residual == nullptr ? T(0) : io.residual[at + static_cast<int64_t>(row) * width];
-  }
-  QFAST_DEVICE void receive(int32_t row, T below, T residual, T above, bool active, const Lanes&, int) const {
-    if (!active) return;
-    const int64_t place = at + static_cast<int64_t>(row) * width;
-    const T attended = below + above;
-    io.out[place] = io.residual == nullptr ? attended : residual + attended;
-    if (io.share != nullptr) io.share[place] = signbit(io.share_weight[first + row]) ? -below : above;
-  }
-};
-
-// What the keys read becomes the gradient of the values, and with the values that of the keys.
-template <class T>
-struct Backward {
-  const T *grad, *value, *out;  // [heads * N, H]
-  const T* residual;            // [heads * N, H] or null
-  const T *share, *share_weight;
-  const int32_t* orders;     // [2, heads * N]
-  const T *query, *key;      // [heads * N]
-  T *grad_query, *grad_key;  // [heads * N]
-  T* grad_value;             // [heads * N, H]
-  T slope;
-  // Room for what is found on the way.
-  int64_t total = 0;         // heads * N
-  T* delta = nullptr;        // [heads * N]: grad . (attended - center)
-  T* dots = nullptr;         // [groups of columns, 2, heads * N]: grad_value's two parts . (value - center)
-  double* to_key = nullptr;  // [2, heads * N]: the gradient of a key, and its change with the mean gradients
-};
-
-template <class T>
-struct BackwardReceiver {
-  const Backward<T>& io;
-  int64_t at, first;
-  int width;
-  T center;
-
-  QFAST_DEVICE BackwardReceiver(const Backward<T>& job, const Day<T>& day, int columns, int column)
-      : io(job),
-        at(day.first * columns + column),
-        first(day.first),
-        width(columns),
-        center(column < columns ? day.center[column] : T(0)) {}
-  QFAST_DEVICE T* stored(int32_t row) const { return io.grad_value + at + static_cast<int64_t>(row) * width; }
-  QFAST_DEVICE T wanted(int32_t row) const {
-    return io.value[at + static_cast<int64_t>(row) * width] - center;
-  }
-  QFAST_DEVICE void receive(int32_t row, T above, T value, T below, bool active, const Lanes& lanes,
-                            int group) const {
-    if (active) *stored(row) = above + below;
-    const T dot = lanes.sum_two(active ? value * above : T(0), active ? value * below : T(0));
-    if ((lanes.lane & (lanes.size / 2 - 1)) != 0) return;
-    io.dots[(2 * group + (lanes.lane != 0)) * io.total + first + row] = dot;
-  }
-};
-
-// From the front: sums of the chunk up to each reading item, on top of the carry, stored in its row.
-template <bool kBackward, class T, class R>
-QFAST_DEVICE void walk_up(const Day<T>& day, int64_t chunk, T carry, const T* rows, const R& receiver) {
-  const int count = day.items(chunk), width = receiver.width;
-  const int32_t* item = day.item + chunk * kChunk;
-  const T *fore = day.fore + chunk * kChunk, *back = day.back + chunk * kChunk;
-  T sum = 0;
-  for (int p = 0; p < count; p += kAhead) {
-    T x[kAhead];
-    int32_t it[kAhead];
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      it[u] = p + u < count ? item[p + u] : 0;
-      const bool summed = p + u < count && (it[u] < 0) == kBackward;
-      x[u] = summed ? rows[static_cast<int64_t>(kBackward ? ~it[u] : it[u]) * width] : T(0);
-    }
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      if (p + u >= count) break;
-      if ((it[u] < 0) == kBackward) {
-        sum += fore[p + u] * x[u];
-      } else {
-        *receiver.stored(it[u] < 0 ? ~it[u] : it[u]) = back[p + u] * (carry + sum);
-      }
-    }
-  }
-}
-
-// From the rear: the other sums, and with what was stored on the way up the row is complete.
-template <bool kBackward, class T, class R>
-QFAST_DEVICE void walk_down(const Day<T>& day, int64_t chunk, T carry, const T* rows, const R& receiver,
-                            bool active, const Lanes& lanes, int group) {
-  const int count = day.items(chunk), width = receiver.width;
-  const int32_t* item = day.item + chunk * kChunk;
-  const T *fore = day.fore + chunk * kChunk, *back = day.back + chunk * kChunk;
-  T sum = 0;
-  for (int p = (count - 1) / kAhead * kAhead; p >= 0; p -= kAhead) {
-    T x[kAhead], wanted[kAhead];
-    int32_t it[kAhead];
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      it[u] = p + u < count ? item[p + u] : 0;
-      const bool read = active && p + u < count, summed = (it[u] < 0) == kBackward;
-      const int32_t row = it[u] < 0 ? ~it[u] : it[u];
-      x[u] = !read ? T(0) : summed ? rows[static_cast<int64_t>(row) * width] : *receiver.stored(row);
-      wanted[u] = read && !summed ? receiver.wanted(row) : T(0);
-    }
-#pragma unroll
-    for (int u = kAhead - 1; u >= 0; --u) {
-      if (p + u >= count) continue;
-      if ((it[u] < 0) == kBackward) {
-        sum += back[p + u] * x[u];
-      } else {
-        const int32_t row = it[u] < 0 ? ~it[u] : it[u];
-        receiver.receive(row, x[u], wanted[u], fore[p + u] * (carry + sum), active, lanes, group);
-      }
-    }
-  }
-}
-
-template <bool kBackward, class T, class R, class Io>
-QFAST_DEVICE void walk_columns(const Day<T>& day, int64_t chunk, int width, int group, const Lanes& lanes,
-                               const T* rows, const Io& io) {
-  const int column = group * lanes.size + lanes.lane;
-  const bool active = column < width;
-  const int64_t at = day.first * width + column;
-  const R receiver(io, day, width, column);
-  if (active) walk_up<kBackward>(day, chunk, day.sums[column * day.stride + chunk], rows + at, receiver);
-  const T carry = active ? day.sums[(width + column) * day.stride + chunk] : T(0);
-  walk_down<kBackward>(day, chunk, carry, rows + at, receiver, active, lanes, group);
 }
 
 }  // namespace

@@ -3,7 +3,12 @@
 // another on the host: sizes come from `longest` and the shapes, never from the device.
 #pragma once
 
+#include <cstdlib>
+#include <string>
+
 #include "additive_attention_days.cuh"
+#include "additive_attention_dense.cuh"
+#include "common.h"
 #include "graph_attention_kernels.cuh"
 
 namespace qfast {
@@ -135,18 +140,54 @@ Shape checked(Device& device, Shape shape) {
   return shape;
 }
 
+// Three ways through a call: pair by pair (additive_attention_dense.cuh), a block a day, or every pass a
+// launch over all days (both additive_attention_days.cuh). The bounds are reckoned, not measured: a block
+// takes a day of 1,000 rows in the time in which all multiprocessors take some ten of them pair by pair.
+enum class Way { kDense, kBlock, kPasses };
+
+constexpr int64_t kDenseRows = 1024;     // of the longest day that is taken pair by pair
+constexpr int64_t kDenseTotal = 8192;    // rows of all days
+constexpr int kDenseWidth = 256;         // beyond it too much is done again for every group of columns
+constexpr int64_t kDenseForced = 2048;   // as kDenseRows, where the way is asked for
+constexpr int64_t kMostLists = 1 << 20;  // days of all heads: their tiles are counted in 32 bits
+
+// QFAST_CUDA_ATTENTION=dense, block or passes asks for a way where a call allows it, to measure and test
+// them. A forward and its backward go the same way, so it must not change in between.
+inline std::string asked_way() {
+  const char* const value = std::getenv("QFAST_CUDA_ATTENTION");
+  const std::string way = value == nullptr ? "auto" : value;
+  QFAST_CHECK(way == "auto" || way == "dense" || way == "block" || way == "passes",
+              "QFAST_CUDA_ATTENTION is '", way, "', allowed: auto, dense, block, passes.");
+  return way;
+}
+
 template <class T, class Device>
-bool fits_one_block(const Device& device, int64_t longest, int width) {
-  return longest <= kDayRows && plan_day<T>(longest, width).bytes <= device.shared_limit();
+Way way_of(const Device& device, const Shape& shape, int64_t longest) {
+  const std::string asked = asked_way();
+  const bool block = longest <= kDayRows && plan_day<T>(longest, shape.width).bytes <= device.shared_limit();
+  const int64_t lists = shape.heads * shape.days.count;
+  const bool dense = shape.width <= kDenseWidth && longest <= kDenseForced && lists <= kMostLists &&
+                     plan_dense<T>(shape, longest, 1).bytes <= device.shared_limit();
+  if (asked == "dense" && dense) return Way::kDense;
+  if (asked == "block" && block) return Way::kBlock;
+  if (asked == "passes") return Way::kPasses;
+  const bool few = longest <= kDenseRows && lists * longest <= kDenseTotal;
+  return dense && few ? Way::kDense : block ? Way::kBlock : Way::kPasses;
 }
 
 template <class T, class Device>
 void attend(Device& device, Shape shape, int64_t longest, T slope, const Forward<T>& io) {
-  const int64_t days = shape.heads * shape.days.count;
-  if (fits_one_block<T>(device, longest, shape.width)) {
+  const Way way = way_of<T>(device, shape, longest);
+  if (way == Way::kDense) {
+    const DensePlan plan = plan_dense<T>(shape, longest, (shape.width + kDenseColumns - 1) / kDenseColumns);
+    device.launch(attend_dense_kernel<T>, blocks_for(plan.tasks(), 1), kDenseThreads<T>, plan.bytes, shape,
+                  plan, io, slope);
+    return;
+  }
+  if (way == Way::kBlock) {
     const DayPlan plan = plan_day<T>(longest, shape.width);
-    device.launch(attend_day_kernel<T>, blocks_for(days, 1), plan.threads, plan.bytes, shape, plan, io,
-                  slope);
+    device.launch(attend_day_kernel<T>, blocks_for(shape.heads * shape.days.count, 1), plan.threads,
+                  plan.bytes, shape, plan, io, slope);
     return;
   }
   shape = checked(device, shape);
@@ -158,6 +199,23 @@ void attend(Device& device, Shape shape, int64_t longest, T slope, const Forward
   passes.attend(device, io);
 }
 
+template <class T, class Device>
+void attend_dense_backward(Device& device, const Shape& shape, int64_t longest, const Backward<T>& io) {
+  const DensePlan queries = plan_dense<T>(shape, longest, 1);
+  const DensePlan keys = plan_dense<T>(shape, longest, (shape.width + kDenseColumns - 1) / kDenseColumns);
+  const DenseScratch<T> scratch{device.template take<T>(io.total), device.template take<T>(io.total),
+                                device.template take<T>(keys.lists * shape.width),
+                                device.template take<T>(keys.lists),
+                                device.template take<double>(kSums * io.total)};
+  device.launch(dense_queries_kernel<T>, blocks_for(queries.tasks(), 1), kThreads, queries.bytes, shape,
+                queries, io, scratch);
+  device.launch(dense_keys_kernel<T>, blocks_for(keys.tasks(), 1), kDenseThreads<T>, keys.bytes, shape, keys,
+                io, scratch);
+  const int groups = (shape.width + kLanes - 1) / kLanes;
+  device.launch(dense_finish_kernel<T>, blocks_for(keys.lists, 1), kThreads, 0, shape, keys, io, scratch,
+                groups);
+}
+
 // `io` as it comes from outside: its room is taken here.
 template <class T, class Device>
 void attend_backward(Device& device, Shape shape, int64_t longest, Backward<T> io) {
@@ -166,7 +224,12 @@ void attend_backward(Device& device, Shape shape, int64_t longest, Backward<T> i
   io.delta = device.template take<T>(io.total);
   io.dots = device.template take<T>(io.total * 2 * groups);
   io.to_key = device.template take<double>(2 * io.total);
-  if (fits_one_block<T>(device, longest, shape.width)) {
+  const Way way = way_of<T>(device, shape, longest);
+  if (way == Way::kDense) {
+    attend_dense_backward(device, shape, longest, io);
+    return;
+  }
+  if (way == Way::kBlock) {
     const DayPlan plan = plan_day<T>(longest, shape.width);
     device.launch(attend_day_backward_kernel<T>, blocks_for(shape.heads * shape.days.count, 1), plan.threads,
                   plan.bytes, shape, plan, io);

@@ -1,7 +1,7 @@
 """Attention over the stocks of a day on a GPU: the CUDA kernels beside the dense softmax in float64.
 
-Days that fit into a block's shared memory and longer ones go different ways through the kernels (up to 2,048 rows,
-csrc/additive_attention.cu), so most tests come twice: with short days alone, and with a long day beside them.
+There are three ways through the kernels (csrc/additive_attention_launch.cuh): pair by pair for few short days, a block
+a day, and launches over all days together where one is long. Most tests come for each.
 """
 
 from __future__ import annotations
@@ -47,10 +47,20 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return getattr(torch, request.param)
 
 
-@pytest.fixture(params=[[], [LONG]], ids=["short-days", "a-long-day"])
-def beside(request: pytest.FixtureRequest) -> list[int]:
+WAY = "QFAST_CUDA_ATTENTION"
+
+
+@pytest.fixture(params=["auto", "block"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few short days go pair by pair unless a block a day is asked for."""
+    monkeypatch.setenv(WAY, request.param)
+
+
+@pytest.fixture(params=["short-days", "short-days-in-blocks", "a-long-day"])
+def beside(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Days that stand beside those of a test."""
-    return request.param
+    monkeypatch.setenv(WAY, "block" if request.param == "short-days-in-blocks" else "auto")
+    return [LONG] if request.param == "a-long-day" else []
 
 
 def on_gpu(call: Callable[..., Tensor], tensors: list[Tensor], grad: Tensor) -> list[Tensor]:
@@ -72,6 +82,7 @@ def check_graph(inputs: list[Tensor], offsets: Tensor | None, slope: float = 0.0
 
 
 @pytest.mark.parametrize("name", ["additive_attention", "graph_attention"])
+@pytest.mark.usefixtures("way")
 def test_self_test(name: str) -> None:
     self_test(name, torch.device(DEVICE))
 
@@ -84,6 +95,7 @@ def test_the_kernels_serve_and_not_the_twins() -> None:
 
 # ---------------------------------------------------------------- accuracy
 @pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda case: case.name)
+@pytest.mark.usefixtures("way")
 def test_float32_is_no_worse_than_the_dense_softmax(case: AttentionCase) -> None:
     *tensors, grad = case.inputs()
     found = on_gpu(lambda *t: additive_attention(*t, case.offsets, case.slope), tensors, grad)
@@ -92,6 +104,7 @@ def test_float32_is_no_worse_than_the_dense_softmax(case: AttentionCase) -> None
 
 @pytest.mark.parametrize("scale", [0.1, 3.0, 60.0])
 @pytest.mark.parametrize("n", [1, 7, 300, LONG])
+@pytest.mark.usefixtures("way")
 def test_graph_attention_in_float32(n: int, scale: float) -> None:
     """No worse than the dense softmax of the same float32 scores."""
     offsets = offsets_of([n] * max(1, 400 // n))
@@ -132,6 +145,7 @@ def test_keys_are_not_pushed_together(
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("n", [300, LONG])
+@pytest.mark.usefixtures("way")
 def test_a_bias_without_effect_gets_no_gradient(side: str, n: int) -> None:
     hidden = randn(n, 64, seed=1, dtype=torch.float32) * 0.1 + 0.5
     weight, grad = randn(2, 64, seed=2, dtype=torch.float32) * 0.1, randn(n, 64, seed=3, dtype=torch.float32)
@@ -143,6 +157,7 @@ def test_a_bias_without_effect_gets_no_gradient(side: str, n: int) -> None:
 
 @pytest.mark.parametrize("common", [1.0, 30.0, 100.0])
 @pytest.mark.parametrize("n", [400, LONG])
+@pytest.mark.usefixtures("way")
 def test_what_the_values_have_in_common_costs_less_than_in_the_dense_softmax(common: float, n: int) -> None:
     tensors = [randn(n, seed=1), randn(n, seed=2), randn(n, 64, seed=3) + common]
     tensors, grad = [t.float() for t in tensors], randn(n, 64, seed=4, dtype=torch.float32)
@@ -162,6 +177,7 @@ def test_any_width(width: int, dtype: torch.dtype, beside: list[int]) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1023, 1025, 2047, 2048, 2049, 9000])
+@pytest.mark.usefixtures("way")
 def test_any_length_of_a_day(n: int) -> None:
     check(attention_inputs(n, 5), None)
     check(attention_inputs(n + 3, 5), offsets_of([2, n, 1]), slope=0.3)
@@ -177,6 +193,7 @@ def test_heads(slope: float, dtype: torch.dtype, beside: list[int]) -> None:
 
 @pytest.mark.parametrize("sizes", [[], [0], [0, 0, 0], [1], [0, 1, 0, 1]], ids=str)
 @pytest.mark.parametrize("heads", [None, 0, 2])
+@pytest.mark.usefixtures("way")
 def test_hardly_any_rows(sizes: list[int], heads: int | None, dtype: torch.dtype) -> None:
     n = sum(sizes)
     *tensors, grad = attention_inputs(n, 4, dtype, heads=heads)
@@ -213,11 +230,45 @@ uneven = st.lists(st.one_of(st.sampled_from([0, 1]), st.integers(2, 40), st.just
     slope=st.sampled_from([0.0, 0.01, 0.3, 1.0]),
     scale=st.sampled_from([0.0, 0.1, 3.0]),
     seed=st.integers(0, 99),
+    asked=st.sampled_from(["auto", "dense", "block", "passes"]),
 )
-def test_any_days_equal_the_dense_softmax(sizes, long, width, heads, slope, scale, seed):
+def test_any_days_equal_the_dense_softmax(sizes, long, width, heads, slope, scale, seed, asked):
     sizes = [*sizes, LONG] if long else sizes
     query, key, value, grad = attention_inputs(sum(sizes), width, seed=seed, heads=heads)
-    check([query * scale, key * scale, value, grad], offsets_of(sizes), slope)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(WAY, asked)
+        check([query * scale, key * scale, value, grad], offsets_of(sizes), slope)
+
+
+@pytest.mark.parametrize(
+    ("days", "width", "asked", "pairs"),
+    [
+        ([1024], 64, "auto", True),
+        ([1025], 64, "auto", False),
+        ([800] * 10, 64, "auto", True),
+        ([800] * 11, 64, "auto", False),
+        ([300], 257, "auto", False),
+        ([300], 64, "block", False),
+        ([300], 64, "passes", False),
+        ([1500], 64, "dense", True),
+        ([LONG], 8, "dense", False),
+    ],
+)
+def test_which_calls_go_pair_by_pair(
+    days: list[int], width: int, asked: str, pairs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only those keep no orders."""
+    monkeypatch.setenv(WAY, asked)
+    query, key, value, _ = attention_inputs(sum(days), width, torch.float32, heads=1)
+    given_days = offsets_of(days).to(DEVICE), max(days), 0.01
+    orders = OPS.additive_attention(query.to(DEVICE), key.to(DEVICE), value.to(DEVICE), *given_days, True)[3]
+    assert bool(orders.any()) == (not pairs)
+
+
+def test_a_way_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(WAY, "fast")
+    with pytest.raises(ValueError, match="QFAST_CUDA_ATTENTION is 'fast', allowed: auto, dense, block, passes"):
+        check(attention_inputs(3, 2), None)
 
 
 def test_thousands_of_uneven_days(beside: list[int]) -> None:
@@ -237,6 +288,7 @@ def test_thousands_of_days_of_one_row() -> None:
 
 # ---------------------------------------------------------------- gradients, schemas, what is not finite
 @pytest.mark.parametrize("slope", [0.0, 0.01, 1.0])
+@pytest.mark.usefixtures("way")
 def test_gradients_by_finite_differences(slope: float) -> None:
     offsets = offsets_of([1, 0, 5, 3])
     query, key = randn(2, 2, 9, seed=3).to(DEVICE)
@@ -248,6 +300,7 @@ def test_gradients_by_finite_differences(slope: float) -> None:
 
 
 @pytest.mark.parametrize("sizes", [None, [], [2, 1, 6]], ids=str)
+@pytest.mark.usefixtures("way")
 def test_opcheck(sizes: list[int] | None) -> None:
     n = 9 if sizes is None else sum(sizes)
     days = None if sizes is None else offsets_of(sizes).to(DEVICE), n, 0.01

@@ -8,9 +8,11 @@ as with rests of them.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -65,14 +67,21 @@ def layers() -> Iterator[tuple[Callable[..., Any], Sequence[Tensor]]]:
 
 
 def attention() -> Iterator[tuple[Callable[..., Any], Sequence[Tensor]]]:
-    """(operator, its tensors)"""
-    for sizes, width in (([1, 0, 7, 64, 300], 8), ([LONG_DAY, 3], 33), ([40] * 9, 64)):
+    """(operator, its tensors), short days both pair by pair and a block a day"""
+
+    def call(operator: Callable[..., Any], offsets: Tensor, way: str, *tensors: Tensor) -> Tensor:
+        os.environ["QFAST_CUDA_ATTENTION"] = way  # of the backward as well
+        return operator(*tensors, offsets)
+
+    cases = [([1, 0, 7, 64, 300], 8), ([LONG_DAY, 3], 33), ([40] * 9, 64), ([70], 130)]
+    for (sizes, width), way in product(cases, ("auto", "block")):
         rows = sum(sizes)
         offsets = torch.tensor([0, *sizes]).cumsum(0)
         query, key, value = torch.randn(rows), torch.randn(rows), torch.randn(rows, width)
-        yield lambda q, k, v, at=offsets: ops.additive_attention(q, k, v, at), [query, key, value]
+        yield partial(call, ops.additive_attention, offsets, way), [query, key, value]
         weight, bias = torch.randn(2, width), torch.randn(2)
-        yield lambda h, w, b, at=offsets: ops.graph_attention(h, w, b, at), [value, weight, bias]
+        yield partial(call, ops.graph_attention, offsets, way), [value, weight, bias]
+    del os.environ["QFAST_CUDA_ATTENTION"]
 
 
 def gathers() -> Iterator[tuple[Callable[..., Any], Sequence[Tensor]]]:
