@@ -25,8 +25,9 @@ class PlainTorch(nn.Module):
     def to_reference(self: Network) -> Network:
         """A copy that computes by torch's own layers and operations, as the reference does, at their speed.
 
-        For ONNX and other exporters that know torch's operations only, quantisation, and gradients of gradients. The
-        numbers are the same up to rounding, but where there is dropout: its masks are then torch's.
+        For ONNX and other exporters that know torch's operations only, quantisation, and gradients of gradients (of
+        an encoder under torch.nn.attention.sdpa_kernel(SDPBackend.MATH): torch's fast attention has none). The numbers
+        are the same up to rounding, but where there is dropout: its masks are then torch's.
 
         Returns
         -------
