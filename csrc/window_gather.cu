@@ -273,8 +273,7 @@ std::array<Tensor, 2> stable_sort(const Tensor& keys) {
   std::array<StableIValue, 4> stack{
       torch::stable::detail::from(keys), torch::stable::detail::from(std::optional<bool>(true)),
       torch::stable::detail::from(int64_t{-1}), torch::stable::detail::from(false)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
 

@@ -89,6 +89,7 @@ def main() -> int:
 def _versions() -> dict[str, str]:
     versions = {"qfast": _version("qfast"), "python": platform.python_version(), "platform": platform.platform()}
     versions |= {name: _version(name) for name in _LIBRARIES}
+    versions["torch"] = torch.__version__  # with what it was built for, which the package's own may lack
     versions["torch CUDA"] = str(torch.version.cuda or "CPU-only build")
     if torch.cuda.is_available():
         versions["GPU"] = torch.cuda.get_device_name()

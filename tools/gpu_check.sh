@@ -29,8 +29,10 @@ part() {
 : >"$results"
 say "qfast on a GPU, $(date -u +%Y-%m-%dT%H:%MZ), $(git rev-parse --short HEAD 2>/dev/null || echo 'no git')"
 "$python" - <<'PY' 2>&1 | tee -a "$results"
-import platform, torch
+import platform, setuptools, torch
 print("torch", torch.__version__, "CUDA", torch.version.cuda, "python", platform.python_version())
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise SystemExit(f"setuptools {setuptools.__version__} cannot read pyproject.toml. Remedy: setuptools 77 or newer")
 if not torch.cuda.is_available():
     raise SystemExit("torch sees no GPU")
 for i in range(torch.cuda.device_count()):
