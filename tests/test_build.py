@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import qfast
 from qfast import _backend
@@ -61,6 +62,31 @@ def test_no_library_of_cuda_is_needed(library: Path) -> None:
     if library.name.startswith("_cuda"):
         assert "libtorch.so" in needed  # it brings in libtorch_cuda.so where there is one
         assert "PyInit" not in tool("nm", "-D", str(library))
+
+
+def macros_of_later_torches() -> set[str]:
+    """What torch's headers define, one way or another, only since a release after the one that we build for."""
+    found: set[str] = set()
+    for header in Path(torch.__file__).parent.joinpath("include", "torch", "csrc", "stable").rglob("*.h"):
+        conditions: list[bool] = []
+        for line in header.read_text().splitlines():
+            if re.match(r"#\s*if", line):
+                conditions.append(bool(re.search(r"TORCH_VERSION_2_1[1-9]_", line)))
+            elif re.match(r"#\s*endif", line):
+                conditions.pop()
+            elif any(conditions) and (define := re.match(r"#\s*define\s+(\w+)", line)):
+                found.add(define[1])
+    return found
+
+
+@from_source
+def test_no_macro_of_a_later_torch() -> None:
+    """With that, the sources would not compile against torch 2.10, whatever the target says."""
+    later = macros_of_later_torches()
+    if torch.__version__ >= "2.13":
+        assert "STABLE_TORCH_ERROR_CODE_CHECK" in later
+    words = {word for path in (ROOT / "csrc").iterdir() for word in re.findall(r"\w+", path.read_text())}
+    assert words & later == set()
 
 
 @from_source
