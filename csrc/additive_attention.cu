@@ -3,8 +3,8 @@
 //
 // Few short days go pair by pair (additive_attention_dense.cuh). Otherwise keys and queries of a day are
 // sorted and merged into one list; two running sums over the list serve every row
-// (additive_attention_kernels.cuh). A block owns a day that fits into its shared memory, up to 2,048 rows; with
-// a longer day in the call, every pass is a launch over chunks of 128 items of all days
+// (additive_attention_kernels.cuh). A block owns a day that fits into its shared memory, up to 2,048 rows;
+// with a longer day in the call, every pass is a launch over chunks of 128 items of all days
 // (additive_attention_days.cuh, in the order of additive_attention_launch.cuh). Saved for the backward: the
 // two sort orders, the smaller part of each row's sum and its weight. What bounds it: reading [N, H] three
 // times and writing it once, 16 H bytes a row in float32 (twice that in the backward), where there are many
