@@ -1,4 +1,4 @@
-"""Shared fixtures: seeded frames shaped like real panels, and global generators put back after each test."""
+"""Shared fixtures: a small frame, each instruction set, and global generators put back after each test."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ import pytest
 import torch
 
 from qfast import _backend
+
+# The helpers assert too; without this line their failures would not show the values.
+pytest.register_assert_rewrite("support")
+
+from support.frames import make_frame  # noqa: E402
 
 # The tensors here are tiny: a second thread only waits, and two test runs on one machine starve each other.
 # Tests about threads set their own number.
@@ -35,28 +40,6 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _backend.native.select_isa(request.param)
     yield request.param
     _backend.native.select_isa(before)
-
-
-def make_frame(
-    n_dates: int = 40,
-    n_instruments: int = 7,
-    n_features: int = 3,
-    *,
-    seed: int = 0,
-    holes: float = 0.1,
-    dtype: type = np.float32,
-    freq: str = "B",
-) -> pd.DataFrame:
-    """(datetime, instrument) frame with ("feature", ...) and ("label", ...) columns and missing rows."""
-    rng = np.random.default_rng(seed)
-    dates = pd.date_range("2020-01-01", periods=n_dates, freq=freq)
-    names = [f"S{i:03d}" for i in range(n_instruments)]
-    index = pd.MultiIndex.from_product([dates, names], names=["datetime", "instrument"])
-    keep = rng.random(len(index)) >= holes
-    index = index[keep]
-    columns = pd.MultiIndex.from_tuples([("feature", f"F{j}") for j in range(n_features)] + [("label", "LABEL0")])
-    values = rng.standard_normal((len(index), n_features + 1)).astype(dtype)
-    return pd.DataFrame(values, index=index, columns=columns)
 
 
 @pytest.fixture

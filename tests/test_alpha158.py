@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from store import FIELDS, read_series, write_store
 from test_factors import by_pandas
 
 from qfast.data import Alpha158, Alpha158vwap, FactorHandler, synthetic
@@ -18,6 +17,7 @@ from qfast.data.factors import register_operator, unregister_operator
 from qfast.data.handlers import build_handler
 from qfast.data.handlers.alpha158 import ROLLING, alpha158_factors
 from qfast.errors import ConfigError, DataError
+from support.stores import FIELDS, read_series, write_store
 
 RAW = {"infer_processors": [], "learn_processors": []}
 START, END = "2020-03-02", "2020-05-20"

@@ -11,17 +11,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_frame
 from test_datasets import SEGMENTS
 from test_estimator import SMALL, StopAt, flat, rolling, same, weights
 from test_reference_parity import TRAIN, panel
-from workflow_case import write_case
 
 from qfast.data import TSDatasetH
 from qfast.errors import ConfigError, DataError
 from qfast.models import ALSTM, ts
 from qfast.workflow.run import run
 from qfast.workflow.scoring import predict
+from support.frames import make_frame
+from support.workflows import write_case
 
 both = pytest.mark.parametrize("kind", [ALSTM, ts.ALSTM], ids=["flat", "ts"])
 

@@ -7,8 +7,6 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from store import write_store
-from workflow_case import factors, write_case
 
 from qfast.cli import main
 from qfast.data.expression import parse
@@ -21,6 +19,8 @@ from qfast.workflow.check import check
 from qfast.workflow.demo import DEMO, demo_prices
 from qfast.workflow.experiments import rows_ahead
 from qfast.workflow.run import run
+from support.stores import write_store
+from support.workflows import factors, write_case
 
 SHORT = ["task.model.kwargs.hidden_size=4", "task.model.kwargs.n_epochs=3"]
 HANDLER = "task.dataset.kwargs.handler.kwargs"

@@ -11,11 +11,11 @@ import time
 
 import pandas as pd
 import pytest
-from workflow_case import write_case
 
 from qfast import cli
 from qfast.errors import ConfigError
 from qfast.workflow import run as run_module
+from support.workflows import write_case
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from workflow_case import TEXT
 
 from qfast.errors import ConfigError
 from qfast.workflow.config import apply_set, deep_merge, dump_yaml, fill_placeholders, load_config
 from qfast.workflow.schema import check_workflow, normal_date
+from support.workflows import TEXT
 
 PROCESSORS = "task.dataset.kwargs.handler.kwargs.infer_processors"
 

@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_frame
 
 from qfast.data import DatasetH, TSDatasetH
 from qfast.data.handlers import DataHandlerLP
 from qfast.errors import ConfigError, DataError
+from support.frames import make_frame
 
 SEGMENTS = {
     "train": ("2020-01-01", "2020-02-14"),

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import make_frame
 from test_estimator import rolling
 
 from qfast import cli
@@ -18,6 +17,7 @@ from qfast.data import synthetic
 from qfast.data.factors import unregister_operator
 from qfast.models import ts
 from qfast.workflow.demo import DEMO, demo_prices
+from support.frames import make_frame
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", flags=re.M | re.S)

@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_frame
 
 from qfast.callbacks import Callback
 from qfast.data import DatasetH, TSDatasetH
 from qfast.errors import BackendError, CheckpointError, ConfigError, DataError, NotFittedError, QfastError
 from qfast.models import GRU, LSTM, ts
+from support.frames import make_frame
 
 SEGMENTS = {
     "train": ("2020-01-01", "2020-02-14"),

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_frame
 
 import qfast.models
 import qfast.models.ts
@@ -19,6 +18,7 @@ from qfast import _backend, step_graphs
 from qfast.callbacks import Callback
 from qfast.data import DatasetH, TSDatasetH
 from qfast.errors import DataError
+from support.frames import make_frame
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store import FIELDS, read_series, write_store
 
 from qfast.data import FactorHandler
 from qfast.data.expression import fields, reach
@@ -19,6 +18,7 @@ from qfast.data.panel import Panel
 from qfast.data.rolling import ema_over_all
 from qfast.data.sources import load_prices, read_prices
 from qfast.errors import ConfigError, DataError
+from support.stores import FIELDS, read_series, write_store
 
 FLAT = 2e-5
 ELEMENTWISE = [

@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_frame
 from test_datasets import SEGMENTS
 from test_estimator import StopAt, flat, rolling, same, weights
 
@@ -20,6 +19,7 @@ from qfast.data import TSDatasetH
 from qfast.errors import ConfigError, DataError, NotFittedError
 from qfast.models import GATs, ts
 from qfast.nn.recurrent import as_windows
+from support.frames import make_frame
 
 SMALL = {"d_feat": 3, "hidden_size": 8, "n_epochs": 3, "lr": 0.01, "seed": 1}
 both = pytest.mark.parametrize("kind", [GATs, ts.GATs], ids=["flat", "ts"])

@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store import alpha360, write_store
 from test_processors import WINDOW, make_frame
 
 from qfast.data import processors as P
@@ -17,6 +16,7 @@ from qfast.data import synthetic
 from qfast.data.handlers import Alpha360, Alpha360vwap, DataHandlerLP, build_handler
 from qfast.data.panel import Panel
 from qfast.errors import ConfigError, DataError
+from support.stores import alpha360, write_store
 
 LEARN = ["DropnaLabel", {"class": "CSRankNorm", "kwargs": {"fields_group": "label"}}]
 INFER = [

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from temporal_conv_cases import relative
 from test_transformer import F32, F64, NATIVE, case, gradients, plainly
 from torch import Tensor, nn
 
 from qfast.nn import Localformer, localformer
+from support.temporal_conv import relative
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

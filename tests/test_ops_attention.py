@@ -10,7 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from attention_cases import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qfast.ops import additive_attention, graph_attention
+from support.attention import (
     ATTENTION_CASES,
     NATIVE,
     SLOW_CASES,
@@ -29,11 +34,6 @@ from attention_cases import (
     same_bits,
     sorted_oracle,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
-
-from qfast.ops import additive_attention, graph_attention
 
 # How far off float32 may be, for the result and the gradients of query, key and value: as far as the larger of three.
 TIMES_DENSE = 1.5  # times the dense float32 softmax: rounding at other places, either is nearer now and then
@@ -341,7 +341,7 @@ def test_a_long_day_on_any_threads(isa: str) -> None:
 MILLION = """
 import sys; sys.path.insert(0, {tests!r})
 import torch
-from attention_cases import errors, results, sorted_oracle
+from support.attention import errors, results, sorted_oracle
 from compare import memory_mb, reset_peak
 from qfast.ops import additive_attention
 torch.set_num_threads({threads})

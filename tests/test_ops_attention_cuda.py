@@ -11,7 +11,16 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from attention_cases import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_ops_attention import OF_TERMS, VIEWS, attention_inputs, check_accuracy, graph_inputs
+from test_ops_attention_noise import SIDES
+from test_ops_attention_rules import DAY, INFINITE_TERMS, INPUTS, SIZES, SPOILED, day_inputs
+from torch import Tensor
+
+from qfast.ops import additive_attention, graph_attention
+from qfast.ops.additive_attention import self_test
+from support.attention import (
     ATTENTION_CASES,
     AttentionCase,
     chain_graph,
@@ -26,16 +35,7 @@ from attention_cases import (
     results,
     sorted_oracle,
 )
-from gpu import DEVICE, needs_gpu, needs_kernels
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_ops_attention import OF_TERMS, VIEWS, attention_inputs, check_accuracy, graph_inputs
-from test_ops_attention_noise import SIDES
-from test_ops_attention_rules import DAY, INFINITE_TERMS, INPUTS, SIZES, SPOILED, day_inputs
-from torch import Tensor
-
-from qfast.ops import additive_attention, graph_attention
-from qfast.ops.additive_attention import self_test
+from support.devices import DEVICE, needs_gpu, needs_kernels
 
 pytestmark = needs_kernels
 LONG = 2500  # rows of a day that no block takes

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import NATIVE, dense, dense_graph, offsets_of, randn, results
 
 from qfast.ops import additive_attention, graph_attention
+from support.attention import NATIVE, dense, dense_graph, offsets_of, randn, results
 
 # All scores on either side of the bend: a number added to all keys then changes nothing.
 SIDES = {"above": 9.0, "below": -9.0}

@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from gpu import DEVICE, needs_gpu, needs_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from qfast.ops import attention_pool
+from support.devices import DEVICE, needs_gpu, needs_kernels
 
 pytestmark = needs_kernels
 F32, F64 = torch.float32, torch.float64

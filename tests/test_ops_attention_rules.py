@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from attention_cases import NATIVE, dense, dense_graph, offsets_of, randn, results, same_bits
 from torch import Tensor
 
 from qfast.ops import additive_attention, graph_attention
+from support.attention import NATIVE, dense, dense_graph, offsets_of, randn, results, same_bits
 
 INF, NAN = torch.inf, torch.nan
 INPUTS = ("query", "key", "value")

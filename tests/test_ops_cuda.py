@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu import DEVICE, needs_gpu, needs_kernels
 
 from qfast import ops
 from qfast.ops import OPERATORS
+from support.devices import DEVICE, needs_gpu, needs_kernels
 
 pytestmark = needs_kernels
 GPU = "cuda"

@@ -13,7 +13,13 @@ from functools import partial
 
 import pytest
 import torch
-from encoder_cases import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qfast.ops import encoder_layer, feed_forward
+from support.devices import DEVICE, needs_gpu, needs_kernels
+from support.encoder import (
     F32,
     F64,
     Block,
@@ -28,13 +34,7 @@ from encoder_cases import (
     relative,
     results,
 )
-from gpu import DEVICE, needs_gpu, needs_kernels
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from recurrent_cases import LAYOUTS
-from torch import Tensor
-
-from qfast.ops import encoder_layer, feed_forward
+from support.recurrent import LAYOUTS
 
 pytestmark = needs_kernels
 OPS = torch.ops.qfast
@@ -98,7 +98,7 @@ def seed_for(dropout: float, device: str, seed: int = SEED) -> Tensor | None:
 
 
 def gradient_like(out: Tensor) -> Tensor:
-    """That of `encoder_cases.results`."""
+    """That of `encoder.results`."""
     return torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out)
 
 

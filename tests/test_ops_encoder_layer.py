@@ -6,7 +6,12 @@ from functools import partial
 
 import pytest
 import torch
-from encoder_cases import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qfast.ops import encoder_layer
+from qfast.ops.encoder_layer import self_test
+from support.encoder import (
     F32,
     F64,
     KERNELS,
@@ -21,12 +26,7 @@ from encoder_cases import (
     relative,
     results,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from recurrent_cases import LAYOUTS
-
-from qfast.ops import encoder_layer
-from qfast.ops.encoder_layer import self_test
+from support.recurrent import LAYOUTS
 
 # Every size of the models, and both sides of every vector, panel and tile.
 CASES = [

@@ -6,7 +6,12 @@ from functools import partial
 
 import pytest
 import torch
-from encoder_cases import (
+from torch import Tensor
+
+from qfast.ops import encoder_layer
+from qfast.ops.encoder_twin import backward_twin, forward_twin
+from qfast.ops.philox import draw_seed
+from support.encoder import (
     F32,
     F64,
     NAMES,
@@ -20,11 +25,6 @@ from encoder_cases import (
     relative,
     results,
 )
-from torch import Tensor
-
-from qfast.ops import encoder_layer
-from qfast.ops.encoder_twin import backward_twin, forward_twin
-from qfast.ops.philox import draw_seed
 
 SEEDS = [0, -1, 2**31, 2**32, 2**63 - 1, -(2**63), 0x9E3779B97F4A7C15 - 2**64]
 CASES = [

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from encoder_cases import F32, F64, KERNELS, Case, apart, definition, inputs_of, operator, relative, results
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qfast.errors import ConfigError, DataError
 from qfast.ops import encoder_layer
+from support.encoder import F32, F64, KERNELS, Case, apart, definition, inputs_of, operator, relative, results
 
 SMALL = Case(4, 3, 8, 2, 6)
 

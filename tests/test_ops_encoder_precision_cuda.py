@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from encoder_cases import F32, Block, Case, block_inputs, inputs_of, relative
-from gpu import DEVICE, long_on_host, needs_gpu, needs_kernels
 from torch import Tensor
 
 from qfast.ops import encoder_layer, feed_forward
 from qfast.precision import NAMES, using_precision
+from support.devices import DEVICE, long_on_host, needs_gpu, needs_kernels
+from support.encoder import F32, Block, Case, block_inputs, inputs_of, relative
 
 pytestmark = needs_kernels
 OPS = torch.ops.qfast

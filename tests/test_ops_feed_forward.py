@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from encoder_cases import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qfast.errors import ConfigError, DataError
+from qfast.ops import feed_forward
+from qfast.ops.feed_forward import self_test
+from support.encoder import (
     F32,
     F64,
     KERNELS,
@@ -22,14 +29,7 @@ from encoder_cases import (
     relative,
     results,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from recurrent_cases import LAYOUTS
-from torch import Tensor
-
-from qfast.errors import ConfigError, DataError
-from qfast.ops import feed_forward
-from qfast.ops.feed_forward import self_test
+from support.recurrent import LAYOUTS
 
 BLOCKS = [
     Block((0,), 5, 7, 3),

@@ -9,7 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recurrent_cases import (
+from torch import Tensor
+
+from qfast import _backend
+from qfast.ops.recurrent import self_test
+from qfast.ops.recurrent_cells import backward_twin, forward_twin
+from support.recurrent import (
     CELLS,
     F32,
     F64,
@@ -29,11 +34,6 @@ from recurrent_cases import (
     relative,
     results,
 )
-from torch import Tensor
-
-from qfast import _backend
-from qfast.ops.recurrent import self_test
-from qfast.ops.recurrent_cells import backward_twin, forward_twin
 
 CASES = [
     # nothing, one, and every remainder of the tiles of rows

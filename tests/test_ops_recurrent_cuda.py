@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from gpu import DEVICE, long_on_host, needs_gpu, needs_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from qfast.ops import gru, lstm
 from qfast.ops.recurrent import self_test
 from qfast.ops.recurrent_cells import GRU, LSTM, Cell, backward_twin, forward_twin
+from support.devices import DEVICE, long_on_host, needs_gpu, needs_kernels
 
 pytestmark = needs_kernels
 CELLS = {"lstm": LSTM, "gru": GRU}

@@ -6,7 +6,12 @@ from functools import partial
 
 import pytest
 import torch
-from recurrent_cases import (
+from torch import Tensor
+
+from qfast.ops.philox import draw_seed
+from qfast.ops.recurrent import _Recurrent
+from qfast.ops.recurrent_cells import dropout_mask
+from support.recurrent import (
     CELLS,
     F32,
     NAMES,
@@ -21,12 +26,7 @@ from recurrent_cases import (
     relative,
     results,
 )
-from temporal_conv_cases import mask
-from torch import Tensor
-
-from qfast.ops.philox import draw_seed
-from qfast.ops.recurrent import _Recurrent
-from qfast.ops.recurrent_cells import dropout_mask
+from support.temporal_conv import mask
 
 SEEDS = [0, 1, -1, 2**31, 2**32, 2**63 - 1, -(2**63), 0x9E3779B97F4A7C15 - 2**64]
 

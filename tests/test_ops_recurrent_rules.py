@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from recurrent_cases import (
+from torch import Tensor, nn
+
+from qfast.errors import ConfigError, DataError
+from qfast.nn import GRUModel, LSTMModel
+from qfast.ops import gru, lstm
+from support.recurrent import (
     CELLS,
     F32,
     NAMES,
@@ -21,11 +26,6 @@ from recurrent_cases import (
     raw,
     results,
 )
-from torch import Tensor, nn
-
-from qfast.errors import ConfigError, DataError
-from qfast.nn import GRUModel, LSTMModel
-from qfast.ops import gru, lstm
 
 PUBLIC: dict[str, Callable[..., Any]] = {"lstm": lstm, "gru": gru}
 LAYERS = {"lstm": nn.LSTM, "gru": nn.GRU}

@@ -8,7 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from temporal_conv_cases import (
+from torch import Tensor
+
+from qfast.ops import BlockWeights, temporal_block, temporal_conv_net
+from qfast.ops.philox import draw_seed
+from support.temporal_conv import (
     CASES,
     NATIVE,
     Case,
@@ -24,10 +28,6 @@ from temporal_conv_cases import (
     same_bits,
     stack,
 )
-from torch import Tensor
-
-from qfast.ops import BlockWeights, temporal_block, temporal_conv_net
-from qfast.ops.philox import draw_seed
 
 F64 = torch.float64
 

@@ -10,9 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from gpu import DEVICE, needs_gpu, needs_kernels
 from hypothesis import given, settings
-from temporal_conv_cases import CASES, Case, apart, expected, flat, like, mask, oracle, randn, relative, results, stack
 from test_ops_temporal_conv import LAYOUTS, stacks
 from test_ops_temporal_conv_dropout import SEEDS
 from torch import Tensor
@@ -20,6 +18,21 @@ from torch import Tensor
 from qfast.ops import BlockWeights, temporal_conv_net
 from qfast.ops.philox import draw_seed
 from qfast.ops.temporal_conv import self_test
+from support.devices import DEVICE, needs_gpu, needs_kernels
+from support.temporal_conv import (
+    CASES,
+    Case,
+    apart,
+    expected,
+    flat,
+    like,
+    mask,
+    oracle,
+    randn,
+    relative,
+    results,
+    stack,
+)
 
 pytestmark = needs_kernels
 NARROW, WIDE = [20, 20, 33], [20, 130, 128]

@@ -6,7 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from temporal_conv_cases import (
+from torch import Tensor
+
+from qfast.ops import BlockWeights, temporal_block, temporal_conv_net
+from qfast.ops.philox import draw_seed
+from support.temporal_conv import (
     apart,
     flat,
     like,
@@ -19,10 +23,6 @@ from temporal_conv_cases import (
     same_bits,
     stack,
 )
-from torch import Tensor
-
-from qfast.ops import BlockWeights, temporal_block, temporal_conv_net
-from qfast.ops.philox import draw_seed
 
 SEEDS = [0, 1, -1, 2**31, 2**32, 2**63 - 1, -(2**63), 0x9E3779B97F4A7C15 - 2**64]
 

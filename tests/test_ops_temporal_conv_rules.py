@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from temporal_conv_cases import NATIVE, apart, flat, like, oracle, randn, relative, results, same_bits, stack
 from torch import Tensor
 
 from qfast.ops import BlockWeights, temporal_block, temporal_conv_net
+from support.temporal_conv import NATIVE, apart, flat, like, oracle, randn, relative, results, same_bits, stack
 
 INF, NAN = torch.inf, torch.nan
 OPS = torch.ops.qfast

@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from encoder_cases import F32, F64, results
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recurrent_cases import LAYOUTS, apart, laid_out
-from temporal_conv_cases import relative
 from torch import Tensor
 from torch.nn import functional
 
 from qfast.errors import DataError
 from qfast.ops import window_conv
 from qfast.ops.window_conv import self_test
+from support.encoder import F32, F64, results
+from support.recurrent import LAYOUTS, apart, laid_out
+from support.temporal_conv import relative
 
 KERNELS = torch._C._dispatch_has_kernel_for_dispatch_key("qfast::window_conv", "CPU")
 

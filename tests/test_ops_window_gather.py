@@ -11,10 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from gpu import ON_HOST
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import GATHER_CASES, GatherCase, market_codes
 
 from qfast import _backend
 from qfast.errors import DataError
@@ -26,6 +24,8 @@ from qfast.ops.window_gather import (
     _window_rows_twin,
 )
 from qfast.ops.window_index import _build_index_twin
+from support.devices import ON_HOST
+from support.window_gather import GATHER_CASES, GatherCase, market_codes
 
 ISAS = _backend.native.available_isas() if _backend.native is not None else []
 CUDA = pytest.param(

@@ -9,7 +9,6 @@ from itertools import chain, pairwise
 
 import pytest
 import torch
-from conftest import make_frame
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -24,6 +23,7 @@ from qfast.models import GRU
 from qfast.ops import clipped_adam_
 from qfast.ops.adam import self_test
 from qfast.optim import ClippedAdam
+from support.frames import make_frame
 
 SHAPES = [(64,), (1,), (7,), (8,), (0,), (33, 17), (3, 5, 2), (), (1003,)]
 NATIVE = _backend.native is not None

@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.utils.prune
-from conftest import make_frame
 from test_estimator import same, weights
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from qfast.data import TSDatasetH
 from qfast.data.windows import WindowSet
 from qfast.models import ts
 from qfast.models._recurrent import RecurrentTimeSeries
+from support.frames import make_frame
 
 SMALL = {"d_feat": 3, "hidden_size": 8, "batch_size": 4096, "lr": 0.01, "seed": 1, "device": "cpu"}
 STEP_LEN = 5

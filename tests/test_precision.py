@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from encoder_cases import Block, Case, block_inputs, inputs_of, operator, results
 
 from qfast import precision as module
 from qfast.ops import feed_forward
 from qfast.precision import NAMES, precision, precision_for, set_precision, using_precision
+from support.encoder import Block, Case, block_inputs, inputs_of, operator, results
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import torch
-from conftest import make_frame
 from test_estimator import StopAt, flat, rolling, same, weights
 from test_gats import SMALL, both, data
 from test_reference_parity import panel, theirs
@@ -20,6 +19,7 @@ from test_reference_parity import panel, theirs
 from qfast.errors import CheckpointError, ConfigError, NotFittedError
 from qfast.models import GATs, ts
 from qfast.nn import GRUModel, LSTMModel
+from support.frames import make_frame
 
 BASE = {"base_model": "LSTM"}
 NO_EPOCH = {**SMALL, **BASE, "n_epochs": 0}

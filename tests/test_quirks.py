@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_frame
 from test_datasets import SEGMENTS
 from test_estimator import SMALL, flat, rolling, same, weights
 
@@ -20,6 +19,7 @@ from qfast.data.handlers import Alpha360, DataHandlerLP
 from qfast.errors import ConfigError, DataError
 from qfast.models import ALSTM, GRU, LSTM, TCN, GATs, LocalformerModel, TransformerModel, ts
 from qfast.workflow.config import load_config
+from support.frames import make_frame
 
 ENCODERS = [TransformerModel, LocalformerModel, ts.TransformerModel, ts.LocalformerModel]
 ALL = [LSTM, GRU, ALSTM, TCN, ts.LSTM, ts.GRU, ts.ALSTM, ts.TCN, *ENCODERS]

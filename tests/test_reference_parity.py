@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_frame
 
 import qfast.models
 import qfast.models.ts
+from support.frames import make_frame
 
 pytest.importorskip("qlib", reason="pyqlib is the oracle; install qfast-models[qlib]")
 

@@ -7,10 +7,10 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from workflow_case import factors
 
 from qfast.workflow.report import Report, SegmentResult, cumulative_plot, loss_plot, quantile_plot, render_html
 from qfast.workflow.report import _quantile_means as quantile_means
+from support.workflows import factors
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -14,7 +14,6 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from workflow_case import factors, write_case
 
 from qfast import cli
 from qfast import files as files_module
@@ -25,6 +24,7 @@ from qfast.workflow.demo import DEMO, demo_prices
 from qfast.workflow.folder import RunFolder, check_table_target, read_frame
 from qfast.workflow.run import run
 from qfast.workflow.scoring import predict
+from support.workflows import factors, write_case
 
 ONE_EPOCH = ["task.model.kwargs.n_epochs=1"]
 LEFTOVER = ".history.csv.0123456789abcdef.tmp"

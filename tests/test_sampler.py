@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import make_frame
 
 from qfast.data.dataset import TSDataSampler
 from qfast.errors import ConfigError, DataError
+from support.frames import make_frame
 
 FILLS = ("none", "ffill", "ffill+bfill")
 

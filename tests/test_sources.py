@@ -10,12 +10,12 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store import minutes, read_series, write_store
 
 from qfast.data import synthetic
 from qfast.data.panel import Panel
 from qfast.data.sources import BinaryStore, load_prices, read_prices
 from qfast.errors import ConfigError, DataError
+from support.stores import minutes, read_series, write_store
 
 
 @pytest.fixture

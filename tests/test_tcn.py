@@ -10,12 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_frame
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_datasets import SEGMENTS
 from test_estimator import StopAt, flat, rolling, same, weights
-from workflow_case import write_case
 
 from qfast.data import TSDatasetH
 from qfast.data.windows import WindowSet
@@ -23,6 +21,8 @@ from qfast.errors import ConfigError, DataError
 from qfast.models import TCN, _tcn, ts
 from qfast.workflow.run import run
 from qfast.workflow.scoring import predict
+from support.frames import make_frame
+from support.workflows import write_case
 
 SMALL = {
     "d_feat": 3, "n_chans": 8, "kernel_size": 2, "num_layers": 2, "n_epochs": 3, "batch_size": 32,

@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from temporal_conv_cases import causal
 from torch import Tensor
 
 from qfast.ops import temporal_conv_net
 from qfast.ops.temporal_conv_plan import Plan
+from support.temporal_conv import causal
 
 ROOT = Path(__file__).resolve().parents[1]
 

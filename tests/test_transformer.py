@@ -13,13 +13,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch._dynamo
-from temporal_conv_cases import relative
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from qfast import _backend
 from qfast.errors import ConfigError, DataError
 from qfast.nn import Localformer, Transformer, transformer
+from support.temporal_conv import relative
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::torch.jit.TracerWarning"

@@ -10,16 +10,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_frame
 from test_datasets import SEGMENTS
 from test_estimator import StopAt, flat, rolling, same, weights
 from test_transformer_model import KINDS, SIZES, all_kinds
-from workflow_case import TEXT, write_case
 
 from qfast.data import TSDatasetH
 from qfast.errors import DataError
 from qfast.workflow.run import run
 from qfast.workflow.scoring import predict
+from support.frames import make_frame
+from support.workflows import TEXT, write_case
 
 FLAT, ROLLING = KINDS[:2], KINDS[2:]
 SMALL = {**SIZES, "nhead": 2, "lr": 1e-3}

@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import safetensors.numpy
-from workflow_case import factors, write_case
 
 from qfast.backtest import Exchange, Market, TopkDropout, backtest
 from qfast.callbacks import Callback
@@ -25,6 +24,7 @@ from qfast.workflow.demo import DEMO, demo_prices
 from qfast.workflow.folder import RunFolder, read_frame, write_frame
 from qfast.workflow.run import run
 from qfast.workflow.scoring import predict
+from support.workflows import factors, write_case
 
 FILES = {
     "config.yaml", "manifest.json", "history.csv", "best.safetensors", "last.safetensors", "model.json",

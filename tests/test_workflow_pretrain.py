@@ -15,7 +15,6 @@ import pytest
 import safetensors.torch
 import torch
 from test_workflow import FILES, Interrupt
-from workflow_case import write_case
 
 from qfast import cli
 from qfast.callbacks import Callback
@@ -26,6 +25,7 @@ from qfast.workflow.folder import read_frame
 from qfast.workflow.run import run
 from qfast.workflow.schema import check_workflow
 from qfast.workflow.scoring import build_dataset, predict
+from support.workflows import write_case
 
 GATS = [
     "task.model.class=GATs", "task.model.module_path=qlib.contrib.model.pytorch_gats",

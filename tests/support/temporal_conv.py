@@ -8,11 +8,11 @@ from functools import cache
 
 import numpy as np
 import torch
-from attention_cases import randn
 from torch import Tensor
 from torch.nn import functional
 
 from qfast.ops import BlockWeights, temporal_conv_net
+from support.attention import randn
 
 __all__ = [
     "CASES",

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
-from recurrent_cases import apart, laid_out
-from temporal_conv_cases import mask, relative
 from torch import Tensor, nn
 from torch.nn import functional
 
 from qfast.ops import encoder_layer, feed_forward
+from support.recurrent import apart, laid_out
+from support.temporal_conv import mask, relative
 
 __all__ = [
     "F32",
@@ -49,7 +49,7 @@ NAMES = [name.removeprefix("self_attn.") for name in PARAMETERS]
 # ---------------------------------------------------------------- the layer
 @dataclass(frozen=True)
 class Case:
-    """Sizes of one layer. layout: how x lies in memory, see `recurrent_cases.laid_out`."""
+    """Sizes of one layer. layout: how x lies in memory, see `recurrent.laid_out`."""
 
     batch: int
     steps: int

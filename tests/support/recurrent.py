@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
-from temporal_conv_cases import mask, relative
 from torch import Tensor
 
 from qfast import _backend
 from qfast.ops import gru, lstm
 from qfast.ops.recurrent_cells import GRU, LSTM, Cell
+from support.temporal_conv import mask, relative
 
 NAMES = ["lstm", "gru"]
 CELLS: dict[str, Cell] = {"lstm": LSTM, "gru": GRU}
