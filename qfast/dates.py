@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import datetime as dt
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import pandas as pd
 
-__all__ = ["TEXT_FORMATS", "date_text", "is_date_only", "normal_date"]
+__all__ = ["TEXT_FORMATS", "DateLike", "date_text", "is_date_only", "normal_date"]
+
+DateLike: TypeAlias = str | dt.date | np.datetime64
+"""A day or a time: text, `datetime.date`, `datetime.datetime`, `pandas.Timestamp` or `numpy.datetime64`."""
 
 TEXT_FORMATS = "a date such as 2016-12-31 or a time such as '2016-12-31 14:30'"
 
