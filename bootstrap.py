@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> None:
         run(BIN / "ruff", "check", ".")
         run(BIN / "ruff", "format", "--check", ".")
         run(BIN / "mypy")
-        sources = sorted(p for p in (ROOT / "csrc").iterdir() if p.suffix in (".cpp", ".h", ".cu", ".cuh"))
+        sources = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h", ".cu", ".cuh"))
         run(BIN / "clang-format", "--dry-run", "--Werror", *sources)
 
 

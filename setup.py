@@ -36,6 +36,11 @@ def find_cuda() -> str | None:
     return None
 
 
+def in_csrc(pattern: str) -> list[str]:
+    """Files of csrc and its folders, one for each operator."""
+    return sorted(glob(f"csrc/**/{pattern}", recursive=True))
+
+
 def extensions() -> list[Extension]:
     cuda_home = find_cuda()  # first: a wrong QFAST_CUDA is named even where the packages below are missing
     import pybind11
@@ -44,6 +49,7 @@ def extensions() -> list[Extension]:
 
     system = [pybind11.get_include(), *cpp_extension.include_paths()]  # warnings in these are not ours
     flags = ["-O3", "-std=c++20", *(flag for path in system for flag in ("-isystem", path))]
+    flags.append(f"-I{os.path.abspath('csrc')}")
     cxx = [*flags, "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", *WARNINGS]  # sqrt in vectors
     tools = subprocess.getoutput(f"{cpp_extension.get_cxx_compiler()} --version; {cuda_home}/bin/nvcc --version")
     if cuda_home:
@@ -55,15 +61,15 @@ def extensions() -> list[Extension]:
     facts = {"QFAST_CUDA_TOOLKIT": cuda_home or "none", "QFAST_TOOLS": hashlib.sha256(unseen).hexdigest()}
     facts["QFAST_CUDA_ARCHS"] = os.environ["TORCH_CUDA_ARCH_LIST"] if cuda_home else "none"
     macros = [("TORCH_TARGET_VERSION", STABLE_ABI), *((k, f'"{v}"') for k, v in facts.items())]
-    paths, headers = cpp_extension.library_paths(), [*glob("csrc/*.h"), *glob("csrc/*.cuh")]
-    built = [Extension("qfast._C", sorted(glob("csrc/*.cpp")), define_macros=macros, library_dirs=paths, language="c++",
+    paths, headers = cpp_extension.library_paths(), [*in_csrc("*.h"), *in_csrc("*.cuh")]
+    built = [Extension("qfast._C", in_csrc("*.cpp"), define_macros=macros, library_dirs=paths, language="c++",
                        libraries=["torch_cpu"], extra_compile_args={"cxx": cxx}, depends=headers)]  # fmt: skip
     if cuda_home:
         nvcc = [*flags, "-isystem", f"{cuda_home}/include", "-Xcompiler", ",".join(cxx[len(flags) :])]
         nvcc += ["-Werror", "all-warnings"] if "-Werror" in WARNINGS else []
         link = ["-Wl,--no-as-needed", "-ltorch"]  # libtorch.so brings in libtorch_cuda.so where there is one
-        read = hashlib.sha256(b"".join(Path(h).read_bytes() for h in sorted(headers)))  # nvcc's, ninja may not know
-        built += [Extension("qfast._cuda", sorted(glob("csrc/*.cu")), extra_link_args=link, depends=headers,
+        read = hashlib.sha256(b"".join(Path(h).read_bytes() for h in headers))  # nvcc's, ninja may not know
+        built += [Extension("qfast._cuda", in_csrc("*.cu"), extra_link_args=link, depends=headers,
                             define_macros=[*macros, ("USE_CUDA", None), ("QFAST_HEADERS", read.hexdigest())],
                             library_dirs=[*paths, f"{cuda_home}/lib64", f"{cuda_home}/lib"], language="c++",
                             libraries=["torch_cpu", "cudart_static", "dl", "rt", "pthread"],

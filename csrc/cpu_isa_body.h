@@ -10,30 +10,30 @@ namespace {
 
 #include "philox.h"
 #include "simd.h"
-#include "window_resolve.h"
+#include "window_gather/window_resolve.h"
 // Kernels.
-#include "activations.h"
-#include "adam_kernels.h"
-#include "additive_attention_kernels.h"
+#include "activations/activations.h"
+#include "adam/adam_kernels.h"
+#include "additive_attention/additive_attention_kernels.h"
 #include "dropout_kernels.h"
 #include "matrix_tiles.h"
-#include "recurrent_cell.h"
-#include "recurrent_kernels.h"
-#include "recurrent_kernels_backward.h"
-#include "rolling_kernels.h"
-#include "temporal_conv_kernels.h"
-#include "temporal_conv_kernels_backward.h"
-#include "temporal_conv_kernels_rolling.h"
-#include "window_gather_kernels.h"
+#include "recurrent/recurrent_cell.h"
+#include "recurrent/recurrent_kernels.h"
+#include "recurrent/recurrent_kernels_backward.h"
+#include "rolling/rolling_kernels.h"
+#include "temporal_conv/temporal_conv_kernels.h"
+#include "temporal_conv/temporal_conv_kernels_backward.h"
+#include "temporal_conv/temporal_conv_kernels_rolling.h"
+#include "window_gather/window_gather_kernels.h"
 // Products of packed panels, of the kernels above.
 #include "panel_kernels.h"
 // Take parts of those.
-#include "attention_pool_kernels.h"
-#include "encoder_attention_kernels.h"
-#include "feed_forward_kernels.h"
+#include "attention_pool/attention_pool_kernels.h"
+#include "encoder_layer/encoder_layer_kernels_attention.h"
+#include "feed_forward/feed_forward_kernels.h"
 // The encoder layer holds a feed-forward.
-#include "encoder_layer_kernels.h"
-#include "window_conv_kernels.h"
+#include "encoder_layer/encoder_layer_kernels.h"
+#include "window_conv/window_conv_kernels.h"
 
 }  // namespace
 

@@ -4,16 +4,16 @@
 
 #include <cstdint>
 
-#include "adam.h"
-#include "additive_attention.h"
-#include "attention_pool.h"
-#include "encoder_layer.h"
-#include "feed_forward.h"
-#include "recurrent.h"
-#include "rolling.h"
-#include "temporal_conv.h"
-#include "window_conv.h"
-#include "window_gather.h"
+#include "adam/adam.h"
+#include "additive_attention/additive_attention.h"
+#include "attention_pool/attention_pool.h"
+#include "encoder_layer/encoder_layer.h"
+#include "feed_forward/feed_forward.h"
+#include "recurrent/recurrent.h"
+#include "rolling/rolling.h"
+#include "temporal_conv/temporal_conv.h"
+#include "window_conv/window_conv.h"
+#include "window_gather/window_gather.h"
 
 #define QFAST_CPU_KERNELS                                                                                    \
   QFAST_KERNEL(tanh_f32, const float* from, float* to, int64_t begin, int64_t end)                           \

@@ -13,8 +13,8 @@
 
 #include "common.h"
 #include "cpu_dispatch.h"
-#include "rolling_host.h"
-#include "window_index.h"
+#include "rolling/rolling_checks.h"
+#include "window_index/window_index.h"
 
 namespace py = pybind11;
 

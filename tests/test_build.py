@@ -85,13 +85,8 @@ def test_no_macro_of_a_later_torch() -> None:
     later = macros_of_later_torches()
     if torch.__version__ >= "2.13":
         assert "STABLE_TORCH_ERROR_CODE_CHECK" in later
-    words = {word for path in (ROOT / "csrc").iterdir() for word in re.findall(r"\w+", path.read_text())}
+    words = {word for path in (ROOT / "csrc").rglob("*.*") for word in re.findall(r"\w+", path.read_text())}
     assert words & later == set()
-
-
-@from_source
-def test_setup_is_short() -> None:
-    assert len((ROOT / "setup.py").read_text().splitlines()) < 100
 
 
 @from_source

@@ -1,6 +1,6 @@
 """Attention over the stocks of a day on a GPU: the CUDA kernels beside the dense softmax in float64.
 
-There are three ways through the kernels (csrc/additive_attention_launch.cuh): pair by pair for few short days, a block
+There are three ways through the kernels (additive_attention_launch.cuh): pair by pair for few short days, a block
 a day, and launches over all days together where one is long. Most tests come for each.
 """
 

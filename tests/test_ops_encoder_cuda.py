@@ -1,6 +1,6 @@
 """Feed-forward block and encoder layer on a GPU: the CUDA kernels beside their definition in float64.
 
-Sizes go through every form (csrc/feed_forward_launch.cuh, csrc/encoder_launch.cuh): results in one or two 64s of
+Sizes go through every form (feed_forward_launch.cuh, encoder_layer_launch.cuh): results in one or two 64s of
 columns, blocks too wide for shared memory, hidden in parts of 32 MB, windows in parts of 256 MB, all queries of a head
 at once or some, keys in shared memory or not.
 """

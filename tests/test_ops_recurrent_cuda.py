@@ -1,6 +1,6 @@
 """LSTM and GRU stacks on a GPU: the CUDA kernels beside the definition in float64.
 
-Sizes go through every form of the kernels (csrc/recurrent_launch.cuh): weights in registers up to 64 units of float32,
+Sizes go through every form of the kernels (recurrent_launch.cuh): weights in registers up to 64 units of float32,
 beyond that in shared memory up to about 110, else in L2; tiles of 8 rows, or 16 from 2,112 rows on.
 """
 

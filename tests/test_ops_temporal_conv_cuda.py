@@ -1,7 +1,7 @@
 """Temporal convolution stacks on a GPU: the CUDA kernels beside the definition in float64.
 
 Narrow stacks go through shared memory in one launch, wide ones through memory in a launch a convolution
-(csrc/temporal_conv.cu); NARROW and WIDE go either way.
+(csrc/temporal_conv/temporal_conv.cu); NARROW and WIDE go either way.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ def test_refusals() -> None:
 
 PROGRAM = r"""
 #include <cstdio>
-#include "temporal_conv_plan.h"
+#include "temporal_conv/temporal_conv_plan.h"
 using namespace qfast;
 static void print(const char* name, const Positions& numbers) {
   std::printf("%s", name);
@@ -220,7 +220,7 @@ def tables(stack: Stack) -> list[str]:
 
 
 def test_the_header_that_kernels_share(tmp_path: Path) -> None:
-    """csrc/temporal_conv_plan.h alone, whose tables the kernels walk, forward and backward."""
+    """csrc/temporal_conv/temporal_conv_plan.h alone, whose tables the kernels walk, forward and backward."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")

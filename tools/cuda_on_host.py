@@ -101,12 +101,12 @@ def build(sanitize: bool, only: set[str]) -> Path:
     folder = ROOT / "build" / ("cuda_on_host_sanitized" if sanitize else "cuda_on_host")
     sources = folder / "csrc"
     sources.mkdir(parents=True, exist_ok=True)
-    read = [*sorted((ROOT / "csrc").iterdir()), *sorted(p for p in STANDING_IN.rglob("*") if p.is_file())]
-    for path in read:
-        other = STANDING_IN / path.name  # stands for it
-        if path.parent == ROOT / "csrc" and path.suffix in (".h", ".cuh", ".cu"):
-            _write(sources / path.name, other.read_text() if other.exists() else as_host_code(path.read_text()))
-    shared = [p for p in (*sources.glob("*.h"), *sources.glob("*.cuh"), *STANDING_IN.rglob("*.*")) if p.is_file()]
+    for path in sorted((ROOT / "csrc").rglob("*.*")):
+        place = path.relative_to(ROOT / "csrc")
+        other = STANDING_IN / place  # stands for it
+        if path.suffix in (".h", ".cuh", ".cu"):
+            _write(sources / place, other.read_text() if other.exists() else as_host_code(path.read_text()))
+    shared = [*sources.rglob("*.h"), *sources.rglob("*.cuh"), *(p for p in STANDING_IN.rglob("*.*") if p.is_file())]
     system = [pybind11.get_include(), sysconfig.get_paths()["include"], *cpp_extension.include_paths()]
     flags = ["-std=c++20", "-O2", "-g1", "-fPIC", "-mfma", "-ffp-contract=fast"]
     flags += ["-Wno-unknown-pragmas", "-Wno-attributes"]
@@ -128,7 +128,8 @@ def build(sanitize: bool, only: set[str]) -> Path:
             part.rename(made)
         return made
 
-    wanted = [p for p in sorted(sources.glob("*.cu")) if not only or p.stem in only]
+    wanted = [sources / p.relative_to(ROOT / "csrc") for p in sorted((ROOT / "csrc").rglob("*.cu"))]
+    wanted = [p for p in wanted if not only or p.stem in only]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         objects = list(pool.map(compiled, [*wanted, STANDING_IN / "switch.cpp"]))
     library = folder / "kernels.so"
@@ -139,6 +140,7 @@ def build(sanitize: bool, only: set[str]) -> Path:
 
 
 def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
 

@@ -1,6 +1,6 @@
 """Rolling statistics of series that lie instrument after instrument, several windows at once.
 
-The native code is csrc/rolling_kernels.h; the pandas twin below serves where it is not loaded.
+The native code is csrc/rolling/rolling_kernels.h; the pandas twin below serves where it is not loaded.
 """
 
 from __future__ import annotations

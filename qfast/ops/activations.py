@@ -1,6 +1,6 @@
 """Hyperbolic tangent at the speed of its polynomial: torch's own takes five times as long on the CPU.
 
-The kernel is csrc/activations.h; plain torch wherever there is none.
+The kernel is csrc/activations/activations.h; plain torch wherever there is none.
 """
 
 from __future__ import annotations

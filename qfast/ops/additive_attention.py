@@ -1,8 +1,8 @@
 """Attention between all stocks of a day whose scores are sums: LeakyReLU(query_i + key_j), in N log N.
 
 Reading order: the two public functions, the plain-torch twins that state the meaning (the dense softmax),
-then schemas, fakes and gradients. The kernels are csrc/additive_attention_kernels.h (behind
-additive_attention.cpp) and csrc/additive_attention.cu; docs/attention.md derives what they compute.
+then schemas, fakes and gradients. The kernels are in csrc/additive_attention: additive_attention_kernels.h (behind
+additive_attention.cpp) and additive_attention.cu; docs/attention.md derives what they compute.
 """
 
 from __future__ import annotations

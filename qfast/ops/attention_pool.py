@@ -1,7 +1,8 @@
 """Additive attention over the steps of a window: one weighted mean of the steps.
 
 Reading order: the public function and its checks, the plain-torch twin that states the meaning, then schemas, fakes and
-gradients. The kernels are csrc/attention_pool_kernels.h (behind attention_pool.cpp) and csrc/attention_pool.cu.
+gradients.
+The kernels are in csrc/attention_pool: attention_pool_kernels.h (behind attention_pool.cpp) and attention_pool.cu.
 """
 
 from __future__ import annotations

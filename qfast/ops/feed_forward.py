@@ -1,7 +1,7 @@
 """Linear, ReLU, dropout, linear in one operator, whose wide hidden is never written to memory.
 
 Reading order: the public function and its checks, the plain-torch twin that states the meaning, then schemas, fakes and
-gradients. The kernels are csrc/feed_forward_kernels.h (behind feed_forward.cpp) and csrc/feed_forward.cu.
+gradients. The kernels are in csrc/feed_forward: feed_forward_kernels.h (behind feed_forward.cpp) and feed_forward.cu.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Stacks of LSTM and GRU layers, at the last step only or at all of them.
 
 Reading order: the two public functions and their checks, recurrent_cells.py for the meaning in plain torch, then
-schemas, fakes and gradients. The kernels are csrc/recurrent_kernels.h (behind recurrent.cpp) and csrc/recurrent.cu.
+schemas, fakes and gradients.
+The kernels are in csrc/recurrent: recurrent_kernels.h (behind recurrent.cpp) and recurrent.cu.
 """
 
 from __future__ import annotations

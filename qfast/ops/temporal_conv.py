@@ -1,7 +1,8 @@
 """Stacks of dilated causal convolutions with residual blocks, at the last step only or at all of them.
 
 Reading order: the two public functions, the plain-torch form that states the meaning, then schemas, fakes and
-gradients. The kernels are csrc/temporal_conv_kernels.h (behind temporal_conv.cpp) and csrc/temporal_conv.cu.
+gradients.
+The kernels are in csrc/temporal_conv: temporal_conv_kernels.h (behind temporal_conv.cpp) and temporal_conv.cu.
 """
 
 from __future__ import annotations

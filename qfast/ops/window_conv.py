@@ -1,7 +1,8 @@
 """Convolution over the steps of each window, centred, with zeros beyond its ends.
 
 Reading order: the public function and its checks, the plain-torch twin that states the meaning, then schemas, fakes and
-gradients. The CPU kernels are csrc/window_conv_kernels.h (behind window_conv.cpp); on CUDA torch's convolution serves.
+gradients. The CPU kernels are in csrc/window_conv: window_conv_kernels.h (behind window_conv.cpp);
+on CUDA torch's convolution serves.
 """
 
 from __future__ import annotations

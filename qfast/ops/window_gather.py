@@ -1,7 +1,8 @@
 """Rolling windows out of an instrument-major panel. The smallest operator: the pattern for the others.
 
 Reading order: the public functions, the plain-torch twins that state the meaning, then schemas, fakes and
-gradients. The kernels are csrc/window_gather_kernels.h (behind window_gather.cpp) and csrc/window_gather.cu;
+gradients.
+The kernels are in csrc/window_gather: window_gather_kernels.h (behind window_gather.cpp) and window_gather.cu;
 `qfast._backend` decides whether they are loaded. The index comes from qfast/ops/window_index.py.
 """
 

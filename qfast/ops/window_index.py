@@ -1,6 +1,6 @@
 """The index of rolling windows: three tables over the panel rows, built once for a dataset.
 
-The native builder is csrc/window_index.cpp; the NumPy twin below serves where it is not loaded.
+The native builder is csrc/window_index/window_index.cpp; the NumPy twin below serves where it is not loaded.
 """
 
 from __future__ import annotations

@@ -1,0 +1,74 @@
+// One step of Adam over clipped gradients on the CPU: checks, steps and threads. Schema: qfast/ops/adam.py;
+// the kernel: adam_kernels.h.
+#include "adam/adam_checks.h"
+#include "cpu_dispatch.h"
+
+namespace qfast {
+namespace {
+
+constexpr int64_t kUnit = 64;              // elements: whole vectors of every instruction set and of torch's
+constexpr int64_t kGrainElements = 32768;  // of one task: long enough to pay for waking a thread
+
+auto kernel_of(float) { return cpu_kernels().clipped_adam_f32; }
+auto kernel_of(double) { return cpu_kernels().clipped_adam_f64; }
+
+// In double as torch computes it, so that 1 - beta does not lose what it has.
+template <class Element>
+AdamCorrection<Element> correction_after(double step, const AdamNumbers& numbers) {
+  const double first = 1 - std::pow(numbers.beta1, step), second = 1 - std::pow(numbers.beta2, step);
+  return {static_cast<Element>(numbers.lr / first), static_cast<Element>(std::sqrt(second))};
+}
+
+// All tensors lie behind each other in units; a thread owns a range of units, whichever tensors that meets.
+// Every element is computed alone, so the threads' number changes no bit.
+template <class Element>
+void run_adam(const AdamLists& lists, const AdamNumbers& numbers) {
+  const size_t count = lists.parameters.size();
+  std::vector<AdamQuartet> quartets;
+  std::vector<AdamTensor<Element>> tensors;
+  std::vector<AdamCorrection<Element>> corrections;
+  std::vector<int64_t> first_unit{0};
+  quartets.reserve(count), tensors.reserve(count), corrections.reserve(count), first_unit.reserve(count + 1);
+  // First, as copies may find no memory: then nothing has been written.
+  for (size_t i = 0; i < count; ++i) quartets.emplace_back(lists, i);
+  double last_step = -1;
+  for (size_t i = 0; i < count; ++i) {
+    tensors.push_back(quartets[i].template pointers<Element>());
+    first_unit.push_back(first_unit[i] + (tensors[i].count + kUnit - 1) / kUnit);
+    const double step = *lists.steps[i].mutable_data_ptr<float>() += 1;
+    corrections.push_back(i > 0 && step == last_step ? corrections[i - 1]
+                                                     : correction_after<Element>(step, numbers));
+    last_step = step;
+  }
+  const AdamSettings<Element> settings = numbers.settings<Element>();
+  const auto kernel = kernel_of(Element{});
+  parallel_for(first_unit[count], kGrainElements / kUnit, [&](int64_t begin, int64_t end) {
+    auto i = std::upper_bound(first_unit.begin(), first_unit.end(), begin) - first_unit.begin() - 1;
+    for (; begin < end; ++i) {
+      const int64_t last = std::min(end, first_unit[i + 1]);
+      kernel(tensors[i], settings, corrections[i], (begin - first_unit[i]) * kUnit,
+             std::min((last - first_unit[i]) * kUnit, tensors[i].count));
+      begin = last;
+    }
+  });
+  for (const AdamQuartet& quartet : quartets) quartet.give_back();
+}
+
+void clipped_adam_cpu(std::vector<Tensor> parameters, std::vector<Tensor> gradients,
+                      std::vector<Tensor> exp_avg, std::vector<Tensor> exp_avg_sq, std::vector<Tensor> steps,
+                      std::optional<Tensor>, double lr, double beta1, double beta2, double eps,
+                      double weight_decay, double limit) {
+  const AdamLists lists{std::move(parameters), std::move(gradients), std::move(exp_avg),
+                        std::move(exp_avg_sq), std::move(steps)};
+  const AdamNumbers numbers{lr, beta1, beta2, eps, weight_decay, limit};
+  check_adam(lists, numbers);
+  if (lists.parameters.empty()) return;
+  dispatch_floating(lists.parameters[0].scalar_type(),
+                    [&](auto zero) { run_adam<decltype(zero)>(lists, numbers); });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(qfast, CPU, m) { m.impl("clipped_adam_", TORCH_BOX(&clipped_adam_cpu)); }
+
+}  // namespace qfast

@@ -1,0 +1,192 @@
+// A post-norm encoder layer on the CPU: buffers and threads. Schemas: qfast/ops/encoder_layer.py; what is
+// computed: encoder_layer_kernels.h.
+#include "encoder_layer/encoder_layer.h"
+
+#include <tuple>
+
+#include "dropout_checks.h"
+#include "encoder_layer/encoder_layer_checks.h"
+#include "feed_forward/feed_forward_pack.h"
+
+namespace qfast {
+namespace {
+
+constexpr int64_t kTileRows = 480;
+
+auto forward_kernel(float) { return cpu_kernels().encoder_layer_f32; }
+auto forward_kernel(double) { return cpu_kernels().encoder_layer_f64; }
+auto backward_kernel(float) { return cpu_kernels().encoder_layer_backward_f32; }
+auto backward_kernel(double) { return cpu_kernels().encoder_layer_backward_f64; }
+
+// Everything but the results of a call.
+template <class Element>
+class Encoder {
+ public:
+  EncoderJob<Element> job{};
+
+  Encoder(const Tensor& x, const std::vector<Tensor>& weights, int64_t heads, const DropoutRule& dropout,
+          bool last_step, bool backward)
+      : store_(x) {
+    for (const Tensor& weight : weights) weights_.push_back(torch::stable::contiguous(weight));
+    job.batch = x.size(0), job.steps = x.size(1), job.width = x.size(2), job.heads = heads;
+    job.results = last_step ? 1 : job.steps;
+    job.x = x.const_data_ptr<Element>();
+    job.x_window = x.stride(0), job.x_step = x.stride(1), job.x_column = x.stride(2);
+    job.dropout = dropout;
+    cut();
+    pack(backward);
+  }
+
+  int64_t tiles() const { return (job.batch + job.tile_windows - 1) / job.tile_windows; }
+
+  int64_t scratch(bool backward) const {
+    Carving<Element> space{nullptr};
+    EncoderTile<Element>::carve(job, backward, space);
+    return space.used;
+  }
+
+  int64_t sums() const {
+    Carving<Element> space{nullptr};
+    EncoderSums<Element>::carve(job, space);
+    return space.used;
+  }
+
+  // Gradients of the weights out of their sums.
+  std::vector<Tensor> gradients(const Tensor& like, Element* total) const {
+    Carving<Element> space{total};
+    const auto sums = EncoderSums<Element>::carve(job, space);
+    const int64_t D = job.width, M = job.net.entering.columns, padded = job.padded;
+    const auto vector = [&](const Element* from, int64_t columns) {
+      return taken_vector<Element>(like, from, columns);
+    };
+    return {taken<Element>(like, sums.in, 3 * D, D, padded),
+            vector(sums.in_bias, 3 * D),
+            taken<Element>(like, sums.out, D, D, padded),
+            vector(sums.out_bias, D),
+            taken<Element>(like, sums.net.entering, M, D, padded),
+            vector(sums.net.entering_bias, M),
+            taken_turned<Element>(like, sums.net.leaving, M, D, padded),
+            vector(sums.net.leaving_bias, D),
+            vector(sums.norm1_weight, D),
+            vector(sums.norm1_bias, D),
+            vector(sums.norm2_weight, D),
+            vector(sums.norm2_bias, D)};
+  }
+
+ private:
+  // Fixed by the sizes and the instruction set, whatever the number of threads.
+  void cut() {
+    const bool drops = job.dropout.active;
+    job.padded = store_.cut(job.width).padded(), job.padded_pair = store_.cut(2 * job.width).padded();
+    job.padded_steps = store_.cut(job.steps).padded();
+    job.padded_head = store_.cut(job.width / job.heads).padded();
+    job.group_windows = windows_of(kGroupRows, job.steps, drops);
+    job.tile_windows = tile_windows(kTileRows, job.batch, job.results, drops);
+  }
+
+  void pack(bool backward) {
+    const int64_t D = job.width;
+    const Tensor &in = weights_[kInWeight], &out = weights_[kOutWeight];
+    const Element* const in_bias = data(kInBias);
+    job.query = store_.linear(in, 0, D), job.key_value = store_.linear(in, D, 2 * D);
+    job.query_bias = store_.vector(in_bias, D), job.key_value_bias = store_.vector(in_bias + D, 2 * D);
+    if (backward) {
+      job.query_turned = store_.turned(in, 0, D), job.key_value_turned = store_.turned(in, D, 2 * D);
+      job.out_turned = store_.turned(out, 0, D);
+    } else {
+      job.out = store_.linear(out, 0, D), job.out_bias = store_.vector(data(kOutBias), D);
+    }
+    job.norm1_weight = store_.vector(data(kNorm1Weight), D);
+    job.norm1_bias = store_.vector(data(kNorm1Bias), D);
+    job.norm2_weight = store_.vector(data(kNorm2Weight), D);
+    job.norm2_bias = store_.vector(data(kNorm2Bias), D);
+    job.net = packed_feed_forward(store_, weights_[kLinear1Weight], weights_[kLinear1Bias],
+                                  weights_[kLinear2Weight], backward);
+    job.net.leaving_bias = store_.vector(data(kLinear2Bias), D);
+    job.net.dropout = job.dropout;
+    job.net.group_windows = windows_of(kGroupRows, job.results, job.dropout.active);
+  }
+
+  const Element* data(EncoderWeight which) const {
+    return weights_[which].template const_data_ptr<Element>();
+  }
+
+  PanelStore<Element> store_;
+  std::vector<Tensor> weights_;
+};
+
+std::tuple<Tensor, Tensor, Tensor> encoder_layer_cpu(const Tensor& x, std::vector<Tensor> weights,
+                                                     int64_t heads, double eps, double dropout,
+                                                     std::optional<Tensor> seed, bool last_step, bool keep,
+                                                     int64_t /*precision*/) {
+  const char* const op = "encoder_layer";
+  check_encoder_layer(op, x, weights, heads);
+  const DropoutRule rule = dropout_rule(op, dropout, seed);
+  const int64_t B = x.size(0), D = x.size(2), results = last_step ? 1 : x.size(1), kept = keep ? B : 0;
+  const Tensor output = last_step ? empty(x, {B, D}) : empty(x, {B, results, D});
+  const Tensor normalised = empty(x, {2, kept, results, D}), scales = empty(x, {2, kept, results});
+  dispatch_floating(x.scalar_type(), [&](auto zero) {
+    using Element = decltype(zero);
+    Encoder<Element> encoder(x, weights, heads, rule, last_step, false);
+    auto& job = encoder.job;
+    job.eps = eps;
+    job.output = output.mutable_data_ptr<Element>();
+    if (keep) {
+      job.normalised = normalised.mutable_data_ptr<Element>();
+      job.scales = scales.mutable_data_ptr<Element>();
+    }
+    const auto kernel = forward_kernel(Element{});
+    run_tiles<Element>(
+        x, encoder.tiles(), encoder.scratch(false),
+        [&](int64_t begin, int64_t end, Element* scratch) { kernel(job, begin, end, scratch); });
+  });
+  return {output, normalised, scales};
+}
+
+std::tuple<Tensor, std::vector<Tensor>> encoder_layer_backward_cpu(const Tensor& grad, const Tensor& x,
+                                                                   std::vector<Tensor> weights, int64_t heads,
+                                                                   double dropout, std::optional<Tensor> seed,
+                                                                   bool last_step, const Tensor& normalised,
+                                                                   const Tensor& scales, bool input_grad,
+                                                                   int64_t /*precision*/) {
+  const char* const op = "encoder_layer_backward";
+  check_encoder_layer(op, x, weights, heads);
+  const DropoutRule rule = dropout_rule(op, dropout, seed);
+  const int64_t B = x.size(0), T = x.size(1), D = x.size(2), results = last_step ? 1 : T;
+  if (last_step) {
+    check_shaped(op, "grad", grad, x, {B, D});
+  } else {
+    check_shaped(op, "grad", grad, x, {B, T, D});
+  }
+  check_shaped(op, "normalised", normalised, x, {2, B, results, D});
+  check_shaped(op, "scales", scales, x, {2, B, results});
+  const Tensor grad_x = empty(x, {input_grad ? B : 0, T, D});
+  const Tensor entering = torch::stable::contiguous(grad), kept = torch::stable::contiguous(normalised),
+               kept_scales = torch::stable::contiguous(scales);
+  std::vector<Tensor> gradients;
+  dispatch_floating(x.scalar_type(), [&](auto zero) {
+    using Element = decltype(zero);
+    Encoder<Element> encoder(x, weights, heads, rule, last_step, true);
+    auto& job = encoder.job;
+    job.grad = entering.const_data_ptr<Element>();
+    job.normalised = kept.mutable_data_ptr<Element>(), job.scales = kept_scales.mutable_data_ptr<Element>();
+    if (input_grad) job.grad_x = grad_x.mutable_data_ptr<Element>();
+    const auto kernel = backward_kernel(Element{});
+    const Tensor total =
+        sum_in_parts<Element>(x, encoder.tiles(), encoder.scratch(true), encoder.sums(),
+                              [&](int64_t begin, int64_t end, Element* scratch, Element* sums) {
+                                kernel(job, begin, end, scratch, sums);
+                              });
+    gradients = encoder.gradients(x, total.mutable_data_ptr<Element>());
+  });
+  return {grad_x, gradients};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(qfast, CPU, m) {
+  m.impl("encoder_layer", TORCH_BOX(&encoder_layer_cpu));
+  m.impl("encoder_layer_backward", TORCH_BOX(&encoder_layer_backward_cpu));
+}
+
+}  // namespace qfast

@@ -1,0 +1,111 @@
+// Arguments of the kernels of a post-norm encoder layer, shared by host code and the CPU instruction sets.
+//
+// A tile is some whole windows, a group some of these. Of each window the layer's result is wanted at all
+// steps, or at the last one alone: its `results`. Rows stand [window][step], `padded` elements apart.
+#pragma once
+
+#include <cstdint>
+
+#include "feed_forward/feed_forward.h"
+
+namespace qfast {
+
+template <class Element>
+struct EncoderJob {
+  int64_t batch, steps, width, heads;  // B, T, D
+  int64_t results;                     // T or 1
+  int64_t tile_windows, group_windows;
+  double eps;
+  DropoutRule dropout;
+  FeedForward<Element> net;
+
+  const Element* x;
+  int64_t x_window, x_step, x_column;                                    // strides
+  PanelMatrix<Element> query, key_value, out;                            // D, 2 D and D columns
+  const Element *query_bias, *key_value_bias, *out_bias;                 // padded as the panels
+  const Element *norm1_weight, *norm1_bias, *norm2_weight, *norm2_bias;  // padded
+  Element* output;                                                       // [B, results, D]
+  Element *normalised, *scales;  // [2, B, results, D] and [2, B, results]; null: not kept
+  // Backward only.
+  const Element* grad;                                              // of the output
+  PanelMatrix<Element> query_turned, key_value_turned, out_turned;  // D, 2 D and D rows
+  Element* grad_x;                                                  // [B, T, D], or null
+
+  int64_t padded;                                  // D
+  int64_t padded_pair, padded_steps, padded_head;  // 2 D, T, D / heads
+};
+
+// What the attention of a group needs. Behind a buffer whose heads are read as matrices of their own there is
+// room for one more.
+template <class Element>
+struct EncoderGroup {
+  Element *x, *query, *key_value, *mixed;  // mixed: what the heads give, side by side
+  Element *turned, *scores;                // of one head: keys turned over, attention weights
+  // With dropout: the mask, and the weights after it.
+  Element *mask, *dropped;
+  // Backward only.
+  Element *grad_mixed, *grad_query, *grad_key_value, *grad_scores, *grad_x;
+
+  QFAST_SHARED_INLINE static EncoderGroup carve(const EncoderJob<Element>& job, bool backward,
+                                                Carving<Element>& space) {
+    const int64_t rows = job.group_windows * job.steps, wanted = job.group_windows * job.results;
+    const int64_t wide = wanted * job.padded + job.padded_head, cells = job.results * job.padded_steps;
+    const int64_t pair = rows * job.padded_pair + job.padded_head;
+    const int64_t times = backward ? 1 : 0;
+    EncoderGroup group;
+    group.x = space.take(rows * job.padded), group.query = space.take(wide);
+    group.key_value = space.take(pair), group.mixed = space.take(wide);
+    group.turned = space.take(job.width / job.heads * job.padded_steps), group.scores = space.take(cells);
+    group.mask = space.take(job.dropout.active ? cells : 0);
+    group.dropped = job.dropout.active ? space.take(cells) : group.scores;
+    group.grad_mixed = space.take(times * wide), group.grad_query = space.take(times * wide);
+    group.grad_key_value = space.take(times * pair);
+    group.grad_scores = space.take(times * cells);
+    group.grad_x = space.take(times * rows * job.padded);
+    return group;
+  }
+};
+
+// Buffers of a tile, [windows * results][padded]. Forward: what enters and leaves the feed-forward block.
+// Backward: what enters it, and the gradients of the two sums before the norms, the second after its dropout.
+template <class Element>
+struct EncoderTile {
+  Element *entering, *leaving;
+  Element *grad_first, *grad_second;
+  Element* norm_sums;  // gradients of a norm's weight and bias, [2][padded]
+  EncoderGroup<Element> group;
+  FeedForwardScratch<Element> hidden;
+
+  QFAST_SHARED_INLINE static EncoderTile carve(const EncoderJob<Element>& job, bool backward,
+                                               Carving<Element>& space) {
+    const int64_t elements = job.tile_windows * job.results * job.padded;
+    EncoderTile tile;
+    tile.entering = space.take(elements), tile.leaving = space.take(backward ? 0 : elements);
+    tile.grad_first = space.take(backward ? elements : 0),
+    tile.grad_second = space.take(backward ? elements : 0);
+    tile.norm_sums = space.take(2 * job.padded);
+    tile.group = EncoderGroup<Element>::carve(job, backward, space);
+    tile.hidden = FeedForwardScratch<Element>::carve(job.net, job.results, backward, space);
+    return tile;
+  }
+};
+
+// Sums of a part's weight gradients. Matrices have rows of `padded` elements.
+template <class Element>
+struct EncoderSums {
+  Element *in, *in_bias, *out, *out_bias;  // [3 D] rows and elements, then [D]
+  Element *norm1_weight, *norm1_bias, *norm2_weight, *norm2_bias;
+  FeedForwardSums<Element> net;
+
+  QFAST_SHARED_INLINE static EncoderSums carve(const EncoderJob<Element>& job, Carving<Element>& space) {
+    EncoderSums sums;
+    sums.in = space.take(3 * job.width * job.padded), sums.in_bias = space.take(3 * job.width);
+    sums.out = space.take(job.width * job.padded), sums.out_bias = space.take(job.width);
+    sums.norm1_weight = space.take(job.width), sums.norm1_bias = space.take(job.width);
+    sums.norm2_weight = space.take(job.width), sums.norm2_bias = space.take(job.width);
+    sums.net = FeedForwardSums<Element>::carve(job.net, job.padded, job.padded, space);
+    return sums;
+  }
+};
+
+}  // namespace qfast

@@ -1,0 +1,125 @@
+// The feed-forward block on the CPU: buffers and threads. Schemas: qfast/ops/feed_forward.py; what is
+// computed: feed_forward_kernels.h.
+#include "feed_forward/feed_forward.h"
+
+#include <tuple>
+
+#include "dropout_checks.h"
+#include "feed_forward/feed_forward_checks.h"
+#include "feed_forward/feed_forward_pack.h"
+
+namespace qfast {
+namespace {
+
+constexpr int64_t kTileRows = 480;
+
+auto forward_kernel(float) { return cpu_kernels().feed_forward_f32; }
+auto forward_kernel(double) { return cpu_kernels().feed_forward_f64; }
+auto backward_kernel(float) { return cpu_kernels().feed_forward_backward_f32; }
+auto backward_kernel(double) { return cpu_kernels().feed_forward_backward_f64; }
+
+struct Block {
+  const Tensor weight_in, bias_in, weight_out;
+
+  Block(const char* op, const Tensor& x, const Tensor& entering, const Tensor& bias, const Tensor& leaving)
+      : weight_in(torch::stable::contiguous(entering)),
+        bias_in(torch::stable::contiguous(bias)),
+        weight_out(torch::stable::contiguous(leaving)) {
+    check_feed_forward(op, x, entering, bias, leaving);
+  }
+};
+
+template <class Element>
+FeedForwardJob<Element> job_of(const Tensor& x, const Block& block, PanelStore<Element>& store,
+                               const DropoutRule& dropout, bool backward) {
+  FeedForwardJob<Element> job{};
+  job.net = packed_feed_forward(store, block.weight_in, block.bias_in, block.weight_out, backward);
+  job.net.dropout = dropout, job.net.group_windows = windows_of(kGroupRows, 1, dropout.active);
+  job.rows = x.size(0), job.tile_rows = tile_windows(kTileRows, job.rows, 1, dropout.active);
+  job.padded_in = store.cut(x.size(1)).padded(),
+  job.padded_out = store.cut(block.weight_out.size(0)).padded();
+  job.x = x.const_data_ptr<Element>(), job.x_row = x.stride(0), job.x_column = x.stride(1);
+  return job;
+}
+
+template <class Element>
+int64_t tiles_of(const FeedForwardJob<Element>& job) {
+  return (job.rows + job.tile_rows - 1) / job.tile_rows;
+}
+
+template <class Element>
+int64_t scratch_of(const FeedForwardJob<Element>& job, bool backward) {
+  Carving<Element> space{nullptr};
+  FeedForwardTile<Element>::carve(job, backward, space);
+  return space.used;
+}
+
+Tensor feed_forward_cpu(const Tensor& x, const Tensor& weight_in, const Tensor& bias_in,
+                        const Tensor& weight_out, const Tensor& bias_out, double dropout,
+                        std::optional<Tensor> seed, int64_t /*precision*/) {
+  const char* const op = "feed_forward";
+  const Block block(op, x, weight_in, bias_in, weight_out);
+  const int64_t out = weight_out.size(0);
+  check_shaped(op, "bias_out", bias_out, x, {out});
+  const DropoutRule rule = dropout_rule(op, dropout, seed);
+  const Tensor output = empty(x, {x.size(0), out}), bias = torch::stable::contiguous(bias_out);
+  dispatch_floating(x.scalar_type(), [&](auto zero) {
+    using Element = decltype(zero);
+    PanelStore<Element> store(x);
+    auto job = job_of<Element>(x, block, store, rule, false);
+    job.net.leaving_bias = store.vector(bias.const_data_ptr<Element>(), out);
+    job.output = output.mutable_data_ptr<Element>();
+    const auto kernel = forward_kernel(Element{});
+    run_tiles<Element>(
+        x, tiles_of(job), scratch_of(job, false),
+        [&](int64_t begin, int64_t end, Element* scratch) { kernel(job, begin, end, scratch); });
+  });
+  return output;
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients feed_forward_backward_cpu(const Tensor& grad, const Tensor& x, const Tensor& weight_in,
+                                    const Tensor& bias_in, const Tensor& weight_out, double dropout,
+                                    std::optional<Tensor> seed, bool input_grad, int64_t /*precision*/) {
+  const char* const op = "feed_forward_backward";
+  const Block block(op, x, weight_in, bias_in, weight_out);
+  const int64_t out = weight_out.size(0), hidden = weight_in.size(0);
+  check_shaped(op, "grad", grad, x, {x.size(0), out});
+  const DropoutRule rule = dropout_rule(op, dropout, seed);
+  const Tensor grad_x = empty(x, {input_grad ? x.size(0) : 0, x.size(1)});
+  const Tensor entering = torch::stable::contiguous(grad);
+  std::optional<Gradients> result;
+  dispatch_floating(x.scalar_type(), [&](auto zero) {
+    using Element = decltype(zero);
+    PanelStore<Element> store(x);
+    auto job = job_of<Element>(x, block, store, rule, true);
+    job.grad = entering.const_data_ptr<Element>();
+    if (input_grad) job.grad_x = grad_x.mutable_data_ptr<Element>();
+    using Sums = FeedForwardSums<Element>;
+    Carving<Element> counted{nullptr};
+    Sums::carve(job.net, job.padded_in, job.padded_out, counted);
+    const auto kernel = backward_kernel(Element{});
+    const Tensor total =
+        sum_in_parts<Element>(x, tiles_of(job), scratch_of(job, true), counted.used,
+                              [&](int64_t begin, int64_t end, Element* scratch, Element* sums) {
+                                kernel(job, begin, end, scratch, sums);
+                              });
+    Carving<Element> space{total.mutable_data_ptr<Element>()};
+    const Sums sums = Sums::carve(job.net, job.padded_in, job.padded_out, space);
+    result = {grad_x, taken<Element>(x, sums.entering, hidden, x.size(1), job.padded_in),
+              taken_vector<Element>(x, sums.entering_bias, hidden),
+              taken_turned<Element>(x, sums.leaving, hidden, out, job.padded_out),
+              taken_vector<Element>(x, sums.leaving_bias, out)};
+  });
+  return *result;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(qfast, CPU, m) {
+  m.impl("feed_forward", TORCH_BOX(&feed_forward_cpu));
+  m.impl("feed_forward_backward", TORCH_BOX(&feed_forward_backward_cpu));
+}
+
+}  // namespace qfast

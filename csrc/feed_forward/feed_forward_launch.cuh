@@ -1,0 +1,228 @@
+// The feed-forward block on CUDA as both operators use it: which form it takes, its products and launches.
+// Host only.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+#include "cuda_device.cuh"
+#include "cuda_matrix.cuh"
+#include "feed_forward/feed_forward_kernels.cuh"
+#include "feed_forward/feed_forward_launch_tensor_core.cuh"
+
+namespace qfast {
+namespace {
+
+constexpr int64_t kHiddenBytes = 32 << 20;  // of a part's hidden, where that goes to memory: it stays in L2
+constexpr int64_t kManyBlocks = 4 * 132;    // that keep a large device busy to the end
+constexpr int64_t kLeastSlices = 4;         // of a block
+constexpr int64_t kWidest = 128;            // results whose sums fit into registers
+
+// Sums of gradients over parts of the rows, in the order of the parts.
+class PartSums {
+ public:
+  PartSums(CudaDevice& device, std::vector<Tensor> totals) : device_(device), totals_(std::move(totals)) {}
+
+  // Where this part's go.
+  const std::vector<Tensor>& open() {
+    if (!any_) return totals_;
+    if (parts_.empty())
+      for (const Tensor& total : totals_) parts_.push_back(torch::stable::empty_like(total));
+    return parts_;
+  }
+
+  template <class T>
+  void close() {
+    for (size_t i = 0; i < totals_.size() && any_; ++i) {
+      const int64_t count = totals_[i].numel();
+      device_.launch(add_kernel<T>, grid_for(count, kPlainThreads), kPlainThreads, 0,
+                     totals_[i].mutable_data_ptr<T>(), parts_[i].const_data_ptr<T>(), count);
+    }
+    any_ = true;
+  }
+
+  void finish() {
+    for (size_t i = 0; i < totals_.size() && !any_; ++i) torch::stable::zero_(totals_[i]);
+  }
+
+ private:
+  CudaDevice& device_;
+  std::vector<Tensor> totals_, parts_;
+  bool any_ = false;
+};
+
+// Of W2 drop(relu(W1 x + b1)), without b2.
+struct SumsOfUnits {
+  Tensor held;  // [parts][rows][O]
+  int64_t parts;
+};
+
+template <class T>
+class FeedForwardLaunches {
+ public:
+  // Weights contiguous.
+  FeedForwardLaunches(CudaDevice& device, const Tensor& weight_in, const Tensor& bias_in,
+                      const Tensor& weight_out, const Dropout& dropout, bool backward, Precision precision)
+      : device_(device), weight_in_(weight_in), weight_out_(weight_out) {
+    job_.inputs = static_cast<int32_t>(weight_in.size(1));
+    job_.hidden = static_cast<int32_t>(weight_in.size(0));
+    job_.outputs = static_cast<int32_t>(weight_out.size(0));
+    job_.slices = (job_.hidden + kUnits - 1) / kUnits;
+    job_.padded = static_cast<int32_t>(rounded_up(job_.outputs, kTallRows));
+    job_.bias = bias_in.const_data_ptr<T>(), job_.dropout = dropout;
+    const bool narrow = backward || job_.outputs <= kWidest;
+    if constexpr (kSingle) {
+      tensor_.emplace(device, job_, weight_in.const_data_ptr<T>(), weight_out.const_data_ptr<T>(), precision,
+                      backward, narrow);
+      if (tensor_->serve()) return;
+    }
+    in_shared_ = narrow && shared_bytes(backward) <= device.shared_limit();
+    if (in_shared_) pack(backward);
+  }
+
+  // Of rows [rows][D].
+  SumsOfUnits forward(const Tensor& x, Rows rows) {
+    rows = in_order(rows);
+    const int64_t N = rows.count(), O = job_.outputs;
+    const int64_t tiles = tiles_of(rows);
+    const int64_t splits = in_tiles() ? splits_for(tiles) : 1;
+    const SumsOfUnits made{room(x, {splits * N, O}), splits};
+    if (N == 0) return made;
+    if (!in_tiles()) {
+      for_parts(rows, [&](int64_t first, const Rows& part) {
+        activate(rows_of(x, first, part.count()), nullptr, part);
+        multiply(rows_of(made.held, first, part.count()), rows_of(units_, 0, part.count()),
+                 turned(weight_out_));
+      });
+      return made;
+    }
+    FeedForwardData<T> job = job_;
+    job.rows = rows, job.splits = static_cast<int32_t>(splits);
+    job.x = x.const_data_ptr<T>(), job.sums = made.held.mutable_data_ptr<T>();
+    if (launch_tensor(job, tiles)) return made;
+    const auto kernel = job.padded > kTallRows ? feed_forward_kernel<T, 2> : feed_forward_kernel<T, 1>;
+    device_.launch(kernel, grid_for(tiles * splits, 1), kTileThreads, shared_bytes(false), job);
+    return made;
+  }
+
+  // Adds to the sums of the gradients of W1, b1, W2 and b2; grad_x [rows][D] may be null.
+  void backward(const Tensor& x, const Tensor& grad, Rows rows, const Tensor* grad_x, PartSums& sums) {
+    for_parts(in_order(rows), [&](int64_t first, const Rows& part) {
+      const int64_t N = part.count();
+      const Tensor entering = rows_of(x, first, N), leaving = rows_of(grad, first, N);
+      activate(entering, &leaving, part);
+      const Tensor units = rows_of(units_, 0, N), grads = rows_of(grad_units_, 0, N);
+      const std::vector<Tensor>& to = sums.open();
+      Tensor of_bias_in = to[1], of_bias_out = to[3];
+      multiply(to[0], turned(grads), entering);
+      sum_rows(of_bias_in, grads);
+      multiply(to[2], turned(leaving), units);
+      sum_rows(of_bias_out, leaving);
+      sums.close<T>();
+      if (grad_x != nullptr) multiply(rows_of(*grad_x, first, N), grads, weight_in_);
+    });
+  }
+
+ private:
+  static constexpr bool kSingle = std::is_same_v<T, float>;
+
+  // Not by cuBLAS.
+  bool in_tiles() const { return in_shared_ || (tensor_ && tensor_->serve()); }
+
+  bool launch_tensor(const FeedForwardData<T>& job, int64_t tiles) {
+    if constexpr (kSingle) {
+      if (tensor_->serve()) {
+        tensor_->launch(job, grid_for(tiles * job.splits, 1));
+        return true;
+      }
+    }
+    return false;
+  }
+
+  static Tensor rows_of(const Tensor& matrix, int64_t first, int64_t count) {
+    Tensor source = matrix;
+    return torch::stable::narrow(source, 0, first, count);
+  }
+
+  // Only the dropout asks for windows.
+  Rows in_order(const Rows& rows) const { return job_.dropout.active ? rows : Rows{rows.count(), 1, 0, 0}; }
+
+  static int64_t tiles_of(const Rows& rows) {
+    constexpr int64_t kQuads = Tile<T>::kRows / kQuad;
+    return (rows.quads() + kQuads - 1) / kQuads;
+  }
+
+  int64_t splits_for(int64_t tiles) const {
+    const int64_t wanted = (kManyBlocks + tiles - 1) / std::max<int64_t>(tiles, 1);
+    return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, job_.slices / kLeastSlices));
+  }
+
+  size_t shared_bytes(bool backward) const {
+    const int64_t stride = Tile<T>::kStride, D = job_.inputs, O = job_.outputs;
+    const int64_t elements = backward ? (D + O) * (stride + kUnits)
+                                      : D * (stride + kUnits) + kUnits * (stride + int64_t{job_.padded});
+    return Tile<T>::kRows * sizeof(int64_t) + static_cast<size_t>(elements) * sizeof(T);
+  }
+
+  void pack(bool backward) {
+    const int64_t D = job_.inputs, M = job_.hidden, O = job_.outputs, padded = int64_t{job_.slices} * kUnits;
+    job_.entering = packed({weight_in_.const_data_ptr<T>(), nullptr, D, M, 1, D, D, padded, !backward});
+    const T* const leaving = weight_out_.const_data_ptr<T>();
+    job_.leaving = packed(backward ? Packing<T>{leaving, nullptr, O, M, M, 1, O, padded, false}
+                                   : Packing<T>{leaving, nullptr, M, O, 1, M, padded, job_.padded, false});
+  }
+
+  const T* packed(Packing<T> packing) {
+    const int64_t elements = packing.padded_rows * packing.padded_columns;
+    packing.to = device_.take<T>(elements);
+    device_.launch(pack_kernel<T>, grid_for(elements, kPlainThreads), kPlainThreads, 0, packing);
+    return packing.to;
+  }
+
+  // body(first row, rows of the part): whole groups of four windows.
+  template <class Body>
+  void for_parts(const Rows& rows, const Body& body) {
+    const int64_t row_bytes = int64_t{job_.hidden} * static_cast<int64_t>(sizeof(T));
+    const int64_t most = std::max<int64_t>(kHiddenBytes / row_bytes, Tile<T>::kRows);
+    const int64_t windows = std::max<int64_t>(most / rows.steps / kQuad, 1) * kQuad;
+    for (int64_t first = 0; first < rows.windows; first += windows)
+      body(first * rows.steps, Rows{std::min(windows, rows.windows - first), rows.steps,
+                                    rows.first_window + first, rows.first_step});
+  }
+
+  // The hidden of a part, and with a gradient its gradient, into units_ and grad_units_.
+  void activate(const Tensor& x, const Tensor* grad, const Rows& rows) {
+    const int64_t N = rows.count();
+    if (!made_) {  // the first part is the largest
+      units_ = room(x, {N, job_.hidden}), made_ = true;
+      if (grad != nullptr) grad_units_ = room(x, {N, job_.hidden});
+    }
+    FeedForwardData<T> job = job_;
+    job.rows = rows, job.units = units_.mutable_data_ptr<T>();
+    if (grad != nullptr) job.grad_units = grad_units_.mutable_data_ptr<T>();
+    if (in_tiles() && grad != nullptr) {
+      const int64_t tiles = tiles_of(rows), splits = splits_for(tiles);
+      job.splits = static_cast<int32_t>(splits);
+      job.x = x.const_data_ptr<T>(), job.grad = grad->const_data_ptr<T>();
+      if (launch_tensor(job, tiles)) return;
+      device_.launch(feed_forward_hidden_kernel<T>, grid_for(tiles * splits, 1), kTileThreads,
+                     shared_bytes(true), job);
+      return;
+    }
+    multiply(rows_of(units_, 0, N), x, turned(weight_in_));
+    if (grad != nullptr) multiply(rows_of(grad_units_, 0, N), *grad, weight_out_);
+    device_.launch(feed_forward_activate_kernel<T>, grid_for(rows.quads() * job_.hidden, kPlainThreads),
+                   kPlainThreads, 0, job);
+  }
+
+  CudaDevice& device_;
+  Tensor weight_in_, weight_out_, units_, grad_units_;
+  FeedForwardData<T> job_{};
+  std::optional<TensorLaunches> tensor_;  // float32 only
+  bool in_shared_ = false, made_ = false;
+};
+
+}  // namespace
+}  // namespace qfast

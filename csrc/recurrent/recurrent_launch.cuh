@@ -1,0 +1,131 @@
+// Recurrent layers on CUDA: which form of a kernel a layer takes, and its launches. `Device` gives memory and
+// launches (cuda_device.cuh). Host only.
+#pragma once
+
+#include <algorithm>
+
+#include "recurrent/recurrent_kernels_backward.cuh"
+#include "recurrent/recurrent_kernels_forward.cuh"
+
+namespace qfast {
+namespace {
+
+constexpr int kThreads = 256;       // of a block, in kernels without tiles
+constexpr int64_t kHeldUnits = 64;  // whose weights fit into registers: 64 of each of 256 threads
+constexpr int kHeldRows = 4;  // of a tile then: two blocks a multiprocessor, one runs while the other waits
+constexpr int64_t kWideRows = 16;  // of a tile where weights come from memory: half the loads of 8 rows
+constexpr int64_t kWideBatch = 132 * kWideRows;  // that fills a large device with tiles of that many
+
+inline unsigned int blocks_for(int64_t tasks, int64_t per_block) {
+  return static_cast<unsigned int>(
+      std::clamp<int64_t>((tasks + per_block - 1) / per_block, 1, int64_t{1} << 20));
+}
+
+template <class Cell, class T, class Device>
+class RecurrentLaunches {
+ public:
+  RecurrentLaunches(const char* op, Device& device, int64_t hidden, int64_t batch)
+      : op_(op), device_(device), hidden_(hidden), batch_(batch) {
+    blocks_ = (hidden + kWarpUnits - 1) / kWarpUnits;
+  }
+
+  // weight_hh and biases as torch has them.
+  void forward(ForwardLayer<T> layer, const T* weight_hh, const T* bias_ih, const T* bias_hh) {
+    const int64_t inputs_depth = (hidden_ + kSlices - 1) / kSlices;
+    choose<true>(inputs_depth, [&](auto rows, auto held) {
+      constexpr int kRows = decltype(rows)::value, kHeld = decltype(held)::value;
+      constexpr int kHeldDepth = held_depth<Cell, true>(kHeld);
+      const PackedLayer<T> packed =
+          pack(Cell::kGates, kHeldDepth > 0 ? kHeldDepth : inputs_depth, weight_hh, bias_ih, bias_hh);
+      device_.launch(recurrent_pack_kernel<Cell, T>, blocks_for(packed_count_, kThreads), kThreads, 0,
+                     packed);
+      layer.bias = packed.bias;
+      const auto kernel = recurrent_forward_kernel<Cell, T, kRows, kHeld>;
+      launch(kernel, layer, packed, kRows, kHeld, forward_elements(kRows, packed.depth));
+    });
+  }
+
+  void backward(BackwardLayer<T> layer, const T* weight_hh) {
+    const int64_t gates_depth = (Cell::kGates * hidden_ + kTurnedSlices - 1) / kTurnedSlices;
+    choose<false>(gates_depth, [&](auto rows, auto held) {
+      constexpr int kRows = decltype(rows)::value, kHeld = decltype(held)::value;
+      constexpr int kHeldDepth = held_depth<Cell, false>(kHeld);
+      const PackedLayer<T> packed =
+          pack(kTurnedUnits, kHeldDepth > 0 ? kHeldDepth : gates_depth, weight_hh, nullptr, nullptr);
+      device_.launch(recurrent_turn_kernel<Cell, T>, blocks_for(packed_count_, kThreads), kThreads, 0,
+                     packed);
+      const auto kernel = recurrent_backward_kernel<Cell, T, kRows, kHeld>;
+      launch(kernel, layer, packed, kRows, kHeld, backward_elements(kRows, packed.depth));
+    });
+  }
+
+  void output(const KeptOutput<T>& job) {
+    device_.launch(recurrent_output_kernel<Cell, T>, blocks_for(job.batch * job.steps * job.hidden, kThreads),
+                   kThreads, 0, job);
+  }
+
+ private:
+  template <int kValue>
+  using Constant = std::integral_constant<int, kValue>;
+
+  int64_t forward_elements(int64_t rows, int64_t depth) const {
+    return rows * (2 * depth * kSlices + blocks_ * kWarpUnits);
+  }
+  int64_t backward_elements(int64_t rows, int64_t depth) const {
+    return rows * (depth * kTurnedSlices + 2 * blocks_ * kWarpUnits);
+  }
+  bool fits(int64_t elements) const {
+    return elements * static_cast<int64_t>(sizeof(T)) <= static_cast<int64_t>(device_.shared_limit());
+  }
+
+  // body(rows of a tile, depth of held weights), by the sizes alone: a row has the same bits in any tile.
+  template <bool kForward, class Body>
+  void choose(int64_t depth, const Body& body) const {
+    const auto tile_fits = [&](int64_t rows) {
+      return fits(kForward ? forward_elements(rows, depth) : backward_elements(rows, depth));
+    };
+    constexpr int kLeast = sizeof(T) == 4 ? 8 : 4;
+    QFAST_CHECK(
+        hidden_ <= kHeldUnits || tile_fits(kLeast), op_, ": ", hidden_,
+        " units do not fit into this GPU's shared memory. Remedy: fewer units, or QFAST_BACKEND=torch.");
+    if constexpr (sizeof(T) == 4) {
+      if (hidden_ <= kHeldUnits / 2) return body(Constant<kHeldRows>(), Constant<8>());
+      if (hidden_ <= kHeldUnits) return body(Constant<kHeldRows>(), Constant<16>());
+      if (batch_ >= kWideBatch && tile_fits(kWideRows)) return body(Constant<kWideRows>(), Constant<0>());
+    }
+    body(Constant<kLeast>(), Constant<0>());
+  }
+
+  PackedLayer<T> pack(int64_t values, int64_t depth, const T* weight_hh, const T* bias_ih, const T* bias_hh) {
+    packed_count_ = blocks_ * depth * values * kLanes;
+    return {weight_hh,
+            bias_ih,
+            bias_hh,
+            device_.template take<T>(packed_count_),
+            bias_ih == nullptr ? nullptr : device_.template take<T>(hidden_ * 4),
+            static_cast<int32_t>(hidden_),
+            static_cast<int32_t>(blocks_),
+            static_cast<int32_t>(depth)};
+  }
+
+  template <class Layer>
+  void launch(void (*kernel)(Layer), Layer layer, const PackedLayer<T>& packed, int rows, int held,
+              int64_t elements) {
+    layer.weights = packed.weights;
+    layer.hidden = packed.hidden;
+    layer.depth = packed.depth;
+    layer.tiles = (layer.end_row - layer.first_row + rows - 1) / rows;
+    layer.in_shared = held == 0 && fits(elements + packed_count_);
+    if (layer.in_shared) elements += packed_count_;
+    const int64_t warps = std::min<int64_t>(blocks_, most_threads(rows, held) / kLanes);
+    device_.launch(kernel, blocks_for(layer.tiles, 1), static_cast<int>(warps * kLanes),
+                   static_cast<size_t>(elements) * sizeof(T), layer);
+  }
+
+  const char* op_;
+  Device& device_;
+  int64_t hidden_, batch_, blocks_, packed_count_ = 0;
+};
+
+}  // namespace
+}  // namespace qfast

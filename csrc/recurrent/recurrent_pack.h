@@ -1,0 +1,216 @@
+// What the kernels of stacked recurrent layers are given: checked tensors, packed weights and where
+// everything lies. Host only.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "common.h"
+#include "cpu_dispatch.h"
+#include "dropout_checks.h"
+#include "recurrent/recurrent.h"
+#include "recurrent/recurrent_checks.h"
+
+#define QFAST_DEVICE_INLINE static inline
+
+namespace qfast {
+
+namespace host {
+#include "recurrent/recurrent_cell.h"
+}
+
+constexpr int64_t kRecurrentRowStep =
+    12;  // rows of a tile: a multiple fills the registers and groups of the dropout
+constexpr int64_t kRecurrentMostRows = 48;
+constexpr int64_t kChunkSumBytes = 128
+                                   << 10;  // gradients of the sums of a layer of a tile that are collected
+constexpr int64_t kMostChunkSteps = 4;
+
+// Fixed by the sizes, so that sums of gradients have the same order with any number of threads.
+inline int64_t even_tile_rows(int64_t rows) {
+  const int64_t tiles = std::max<int64_t>(1, (rows + kRecurrentMostRows - 1) / kRecurrentMostRows);
+  return std::max(kRecurrentRowStep, rounded_up((rows + tiles - 1) / tiles, kRecurrentRowStep));
+}
+
+template <class Cell, class Element>
+class RecurrentNetwork {
+ public:
+  RecurrentNetwork(const char* op, const Tensor& x, const std::vector<Tensor>& weights,
+                   const MaybeTensor& first_h, const MaybeTensor& first_c, double dropout,
+                   const MaybeTensor& seed)
+      : lanes_(cpu_kernels().vector_bytes / static_cast<int64_t>(sizeof(Element))) {
+    check_layers(op, x, weights, Cell::kGates);
+    job.batch = x.size(0), job.steps = x.size(1), job.hidden = weights[1].size(1);
+    job.layer_count = static_cast<int64_t>(weights.size()) / 4;
+    const int64_t H = job.hidden;
+    for (const Tensor& weight : weights) weights_.push_back(torch::stable::contiguous(weight));
+    job.blocks = (H + lanes_ - 1) / lanes_, job.stride = job.blocks * lanes_;
+    job.x = {x.const_data_ptr<Element>(), x.stride(0), x.stride(1), x.stride(2)};
+    job.first_h = state(op, "h0", first_h, x), job.first_c = state(op, "c0", first_c, x);
+    job.dropout = dropout_rule(op, job.layer_count > 1 ? dropout : 0, seed);
+    layers_.resize(job.layer_count);
+    for (int64_t l = 0; l < job.layer_count; ++l) layers_[l].features = weights_[4 * l].size(1);
+    job.layers = layers_.data();
+    job.tile_rows = even_tile_rows(job.batch);
+  }
+
+  // A contiguous [L, B, H] that lives as long as this, or null.
+  const Element* state(const char* op, const char* name, const MaybeTensor& tensor, const Tensor& x) {
+    if (!tensor) return nullptr;
+    check_shaped(op, name, *tensor, x, {job.layer_count, job.batch, job.hidden});
+    held_.push_back(torch::stable::contiguous(*tensor));
+    return held_.back().const_data_ptr<Element>();
+  }
+
+  void prepare_forward(bool rolling) {
+    job.rolling = rolling;
+    for (int64_t l = 0; l < job.layer_count; ++l) {
+      layers_[l].input_weight = pack(weights_[4 * l], true);
+      layers_[l].hidden_weight = pack(weights_[4 * l + 1], false);
+      layers_[l].bias = pack_bias(weights_[4 * l + 2], weights_[4 * l + 3]);
+    }
+    scratch_elements = job.layer_count * 4 * job.tile_rows * job.stride;
+    if (rolling) scratch_elements += (job.tile_rows + job.steps - 1) * 4 * job.stride;
+  }
+
+  void prepare_backward(bool input_grad) {
+    job.hidden_width = panel_width(job.hidden);
+    int64_t sum = 0;
+    for (int64_t l = 0; l < job.layer_count; ++l) {
+      RecurrentLayer<Element>& layer = layers_[l];
+      layer.hidden_turned = turn(weights_[4 * l + 1], false, job.hidden_width);
+      layer.input_width = panel_width(layer.features);
+      if (l > 0 || input_grad) layer.input_turned = turn(weights_[4 * l], true, layer.input_width);
+      layer.input_sum = sum, sum += layer.features * Cell::kGates * job.stride;
+      layer.hidden_sum = sum, sum += job.hidden * Cell::kGates * job.stride;
+      layer.bias_sum = sum, sum += 4 * job.stride;
+    }
+    sum_elements = sum;
+    job.sum_stride = 4 * job.stride + 64 / static_cast<int64_t>(sizeof(Element));
+    const int64_t step_bytes = job.tile_rows * job.sum_stride * static_cast<int64_t>(sizeof(Element));
+    job.chunk_steps = std::clamp<int64_t>(kChunkSumBytes / step_bytes, 1, kMostChunkSteps);
+    job.layer_scratch =
+        job.tile_rows * ((5 + 2 * job.chunk_steps) * job.stride + job.chunk_steps * job.sum_stride);
+    job.header_elements = 64;  // more than a layer's pointers take
+    scratch_elements = job.layer_count * (job.header_elements + job.layer_scratch);
+  }
+
+  // Gradients of the weights of all layers out of the sums of a part.
+  std::vector<Tensor> weight_gradients(const Element* sums) const {
+    std::vector<Tensor> grads;
+    for (int64_t l = 0; l < job.layer_count; ++l) {
+      const RecurrentLayer<Element>& layer = layers_[l];
+      grads.push_back(unpack(weights_[4 * l], sums + layer.input_sum, true));
+      grads.push_back(unpack(weights_[4 * l + 1], sums + layer.hidden_sum, false));
+      grads.push_back(unpack_bias(weights_[4 * l + 2], sums + layer.bias_sum, true));
+      grads.push_back(unpack_bias(weights_[4 * l + 3], sums + layer.bias_sum, false));
+    }
+    return grads;
+  }
+
+  RecurrentJob<Element> job{};
+  int64_t scratch_elements = 0;  // of one worker
+  int64_t sum_elements = 0;      // gradients of all weights
+
+ private:
+  int64_t panel_width(int64_t columns) const {
+    const int64_t most = (cpu_kernels().vector_bytes == 64 ? 4 : 2) * lanes_;
+    const int64_t count = (columns + most - 1) / most;
+    return rounded_up((columns + count - 1) / count, lanes_);
+  }
+
+  // Row of torch's weights of unit `unit` for the gate at place `gate` among those packed side by side.
+  int64_t row_of(bool input, int64_t gate, int64_t unit) const {
+    const int sum = static_cast<int>(gate + (input ? 0 : 4 - Cell::kGates));
+    return (input ? Cell::input_block(sum) : Cell::hidden_block(sum)) * job.hidden + unit;
+  }
+
+  Element* room(int64_t elements) {
+    packed_.emplace_back(elements, Element(0));
+    return packed_.back().data();
+  }
+
+  // body(block, gate, lane, row) for all rows of torch's weights.
+  template <class Body>
+  void for_gate_rows(bool input, const Body& body) const {
+    for (int64_t gate = 0; gate < Cell::kGates; ++gate)
+      for (int64_t unit = 0; unit < job.hidden; ++unit)
+        body(unit / lanes_, gate, unit % lanes_, row_of(input, gate, unit));
+  }
+
+  // A square of columns and lanes at a time: both sides then stay in the first-level cache.
+  const Element* pack(const Tensor& weight, bool input) {
+    constexpr int64_t kSquare = 16;
+    const int64_t columns = weight.size(1), gates = Cell::kGates * lanes_;
+    const Element* const from = weight.const_data_ptr<Element>();
+    Element* const to = room(job.blocks * columns * gates);
+    for (int64_t first = 0; first < job.hidden; first += lanes_)
+      for (int64_t gate = 0; gate < Cell::kGates; ++gate)
+        for (int64_t begin = 0; begin < columns; begin += kSquare) {
+          const int64_t end = std::min(begin + kSquare, columns), last = std::min(first + lanes_, job.hidden);
+          for (int64_t unit = first; unit < last; ++unit) {
+            const Element* const row = from + row_of(input, gate, unit) * columns;
+            Element* const place = to + first * columns * Cell::kGates + gate * lanes_ + unit - first;
+            for (int64_t k = begin; k < end; ++k) place[k * gates] = row[k];
+          }
+        }
+    return to;
+  }
+
+  const Element* pack_bias(const Tensor& input, const Tensor& hidden) {
+    Element* const to = room(job.blocks * 4 * lanes_);
+    const auto add = [&](const Element* from, bool is_input) {
+      const int64_t first = is_input ? 0 : 4 - Cell::kGates;
+      for_gate_rows(is_input, [&](int64_t block, int64_t gate, int64_t lane, int64_t row) {
+        to[(block * 4 + first + gate) * lanes_ + lane] += from[row];
+      });
+    };
+    add(input.const_data_ptr<Element>(), true);
+    add(hidden.const_data_ptr<Element>(), false);
+    return to;
+  }
+
+  const Element* turn(const Tensor& weight, bool input, int64_t width) {
+    const int64_t columns = weight.size(1), panels = (columns + width - 1) / width,
+                  gates = Cell::kGates * lanes_;
+    const Element* const from = weight.const_data_ptr<Element>();
+    Element* const to = room(panels * job.blocks * gates * width);
+    for_gate_rows(input, [&](int64_t block, int64_t gate, int64_t lane, int64_t row) {
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        const int64_t count = std::min(width, columns - panel * width);
+        std::copy_n(from + row * columns + panel * width, count,
+                    to + (((panel * job.blocks + block) * Cell::kGates + gate) * lanes_ + lane) * width);
+      }
+    });
+    return to;
+  }
+
+  Tensor unpack(const Tensor& like, const Element* sums, bool input) const {
+    const int64_t columns = like.size(1), gates = Cell::kGates * lanes_;
+    Tensor out = torch::stable::empty_like(like);
+    Element* const to = out.mutable_data_ptr<Element>();
+    for_gate_rows(input, [&](int64_t block, int64_t gate, int64_t lane, int64_t row) {
+      const Element* const place = sums + block * columns * gates + gate * lanes_ + lane;
+      for (int64_t k = 0; k < columns; ++k) to[row * columns + k] = place[k * gates];
+    });
+    return out;
+  }
+
+  Tensor unpack_bias(const Tensor& like, const Element* sums, bool input) const {
+    Tensor out = torch::stable::empty_like(like);
+    Element* const to = out.mutable_data_ptr<Element>();
+    const int64_t first = input ? 0 : 4 - Cell::kGates;
+    for_gate_rows(input, [&](int64_t block, int64_t gate, int64_t lane, int64_t row) {
+      to[row] = sums[(block * 4 + first + gate) * lanes_ + lane];
+    });
+    return out;
+  }
+
+  int64_t lanes_;
+  std::vector<Tensor> weights_, held_;
+  std::vector<std::vector<Element>> packed_;
+  std::vector<RecurrentLayer<Element>> layers_;
+};
+
+}  // namespace qfast

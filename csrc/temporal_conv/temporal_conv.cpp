@@ -1,0 +1,182 @@
+// Temporal convolution stack on the CPU: buffers and threads. Schemas: qfast/ops/temporal_conv.py; what is
+// computed: temporal_conv_kernels.h and temporal_conv_kernels_backward.h.
+#include "temporal_conv/temporal_conv.h"
+
+#include <cstring>
+#include <tuple>
+
+#include "cpu_workers.h"
+#include "temporal_conv/temporal_conv_pack.h"
+#include "temporal_conv/temporal_conv_pack_rolling.h"
+
+namespace qfast {
+namespace {
+
+constexpr int64_t kChunks = 16;             // sums of weight gradients, each of a fixed part of the tiles
+constexpr int64_t kChunkBytes = 128 << 20;  // that they may take together
+
+auto forward_kernel(float) { return cpu_kernels().temporal_conv_forward_f32; }
+auto forward_kernel(double) { return cpu_kernels().temporal_conv_forward_f64; }
+auto rolling_kernel(float) { return cpu_kernels().temporal_conv_rolling_f32; }
+auto rolling_kernel(double) { return cpu_kernels().temporal_conv_rolling_f64; }
+auto backward_kernel(float) { return cpu_kernels().temporal_conv_backward_f32; }
+auto backward_kernel(double) { return cpu_kernels().temporal_conv_backward_f64; }
+
+template <class Element>
+Activation<Element> output_view(const Tensor& output, bool all_steps) {
+  const int64_t channels = output.size(output.dim() - 1);
+  Element* const data = output.mutable_data_ptr<Element>();
+  if (!all_steps) return {data, 0, channels, 1};
+  return {data, channels, output.size(1) * channels, 1};
+}
+
+// ---------------------------------------------------------------- forward
+template <class Job, class Element>
+void run_tiles(void (*kernel)(const Job&, int64_t, int64_t, Element*), const Job& job, int64_t tiles,
+               int64_t scratch_elements, const Tensor& like) {
+  const int64_t each = rounded_up(scratch_elements, 16);
+  const Tensor scratch = empty(like, {worker_count(tiles) * each});
+  Element* const space = scratch.mutable_data_ptr<Element>();
+  share(tiles,
+        [&](int64_t worker, int64_t begin, int64_t end) { kernel(job, begin, end, space + worker * each); });
+}
+
+std::tuple<Tensor, Tensor, Tensor> temporal_conv_net_cpu(const Tensor& x, std::vector<Tensor> weights,
+                                                         std::vector<int64_t> dilations, double dropout,
+                                                         std::optional<Tensor> seed, bool all_steps,
+                                                         bool keep) {
+  Tensor output, activations, signs;
+  dispatch_floating(x.scalar_type(), [&](auto zero) {
+    using Element = decltype(zero);
+    Network<Element> network("temporal_conv_net", x, weights, dilations, dropout, seed, all_steps);
+    auto& job = network.job;
+    const int64_t batch = job.batch, kept = keep ? batch : 0, channels = network.tensors.back().channels;
+    output = all_steps ? empty(x, {batch, x.size(1), channels}) : empty(x, {batch, channels});
+    activations = empty(x, {kept * job.row_elements});
+    signs = empty(x, {kept * job.row_signs}, ScalarType::Byte);
+    job.output = output_view<Element>(output, all_steps);
+    if (keep) {
+      job.activations = activations.mutable_data_ptr<Element>();
+      job.signs = signs.mutable_data_ptr<unsigned char>();
+    }
+    if (!keep && !all_steps && !job.dropout.active && RollingNetwork<Element>::applies(network, x)) {
+      RollingNetwork<Element> rolling(network);
+      run_tiles(rolling_kernel(Element{}), rolling.job, rolling.chunks(), rolling.scratch_elements, x);
+    } else {
+      network.prepare_forward(keep);
+      run_tiles(forward_kernel(Element{}), job, network.tiles(), network.scratch_elements, x);
+    }
+  });
+  return {output, activations, signs};
+}
+
+// ---------------------------------------------------------------- backward
+// [tap][feature][channel] summed over the chunks, as [channel, feature, tap].
+template <class Element>
+Tensor weight_gradient(const Tensor& like, const Element* sums, int64_t kernel, int64_t features,
+                       int64_t channels) {
+  Tensor out = empty(like, {channels, features, kernel});
+  Element* const to = out.mutable_data_ptr<Element>();
+  for (int64_t feature = 0; feature < features; ++feature)
+    for (int64_t tap = 0; tap < kernel; ++tap) {
+      const Element* const from = sums + (tap * features + feature) * channels;
+      for (int64_t c = 0; c < channels; ++c) to[(c * features + feature) * kernel + tap] = from[c];
+    }
+  return out;
+}
+
+template <class Element>
+Tensor bias_gradient(const Tensor& like, const Element* sums, int64_t channels) {
+  Tensor out = empty(like, {channels});
+  std::memcpy(out.mutable_data_ptr<Element>(), sums, sizeof(Element) * channels);
+  return out;
+}
+
+template <class Element>
+std::vector<Tensor> weight_gradients(const Network<Element>& network, const Element* sums) {
+  std::vector<Tensor> grads;
+  for (std::size_t i = 0; i < network.tensors.size(); ++i) {
+    const BlockTensors& block = network.tensors[i];
+    const BlockJob<Element>& at = network.job.blocks[i];
+    const Tensor& like = block.first_weight;
+    grads.push_back(weight_gradient(like, sums + at.first_sum, block.kernel, block.features, block.channels));
+    grads.push_back(bias_gradient(like, sums + at.first_bias_sum, block.channels));
+    grads.push_back(
+        weight_gradient(like, sums + at.second_sum, block.kernel, block.channels, block.channels));
+    grads.push_back(bias_gradient(like, sums + at.second_bias_sum, block.channels));
+    if (at.downsample) {
+      grads.push_back(weight_gradient(like, sums + at.beside_sum, 1, block.features, block.channels));
+      grads.push_back(bias_gradient(like, sums + at.beside_bias_sum, block.channels));
+    }
+  }
+  return grads;
+}
+
+// Runs the tiles in a fixed number of chunks, whatever the number of threads, and adds their sums in order.
+template <class Element>
+std::vector<Tensor> run_backward(Network<Element>& network, const Tensor& like) {
+  const int64_t tiles = network.tiles(), elements = rounded_up(network.sum_elements, 16);
+  const int64_t fitting = kChunkBytes / static_cast<int64_t>(sizeof(Element)) / elements;
+  const int64_t chunks = std::max<int64_t>(1, std::min({tiles, kChunks, fitting}));
+  const int64_t each = rounded_up(network.scratch_elements, 16);
+  const Tensor scratch = empty(like, {worker_count(chunks) * each}), sums = empty(like, {chunks * elements});
+  Element* const space = scratch.mutable_data_ptr<Element>();
+  Element* const total = sums.mutable_data_ptr<Element>();
+  const auto kernel = backward_kernel(Element{});
+  share(chunks, [&](int64_t worker, int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      Element* const sum = total + chunk * elements;
+      std::fill(sum, sum + elements, Element(0));
+      kernel(network.job, tiles * chunk / chunks, tiles * (chunk + 1) / chunks, space + worker * each, sum);
+    }
+  });
+  for (int64_t chunk = 1; chunk < chunks; ++chunk)
+    for (int64_t i = 0; i < elements; ++i) total[i] += total[chunk * elements + i];
+  return weight_gradients(network, total);
+}
+
+std::tuple<Tensor, std::vector<Tensor>> temporal_conv_net_backward_cpu(
+    const Tensor& grad, const Tensor& x, std::vector<Tensor> weights, std::vector<int64_t> dilations,
+    double dropout, std::optional<Tensor> seed, bool all_steps, const Tensor& output,
+    const Tensor& activations, const Tensor& signs, bool input_grad) {
+  const char* op = "temporal_conv_net_backward";
+  Tensor grad_x = empty(x, {input_grad ? x.size(0) : 0, x.size(1), x.size(2)});
+  std::vector<Tensor> grads;
+  dispatch_floating(x.scalar_type(), [&](auto zero) {
+    using Element = decltype(zero);
+    Network<Element> network(op, x, weights, dilations, dropout, seed, all_steps);
+    network.prepare_backward(input_grad);
+    auto& job = network.job;
+    const int64_t channels = network.tensors.back().channels;
+    const auto check = [&](const char* name, const Tensor& tensor) {
+      const bool fits = tensor.dim() == (all_steps ? 3 : 2) &&
+                        tensor.numel() / channels == job.batch * (all_steps ? x.size(1) : 1) &&
+                        tensor.scalar_type() == x.scalar_type();
+      QFAST_CHECK(fits, op, ": ", name, ": expected the shape and dtype of the output, got ",
+                  shape_text(tensor), ".");
+    };
+    check("grad", grad);
+    check("output", output);
+    QFAST_CHECK(
+        activations.numel() == job.batch * job.row_elements && signs.numel() == job.batch * job.row_signs, op,
+        ": activations: expected those of a forward pass with keep, got ", shape_text(activations), ".");
+    const Tensor held = torch::stable::contiguous(grad);
+    const auto entering = output_view<Element>(held, all_steps);
+    job.grad = {entering.data, entering.slot_stride, entering.row_stride, 1};
+    job.output = output_view<Element>(output, all_steps);
+    job.activations = activations.mutable_data_ptr<Element>();
+    job.signs = signs.mutable_data_ptr<unsigned char>();
+    if (input_grad) job.grad_x = {grad_x.mutable_data_ptr<Element>(), x.size(2), x.size(1) * x.size(2), 1};
+    grads = run_backward(network, x);
+  });
+  return {grad_x, grads};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(qfast, CPU, m) {
+  m.impl("temporal_conv_net", TORCH_BOX(&temporal_conv_net_cpu));
+  m.impl("temporal_conv_net_backward", TORCH_BOX(&temporal_conv_net_backward_cpu));
+}
+
+}  // namespace qfast

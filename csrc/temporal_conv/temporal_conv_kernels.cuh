@@ -1,0 +1,465 @@
+// Temporal convolution stacks on CUDA, device side; temporal_conv.cu says how the launches follow each other
+// and docs/tcn.md what is computed. Nothing here needs more of CUDA than threads and shared memory.
+//
+// A stack is a list of stages, each of which computes one tensor [slot][row][channel], a slot being a time
+// position of the cone: forward the outputs of both convolutions of a block, backward the gradients of what
+// goes into them. A thread owns 4 rows x 8 channels of one slot, in registers; it walks the taps and the
+// channels of the source, so every sum has one fixed order. 4 rows are what one counter of the dropout
+// serves, 8 channels one byte of signs, so no two threads write into the same byte.
+//
+// For 4 channels of the source a thread loads 4 activations and 8 weights of 16 bytes for 128 multiply-adds
+// (float32). Activations are in shared memory or in L1, weights come through L1: a warp holds 8 groups of
+// channels x 4 of rows, so it loads each weight once and each activation once.
+#pragma once
+
+#include <cstdint>
+
+#include "temporal_conv/temporal_conv_kernels_types.cuh"
+
+namespace qfast {
+namespace {
+
+// ---------------------------------------------------------------- memory
+template <class T>
+struct alignas(16) Quad {
+  T of[4];
+};
+
+// Four elements, zeros from `count` on; `packed`: side by side and aligned to 16 bytes.
+template <class T>
+QFAST_DEVICE_INLINE Quad<T> load_quad(const T* from, int64_t stride, int count, bool packed) {
+  if (packed && count >= 4) return *reinterpret_cast<const Quad<T>*>(from);
+  Quad<T> quad;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) quad.of[j] = j < count ? from[j * stride] : T(0);
+  return quad;
+}
+
+template <class T>
+QFAST_DEVICE_INLINE void store_columns(T* to, const Place<T>& place, int count, const T (&values)[kColumns]) {
+#pragma unroll
+  for (int half = 0; half < kColumns; half += 4) {
+    if (place.packed && count >= half + 4) {
+      Quad<T> quad;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) quad.of[j] = values[half + j];
+      *reinterpret_cast<Quad<T>*>(to + half) = quad;
+      continue;
+    }
+#pragma unroll
+    for (int j = half; j < half + 4; ++j)
+      if (j < count) to[j * place.channel_stride] = values[j];
+  }
+}
+
+// The rows of a block of threads, and its shared memory.
+template <class T>
+struct Tile {
+  T* shared;
+  int64_t first_row, end_row;  // of the batch
+
+  // Element (slot, row, 0).
+  QFAST_DEVICE_INLINE T* at(const Place<T>& place, int64_t slot, int64_t row) const {
+    if (place.shared_at >= 0)
+      return shared + place.shared_at + slot * place.slot_stride + (row - first_row) * place.row_stride;
+    return place.data + slot * place.slot_stride + row * place.row_stride;
+  }
+};
+
+// ---------------------------------------------------------------- one thread's part of a stage
+template <class T>
+struct Part {
+  const Stage<T>& stage;
+  const Dropout& dropout;
+  Tile<T> tile;
+  int64_t batch;
+  int slot, position, column, count;  // `count` of its channels are there
+  int64_t row;                        // a multiple of 4
+  int rows;                           // that are there
+  T sum[kRows][kColumns];
+
+  // Rows beyond the last read that one again; what comes of them is not stored.
+  QFAST_DEVICE_INLINE int64_t row_or_last(int i) const { return row + (i < rows ? i : rows - 1); }
+
+  QFAST_DEVICE_INLINE void add_product(const Product<T>& product) {
+    for (int tap = 0; tap < product.taps; ++tap) {
+      const int64_t back = (product.taps - 1 - tap) * product.dilation;
+      const int64_t at = product.turned ? position + back : position - back;
+      if (at < 0 || at >= product.steps) continue;
+      const int from = product.slots[at];
+      if (from < 0) continue;
+      const T* source[kRows];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) source[i] = tile.at(product.source, from, row_or_last(i));
+      if (product.weight == nullptr) {
+        add_source(product, source);
+      } else {
+        add_tap(product, source,
+                product.weight + static_cast<int64_t>(tap) * product.channels * product.width);
+      }
+    }
+  }
+
+  // sum[i][j] += source[i][column + j]
+  QFAST_DEVICE_INLINE void add_source(const Product<T>& product, const T* const (&source)[kRows]) {
+    const int64_t stride = product.source.channel_stride;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j)
+        if (j < count) sum[i][j] += source[i][(column + j) * stride];
+  }
+
+  // sum[i][j] += source[i][c] * weight[c][column + j], over c
+  QFAST_DEVICE_INLINE void add_tap(const Product<T>& product, const T* const (&source)[kRows],
+                                   const T* weight) {
+    const int64_t stride = product.source.channel_stride;
+    weight += column;
+    int c = 0;
+    if (product.source.packed) {
+      for (; c + 4 <= product.channels; c += 4) {
+        Quad<T> values[kRows];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) values[i] = *reinterpret_cast<const Quad<T>*>(source[i] + c);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const T column_of[kRows] = {values[0].of[k], values[1].of[k], values[2].of[k], values[3].of[k]};
+          add_channel(column_of, weight);
+          weight += product.width;
+        }
+      }
+    }
+    for (; c < product.channels; ++c) {
+      T column_of[kRows];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) column_of[i] = source[i][c * stride];
+      add_channel(column_of, weight);
+      weight += product.width;
+    }
+  }
+
+  QFAST_DEVICE_INLINE void add_channel(const T (&values)[kRows], const T* weight) {
+    const Quad<T> w[2] = {*reinterpret_cast<const Quad<T>*>(weight),
+                          *reinterpret_cast<const Quad<T>*>(weight + 4)};
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) sum[i][j] += values[i] * w[j / 4].of[j % 4];
+  }
+
+  QFAST_DEVICE_INLINE void add_bias(const T* bias) {
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j)
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) sum[i][j] += j < count ? bias[column + j] : T(0);
+  }
+
+  // NaN stays NaN, as in torch.
+  QFAST_DEVICE_INLINE void rectify() {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) sum[i][j] = sum[i][j] <= T(0) ? T(0) : sum[i][j];
+  }
+
+  // Element (b, c, t) of a convolution has word b % 4 of the counter (c, t, convolution, b / 4).
+  QFAST_DEVICE_INLINE void drop() {
+    const uint64_t seed = static_cast<uint64_t>(*dropout.seed);
+    const T scale = static_cast<T>(dropout.scale);
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      const PhiloxWords words =
+          philox(seed, static_cast<uint32_t>(column + j), static_cast<uint32_t>(position),
+                 static_cast<uint32_t>(stage.convolution), static_cast<uint32_t>(row / kRows));
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) sum[i][j] *= words.word[i] >= dropout.threshold ? scale : T(0);
+    }
+  }
+
+  QFAST_DEVICE_INLINE unsigned char* signs_of(int i) const {
+    const int64_t bytes = (stage.columns + kColumns - 1) / kColumns;
+    return stage.signs + (slot * batch + row + i) * bytes + column / kColumns;
+  }
+
+  // A bit is set where the gradient passes: above 0, or NaN.
+  QFAST_DEVICE_INLINE void store_signs() const {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      unsigned bits = 0;
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) bits |= (sum[i][j] <= T(0) ? 0u : 1u) << j;
+      if (i < rows) *signs_of(i) = static_cast<unsigned char>(bits);
+    }
+  }
+
+  // The gradient past a ReLU whose result was kept.
+  QFAST_DEVICE_INLINE void pass(T scale) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const T* const kept = tile.at(stage.kept, slot, row_or_last(i)) + column;
+#pragma unroll
+      for (int half = 0; half < kColumns; half += 4) {
+        const Quad<T> value =
+            load_quad(kept + half, stage.kept.channel_stride, count - half, stage.kept.packed);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sum[i][half + j] = value.of[j] <= T(0) ? T(0) : sum[i][half + j] * scale;
+      }
+    }
+  }
+
+  // And on past the dropout and the ReLU of the second convolution, whose signs were kept.
+  QFAST_DEVICE_INLINE void pass_signs(T scale) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const unsigned bits = *signs_of(i < rows ? i : rows - 1);
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) sum[i][j] = bits >> j & 1u ? sum[i][j] * scale : T(0);
+    }
+  }
+
+  QFAST_DEVICE_INLINE void store(const Place<T>& place) const {
+    if (!place.wanted()) return;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+      if (i < rows)
+        store_columns(tile.at(place, slot, row + i) + column * place.channel_stride, place, count, sum[i]);
+  }
+
+  QFAST_DEVICE_INLINE void run() {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) sum[i][j] = T(0);
+    const T scale = static_cast<T>(dropout.scale);
+#pragma unroll 1
+    for (int phase = 0; phase < 2; ++phase) {  // one copy of the code for both products
+      add_product(phase == 0 ? stage.product : stage.beside);
+      const T* const bias = phase == 0 ? stage.bias : stage.beside_bias;
+      if (bias != nullptr) add_bias(bias);
+      if (phase > 0 || bias == nullptr) continue;
+      rectify();
+      if (dropout.active) drop();
+      if (stage.signs != nullptr) store_signs();
+    }
+    if (stage.kind == Kind::kOutput) rectify();
+    if (stage.kind == Kind::kBetweenGradient) pass(scale);
+    if (stage.kind == Kind::kOutputGradient) pass(T(1));
+    store(stage.near);
+    store(stage.far);
+    if (stage.kind == Kind::kOutputGradient) {
+      pass_signs(scale);
+      store(stage.second_near);
+      store(stage.second_far);
+    }
+  }
+};
+
+// A block of threads owns `parts`-th of a tile of rows. With several stages in one launch it owns the whole
+// tile and takes them one after another; what one leaves for the next lies in its shared memory.
+template <class T>
+__global__ void __launch_bounds__(kThreads) stages_kernel(Stages<T> run) {
+  extern __shared__ double shared_memory[];
+  for (int64_t task = blockIdx.x; task < run.tiles * run.parts; task += gridDim.x) {
+    const int64_t first_row = task / run.parts * run.tile_rows;
+    const int64_t left = run.batch - first_row;
+    const int64_t rows = left < run.tile_rows ? left : run.tile_rows;
+    const Tile<T> tile{reinterpret_cast<T*>(shared_memory), first_row, first_row + rows};
+    for (int s = 0; s < run.count; ++s) {
+      const Stage<T>& stage = run.stages[s];
+      const int groups = (stage.columns + kColumns - 1) / kColumns;
+      const int panel = groups < kPanel ? groups : kPanel, panels = (groups + panel - 1) / panel;
+      const int64_t row_groups = (rows + kRows - 1) / kRows;
+      const int64_t items = stage.slots * panels * row_groups * panel;
+      for (int64_t item = task % run.parts * blockDim.x + threadIdx.x; item < items;
+           item += run.parts * blockDim.x) {
+        const int group = static_cast<int>(item / panel / row_groups % panels * panel + item % panel);
+        if (group >= groups) continue;
+        const int slot = static_cast<int>(item / panel / row_groups / panels);
+        const int column = group * kColumns;
+        const int64_t row = first_row + item / panel % row_groups * kRows, there = tile.end_row - row;
+        Part<T> part{stage,  run.dropout,
+                     tile,   run.batch,
+                     slot,   stage.positions[slot],
+                     column, stage.columns - column < kColumns ? stage.columns - column : kColumns,
+                     row,    there < kRows ? static_cast<int>(there) : kRows,
+                     {}};
+        part.run();
+      }
+      __syncthreads();
+    }
+  }
+}
+
+// ---------------------------------------------------------------- gradients of weights
+// A thread owns 8 x 8 elements of one tap's weight and sums them over a part of the (slot, row) pairs in
+// which that tap read the window: 4 loads of 16 bytes for 64 multiply-adds, as many as L1 delivers in the
+// time. The parts are added by sum_parts_kernel, in order and in float64.
+
+// Two quads of `all` elements: number `group`, and the one half of all quads further on, so that threads side
+// by side read side by side. An absent second one reads the first again, for nothing.
+struct TwoQuads {
+  int begin[2], count[2];
+  QFAST_DEVICE_INLINE TwoQuads(int group, int groups, int all) {
+    begin[0] = group * 4;
+    begin[1] = (group + groups) * 4;
+    count[0] = all - begin[0];
+    count[1] = all - begin[1];
+    if (count[1] <= 0) begin[1] = begin[0];
+  }
+  QFAST_DEVICE_INLINE bool whole() const { return count[0] >= 4 && (count[1] >= 4 || count[1] <= 0); }
+};
+
+// One operand of a part's rows: quad q of a row begins at of[q], and at the next row `step` bytes further on.
+template <class T>
+struct GradientOperand {
+  const char* of[2];
+  int64_t step, stride;  // stride: elements between channels
+  bool packed;
+
+  QFAST_DEVICE_INLINE GradientOperand(const Place<T>& place, int64_t slot, int64_t row, const TwoQuads& quads)
+      : step(place.row_stride * static_cast<int64_t>(sizeof(T))),
+        stride(place.channel_stride),
+        packed(place.packed) {
+    const T* const begin = place.data + slot * place.slot_stride + row * place.row_stride;
+#pragma unroll
+    for (int q = 0; q < 2; ++q) of[q] = reinterpret_cast<const char*>(begin + quads.begin[q] * stride);
+  }
+
+  // kWhole: it lies on 16 bytes. Goes on to the next row.
+  template <bool kWhole>
+  QFAST_DEVICE_INLINE Quad<T> next(int q, const TwoQuads& quads) {
+    const T* const from = reinterpret_cast<const T*>(of[q]);
+    of[q] += step;
+    if constexpr (kWhole) return *reinterpret_cast<const Quad<T>*>(from);
+    return load_quad(from, stride, quads.count[q], packed);
+  }
+};
+
+// kWhole: nothing but loads, multiply-adds and four pointers is in the loop.
+template <bool kWhole, bool kBias, class T>
+QFAST_DEVICE_INLINE void add_rows(GradientOperand<T> source, const TwoQuads& channels,
+                                  GradientOperand<T> grad, const TwoQuads& columns, int rows, T (&sum)[8][8],
+                                  T (&bias)[8]) {
+#pragma unroll(kWhole && !kBias ? 2 : 1)
+  for (; rows > 0; --rows) {
+    Quad<T> values[2], grads[2];
+#pragma unroll
+    for (int q = 0; q < 2; ++q) values[q] = source.template next<kWhole>(q, channels);
+#pragma unroll
+    for (int q = 0; q < 2; ++q) grads[q] = grad.template next<kWhole>(q, columns);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const T of = grads[j / 4].of[j % 4];
+#pragma unroll
+      for (int k = 0; k < 8; ++k) sum[k][j] += values[k / 4].of[k % 4] * of;
+      if constexpr (kBias) bias[j] += of;
+    }
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
+    weight_gradient_kernel(WeightGradients<T> run) {
+  for (int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; at < run.threads;
+       at += int64_t{gridDim.x} * blockDim.x) {
+    int number = run.count - 1;
+    while (run.jobs[number].first_thread > at) --number;
+    const WeightGradient<T>& job = run.jobs[number];
+    const int64_t item = (at - job.first_thread) % job.items, part = (at - job.first_thread) / job.items;
+    const int column_groups = gradient_groups(job.columns), channel_groups = gradient_groups(job.channels);
+    const int64_t rest = item / column_groups;
+    const TwoQuads columns(static_cast<int>(item % column_groups), column_groups, job.columns);
+    const TwoQuads channels(static_cast<int>(rest % channel_groups), channel_groups, job.channels);
+    const int tap = static_cast<int>(rest / channel_groups);
+    const bool with_bias = rest % channel_groups == 0 && tap == job.taps - 1;  // which reads for every output
+    const bool whole = job.source.packed && job.grad.packed && channels.whole() && columns.whole();
+    // As one in a warp, so that it walks the rows once.
+    const unsigned lanes = __activemask();
+    const bool all_whole = __all_sync(lanes, whole), any_bias = __any_sync(lanes, with_bias);
+    T sum[8][8] = {}, bias[8] = {};
+
+    const int64_t back = (job.taps - 1 - tap) * job.dilation;
+    int first_slot = 0;  // the first output whose tap is inside the window; positions ascend
+    while (first_slot < job.slots && job.positions[first_slot] < back) ++first_slot;
+    const int64_t pairs = (job.slots - first_slot) * run.batch;
+    const int64_t end = (part + 1) * run.steps < pairs ? (part + 1) * run.steps : pairs;
+    for (int64_t pair = part * run.steps; pair < end;) {
+      const int slot = first_slot + static_cast<int>(pair / run.batch);
+      const int64_t row = pair % run.batch;
+      constexpr int64_t kMost = 1 << 30;
+      const int rows = static_cast<int>(min(min(run.batch - row, end - pair), kMost));
+      const GradientOperand<T> source(job.source, job.source_slots[job.positions[slot] - back], row,
+                                      channels);
+      const GradientOperand<T> grad(job.grad, slot, row, columns);
+      if (!all_whole) {
+        add_rows<false, true>(source, channels, grad, columns, rows, sum, bias);
+      } else if (any_bias) {
+        add_rows<true, true>(source, channels, grad, columns, rows, sum, bias);
+      } else {
+        add_rows<true, false>(source, channels, grad, columns, rows, sum, bias);
+      }
+      pair += rows;
+    }
+
+    T* const to = run.sums + job.sums_at + part * job.elements;
+    const int64_t weights = static_cast<int64_t>(job.taps) * job.channels * job.columns;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      if (j % 4 >= columns.count[j / 4]) continue;
+      const int column = columns.begin[j / 4] + j % 4;
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        if (k % 4 >= channels.count[k / 4]) continue;
+        const int64_t tap_row = static_cast<int64_t>(tap) * job.channels + channels.begin[k / 4] + k % 4;
+        to[tap_row * job.columns + column] = sum[k][j];
+      }
+      if (with_bias) to[weights + column] = bias[j];
+    }
+  }
+}
+
+// One thread an element: [tap][channel][column], then bias, of all parts, as torch lays them out.
+template <class T>
+__global__ void __launch_bounds__(kThreads) sum_parts_kernel(WeightGradients<T> run) {
+  for (int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; at < run.elements;
+       at += int64_t{gridDim.x} * blockDim.x) {
+    int number = run.count - 1;
+    while (run.jobs[number].first_element > at) --number;
+    const WeightGradient<T>& job = run.jobs[number];
+    const int64_t element = at - job.first_element;
+    const T* from = run.sums + job.sums_at + element;
+    double sum = 0;
+    for (int64_t part = 0; part < job.parts; ++part) sum += static_cast<double>(from[part * job.elements]);
+    const int64_t column = element % job.columns, tap_row = element / job.columns;
+    const int64_t channel = tap_row % job.channels, tap = tap_row / job.channels;
+    if (tap == job.taps) {
+      job.of_bias[column] = static_cast<T>(sum);
+    } else {
+      job.of_weight[(column * job.channels + channel) * job.taps + tap] = static_cast<T>(sum);
+    }
+  }
+}
+
+// ---------------------------------------------------------------- weights and tables
+// As [tap][row][width], zeros beyond the last column.
+template <class T>
+__global__ void __launch_bounds__(kThreads) pack_kernel(const Packing<T>* jobs, int count) {
+  for (int number = 0; number < count; ++number) {
+    const Packing<T>& job = jobs[number];
+    const int64_t elements = static_cast<int64_t>(job.taps) * job.rows * job.width;
+    for (int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; at < elements;
+         at += int64_t{gridDim.x} * blockDim.x) {
+      const int64_t column = at % job.width, row = at / job.width % job.rows, tap = at / job.width / job.rows;
+      const T* const from = job.from + row * job.row_stride + tap;
+      job.to[at] = column < job.columns ? from[column * job.column_stride] : T(0);
+    }
+  }
+}
+
+// Tables come with the launch itself: no copy from the host, so nothing waits and a CUDA graph can hold them.
+__global__ void __launch_bounds__(kThreads) write_kernel(Words words, uint32_t* to, int count) {
+  for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = words.word[i];
+}
+
+}  // namespace
+}  // namespace qfast

@@ -1,0 +1,348 @@
+// What the kernels of a temporal convolution stack are given: checked weights, the cone, packed panels and
+// where everything lies. Host only.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <initializer_list>
+#include <numeric>
+#include <optional>
+#include <vector>
+
+#include "common.h"
+#include "cpu_dispatch.h"
+#include "dropout_checks.h"
+#include "temporal_conv/temporal_conv.h"
+
+namespace qfast {
+
+constexpr int64_t kRowGroup = 4;   // rows that share a counter of the dropout
+constexpr int64_t kRowsStep = 12;  // tiles of rows: a multiple of this fills the registers
+constexpr int64_t kMostRows = 48;
+constexpr int64_t kTileBytes = 384 << 10;  // activations of a block of a tile: well within a 1 MB cache
+constexpr int64_t kFewestTiles = 8;        // as far as there are rows: something for each of several threads
+
+// The tensors of one block, and its sizes.
+struct BlockTensors {
+  Tensor first_weight, first_bias, second_weight, second_bias;
+  std::optional<Tensor> beside_weight, beside_bias;
+  int64_t features, channels, kernel;
+
+  int64_t first_elements() const { return kernel * features * channels; }
+  int64_t second_elements() const { return kernel * channels * channels; }
+};
+
+inline void check_weight(const char* op, const char* name, int64_t block, const Tensor& tensor,
+                         const Tensor& x, std::initializer_list<int64_t> shape) {
+  check_same_device(op, name, tensor, x, "x");
+  bool same = tensor.scalar_type() == x.scalar_type() && tensor.dim() == static_cast<int64_t>(shape.size());
+  int64_t axis = 0;
+  for (const int64_t size : shape) same = same && tensor.size(axis++) == size;
+  QFAST_CHECK(same, op, ": ", name, " of block ", block, ": expected another shape or the dtype of x, got ",
+              shape_text(tensor), ".");
+}
+
+// Cuts the list of weights into blocks: 4 tensors, or 6 where the width changes.
+inline std::vector<BlockTensors> cut_blocks(const char* op, const Tensor& x,
+                                            const std::vector<Tensor>& weights,
+                                            const std::vector<int64_t>& dilations) {
+  check_floating(op, "x", x);
+  check_dims(op, "x", x, 3, "[B, T, F]");
+  QFAST_CHECK(x.size(1) > 0 && x.size(2) > 0, op, ": x: expected at least one step and one feature, got ",
+              shape_text(x), ".");
+  std::vector<BlockTensors> blocks;
+  int64_t features = x.size(2);
+  std::size_t at = 0;
+  const auto next = [&] {
+    QFAST_CHECK(at < weights.size(), op, ": weights: expected 4 or 6 tensors a block, got ", weights.size(),
+                ".");
+    return torch::stable::contiguous(weights[at++]);
+  };
+  while (at < weights.size()) {
+    const int64_t number = static_cast<int64_t>(blocks.size());
+    BlockTensors block{next(), next(), next(), next(), {}, {}, features, 0, 0};
+    check_dims(op, "weight", block.first_weight, 3, "[C, F, k]");
+    const int64_t channels = block.channels = block.first_weight.size(0);
+    const int64_t kernel = block.kernel = block.first_weight.size(2);
+    QFAST_CHECK(channels > 0 && kernel > 0, op, ": weight: expected no empty axis, got ",
+                shape_text(block.first_weight), ".");
+    check_weight(op, "first weight", number, block.first_weight, x, {channels, features, kernel});
+    check_weight(op, "first bias", number, block.first_bias, x, {channels});
+    check_weight(op, "second weight", number, block.second_weight, x, {channels, channels, kernel});
+    check_weight(op, "second bias", number, block.second_bias, x, {channels});
+    if (features != channels) {
+      block.beside_weight = next();
+      block.beside_bias = next();
+      check_weight(op, "1x1 weight", number, *block.beside_weight, x, {channels, features, 1});
+      check_weight(op, "1x1 bias", number, *block.beside_bias, x, {channels});
+    }
+    features = channels;
+    blocks.push_back(std::move(block));
+  }
+  QFAST_CHECK(!blocks.empty() && blocks.size() == dilations.size(), op,
+              ": dilations: expected one for each of ", blocks.size(), " blocks, got ", dilations.size(),
+              ".");
+  for (const int64_t dilation : dilations)
+    QFAST_CHECK(dilation > 0 && dilation <= INT32_MAX, op, ": dilations: expected 1 to 2^31 - 1, got ",
+                dilation, ".");
+  QFAST_CHECK(x.size(1) <= INT32_MAX, op, ": x: expected fewer than 2^31 steps, got ", shape_text(x), ".");
+  return blocks;
+}
+
+// Everything but the buffers of a call.
+template <class Element>
+class Network {
+ public:
+  Network(const char* op, const Tensor& x, const std::vector<Tensor>& weights,
+          const std::vector<int64_t>& dilations, double dropout, const std::optional<Tensor>& seed,
+          bool all_steps)
+      : tensors(cut_blocks(op, x, weights, dilations)) {
+    std::vector<int64_t> kernels;
+    for (const BlockTensors& block : tensors) kernels.push_back(block.kernel);
+    plans = plan_blocks(x.size(1), kernels, dilations, all_steps);
+    job.batch = x.size(0);
+    job.x = {x.const_data_ptr<Element>(), x.stride(1), x.stride(0), x.stride(2)};
+    job.dropout = dropout_rule(op, dropout, seed);
+    for (std::size_t i = 0; i < tensors.size(); ++i) add_block(i);
+    job.tile_rows = tile_rows();
+    for (BlockJob<Element>& block : blocks_) {
+      block.first_runs = runs(block.first, nullptr, every_slot(block.first.slots));
+      block.second_runs = runs(block.second, block.beside, every_slot(block.second.slots));
+      block.first_read_by_runs = runs(block.first_read_by, block.beside_of, every_slot(block.input_slots));
+      block.second_read_by_runs = runs(block.second_read_by, nullptr, every_slot(block.first.slots));
+    }
+    job.blocks_count = static_cast<int64_t>(blocks_.size());
+    job.blocks = blocks_.data();
+  }
+  Network(const Network&) = delete;
+
+  // Packs what the forward reads; without `keep` the activations of a tile share two places.
+  void prepare_forward(bool keep) {
+    int64_t between = 0, widest_panel = 0;
+    if (!keep)
+      for (const BlockJob<Element>& block : blocks_)
+        between = std::max(between, block.first.slots * block.channels);
+    int64_t output = 0;
+    for (std::size_t i = 0; i < blocks_.size(); ++i) {
+      BlockJob<Element>& block = blocks_[i];
+      const BlockTensors& given = tensors[i];
+      block.first_weight = packed(given.first_weight, block.panels);
+      block.second_weight = packed(given.second_weight, block.panels);
+      block.first_bias = padded(given.first_bias, block.panels);
+      block.second_bias = padded(given.second_bias, block.panels);
+      if (block.downsample) {
+        block.beside_weight = packed(*given.beside_weight, block.panels);
+        block.beside_bias = padded(*given.beside_bias, block.panels);
+      }
+      widest_panel = std::max(widest_panel, block.panels.width);
+      if (!keep && i + 1 < blocks_.size()) output = std::max(output, block.second.slots * block.channels);
+    }
+    if (!keep) {
+      for (std::size_t i = 0; i < blocks_.size(); ++i) {
+        blocks_[i].between_at = 0;
+        blocks_[i].output_at = between + (i % 2 ? output : 0);
+      }
+    }
+    job.slot_elements = rounded_up(2 * std::max(job.tile_rows, kMostRows) * widest_panel, kPanelPadding);
+    scratch_elements = job.slot_elements + (keep ? 0 : (between + 2 * output) * job.tile_rows);
+  }
+
+  void prepare_backward(bool input_grad) {
+    job.widest_elements = 0;
+    for (std::size_t i = 0; i < blocks_.size(); ++i) {
+      BlockJob<Element>& block = blocks_[i];
+      const BlockTensors& given = tensors[i];
+      block.second_turned = turned(given.second_weight, block.panels);
+      if (i > 0 || input_grad) {
+        block.first_turned = turned(given.first_weight, block.input_panels);
+        if (block.downsample) block.beside_turned = turned(*given.beside_weight, block.input_panels);
+      }
+      const int64_t inputs = i > 0 ? block.input_slots * block.features : 0;
+      job.widest_elements = std::max({job.widest_elements, inputs, block.first.slots * block.channels,
+                                      block.second.slots * block.channels});
+    }
+    scratch_elements = 4 * (job.widest_elements * job.tile_rows + kPanelPadding);
+  }
+
+  int64_t tiles() const { return job.batch == 0 ? 0 : (job.batch + job.tile_rows - 1) / job.tile_rows; }
+
+  // Tables for a job, kept as long as the network.
+  const int32_t* hold(std::vector<int32_t> numbers) {
+    numbers_.push_back(std::move(numbers));
+    return numbers_.back().data();
+  }
+  const Tap* hold(std::vector<Tap> taps) {
+    taps_.push_back(std::move(taps));
+    return taps_.back().data();
+  }
+  RunList hold(std::vector<Run> runs) {
+    runs_.push_back(std::move(runs));
+    return {runs_.back().data(), static_cast<int64_t>(runs_.back().size())};
+  }
+
+  // These slots (ascending) as runs of at most as many rows as a full tile has. `beside`, if not null, gives
+  // another slot that is read, or -1.
+  RunList runs(const TapTable& table, const int32_t* beside, const std::vector<int32_t>& slots) {
+    const int64_t longest = std::max<int64_t>(1, kMostRows / job.tile_rows);
+    std::vector<Run> found;
+    for (const int32_t slot : slots) {
+      if (!found.empty() && found.back().length < longest &&
+          found.back().slot + found.back().length == slot && follows(table, beside, slot)) {
+        ++found.back().length;
+      } else {
+        found.push_back({slot, 1});
+      }
+    }
+    return hold(std::move(found));
+  }
+
+  std::vector<BlockJob<Element>>& blocks() { return blocks_; }
+
+  std::vector<BlockTensors> tensors;
+  std::vector<BlockPlan> plans;
+  NetworkJob<Element> job{};
+  int64_t scratch_elements = 0;  // of one worker
+  int64_t sum_elements = 0;      // gradients of all weights
+
+ private:
+  static Panels panels_of(int64_t columns) {
+    const int64_t bytes = cpu_kernels().vector_bytes, lanes = bytes / static_cast<int64_t>(sizeof(Element));
+    const int64_t most = bytes == 64 ? 4 : 2;
+    const int64_t count = (columns + most * lanes - 1) / (most * lanes);
+    return {columns, rounded_up((columns + count - 1) / count, lanes), count};
+  }
+
+  // Whether `slot` reads one slot further than the slot before it, by the same taps.
+  static bool follows(const TapTable& table, const int32_t* beside, int32_t slot) {
+    const int32_t before = table.begin[slot - 1], begin = table.begin[slot],
+                  count = table.begin[slot + 1] - begin;
+    if (begin - before != count) return false;
+    for (int32_t t = 0; t < count; ++t) {
+      const Tap &now = table.taps[begin + t], &earlier = table.taps[before + t];
+      if (now.tap != earlier.tap || now.slot != earlier.slot + 1) return false;
+    }
+    if (beside == nullptr) return true;
+    return beside[slot] < 0 ? beside[slot - 1] < 0
+                            : beside[slot] == beside[slot - 1] + 1 && beside[slot - 1] >= 0;
+  }
+
+  static std::vector<int32_t> every_slot(int64_t count) {
+    std::vector<int32_t> slots(count);
+    std::iota(slots.begin(), slots.end(), 0);
+    return slots;
+  }
+
+  static TapTable table(const TapLists& lists) {
+    return {lists.begin.data(), lists.taps.data(), lists.slots()};
+  }
+
+  void add_block(std::size_t i) {
+    const BlockPlan& plan = plans[i];
+    const BlockTensors& given = tensors[i];
+    BlockJob<Element> block{};
+    block.features = given.features;
+    block.channels = given.channels;
+    block.kernel = given.kernel;
+    block.dilation = plan.dilation;
+    block.downsample = given.beside_weight.has_value();
+    block.between_positions = plan.between.data();
+    block.output_positions = plan.output.data();
+    block.first = table(plan.first.reads);
+    block.second = table(plan.second.reads);
+    block.first_read_by = table(plan.first.read_by);
+    block.second_read_by = table(plan.second.read_by);
+    std::vector<int32_t> beside_begin{0};
+    std::vector<Tap> beside_taps;
+    for (const int32_t slot : plan.beside) {
+      beside_taps.push_back({0, slot});
+      beside_begin.push_back(static_cast<int32_t>(beside_taps.size()));
+    }
+    block.beside_reads = {hold(std::move(beside_begin)), hold(std::move(beside_taps)), block.second.slots};
+    block.beside = plan.beside.data();
+    block.beside_of = plan.beside_of.data();
+    block.input_slots = static_cast<int64_t>(plan.input.size());
+    block.panels = panels_of(given.channels);
+    block.input_panels = panels_of(given.features);
+    block.between_at = job.row_elements;
+    job.row_elements += block.first.slots * given.channels;
+    block.output_at = job.row_elements;
+    if (i + 1 < tensors.size()) job.row_elements += block.second.slots * given.channels;
+    block.signs_at = job.row_signs;
+    job.row_signs += block.second.slots * ((given.channels + 7) / 8);
+    const auto sum = [&](int64_t elements) {
+      const int64_t place = sum_elements;
+      sum_elements += elements;
+      return place;
+    };
+    block.first_sum = sum(given.first_elements());
+    block.first_bias_sum = sum(given.channels);
+    block.second_sum = sum(given.second_elements());
+    block.second_bias_sum = sum(given.channels);
+    block.beside_sum = sum(block.downsample ? given.features * given.channels : 0);
+    block.beside_bias_sum = sum(block.downsample ? given.channels : 0);
+    blocks_.push_back(block);
+  }
+
+  // A function of the shapes alone, as the sums of the gradients depend on it.
+  int64_t tile_rows() const {
+    int64_t widest = 1;
+    for (const BlockJob<Element>& block : blocks_)
+      widest = std::max(widest, (block.first.slots + block.second.slots) * block.channels);
+    const int64_t fitting =
+        kTileBytes / static_cast<int64_t>(sizeof(Element)) / widest / kRowsStep * kRowsStep;
+    const int64_t shared = rounded_up((job.batch + kFewestTiles - 1) / kFewestTiles, kRowsStep);
+    return std::min({std::clamp(fitting, kRowsStep, kMostRows), std::max(shared, kRowsStep),
+                     std::max(rounded_up(job.batch, kRowGroup), kRowGroup)});
+  }
+
+  Element* space(int64_t elements) {
+    const int64_t shape[] = {elements};
+    held_.push_back(torch::stable::new_empty(tensors[0].first_weight, {shape, 1}));
+    return held_.back().template mutable_data_ptr<Element>();
+  }
+
+  // [columns, rows, taps] as [panel][tap][row][width].
+  const Element* packed(const Tensor& weight, const Panels& panels) {
+    return laid_out(weight, panels, weight.size(1), weight.size(1) * weight.size(2), weight.size(2));
+  }
+
+  // [rows, columns, taps] as [panel][tap][row][width].
+  const Element* turned(const Tensor& weight, const Panels& panels) {
+    return laid_out(weight, panels, weight.size(0), weight.size(2), weight.size(1) * weight.size(2));
+  }
+
+  const Element* laid_out(const Tensor& weight, const Panels& panels, int64_t rows, int64_t column_stride,
+                          int64_t row_stride) {
+    const int64_t taps = weight.size(2), width = panels.width;
+    Element* const out = space(panels.count * taps * rows * width);
+    const Element* const from = weight.const_data_ptr<Element>();
+    for (int64_t p = 0; p < panels.count; ++p) {
+      const int64_t columns = std::min(width, panels.columns - p * width);
+      for (int64_t row = 0; row < rows; ++row) {
+        const Element* const source = from + p * width * column_stride + row * row_stride;
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          Element* const to = out + ((p * taps + tap) * rows + row) * width;
+          for (int64_t j = 0; j < columns; ++j) to[j] = source[j * column_stride + tap];
+          std::fill(to + columns, to + width, Element(0));
+        }
+      }
+    }
+    return out;
+  }
+
+  const Element* padded(const Tensor& bias, const Panels& panels) {
+    Element* const out = space(panels.count * panels.width);
+    const Element* const from = bias.const_data_ptr<Element>();
+    std::copy(from, from + panels.columns, out);
+    std::fill(out + panels.columns, out + panels.count * panels.width, Element(0));
+    return out;
+  }
+
+  std::vector<BlockJob<Element>> blocks_;
+  std::vector<std::vector<int32_t>> numbers_;
+  std::vector<std::vector<Tap>> taps_;
+  std::vector<std::vector<Run>> runs_;
+  std::vector<Tensor> held_;
+};
+
+}  // namespace qfast

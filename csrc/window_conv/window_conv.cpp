@@ -1,0 +1,147 @@
+// The convolution over a window's steps on the CPU: buffers and threads. Schemas: qfast/ops/window_conv.py;
+// what is computed: window_conv_kernels.h.
+#include "window_conv/window_conv.h"
+
+#include <tuple>
+
+#include "panel_store.h"
+
+namespace qfast {
+namespace {
+
+constexpr int64_t kTileRows = 240;
+
+auto forward_kernel(float) { return cpu_kernels().window_conv_f32; }
+auto forward_kernel(double) { return cpu_kernels().window_conv_f64; }
+auto backward_kernel(float) { return cpu_kernels().window_conv_backward_f32; }
+auto backward_kernel(double) { return cpu_kernels().window_conv_backward_f64; }
+
+void check_window_conv(const char* op, const Tensor& x, const Tensor& weight) {
+  check_floating(op, "x", x);
+  check_dims(op, "x", x, 3, "[B, T, D]");
+  check_dims(op, "weight", weight, 3, "[O, D, K]");
+  QFAST_CHECK(weight.size(2) % 2 == 1, op, ": weight: expected an odd number of taps, got ", weight.size(2),
+              ".");
+  QFAST_CHECK(x.size(2) > 0 && weight.size(0) > 0, op,
+              ": expected at least one feature and one channel, got ", shape_text(x), " and ",
+              shape_text(weight), ".");
+  check_shaped(op, "weight", weight, x, {weight.size(0), x.size(2), weight.size(2)});
+}
+
+// weight [O, D, K] as [K, padded `rows`, columns], where rows and columns are D and O, or O and D with the
+// taps from last to first.
+template <class Element>
+Tensor by_taps(const Tensor& weight, bool turned) {
+  const Tensor held = torch::stable::contiguous(weight);
+  const int64_t O = held.size(0), D = held.size(1), K = held.size(2), rows = turned ? O : D,
+                columns = turned ? D : O, padded = PanelStore<Element>::cut(rows).padded();
+  const Tensor out = empty(held, {K * padded, columns});
+  Element* const to = out.mutable_data_ptr<Element>();
+  std::fill(to, to + K * padded * columns, Element(0));
+  const Element* const from = held.const_data_ptr<Element>();
+  for (int64_t o = 0; o < O; ++o)
+    for (int64_t d = 0; d < D; ++d)
+      for (int64_t k = 0; k < K; ++k) {
+        const int64_t row = turned ? (K - 1 - k) * padded + o : k * padded + d;
+        to[row * columns + (turned ? d : o)] = from[(o * D + d) * K + k];
+      }
+  return out;
+}
+
+template <class Element>
+WindowConvJob<Element> job_of(const Tensor& x, const Tensor& weight) {
+  WindowConvJob<Element> job{};
+  job.batch = x.size(0), job.steps = x.size(1), job.in = x.size(2);
+  job.out = weight.size(0), job.taps = weight.size(2);
+  job.padded_in = PanelStore<Element>::cut(job.in).padded();
+  job.padded_out = PanelStore<Element>::cut(job.out).padded();
+  job.tile_windows = std::max<int64_t>(1, kTileRows / std::max<int64_t>(job.steps, 1));
+  job.x = x.const_data_ptr<Element>();
+  job.x_window = x.stride(0), job.x_step = x.stride(1), job.x_column = x.stride(2);
+  return job;
+}
+
+template <class Element>
+int64_t tiles_of(const WindowConvJob<Element>& job) {
+  return job.steps == 0 ? 0 : (job.batch + job.tile_windows - 1) / job.tile_windows;
+}
+
+template <class Element>
+int64_t scratch_of(const WindowConvJob<Element>& job, bool backward) {
+  Carving<Element> space{nullptr};
+  WindowConvTile<Element>::carve(job, backward, space);
+  return space.used;
+}
+
+Tensor window_conv_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  const char* const op = "window_conv";
+  check_window_conv(op, x, weight);
+  const int64_t out = weight.size(0);
+  check_shaped(op, "bias", bias, x, {out});
+  const Tensor output = empty(x, {x.size(0), x.size(1), out}), held = torch::stable::contiguous(bias);
+  dispatch_floating(x.scalar_type(), [&](auto zero) {
+    using Element = decltype(zero);
+    PanelStore<Element> store(x);
+    auto job = job_of<Element>(x, weight);
+    job.weight = store.turned(by_taps<Element>(weight, false), 0, job.taps * job.padded_in);
+    job.bias = store.vector(held.const_data_ptr<Element>(), out);
+    job.output = output.mutable_data_ptr<Element>();
+    const auto kernel = forward_kernel(Element{});
+    run_tiles<Element>(
+        x, tiles_of(job), scratch_of(job, false),
+        [&](int64_t begin, int64_t end, Element* scratch) { kernel(job, begin, end, scratch); });
+  });
+  return output;
+}
+
+// [O, D, K] out of the sums [K][padded D][padded O].
+template <class Element>
+Tensor weight_gradient(const Tensor& like, const WindowConvJob<Element>& job, const Element* sums) {
+  const Tensor out = empty(like, {job.out, job.in, job.taps});
+  Element* const to = out.mutable_data_ptr<Element>();
+  for (int64_t o = 0; o < job.out; ++o)
+    for (int64_t d = 0; d < job.in; ++d)
+      for (int64_t k = 0; k < job.taps; ++k)
+        to[(o * job.in + d) * job.taps + k] = sums[(k * job.padded_in + d) * job.padded_out + o];
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> window_conv_backward_cpu(const Tensor& grad, const Tensor& x,
+                                                            const Tensor& weight, bool input_grad) {
+  const char* const op = "window_conv_backward";
+  check_window_conv(op, x, weight);
+  check_shaped(op, "grad", grad, x, {x.size(0), x.size(1), weight.size(0)});
+  const Tensor grad_x = empty(x, {input_grad ? x.size(0) : 0, x.size(1), x.size(2)});
+  const Tensor entering = torch::stable::contiguous(grad);
+  std::optional<std::tuple<Tensor, Tensor, Tensor>> gradients;
+  dispatch_floating(x.scalar_type(), [&](auto zero) {
+    using Element = decltype(zero);
+    PanelStore<Element> store(x);
+    auto job = job_of<Element>(x, weight);
+    job.weight_turned = store.turned(by_taps<Element>(weight, true), 0, job.taps * job.padded_out);
+    job.grad = entering.const_data_ptr<Element>();
+    if (input_grad) job.grad_x = grad_x.mutable_data_ptr<Element>();
+    using Sums = WindowConvSums<Element>;
+    Carving<Element> counted{nullptr};
+    Sums::carve(job, counted);
+    const auto kernel = backward_kernel(Element{});
+    const Tensor total =
+        sum_in_parts<Element>(x, tiles_of(job), scratch_of(job, true), counted.used,
+                              [&](int64_t begin, int64_t end, Element* scratch, Element* sums) {
+                                kernel(job, begin, end, scratch, sums);
+                              });
+    Carving<Element> space{total.mutable_data_ptr<Element>()};
+    const Sums sums = Sums::carve(job, space);
+    gradients = {grad_x, weight_gradient(x, job, sums.weight), taken_vector<Element>(x, sums.bias, job.out)};
+  });
+  return *gradients;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(qfast, CPU, m) {
+  m.impl("window_conv", TORCH_BOX(&window_conv_cpu));
+  m.impl("window_conv_backward", TORCH_BOX(&window_conv_backward_cpu));
+}
+
+}  // namespace qfast
