@@ -15,7 +15,7 @@ import torch
 from compare import compare
 from torch import nn
 
-from qfast.optim import ClippedAdam
+from qfast.training.optim import ClippedAdam
 
 # The TCN of 5 x 128 channels has some 845,000 parameters in 40 tensors, the LSTM of hidden size 64 some 55,000 in 10.
 NETWORKS = {

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 from qfast import _backend, ops
 from qfast.data import TSDatasetH
-from qfast.losses import masked_mse
 from qfast.models import ts
 from qfast.nn import TCNModel
-from qfast.optim import ClippedAdam
 from qfast.precision import NAMES
+from qfast.training.losses import masked_mse
+from qfast.training.optim import ClippedAdam
 
 PARTS = ("gather", "attention", "ways", "recurrent", "tcn", "encoder", "adam", "step", "scaling", "epoch")
 WARM_UP, REPEATS = 5, 30

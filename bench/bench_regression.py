@@ -21,7 +21,7 @@ from torch import nn
 
 import qfast.nn
 from qfast import ops
-from qfast.optim import ClippedAdam
+from qfast.training.optim import ClippedAdam
 
 STEPS, FEATURES, STOCKS, WIDTH = 20, 20, 800, 64
 MODELS = {

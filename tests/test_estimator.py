@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 import torch
 
-from qfast.callbacks import Callback
 from qfast.data import DatasetH, TSDatasetH
 from qfast.errors import BackendError, CheckpointError, ConfigError, DataError, NotFittedError, QfastError
 from qfast.models import GRU, LSTM, ts
+from qfast.training.callbacks import Callback
 from support.frames import make_frame
 
 SEGMENTS = {

@@ -14,10 +14,11 @@ import torch
 
 import qfast.models
 import qfast.models.ts
-from qfast import _backend, step_graphs
-from qfast.callbacks import Callback
+from qfast import _backend
 from qfast.data import DatasetH, TSDatasetH
 from qfast.errors import DataError
+from qfast.training import step_graphs
+from qfast.training.callbacks import Callback
 from support.frames import make_frame
 
 pytestmark = [

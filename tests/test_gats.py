@@ -13,12 +13,11 @@ import torch
 from test_datasets import SEGMENTS
 from test_estimator import StopAt, flat, rolling, same, weights
 
-from qfast import attention
-from qfast.callbacks import Callback
 from qfast.data import TSDatasetH
 from qfast.errors import ConfigError, DataError, NotFittedError
-from qfast.models import GATs, ts
+from qfast.models import GATs, attention, ts
 from qfast.nn.recurrent import as_windows
+from qfast.training.callbacks import Callback
 from support.frames import make_frame
 
 SMALL = {"d_feat": 3, "hidden_size": 8, "n_epochs": 3, "lr": 0.01, "seed": 1}

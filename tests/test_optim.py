@@ -16,13 +16,13 @@ from torch.nn.utils import clip_grad_value_
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qfast import _backend
-from qfast.callbacks import Callback
 from qfast.data import DatasetH
 from qfast.errors import DataError
 from qfast.models import GRU
 from qfast.ops import clipped_adam_
 from qfast.ops.adam import self_test
-from qfast.optim import ClippedAdam
+from qfast.training.callbacks import Callback
+from qfast.training.optim import ClippedAdam
 from support.frames import make_frame
 
 SHAPES = [(64,), (1,), (7,), (8,), (0,), (33, 17), (3, 5, 2), (), (1003,)]
@@ -252,7 +252,7 @@ def count_operator(monkeypatch):
         calls.append(len(args[0]))
         return original(*args, **kwargs)
 
-    monkeypatch.setattr("qfast.optim.clipped_adam_", counted)
+    monkeypatch.setattr("qfast.training.optim.clipped_adam_", counted)
     return calls
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_value_
 
 from qfast.ops.adam import self_test
-from qfast.optim import ClippedAdam
+from qfast.training.optim import ClippedAdam
 
 pytestmark = [
     pytest.mark.gpu,

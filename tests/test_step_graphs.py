@@ -17,12 +17,12 @@ from test_estimators_cuda import CASES, IDS, data_of, model_of, states_equal
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from qfast import step_graphs
-from qfast.callbacks import Callback
 from qfast.data.batching import Batches
 from qfast.models.ts import LSTM
 from qfast.precision import using_precision
-from qfast.step_graphs import StepGraphs, Steps, fingerprint
+from qfast.training import step_graphs
+from qfast.training.callbacks import Callback
+from qfast.training.step_graphs import StepGraphs, Steps, fingerprint
 
 TO_THE_HOST = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero", "aten.unique")
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.parametrizations import weight_norm
 
-from qfast.checkpoint import load_weights, save_weights
 from qfast.errors import CheckpointError, ConfigError, DataError
 from qfast.nn import TCNModel, TemporalBlock, TemporalConvNet
+from qfast.training.checkpoint import load_weights, save_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 SIZES = {"num_input": 4, "output_size": 1, "num_channels": [5, 5, 3], "kernel_size": 3, "dropout": 0.0}

@@ -14,11 +14,11 @@ import pytest
 import safetensors.numpy
 
 from qfast.backtest import Exchange, Market, TopkDropout, backtest
-from qfast.callbacks import Callback
 from qfast.data.sources import read_prices
 from qfast.errors import CheckpointError, ConfigError, DataError, QfastError
 from qfast.files import atomic_write, is_disk_full
 from qfast.metrics import daily_ic, ic_summary
+from qfast.training.callbacks import Callback
 from qfast.workflow import folder as folders
 from qfast.workflow.demo import DEMO, demo_prices
 from qfast.workflow.folder import RunFolder, read_frame, write_frame

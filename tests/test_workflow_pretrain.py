@@ -17,8 +17,8 @@ import torch
 from test_workflow import FILES, Interrupt
 
 from qfast import cli
-from qfast.callbacks import Callback
 from qfast.errors import CheckpointError, ConfigError, QfastError
+from qfast.training.callbacks import Callback
 from qfast.workflow import run as run_module
 from qfast.workflow.config import load_config
 from qfast.workflow.folder import read_frame

@@ -12,15 +12,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from qfast.attention import neighbours, plot_attention
 from qfast.data.adapt import windows_of
 from qfast.data.batching import Batches, BatchOrder, NumpyOrder, SequenceOrder, UnshuffledLoaderOrder
 from qfast.data.windows import WindowSet
 from qfast.dates import date_text
 from qfast.errors import ConfigError, DataError
-from qfast.estimator import Estimator
+from qfast.models.attention import neighbours, plot_attention
+from qfast.models.pretrained import BaseWeights, chosen, read_base
 from qfast.nn.graph import BASES, GATModel
-from qfast.pretrain import BaseWeights, chosen, read_base
+from qfast.training.estimator import Estimator
 
 FIT_ARGUMENTS = ("evals_result", "save_path", "reweighter", "callbacks", "checkpoint_dir", "resume")
 
@@ -232,7 +232,7 @@ class Graph(Estimator):
         Returns
         -------
         DataFrame
-            As `qfast.attention.neighbours`: instrument, rank, neighbour, weight, score. Nothing N x N is built.
+            As `qfast.models.attention.neighbours`: instrument, rank, neighbour, weight, score. Nothing N x N is built.
 
         Raises
         ------

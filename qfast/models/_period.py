@@ -8,7 +8,7 @@ from torch import Tensor
 from qfast import _backend
 from qfast.data.batching import Batches
 from qfast.data.windows import WindowSet
-from qfast.estimator import Estimator
+from qfast.training.estimator import Estimator
 
 __all__ = ["WholePeriod"]
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from qfast.data.batching import BatchOrder, LoaderOrder
-from qfast.estimator import Estimator
 from qfast.models._period import WholePeriod
 from qfast.nn import ALSTMModel
+from qfast.training.estimator import Estimator
 
 # What a call for windows that follow each other adds, in windows: its last tiles are not full. Measured.
 CALL_COST = 10

@@ -11,11 +11,11 @@ from torch import Tensor
 from qfast.data.batching import BatchOrder, LoaderOrder
 from qfast.data.windows import WindowSet
 from qfast.errors import DataError, whole_number
-from qfast.estimator import Estimator
 from qfast.models._period import WholePeriod
 from qfast.nn.tcn import TCNModel
 from qfast.ops.temporal_conv import temporal_conv_net
 from qfast.ops.temporal_conv_plan import Plan
+from qfast.training.estimator import Estimator
 
 CALL_COST = 50e6  # multiplications that take as long as what a call for windows that follow each other adds, measured
 FEWEST_IN_CALL = 16

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from qfast.data.batching import BatchOrder, LoaderOrder
 from qfast.errors import ConfigError
-from qfast.estimator import Estimator
+from qfast.training.estimator import Estimator
 
 __all__ = ["Encoder", "EncoderTimeSeries"]
 

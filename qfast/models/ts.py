@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from qfast.estimator import Estimator
 from qfast.models._graph import GraphTimeSeries
 from qfast.models._recurrent import AttentiveTimeSeries, RecurrentTimeSeries
 from qfast.models._tcn import TemporalConvTimeSeries
 from qfast.models._transformer import EncoderTimeSeries
 from qfast.nn import ALSTMModel, GATModel, GRUModel, Localformer, LSTMModel, TCNModel, Transformer
+from qfast.training.estimator import Estimator
 
 __all__ = [
     "ALSTM", "GRU", "LSTM", "TCN", "ALSTMModel", "GATModel", "GATs", "GRUModel", "LSTMModel", "Localformer",

@@ -1,6 +1,6 @@
 """Clipping of every gradient element and Adam's step, for all tensors of a network in one call.
 
-The kernels are in csrc/adam: adam_kernels.h (behind adam.cpp) and adam.cu; qfast/optim.py is the optimiser around them.
+The kernels are in csrc/adam: adam_kernels.h (behind adam.cpp) and adam.cu; qfast/training/optim.py uses them.
 """
 
 from __future__ import annotations

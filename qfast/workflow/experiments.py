@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 
 from qfast import registry
-from qfast.callbacks import Callback
 from qfast.data.expression import Call, Node, Number, instruments, parse
 from qfast.data.factors import depends_on_the_start
 from qfast.data.handlers.prices import PriceHandler
@@ -27,6 +26,7 @@ from qfast.data.prices import Prices
 from qfast.data.rows import restrict_rows, take_rows
 from qfast.dates import date_text
 from qfast.errors import QfastError, shown, some
+from qfast.training.callbacks import Callback
 from qfast.workflow.findings import CheckReport
 from qfast.workflow.history import days_needed
 from qfast.workflow.schema import Workflow

@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from qfast import checkpoint, registry
-from qfast.callbacks import Callback
+from qfast import registry
 from qfast.errors import ConfigError
 from qfast.files import atomic_write
+from qfast.training import checkpoint
+from qfast.training.callbacks import Callback
 from qfast.workflow.folder import BEST, HISTORY, LAST, RunFolder
 from qfast.workflow.schema import Spec, Workflow
 

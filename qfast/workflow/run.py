@@ -15,9 +15,9 @@ from typing import Any
 import pandas as pd
 
 from qfast import registry
-from qfast.callbacks import Callback
 from qfast.errors import ConfigError, DataError, QfastError
 from qfast.files import is_disk_full, locked, sweep
+from qfast.training.callbacks import Callback
 from qfast.workflow import folder as folders
 from qfast.workflow import pretraining
 from qfast.workflow.config import dump_yaml, fill_placeholders, load_config

@@ -17,7 +17,7 @@ from qfast.errors import CheckpointError, suggest
 from qfast.files import atomic_write
 
 if TYPE_CHECKING:
-    from qfast.estimator import Estimator
+    from qfast.training.estimator import Estimator
 
 FORMAT = 1
 

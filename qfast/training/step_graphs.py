@@ -27,7 +27,7 @@ from qfast.precision import precision, torchs_precision
 
 if TYPE_CHECKING:
     from qfast.data.windows import WindowSet
-    from qfast.estimator import Estimator
+    from qfast.training.estimator import Estimator
 
 Step = Callable[[Tensor], Tensor]  # sample numbers int64 [B] -> detached loss, 0-d
 Fingerprint = Hashable

@@ -7,7 +7,7 @@ from numbers import Real
 from typing import Any
 
 from qfast.errors import ConfigError, whole_number
-from qfast.losses import loss_function, metric_function
+from qfast.training.losses import loss_function, metric_function
 
 __all__ = ["check_training_arguments"]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qfast import checkpoint
 from qfast.errors import CheckpointError, some
+from qfast.training import checkpoint
 
 PARTS = ("rnn.", "fc_out.")  # what the reference takes of a base
 GATES = {"LSTM": 4, "GRU": 3}

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from qfast.estimator import Estimator
+    from qfast.training.estimator import Estimator
 
 __all__ = ["Callback", "Checkpoint", "EarlyStopping", "Progress"]
 

@@ -20,18 +20,18 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from qfast import checkpoint
-from qfast.arguments import check_training_arguments
-from qfast.callbacks import Callback, Checkpoint, EarlyStopping, Progress
 from qfast.data.adapt import windows_of
 from qfast.data.batching import Batches, BatchOrder, NumpyOrder
 from qfast.data.windows import WindowSet
 from qfast.device import choose_device, memory_named
 from qfast.errors import ConfigError, DataError, NotFittedError, suggest
-from qfast.losses import loss_function, metric_function, sample_weights
 from qfast.nn.plain import PlainTorch
-from qfast.optim import ClippedAdam
-from qfast.step_graphs import Steps, training_steps
+from qfast.training import checkpoint
+from qfast.training.arguments import check_training_arguments
+from qfast.training.callbacks import Callback, Checkpoint, EarlyStopping, Progress
+from qfast.training.losses import loss_function, metric_function, sample_weights
+from qfast.training.optim import ClippedAdam
+from qfast.training.step_graphs import Steps, training_steps
 
 GRADIENT_LIMIT = 3.0  # the reference clips every gradient element to +-3
 GPU_ROWS = 8192  # that are scored in one call on a GPU, which small batches would leave idle

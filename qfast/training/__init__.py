@@ -1,0 +1,17 @@
+"""The training loop and its parts: callbacks, losses, the optimizer, checkpoints and CUDA graphs of training steps."""
+
+from qfast.training.callbacks import Callback, Checkpoint, EarlyStopping, Progress
+from qfast.training.estimator import Estimator, FitProgress
+from qfast.training.losses import masked_mse
+from qfast.training.optim import ClippedAdam
+
+__all__ = [
+    "Callback",
+    "Checkpoint",
+    "ClippedAdam",
+    "EarlyStopping",
+    "Estimator",
+    "FitProgress",
+    "Progress",
+    "masked_mse",
+]
