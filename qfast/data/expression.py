@@ -1,7 +1,7 @@
 """The language of factor expressions: from text to a tree, with messages that point at the mistake.
 
-`$field`, numbers, `+ - * / ** & |`, comparisons, and the operators of `qfast.data.operators`. Text is parsed with
-Python's own grammar, as the reference does, so precedence and number forms are Python's. Nothing is executed.
+`$field`, numbers, `+ - * / ** & |`, comparisons, and the functions of `qfast.data.expression_functions`. Text is parsed
+with Python's own grammar, as the reference does, so precedence and number forms are Python's. Nothing is executed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from qfast.data.operators import OPERATORS, SYMBOLS, Reach, check_setting
+from qfast.data.expression_functions import OPERATORS, SYMBOLS, Reach, check_setting
 from qfast.errors import ConfigError, shown, suggest
 
 __all__ = [

@@ -20,7 +20,7 @@ import numpy as np
 
 import qfast
 from qfast.data.expression import Call, parse, walk
-from qfast.data.operators import OPERATORS
+from qfast.data.expression_functions import OPERATORS
 from qfast.data.prices import Prices
 from qfast.errors import ConfigError, QfastError, shown
 from qfast.files import atomic_write

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from qfast.data.expression import Call, ExpressionError, Field, Node, Number, masked_last, parse, pointed, reach
-from qfast.data.operators import OPERATORS, register_operator, unregister_operator
+from qfast.data.expression_functions import OPERATORS, register_operator, unregister_operator
 from qfast.data.panel import Panel
 from qfast.data.prices import Extent, Prices
 from qfast.data.rolling import ema_over_all, rolling

@@ -18,9 +18,9 @@ import pandas as pd
 
 from qfast import registry
 from qfast.data.expression import Call, Node, Number, instruments, parse
+from qfast.data.expression_functions import OPERATORS
 from qfast.data.factors import depends_on_the_start
 from qfast.data.handlers.prices import PriceHandler
-from qfast.data.operators import OPERATORS
 from qfast.data.panel import Panel
 from qfast.data.prices import Prices
 from qfast.data.rows import restrict_rows, take_rows
