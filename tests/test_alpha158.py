@@ -13,7 +13,7 @@ from test_factors import by_pandas
 
 from qfast.data import Alpha158, Alpha158vwap, FactorHandler, synthetic
 from qfast.data.factor_cache import FactorCache
-from qfast.data.factors import register_operator, unregister_operator
+from qfast.data.factors import register_function, unregister_function
 from qfast.data.handlers import build_handler
 from qfast.data.handlers.alpha158 import ROLLING, alpha158_factors
 from qfast.errors import ConfigError, DataError
@@ -341,9 +341,9 @@ def test_two_processes_fill_one_cache(tmp_path):
 
 
 def test_operators_of_ones_own_are_not_kept(tmp_path):
-    register_operator("Twice", lambda x: 2 * x)
+    register_function("Twice", lambda x: 2 * x)
     try:
         FactorHandler(["Twice($close)"], data=synthetic.prices(3, 20), cache=tmp_path, **RAW)
     finally:
-        unregister_operator("Twice")
+        unregister_function("Twice")
     assert list(tmp_path.iterdir()) == []

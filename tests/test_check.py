@@ -10,7 +10,7 @@ import pytest
 
 from qfast.cli import main
 from qfast.data.expression import parse
-from qfast.data.factors import register_operator, unregister_operator
+from qfast.data.factors import register_function, unregister_function
 from qfast.data.handlers.base import RawDataDroppedError
 from qfast.data.processors import Processor
 from qfast.errors import ConfigError
@@ -127,11 +127,11 @@ def next_row(values: np.ndarray) -> np.ndarray:
 )
 def test_what_an_operator_hides_of_its_reach_is_seen_by_the_holes(prices, sees):
     """Only whether there is a value tomorrow, or a volume: random factors on the future do not touch that."""
-    register_operator("Peeks", sees)
+    register_function("Peeks", sees)
     try:
         report = check(DEMO, with_gaps(prices), of_factors("$close / Ref($close, 5)", "Peeks($volume)"))
     finally:
-        unregister_operator("Peeks")
+        unregister_function("Peeks")
     assert levels(report, "look-ahead") == ["ok", "error", "error"]
 
 
@@ -196,11 +196,11 @@ def test_features_since_the_first_day_are_named(prices):
 
 
 def test_an_operator_that_reads_more_than_it_says_gives_other_scores_on_less_data(prices):
-    register_operator("SoFar", lambda x: np.nancumsum(x) / np.arange(1, len(x) + 1))
+    register_function("SoFar", lambda x: np.nancumsum(x) / np.arange(1, len(x) + 1))
     try:
         report = check(DEMO, prices, of_factors("SoFar($close) / $close", "Mean($close, 5) / $close"))
     finally:
-        unregister_operator("SoFar")
+        unregister_function("SoFar")
     assert levels(report, "invariance") == ["ok", "warning"]
     assert "with prices from" in text(report, "invariance")
 

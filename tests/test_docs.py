@@ -14,7 +14,7 @@ from test_estimator import rolling
 
 from qfast import cli
 from qfast.data import synthetic
-from qfast.data.factors import unregister_operator
+from qfast.data.factors import unregister_function
 from qfast.models import ts
 from qfast.workflow.demo import DEMO, demo_prices
 from support.frames import make_frame
@@ -64,7 +64,7 @@ def test_gats(reader):
 
 def test_factors(reader):
     assert run_examples(ROOT / "docs" / "factors.md") == 1
-    unregister_operator("Spread")
+    unregister_function("Spread")
     assert len(list((reader / "factors").iterdir())) == 1
 
 

@@ -114,8 +114,8 @@ def test_optional_fields_are_nan():
 @pytest.mark.parametrize(
     ("text", "message", "caret"),
     [
-        ("$close + Meen($close, 5)", r"operator 'Meen' is not available. Did you mean 'Mean'\?", 9),
-        ("$close + Xyzzy($close)", r"operator 'Xyzzy' is not available; there are \['Abs', 'Add', .*'WMA'\]", 9),
+        ("$close + Meen($close, 5)", r"function 'Meen' is not available. Did you mean 'Mean'\?", 9),
+        ("$close + Xyzzy($close)", r"function 'Xyzzy' is not available; there are \['Abs', 'Add', .*'WMA'\]", 9),
         ("TResample($close, '1d', 'sum')", "works on series indexed by time and is not available", 0),
         ("Mean($close, 0.5) + Rank($close, 0.5)", r"Rank needs a whole number of rows from 1 \(0: all rows", 33),
         ("Mean($close, -5)", "whole number of rows from 1 .* or a weight between 0 and 1", 13),
@@ -175,7 +175,7 @@ def test_long_sums():
 
 def test_of_a_long_text_the_place_is_shown():
     text = " + ".join(f"Mean($close, {n})" for n in range(1, 100)) + " + Meen($close, 5)"
-    with pytest.raises(ConfigError, match="operator 'Meen'") as caught:
+    with pytest.raises(ConfigError, match="function 'Meen'") as caught:
         evaluate(text, price_panel())
     written, pointer = str(caught.value).splitlines()[-2:]
     assert len(written) < 400

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qfast.data import FactorHandler
 from qfast.data.expression import fields, reach
-from qfast.data.factors import ROW_CHUNK, _Graph, evaluate, evaluate_all, register_operator, unregister_operator
+from qfast.data.factors import ROW_CHUNK, _Graph, evaluate, evaluate_all, register_function, unregister_function
 from qfast.data.panel import Panel
 from qfast.data.rolling import ema_over_all
 from qfast.data.sources import load_prices, read_prices
@@ -336,8 +336,8 @@ def test_one_mask_is_computed_once(monkeypatch):
 
 def test_operators_of_ones_own():
     panel = price_panel(4, 20)
-    register_operator("Range", lambda high, low, scale: (high - low) * scale, series=2, settings=1)
-    register_operator("Fresh", lambda x, n: np.arange(len(x)) >= n, settings=1, reach=lambda n: (n, 0))
+    register_function("Range", lambda high, low, scale: (high - low) * scale, series=2, settings=1)
+    register_function("Fresh", lambda x, n: np.arange(len(x)) >= n, settings=1, reach=lambda n: (n, 0))
     try:
         np.testing.assert_allclose(
             evaluate("Range($high, $low, 2)", panel), 2 * evaluate("$high - $low", panel), rtol=1e-6
@@ -346,39 +346,39 @@ def test_operators_of_ones_own():
         assert evaluate("Fresh($close, 5)", panel).sum() == panel.n_rows - 5 * len(panel.instruments)
         with pytest.raises(ConfigError, match="takes 3 argument"):
             evaluate("Range($high, $low)", panel)
-        register_operator("Range", lambda x: x[:-1])
+        register_function("Range", lambda x: x[:-1])
         with pytest.raises(ConfigError, match=r"'Range' failed for \w+: ValueError: it must give one value a row"):
             evaluate("Range($high)", panel)
-        register_operator("Range", np.ndarray.fill, settings=1)  # writes to what it is given
+        register_function("Range", np.ndarray.fill, settings=1)  # writes to what it is given
         before = panel.values("price").copy()
-        with pytest.raises(ConfigError, match=r"operator 'Range' failed for .*read-only") as caught:
+        with pytest.raises(ConfigError, match=r"function 'Range' failed for .*read-only") as caught:
             evaluate("$high - Range($low, 0)", panel)
         assert isinstance(caught.value.__cause__, ValueError)
         assert str(caught.value).endswith("    $high - Range($low, 0)\n            ^")
         np.testing.assert_array_equal(panel.values("price"), before)
-        register_operator("Range", lambda x: x, reach=lambda: None)
-        with pytest.raises(ConfigError, match="reach of operator 'Range' gave None for the settings"):
+        register_function("Range", lambda x: x, reach=lambda: None)
+        with pytest.raises(ConfigError, match="reach of function 'Range' gave None for the settings"):
             reach("Range($high)")
-        register_operator("Range", lambda x: x, reach=lambda n: (n, 0))
-        with pytest.raises(ConfigError, match=r"reach of operator 'Range' failed for the settings \(\): TypeError"):
+        register_function("Range", lambda x: x, reach=lambda n: (n, 0))
+        with pytest.raises(ConfigError, match=r"reach of function 'Range' failed for the settings \(\): TypeError"):
             reach("Range($high)")
-        register_operator("Range", lambda x: x, reach=(np.int64(3), 0))
+        register_function("Range", lambda x: x, reach=(np.int64(3), 0))
         assert reach("Range($high)") == (3, 0)
     finally:
-        unregister_operator("Range")
-        unregister_operator("Fresh")
-    with pytest.raises(ConfigError, match="operator 'Range' is not available"):
+        unregister_function("Range")
+        unregister_function("Fresh")
+    with pytest.raises(ConfigError, match="function 'Range' is not available"):
         evaluate("Range($high)", panel)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("Mean", abs), "operator 'Mean' is built in"),
+        (("Mean", abs), "function 'Mean' is built in"),
         (("My op", abs), "must be an identifier"),
         (("Mine", 3), "must be callable"),
-        (("Mine", abs, {"series": 0}), "series of operator 'Mine' must be a whole number from 1"),
-        (("Mine", abs, {"settings": -1}), "settings of operator 'Mine' must be a whole number from 0"),
+        (("Mine", abs, {"series": 0}), "series of function 'Mine' must be a whole number from 1"),
+        (("Mine", abs, {"settings": -1}), "settings of function 'Mine' must be a whole number from 0"),
         (("Mine", abs, {"reach": (1, -1)}), "must be .rows before, rows after."),
         (("Mine", abs, {"reach": 5}), "must be .rows before, rows after., two whole .* got 5"),
         (("Mine", abs, {"reach": ("a", 1)}), "must be .rows before, rows after."),
@@ -387,9 +387,9 @@ def test_operators_of_ones_own():
 def test_registering_refuses(arguments, message):
     name, function, *rest = arguments
     with pytest.raises(ConfigError, match=message):
-        register_operator(name, function, **(rest[0] if rest else {}))
-    with pytest.raises(ConfigError, match="no registered operator"):
-        unregister_operator("Mean")
+        register_function(name, function, **(rest[0] if rest else {}))
+    with pytest.raises(ConfigError, match="not a registered function"):
+        unregister_function("Mean")
 
 
 # ---------------------------------------------------------------- stores, and pyqlib as the oracle

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from qfast.data.expression_functions import OPERATORS, SYMBOLS, Reach, check_setting
+from qfast.data.expression_functions import FUNCTIONS, SYMBOLS, Reach, check_setting
 from qfast.errors import ConfigError, shown, suggest
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
     "reach",
 ]  # fmt: skip
 
-DEEPEST = 250  # operators inside operators; Python's own limit would be met soon after
+DEEPEST = 250  # calls inside calls; Python's own limit would be met soon after
 TOO_DEEP = f"nested more than {DEEPEST} deep (a sum of many terms is, too). Remedy: brackets around groups of it"
 BESIDE = 300  # characters of a long text that a message shows before and after the place
 FIELD_MARK = "_"  # stands in for "$" while Python parses, so that positions stay the same
@@ -33,14 +33,14 @@ BINARY: Mapping[type[ast.AST], str] = {
 ARITHMETIC: Mapping[str, Callable[[Any, Any], Any]] = {
     "Add": operator.add, "Sub": operator.sub, "Mul": operator.mul, "Div": operator.truediv, "Power": operator.pow,
 }  # fmt: skip
-ELSEWHERE = {  # operators of the reference that need what a panel has not
+ELSEWHERE = {  # functions of Qlib that need what a panel has not
     "P": "point-in-time data", "PRef": "point-in-time data", "PFeature": "point-in-time data",
     "TResample": "series indexed by time",
 }  # fmt: skip
 
 
 class ExpressionError(ConfigError):
-    """An expression does not parse or uses an operator that is not available."""
+    """An expression does not parse or uses a function that is not available."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class Field:
 
 @dataclass(frozen=True)
 class Call:
-    """An operator on series and numbers, and its settings."""
+    """A function of series and numbers, and its settings."""
 
-    operator: str
+    function: str
     series: tuple[Node, ...]
     settings: tuple[Any, ...]
     at: int = field(compare=False)
@@ -82,12 +82,12 @@ def parse(text: str) -> Node:
     Raises
     ------
     ExpressionError
-        Not an expression, or an operator or argument that is not available; the message points at the place.
+        Not an expression, or a function or argument that is not available; the message points at the place.
 
     Examples
     --------
     >>> parse("Ref($close, 2)")
-    Call(operator='Ref', series=(Field(name='close', at=4),), settings=(2,), at=0)
+    Call(function='Ref', series=(Field(name='close', at=4),), settings=(2,), at=0)
     """
     if not isinstance(text, str) or not text.strip():
         raise ExpressionError(f"an expression must be a text such as '$close', got {text!r}.")
@@ -128,7 +128,7 @@ def instruments(text: str) -> list[str]:
     >>> instruments("$close / Mask($close, 'SPY')")
     ['SPY']
     """
-    found = [node.settings[0] for node in walk(parse(text)) if isinstance(node, Call) and node.operator == "Mask"]
+    found = [node.settings[0] for node in walk(parse(text)) if isinstance(node, Call) and node.function == "Mask"]
     return list(dict.fromkeys(found))
 
 
@@ -149,7 +149,7 @@ def _reach(node: Node) -> Reach:
     if not isinstance(node, Call):
         return 0, 0
     before, after = (max(side) for side in zip((0, 0), *map(_reach, node.series), strict=True))
-    return OPERATORS[node.operator].widened(node.settings, (before, after))
+    return FUNCTIONS[node.function].widened(node.settings, (before, after))
 
 
 def walk(node: Node) -> Iterator[Node]:
@@ -173,13 +173,13 @@ def masked_last(node: Call) -> Call:
     names = {source.settings[0].lower() if isinstance(source, Call) else None for source in sources}
     if len(names) != 1 or not isinstance(sources[0], Call):
         return node
-    whole = node.series[0] if node.operator == "Mask" else node
+    whole = node.series[0] if node.function == "Mask" else node
     return masked_last(replace(sources[0], series=(_without_mask(whole),)))
 
 
 def _sources(node: Node) -> Iterator[Node]:
     """What a node's values come from: fields, and Masks in the place of the fields below them."""
-    if isinstance(node, Field) or (isinstance(node, Call) and node.operator == "Mask"):
+    if isinstance(node, Field) or (isinstance(node, Call) and node.function == "Mask"):
         yield node
     elif isinstance(node, Call):
         for part in node.series:
@@ -189,7 +189,7 @@ def _sources(node: Node) -> Iterator[Node]:
 def _without_mask(node: Node) -> Node:
     if not isinstance(node, Call):
         return node
-    return node.series[0] if node.operator == "Mask" else replace(node, series=tuple(map(_without_mask, node.series)))
+    return node.series[0] if node.function == "Mask" else replace(node, series=tuple(map(_without_mask, node.series)))
 
 
 def pointed(text: str, node: Node, problem: str) -> str:
@@ -243,7 +243,7 @@ class _Reader:
             raise self._error(node, f"'{word}' cannot be used on series; write (a) {sign} (b)")
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             return self._call(node, node.func.id)
-        raise self._error(node, "only fields, numbers, + - * / ** & |, comparisons and operators can be used")
+        raise self._error(node, "only fields, numbers, + - * / ** & |, comparisons and functions can be used")
 
     def _name(self, node: ast.Name) -> Field:
         at = node.col_offset
@@ -289,13 +289,13 @@ class _Reader:
         arguments = node.args
         if name == "ChangeInstrument":  # the reference has it both ways round
             name, arguments = "Mask", arguments[::-1]
-        if name in ELSEWHERE and name not in OPERATORS:
-            raise self._error(node, f"operator {name!r} works on {ELSEWHERE[name]} and is not available")
-        if name not in OPERATORS:
-            near = suggest(name, OPERATORS)
-            listed = near.replace(" Did", ". Did", 1) if near else f"; there are {sorted(OPERATORS)}"
-            raise self._error(node, f"operator {name!r} is not available{listed}")
-        known = OPERATORS[name]
+        if name in ELSEWHERE and name not in FUNCTIONS:
+            raise self._error(node, f"function {name!r} works on {ELSEWHERE[name]} and is not available")
+        if name not in FUNCTIONS:
+            near = suggest(name, FUNCTIONS)
+            listed = near.replace(" Did", ". Did", 1) if near else f"; there are {sorted(FUNCTIONS)}"
+            raise self._error(node, f"function {name!r} is not available{listed}")
+        known = FUNCTIONS[name]
         wanted = known.series + len(known.settings)
         if node.keywords or len(arguments) != wanted:
             raise self._error(node, f"{name} takes {wanted} argument(s), got {len(arguments) + len(node.keywords)}")
@@ -320,7 +320,7 @@ class _Reader:
         else:
             found = self.node(argument)
             value = found.value if isinstance(found, Number) else "an expression"
-        problem = check_setting(OPERATORS[name], kind, value)
+        problem = check_setting(FUNCTIONS[name], kind, value)
         if problem is not None:
             raise self._error(argument, problem)
         return value

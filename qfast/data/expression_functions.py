@@ -1,4 +1,4 @@
-"""Operators of factor expressions: their arguments, and how far they look.
+"""Functions of factor expressions: their arguments, and how far they look.
 
 What they compute is in `qfast.data.factors`. The names, arguments and meaning are those of pyqlib 0.9.7
 (qlib/data/ops.py).
@@ -13,7 +13,7 @@ from typing import Any
 
 from qfast.errors import ConfigError, shown
 
-__all__ = ["OPERATORS", "Operator", "Reach", "register_operator", "unregister_operator"]
+__all__ = ["FUNCTIONS", "ExpressionFunction", "Reach", "register_function", "unregister_function"]
 
 Reach = tuple[int, int]  # rows before and after the current one
 SYMBOLS = {
@@ -26,8 +26,8 @@ A_REACH = "(rows before, rows after), two whole numbers from 0 such as (5, 0)"
 
 
 @dataclass(frozen=True)
-class Operator:
-    """One operator.
+class ExpressionFunction:
+    """One function of the expression language.
 
     Attributes
     ----------
@@ -45,7 +45,7 @@ class Operator:
     reach : callable, optional
         (settings) -> rows before and after; None follows from `form`.
     function : callable, optional
-        Of a user's operator.
+        The Python function of a registered function.
     """
 
     name: str
@@ -65,12 +65,12 @@ class Operator:
                 own = self.reach(*settings)
             except Exception as error:
                 raise ConfigError(
-                    f"reach of operator {self.name!r} failed for the settings {settings}: "
+                    f"reach of function {self.name!r} failed for the settings {settings}: "
                     f"{type(error).__name__}: {error}"
                 ) from error
             if not _is_reach(own):
                 raise ConfigError(
-                    f"reach of operator {self.name!r} gave {shown(own)} for the settings {settings}; "
+                    f"reach of function {self.name!r} gave {shown(own)} for the settings {settings}; "
                     f"it must give {A_REACH}."
                 )
             return before + int(own[0]), after + int(own[1])
@@ -97,29 +97,37 @@ def _is_reach(value: Any) -> bool:
     return all(hasattr(part, "__index__") and not isinstance(part, bool) and part >= 0 for part in value)
 
 
-def _builtin() -> dict[str, Operator]:
-    found = [Operator(name, 2) for name in (*SYMBOLS, "Greater", "Less")]
-    found += [Operator(name, 1) for name in ("Abs", "Sign", "Log", "Not")]
-    found += [Operator("If", 3, form="condition")]
-    found += [Operator("Ref", 1, ("shift",), "shift"), Operator("Delta", 1, ("shift",), "delta")]
-    found += [Operator(name, 1, ("window",), "rolling", decays=True) for name in ("Mean", "Sum", "Std", "Var")]
-    found += [Operator(name, 1, ("window",), "rolling", decays=True) for name in ("Max", "Min", "Med", "Count", "EMA")]
-    found += [Operator("Skew", 1, ("window",), "rolling", 3), Operator("Kurt", 1, ("window",), "rolling", 4)]
+def _builtin() -> dict[str, ExpressionFunction]:
+    found = [ExpressionFunction(name, 2) for name in (*SYMBOLS, "Greater", "Less")]
+    found += [ExpressionFunction(name, 1) for name in ("Abs", "Sign", "Log", "Not")]
+    found += [ExpressionFunction("If", 3, form="condition")]
+    found += [ExpressionFunction("Ref", 1, ("shift",), "shift"), ExpressionFunction("Delta", 1, ("shift",), "delta")]
     found += [
-        Operator(name, 1, ("window",), "rolling")
+        ExpressionFunction(name, 1, ("window",), "rolling", decays=True) for name in ("Mean", "Sum", "Std", "Var")
+    ]
+    found += [
+        ExpressionFunction(name, 1, ("window",), "rolling", decays=True)
+        for name in ("Max", "Min", "Med", "Count", "EMA")
+    ]
+    found += [
+        ExpressionFunction("Skew", 1, ("window",), "rolling", 3),
+        ExpressionFunction("Kurt", 1, ("window",), "rolling", 4),
+    ]
+    found += [
+        ExpressionFunction(name, 1, ("window",), "rolling")
         for name in ("Mad", "Rank", "IdxMax", "IdxMin", "Slope", "Rsquare", "Resi", "WMA")
     ]
-    found += [Operator("Quantile", 1, ("window", "share"), "rolling")]
-    found += [Operator(name, 2, ("window",), "pair") for name in ("Corr", "Cov")]
-    found += [Operator("Mask", 1, ("instrument",), "other instrument")]
-    return {operator.name: operator for operator in found}
+    found += [ExpressionFunction("Quantile", 1, ("window", "share"), "rolling")]
+    found += [ExpressionFunction(name, 2, ("window",), "pair") for name in ("Corr", "Cov")]
+    found += [ExpressionFunction("Mask", 1, ("instrument",), "other instrument")]
+    return {function.name: function for function in found}
 
 
-OPERATORS: dict[str, Operator] = _builtin()
-BUILTIN = frozenset(OPERATORS)
+FUNCTIONS: dict[str, ExpressionFunction] = _builtin()
+BUILTIN = frozenset(FUNCTIONS)
 
 
-def register_operator(
+def register_function(
     name: str,
     function: Callable[..., Any],
     *,
@@ -127,7 +135,7 @@ def register_operator(
     settings: int = 0,
     reach: Reach | Callable[..., Reach] = (0, 0),
 ) -> None:
-    """Make a function of one's own an operator of factor expressions.
+    """Make a Python function available in factor expressions.
 
     Parameters
     ----------
@@ -153,38 +161,38 @@ def register_operator(
     >>> import numpy as np, pandas as pd
     >>> from qfast.data.factors import evaluate
     >>> from qfast.data.panel import Panel
-    >>> register_operator("Twice", lambda x, times: x * 2 * times, settings=1)
+    >>> register_function("Twice", lambda x, times: x * 2 * times, settings=1)
     >>> index = pd.MultiIndex.from_product([pd.date_range("2024-01-01", periods=2), ["A"]],
     ...                                    names=["datetime", "instrument"])
     >>> panel = Panel.from_frame(pd.DataFrame({"close": [1.0, 2.0]}, index=index), group="price")
     >>> evaluate("Twice($close, 3) + 1", panel).tolist()
     [7.0, 13.0]
-    >>> unregister_operator("Twice")
+    >>> unregister_function("Twice")
     """
     if not isinstance(name, str) or not name.isidentifier():
-        raise ConfigError(f"name of an operator must be an identifier such as 'Alpha', got {shown(name)}.")
+        raise ConfigError(f"name of a function must be an identifier such as 'Alpha', got {shown(name)}.")
     if name in BUILTIN:
-        raise ConfigError(f"operator {name!r} is built in. Remedy: another name.")
+        raise ConfigError(f"function {name!r} is built in. Remedy: another name.")
     if not callable(function):
-        raise ConfigError(f"function of operator {name!r} must be callable, got {shown(function)}.")
+        raise ConfigError(f"function {name!r} must be callable, got {shown(function)}.")
     for what, value, least in (("series", series, 1), ("settings", settings, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ConfigError(f"{what} of operator {name!r} must be a whole number from {least}, got {value!r}.")
+            raise ConfigError(f"{what} of function {name!r} must be a whole number from {least}, got {value!r}.")
     if callable(reach):
         rows = reach
     else:
         if not _is_reach(reach):
-            raise ConfigError(f"reach of operator {name!r} must be {A_REACH}, got {shown(reach)}.")
+            raise ConfigError(f"reach of function {name!r} must be {A_REACH}, got {shown(reach)}.")
         before, after = reach
 
         def rows(*_: Any) -> Reach:
             return before, after
 
-    OPERATORS[name] = Operator(name, series, ("number",) * settings, "user", reach=rows, function=function)
+    FUNCTIONS[name] = ExpressionFunction(name, series, ("number",) * settings, "user", reach=rows, function=function)
 
 
-def unregister_operator(name: str) -> None:
-    """Take back what `register_operator` did.
+def unregister_function(name: str) -> None:
+    """Take back what `register_function` did.
 
     Parameters
     ----------
@@ -193,31 +201,33 @@ def unregister_operator(name: str) -> None:
     Raises
     ------
     ConfigError
-        A built-in operator, or none.
+        A built-in function, or an unknown name.
     """
-    if name in BUILTIN or name not in OPERATORS:
-        raise ConfigError(f"{name!r} is no registered operator of the user's.")
-    del OPERATORS[name]
+    if name in BUILTIN or name not in FUNCTIONS:
+        raise ConfigError(
+            f"{name!r} is not a registered function. Remedy: only names passed to register_function can be unregistered."
+        )
+    del FUNCTIONS[name]
 
 
-def check_setting(operator: Operator, kind: str, value: Any) -> str | None:
+def check_setting(function: ExpressionFunction, kind: str, value: Any) -> str | None:
     """What is wrong with a written-out argument; None if nothing is."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     if kind == "instrument":
-        return None if isinstance(value, str) else f"{operator.name} needs the name of an instrument in quotes"
+        return None if isinstance(value, str) else f"{function.name} needs the name of an instrument in quotes"
     if isinstance(value, (str, bool)):
-        return f"{operator.name} needs a number here"
+        return f"{function.name} needs a number here"
     if kind in ("shift", "window") and not abs(value) <= LARGEST:
-        return f"{operator.name}(x, n): n goes up to {LARGEST:,}"
+        return f"{function.name}(x, n): n goes up to {LARGEST:,}"
     if kind == "shift":
-        return None if whole else f"{operator.name}(x, n) needs a whole number n"
+        return None if whole else f"{function.name}(x, n) needs a whole number n"
     if kind == "window":
-        if whole and (value == 0 or value >= operator.least):
+        if whole and (value == 0 or value >= function.least):
             return None
-        if operator.decays and isinstance(value, float) and 0 < value < 1:
+        if function.decays and isinstance(value, float) and 0 < value < 1:
             return None
-        share = ", or a weight between 0 and 1" if operator.decays else ""
-        return f"{operator.name} needs a whole number of rows from {operator.least} (0: all rows so far){share}"
+        share = ", or a weight between 0 and 1" if function.decays else ""
+        return f"{function.name} needs a whole number of rows from {function.least} (0: all rows so far){share}"
     if kind == "share":
-        return None if 0 <= value <= 1 else f"{operator.name} needs a share from 0 to 1"
+        return None if 0 <= value <= 1 else f"{function.name} needs a share from 0 to 1"
     return None

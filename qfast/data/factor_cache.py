@@ -20,7 +20,7 @@ import numpy as np
 
 import qfast
 from qfast.data.expression import Call, parse, walk
-from qfast.data.expression_functions import OPERATORS
+from qfast.data.expression_functions import FUNCTIONS
 from qfast.data.prices import Prices
 from qfast.errors import ConfigError, QfastError, shown
 from qfast.files import atomic_write
@@ -72,7 +72,7 @@ class FactorCache:
     def key(
         self, texts: Sequence[str], prices: Prices, rows: np.ndarray, start_time: Any, others: Mapping[str, Prices]
     ) -> str | None:
-        """Digest of everything the factors depend on; None if they hold an operator of the user's own.
+        """Digest of everything the factors depend on; None if they call a registered function.
 
         Parameters
         ----------
@@ -85,10 +85,10 @@ class FactorCache:
         others : mapping
             Further prices, by instrument.
         """
-        calls = {node.operator for text in texts for node in walk(parse(text)) if isinstance(node, Call)}
-        own = sorted(name for name in calls if OPERATORS[name].form == "user")
+        calls = {node.function for text in texts for node in walk(parse(text)) if isinstance(node, Call)}
+        own = sorted(name for name in calls if FUNCTIONS[name].form == "user")
         if own:
-            log.info("factors with operators of your own %s are not kept on disk", own)
+            log.info("factors that call the registered functions %s are not cached", own)
             return None
         digest = hashlib.blake2b(digest_size=16)
         digest.update(f"{FORMAT} {qfast.__version__} {start_time}\x1e".encode())

@@ -1,7 +1,7 @@
 """Factors: expressions of Qlib's language over a panel, all of them in one pass.
 
 Expressions are merged into one graph, so that what several of them share is computed once, and all windows of
-one operator on one series are one sweep of a native kernel (`qfast.data.rolling`). The graph is run over a few
+one function on one series are one sweep of a native kernel (`qfast.data.rolling`). The graph is run over a few
 instruments at a time, whose series stay in the cache; what leaves is the float32 table of the results.
 
     >>> import pandas as pd
@@ -24,13 +24,13 @@ import numpy as np
 import torch
 
 from qfast.data.expression import Call, ExpressionError, Field, Node, Number, masked_last, parse, pointed, reach
-from qfast.data.expression_functions import OPERATORS, register_operator, unregister_operator
+from qfast.data.expression_functions import FUNCTIONS, register_function, unregister_function
 from qfast.data.panel import Panel
 from qfast.data.prices import Extent, Prices
 from qfast.data.rolling import ema_over_all, rolling
 from qfast.errors import ConfigError, DataError, suggest
 
-__all__ = ["depends_on_the_start", "evaluate", "evaluate_all", "register_operator", "unregister_operator"]
+__all__ = ["depends_on_the_start", "evaluate", "evaluate_all", "register_function", "unregister_function"]
 
 ROW_CHUNK = 1 << 15  # rows of one pass: their results and intermediate series fit the caches
 
@@ -50,9 +50,9 @@ ROLLING = {  # the kernels' names
     "Corr": "corr", "Cov": "cov",
 }  # fmt: skip
 
-# Kinds of steps besides the operators. No operator can be called so.
+# Kinds of steps besides the functions. No function has such a name.
 FIELD, NUMBER, OTHER = "a field", "a number", "another instrument"
-SWEEP, WINDOW = "all windows of an operator", "one window of a sweep"
+SWEEP, WINDOW = "all windows of a function", "one window of a sweep"
 KNOWN, EMA, EMA_OVER_ALL, FROM_THE_START = "not NaN", "ema", "ema of growing span", "a window of all rows so far"
 
 
@@ -119,7 +119,7 @@ def evaluate_all(
         Fields that are NaN where the panel has no such column; any other missing field is an error.
     start_time : date-like, optional
         The first day wanted. Only what looks back without end depends on it (EMA, a window of 0 rows): as in
-        the reference that begins as many rows before this day as the operator's window has.
+        the reference that begins as many rows before this day as the function's window has.
     others : mapping, optional
         Prices of instruments that `Mask` names and the panel has not.
     out : float32 [M, C], optional
@@ -133,7 +133,7 @@ def evaluate_all(
     Raises
     ------
     ExpressionError
-        Not an expression, or an operator that is not available; the message points at the place.
+        Not an expression, or a function that is not available; the message points at the place.
     DataError
         A field or instrument that the data has not.
 
@@ -167,7 +167,7 @@ def evaluate_all(
 class _Step:
     """One node of the merged graph: what it computes from which earlier steps."""
 
-    kind: str  # an operator, or one of the kinds below
+    kind: str  # a function, or one of the kinds below
     inputs: tuple[int, ...]
     settings: tuple[Any, ...]
 
@@ -207,20 +207,20 @@ class _Graph:
         if isinstance(node, Field):
             self._check_field(text, node)
             return self._add(text, node, FIELD, (), (node.name, begin))
-        operator = OPERATORS[node.operator]
-        if operator.form not in ("elementwise", "condition"):  # what looks at more than the row
+        function = FUNCTIONS[node.function]
+        if function.form not in ("elementwise", "condition"):  # what looks at more than the row
             node = masked_last(node)
-        if node.operator == "Mask":
+        if node.function == "Mask":
             if (node, begin) not in self.by_day:
                 self.by_day[node, begin] = self._other(text, node, begin)
             return self._add(text, node, OTHER, (), (node, begin))
         inputs = tuple(self._node(text, part, begin) for part in node.series)
-        if operator.form not in ("rolling", "pair"):
-            return self._add(text, node, node.operator, inputs, node.settings)
+        if function.form not in ("rolling", "pair"):
+            return self._add(text, node, node.function, inputs, node.settings)
         kind, window, parameter = _sweep_of(node)
         if kind in (EMA, EMA_OVER_ALL, FROM_THE_START):  # depends on more than the window
-            return self._add(text, node, kind, inputs, (node.operator, window, parameter))
-        if node.operator == "Count":
+            return self._add(text, node, kind, inputs, (node.function, window, parameter))
+        if node.function == "Count":
             inputs = (self._add(text, node, KNOWN, inputs, ()),)
         sweep = self._add(text, node, SWEEP, inputs, (kind, parameter))
         self.windows.setdefault(sweep, set()).add(window)
@@ -287,22 +287,22 @@ def depends_on_the_start(text: str) -> bool:
 def _from_the_first_row(node: Node) -> bool:
     if not isinstance(node, Call):
         return False
-    return OPERATORS[node.operator].from_the_first_row(node.settings) or any(map(_from_the_first_row, node.series))
+    return FUNCTIONS[node.function].from_the_first_row(node.settings) or any(map(_from_the_first_row, node.series))
 
 
 def _sweep_of(node: Call) -> tuple[str, Any, float]:
     """(kernel, window, parameter) of a rolling call."""
     window = node.settings[0]
-    if node.operator == "EMA" or 0 < window < 1:
+    if node.function == "EMA" or 0 < window < 1:
         if window == 0:
             return EMA_OVER_ALL, window, 0.0
         return EMA, window, float(window if window < 1 else 2 / (window + 1))
     if window == 0:
-        return FROM_THE_START, window, 0.5 if node.operator == "Med" else float((*node.settings, 0.0)[1])
-    if node.operator == "Count":
+        return FROM_THE_START, window, 0.5 if node.function == "Med" else float((*node.settings, 0.0)[1])
+    if node.function == "Count":
         return "sum", window, 0.0
-    parameter = 0.5 if node.operator == "Med" else node.settings[1] if node.operator == "Quantile" else 0.0
-    return ROLLING[node.operator], window, float(parameter)
+    parameter = 0.5 if node.function == "Med" else node.settings[1] if node.function == "Quantile" else 0.0
+    return ROLLING[node.function], window, float(parameter)
 
 
 @dataclass(frozen=True)
@@ -373,36 +373,36 @@ class _Chunk:
             return self._each(number, inputs, ema_over_all)
         if kind == FROM_THE_START:
             return self._from_the_start(settings[0], settings[2], inputs)
-        return self._operator(number, OPERATORS[kind], settings, inputs)
+        return self._call(number, FUNCTIONS[kind], settings, inputs)
 
-    def _operator(self, number: int, operator: Any, settings: tuple[Any, ...], inputs: list[Any]) -> _Series:
-        if operator.form in ("shift", "delta"):
+    def _call(self, number: int, function: Any, settings: tuple[Any, ...], inputs: list[Any]) -> _Series:
+        if function.form in ("shift", "delta"):
             shifted = self._shifted(inputs[0], settings[0])
-            if operator.form == "shift":
+            if function.form == "shift":
                 return shifted
             return replace(shifted, values=inputs[0].values - shifted.values)
-        if operator.form == "user":
-            return self._each(number, inputs, lambda *parts: operator.function(*parts, *settings))
+        if function.form == "user":
+            return self._each(number, inputs, lambda *parts: function.function(*parts, *settings))
         try:
-            return self._elementwise(operator, inputs)
+            return self._elementwise(function, inputs)
         except (TypeError, ValueError, OverflowError) as error:  # of truth values and whole numbers: NumPy says which
             said = f"{error}"
             if not isinstance(error, TypeError):
                 said += " Remedy: write the number with a point, such as 2.0"
-            elif operator.name == "Sub":  # NumPy would have it written with a sign that the language has not
+            elif function.name == "Sub":  # NumPy would have it written with a sign that the language has not
                 said = "comparisons cannot be subtracted; write If(a > b, 1, 0) - If(c > d, 1, 0)"
             raise ExpressionError(pointed(*self.graph.source[number], said)) from None
 
-    def _elementwise(self, operator: Any, inputs: list[Any]) -> _Series:
+    def _elementwise(self, function: Any, inputs: list[Any]) -> _Series:
         series = [part for part in inputs if isinstance(part, _Series)]
         plain = [part.values if isinstance(part, _Series) else part for part in inputs]
-        if operator.form == "condition":
+        if function.form == "condition":
             return self._cut(np.where(*plain), series[0].extent)
         extent = series[0].extent
         for other in series[1:]:
             extent = self._union(extent, other.extent)
-        function = UNARY[operator.name] if operator.series == 1 else BINARY[operator.name]
-        return self._cut(function(*plain), extent)
+        compute = UNARY[function.name] if function.series == 1 else BINARY[function.name]
+        return self._cut(compute(*plain), extent)
 
     # ---------------------------------------------------------------- rows of a series
     def _cut(self, values: np.ndarray, extent: Extent | None) -> _Series:
@@ -512,8 +512,8 @@ class _Chunk:
             if found.shape != parts[0].shape:
                 raise ValueError(f"it must give one value a row, shape {parts[0].shape}, got {found.shape}")
         except Exception as error:
-            name, operator = self.graph.panel.instruments[self.who.start + who], self.graph.steps[number].kind
-            said = f"the function of operator {operator!r} failed for {name}: {type(error).__name__}: {error}"
+            name, called = self.graph.panel.instruments[self.who.start + who], self.graph.steps[number].kind
+            said = f"function {called!r} failed for {name}: {type(error).__name__}: {error}"
             raise ConfigError(pointed(*self.graph.source[number], said)) from error
         return found
 

@@ -1,7 +1,7 @@
 """The experiments of `qfast check`: does the past move with the future, do scores depend on what is asked for?
 
 What expressions say of themselves is read first: how far they look ahead is known without any data. The experiments
-are for the rest, processors, operators of the user's own and the network. They are made on a sample of the
+are for the rest, processors, registered functions and the network. They are made on a sample of the
 instruments, on the processed features, and on a network with its first weights, so no training is needed.
 """
 
@@ -18,7 +18,7 @@ import pandas as pd
 
 from qfast import registry
 from qfast.data.expression import Call, Node, Number, instruments, parse
-from qfast.data.expression_functions import OPERATORS
+from qfast.data.expression_functions import FUNCTIONS
 from qfast.data.factors import depends_on_the_start
 from qfast.data.handlers.prices import PriceHandler
 from qfast.data.panel import Panel
@@ -82,12 +82,12 @@ def rows_ahead(node: Node) -> int:
     if not isinstance(node, Call):
         return 0
     ahead = max((rows_ahead(part) for part in node.series if not isinstance(part, Number)), default=0)
-    operator = OPERATORS[node.operator]
-    if operator.reach is not None:
-        return ahead + operator.reach(*node.settings)[1]
-    if operator.form == "shift":
+    function = FUNCTIONS[node.function]
+    if function.reach is not None:
+        return ahead + function.reach(*node.settings)[1]
+    if function.form == "shift":
         return ahead - int(node.settings[0])
-    return max(ahead, ahead - int(node.settings[0])) if operator.form == "delta" else ahead
+    return max(ahead, ahead - int(node.settings[0])) if function.form == "delta" else ahead
 
 
 def _expressions(handler: PriceHandler) -> dict[str, str]:
