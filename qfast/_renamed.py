@@ -25,6 +25,7 @@ RENAMED_MODULES = {
     "qfast.attention": "qfast.models.attention",
     "qfast.callbacks": "qfast.training.callbacks",
     "qfast.checkpoint": "qfast.training.checkpoint",
+    "qfast.data.operators": "qfast.data.expression_functions",
     "qfast.estimator": "qfast.training.estimator",
     "qfast.losses": "qfast.training.losses",
     "qfast.optim": "qfast.training.optim",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import operator
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -67,6 +68,12 @@ class Call:
     series: tuple[Node, ...]
     settings: tuple[Any, ...]
     at: int = field(compare=False)
+
+    @property
+    def operator(self) -> str:
+        """Earlier name of `function`."""
+        warnings.warn("Call.operator has been renamed to Call.function.", DeprecationWarning, stacklevel=2)
+        return self.function
 
 
 Node = Number | Field | Call

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from qfast._renamed import renamed_names
 from qfast.errors import ConfigError, shown
 
 __all__ = ["FUNCTIONS", "ExpressionFunction", "Reach", "register_function", "unregister_function"]
@@ -98,29 +99,29 @@ def _is_reach(value: Any) -> bool:
 
 
 def _builtin() -> dict[str, ExpressionFunction]:
-    found = [ExpressionFunction(name, 2) for name in (*SYMBOLS, "Greater", "Less")]
-    found += [ExpressionFunction(name, 1) for name in ("Abs", "Sign", "Log", "Not")]
-    found += [ExpressionFunction("If", 3, form="condition")]
-    found += [ExpressionFunction("Ref", 1, ("shift",), "shift"), ExpressionFunction("Delta", 1, ("shift",), "delta")]
-    found += [
-        ExpressionFunction(name, 1, ("window",), "rolling", decays=True) for name in ("Mean", "Sum", "Std", "Var")
+    make = ExpressionFunction
+    window = ("window",)
+    functions = [
+        *(make(name, 2) for name in (*SYMBOLS, "Greater", "Less")),
+        *(make(name, 1) for name in ("Abs", "Sign", "Log", "Not")),
+        make("If", 3, form="condition"),
+        make("Ref", 1, ("shift",), "shift"),
+        make("Delta", 1, ("shift",), "delta"),
+        *(
+            make(name, 1, window, "rolling", decays=True)
+            for name in ("Mean", "Sum", "Std", "Var", "Max", "Min", "Med", "Count", "EMA")
+        ),
+        make("Skew", 1, window, "rolling", least=3),
+        make("Kurt", 1, window, "rolling", least=4),
+        *(
+            make(name, 1, window, "rolling")
+            for name in ("Mad", "Rank", "IdxMax", "IdxMin", "Slope", "Rsquare", "Resi", "WMA")
+        ),
+        make("Quantile", 1, ("window", "share"), "rolling"),
+        *(make(name, 2, window, "pair") for name in ("Corr", "Cov")),
+        make("Mask", 1, ("instrument",), "other instrument"),
     ]
-    found += [
-        ExpressionFunction(name, 1, ("window",), "rolling", decays=True)
-        for name in ("Max", "Min", "Med", "Count", "EMA")
-    ]
-    found += [
-        ExpressionFunction("Skew", 1, ("window",), "rolling", 3),
-        ExpressionFunction("Kurt", 1, ("window",), "rolling", 4),
-    ]
-    found += [
-        ExpressionFunction(name, 1, ("window",), "rolling")
-        for name in ("Mad", "Rank", "IdxMax", "IdxMin", "Slope", "Rsquare", "Resi", "WMA")
-    ]
-    found += [ExpressionFunction("Quantile", 1, ("window", "share"), "rolling")]
-    found += [ExpressionFunction(name, 2, ("window",), "pair") for name in ("Corr", "Cov")]
-    found += [ExpressionFunction("Mask", 1, ("instrument",), "other instrument")]
-    return {function.name: function for function in found}
+    return {function.name: function for function in functions}
 
 
 FUNCTIONS: dict[str, ExpressionFunction] = _builtin()
@@ -205,7 +206,7 @@ def unregister_function(name: str) -> None:
     """
     if name in BUILTIN or name not in FUNCTIONS:
         raise ConfigError(
-            f"{name!r} is not a registered function. Remedy: only names passed to register_function can be unregistered."
+            f"{name!r} is not a registered function. Remedy: unregister only names passed to register_function."
         )
     del FUNCTIONS[name]
 
@@ -231,3 +232,14 @@ def check_setting(function: ExpressionFunction, kind: str, value: Any) -> str | 
     if kind == "share":
         return None if 0 <= value <= 1 else f"{function.name} needs a share from 0 to 1"
     return None
+
+
+__getattr__ = renamed_names(
+    __name__,
+    {
+        "OPERATORS": f"{__name__}.FUNCTIONS",
+        "Operator": f"{__name__}.ExpressionFunction",
+        "register_operator": f"{__name__}.register_function",
+        "unregister_operator": f"{__name__}.unregister_function",
+    },
+)

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qfast._renamed import renamed_names
 from qfast.data.expression import Call, ExpressionError, Field, Node, Number, masked_last, parse, pointed, reach
 from qfast.data.expression_functions import FUNCTIONS, register_function, unregister_function
 from qfast.data.panel import Panel
@@ -522,3 +523,12 @@ def _used(step: int, left: dict[int, int], found: dict[int, Any]) -> None:
     left[step] -= 1
     if not left[step]:
         del found[step]
+
+
+__getattr__ = renamed_names(
+    __name__,
+    {
+        "register_operator": "qfast.data.expression_functions.register_function",
+        "unregister_operator": "qfast.data.expression_functions.unregister_function",
+    },
+)
