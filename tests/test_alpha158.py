@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from test_factors import by_pandas
 
 from qfast.data import Alpha158, Alpha158vwap, FactorHandler, synthetic
 from qfast.data.factor_cache import FactorCache
@@ -17,6 +16,7 @@ from qfast.data.factors import register_function, unregister_function
 from qfast.data.handlers import build_handler
 from qfast.data.handlers.alpha158 import ROLLING, alpha158_factors
 from qfast.errors import ConfigError, DataError
+from support.pandas_factors import by_pandas
 from support.stores import FIELDS, read_series, write_store
 
 RAW = {"infer_processors": [], "learn_processors": []}

@@ -11,23 +11,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_datasets import SEGMENTS
-from test_estimator import SMALL, StopAt, flat, rolling, same, weights
-from test_reference_parity import TRAIN, panel
 
 from qfast.data import TSDatasetH
 from qfast.errors import ConfigError, DataError
 from qfast.models import ALSTM, ts
 from qfast.workflow.run import run
 from qfast.workflow.scoring import predict
-from support.frames import make_frame
+from support.fits import SMALL, StopAt, dataset_for, same, weights
+from support.frames import SEGMENTS, flat, make_frame, rolling
+from support.qlib import TRAIN, qlib_frames
 from support.workflows import write_case
 
 both = pytest.mark.parametrize("kind", [ALSTM, ts.ALSTM], ids=["flat", "ts"])
-
-
-def data(kind: type, **kwargs):
-    return flat(**kwargs) if kind is ALSTM else rolling(**kwargs)
 
 
 # ---------------------------------------------------------------- learning
@@ -39,7 +34,7 @@ def test_a_planted_signal_is_learnt(kind, rnn_type):
     segments = {
         "train": ("2020-01-01", "2020-04-30"), "valid": ("2020-05-01", "2020-05-31"), "test": ("2020-06-01", None),
     }  # fmt: skip
-    dataset = data(kind, frame=frame, segments=segments)
+    dataset = dataset_for(kind, frame=frame, segments=segments)
     model = kind(**{**SMALL, "n_epochs": 10, "lr": 0.02, "dropout": 0.05, "rnn_type": rnn_type}).fit(dataset)
     prediction = model.predict(dataset)
     assert prediction.corr(frame[("label", "LABEL0")].reindex(prediction.index)) > 0.9
@@ -66,10 +61,10 @@ def test_rolling_windows_train_as_the_same_windows_laid_out_flat():
 
 @both
 def test_dropout_repeats_with_the_seed_and_counts_in_training_only(kind):
-    fits = [kind(**SMALL, dropout=p).fit(data(kind)) for p in (0.5, 0.5, 0.0)]
+    fits = [kind(**SMALL, dropout=p).fit(dataset_for(kind)) for p in (0.5, 0.5, 0.0)]
     assert fits[0].evals_result_ == fits[1].evals_result_
     assert fits[0].evals_result_ != fits[2].evals_result_
-    pd.testing.assert_series_equal(fits[0].predict(data(kind)), fits[0].predict(data(kind)))
+    pd.testing.assert_series_equal(fits[0].predict(dataset_for(kind)), fits[0].predict(dataset_for(kind)))
 
 
 # ---------------------------------------------------------------- rnn_type
@@ -105,9 +100,9 @@ def test_compat_builds_a_gru_as_the_reference_does(kind, caplog):
 def test_torchs_plain_layer_trains_too(kind):
     model = kind(**SMALL, rnn_type="RNN")
     before = weights(model)
-    model.fit(data(kind))
+    model.fit(dataset_for(kind))
     assert not same(weights(model), before)
-    assert model.predict(data(kind)).notna().all()
+    assert model.predict(dataset_for(kind)).notna().all()
 
 
 # ---------------------------------------------------------------- what the reference's ALSTM_ts has alone
@@ -116,7 +111,7 @@ def test_the_metric_mse_is_that_of_the_reference(tmp_path):
     from qlib.contrib.model.pytorch_alstm_ts import ALSTM as Reference
 
     sizes = {"d_feat": 3, "hidden_size": 8, "num_layers": 2, "seed": 3, "metric": "mse"}
-    samples, expected, found = panel("_ts"), {}, {}
+    samples, expected, found = qlib_frames("_ts"), {}, {}
     reference = Reference(**sizes, **TRAIN, n_jobs=0)
     reference.fit(samples, expected, save_path=str(tmp_path / "x.pt"))
     ts.ALSTM(**sizes, **TRAIN).fit(samples, found)
@@ -132,7 +127,7 @@ def test_any_segment_is_predicted_as_by_the_reference(tmp_path):
     from qlib.contrib.model.pytorch_alstm_ts import ALSTM as Reference
 
     sizes = {"d_feat": 3, "hidden_size": 8, "num_layers": 2, "seed": 3}
-    samples = panel("_ts")
+    samples = qlib_frames("_ts")
     reference, model = Reference(**sizes, **TRAIN, n_jobs=0), ts.ALSTM(**sizes, **TRAIN)
     model.network.load_state_dict(reference.ALSTM_model.state_dict())
     reference.fitted = model.fitted = True
@@ -166,7 +161,7 @@ def test_wrong_arguments_are_named(kind, arguments, message):
 @both
 def test_a_reweighter_that_is_none_is_refused(kind):
     with pytest.raises(ConfigError, match="reweighter must have a method reweight"):
-        kind(**SMALL).fit(data(kind), reweighter={"class": "Something"})
+        kind(**SMALL).fit(dataset_for(kind), reweighter={"class": "Something"})
 
 
 @both
@@ -174,7 +169,7 @@ def test_data_with_nan_is_refused(kind):
     frame = make_frame(70, 9, 12 if kind is ALSTM else 3)
     frame.iloc[5, 1] = np.nan
     with pytest.raises(DataError, match="F1"):
-        kind(**SMALL).fit(data(kind, frame=frame))
+        kind(**SMALL).fit(dataset_for(kind, frame=frame))
 
 
 @both
@@ -191,31 +186,31 @@ def test_get_params_rebuild_the_model(kind):
 @both
 @pytest.mark.parametrize("name", ["best.safetensors", "best.pkl"])
 def test_weights_survive_a_file(kind, name, tmp_path):
-    model = kind(**SMALL).fit(data(kind), save_path=tmp_path / name)
+    model = kind(**SMALL).fit(dataset_for(kind), save_path=tmp_path / name)
     other = kind(**{**SMALL, "seed": 9}).load_weights(tmp_path / name)
-    pd.testing.assert_series_equal(other.predict(data(kind)), model.predict(data(kind)))
+    pd.testing.assert_series_equal(other.predict(dataset_for(kind)), model.predict(dataset_for(kind)))
 
 
 @both
 @pytest.mark.parametrize("moment", ["batch", "checkpoint"])
 def test_an_interrupted_fit_resumes_to_the_unbroken_result(kind, moment, tmp_path):
     arguments = {**SMALL, "n_epochs": 5, "dropout": 0.3, "rnn_type": "LSTM"}
-    unbroken = kind(**arguments).fit(data(kind))
+    unbroken = kind(**arguments).fit(dataset_for(kind))
     broken = kind(**arguments)
     with pytest.raises(KeyboardInterrupt):
-        broken.fit(data(kind), callbacks=[StopAt(2, moment)], checkpoint_dir=tmp_path)
+        broken.fit(dataset_for(kind), callbacks=[StopAt(2, moment)], checkpoint_dir=tmp_path)
     torch.manual_seed(99)
     np.random.seed(99)
-    resumed = kind(**arguments).fit(data(kind), checkpoint_dir=tmp_path, resume=True)
+    resumed = kind(**arguments).fit(dataset_for(kind), checkpoint_dir=tmp_path, resume=True)
     assert resumed.evals_result_ == unbroken.evals_result_
     assert same(weights(resumed), weights(unbroken))
 
 
 @both
 def test_it_is_pickled_with_its_weights(kind):
-    model = kind(**SMALL, rnn_type="LSTM").fit(data(kind))
+    model = kind(**SMALL, rnn_type="LSTM").fit(dataset_for(kind))
     again = pickle.loads(pickle.dumps(model))
-    pd.testing.assert_series_equal(again.predict(data(kind)), model.predict(data(kind)))
+    pd.testing.assert_series_equal(again.predict(dataset_for(kind)), model.predict(dataset_for(kind)))
 
 
 def test_windows_of_one_step():

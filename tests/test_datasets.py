@@ -12,49 +12,16 @@ import torch
 from qfast.data import DatasetH, TSDatasetH
 from qfast.data.handlers import DataHandlerLP
 from qfast.errors import ConfigError, DataError
-from support.frames import make_frame
-
-SEGMENTS = {
-    "train": ("2020-01-01", "2020-02-14"),
-    "valid": ("2020-02-15", "2020-03-10"),
-    "test": ("2020-03-11", "2020-12-31"),
-}
-INFER = [{"class": "Fillna", "kwargs": {"fields_group": "feature"}}]
-LEARN = [{"class": "DropnaLabel"}, {"class": "CSRankNorm", "kwargs": {"fields_group": "label"}}]
-
-
-def gappy_frame() -> pd.DataFrame:
-    """Missing rows, NaN features, NaN labels, and one date on which no label exists."""
-    frame = make_frame(70, 9, 4, holes=0.2, seed=5)
-    rng = np.random.default_rng(6)
-    frame[("feature", "F1")] = frame[("feature", "F1")].mask(rng.random(len(frame)) < 0.05)
-    frame[("label", "LABEL0")] = frame[("label", "LABEL0")].mask(rng.random(len(frame)) < 0.08)
-    blank = frame.index.get_level_values("datetime") == frame.index.levels[0][45]
-    frame[("label", "LABEL0")] = frame[("label", "LABEL0")].mask(blank)
-    return frame
-
-
-def ours(kind: type, frame: pd.DataFrame, **kwargs):
-    handler = DataHandlerLP(frame, infer_processors=INFER, learn_processors=LEARN)
-    return kind(handler=handler, segments=SEGMENTS, **kwargs)
-
-
-def theirs(kind: str, frame: pd.DataFrame, **kwargs):
-    dataset = pytest.importorskip("qlib.data.dataset", reason="pyqlib is the oracle; install qfast-models[qlib]")
-    from qlib.data.dataset.handler import DataHandlerLP as Handler
-    from qlib.data.dataset.loader import StaticDataLoader
-
-    loader = StaticDataLoader(frame.copy())
-    handler = Handler(data_loader=loader, infer_processors=INFER, learn_processors=LEARN)
-    return getattr(dataset, kind)(handler=handler, segments=SEGMENTS, **kwargs)
+from support.frames import SEGMENTS, gappy_frame, make_frame
+from support.qlib import qfast_dataset, qlib_dataset
 
 
 @pytest.mark.parametrize("data_key", ["infer", "learn", "raw"])
 @pytest.mark.parametrize("col_set", ["feature", "label", ["feature", "label"], "__all"])
 def test_flat_frames_equal_the_reference(data_key, col_set):
     frame = gappy_frame()
-    expected = theirs("DatasetH", frame).prepare(["train", "test"], col_set=col_set, data_key=data_key)
-    found = ours(DatasetH, frame).prepare(["train", "test"], col_set=col_set, data_key=data_key)
+    expected = qlib_dataset("DatasetH", frame).prepare(["train", "test"], col_set=col_set, data_key=data_key)
+    found = qfast_dataset(DatasetH, frame).prepare(["train", "test"], col_set=col_set, data_key=data_key)
     for a, b in zip(found, expected, strict=True):
         assert len(a) > 0
         pd.testing.assert_frame_equal(a, b, check_dtype=False, check_column_type=False, rtol=1e-6)
@@ -66,8 +33,8 @@ def test_flat_frames_equal_the_reference(data_key, col_set):
 def test_rolling_samples_equal_the_reference(data_key, step_len, segment):
     frame = gappy_frame()
     groups = ["feature", "label"]
-    expected = theirs("TSDatasetH", frame, step_len=step_len).prepare(segment, col_set=groups, data_key=data_key)
-    found = ours(TSDatasetH, frame, step_len=step_len).prepare(segment, col_set=groups, data_key=data_key)
+    expected = qlib_dataset("TSDatasetH", frame, step_len=step_len).prepare(segment, col_set=groups, data_key=data_key)
+    found = qfast_dataset(TSDatasetH, frame, step_len=step_len).prepare(segment, col_set=groups, data_key=data_key)
     assert len(found) == len(expected) > 0
     pd.testing.assert_index_equal(found.get_index(), expected.get_index(), exact=False)
     every = list(range(len(found)))
@@ -94,7 +61,7 @@ def test_flt_col_chooses_the_samples():
 
 def test_window_sets_show_what_the_samplers_show():
     frame = gappy_frame()
-    dataset = ours(TSDatasetH, frame, step_len=6)
+    dataset = qfast_dataset(TSDatasetH, frame, step_len=6)
     sampler = dataset.prepare("valid", col_set=["feature", "label"], data_key="learn")
     sampler.config(fillna_type="ffill+bfill")
     windows = dataset.windows("valid", "learn")
@@ -106,7 +73,7 @@ def test_window_sets_show_what_the_samplers_show():
 
 
 def test_learning_and_inference_share_the_feature_block():
-    dataset = ours(TSDatasetH, gappy_frame(), step_len=6)
+    dataset = qfast_dataset(TSDatasetH, gappy_frame(), step_len=6)
     learn, infer = dataset.handler.panel("learn"), dataset.handler.panel("infer")
     assert np.shares_memory(learn.values("feature"), infer.values("feature"))
     train, valid = dataset.windows("train", "learn"), dataset.windows("valid", "learn")
@@ -165,7 +132,7 @@ def test_two_labels_are_refused():
 
 
 def test_segments_share_one_copy_on_another_device():
-    dataset = ours(TSDatasetH, gappy_frame(), step_len=6)
+    dataset = qfast_dataset(TSDatasetH, gappy_frame(), step_len=6)
     moved: dict = {}
     train, valid = (dataset.windows(s, "learn").to(torch.device("meta"), moved) for s in ("train", "valid"))
     assert train.features is valid.features

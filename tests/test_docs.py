@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_estimator import rolling
 
 from qfast import cli
 from qfast.data import synthetic
 from qfast.data.factors import unregister_function
 from qfast.models import ts
 from qfast.workflow.demo import DEMO, demo_prices
-from support.frames import make_frame
+from support.frames import make_frame, rolling
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", flags=re.M | re.S)

@@ -10,34 +10,12 @@ import pandas as pd
 import pytest
 import torch
 
-from qfast.data import DatasetH, TSDatasetH
+from qfast.data import DatasetH
 from qfast.errors import BackendError, CheckpointError, ConfigError, DataError, NotFittedError, QfastError
 from qfast.models import GRU, LSTM, ts
 from qfast.training.callbacks import Callback
-from support.frames import make_frame
-
-SEGMENTS = {
-    "train": ("2020-01-01", "2020-02-14"),
-    "valid": ("2020-02-15", "2020-03-10"),
-    "test": ("2020-03-11", "2020-12-31"),
-}
-SMALL = {"d_feat": 3, "hidden_size": 8, "n_epochs": 3, "batch_size": 32, "lr": 0.01, "seed": 1}
-
-
-def rolling(frame: pd.DataFrame | None = None, segments=SEGMENTS, **kwargs) -> TSDatasetH:
-    return TSDatasetH(handler=make_frame(70, 9, 3) if frame is None else frame, segments=segments, step_len=5, **kwargs)
-
-
-def flat(frame: pd.DataFrame | None = None, segments=SEGMENTS) -> DatasetH:
-    return DatasetH(handler=make_frame(70, 9, 12) if frame is None else frame, segments=segments)
-
-
-def weights(model) -> dict[str, torch.Tensor]:
-    return {k: v.clone() for k, v in model.network.state_dict().items()}
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(a[k], b[k]) for k in a)
+from support.fits import SMALL, StopAt, same, weights
+from support.frames import SEGMENTS, flat, make_frame, rolling
 
 
 # ---------------------------------------------------------------- learning
@@ -408,21 +386,6 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
         model.save_weights(path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
-
-
-class StopAt(Callback):
-    """Ctrl-C at the end of an epoch, or in the middle of one."""
-
-    def __init__(self, epoch: int, moment: str) -> None:
-        self.epoch, self.moment = epoch, moment
-
-    def on_batch_end(self, estimator):
-        if self.moment == "batch" and estimator.epoch_ == self.epoch:
-            raise KeyboardInterrupt
-
-    def on_checkpoint(self, estimator):
-        if self.moment == "checkpoint" and estimator.epoch_ == self.epoch:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("moment", ["batch", "checkpoint"])

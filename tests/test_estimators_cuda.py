@@ -15,42 +15,16 @@ import torch
 import qfast.models
 import qfast.models.ts
 from qfast import _backend
-from qfast.data import DatasetH, TSDatasetH
 from qfast.errors import DataError
 from qfast.training import step_graphs
 from qfast.training.callbacks import Callback
-from support.frames import make_frame
+from support.fits import CASES, IDS, data_of, model_of, states_equal
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no usable GPU"),
 ]
 DEVICE = "cuda"
-ENCODERS = ("TransformerModel", "LocalformerModel")
-NAMES = ("LSTM", "GRU", "ALSTM", "GATs", "TCN", *ENCODERS)
-CASES = [(name, suffix) for suffix in ("", "_ts") for name in NAMES]
-IDS = [name + suffix for name, suffix in CASES]
-SEGMENTS = {
-    "train": ("2020-01-01", "2020-02-14"),
-    "valid": ("2020-02-15", "2020-03-10"),
-    "test": ("2020-03-11", "2020-12-31"),
-}
-
-
-def model_of(name: str, suffix: str, device: str, **changes):
-    width = {"TCN": "n_chans", **dict.fromkeys(ENCODERS, "d_model")}.get(name, "hidden_size")
-    kwargs = {"d_feat": 3, width: 8, "num_layers": 2, "n_epochs": 2, "lr": 1e-3, "seed": 3, "dropout": 0.0}
-    if name != "GATs":
-        kwargs["batch_size"] = 32
-    if name in ENCODERS:
-        kwargs["nhead"] = 4
-    return getattr(qfast.models.ts if suffix else qfast.models, name)(**{**kwargs, **changes}, device=device)
-
-
-def data_of(suffix: str):
-    if suffix:
-        return TSDatasetH(handler=make_frame(70, 9, 3, holes=0.1), segments=SEGMENTS, step_len=5)
-    return DatasetH(handler=make_frame(70, 9, 12, holes=0.1), segments=SEGMENTS)
 
 
 @pytest.fixture(params=_backend.LAYERS)
@@ -70,16 +44,6 @@ def test_a_gpu_trains_to_the_cpus_numbers(name, suffix, layers):
     scores = [model.predict(data_of(suffix), "test") for model in (on_gpu, on_cpu)]
     spread = float(scores[1].std())
     np.testing.assert_allclose(scores[0], scores[1], rtol=0, atol=1e-2 * spread)
-
-
-def states_equal(a, b) -> None:
-    for key, value in a.network.state_dict().items():
-        assert torch.equal(value, b.network.state_dict()[key]), key
-    for ours, theirs in zip(a.train_optimizer.state.values(), b.train_optimizer.state.values(), strict=True):
-        for key, value in ours.items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[key])), key
-    columns = ["train_loss", "train", "valid"]
-    pd.testing.assert_frame_equal(a.history_[columns], b.history_[columns], check_exact=True)
 
 
 @pytest.mark.parametrize(("name", "suffix"), CASES, ids=IDS)
@@ -159,7 +123,7 @@ import sys
 import torch
 assert not torch.cuda.is_available()
 sys.path[:0] = sys.argv[4:]
-from test_estimators_cuda import data_of, model_of
+from support.fits import data_of, model_of
 model = model_of(sys.argv[1], sys.argv[2], "auto").load_weights(sys.argv[3])
 print(repr(float(model.predict(data_of(sys.argv[2]), "test").sum())))
 """

@@ -10,22 +10,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_datasets import SEGMENTS
-from test_estimator import StopAt, flat, rolling, same, weights
 
 from qfast.data import TSDatasetH
 from qfast.errors import ConfigError, DataError, NotFittedError
 from qfast.models import GATs, attention, ts
 from qfast.nn.recurrent import as_windows
 from qfast.training.callbacks import Callback
-from support.frames import make_frame
+from support.fits import StopAt, dataset_for, same, weights
+from support.frames import SEGMENTS, flat, make_frame, rolling
 
 SMALL = {"d_feat": 3, "hidden_size": 8, "n_epochs": 3, "lr": 0.01, "seed": 1}
 both = pytest.mark.parametrize("kind", [GATs, ts.GATs], ids=["flat", "ts"])
-
-
-def data(kind: type, **kwargs):
-    return flat(**kwargs) if kind is GATs else rolling(**kwargs)
 
 
 def frame_of(kind: type, n_dates: int = 70, n_instruments: int = 9, **kwargs) -> pd.DataFrame:
@@ -50,7 +45,7 @@ class Seen(Callback):
 # ---------------------------------------------------------------- batches are days
 @both
 def test_every_training_batch_is_all_stocks_of_one_date(kind):
-    dataset = data(kind)
+    dataset = dataset_for(kind)
     model = kind(**{**SMALL, "n_epochs": 2})
     seen = Seen(model, dataset)
     model.fit(dataset)
@@ -74,7 +69,7 @@ def test_every_training_batch_is_all_stocks_of_one_date(kind):
 
 @both
 def test_days_stay_in_order_where_asked(kind):
-    dataset = data(kind)
+    dataset = dataset_for(kind)
     model = kind(**SMALL, shuffle_days=False)
     seen = Seen(model, dataset)
     model.fit(dataset)
@@ -132,16 +127,16 @@ def test_predictions_stand_in_the_order_of_the_other_models_under_their_own_date
 @both
 def test_the_rows_order_does_not_matter(kind):
     frame = frame_of(kind)
-    model = kind(**SMALL).fit(data(kind, frame=frame))
+    model = kind(**SMALL).fit(dataset_for(kind, frame=frame))
     shuffled = frame.sample(frac=1.0, random_state=3)
-    found = model.predict(data(kind, frame=shuffled))
-    pd.testing.assert_series_equal(found, model.predict(data(kind, frame=frame)))
+    found = model.predict(dataset_for(kind, frame=shuffled))
+    pd.testing.assert_series_equal(found, model.predict(dataset_for(kind, frame=frame)))
 
 
 @both
 @pytest.mark.parametrize("rows", [0, 1, 25, 10**6])
 def test_numbers_do_not_depend_on_how_many_days_go_through_the_network_at_once(kind, rows, monkeypatch):
-    dataset = data(kind)
+    dataset = dataset_for(kind)
     model = kind(**SMALL).fit(dataset)
     windows = model.load_segment(dataset, "valid")
     expected, scores = model.predict(dataset), model.score_segment(windows, "valid")
@@ -155,7 +150,7 @@ def test_numbers_do_not_depend_on_how_many_days_go_through_the_network_at_once(k
 
 @both
 def test_a_score_is_the_mean_over_days_of_the_days_scores(kind):
-    dataset = data(kind)
+    dataset = dataset_for(kind)
     model = kind(**{**SMALL, "n_epochs": 1}).fit(dataset)
     windows = dataset.windows("valid", "learn")
     with torch.no_grad():
@@ -170,7 +165,7 @@ def test_gradients_are_not_recorded_while_scoring(kind):
     model = kind(**{**SMALL, "n_epochs": 1})
     seen = set()
     model.network.register_forward_hook(lambda module, _, out: seen.add((module.training, out.requires_grad)))
-    model.fit(data(kind))
+    model.fit(dataset_for(kind))
     assert seen == {(True, True), (False, False)}
 
 
@@ -181,7 +176,7 @@ def test_a_day_with_one_stock(kind, compat):
     frame = frame_of(kind)
     for date in ("2020-01-08", "2020-02-19", "2020-03-20"):  # of each segment
         frame = frame[(frame.index.get_level_values(0) != date) | (frame.index.get_level_values(1) == "S003")]
-    dataset = data(kind, frame=frame)
+    dataset = dataset_for(kind, frame=frame)
     model = kind(**SMALL, compat=compat).fit(dataset)
     assert np.isfinite(model.history_[["train", "valid", "train_loss"]].to_numpy()).all()
     found = model.predict(dataset)
@@ -191,7 +186,7 @@ def test_a_day_with_one_stock(kind, compat):
 
 @both
 def test_one_stock_in_all(kind):
-    dataset = data(kind, frame=frame_of(kind, 70, 1, holes=0.0))
+    dataset = dataset_for(kind, frame=frame_of(kind, 70, 1, holes=0.0))
     model = kind(**SMALL)
     before = weights(model)
     assert model.fit(dataset).predict(dataset).notna().all()
@@ -205,7 +200,7 @@ def test_segments_of_one_day(kind):
         "valid": ("2020-02-04", "2020-02-04"),
         "test": ("2020-02-05",) * 2,
     }
-    dataset = data(kind, segments=one_day)
+    dataset = dataset_for(kind, segments=one_day)
     model = kind(**SMALL).fit(dataset)
     assert model.history_["train"].iloc[-1] > model.history_["train"].iloc[0]
     assert len(model.predict(dataset)) == len(dataset.windows("test", "infer"))
@@ -224,7 +219,7 @@ def test_days_without_labels(kind):
     labels = frame[("label", "LABEL0")].copy()
     labels.loc[["2020-01-09", "2020-01-10", "2020-02-20"]] = np.nan  # two of train, one of valid
     frame[("label", "LABEL0")] = labels
-    dataset = data(kind, frame=frame)
+    dataset = dataset_for(kind, frame=frame)
     steps = {}
     for compat in (None, "qlib"):
         model = kind(**SMALL, shuffle_days=False, compat=compat)
@@ -238,7 +233,7 @@ def test_days_without_labels(kind):
     assert steps["qlib"] == steps[None] + 2 if kind is GATs else steps["qlib"] >= steps[None]
     unlabelled = frame.drop(index=["2020-01-09", "2020-01-10"], level=0)
     if kind is GATs:  # leaving the days out of the data is the same: no step, no pull on Adam's means
-        other = GATs(**SMALL, shuffle_days=False).fit(data(kind, frame=unlabelled))
+        other = GATs(**SMALL, shuffle_days=False).fit(dataset_for(kind, frame=unlabelled))
         assert same(weights(kind(**SMALL, shuffle_days=False).fit(dataset)), weights(other))
 
 
@@ -266,7 +261,7 @@ def test_a_batch_size_is_taken_said_and_ignored(kind, caplog):
     with caplog.at_level(logging.INFO, logger="qfast"):
         model = kind(**SMALL, batch_size=5)
     assert [r.message for r in caplog.records] == ["batch_size=5 has no effect: every day is a batch of GATs"]
-    assert model.fit(data(kind)).evals_result_ == kind(**SMALL).fit(data(kind)).evals_result_
+    assert model.fit(dataset_for(kind)).evals_result_ == kind(**SMALL).fit(dataset_for(kind)).evals_result_
 
 
 @both
@@ -284,31 +279,31 @@ def test_get_params_rebuild_the_model(kind, caplog):
 @both
 def test_an_interrupted_fit_resumes_to_the_unbroken_result(kind, moment, tmp_path):
     arguments = {**SMALL, "n_epochs": 5, "dropout": 0.2, "base_model": "LSTM"}
-    unbroken = kind(**arguments).fit(data(kind))
+    unbroken = kind(**arguments).fit(dataset_for(kind))
     broken = kind(**arguments)
     with pytest.raises(KeyboardInterrupt):
-        broken.fit(data(kind), callbacks=[StopAt(2, moment)], checkpoint_dir=tmp_path)
-    assert broken.predict(data(kind)).notna().all()
+        broken.fit(dataset_for(kind), callbacks=[StopAt(2, moment)], checkpoint_dir=tmp_path)
+    assert broken.predict(dataset_for(kind)).notna().all()
     np.random.seed(99)
     torch.manual_seed(99)
-    resumed = kind(**arguments).fit(data(kind), checkpoint_dir=tmp_path, resume=True)
+    resumed = kind(**arguments).fit(dataset_for(kind), checkpoint_dir=tmp_path, resume=True)
     assert resumed.evals_result_ == unbroken.evals_result_
     assert same(weights(resumed), weights(unbroken))
     # and a further fit goes on from there, for both alike
     for model in (resumed, unbroken):
         np.random.seed(5)
         torch.manual_seed(5)
-        model.fit(data(kind))
+        model.fit(dataset_for(kind))
     assert resumed.evals_result_ == unbroken.evals_result_
 
 
 @both
 def test_a_fitted_model_is_pickled_and_copied(kind):
-    model = kind(**SMALL).fit(data(kind))
-    expected = model.predict(data(kind))
+    model = kind(**SMALL).fit(dataset_for(kind))
+    expected = model.predict(dataset_for(kind))
     for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
-        pd.testing.assert_series_equal(again.predict(data(kind)), expected)
-        again.fit(data(kind))  # goes on
+        pd.testing.assert_series_equal(again.predict(dataset_for(kind)), expected)
+        again.fit(dataset_for(kind))  # goes on
         assert not same(weights(again), weights(model))
 
 
@@ -321,11 +316,11 @@ def test_a_gpu_gives_the_cpus_numbers(kind, compat):
     for model in (gpu, cpu):
         np.random.seed(5)
         torch.manual_seed(5)
-        model.pretrain(data(kind), n_epochs=1, batch_size=64)
-        model.fit(data(kind))
+        model.pretrain(dataset_for(kind), n_epochs=1, batch_size=64)
+        model.fit(dataset_for(kind))
     np.testing.assert_allclose(gpu.history_[["train", "valid"]], cpu.history_[["train", "valid"]], rtol=1e-4)
-    pd.testing.assert_series_equal(gpu.predict(data(kind)), cpu.predict(data(kind)), rtol=1e-2, atol=1e-3)
-    tables = [model.attention(data(kind), "2020-03-16", top=3) for model in (gpu, cpu)]
+    pd.testing.assert_series_equal(gpu.predict(dataset_for(kind)), cpu.predict(dataset_for(kind)), rtol=1e-2, atol=1e-3)
+    tables = [model.attention(dataset_for(kind), "2020-03-16", top=3) for model in (gpu, cpu)]
     pd.testing.assert_frame_equal(*tables, rtol=1e-2, atol=1e-3)
 
 
@@ -350,7 +345,7 @@ def test_what_only_the_other_stocks_of_the_day_tell_is_learnt(base):
 
 # ---------------------------------------------------------------- attention
 def fitted(kind):
-    dataset = data(kind, frame=frame_of(kind, 70, 12))
+    dataset = dataset_for(kind, frame=frame_of(kind, 70, 12))
     return kind(**SMALL).fit(dataset), dataset
 
 
@@ -458,7 +453,7 @@ def test_memory_that_is_not_there_is_named(kind):
 
     model.network.forward = full
     with pytest.raises(DataError, match=r"training batch does not fit into the memory of cpu .* Remedy: fewer columns"):
-        model.fit(data(kind))
+        model.fit(dataset_for(kind))
     other = ts.LSTM(**SMALL, batch_size=7)
     other.network.forward = full
     with pytest.raises(DataError, match=r"Remedy: a smaller batch_size \(now 7\), fewer columns"):
@@ -469,33 +464,33 @@ def test_memory_that_is_not_there_is_named(kind):
 @both
 def test_a_stock_with_nan_is_left_out_of_its_day(kind, caplog):
     frame = frame_of(kind)
-    dataset = data(kind, frame=frame)
+    dataset = dataset_for(kind, frame=frame)
     model = kind(**SMALL).fit(dataset)
     whole = model.predict(dataset)
     date, stock = whole.index[-1]
     spoilt = frame.copy()
     spoilt.loc[(date, stock), spoilt.columns[0]] = np.nan
-    found = model.predict(data(kind, frame=spoilt))
+    found = model.predict(dataset_for(kind, frame=spoilt))
     gone = found.index[found.isna()]
     assert list(gone) == [(date, stock)]  # the last date: no later window holds it
     assert "1 of" in caplog.text
-    alone = data(kind, frame=frame.drop((date, stock)))
+    alone = dataset_for(kind, frame=frame.drop((date, stock)))
     rest = [key for key in whole.index if key[0] == date and key[1] != stock]
     np.testing.assert_allclose(found[rest], model.predict(alone)[rest], rtol=1e-5, atol=1e-6)
     others = [key for key in whole.index if key[0] != date]
     np.testing.assert_allclose(found[others], whole[others], rtol=1e-5, atol=1e-6)
-    table = model.attention(data(kind, frame=spoilt), date, top=3)
+    table = model.attention(dataset_for(kind, frame=spoilt), date, top=3)
     assert stock not in set(table["instrument"]) | set(table["neighbour"])
     assert np.isfinite(table["weight"]).all()
     theirs = kind(**SMALL, compat="qlib")
     theirs.network.load_state_dict(model.network.state_dict())
     theirs.fitted = True
-    assert theirs.predict(data(kind, frame=spoilt)).isna().sum() > 1
+    assert theirs.predict(dataset_for(kind, frame=spoilt)).isna().sum() > 1
 
 
 @both
 def test_a_date_that_is_none_is_named(kind):
-    dataset = data(kind)
+    dataset = dataset_for(kind)
     model = kind(**{**SMALL, "n_epochs": 1}).fit(dataset)
     for wrong in ("zzz", None):
         with pytest.raises(DataError, match=r"date must be a date or a time stamp, got"):
@@ -505,7 +500,7 @@ def test_a_date_that_is_none_is_named(kind):
 def test_a_bare_date_finds_the_one_bar_of_an_intraday_day():
     frame = frame_of(GATs)
     frame.index = frame.index.set_levels(frame.index.levels[0] + pd.Timedelta(hours=15), level=0)
-    dataset = data(GATs, frame=frame)
+    dataset = dataset_for(GATs, frame=frame)
     model = GATs(**{**SMALL, "n_epochs": 1}).fit(dataset)
     date = model.predict(dataset).index[0][0]
     table = model.attention(dataset, date.normalize(), top=2)

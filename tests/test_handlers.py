@@ -9,18 +9,18 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_processors import WINDOW, make_frame
 
 from qfast.data import processors as P
 from qfast.data import synthetic
 from qfast.data.handlers import Alpha360, Alpha360vwap, DataHandlerLP, build_handler
 from qfast.data.panel import Panel
 from qfast.errors import ConfigError, DataError
+from support.frames import FIT_WINDOW, hostile_frame
 from support.stores import alpha360, write_store
 
 LEARN = ["DropnaLabel", {"class": "CSRankNorm", "kwargs": {"fields_group": "label"}}]
 INFER = [
-    {"class": "RobustZScoreNorm", "kwargs": {**WINDOW, "fields_group": "feature"}},
+    {"class": "RobustZScoreNorm", "kwargs": {**FIT_WINDOW, "fields_group": "feature"}},
     {"class": "Fillna", "kwargs": {"fields_group": "feature"}},
 ]
 RAW = {"infer_processors": [], "learn_processors": []}
@@ -56,10 +56,10 @@ def qlib_handler():
 @pytest.mark.parametrize("process_type", ["append", "independent"])
 @pytest.mark.parametrize("drop_raw", [False, True])
 def test_three_panels_equal_qlib(qlib_handler, process_type, drop_raw):
-    frame = make_frame(3, n_days=9).replace([np.inf, -np.inf], np.nan)
+    frame = hostile_frame(3, n_days=9).replace([np.inf, -np.inf], np.nan)
     kwargs = {
         "infer_processors": INFER, "learn_processors": LEARN, "process_type": process_type, "drop_raw": drop_raw,
-        "shared_processors": [{"class": "ZScoreNorm", "kwargs": {**WINDOW, "fields_group": "feature"}}],
+        "shared_processors": [{"class": "ZScoreNorm", "kwargs": {**FIT_WINDOW, "fields_group": "feature"}}],
     }  # fmt: skip
     untouched = frame.copy()
     ours, theirs = DataHandlerLP(frame, **kwargs), qlib_handler(frame, **kwargs)
@@ -86,7 +86,7 @@ SELECTORS = [
 @pytest.mark.parametrize("col_set", ["__all", "__raw", "feature", "label", ["label", "feature"], ["feature"]], ids=str)
 @pytest.mark.parametrize(("selector", "level"), SELECTORS, ids=str)
 def test_fetch_equals_qlib(qlib_handler, selector, level, col_set):
-    frame = make_frame(3)
+    frame = hostile_frame(3)
     mine = DataHandlerLP(frame).fetch(selector, level, col_set)
     reference = qlib_handler(frame).fetch(selector, level, col_set)
     if isinstance(reference, pd.Series):  # one key of level None: the reference gives the row itself
@@ -99,12 +99,12 @@ def test_fetch_equals_qlib(qlib_handler, selector, level, col_set):
 
 @pytest.mark.parametrize("col_set", ["__all", "__raw", "feature", ["feature", "label"]], ids=str)
 def test_column_names_equal_qlib(qlib_handler, col_set):
-    frame = make_frame(3)
+    frame = hostile_frame(3)
     assert DataHandlerLP(frame).get_cols(col_set) == qlib_handler(frame).get_cols(col_set)
 
 
 def test_panels_share_what_no_step_changed():
-    handler = DataHandlerLP(make_frame(3), infer_processors=INFER, learn_processors=LEARN)
+    handler = DataHandlerLP(hostile_frame(3), infer_processors=INFER, learn_processors=LEARN)
     raw, infer, learn = (handler.panel(k) for k in ("raw", "infer", "learn"))
     assert learn.values("feature") is infer.values("feature")
     assert raw.values("label") is infer.values("label")
@@ -114,7 +114,7 @@ def test_panels_share_what_no_step_changed():
 
 
 def test_independent_learn_data_never_sees_the_infer_steps():
-    frame = make_frame(3)
+    frame = hostile_frame(3)
     handler = DataHandlerLP(
         frame, infer_processors=["Fillna"], learn_processors=["DropnaLabel"], process_type="independent"
     )
@@ -123,7 +123,7 @@ def test_independent_learn_data_never_sees_the_infer_steps():
 
 
 def test_handler_of_a_mapping_and_of_flat_columns():
-    frame = make_frame(3)
+    frame = hostile_frame(3)
     parts = {"feature": frame["feature"], "label": frame["label"].iloc[3:]}
     assert DataHandlerLP.from_frame(parts).panel("raw").values("label").shape == (len(frame), 1)
     flat = DataHandlerLP.from_frame(frame["feature"])
@@ -132,14 +132,14 @@ def test_handler_of_a_mapping_and_of_flat_columns():
 
 
 def test_proc_func_and_squeeze():
-    handler = DataHandlerLP(make_frame(3))
+    handler = DataHandlerLP(hostile_frame(3))
     doubled = handler.fetch(col_set="feature", proc_func=lambda f: f * 2)
     pd.testing.assert_frame_equal(doubled, handler.fetch(col_set="feature") * 2)
     assert isinstance(handler.fetch(col_set="label", squeeze=True), pd.Series)
 
 
 def test_restricting_instruments_and_time():
-    frame = make_frame(3)
+    frame = hostile_frame(3)
     handler = DataHandlerLP(frame, instruments=["S1", "S3"], start_time="2024-01-03", end_time="2024-01-06")
     keep = frame.index.get_level_values(1).isin(["S1", "S3"])
     dates = frame.index.get_level_values(0)
@@ -162,11 +162,11 @@ def test_restricting_instruments_and_time():
 )
 def test_handler_refuses(kwargs, error, message):
     with pytest.raises(error, match=message):
-        DataHandlerLP(make_frame(3), **kwargs)
+        DataHandlerLP(hostile_frame(3), **kwargs)
 
 
 def test_fetch_refuses():
-    handler = DataHandlerLP(make_frame(3))
+    handler = DataHandlerLP(hostile_frame(3))
     with pytest.raises(ConfigError, match=r"data_key must be one of .* Did you mean 'learn'\?"):
         handler.fetch(data_key="lern")
     with pytest.raises(DataError, match=r"'labels' is not in the panel.* Did you mean 'label'\?"):
@@ -383,5 +383,5 @@ def test_owned_features_need_no_second_block():
     assert handler._raw is None
     assert handler.panel("learn").values("feature") is handler.panel("infer").values("feature")
     space = P.Workspace(["feature"])
-    panel = Panel.from_frame(make_frame(0))
+    panel = Panel.from_frame(hostile_frame(0))
     assert P.Fillna("feature").run(panel, space).values("feature") is panel.values("feature")

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_transformer import F32, F64, NATIVE, case, gradients, plainly
 from torch import Tensor, nn
 
 from qfast.nn import Localformer, localformer
 from support.temporal_conv import relative
+from support.transformer import F32, F64, NATIVE, case, gradients, plainly
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

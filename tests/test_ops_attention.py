@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,49 +18,32 @@ from qfast.ops import additive_attention, graph_attention
 from support.attention import (
     ATTENTION_CASES,
     NATIVE,
+    OF_TERMS,
+    ROUNDING,
     SLOW_CASES,
+    VIEWS,
     AttentionCase,
     Exact,
+    attention_inputs,
     chain_graph,
+    check_accuracy,
     dense,
     dense_graph,
     errors,
     exact_attention,
     exact_graph,
     expected,
+    graph_inputs,
     offsets_of,
-    randn,
     results,
     same_bits,
     sorted_oracle,
 )
 
-# How far off float32 may be, for the result and the gradients of query, key and value: as far as the larger of three.
-TIMES_DENSE = 1.5  # times the dense float32 softmax: rounding at other places, either is nearer now and then
-ROUNDING = 2e-7  # of the exact norm: float32 rounds to 6e-8, and a result is a few roundings away
-# ... of the terms summed. Result and gradient of the values have none that cancel; the query's is summed over the
-# lighter side of the bend alone, so only underflow is left. The key's is a difference of two sums over all queries,
-# around a centre that takes most of what they share off them; the dense softmax, which takes the differences before
-# it sums, keeps digits of the little that is left where one key has all the weight.
-OF_TERMS = (0.0, 1e-12, 8e-9, 0.0)
-
 
 @pytest.fixture(params=["float32", "float64"])
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return getattr(torch, request.param)
-
-
-def attention_inputs(n: int, width: int, dtype=torch.float64, seed: int = 0, heads: int | None = None) -> list[Tensor]:
-    """query, key, value and a gradient of the result."""
-    lead = () if heads is None else (heads,)
-    query, key = randn(2, *lead, n, seed=seed, dtype=dtype)
-    return [query, key, *randn(2, *lead, n, width, seed=seed + 1, dtype=dtype)]
-
-
-def graph_inputs(n: int, width: int, dtype=torch.float64, seed: int = 0) -> list[Tensor]:
-    """hidden, weight, bias and a gradient of the result; scores of about normal size."""
-    weight, bias = randn(2, width, seed=seed) / width**0.5, randn(2, seed=seed + 1)
-    return [randn(n, width, seed=seed, dtype=dtype), weight.to(dtype), bias.to(dtype), randn(n, width, dtype=dtype)]
 
 
 def assert_dense(
@@ -94,13 +77,6 @@ def test_the_oracles_are_the_definition(slope: float) -> None:
 
 
 # ---------------------------------------------------------------- accuracy of float32
-def check_accuracy(found: Sequence[Tensor], exact: Exact, of_dense: Sequence[float], of_terms: Sequence[float]) -> None:
-    if not NATIVE:
-        of_terms = [ROUNDING] * 4
-    each = zip(errors(found, exact.values), of_dense, exact.values, exact.terms, of_terms, strict=True)
-    for i, (error, theirs, value, terms, share) in enumerate(each):
-        allowed = max(TIMES_DENSE * theirs, ROUNDING * float(value.norm()), share * float(terms.norm()))
-        assert error <= allowed, (i, error, theirs, float(value.norm()), float(terms.norm()))
 
 
 def check_case(case: AttentionCase) -> None:
@@ -178,15 +154,6 @@ def test_hardly_any_rows(sizes: list[int], heads: int | None, dtype: torch.dtype
     hidden, weight, bias, grad = graph_inputs(n, 4, dtype)
     found = results(lambda *t: graph_attention(*t, offsets_of(sizes)), (hidden, weight, bias), grad)
     torch.testing.assert_close(found[:2], [2 * hidden, 2 * grad])
-
-
-VIEWS = {
-    "every other row": lambda x: torch.stack([x, x + 1], 1).flatten(0, 1)[::2],
-    "backwards in memory": lambda x: x.flip(0).contiguous().flip(0),
-    "column of a wider panel": lambda x: torch.stack([x, x + 1, x + 2], -1)[..., 0],
-    "time-major": lambda x: x.t().contiguous().t(),
-    "off the alignment": lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape),
-}
 
 
 @pytest.mark.parametrize("view", VIEWS)

@@ -13,23 +13,32 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ops_attention import OF_TERMS, VIEWS, attention_inputs, check_accuracy, graph_inputs
-from test_ops_attention_noise import SIDES
-from test_ops_attention_rules import DAY, INFINITE_TERMS, INPUTS, SIZES, SPOILED, day_inputs
 from torch import Tensor
 
 from qfast.ops import additive_attention, graph_attention
 from qfast.ops.additive_attention import self_test
 from support.attention import (
     ATTENTION_CASES,
+    DAY_SIZES,
+    INFINITE_TERMS,
+    INPUT_NAMES,
+    OF_TERMS,
+    SIDES,
+    SPOILED,
+    SPOILED_DAY,
+    VIEWS,
     AttentionCase,
+    attention_inputs,
     chain_graph,
+    check_accuracy,
+    day_inputs,
     dense,
     dense_graph,
     errors,
     exact_attention,
     exact_graph,
     expected,
+    graph_inputs,
     offsets_of,
     randn,
     results,
@@ -320,11 +329,11 @@ def test_opcheck(sizes: list[int] | None) -> None:
 @pytest.mark.parametrize("what", SPOILED)
 def test_what_is_not_finite_spreads_as_in_the_dense_softmax(what: str, slope: float, beside: list[int]) -> None:
     """Forward and backward, place by place; the other days, and the other heads, keep their bits."""
-    sizes = [*SIZES, *beside]
+    sizes = [*DAY_SIZES, *beside]
     inputs, clean = day_inputs(), day_inputs()
     SPOILED[what](inputs)
-    more = dict(zip((*INPUTS, "grad"), attention_inputs(sum(beside), 5), strict=True))
-    spoiled, plain = ([torch.cat([of[n], more[n]]) for n in (*INPUTS, "grad")] for of in (inputs, clean))
+    more = dict(zip((*INPUT_NAMES, "grad"), attention_inputs(sum(beside), 5), strict=True))
+    spoiled, plain = ([torch.cat([of[n], more[n]]) for n in (*INPUT_NAMES, "grad")] for of in (inputs, clean))
     heads = [torch.stack([a, b]) for a, b in zip(spoiled, plain, strict=True)]
     untouched = [torch.stack([b, b]) for b in plain]
 
@@ -332,17 +341,17 @@ def test_what_is_not_finite_spreads_as_in_the_dense_softmax(what: str, slope: fl
         return additive_attention(*tensors, offsets_of(sizes), slope)
 
     found, before = (on_gpu(ours, of[:-1], of[-1]) for of in (heads, untouched))
-    day = [t[DAY] for t in spoiled]
+    day = [t[SPOILED_DAY] for t in spoiled]
     wanted = results(lambda *t: dense(*t, None, slope), day[:-1], day[-1])
-    there = [t[0, DAY] for t in found]
+    there = [t[0, SPOILED_DAY] for t in found]
     if what in INFINITE_TERMS:
         torch.testing.assert_close(there[0], wanted[0], rtol=1e-9, atol=1e-11, equal_nan=True)
         there, wanted = ([torch.where(t.isfinite(), t, torch.nan) for t in of] for of in (there, wanted))
     torch.testing.assert_close(there, wanted, rtol=1e-9, atol=1e-11, equal_nan=True)
     for a, b in zip(found, before, strict=True):
         assert torch.equal(a[1], b[1])
-        assert torch.equal(a[0, : DAY.start], b[0, : DAY.start])
-        assert torch.equal(a[0, DAY.stop :], b[0, DAY.stop :])
+        assert torch.equal(a[0, : SPOILED_DAY.start], b[0, : SPOILED_DAY.start])
+        assert torch.equal(a[0, SPOILED_DAY.stop :], b[0, SPOILED_DAY.stop :])
 
 
 # ---------------------------------------------------------------- repeats, streams, graphs

@@ -9,62 +9,34 @@ import torch
 from torch import Tensor
 
 from qfast.ops import additive_attention, graph_attention
-from support.attention import NATIVE, dense, dense_graph, offsets_of, randn, results, same_bits
-
-INF, NAN = torch.inf, torch.nan
-INPUTS = ("query", "key", "value")
-SIZES = [4, 150, 0, 90]  # the second day is the one that is spoiled
-DAY = slice(4, 154)
-
-
-def day_inputs(dtype: torch.dtype = torch.float64, heads: int | None = None) -> dict[str, Tensor]:
-    lead = () if heads is None else (heads,)
-    query, key = randn(2, *lead, sum(SIZES), dtype=dtype)
-    value, grad = randn(2, *lead, sum(SIZES), 5, seed=1, dtype=dtype)
-    return {"query": query, "key": key, "value": value, "grad": grad}
-
-
-def spoil(where: str, row: int | slice, value: float) -> Callable[[dict[str, Tensor]], None]:
-    def change(inputs: dict[str, Tensor]) -> None:
-        tensor = inputs[where][DAY]
-        tensor[row if tensor.dim() == 1 else (row, 2)] = value
-
-    return change
-
-
-SPOILED = {
-    "query nan": spoil("query", 7, NAN),
-    "query inf": spoil("query", 7, INF),
-    "query -inf": spoil("query", 7, -INF),
-    "key nan": spoil("key", 7, NAN),
-    "key inf": spoil("key", 7, INF),
-    "key -inf": spoil("key", 7, -INF),
-    "many keys -inf": spoil("key", slice(0, 140), -INF),
-    "all keys -inf": spoil("key", slice(None), -INF),
-    "all queries -inf": spoil("query", slice(None), -INF),
-    "value nan": spoil("value", 7, NAN),
-    "value inf": spoil("value", 7, INF),
-    "value -inf": spoil("value", 7, -INF),
-    "values of both infinities": lambda inputs: (spoil("value", 7, INF)(inputs), spoil("value", 70, -INF)(inputs)),
-    "grad nan": spoil("grad", 7, NAN),
-    "grad inf": spoil("grad", 7, INF),
-    "query inf, key -inf": lambda inputs: (spoil("query", 7, INF)(inputs), spoil("key", 9, -INF)(inputs)),
-    "query -inf, key inf": lambda inputs: (spoil("query", 7, -INF)(inputs), spoil("key", 9, INF)(inputs)),
-    "everything nan": spoil("key", slice(None), NAN),
-}
-# The gradients of these are sums with infinities of either sign: infinite or NaN by the order of the sum.
-INFINITE_TERMS = ("value inf", "value -inf", "values of both infinities", "grad inf")
+from support.attention import (
+    DAY_SIZES,
+    INF,
+    INFINITE_TERMS,
+    INPUT_NAMES,
+    NAN,
+    NATIVE,
+    SPOILED,
+    SPOILED_DAY,
+    day_inputs,
+    dense,
+    dense_graph,
+    offsets_of,
+    randn,
+    results,
+    same_bits,
+)
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.01, 1.0])
 @pytest.mark.parametrize("what", SPOILED)
 def test_what_is_not_finite_spreads_as_in_the_dense_softmax(what: str, slope: float, isa: str) -> None:
     """Forward and backward, place by place; the other days keep their bits."""
-    offsets = offsets_of(SIZES)
+    offsets = offsets_of(DAY_SIZES)
     clean, inputs = day_inputs(), day_inputs()
     SPOILED[what](inputs)
     found, wanted, untouched = (
-        results(lambda *t, call=call: call(*t, offsets, slope), [of[n] for n in INPUTS], of["grad"])
+        results(lambda *t, call=call: call(*t, offsets, slope), [of[n] for n in INPUT_NAMES], of["grad"])
         for call, of in ((additive_attention, inputs), (dense, inputs), (additive_attention, clean))
     )
     if what in INFINITE_TERMS:
@@ -72,17 +44,17 @@ def test_what_is_not_finite_spreads_as_in_the_dense_softmax(what: str, slope: fl
         found, wanted = ([torch.where(t.isfinite(), t, NAN) for t in of] for of in (found, wanted))
     for a, b, c in zip(found, wanted, untouched, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, equal_nan=True)
-        for other in (slice(0, DAY.start), slice(DAY.stop, None)):
+        for other in (slice(0, SPOILED_DAY.start), slice(SPOILED_DAY.stop, None)):
             assert same_bits(a[other], c[other])
 
 
 def test_what_the_docstring_says_of_values_that_are_not_finite(isa: str) -> None:
-    offsets = offsets_of(SIZES)
+    offsets = offsets_of(DAY_SIZES)
 
     def attend(what: str, slope: float = 0.01) -> Tensor:
         inputs = day_inputs()
         SPOILED[what](inputs)
-        return additive_attention(inputs["query"], inputs["key"], inputs["value"], offsets, slope)[DAY]
+        return additive_attention(inputs["query"], inputs["key"], inputs["value"], offsets, slope)[SPOILED_DAY]
 
     for what in ("key nan", "key inf"):
         assert torch.isnan(attend(what)).all()
@@ -95,7 +67,7 @@ def test_what_the_docstring_says_of_values_that_are_not_finite(isa: str) -> None
     assert columns.sum() == 150
     inputs = day_inputs()
     kept = torch.arange(150) != 7
-    without = additive_attention(*(inputs[n][DAY][kept] for n in INPUTS))
+    without = additive_attention(*(inputs[n][SPOILED_DAY][kept] for n in INPUT_NAMES))
     torch.testing.assert_close(attend("key -inf")[kept], without)
 
 
@@ -103,28 +75,28 @@ def test_what_is_not_finite_stays_in_its_head(isa: str) -> None:
     clean, inputs = day_inputs(heads=3), day_inputs(heads=3)
     inputs["key"][1, 50] = NAN
     found, wanted = (
-        results(lambda *t: additive_attention(*t, offsets_of(SIZES)), [of[n] for n in INPUTS], of["grad"])
+        results(lambda *t: additive_attention(*t, offsets_of(DAY_SIZES)), [of[n] for n in INPUT_NAMES], of["grad"])
         for of in (inputs, clean)
     )
     for a, b in zip(found, wanted, strict=True):
         assert same_bits(a[[0, 2]], b[[0, 2]])
-        assert torch.isnan(a[1, DAY]).any()
+        assert torch.isnan(a[1, SPOILED_DAY]).any()
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_a_hidden_state_that_is_not_finite(value: float, isa: str) -> None:
     """Its row gives a score to every stock of the day, and the day alone becomes what the dense softmax gives."""
-    offsets = offsets_of(SIZES)
+    offsets = offsets_of(DAY_SIZES)
     hidden, weight, bias, grad = randn(244, 5), randn(2, 5, seed=1), randn(2, seed=2), randn(244, 5, seed=3)
     clean = graph_attention(hidden, weight, bias, offsets)
-    hidden[DAY][7, 2] = value
+    hidden[SPOILED_DAY][7, 2] = value
     found, wanted = (
         results(lambda *t, call=call: call(*t, offsets), (hidden, weight, bias), grad)
         for call in (graph_attention, dense_graph)
     )
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11, equal_nan=True)
-    assert torch.isnan(found[0][DAY]).any()
-    for other in (slice(0, DAY.start), slice(DAY.stop, None)):
+    assert torch.isnan(found[0][SPOILED_DAY]).any()
+    for other in (slice(0, SPOILED_DAY.start), slice(SPOILED_DAY.stop, None)):
         assert same_bits(found[0][other], clean[other])
 
 

@@ -24,17 +24,16 @@ from support.encoder import (
     F64,
     Block,
     Case,
-    apart,
     block_inputs,
     block_of_masks,
     definition,
     inputs_of,
     layer_of_masks,
     plain_block,
-    relative,
     results,
 )
-from support.recurrent import LAYOUTS
+from support.recurrent import LAYOUTS, apart
+from support.temporal_conv import relative
 
 pytestmark = needs_kernels
 OPS = torch.ops.qfast

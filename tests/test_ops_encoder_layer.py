@@ -17,16 +17,15 @@ from support.encoder import (
     KERNELS,
     NAMES,
     Case,
-    apart,
     definition,
     exact_layer,
     inputs_of,
     operator,
     raw_gradients,
-    relative,
     results,
 )
-from support.recurrent import LAYOUTS
+from support.recurrent import LAYOUTS, apart
+from support.temporal_conv import relative
 
 # Every size of the models, and both sides of every vector, panel and tile.
 CASES = [

@@ -16,15 +16,15 @@ from support.encoder import (
     F64,
     NAMES,
     Case,
-    apart,
     definition,
     inputs_of,
     layer_of_masks,
     operator,
     raw_gradients,
-    relative,
     results,
 )
+from support.recurrent import apart
+from support.temporal_conv import relative
 
 SEEDS = [0, -1, 2**31, 2**32, 2**63 - 1, -(2**63), 0x9E3779B97F4A7C15 - 2**64]
 CASES = [

@@ -13,7 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qfast.errors import ConfigError, DataError
 from qfast.ops import encoder_layer
-from support.encoder import F32, F64, KERNELS, Case, apart, definition, inputs_of, operator, relative, results
+from support.encoder import F32, F64, KERNELS, Case, definition, inputs_of, operator, results
+from support.recurrent import apart
+from support.temporal_conv import relative
 
 SMALL = Case(4, 3, 8, 2, 6)
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from qfast.ops import encoder_layer, feed_forward
 from qfast.precision import NAMES, using_precision
 from support.devices import DEVICE, long_on_host, needs_gpu, needs_kernels
-from support.encoder import F32, Block, Case, block_inputs, inputs_of, relative
+from support.encoder import F32, Block, Case, block_inputs, inputs_of
+from support.temporal_conv import relative
 
 pytestmark = needs_kernels
 OPS = torch.ops.qfast

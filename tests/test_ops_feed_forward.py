@@ -20,16 +20,15 @@ from support.encoder import (
     F64,
     KERNELS,
     Block,
-    apart,
     block_inputs,
     block_of_masks,
     block_operator,
     exact_block,
     plain_block,
-    relative,
     results,
 )
-from support.recurrent import LAYOUTS
+from support.recurrent import LAYOUTS, apart
+from support.temporal_conv import relative
 
 BLOCKS = [
     Block((0,), 5, 7, 3),

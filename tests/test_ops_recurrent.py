@@ -31,9 +31,9 @@ from support.recurrent import (
     laid_out,
     operator,
     raw,
-    relative,
     results,
 )
+from support.temporal_conv import relative
 
 CASES = [
     # nothing, one, and every remainder of the tiles of rows

@@ -23,10 +23,9 @@ from support.recurrent import (
     inputs_of,
     operator,
     raw,
-    relative,
     results,
 )
-from support.temporal_conv import mask
+from support.temporal_conv import mask, relative
 
 SEEDS = [0, 1, -1, 2**31, 2**32, 2**63 - 1, -(2**63), 0x9E3779B97F4A7C15 - 2**64]
 

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from qfast.ops import BlockWeights, temporal_block, temporal_conv_net
 from qfast.ops.philox import draw_seed
+from support.attention import randn
 from support.temporal_conv import (
     CASES,
+    LAYOUTS,
     NATIVE,
     Case,
     apart,
@@ -21,12 +23,13 @@ from support.temporal_conv import (
     flat,
     like,
     mask,
+    nan_like,
     oracle,
-    randn,
     relative,
     results,
     same_bits,
     stack,
+    stacks,
 )
 
 F64 = torch.float64
@@ -72,38 +75,6 @@ def test_a_window_longer_than_the_receptive_field_sees_no_further(isa: str) -> N
     assert reach == 13
     x = randn(6, 4, 50)
     assert same_bits(temporal_conv_net(x[:, :, -reach:], blocks), temporal_conv_net(x, blocks))
-
-
-@st.composite
-def stacks(draw: st.DrawFn) -> tuple[Case, str, float]:
-    depth = draw(st.integers(1, 4))
-    widths = tuple(draw(st.lists(st.integers(1, 40), min_size=depth, max_size=depth)))
-    if draw(st.booleans()):
-        widths = widths[:1] * depth
-    kernels = tuple(draw(st.lists(st.integers(1, 9), min_size=depth, max_size=depth)))
-    dilations = draw(st.none() | st.lists(st.integers(1, 12), min_size=depth, max_size=depth).map(tuple))
-    case = Case(
-        draw(st.integers(1, 30)), kernels, widths, draw(st.sampled_from([widths[0], 1, 2, 3, 5, 20])),
-        draw(st.integers(0, 30)), draw(st.booleans()), draw(st.booleans()), dilations,
-    )  # fmt: skip
-    return case, draw(st.sampled_from(sorted(LAYOUTS))), draw(st.sampled_from([0.0, 0.0, 0.3, 0.9]))
-
-
-def nan_like(x: Tensor) -> Tensor:
-    return torch.full_like(x, torch.nan)
-
-
-# Of [B, F, T]; each makes the same numbers lie differently in memory, with NaN between them.
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "features first": lambda x: x.contiguous(),
-    "windows of rows": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-    "flat": lambda x: x.reshape(len(x), x.shape[1] * x.shape[2]).view(x.shape),
-    "batch last": lambda x: x.permute(1, 2, 0).contiguous().permute(2, 0, 1),
-    "columns of wider rows": lambda x: torch.cat([nan_like(x), x, nan_like(x)], 1)[:, x.shape[1] : 2 * x.shape[1]],
-    "every other step": lambda x: torch.stack([x, nan_like(x)], 3).flatten(2)[:, :, ::2],
-    "every other row": lambda x: torch.stack([x, nan_like(x)], 1).flatten(0, 1)[::2],
-    "from the third element": lambda x: torch.cat([x.new_full((3,), torch.nan), x.flatten()])[3:].view(x.shape),
-}
 
 
 @settings(max_examples=60, deadline=None)

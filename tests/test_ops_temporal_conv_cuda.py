@@ -11,16 +11,17 @@ from collections.abc import Callable
 import pytest
 import torch
 from hypothesis import given, settings
-from test_ops_temporal_conv import LAYOUTS, stacks
-from test_ops_temporal_conv_dropout import SEEDS
 from torch import Tensor
 
 from qfast.ops import BlockWeights, temporal_conv_net
 from qfast.ops.philox import draw_seed
 from qfast.ops.temporal_conv import self_test
+from support.attention import randn
 from support.devices import DEVICE, needs_gpu, needs_kernels
 from support.temporal_conv import (
     CASES,
+    LAYOUTS,
+    SEEDS,
     Case,
     apart,
     expected,
@@ -28,10 +29,10 @@ from support.temporal_conv import (
     like,
     mask,
     oracle,
-    randn,
     relative,
     results,
     stack,
+    stacks,
 )
 
 pytestmark = needs_kernels

@@ -10,21 +10,20 @@ from torch import Tensor
 
 from qfast.ops import BlockWeights, temporal_block, temporal_conv_net
 from qfast.ops.philox import draw_seed
+from support.attention import randn
 from support.temporal_conv import (
+    SEEDS,
     apart,
     flat,
     like,
     mask,
     oracle,
     philox_words,
-    randn,
     relative,
     results,
     same_bits,
     stack,
 )
-
-SEEDS = [0, 1, -1, 2**31, 2**32, 2**63 - 1, -(2**63), 0x9E3779B97F4A7C15 - 2**64]
 
 
 class _WithSeed:

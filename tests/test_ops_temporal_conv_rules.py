@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from qfast.ops import BlockWeights, temporal_block, temporal_conv_net
-from support.temporal_conv import NATIVE, apart, flat, like, oracle, randn, relative, results, same_bits, stack
+from support.attention import randn
+from support.temporal_conv import NATIVE, apart, flat, like, oracle, relative, results, same_bits, stack
 
 INF, NAN = torch.inf, torch.nan
 OPS = torch.ops.qfast

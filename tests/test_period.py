@@ -7,13 +7,13 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.utils.prune
-from test_estimator import same, weights
 from torch import Tensor
 
 from qfast.data import TSDatasetH
 from qfast.data.windows import WindowSet
 from qfast.models import ts
 from qfast.models._recurrent import RecurrentTimeSeries
+from support.fits import same, weights
 from support.frames import make_frame
 
 SMALL = {"d_feat": 3, "hidden_size": 8, "batch_size": 4096, "lr": 0.01, "seed": 1, "device": "cpu"}

@@ -12,16 +12,17 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import torch
-from test_estimator import StopAt, flat, rolling, same, weights
-from test_gats import SMALL, both, data
-from test_reference_parity import panel, theirs
 
 from qfast.errors import CheckpointError, ConfigError, NotFittedError
 from qfast.models import GATs, ts
 from qfast.nn import GRUModel, LSTMModel
-from support.frames import make_frame
+from support.fits import StopAt, dataset_for, same, weights
+from support.frames import flat, make_frame, rolling
+from support.qlib import qlib_frames, qlib_model
 
+SMALL = {"d_feat": 3, "hidden_size": 8, "n_epochs": 3, "lr": 0.01, "seed": 1}
 BASE = {"base_model": "LSTM"}
+both = pytest.mark.parametrize("kind", [GATs, ts.GATs], ids=["flat", "ts"])
 NO_EPOCH = {**SMALL, **BASE, "n_epochs": 0}
 TRAINING = {"n_epochs": 2, "lr": 0.005, "batch_size": 64}
 
@@ -55,7 +56,7 @@ def test_the_base_is_read_from(kind, form, state, tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="qfast"):
         model = kind(**NO_EPOCH, model_path=path)
         assert model.pretrained_ == {}
-        model.fit(data(kind))
+        model.fit(dataset_for(kind))
     assert same(parts(weights(model)), state)
     file = path / "best.safetensors" if path.is_dir() else path
     assert model.pretrained_ == {"source": str(file), "taken": sorted(state), "not_taken": [], "absent": []}
@@ -73,8 +74,8 @@ def test_more_and_less_than_a_base(kind, state, tmp_path, caplog):
     }
     torch.save(more, tmp_path / "w.pt")
     with caplog.at_level(logging.INFO, logger="qfast"):
-        model = kind(**NO_EPOCH, model_path=tmp_path / "w.pt").fit(data(kind))
-    fresh = kind(**NO_EPOCH).fit(data(kind))
+        model = kind(**NO_EPOCH, model_path=tmp_path / "w.pt").fit(dataset_for(kind))
+    fresh = kind(**NO_EPOCH).fit(dataset_for(kind))
     assert torch.equal(model.network.rnn.weight_hh_l1, state["rnn.weight_hh_l1"])
     assert torch.equal(model.network.a, fresh.network.a)
     assert torch.equal(model.network.fc_out.weight, fresh.network.fc_out.weight)  # as without a file
@@ -85,8 +86,10 @@ def test_more_and_less_than_a_base(kind, state, tmp_path, caplog):
 
 @both
 def test_another_gats_gives_its_base(kind, tmp_path):
-    other = kind(**{**SMALL, **BASE, "n_epochs": 1, "seed": 9}).fit(data(kind), save_path=tmp_path / "gats.safetensors")
-    model = kind(**NO_EPOCH, model_path=tmp_path / "gats.safetensors").fit(data(kind))
+    other = kind(**{**SMALL, **BASE, "n_epochs": 1, "seed": 9}).fit(
+        dataset_for(kind), save_path=tmp_path / "gats.safetensors"
+    )
+    model = kind(**NO_EPOCH, model_path=tmp_path / "gats.safetensors").fit(dataset_for(kind))
     assert same(parts(weights(model)), parts(weights(other)))
     assert not torch.equal(model.network.a, other.network.a)
     assert "transformation.weight" in model.pretrained_["not_taken"]
@@ -142,17 +145,17 @@ def test_a_file_that_is_not_there_yet_is_looked_for_by_fit(kind, state, tmp_path
     model = kind(**NO_EPOCH, model_path=str(path))
     before = weights(model)
     with pytest.raises(CheckpointError, match=re.escape(f"weight file {path} does not exist")):
-        model.fit(data(kind))
+        model.fit(dataset_for(kind))
     assert same(weights(model), before)
     with pytest.raises(NotFittedError, match="not fitted"):
-        model.predict(data(kind))
+        model.predict(dataset_for(kind))
     torch.save(state, path)
-    assert same(parts(weights(model.fit(data(kind)))), state)
+    assert same(parts(weights(model.fit(dataset_for(kind)))), state)
 
 
 @both
 def test_a_checkpoint_of_a_fit_is_not_taken_for_weights(kind, tmp_path):
-    base_of(kind)(**{**SMALL, "n_epochs": 1}, batch_size=64).fit(data(kind), checkpoint_dir=tmp_path)
+    base_of(kind)(**{**SMALL, "n_epochs": 1}, batch_size=64).fit(dataset_for(kind), checkpoint_dir=tmp_path)
     with pytest.raises(CheckpointError, match=r"of a training checkpoint the best.safetensors beside it"):
         kind(**SMALL, **BASE, model_path=tmp_path / "last.safetensors")
 
@@ -163,8 +166,8 @@ def test_the_base_is_drawn_again_at_the_first_fit_only_unless_compat(kind):
     for compat in (None, "qlib"):
         model = kind(**NO_EPOCH, compat=compat)
         built = weights(model)
-        first = weights(model.fit(data(kind)))
-        second = weights(model.fit(data(kind)))
+        first = weights(model.fit(dataset_for(kind)))
+        second = weights(model.fit(dataset_for(kind)))
         kept = [k for k in built if not k.startswith(("rnn.", "fc_out."))]
         assert all(torch.equal(built[k], second[k]) for k in kept)
         assert not torch.equal(built["rnn.weight_hh_l0"], first["rnn.weight_hh_l0"])
@@ -173,8 +176,8 @@ def test_the_base_is_drawn_again_at_the_first_fit_only_unless_compat(kind):
 
 @both
 def test_loaded_weights_are_where_a_fit_begins(kind, tmp_path):
-    done = kind(**SMALL, **BASE).fit(data(kind), save_path=tmp_path / "w.safetensors")
-    model = kind(**NO_EPOCH).load_weights(tmp_path / "w.safetensors").fit(data(kind))
+    done = kind(**SMALL, **BASE).fit(dataset_for(kind), save_path=tmp_path / "w.safetensors")
+    model = kind(**NO_EPOCH).load_weights(tmp_path / "w.safetensors").fit(dataset_for(kind))
     assert same(weights(model), weights(done))
 
 
@@ -183,13 +186,13 @@ def test_loaded_weights_are_where_a_fit_begins(kind, tmp_path):
 @pytest.mark.parametrize("suffix", ["", "_ts"])
 def test_training_from_the_references_file_follows_the_reference(name, suffix, tmp_path):
     pytest.importorskip("qlib", reason="pyqlib is the oracle; install qfast-models[qlib]")
-    dataset, jobs = panel(suffix), {"n_jobs": 0} if suffix else {}
+    dataset, jobs = qlib_frames(suffix), {"n_jobs": 0} if suffix else {}
     sizes = {"d_feat": 3, "hidden_size": 8} if suffix else {}  # the reference's flat base has its default sizes
-    base = theirs(name, name.lower(), suffix)(**sizes, **jobs, n_epochs=1, batch_size=16, seed=2)
+    base = qlib_model(name, name.lower(), suffix)(**sizes, **jobs, n_epochs=1, batch_size=16, seed=2)
     base.fit(dataset, {}, save_path=str(tmp_path / "base.pkl"))
     arguments = {**sizes, "n_epochs": 2, "lr": 1e-4, "base_model": name, "model_path": tmp_path / "base.pkl", "seed": 4}
     expected: dict[str, list[float]] = {}
-    reference = theirs("GATs", "gats", suffix)(**arguments, **jobs)
+    reference = qlib_model("GATs", "gats", suffix)(**arguments, **jobs)
     reference.fit(dataset, expected, save_path=str(tmp_path / "x.pkl"))
     model = (ts.GATs if suffix else GATs)(**arguments, compat="qlib").fit(dataset)
     for segment in ("train", "valid"):
@@ -205,8 +208,8 @@ def test_training_from_the_references_file_follows_the_reference(name, suffix, t
 def test_pretraining_is_the_base_models_own_training(kind, name, compat):
     model = kind(**SMALL, base_model=name, compat=compat)
     built = weights(model)
-    base = model.pretrain(data(kind), **TRAINING)
-    alone = base_of(kind, name)(d_feat=3, hidden_size=8, seed=1, compat=compat, **TRAINING).fit(data(kind))
+    base = model.pretrain(dataset_for(kind), **TRAINING)
+    alone = base_of(kind, name)(d_feat=3, hidden_size=8, seed=1, compat=compat, **TRAINING).fit(dataset_for(kind))
     assert type(base) is base_of(kind, name)
     assert base.evals_result_ == alone.evals_result_
     assert same(parts(weights(model)), weights(alone))
@@ -214,7 +217,7 @@ def test_pretraining_is_the_base_models_own_training(kind, name, compat):
     assert model.pretrained_["source"] == f"pre-training of {name}"
     assert model.pretrained_["taken"] == sorted(weights(alone))
     model._params["n_epochs"] = 0
-    assert same(parts(weights(model.fit(data(kind)))), weights(alone))  # the fit does not draw it again
+    assert same(parts(weights(model.fit(dataset_for(kind)))), weights(alone))  # the fit does not draw it again
 
 
 @both
@@ -223,11 +226,13 @@ def test_pretraining_takes_the_base_models_defaults_and_arguments(kind):
     stop = SimpleNamespace(on_fit_start=lambda e: setattr(e, "stop_training", True))
     for moment in ("epoch_start", "batch_end", "valid_end", "epoch_end", "fit_end"):
         setattr(stop, f"on_{moment}", lambda e: None)
-    params = model.pretrain(data(kind), callbacks=[stop], batch_size=64).get_params()
+    params = model.pretrain(dataset_for(kind), callbacks=[stop], batch_size=64).get_params()
     default = base_of(kind)().get_params()
     own = {"d_feat": 3, "hidden_size": 8, "num_layers": 2, "seed": 1, "batch_size": 64, "compat": "qlib"}
     assert {**params, "device": "auto"} == {**default, **own}
-    base = model.pretrain(data(kind), n_epochs=1, batch_size=64, seed=3, dropout=0.1, evals_result=(scores := {}))
+    base = model.pretrain(
+        dataset_for(kind), n_epochs=1, batch_size=64, seed=3, dropout=0.1, evals_result=(scores := {})
+    )
     assert (base.seed, base.dropout, len(scores["valid"])) == (3, 0.1, 1)
 
 
@@ -245,7 +250,7 @@ def test_wrong_pretraining_arguments_are_named(kind, training, message):
     model = kind(**SMALL)
     before = weights(model)
     with pytest.raises(ConfigError, match=message):
-        model.pretrain(data(kind), **training)
+        model.pretrain(dataset_for(kind), **training)
     assert same(weights(model), before)
 
 
@@ -253,7 +258,7 @@ def test_wrong_pretraining_arguments_are_named(kind, training, message):
 def test_a_file_and_pretraining_exclude_each_other(kind, state, tmp_path):
     torch.save(state, tmp_path / "w.pkl")
     with pytest.raises(ConfigError, match=r"given by model_path='.*w.pkl' already. Remedy: model_path=None"):
-        kind(**SMALL, **BASE, model_path=tmp_path / "w.pkl").pretrain(data(kind))
+        kind(**SMALL, **BASE, model_path=tmp_path / "w.pkl").pretrain(dataset_for(kind))
 
 
 @both
@@ -283,10 +288,10 @@ def test_broken_off_and_resumed_anywhere_it_ends_as_unbroken(kind, compat, stage
         at = {name: [StopAt(2, "batch")] if stop == name else [] for name in folders}
         if "fit" not in resume:
             given = {"checkpoint_dir": folders["pretrain"], "resume": "pretrain" in resume}
-            model.pretrain(data(kind), **training, **given, callbacks=at["pretrain"])
+            model.pretrain(dataset_for(kind), **training, **given, callbacks=at["pretrain"])
         if stop == "between":
             raise KeyboardInterrupt
-        return model.fit(data(kind), checkpoint_dir=folders["fit"], resume="fit" in resume, callbacks=at["fit"])
+        return model.fit(dataset_for(kind), checkpoint_dir=folders["fit"], resume="fit" in resume, callbacks=at["fit"])
 
     unbroken = run()
     with pytest.raises(KeyboardInterrupt):
@@ -305,24 +310,24 @@ def test_a_resumed_fit_needs_the_file_no_more(kind, state, tmp_path):
     path = tmp_path / "w.pkl"
     torch.save(state, path)
     arguments = {**SMALL, **BASE, "model_path": path}
-    unbroken = kind(**arguments).fit(data(kind))
+    unbroken = kind(**arguments).fit(dataset_for(kind))
     with pytest.raises(KeyboardInterrupt):
-        kind(**arguments).fit(data(kind), callbacks=[StopAt(1, "batch")], checkpoint_dir=tmp_path)
+        kind(**arguments).fit(dataset_for(kind), callbacks=[StopAt(1, "batch")], checkpoint_dir=tmp_path)
     path.unlink()
-    resumed = kind(**arguments).fit(data(kind), checkpoint_dir=tmp_path, resume=True)
+    resumed = kind(**arguments).fit(dataset_for(kind), checkpoint_dir=tmp_path, resume=True)
     assert same(weights(resumed), weights(unbroken))
     assert resumed.pretrained_ == unbroken.pretrained_
 
 
 @both
 def test_pretraining_a_fitted_model_begins_its_optimiser_anew(kind):
-    model = kind(**SMALL).fit(data(kind))
+    model = kind(**SMALL).fit(dataset_for(kind))
     assert model.train_optimizer.state
     twin = copy.deepcopy(model)
-    model.pretrain(data(kind), **TRAINING)
+    model.pretrain(dataset_for(kind), **TRAINING)
     assert not model.train_optimizer.state
     assert not same(parts(weights(model)), parts(weights(twin)))
-    model.fit(data(kind))
+    model.fit(dataset_for(kind))
     assert model.train_optimizer.state
 
 

@@ -15,16 +15,15 @@ from qfast.data import processors as P
 from qfast.data.handlers import DataHandlerLP
 from qfast.data.panel import Panel
 from qfast.errors import ConfigError, DataError, NotFittedError
-
-WINDOW = {"fit_start_time": "2024-01-02", "fit_end_time": "2024-01-05"}
+from support.frames import FIT_WINDOW, hostile_frame
 
 # (class, keyword arguments) for both sides
 CASES = [
-    ("RobustZScoreNorm", {**WINDOW}),
-    ("RobustZScoreNorm", {**WINDOW, "fields_group": "feature", "clip_outlier": False}),
-    ("ZScoreNorm", {**WINDOW, "fields_group": "feature"}),
-    ("ZScoreNorm", {**WINDOW}),
-    ("MinMaxNorm", {**WINDOW, "fields_group": "feature"}),
+    ("RobustZScoreNorm", {**FIT_WINDOW}),
+    ("RobustZScoreNorm", {**FIT_WINDOW, "fields_group": "feature", "clip_outlier": False}),
+    ("ZScoreNorm", {**FIT_WINDOW, "fields_group": "feature"}),
+    ("ZScoreNorm", {**FIT_WINDOW}),
+    ("MinMaxNorm", {**FIT_WINDOW, "fields_group": "feature"}),
     ("CSZScoreNorm", {"fields_group": "feature"}),
     ("CSZScoreNorm", {"fields_group": ["feature", "label"]}),
     ("CSZScoreNorm", {"fields_group": "feature", "method": "robust"}),
@@ -40,24 +39,6 @@ CASES = [
     ("ProcessInf", {}),
     ("TanhProcess", {}),
 ]
-
-
-def make_frame(seed: int, n_days: int = 7, n_stocks: int = 5, label: str = "LABEL0") -> pd.DataFrame:
-    """Frame on a grid of quarters: sums are exact, ties and constant days happen; NaN, ±inf, short days."""
-    rng = np.random.default_rng(seed)
-    dates = pd.date_range("2024-01-01", periods=n_days)
-    index = pd.MultiIndex.from_product([dates, [f"S{i}" for i in range(n_stocks)]], names=["datetime", "instrument"])
-    values = (rng.integers(-12, 12, size=(len(index), 5)) / 4).astype(np.float32)
-    values[rng.random(values.shape) < 0.15] = np.nan
-    values[rng.random(values.shape) < 0.03] = np.inf
-    values[rng.random(values.shape) < 0.03] = -np.inf
-    values[:, 2] = 1.0  # a constant column
-    columns = pd.MultiIndex.from_tuples([("feature", f"x{j}") for j in range(4)] + [("label", label)])
-    frame = pd.DataFrame(values, index=index, columns=columns)
-    keep = rng.random(len(frame)) < 0.8
-    keep[:n_stocks] = [True] + [False] * (n_stocks - 1)  # a day with one stock
-    keep[-n_stocks:] = [True] * n_stocks
-    return frame[keep]
 
 
 def run_qlib(name: str, kwargs: dict, frame: pd.DataFrame) -> pd.DataFrame:
@@ -87,7 +68,7 @@ def assert_same(ours: Panel, theirs: pd.DataFrame) -> None:
 @pytest.mark.parametrize(("name", "kwargs"), CASES, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v)))
 def test_equals_qlib(name, kwargs):
     for seed in range(3 if name == "ProcessInf" else 12):
-        frame = make_frame(seed)
+        frame = hostile_frame(seed)
         assert_same(run_ours(name, kwargs, Panel.from_frame(frame)), run_qlib(name, kwargs, frame))
 
 
@@ -100,7 +81,7 @@ def test_equals_qlib(name, kwargs):
     case=st.sampled_from([c for c in CASES if c[0] != "ProcessInf"]),
 )
 def test_equals_qlib_at_any_shape(seed, days, stocks, case):
-    frame = make_frame(seed, days, stocks)
+    frame = hostile_frame(seed, days, stocks)
     assert_same(run_ours(*case, Panel.from_frame(frame)), run_qlib(*case, frame))
 
 
@@ -154,16 +135,16 @@ def reference(name: str, x: np.ndarray, days: np.ndarray, fit: np.ndarray) -> np
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10_000), dead=st.floats(0, 0.5))
 def test_equals_definition_and_ignores_dead_rows(name, seed, dead):
-    frame = make_frame(seed).replace([np.inf, -np.inf], np.nan)
+    frame = hostile_frame(seed).replace([np.inf, -np.inf], np.nan)
     panel = Panel.from_frame(frame)
     live = np.random.default_rng(seed).random(panel.n_rows) >= dead
     panel = panel.keep(live)
     dates = panel.datetimes[panel.date_codes]  # a date may have lost all its rows: codes do not tell the day
-    fit = live & (dates >= WINDOW["fit_start_time"]) & (dates <= WINDOW["fit_end_time"])
+    fit = live & (dates >= FIT_WINDOW["fit_start_time"]) & (dates <= FIT_WINDOW["fit_end_time"])
     values = panel.values("feature")
     if any(not np.isfinite(values[fit, j]).any() for j in range(values.shape[1])):
         return
-    kwargs = WINDOW if name.endswith(("ZScoreNorm", "MaxNorm")) and not name.startswith("CS") else {}
+    kwargs = FIT_WINDOW if name.endswith(("ZScoreNorm", "MaxNorm")) and not name.startswith("CS") else {}
     ours = run_ours(name, {**kwargs, "fields_group": "feature"}, panel).values("feature")
     for j in range(values.shape[1]):
         expected = reference(name, values[live, j], panel.date_codes[live], fit[live])
@@ -171,7 +152,7 @@ def test_equals_definition_and_ignores_dead_rows(name, seed, dead):
 
 
 def test_blocks_that_nobody_owns_are_never_changed():
-    panel = Panel.from_frame(make_frame(1))
+    panel = Panel.from_frame(hostile_frame(1))
     before = {g: b.values.copy() for g, b in panel.blocks.items()}
     for name, kwargs in CASES:
         after = run_ours(name, kwargs, panel)
@@ -185,7 +166,7 @@ def test_blocks_that_nobody_owns_are_never_changed():
 
 def test_owned_blocks_are_overwritten_with_the_same_result():
     for name, kwargs in CASES:
-        frame = make_frame(2)
+        frame = hostile_frame(2)
         expected = run_ours(name, kwargs, Panel.from_frame(frame))
         panel = Panel.from_frame(frame)
         step = P.build_processor({"class": name, "kwargs": kwargs})
@@ -197,7 +178,7 @@ def test_owned_blocks_are_overwritten_with_the_same_result():
 
 
 def test_one_column_by_group_and_name():
-    panel = Panel.from_frame(make_frame(4))
+    panel = Panel.from_frame(hostile_frame(4))
     filled = P.Fillna(("feature", "x1"), 7)(panel)
     before, after = panel.values("feature"), filled.values("feature")
     np.testing.assert_array_equal(after[:, [0, 2, 3]], before[:, [0, 2, 3]])
@@ -206,25 +187,25 @@ def test_one_column_by_group_and_name():
 
 
 def test_tanh_goes_by_name_not_by_group():
-    panel = Panel.from_frame(make_frame(4, label="Ref($close, -1)"))
+    panel = Panel.from_frame(hostile_frame(4, label="Ref($close, -1)"))
     np.testing.assert_allclose(P.TanhProcess()(panel).values("label"), np.tanh(panel.values("label") - 1))
 
 
 def test_config_moves_the_fit_window():
     step = P.RobustZScoreNorm("2000-01-01", "2000-01-02")
-    step.config(**WINDOW)
-    step.fit(Panel.from_frame(make_frame(0)))
-    assert step.fit_end_time == WINDOW["fit_end_time"]
+    step.config(**FIT_WINDOW)
+    step.fit(Panel.from_frame(hostile_frame(0)))
+    assert step.fit_end_time == FIT_WINDOW["fit_end_time"]
     with pytest.raises(ConfigError, match="no setting 'fit_end'"):
         step.config(fit_end="2024-01-01")
 
 
 def test_columns_without_a_value_stay_nan_and_are_named(caplog):
-    frame = make_frame(5)
+    frame = hostile_frame(5)
     frame[("feature", "x3")] = np.float32(np.nan)
     panel = Panel.from_frame(frame)
     with caplog.at_level(logging.WARNING, logger="qfast"):
-        result = run_ours("RobustZScoreNorm", {**WINDOW, "fields_group": "feature"}, panel)
+        result = run_ours("RobustZScoreNorm", {**FIT_WINDOW, "fields_group": "feature"}, panel)
     assert np.isnan(result.values("feature")[:, 3]).all()
     assert "x3" in caplog.text
     assert "x1" not in caplog.text
@@ -271,12 +252,12 @@ def test_build_refuses(spec, message):
 def test_fit_refuses_an_empty_window():
     step = P.RobustZScoreNorm("2030-01-01", "2031-01-01")
     with pytest.raises(DataError, match=r"no row lies between fit_start_time=2030-01-01.*2024-01-01.*to 2024-01-07"):
-        step.fit(Panel.from_frame(make_frame(0)))
+        step.fit(Panel.from_frame(hostile_frame(0)))
 
 
 def test_apply_refuses_before_fit():
     with pytest.raises(NotFittedError, match="MinMaxNorm must be fitted"):
-        P.MinMaxNorm(None, None)(Panel.from_frame(make_frame(0)))
+        P.MinMaxNorm(None, None)(Panel.from_frame(hostile_frame(0)))
 
 
 @pytest.mark.parametrize(
@@ -290,18 +271,18 @@ def test_apply_refuses_before_fit():
 )
 def test_apply_refuses(step, message):
     with pytest.raises((DataError, ConfigError), match=message):
-        step(Panel.from_frame(make_frame(0)))
+        step(Panel.from_frame(hostile_frame(0)))
 
 
 @pytest.mark.parametrize("stage", ["shared", "infer"])
 def test_learn_only_is_refused_as_a_type_error(stage):
-    panel = Panel.from_frame(make_frame(0))
+    panel = Panel.from_frame(hostile_frame(0))
     with pytest.raises(TypeError, match=rf"{stage}_processors\[0\] is DropnaLabel"):
         P.run_processors(panel, [P.DropnaLabel()], stage=stage, space=P.Workspace())
 
 
 def test_losing_every_row_is_an_error():
-    frame = make_frame(0)
+    frame = hostile_frame(0)
     frame[("feature", "x0")] = np.nan
     with pytest.raises(DataError, match=r"dropped all \d+ rows"):
         P.run_processors(Panel.from_frame(frame), [P.DropnaProcessor("feature")], stage="infer", space=P.Workspace())
@@ -314,7 +295,7 @@ LEARN_NOTHING = [(name, kwargs) for name, kwargs in CASES if "fit_start_time" no
 
 def fitted_step(name: str, kwargs: dict) -> P.Processor:
     step = P.build_processor({"class": name, "kwargs": kwargs})
-    step.fit(Panel.from_frame(make_frame(0)))
+    step.fit(Panel.from_frame(hostile_frame(0)))
     return step
 
 
@@ -333,7 +314,7 @@ def test_a_loaded_state_does_to_new_data_what_the_fitted_step_does(name, kwargs,
     assert not loaded.frozen
     loaded.load_state(safetensors.numpy.load_file(tmp_path / "state.safetensors"))
     assert loaded.frozen
-    new = Panel.from_frame(make_frame(9, n_days=11, n_stocks=8))
+    new = Panel.from_frame(hostile_frame(9, n_days=11, n_stocks=8))
     expected, found = step(new), loaded(new)
     changed = [g for g in new.blocks if expected.values(g) is not new.values(g)]
     assert "feature" in changed, "the case must do something"
@@ -348,7 +329,7 @@ def test_a_frozen_step_is_not_fitted_again(name, kwargs):
     step = fitted_step(name, kwargs)
     loaded = fresh_step(name, kwargs)
     loaded.load_state(step.state())
-    other = make_frame(9)
+    other = hostile_frame(9)
     other[("feature", "x0")] = other[("feature", "x0")] * 1000  # fitted on this, the statistics would differ
     refitted = P.build_processor({"class": name, "kwargs": kwargs})
     new = Panel.from_frame(other)
@@ -363,9 +344,9 @@ def test_a_frozen_step_is_not_fitted_again(name, kwargs):
 @pytest.mark.parametrize("part", ["positions", "shift", "scale"])
 @pytest.mark.parametrize("name", ["RobustZScoreNorm", "ZScoreNorm", "MinMaxNorm"])
 def test_a_state_that_does_not_fit_is_refused_by_name(name, part):
-    step = fitted_step(name, WINDOW)
+    step = fitted_step(name, FIT_WINDOW)
     state = step.state()
-    loaded = fresh_step(name, WINDOW)
+    loaded = fresh_step(name, FIT_WINDOW)
     missing = {k: v for k, v in state.items() if k != f"label.{part}"}
     with pytest.raises(DataError, match=rf"{name}: the saved state lacks \['label\.{part}'\], unexpected none"):
         loaded.load_state(missing)
@@ -377,7 +358,7 @@ def test_a_state_that_does_not_fit_is_refused_by_name(name, part):
         loaded.load_state({})
     assert not loaded.frozen
     with pytest.raises(NotFittedError, match=f"{name} must be fitted"):
-        loaded(Panel.from_frame(make_frame(0)))
+        loaded(Panel.from_frame(hostile_frame(0)))
 
 
 def test_a_step_without_statistics_has_an_empty_state_and_takes_no_other():
@@ -396,7 +377,7 @@ def test_state_before_fit_is_refused():
 
 
 def test_new_data_with_fewer_columns_than_the_state_is_refused():
-    step = fitted_step("MinMaxNorm", {**WINDOW, "fields_group": "feature"})
-    narrow = make_frame(3).drop(columns=[("feature", "x3")])
+    step = fitted_step("MinMaxNorm", {**FIT_WINDOW, "fields_group": "feature"})
+    narrow = hostile_frame(3).drop(columns=[("feature", "x3")])
     with pytest.raises(DataError, match="was fitted on 4 columns of group 'feature', the panel has 3"):
         step(Panel.from_frame(narrow))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 import torch
-from test_datasets import SEGMENTS, gappy_frame, ours, theirs
 
 from qfast.data import DatasetH, TSDatasetH
 from qfast.data.adapt import windows_of
 from qfast.models import GRU, LSTM, GATs, ts
+from support.frames import SEGMENTS, gappy_frame
+from support.qlib import qfast_dataset, qlib_dataset
 
 pytest.importorskip("qlib", reason="pyqlib is the oracle; install qfast-models[qlib]")
 
@@ -30,19 +31,19 @@ def test_built_by_qlib_and_fitted_on_its_datasets(module, kind):
     model = init_instance_by_config({"class": kind, "module_path": module, "kwargs": arguments})
     name, own, step = ("TSDatasetH", TSDatasetH, {"step_len": 5}) if rolling else ("DatasetH", DatasetH, {})
     scores: dict[str, list[float]] = {}
-    model.fit(theirs(name, frame, **step), scores)
-    prediction = model.predict(theirs(name, frame, **step), segment="test")
+    model.fit(qlib_dataset(name, frame, **step), scores)
+    prediction = model.predict(qlib_dataset(name, frame, **step), segment="test")
     again = type(model)(**arguments)
     own_scores: dict[str, list[float]] = {}
-    again.fit(ours(own, frame, **step), own_scores)
+    again.fit(qfast_dataset(own, frame, **step), own_scores)
     assert scores["valid"] == pytest.approx(own_scores["valid"], rel=1e-5)
     pd.testing.assert_series_equal(
-        prediction, again.predict(ours(own, frame, **step)), rtol=1e-4, atol=1e-5, check_index_type=False
+        prediction, again.predict(qfast_dataset(own, frame, **step)), rtol=1e-4, atol=1e-5, check_index_type=False
     )
 
 
 def test_a_float32_sampler_is_used_as_it_is():
-    dataset = theirs("TSDatasetH", gappy_frame(), step_len=5)
+    dataset = qlib_dataset("TSDatasetH", gappy_frame(), step_len=5)
 
     class Kept:
         """Keeps the sampler that was handed out, so that its memory can be compared."""
@@ -63,7 +64,7 @@ def test_a_float32_sampler_is_used_as_it_is():
 
 
 def test_a_gru_is_trained_without_a_valid_segment_of_qlibs_dataset():
-    dataset = theirs("DatasetH", gappy_frame())
+    dataset = qlib_dataset("DatasetH", gappy_frame())
     dataset.segments = {k: v for k, v in SEGMENTS.items() if k != "valid"}
     model = GRU(**SMALL, d_feat=2).fit(dataset)
     assert model.best_epoch_ is None
@@ -71,7 +72,7 @@ def test_a_gru_is_trained_without_a_valid_segment_of_qlibs_dataset():
 
 
 def test_any_slice_of_qlibs_dataset_is_scored_alike():
-    dataset = theirs("DatasetH", gappy_frame())
+    dataset = qlib_dataset("DatasetH", gappy_frame())
     model = LSTM(**SMALL, d_feat=2).fit(dataset)
     part = model.predict(dataset, slice("2020-03-20", "2020-03-25"))
     whole = model.predict(dataset)
@@ -91,7 +92,7 @@ def test_a_qlib_reweighter_sees_the_sampler():
             return (dates > "2020-02-01").astype(float)
 
     reweighter = Recent()
-    ts.LSTM(**SMALL, d_feat=4).fit(theirs("TSDatasetH", gappy_frame(), step_len=5), reweighter=reweighter)
+    ts.LSTM(**SMALL, d_feat=4).fit(qlib_dataset("TSDatasetH", gappy_frame(), step_len=5), reweighter=reweighter)
     assert len(reweighter.seen) == 2
 
 
@@ -105,12 +106,12 @@ def test_gats_on_qlibs_rolling_dataset_follows_the_reference(dtype, tmp_path):
     arguments = {"d_feat": 4, "hidden_size": 8, "n_epochs": 2, "lr": 1e-4, "seed": 3}
     expected: dict[str, list[float]] = {}
     reference = Reference(**arguments, n_jobs=0)
-    reference.fit(theirs("TSDatasetH", frame, step_len=5), expected, save_path=str(tmp_path / "x.pt"))
-    model = ts.GATs(**arguments, compat="qlib").fit(theirs("TSDatasetH", frame, step_len=5))
+    reference.fit(qlib_dataset("TSDatasetH", frame, step_len=5), expected, save_path=str(tmp_path / "x.pt"))
+    model = ts.GATs(**arguments, compat="qlib").fit(qlib_dataset("TSDatasetH", frame, step_len=5))
     for name in ("train", "valid"):
         assert model.evals_result_[name] == pytest.approx(expected[name], rel=1e-6)
-    found = model.predict(theirs("TSDatasetH", frame, step_len=5))
-    wanted = reference.predict(theirs("TSDatasetH", frame, step_len=5))
+    found = model.predict(qlib_dataset("TSDatasetH", frame, step_len=5))
+    wanted = reference.predict(qlib_dataset("TSDatasetH", frame, step_len=5))
     pd.testing.assert_series_equal(found, wanted, rtol=1e-4, atol=1e-5, check_names=False)
 
 
@@ -118,7 +119,9 @@ def test_gats_on_qlibs_rolling_dataset_follows_the_reference(dtype, tmp_path):
 def test_attention_on_qlibs_datasets(kind):
     name, own, step = ("DatasetH", DatasetH, {}) if kind is GATs else ("TSDatasetH", TSDatasetH, {"step_len": 5})
     frame = gappy_frame()
-    model = kind(**SMALL, d_feat=2 if kind is GATs else 4).fit(theirs(name, frame, **step))
-    found = model.attention(theirs(name, frame, **step), "2020-03-20", top=3)
-    pd.testing.assert_frame_equal(found, model.attention(ours(own, frame, **step), "2020-03-20", top=3), rtol=1e-4)
-    assert model.pretrain(theirs(name, frame, **step), n_epochs=1, batch_size=32).fitted
+    model = kind(**SMALL, d_feat=2 if kind is GATs else 4).fit(qlib_dataset(name, frame, **step))
+    found = model.attention(qlib_dataset(name, frame, **step), "2020-03-20", top=3)
+    pd.testing.assert_frame_equal(
+        found, model.attention(qfast_dataset(own, frame, **step), "2020-03-20", top=3), rtol=1e-4
+    )
+    assert model.pretrain(qlib_dataset(name, frame, **step), n_epochs=1, batch_size=32).fitted

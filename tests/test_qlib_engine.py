@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_backtest import write_market
 
 from qfast.cli import main
 from qfast.errors import ConfigError
@@ -18,6 +17,7 @@ from qfast.integrations.qlib import with_our_model
 from qfast.workflow import folder
 from qfast.workflow.artifacts import export_artifacts
 from qfast.workflow.run import run
+from support.stores import write_market
 
 ARTIFACTS = [
     "pred.pkl", "label.pkl", "sig_analysis/ic.pkl", "sig_analysis/ric.pkl",

@@ -11,25 +11,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_datasets import SEGMENTS
-from test_estimator import SMALL, flat, rolling, same, weights
 
 from qfast.data import DatasetH
 from qfast.data.handlers import Alpha360, DataHandlerLP
 from qfast.errors import ConfigError, DataError
 from qfast.models import ALSTM, GRU, LSTM, TCN, GATs, LocalformerModel, TransformerModel, ts
 from qfast.workflow.config import load_config
-from support.frames import make_frame
+from support.fits import SMALL, dataset_for, same, weights
+from support.frames import SEGMENTS, make_frame, rolling
 
 ENCODERS = [TransformerModel, LocalformerModel, ts.TransformerModel, ts.LocalformerModel]
 ALL = [LSTM, GRU, ALSTM, TCN, ts.LSTM, ts.GRU, ts.ALSTM, ts.TCN, *ENCODERS]
 FLAT = (LSTM, GRU, ALSTM, GATs, TCN, TransformerModel, LocalformerModel)
 WITH_DAYS = [*ALL, GATs, ts.GATs]
 TESTS = Path(__file__).parent
-
-
-def data(kind: type, **kwargs):
-    return flat(**kwargs) if kind in FLAT else rolling(**kwargs)
 
 
 def small(kind: type, **changes):
@@ -54,7 +49,7 @@ def test_every_line_of_the_table_names_a_test_that_exists():
 
 @pytest.mark.parametrize("kind", ALL)
 def test_quirk_remainder_of_one(kind):
-    dataset = data(kind)
+    dataset = dataset_for(kind)
     n = len(dataset.windows("test", "infer"))
     model = small(kind, n_epochs=1).fit(dataset)
     whole = model.predict(dataset)
@@ -66,7 +61,7 @@ def test_quirk_remainder_of_one(kind):
 def test_quirk_batches_of_one(kind):
     model = small(kind, n_epochs=1, batch_size=1)
     before = weights(model)
-    model.fit(data(kind, frame=make_frame(70, 1, 12 if kind in FLAT else 3)))
+    model.fit(dataset_for(kind, frame=make_frame(70, 1, 12 if kind in FLAT else 3)))
     assert not same(weights(model), before)
 
 
@@ -74,19 +69,19 @@ def test_quirk_batches_of_one(kind):
 def test_quirk_no_best_epoch(kind):
     model = small(kind, n_epochs=0)
     before = weights(model)
-    model.fit(data(kind))
+    model.fit(dataset_for(kind))
     assert same(weights(model), before)
     assert len(model.history_) == 0
     large = {"n_epochs": 1, "batch_size": 8192}
-    assert small(kind, **large).fit(data(kind)).best_epoch_ == 0
+    assert small(kind, **large).fit(dataset_for(kind)).best_epoch_ == 0
     with pytest.raises(DataError, match="batch_size is 8192 but the segment has"):
-        small(kind, **large, compat="qlib").fit(data(kind))
+        small(kind, **large, compat="qlib").fit(dataset_for(kind))
 
 
 @pytest.mark.parametrize("kind", WITH_DAYS)
 def test_quirk_no_validation_segment(kind):
     model = small(kind)
-    model.fit(data(kind, segments={"train": SEGMENTS["train"]}))
+    model.fit(dataset_for(kind, segments={"train": SEGMENTS["train"]}))
     again = small(kind)
     before = weights(again)
     assert not same(weights(model), before)
@@ -95,7 +90,7 @@ def test_quirk_no_validation_segment(kind):
 
 @pytest.mark.parametrize("kind", ALL)
 def test_quirk_short_tail_of_scores(kind):
-    dataset = data(kind)
+    dataset = dataset_for(kind)
     windows = dataset.windows("valid", "learn")
     batch_size = len(windows) // 2 + 1  # one full batch and a tail
     model = small(kind, n_epochs=1, batch_size=batch_size).fit(dataset)
@@ -110,7 +105,7 @@ def test_quirk_short_tail_of_scores(kind):
 @pytest.mark.parametrize("kind", WITH_DAYS)
 def test_quirk_no_test_segment(kind):
     segments = {name: SEGMENTS[name] for name in ("train", "valid")}
-    assert small(kind).fit(data(kind, segments=segments)).fitted
+    assert small(kind).fit(dataset_for(kind, segments=segments)).fitted
 
 
 @pytest.mark.parametrize("kind", WITH_DAYS)
@@ -118,7 +113,7 @@ def test_quirk_scores_without_gradients(kind):
     model = small(kind, n_epochs=1)
     seen = []
     model.network.register_forward_hook(lambda module, _, out: seen.append((module.training, out.requires_grad)))
-    model.fit(data(kind))
+    model.fit(dataset_for(kind))
     assert set(seen) == {(True, True), (False, False)}
 
 
@@ -128,7 +123,7 @@ def test_quirk_infinite_label(kind):
     values = frame[("label", "LABEL0")].to_numpy(copy=True)
     values[4] = np.inf
     frame[("label", "LABEL0")] = values
-    model = small(kind).fit(data(kind, frame=frame))
+    model = small(kind).fit(dataset_for(kind, frame=frame))
     assert all(torch.isfinite(v).all() for v in weights(model).values())
 
 
@@ -137,7 +132,7 @@ def test_quirk_two_labels():
     frame[("label", "LABEL1")] = frame[("label", "LABEL0")]
     for kind in (LSTM, ts.LSTM):
         with pytest.raises(DataError, match=r"2 label columns .*trained on exactly one"):
-            small(kind).fit(data(kind, frame=frame))
+            small(kind).fit(dataset_for(kind, frame=frame))
 
 
 def prices() -> pd.DataFrame:
@@ -187,8 +182,8 @@ def test_quirk_nothing_shared_between_fits(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", WITH_DAYS)
 def test_quirk_empty_prediction(kind):
-    model = small(kind, n_epochs=1).fit(data(kind))
-    found = model.predict(data(kind), slice("2031-01-01", "2031-12-31"))
+    model = small(kind, n_epochs=1).fit(dataset_for(kind))
+    found = model.predict(dataset_for(kind), slice("2031-01-01", "2031-12-31"))
     assert len(found) == 0
     assert found.index.names == ["datetime", "instrument"]
     assert found.dtype == np.float32
@@ -213,9 +208,9 @@ def test_quirk_gru_needs_no_experiment(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", [GATs, ts.GATs])
 @pytest.mark.parametrize("base", ["GRU", "LSTM"])
 def test_quirk_base_of_the_models_own_size(kind, base):
-    model = kind(d_feat=3, hidden_size=8, num_layers=1, base_model=base, n_epochs=1).fit(data(kind))
+    model = kind(d_feat=3, hidden_size=8, num_layers=1, base_model=base, n_epochs=1).fit(dataset_for(kind))
     assert model.network.rnn.weight_hh_l0.shape[1] == 8
-    assert model.predict(data(kind)).notna().all()
+    assert model.predict(dataset_for(kind)).notna().all()
 
 
 @pytest.mark.parametrize("kind", [GATs, ts.GATs])
@@ -231,9 +226,9 @@ def test_quirk_weights_of_samples_in_every_model(kind):
     other = frame.copy()
     rest = other.index.get_level_values("instrument") >= "S005"
     other.loc[rest, ("label", "LABEL0")] = 7.0
-    found = [small(kind).fit(data(kind, frame=f), reweighter=FirstHalf()) for f in (frame, other)]
+    found = [small(kind).fit(dataset_for(kind, frame=f), reweighter=FirstHalf()) for f in (frame, other)]
     assert same(weights_after_training(found[0]), weights_after_training(found[1]))
-    plain = small(kind).fit(data(kind, frame=frame))
+    plain = small(kind).fit(dataset_for(kind, frame=frame))
     assert not same(weights_after_training(plain), weights_after_training(found[0]))
 
 

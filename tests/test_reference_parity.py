@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,6 +12,7 @@ import torch
 import qfast.models
 import qfast.models.ts
 from support.frames import make_frame
+from support.qlib import TRAIN, QlibFrames, qlib_frames, qlib_model
 
 pytest.importorskip("qlib", reason="pyqlib is the oracle; install qfast-models[qlib]")
 
@@ -26,7 +25,6 @@ CASES = [
 ENCODERS = ("TransformerModel", "LocalformerModel")
 IDS = [f"{name}{suffix}" for name, _, suffix in CASES]
 SIZES = {"d_feat": 3, "hidden_size": 8, "num_layers": 2}
-TRAIN = {"n_epochs": 3, "batch_size": 16, "lr": 0.01}
 NETWORK = {
     "lstm": "lstm_model", "gru": "gru_model", "alstm": "ALSTM_model", "gats": "GAT_model", "tcn": "tcn_model",
     "lstm_ts": "LSTM_model", "gru_ts": "GRU_model", "alstm_ts": "ALSTM_model", "gats_ts": "GAT_model",
@@ -59,49 +57,9 @@ def ours(name: str, suffix: str) -> type:
     return getattr(qfast.models.ts if suffix else qfast.models, name)
 
 
-def theirs(name: str, module: str, suffix: str) -> type:
-    found = importlib.import_module(f"qlib.contrib.model.pytorch_{module}{suffix}")
-    if hasattr(found, "R"):  # the flat GRU reports to a running experiment at the end of fit
-        found.R = SimpleNamespace(get_recorder=lambda: SimpleNamespace(log_metrics=lambda **_: None))
-    return getattr(found, name)
-
-
-class Segments:
-    """What a reference model asks of a dataset, over one frame: flat frames or the reference's sampler."""
-
-    segments: ClassVar[dict[str, tuple[str, str]]] = {
-        "train": ("2020-01-01", "2020-02-14"),
-        "valid": ("2020-02-15", "2020-03-10"),
-        "test": ("2020-03-11", "2020-12-31"),
-    }
-
-    def __init__(self, frame: pd.DataFrame, step_len: int | None) -> None:
-        self.frame = frame
-        if step_len is not None:
-            self.step_len = step_len
-
-    def prepare(self, segment: Any, col_set: Any = "__all", data_key: str = "infer") -> Any:
-        if isinstance(segment, list):
-            return [self.prepare(s, col_set, data_key) for s in segment]
-        start, end = self.segments[segment]
-        if hasattr(self, "step_len"):
-            from qlib.data.dataset import TSDataSampler
-
-            return TSDataSampler(self.frame.copy(), start, end, self.step_len)
-        part = self.frame.loc[start:end]
-        return part[col_set] if isinstance(col_set, str) else part[list(col_set)]
-
-
-def panel(suffix: str, holes: float = 0.15, step_len: int = 5) -> Segments:
-    if suffix:
-        return Segments(make_frame(70, 9, 3, holes=holes), step_len=step_len)
-    frame = make_frame(70, 9, 12, holes=holes)  # 12 columns: 3 features of 4 steps each
-    return Segments(frame, None)
-
-
 @pytest.mark.parametrize(("name", "module", "suffix"), CASES, ids=IDS)
 def test_same_seed_gives_the_same_weights_and_leaves_the_generators_alike(name, module, suffix):
-    reference = theirs(name, module, suffix)(**sizes(name), seed=7)
+    reference = qlib_model(name, module, suffix)(**sizes(name), seed=7)
     after = torch.get_rng_state(), np.random.get_state()
     model = ours(name, suffix)(**sizes(name), seed=7)
     expected = getattr(reference, NETWORK[module + suffix]).state_dict()
@@ -117,16 +75,18 @@ def test_same_seed_gives_the_same_weights_and_leaves_the_generators_alike(name, 
 def test_positional_arguments_stand_in_the_references_order(name, module, suffix):
     import inspect
 
-    expected = list(inspect.signature(theirs(name, module, suffix)).parameters.values())[:-1]
+    expected = list(inspect.signature(qlib_model(name, module, suffix)).parameters.values())[:-1]
     found = list(inspect.signature(ours(name, suffix)).parameters.values())[:-1]
     assert [(p.name, p.default) for p in found] == [(p.name, p.default) for p in expected]
 
 
 @pytest.mark.parametrize(("name", "module", "suffix"), CASES, ids=IDS)
 def test_batches_scores_and_predictions_follow_the_reference(name, module, suffix, monkeypatch, tmp_path):
-    data = panel(suffix, step_len=3 if name == "TCN" else 5)  # else the reference's time-series TCN cannot predict
+    data = qlib_frames(
+        suffix, step_len=3 if name == "TCN" else 5
+    )  # else the reference's time-series TCN cannot predict
     arguments = {**training(name, suffix), "seed": 3}
-    reference = theirs(name, module, suffix)(**arguments, **({"n_jobs": 0} if suffix else {}))
+    reference = qlib_model(name, module, suffix)(**arguments, **({"n_jobs": 0} if suffix else {}))
     seen: dict[str, list[torch.Tensor]] = {"ours": [], "theirs": []}
 
     def spy(model: Any, who: str) -> None:
@@ -175,7 +135,7 @@ def test_batches_scores_and_predictions_follow_the_reference(name, module, suffi
 @pytest.mark.parametrize(("name", "module", "suffix"), CASES, ids=IDS)
 def test_weights_copied_in_give_the_references_numbers(name, module, suffix):
     own = sizes(name, d_feat=6, width=64)
-    reference = theirs(name, module, suffix)(**own)
+    reference = qlib_model(name, module, suffix)(**own)
     network = getattr(reference, NETWORK[module + suffix])
     model = ours(name, suffix)(**own)
     model.network.load_state_dict(network.state_dict())
@@ -202,9 +162,9 @@ def test_sample_weights_follow_the_reference(name, module, tmp_path):
         def reweight(self, data):
             return np.linspace(0.1, 2.0, len(data))
 
-    data = panel("_ts")
+    data = qlib_frames("_ts")
     expected, found = {}, {}
-    reference = theirs(name, module, "_ts")(**SIZES, **TRAIN, seed=3, n_jobs=0)
+    reference = qlib_model(name, module, "_ts")(**SIZES, **TRAIN, seed=3, n_jobs=0)
     reference.fit(data, expected, save_path=str(tmp_path / "x.pt"), reweighter=ByRank())
     ours(name, "_ts")(**SIZES, **TRAIN, seed=3).fit(data, found, reweighter=ByRank())
     np.testing.assert_allclose(found["valid"], expected["valid"], rtol=1e-5)
@@ -215,9 +175,9 @@ def test_sample_weights_follow_the_reference(name, module, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["", "_ts"])
 def test_fitting_twice_continues_weights_and_optimiser(suffix, tmp_path):
-    data = panel(suffix)
+    data = qlib_frames(suffix)
     expected, found = {}, {}
-    reference = theirs("LSTM", "lstm", suffix)(**SIZES, **TRAIN, seed=3, **({"n_jobs": 0} if suffix else {}))
+    reference = qlib_model("LSTM", "lstm", suffix)(**SIZES, **TRAIN, seed=3, **({"n_jobs": 0} if suffix else {}))
     for _ in range(2):
         reference.fit(data, expected, save_path=str(tmp_path / "x.pt"))
     model = ours("LSTM", suffix)(**SIZES, **TRAIN, seed=3)
@@ -229,9 +189,9 @@ def test_fitting_twice_continues_weights_and_optimiser(suffix, tmp_path):
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "ALSTM"])
 def test_dropout_draws_interleave_as_in_the_reference(name, tmp_path):
     """With compat="qlib"; otherwise the masks are the operator's, drawn by counter."""
-    data = panel("_ts")
+    data = qlib_frames("_ts")
     expected, found = {}, {}
-    theirs(name, name.lower(), "_ts")(**SIZES, **TRAIN, dropout=0.3, seed=3, n_jobs=0).fit(
+    qlib_model(name, name.lower(), "_ts")(**SIZES, **TRAIN, dropout=0.3, seed=3, n_jobs=0).fit(
         data, expected, save_path=str(tmp_path / "x.pt")
     )
     ours(name, "_ts")(**SIZES, **TRAIN, dropout=0.3, seed=3, compat="qlib").fit(data, found)
@@ -242,10 +202,10 @@ def test_dropout_draws_interleave_as_in_the_reference(name, tmp_path):
 def test_time_series_tcn_trains_as_the_reference_at_any_step_len(dtype, tmp_path):
     """The loss has the label's precision; predictions beside the reference's network on transposed windows."""
     frame = make_frame(70, 9, 3, holes=0.15, dtype=dtype)
-    data = Segments(frame, step_len=7)
+    data = QlibFrames(frame, step_len=7)
     arguments = {**training("TCN", "_ts"), "kernel_size": 3, "num_layers": 3, "seed": 3}
     expected, found = {}, {}
-    reference = theirs("TCN", "tcn", "_ts")(**arguments, n_jobs=0)
+    reference = qlib_model("TCN", "tcn", "_ts")(**arguments, n_jobs=0)
     reference.fit(data, expected, save_path=str(tmp_path / "reference.pkl"))
     model = ours("TCN", "_ts")(**arguments)
     seen = []

@@ -13,7 +13,6 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from test_estimators_cuda import CASES, IDS, data_of, model_of, states_equal
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -23,6 +22,7 @@ from qfast.precision import using_precision
 from qfast.training import step_graphs
 from qfast.training.callbacks import Callback
 from qfast.training.step_graphs import StepGraphs, Steps, fingerprint
+from support.fits import CASES, IDS, data_of, model_of, states_equal
 
 TO_THE_HOST = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero", "aten.unique")
 

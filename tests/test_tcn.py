@@ -12,8 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_datasets import SEGMENTS
-from test_estimator import StopAt, flat, rolling, same, weights
 
 from qfast.data import TSDatasetH
 from qfast.data.windows import WindowSet
@@ -21,7 +19,8 @@ from qfast.errors import ConfigError, DataError
 from qfast.models import TCN, _tcn, ts
 from qfast.workflow.run import run
 from qfast.workflow.scoring import predict
-from support.frames import make_frame
+from support.fits import StopAt, dataset_for, same, weights
+from support.frames import SEGMENTS, flat, make_frame, rolling
 from support.workflows import write_case
 
 SMALL = {
@@ -29,10 +28,6 @@ SMALL = {
     "lr": 0.01, "seed": 1,
 }  # fmt: skip
 both = pytest.mark.parametrize("kind", [TCN, ts.TCN], ids=["flat", "ts"])
-
-
-def data(kind: type, **kwargs):
-    return flat(**kwargs) if kind is TCN else rolling(**kwargs)
 
 
 # ---------------------------------------------------------------- learning
@@ -44,7 +39,7 @@ def test_a_planted_signal_is_learnt(kind):
     segments = {
         "train": ("2020-01-01", "2020-04-30"), "valid": ("2020-05-01", "2020-05-31"), "test": ("2020-06-01", None),
     }  # fmt: skip
-    dataset = data(kind, frame=frame, segments=segments)
+    dataset = dataset_for(kind, frame=frame, segments=segments)
     model = kind(**{**SMALL, "n_epochs": 20, "dropout": 0.1}).fit(dataset)
     prediction = model.predict(dataset)
     assert prediction.corr(frame[("label", "LABEL0")].reindex(prediction.index)) > 0.9
@@ -71,10 +66,10 @@ def test_rolling_windows_train_as_the_same_windows_laid_out_flat():
 
 @both
 def test_dropout_repeats_with_the_seed_and_counts_in_training_only(kind):
-    fits = [kind(**SMALL, dropout=p).fit(data(kind)) for p in (0.5, 0.5, 0.0)]
+    fits = [kind(**SMALL, dropout=p).fit(dataset_for(kind)) for p in (0.5, 0.5, 0.0)]
     assert fits[0].evals_result_ == fits[1].evals_result_
     assert fits[0].evals_result_ != fits[2].evals_result_
-    pd.testing.assert_series_equal(fits[0].predict(data(kind)), fits[0].predict(data(kind)))
+    pd.testing.assert_series_equal(fits[0].predict(dataset_for(kind)), fits[0].predict(dataset_for(kind)))
 
 
 # ---------------------------------------------------------------- arguments
@@ -116,22 +111,22 @@ def test_get_params_rebuild_the_model(kind):
 @both
 @pytest.mark.parametrize("name", ["best.safetensors", "best.pkl"])
 def test_weights_survive_a_file(kind, name, tmp_path):
-    model = kind(**SMALL).fit(data(kind), save_path=tmp_path / name)
+    model = kind(**SMALL).fit(dataset_for(kind), save_path=tmp_path / name)
     other = kind(**{**SMALL, "seed": 9}).load_weights(tmp_path / name)
-    pd.testing.assert_series_equal(other.predict(data(kind)), model.predict(data(kind)))
+    pd.testing.assert_series_equal(other.predict(dataset_for(kind)), model.predict(dataset_for(kind)))
 
 
 @both
 @pytest.mark.parametrize("moment", ["batch", "checkpoint"])
 def test_an_interrupted_fit_resumes_to_the_unbroken_result(kind, moment, tmp_path):
     arguments = {**SMALL, "n_epochs": 5, "dropout": 0.3}
-    unbroken = kind(**arguments).fit(data(kind))
+    unbroken = kind(**arguments).fit(dataset_for(kind))
     broken = kind(**arguments)
     with pytest.raises(KeyboardInterrupt):
-        broken.fit(data(kind), callbacks=[StopAt(2, moment)], checkpoint_dir=tmp_path)
+        broken.fit(dataset_for(kind), callbacks=[StopAt(2, moment)], checkpoint_dir=tmp_path)
     torch.manual_seed(99)
     np.random.seed(99)
-    resumed = kind(**arguments).fit(data(kind), checkpoint_dir=tmp_path, resume=True)
+    resumed = kind(**arguments).fit(dataset_for(kind), checkpoint_dir=tmp_path, resume=True)
     assert len(resumed.history_) == 5
     assert resumed.evals_result_ == unbroken.evals_result_
     assert same(weights(resumed), weights(unbroken))
@@ -139,10 +134,10 @@ def test_an_interrupted_fit_resumes_to_the_unbroken_result(kind, moment, tmp_pat
 
 @both
 def test_an_estimator_survives_pickle(kind):
-    model = kind(**SMALL).fit(data(kind))
+    model = kind(**SMALL).fit(dataset_for(kind))
     again = pickle.loads(pickle.dumps(model))
-    pd.testing.assert_series_equal(again.predict(data(kind)), model.predict(data(kind)))
-    again.fit(data(kind))
+    pd.testing.assert_series_equal(again.predict(dataset_for(kind)), model.predict(dataset_for(kind)))
+    again.fit(dataset_for(kind))
 
 
 # ---------------------------------------------------------------- windows that follow each other
@@ -306,7 +301,7 @@ def test_quirk_time_series_tcn_transposes_in_predict():
 def test_quirk_empty_segment_of_tcn(kind):
     for name in ("train", "valid"):
         with pytest.raises(DataError, match=f"segment '{name}' has no samples"):
-            kind(**SMALL).fit(data(kind, segments={**SEGMENTS, name: ("2035-01-01", None)}))
+            kind(**SMALL).fit(dataset_for(kind, segments={**SEGMENTS, name: ("2035-01-01", None)}))
 
 
 # ---------------------------------------------------------------- a workflow file

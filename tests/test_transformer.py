@@ -16,23 +16,15 @@ import torch._dynamo
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from qfast import _backend
 from qfast.errors import ConfigError, DataError
 from qfast.nn import Localformer, Transformer, transformer
 from support.temporal_conv import relative
+from support.transformer import F32, F64, NATIVE, Network, case, gradients, plainly
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::torch.jit.TracerWarning"
 )
 both = pytest.mark.parametrize("kind", [Transformer, Localformer], ids=lambda kind: kind.__name__)
-F32, F64 = torch.float32, torch.float64
-Network = Transformer | Localformer
-NATIVE = _backend.native is not None
-
-
-def case(kind: type, dtype: torch.dtype = F64, rows: int = 12, dropout: float = 0.0) -> tuple[Network, Tensor]:
-    torch.manual_seed(0)
-    return kind(5, 8, 2, 2, dropout).to(dtype), torch.randn(rows, 7, 5, dtype=dtype)
 
 
 def positions(steps: int, width: int) -> Tensor:
@@ -42,29 +34,6 @@ def positions(steps: int, width: int) -> Tensor:
         for t in range(steps)
     ]
     return torch.tensor(rows, dtype=F64)
-
-
-def plainly(net: Network, x: Tensor) -> Tensor:
-    """Torch's layers, which take [T, B, D], one after the other."""
-    encoder = net.transformer_encoder
-    steps = net.feature_layer(x).transpose(0, 1)
-    steps = steps + net.pos_encoder.pe[: len(steps)]
-    for i, layer in enumerate(encoder.layers):
-        if isinstance(net, Transformer):
-            steps = layer(steps)
-        else:
-            beside = encoder.conv[i](steps.permute(1, 2, 0)).permute(2, 0, 1)
-            steps = layer(steps + beside)
-    if not isinstance(net, Transformer):
-        steps = net.rnn(steps + beside)[0]
-    return net.decoder_layer(steps[-1])[:, 0]
-
-
-def gradients(net: Network, out: Tensor) -> dict[str, Tensor]:
-    """Of all parameters that take part."""
-    net.zero_grad()
-    out.pow(2).sum().backward()
-    return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
 
 
 @pytest.fixture

@@ -24,12 +24,7 @@ from qfast.workflow.demo import DEMO, demo_prices
 from qfast.workflow.folder import RunFolder, read_frame, write_frame
 from qfast.workflow.run import run
 from qfast.workflow.scoring import predict
-from support.workflows import factors, write_case
-
-FILES = {
-    "config.yaml", "manifest.json", "history.csv", "best.safetensors", "last.safetensors", "model.json",
-    "processors.safetensors", "pred.parquet", "label.parquet", "metrics.json", "daily.csv", "plots", "report.html",
-}  # fmt: skip
+from support.workflows import FILES, Interrupt, factors, write_case
 
 
 @pytest.fixture(scope="module")
@@ -49,17 +44,6 @@ def copied(case, tmp_path):
 
 def manifest(path):
     return json.loads((path / "manifest.json").read_text())
-
-
-class Interrupt(Callback):
-    """Ctrl-C in the middle of an epoch."""
-
-    def __init__(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def on_batch_end(self, estimator) -> None:
-        if estimator.epoch_ == self.epoch:
-            raise KeyboardInterrupt
 
 
 # ---------------------------------------------------------------- what a run leaves

@@ -14,7 +14,6 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import torch
-from test_workflow import FILES, Interrupt
 
 from qfast import cli
 from qfast.errors import CheckpointError, ConfigError, QfastError
@@ -25,7 +24,7 @@ from qfast.workflow.folder import read_frame
 from qfast.workflow.run import run
 from qfast.workflow.schema import check_workflow
 from qfast.workflow.scoring import build_dataset, predict
-from support.workflows import write_case
+from support.workflows import FILES, Interrupt, write_case
 
 GATS = [
     "task.model.class=GATs", "task.model.module_path=qlib.contrib.model.pytorch_gats",

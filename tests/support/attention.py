@@ -255,3 +255,93 @@ def sorted_oracle(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, slope
     of_key[1] -= lower * downwards(of_lower * delta, by_query, first_query)
     gradients = of_query[0] + slope * of_query[1], of_key[0] + slope * of_key[1], of_value
     return [torch.from_numpy(x) for x in (out, *gradients)]
+
+
+# How far off float32 may be, for the result and the gradients of query, key and value: as far as the larger of three.
+TIMES_DENSE = 1.5  # times the dense float32 softmax: rounding at other places, either is nearer now and then
+ROUNDING = 2e-7  # of the exact norm: float32 rounds to 6e-8, and a result is a few roundings away
+# ... of the terms summed. Result and gradient of the values have none that cancel; the query's is summed over the
+# lighter side of the bend alone, so only underflow is left. The key's is a difference of two sums over all queries,
+# around a centre that takes most of what they share off them; the dense softmax, which takes the differences before
+# it sums, keeps digits of the little that is left where one key has all the weight.
+OF_TERMS = (0.0, 1e-12, 8e-9, 0.0)
+
+
+def attention_inputs(n: int, width: int, dtype=torch.float64, seed: int = 0, heads: int | None = None) -> list[Tensor]:
+    """query, key, value and a gradient of the result."""
+    lead = () if heads is None else (heads,)
+    query, key = randn(2, *lead, n, seed=seed, dtype=dtype)
+    return [query, key, *randn(2, *lead, n, width, seed=seed + 1, dtype=dtype)]
+
+
+def graph_inputs(n: int, width: int, dtype=torch.float64, seed: int = 0) -> list[Tensor]:
+    """hidden, weight, bias and a gradient of the result; scores of about normal size."""
+    weight, bias = randn(2, width, seed=seed) / width**0.5, randn(2, seed=seed + 1)
+    return [randn(n, width, seed=seed, dtype=dtype), weight.to(dtype), bias.to(dtype), randn(n, width, dtype=dtype)]
+
+
+def check_accuracy(found: Sequence[Tensor], exact: Exact, of_dense: Sequence[float], of_terms: Sequence[float]) -> None:
+    if not NATIVE:
+        of_terms = [ROUNDING] * 4
+    each = zip(errors(found, exact.values), of_dense, exact.values, exact.terms, of_terms, strict=True)
+    for i, (error, theirs, value, terms, share) in enumerate(each):
+        allowed = max(TIMES_DENSE * theirs, ROUNDING * float(value.norm()), share * float(terms.norm()))
+        assert error <= allowed, (i, error, theirs, float(value.norm()), float(terms.norm()))
+
+
+VIEWS = {
+    "every other row": lambda x: torch.stack([x, x + 1], 1).flatten(0, 1)[::2],
+    "backwards in memory": lambda x: x.flip(0).contiguous().flip(0),
+    "column of a wider panel": lambda x: torch.stack([x, x + 1, x + 2], -1)[..., 0],
+    "time-major": lambda x: x.t().contiguous().t(),
+    "off the alignment": lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape),
+}
+
+
+# All scores on either side of the bend: a number added to all keys then changes nothing.
+SIDES = {"above": 9.0, "below": -9.0}
+INF, NAN = torch.inf, torch.nan
+INPUT_NAMES = ("query", "key", "value")
+DAY_SIZES = [4, 150, 0, 90]  # the second day is the one that is spoiled
+SPOILED_DAY = slice(4, 154)
+
+
+def day_inputs(dtype: torch.dtype = torch.float64, heads: int | None = None) -> dict[str, Tensor]:
+    lead = () if heads is None else (heads,)
+    query, key = randn(2, *lead, sum(DAY_SIZES), dtype=dtype)
+    value, grad = randn(2, *lead, sum(DAY_SIZES), 5, seed=1, dtype=dtype)
+    return {"query": query, "key": key, "value": value, "grad": grad}
+
+
+def spoil(where: str, row: int | slice, value: float) -> Callable[[dict[str, Tensor]], None]:
+    def change(inputs: dict[str, Tensor]) -> None:
+        tensor = inputs[where][SPOILED_DAY]
+        tensor[row if tensor.dim() == 1 else (row, 2)] = value
+
+    return change
+
+
+SPOILED = {
+    "query nan": spoil("query", 7, NAN),
+    "query inf": spoil("query", 7, INF),
+    "query -inf": spoil("query", 7, -INF),
+    "key nan": spoil("key", 7, NAN),
+    "key inf": spoil("key", 7, INF),
+    "key -inf": spoil("key", 7, -INF),
+    "many keys -inf": spoil("key", slice(0, 140), -INF),
+    "all keys -inf": spoil("key", slice(None), -INF),
+    "all queries -inf": spoil("query", slice(None), -INF),
+    "value nan": spoil("value", 7, NAN),
+    "value inf": spoil("value", 7, INF),
+    "value -inf": spoil("value", 7, -INF),
+    "values of both infinities": lambda inputs: (spoil("value", 7, INF)(inputs), spoil("value", 70, -INF)(inputs)),
+    "grad nan": spoil("grad", 7, NAN),
+    "grad inf": spoil("grad", 7, INF),
+    "query inf, key -inf": lambda inputs: (spoil("query", 7, INF)(inputs), spoil("key", 9, -INF)(inputs)),
+    "query -inf, key inf": lambda inputs: (spoil("query", 7, -INF)(inputs), spoil("key", 9, INF)(inputs)),
+    "everything nan": spoil("key", slice(None), NAN),
+}
+
+
+# The gradients of these are sums with infinities of either sign: infinite or NaN by the order of the sum.
+INFINITE_TERMS = ("value inf", "value -inf", "values of both infinities", "grad inf")

@@ -92,3 +92,32 @@ def alpha360(root: Path, code: str, label_field: str = "close", freq: str = "day
         price = series[label_field]
         columns["LABEL0"] = (price.shift(-2) / price.shift(-1) - 1).astype(np.float32)
     return pd.DataFrame(columns)
+
+
+def write_market(root: Path, n_stocks: int = 25, n_days: int = 140, factor: bool = True, seed: int = 0) -> Path:
+    """A Qlib store with suspensions, late listings and days at the price limit."""
+    rng = np.random.default_rng(seed)
+    calendar = pd.bdate_range("2020-01-01", periods=n_days)
+    for part in ("calendars", "instruments", "features"):
+        (root / part).mkdir(parents=True)
+    (root / "calendars" / "day.txt").write_text("\n".join(calendar.strftime("%Y-%m-%d")) + "\n")
+    lines = []
+    for stock in range(n_stocks):
+        first = int(rng.integers(0, 60)) if stock % 5 == 0 and stock else 0
+        close = 20 * np.exp(np.cumsum(0.03 * rng.standard_normal(n_days - first)))
+        fields = {"close": close, "open": close * (1 + 0.01 * rng.standard_normal(len(close)))}
+        fields["volume"] = rng.lognormal(12, 1, len(close))
+        gone = rng.random(len(close)) < 0.03
+        for values in fields.values():
+            values[gone] = np.nan
+        fields["open"][rng.random(len(close)) < 0.01] = 0  # no deal price: the close is used
+        fields["change"] = fields["close"] / np.concatenate([[np.nan], fields["close"][:-1]]) - 1
+        if factor:
+            fields["factor"] = np.where(gone, np.nan, 1 + stock / 7)
+        folder = root / "features" / f"s{stock:02d}"
+        folder.mkdir()
+        for name, values in fields.items():
+            np.concatenate([[first], values]).astype("<f4").tofile(folder / f"{name}.day.bin")
+        lines.append(f"S{stock:02d}\t2020-01-01\t2099-12-31")
+    (root / "instruments" / "all.txt").write_text("\n".join(lines) + "\n")
+    return root

@@ -8,6 +8,7 @@ from functools import cache
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
@@ -303,3 +304,38 @@ def expected(case: Case) -> Exact:
 
 def positional(of: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda x, blocks, *, dilations, all_steps: of(x, blocks, dilations, all_steps=all_steps)
+
+
+@st.composite
+def stacks(draw: st.DrawFn) -> tuple[Case, str, float]:
+    depth = draw(st.integers(1, 4))
+    widths = tuple(draw(st.lists(st.integers(1, 40), min_size=depth, max_size=depth)))
+    if draw(st.booleans()):
+        widths = widths[:1] * depth
+    kernels = tuple(draw(st.lists(st.integers(1, 9), min_size=depth, max_size=depth)))
+    dilations = draw(st.none() | st.lists(st.integers(1, 12), min_size=depth, max_size=depth).map(tuple))
+    case = Case(
+        draw(st.integers(1, 30)), kernels, widths, draw(st.sampled_from([widths[0], 1, 2, 3, 5, 20])),
+        draw(st.integers(0, 30)), draw(st.booleans()), draw(st.booleans()), dilations,
+    )  # fmt: skip
+    return case, draw(st.sampled_from(sorted(LAYOUTS))), draw(st.sampled_from([0.0, 0.0, 0.3, 0.9]))
+
+
+def nan_like(x: Tensor) -> Tensor:
+    return torch.full_like(x, torch.nan)
+
+
+# Of [B, F, T]; each makes the same numbers lie differently in memory, with NaN between them.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "features first": lambda x: x.contiguous(),
+    "windows of rows": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "flat": lambda x: x.reshape(len(x), x.shape[1] * x.shape[2]).view(x.shape),
+    "batch last": lambda x: x.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+    "columns of wider rows": lambda x: torch.cat([nan_like(x), x, nan_like(x)], 1)[:, x.shape[1] : 2 * x.shape[1]],
+    "every other step": lambda x: torch.stack([x, nan_like(x)], 3).flatten(2)[:, :, ::2],
+    "every other row": lambda x: torch.stack([x, nan_like(x)], 1).flatten(0, 1)[::2],
+    "from the third element": lambda x: torch.cat([x.new_full((3,), torch.nan), x.flatten()])[3:].view(x.shape),
+}
+
+
+SEEDS = [0, 1, -1, 2**31, 2**32, 2**63 - 1, -(2**63), 0x9E3779B97F4A7C15 - 2**64]

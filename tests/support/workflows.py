@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from qfast.training.callbacks import Callback
+
 TEXT = """
 experiment_name: small
 fit: &fit [2020-01-01, 2020-02-05]
@@ -70,3 +72,20 @@ def write_case(folder: Path) -> tuple[Path, Path]:
     config.write_text(TEXT)
     factors().reset_index().to_csv(data, index=False)
     return config, data
+
+
+FILES = {
+    "config.yaml", "manifest.json", "history.csv", "best.safetensors", "last.safetensors", "model.json",
+    "processors.safetensors", "pred.parquet", "label.parquet", "metrics.json", "daily.csv", "plots", "report.html",
+}  # fmt: skip
+
+
+class Interrupt(Callback):
+    """Ctrl-C in the middle of an epoch."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_batch_end(self, estimator) -> None:
+        if estimator.epoch_ == self.epoch:
+            raise KeyboardInterrupt

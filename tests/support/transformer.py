@@ -1,0 +1,44 @@
+"""Transformer and Localformer networks, and the same layers of torch called one by one."""
+
+from __future__ import annotations
+
+import torch
+import torch._dynamo
+from torch import Tensor
+
+from qfast import _backend
+from qfast.nn import Localformer, Transformer
+
+F32, F64 = torch.float32, torch.float64
+
+
+Network = Transformer | Localformer
+NATIVE = _backend.native is not None
+
+
+def case(kind: type, dtype: torch.dtype = F64, rows: int = 12, dropout: float = 0.0) -> tuple[Network, Tensor]:
+    torch.manual_seed(0)
+    return kind(5, 8, 2, 2, dropout).to(dtype), torch.randn(rows, 7, 5, dtype=dtype)
+
+
+def plainly(net: Network, x: Tensor) -> Tensor:
+    """Torch's layers, which take [T, B, D], one after the other."""
+    encoder = net.transformer_encoder
+    steps = net.feature_layer(x).transpose(0, 1)
+    steps = steps + net.pos_encoder.pe[: len(steps)]
+    for i, layer in enumerate(encoder.layers):
+        if isinstance(net, Transformer):
+            steps = layer(steps)
+        else:
+            beside = encoder.conv[i](steps.permute(1, 2, 0)).permute(2, 0, 1)
+            steps = layer(steps + beside)
+    if not isinstance(net, Transformer):
+        steps = net.rnn(steps + beside)[0]
+    return net.decoder_layer(steps[-1])[:, 0]
+
+
+def gradients(net: Network, out: Tensor) -> dict[str, Tensor]:
+    """Of all parameters that take part."""
+    net.zero_grad()
+    out.pow(2).sum().backward()
+    return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
