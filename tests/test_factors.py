@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from qfast.data import FactorHandler
 from qfast.data.expression import fields, reach
-from qfast.data.factors import ROW_CHUNK, _Graph, evaluate, evaluate_all, register_function, unregister_function
+from qfast.data.factor_graph import Graph
+from qfast.data.factors import ROW_CHUNK, evaluate, evaluate_all, register_function, unregister_function
 from qfast.data.panel import Panel
 from qfast.data.rolling import ema_over_all
 from qfast.data.sources import load_prices, read_prices
@@ -202,12 +203,9 @@ def test_what_another_instrument_was_equals_qlib(tmp_path, market):
             np.testing.assert_allclose(ours[text], expected, rtol=2e-5, atol=1e-6, err_msg=text)
 
 
-def test_one_mask_is_computed_once(monkeypatch):
-    panel, asked = price_panel(3, 40), []
-    other = _Graph._other
-    monkeypatch.setattr(_Graph, "_other", lambda self, *given: asked.append(given) or other(self, *given))
-    evaluate_all([f"$close / Mask($close, 'A') + {n}" for n in range(9)], panel)
-    assert len(asked) == 1
+def test_one_mask_is_computed_once():
+    texts = [f"$close / Mask($close, 'A') + {n}" for n in range(9)]
+    assert len(Graph(texts, price_panel(3, 40), {}, frozenset(), None, {}).masks) == 1
 
 
 def test_operators_of_ones_own():

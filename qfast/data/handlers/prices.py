@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from qfast.data.expression import Field, fields, instruments, parse, reach, walk
-from qfast.data.factors import evaluate_all, no_such_field
+from qfast.data.factor_graph import no_such_field
+from qfast.data.factors import evaluate_all
 from qfast.data.handlers.base import DataHandlerLP
 from qfast.data.panel import Block, Panel
 from qfast.data.prices import PRICE_FIELDS, Prices
