@@ -221,7 +221,7 @@ def test_operators_of_ones_own():
         with pytest.raises(ConfigError, match="takes 3 argument"):
             evaluate("Range($high, $low)", panel)
         register_function("Range", lambda x: x[:-1])
-        with pytest.raises(ConfigError, match=r"'Range' failed for \w+: ValueError: it must give one value a row"):
+        with pytest.raises(ConfigError, match=r"'Range' failed for \w+: ValueError: expected one value for each row"):
             evaluate("Range($high)", panel)
         register_function("Range", np.ndarray.fill, settings=1)  # writes to what it is given
         before = panel.values("price").copy()

@@ -136,7 +136,7 @@ def evaluate_all(
             chunk = Chunk(graph, masks, begin, end, bounds)
             whole = len(wanted) == high - low
             with np.errstate(all="ignore"):
-                table = chunk.run()
+                table = chunk.table()
             out[first:stop] = (table if whole else table[:, wanted]).T
         begin = end
     return out
