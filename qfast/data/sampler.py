@@ -1,0 +1,259 @@
+"""Rolling windows of a panel by sample number or by (datetime, instrument)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from qfast.data.panel import Panel
+from qfast.data.windows import WindowSet
+from qfast.errors import ConfigError, DataError, suggest, whole_number
+from qfast.ops import WindowIndex, build_window_index, gather_windows, window_rows
+
+FILLS = ("none", "ffill", "ffill+bfill")
+
+__all__ = ["TSDataSampler", "feature_table"]
+
+
+class TSDataSampler:
+    """Rolling windows of `step_len` rows ending at each (datetime, instrument) row.
+
+    Parameters
+    ----------
+    data : DataFrame or Panel
+        Rows indexed (datetime, instrument). The frame is copied once and left as it was.
+    start, end : date-like or None
+        Samples end between these, both inclusive; earlier rows serve as history.
+    step_len : int
+        T, at least 1.
+    fillna_type : str
+        What stands in for dates at which the instrument has no row: "none" (a NaN row), "ffill" (its
+        last row inside the window) or "ffill+bfill" (then its first one for leading holes). Values
+        that are NaN inside an existing row are never filled.
+    dtype : numpy dtype, optional
+        float32 or float64. Default: the frame's own common dtype where it is one of the two, float32
+        otherwise.
+    flt_data : Series or one-column frame, optional
+        Truth values; rows that are False, NaN or missing are no samples but stay history.
+
+    Notes
+    -----
+    Samples stand instrument by instrument, as in the reference. `sampler[i]` gives [T, C],
+    `sampler[[i, j]]` [k, T, C], `sampler[datetime, instrument]` [T, C]. Reference: TSDataSampler of
+    pyqlib 0.9.7. Differences on purpose: the caller's frame keeps its columns, an unknown instrument is
+    an error instead of its neighbour's rows, an empty list gives an empty array.
+
+    Examples
+    --------
+    >>> index = pd.MultiIndex.from_product([pd.date_range("2024-01-01", periods=3), ["A", "B"]],
+    ...                                    names=["datetime", "instrument"])
+    >>> sampler = TSDataSampler(pd.DataFrame({"close": np.arange(6.0)}, index=index), None, None, step_len=2)
+    >>> sampler[1][:, 0].tolist()
+    [0.0, 2.0]
+    """
+
+    def __init__(
+        self,
+        data: pd.DataFrame | Panel,
+        start: Any = None,
+        end: Any = None,
+        step_len: int = 30,
+        fillna_type: str = "none",
+        dtype: Any = None,
+        flt_data: pd.Series | pd.DataFrame | None = None,
+        *,
+        groups: Sequence[str] | None = None,
+        window_index: WindowIndex | None = None,
+        history_start: Any = None,
+    ) -> None:
+        self.panel = data if isinstance(data, Panel) else Panel.from_frame(data, dtype=_common_dtype(data, dtype))
+        self.start, self.end = start, end
+        self.step_len = whole_number("step_len", step_len)
+        self.fillna_type = fillna_type
+        self.groups = list(self.panel.blocks) if groups is None else list(groups)
+        if self.panel.n_live == 0:
+            raise DataError("TSDataSampler: the data has no rows.")
+        if window_index is None:
+            window_index = build_window_index(self.panel.instrument_codes, self.panel.date_codes, self.panel.live)
+        self.window_index = window_index
+        self._code_positions = self._positions_of_date_codes()
+        self.first_position = 0
+        if history_start is not None:
+            self.first_position = int(self._code_positions[self.panel.date_code_range(history_start, None)[0]])
+        self.rows = self.panel.rows_between(start, end)
+        if flt_data is not None:
+            self.rows = self.rows[self._filter(flt_data)[self.rows]]
+
+    # ---------------------------------------------------------------- the reference's surface
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def empty(self) -> bool:
+        """True when there is no sample."""
+        return len(self) == 0
+
+    def config(self, **kwargs: Any) -> None:
+        """Set attributes, for instance `config(fillna_type="ffill+bfill")`."""
+        for name, value in kwargs.items():
+            if not hasattr(self, name):
+                raise ConfigError(f"TSDataSampler has no setting {name!r}." + suggest(name, vars(self)))
+            setattr(self, name, value)
+
+    def get_index(self) -> pd.MultiIndex:
+        """(datetime, instrument) of each sample, in sample order (instrument by instrument)."""
+        return self.panel.index(self.rows)
+
+    @property
+    def data_index(self) -> pd.MultiIndex:
+        """(instrument, datetime) of each sample, in sample order."""
+        return self.get_index().swaplevel()
+
+    @property
+    def data_arr(self) -> np.ndarray:
+        """All live rows and, last, one row of NaN: a copy [R + 1, C] in the reference's layout."""
+        rows = self.panel.live_rows()
+        values = np.concatenate([self.panel.values(g)[rows] for g in self.groups], axis=1)
+        return np.concatenate([values, np.full((1, values.shape[1]), np.nan, values.dtype)])
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        if isinstance(key, (list, np.ndarray)):
+            parts = [self._rows_of(k) for k in key]
+            index = torch.stack(parts) if parts else torch.empty((0, self.step_len), dtype=torch.int64)
+            return self._gather(index)
+        if isinstance(key, slice):
+            raise TypeError("TSDataSampler does not take slices. Remedy: sampler[list(range(start, stop))].")
+        return self._gather(self._rows_of(key).unsqueeze(0))[0]
+
+    # ---------------------------------------------------------------- windows
+    def windows(self, *, fill: str, name: str) -> WindowSet:
+        """These samples for the training loop: first group features, last column of "label" the target."""
+        table, columns, label = feature_table(self.panel, self.groups)
+        rows = torch.from_numpy(self.rows)
+        return WindowSet(
+            features=table,
+            rows=rows,
+            label=None if label is None else label[rows],
+            columns=columns,
+            keys_of=self.panel.index,
+            source=lambda: self,
+            history=self._history_rows,
+            index=self.window_index,
+            step_len=self.step_len,
+            fill=fill,
+            first_position=self.first_position,
+            name=name,
+        )
+
+    def _history_rows(self) -> np.ndarray:
+        """Live rows that some sample's window can reach: at most T - 1 live rows before the sample's own."""
+        live_rows = self.panel.live_rows()
+        codes = self.panel.instrument_codes[live_rows]
+        every = np.arange(len(live_rows))
+        first_of_instrument = np.maximum.accumulate(np.where(np.diff(codes, prepend=-1) != 0, every, 0))
+        ranks = np.searchsorted(live_rows, self.rows)
+        starts = np.maximum(ranks - (self.step_len - 1), first_of_instrument[ranks])
+        change = np.zeros(len(live_rows) + 1, dtype=np.int32)
+        np.add.at(change, starts, 1)
+        np.add.at(change, ranks + 1, -1)
+        reached = live_rows[np.cumsum(change[:-1]) > 0]
+        return reached[self.window_index.position.numpy()[reached] >= self.first_position]
+
+    def _gather(self, index: Tensor) -> np.ndarray:
+        parts = [gather_windows(torch.from_numpy(self.panel.values(g)), index) for g in self.groups]
+        return torch.cat(parts, dim=2).numpy() if len(parts) > 1 else parts[0].numpy()
+
+    def _rows_of(self, key: Any) -> Tensor:
+        """Panel rows [T] of one sample number or (datetime, instrument) pair; -1 is "no such row"."""
+        self._check_fill()
+        if isinstance(key, (int, np.integer)):
+            if not 0 <= key < len(self):
+                raise KeyError(f"sample {key} is out of [0, {len(self)})")
+            last = torch.from_numpy(self.rows[key : key + 1])
+            return window_rows(
+                self.window_index,
+                last,
+                self.step_len,
+                fill=self.fillna_type,
+                first_position=self.first_position,
+            )[0]
+        if isinstance(key, tuple) and len(key) == 2:
+            return self._rows_of_cell(*key)
+        raise TypeError(
+            f"TSDataSampler index must be a sample number, a list of them or (datetime, instrument); got {key!r}."
+        )
+
+    def _rows_of_cell(self, date: Any, instrument: Any) -> Tensor:
+        """Window that ends at the last date <= `date`, whether or not the instrument has a row there."""
+        code = int(np.searchsorted(self.panel.instruments, instrument))
+        if code == len(self.panel.instruments) or self.panel.instruments[code] != instrument:
+            raise DataError(
+                f"instrument {instrument!r} is not in the data." + suggest(instrument, self.panel.instruments)
+            )
+        last_date = int(self.panel.datetimes.searchsorted(self.panel._timestamp(date, "date"), "right")) - 1
+        window = np.full(self.step_len, -1, dtype=np.int64)
+        end = -1 if last_date < 0 else int(self._code_positions[last_date + 1]) - 1
+        position = self.window_index.position.numpy()
+        low, high = np.searchsorted(self.panel.instrument_codes, [code, code + 1])
+        rows = np.arange(low, high)
+        begin = max(end - self.step_len + 1, self.first_position)
+        rows = rows[(position[low:high] >= begin) & (position[low:high] <= end)]
+        window[position[rows] - (end - self.step_len + 1)] = rows
+        if self.fillna_type != "none" and len(rows):
+            slots = np.maximum.accumulate(np.where(window >= 0, np.arange(self.step_len), -1))
+            window = np.where(slots >= 0, window[np.maximum(slots, 0)], -1)
+            if self.fillna_type == "ffill+bfill":
+                window[window < 0] = rows[0]
+        return torch.from_numpy(window)
+
+    def _check_fill(self) -> None:
+        if self.fillna_type not in FILLS:
+            raise ConfigError(f"fillna_type must be one of {FILLS}, got {self.fillna_type!r}.")
+
+    def _positions_of_date_codes(self) -> np.ndarray:
+        """[n dates + 1]: how many dates with a live row come before each date code."""
+        present = np.zeros(len(self.panel.datetimes) + 1, dtype=np.int64)
+        present[self.panel.date_codes[self.panel.live_rows()] + 1] = 1
+        return np.cumsum(present)
+
+    def _filter(self, flt_data: pd.Series | pd.DataFrame) -> np.ndarray:
+        """bool [R]: truth of flt_data at every panel row; missing and NaN are False."""
+        if isinstance(flt_data, pd.DataFrame):
+            if flt_data.shape[1] != 1:
+                raise DataError(f"flt_data must have exactly one column, got {list(flt_data.columns)}.")
+            flt_data = flt_data.iloc[:, 0]
+        wanted = flt_data.reindex(self.panel.index(np.arange(self.panel.n_rows)))
+        given = wanted.notna().to_numpy(dtype=bool)
+        truth = np.zeros(len(given), dtype=bool)
+        truth[given] = wanted.to_numpy()[given].astype(bool)
+        return truth
+
+
+def _common_dtype(data: pd.DataFrame, dtype: Any) -> Any:
+    if dtype is not None:
+        if np.dtype(dtype) not in (np.dtype(np.float32), np.dtype(np.float64)):
+            raise ConfigError(f"dtype must be float32 or float64, got {dtype!r}.")
+        return dtype
+    if isinstance(data, pd.DataFrame) and (data.dtypes == np.float64).any():
+        return np.float64
+    return np.float32
+
+
+def feature_table(panel: Panel, groups: Sequence[str]) -> tuple[Tensor, tuple[str, ...], Tensor | None]:
+    """Feature table [R, D], its column names and the label column [R], all views of the panel."""
+    features = panel.values(groups[0])
+    label = None
+    if "label" in groups:
+        columns = panel.columns("label")
+        if len(columns) != 1:
+            raise DataError(
+                f"the data has {len(columns)} label columns {list(columns)}; a model is trained on exactly one. "
+                "Remedy: keep one label in the handler."
+            )
+        label = torch.from_numpy(panel.values("label")[:, 0])
+    return torch.from_numpy(features), panel.columns(groups[0]), label
