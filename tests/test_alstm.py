@@ -145,7 +145,7 @@ def test_any_segment_is_predicted_as_by_the_reference(tmp_path):
         ({"d_feat": 0}, "d_feat must be a whole number of at least 1, got 0"),
         ({"hidden_size": 2.5}, "hidden_size must be a whole number of at least 1, got 2.5"),
         ({"num_layers": 0}, "num_layers must be a whole number of at least 1, got 0"),
-        ({"dropout": 1.5}, r"dropout must lie in \[0, 1\], got 1.5"),
+        ({"dropout": 1.5}, r"dropout must be in \[0, 1\], got 1.5"),
         ({"rnn_typ": "GRU"}, "ALSTM has no argument 'rnn_typ'. Did you mean 'rnn_type'"),
         ({"rnn_type": "LSTN"}, "rnn_type must be one of .* Did you mean 'LSTM'"),
         ({"rnn_type": None}, "rnn_type must be one of .* got None"),

@@ -230,7 +230,7 @@ def test_another_type_is_refused(rnn_type: object) -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"hidden_size": 0}, "hidden_size"), ({"d_feat": 2.5}, "d_feat"), ({"dropout": 2.0}, "dropout must lie in")],
+    [({"hidden_size": 0}, "hidden_size"), ({"d_feat": 2.5}, "d_feat"), ({"dropout": 2.0}, "dropout must be in")],
 )
 def test_wrong_sizes_are_named(wrong: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

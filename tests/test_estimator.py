@@ -288,7 +288,7 @@ def test_weights_stay_with_their_samples_where_rows_are_left_out():
         ({"optimizer": "adamw"}, r"optimizer must be 'adam' or 'gd', got 'adamw'. Did you mean 'adam'"),
         ({"compat": "pyqlib"}, "compat must be None or 'qlib'"),
         ({"hidden_size": 0}, "hidden_size must be a whole number of at least 1"),
-        ({"dropout": 1.5}, r"dropout must lie in \[0, 1\]"),
+        ({"dropout": 1.5}, r"dropout must be in \[0, 1\]"),
         ({"lr": None}, "lr must be a number of at least 0, got None"),
         ({"lr": float("inf")}, "lr must be a number of at least 0, got inf"),
         ({"weight_decay": "a"}, "weight_decay must be a number of at least 0, got 'a'"),

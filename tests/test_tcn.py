@@ -81,7 +81,7 @@ def test_dropout_repeats_with_the_seed_and_counts_in_training_only(kind):
         ({"n_chans": 2.5}, "n_chans must be a whole number of at least 1, got 2.5"),
         ({"num_layers": 0}, "num_layers must be a whole number of at least 1, got 0"),
         ({"kernel_size": 0}, "kernel_size must be a whole number of at least 1, got 0"),
-        ({"dropout": 1.5}, r"dropout must lie in \[0, 1\], got 1.5"),
+        ({"dropout": 1.5}, r"dropout must be in \[0, 1\], got 1.5"),
         ({"n_chan": 8}, "TCN has no argument 'n_chan'. Did you mean 'n_chans'"),
         ({"hidden_size": 8}, "TCN has no argument 'hidden_size'"),
     ],

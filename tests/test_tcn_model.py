@@ -142,7 +142,7 @@ def test_wrong_arguments_are_named():
         ({"kernel_size": 0}, "kernel_size must be"),
         ({"num_input": 2.5}, "num_input must be"),
         ({"output_size": 0}, "output_size must be"),
-        ({"dropout": 1.5}, r"dropout must lie in \[0, 1\], got 1.5"),
+        ({"dropout": 1.5}, r"dropout must be in \[0, 1\], got 1.5"),
     ):
         with pytest.raises(ConfigError, match=message):
             TCNModel(**(SIZES | changed))
@@ -190,6 +190,15 @@ def test_copies_that_differ_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"weights.pt: " + message):
         load_weights(net, tmp_path / "weights.pt")
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+
+
+def test_deprecated_names_of_methods_still_work():
+    net, _ = case(torch.float32)
+    state = net.state_dict()
+    with pytest.warns(DeprecationWarning, match="own_names was renamed .*: use translate_state_dict"):
+        assert net.own_names(state).keys() == state.keys()
+    with pytest.warns(DeprecationWarning, match="takes_operator was renamed .*: use uses_operator"):
+        assert net.tcn.takes_operator()
 
 
 def test_old_and_new_names_that_differ_are_refused():

@@ -179,8 +179,8 @@ def test_an_optimiser_leaves_what_has_no_gradient_alone(kind: type) -> None:
         ({"nhead": 0}, "nhead must be a whole number of at least 1, got 0"),
         ({"num_layers": 0}, "num_layers must be a whole number of at least 1, got 0"),
         ({"num_layers": True}, "num_layers must be a whole number of at least 1, got True"),
-        ({"dropout": 1.5}, r"dropout must lie in \[0, 1\], got 1.5"),
-        ({"dropout": math.nan}, r"dropout must lie in \[0, 1\], got nan"),
+        ({"dropout": 1.5}, r"dropout must be in \[0, 1\], got 1.5"),
+        ({"dropout": math.nan}, r"dropout must be in \[0, 1\], got nan"),
     ],
 )
 def test_wrong_sizes_are_named(kind: type, wrong: dict[str, float], message: str) -> None:
@@ -195,7 +195,7 @@ def test_wrong_data_is_named(kind: type) -> None:
         (x[..., :4], r"x has 4 features .* built with d_feat=5\. Remedy: d_feat=4"),
         (x.flatten(1)[:, :33], "x has 33 columns, which is not a multiple of d_feat=5"),
         (x[0, 0], "x must be .*, got 1 axes"),
-        (x[:, :0], r"x has no step: its shape is \[12, 0, 5\]"),
+        (x[:, :0], r"x has no steps: its shape is \[12, 0, 5\]"),
         (x.float(), r"x is torch.float32 but the network's weights are torch.float64\. Remedy: x.to\(torch.float64\)"),
         (x.long(), r"x is torch.int64 .* Remedy: x.to\(torch.float64\)\.$"),
         (torch.zeros(1, 1001, 5, dtype=F64), "x has 1001 steps, but there are positions for 1000. Remedy: a step_len"),

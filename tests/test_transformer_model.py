@@ -78,7 +78,7 @@ def test_the_decay_goes_into_the_optimiser_and_leaves_unused_weights_alone(kind)
         ({"d_model": 7}, "d_model must be even.* got 7"),
         ({"nhead": 3}, r"nhead must divide d_model=64, got 3\. Remedy: one of"),
         ({"num_layers": 0}, "num_layers must be a whole number of at least 1, got 0"),
-        ({"dropout": 1.5}, r"dropout must lie in \[0, 1\], got 1.5"),
+        ({"dropout": 1.5}, r"dropout must be in \[0, 1\], got 1.5"),
         ({"reg": -1}, "reg must be a number of at least 0, got -1"),
         ({"weight_decay": 0.1}, "has no argument 'weight_decay': its name here is 'reg'"),
         ({"hidden_size": 8}, "has no argument 'hidden_size'"),

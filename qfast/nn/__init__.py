@@ -1,4 +1,4 @@
-"""Networks: windows [B, T, F] (TCN: [B, F, T]) -> [B], parameters named as in the reference."""
+"""Networks that map windows [B, T, F] (TCN: [B, F, T]) to predictions [B]. Parameter names match Qlib."""
 
 from qfast.nn.alstm import ALSTMModel
 from qfast.nn.graph import GATModel

@@ -1,7 +1,7 @@
-"""A recurrent network over a window, read at its last step and by attention over all of them.
+"""A recurrent network that predicts from the last step of a window and from attention over all its steps.
 
-Parameter names, creation order and initial weights are those of the reference (pyqlib 0.9.7,
-qlib/contrib/model/pytorch_alstm.py), so state dicts travel both ways.
+Parameter names, creation order and initial weights match Qlib (pyqlib 0.9.7, qlib/contrib/model/pytorch_alstm.py), so
+state dicts can be exchanged in both directions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["RNN_TYPES", "ALSTMModel"]
 
 
 class _Elman(_RecurrentModel):
-    """torch's plain recurrent layer, for which there is no operator."""
+    """torch's plain recurrent layer. qfast has no operator for it."""
 
     layer = nn.RNN  # type: ignore[assignment]
 
@@ -29,9 +29,9 @@ RNN_TYPES: dict[str, type[_RecurrentModel]] = {"GRU": GRUModel, "LSTM": LSTMMode
 
 
 class ALSTMModel(Recurrent):
-    """LSTM or GRU with attention over time (Qin et al. 2017, Feng et al. 2019; reference: pytorch_alstm.py).
+    """LSTM or GRU with attention over time (Qin et al. 2017, Feng et al. 2019; Qlib: pytorch_alstm.py).
 
-    With h_t the steps of `rnn` over tanh(fc_in(x_t)):
+    With h_t the output of `rnn` at step t, over inputs tanh(fc_in(x_t)):
 
         w_t = softmax over t of att_fc_out(tanh(dropout(att_fc_in(h_t))))
         out = fc_out([h_T, sum_t w_t h_t])
@@ -39,24 +39,24 @@ class ALSTMModel(Recurrent):
     Parameters
     ----------
     d_feat, hidden_size, num_layers : int
-        F, H and L; the attention is H // 2 wide.
+        F, H and L. The attention layer has H // 2 units.
     dropout : float
-        Between the recurrent layers and inside the attention, in training only.
+        Probability of dropout between the recurrent layers and inside the attention, in training only.
     rnn_type : str
-        "GRU", "LSTM" or "RNN" (torch's plain layer, by torch), in upper or lower case.
+        "GRU", "LSTM" or "RNN" in upper or lower case. torch's own layer computes "RNN".
 
     Raises
     ------
     ConfigError
-        A size that is not a whole number above 0, a dropout outside [0, 1], another rnn_type.
+        If a size is not an integer of at least 1, dropout is outside [0, 1], or rnn_type is unknown.
 
     Notes
     -----
-    Windows of consecutive rows (`rows.unfold(0, T, 1).transpose(1, 2)`) without a gradient: `net` runs once a row, not
-    once a window that the row is in.
+    Without gradients, `net` is computed once per row if the windows are a view of consecutive rows
+    (`rows.unfold(0, T, 1).transpose(1, 2)`), instead of once per window that contains the row.
 
-    About `rnn`, compilers and torch.func the notes of `LSTMModel` hold. `att_net` is computed by
-    `qfast.ops.attention_pool` where `rnn` is by its operator and `att_net` is as it was built, without hooks.
+    The notes of `LSTMModel` on `rnn`, compilers and torch.func also apply here. `qfast.ops.attention_pool` computes
+    `att_net` if an operator computes `rnn` and `att_net` is unchanged and has no hooks.
 
     Examples
     --------
@@ -97,57 +97,70 @@ class ALSTMModel(Recurrent):
         return RNN_TYPES[self.rnn_type.upper()]
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, F] or [B, F*T] -> [B]."""
-        last, pooled = self._attended(as_windows(x, self.d_feat))
+        """Predict from [B, T, F] or [B, F*T] -> [B]."""
+        last, pooled = self._attend(as_windows(x, self.d_feat))
         prediction: Tensor = self.fc_out(torch.cat((last, pooled), 1)).squeeze(-1)
         return prediction
 
-    def _attended(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, T, F] -> last step of `rnn`, weighted mean of its steps, [B, H] each; the same numbers by either way."""
-        # As in `_last_step`: a script leaves the outer branch out, which must stay alone.
+    def _attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the last step of `rnn` over [B, T, F] and the weighted mean of its steps, [B, H] each.
+
+        The operators and torch's layers give the same result up to rounding.
+        """
+        # The scripting check must be the whole condition: see Recurrent._last_step.
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            takes_operator = self._takes_operator(x)
-            if takes_operator:
-                return self._attended_by_operator(x)
+            uses_operator = self._uses_operator(x)
+            if uses_operator:
+                return self._attend_by_operator(x)
         steps: Tensor = self.rnn(self.net(x))[0]
         pooled: Tensor = (steps * self.att_net(steps)).sum(1)
         return steps[:, -1, :], pooled
 
-    def _takes_operator(self, x: Tensor) -> bool:
-        return self.rnn_type.upper() != "RNN" and super()._takes_operator(x)
+    def _uses_operator(self, x: Tensor) -> bool:
+        return self.rnn_type.upper() != "RNN" and super()._uses_operator(x)
 
-    def _attended_by_operator(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        steps, states = self._run_operator(self._mapped(x), all_steps=True)
-        last = states[-1]  # not out of `steps`, whose gradient would be as large and zero elsewhere
-        if not self._attention_is_plain():
+    def _attend_by_operator(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute `_attend` with qfast's operators."""
+        steps, states = self._run_operator(self._apply_head(x), all_steps=True)
+        # steps[:, -1] has the same value, but its gradient would be a [B, T, H] tensor that is zero except at the
+        # last step.
+        last = states[-1]
+        if not self._attention_is_as_built():
             return last, (steps * self.att_net(steps)).sum(1)
-        entering, leaving = cast(nn.Linear, self.att_net[0]), cast(nn.Linear, self.att_net[3])
+        fc_in = cast(nn.Linear, self.att_net[0])
         dropout = cast(nn.Dropout, self.att_net[1])
-        weights = entering.weight, entering.bias, leaving.weight
-        return last, attention_pool(steps, *weights, dropout=dropout.p, training=dropout.training)
+        fc_out = cast(nn.Linear, self.att_net[3])
+        pooled = attention_pool(
+            steps, fc_in.weight, fc_in.bias, fc_out.weight, dropout=dropout.p, training=dropout.training
+        )
+        return last, pooled
 
-    def _mapped(self, x: Tensor) -> Tensor:
-        """`net` of every step, without a gradient once a row where windows overlap."""
-        if not _is_plain(self.net, [nn.Linear, nn.Tanh]):
-            return self.net(x)  # may look across steps
+    def _apply_head(self, x: Tensor) -> Tensor:
+        """Apply `net` to every step, [B, T, F] -> [B, T, H], without gradients once per row shared by windows."""
+        if not _is_as_built(self.net, [nn.Linear, nn.Tanh]):
+            return self.net(x)  # a replaced module may mix steps, so it needs whole windows
         linear = cast(nn.Linear, self.net[0])
         batch, steps, features = x.shape
-        overlaps = batch > 1 and steps > 1 and x.stride(0) == x.stride(1)
-        if not overlaps or torch.is_grad_enabled() or transforms.active():
+        windows_overlap = batch > 1 and steps > 1 and x.stride(0) == x.stride(1)
+        if not windows_overlap or torch.is_grad_enabled() or transforms.active():
             return tanh(linear(x))
         rows = x.as_strided((batch + steps - 1, features), (x.stride(0), x.stride(2)))
         return tanh(linear(rows)).unfold(0, steps, 1).transpose(1, 2)
 
-    def _attention_is_plain(self) -> bool:
-        if not _is_plain(self.att_net, [nn.Linear, nn.Dropout, nn.Tanh, nn.Linear, nn.Softmax]):
+    def _attention_is_as_built(self) -> bool:
+        """Return whether `att_net` is unchanged, so `attention_pool` computes the same result."""
+        if not _is_as_built(self.att_net, [nn.Linear, nn.Dropout, nn.Tanh, nn.Linear, nn.Softmax]):
             return False
-        entering, _, _, leaving, softmax = self.att_net
-        one_score = leaving.out_features == 1 and [name for name, _ in leaving.named_parameters()] == ["weight"]
-        return bool(one_score and entering.bias is not None and cast(nn.Softmax, softmax).dim == 1)
+        fc_in, _, _, fc_out, softmax = self.att_net
+        has_one_score = fc_out.out_features == 1 and [name for name, _ in fc_out.named_parameters()] == ["weight"]
+        return bool(has_one_score and fc_in.bias is not None and cast(nn.Softmax, softmax).dim == 1)
 
 
-def _is_plain(layers: nn.Module, kinds: list[type[nn.Module]]) -> bool:
-    """Whether `layers` is still what was built here, in kind and without hooks: an operator would not call others."""
-    if type(layers) is not nn.Sequential or [type(part) for part in layers] != kinds:
+def _is_as_built(layers: nn.Module, kinds: list[type[nn.Module]]) -> bool:
+    """Return whether `layers` is a plain Sequential of these module types without hooks.
+
+    An operator must not replace other modules, because it would not call them.
+    """
+    if type(layers) is not nn.Sequential or [type(layer) for layer in layers] != kinds:
         return False
-    return not any(has_hooks(part) for part in (layers, *layers))
+    return not any(has_hooks(module) for module in (layers, *layers))

@@ -1,7 +1,7 @@
-"""A recurrent network over each stock's window, then attention over all stocks of the same day.
+"""A recurrent network over each stock's window, followed by attention over all stocks of the same day.
 
-Parameter names, creation order and initial weights are those of the reference (pyqlib 0.9.7,
-qlib/contrib/model/pytorch_gats.py), so state dicts travel both ways.
+Parameter names, creation order and initial weights match Qlib (pyqlib 0.9.7, qlib/contrib/model/pytorch_gats.py), so
+state dicts can be exchanged in both directions.
 """
 
 from __future__ import annotations
@@ -20,33 +20,34 @@ __all__ = ["BASES", "GATModel"]
 
 
 class GATModel(Recurrent):
-    """Graph attention over the stocks of a day (Velickovic et al. 2018; reference: pytorch_gats.py).
+    """Graph attention over the stocks of a day (Velickovic et al. 2018; Qlib: pytorch_gats.py).
 
     With h_i the last step of `rnn` over stock i's window, z = transformation(h) and (a_key, a_query) the halves of a:
 
         w_ij = softmax over the day's j of LeakyReLU(a_key . z_j + a_query . z_i)
         out_i = fc_out(LeakyReLU(fc(h_i + sum_j w_ij h_j)))
 
-    Every LeakyReLU has the slope 0.01 below 0, the default of torch and of the operator.
+    Every LeakyReLU has the negative slope 0.01, the default of torch and of the operator.
 
     Parameters
     ----------
     d_feat, hidden_size, num_layers, dropout
-        F, H, L and the dropout between recurrent layers, as in `LSTMModel`.
+        F, H, L and the probability of dropout between recurrent layers, as in `LSTMModel`.
     base_model : str
         "GRU" or "LSTM".
 
     Raises
     ------
     ConfigError
-        A size that is not a whole number above 0, a dropout outside [0, 1], another base.
+        If a size is not an integer of at least 1, dropout is outside [0, 1], or base_model is unknown.
 
     Notes
     -----
-    No N x N tensor is built: `transformation` and `a` are folded into two vectors, and `qfast.ops.graph_attention`
-    does the rest in N log N. TorchScript, traces and `to_reference()` hold the dense softmax instead, in N x N memory,
-    and a trace keeps the days of its example. About `rnn`, compilers and torch.func the notes of `LSTMModel` hold;
-    hooks of `transformation` are not called.
+    No N x N tensor is built. `transformation` and `a` are folded into two vectors, and `qfast.ops.graph_attention`
+    computes the attention in O(N log N). Hooks of `transformation` are therefore not called.
+
+    TorchScript, traces and `to_reference()` use the dense softmax, which needs O(N^2) memory. A trace is valid only
+    for the days of its example. The notes of `LSTMModel` on `rnn`, compilers and torch.func also apply here.
 
     Examples
     --------
@@ -76,27 +77,39 @@ class GATModel(Recurrent):
         self.fc_out = nn.Linear(hidden_size, 1)
 
     def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
-        """Predictions of one day, or of many days that never see each other.
+        """Predict for the stocks of one day, or of several days that do not attend to each other.
 
         Parameters
         ----------
         x : Tensor [N, T, F], or [N, F*T] feature-major
         offsets : Tensor [D + 1], int64, optional
-            Day d is rows offsets[d] to offsets[d + 1]; best kept on the CPU. None: all rows are one day.
+            Day d contains rows offsets[d] to offsets[d + 1] - 1. A CPU tensor is fastest. If None, all rows belong to
+            one day.
 
         Returns
         -------
         Tensor [N]
-            Also for one stock, where the reference returns 0-d.
+            A single stock also returns [1], where Qlib returns a scalar.
+
+        Raises
+        ------
+        DataError
+            If x or offsets has the wrong shape or dtype.
         """
         hidden = self._last_step(as_windows(x, self.d_feat))
-        weight, bias = self._folded()
+        weight, bias = self._fold()
         attended = self._attend(hidden, weight, bias, offsets)
         prediction: Tensor = self.fc_out(functional.leaky_relu(self.fc(attended))).squeeze(-1)
         return prediction
 
     def scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """query and key [N] of each row: LeakyReLU(query_i + key_j) is what i thinks of j before the softmax.
+        """Return the query and key [N] of each row.
+
+        LeakyReLU(query_i + key_j) is the attention score of stock i for stock j before the softmax.
+
+        Parameters
+        ----------
+        x : Tensor [N, T, F], or [N, F*T] feature-major
 
         Examples
         --------
@@ -104,30 +117,32 @@ class GATModel(Recurrent):
         >>> query.shape, key.shape
         (torch.Size([5]), torch.Size([5]))
         """
-        weight, bias = self._folded()
+        weight, bias = self._fold()
         query, key = (self._last_step(as_windows(x, self.d_feat)) @ weight.t() + bias).unbind(1)
         return query, key
 
     def _kind(self) -> type[_RecurrentModel]:
         return BASES[self.base_model]
 
-    def _folded(self) -> tuple[Tensor, Tensor]:
-        """`transformation` and `a` as weight [2, H] and bias [2] of the scores; row 0 gives the query's."""
+    def _fold(self) -> tuple[Tensor, Tensor]:
+        """Fold `transformation` and `a` into weight [2, H] and bias [2] of the scores, the query's row first."""
         halves = self.a.view(2, -1).flip(0)
         return halves @ self.transformation.weight, halves @ self.transformation.bias
 
     def _attend(self, hidden: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor | None) -> Tensor:
-        # As in `_last_step`: a script leaves this branch out. A trace would keep its example's number of rows.
+        """Add to each row of hidden [N, H] its attention over the rows of the same day."""
+        # The scripting check must be the whole condition: see Recurrent._last_step. A trace must not record the
+        # operator, which would fix the number of rows to that of the example.
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             dense = self._plain_torch or torch.jit.is_tracing()  # type: ignore[attr-defined]
             if not dense:
-                # autocast has the products of `_folded` in half precision, the hidden states perhaps not
+                # Under autocast the folded weights are in half precision, but the hidden states may not be.
                 return graph_attention(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype), offsets)
-        days = [0, hidden.shape[0]] if offsets is None else [int(bound) for bound in offsets]
+        bounds = [0, hidden.shape[0]] if offsets is None else [int(bound) for bound in offsets]
         query, key = (hidden @ weight.t() + bias).unbind(1)
         parts = [hidden[:0]]
-        for day in range(len(days) - 1):
-            begin, end = days[day], days[day + 1]
+        for day in range(len(bounds) - 1):
+            begin, end = bounds[day], bounds[day + 1]
             scores = query[begin:end].unsqueeze(1) + key[begin:end].unsqueeze(0)
             weights = functional.leaky_relu(scores).softmax(1)
             parts.append(hidden[begin:end] + weights @ hidden[begin:end])

@@ -1,13 +1,13 @@
-"""A Transformer encoder with convolutions between its layers and a GRU on top, read at the last step.
+"""A Transformer encoder with convolutions between its layers and a GRU on top, which predicts from the last step.
 
-Parameter names, creation order and initial weights are those of the reference (pyqlib 0.9.7,
-qlib/contrib/model/pytorch_localformer.py), so state dicts travel both ways.
+Parameter names, creation order and initial weights match Qlib (pyqlib 0.9.7,
+qlib/contrib/model/pytorch_localformer.py), so state dicts can be exchanged in both directions.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,25 @@ __all__ = ["Localformer", "LocalformerEncoder"]
 
 
 class LocalformerEncoder(nn.Module):
-    """Each layer is given the steps and their convolution; the last convolution is added to the result again."""
+    """Stack of encoder layers. Each layer reads the sum of the steps and their convolution over 3 steps.
+
+    The output of the last convolution is also added to the result of the last layer.
+
+    Parameters
+    ----------
+    encoder_layer : nn.Module
+        Copied num_layers times.
+    num_layers : int
+        L.
+    d_model : int
+        D, the number of features.
+
+    Examples
+    --------
+    >>> layer = nn.TransformerEncoderLayer(d_model=8, nhead=2)
+    >>> LocalformerEncoder(layer, num_layers=2, d_model=8)(torch.zeros(20, 3, 8)).shape
+    torch.Size([20, 3, 8])
+    """
 
     def __init__(self, encoder_layer: nn.Module, num_layers: int, d_model: int) -> None:
         super().__init__()
@@ -31,29 +49,35 @@ class LocalformerEncoder(nn.Module):
         self.num_layers = num_layers
 
     def forward(self, x: Tensor) -> Tensor:
-        """[T, B, D] -> [T, B, D]"""
-        beside = x
-        for layer, conv in zip(self.layers, self.conv):  # noqa: B905 (a script knows no strict)
-            beside = conv(x.permute(1, 2, 0)).permute(2, 0, 1)
-            x = layer(x + beside)
-        return x + beside
+        """Encode [T, B, D] -> [T, B, D]."""
+        context = x
+        for layer, conv in zip(self.layers, self.conv):  # noqa: B905 (TorchScript has no zip(strict=True))
+            context = conv(x.permute(1, 2, 0)).permute(2, 0, 1)
+            x = layer(x + context)
+        return x + context
 
 
 class Localformer(WindowEncoder):
-    """Transformer encoder with local context, and a GRU over its steps (reference: pytorch_localformer.py).
+    """Transformer encoder with local context and a GRU over its steps (Qlib: pytorch_localformer.py).
 
-    With c_i the convolution of layer i over 3 steps, and x_0 the mapped features:
+    With x_0 the projected features plus positions and c_i the convolution of layer i over 3 steps:
 
-        x_(i+1) = layer_i(x_i + c_i(x_i));  out = decoder_layer(last step of rnn(x_L + c_(L-1)(x_(L-1))))
+        x_(i+1) = layer_i(x_i + c_i(x_i))
+        out = decoder_layer(last step of rnn(x_L + c_(L-1)(x_(L-1))))
 
     Parameters
     ----------
     d_feat, d_model, nhead, num_layers, dropout, device
-        As in `Transformer`; `num_layers` is also that of the GRU.
+        As in `Transformer`. The GRU also has num_layers layers.
+
+    Raises
+    ------
+    ConfigError
+        As in `Transformer`.
 
     Notes
     -----
-    As for `Transformer`; the GRU reads every step, so every layer computes all of them.
+    The notes of `Transformer` also apply here, except that every layer computes all steps, because the GRU reads them.
 
     Examples
     --------
@@ -68,52 +92,59 @@ class Localformer(WindowEncoder):
         nhead: int = 4,
         num_layers: int = 2,
         dropout: float = 0.5,
-        device: Any = None,
+        device: torch.device | str | int | None = None,
     ) -> None:
         super().__init__(d_feat, d_model, nhead, num_layers, dropout, device)
 
-    def _add_before(self, d_model: int, num_layers: int, dropout: float) -> None:
-        # nn.GRU warns about dropout without a second layer, where it has no effect.
-        between = dropout if num_layers > 1 else 0.0
-        self.rnn = nn.GRU(d_model, d_model, num_layers, batch_first=False, dropout=between)
+    def _add_first(self, d_model: int, num_layers: int, dropout: float) -> None:
+        # torch warns about dropout in a single recurrent layer, where it has no effect.
+        between_layers = dropout if num_layers > 1 else 0.0
+        self.rnn = nn.GRU(d_model, d_model, num_layers, batch_first=False, dropout=between_layers)
 
     def _build_encoder(self, d_model: int, num_layers: int) -> nn.Module:
         return LocalformerEncoder(self.encoder_layer, num_layers, d_model)
 
-    def _encoded(self, x: Tensor) -> Tensor:
-        # A script leaves the outer branch out, and so does not compile what it calls: it must stay alone.
+    def _encode(self, x: Tensor) -> Tensor:
+        # The scripting check must be the whole condition: see Recurrent._last_step.
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            takes_operators = self._is_as_built() and self._takes_operators(x, self._layers())
-            if takes_operators:
-                return self._by_operators(x)
+            uses_operators = self._is_as_built() and self._uses_operators(x, self._layers())
+            if uses_operators:
+                return self._encode_by_operators(x)
         steps: Tensor = self.rnn(self.transformer_encoder(x.transpose(0, 1)))[0]
         return steps[-1]
 
-    def _by_operators(self, x: Tensor) -> Tensor:
-        encoder, beside, rnn = cast(LocalformerEncoder, self.transformer_encoder), x, self.rnn
-        for layer, conv in zip(encoder.layers, encoder.conv, strict=True):
-            conv = cast(nn.Conv1d, conv)
-            beside = window_conv(x, conv.weight, cast(Tensor, conv.bias))
-            x = run_layer(layer, x + beside, last_step=False)
-        return gru(x + beside, layer_weights(rnn), dropout=rnn.dropout, training=rnn.training)[0]
+    def _encode_by_operators(self, x: Tensor) -> Tensor:
+        """Compute `_encode` with qfast's operators."""
+        encoder = cast(LocalformerEncoder, self.transformer_encoder)
+        context = x
+        for layer, module in zip(encoder.layers, encoder.conv, strict=True):
+            conv = cast(nn.Conv1d, module)
+            context = window_conv(x, conv.weight, cast(Tensor, conv.bias))
+            x = run_layer(layer, x + context, last_step=False)
+        rnn = self.rnn
+        return gru(x + context, layer_weights(rnn), dropout=rnn.dropout, training=rnn.training)[0]
 
     def _layers(self) -> nn.ModuleList:
+        """Return the encoder layers."""
         return cast(LocalformerEncoder, self.transformer_encoder).layers
 
     def _is_as_built(self) -> bool:
-        """All but the layers, hooks and all: an operator would not do what another does."""
+        """Return whether the encoder, its convolutions and the GRU are unchanged; an operator would not call others.
+
+        `_uses_operators` checks the encoder layers.
+        """
         encoder, rnn = self.transformer_encoder, self.rnn
         if type(encoder) is not LocalformerEncoder or has_hooks(encoder):
             return False
         if type(rnn) is not nn.GRU or rnn.batch_first or rnn.bidirectional or not rnn.bias or has_hooks(rnn):
             return False
-        return all(_is_same_conv(conv) for conv in encoder.conv)
+        return all(_is_window_conv(conv) for conv in encoder.conv)
 
 
-def _is_same_conv(conv: nn.Module) -> bool:
-    """Centred, of whole channels, with zeros beyond the window."""
+def _is_window_conv(conv: nn.Module) -> bool:
+    """Return whether `window_conv` computes this module: a centred, dense convolution with zero padding."""
     if type(conv) is not nn.Conv1d or has_hooks(conv) or conv.bias is None or conv.padding_mode != "zeros":
         return False
-    taps = conv.kernel_size[0]
-    one = conv.stride == conv.dilation == (1,) and conv.groups == 1
-    return one and taps % 2 == 1 and conv.padding == (taps // 2,)
+    kernel_size = conv.kernel_size[0]
+    is_dense = conv.stride == conv.dilation == (1,) and conv.groups == 1
+    return is_dense and kernel_size % 2 == 1 and conv.padding == (kernel_size // 2,)

@@ -1,4 +1,4 @@
-"""Networks that can do without our operators, for whatever knows torch's alone."""
+"""Base class of the networks: when to call qfast's operators, and how to get a network that uses torch only."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ Network = TypeVar("Network", bound="PlainTorch")
 
 
 class PlainTorch(nn.Module):
-    """What every network of qfast.nn can do: give a copy of itself that computes with torch's own operations."""
+    """Base class of every network in qfast.nn: `to_reference` returns a copy that uses torch's operations only."""
 
     _plain_torch = False
 
     def to_reference(self: Network) -> Network:
-        """A copy that computes by torch's own layers and operations, as the reference does, at their speed.
+        """Return a copy that computes with torch's own layers and operations, as Qlib does, at torch's speed.
 
-        For ONNX and other exporters that know torch's operations only, quantisation, and gradients of gradients (of
-        an encoder under torch.nn.attention.sdpa_kernel(SDPBackend.MATH): torch's fast attention has none). The numbers
-        are the same up to rounding, but where there is dropout: its masks are then torch's.
+        Use it for exporters that know only torch's operations (ONNX, for example), for quantization and for double
+        backward. Double backward of an encoder also needs `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`, because
+        torch's fused attention does not support it.
+
+        Without dropout the results are equal up to rounding. With dropout the copy draws torch's masks.
 
         Returns
         -------
         nn.Module
-            Same class, weights of its own with the same names.
+            A network of the same class with copies of the weights under the same names.
 
         Examples
         --------
@@ -48,13 +50,16 @@ class PlainTorch(nn.Module):
                 part._plain_torch = True
         return plain
 
-    def _may_take_operator(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether to compute a network of such weights with our operators: where these serve, in float32 and float64.
+    def _can_use_operator(self, x: Tensor, weight: Tensor) -> bool:
+        """Return whether qfast's operators can compute a network with these weights on x.
+
+        The operators need float32 or float64 tensors on a device where they are enabled. Traces, exports and autocast
+        use torch's layers.
 
         Raises
         ------
         DataError
-            x has not the weights' dtype.
+            If x and `weight` have different dtypes.
         """
         if self._plain_torch or torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined]
             return False
@@ -66,26 +71,29 @@ class PlainTorch(nn.Module):
         check_dtype(x, weight)
         if x.dtype not in (torch.float32, torch.float64) or x.shape[1] == 0:
             return False
-        # torch's layers cannot all follow vmap, nor forward mode in float32
+        # Under torch.func and forward mode the operators compute with plain torch operations, which support every
+        # transform. Some of torch's layers support neither vmap nor forward mode in float32.
         return torch.compiler.is_compiling() or transforms.active() or _backend.layers_serve(x.device)
 
 
 def check_dtype(x: Tensor, weight: Tensor) -> None:
-    """x has the dtype of a network's weights.
+    """Check that x has the dtype of a network's weights.
 
     Raises
     ------
     DataError
-        It has not.
+        If the dtypes differ. The message contains both dtypes and the conversions that fix it.
     """
     if x.dtype == weight.dtype:
         return
     remedy = f"x.to({weight.dtype})"
     if x.is_floating_point():
-        remedy += f", or the network .to({x.dtype}); new networks take torch's default dtype (torch.set_default_dtype)"
+        remedy += f", or network.to({x.dtype}). New networks use torch's default dtype (torch.set_default_dtype)"
     raise DataError(f"x is {x.dtype} but the network's weights are {weight.dtype}. Remedy: {remedy}.")
 
 
-def has_hooks(part: nn.Module) -> bool:
-    """Whether something waits for the calls of a module, which an operator in its place would not make."""
-    return bool(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether a forward or backward hook is registered on `module`; an operator would not call it."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

@@ -1,13 +1,13 @@
-"""LSTM and GRU over a window, read at the last step.
+"""LSTM and GRU networks that predict from the last step of a window.
 
-Parameter names, creation order and initial weights are those of the reference
-(pyqlib 0.9.7, qlib/contrib/model/pytorch_lstm.py and pytorch_gru.py), so state dicts travel both ways.
+Parameter names, creation order and initial weights match Qlib (pyqlib 0.9.7, qlib/contrib/model/pytorch_lstm.py and
+pytorch_gru.py), so state dicts can be exchanged in both directions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,20 +20,25 @@ __all__ = ["GRUModel", "LSTMModel", "Recurrent", "as_windows"]
 
 
 def as_windows(x: Tensor, d_feat: int) -> Tensor:
-    """Bring a batch to [B, T, F].
+    """Return a batch of windows as [B, T, F].
 
     Parameters
     ----------
     x : Tensor
-        [B, T, F], or [B, F*T] feature-major (all T steps of feature 0, then of feature 1, ...), the
-        layout of Alpha360 columns.
+        [B, T, F], or [B, F*T] feature-major (all T steps of feature 0, then all of feature 1, ...), which is the
+        column order of Alpha360.
     d_feat : int
         F.
+
+    Returns
+    -------
+    Tensor [B, T, F]
+        x itself if it has three axes.
 
     Raises
     ------
     DataError
-        The last axis does not fit d_feat.
+        If the last axis does not match d_feat, or x does not have two or three axes.
 
     Examples
     --------
@@ -53,80 +58,113 @@ def as_windows(x: Tensor, d_feat: int) -> Tensor:
         if x.shape[1] % d_feat or x.shape[1] == 0:
             raise DataError(
                 f"x has {x.shape[1]} columns, which is not a multiple of d_feat={d_feat}: a flat window "
-                "[B, F*T] holds T steps of each feature. Remedy: set d_feat to the number of features per step."
+                "[B, F*T] has T columns for each feature. Remedy: set d_feat to the number of features per step."
             )
         return x.reshape(len(x), d_feat, x.shape[1] // d_feat).permute(0, 2, 1)
-    raise DataError(f"x must be [B, T, F] or [B, F*T], got {x.dim()} axes with shape {list(x.shape)}.")
+    raise DataError(
+        f"x must be [B, T, F] or [B, F*T], got {x.dim()} axes with shape {list(x.shape)}. "
+        "Remedy: x.unsqueeze(0) if x is a single window."
+    )
 
 
 def layer_weights(rnn: nn.RNNBase) -> list[list[Tensor]]:
-    """Of each layer, as the operators take them."""
+    """Return weight_ih, weight_hh, bias_ih and bias_hh of each layer, as the recurrent operators expect them."""
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     return [[getattr(rnn, f"{name}_l{layer}") for name in names] for layer in range(rnn.num_layers)]
 
 
 class Recurrent(PlainTorch):
-    """`rnn` over a window, read at its last step: what every network with such a base begins with."""
+    """Base class of the networks that run a recurrent layer, `rnn`, over a window.
+
+    Subclasses return the class of the layer and its operator from `_kind`, and may register modules that run before
+    `rnn` in `_add_head`.
+
+    Parameters
+    ----------
+    kind : type
+        LSTMModel, GRUModel or another class with a `layer`.
+    d_feat, hidden_size, num_layers : int
+        F, H and L.
+    dropout : float
+        Probability of dropout between the recurrent layers, in training only.
+
+    Raises
+    ------
+    ConfigError
+        If a size is not an integer of at least 1, or dropout is outside [0, 1].
+    """
 
     def __init__(
         self, kind: type[_RecurrentModel], d_feat: int, hidden_size: int, num_layers: int, dropout: float
     ) -> None:
         super().__init__()
-        d_feat, hidden_size = whole_number("d_feat", d_feat), whole_number("hidden_size", hidden_size)
+        d_feat = whole_number("d_feat", d_feat)
+        hidden_size = whole_number("hidden_size", hidden_size)
         num_layers = whole_number("num_layers", num_layers)
         if not 0.0 <= float(dropout) <= 1.0:
-            raise ConfigError(f"dropout must lie in [0, 1], got {dropout!r}.")
-        # nn.LSTM warns about dropout without a second layer, where it has no effect; the reference's
-        # defaults make that combination common.
-        between = float(dropout) if num_layers > 1 else 0.0
-        inputs = self._add_head(d_feat, hidden_size)
-        self.rnn = kind.layer(inputs, hidden_size, num_layers=num_layers, batch_first=True, dropout=between)
+            raise ConfigError(f"dropout must be in [0, 1], got {dropout!r}.")
+        # torch warns about dropout in a single recurrent layer, where it has no effect. Qlib's defaults often
+        # combine the two.
+        between_layers = float(dropout) if num_layers > 1 else 0.0
+        rnn_inputs = self._add_head(d_feat, hidden_size)
+        self.rnn = kind.layer(rnn_inputs, hidden_size, num_layers=num_layers, batch_first=True, dropout=between_layers)
         self.d_feat = d_feat
 
     def _add_head(self, d_feat: int, hidden_size: int) -> int:
-        """Registers what stands before `rnn`, which draws its weights first; the features that `rnn` gets."""
+        """Register the modules that run before `rnn`; return the number of features that `rnn` reads.
+
+        It is called before `rnn` is created because Qlib draws the initial weights in this order.
+        """
         return d_feat
 
     def _kind(self) -> type[_RecurrentModel]:
-        """The class that knows the layer and its operator."""
+        """Return the class that holds the type of `rnn` and its operator."""
         raise NotImplementedError
 
     def _last_step(self, x: Tensor) -> Tensor:
-        """[B, T, F] -> [B, H]; the same numbers by either way, up to rounding."""
-        # A script leaves the outer branch out, and so does not compile what it calls: it must stay alone.
+        """Run `rnn` over [B, T, F] and return its last step [B, H].
+
+        The operator and torch's layer give the same result up to rounding.
+        """
+        # TorchScript skips the body of this `if` and does not compile what it calls, but only while
+        # `not is_scripting()` is the whole condition.
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            takes_operator = self._takes_operator(x)
-            if takes_operator:
+            uses_operator = self._uses_operator(x)
+            if uses_operator:
                 return self._by_operator(x)
         out: Tensor = self.rnn(x)[0]
         return out[:, -1, :]
 
     def _by_operator(self, x: Tensor) -> Tensor:
+        """Compute `_last_step` with qfast's operator."""
         return self._run_operator(x, all_steps=False)[0]
 
     def _run_operator(self, x: Tensor, all_steps: bool) -> tuple[Tensor, Tensor]:
-        """[B, T, F] -> h of the last step [B, H] or of all steps [B, T, H], and the last of each layer [L, B, H]."""
-        rnn, layers = self.rnn, layer_weights(self.rnn)
+        """Run the operator over [B, T, F].
+
+        Returns h of the last step [B, H], or of all steps [B, T, H], and the last h of every layer [L, B, H].
+        """
+        rnn = self.rnn
         operator = self._kind().operator
-        output, state = operator(x, layers, dropout=rnn.dropout, training=rnn.training, all_steps=all_steps)
+        output, state = operator(x, layer_weights(rnn), dropout=rnn.dropout, training=rnn.training, all_steps=all_steps)
         return output, state[0] if isinstance(state, tuple) else state
 
-    def _takes_operator(self, x: Tensor) -> bool:
-        """Whether to compute with our operator."""
-        return self._is_plain(self.rnn) and self._may_take_operator(x, cast(Tensor, self.rnn.weight_ih_l0))
+    def _uses_operator(self, x: Tensor) -> bool:
+        """Return whether qfast's operator computes `rnn` on x."""
+        return self._is_as_built(self.rnn) and self._can_use_operator(x, cast(Tensor, self.rnn.weight_ih_l0))
 
-    def _is_plain(self, rnn: nn.Module) -> bool:
-        """Whether `rnn` is still the layer that was built here: nothing but it would do what the operator does."""
+    def _is_as_built(self, rnn: nn.Module) -> bool:
+        """Return whether `rnn` is still the kind of layer that __init__ built; the operator computes no other."""
         if type(rnn) is not self._kind().layer or rnn.bidirectional or rnn.proj_size or not rnn.bias:
             return False
         return rnn.batch_first and not has_hooks(rnn)
 
 
 class _RecurrentModel(Recurrent):
-    """fc_out(last step of the top recurrent layer); subclasses say which layer."""
+    """fc_out(last step of the top recurrent layer). Subclasses set the layer and its operator."""
 
     layer: ClassVar[type[nn.LSTM] | type[nn.GRU]]
-    operator: ClassVar[Callable[..., tuple[Tensor, Any]]]
+    operator: ClassVar[Callable[..., tuple[Tensor, Tensor | tuple[Tensor, Tensor]]]]
 
     def __init__(self, d_feat: int = 6, hidden_size: int = 64, num_layers: int = 2, dropout: float = 0.0) -> None:
         super().__init__(type(self), d_feat, hidden_size, num_layers, dropout)
@@ -136,28 +174,35 @@ class _RecurrentModel(Recurrent):
         return type(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, F] or [B, F*T] -> [B]; a batch of one stays one-dimensional (the reference returns 0-d)."""
+        """Predict from [B, T, F] or [B, F*T] -> [B]. A batch of one also returns [1], where Qlib returns a scalar."""
         prediction: Tensor = self.fc_out(self._last_step(as_windows(x, self.d_feat))).squeeze(-1)
         return prediction
 
 
 class LSTMModel(_RecurrentModel):
-    """Stacked LSTM read at the last step (Hochreiter and Schmidhuber 1997; reference: pytorch_lstm.py).
+    """Stacked LSTM that predicts from the last step (Hochreiter and Schmidhuber 1997; Qlib: pytorch_lstm.py).
 
     Parameters
     ----------
     d_feat, hidden_size, num_layers : int
         F, H and L.
     dropout : float
-        Between the layers, in training only.
+        Probability of dropout between the layers, in training only.
+
+    Raises
+    ------
+    ConfigError
+        If a size is not an integer of at least 1, or dropout is outside [0, 1].
 
     Notes
     -----
-    `rnn` is torch's layer and may be replaced, hooked or quantised; only as it was built, on the CPU, is it computed
-    by qfast's operator. torch.jit, torch.export, autocast, CUDA and `to_reference()` take torch's layer.
-    torch.compile leaves its graph for the operator; fullgraph=True needs torch._dynamo.config.allow_rnn = True, as for
-    any torch.nn.LSTM. torch.func's transforms and forward mode work. A gradient of a gradient by `backward` needs
-    `to_reference()`, or torch.func.grad twice.
+    `rnn` is torch's layer, so it can be replaced, hooked or quantized. qfast's operator computes it as long as it is
+    unchanged, on the CPU and, with QFAST_CUDA_LAYERS=qfast, on CUDA. Otherwise, and under torch.jit, torch.export,
+    autocast and `to_reference()`, torch's layer computes it.
+
+    torch.compile breaks its graph at the operator. fullgraph=True needs torch._dynamo.config.allow_rnn = True, as for
+    any torch.nn.LSTM. The transforms of torch.func and forward mode are supported. Double backward is not: use
+    `to_reference()`, or apply torch.func.grad twice.
 
     Examples
     --------
@@ -170,7 +215,9 @@ class LSTMModel(_RecurrentModel):
 
 
 class GRUModel(_RecurrentModel):
-    """Stacked GRU read at the last step (Cho et al. 2014; reference: pytorch_gru.py). Arguments as LSTMModel.
+    """Stacked GRU that predicts from the last step (Cho et al. 2014; Qlib: pytorch_gru.py).
+
+    Parameters, errors and notes are the same as for `LSTMModel`.
 
     Examples
     --------

@@ -1,41 +1,50 @@
-"""Temporal convolution networks: residual blocks of dilated causal convolutions with weight normalisation.
+"""Temporal convolutional networks: residual blocks of dilated causal convolutions with weight normalization.
 
-Parameter names, creation order and initial weights are those of the reference (pyqlib 0.9.7, qlib/contrib/model/tcn.py
-and pytorch_tcn.py), so state dicts travel both ways.
+Parameter names, creation order and initial weights match Qlib (pyqlib 0.9.7, qlib/contrib/model/tcn.py and
+pytorch_tcn.py), so state dicts can be exchanged in both directions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from numbers import Real
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from qfast.errors import CheckpointError, ConfigError, DataError, whole_number
-from qfast.nn.plain import PlainTorch
+from qfast.nn.plain import PlainTorch, check_dtype, has_hooks
 from qfast.nn.temporal_stream import TCNStream
 from qfast.ops.temporal_conv import BlockWeights, temporal_block, temporal_conv_net
 
 __all__ = ["CausalConv1d", "TCNModel", "TemporalBlock", "TemporalConvNet"]
 
-# What torch.nn.utils.parametrizations.weight_norm calls the two parts of a weight.
-_NEW_NAMES = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+# torch.nn.utils.parametrizations.weight_norm uses other names for the two parts of a weight than Qlib.
+_PARAMETRIZATION_NAMES = {
+    "parametrizations.weight.original0": "weight_g",
+    "parametrizations.weight.original1": "weight_v",
+}
 
 
 class CausalConv1d(nn.Module):
-    """Dilated convolution that sees zeros before the window, its weight g v / ||v|| per output channel.
+    """Dilated causal convolution with weight g v / ||v|| per output channel (Salimans and Kingma 2016).
+
+    The window is padded with zeros on the left. v and the bias are initialized as in torch.nn.Conv1d, and g = ||v||.
 
     Parameters
     ----------
-    in_channels, out_channels, kernel_size, dilation : int
+    in_channels, out_channels : int
+        C_in and C.
+    kernel_size, dilation : int
 
-    Source
-    ------
-    Weight normalisation: Salimans and Kingma 2016. Initial v and bias: torch.nn.Conv1d; g = ||v||.
+    Examples
+    --------
+    >>> CausalConv1d(3, 8, kernel_size=2, dilation=4)(torch.zeros(5, 3, 20)).shape
+    torch.Size([5, 8, 20])
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1) -> None:
@@ -50,22 +59,27 @@ class CausalConv1d(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """[C, C_in, k], the product of its two parts."""
+        """The weight [C, C_in, k], computed from weight_g and weight_v."""
         return torch._weight_norm(self.weight_v, self.weight_g, 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C_in, T] -> [B, C, T]."""
+        """Convolve [B, C_in, T] -> [B, C, T]."""
         weight = torch._weight_norm(self.weight_v, self.weight_g, 0)
         x = functional.pad(x, ((self.kernel_size - 1) * self.dilation, 0))
         return functional.conv1d(x, weight, self.bias, dilation=self.dilation)
 
     def extra_repr(self) -> str:
+        """Return the sizes for the repr."""
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, dilation={self.dilation}"
 
 
 class _Steps(nn.Sequential):
-    """What a block runs. Its convolutions are the block's own, and torch.func.functional_call, which asks for all names
-    of a parameter, does not put those back right that have two: here they have none."""
+    """The sequence of modules that a block runs.
+
+    It hides its convolutions from `named_modules` when duplicates are kept, because the block registers them too.
+    torch.func.functional_call replaces a parameter under every name it finds, and does not restore parameters
+    correctly that have two names.
+    """
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
@@ -76,23 +90,30 @@ class _Steps(nn.Sequential):
 
 
 class TemporalBlock(PlainTorch):
-    """One residual block at all steps: relu(net(x) + x), or with a 1x1 convolution of x where the widths differ.
+    """One residual block at all steps: relu(net(x) + x) (Bai, Kolter, Koltun 2018; Qlib: tcn.py).
+
+    If the widths differ, a 1x1 convolution of x is added instead of x.
 
     Parameters
     ----------
-    n_inputs, n_outputs, kernel_size, dilation : int
+    n_inputs, n_outputs : int
+        C_in and C.
+    kernel_size, dilation : int
     dropout : float
-        Of both convolutions' outputs.
+        Probability of dropout of the output of both convolutions, in training only.
+
+    Raises
+    ------
+    ConfigError
+        If a size is not an integer of at least 1, or dropout is outside [0, 1].
 
     Notes
     -----
-    The convolutions are registered twice, by name and in `net`, as in the reference: a state dict holds them under
-    both names. One that has only one of them, or the parametrizations of newer torch, is read as well; two copies that
-    differ are refused. Modules that were replaced or hooked are called one by one, others by one operator.
+    As in Qlib, the convolutions are registered twice, as conv1 and conv2 and in `net`, so a state dict contains them
+    under both names. Loading accepts a state dict with only one of the names, or with the names of torch's newer
+    parametrizations. It raises CheckpointError if two copies of a tensor differ.
 
-    Source
-    ------
-    Bai, Kolter, Koltun 2018.
+    One operator computes the block. If a module was replaced or hooked, the modules are called one by one.
 
     Examples
     --------
@@ -114,18 +135,30 @@ class TemporalBlock(PlainTorch):
         self.conv2 = CausalConv1d(n_outputs, n_outputs, kernel_size, dilation)
         self.relu2 = nn.ReLU()
         self.dropout2 = nn.Dropout(dropout)
-        # The reference cuts surplus steps off after each convolution: its numbers 1 and 5.
-        first = self.conv1, nn.Identity(), self.relu1, self.dropout1
-        self.net = _Steps(*first, self.conv2, nn.Identity(), self.relu2, self.dropout2)
+        # Qlib pads both sides and has modules 1 and 5 cut the surplus steps off. The Identity modules take their place,
+        # so the other modules get the same numbers.
+        self.net = _Steps(
+            self.conv1,
+            nn.Identity(),
+            self.relu1,
+            self.dropout1,
+            self.conv2,
+            nn.Identity(),
+            self.relu2,
+            self.dropout2,
+        )
         self.downsample = nn.Conv1d(n_inputs, n_outputs, 1) if n_inputs != n_outputs else None
         self.relu = nn.ReLU()
         self.dilation = dilation
-        self._draw_as_reference()
+        self._draw_as_qlib()
         self.register_load_state_dict_pre_hook(_rename_before_loading)
 
-    def _draw_as_reference(self) -> None:
-        """The reference draws weights for the convolutions that its weight normalisation then overwrites: only the
-        generator notices, and the 1x1 convolution."""
+    def _draw_as_qlib(self) -> None:
+        """Draw random numbers in Qlib's order.
+
+        Qlib also draws weights for the two convolutions, but its weight normalization overwrites them. Here they only
+        advance the generator.
+        """
         with torch.no_grad():
             for conv in (self.conv1, self.conv2):
                 torch.empty_like(conv.weight_v).normal_(0, 0.01)
@@ -133,59 +166,71 @@ class TemporalBlock(PlainTorch):
                 self.downsample.weight.normal_(0, 0.01)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C_in, T] -> [B, C, T]."""
+        """Compute the block at all steps, [B, C_in, T] -> [B, C, T]."""
+        # The scripting check must be the whole condition: see Recurrent._last_step.
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            takes_operator = _take_operator([self])
-            if takes_operator:
+            uses_operator = _can_use_operator([self])
+            if uses_operator:
                 return self._by_operator(x)
-        beside = x if self.downsample is None else self.downsample(x)
-        out: Tensor = self.relu(self.net(x) + beside)
+        residual = x if self.downsample is None else self.downsample(x)
+        out: Tensor = self.relu(self.net(x) + residual)
         return out
 
     def _by_operator(self, x: Tensor) -> Tensor:
+        """Compute `forward` with qfast's operator."""
         dropout = self.dropout1
         weights = self.block_weights()
         return temporal_block(x, weights, dilation=self.dilation, dropout=dropout.p, training=dropout.training)
 
     def block_weights(self) -> BlockWeights:
-        """The parameters as `qfast.ops.temporal_conv_net` takes them."""
-        first, second, down = self.conv1, self.conv2, self.downsample
-        convolutions = (first.weight_v, first.weight_g, first.bias, second.weight_v, second.weight_g, second.bias)
-        return BlockWeights(*convolutions) if down is None else BlockWeights(*convolutions, down.weight, down.bias)
+        """Return the parameters in the form that `qfast.ops.temporal_conv_net` accepts."""
+        first, second, downsample = self.conv1, self.conv2, self.downsample
+        return BlockWeights(
+            weight_v1=first.weight_v,
+            weight_g1=first.weight_g,
+            bias1=first.bias,
+            weight_v2=second.weight_v,
+            weight_g2=second.weight_g,
+            bias2=second.bias,
+            downsample_weight=None if downsample is None else downsample.weight,
+            downsample_bias=None if downsample is None else downsample.bias,
+        )
 
     def is_plain(self) -> bool:
-        """Whether the modules are still those that were built here: only then the operator does what they would."""
-        net, down = self.net, self.downsample
+        """Return whether all modules are unchanged and without hooks, so the operator computes the same result."""
+        net = self.net
         kinds = (CausalConv1d, nn.Identity, nn.ReLU, nn.Dropout) * 2
-        if len(net) != len(kinds) or any(type(m) is not kind for m, kind in zip(net, kinds, strict=True)):
+        if len(net) != len(kinds) or any(type(module) is not kind for module, kind in zip(net, kinds, strict=True)):
             return False
         if net[0] is not self.conv1 or net[4] is not self.conv2 or type(self.relu) is not nn.ReLU:
             return False
-        dropouts = self.dropout1, self.dropout2
-        if (
-            (net[3], net[7]) != dropouts
-            or dropouts[0].p != dropouts[1].p
-            or dropouts[0].training != dropouts[1].training
-        ):
+        first, second = self.dropout1, self.dropout2
+        if net[3] is not first or net[7] is not second:
             return False
-        down_kind = type(None) if self.conv1.in_channels == self.conv1.out_channels else nn.Conv1d
-        return type(down) is down_kind and not any(_is_hooked(module) for module in self.modules())
+        if first.p != second.p or first.training != second.training:
+            return False
+        downsample_kind = type(None) if self.conv1.in_channels == self.conv1.out_channels else nn.Conv1d
+        return type(self.downsample) is downsample_kind and not any(has_hooks(module) for module in self.modules())
 
 
 class TemporalConvNet(PlainTorch):
-    """Stack of temporal blocks with the dilations 1, 2, 4, ..., at all steps.
+    """Stack of temporal blocks with dilations 1, 2, 4, ..., at all steps (Bai, Kolter, Koltun 2018; Qlib: tcn.py).
 
     Parameters
     ----------
     num_inputs : int
+        F.
     num_channels : sequence of int
         Width of each block.
     kernel_size : int
     dropout : float
+        Probability of dropout of the output of every convolution, in training only.
 
-    Source
+    Raises
     ------
-    Bai, Kolter, Koltun 2018; reference: qlib/contrib/model/tcn.py.
+    ConfigError
+        If num_channels is empty or not a sequence, a size is not an integer of at least 1, or dropout is outside
+        [0, 1].
 
     Examples
     --------
@@ -198,7 +243,10 @@ class TemporalConvNet(PlainTorch):
     ) -> None:
         super().__init__()
         if not isinstance(num_channels, Sequence) or len(num_channels) == 0:
-            raise ConfigError(f"num_channels must be a list with the width of each block, got {num_channels!r}.")
+            raise ConfigError(
+                f"num_channels must be a list with the width of each block, got {num_channels!r}. "
+                "Remedy: [32, 32] for two blocks of 32 channels."
+            )
         widths = [num_inputs, *num_channels]
         blocks = [
             TemporalBlock(before, width, kernel_size, 2**number, dropout)
@@ -208,20 +256,30 @@ class TemporalConvNet(PlainTorch):
         self.register_load_state_dict_pre_hook(_rename_before_loading)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, F, T] -> [B, C, T]."""
+        """Compute all blocks at all steps, [B, F, T] -> [B, C, T]."""
+        # The scripting check must be the whole condition: see Recurrent._last_step.
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            takes_operator = self.takes_operator()
-            if takes_operator:
+            uses_operator = self.uses_operator()
+            if uses_operator:
                 return self.by_operator(x, all_steps=True)
         out: Tensor = self.network(x)
         return out
 
-    def takes_operator(self) -> bool:
-        """Whether one operator can do the whole stack."""
-        return type(self.network) is nn.Sequential and not _is_hooked(self.network) and _take_operator(self.network)
+    def uses_operator(self) -> bool:
+        """Return whether one operator computes the whole stack: no block was changed or hooked."""
+        blocks = self.network
+        return (
+            type(blocks) is nn.Sequential
+            and not has_hooks(blocks)
+            and _can_use_operator(cast("Iterable[TemporalBlock]", blocks))
+        )
 
     def by_operator(self, x: Tensor, *, all_steps: bool) -> Tensor:
-        """[B, F, T] -> [B, C, T], or [B, C] of the last step, which costs a part of it."""
+        """Compute all blocks with qfast's operator.
+
+        Returns [B, C, T] for x [B, F, T] if `all_steps`. Otherwise it returns [B, C] of the last step and computes only
+        the steps that the last one depends on.
+        """
         blocks = cast(list[TemporalBlock], list(self.network))
         dropout = blocks[0].dropout1
         return temporal_conv_net(
@@ -233,39 +291,56 @@ class TemporalConvNet(PlainTorch):
             all_steps=all_steps,
         )
 
-    def own_names(self, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-        """`state` with the names of this network: see the notes of `TemporalBlock`."""
+    def translate_state_dict(self, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+        """Return a state dict with the names of this network, from any names that `TemporalBlock` accepts.
+
+        Raises
+        ------
+        CheckpointError
+            If `state` has a tensor under two names with different values.
+        """
         renamed = dict(state)
         _rename_before_loading(self, renamed, prefix)
         return renamed
 
+    def own_names(self, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+        """Deprecated name of `translate_state_dict`."""
+        _warn_renamed("own_names", "translate_state_dict")
+        return self.translate_state_dict(state, prefix)
+
+    def takes_operator(self) -> bool:
+        """Deprecated name of `uses_operator`."""
+        _warn_renamed("takes_operator", "uses_operator")
+        return self.uses_operator()
+
 
 class TCNModel(PlainTorch):
-    """Temporal convolution network read at the last step (Bai et al. 2018; reference: pytorch_tcn.py).
+    """Temporal convolutional network that predicts from the last step (Bai et al. 2018; Qlib: pytorch_tcn.py).
 
     Parameters
     ----------
     num_input : int
         F.
     output_size : int
-        Predictions of a window.
+        Number of predictions per window.
     num_channels : sequence of int
         Width of each block.
     kernel_size : int
-        Also 1, which the reference cannot do.
+        At least 1. Qlib fails for 1.
     dropout : float
-        Of every convolution's output.
+        Probability of dropout of the output of every convolution, in training only.
 
     Raises
     ------
     ConfigError
-        A size that is not a whole number above 0, a dropout outside [0, 1].
+        If num_channels is empty or not a sequence, a size is not an integer of at least 1, or dropout is outside
+        [0, 1].
 
     Notes
     -----
-    Only what the last step can see is computed: `qfast.ops.temporal_conv_net.plan(T, kernel_size, blocks)` tells what
-    that is. TorchScript and traces hold torch's convolutions at all steps instead. Under autocast the convolutions
-    stay in float32.
+    Only the steps that the last step depends on are computed. `qfast.ops.temporal_conv_net.plan(T, kernel_size,
+    blocks)` returns them. TorchScript and traces use torch's convolutions at all steps instead. Under autocast the
+    convolutions stay in float32.
 
     Examples
     --------
@@ -284,31 +359,48 @@ class TCNModel(PlainTorch):
         self.linear = nn.Linear(num_channels[-1], output_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Predictions.
+        """Predict from the last step of each window.
 
         Parameters
         ----------
-        x : Tensor [B, F, T], or [B, F*T] feature-major (all T steps of feature 0, then of feature 1, ...)
-            Any strides; windows [B, T, F] as x.transpose(1, 2).
+        x : Tensor [B, F, T], or [B, F*T] feature-major (all T steps of feature 0, then all of feature 1, ...)
+            Any strides. For windows [B, T, F] pass x.transpose(1, 2).
 
         Returns
         -------
-        Tensor [B], or [B, output_size] if that is more than 1
-            Also for a batch of one, where the reference returns 0-d.
+        Tensor [B], or [B, output_size] if output_size is more than 1
+            A batch of one also returns [1], where Qlib returns a scalar.
+
+        Raises
+        ------
+        DataError
+            If the shape does not match num_input, or the dtype differs from the weights'.
         """
         windows = self._windows(x)
         prediction: Tensor = self.linear(self._last_step(windows))
         return prediction.squeeze(-1) if self.output_size == 1 else prediction
 
     def stream(self) -> TCNStream:
-        """What scores day by day from one new row of each instrument, with the weights as they are now."""
+        """Return a TCNStream, which scores day by day from one new row per instrument, with a copy of the weights."""
         return TCNStream(self)
 
+    def translate_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a state dict with the names of this network, from any names that `TemporalBlock` accepts.
+
+        Raises
+        ------
+        CheckpointError
+            If `state` has a tensor under two names with different values.
+        """
+        return self.tcn.translate_state_dict(state, "tcn.")
+
     def own_names(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`state` with the names of this network: see the notes of `TemporalBlock`."""
-        return self.tcn.own_names(state, "tcn.")
+        """Deprecated name of `translate_state_dict`."""
+        _warn_renamed("own_names", "translate_state_dict")
+        return self.translate_state_dict(state)
 
     def _windows(self, x: Tensor) -> Tensor:
+        """Return a batch of windows as [B, F, T]."""
         features = self.num_input
         if x.dim() == 3:
             if x.shape[1] != features:
@@ -324,39 +416,29 @@ class TCNModel(PlainTorch):
             )
         return x.reshape(x.shape[0], features, x.shape[1] // features)
 
-    def _require_own_dtype(self, x: Tensor) -> None:
-        own = next(self.tcn.parameters()).dtype
-        if x.dtype != own and not torch.is_autocast_enabled(x.device.type):
-            raise DataError(
-                f"x is {x.dtype} but the network's weights are {own}. Remedy: x.to({own}), or the network "
-                f".to({x.dtype}); new networks take torch's default dtype (torch.set_default_dtype)."
-            )
-
     def _last_step(self, x: Tensor) -> Tensor:
-        # As in nn/recurrent.py: a script leaves this branch out.
+        """Return the last step [B, C] of the network over [B, F, T]."""
+        # The scripting check must be the whole condition: see Recurrent._last_step.
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            takes_operator = (
-                type(self.tcn) is TemporalConvNet and not _is_hooked(self.tcn) and self.tcn.takes_operator()
-            )
-            if takes_operator:
-                self._require_own_dtype(x)
+            uses_operator = type(self.tcn) is TemporalConvNet and not has_hooks(self.tcn) and self.tcn.uses_operator()
+            if uses_operator:
+                if not torch.is_autocast_enabled(x.device.type):
+                    check_dtype(x, next(self.tcn.parameters()))
                 return self.tcn.by_operator(x, all_steps=False)
         out: Tensor = self.tcn(x)[:, :, -1]
         return out
 
 
-def _check_dropout(dropout: Any) -> None:
+def _check_dropout(dropout: object) -> None:
     if isinstance(dropout, bool) or not isinstance(dropout, Real) or not 0.0 <= float(dropout) <= 1.0:
-        raise ConfigError(f"dropout must lie in [0, 1], got {dropout!r}.")
+        raise ConfigError(f"dropout must be in [0, 1], got {dropout!r}.")
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks)
+def _can_use_operator(blocks: Iterable[TemporalBlock]) -> bool:
+    """Return whether one operator can compute these blocks.
 
-
-def _take_operator(blocks: Any) -> bool:
-    """Whether one operator can do these blocks: a trace would keep it, and nothing else could read the trace."""
+    A trace must not record the operator, because a process without qfast could not load it.
+    """
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
     if not all(type(block) is TemporalBlock and block.is_plain() and not block._plain_torch for block in blocks):
@@ -364,43 +446,61 @@ def _take_operator(blocks: Any) -> bool:
     return len({(block.dropout1.p, block.dropout1.training) for block in blocks}) == 1
 
 
-# ---------------------------------------------------------------- names
-def _rename(state: dict[str, Tensor], prefix: str) -> None:
-    """Gives the convolutions of a block both of their names."""
+# ---------------------------------------------------------------- names in state dicts
+def _complete_names(state: dict[str, Tensor], prefix: str) -> None:
+    """Store the convolutions of a block in `state` under both of their names.
+
+    Raises
+    ------
+    CheckpointError
+        If `state` has a tensor under two names with different values.
+    """
     for name, alias in (("conv1", "net.0"), ("conv2", "net.4")):
-        for place in (name, alias):
-            for new, old in _NEW_NAMES.items():
-                if f"{prefix}{place}.{new}" in state:
-                    _require_same(state, f"{prefix}{place}.{old}", f"{prefix}{place}.{new}")
-                    state[f"{prefix}{place}.{old}"] = state.pop(f"{prefix}{place}.{new}")
-        for part in ("bias", "weight_g", "weight_v"):
-            one, other = f"{prefix}{name}.{part}", f"{prefix}{alias}.{part}"
-            _require_same(state, one, other)
-            if one in state:
-                state[other] = state[one]
-            elif other in state:
-                state[one] = state[other]
+        for conv in (f"{prefix}{name}", f"{prefix}{alias}"):
+            for parametrized, plain in _PARAMETRIZATION_NAMES.items():
+                if f"{conv}.{parametrized}" in state:
+                    _require_equal(state, f"{conv}.{plain}", f"{conv}.{parametrized}")
+                    state[f"{conv}.{plain}"] = state.pop(f"{conv}.{parametrized}")
+        for parameter in ("bias", "weight_g", "weight_v"):
+            first, second = f"{prefix}{name}.{parameter}", f"{prefix}{alias}.{parameter}"
+            _require_equal(state, first, second)
+            if first in state:
+                state[second] = state[first]
+            elif second in state:
+                state[first] = state[second]
 
 
-def _require_same(state: dict[str, Tensor], one: str, other: str) -> None:
-    if one in state and other in state and not _same(state[one], state[other]):
+def _require_equal(state: dict[str, Tensor], first: str, second: str) -> None:
+    """Raise CheckpointError if `state` has both names with different values."""
+    if first in state and second in state and not _is_equal(state[first], state[second]):
         raise CheckpointError(
-            f"{one} and {other} are two names of one tensor but hold different values. Remedy: take the wrong one out "
-            "of the state dict; either name alone is enough."
+            f"{first} and {second} are two names of one tensor but have different values (shapes "
+            f"{list(state[first].shape)} and {list(state[second].shape)}). Remedy: remove the wrong one from the state "
+            "dict; one of the two names is enough."
         )
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two copies hold the same numbers, NaN included."""
-    if one is other or one.is_meta or other.is_meta:
+def _is_equal(first: Tensor, second: Tensor) -> bool:
+    """Return whether two copies of a tensor have the same values; NaN equals NaN."""
+    if first is second or first.is_meta or second.is_meta:
         return True
-    return one.shape == other.shape and bool(torch.isclose(one, other.to(one), rtol=0, atol=0, equal_nan=True).all())
+    if first.shape != second.shape:
+        return False
+    return bool(torch.isclose(first, second.to(first), rtol=0, atol=0, equal_nan=True).all())
 
 
-def _rename_before_loading(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Of a block, or of all blocks of a stack: what is refused is so before anything is loaded."""
+def _rename_before_loading(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Complete the names of one block, or of all blocks of a stack, before torch loads a state dict.
+
+    The stack checks all blocks at once, so an invalid state dict raises before any weight is changed.
+    """
     if isinstance(module, TemporalConvNet):
         for number in range(len(module.network)):
-            _rename(state, f"{prefix}network.{number}.")
+            _complete_names(state, f"{prefix}network.{number}.")
     else:
-        _rename(state, prefix)
+        _complete_names(state, prefix)
+
+
+def _warn_renamed(old: str, new: str) -> None:
+    """Warn that a method is called by a name that will be removed."""
+    warnings.warn(f"{old} was renamed and will be removed in the next release: use {new}.", DeprecationWarning, 3)

@@ -44,7 +44,7 @@ def load_weights(network: nn.Module, path: Path) -> None:
         unexpected and differently shaped keys are named.
     """
     state = read_tensors(path)
-    rename = getattr(network, "own_names", None)  # of a network that reads its parameters under other names as well
+    rename = getattr(network, "translate_state_dict", None)  # networks that accept several names for a parameter
     if callable(rename):
         try:
             state = rename(state)
