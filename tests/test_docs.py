@@ -1,4 +1,4 @@
-"""The examples of the documents, run from top to bottom as they stand (the README's with fewer epochs)."""
+"""Run the examples of the documents from top to bottom (Python examples with one epoch) and check their links."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ from support.frames import make_frame, rolling
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", flags=re.M | re.S)
+SOURCE_PATH = re.compile(r"(?<![\w/.-])(?:bench|csrc|docs|qfast|tests|tools)/[\w./*-]*\w/?")
+DOCUMENTS = ["README.md", "bench/RESULTS.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]
 
 
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
-    """A folder as a reader of the documents has it: the project's workflow file and prices of his own."""
+    """The working directory of a reader: the demo workflow file and a file of prices."""
     (tmp_path / "qfast" / "workflow").mkdir(parents=True)
     shutil.copy(DEMO, tmp_path / "qfast" / "workflow")
     demo_prices(n_instruments=8, n_days=620).to_parquet(tmp_path / "prices.parquet")
@@ -33,18 +35,19 @@ def reader(tmp_path, monkeypatch):
 
 
 def run_command(line: str) -> None:
+    """Run one `qfast ...` line in this process."""
     words = shlex.split(line)
-    assert words[0] == "qfast", f"an example that is not run: {line}"
+    assert words[0] == "qfast", f"only qfast commands can be tested: {line}"
     assert cli.main(words[1:]) == 0, line
 
 
 def run_examples(document: Path, languages: tuple[str, ...] = ("yaml", "sh", "python")) -> int:
-    """Run every block of these languages in order; returns how many there were."""
+    """Run every block in these languages in order and return the number of blocks."""
     names: dict[str, object] = {"__name__": "example"}
     blocks = [block for block in BLOCK.findall(document.read_text()) if block[0] in languages]
     for language, text in blocks:
         if language == "yaml":
-            Path(text.split()[1]).write_text(text)  # "# name.yaml" in its first line
+            Path(text.split()[1]).write_text(text)  # the first line is "# name.yaml"
         elif language == "sh":
             for line in text.splitlines():
                 run_command(line)
@@ -74,21 +77,21 @@ def test_workflow(reader):
 
 
 @pytest.mark.parametrize("compat", [None, "qlib"])
-def test_the_references_batches_look_ahead_and_days_do_not(compat):
-    """What docs/gats.md says of them: the score of a date moves with later windows."""
+def test_batches_of_qlib_look_ahead_and_true_days_do_not(compat):
+    """As docs/gats.md says: in Qlib's batches the score of a date depends on later windows."""
     frame = make_frame(70, 9, 3, holes=0.0)
     dates = frame.index.get_level_values("datetime")
     later = frame.copy()
     later.loc[dates == dates.max(), "feature"] += 1.0
     model = ts.GATs(d_feat=3, hidden_size=8, n_epochs=1, lr=0.01, seed=1, compat=compat).fit(rolling(frame))
     before, after = (model.predict(rolling(data)).sort_index() for data in (frame, later))
-    moved = before.index[before.to_numpy() != after.to_numpy()].get_level_values("datetime").unique()
-    assert list(moved) == [dates.max()] if compat is None else moved.min() < dates.max()
+    changed = before.index[before.to_numpy() != after.to_numpy()].get_level_values("datetime").unique()
+    assert list(changed) == [dates.max()] if compat is None else changed.min() < dates.max()
 
 
 @pytest.mark.slow
 def test_readme(reader):
-    """Its Python; the commands install things or stand for a reader's own files."""
+    """The Python examples only: the commands install software or need a reader's own files."""
     prices = synthetic.prices(6, 1_310, start="2013-02-08", late=0.0, delisted=0.0, holes=0.0)
     dates = prices.index.get_level_values("datetime").unique()
     assert pd.Timestamp("2018-02-07") in dates
@@ -115,8 +118,14 @@ def test_sessions_at_the_prompt(document, least):
     assert done.failed == 0
 
 
-@pytest.mark.parametrize("document", ["README.md", *(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_lead_to_files(document):
     text = (ROOT / document).read_text()
     links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
     assert [link for link in links if not (ROOT / document).parent.joinpath(link).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_source_paths_exist(document):
+    paths = set(SOURCE_PATH.findall((ROOT / document).read_text()))
+    assert sorted(path for path in paths if not any(ROOT.glob(path.rstrip("/")))) == []
