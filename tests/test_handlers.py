@@ -351,7 +351,7 @@ def test_label_forms():
         ({"filter_pipe": [1]}, ConfigError, "filter_pipe is not available"),
         ({"inst_processors": [1]}, ConfigError, "inst_processors is not available"),
         ({"label": []}, ConfigError, "label must be a list of expressions"),
-        ({"label": ["Meen($close, 5)"]}, ConfigError, "operator 'Meen' is not available"),
+        ({"label": ["Meen($close, 5)"]}, ConfigError, "function 'Meen' is not available"),
         ({"data": "frame", "label": ["$clos"]}, DataError, r"no column 'clos'.* Did you mean 'close'\?"),
         ({"data": "frame", "instruments": ["S0", "ZZ"]}, DataError, r"\['ZZ'\] \(1 in all\) are not in the data"),
         ({"data": "frame", "infer_processors": ["ZScoreNorm"]}, ConfigError, "needs fit_start_time and fit_end_time"),

@@ -211,7 +211,7 @@ class TSDatasetH(DatasetH):
         live = np.zeros(len(panel.datetimes), dtype=bool)
         live[panel.date_codes[panel.live_rows()]] = True
         calendar = panel.datetimes[live]
-        begin = bisect.bisect_left(calendar, panel._timestamp(start, "start"))
+        begin = bisect.bisect_left(calendar, panel.timestamp(start, "start"))
         return None if begin <= self.step_len else calendar[begin - self.step_len]
 
 

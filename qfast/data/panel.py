@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from qfast.dates import is_date_only
+from qfast.dates import DateLike, is_date_only
 from qfast.errors import DataError, some, suggest
 
 ROW_CHUNK = 1 << 16  # rows copied at a time: bounds the transient memory of a reordering copy
@@ -168,10 +168,10 @@ class Panel:
 
         A bound given as a date only ("2020-12-31", datetime.date) covers that whole day.
         """
-        low = 0 if start is None else int(self.datetimes.searchsorted(self._timestamp(start, "start"), "left"))
+        low = 0 if start is None else int(self.datetimes.searchsorted(self.timestamp(start, "start"), "left"))
         if end is None:
             return low, len(self.datetimes)
-        stamp = self._timestamp(end, "end")
+        stamp = self.timestamp(end, "end")
         if is_date_only(end):
             stamp = stamp + pd.Timedelta(days=1)
             return low, max(low, int(self.datetimes.searchsorted(stamp, "left")))
@@ -242,11 +242,24 @@ class Panel:
                 digest.update(np.ascontiguousarray(values[start : start + ROW_CHUNK]).data)
         return digest.hexdigest()
 
-    def _timestamp(self, value: Any, what: str) -> pd.Timestamp:
+    def timestamp(self, value: DateLike, name: str) -> pd.Timestamp:
+        """`value` as a timestamp in the panel's time zone.
+
+        Parameters
+        ----------
+        value : date-like
+        name : str
+            The argument's name, for the message.
+
+        Raises
+        ------
+        DataError
+            The value is not a date or time.
+        """
         try:
             stamp = pd.Timestamp(value)
         except (ValueError, TypeError) as error:
-            raise DataError(f"{what} is {value!r}, which is not a date or time: {error}") from None
+            raise DataError(f"{name} is {value!r}, which is not a date or time: {error}") from None
         zone = self.datetimes.tz
         if zone is not None:
             return stamp.tz_localize(zone) if stamp.tz is None else stamp.tz_convert(zone)

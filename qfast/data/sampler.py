@@ -195,7 +195,7 @@ class TSDataSampler:
             raise DataError(
                 f"instrument {instrument!r} is not in the data." + suggest(instrument, self.panel.instruments)
             )
-        last_date = int(self.panel.datetimes.searchsorted(self.panel._timestamp(date, "date"), "right")) - 1
+        last_date = int(self.panel.datetimes.searchsorted(self.panel.timestamp(date, "date"), "right")) - 1
         window = np.full(self.step_len, -1, dtype=np.int64)
         end = -1 if last_date < 0 else int(self._code_positions[last_date + 1]) - 1
         position = self.window_index.position.numpy()

@@ -61,11 +61,11 @@ def look_at_expressions(report: CheckReport, handler: Any) -> None:
         )  # fmt: skip
     elif texts:
         report.add("ok", "look-ahead", f"none of the {len(texts)} expressions looks beyond its own day")
-    elif handler._feature_reach()[1] > 0:
+    elif handler.lookahead > 0:
         report.add(
             "error", "look-ahead",
-            f"features of {type(handler).__name__} look {handler._feature_reach()[1]} row(s) ahead, says its "
-            "_feature_reach",
+            f"features of {type(handler).__name__} look {handler.lookahead} row(s) ahead, says its "
+            "lookahead",
         )  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def rows_ahead(node: Node) -> int:
 
 def _expressions(handler: PriceHandler) -> dict[str, str]:
     """Feature name -> its expression; empty where features are made in another way."""
-    return dict(zip(handler._feature_names(), handler.feature_expressions, strict=False))
+    return dict(zip(handler.feature_names, handler.feature_expressions, strict=False))
 
 
 def _since_the_first_day(handler: PriceHandler) -> list[str]:
@@ -162,14 +162,14 @@ def _named(handler: Any) -> list[str]:
     """Instruments that expressions name."""
     if not isinstance(handler, PriceHandler):
         return []
-    return [name for text in (*handler.feature_expressions, *handler._label) for name in instruments(text)]
+    return [name for text in (*handler.feature_expressions, *handler.label_expressions) for name in instruments(text)]
 
 
 def _source(handler: Any) -> Panel | None:
     """What the handler's features are computed from: prices, or the user's own factors."""
     if not isinstance(handler, PriceHandler):
         return None if handler.drop_raw else handler.panel("raw")
-    return None if handler.prices is None else _joined(handler.prices, handler._others)
+    return None if handler.prices is None else _joined(handler.prices, handler.mask_prices)
 
 
 def _joined(panel: Panel, others: Mapping[str, Prices]) -> Panel:
@@ -253,8 +253,8 @@ class _Stopwatch(Callback):
 
 def _time_an_epoch(report: CheckReport, workflow: Workflow, dataset: Any) -> None:
     panel = dataset.handler.panel("infer")
-    size = sum(p.nbytes for p in _distinct([dataset.handler.panel("infer"), dataset.handler.panel("learn")]))
-    report.add("note", "memory", f"features and labels take {size / 2**20:,.0f} MB and are held once")
+    n_bytes = sum(p.nbytes for p in _distinct([dataset.handler.panel("infer"), dataset.handler.panel("learn")]))
+    report.add("note", "memory", f"features and labels take {n_bytes / 2**20:,.0f} MB and are held once")
     model, watch = _build_model(workflow, n_epochs=1, progress=False), _Stopwatch()
     try:
         model.fit(dataset, callbacks=[watch])
@@ -264,8 +264,9 @@ def _time_an_epoch(report: CheckReport, workflow: Workflow, dataset: Any) -> Non
         report.add("error", "training", str(error))
         return
     rows = panel.rows_between(*dataset.segments["train"])
-    size = model.get_params().get("batch_size")
-    batches = len(np.unique(panel.date_codes[rows])) if size is None else max(1, len(rows) // size)  # None: a day each
+    batch_size = model.get_params().get("batch_size")
+    n_days = len(np.unique(panel.date_codes[rows]))
+    batches = n_days if batch_size is None else max(1, len(rows) // batch_size)  # None: each batch is one day
     epoch, epochs = watch.seconds * batches, workflow.task.model.kwargs.get("n_epochs", 200)
     report.add(
         "note", "time",

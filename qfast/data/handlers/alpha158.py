@@ -275,7 +275,7 @@ class FactorHandler(PriceHandler):
     def _feature_values(self, prices: Prices, rows: np.ndarray) -> np.ndarray:
         if self._cache is None:
             return self._evaluated(self._texts, prices, rows)
-        key = self._cache.key(self._texts, prices, rows, self.start_time, self._others)
+        key = self._cache.key(self._texts, prices, rows, self.start_time, self.mask_prices)
         found = self._cache.read(key, self._texts, len(rows))
         if found is None:
             found = self._evaluated(self._texts, prices, rows)

@@ -38,6 +38,13 @@ class PriceHandler(DataHandlerLP):
     `_feature_reach` what their features are called and read, and compute them in `_feature_values`.
     """
 
+    label_expressions: list[str]
+    """Expressions of the label columns."""
+    label_names: list[str]
+    """Names of the label columns."""
+    mask_prices: dict[str, Prices]
+    """Prices of the instruments that `Mask` names and the handler's own prices lack, by name."""
+
     LABEL: tuple[list[str], list[str]] = (["Ref($close, -2)/Ref($close, -1) - 1"], ["LABEL0"])
 
     def _set_up(
@@ -64,10 +71,12 @@ class PriceHandler(DataHandlerLP):
                 raise ConfigError(f"{type(self).__name__}: {name} is not available, got {shown(value)}.")
         self._configure(stages, process_type, drop_raw, instruments, start_time, end_time, fit_start_time, fit_end_time)
         self.freq = freq
-        self._label, self._label_names = expressions_and_names(
+        self.label_expressions, self.label_names = expressions_and_names(
             "label", self.get_label_config() if label is None else label
         )
-        before, after = (max(side) for side in zip(self._feature_reach(), *map(reach, self._label), strict=True))
+        before, after = (
+            max(side) for side in zip(self._feature_reach(), *map(reach, self.label_expressions), strict=True)
+        )
 
         def read(who: Any) -> Prices:
             return read_prices(
@@ -77,10 +86,12 @@ class PriceHandler(DataHandlerLP):
 
         store = provider_uri is not None or (isinstance(data, (str, Path)) and is_store(data))
         self._store = (provider_uri if provider_uri is not None else data, vwap) if store else None
-        wanted = list(dict.fromkeys([*self._feature_fields(), *(f for text in self._label for f in fields(text))]))
+        wanted = list(
+            dict.fromkeys([*self._feature_fields(), *(f for text in self.label_expressions for f in fields(text))])
+        )
         self._prices = read(instruments)
-        self._others = other_prices(
-            [*self._feature_texts(), *self._label], self._prices.panel, lambda name: read([name])
+        self.mask_prices = other_prices(
+            [*self._feature_texts(), *self.label_expressions], self._prices.panel, lambda name: read([name])
         )
         self._rows = self._prices.panel.rows_between(start_time, end_time)
         self._report_missing_fields()
@@ -171,8 +182,18 @@ class PriceHandler(DataHandlerLP):
 
     @property
     def lookback(self) -> int:
-        """Days, its own included, that the features of a row look at."""
+        """Rows, its own included, that the features of a row read."""
         return self._feature_reach()[0] + 1
+
+    @property
+    def lookahead(self) -> int:
+        """Rows after its own that the features of a row read; 0 for features that are known on their day."""
+        return self._feature_reach()[1]
+
+    @property
+    def feature_names(self) -> list[str]:
+        """Names of the feature columns, in their order."""
+        return list(self._feature_names())
 
     @property
     def feature_expressions(self) -> list[str]:
@@ -182,7 +203,7 @@ class PriceHandler(DataHandlerLP):
     @property
     def label_horizon(self) -> int:
         """Days after its own that the label of a row looks at."""
-        return max(reach(text)[1] for text in self._label)
+        return max(reach(text)[1] for text in self.label_expressions)
 
     def _report_missing_fields(self) -> None:
         """The reference reads a field without a file as NaN; say so, and refuse if none is there."""
@@ -200,7 +221,7 @@ class PriceHandler(DataHandlerLP):
 
     def _require_fields(self, known: Collection[str]) -> None:
         """Only the fields that are wanted are read from a store: a message must list all that it has."""
-        for text in (*self._feature_texts(), *self._label):
+        for text in (*self._feature_texts(), *self.label_expressions):
             for node in walk(parse(text)):
                 if isinstance(node, Field) and node.name not in known and node.name not in PRICE_FIELDS:
                     raise no_such_field(text, node, self.price_fields())
@@ -209,14 +230,14 @@ class PriceHandler(DataHandlerLP):
         """float32 [len(rows), len(texts)]."""
         return evaluate_all(
             texts, prices.panel, rows=rows, extents=prices.extents, optional=PRICE_FIELDS,
-            start_time=self.start_time, others=self._others,
+            start_time=self.start_time, others=self.mask_prices,
         )  # fmt: skip
 
     def _label_panel(self) -> Panel:
         """The handler's rows with the group "label" only."""
-        values = self._evaluated(self._label, self._prices, self._rows)
+        values = self._evaluated(self.label_expressions, self._prices, self._rows)
         keys = replace(take_rows(self._prices.panel, self._rows, groups=()), live=None)
-        return keys.with_group("label", values, self._label_names)
+        return keys.with_group("label", values, self.label_names)
 
     def _with_features(self, labels: Panel) -> Panel:
         values = self._feature_values(self._prices, self._rows)
