@@ -214,7 +214,7 @@ def fit_chain() -> list[Hop]:
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     """A call of every operator that has a kernel of its own."""
     from qfast import nn, ops
-    from qfast.optim import ClippedAdam
+    from qfast.training.optim import ClippedAdam
 
     x = torch.randn(8, 5, 4)
     panel, scores = torch.randn(40, 4), torch.randn(8)
