@@ -56,13 +56,13 @@ def test_a_gpu_trains_the_same_twice_with_dropout(name, suffix, layers):
 def recorded(monkeypatch):
     """Batch sizes of the steps that were recorded, in order; a step that waits for the device fails the test."""
     sizes: list[int] = []
-    kind, record, refuse = step_graphs.StepGraphs, step_graphs.StepGraphs._record, pytest.fail
+    kind, capture, refuse = step_graphs.GraphedStep, step_graphs.GraphedStep._capture, pytest.fail
 
     def noted(self, samples):
         sizes.append(len(samples))
-        return record(self, samples)
+        return capture(self, samples)
 
-    monkeypatch.setattr(kind, "_record", noted)
+    monkeypatch.setattr(kind, "_capture", noted)
     monkeypatch.setattr(kind, "_refuse", lambda self, why: refuse(why))
     return sizes
 
@@ -103,7 +103,7 @@ def test_a_step_that_waits_is_launched_kernel_by_kernel(caplog):
     kwargs = {"d_feat": 3, "hidden_size": 8, "n_epochs": 2, "batch_size": 32, "seed": 1, "device": DEVICE}
     pair = [Curious(**kwargs, cuda_graphs=on).fit(data_of("_ts")) for on in (False, True)]
     states_equal(*pair)
-    assert "not as CUDA graphs: they wait for the device" in caplog.text
+    assert "not as CUDA graphs: they synchronize with the host" in caplog.text
 
 
 def test_a_recorded_fit_gives_its_memory_back():

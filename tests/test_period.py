@@ -254,3 +254,8 @@ def test_a_changed_layer_is_scored_too(kind, change):
     else:
         model.network.rnn = torch.nn.Sequential(model.network.rnn)
     assert_near(model.predict(dataset), one_by_one(model, scored(dataset)))
+
+
+def test_a_subclass_that_overrides_features_of_is_refused():
+    with pytest.raises(TypeError, match=r"Curious overrides features_of.*Remedy: override run_network"):
+        type("Curious", (ts.LSTM,), {"features_of": lambda self, windows, samples: windows.batch(samples)})

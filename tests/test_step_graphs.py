@@ -21,7 +21,7 @@ from qfast.models.ts import LSTM
 from qfast.precision import using_precision
 from qfast.training import step_graphs
 from qfast.training.callbacks import Callback
-from qfast.training.step_graphs import StepGraphs, Steps, fingerprint
+from qfast.training.step_graphs import GraphedStep, fingerprint
 from support.fits import CASES, IDS, data_of, model_of, states_equal
 
 TO_THE_HOST = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero", "aten.unique")
@@ -62,26 +62,25 @@ class Tape(TorchDispatchMode):
 
 
 class TapeRecorder:
-    """Records what the CPU is asked for; `waits` says what a test wants it to say."""
+    """Records torch's operations on the CPU; `run` reports `synchronizing` as the line that waited for the device."""
 
-    def __init__(self, waiting: str | None = None) -> None:
+    def __init__(self, synchronizing: str | None = None) -> None:
         self.tried = self.recorded = self.replayed = 0
-        self.waiting = waiting
+        self.synchronizing = synchronizing
 
     def work(self):
         return nullcontext()
 
-    def waits(self, call):
+    def run(self, step, samples):
         self.tried += 1
-        call()
-        return self.waiting
+        return step.run_eagerly(samples), self.synchronizing
 
-    def record(self, call):
+    def capture(self, step, samples):
         generator = torch.get_rng_state()
         tape = Tape()
         try:
             with tape:
-                call()
+                loss = step.run_eagerly(samples)
         finally:
             torch.set_rng_state(generator)
             for tensor, value in tape.before.values():
@@ -92,7 +91,7 @@ class TapeRecorder:
             self.replayed += 1
             tape.replay()
 
-        return replay
+        return replay, loss
 
 
 @pytest.fixture
@@ -238,7 +237,7 @@ def test_hooks_are_called_at_every_step(recorder):
 
 
 def test_a_step_that_waits_is_not_recorded(monkeypatch, caplog):
-    made = TapeRecorder(waiting="losses.py:7")
+    made = TapeRecorder(synchronizing="losses.py:7")
     monkeypatch.setattr(step_graphs, "recorder_for", lambda device: made)
     plain = model_of("LSTM", "", "cpu").fit(data_of(""))
     with caplog.at_level(logging.WARNING, "qfast"):
@@ -247,7 +246,7 @@ def test_a_step_that_waits_is_not_recorded(monkeypatch, caplog):
     assert made.recorded == 0
     assert made.tried == 1
     assert [r.message for r in caplog.records].count(
-        "training steps are launched kernel by kernel, not as CUDA graphs: they wait for the device (losses.py:7)"
+        "training steps are launched kernel by kernel, not as CUDA graphs: they synchronize with the host (losses.py:7)"
     ) == 1  # fmt: skip
 
 
@@ -272,56 +271,62 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is_written(recorder, caplog):
 def test_recordings_go_with_the_fit(recorder):
     model = model_of("LSTM", "_ts", "cpu", cuda_graphs=True)
     model.fit(data_of("_ts"))
-    assert model._steps_of is None
+    assert model._graphed_step is None
 
 
-# ---------------------------------------------------------------- the steps themselves
-def steps_of(kind, table: torch.Tensor, **more):
-    state = torch.zeros(())
+# ---------------------------------------------------------------- the step alone
+class Accumulator:
+    """An estimator whose step halves its one state and adds the chosen numbers of a table to it."""
 
-    def step(samples):
-        state.mul_(0.5).add_(table[samples].sum())
-        return state.detach() * 2
+    def __init__(self, table: torch.Tensor) -> None:
+        self.table, self.state = table, torch.zeros(())
+        self.network, self.callbacks_ = torch.nn.Linear(1, 1), []
+        self.train_optimizer = torch.optim.SGD(self.network.parameters(), lr=0.1)
 
-    device = torch.device("cpu")
-    made = kind(step, device) if kind is Steps else kind(step, device, **more)
-    return made, state
+    def train_step(self, windows, samples):
+        self.state.mul_(0.5).add_(self.table[samples].sum())
+        return self.state.detach() * 2
 
 
-def test_more_batch_sizes_than_are_kept(monkeypatch):
-    monkeypatch.setattr(step_graphs, "MOST_GRAPHS", 2)
+def test_more_batch_sizes_than_graphs(monkeypatch):
+    monkeypatch.setattr(step_graphs, "MAX_GRAPHS", 2)
     table = torch.arange(40.0)
     bounds = torch.tensor([0, 5, 8, 12, 17, 20, 24, 29, 32, 36, 40])
     batches = Batches(torch.randperm(40), bounds, len(bounds) - 1)
     recorder = TapeRecorder()
-    plain, plain_state = steps_of(Steps, table)
-    graphs, state = steps_of(StepGraphs, table, fingerprint=lambda: 1, parameters=list, recorder=recorder)
+    plain, estimator = Accumulator(table), Accumulator(table)
+    graphed = GraphedStep(estimator, None, recorder)
     for _ in range(2):
-        totals = []
-        for steps in (plain, graphs):
-            with steps.training_pass(batches) as run:
-                totals.append([float(run(number)) for number in range(batches.whole)])
-        assert totals[0] == totals[1]
-        assert torch.equal(state, plain_state)
+        expected = [float(plain.train_step(None, samples)) for samples in batches]
+        with graphed.epoch():
+            assert [float(graphed(samples)) for samples in batches] == expected
+        assert torch.equal(estimator.state, plain.state)
     assert recorder.recorded == 2
     assert recorder.replayed > 4
 
 
-def test_a_pass_that_ends_early_leaves_nothing_behind():
+def test_an_interrupted_epoch_leaves_nothing_behind():
     table = torch.arange(12.0)
-    batches = Batches.of_size(torch.arange(12), 3, drop_last=True)
-    graphs, _ = steps_of(StepGraphs, table, fingerprint=lambda: 1, parameters=list, recorder=TapeRecorder())
+    batches = list(Batches.of_size(torch.arange(12), 3, drop_last=True))
+    plain, graphed = Accumulator(table), GraphedStep(Accumulator(table), None, TapeRecorder())
 
-    def stopped() -> None:
-        with graphs.training_pass(batches) as run:
-            for number in range(3):
-                run(number)
+    def interrupted() -> None:
+        with graphed.epoch():
+            for samples in batches[:3]:
+                graphed(samples)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        stopped()
-    with graphs.training_pass(batches) as run:
-        assert float(run(0)) == float(graphs.total)
+        interrupted()
+    expected = [float(plain.train_step(None, samples)) for samples in (*batches[:3], batches[0])]
+    with graphed.epoch():
+        assert float(graphed(batches[0])) == expected[-1]
+
+
+def test_a_fit_without_cuda_graphs_calls_train_step_directly(monkeypatch):
+    monkeypatch.setattr(step_graphs, "recorder_for", lambda device: pytest.fail("no recorder is needed"))
+    model = model_of("LSTM", "", "cpu", n_epochs=1).fit(data_of(""))
+    assert len(model.history_) == 1
 
 
 def test_how_products_are_computed_is_part_of_a_recording():

@@ -8,7 +8,7 @@ operator cuts out of the panel when a batch is asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -127,6 +127,10 @@ class WindowSet:
             self.features, self.index, rows, self.step_len, fill=self.fill, first_position=self.first_position
         )
 
+    def with_views(self) -> WindowSet:
+        """The same samples, whose `batch` is a `view` of the table wherever there is one."""
+        return _WindowViews(**{item.name: getattr(self, item.name) for item in fields(self)})
+
     def view(self, samples: Tensor) -> Tensor | None:
         """[B, T, F] without a copy where these windows follow each other by one row of the table and each is T rows of
         it; None otherwise, or if they are flat. The windows overlap in memory: not to be written to.
@@ -222,3 +226,11 @@ class WindowSet:
             "which would turn the weights into NaN:\n" + "\n".join(lines) + "\nRemedy: add the processors ProcessInf "
             "and Fillna (fields_group: feature) to infer_processors, or drop these columns."
         )
+
+
+class _WindowViews(WindowSet):
+    """A `WindowSet` that copies only the windows of which there is no view."""
+
+    def batch(self, samples: Tensor) -> Tensor:
+        x = self.view(samples)
+        return super().batch(samples) if x is None else x

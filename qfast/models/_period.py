@@ -26,15 +26,12 @@ class WholePeriod(Estimator):
         """Windows of T steps and F features that follow each other from which on a call of their own is faster."""
         raise NotImplementedError
 
-    def features_of(self, windows: WindowSet, samples: Tensor) -> Tensor:
-        x = windows.view(samples) if self._shares(windows) else None
-        return super().features_of(windows, samples) if x is None else x
-
     def _predictions(self, windows: WindowSet, batches: Batches) -> Tensor:
         if not self._shares(windows):
             return super()._predictions(windows, batches)
         # Of all samples: without those of a tail that was drawn and left out, few windows would follow each other.
         stretches = windows.stretches(self.fewest_in_call(windows.features.shape[1], windows.step_len or 1))
+        views = windows.with_views()
         left = torch.zeros(len(windows), dtype=torch.bool)
         left[batches.order] = True
         for samples in stretches:
@@ -42,7 +39,7 @@ class WholePeriod(Estimator):
         out = torch.empty(len(windows), dtype=windows.features.dtype)
         for part in filter(len, (*stretches, left.nonzero()[:, 0])):
             for samples in part.split(self._params["batch_size"]):
-                out[samples] = self.run_network(windows, samples)
+                out[samples] = self.run_network(views, samples)
         return out[batches.order]
 
     def _shares(self, windows: WindowSet) -> bool:

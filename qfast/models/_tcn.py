@@ -75,7 +75,7 @@ class TemporalConv(Estimator):
 
     def network_input(self, windows: WindowSet, samples: Tensor) -> Tensor:
         """[B, F, T], or [B, F*T] feature-major of flat samples."""
-        x = self.features_of(windows, samples)
+        x = windows.batch(samples)
         d_feat = self._params["d_feat"]
         if windows.step_len is None:
             if x.shape[1] % d_feat:

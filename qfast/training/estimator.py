@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,7 +32,7 @@ from qfast.training.arguments import check_training_arguments
 from qfast.training.callbacks import Callback, Checkpoint, EarlyStopping, Progress
 from qfast.training.losses import loss_function, metric_function, sample_weights
 from qfast.training.optim import ClippedAdam
-from qfast.training.step_graphs import Steps, training_steps
+from qfast.training.step_graphs import GraphedStep, graphed_step
 
 GRADIENT_LIMIT = 3.0  # the reference clips every gradient element to +-3
 GPU_ROWS = 8192  # that are scored in one call on a GPU, which small batches would leave idle
@@ -43,7 +44,7 @@ __all__ = ["Estimator", "FitProgress"]
 class FitProgress:
     """What a fit has reached; everything a resumed fit needs besides weights and optimiser."""
 
-    records: list[dict[str, Any]] = field(default_factory=list)
+    records: list[dict[str, float]] = field(default_factory=list)
     best_score: float = -float("inf")
     best_epoch: int | None = None
     best_weights: dict[str, Tensor] | None = None
@@ -97,6 +98,15 @@ class Estimator:
     drops_incomplete_rows: ClassVar[bool] = False  # training rows with any NaN are left out, not refused
     options: ClassVar[tuple[str, ...]] = ("device", "compat", "progress", "cuda_graphs")
     decay_name: ClassVar[str] = "weight_decay"  # what the model's own constructor calls it
+    _graphed_step: GraphedStep | None = None  # while a fit with cuda_graphs runs
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "features_of" in cls.__dict__:
+            raise TypeError(
+                f"{cls.__name__} overrides features_of, which is no longer called. Remedy: override run_network, which "
+                "passes windows.batch(samples) to the network."
+            )
 
     def __init__(
         self,
@@ -153,7 +163,6 @@ class Estimator:
         self.data_: dict[str, Any] = {}
         self.progress_ = FitProgress()
         self.callbacks_: list[Callback] = []
-        self._steps_of: tuple[WindowSet, Steps] | None = None
 
     def build_network(self, **network: Any) -> nn.Module:
         """The network of these arguments, on the CPU; for a network whose own arguments have other names."""
@@ -200,10 +209,7 @@ class Estimator:
         scores: dict[str, Any] = {} if evals_result is None else evals_result
         scores["train"], scores["valid"] = [], []
         self.progress_ = FitProgress()
-        own: list[Callback] = [EarlyStopping(self._params["early_stop"]), *callbacks]
-        if checkpoint_dir is not None:
-            own.append(Checkpoint(checkpoint_dir))
-        self.callbacks_ = [*own, Progress(self._params["progress"])]
+        self.callbacks_ = self._fit_callbacks(callbacks, checkpoint_dir)
         if resume:
             if checkpoint_dir is None:
                 raise ConfigError("resume=True needs checkpoint_dir, the directory of the interrupted fit.")
@@ -217,13 +223,19 @@ class Estimator:
             for epoch in range(len(self.progress_.records), self._params["n_epochs"]):
                 if self.stop_training:
                     break
-                self._run_epoch(epoch, train, valid)
+                self.epoch_ = epoch
+                self._notify("on_epoch_start")
+                started = time.perf_counter()
+                train_loss = self.train_epoch(train)
+                train_seconds = time.perf_counter() - started
+                record = {"train_loss": train_loss, **self._epoch_scores(train, valid), "train_seconds": train_seconds}
+                self._end_epoch(record | {"seconds": time.perf_counter() - started})
             self.fitted = True
         finally:
             for name in ("train", "valid"):
                 scores[name].extend(r[name] for r in self.progress_.records if r.get(name) is not None)
             self.evals_result_ = scores
-            self._steps_of = None  # recorded steps hold memory
+            self._graphed_step = None  # releases the memory of its graphs
             self._notify("on_fit_end")
         if save_path is not None:
             self.save_weights(save_path)
@@ -275,44 +287,46 @@ class Estimator:
             )
         return windows
 
-    def _run_epoch(self, epoch: int, train: WindowSet, valid: WindowSet | None) -> None:
-        """One training pass, both scores, one record."""
-        self.epoch_ = epoch
-        self._notify("on_epoch_start")
-        started = time.perf_counter()
-        train_loss = self.train_epoch(train)
-        trained = time.perf_counter()
-        record: dict[str, Any] = {"train_loss": train_loss, "train": self.score_segment(train, "train")[0]}
-        if valid is not None:
-            record["valid"], record["valid_all"] = self.score_segment(valid, "valid")
-        record |= {"train_seconds": trained - started, "seconds": time.perf_counter() - started}
-        self.progress_.records.append(record)
-        self.fitted = True
-        self.logger.info("epoch %d: %s", epoch, _shown(record))
-        self._notify("on_valid_end")
-        self.progress_.finished = self.stop_training
-        self._notify("on_epoch_end")
-
     def train_epoch(self, windows: WindowSet) -> float:
         """One pass over the shuffled batches, short tail dropped; returns their mean loss."""
         self.network.train()
         batches = self.batches(windows, "train")
-        steps = self._steps(windows)
-        watch = any(type(callback).on_batch_end is not Callback.on_batch_end for callback in self.callbacks_)
-        with self._device_memory("a training batch"), steps.training_pass(batches, watch) as step:
-            for number in range(batches.whole):
-                total = step(number)
-                if self.device.type == "cpu":  # on a GPU the check would wait for the device every step
-                    self._require_finite(total, number + 1)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        with self._device_memory("a training batch"), self._training_step(windows) as step:
+            for number, samples in enumerate(batches, start=1):
+                total += step(samples)
+                if self.device.type == "cpu":  # on a GPU the check would synchronize at every step
+                    self._require_finite(total, number)
                 self._notify("on_batch_end")
-        self._require_finite(steps.total, batches.whole)
-        return float(steps.total) / batches.whole
+        self._require_finite(total, batches.whole)
+        return float(total) / batches.whole
 
-    def _steps(self, windows: WindowSet) -> Steps:
-        """What makes the training steps of a fit."""
-        if self._steps_of is None or self._steps_of[0] is not windows:
-            self._steps_of = windows, training_steps(self, windows)
-        return self._steps_of[1]
+    @contextmanager
+    def _training_step(self, windows: WindowSet) -> Iterator[Callable[[Tensor], Tensor]]:
+        """The step of one epoch: `train_step` bound to `windows`, or the CUDA graphs of it."""
+        if self._params["cuda_graphs"] and (self._graphed_step is None or self._graphed_step.windows is not windows):
+            self._graphed_step = graphed_step(self, windows)
+        if self._graphed_step is None:
+            yield partial(self.train_step, windows)
+        else:
+            with self._graphed_step.epoch():
+                yield self._graphed_step
+
+    def _epoch_scores(self, train: WindowSet, valid: WindowSet | None) -> dict[str, float]:
+        """Scores of the current weights on the training and the validation segment."""
+        scores = {"train": self.score_segment(train, "train")[0]}
+        if valid is not None:
+            scores["valid"], scores["valid_all"] = self.score_segment(valid, "valid")
+        return scores
+
+    def _end_epoch(self, record: dict[str, float]) -> None:
+        """Store and log the record of an epoch, and notify the callbacks."""
+        self.progress_.records.append(record)
+        self.fitted = True
+        self.logger.info("epoch %d: %s", self.epoch_, _shown(record))
+        self._notify("on_valid_end")
+        self.progress_.finished = self.stop_training
+        self._notify("on_epoch_end")
 
     def batches(self, windows: WindowSet, stage: str) -> Batches:
         """The batches of one pass; `stage` is "train", "train_score", "valid_score" or "predict"."""
@@ -322,12 +336,8 @@ class Estimator:
 
     def run_network(self, windows: WindowSet, samples: Tensor, offsets: Tensor | None = None) -> Tensor:
         """Predictions [B] for samples int64 [B]; `offsets` cuts them into batches, None: they are one."""
-        prediction: Tensor = self.network(self.features_of(windows, samples))
+        prediction: Tensor = self.network(windows.batch(samples))
         return prediction
-
-    def features_of(self, windows: WindowSet, samples: Tensor) -> Tensor:
-        """What the network is given for some samples: [B, T, F], or [B, F*T] if flat."""
-        return windows.batch(samples)
 
     def train_step(self, windows: WindowSet, samples: Tensor) -> Tensor:
         """Forward, backward, value clipping and optimiser step for samples int64 [B]; the detached loss."""
@@ -469,7 +479,7 @@ class Estimator:
         """Take back what `checkpoint_facts` gave."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "callbacks_": [], "_steps_of": None}
+        return {**self.__dict__, "callbacks_": [], "_graphed_step": None}
 
     # ---------------------------------------------------------------- helpers
     def _build_optimizer(self, name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -504,6 +514,11 @@ class Estimator:
         if not self.fitted:
             raise NotFittedError("model is not fitted yet! Remedy: call fit(dataset) or load_weights(path) first.")
 
+    def _fit_callbacks(self, callbacks: Sequence[Callback], checkpoint_dir: str | Path | None) -> list[Callback]:
+        """The callbacks of a fit in the order of their calls."""
+        own = [] if checkpoint_dir is None else [Checkpoint(checkpoint_dir)]
+        return [EarlyStopping(self._params["early_stop"]), *callbacks, *own, Progress(self._params["progress"])]
+
     def _notify(self, moment: str) -> None:
         for callback in self.callbacks_:
             getattr(callback, moment)(self)
@@ -519,5 +534,5 @@ def _finite_mean(values: np.ndarray) -> float:
     return float(known.mean()) if len(known) else float("nan")
 
 
-def _shown(record: dict[str, Any]) -> str:
+def _shown(record: dict[str, float]) -> str:
     return ", ".join(f"{k} {v:.6f}" if "seconds" not in k else f"{k} {v:.2f}" for k, v in record.items())

@@ -1,19 +1,24 @@
-"""Training steps as CUDA graphs: the launches of a step are recorded once and then repeated with one call.
+"""Training steps as CUDA graphs: all kernel launches of a step are captured once and replayed with a single call.
 
-A step of the models here is tens to hundreds of kernels of a few microseconds, so what is asked of the GPU one by one
-leaves it waiting. A batch size is run as it is written when it comes first, which shows whether the step waits for the
-device, and recorded when it comes again; from then on a step is a copy of its sample numbers and a replay. Only what
-Python did stays away from a replay: so whatever could change it is part of the `Fingerprint` under which a graph is
-kept, and what must run each time (hooks) keeps a step from being recorded.
+A training step of these models launches tens to hundreds of kernels that take a few microseconds each. Launched one by
+one from Python, they leave the GPU idle most of the time.
 
-Source: CUDA graphs as in torch's notes on CUDA semantics, "whole network capture".
+The first batch of each size runs eagerly, which also detects host synchronization. The second is captured as a CUDA
+graph and replayed from then on: the sample numbers are copied into the graph's input, and one call repeats the step.
+
+A replay runs no Python. Everything in Python that can change a step is therefore part of its `fingerprint`, and a new
+fingerprint discards all graphs. Steps with hooks, which Python must call every time, always run eagerly. So do steps
+that synchronize with the host (for example, a `loss_fn` that calls `.item()`) or that cannot be captured, with a
+warning.
+
+Source: "whole network capture" in the CUDA semantics notes of PyTorch.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -21,43 +26,47 @@ import torch
 from torch import Tensor, nn
 
 from qfast import _backend
-from qfast.data.batching import Batches
 from qfast.nn.plain import has_hooks
 from qfast.precision import precision, torchs_precision
+from qfast.training.callbacks import Callback
 
 if TYPE_CHECKING:
     from qfast.data.windows import WindowSet
     from qfast.training.estimator import Estimator
 
-Step = Callable[[Tensor], Tensor]  # sample numbers int64 [B] -> detached loss, 0-d
 Fingerprint = Hashable
 
-MOST_GRAPHS = 64  # of different batch sizes; days of further sizes run as they are written
+MAX_GRAPHS = 64  # batch sizes captured at the same time; batches of further sizes run eagerly
 
-__all__ = ["CudaRecorder", "Recorder", "StepGraphs", "Steps", "fingerprint", "training_steps"]
+__all__ = ["CudaRecorder", "Fingerprint", "GraphedStep", "Recorder", "fingerprint", "graphed_step"]
 
 
 class Recorder(Protocol):
-    """What can record the work of a device and repeat it."""
+    """Captures the work of a device and replays it."""
 
     def work(self) -> AbstractContextManager[None]:
-        """Everything of a training pass happens within it."""
+        """Context in which all steps of an epoch run."""
         ...
 
-    def waits(self, call: Callable[[], None]) -> str | None:
-        """Make the call; where in it the host waited for the device, if it did."""
+    def run(self, step: GraphedStep, samples: Tensor) -> tuple[Tensor, str | None]:
+        """Run the step eagerly. Return its loss and the source line that synchronized with the host, if any."""
         ...
 
-    def record(self, call: Callable[[], None]) -> Callable[[], None]:
-        """What repeats the call's work; the call itself has no effect yet."""
+    def capture(self, step: GraphedStep, samples: Tensor) -> tuple[Callable[[], None], Tensor]:
+        """Capture the step without effect. Return a function that replays it and the loss that a replay overwrites."""
         ...
 
 
 class CudaRecorder:
-    """A stream of its own, and graphs that share their memory.
+    """A stream of its own and a memory pool that all its graphs share.
 
-    Sharing is safe: replays follow each other on the one stream, and what a graph leaves in its memory (the
-    gradients) is held, so that no other is given that memory.
+    Sharing the pool is safe because replays run one after another on one stream. `GraphedStep` holds references to the
+    losses and gradients, which must outlive a replay, so no other graph reuses their memory.
+
+    Parameters
+    ----------
+    device : torch.device
+        A CUDA device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -68,6 +77,7 @@ class CudaRecorder:
 
     @contextmanager
     def work(self) -> Iterator[None]:
+        """Run the block on the recorder's stream, ordered with the stream around it."""
         with torch.cuda.device(self.device):
             outside = torch.cuda.current_stream()
             self.stream.wait_stream(outside)
@@ -77,225 +87,192 @@ class CudaRecorder:
             finally:
                 outside.wait_stream(self.stream)
 
-    def waits(self, call: Callable[[], None]) -> str | None:
-        before = torch.cuda.get_sync_debug_mode()
+    def run(self, step: GraphedStep, samples: Tensor) -> tuple[Tensor, str | None]:
+        """As `Recorder.run`, by torch's debug mode for synchronizing operations; other warnings are passed on."""
+        previous_mode = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
-                call()
+                loss = step.run_eagerly(samples)
             finally:
-                torch.cuda.set_sync_debug_mode(before)
-        found = [w for w in caught if "synchronizing CUDA operation" in str(w.message)]
+                torch.cuda.set_sync_debug_mode(previous_mode)
+        synchronizing = [w for w in caught if "synchronizing CUDA operation" in str(w.message)]
         for other in caught:
-            if other not in found:
+            if other not in synchronizing:
                 warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
-        return f"{found[0].filename}:{found[0].lineno}" if found else None
+        return loss, f"{synchronizing[0].filename}:{synchronizing[0].lineno}" if synchronizing else None
 
-    def record(self, call: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, step: GraphedStep, samples: Tensor) -> tuple[Callable[[], None], Tensor]:
+        """As `Recorder.capture`."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-            call()
-        return graph.replay
+            loss = step.run_eagerly(samples)
+        return graph.replay, loss
 
 
-class Steps:
-    """Training steps as they are written.
+class CapturedStep(NamedTuple):
+    """The graph of one batch size, with the tensors it reads and writes.
 
-    Parameters
+    Attributes
     ----------
-    step : callable
-        Runs a step for sample numbers int64 [B] and gives its loss, detached.
-    device : torch.device
-        Where the sample numbers live.
+    samples : Tensor
+        int64 [B], the graph's input: sample numbers are copied here before a replay.
+    replay : callable
+        Repeats the step.
+    loss : Tensor
+        0-d, the detached loss of the last replay.
+    gradients : list of (parameter, gradient)
+        The gradients that a replay writes, to be attached to the parameters afterwards.
     """
-
-    def __init__(self, step: Step, device: torch.device) -> None:
-        self.step = step
-        self.total = torch.zeros((), dtype=torch.float64, device=device)
-
-    @contextmanager
-    def training_pass(self, batches: Batches, watch: bool = False) -> Iterator[Callable[[int], Tensor]]:
-        """Gives what runs the step of a batch, by its number, and returns the sum of the losses so far, [] float64.
-
-        `watch`: what steps depend on may change between two of them, not only between two passes.
-        """
-        bounds = batches.bounds.tolist()
-        self.total.zero_()
-
-        def run(number: int) -> Tensor:
-            self._make(batches.order[bounds[number] : bounds[number + 1]], watch)
-            return self.total
-
-        yield run
-
-    def _make(self, samples: Tensor, watch: bool) -> None:
-        self.total += self.step(samples)
-
-
-class Recording(NamedTuple):
-    """A step of one batch size: where its sample numbers go, what repeats it, where its gradients come."""
 
     samples: Tensor
     replay: Callable[[], None]
-    gradients: list[tuple[Tensor, Tensor | None]]
+    loss: Tensor
+    gradients: Sequence[tuple[nn.Parameter, Tensor | None]]
 
 
-class StepGraphs(Steps):
-    """Training steps that are recorded once for each batch size.
+class GraphedStep:
+    """The training step of an estimator, captured once per batch size and replayed from then on.
+
+    Call it like a plain step: `step(samples)` takes sample numbers, int64 [B], and returns the detached loss, 0-d. The
+    next call with the same batch size overwrites that tensor. Calls belong in `with step.epoch():`.
 
     Parameters
     ----------
-    step : callable
-        As `Steps`. Must not depend on anything that neither the numbers nor `fingerprint` tell.
-    fingerprint : callable
-        What else a recorded step was recorded for, None while steps must not be recorded. Another one means new
-        recordings.
-    parameters : callable
-        Gives the tensors that have the step's gradients afterwards.
+    estimator : Estimator
+        Its `train_step` must depend only on its arguments, on weights and buffers, and on what `fingerprint` covers.
+    windows : WindowSet
+        The training samples.
     recorder : Recorder
     """
 
-    def __init__(
-        self,
-        step: Step,
-        device: torch.device,
-        fingerprint: Callable[[], Fingerprint],
-        parameters: Callable[[], Iterable[Tensor]],
-        recorder: Recorder,
-    ) -> None:
-        super().__init__(step, device)
-        self.fingerprint, self.parameters, self.recorder = fingerprint, parameters, recorder
+    def __init__(self, estimator: Estimator, windows: WindowSet, recorder: Recorder) -> None:
+        self.estimator, self.windows, self.recorder = estimator, windows, recorder
         self.logger = logging.getLogger("qfast")
-        self.tried: set[int] = set()  # batch sizes that ran as they are written
-        self.replays: dict[int, Recording] = {}  # of the fingerprint, by batch size
-        self.recorded_for: Fingerprint = None
-        self.refusal: str | None = None  # why steps are not recorded any more
+        self.sizes_run: set[int] = set()  # batch sizes that have run eagerly once
+        self.captured: dict[int, CapturedStep] = {}  # by batch size, all for `captured_for`
+        self.captured_for: Fingerprint = None
+        self.refusal: str | None = None  # why no step is captured any more
+        self.watched = False  # callbacks run between steps and may change the fingerprint
 
     @contextmanager
-    def training_pass(self, batches: Batches, watch: bool = False) -> Iterator[Callable[[int], Tensor]]:
-        with self.recorder.work(), super().training_pass(batches, watch) as run:
-            self._look()
-            yield run
+    def epoch(self) -> Iterator[None]:
+        """Context for the steps of one epoch."""
+        self.watched = any(type(c).on_batch_end is not Callback.on_batch_end for c in self.estimator.callbacks_)
+        with self.recorder.work():
+            self._check_fingerprint()
+            yield
 
-    def _make(self, samples: Tensor, watch: bool) -> None:
-        if watch:
-            self._look()
-        if not self._replay(samples):
-            self._look()  # a first step makes the optimiser's state
-
-    def _look(self) -> None:
-        now = self.fingerprint()
-        if now != self.recorded_for:
-            self.replays.clear()
-            self.recorded_for = now
-
-    def _replay(self, samples: Tensor) -> bool:
-        """Make the step; whether it was a replay."""
+    def __call__(self, samples: Tensor) -> Tensor:
+        if self.watched:
+            self._check_fingerprint()
         size = len(samples)
-        if size not in self.replays:
-            fit = self.refusal is None and self.recorded_for is not None and len(self.replays) < MOST_GRAPHS
-            if not fit or size not in self.tried:
-                self._try(samples, fit)
-                return False
-            if not self._record(samples):
-                self._add(samples)
-                return False
-        recording = self.replays[size]
-        recording.samples.copy_(samples)
-        recording.replay()
-        for parameter, gradient in recording.gradients:
-            parameter.grad = gradient
-        return True
+        if size in self.captured or (size in self.sizes_run and self._may_capture() and self._capture(samples)):
+            return self._replay(self.captured[size], samples)
+        if size not in self.sizes_run and self._may_capture():
+            loss = self._run_first(samples)
+        else:
+            loss = self.run_eagerly(samples)
+        self._check_fingerprint()  # the first step of a fit creates the optimizer's state
+        return loss
 
-    def _add(self, samples: Tensor) -> None:
-        self.total += self.step(samples)
+    def run_eagerly(self, samples: Tensor) -> Tensor:
+        """Run the estimator's step kernel by kernel and return its loss."""
+        return self.estimator.train_step(self.windows, samples)
 
-    def _try(self, samples: Tensor, watched: bool) -> None:
-        if not watched:
-            return self._add(samples)
-        where = self.recorder.waits(lambda: self._add(samples))
-        self.tried.add(len(samples))
-        if where is not None:
-            self._refuse(f"they wait for the device ({where})")
-        return None
+    def _check_fingerprint(self) -> None:
+        """Discard all graphs if anything they depend on has changed."""
+        current = fingerprint(self.estimator.network, self.estimator.train_optimizer)
+        if current != self.captured_for:
+            self.captured.clear()
+            self.captured_for = current
 
-    def _record(self, samples: Tensor) -> bool:
-        numbers = samples.clone()
+    def _may_capture(self) -> bool:
+        return self.refusal is None and self.captured_for is not None and len(self.captured) < MAX_GRAPHS
+
+    def _run_first(self, samples: Tensor) -> Tensor:
+        """Run the first batch of a size, and refuse to capture if it synchronizes with the host."""
+        loss, line = self.recorder.run(self, samples)
+        self.sizes_run.add(len(samples))
+        if line is not None:
+            self._refuse(f"they synchronize with the host ({line})")
+        return loss
+
+    def _capture(self, samples: Tensor) -> bool:
+        """Capture the step for this batch size. Returns False if that fails; then no part of the step has run."""
+        graph_samples = samples.clone()
         try:
-            replay = self.recorder.record(lambda: self._add(numbers))
-        except RuntimeError as error:  # nothing of the step has run
+            replay, loss = self.recorder.capture(self, graph_samples)
+        except RuntimeError as error:
             self._refuse(str(error).splitlines()[0])
             return False
-        gradients = [(parameter, parameter.grad) for parameter in self.parameters()]
-        self.replays[len(samples)] = Recording(numbers, replay, gradients)
+        gradients = [(parameter, parameter.grad) for parameter in self.estimator.network.parameters()]
+        self.captured[len(samples)] = CapturedStep(graph_samples, replay, loss, gradients)
         return True
 
-    def _refuse(self, why: str) -> None:
-        self.refusal = why
-        self.replays.clear()
-        self.logger.warning("training steps are launched kernel by kernel, not as CUDA graphs: %s", why)
+    def _replay(self, captured: CapturedStep, samples: Tensor) -> Tensor:
+        captured.samples.copy_(samples)
+        captured.replay()
+        for parameter, gradient in captured.gradients:
+            parameter.grad = gradient
+        return captured.loss
+
+    def _refuse(self, reason: str) -> None:
+        self.refusal = reason
+        self.captured.clear()
+        self.logger.warning("training steps are launched kernel by kernel, not as CUDA graphs: %s", reason)
 
 
-def training_steps(estimator: Estimator, windows: WindowSet) -> Steps:
-    """The steps of a fit: recorded ones where `cuda_graphs` asks for them and there is a GPU."""
-
-    def step(samples: Tensor) -> Tensor:
-        return estimator.train_step(windows, samples)
-
-    recorder = recorder_for(estimator.device) if estimator.get_params()["cuda_graphs"] else None
+def graphed_step(estimator: Estimator, windows: WindowSet) -> GraphedStep | None:
+    """The estimator's training step as CUDA graphs; None if its device cannot record them."""
+    recorder = recorder_for(estimator.device)
     if recorder is None:
-        return Steps(step, estimator.device)
+        return None
     for group in estimator.train_optimizer.param_groups:
         if "capturable" in group:
-            group["capturable"] = True  # the count of steps stays on the device
-    # else it warns at each step that runs as it is written
+            group["capturable"] = True  # keeps the number of steps on the device
+    # Without this torch warns at every step that a capturable optimizer runs outside of a graph.
     estimator.train_optimizer._warned_capturable_if_run_uncaptured = True
-    return StepGraphs(
-        step,
-        estimator.device,
-        fingerprint=lambda: fingerprint(estimator.network, estimator.train_optimizer),
-        parameters=lambda: estimator.network.parameters(),
-        recorder=recorder,
-    )
+    return GraphedStep(estimator, windows, recorder)
 
 
 def recorder_for(device: torch.device) -> Recorder | None:
-    """What records on a device; None where nothing can."""
+    """The recorder of a device; None for the CPU."""
     return CudaRecorder(device) if device.type == "cuda" else None
 
 
 def fingerprint(network: nn.Module, optimizer: torch.optim.Optimizer) -> Fingerprint:
-    """What a recorded training step depends on.
+    """Returns a hashable key for everything the captured step depends on, or None if the step must not be captured.
 
-    Modes, weights and their places, the optimiser's settings and state, and how products are computed.
-
-    None where something in Python waits for each step.
+    The key covers the modes of all modules, the addresses of parameters, buffers and optimizer state, which parameters
+    require a gradient, the optimizer's settings, and the precision of matrix products. A step with hooks, or in torch's
+    anomaly mode, must not be captured.
     """
     if _has_step_hooks(network, optimizer):
         return None
     parameters = [
-        (p.data_ptr(), p.requires_grad, tuple(_plain(value) for value in optimizer.state.get(p, {}).values()))
+        (p.data_ptr(), p.requires_grad, tuple(_hashable(value) for value in optimizer.state.get(p, {}).values()))
         for p in network.parameters()
     ]
     buffers = tuple(buffer.data_ptr() for buffer in network.buffers())
     settings = [
-        tuple((name, _plain(value)) for name, value in group.items() if name != "params")
+        tuple((name, _hashable(value)) for name, value in group.items() if name != "params")
         for group in optimizer.param_groups
     ]
     modes = tuple(part.training for part in network.modules())
-    how = precision(), torchs_precision(), _backend.cuda_layers
-    return id(optimizer), tuple(parameters), buffers, tuple(settings), modes, how
+    arithmetic = precision(), torchs_precision(), _backend.cuda_layers
+    return id(optimizer), tuple(parameters), buffers, tuple(settings), modes, arithmetic
 
 
-def _plain(value: object) -> Hashable:
+def _hashable(value: object) -> Hashable:
     if isinstance(value, Tensor):
         return value.data_ptr()
     return value if isinstance(value, (str, int, float, tuple, type(None))) else id(value)
 
 
 def _has_step_hooks(network: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether something in Python waits for each step, which a replay would leave out."""
+    """Whether Python code runs within each step, which a replay would skip."""
     if any(has_hooks(part) for part in network.modules()):
         return True
     if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in network.parameters()):
