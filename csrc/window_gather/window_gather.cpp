@@ -1,6 +1,7 @@
-// Rolling windows out of an instrument-major panel, on the CPU. The worked example for operators: checks,
-// allocation, the job struct, parallel_for over what a thread owns, registration. The schemas stand in
-// qfast/ops/window_gather.py, the kernels in window_gather_kernels.h.
+// Gathers rolling windows from an instrument-major panel on the CPU. This is the worked example for
+// operators: it checks the arguments, allocates the result, fills the job struct, runs parallel_for over the
+// units that a thread owns, and registers the operator. qfast/ops/window_gather.py contains the schemas,
+// window_gather_kernels.h the kernels.
 #include "window_gather/window_gather.h"
 
 #include <limits>
@@ -14,17 +15,18 @@
 namespace qfast {
 namespace {
 
-constexpr int64_t kGrainBytes = 64 << 10;     // output of one task: long enough to pay for waking a thread
-constexpr int64_t kHugeBytes = 32LL << 20;    // output that malloc maps anew each time
-constexpr int64_t kStreamBytes = 16LL << 20;  // output from which writing around the caches measures faster
+constexpr int64_t kGrainBytes = 64 << 10;     // output of one task; less does not pay for waking a thread
+constexpr int64_t kHugeBytes = 32LL << 20;    // from this size malloc maps fresh pages for every result
+constexpr int64_t kStreamBytes = 16LL << 20;  // from this size non-temporal stores measure faster
 
 void check_cpu(const char* op, const char* name, const Tensor& tensor) {
-  QFAST_CHECK(tensor.is_cpu(), op, ": ", name, ": expected a CPU tensor.");
+  QFAST_CHECK(tensor.is_cpu(), op, ": ", name, ": expected a CPU tensor, got a tensor on ",
+              tensor.is_cuda() ? "CUDA" : "another device", ". Remedy: ", name, ".cpu().");
 }
 
 template <class Integer>
 int64_t first_outside(const Integer* rows, int64_t count, int64_t panel_rows) {
-  bool any = false;  // no early exit: this loop vectorises, and errors are rare
+  bool any = false;  // without an early exit the loop is vectorized, and errors are rare
   for (int64_t i = 0; i < count; ++i) any |= rows[i] < -1 || rows[i] >= panel_rows;
   for (int64_t i = 0; any && i < count; ++i) {
     if (rows[i] < -1 || rows[i] >= panel_rows) return i;
@@ -35,17 +37,17 @@ int64_t first_outside(const Integer* rows, int64_t count, int64_t panel_rows) {
 void check_bounds(const char* op, const char* name, const Tensor& rows, int64_t panel_rows) {
   const int64_t count = rows.numel();
   const RowNumbers numbers = row_numbers(rows);
-  const int64_t at = numbers.wide
-                         ? first_outside(static_cast<const int64_t*>(numbers.data), count, panel_rows)
-                         : first_outside(static_cast<const int32_t*>(numbers.data), count, panel_rows);
-  if (at < 0) return;
-  const int64_t value = numbers.wide ? static_cast<const int64_t*>(numbers.data)[at]
-                                     : static_cast<const int32_t*>(numbers.data)[at];
+  const int64_t invalid = numbers.wide
+                              ? first_outside(static_cast<const int64_t*>(numbers.data), count, panel_rows)
+                              : first_outside(static_cast<const int32_t*>(numbers.data), count, panel_rows);
+  if (invalid < 0) return;
+  const int64_t value = numbers.wide ? static_cast<const int64_t*>(numbers.data)[invalid]
+                                     : static_cast<const int32_t*>(numbers.data)[invalid];
   const int64_t steps = rows.dim() == 2 ? rows.size(1) : 1;
-  const std::string where =
-      rows.dim() == 2 ? message("[", at / steps, ", ", at % steps, "]") : message("[", at, "]");
+  const std::string where = rows.dim() == 2 ? message("[", invalid / steps, ", ", invalid % steps, "]")
+                                            : message("[", invalid, "]");
   throw std::out_of_range(message(op, ": ", name, where, " is ", value, ", outside the panel's rows 0..",
-                                  panel_rows - 1, " (-1 stands for no row)."));
+                                  panel_rows - 1, " (-1 means no row)."));
 }
 
 Tensor gather(const Tensor& panel, const Tensor& index, const WindowTables* tables, int64_t windows,
@@ -86,13 +88,14 @@ Tensor window_rows_cpu(const Tensor& position, const Tensor& back, const Tensor&
   const char* op = "window_rows";
   check_dims(op, "index.position", position, 1, "[R]");
   check_cpu(op, "index.position", position);
-  const HeldTables held = check_tables(op, position, "index.position", position, back, run, last_row,
-                                       step_len, fill, first_position);
-  check_bounds(op, "last_row", held.last_row, held.tables.panel_rows);
+  const HeldTables window_index = check_tables(op, position, "index.position", position, back, run, last_row,
+                                               step_len, fill, first_position);
+  check_bounds(op, "last_row", window_index.last_row, window_index.tables.panel_rows);
   const int64_t windows = last_row.size(0);
   const int64_t shape[] = {windows, step_len};
   Tensor rows = torch::stable::new_empty(position, {shape, 2}, ScalarType::Long);
-  const ResolveJob job{held.tables, row_numbers(held.last_row), rows.mutable_data_ptr<int64_t>()};
+  const ResolveJob job{window_index.tables, row_numbers(window_index.last_row),
+                       rows.mutable_data_ptr<int64_t>()};
   const CpuKernels& kernels = cpu_kernels();
   parallel_for(windows, kGrainBytes / (step_len * 8),
                [&](int64_t begin, int64_t end) { kernels.resolve_windows(job, begin, end); });
@@ -120,11 +123,11 @@ Tensor gather_rolling_windows_cpu(const Tensor& panel, const Tensor& position, c
   const char* op = "gather_rolling_windows";
   check_panel(op, panel, column_begin, column_end);
   check_cpu(op, "panel", panel);
-  const HeldTables held =
+  const HeldTables window_index =
       check_tables(op, panel, "panel", position, back, run, last_row, step_len, fill, first_position);
-  check_bounds(op, "last_row", held.last_row, panel.size(0));
-  return gather(adjacent_columns(panel), held.last_row, &held.tables, last_row.size(0), step_len,
-                column_begin, column_end, transposed);
+  check_bounds(op, "last_row", window_index.last_row, panel.size(0));
+  return gather(adjacent_columns(panel), window_index.last_row, &window_index.tables, last_row.size(0),
+                step_len, column_begin, column_end, transposed);
 }
 
 Tensor gather_windows_backward_cpu(const Tensor& grad, const Tensor& rows, int64_t n_rows, int64_t n_columns,
@@ -149,7 +152,8 @@ Tensor gather_windows_backward_cpu(const Tensor& grad, const Tensor& rows, int64
                        transposed};
   const bool single = grad.scalar_type() == ScalarType::Float;
   const auto kernel = single ? cpu_kernels().scatter_windows_f32 : cpu_kernels().scatter_windows_f64;
-  const int64_t threads = torch::stable::get_num_threads();  // one task a thread: each reads all row numbers
+  const int64_t threads =
+      torch::stable::get_num_threads();  // one task per thread, as each task reads all rows
   parallel_for(n_rows, (n_rows + threads - 1) / threads,
                [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
   return out;

@@ -1,6 +1,13 @@
-// Rolling windows out of an instrument-major panel, on CUDA. Same order everywhere: checks, device guard,
-// allocation, empty return, dispatch, launch, launch check. Row numbers outside the panel read as NaN here
-// (finding them would need a synchronisation); the CPU raises IndexError.
+// Gathers rolling windows from an instrument-major panel on CUDA, and computes the gradient of the panel.
+//
+// Forward: a warp owns a window and writes it in output order, so writes are coalesced. Backward: the row
+// numbers are sorted, and a warp owns all steps of one panel row, so the sums need no atomics. Both
+// directions are bound by bytes: B T W elements read and written once, plus the sort in the backward pass.
+// Backward needs only the row numbers.
+//
+// Row numbers outside the panel read as NaN, because reporting them would need a synchronization. The CPU
+// raises IndexError. Every function has the same order: checks, device guard, allocation, return for empty
+// results, dispatch, launch, launch check.
 #include <array>
 #include <limits>
 #include <optional>
@@ -24,8 +31,8 @@ __device__ __forceinline__ int64_t row_number(const RowNumbers& rows, int64_t i)
   return rows.wide ? static_cast<const int64_t*>(rows.data)[i] : static_cast<const int32_t*>(rows.data)[i];
 }
 
-// Computes rows[b, :] as resolve_window states. A thread owns whole windows.
-// Bytes bound: up to 3 table entries read and 8 bytes written per step.
+// Computes rows[b, :] with resolve_window. A thread owns whole windows. Bound by bytes: up to 3 table entries
+// read and 8 bytes written per step.
 __global__ void window_rows_kernel(const ResolveJob job, int64_t windows) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t b = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; b < windows; b += stride) {
@@ -33,10 +40,10 @@ __global__ void window_rows_kernel(const ResolveJob job, int64_t windows) {
   }
 }
 
-// What the device needs to know of a gather: sizes in units of Word (4, 8 or 16 bytes).
+// Arguments of the gather kernel. All sizes are in words of 4, 8 or 16 bytes.
 template <class Word>
 struct DeviceGather {
-  const Word* panel;  // first wanted column of row 0
+  const Word* panel;  // first requested column of row 0
   int64_t row_stride;
   int64_t width;
   int64_t panel_rows;
@@ -44,12 +51,13 @@ struct DeviceGather {
   int64_t windows;
   RowNumbers index;
   WindowTables tables;
-  bool rolling;  // index is [B] last rows, else [B, T] rows
+  bool rolling;  // index has the last row of each window [B], else the row of each step [B, T]
   Word missing;
   Word* out;
 };
 
-// Row of step t of window b; -1 = none. `start` >= 0: contiguous; else `numbers` if rolling, else the index.
+// Returns the panel row of step t of window b, or -1. A window with `start` >= 0 is contiguous. Otherwise the
+// row comes from `numbers` for rolling windows and from the index for explicit rows.
 template <class Word>
 __device__ __forceinline__ int64_t step_row(const DeviceGather<Word>& job, int64_t b, int64_t t,
                                             int64_t start, const int64_t* numbers) {
@@ -58,26 +66,25 @@ __device__ __forceinline__ int64_t step_row(const DeviceGather<Word>& job, int64
   return r < job.panel_rows ? r : -1;
 }
 
-// out[i] = word(i) for the lane's own i < count, in ascending order; several loads are on their way at a
+// out[i] = word(i) for the elements i < count of this lane, in ascending order. Four loads are in flight at a
 // time.
 template <class Word, class Source>
 __device__ __forceinline__ void copy_words(Word* out, int64_t count, int lane, Source&& word) {
-  constexpr int kAtATime = 4;
-  for (int64_t begin = lane; begin < count; begin += kWarp * kAtATime) {
-    Word held[kAtATime];
+  constexpr int kLoadsInFlight = 4;
+  for (int64_t begin = lane; begin < count; begin += kWarp * kLoadsInFlight) {
+    Word loaded[kLoadsInFlight];
 #pragma unroll
-    for (int k = 0; k < kAtATime; ++k)
-      if (const int64_t i = begin + k * kWarp; i < count) held[k] = word(i);
+    for (int k = 0; k < kLoadsInFlight; ++k)
+      if (const int64_t i = begin + k * kWarp; i < count) loaded[k] = word(i);
 #pragma unroll
-    for (int k = 0; k < kAtATime; ++k)
-      if (const int64_t i = begin + k * kWarp; i < count) out[i] = held[k];
+    for (int k = 0; k < kLoadsInFlight; ++k)
+      if (const int64_t i = begin + k * kWarp; i < count) out[i] = loaded[k];
   }
 }
 
-// Computes out[b]. A warp owns a window: lane 0 resolves its rows if they have holes, then the lanes take
-// the T x W words in output order (transposed: in [W, T] order), so writes are coalesced. A window without
-// holes of rows that lie side by side is one piece of memory.
-// Bytes bound: B T W words read and written once.
+// Computes out[b]. A warp owns a window. Lane 0 resolves the rows if the window has holes. The lanes then
+// copy T W words in output order ([W, T] if transposed), so writes are coalesced. A window without holes
+// whose rows are contiguous is copied as one block. Bound by bytes: B T W words read and written once.
 template <class Word, bool kTransposed>
 __global__ void __launch_bounds__(kBlock) gather_windows_kernel(const DeviceGather<Word> job) {
   extern __shared__ int64_t shared_rows[];
@@ -97,11 +104,11 @@ __global__ void __launch_bounds__(kBlock) gather_windows_kernel(const DeviceGath
       continue;
     }
     if (job.rolling && start < 0) {
-      __syncwarp();  // the lanes may still read the window before
+      __syncwarp();  // other lanes may still read the numbers of the previous window
       if (lane == 0) resolve_window(job.tables, last, numbers);
       __syncwarp();
     }
-    int64_t outer = lane / inner, position = lane % inner;  // one division a window, not one a word
+    int64_t outer = lane / inner, position = lane % inner;  // one division per window instead of one per word
     copy_words(out, total, lane, [&](int64_t) {
       const int64_t t = kTransposed ? position : outer;
       const int64_t d = kTransposed ? outer : position;
@@ -112,9 +119,11 @@ __global__ void __launch_bounds__(kBlock) gather_windows_kernel(const DeviceGath
   }
 }
 
-// Adds, for each run of equal row numbers in sorted order, the gradients of its steps to one panel row.
-// A warp owns the run that begins at its position; lanes own columns. The sort is stable, so each sum runs
-// in ascending (b, t): no atomics, the same bits every time. Bytes bound: B T (8 + 8 + W elements) read.
+// Sums the gradients of all steps with the same row number into one panel row. `sorted` contains the row
+// numbers in ascending order, `order` their positions in the batch. A warp owns the run of equal numbers that
+// begins at its position, a lane owns columns. The sort is stable, so each sum runs in ascending (b, t)
+// without atomics and has the same bits every time. Bound by bytes: 16 bytes and W elements read for each of
+// B T steps.
 template <class Element>
 __global__ void __launch_bounds__(kBlock)
     scatter_windows_kernel(const ScatterJob job, const int64_t* sorted, const int64_t* order, int64_t count,
@@ -140,12 +149,13 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-Tensor resolve_rows(const HeldTables& held, const Tensor& like, cudaStream_t stream) {
-  const int64_t windows = held.last_row.size(0);
-  const int64_t shape[] = {windows, held.tables.step_len};
+Tensor resolve_rows(const HeldTables& window_index, const Tensor& like, cudaStream_t stream) {
+  const int64_t windows = window_index.last_row.size(0);
+  const int64_t shape[] = {windows, window_index.tables.step_len};
   Tensor rows = torch::stable::new_empty(like, {shape, 2}, ScalarType::Long);
   if (windows == 0) return rows;
-  const ResolveJob job{held.tables, row_numbers(held.last_row), rows.mutable_data_ptr<int64_t>()};
+  const ResolveJob job{window_index.tables, row_numbers(window_index.last_row),
+                       rows.mutable_data_ptr<int64_t>()};
   window_rows_kernel<<<grid_for(windows, kBlock), kBlock, 0, stream>>>(job, windows);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return rows;
@@ -157,7 +167,7 @@ Word nan_word(int64_t element) {
     Word word;
     float single[4];
     double twice[2];
-  } value{};  // the word is its beginning
+  } value{};  // the word is the first bytes of the array
   for (int i = 0; i < 4 && element == 4; ++i) value.single[i] = std::numeric_limits<float>::quiet_NaN();
   for (int i = 0; i < 2 && element == 8; ++i) value.twice[i] = std::numeric_limits<double>::quiet_NaN();
   return value.word;
@@ -188,7 +198,8 @@ void launch_gather(const GatherJob& job, int64_t windows, cudaStream_t stream) {
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// Every row begins on such a word; transposed output scatters elements, so it takes them singly.
+// Returns whether every row begins at a multiple of `bytes`, so it can be copied in words of that size.
+// Transposed output is written element by element, so wider words do not fit.
 bool fits_words(const GatherJob& job, int64_t bytes) {
   const auto divides = [&](int64_t value) { return value % bytes == 0; };
   return !job.transposed && divides(job.width) && divides(job.row_stride) &&
@@ -229,10 +240,10 @@ Tensor window_rows_cuda(const Tensor& position, const Tensor& back, const Tensor
   const char* op = "window_rows";
   check_dims(op, "index.position", position, 1, "[R]");
   check_cuda(op, "index.position", position);
-  const HeldTables held = check_tables(op, position, "index.position", position, back, run, last_row,
-                                       step_len, fill, first_position);
+  const HeldTables window_index = check_tables(op, position, "index.position", position, back, run, last_row,
+                                               step_len, fill, first_position);
   const CudaScope scope(position);
-  return resolve_rows(held, position, scope.stream());
+  return resolve_rows(window_index, position, scope.stream());
 }
 
 Tensor gather_windows_cuda(const Tensor& panel, const Tensor& rows, int64_t column_begin, int64_t column_end,
@@ -255,20 +266,21 @@ Tensor gather_rolling_windows_cuda(const Tensor& panel, const Tensor& position, 
   const char* op = "gather_rolling_windows";
   check_panel(op, panel, column_begin, column_end);
   check_cuda(op, "panel", panel);
-  const HeldTables held =
+  const HeldTables window_index =
       check_tables(op, panel, "panel", position, back, run, last_row, step_len, fill, first_position);
   const CudaScope scope(panel);
   const Tensor source = adjacent_columns(panel);
   const int64_t windows = last_row.size(0);
-  if (step_len > kSharedSteps) {  // too long for shared memory: through explicit row numbers
-    return gather(source, resolve_rows(held, position, scope.stream()), nullptr, windows, step_len,
+  if (step_len >
+      kSharedSteps) {  // the row numbers do not fit into shared memory: write them to global memory
+    return gather(source, resolve_rows(window_index, position, scope.stream()), nullptr, windows, step_len,
                   column_begin, column_end, transposed, scope.stream());
   }
-  return gather(source, held.last_row, &held.tables, windows, step_len, column_begin, column_end, transposed,
-                scope.stream());
+  return gather(source, window_index.last_row, &window_index.tables, windows, step_len, column_begin,
+                column_end, transposed, scope.stream());
 }
 
-// aten::sort.stable along the last axis: (values, indices).
+// aten::sort.stable along the last axis. Returns values and indices.
 std::array<Tensor, 2> stable_sort(const Tensor& keys) {
   std::array<StableIValue, 4> stack{
       torch::stable::detail::from(keys), torch::stable::detail::from(std::optional<bool>(true)),

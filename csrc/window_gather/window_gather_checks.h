@@ -1,4 +1,5 @@
-// Argument checks of the window operators, the same on every device.
+// Argument checks of the window operators, shared by CPU and CUDA. Every message names the argument, the
+// expected value and the actual one.
 #pragma once
 
 #include "common.h"
@@ -23,7 +24,7 @@ inline void check_table(const char* op, const char* name, const Tensor& table, c
   check_same_device(op, name, table, first, first_name);
 }
 
-// The tables of a WindowIndex, contiguous, kept alive next to the pointers to them.
+// Contiguous tables of a WindowIndex, and the pointers to them. The tensors own the memory of the pointers.
 struct HeldTables {
   Tensor position, back, run, last_row;
   WindowTables tables;
@@ -41,27 +42,28 @@ inline HeldTables check_tables(const char* op, const Tensor& first, const char* 
   check_dims(op, "last_row", last_row, 1, "[B]");
   check_same_device(op, "last_row", last_row, first, first_name);
   QFAST_CHECK(step_len >= 1, op, ": step_len: expected at least 1, got ", step_len, ".");
-  QFAST_CHECK(fill >= 0 && fill <= 2, op, ": fill: expected 0, 1 or 2, got ", fill, ".");
-  HeldTables held{torch::stable::contiguous(position),
-                  torch::stable::contiguous(back),
-                  torch::stable::contiguous(run),
-                  torch::stable::contiguous(last_row),
-                  {}};
-  held.tables = {held.position.const_data_ptr<int32_t>(),
-                 held.back.const_data_ptr<int32_t>(),
-                 held.run.const_data_ptr<int32_t>(),
-                 rows,
-                 step_len,
-                 first_position,
-                 static_cast<Fill>(fill)};
-  return held;
+  QFAST_CHECK(fill >= 0 && fill <= 2, op, ": fill: expected 0 (none), 1 (ffill) or 2 (ffill and bfill), got ",
+              fill, ".");
+  HeldTables window_index{torch::stable::contiguous(position),
+                          torch::stable::contiguous(back),
+                          torch::stable::contiguous(run),
+                          torch::stable::contiguous(last_row),
+                          {}};
+  window_index.tables = {window_index.position.const_data_ptr<int32_t>(),
+                         window_index.back.const_data_ptr<int32_t>(),
+                         window_index.run.const_data_ptr<int32_t>(),
+                         rows,
+                         step_len,
+                         first_position,
+                         static_cast<Fill>(fill)};
+  return window_index;
 }
 
 inline RowNumbers row_numbers(const Tensor& rows) {
   return {rows.const_data_ptr(), rows.scalar_type() == ScalarType::Long};
 }
 
-// A panel whose columns are adjacent; any row stride stands.
+// Returns the panel with adjacent columns. The rows may have any stride.
 inline Tensor adjacent_columns(const Tensor& panel) {
   return panel.size(1) > 1 && panel.stride(1) != 1 ? torch::stable::contiguous(panel) : panel;
 }
@@ -81,8 +83,8 @@ inline void check_backward(const char* op, const Tensor& grad, const Tensor& row
   check_same_device(op, "rows", rows, grad, "grad");
   const int64_t width = grad.size(transposed ? 1 : 2);
   QFAST_CHECK(rows.size(0) == grad.size(0) && rows.size(1) == grad.size(transposed ? 2 : 1), op,
-              ": rows: expected one row number a step of grad ", shape_text(grad), ", got ", shape_text(rows),
-              ".");
+              ": rows: expected one row number for each step of grad ", shape_text(grad), ", got ",
+              shape_text(rows), ".");
   QFAST_CHECK(column_begin >= 0 && column_begin + width <= n_columns, op, ": column_begin: expected ", width,
               " columns to fit in ", n_columns, ", got column_begin ", column_begin, ".");
 }

@@ -1,24 +1,32 @@
-// CPU kernels of the rolling-window gather; see cpu_isa_body.h for what may stand here.
+// CPU kernels of the rolling-window gather and its backward pass. cpu_isa_body.h includes this file once per
+// instruction set and lists the language features that it may use.
+//
+// Forward: a thread owns a range of windows and writes contiguous output. Backward: a thread owns a range of
+// panel rows and reads the row numbers of the whole batch, so the sums need no atomics. Backward needs only
+// the row numbers; nothing else is saved. Both directions are bound by bytes: B T D elements are read and
+// written once, without arithmetic in the forward pass and with one addition per element in the backward
+// pass.
 
 static inline int64_t row_number(const RowNumbers& rows, int64_t i) {
   return rows.wide ? static_cast<const int64_t*>(rows.data)[i] : static_cast<const int32_t*>(rows.data)[i];
 }
 
-// Computes rows[b, :] for begin <= b < end. A thread owns whole windows.
-// Bytes bound: up to 3 cache lines of tables per step, 8 bytes out per step.
+// Computes rows[b, :] for begin <= b < end. A thread owns whole windows. Bound by bytes: up to 3 cache lines
+// of tables read and 8 bytes written per step.
 static void resolve_windows(const ResolveJob& job, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) {
     resolve_window(job.tables, row_number(job.last_row, b), job.rows + b * job.tables.step_len);
   }
 }
 
-// How far ahead of the window being copied memory is asked for: its run table entry, then its panel rows.
-// Random windows of a large panel miss every cache; without this each would wait for memory in turn.
+// Prefetch distances: entries of the run table first, then panel rows. The windows of a shuffled batch miss
+// every cache in a large panel. Without prefetching, each window would wait for memory separately.
 constexpr int64_t kTableAhead = 16;       // windows
 constexpr int64_t kPanelAhead = 4 << 10;  // bytes
 
-// Where the window `ahead` of b begins if it has no holes, as most have not; else, and at the end of the
-// batch, some address that is harmless to ask for.
+// Prefetches table entries for the windows after b and returns the start of window b + ahead, assuming that
+// it has no holes, as most windows do not. A wrong guess, and `missing` at the end of the batch, only costs a
+// useless prefetch.
 static inline const unsigned char* upcoming_window(const GatherJob& job, int64_t b, int64_t ahead,
                                                    int64_t end) {
   const bool rolling = job.tables != nullptr;
@@ -31,7 +39,7 @@ static inline const unsigned char* upcoming_window(const GatherJob& job, int64_t
   }
   if (rolling && b + kTableAhead / 2 < end) {
     const int64_t r = row_number(job.index, b + kTableAhead / 2);
-    const int64_t head = r < 0 ? -1 : r - job.tables->run[r];  // the window has a hole before this row
+    const int64_t head = r < 0 ? -1 : r - job.tables->run[r];  // the first row after the last hole
     if (head > 0 && head > r - job.step_len + 1) {
       __builtin_prefetch(job.tables->position + r);
       __builtin_prefetch(job.tables->back + head);
@@ -46,7 +54,7 @@ static inline const unsigned char* upcoming_window(const GatherJob& job, int64_t
   return start < 0 ? job.missing : job.panel + start * job.row_stride;
 }
 
-// out[d, t] = rows[t][d] for one window of T rows. Runs of T are written in order; the T rows stay in L1.
+// out[d, t] = rows[t][d] for one window of T rows. Writes are sequential; the T rows stay in the L1 cache.
 template <class Element>
 static inline void transpose_window(Element* out, const unsigned char* const* rows, int64_t steps,
                                     int64_t width) {
@@ -55,7 +63,7 @@ static inline void transpose_window(Element* out, const unsigned char* const* ro
   }
 }
 
-// rows[t] = where step t of window b is read; `numbers` is room for T row numbers.
+// Sets rows[t] to the address of step t of window b. `numbers` is scratch for T row numbers.
 static inline void window_pointers(const GatherJob& job, int64_t b, int64_t start, int64_t* numbers,
                                    const unsigned char** rows) {
   if (start >= 0) {
@@ -72,9 +80,9 @@ static inline void window_pointers(const GatherJob& job, int64_t b, int64_t star
   }
 }
 
-// Computes out[b] for begin <= b < end. A thread owns whole windows, hence contiguous output.
-// `scratch` holds T numbers, T pointers and one window. Bytes bound: B T D read and written once; the window
-// of a row without holes is T adjacent panel rows, so one long copy where all columns are wanted.
+// Computes out[b] for begin <= b < end. A thread owns whole windows, so its output is contiguous. `scratch`
+// has room for T row numbers, T pointers and one window. Bound by bytes: B T D elements read and written
+// once. A window without holes is T adjacent panel rows, so if all columns are requested it is one long copy.
 static void gather_windows(const GatherJob& job, int64_t begin, int64_t end, unsigned char* scratch) {
   const int64_t window = job.step_len * job.width;
   const bool whole_rows = job.width == job.row_stride && !job.transposed;
@@ -96,7 +104,7 @@ static void gather_windows(const GatherJob& job, int64_t begin, int64_t end, uns
     unsigned char* to = job.stream ? staging : out;
     if (!job.transposed) {
       for (int64_t t = 0, count = 1; t < job.step_len; t += count, count = 1) {
-        if (whole_rows) {  // rows side by side go as one copy
+        if (whole_rows) {  // copy adjacent rows together
           while (t + count < job.step_len && rows[t + count] == rows[t] + count * job.width) ++count;
         }
         copy_bytes(to + t * job.width, rows[t], count * job.width, ahead + t * job.row_stride);
@@ -116,9 +124,10 @@ static void gather_windows(const GatherJob& job, int64_t begin, int64_t end, uns
   if (job.stream) finish_stream();
 }
 
-// Computes grad_panel[r] for begin <= r < end. A thread owns panel rows and walks the whole batch for
-// them in ascending (b, t): no atomics, and the order of each sum does not depend on the threads.
-// Bytes bound: R D written, B T (row number + W) read, plus the row numbers again for every thread.
+// Computes grad_panel[r] for begin <= r < end. A thread owns panel rows and reads the whole batch in
+// ascending (b, t). This needs no atomics, and the order of each sum does not depend on the number of
+// threads. Bound by bytes: R D elements written, B T row numbers and B T W elements read, and the row numbers
+// once more for every thread.
 template <class Element>
 static inline void scatter_windows(const ScatterJob& job, int64_t begin, int64_t end) {
   Element* panel = static_cast<Element*>(job.grad_panel);

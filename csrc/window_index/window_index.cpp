@@ -1,3 +1,6 @@
+// Builds the tables of a WindowIndex from instrument and date codes, on the CPU and in one thread. It runs
+// once per panel, in O(R + number of dates): 8 bytes read and 12 written per row, plus a table of 4 bytes per
+// date.
 #include "window_index/window_index.h"
 
 #include <limits>
@@ -10,38 +13,41 @@ namespace {
 
 void check_codes(const char* name, const int32_t* codes, int64_t rows) {
   for (int64_t r = 0; r < rows; ++r) {
-    QFAST_CHECK(codes[r] >= 0, name, "[", r, "] is ", codes[r], ": codes are not negative.");
+    QFAST_CHECK(codes[r] >= 0, name, "[", r, "] is ", codes[r],
+                ": codes are not negative. Remedy: drop rows without a key.");
   }
 }
 
 void check_order(const int32_t* instruments, const int32_t* dates, int64_t rows) {
   for (int64_t r = 1; r < rows; ++r) {
-    const bool same = instruments[r] == instruments[r - 1];
-    if (same ? dates[r] > dates[r - 1] : instruments[r] > instruments[r - 1]) continue;
-    const bool repeats = same && dates[r] == dates[r - 1];
+    const bool same_instrument = instruments[r] == instruments[r - 1];
+    if (same_instrument ? dates[r] > dates[r - 1] : instruments[r] > instruments[r - 1]) continue;
+    const bool repeats = same_instrument && dates[r] == dates[r - 1];
     QFAST_CHECK(false, "row ", r, " (instrument code ", instruments[r], ", date code ", dates[r], ") ",
                 repeats ? "repeats the key of" : "sorts before", " row ", r - 1, " (instrument code ",
                 instruments[r - 1], ", date code ", dates[r - 1],
-                "); rows must ascend by (instrument, date) without duplicates.");
+                "); rows must ascend by (instrument, date) without duplicates. Remedy: sort_index() and drop "
+                "duplicates.");
   }
 }
 
-// rank[d] = number of dates before d at which any live row exists.
+// rank[d] = number of dates before d on which at least one live row exists.
 std::vector<int32_t> rank_dates(const int32_t* dates, const bool* live, int64_t rows) {
   int32_t last = -1;
   for (int64_t r = 0; r < rows; ++r) last = dates[r] > last ? dates[r] : last;
-  // Codes are ranks, so this table is small; timestamps taken for codes would ask for gigabytes.
+  // Codes are ranks of dates, so this table is small. The limit rejects timestamps that are passed as codes,
+  // for which the table would need gigabytes.
   QFAST_CHECK(last < (1 << 28), "date_codes: expected codes (ranks of dates) below ", 1 << 28, ", got ", last,
               ". Remedy: numpy.unique(dates, return_inverse=True).");
   std::vector<int32_t> rank(static_cast<size_t>(last) + 1, 0);
   for (int64_t r = 0; r < rows; ++r) {
     if (live == nullptr || live[r]) rank[dates[r]] = 1;
   }
-  int32_t before = 0;
+  int32_t dates_before = 0;
   for (int32_t& entry : rank) {
-    const int32_t here = entry;
-    entry = before;
-    before += here;
+    const int32_t has_live_row = entry;
+    entry = dates_before;
+    dates_before += has_live_row;
   }
   return rank;
 }
@@ -50,13 +56,14 @@ std::vector<int32_t> rank_dates(const int32_t* dates, const bool* live, int64_t 
 
 void build_window_index(const int32_t* instruments, const int32_t* dates, const bool* live, int64_t rows,
                         int32_t* position, int32_t* back, int32_t* run) {
-  QFAST_CHECK(rows <= std::numeric_limits<int32_t>::max(), "the panel has ", rows,
-              " rows; int32 tables hold at most ", std::numeric_limits<int32_t>::max(), ".");
+  QFAST_CHECK(rows <= std::numeric_limits<int32_t>::max(), "the panel has ", rows, " rows, expected at most ",
+              std::numeric_limits<int32_t>::max(),
+              " because the tables are int32. Remedy: split the panel by instrument.");
   check_codes("instrument_codes", instruments, rows);
   check_codes("date_codes", dates, rows);
   check_order(instruments, dates, rows);
   const std::vector<int32_t> rank = rank_dates(dates, live, rows);
-  int64_t previous = -1;  // last live row so far
+  int64_t previous = -1;  // the last live row before r
   for (int64_t r = 0; r < rows; ++r) {
     position[r] = -1;
     back[r] = 0;
