@@ -1,22 +1,22 @@
-// Hyperbolic tangent of every element on the CPU. Schema: qfast/ops/activations.py; the kernel:
-// activations.h.
+// Hyperbolic tangent of every element on the CPU. qfast/ops/activations.py contains the schema, activations.h
+// the kernel.
 #include "cpu_dispatch.h"
 #include "cpu_workers.h"
 
 namespace qfast {
 namespace {
 
-constexpr int64_t kGrainElements = 16384;  // of one task: long enough to pay for waking a thread
+constexpr int64_t kGrainElements = 16384;  // of one task; fewer do not pay for waking a thread
 
 Tensor tanh_cpu(const Tensor& x) {
   check_floating("tanh", "x", x);
-  const Tensor held = torch::stable::contiguous(x);
-  Tensor out = empty(held, {held.numel()});
+  const Tensor input = torch::stable::contiguous(x);
+  Tensor out = empty(input, {input.numel()});
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);
-    const Element* const from = held.const_data_ptr<Element>();
+    const Element* const from = input.const_data_ptr<Element>();
     Element* const to = out.mutable_data_ptr<Element>();
-    parallel_for(held.numel(), kGrainElements, [&](int64_t begin, int64_t end) {
+    parallel_for(input.numel(), kGrainElements, [&](int64_t begin, int64_t end) {
       if constexpr (sizeof(Element) == 4) {
         cpu_kernels().tanh_f32(from, to, begin, end);
       } else {
@@ -24,7 +24,7 @@ Tensor tanh_cpu(const Tensor& x) {
       }
     });
   });
-  return torch::stable::reshape(out, held.sizes());
+  return torch::stable::reshape(out, input.sizes());
 }
 
 }  // namespace

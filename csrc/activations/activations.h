@@ -1,6 +1,10 @@
-// Sigmoid and tanh over vectors of the instruction set being compiled, float32 and float64.
-// Both tails saturate to exactly 0, 1 and -1, tanh keeps relative accuracy and the sign at 0, NaN stays NaN.
-// Included inside the namespace of the instruction set.
+// Sigmoid and tanh of vectors, in float32 and float64, and the vector primitives that all CPU kernels use. It
+// is included inside the namespace of an instruction set.
+//
+// Both functions are exactly 0, 1 or -1 in the tails. tanh is accurate relative to its result, also near 0,
+// and keeps the sign of 0. NaN stays NaN. Bound by arithmetic: a polynomial of 5 (float32) or 12 (float64)
+// terms and a division per vector. In the operator `tanh` a thread owns a range of elements; backward needs
+// the result only.
 
 #define QFAST_ALWAYS_INLINE static inline __attribute__((always_inline))
 
@@ -13,12 +17,12 @@ struct Lanes<float> {
   typedef int32_t integers __attribute__((vector_size(QFAST_VECTOR_BYTES)));
   static constexpr int mantissa_bits = 23, bias = 127, terms = 7;
   static constexpr int32_t sign = INT32_MIN;
-  static constexpr float magic = 0x1.8p23f;             // adding it rounds to an integer
-  static constexpr float exp_zero = -104.f;             // exp is 0 from here down
-  static constexpr float tanh_one = 40.f;               // tanh(20) is 1
-  static constexpr float exp_infinite = 89.f;           // exp is infinite from here up
-  static constexpr float ln2_high = 0.693359375f;       // few bits: times an exponent it is exact
-  static constexpr float ln2_low = -2.12194440054e-4f;  // the rest of ln 2
+  static constexpr float magic = 0x1.8p23f;        // adding it rounds to an integer
+  static constexpr float exp_zero = -104.f;        // exp(x) is 0 for smaller x
+  static constexpr float tanh_one = 40.f;          // tanh(20) is 1
+  static constexpr float exp_infinite = 89.f;      // exp(x) is infinite for larger x
+  static constexpr float ln2_high = 0.693359375f;  // has few bits, so its product with an exponent is exact
+  static constexpr float ln2_low = -2.12194440054e-4f;  // ln 2 - ln2_high
 };
 
 template <>
@@ -42,7 +46,7 @@ using Integers = typename Lanes<Element>::integers;
 template <class Element>
 constexpr int64_t kLanes = QFAST_VECTOR_BYTES / sizeof(Element);
 
-// The first `count` lanes; the others are 0 and are not read.
+// Loads the first `count` lanes. The other lanes are 0, and their memory is not read.
 template <class Element>
 QFAST_ALWAYS_INLINE Vector<Element> load(const Element* from, int64_t count) {
   Vector<Element> value = {};
@@ -63,14 +67,16 @@ QFAST_ALWAYS_INLINE void store(Element* to, Vector<Element> value, int64_t count
   }
 }
 
-// Subtracts: 0 + x would be an addition at run time, as it turns -0 into 0.
+// A vector with x in every lane. x - 0 equals x for every x, so the compiler removes the subtraction. It
+// cannot remove 0 + x, which turns -0 into 0.
 template <class Element>
 QFAST_ALWAYS_INLINE Vector<Element> splat(Element x) {
   return x - Vector<Element>{};
 }
 
-// exp(r) = 1 + r + r^2 (c[0] + c[1] r + ...) for |r| <= ln(2) / 2. float32: least maximal relative
-// error, 3.1e-9 (Lawson's iteration); float64: 1 / (k + 2)!.
+// exp(r) = 1 + r + r^2 (c[0] + c[1] r + ...) for |r| <= ln(2) / 2. The float32 coefficients minimize the
+// maximal relative error, 3.1e-9 (Lawson's iteration). The float64 coefficients are the Taylor series, 1 / (k
+// + 2)!.
 template <class Element>
 struct ExpTerms;
 
@@ -89,8 +95,8 @@ struct ExpTerms<double> {
                                  1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800.};
 };
 
-// Sign * x = n ln(2) + r with a whole n, for |x| as large as exponents go. `magic` + n, whose last bits hold
-// n.
+// Splits Sign * x into n ln(2) + r with an integer n, for every |x| for which n is a valid exponent. Returns
+// magic + n, whose last bits are n.
 template <class Element, int Sign = 1>
 QFAST_ALWAYS_INLINE Vector<Element> reduce_exp(Vector<Element> x, Vector<Element>* r) {
   using L = Lanes<Element>;
@@ -100,7 +106,7 @@ QFAST_ALWAYS_INLINE Vector<Element> reduce_exp(Vector<Element> x, Vector<Element
   return shifted;
 }
 
-// exp(r) - 1
+// exp(r) - 1 for a reduced r.
 template <class Element>
 QFAST_ALWAYS_INLINE Vector<Element> exp_rest(Vector<Element> r) {
   using Terms = ExpTerms<Element>;
@@ -125,7 +131,7 @@ QFAST_ALWAYS_INLINE Vector<Element> power_of_two(Integers<Element> exponent) {
   return (Vector<Element>)((exponent + Lanes<Element>::bias) << Lanes<Element>::mantissa_bits);
 }
 
-// 2^n of `magic` + n: 0 for n = -bias, infinity for n = bias + 1.
+// 2^n for an argument magic + n. The result is 0 for n = -bias and infinity for n = bias + 1.
 template <class Element>
 QFAST_ALWAYS_INLINE Vector<Element> shifted_power(Vector<Element> shifted) {
   using L = Lanes<Element>;
@@ -133,8 +139,9 @@ QFAST_ALWAYS_INLINE Vector<Element> shifted_power(Vector<Element> shifted) {
                            (Integers<Element>)splat(Element(1)));
 }
 
-// x where it is within the bound or NaN, else the bound. The processor's own minimum and maximum give the
-// second operand where one is NaN. maskz: gcc 12 warns about what the plain form leaves undefined.
+// Returns x if it is within the bound or NaN, else the bound. The minimum and maximum instructions return the
+// second operand if either is NaN, so x is the second operand. The maskz forms avoid a warning of gcc 12
+// about an undefined operand in the plain forms.
 #if QFAST_VECTOR_BYTES == 64
 #define QFAST_BOUND(name, operation, beyond)                                                          \
   template <class Element>                                                                            \
@@ -167,12 +174,12 @@ QFAST_BOUND(at_most, min, >)
 QFAST_BOUND(at_least, max, <)
 #undef QFAST_BOUND
 
-// 1 / (1 + exp(-x)), within 3 ulp (float32: where it is normal; smaller results may be 0). 0 and 1 in the
-// tails.
+// 1 / (1 + exp(-x)), within 3 ulp. It is exactly 0 and 1 in the tails. float32 results below the smallest
+// normal number may be 0.
 template <class Element>
 QFAST_ALWAYS_INLINE Vector<Element> sigmoid(Vector<Element> x) {
   using L = Lanes<Element>;
-  // past these bounds exp(-x) is infinite, or nothing beside 1
+  // Beyond these bounds exp(-x) is infinite, or too small to change 1.
   const Vector<Element> minus =
       -at_most<Element>(-at_most<Element>(-x, L::exp_infinite), L::exp_infinite - 2);
   Vector<Element> r;
@@ -180,7 +187,8 @@ QFAST_ALWAYS_INLINE Vector<Element> sigmoid(Vector<Element> x) {
   return Element(1) / (power * (exp_rest<Element>(r) + Element(1)) + Element(1));
 }
 
-// With m = exp(2|x|) - 1, free of cancellation at 0: m / (m + 2), with the sign of x. Within 3 ulp.
+// m / (m + 2) with the sign of x, where m = exp(2|x|) - 1 is computed without cancellation near 0. Within 3
+// ulp.
 template <class Element>
 QFAST_ALWAYS_INLINE Vector<Element> tanh(Vector<Element> x) {
   using L = Lanes<Element>;
@@ -193,6 +201,7 @@ QFAST_ALWAYS_INLINE Vector<Element> tanh(Vector<Element> x) {
   return (Vector<Element>)((Integers<Element>)(m / (m + Element(2))) | sign);
 }
 
+// to[i] = tanh(from[i]) for begin <= i < end.
 template <class Element>
 static void tanh_elements(const Element* from, Element* to, int64_t begin, int64_t end) {
   constexpr int64_t lanes = kLanes<Element>;

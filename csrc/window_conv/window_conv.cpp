@@ -1,5 +1,5 @@
-// The convolution over a window's steps on the CPU: buffers and threads. Schemas: qfast/ops/window_conv.py;
-// what is computed: window_conv_kernels.h.
+// Convolution over the steps of each window on the CPU: checks, packed weights, buffers and threads.
+// qfast/ops/window_conv.py contains the schemas, window_conv_kernels.h the kernels.
 #include "window_conv/window_conv.h"
 
 #include <tuple>
@@ -9,7 +9,7 @@
 namespace qfast {
 namespace {
 
-constexpr int64_t kTileRows = 240;
+constexpr int64_t kTileRows = 240;  // steps of a tile, which contains whole windows
 
 auto forward_kernel(float) { return cpu_kernels().window_conv_f32; }
 auto forward_kernel(double) { return cpu_kernels().window_conv_f64; }
@@ -21,24 +21,24 @@ void check_window_conv(const char* op, const Tensor& x, const Tensor& weight) {
   check_dims(op, "x", x, 3, "[B, T, D]");
   check_dims(op, "weight", weight, 3, "[O, D, K]");
   QFAST_CHECK(weight.size(2) % 2 == 1, op, ": weight: expected an odd number of taps, got ", weight.size(2),
-              ".");
+              ". Remedy: pad the weight with zeros to an odd number.");
   QFAST_CHECK(x.size(2) > 0 && weight.size(0) > 0, op,
-              ": expected at least one feature and one channel, got ", shape_text(x), " and ",
+              ": expected at least one feature and one channel, got x ", shape_text(x), " and weight ",
               shape_text(weight), ".");
   check_shaped(op, "weight", weight, x, {weight.size(0), x.size(2), weight.size(2)});
 }
 
-// weight [O, D, K] as [K, padded `rows`, columns], where rows and columns are D and O, or O and D with the
-// taps from last to first.
+// Returns weight [O, D, K] as [K, padded rows, columns]. Rows and columns are D and O. If `turned`, they are
+// O and D, and the taps are in reverse order, which is the right side of the product for the gradient of x.
 template <class Element>
 Tensor by_taps(const Tensor& weight, bool turned) {
-  const Tensor held = torch::stable::contiguous(weight);
-  const int64_t O = held.size(0), D = held.size(1), K = held.size(2), rows = turned ? O : D,
+  const Tensor source = torch::stable::contiguous(weight);
+  const int64_t O = source.size(0), D = source.size(1), K = source.size(2), rows = turned ? O : D,
                 columns = turned ? D : O, padded = PanelStore<Element>::cut(rows).padded();
-  const Tensor out = empty(held, {K * padded, columns});
+  const Tensor out = empty(source, {K * padded, columns});
   Element* const to = out.mutable_data_ptr<Element>();
   std::fill(to, to + K * padded * columns, Element(0));
-  const Element* const from = held.const_data_ptr<Element>();
+  const Element* const from = source.const_data_ptr<Element>();
   for (int64_t o = 0; o < O; ++o)
     for (int64_t d = 0; d < D; ++d)
       for (int64_t k = 0; k < K; ++k) {
@@ -78,13 +78,14 @@ Tensor window_conv_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias
   check_window_conv(op, x, weight);
   const int64_t out = weight.size(0);
   check_shaped(op, "bias", bias, x, {out});
-  const Tensor output = empty(x, {x.size(0), x.size(1), out}), held = torch::stable::contiguous(bias);
+  const Tensor output = empty(x, {x.size(0), x.size(1), out}),
+               contiguous_bias = torch::stable::contiguous(bias);
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);
     PanelStore<Element> store(x);
     auto job = job_of<Element>(x, weight);
     job.weight = store.turned(by_taps<Element>(weight, false), 0, job.taps * job.padded_in);
-    job.bias = store.vector(held.const_data_ptr<Element>(), out);
+    job.bias = store.vector(contiguous_bias.const_data_ptr<Element>(), out);
     job.output = output.mutable_data_ptr<Element>();
     const auto kernel = forward_kernel(Element{});
     run_tiles<Element>(
@@ -94,7 +95,7 @@ Tensor window_conv_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias
   return output;
 }
 
-// [O, D, K] out of the sums [K][padded D][padded O].
+// Returns the gradient of the weight [O, D, K] from the sums [K][padded D][padded O].
 template <class Element>
 Tensor weight_gradient(const Tensor& like, const WindowConvJob<Element>& job, const Element* sums) {
   const Tensor out = empty(like, {job.out, job.in, job.taps});
@@ -112,14 +113,14 @@ std::tuple<Tensor, Tensor, Tensor> window_conv_backward_cpu(const Tensor& grad, 
   check_window_conv(op, x, weight);
   check_shaped(op, "grad", grad, x, {x.size(0), x.size(1), weight.size(0)});
   const Tensor grad_x = empty(x, {input_grad ? x.size(0) : 0, x.size(1), x.size(2)});
-  const Tensor entering = torch::stable::contiguous(grad);
+  const Tensor contiguous_grad = torch::stable::contiguous(grad);
   std::optional<std::tuple<Tensor, Tensor, Tensor>> gradients;
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);
     PanelStore<Element> store(x);
     auto job = job_of<Element>(x, weight);
     job.weight_turned = store.turned(by_taps<Element>(weight, true), 0, job.taps * job.padded_out);
-    job.grad = entering.const_data_ptr<Element>();
+    job.grad = contiguous_grad.const_data_ptr<Element>();
     if (input_grad) job.grad_x = grad_x.mutable_data_ptr<Element>();
     using Sums = WindowConvSums<Element>;
     Carving<Element> counted{nullptr};

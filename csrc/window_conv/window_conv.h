@@ -1,4 +1,4 @@
-// Arguments of the kernels of the convolution over a window's steps, shared by host code and the CPU
+// Arguments of the kernels that convolve the steps of each window. Shared by host code and all CPU
 // instruction sets.
 #pragma once
 
@@ -8,26 +8,28 @@
 
 namespace qfast {
 
-// Rows of a window stand [step] with `taps` / 2 rows of zeros on either side, which the window after shares:
-// the taps of a step are then one row of `taps` * padded elements.
+// A tile stores the steps of its windows as consecutive rows, with taps / 2 rows of zeros before and after
+// each window. Neighbouring windows share these zeros. The inputs of a step are then `taps` adjacent rows,
+// which the product reads as one row of taps * padded_in elements.
 template <class Element>
 struct WindowConvJob {
-  int64_t batch, steps, in, out, taps;  // taps: odd
+  int64_t batch, steps, in, out, taps;  // taps is odd
   int64_t padded_in, padded_out, tile_windows;
   const Element* x;
   int64_t x_window, x_step, x_column;  // strides
   PanelMatrix<Element> weight;         // taps * padded_in rows, `out` columns
-  const Element* bias;                 // padded
+  const Element* bias;                 // padded_out elements
   Element* output;                     // [B, T, out]
   // Backward only.
-  const Element* grad;                 // of it
+  const Element* grad;                 // of `output`
   PanelMatrix<Element> weight_turned;  // taps * padded_out rows, `in` columns
   Element* grad_x;                     // [B, T, in], or null
 
-  QFAST_SHARED_INLINE int64_t rows_apart() const { return steps + taps / 2; }  // from window to window
+  // Number of rows from the start of one window to the start of the next.
+  QFAST_SHARED_INLINE int64_t rows_apart() const { return steps + taps / 2; }
 };
 
-// Buffers of a tile: x, and for the backward the gradient, between zeros.
+// Buffers of a tile: x and, in the backward pass, the gradient, both with zeros between the windows.
 template <class Element>
 struct WindowConvTile {
   Element *x, *grad;
@@ -41,7 +43,7 @@ struct WindowConvTile {
   }
 };
 
-// Sums of a part: weight [taps][padded_in][padded_out], bias [padded_out].
+// Gradient sums of one part of the tiles: weight [taps][padded_in][padded_out], bias [padded_out].
 template <class Element>
 struct WindowConvSums {
   Element *weight, *bias;

@@ -1,12 +1,15 @@
-// Convolution over the steps of each window, zeros beyond its ends, and the gradients. Included inside the
-// namespace of the instruction set.
+// Convolution over the steps of each window, with zeros beyond its ends, and the gradients. It is included
+// inside the namespace of an instruction set.
 //
-// A tile of windows is copied between rows of zeros; every step's taps then lie side by side, and the
-// convolution is one product of [steps, taps * in] with the weight, the gradient of x likewise with the
-// weight turned over. The weight's gradient is one product over all rows of a tile. Bound by multiply-adds: 2
-// taps in out flops a row forward, twice that backward.
+// A thread owns tiles of whole windows. It copies a tile into a buffer with rows of zeros between the
+// windows, where the taps of every step are adjacent. The convolution of a window is then one product of
+// [steps, taps * in] with the weight. The gradient of x is the same product with the reversed weight. The
+// gradient of the weight is one product over all rows of a tile, summed in the memory of the tile's part.
+// Backward reads x again; nothing is saved. Bound by multiply-adds: 2 taps in out flops per step in the
+// forward pass, and twice as many in the backward pass.
 
-// [windows][steps] rows between zeros; columns beyond the last stay 0.
+// Copies [windows][steps] rows into a buffer with zeros between the windows. Columns beyond the last remain
+// 0.
 template <class Element>
 static void copy_between_zeros(const WindowConvJob<Element>& job, const Element* from, int64_t window_stride,
                                int64_t step_stride, int64_t column_stride, int64_t windows, int64_t columns,
@@ -14,12 +17,13 @@ static void copy_between_zeros(const WindowConvJob<Element>& job, const Element*
   for (int64_t w = 0; w < windows; ++w)
     copy_strided<Element>(from + w * window_stride, step_stride, column_stride, job.steps, columns,
                           to + (w * job.rows_apart() + job.taps / 2) * padded, padded);
-  // The rows of zeros are never written, but a tile of fewer windows has old rows behind it.
+  // The buffer starts as zeros and the rows between windows are never written. Only a tile with fewer windows
+  // than the previous one needs this: the rows after its last window contain old values.
   const int64_t end = (windows * job.rows_apart() + job.taps / 2) * padded;
   for (int64_t i = windows * job.rows_apart() * padded; i < end; ++i) to[i] = 0;
 }
 
-// to[window][step] = the taps of a step . weight (+ bias)
+// to[window][step] = (taps of the step) . weight + bias, without the bias if it is null.
 template <class Element>
 static void convolve(const WindowConvJob<Element>& job, const PanelMatrix<Element>& weight,
                      const Element* bias, const Element* from, int64_t padded, int64_t windows, Element* to) {
@@ -28,7 +32,7 @@ static void convolve(const WindowConvJob<Element>& job, const PanelMatrix<Elemen
                                     {to + w * job.steps * weight.columns, weight.columns, bias, nullptr, 0});
 }
 
-// Tiles [begin, end).
+// Computes the output of tiles [begin, end).
 template <class Element>
 static void window_conv_tiles(const WindowConvJob<Element>& job, int64_t begin, int64_t end,
                               Element* scratch) {
@@ -43,7 +47,7 @@ static void window_conv_tiles(const WindowConvJob<Element>& job, int64_t begin, 
   }
 }
 
-// Tiles [begin, end), a part's.
+// Computes the gradients of tiles [begin, end). `part` contains the sums of these tiles.
 template <class Element>
 static void window_conv_backward_tiles(const WindowConvJob<Element>& job, int64_t begin, int64_t end,
                                        Element* scratch, Element* part) {
@@ -57,7 +61,8 @@ static void window_conv_backward_tiles(const WindowConvJob<Element>& job, int64_
                                 windows, job.in, tile.x, job.padded_in);
     copy_between_zeros<Element>(job, job.grad + first * row, row, job.out, 1, windows, job.out, tile.grad,
                                 job.padded_out);
-    // Row i of the gradient meets rows i - side .. i + side of x; those between the windows are 0.
+    // Row i of the gradient multiplies rows i - side to i + side of x. The products with rows between windows
+    // are 0.
     const Element* const grad = tile.grad + side * job.padded_out;
     const int64_t rows = windows * job.rows_apart() - side;
     multiply<Finish::kAdd, Element>(in_place<Element>(grad, rows, job.out, job.padded_out), tile.x, 1,
