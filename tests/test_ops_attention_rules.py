@@ -262,15 +262,17 @@ def test_refusals_of_additive_attention() -> None:
             additive_attention(query, key, value, negative_slope=slope)
     with pytest.raises(ValueError, match=r"query: expected shape \[N\] or \[heads, N\], got \(1, 1, 9\)"):
         additive_attention(query[None, None], key, value)
-    with pytest.raises(ValueError, match=r"query: expected a tensor of float32 or float64, got torch\.float16"):
+    with pytest.raises(ValueError, match=r"query: expected dtype float32 or float64, got torch\.float16"):
         additive_attention(query.half(), key, value)
-    with pytest.raises(ValueError, match="query: expected a tensor of float32 or float64, got list"):
+    with pytest.raises(ValueError, match="query: expected a tensor, got list"):
         additive_attention([1.0], key, value)
-    with pytest.raises(ValueError, match=r"key: expected dtype and device of query \(torch.float64, cpu\), .* Remedy"):
+    with pytest.raises(
+        ValueError, match=r"key: expected dtype and device of query \(torch.float64 on cpu\), .* Remedy"
+    ):
         additive_attention(query, key.float(), value)
-    with pytest.raises(ValueError, match=r"value: expected dtype and device of query .* got torch.float64, meta"):
+    with pytest.raises(ValueError, match=r"value: expected dtype and device of query .* got torch.float64 on meta"):
         additive_attention(query, key, value.to("meta"))
-    with pytest.raises(ValueError, match=r"key: expected the shape of query, \(9,\), got \(8,\)"):
+    with pytest.raises(ValueError, match=r"key: expected shape \(9,\), got \(8,\)"):
         additive_attention(query, key[:8], value)
     for bad in (value[:8], value[:, :0], value[None], query):
         with pytest.raises(ValueError, match=r"value: expected shape \(9, H\) with H > 0, got \("):
@@ -283,7 +285,7 @@ def test_refusals_of_graph_attention() -> None:
     hidden, weight, bias = (t.detach() for t in graph_small())
     with pytest.raises(ValueError, match=r"graph_attention: negative_slope must lie in \[0, 1\], got 2"):
         graph_attention(hidden, weight, bias, negative_slope=2)
-    with pytest.raises(ValueError, match=r"hidden: expected a tensor of float32 or float64, got torch\.int64"):
+    with pytest.raises(ValueError, match=r"hidden: expected dtype float32 or float64, got torch\.int64"):
         graph_attention(hidden.long(), weight, bias)
     for bad in (hidden[0], hidden[None], hidden[:, :0]):
         with pytest.raises(ValueError, match=r"hidden: expected shape \[N, H\] with H > 0, got \("):
@@ -292,7 +294,7 @@ def test_refusals_of_graph_attention() -> None:
         graph_attention(hidden, weight.t(), bias)
     with pytest.raises(ValueError, match=r"bias: expected shape \(2,\), got \(2, 1\)"):
         graph_attention(hidden, weight, bias[:, None])
-    with pytest.raises(ValueError, match=r"weight: expected dtype and device of hidden .* Remedy: weight.to\(hidden\)"):
+    with pytest.raises(ValueError, match=r"weight: expected dtype and device of hidden .* Remedy: hidden.to\(weight\)"):
         graph_attention(hidden, weight.float(), bias)
 
 

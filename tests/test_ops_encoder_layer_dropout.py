@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qfast.ops import encoder_layer
-from qfast.ops.encoder_twin import backward_twin, forward_twin
+from qfast.ops.encoder_layer_twin import backward_twin, forward_twin
 from qfast.ops.philox import draw_seed
 from support.encoder import (
     F32,

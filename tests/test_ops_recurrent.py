@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qfast import _backend
 from qfast.ops.recurrent import self_test
-from qfast.ops.recurrent_cells import backward_twin, forward_twin
+from qfast.ops.recurrent_twin import backward_twin, forward_twin
 from support.recurrent import (
     CELLS,
     F32,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qfast.ops import gru, lstm
 from qfast.ops.recurrent import self_test
-from qfast.ops.recurrent_cells import GRU, LSTM, Cell, backward_twin, forward_twin
+from qfast.ops.recurrent_twin import GRU, LSTM, Cell, backward_twin, forward_twin
 from support.devices import DEVICE, long_on_host, needs_gpu, needs_kernels
 
 pytestmark = needs_kernels

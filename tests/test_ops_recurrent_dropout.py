@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qfast.ops.philox import draw_seed
-from qfast.ops.recurrent import _Recurrent
-from qfast.ops.recurrent_cells import dropout_mask
+from qfast.ops.philox import draw_seed, dropout_mask
+from qfast.ops.recurrent import _Function
 from support.recurrent import (
     CELLS,
     F32,
@@ -35,7 +34,7 @@ def seeded(name: str, given: Inputs, dropout: float, seed: int, all_steps: bool 
     number = torch.tensor([seed])
     if torch.is_grad_enabled():
         tensors = (*given.state, *given.weights)
-        return list(_Recurrent.apply(CELLS[name], len(given.state), dropout, number, all_steps, given.x, *tensors))
+        return list(_Function.apply(CELLS[name], len(given.state), dropout, number, all_steps, given.x, *tensors))
     out = getattr(torch.ops.qfast, name)(*raw(name, given, dropout, number, all_steps), False)
     return list(out[: 1 + len(CELLS[name].state_names)])
 

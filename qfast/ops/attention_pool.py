@@ -7,21 +7,29 @@ The kernels are in csrc/attention_pool: attention_pool_kernels.h (behind attenti
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qfast.errors import ConfigError, DataError
 from qfast.ops import transforms
-from qfast.ops.philox import draw_seed
-from qfast.ops.recurrent_cells import dropout_mask
+from qfast.ops._common import (
+    active_dropout,
+    check_alike,
+    check_floating,
+    check_same,
+    define,
+    is_half,
+    needs_grad,
+    refuse_double_backward,
+    require,
+    require_tensor,
+    widened,
+)
+from qfast.ops.philox import draw_seed, dropout_mask
 
 __all__ = ["attention_pool"]
 
-_HALVES = (torch.float16, torch.bfloat16)
 # Where the recurrent operators count layers; no stack has this many, so one seed would do for both.
 _COUNTER = 0x80000000
 
@@ -74,53 +82,34 @@ def attention_pool(
     >>> attention_pool(h, torch.zeros(2, 1), torch.zeros(2), torch.ones(2)).tolist()
     [[2.0]]
     """
-    if isinstance(h, Tensor) and h.dtype in _HALVES:
-        wide = [part.float() if isinstance(part, Tensor) and part.dtype == h.dtype else part
-                for part in (weight, bias, score)]  # fmt: skip
-        return attention_pool(h.float(), *wide, dropout=dropout, training=training).to(h.dtype)
+    if is_half(h):
+        parameters = widened((weight, bias, score), h.dtype)
+        return attention_pool(h.float(), *parameters, dropout=dropout, training=training).to(h.dtype)
     if isinstance(score, Tensor) and score.dim() == 2 and len(score) == 1:
         score = score[0]
-    _check(h, weight, bias, score, dropout)
-    p = float(dropout) if training else 0.0
-    given: Any = (h, weight, bias, score, p, draw_seed(h.device) if p else None)
+    _check(h, weight, bias, score)
+    p = active_dropout("attention_pool", dropout, training)
+    seed = draw_seed(h.device) if p else None
     if transforms.active():
-        return _pool(*given)[0]
-    wants_grad = torch.is_grad_enabled() and any(part.requires_grad for part in given[:4])
-    if wants_grad and not torch.compiler.is_compiling():
-        pooled: Tensor = _Pool.apply(*given)
-        return pooled
-    out: Tensor = torch.ops.qfast.attention_pool(*given)[0]
-    return out
+        return _pool(h, weight, bias, score, p, seed)[0]
+    if needs_grad(h, weight, bias, score) and not torch.compiler.is_compiling():
+        return _Function.apply(h, weight, bias, score, p, seed)
+    return torch.ops.qfast.attention_pool(h, weight, bias, score, p, seed)[0]
 
 
 # ---------------------------------------------------------------- arguments
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise DataError(f"attention_pool: {message}")
-
-
-def _check(h: Any, weight: Any, bias: Any, score: Any, dropout: Any) -> None:
-    _require(isinstance(h, Tensor), f"h: expected a tensor, got {type(h).__name__}.")
-    _require(h.dtype in (torch.float32, torch.float64), f"h: expected dtype float32 or float64, got {h.dtype}.")
+def _check(h: Tensor, weight: Tensor, bias: Tensor, score: Tensor) -> None:
+    op, like = "attention_pool", ("h", h)
+    check_floating(op, "h", h)
     fits = h.dim() == 3 and h.shape[1] > 0 and h.shape[2] > 0
-    _require(fits, f"h: expected shape [B, T, H] with T and H of at least 1, got {tuple(h.shape)}.")
-    if isinstance(dropout, bool) or not isinstance(dropout, Real) or not 0.0 <= float(dropout) <= 1.0:
-        raise ConfigError(f"attention_pool: dropout must lie in [0, 1], got {dropout!r}.")
-    for name, tensor in (("weight", weight), ("bias", bias), ("score", score)):
-        _require(isinstance(tensor, Tensor), f"{name}: expected a tensor, got {type(tensor).__name__}.")
-        _require(
-            tensor.dtype == h.dtype and tensor.device == h.device,
-            f"{name}: expected dtype and device of h ({h.dtype} on {h.device}), got {tensor.dtype} on {tensor.device}. "
-            f"Remedy: h.to({tensor.dtype}), or the weights' module .to(h).",
-        )
+    require(fits, op, f"h: expected shape [B, T, H] with T and H of at least 1, got {tuple(h.shape)}.")
     width = h.shape[2]
-    _require(
-        weight.dim() == 2 and weight.shape[1] == width,
-        f"weight: expected shape [A, {width}], got {tuple(weight.shape)}.",
-    )
-    for name, tensor in (("bias", bias), ("score", score)):
-        shape = (weight.shape[0],)
-        _require(tuple(tensor.shape) == shape, f"{name}: expected shape {shape}, got {tuple(tensor.shape)}.")
+    require_tensor(op, "weight", weight)
+    fits = weight.dim() == 2 and weight.shape[1] == width
+    require(fits, op, f"weight: expected shape [A, {width}], got {tuple(weight.shape)}.")
+    check_alike(op, "weight", weight, like, tuple(weight.shape))
+    check_alike(op, "bias", bias, like, (len(weight),))
+    check_alike(op, "score", score, like, (len(weight),))
 
 
 # ---------------------------------------------------------------- the meaning, in plain torch
@@ -142,12 +131,12 @@ def _pool(
     return (attention.unsqueeze(2) * h).sum(1), attention
 
 
-def _forward(h: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+def _forward_twin(h: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     with torch.autocast(h.device.type, enabled=False):
         return _pool(h, *others)
 
 
-def _backward(
+def _backward_twin(
     grad: Tensor, h: Tensor, weight: Tensor, bias: Tensor, score: Tensor, dropout: float, seed: Tensor | None,
     attention: Tensor, pooled: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -165,18 +154,14 @@ def _backward(
 
 
 # ---------------------------------------------------------------- schemas and fakes
-_GIVEN = "Tensor h, Tensor weight, Tensor bias, Tensor score, float dropout, Tensor? seed"
-_SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "attention_pool": (f"({_GIVEN}) -> (Tensor pooled, Tensor attention)", _forward),
-    "attention_pool_backward": (
-        f"(Tensor grad, {_GIVEN}, Tensor attention, Tensor pooled) "
-        "-> (Tensor grad_h, Tensor grad_weight, Tensor grad_bias, Tensor grad_score)",
-        _backward,
-    ),
-}
-for _name, (_schema, _twin) in _SCHEMAS.items():  # the twin serves wherever no kernel is loaded
-    torch.library.define(f"qfast::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(f"qfast::{_name}", "CompositeExplicitAutograd", _twin)
+_ARGUMENTS = "Tensor h, Tensor weight, Tensor bias, Tensor score, float dropout, Tensor? seed"
+define("attention_pool", f"({_ARGUMENTS}) -> (Tensor pooled, Tensor attention)", _forward_twin)
+define(
+    "attention_pool_backward",
+    f"(Tensor grad, {_ARGUMENTS}, Tensor attention, Tensor pooled) "
+    "-> (Tensor grad_h, Tensor grad_weight, Tensor grad_bias, Tensor grad_score)",
+    _backward_twin,
+)
 
 
 @torch.library.register_fake("qfast::attention_pool")
@@ -208,18 +193,11 @@ def _gradients(ctx, grad, *_):  # type: ignore[no-untyped-def]
     return *torch.ops.qfast.attention_pool_backward(grad, *given, *kept), None, None
 
 
-def _no_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
-    raise NotImplementedError(
-        "attention_pool: double backward is not supported. Remedy: torch.func.grad within torch.func.grad, which "
-        "computes with torch's own operations."
-    )
-
-
 torch.library.register_autograd("qfast::attention_pool", _gradients, setup_context=_save)
-torch.library.register_autograd("qfast::attention_pool_backward", _no_double_backward)
+refuse_double_backward("attention_pool")
 
 
-class _Pool(torch.autograd.Function):
+class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *given):  # type: ignore[no-untyped-def]
         output = torch.ops.qfast.attention_pool(*given)
@@ -243,13 +221,12 @@ def self_test(device: torch.device) -> None:
     rng = torch.Generator().manual_seed(0)
     batch, steps, hidden, width = 7, 5, 19, 9  # whole vectors and a rest
     shapes = (batch, steps, hidden), (width, hidden), (width,), (width,), (batch, hidden)
-    *tensors, grad = (torch.randn(shape, generator=rng, dtype=torch.float64).to(device) for shape in shapes)
-    given: Any = (*tensors, 0.25, torch.tensor([3], device=device))
-    found, expected = torch.ops.qfast.attention_pool(*given), _pool(*given)
-    pairs = [*zip(found, expected, strict=True)]
-    own = torch.ops.qfast.attention_pool_backward(grad, *given, found[1], found[0])
-    pairs += zip(own, _SCHEMAS["attention_pool_backward"][1](grad, *given, expected[1], expected[0]), strict=True)
-    for ours, theirs in pairs:
-        error = float((ours - theirs).norm() / theirs.norm())
-        if not error < 1e-12:
-            raise ArithmeticError(f"attention_pool: native and plain torch differ by {error:.1e} (relative norm).")
+    h, weight, bias, score, grad = (
+        torch.randn(shape, generator=rng, dtype=torch.float64).to(device) for shape in shapes
+    )
+    arguments = (h, weight, bias, score, 0.25, torch.tensor([3], device=device))
+    pooled, attention = results = torch.ops.qfast.attention_pool(*arguments)
+    expected_pooled, expected_attention = expected = _pool(*arguments)
+    check_same("attention_pool", results, expected)
+    gradients = torch.ops.qfast.attention_pool_backward(grad, *arguments, attention, pooled)
+    check_same("attention_pool", gradients, _backward_twin(grad, *arguments, expected_attention, expected_pooled))

@@ -7,7 +7,7 @@ The kernels are in csrc/encoder_layer: encoder_layer_kernels.h (behind encoder_l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
@@ -16,14 +16,23 @@ from torch import Tensor
 
 from qfast.errors import ConfigError, DataError
 from qfast.ops import transforms
-from qfast.ops.encoder_twin import WEIGHTS, backward_twin, forward_twin
-from qfast.ops.feed_forward import check_floating, check_parameter, checked_dropout
+from qfast.ops._common import (
+    active_dropout,
+    check_alike,
+    check_floating,
+    check_same,
+    define,
+    is_half,
+    needs_grad,
+    refuse_double_backward,
+    require,
+    widened,
+)
+from qfast.ops.encoder_layer_twin import WEIGHTS, backward_twin, forward_twin
 from qfast.ops.philox import draw_seed
 from qfast.precision import precision_for
 
 __all__ = ["encoder_layer"]
-
-_HALVES = (torch.float16, torch.bfloat16)
 
 
 def encoder_layer(
@@ -90,28 +99,26 @@ def encoder_layer(
     >>> encoder_layer(torch.zeros(3, 20, 8), list(layer.parameters()), heads=2, last_step=True).shape
     torch.Size([3, 8])
     """
-    if isinstance(x, Tensor) and x.dtype in _HALVES and isinstance(weights, (list, tuple)):
-        wide: Any = [part.float() if isinstance(part, Tensor) and part.dtype == x.dtype else part for part in weights]
+    if is_half(x) and isinstance(weights, (list, tuple)):
+        wide = widened(weights, x.dtype)
         options: Any = {"dropout": dropout, "training": training, "last_step": last_step}
         return encoder_layer(x.float(), wide, heads=heads, eps=eps, **options).to(x.dtype)
     _check(x, weights, heads, eps)
-    p = checked_dropout("encoder_layer", dropout)
-    p = p if training else 0.0
-    given: Any = (x, list(weights), int(heads), float(eps), p, draw_seed(x.device) if p else None, bool(last_step))
+    p = active_dropout("encoder_layer", dropout, training)
+    seed = draw_seed(x.device) if p else None
+    settings = int(heads), float(eps), p, seed, bool(last_step)
     if transforms.active():
-        return forward_twin(*given)[0]
-    wants_grad = torch.is_grad_enabled() and any(part.requires_grad for part in (x, *weights))
-    if wants_grad and not torch.compiler.is_compiling():
-        output: Tensor = _Function.apply(*given[2:], precision_for(x), x, *weights)
-        return output
-    out: Tensor = torch.ops.qfast.encoder_layer(*given, wants_grad, precision_for(x))[0]
-    return out
+        return forward_twin(x, weights, *settings)[0]
+    keep = needs_grad(x, *weights)
+    if keep and not torch.compiler.is_compiling():
+        return _Function.apply(*settings, precision_for(x), x, *weights)
+    return torch.ops.qfast.encoder_layer(x, list(weights), *settings, keep, precision_for(x))[0]
 
 
 # ---------------------------------------------------------------- arguments
 def _check(x: Any, weights: Any, heads: Any, eps: Any) -> None:
     op = "encoder_layer"
-    check_floating(op, x)
+    check_floating(op, "x", x)
     if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] == 0:
         raise DataError(f"{op}: x: expected shape [B, T, D] with T and D of at least 1, got {tuple(x.shape)}.")
     width = x.shape[2]
@@ -135,11 +142,11 @@ def _check(x: Any, weights: Any, heads: Any, eps: Any) -> None:
         "linear1.weight": (hidden, width), "linear1.bias": (hidden,), "linear2.weight": (width, hidden),
     }  # fmt: skip
     for name, tensor in zip(WEIGHTS, weights, strict=True):
-        check_parameter(op, name, tensor, x, shapes.get(name, vector))
+        check_alike(op, name, tensor, ("x", x), shapes.get(name, vector))
 
 
 # ---------------------------------------------------------------- schemas and fakes
-def _forward(
+def _forward_twin(
     x: Tensor, weights: list[Tensor], heads: int, eps: float, dropout: float, seed: Tensor | None, last_step: bool,
     keep: bool, precision: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -150,7 +157,7 @@ def _forward(
     return output.contiguous(), normalised, scales  # x may be strided in any way
 
 
-def _backward(
+def _backward_twin(
     grad: Tensor, x: Tensor, weights: list[Tensor], heads: int, dropout: float, seed: Tensor | None, last_step: bool,
     normalised: Tensor, scales: Tensor, input_grad: bool, precision: int = 0,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
@@ -159,23 +166,20 @@ def _backward(
     return (of_x if input_grad else of_x[:0].clone()), of_weights
 
 
-_GIVEN = "Tensor x, Tensor[] weights, int heads"
+_INPUTS = "Tensor x, Tensor[] weights, int heads"
 _DROPOUT = "float dropout, Tensor? seed, bool last_step"
-_SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "encoder_layer": (
-        f"({_GIVEN}, float eps, {_DROPOUT}, bool keep, int precision=0) "
-        "-> (Tensor output, Tensor normalised, Tensor scales)",
-        _forward,
-    ),
-    "encoder_layer_backward": (
-        f"(Tensor grad, {_GIVEN}, {_DROPOUT}, Tensor normalised, Tensor scales, bool input_grad, "
-        "int precision=0) -> (Tensor grad_x, Tensor[] grad_weights)",
-        _backward,
-    ),
-}
-for _name, (_schema, _twin) in _SCHEMAS.items():  # the twin serves wherever no kernel is loaded
-    torch.library.define(f"qfast::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(f"qfast::{_name}", "CompositeExplicitAutograd", _twin)
+define(
+    "encoder_layer",
+    f"({_INPUTS}, float eps, {_DROPOUT}, bool keep, int precision=0) "
+    "-> (Tensor output, Tensor normalised, Tensor scales)",
+    _forward_twin,
+)
+define(
+    "encoder_layer_backward",
+    f"(Tensor grad, {_INPUTS}, {_DROPOUT}, Tensor normalised, Tensor scales, bool input_grad, int precision=0) "
+    "-> (Tensor grad_x, Tensor[] grad_weights)",
+    _backward_twin,
+)
 
 
 @torch.library.register_fake("qfast::encoder_layer")
@@ -199,8 +203,7 @@ def _(  # type: ignore[no-untyped-def]
 # registered one cost more than the kernel takes for a small batch.
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, weights, ctx.heads, _, ctx.dropout, seed, ctx.last_step, keep, ctx.precision = inputs
-    if not keep:
-        raise DataError("encoder_layer: keep: must be true where a gradient is wanted.")
+    require(keep, "encoder_layer", "keep: must be true where a gradient is wanted.")
     ctx.save_for_backward(x, seed, *output[1:], *weights)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -222,15 +225,8 @@ def _gradients(ctx, grad, *_):  # type: ignore[no-untyped-def]
     return *_of_inputs(ctx, grad, ctx.needs_input_grad[0]), *others
 
 
-def _no_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
-    raise NotImplementedError(
-        "encoder_layer: double backward is not supported. Remedy: torch.func.grad within torch.func.grad, which "
-        "computes with torch's own operations."
-    )
-
-
 torch.library.register_autograd("qfast::encoder_layer", _gradients, setup_context=_save)
-torch.library.register_autograd("qfast::encoder_layer_backward", _no_double_backward)
+refuse_double_backward("encoder_layer")
 
 
 class _Function(torch.autograd.Function):
@@ -269,14 +265,12 @@ def self_test(device: torch.device) -> None:
     weights += [random(width) for _ in range(4)]
     x, seed = random(batch, steps, width), torch.tensor([3], device=device)
     for last_step in (False, True):
-        given: Any = (x, weights, heads, 1e-5, 0.25, seed, last_step)
-        found, expected = torch.ops.qfast.encoder_layer(*given, True), forward_twin(*given)
-        back: Any = (x, weights, heads, *given[4:])
-        of_x, of_weights = torch.ops.qfast.encoder_layer_backward(found[0], *back, *found[1:], True)
-        twin_back: Any = (*back, *expected[1:])
-        twin_x, twin_weights = backward_twin(expected[0], *twin_back)
-        pairs = [*zip(found, expected, strict=True), (of_x, twin_x), *zip(of_weights, twin_weights, strict=True)]
-        for ours, theirs in pairs:
-            error = float((ours - theirs).norm() / theirs.norm())
-            if not error < 1e-12:
-                raise ArithmeticError(f"encoder_layer: native and plain torch differ by {error:.1e} (relative norm).")
+        dropout = (0.25, seed, last_step)
+        results = torch.ops.qfast.encoder_layer(x, weights, heads, 1e-5, *dropout, True)
+        expected = forward_twin(x, weights, heads, 1e-5, *dropout)
+        check_same("encoder_layer", results, expected)
+        grad_x, grad_weights = torch.ops.qfast.encoder_layer_backward(
+            results[0], x, weights, heads, *dropout, *results[1:], True
+        )
+        twin_x, twin_weights = backward_twin(expected[0], x, weights, heads, *dropout, *expected[1:])
+        check_same("encoder_layer", [grad_x, *grad_weights], [twin_x, *twin_weights])

@@ -6,22 +6,29 @@ gradients. The kernels are in csrc/feed_forward: feed_forward_kernels.h (behind 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qfast.errors import ConfigError, DataError
+from qfast.errors import DataError
 from qfast.ops import transforms
-from qfast.ops.philox import draw_seed
-from qfast.ops.recurrent_cells import dropout_mask
+from qfast.ops._common import (
+    active_dropout,
+    check_alike,
+    check_floating,
+    check_same,
+    define,
+    is_half,
+    needs_grad,
+    refuse_double_backward,
+    widened,
+)
+from qfast.ops.philox import draw_seed, dropout_mask
 from qfast.precision import precision_for
 
 __all__ = ["feed_forward"]
 
-_HALVES = (torch.float16, torch.bfloat16)
 HIDDEN_DROPOUT = 1  # third word of its Philox counters
 
 
@@ -81,54 +88,25 @@ def feed_forward(
     >>> feed_forward(torch.tensor([[3.0, -4.0]]), identity, torch.zeros(2), identity, torch.ones(2)).tolist()
     [[4.0, 1.0]]
     """
-    if isinstance(x, Tensor) and x.dtype in _HALVES:
-        wide: Any = [part.float() if isinstance(part, Tensor) and part.dtype == x.dtype else part
-                     for part in (weight_in, bias_in, weight_out, bias_out)]  # fmt: skip
-        return feed_forward(x.float(), *wide, dropout=dropout, training=training).to(x.dtype)
+    if is_half(x):
+        parameters = widened((weight_in, bias_in, weight_out, bias_out), x.dtype)
+        return feed_forward(x.float(), *parameters, dropout=dropout, training=training).to(x.dtype)
     _check(x, weight_in, bias_in, weight_out, bias_out)
-    p = checked_dropout("feed_forward", dropout)
-    p = p if training else 0.0
-    given: Any = (x.reshape(-1, x.shape[-1]), weight_in, bias_in, weight_out, bias_out, p)
-    given = (*given, draw_seed(x.device) if p else None, precision_for(x))
-    wants_grad = torch.is_grad_enabled() and any(part.requires_grad for part in given[:5])
+    p = active_dropout("feed_forward", dropout, training)
+    seed = draw_seed(x.device) if p else None
+    tensors = x.reshape(-1, x.shape[-1]), weight_in, bias_in, weight_out, bias_out
     if transforms.active():
-        out = _feed_forward(*given)
-    elif wants_grad and not torch.compiler.is_compiling():
-        out = _Function.apply(*given)
+        out = _feed_forward(*tensors, p, seed)
+    elif needs_grad(*tensors) and not torch.compiler.is_compiling():
+        out = _Function.apply(*tensors, p, seed, precision_for(x))
     else:
-        out = torch.ops.qfast.feed_forward(*given)
+        out = torch.ops.qfast.feed_forward(*tensors, p, seed, precision_for(x))
     return out.reshape(*x.shape[:-1], weight_out.shape[0])
 
 
 # ---------------------------------------------------------------- arguments
-def checked_dropout(op: str, dropout: Any) -> float:
-    if isinstance(dropout, bool) or not isinstance(dropout, Real) or not 0.0 <= float(dropout) <= 1.0:
-        raise ConfigError(f"{op}: dropout must lie in [0, 1], got {dropout!r}.")
-    return float(dropout)
-
-
-def check_parameter(op: str, name: str, tensor: Any, x: Tensor, shape: tuple[int, ...]) -> None:
-    """A parameter beside x: type, dtype, device and shape."""
-    if not isinstance(tensor, Tensor):
-        raise DataError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}.")
-    if tensor.dtype != x.dtype or tensor.device != x.device:
-        raise DataError(
-            f"{op}: {name}: expected dtype and device of x ({x.dtype} on {x.device}), got {tensor.dtype} on "
-            f"{tensor.device}. Remedy: x.to({tensor.dtype}), or the weights' module .to(x)."
-        )
-    if tuple(tensor.shape) != shape:
-        raise DataError(f"{op}: {name}: expected shape {shape}, got {tuple(tensor.shape)}.")
-
-
-def check_floating(op: str, x: Any) -> None:
-    if not isinstance(x, Tensor):
-        raise DataError(f"{op}: x: expected a tensor, got {type(x).__name__}.")
-    if x.dtype not in (torch.float32, torch.float64):
-        raise DataError(f"{op}: x: expected dtype float32 or float64, got {x.dtype}.")
-
-
-def _check(x: Any, weight_in: Any, bias_in: Any, weight_out: Any, bias_out: Any) -> None:
-    check_floating("feed_forward", x)
+def _check(x: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, bias_out: Tensor) -> None:
+    check_floating("feed_forward", "x", x)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise DataError(f"feed_forward: x: expected shape [..., D] with D of at least 1, got {tuple(x.shape)}.")
     sizes = []
@@ -138,10 +116,10 @@ def _check(x: Any, weight_in: Any, bias_in: Any, weight_out: Any, bias_out: Any)
             raise DataError(f"feed_forward: {name}: expected a matrix with at least one row, got {got}.")
         sizes.append(len(weight))
     hidden, out = sizes
-    check_parameter("feed_forward", "weight_in", weight_in, x, (hidden, x.shape[-1]))
-    check_parameter("feed_forward", "bias_in", bias_in, x, (hidden,))
-    check_parameter("feed_forward", "weight_out", weight_out, x, (out, hidden))
-    check_parameter("feed_forward", "bias_out", bias_out, x, (out,))
+    check_alike("feed_forward", "weight_in", weight_in, ("x", x), (hidden, x.shape[-1]))
+    check_alike("feed_forward", "bias_in", bias_in, ("x", x), (hidden,))
+    check_alike("feed_forward", "weight_out", weight_out, ("x", x), (out, hidden))
+    check_alike("feed_forward", "bias_out", bias_out, ("x", x), (out,))
 
 
 # ---------------------------------------------------------------- the meaning, in plain torch
@@ -176,12 +154,12 @@ def _feed_forward(
     return hidden_values(x, weight_in, bias_in, mask) @ weight_out.t() + bias_out
 
 
-def _forward(x: Tensor, *others: Any) -> Tensor:
+def _forward_twin(x: Tensor, *others: Any) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         return _feed_forward(x, *others)
 
 
-def _backward(
+def _backward_twin(
     grad: Tensor, x: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, dropout: float,
     seed: Tensor | None, input_grad: bool, precision: int = 0,
 ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -192,18 +170,19 @@ def _backward(
 
 
 # ---------------------------------------------------------------- schemas and fakes
-_GIVEN = "Tensor x, Tensor weight_in, Tensor bias_in, Tensor weight_out"
-_SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "feed_forward": (f"({_GIVEN}, Tensor bias_out, float dropout, Tensor? seed, int precision=0) -> Tensor", _forward),
-    "feed_forward_backward": (
-        f"(Tensor grad, {_GIVEN}, float dropout, Tensor? seed, bool input_grad, int precision=0) -> (Tensor grad_x, "
-        "Tensor grad_weight_in, Tensor grad_bias_in, Tensor grad_weight_out, Tensor grad_bias_out)",
-        _backward,
-    ),
-}
-for _name, (_schema, _twin) in _SCHEMAS.items():  # the twin serves wherever no kernel is loaded
-    torch.library.define(f"qfast::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(f"qfast::{_name}", "CompositeExplicitAutograd", _twin)
+define(
+    "feed_forward",
+    "(Tensor x, Tensor weight_in, Tensor bias_in, Tensor weight_out, Tensor bias_out, float dropout, Tensor? seed, "
+    "int precision=0) -> Tensor",
+    _forward_twin,
+)
+define(
+    "feed_forward_backward",
+    "(Tensor grad, Tensor x, Tensor weight_in, Tensor bias_in, Tensor weight_out, float dropout, Tensor? seed, "
+    "bool input_grad, int precision=0) -> (Tensor grad_x, Tensor grad_weight_in, Tensor grad_bias_in, "
+    "Tensor grad_weight_out, Tensor grad_bias_out)",
+    _backward_twin,
+)
 
 
 @torch.library.register_fake("qfast::feed_forward")
@@ -237,15 +216,8 @@ def _gradients(ctx, grad):  # type: ignore[no-untyped-def]
     return of_x if input_grad else None, *of_parameters, None, None, None
 
 
-def _no_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
-    raise NotImplementedError(
-        "feed_forward: double backward is not supported. Remedy: torch.func.grad within torch.func.grad, which "
-        "computes with torch's own operations."
-    )
-
-
 torch.library.register_autograd("qfast::feed_forward", _gradients, setup_context=_save)
-torch.library.register_autograd("qfast::feed_forward_backward", _no_double_backward)
+refuse_double_backward("feed_forward")
 
 
 class _Function(torch.autograd.Function):
@@ -274,11 +246,7 @@ def self_test(device: torch.device) -> None:
     shapes = (rows, out), (rows, wide), (hidden, wide), (hidden,), (out, hidden), (out,)
     grad, *tensors = (torch.randn(shape, generator=rng, dtype=torch.float64).to(device) for shape in shapes)
     dropout: Any = (0.25, torch.tensor([3], device=device))
-    given: Any = (*tensors, *dropout)
-    pairs = [(torch.ops.qfast.feed_forward(*given), _feed_forward(*given))]
-    back: Any = (grad, *tensors[:4], *dropout, True)
-    pairs += zip(torch.ops.qfast.feed_forward_backward(*back), _backward(*back), strict=True)
-    for ours, theirs in pairs:
-        error = float((ours - theirs).norm() / theirs.norm())
-        if not error < 1e-12:
-            raise ArithmeticError(f"feed_forward: native and plain torch differ by {error:.1e} (relative norm).")
+    forward: Any = (*tensors, *dropout)
+    check_same("feed_forward", [torch.ops.qfast.feed_forward(*forward)], [_feed_forward(*forward)])
+    backward: Any = (grad, *tensors[:4], *dropout, True)
+    check_same("feed_forward", torch.ops.qfast.feed_forward_backward(*backward), _backward_twin(*backward))

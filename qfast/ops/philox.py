@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["draw_seed", "keep_threshold", "philox"]
+__all__ = ["draw_seed", "dropout_mask", "keep_threshold", "philox"]
 
 _LOW = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -63,3 +63,16 @@ def draw_seed(device: torch.device) -> Tensor:
 def keep_threshold(dropout: float) -> int:
     """An element is kept if its random word is at least this; 2**32 keeps none."""
     return round(dropout * 2.0**32)
+
+
+def dropout_mask(like: Tensor, layer: int, dropout: float, seed: Tensor, first_step: int = 0) -> Tensor:
+    """0 or 1 / (1 - dropout) for each element of a layer's output [B, T, H], steps from `first_step` on; see `lstm`."""
+    batch, steps, hidden = like.shape
+    groups, t, j = (torch.arange(n, device=like.device) for n in ((batch + 3) // 4, steps, hidden))
+    t = t + first_step
+    number = torch.tensor(layer, device=like.device)
+    words = torch.stack(
+        torch.broadcast_tensors(*philox(seed, (j.view(1, 1, -1), t.view(1, -1, 1), number, groups.view(-1, 1, 1)))), 1
+    )
+    kept = words.flatten(0, 1)[:batch] >= keep_threshold(dropout)
+    return kept.to(like.dtype) * (0.0 if dropout == 1.0 else 1.0 / (1.0 - dropout))

@@ -7,19 +7,23 @@ on CUDA torch's convolution serves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from qfast.errors import DataError
 from qfast.ops import transforms
-from qfast.ops.feed_forward import check_floating, check_parameter
+from qfast.ops._common import (
+    check_alike,
+    check_floating,
+    check_same,
+    define,
+    is_half,
+    needs_grad,
+    refuse_double_backward,
+    widened,
+)
 
 __all__ = ["window_conv"]
-
-_HALVES = (torch.float16, torch.bfloat16)
 
 
 def window_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -56,30 +60,26 @@ def window_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     >>> window_conv(x, torch.tensor([[[1.0, 0.0, 10.0]]]), torch.zeros(1)).flatten().tolist()
     [20.0, 41.0, 2.0]
     """
-    if isinstance(x, Tensor) and x.dtype in _HALVES:
-        wide: Any = [part.float() if isinstance(part, Tensor) and part.dtype == x.dtype else part
-                     for part in (weight, bias)]  # fmt: skip
-        return window_conv(x.float(), *wide).to(x.dtype)
+    if is_half(x):
+        return window_conv(x.float(), *widened((weight, bias), x.dtype)).to(x.dtype)
     _check(x, weight, bias)
     if transforms.active():
         return _convolved(x, weight, bias)
-    wants_grad = torch.is_grad_enabled() and any(part.requires_grad for part in (x, weight, bias))
-    if wants_grad and not torch.compiler.is_compiling():
-        output: Tensor = _Function.apply(x, weight, bias)
-        return output
-    out: Tensor = torch.ops.qfast.window_conv(x, weight, bias)
-    return out
+    if needs_grad(x, weight, bias) and not torch.compiler.is_compiling():
+        return _Function.apply(x, weight, bias)
+    return torch.ops.qfast.window_conv(x, weight, bias)
 
 
-def _check(x: Any, weight: Any, bias: Any) -> None:
-    check_floating("window_conv", x)
+# ---------------------------------------------------------------- arguments
+def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    check_floating("window_conv", "x", x)
     if x.dim() != 3 or x.shape[2] == 0:
         raise DataError(f"window_conv: x: expected shape [B, T, D] with D of at least 1, got {tuple(x.shape)}.")
     if not isinstance(weight, Tensor) or weight.dim() != 3 or len(weight) == 0 or weight.shape[2] % 2 == 0:
         got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
         raise DataError(f"window_conv: weight: expected shape [O, D, K] with odd K and O of at least 1, got {got}.")
-    check_parameter("window_conv", "weight", weight, x, (len(weight), x.shape[2], weight.shape[2]))
-    check_parameter("window_conv", "bias", bias, x, (len(weight),))
+    check_alike("window_conv", "weight", weight, ("x", x), (len(weight), x.shape[2], weight.shape[2]))
+    check_alike("window_conv", "bias", bias, ("x", x), (len(weight),))
 
 
 # ---------------------------------------------------------------- the meaning, in plain torch
@@ -97,29 +97,24 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.nn.functional.conv1d(x.transpose(1, 2), weight, bias, padding=weight.shape[2] // 2).transpose(1, 2)
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _forward_twin(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         return _convolved(x, weight, bias).contiguous()
 
 
-def _backward(grad: Tensor, x: Tensor, weight: Tensor, input_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_twin(grad: Tensor, x: Tensor, weight: Tensor, input_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     of_weight = torch.einsum("bto,btdk->odk", grad, _taps(x, weight.shape[2]))
     of_x = torch.einsum("btok,odk->btd", _taps(grad, weight.shape[2]), weight.flip(2)) if input_grad else x[:0]
     return of_x.clone(memory_format=torch.contiguous_format), of_weight.contiguous(), grad.sum((0, 1))
 
 
 # ---------------------------------------------------------------- schemas and fakes
-_SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "window_conv": ("(Tensor x, Tensor weight, Tensor bias) -> Tensor", _forward),
-    "window_conv_backward": (
-        "(Tensor grad, Tensor x, Tensor weight, bool input_grad) "
-        "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
-        _backward,
-    ),
-}
-for _name, (_schema, _twin) in _SCHEMAS.items():  # the twin serves wherever no kernel is loaded
-    torch.library.define(f"qfast::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(f"qfast::{_name}", "CompositeExplicitAutograd", _twin)
+define("window_conv", "(Tensor x, Tensor weight, Tensor bias) -> Tensor", _forward_twin)
+define(
+    "window_conv_backward",
+    "(Tensor grad, Tensor x, Tensor weight, bool input_grad) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+    _backward_twin,
+)
 
 
 @torch.library.register_fake("qfast::window_conv")
@@ -144,15 +139,8 @@ def _gradients(ctx, grad):  # type: ignore[no-untyped-def]
     return of_x if input_grad else None, *of_parameters
 
 
-def _no_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
-    raise NotImplementedError(
-        "window_conv: double backward is not supported. Remedy: torch.func.grad within torch.func.grad, which "
-        "computes with torch's own operations."
-    )
-
-
 torch.library.register_autograd("qfast::window_conv", _gradients, setup_context=_save)
-torch.library.register_autograd("qfast::window_conv_backward", _no_double_backward)
+refuse_double_backward("window_conv")
 
 
 class _Function(torch.autograd.Function):
@@ -180,10 +168,6 @@ def self_test(device: torch.device) -> None:
     rng = torch.Generator().manual_seed(0)
     shapes = (7, 5, 19), (11, 19, 3), (11,), (7, 5, 11)
     x, weight, bias, grad = (torch.randn(shape, generator=rng, dtype=torch.float64).to(device) for shape in shapes)
-    pairs = [(torch.ops.qfast.window_conv(x, weight, bias), _convolved(x, weight, bias))]
-    back: Any = (grad, x, weight, True)
-    pairs += zip(torch.ops.qfast.window_conv_backward(*back), _backward(*back), strict=True)
-    for ours, theirs in pairs:
-        error = float((ours - theirs).norm() / theirs.norm())
-        if not error < 1e-12:
-            raise ArithmeticError(f"window_conv: native and plain torch differ by {error:.1e} (relative norm).")
+    check_same("window_conv", [torch.ops.qfast.window_conv(x, weight, bias)], [_convolved(x, weight, bias)])
+    arguments = (grad, x, weight, True)
+    check_same("window_conv", torch.ops.qfast.window_conv_backward(*arguments), _backward_twin(*arguments))

@@ -8,18 +8,19 @@ The kernels are in csrc/window_gather: window_gather_kernels.h (behind window_ga
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from qfast.errors import DataError, suggest
 from qfast.ops import transforms
+from qfast.ops._common import FLOATING, define, refuse_double_backward, require, require_tensor
 from qfast.ops.window_index import WindowIndex, build_window_index
 
 FILLS = {"none": 0, "ffill": 1, "ffill+bfill": 2}
 LAYOUTS = {"BTD": False, "BDT": True}
+_Code = TypeVar("_Code", int, bool)
 
 __all__ = ["FILLS", "LAYOUTS", "gather_windows", "self_test", "window_rows"]
 
@@ -85,8 +86,8 @@ def gather_windows(
     >>> gather_windows(panel, index, torch.tensor([2, 3]), 2)[..., 0].tolist()
     [[2.0, 4.0], [6.0, 6.0]]
     """
-    _require_tensor("gather_windows", "panel", panel)
-    _require(panel.dim() == 2, "gather_windows", f"panel: expected shape [R, D], got {tuple(panel.shape)}.")
+    require_tensor("gather_windows", "panel", panel)
+    require(panel.dim() == 2, "gather_windows", f"panel: expected shape [R, D], got {tuple(panel.shape)}.")
     if columns is not None and len(columns) != 2:
         raise DataError(f"gather_windows: columns: expected (begin, end), got {columns!r}.")
     begin, end = (0, panel.shape[1]) if columns is None else columns
@@ -101,7 +102,7 @@ def gather_windows(
             rows = window_rows(index, last_row, step_len, fill=fill, first_position=first_position)
             _check_panel("gather_windows", panel, begin, end)
             return _take(panel, rows, begin, end, transposed)
-        _require_tensor("gather_windows", "last_row", last_row)
+        require_tensor("gather_windows", "last_row", last_row)
         steps, fill_code = _steps(step_len), _lookup("fill", fill, FILLS)
         try:
             return torch.ops.qfast.gather_rolling_windows(
@@ -117,7 +118,7 @@ def gather_windows(
             ) from error
     if last_row is not None or step_len is not None:
         raise DataError("gather_windows: last_row and step_len go with a WindowIndex, index is a tensor of rows.")
-    _require_tensor("gather_windows", "index", index)
+    require_tensor("gather_windows", "index", index)
     if transforms.active():
         return _gather_windows_twin(panel, index, begin, end, transposed)  # torch's operations, all differentiable
     return torch.ops.qfast.gather_windows(panel, index, begin, end, transposed)
@@ -171,28 +172,16 @@ def window_rows(
     >>> window_rows(index, torch.tensor([1]), 3, fill="ffill").tolist()
     [[0, 0, 1]]
     """
-    _require_tensor("window_rows", "last_row", last_row)
+    require_tensor("window_rows", "last_row", last_row)
     fill_code = _lookup("fill", fill, FILLS)
     return torch.ops.qfast.window_rows(*index, last_row, _steps(step_len), fill_code, first_position)
 
 
 # ---------------------------------------------------------------- arguments
-def _lookup(what: str, value: str, known: dict[str, Any]) -> Any:
-    if not isinstance(value, str) or value not in known:
-        raise DataError(f"{what} is {value!r}; allowed: {', '.join(known)}." + suggest(value, known))
-    return known[value]
-
-
-def _require(condition: bool, operator: str, message: str) -> None:
-    if not condition:
-        raise DataError(f"{operator}: {message}")
-
-
-def _require_tensor(operator: str, name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise DataError(
-            f"{operator}: {name}: expected a tensor, got {type(value).__name__}. Remedy: torch.as_tensor({name})."
-        )
+def _lookup(name: str, value: str, codes: dict[str, _Code]) -> _Code:
+    if not isinstance(value, str) or value not in codes:
+        raise DataError(f"{name} is {value!r}; allowed: {', '.join(codes)}." + suggest(value, codes))
+    return codes[value]
 
 
 def _steps(step_len: int) -> int:
@@ -207,29 +196,29 @@ def _steps(step_len: int) -> int:
 
 
 def _check_panel(operator: str, panel: Tensor, begin: int, end: int) -> None:
-    known = panel.dtype in (torch.float32, torch.float64)
-    _require(known, operator, f"panel: expected dtype float32 or float64, got {panel.dtype}.")
-    _require(panel.dim() == 2, operator, f"panel: expected shape [R, D], got {tuple(panel.shape)}.")
+    known = panel.dtype in FLOATING
+    require(known, operator, f"panel: expected dtype float32 or float64, got {panel.dtype}.")
+    require(panel.dim() == 2, operator, f"panel: expected shape [R, D], got {tuple(panel.shape)}.")
     inside = 0 <= begin <= end <= panel.shape[1]
-    _require(inside, operator, f"columns: expected 0 <= begin <= end <= {panel.shape[1]}, got ({begin}, {end}).")
+    require(inside, operator, f"columns: expected 0 <= begin <= end <= {panel.shape[1]}, got ({begin}, {end}).")
 
 
 def _check_rows(operator: str, name: str, rows: Tensor, dims: int, device: torch.device) -> None:
     known = rows.dtype in (torch.int32, torch.int64)
-    _require(known, operator, f"{name}: expected dtype int32 or int64, got {rows.dtype}.")
+    require(known, operator, f"{name}: expected dtype int32 or int64, got {rows.dtype}.")
     shape = "[B]" if dims == 1 else "[B, T]"
-    _require(rows.dim() == dims, operator, f"{name}: expected shape {shape}, got {tuple(rows.shape)}.")
-    _require(rows.device == device, operator, f"{name}: expected device {device}, got {rows.device}.")
+    require(rows.dim() == dims, operator, f"{name}: expected shape {shape}, got {tuple(rows.shape)}.")
+    require(rows.device == device, operator, f"{name}: expected device {device}, got {rows.device}.")
 
 
 def _check_tables(operator: str, tables: tuple[Tensor, ...], n_rows: int, device: torch.device, step_len: int) -> None:
     for name, table in zip(WindowIndex._fields, tables, strict=True):
         known = table.dtype == torch.int32
-        _require(known, operator, f"index.{name}: expected dtype int32, got {table.dtype}.")
+        require(known, operator, f"index.{name}: expected dtype int32, got {table.dtype}.")
         fits = tuple(table.shape) == (n_rows,)
-        _require(fits, operator, f"index.{name}: expected shape ({n_rows},), got {tuple(table.shape)}.")
-        _require(table.device == device, operator, f"index.{name}: expected device {device}, got {table.device}.")
-    _require(step_len >= 1, operator, f"step_len: expected at least 1, got {step_len}.")
+        require(fits, operator, f"index.{name}: expected shape ({n_rows},), got {tuple(table.shape)}.")
+        require(table.device == device, operator, f"index.{name}: expected device {device}, got {table.device}.")
+    require(step_len >= 1, operator, f"step_len: expected at least 1, got {step_len}.")
 
 
 def _check_bounds(operator: str, name: str, rows: Tensor, n_rows: int) -> None:
@@ -332,21 +321,14 @@ def _gather_windows_backward_twin(
 # ---------------------------------------------------------------- schemas and fakes
 _TABLES = "Tensor position, Tensor back, Tensor run, Tensor last_row, int step_len, int fill, int first_position"
 _COLUMNS = "int column_begin, int column_end, bool transposed"
-_SCHEMAS: dict[str, tuple[str, Callable[..., Tensor]]] = {
-    "window_rows": (f"({_TABLES}) -> Tensor", _window_rows_twin),
-    "gather_windows": (f"(Tensor panel, Tensor rows, {_COLUMNS}) -> Tensor", _gather_windows_twin),
-    "gather_rolling_windows": (
-        f"(Tensor panel, {_TABLES}, {_COLUMNS}) -> Tensor",
-        _gather_rolling_windows_twin,
-    ),
-    "gather_windows_backward": (
-        "(Tensor grad, Tensor rows, int n_rows, int n_columns, int column_begin, bool transposed) -> Tensor",
-        _gather_windows_backward_twin,
-    ),
-}
-for _name, (_schema, _twin) in _SCHEMAS.items():  # the twin serves wherever no kernel is loaded
-    torch.library.define(f"qfast::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(f"qfast::{_name}", "CompositeExplicitAutograd", _twin)
+define("window_rows", f"({_TABLES}) -> Tensor", _window_rows_twin)
+define("gather_windows", f"(Tensor panel, Tensor rows, {_COLUMNS}) -> Tensor", _gather_windows_twin)
+define("gather_rolling_windows", f"(Tensor panel, {_TABLES}, {_COLUMNS}) -> Tensor", _gather_rolling_windows_twin)
+define(
+    "gather_windows_backward",
+    "(Tensor grad, Tensor rows, int n_rows, int n_columns, int column_begin, bool transposed) -> Tensor",
+    _gather_windows_backward_twin,
+)
 
 
 @torch.library.register_fake("qfast::window_rows")
@@ -400,16 +382,13 @@ def _backward_of_rolling(ctx, grad):  # type: ignore[no-untyped-def]
     return (grad_panel, *(None,) * 10)
 
 
-def _no_double_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    raise NotImplementedError(
-        "gather_windows: double backward is not supported. Remedy: index with torch, panel[window_rows(...)], or "
-        "torch.func.grad within torch.func.grad, which gather_windows supports."
-    )
-
-
 torch.library.register_autograd("qfast::gather_windows", _backward_of_gather, setup_context=_save_for_gather)
 torch.library.register_autograd("qfast::gather_rolling_windows", _backward_of_rolling, setup_context=_save_for_rolling)
-torch.library.register_autograd("qfast::gather_windows_backward", _no_double_backward)
+refuse_double_backward(
+    "gather_windows",
+    remedy="index with torch, panel[window_rows(...)], or torch.func.grad within torch.func.grad, which gather_windows "
+    "supports",
+)
 
 
 def self_test(device: torch.device) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qfast import _backend
 from qfast.ops import gru, lstm
-from qfast.ops.recurrent_cells import GRU, LSTM, Cell
+from qfast.ops.recurrent_twin import GRU, LSTM, Cell
 from support.temporal_conv import mask, relative
 
 NAMES = ["lstm", "gru"]

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qfast.ops.philox import keep_threshold, philox
+from qfast.ops.philox import dropout_mask
 
-__all__ = ["GRU", "LSTM", "Cell", "backward_twin", "dropout_mask", "empty_kept", "forward_twin"]
+__all__ = ["GRU", "LSTM", "Cell", "backward_twin", "empty_kept", "forward_twin"]
 
 
 # ---------------------------------------------------------------- the cells
@@ -71,19 +71,6 @@ GRU = Cell("gru", 3, ("h",), _gru_step, _gru_step_backward)
 # ---------------------------------------------------------------- the time loop
 def _by_layer(weights: Sequence[Tensor]) -> list[Sequence[Tensor]]:
     return [weights[at : at + 4] for at in range(0, len(weights), 4)]
-
-
-def dropout_mask(like: Tensor, layer: int, dropout: float, seed: Tensor, first_step: int = 0) -> Tensor:
-    """0 or 1 / (1 - dropout) for each element of a layer's output [B, T, H], steps from `first_step` on; see `lstm`."""
-    batch, steps, hidden = like.shape
-    groups, t, j = (torch.arange(n, device=like.device) for n in ((batch + 3) // 4, steps, hidden))
-    t = t + first_step
-    number = torch.tensor(layer, device=like.device)
-    words = torch.stack(
-        torch.broadcast_tensors(*philox(seed, (j.view(1, 1, -1), t.view(1, -1, 1), number, groups.view(-1, 1, 1)))), 1
-    )
-    kept = words.flatten(0, 1)[:batch] >= keep_threshold(dropout)
-    return kept.to(like.dtype) * (0.0 if dropout == 1.0 else 1.0 / (1.0 - dropout))
 
 
 def _layer_steps(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qfast.ops.feed_forward import HIDDEN_DROPOUT, block_gradients, hidden_values
-from qfast.ops.recurrent_cells import dropout_mask
+from qfast.ops.philox import dropout_mask
 
 __all__ = ["WEIGHTS", "backward_twin", "forward_twin"]
 
