@@ -1,7 +1,7 @@
 """A post-norm Transformer encoder layer in one operator, at all steps or at the last one alone.
 
-Reading order: the public function and its checks, encoder_twin.py for the meaning in plain torch, then schemas, fakes
-and gradients.
+Reading order: the public function and its checks, encoder_layer_twin.py for the meaning in plain torch, then schemas,
+fakes and gradients.
 The kernels are in csrc/encoder_layer: encoder_layer_kernels.h (behind encoder_layer.cpp) and encoder_layer.cu.
 """
 

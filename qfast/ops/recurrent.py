@@ -1,6 +1,6 @@
 """Stacks of LSTM and GRU layers, at the last step only or at all of them.
 
-Reading order: the two public functions and their checks, recurrent_cells.py for the meaning in plain torch, then
+Reading order: the two public functions and their checks, recurrent_twin.py for the meaning in plain torch, then
 schemas, fakes and gradients.
 The kernels are in csrc/recurrent: recurrent_kernels.h (behind recurrent.cpp) and recurrent.cu.
 """
