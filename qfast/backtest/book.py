@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,41 @@ __all__ = ["Book"]
 NOTHING = 1e-5  # a trade of a smaller value is none
 
 
+class ReportRow(NamedTuple):
+    """One day of `Backtest.report`; the field names are its columns, except that `return_` is "return"."""
+
+    account: float
+    return_: float
+    total_turnover: float
+    turnover: float
+    total_cost: float
+    cost: float
+    value: float
+    cash: float
+
+
+class IndicatorRow(NamedTuple):
+    """One day of `Backtest.indicators`; the field names are its columns, except that `orders` is "count"."""
+
+    ffr: float
+    pa: float
+    pos: float
+    deal_amount: float
+    value: float
+    orders: int
+
+
+class HoldingRows(NamedTuple):
+    """The holdings at the end of one day: arrays of one length, one element per instrument held."""
+
+    day: np.ndarray
+    instrument: np.ndarray
+    amount: np.ndarray
+    price: np.ndarray
+    weight: np.ndarray
+    count_day: np.ndarray
+
+
 class Book:
     """Cash, holdings and what is recorded of them."""
 
@@ -27,9 +63,9 @@ class Book:
         self.amount, self.price = np.zeros(n), np.zeros(n)
         self.count = np.zeros(n, dtype=np.int64)
         self.cost = self.turnover = 0.0
-        self._report: list[tuple[float, ...]] = []
-        self._indicators: list[tuple[float, ...]] = []
-        self._positions: list[tuple[np.ndarray, ...]] = []
+        self._report: list[ReportRow] = []
+        self._indicators: list[IndicatorRow] = []
+        self._holdings: list[HoldingRows] = []
 
     def tradable(self, day: int, side: str | None) -> np.ndarray:
         """bool [N]: what can be bought or sold that day; None: both."""
@@ -75,7 +111,7 @@ class Book:
 
     def trade(self, day: int, orders: Sequence[tuple[int, float]]) -> None:
         """Fill a day's orders, take over its closing prices, write down how things stand."""
-        before = self._report[-1][0] if self._report else self.account
+        before = self._report[-1].account if self._report else self.account
         costs = values = shares = 0.0
         filled = []
         for i, wanted in orders:
@@ -99,29 +135,44 @@ class Book:
         stock = float(self.amount[held] @ self.price[held])
         account = stock + self.cash
         self._report.append(
-            (account, (account - before + costs) / before, self.turnover, values / before, self.cost, costs / before,
-             stock, self.cash)
-        )  # fmt: skip
-        none = math.nan if not orders else 0.0  # orders are filled at the day's own price: no advantage in it
+            ReportRow(
+                account=account,
+                return_=(account - before + costs) / before,
+                total_turnover=self.turnover,
+                turnover=values / before,
+                total_cost=self.cost,
+                cost=costs / before,
+                value=stock,
+                cash=self.cash,
+            )
+        )
+        advantage = math.nan if not orders else 0.0  # orders are filled at the day's own price
         rate = float(np.nanmean(filled)) if np.isfinite(filled).any() else math.nan
-        self._indicators.append((rate, none, none, shares, values, float(len(orders))))
+        self._indicators.append(
+            IndicatorRow(ffr=rate, pa=advantage, pos=advantage, deal_amount=shares, value=values, orders=len(orders))
+        )
         rows = np.flatnonzero(held)
-        self._positions.append(
-            (np.full(len(rows), day), rows, self.amount[rows], self.price[rows],
-             self.amount[rows] * self.price[rows] / account, self.count[rows])
-        )  # fmt: skip
+        self._holdings.append(
+            HoldingRows(
+                day=np.full(len(rows), day),
+                instrument=rows,
+                amount=self.amount[rows],
+                price=self.price[rows],
+                weight=self.amount[rows] * self.price[rows] / account,
+                count_day=self.count[rows],
+            )
+        )
 
     def result(self, benchmark: pd.Series | None) -> Backtest:
+        """The tables of the days traded so far; `benchmark` is a daily return by day."""
         days = self.market.days.rename("datetime")
-        report = pd.DataFrame(
-            self._report, days,
-            columns=["account", "return", "total_turnover", "turnover", "total_cost", "cost", "value", "cash"],
-        )  # fmt: skip
+        report = pd.DataFrame(self._report, days).rename(columns={"return_": "return"})
         report["bench"] = math.nan if benchmark is None else benchmark.reindex(days).fillna(0.0).to_numpy(float)
-        columns = ["ffr", "pa", "pos", "deal_amount", "value", "count"]
-        day, who, *rest = (np.concatenate(part) for part in zip(*self._positions, strict=True))
-        index = pd.MultiIndex.from_arrays([days[day], self.market.instruments[who]], names=["datetime", "instrument"])
-        names = ("amount", "price", "weight", "count_day")
-        positions = pd.DataFrame(dict(zip(names, rest, strict=True)), index)
-        indicators = pd.DataFrame(self._indicators, days, columns=columns).astype({"count": np.int64})
+        indicators = pd.DataFrame(self._indicators, days).rename(columns={"orders": "count"})
+        holdings = HoldingRows(*(np.concatenate(column) for column in zip(*self._holdings, strict=True)))
+        index = pd.MultiIndex.from_arrays(
+            [days[holdings.day], self.market.instruments[holdings.instrument]], names=["datetime", "instrument"]
+        )
+        columns = ("amount", "price", "weight", "count_day")
+        positions = pd.DataFrame({name: getattr(holdings, name) for name in columns}, index)
         return Backtest(report, positions, indicators)
