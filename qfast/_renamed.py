@@ -31,6 +31,10 @@ RENAMED_MODULES = {
     "qfast.optim": "qfast.training.optim",
     "qfast.pretrain": "qfast.models.pretrained",
     "qfast.step_graphs": "qfast.training.step_graphs",
+    "qfast.workflow.experiments": "qfast.workflow.check",
+    "qfast.workflow.findings": "qfast.workflow.check.findings",
+    "qfast.workflow.history": "qfast.workflow.lookback",
+    "qfast.workflow.scoring": "qfast.workflow.predict",
 }
 
 

@@ -134,7 +134,7 @@ def predict_command(
 ) -> None:
     """Score new prices with the weights and the fitted processors of a run."""
     from qfast.workflow.folder import RunFolder, check_table_target, write_frame
-    from qfast.workflow.scoring import predict
+    from qfast.workflow.predict import predict
 
     _log_to_stderr(quiet)
     RunFolder.open(run_path)
@@ -180,9 +180,9 @@ def demo_command(
 @app.command("info")
 def info_command(run_path: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
     """Print a run's status, data and metrics."""
-    from qfast.workflow.scoring import scoring_summary
+    from qfast.workflow.info import run_info
 
-    found = scoring_summary(run_path)
+    found = run_info(run_path)
     for name in ("experiment", "status", "error", "started", "ended", "device", "seed"):
         if found[name] is not None:
             typer.echo(f"{name:<11}{found[name]}")

@@ -15,8 +15,8 @@ import torch
 from qfast.data import TSDatasetH
 from qfast.errors import ConfigError, DataError
 from qfast.models import ALSTM, ts
+from qfast.workflow.predict import predict
 from qfast.workflow.run import run
-from qfast.workflow.scoring import predict
 from support.fits import SMALL, StopAt, dataset_for, same, weights
 from support.frames import SEGMENTS, flat, make_frame, rolling
 from support.qlib import TRAIN, qlib_frames

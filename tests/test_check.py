@@ -16,8 +16,8 @@ from qfast.data.processors import Processor
 from qfast.errors import ConfigError
 from qfast.registry import PROCESSORS
 from qfast.workflow.check import check
+from qfast.workflow.check.expressions import rows_ahead
 from qfast.workflow.demo import DEMO, demo_prices
-from qfast.workflow.experiments import rows_ahead
 from qfast.workflow.run import run
 from support.stores import write_store
 from support.workflows import factors, write_case
@@ -256,7 +256,7 @@ def test_an_error_that_nobody_foresaw_is_a_finding(prices, monkeypatch):
     def broken(*_):
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr("qfast.workflow.experiments._change_the_future", broken)
+    monkeypatch.setattr("qfast.workflow.check.check_future_change", broken)
     report = check(DEMO, prices, SHORT)
     assert levels(report, "look-ahead") == ["error"]
     assert levels(report, "invariance") == ["ok", "ok"]

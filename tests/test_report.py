@@ -8,8 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qfast.workflow.report import Report, SegmentResult, cumulative_plot, loss_plot, quantile_plot, render_html
-from qfast.workflow.report import _quantile_means as quantile_means
+from qfast.workflow.page import Report, render_html
+from qfast.workflow.plots import _quantile_means as quantile_means
+from qfast.workflow.plots import cumulative_plot, loss_plot, quantile_plot
+from qfast.workflow.results import SegmentResult
 from support.workflows import factors
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -22,8 +22,8 @@ from qfast.files import atomic_write, locked, sweep
 from qfast.workflow import run as run_module
 from qfast.workflow.demo import DEMO, demo_prices
 from qfast.workflow.folder import RunFolder, check_table_target, read_frame
+from qfast.workflow.predict import predict
 from qfast.workflow.run import run
-from qfast.workflow.scoring import predict
 from support.workflows import factors, write_case
 
 ONE_EPOCH = ["task.model.kwargs.n_epochs=1"]
@@ -236,13 +236,13 @@ def test_the_greatest_seed_is_taken(case, tmp_path):
 
 
 def test_predict_checks_its_target_before_it_scores(case, tmp_path, monkeypatch, capsys):
-    from qfast.workflow import scoring
+    from qfast.workflow import predict as predict_module
 
     command = ["predict", str(case[2]), "--data", str(case[1]), "--out"]
     new = tmp_path / "new" / "deep" / "x.csv"
     assert cli.main([*command, str(new)]) == 0
     assert len(pd.read_csv(new)) == 840
-    monkeypatch.setattr(scoring, "predict", lambda *a, **k: pytest.fail("scored before the target was checked"))
+    monkeypatch.setattr(predict_module, "predict", lambda *a, **k: pytest.fail("scored before the target was checked"))
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder.csv").mkdir()
     for out, message in (

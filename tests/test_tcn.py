@@ -17,8 +17,8 @@ from qfast.data import TSDatasetH
 from qfast.data.windows import WindowSet
 from qfast.errors import ConfigError, DataError
 from qfast.models import TCN, _tcn, ts
+from qfast.workflow.predict import predict
 from qfast.workflow.run import run
-from qfast.workflow.scoring import predict
 from support.fits import StopAt, dataset_for, same, weights
 from support.frames import SEGMENTS, flat, make_frame, rolling
 from support.workflows import write_case

@@ -22,8 +22,8 @@ from qfast.training.callbacks import Callback
 from qfast.workflow import folder as folders
 from qfast.workflow.demo import DEMO, demo_prices
 from qfast.workflow.folder import RunFolder, read_frame, write_frame
+from qfast.workflow.predict import predict
 from qfast.workflow.run import run
-from qfast.workflow.scoring import predict
 from support.workflows import FILES, Interrupt, factors, write_case
 
 

@@ -20,10 +20,11 @@ from qfast.errors import CheckpointError, ConfigError, QfastError
 from qfast.training.callbacks import Callback
 from qfast.workflow import run as run_module
 from qfast.workflow.config import load_config
+from qfast.workflow.dataset import build_dataset
 from qfast.workflow.folder import read_frame
+from qfast.workflow.predict import predict
 from qfast.workflow.run import run
 from qfast.workflow.schema import check_workflow
-from qfast.workflow.scoring import build_dataset, predict
 from support.workflows import FILES, Interrupt, write_case
 
 GATS = [

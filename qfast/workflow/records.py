@@ -17,7 +17,7 @@ from qfast.registry import RECORDS
 from qfast.workflow.portfolio import PortfolioPlan
 
 if TYPE_CHECKING:
-    from qfast.workflow.report import SegmentResult
+    from qfast.workflow.results import SegmentResult
 
 __all__ = ["PortAnaRecord", "Record", "SigAnaRecord", "SignalRecord"]
 

@@ -1,36 +1,49 @@
-"""What a trained model leaves: scores and labels by segment, metrics, plots and the report."""
+"""Scores and labels of a trained model by segment, their metrics and tables."""
 
 from __future__ import annotations
 
 import logging
-import shlex
-import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from qfast.dates import date_text
-from qfast.metrics import ic_summary
-from qfast.workflow import pretraining
-from qfast.workflow.config import dump_yaml
+from qfast._renamed import renamed_names
+from qfast.metrics import daily_ic, ic_summary
 from qfast.workflow.folder import RunFolder
-from qfast.workflow.portfolio import PortfolioResult
 from qfast.workflow.records import Record
-from qfast.workflow.report import (
-    Report,
-    SegmentResult,
-    cumulative_plot,
-    loss_plot,
-    portfolio_plot,
-    quantile_plot,
-    render_html,
-)
-from qfast.workflow.schema import Workflow
 
-__all__ = ["evaluate", "raw_labels", "write_report", "write_results"]
+__all__ = ["SegmentResult", "evaluate", "raw_labels", "write_results"]
+
+__getattr__ = renamed_names(
+    __name__,
+    {
+        "write_report": "qfast.workflow.report.write_report",
+    },
+)
+
 
 log = logging.getLogger("qfast")
+
+
+@dataclass(frozen=True)
+class SegmentResult:
+    """Scores and labels of one segment, and what is computed from them.
+
+    `score` and `label` are indexed (datetime, instrument); `ic` and `rank_ic` by datetime.
+    """
+
+    name: str
+    score: pd.Series
+    label: pd.Series
+    ic: pd.Series
+    rank_ic: pd.Series
+
+    @classmethod
+    def of(cls, name: str, score: pd.Series, label: pd.Series) -> SegmentResult:
+        ic, rank_ic = daily_ic(score, label)
+        return cls(name, score, label, ic, rank_ic)
 
 
 def raw_labels(dataset: Any) -> dict[str, pd.Series]:
@@ -92,102 +105,3 @@ def write_results(
 def _without_repeats(frame: pd.DataFrame) -> pd.DataFrame:
     """Segments may overlap; the later one's row is kept."""
     return frame[~frame.index.duplicated(keep="last")]
-
-
-def write_report(
-    run_folder: RunFolder,
-    workflow: Workflow,
-    model: Any,
-    dataset: Any,
-    results: Mapping[str, SegmentResult],
-    metrics: Mapping[str, Any],
-    started: float,
-    portfolio: PortfolioResult | None = None,
-) -> None:
-    """The plots and report.html; `started` (seconds since 1970) is when the run began."""
-    shown = [r for name, r in results.items() if name != "newest"]
-    before = pretraining.history(run_folder)
-    plots = {} if before is None else {"pretrain_loss": loss_plot(*before, title="Pre-training: loss by epoch")}
-    plots |= {
-        "loss": loss_plot(model.history_, model.best_epoch_),
-        "cumulative_ic": cumulative_plot(shown),
-        "score_groups": quantile_plot(shown),
-    }
-    if portfolio is not None:
-        plots["portfolio"] = portfolio_plot(portfolio.backtest.report)
-    (run_folder / "plots").mkdir(exist_ok=True)
-    for name, png in plots.items():
-        run_folder.write_bytes(f"plots/{name}.png", png)
-    newest = max(results.values(), key=lambda r: _last_date(r.score)).score
-    date = _last_date(newest)
-    page = Report(
-        title=f"{workflow.experiment_name}: {type(model).__name__}",
-        subtitle=_subtitle(run_folder),
-        intro=_intro(dataset),
-        metrics=metrics,
-        facts=_facts(run_folder, workflow, model, started),
-        plots=plots,
-        config=dump_yaml(workflow.resolved()),
-        notes=run_folder.manifest["notes"],
-        newest=newest.xs(date, level="datetime") if len(newest) else None,
-        newest_date=date_text(date),
-        portfolio=None if portfolio is None else portfolio.backtest.risk()["risk"].unstack(),
-    )
-    run_folder.write_text("report.html", render_html(page))
-
-
-def _last_date(score: pd.Series) -> pd.Timestamp:
-    dates = score.index.get_level_values("datetime")
-    return dates.max() if len(dates) else pd.Timestamp.min
-
-
-def _intro(dataset: Any) -> str:
-    label = " and ".join(str(name) for name in dataset.handler.get_cols("label"))
-    chosen = " and chosen on valid" if "valid" in dataset.segments else ""
-    return (
-        "On every date each instrument gets a score; a higher score predicts a higher label. The label is "
-        f"{label}. The weights were learnt on the segment train{chosen}."
-    )
-
-
-def _subtitle(run_folder: RunFolder) -> str:
-    facts = run_folder.manifest["data"]
-    return (
-        f"{facts['instruments']} instruments, {facts['first']} to {facts['last']}, run {run_folder.path.name}, "
-        f"qfast {run_folder.manifest['versions']['qfast']}"
-    )
-
-
-def _facts(run_folder: RunFolder, workflow: Workflow, model: Any, started: float) -> dict[str, Any]:
-    manifest = run_folder.manifest
-    parameters = sum(p.numel() for p in model.network.parameters())
-    history = model.history_
-    seconds = history["seconds"].sum() if len(history) else 0.0
-    segments = workflow.task.dataset.kwargs.segments
-    return {
-        "Model": f"{type(model).__module__}.{type(model).__name__}, {parameters:,} parameters",
-        "Epochs": f"{len(history)}, best {model.best_epoch_}, {seconds:.1f} s of training",
-        **pretraining.facts(manifest),
-        "Segments": "; ".join(f"{name} {_span(*bounds)}" for name, bounds in segments.items()),
-        "Data": f"{manifest['data']['source']} (hash {manifest['data']['hash']})",
-        "Device": manifest["device"],
-        "Operators": _tier_text(manifest["tiers"], manifest["device"]),
-        "Seed": f"{manifest['seed']}{' (drawn for this run)' if manifest['seed_drawn'] else ''}",
-        "Versions": ", ".join(f"{name} {version}" for name, version in manifest["versions"].items()),
-        "Platform": manifest["platform"],
-        "Command": shlex.join(manifest["command"]),
-        "Wall time": f"{time.time() - started:.1f} s ({_stages(manifest['seconds'])})",
-    }
-
-
-def _stages(seconds: Mapping[str, float]) -> str:
-    return ", ".join(f"{stage} {taken:.1f}" for stage, taken in seconds.items())
-
-
-def _span(start: str | None, end: str | None) -> str:
-    return f"{start or 'the first date'} to {end or 'the newest date'}"
-
-
-def _tier_text(tiers: Mapping[str, Any], device: str) -> str:
-    state = tiers.get("cuda" if device.startswith("cuda") else "cpu", {})
-    return f"{state.get('tier', 'torch')} tier ({state.get('reason', 'unknown')})"

@@ -21,12 +21,14 @@ from qfast.training.callbacks import Callback
 from qfast.workflow import folder as folders
 from qfast.workflow import pretraining
 from qfast.workflow.config import dump_yaml, fill_placeholders, load_config
+from qfast.workflow.dataset import build_dataset, data_facts, data_source
 from qfast.workflow.folder import CONFIG, LAST, RunFolder
 from qfast.workflow.portfolio import PortfolioResult, write_portfolio
 from qfast.workflow.records import PortAnaRecord, Record
-from qfast.workflow.results import evaluate, raw_labels, write_report, write_results
+from qfast.workflow.report import write_report
+from qfast.workflow.results import evaluate, raw_labels, write_results
+from qfast.workflow.saved_model import save_scoring
 from qfast.workflow.schema import Workflow, check_workflow
-from qfast.workflow.scoring import build_dataset, data_facts, data_source, save_scoring
 
 __all__ = ["RunResult", "run"]
 

@@ -10,11 +10,20 @@ from typing import Any
 
 import numpy as np
 
+from qfast._renamed import renamed_names
 from qfast.data.panel import Panel
 from qfast.dates import date_text
 from qfast.errors import DataError
 
-__all__ = ["check_history", "days_needed", "short_share"]
+__all__ = ["check_lookback", "days_needed", "short_fraction"]
+
+__getattr__ = renamed_names(
+    __name__,
+    {
+        "check_history": "qfast.workflow.lookback.check_lookback",
+        "short_share": "qfast.workflow.lookback.short_fraction",
+    },
+)
 
 # A date counts as short when more of its rows lack history than this, or than twice what training saw: stocks that
 # are new in the market have no history to give.
@@ -26,17 +35,17 @@ def days_needed(dataset: Any) -> int:
     return int(getattr(dataset.handler, "lookback", 1)) + int(getattr(dataset, "step_len", 1)) - 1
 
 
-def short_share(dataset: Any, segment: str = "train") -> float:
+def short_fraction(dataset: Any, segment: str = "train") -> float:
     """Share of a segment's rows whose instrument had fewer than `days_needed` days in the data."""
     panel = dataset.handler.panel("infer")
     rows = panel.rows_between(*dataset.segments[segment])
     needed = days_needed(dataset)
     if needed == 1 or not len(rows):
         return 0.0
-    return float(np.mean(_history(dataset.handler, panel, rows) < needed))
+    return float(np.mean(_days_available(dataset.handler, panel, rows) < needed))
 
 
-def check_history(dataset: Any, start: Any, end: Any, trained: float = 0.0) -> str | None:
+def check_lookback(dataset: Any, start: Any, end: Any, trained: float = 0.0) -> str | None:
     """A sentence about the dates from `start` to `end` whose rows lack history; None if all is well.
 
     Parameters
@@ -46,7 +55,7 @@ def check_history(dataset: Any, start: Any, end: Any, trained: float = 0.0) -> s
     start, end : date-like or None
         The dates to be scored, both inclusive.
     trained : float
-        `short_share` of the training rows.
+        `short_fraction` of the training rows.
 
     Raises
     ------
@@ -58,7 +67,7 @@ def check_history(dataset: Any, start: Any, end: Any, trained: float = 0.0) -> s
     rows = panel.rows_between(start, end)
     if needed == 1 or not len(rows):
         return None
-    days = _history(dataset.handler, panel, rows)
+    days = _days_available(dataset.handler, panel, rows)
     short = days < needed
     dates = panel.date_codes[rows]
     size = len(panel.datetimes)
@@ -86,7 +95,7 @@ def _period(panel: Panel, date_codes: np.ndarray) -> str:
     return first if first == last else f"{first} to {last}"
 
 
-def _history(handler: Any, panel: Panel, rows: np.ndarray) -> np.ndarray:
+def _days_available(handler: Any, panel: Panel, rows: np.ndarray) -> np.ndarray:
     """int64 days from the first one of the row's instrument in the data up to the row, both included.
 
     Days without trading count: holes were in the training data as well.

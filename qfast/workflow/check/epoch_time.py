@@ -1,0 +1,88 @@
+"""Memory of the data, and the time of an epoch, measured on a few batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from qfast.data.panel import Panel
+from qfast.errors import QfastError
+from qfast.training.callbacks import Callback
+from qfast.workflow.check.findings import CheckReport
+from qfast.workflow.check.trial import build_model
+from qfast.workflow.schema import Workflow
+
+__all__ = ["check_epoch_time"]
+
+
+TIMED_BATCHES = 6
+
+
+class _EnoughError(Exception):
+    """Ends a timed fit."""
+
+
+class _Stopwatch(Callback):
+    """Times the first batches of a fit and ends it."""
+
+    def __init__(self) -> None:
+        self.moments: list[float] = []
+
+    def on_epoch_start(self, estimator: Any) -> None:
+        self.moments.append(time.perf_counter())
+
+    def on_batch_end(self, estimator: Any) -> None:
+        self.moments.append(time.perf_counter())
+        if len(self.moments) > TIMED_BATCHES:
+            raise _EnoughError
+
+    def on_epoch_end(self, estimator: Any) -> None:  # fewer batches than that
+        raise _EnoughError
+
+    @property
+    def seconds(self) -> float:
+        """Of a batch; the first one pays for memory and threads."""
+        steps = np.diff(self.moments)
+        return float(np.median(steps[1:] if len(steps) > 1 else steps))
+
+
+def check_epoch_time(report: CheckReport, workflow: Workflow, dataset: Any) -> None:
+    panel = dataset.handler.panel("infer")
+    n_bytes = sum(p.nbytes for p in _distinct([dataset.handler.panel("infer"), dataset.handler.panel("learn")]))
+    report.add("note", "memory", f"features and labels take {n_bytes / 2**20:,.0f} MB and are held once")
+    model, watch = build_model(workflow, n_epochs=1, progress=False), _Stopwatch()
+    try:
+        model.fit(dataset, callbacks=[watch])
+    except _EnoughError:
+        pass
+    except QfastError as error:
+        report.add("error", "training", str(error))
+        return
+    rows = panel.rows_between(*dataset.segments["train"])
+    batch_size = model.get_params().get("batch_size")
+    n_days = len(np.unique(panel.date_codes[rows]))
+    batches = n_days if batch_size is None else max(1, len(rows) // batch_size)  # None: each batch is one day
+    epoch, epochs = watch.seconds * batches, workflow.task.model.kwargs.get("n_epochs", 200)
+    report.add(
+        "note", "time",
+        f"a training pass takes about {_duration(epoch)} ({batches:,} batches of {watch.seconds * 1e3:,.0f} ms, "
+        f"{model.device}); {epochs} epochs, with their evaluation, at most {_duration(1.5 * epoch * int(epochs))}",
+    )  # fmt: skip
+
+
+def _distinct(panels: Sequence[Panel]) -> Iterator[Any]:
+    seen: set[int] = set()
+    for panel in panels:
+        for block in panel.blocks.values():
+            if id(block.values) not in seen:
+                seen.add(id(block.values))
+                yield block.values
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,68 @@
+"""What expressions say of themselves: how far they look ahead is known without any data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qfast.data.expression import Call, Node, Number, parse
+from qfast.data.expression_functions import FUNCTIONS
+from qfast.data.factors import depends_on_the_start
+from qfast.data.handlers.prices import PriceHandler
+from qfast.errors import shown, some
+from qfast.workflow.check.findings import CheckReport
+
+__all__ = ["check_expressions", "feature_expressions_of", "rows_ahead", "start_dependent_features"]
+
+
+def check_expressions(report: CheckReport, handler: Any) -> None:
+    """Features that look ahead by what they say: known without any data, and whatever the data hides."""
+    if not isinstance(handler, PriceHandler):
+        return
+    texts = feature_expressions_of(handler)
+    ahead = {name: rows for name, text in texts.items() if (rows := rows_ahead(parse(text))) > 0}
+    if ahead:
+        listed = some([f"{name} {rows} row(s), {shown(texts[name])}" for name, rows in ahead.items()], most=3)
+        report.add(
+            "error", "look-ahead",
+            f"{len(ahead)} feature(s) look ahead: {listed}. Remedy: Ref(x, n) looks back for positive n; what lies "
+            "ahead belongs into the label",
+        )  # fmt: skip
+    elif texts:
+        report.add("ok", "look-ahead", f"none of the {len(texts)} expressions looks beyond its own day")
+    elif handler.lookahead > 0:
+        report.add(
+            "error", "look-ahead",
+            f"features of {type(handler).__name__} look {handler.lookahead} row(s) ahead, says its "
+            "lookahead",
+        )  # fmt: skip
+
+
+def rows_ahead(node: Node) -> int:
+    """How many rows after its own a node's value depends on; negative: all that it looks at lies before.
+
+    `reach` says which rows must be read, also on the way; this is the sum of the shifts.
+
+    >>> rows_ahead(parse("Count(Ref($close, -60), 1)"))
+    60
+    >>> rows_ahead(parse("Ref(Ref($close, -2) / Ref($close, -1) - 1, 3)"))  # the label of three days ago
+    -1
+    """
+    if not isinstance(node, Call):
+        return 0
+    ahead = max((rows_ahead(part) for part in node.series if not isinstance(part, Number)), default=0)
+    function = FUNCTIONS[node.function]
+    if function.reach is not None:
+        return ahead + function.reach(*node.settings)[1]
+    if function.form == "shift":
+        return ahead - int(node.settings[0])
+    return max(ahead, ahead - int(node.settings[0])) if function.form == "delta" else ahead
+
+
+def feature_expressions_of(handler: PriceHandler) -> dict[str, str]:
+    """Feature name -> its expression; empty where features are made in another way."""
+    return dict(zip(handler.feature_names, handler.feature_expressions, strict=False))
+
+
+def start_dependent_features(handler: PriceHandler) -> list[str]:
+    """Features that depend on the first day of the data, however long ago it is."""
+    return [name for name, text in feature_expressions_of(handler).items() if depends_on_the_start(text)]

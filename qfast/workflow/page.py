@@ -1,0 +1,168 @@
+"""The page that shows a run: a single HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["Report", "render_html"]
+
+
+METRICS = ("IC", "ICIR", "Rank IC", "Rank ICIR")
+LISTED = 10  # instruments shown at either end of the newest day's ranking
+
+
+@dataclass
+class Report:
+    """Everything the page shows; plain values only.
+
+    Attributes
+    ----------
+    title, subtitle, intro : str
+    metrics : mapping
+        Segment -> metric -> value (None or NaN: could not be computed).
+    facts : mapping
+        Label -> value, shown as a table ("Model", "Device", ...).
+    plots : mapping
+        Caption -> PNG bytes.
+    newest : Series, optional
+        Scores of the newest date, indexed by instrument.
+    portfolio : DataFrame, optional
+        Risk of the backtest's excess returns: rows are analyses, columns measures.
+    """
+
+    title: str
+    subtitle: str
+    metrics: Mapping[str, Mapping[str, float | None]]
+    facts: Mapping[str, Any]
+    plots: Mapping[str, bytes]
+    config: str
+    notes: Sequence[str] = field(default_factory=list)
+    intro: str = ""
+    newest: pd.Series | None = None
+    newest_date: Any = None
+    portfolio: pd.DataFrame | None = None
+
+
+def render_html(report: Report) -> str:
+    """The whole page as text: styles and images are inside, every value is escaped."""
+    head = _text(report.title)
+    parts = [
+        f"<header><h1>{head}</h1><p>{_text(report.subtitle)}</p></header>",
+        f'<p class="lead">{_text(report.intro)}</p>' if report.intro else "",
+        _cards(report.metrics),
+        *(f'<aside class="note">{_text(note)}</aside>' for note in report.notes),
+        "<h2>Metrics</h2>",
+        _metric_table(report.metrics),
+        '<p class="small">IC is the correlation of score and raw label over the instruments of a day, rank IC that of '
+        "their ranks; the table shows means over days, and ICIR = mean / standard deviation of the daily values.</p>",
+        *(
+            f'<figure><img alt="plot: {_text(name.replace("_", " "))}" src="{_inline(png)}"></figure>'
+            for name, png in report.plots.items()
+        ),
+    ]
+    if report.portfolio is not None:
+        rows = {str(name).replace("_", " "): dict(row) for name, row in report.portfolio.iterrows()}
+        parts += [
+            "<h2>Portfolio</h2>",
+            _metric_table(
+                {n: {str(k).replace("_", " "): v for k, v in row.items()} for n, row in rows.items()}, "return"
+            ),
+            '<p class="small">Daily returns beyond the benchmark, added up and not compounded; a year has 238 days. '
+            "The scores of a day are traded on the next.</p>",
+        ]
+    if report.newest is not None and len(report.newest):
+        parts += [f"<h2>Newest scores ({_text(report.newest_date)})</h2>", _newest(report.newest)]
+    parts += ["<h2>Run</h2>", _fact_table(report.facts)]
+    parts += [f"<details><summary>Configuration</summary><pre>{_text(report.config)}</pre></details>"]
+    return PAGE.replace("{title}", head).replace("{body}", "\n".join(parts))
+
+
+def _cards(metrics: Mapping[str, Mapping[str, float | None]]) -> str:
+    name = next((n for n in ("test", "valid", "train") if n in metrics), None)
+    if name is None:
+        return ""
+    cards = [
+        f'<div class="card"><b>{_number(metrics[name].get(metric))}</b><span>{metric}, {_text(name)}</span></div>'
+        for metric in METRICS
+    ]
+    return f'<section class="cards">{"".join(cards)}</section>'
+
+
+def _metric_table(metrics: Mapping[str, Mapping[str, float | None]], first: str = "segment") -> str:
+    columns = list(dict.fromkeys(key for row in metrics.values() for key in row))
+    head = "".join(f"<th>{_text(column)}</th>" for column in (first, *columns))
+    rows = [
+        f"<tr><th>{_text(name)}</th>{''.join(f'<td>{_number(row.get(c))}</td>' for c in columns)}</tr>"
+        for name, row in metrics.items()
+    ]
+    return f"<div class='wide'><table class='numbers'><tr>{head}</tr>{''.join(rows)}</table></div>"
+
+
+def _newest(scores: pd.Series) -> str:
+    ordered = scores.dropna().sort_values(ascending=False, kind="stable")
+    count = min(LISTED, (len(ordered) + 1) // 2)
+    blocks = []
+    for title, part in (("Highest", ordered.iloc[:count]), ("Lowest", ordered.iloc[::-1].iloc[:count])):
+        rows = "".join(f"<tr><td>{_text(k)}</td><td>{_number(float(v))}</td></tr>" for k, v in part.items())
+        blocks.append(f"<div><h3>{title}</h3><table class='numbers'>{rows}</table></div>")
+    return f"<section class='columns'>{''.join(blocks)}</section>"
+
+
+def _fact_table(facts: Mapping[str, Any]) -> str:
+    rows = "".join(f"<tr><th>{_text(k)}</th><td>{_text(v)}</td></tr>" for k, v in facts.items())
+    return f"<table class='facts'>{rows}</table>"
+
+
+def _number(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "–"
+    if float(value).is_integer() and abs(value) >= 1:
+        return f"{int(value):,}"
+    return f"{value:.4f}"
+
+
+def _inline(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body{margin:0 auto;max-width:60rem;padding:2rem 1.2rem 4rem;font:15px/1.55 system-ui,"Segoe UI",Roboto,sans-serif;
+color:#111827;background:#fafafa}
+header p{color:#4b5563;margin:.2rem 0 1.4rem} h1{font-size:1.7rem;margin:0} h2{font-size:1.15rem;margin:2rem 0 .6rem}
+h3{font-size:.95rem;margin:.2rem 0;color:#4b5563}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(9rem,1fr));gap:.8rem}
+.card{background:#fff;border:1px solid #e5e7eb;border-radius:.6rem;padding:.8rem 1rem}
+.card b{display:block;font-size:1.5rem;font-variant-numeric:tabular-nums} .card span{color:#6b7280;font-size:.85rem}
+.note{background:#fffbeb;border-left:4px solid #d97706;padding:.6rem .9rem;margin:1rem 0;border-radius:.3rem}
+table{border-collapse:collapse;background:#fff;border:1px solid #e5e7eb;max-width:100%}
+th,td{padding:.35rem .8rem;border-bottom:1px solid #f3f4f6;text-align:left;vertical-align:top;overflow-wrap:anywhere}
+.numbers th,.numbers td{white-space:nowrap;overflow-wrap:normal}
+.wide .numbers th{white-space:normal;min-width:4.2rem}
+th{font-weight:600;color:#374151} .numbers td{text-align:right;font-variant-numeric:tabular-nums}
+.numbers td:first-child{text-align:left}.facts th{white-space:nowrap}
+.wide{overflow-x:auto} .lead{color:#374151}
+figure{margin:1.2rem 0;background:#fff;border:1px solid #e5e7eb;border-radius:.6rem;padding:.6rem}
+img{max-width:100%;height:auto;display:block;margin:auto} .columns{display:flex;flex-wrap:wrap;gap:2.5rem}
+.small{color:#6b7280;font-size:.85rem} details{margin-top:1.4rem} summary{cursor:pointer;font-weight:600}
+pre{background:#fff;border:1px solid #e5e7eb;border-radius:.6rem;padding:1rem;overflow:auto;font-size:.82rem}
+</style></head><body>
+{body}
+</body></html>
+"""

@@ -1,0 +1,155 @@
+"""The plots of a run, as PNG bytes."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from qfast.workflow.results import SegmentResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["cumulative_plot", "loss_plot", "portfolio_plot", "quantile_plot"]
+
+
+COLOURS = {"train": "#8a94a6", "valid": "#d97706", "test": "#1d4ed8"}
+OTHER_COLOURS = ("#047857", "#9d174d", "#6d28d9")
+QUANTILES = 5
+
+
+def loss_plot(history: pd.DataFrame, best_epoch: int | None, title: str = "Loss by epoch") -> bytes:
+    """PNG of the score per epoch, train and valid, with the chosen epoch marked.
+
+    The scores are the reference's: minus the loss, averaged over batches, so higher is better.
+    """
+    figure, axes = _figure()
+    for name in ("train", "valid"):
+        if name in history:
+            values = -history[name].to_numpy(dtype=float)
+            axes.plot(
+                history.index,
+                values,
+                color=COLOURS[name],
+                label=name,
+                marker="o",
+                markersize=3,
+                linewidth=1.8,
+            )
+    if best_epoch is not None:
+        axes.axvline(best_epoch, color="#111827", linewidth=1, linestyle=":", label=f"best epoch ({best_epoch})")
+    axes.set(xlabel="epoch", ylabel="loss", title=title)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _legend(axes)
+    return _png(figure)
+
+
+def cumulative_plot(segments: Sequence[SegmentResult]) -> bytes:
+    """PNG of the running sums of daily IC and rank IC over time, one colour a segment.
+
+    Each segment begins at zero; a steady slope means a steady signal.
+    """
+    figure, axes = _figure(columns=2)
+    for panel, kind, title in zip(axes, ("ic", "rank_ic"), ("Cumulative IC", "Cumulative rank IC"), strict=True):
+        for position, segment in enumerate(segments):
+            daily = getattr(segment, kind).dropna()
+            if len(daily):
+                panel.plot(
+                    daily.index,
+                    daily.cumsum(),
+                    color=_colour(segment.name, position),
+                    label=segment.name,
+                    linewidth=1.8,
+                )
+        panel.axhline(0, color="#9ca3af", linewidth=0.8)
+        panel.set(title=title, ylabel="sum of daily values")
+        panel.tick_params(axis="x", rotation=30)
+        _legend(panel)
+    return _png(figure)
+
+
+def quantile_plot(segments: Sequence[SegmentResult]) -> bytes:
+    """PNG of the mean label of five equal groups of each day's instruments, worst scored to best."""
+    shown = [s for s in segments if s.name != "train"] or list(segments)
+    figure, axes = _figure()
+    width = 0.8 / max(len(shown), 1)
+    for position, segment in enumerate(shown):
+        means = _quantile_means(segment)
+        where = np.arange(QUANTILES) + (position - (len(shown) - 1) / 2) * width
+        axes.bar(where, means, width * 0.92, color=_colour(segment.name, position), label=segment.name)
+    axes.axhline(0, color="#6b7280", linewidth=0.8)
+    axes.set_xticks(range(QUANTILES), ["lowest", "2", "3", "4", "highest"])
+    axes.set(xlabel="group of the day's scores", ylabel="mean label", title="Mean label by score group")
+    _legend(axes)
+    return _png(figure)
+
+
+def portfolio_plot(report: pd.DataFrame) -> bytes:
+    """PNG of a backtest: running sums of the portfolio's and the benchmark's returns, and of what it is ahead."""
+    figure, axes = _figure(columns=2)
+    returns = {
+        "portfolio": report["return"] - report["cost"], "without costs": report["return"], "benchmark": report["bench"],
+    }  # fmt: skip
+    colours = ("#1d4ed8", "#93c5fd", "#8a94a6")
+    for (name, series), colour in zip(returns.items(), colours, strict=True):
+        axes[0].plot(report.index, series.cumsum(), color=colour, label=name, linewidth=1.8)
+    excess = (returns["portfolio"] - report["bench"]).cumsum()
+    axes[1].plot(report.index, excess, color="#1d4ed8", label="ahead, with costs", linewidth=1.8)
+    axes[1].fill_between(report.index, excess - excess.cummax(), 0, color="#d97706", alpha=0.35, label="drawdown")
+    for panel, title in zip(axes, ("Sum of returns", "Ahead of the benchmark"), strict=True):
+        panel.axhline(0, color="#9ca3af", linewidth=0.8)
+        panel.set(title=title)
+        panel.tick_params(axis="x", rotation=30)
+        _legend(panel)
+    return _png(figure)
+
+
+def _quantile_means(segment: SegmentResult) -> list[float]:
+    frame = pd.DataFrame({"score": segment.score, "label": segment.label}).dropna()
+    if frame.empty:
+        return [math.nan] * QUANTILES
+    share = frame.groupby(level="datetime")["score"].rank(pct=True, method="first")
+    group = np.ceil(share.to_numpy() * QUANTILES).clip(1, QUANTILES)
+    daily = frame["label"].groupby([frame.index.get_level_values("datetime"), group]).mean()
+    means = daily.groupby(level=1).mean()
+    return [float(means.get(q, math.nan)) for q in range(1, QUANTILES + 1)]
+
+
+def _figure(columns: int = 1) -> tuple[Figure, Any]:
+    # The object interface: no global state, no display, no interactive backend.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.2, 3.4) if columns == 2 else (6.4, 3.4), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, columns)
+    for panel in np.atleast_1d(axes):
+        panel.grid(True, color="#e5e7eb", linewidth=0.8)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.spines[["left", "bottom"]].set_color("#9ca3af")
+        panel.tick_params(colors="#374151", labelsize=9)
+    return figure, axes
+
+
+def _legend(axes: Axes) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=9)
+    else:
+        axes.text(0.5, 0.5, "nothing to show", ha="center", va="center", transform=axes.transAxes, color="#6b7280")
+
+
+def _colour(name: str, position: int) -> str:
+    return COLOURS.get(name, OTHER_COLOURS[position % len(OTHER_COLOURS)])
+
+
+def _png(figure: Figure) -> bytes:
+    out = io.BytesIO()
+    figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
