@@ -1,26 +1,27 @@
-// One step of Adam over clipped gradients on the CPU: checks, steps and threads. Schema: qfast/ops/adam.py;
-// the kernel: adam_kernels.h.
+// One step of Adam with clipped gradients on the CPU: checks, step counters and threads. qfast/ops/adam.py
+// contains the schema, adam_kernels.h the kernel.
 #include "adam/adam_checks.h"
 #include "cpu_dispatch.h"
 
 namespace qfast {
 namespace {
 
-constexpr int64_t kUnit = 64;              // elements: whole vectors of every instruction set and of torch's
-constexpr int64_t kGrainElements = 32768;  // of one task: long enough to pay for waking a thread
+constexpr int64_t kUnit = 64;  // elements; a multiple of the vectors of every instruction set and of torch
+constexpr int64_t kGrainElements = 32768;  // of one task; fewer do not pay for waking a thread
 
 auto kernel_of(float) { return cpu_kernels().clipped_adam_f32; }
 auto kernel_of(double) { return cpu_kernels().clipped_adam_f64; }
 
-// In double as torch computes it, so that 1 - beta does not lose what it has.
+// Computed in double like in torch, because 1 - beta^step loses most of its digits in float32.
 template <class Element>
 AdamCorrection<Element> correction_after(double step, const AdamNumbers& numbers) {
   const double first = 1 - std::pow(numbers.beta1, step), second = 1 - std::pow(numbers.beta2, step);
   return {static_cast<Element>(numbers.lr / first), static_cast<Element>(std::sqrt(second))};
 }
 
-// All tensors lie behind each other in units; a thread owns a range of units, whichever tensors that meets.
-// Every element is computed alone, so the threads' number changes no bit.
+// Numbers the units of kUnit elements through all tensors. A thread owns a range of units, which may contain
+// parts of several tensors. Every element is computed independently, so the result does not depend on the
+// number of threads.
 template <class Element>
 void run_adam(const AdamLists& lists, const AdamNumbers& numbers) {
   const size_t count = lists.parameters.size();
@@ -29,7 +30,7 @@ void run_adam(const AdamLists& lists, const AdamNumbers& numbers) {
   std::vector<AdamCorrection<Element>> corrections;
   std::vector<int64_t> first_unit{0};
   quartets.reserve(count), tensors.reserve(count), corrections.reserve(count), first_unit.reserve(count + 1);
-  // First, as copies may find no memory: then nothing has been written.
+  // Make the copies first. If they run out of memory, no tensor has been changed yet.
   for (size_t i = 0; i < count; ++i) quartets.emplace_back(lists, i);
   double last_step = -1;
   for (size_t i = 0; i < count; ++i) {
@@ -45,10 +46,10 @@ void run_adam(const AdamLists& lists, const AdamNumbers& numbers) {
   parallel_for(first_unit[count], kGrainElements / kUnit, [&](int64_t begin, int64_t end) {
     auto i = std::upper_bound(first_unit.begin(), first_unit.end(), begin) - first_unit.begin() - 1;
     for (; begin < end; ++i) {
-      const int64_t last = std::min(end, first_unit[i + 1]);
+      const int64_t tensor_end = std::min(end, first_unit[i + 1]);
       kernel(tensors[i], settings, corrections[i], (begin - first_unit[i]) * kUnit,
-             std::min((last - first_unit[i]) * kUnit, tensors[i].count));
-      begin = last;
+             std::min((tensor_end - first_unit[i]) * kUnit, tensors[i].count));
+      begin = tensor_end;
     }
   });
   for (const AdamQuartet& quartet : quartets) quartet.give_back();

@@ -1,20 +1,20 @@
-// One step of Adam over clipped gradients on CUDA, for all tensors of a network. Has never run on a GPU: the
-// kernel is checked by emulation on the host.
+// One step of Adam with clipped gradients on CUDA, for all tensors of a network.
 //
-// One launch for up to kMostTensors tensors, a further one for each as many more. Pointers, sizes and the
-// table that gives each block its tensor travel as kernel parameters, so nothing is copied to the device. A
-// block owns kChunk elements of one tensor and reads, computes and writes each of them once; gradients are
-// written only where one of their 16 bytes passes the limit.
+// One launch updates up to kMostTensors tensors. Pointers, sizes and the table that maps blocks to tensors
+// are kernel parameters, so nothing is copied to the device. A block owns kChunk elements of one tensor and
+// reads, computes and writes each of them once. A gradient is written only if it was clipped, in units of 16
+// bytes. Nothing is saved.
 //
-// The number of steps lies on the device, one float a tensor. A block reads it, adds 1 for itself and then
-// takes a ticket; the block that takes the last one knows that all have read, and writes the numbers, each
-// plus 1. The counter of tickets is 0 again after a launch. So nothing synchronises, no two blocks race, and
-// a CUDA graph can capture the call: each replay is a further step.
+// The step counters are on the device, one float per tensor. A block reads its counter, adds 1 for its own
+// use and then takes a ticket. The block with the last ticket knows that all blocks have read their counters,
+// and increments them. The ticket counter is 0 again after a launch. No synchronization is needed, no two
+// blocks race, and a CUDA graph can capture the call: each replay is another step.
 //
-// Order of operations as torch's fused Adam on CUDA (fused_adam_utils.cuh), with its beta^step in the type of
-// the parameters. Bytes bound it: 16 read and 12 written for each float32 parameter; about 15 operations, of
-// which two divisions and a root, and two powers a block. Below some 100,000 parameters the launch itself.
-// Unmeasured. Schema: qfast/ops/adam.py.
+// The order of operations matches torch's fused Adam on CUDA (fused_adam_utils.cuh), including beta^step in
+// the dtype of the parameters. Bound by bytes: 16 read and 12 written per float32 parameter, with about 15
+// operations, two of them divisions and one a square root, and two powers per block. Networks with fewer than
+// about 100,000 parameters are bound by the launch. These are estimates: the kernel has run on the CPU
+// through an emulation only, not on a GPU.
 #include "adam/adam_checks.h"
 #include "cuda_device.cuh"
 
@@ -22,8 +22,8 @@ namespace qfast {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRounds = 2;        // packs of 16 bytes a thread
-constexpr int kMostTensors = 76;  // whose table fits beside the settings into 4 KB of kernel parameters
+constexpr int kRounds = 2;        // packs of 16 bytes per thread
+constexpr int kMostTensors = 76;  // so the table and the settings fit into 4 KB of kernel parameters
 
 template <class Element>
 struct alignas(16) Pack {
@@ -38,14 +38,16 @@ template <class Element>
 struct AdamTable {
   AdamTensor<Element> tensors[kMostTensors];
   float* steps[kMostTensors];
-  unsigned int first_block[kMostTensors + 1];  // of each tensor; the last: blocks of the launch
+  unsigned int
+      first_block[kMostTensors + 1];  // of each tensor; the last entry is the number of blocks of the launch
   int count;
   Element lr;
   AdamSettings<Element> settings;
   unsigned int* ticket;
 };
-static_assert(sizeof(AdamTable<double>) <= 4096, "what every architecture takes as kernel parameters");
+static_assert(sizeof(AdamTable<double>) <= 4096, "every architecture accepts 4 KB of kernel parameters");
 
+// Returns the tensor that a block updates.
 template <class Element>
 __device__ __forceinline__ int tensor_of_block(const AdamTable<Element>& table, unsigned int block) {
   int low = 0, high = table.count;  // first_block[low] <= block < first_block[high]
@@ -60,20 +62,23 @@ __device__ __forceinline__ int tensor_of_block(const AdamTable<Element>& table, 
   return low;
 }
 
-// The pack from element i on; of those from `here` on nothing is read. `wide`: whole and on 16 bytes.
+// Reads the pack that begins at element i, of which `remaining` elements exist. `wide` means that all of them
+// exist and the address is a multiple of 16 bytes.
 template <class Element>
-__device__ __forceinline__ Pack<Element> read_pack(const Element* from, int64_t i, int64_t here, bool wide) {
+__device__ __forceinline__ Pack<Element> read_pack(const Element* from, int64_t i, int64_t remaining,
+                                                   bool wide) {
   if (wide) return *reinterpret_cast<const Pack<Element>*>(from + i);
   Pack<Element> pack{};
 #pragma unroll
   for (int lane = 0; lane < Pack<Element>::kCount; ++lane) {
-    if (lane < here) pack.lane[lane] = from[i + lane];
+    if (lane < remaining) pack.lane[lane] = from[i + lane];
   }
   return pack;
 }
 
+// Writes the pack that begins at element i.
 template <class Element>
-__device__ __forceinline__ void write_pack(Element* to, int64_t i, int64_t here, bool wide,
+__device__ __forceinline__ void write_pack(Element* to, int64_t i, int64_t remaining, bool wide,
                                            const Pack<Element>& pack) {
   if (wide) {
     *reinterpret_cast<Pack<Element>*>(to + i) = pack;
@@ -81,23 +86,25 @@ __device__ __forceinline__ void write_pack(Element* to, int64_t i, int64_t here,
   }
 #pragma unroll
   for (int lane = 0; lane < Pack<Element>::kCount; ++lane) {
-    if (lane < here) to[i + lane] = pack.lane[lane];
+    if (lane < remaining) to[i + lane] = pack.lane[lane];
   }
 }
 
-// Whether the limit was passed. NaN compares with nothing, so it stays.
+// Limits the gradient to [-limit, limit] and returns whether any element changed. NaN is kept, because
+// comparisons with it are false.
 template <class Element>
 __device__ __forceinline__ bool clip(Pack<Element>& gradient, Element limit) {
-  bool passed = false;
+  bool clipped = false;
 #pragma unroll
   for (int lane = 0; lane < Pack<Element>::kCount; ++lane) {
     Element& g = gradient.lane[lane];
-    passed |= g > limit || g < -limit;
+    clipped |= g > limit || g < -limit;
     g = g > limit ? limit : g < -limit ? -limit : g;
   }
-  return passed;
+  return clipped;
 }
 
+// Updates one element, in torch's order of operations.
 template <class Element>
 __device__ __forceinline__ void adam_element(Element& parameter, Element gradient, Element& mean,
                                              Element& square, const AdamSettings<Element>& settings,
@@ -109,21 +116,22 @@ __device__ __forceinline__ void adam_element(Element& parameter, Element gradien
   parameter -= correction.step_size * mean / denominator;
 }
 
+// A block updates kChunk elements of one tensor, a thread kRounds packs of them.
 template <class Element>
 __global__ void __launch_bounds__(kThreads, 4) clipped_adam_kernel(const AdamTable<Element> table) {
   __shared__ AdamCorrection<Element> shared_correction;
-  __shared__ bool last;
+  __shared__ bool is_last_block;
   const int number = tensor_of_block(table, blockIdx.x);
   const AdamSettings<Element>& settings = table.settings;
   if (threadIdx.x == 0) {
     const Element step = static_cast<Element>(*static_cast<volatile const float*>(table.steps[number]) + 1);
-    __threadfence();  // the number is read before the ticket is taken
-    last = atomicInc(table.ticket, gridDim.x - 1) == gridDim.x - 1;
+    __threadfence();  // read the counter before taking the ticket
+    is_last_block = atomicInc(table.ticket, gridDim.x - 1) == gridDim.x - 1;
     shared_correction.step_size = table.lr / (1 - pow(settings.beta1, step));
     shared_correction.root = sqrt(1 - pow(settings.beta2, step));
   }
   __syncthreads();
-  if (last) {
+  if (is_last_block) {
     for (int i = threadIdx.x; i < table.count; i += kThreads) *table.steps[i] += 1;
   }
   const AdamCorrection<Element> correction = shared_correction;
@@ -136,27 +144,27 @@ __global__ void __launch_bounds__(kThreads, 4) clipped_adam_kernel(const AdamTab
 #pragma unroll
   for (int round = 0; round < kRounds; ++round) {
     const int64_t i = begin + (round * kThreads + static_cast<int>(threadIdx.x)) * kLanes;
-    const int64_t here = tensor.count - i;
-    if (here <= 0) break;
-    const bool wide = addresses % 16 == 0 && here >= kLanes;
-    Pack<Element> parameter = read_pack(tensor.parameter, i, here, wide);
-    Pack<Element> gradient = read_pack(tensor.gradient, i, here, wide);
-    Pack<Element> mean = read_pack(tensor.exp_avg, i, here, wide);
-    Pack<Element> square = read_pack(tensor.exp_avg_sq, i, here, wide);
-    if (clip(gradient, settings.limit)) write_pack(tensor.gradient, i, here, wide, gradient);
+    const int64_t remaining = tensor.count - i;
+    if (remaining <= 0) break;
+    const bool wide = addresses % 16 == 0 && remaining >= kLanes;
+    Pack<Element> parameter = read_pack(tensor.parameter, i, remaining, wide);
+    Pack<Element> gradient = read_pack(tensor.gradient, i, remaining, wide);
+    Pack<Element> mean = read_pack(tensor.exp_avg, i, remaining, wide);
+    Pack<Element> square = read_pack(tensor.exp_avg_sq, i, remaining, wide);
+    if (clip(gradient, settings.limit)) write_pack(tensor.gradient, i, remaining, wide, gradient);
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane) {
       adam_element(parameter.lane[lane], gradient.lane[lane], mean.lane[lane], square.lane[lane], settings,
                    correction);
     }
-    write_pack(tensor.exp_avg, i, here, wide, mean);
-    write_pack(tensor.exp_avg_sq, i, here, wide, square);
-    write_pack(tensor.parameter, i, here, wide, parameter);
+    write_pack(tensor.exp_avg, i, remaining, wide, mean);
+    write_pack(tensor.exp_avg_sq, i, remaining, wide, square);
+    write_pack(tensor.parameter, i, remaining, wide, parameter);
   }
 }
 
-// The tensors [first, first + table.count), all with elements or without: each has a block at least, so that
-// there always is one that counts the step.
+// Updates the tensors [first, first + table.count). A tensor without elements also gets a block, so a launch
+// always has a block that increments the step counters.
 template <class Element>
 void launch_adam(CudaDevice& device, const AdamLists& lists, size_t first, AdamTable<Element>& table) {
   std::vector<AdamQuartet> quartets;
@@ -169,7 +177,9 @@ void launch_adam(CudaDevice& device, const AdamLists& lists, size_t first, AdamT
     table.first_block[i] = static_cast<unsigned int>(blocks);
     blocks += std::max<int64_t>(1, (table.tensors[i].count + kChunk<Element> - 1) / kChunk<Element>);
   }
-  QFAST_CHECK(blocks < int64_t{1} << 31, kAdam, ": parameters: more elements than one launch can take.");
+  QFAST_CHECK(blocks < int64_t{1} << 31, kAdam, ": parameters: expected at most ",
+              ((int64_t{1} << 31) - 1) * kChunk<Element>, " elements in one launch, got ", blocks,
+              " blocks of ", kChunk<Element>, ". Remedy: several parameter groups.");
   table.first_block[table.count] = static_cast<unsigned int>(blocks);
   device.launch(clipped_adam_kernel<Element>, static_cast<unsigned int>(blocks), kThreads, 0, table);
   for (const AdamQuartet& quartet : quartets) quartet.give_back();
@@ -190,7 +200,8 @@ void clipped_adam_cuda(std::vector<Tensor> parameters, std::vector<Tensor> gradi
     check_same_device(kAdam, "ticket", *ticket, like, "parameters[0]");
     QFAST_CHECK(ticket->scalar_type() == ScalarType::Int && ticket->numel() == 1, kAdam,
                 ": ticket: expected one int32 number, got shape ", shape_text(*ticket), " of ",
-                torch::headeronly::toString(ticket->scalar_type()), ".");
+                torch::headeronly::toString(ticket->scalar_type()),
+                ". Remedy: torch.zeros(1, dtype=torch.int32).");
   }
   CudaDevice device(like);
   const int64_t shape[] = {1};

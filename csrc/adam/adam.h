@@ -1,11 +1,11 @@
-// What one step of Adam over clipped gradients needs to know of a tensor and of the step; both devices.
+// Arguments of the Adam kernels. Shared by host code, all CPU instruction sets and CUDA.
 #pragma once
 
 #include <cstdint>
 
 namespace qfast {
 
-// A tensor of `count` elements that lie in memory without gaps and, in all four, in the same order.
+// A parameter and its state. Each tensor has `count` elements without gaps, in the same order in all four.
 template <class Element>
 struct AdamTensor {
   Element* parameter;
@@ -15,7 +15,7 @@ struct AdamTensor {
   int64_t count;
 };
 
-// Of all tensors of a call.
+// Settings shared by all tensors of a call.
 template <class Element>
 struct AdamSettings {
   Element limit, weight_decay, eps;
@@ -23,7 +23,7 @@ struct AdamSettings {
   Element rest1, rest2;  // 1 - beta, rounded once
 };
 
-// Of one tensor, from the number of steps it has made.
+// Bias corrections of one tensor, which depend on its number of steps.
 template <class Element>
 struct AdamCorrection {
   Element step_size;  // lr / (1 - beta1^step)

@@ -1,4 +1,4 @@
-// What both devices' hosts do for a step of Adam: checks, and tensors that lie without gaps in one order.
+// Host code of Adam on both devices: argument checks, and copies of tensors whose memory layouts differ.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@ constexpr const char* kAdam = "clipped_adam";
 struct AdamLists {
   std::vector<Tensor> parameters, gradients, exp_avg, exp_avg_sq, steps;
 
-  // The four that a step writes element by element, in the order of AdamTensor.
+  // The four lists whose elements a step writes, in the order of AdamTensor.
   std::array<const std::vector<Tensor>*, 4> written() const {
     return {&parameters, &gradients, &exp_avg, &exp_avg_sq};
   }
@@ -36,17 +36,18 @@ struct AdamNumbers {
   }
 };
 
+// Returns whether two tensors have the same shape and, if `strides`, the same strides.
 inline bool same_list(const Tensor& a, const Tensor& b, bool strides) {
   if (a.dim() != b.dim()) return false;
   for (int64_t axis = 0; axis < a.dim(); ++axis) {
     if (a.size(axis) != b.size(axis)) return false;
-    // The stride of an axis of one element says nothing.
+    // The stride of an axis with one element has no meaning.
     if (strides && a.size(axis) > 1 && a.stride(axis) != b.stride(axis)) return false;
   }
   return true;
 }
 
-// Whether the elements fill a stretch of memory, each once, in whatever order of the axes.
+// Returns whether the elements fill a contiguous range of memory, each once, in any order of the axes.
 inline bool is_dense(const Tensor& tensor) {
   if (tensor.is_contiguous()) return true;
   std::vector<std::array<int64_t, 2>> axes;  // (stride, size)
@@ -83,8 +84,8 @@ inline void check_adam(const AdamLists& lists, const AdamNumbers& numbers) {
                   shape_text(tensor), ".");
       for (int64_t axis = 0; axis < tensor.dim(); ++axis) {
         QFAST_CHECK(tensor.stride(axis) > 0 || tensor.size(axis) <= 1 || tensor.numel() == 0, kAdam, ": ",
-                    name, "[", i, "]: several elements share memory (axis ", axis,
-                    " is expanded). Remedy: .clone() it.");
+                    name, "[", i, "]: several elements share memory (axis ", axis, " of size ",
+                    tensor.size(axis), " has stride ", tensor.stride(axis), "). Remedy: .clone() it.");
       }
     }
   }
@@ -96,11 +97,11 @@ inline void check_adam(const AdamLists& lists, const AdamNumbers& numbers) {
     check_same_device(kAdam, "steps", step, lists.parameters[0], "parameters[0]");
   }
   QFAST_CHECK(numbers.limit > 0, kAdam, ": limit: expected a number above 0, got ", numbers.limit,
-              ". Remedy: inf for no limit.");
+              ". Remedy: pass inf for no limit.");
 }
 
-// The four tensors of one parameter as kernels take them. Where they do not lie alike they are copied, and
-// give_back() copies what was computed to where it belongs.
+// The four tensors of one parameter in the layout that the kernels expect. If their strides differ, the
+// kernels work on contiguous copies, and give_back() copies the results to the original tensors.
 class AdamQuartet {
  public:
   AdamQuartet(const AdamLists& lists, size_t i) {

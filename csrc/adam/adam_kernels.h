@@ -1,11 +1,16 @@
-// One step of Adam over clipped gradients, for some elements of a tensor; see cpu_isa_body.h for what may
-// stand here. In order and rounding this is torch's fused Adam on a CPU with FMA (FusedAdamKernel.cpp), of
-// which two sums are written out below as its compiler contracted them: so the results are torch's, bit for
-// bit. Without FMA (the baseline) they are as close as single roundings are.
+// One step of Adam with clipped gradients for a range of elements of one tensor. cpu_isa_body.h includes this
+// file once per instruction set and lists the language features that it may use.
+//
+// A thread owns a range of elements and reads, computes and writes each of them once; nothing is saved. Bound
+// by bytes: 4 elements read and 3 written per parameter, 4 written where the gradient is clipped.
+//
+// The results equal those of torch's fused Adam bit for bit on a CPU with FMA (FusedAdamKernel.cpp). Torch's
+// compiler contracts two of the sums to FMA, in different ways for whole vectors and for the remainder, so
+// both forms are written out below. Without FMA (the baseline) the results differ by single roundings.
 
-constexpr int64_t kAdamBytes = 32;  // of torch's vectors: what no longer fills one is summed in another order
+constexpr int64_t kAdamBytes = 32;  // size of torch's vectors; its remainder loop rounds in another order
 
-// x * y + z, rounded once where the instruction set can
+// x * y + z, with a single rounding if the instruction set has FMA.
 template <class Element>
 QFAST_ALWAYS_INLINE Vector<Element> multiply_add(Vector<Element> x, Vector<Element> y, Vector<Element> z) {
 #if defined(__x86_64__) && QFAST_VECTOR_BYTES == 64
@@ -25,7 +30,7 @@ QFAST_ALWAYS_INLINE Vector<Element> multiply_add(Vector<Element> x, Vector<Eleme
 #endif
 }
 
-// Whether any lane of a comparison holds.
+// Returns whether a comparison is true in any lane.
 template <class Element>
 QFAST_ALWAYS_INLINE bool any_lane(Integers<Element> lanes) {
 #if defined(__x86_64__) && QFAST_VECTOR_BYTES == 64
@@ -68,7 +73,8 @@ QFAST_ALWAYS_INLINE Vector<Element> square_root(Vector<Element> x) {
 #endif
 }
 
-// Elements [i, i + count) of the tensor, count <= kLanes. NaN compares with nothing, so it passes the limit.
+// Updates elements [i, i + count) of the tensor, count <= kLanes. NaN gradients are not clipped, because
+// comparisons with NaN are false.
 template <class Element, bool kRemainder>
 QFAST_ALWAYS_INLINE void adam_vector(const AdamTensor<Element>& tensor, const AdamSettings<Element>& settings,
                                      const AdamCorrection<Element>& correction, int64_t i, int64_t count) {
@@ -79,23 +85,23 @@ QFAST_ALWAYS_INLINE void adam_vector(const AdamTensor<Element>& tensor, const Ad
   if (any_lane<Element>((Integers<Element>)(above | below))) [[unlikely]] {
     gradient = at_least<Element>(at_most<Element>(gradient, settings.limit), -settings.limit);
     store<Element>(tensor.gradient + i, gradient,
-                   count);  // most need no store, which would be a quarter of them all
+                   count);  // stored only if clipped, because it would be a quarter of all stores
   }
   if (settings.weight_decay != 0)
     gradient = multiply_add<Element>(parameter, splat<Element>(settings.weight_decay), gradient);
 
   V mean = load<Element>(tensor.exp_avg + i, count);
-  const V toward = gradient - mean;
-  // torch.lerp: from whichever end is nearer
+  const V difference = gradient - mean;
+  // torch.lerp interpolates from the nearer end.
   mean = settings.rest1 < Element(0.5)
-             ? multiply_add<Element>(splat<Element>(settings.rest1), toward, mean)
-             : multiply_add<Element>(splat<Element>(settings.rest1 - 1), toward, gradient);
+             ? multiply_add<Element>(splat<Element>(settings.rest1), difference, mean)
+             : multiply_add<Element>(splat<Element>(settings.rest1 - 1), difference, gradient);
   store<Element>(tensor.exp_avg + i, mean, count);
 
   V square = load<Element>(tensor.exp_avg_sq + i, count);
-  const V beta2 = splat<Element>(settings.beta2), fresh = splat<Element>(settings.rest2) * gradient;
-  square = kRemainder ? multiply_add<Element>(square, beta2, fresh * gradient)
-                      : multiply_add<Element>(fresh, gradient, square * beta2);
+  const V beta2 = splat<Element>(settings.beta2), weighted = splat<Element>(settings.rest2) * gradient;
+  square = kRemainder ? multiply_add<Element>(square, beta2, weighted * gradient)
+                      : multiply_add<Element>(weighted, gradient, square * beta2);
   store<Element>(tensor.exp_avg_sq + i, square, count);
 
   const V denominator =
@@ -104,6 +110,7 @@ QFAST_ALWAYS_INLINE void adam_vector(const AdamTensor<Element>& tensor, const Ad
                  count);
 }
 
+// Updates elements [begin, end) of the tensor. kRemainder selects the rounding of torch's remainder loop.
 template <class Element, bool kRemainder>
 QFAST_ALWAYS_INLINE void adam_range(const AdamTensor<Element>& tensor, const AdamSettings<Element>& settings,
                                     const AdamCorrection<Element>& correction, int64_t begin, int64_t end) {
@@ -115,8 +122,8 @@ QFAST_ALWAYS_INLINE void adam_range(const AdamTensor<Element>& tensor, const Ada
   if (i < end) adam_vector<Element, kRemainder>(tensor, settings, correction, i, end - i);
 }
 
-// Elements [begin, end) of the tensor; `begin` is a multiple of 64 bytes, and `end` one or the last.
-// Bytes bound: 4 elements read and 3 written for each, 4 where the limit is passed.
+// Updates elements [begin, end) of the tensor. `begin` is a multiple of 64 bytes; `end` is a multiple or the
+// last element.
 template <class Element>
 QFAST_ALWAYS_INLINE void clipped_adam(const AdamTensor<Element>& tensor,
                                       const AdamSettings<Element>& settings,
