@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from qfast.data.protocols import Dataset, Segment
 from qfast.data.windows import WindowSet
 from qfast.errors import DataError
 from qfast.ops import build_window_index
@@ -15,7 +16,7 @@ from qfast.ops import build_window_index
 __all__ = ["windows_of"]
 
 
-def windows_of(dataset: Any, segment: Any, data_key: str, *, with_label: bool = True) -> WindowSet:
+def windows_of(dataset: Dataset, segment: Segment, data_key: str, *, with_label: bool = True) -> WindowSet:
     """Samples of one segment of `dataset`.
 
     Parameters

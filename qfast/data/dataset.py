@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import DTypeLike
 
 from qfast.data.handlers import DataHandlerLP, build_handler
 from qfast.data.panel import Panel
+from qfast.data.protocols import Bounds, Columns, Handler, Segment
 from qfast.data.sampler import TSDataSampler, feature_table
 from qfast.data.windows import WindowSet
+from qfast.dates import DateLike
 from qfast.errors import ConfigError, DataError, suggest, whole_number
 from qfast.ops import WindowIndex, build_window_index
 
@@ -47,10 +50,10 @@ class DatasetH:
 
     def __init__(
         self,
-        handler: Any,
+        handler: Handler | Mapping[str, Any] | pd.DataFrame | str,
         segments: Mapping[str, Any],
         fetch_kwargs: Mapping[str, Any] | None = None,
-        **unknown: Any,
+        **unknown: object,
     ) -> None:
         if unknown:
             name = next(iter(unknown))
@@ -69,7 +72,9 @@ class DatasetH:
                 )
             self.segments = {key: _segment(key, bounds) for key, bounds in value.items()}
 
-    def prepare(self, segments: Any, col_set: Any = CS_ALL, data_key: str = DK_I, **kwargs: Any) -> Any:
+    def prepare(
+        self, segments: Segment | Sequence[str], col_set: Columns = CS_ALL, data_key: str = DK_I, **kwargs: Any
+    ) -> Any:
         """Data of one segment, or a list of them for a list of names.
 
         Parameters
@@ -88,7 +93,7 @@ class DatasetH:
             return [self._prepare(self._bounds(s), col_set, data_key, **kwargs) for s in segments]
         return self._prepare(self._bounds(segments), col_set, data_key, **kwargs)
 
-    def windows(self, segment: Any, data_key: str, *, with_label: bool = True) -> WindowSet:
+    def windows(self, segment: Segment, data_key: str, *, with_label: bool = True) -> WindowSet:
         """The segment's samples for the training loop, sharing the handler's panel."""
         panel = self.handler.panel(data_key)
         start, end = self._bounds(segment)
@@ -105,11 +110,11 @@ class DatasetH:
             name=str(segment),
         )
 
-    def _prepare(self, bounds: tuple[Any, Any], col_set: Any, data_key: str, **kwargs: Any) -> Any:
+    def _prepare(self, bounds: Bounds, col_set: Columns, data_key: str, **kwargs: Any) -> Any:
         fetch = {**self.fetch_kwargs, **kwargs}
         return self.handler.fetch(slice(*bounds), col_set=col_set, data_key=data_key, **fetch)
 
-    def _bounds(self, segment: Any) -> tuple[Any, Any]:
+    def _bounds(self, segment: Segment | Sequence[str]) -> Bounds:
         if isinstance(segment, str):
             if segment not in self.segments:
                 raise DataError(
@@ -150,12 +155,12 @@ class TSDatasetH(DatasetH):
             self.step_len = whole_number("step_len", kwargs.pop("step_len"))
         super().config(**kwargs)
 
-    def windows(self, segment: Any, data_key: str, *, with_label: bool = True) -> WindowSet:
+    def windows(self, segment: Segment, data_key: str, *, with_label: bool = True) -> WindowSet:
         panel = self.handler.panel(data_key)
         sampler = self._sampler(self._bounds(segment), _groups(panel, with_label), data_key)
         return sampler.windows(fill="ffill+bfill", name=str(segment))
 
-    def _prepare(self, bounds: tuple[Any, Any], col_set: Any, data_key: str, **kwargs: Any) -> TSDataSampler:
+    def _prepare(self, bounds: Bounds, col_set: Columns, data_key: str, **kwargs: Any) -> TSDataSampler:
         dtype, flt_col = kwargs.pop("dtype", None), kwargs.pop("flt_col", self.flt_col)
         if kwargs:
             raise ConfigError(f"TSDatasetH.prepare has no argument {next(iter(kwargs))!r}.")
@@ -169,11 +174,11 @@ class TSDatasetH(DatasetH):
 
     def _sampler(
         self,
-        bounds: tuple[Any, Any],
+        bounds: Bounds,
         groups: list[str],
         data_key: str,
         *,
-        dtype: Any = None,
+        dtype: DTypeLike | None = None,
         flt_col: str | None = None,
     ) -> TSDataSampler:
         panel = self.handler.panel(data_key)
@@ -203,7 +208,7 @@ class TSDatasetH(DatasetH):
             self._index_of[data_key] = known
         return known[1]
 
-    def _history_start(self, start: Any) -> pd.Timestamp | None:
+    def _history_start(self, start: DateLike | None) -> pd.Timestamp | None:
         """The date `step_len` entries of the inference calendar before the segment's start."""
         if start is None:
             return None
@@ -216,7 +221,7 @@ class TSDatasetH(DatasetH):
 
 
 # ---------------------------------------------------------------- helpers
-def _segment(name: str, bounds: Any) -> tuple[Any, Any]:
+def _segment(name: str, bounds: object) -> Bounds:
     if isinstance(bounds, slice):
         bounds = (bounds.start, bounds.stop)
     if isinstance(bounds, (str, bytes)) or not isinstance(bounds, Sequence) or len(bounds) != 2:
@@ -227,11 +232,11 @@ def _segment(name: str, bounds: Any) -> tuple[Any, Any]:
     return start, end
 
 
-def _build_handler(handler: Any) -> Any:
+def _build_handler(handler: Handler | Mapping[str, Any] | pd.DataFrame | str) -> Handler:
     if isinstance(handler, pd.DataFrame):
         return DataHandlerLP.from_frame(handler)
     if hasattr(handler, "panel") and hasattr(handler, "fetch"):
-        return handler
+        return cast(Handler, handler)
     return build_handler(handler)
 
 

@@ -92,7 +92,7 @@ class ExpressionFunction:
         return False
 
 
-def _is_reach(value: Any) -> bool:
+def _is_reach(value: object) -> bool:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         return False
     return all(hasattr(part, "__index__") and not isinstance(part, bool) and part >= 0 for part in value)
@@ -186,7 +186,7 @@ def register_function(
             raise ConfigError(f"reach of function {name!r} must be {A_REACH}, got {shown(reach)}.")
         before, after = reach
 
-        def rows(*_: Any) -> Reach:
+        def rows(*_: object) -> Reach:
             return before, after
 
     FUNCTIONS[name] = ExpressionFunction(name, series, ("number",) * settings, "user", reach=rows, function=function)
@@ -211,12 +211,12 @@ def unregister_function(name: str) -> None:
     del FUNCTIONS[name]
 
 
-def check_setting(function: ExpressionFunction, kind: str, value: Any) -> str | None:
+def check_setting(function: ExpressionFunction, kind: str, value: object) -> str | None:
     """What is wrong with a written-out argument; None if nothing is."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     if kind == "instrument":
         return None if isinstance(value, str) else f"{function.name} needs the name of an instrument in quotes"
-    if isinstance(value, (str, bool)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return f"{function.name} needs a number here"
     if kind in ("shift", "window") and not abs(value) <= LARGEST:
         return f"{function.name}(x, n): n goes up to {LARGEST:,}"

@@ -22,6 +22,7 @@ import qfast
 from qfast.data.expression import Call, parse, walk
 from qfast.data.expression_functions import FUNCTIONS
 from qfast.data.prices import Prices
+from qfast.dates import DateLike
 from qfast.errors import ConfigError, QfastError, shown
 from qfast.files import atomic_write
 
@@ -57,7 +58,7 @@ class FactorCache:
     [[1.0, 2.0], [3.0, nan]]
     """
 
-    def __init__(self, folder: Any) -> None:
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
             raise ConfigError(f"cache: expected a folder's path or nothing at all, got {shown(folder)}.")
         self.folder = Path(folder).expanduser()
@@ -70,7 +71,12 @@ class FactorCache:
             )
 
     def key(
-        self, texts: Sequence[str], prices: Prices, rows: np.ndarray, start_time: Any, others: Mapping[str, Prices]
+        self,
+        texts: Sequence[str],
+        prices: Prices,
+        rows: np.ndarray,
+        start_time: DateLike | None,
+        others: Mapping[str, Prices],
     ) -> str | None:
         """Digest of everything the factors depend on; None if they call a registered function.
 

@@ -16,7 +16,6 @@ instruments at a time, whose series stay in the cache; what leaves is the float3
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from qfast.data.factor_chunk import Chunk, mask_values
 from qfast.data.factor_graph import Graph, looks_back_without_end
 from qfast.data.panel import Panel
 from qfast.data.prices import Extent, Prices
+from qfast.dates import DateLike
 
 __all__ = ["depends_on_the_start", "evaluate", "evaluate_all", "register_function", "unregister_function"]
 
@@ -73,7 +73,7 @@ def evaluate_all(
     rows: np.ndarray | None = None,
     extents: Mapping[str, Extent] | None = None,
     optional: Collection[str] = frozenset(),
-    start_time: Any = None,
+    start_time: DateLike | None = None,
     others: Mapping[str, Prices] | None = None,
     out: np.ndarray | None = None,
 ) -> np.ndarray:

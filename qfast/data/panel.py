@@ -10,10 +10,10 @@ import datetime as dt
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import DTypeLike
 
 from qfast.dates import DateLike, is_date_only
 from qfast.errors import DataError, some, suggest
@@ -73,7 +73,7 @@ class Panel:
         frame: pd.DataFrame | pd.Series,
         *,
         group: str = "feature",
-        dtype: Any = np.float32,
+        dtype: DTypeLike = np.float32,
     ) -> Panel:
         """Copy a pandas frame into a panel; the frame itself is left as it was.
 
@@ -163,7 +163,7 @@ class Panel:
             verify_integrity=False,
         )
 
-    def date_code_range(self, start: Any = None, end: Any = None) -> tuple[int, int]:
+    def date_code_range(self, start: DateLike | None = None, end: DateLike | None = None) -> tuple[int, int]:
         """Half-open range of date codes with start <= datetime <= end; None is unbounded.
 
         A bound given as a date only ("2020-12-31", datetime.date) covers that whole day.
@@ -177,7 +177,7 @@ class Panel:
             return low, max(low, int(self.datetimes.searchsorted(stamp, "left")))
         return low, max(low, int(self.datetimes.searchsorted(stamp, "right")))
 
-    def rows_between(self, start: Any = None, end: Any = None) -> np.ndarray:
+    def rows_between(self, start: DateLike | None = None, end: DateLike | None = None) -> np.ndarray:
         """int64 live rows with start <= datetime <= end, in panel order."""
         low, high = self.date_code_range(start, end)
         inside = (self.date_codes >= low) & (self.date_codes < high)
@@ -365,7 +365,7 @@ def _column_groups(columns: pd.Index, group: str) -> list[tuple[str, list[int], 
     return [(name, where, tuple(pairs[p][1] for p in where)) for name, where in found.items()]
 
 
-def _copy_columns(frame: pd.DataFrame, positions: list[int], order: np.ndarray | None, dtype: Any) -> np.ndarray:
+def _copy_columns(frame: pd.DataFrame, positions: list[int], order: np.ndarray | None, dtype: DTypeLike) -> np.ndarray:
     """[R, C] C-ordered copy of some columns in row order `order`."""
     part = frame.iloc[:, positions]
     for name, kind in zip(part.columns, part.dtypes, strict=True):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,15 @@ from qfast.errors import ConfigError, DataError
 
 PRICE_FIELDS = ("open", "high", "low", "close", "volume", "vwap")
 DAY_AS_NUMBER = range(1800_01_01, 2200_12_32)  # 20240131
+
+Instruments: TypeAlias = str | Iterable[str] | Mapping[str, Any] | None
+"""A market name, a list of instruments, {code: [(start, end), ...]}, {"market": name}, or None for all."""
+
+PriceSource: TypeAlias = str | Path | pd.DataFrame | pd.Series | Panel
+"""A file, a folder of files, a frame or a panel of prices."""
+
+StorePath: TypeAlias = str | Path | Mapping[str, str | Path]
+"""The folder of a Qlib binary store, or {freq: folder}."""
 
 Spans = dict[str, list[tuple[Any, Any]] | None]  # instrument -> membership; None = always
 
@@ -78,7 +88,7 @@ def is_date(text: str) -> bool:
         return False
 
 
-def given_spans(instruments: Any) -> Spans:
+def given_spans(instruments: Iterable[str] | Mapping[str, Any]) -> Spans:
     """Membership as the caller wrote it out: a list of instruments, or {code: [(start, end), ...]}."""
     if isinstance(instruments, Mapping):
         try:

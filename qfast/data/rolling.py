@@ -120,7 +120,7 @@ def ema_over_all(values: np.ndarray) -> np.ndarray:
     return out
 
 
-def _checked(kind: str, windows: Sequence[int], other: Any, parameter: float) -> np.ndarray:
+def _checked(kind: str, windows: Sequence[int], other: np.ndarray | None, parameter: float) -> np.ndarray:
     if kind not in STATISTICS:
         raise ConfigError(
             f"rolling: there is no statistic {kind!r}; known: {list(STATISTICS)}." + suggest(kind, STATISTICS)

@@ -10,12 +10,16 @@ import numpy as np
 import pandas as pd
 
 from qfast.data.panel import ROW_CHUNK, Block, Panel
+from qfast.data.protocols import Selector
+from qfast.dates import DateLike
 from qfast.errors import ConfigError, DataError, suggest
 
 __all__ = ["restrict_rows", "select_rows", "take_rows"]
 
 
-def restrict_rows(panel: Panel, instruments: Sequence[str] | None, start: Any, end: Any) -> Panel:
+def restrict_rows(
+    panel: Panel, instruments: Sequence[str] | None, start: DateLike | None, end: DateLike | None
+) -> Panel:
     """The panel itself, or a copy of its rows of `instruments` between `start` and `end` inclusive."""
     keep = None
     if instruments is not None:
@@ -56,7 +60,7 @@ def take_rows(panel: Panel, rows: np.ndarray, groups: Sequence[str] | None = Non
     )
 
 
-def select_rows(panel: Panel, selector: Any, level: str | int | None) -> np.ndarray:
+def select_rows(panel: Panel, selector: Selector, level: str | int | None) -> np.ndarray:
     """Live rows that `selector` names, by (datetime, instrument)."""
     if isinstance(selector, (tuple, list)) and level is not None and len(selector) in (2, 3):
         selector = slice(*selector)

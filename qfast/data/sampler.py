@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import DTypeLike
 from torch import Tensor
 
 from qfast.data.panel import Panel
 from qfast.data.windows import WindowSet
+from qfast.dates import DateLike
 from qfast.errors import ConfigError, DataError, suggest, whole_number
 from qfast.ops import WindowIndex, build_window_index, gather_windows, window_rows
 
@@ -60,16 +62,16 @@ class TSDataSampler:
     def __init__(
         self,
         data: pd.DataFrame | Panel,
-        start: Any = None,
-        end: Any = None,
+        start: DateLike | None = None,
+        end: DateLike | None = None,
         step_len: int = 30,
         fillna_type: str = "none",
-        dtype: Any = None,
+        dtype: DTypeLike | None = None,
         flt_data: pd.Series | pd.DataFrame | None = None,
         *,
         groups: Sequence[str] | None = None,
         window_index: WindowIndex | None = None,
-        history_start: Any = None,
+        history_start: DateLike | None = None,
     ) -> None:
         self.panel = data if isinstance(data, Panel) else Panel.from_frame(data, dtype=_common_dtype(data, dtype))
         self.start, self.end = start, end
@@ -188,7 +190,7 @@ class TSDataSampler:
             f"TSDataSampler index must be a sample number, a list of them or (datetime, instrument); got {key!r}."
         )
 
-    def _rows_of_cell(self, date: Any, instrument: Any) -> Tensor:
+    def _rows_of_cell(self, date: DateLike, instrument: str) -> Tensor:
         """Window that ends at the last date <= `date`, whether or not the instrument has a row there."""
         code = int(np.searchsorted(self.panel.instruments, instrument))
         if code == len(self.panel.instruments) or self.panel.instruments[code] != instrument:
@@ -234,7 +236,7 @@ class TSDataSampler:
         return truth
 
 
-def _common_dtype(data: pd.DataFrame, dtype: Any) -> Any:
+def _common_dtype(data: pd.DataFrame, dtype: DTypeLike | None) -> DTypeLike:
     if dtype is not None:
         if np.dtype(dtype) not in (np.dtype(np.float32), np.dtype(np.float64)):
             raise ConfigError(f"dtype must be float32 or float64, got {dtype!r}.")

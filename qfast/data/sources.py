@@ -12,15 +12,15 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from qfast.data.panel import Panel
-from qfast.data.prices import Prices, given_spans, market_of
+from qfast.data.prices import Instruments, Prices, PriceSource, StorePath, given_spans, market_of
 from qfast.data.rows import restrict_rows, take_rows
 from qfast.data.store import BinaryStore, is_store
 from qfast.data.tables import panel_of
+from qfast.dates import DateLike
 from qfast.errors import ConfigError, DataError, suggest
 
 __all__ = ["BinaryStore", "Prices", "load_prices", "read_prices"]
@@ -29,12 +29,12 @@ log = logging.getLogger("qfast.data")
 
 
 def load_prices(
-    source: Any = None,
+    source: PriceSource | None = None,
     *,
-    provider_uri: Any = None,
-    instruments: Any = "all",
-    start_time: Any = None,
-    end_time: Any = None,
+    provider_uri: StorePath | None = None,
+    instruments: Instruments = "all",
+    start_time: DateLike | None = None,
+    end_time: DateLike | None = None,
     freq: str = "day",
     vwap: str | None = None,
 ) -> Panel:
@@ -93,12 +93,12 @@ def load_prices(
 
 
 def read_prices(
-    source: Any = None,
+    source: PriceSource | None = None,
     *,
-    provider_uri: Any = None,
-    instruments: Any = "all",
-    start_time: Any = None,
-    end_time: Any = None,
+    provider_uri: StorePath | None = None,
+    instruments: Instruments = "all",
+    start_time: DateLike | None = None,
+    end_time: DateLike | None = None,
     freq: str = "day",
     vwap: str | None = None,
     wanted: Sequence[str] | None = None,
@@ -128,6 +128,7 @@ def read_prices(
         store = BinaryStore(provider_uri, freq)
         prices = store.read(instruments, wanted, start_time, end_time, margin)
     else:
+        assert source is not None
         prices = Prices(_members(panel_of(source), instruments), {})
     return _with_typical_vwap(prices) if vwap == "typical" else prices
 
@@ -144,7 +145,7 @@ def _with_typical_vwap(prices: Prices) -> Prices:
     return prices._replace(panel=panel.replace("price", values, (*names, "vwap")))
 
 
-def _members(panel: Panel, instruments: Any) -> Panel:
+def _members(panel: Panel, instruments: Instruments) -> Panel:
     """Restrict a table's panel to instruments (and spans); market names cannot be looked up here."""
     if isinstance(instruments, Mapping) and "market" in instruments:
         instruments = market_of(instruments)

@@ -5,13 +5,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from qfast.data.panel import Block, Panel
-from qfast.data.prices import PRICE_FIELDS, Extent, Prices, Spans, given_spans, is_date, market_of, parse_dates
+from qfast.data.prices import (
+    PRICE_FIELDS,
+    Extent,
+    Instruments,
+    Prices,
+    Spans,
+    StorePath,
+    given_spans,
+    is_date,
+    market_of,
+    parse_dates,
+)
+from qfast.dates import DateLike
 from qfast.errors import ConfigError, DataError, suggest
 
 __all__ = ["BinaryStore", "is_store"]
@@ -22,7 +33,7 @@ WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{d}{i}" for d in ("COM", "LPT
 FREQ_NAMES = {"1day": "day", "d": "day", "1d": "day", "daily": "day"}
 
 
-def is_store(path: Any) -> bool:
+def is_store(path: str | Path) -> bool:
     """True if the folder looks like a Qlib binary store."""
     root = Path(path).expanduser()
     return (root / "calendars").is_dir() and (root / "features").is_dir()
@@ -43,7 +54,7 @@ class BinaryStore:
         The folder, its calendar or its features are missing or damaged.
     """
 
-    def __init__(self, provider_uri: Any, freq: str = "day") -> None:
+    def __init__(self, provider_uri: StorePath, freq: str = "day") -> None:
         self.freq = FREQ_NAMES.get(freq.lower(), freq.lower())
         if isinstance(provider_uri, Mapping):
             by_freq = {FREQ_NAMES.get(str(k).lower(), str(k).lower()): v for k, v in provider_uri.items()}
@@ -68,10 +79,10 @@ class BinaryStore:
 
     def read(
         self,
-        instruments: Any = "all",
+        instruments: Instruments = "all",
         wanted: Sequence[str] | None = None,
-        start_time: Any = None,
-        end_time: Any = None,
+        start_time: DateLike | None = None,
+        end_time: DateLike | None = None,
         margin: tuple[int, int] = (0, 0),
     ) -> Prices:
         """Rows stored for `instruments` between the times, widened by `margin` calendar steps.
@@ -128,12 +139,12 @@ class BinaryStore:
             raise DataError(f"{path}: line {steps[0] + 2} ({lines[steps[0] + 1]}) is not after the line before it.")
         return calendar
 
-    def _date_range(self, begin: Any, end: Any) -> tuple[int, int]:
+    def _date_range(self, begin: DateLike | None, end: DateLike | None) -> tuple[int, int]:
         """Half-open calendar range of the days between, both inclusive; a date alone means the whole day."""
         empty = np.empty(0, dtype=np.int32)
         return Panel(self.calendar, np.empty(0, dtype=object), empty, empty, {}).date_code_range(begin, end)
 
-    def _spans(self, instruments: Any) -> Spans:
+    def _spans(self, instruments: Instruments) -> Spans:
         if instruments is None:
             instruments = "all"
         if isinstance(instruments, Mapping) and "market" in instruments:

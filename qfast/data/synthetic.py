@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from qfast.dates import DateLike
 from qfast.errors import ConfigError
 
 __all__ = ["factors", "prices"]
@@ -29,7 +30,7 @@ def factors(
     ic: float = 0.1,
     persistence: float = 0.9,
     seed: int = 0,
-    start: Any = "2015-01-01",
+    start: DateLike = "2015-01-01",
     freq: str = "B",
     late: float = 0.1,
     delisted: float = 0.1,
@@ -128,7 +129,7 @@ def prices(
     ic: float = 0.1,
     volatility: float = 0.02,
     seed: int = 0,
-    start: Any = "2015-01-01",
+    start: DateLike = "2015-01-01",
     freq: str = "B",
     late: float = 0.1,
     delisted: float = 0.1,
@@ -247,7 +248,7 @@ def _last_rows(present: np.ndarray, count: int) -> np.ndarray:
     return np.asarray(present & (remaining <= count))
 
 
-def _index(present: np.ndarray, start: Any, freq: str) -> pd.MultiIndex:
+def _index(present: np.ndarray, start: DateLike, freq: str) -> pd.MultiIndex:
     n_days, n_instruments = present.shape
     days, who = np.nonzero(present)
     width = len(str(n_instruments - 1))

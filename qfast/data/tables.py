@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from qfast.data.panel import Block, Panel
-from qfast.data.prices import PRICE_FIELDS, parse_dates
+from qfast.data.prices import PRICE_FIELDS, PriceSource, parse_dates
 from qfast.errors import ConfigError, DataError
 
 __all__ = ["panel_of", "read_table"]
@@ -37,7 +37,7 @@ class _Table(NamedTuple):
     columns: dict[str, np.ndarray]
 
 
-def panel_of(source: Any) -> Panel:
+def panel_of(source: PriceSource) -> Panel:
     """Dense price panel of a file, a folder of files, a frame or a Panel."""
     if isinstance(source, Panel):
         return _lower_case(source)
@@ -148,7 +148,7 @@ def _table(frame: pd.DataFrame, name: str, instrument: str | None) -> _Table:
     return _Table(name, dates, names, columns)
 
 
-def _plain_name(column: Any) -> str:
+def _plain_name(column: object) -> str:
     plain = str(column).strip().lstrip("$").lower()
     return FIELD_NAMES.get(plain, plain)
 

@@ -8,11 +8,13 @@ labels for learning costs no second copy of the features.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from qfast.data.handlers.alpha158 import Alpha158, Alpha158vwap, FactorHandler
 from qfast.data.handlers.alpha360 import Alpha360, Alpha360vwap
 from qfast.data.handlers.base import DataHandlerLP, RawDataDroppedError
+from qfast.data.protocols import Handler
 from qfast.registry import HANDLERS
 
 __all__ = [
@@ -27,7 +29,7 @@ __all__ = [
 ]
 
 
-def build_handler(spec: Any, *, path: str = "handler", **extra: Any) -> Any:
+def build_handler(spec: Handler | Mapping[str, Any] | str, *, path: str = "handler", **extra: Any) -> Handler:
     """A handler from an instance, a mapping or a name; see `qfast.registry.Registry.build`."""
     return HANDLERS.build(spec, path=path, **extra)
 

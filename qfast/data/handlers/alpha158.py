@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -10,8 +11,10 @@ import numpy as np
 
 from qfast.data.expression import fields, reach
 from qfast.data.factor_cache import FactorCache
-from qfast.data.handlers.prices import DEFAULT_LEARN_PROCESSORS, PriceHandler, expressions_and_names
-from qfast.data.prices import Prices
+from qfast.data.handlers.prices import DEFAULT_LEARN_PROCESSORS, Expressions, PriceHandler, expressions_and_names
+from qfast.data.prices import Instruments, Prices, PriceSource, StorePath
+from qfast.data.processors import ProcessorSpec
+from qfast.dates import DateLike
 from qfast.errors import ConfigError, shown, suggest
 
 log = logging.getLogger("qfast.data")
@@ -136,7 +139,7 @@ def _ago(field: str, days: int) -> str:
     return f"Ref(${field.lower()}, {days})" if days else f"${field.lower()}"
 
 
-def _check_config(config: Any) -> None:
+def _check_config(config: object) -> None:
     if not isinstance(config, Mapping):
         raise ConfigError(f"the configuration of Alpha158 must be a mapping, got {shown(config)}.")
     for section, settings in config.items():
@@ -153,7 +156,7 @@ def _check_config(config: Any) -> None:
             _check_setting(section, name, value)
 
 
-def _check_setting(section: str, name: str, value: Any) -> None:
+def _check_setting(section: str, name: str, value: object) -> None:
     if name in ("include", "exclude") and value is None:
         return
     if isinstance(value, str) or not isinstance(value, (Sequence, range)):
@@ -227,26 +230,26 @@ class FactorHandler(PriceHandler):
 
     def __init__(
         self,
-        features: Any,
-        instruments: Any = "all",
-        start_time: Any = None,
-        end_time: Any = None,
+        features: Expressions,
+        instruments: Instruments = "all",
+        start_time: DateLike | None = None,
+        end_time: DateLike | None = None,
         freq: str = "day",
-        infer_processors: Sequence[Any] = (),
-        learn_processors: Sequence[Any] = DEFAULT_LEARN_PROCESSORS,
-        fit_start_time: Any = None,
-        fit_end_time: Any = None,
+        infer_processors: Sequence[ProcessorSpec] = (),
+        learn_processors: Sequence[ProcessorSpec] = DEFAULT_LEARN_PROCESSORS,
+        fit_start_time: DateLike | None = None,
+        fit_end_time: DateLike | None = None,
         process_type: str = "append",
         filter_pipe: None = None,
         inst_processors: None = None,
         *,
-        shared_processors: Sequence[Any] = (),
+        shared_processors: Sequence[ProcessorSpec] = (),
         drop_raw: bool = False,
-        label: Any = None,
-        data: Any = None,
-        provider_uri: Any = None,
+        label: Expressions | None = None,
+        data: PriceSource | None = None,
+        provider_uri: StorePath | None = None,
         vwap: str | None = None,
-        cache: Any = None,
+        cache: str | os.PathLike[str] | None = None,
     ) -> None:
         self._texts, self._names = expressions_and_names("features", features)
         self._reach = tuple(max(side) for side in zip(*map(reach, self._texts), strict=True))
@@ -320,25 +323,25 @@ class Alpha158(FactorHandler):
 
     def __init__(
         self,
-        instruments: Any = "csi500",
-        start_time: Any = None,
-        end_time: Any = None,
+        instruments: Instruments = "csi500",
+        start_time: DateLike | None = None,
+        end_time: DateLike | None = None,
         freq: str = "day",
-        infer_processors: Sequence[Any] = (),
-        learn_processors: Sequence[Any] = DEFAULT_LEARN_PROCESSORS,
-        fit_start_time: Any = None,
-        fit_end_time: Any = None,
+        infer_processors: Sequence[ProcessorSpec] = (),
+        learn_processors: Sequence[ProcessorSpec] = DEFAULT_LEARN_PROCESSORS,
+        fit_start_time: DateLike | None = None,
+        fit_end_time: DateLike | None = None,
         process_type: str = "append",
         filter_pipe: None = None,
         inst_processors: None = None,
         *,
-        shared_processors: Sequence[Any] = (),
+        shared_processors: Sequence[ProcessorSpec] = (),
         drop_raw: bool = False,
-        label: Any = None,
-        data: Any = None,
-        provider_uri: Any = None,
+        label: Expressions | None = None,
+        data: PriceSource | None = None,
+        provider_uri: StorePath | None = None,
         vwap: str | None = None,
-        cache: Any = None,
+        cache: str | os.PathLike[str] | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from qfast.data.handlers.prices import DEFAULT_LEARN_PROCESSORS, PriceHandler
-from qfast.data.prices import Prices
+from qfast.data.handlers.prices import DEFAULT_LEARN_PROCESSORS, Expressions, PriceHandler
+from qfast.data.prices import Instruments, Prices, PriceSource, StorePath
+from qfast.data.processors import ProcessorSpec
+from qfast.dates import DateLike
 
 DEFAULT_INFER_PROCESSORS: tuple[Mapping[str, Any], ...] = (
     {"class": "ProcessInf", "kwargs": {}},
@@ -79,23 +81,23 @@ class Alpha360(PriceHandler):
 
     def __init__(
         self,
-        instruments: Any = "csi500",
-        start_time: Any = None,
-        end_time: Any = None,
+        instruments: Instruments = "csi500",
+        start_time: DateLike | None = None,
+        end_time: DateLike | None = None,
         freq: str = "day",
-        infer_processors: Sequence[Any] = DEFAULT_INFER_PROCESSORS,
-        learn_processors: Sequence[Any] = DEFAULT_LEARN_PROCESSORS,
-        fit_start_time: Any = None,
-        fit_end_time: Any = None,
+        infer_processors: Sequence[ProcessorSpec] = DEFAULT_INFER_PROCESSORS,
+        learn_processors: Sequence[ProcessorSpec] = DEFAULT_LEARN_PROCESSORS,
+        fit_start_time: DateLike | None = None,
+        fit_end_time: DateLike | None = None,
         filter_pipe: None = None,
         inst_processors: None = None,
         *,
-        shared_processors: Sequence[Any] = (),
+        shared_processors: Sequence[ProcessorSpec] = (),
         process_type: str = "append",
         drop_raw: bool = False,
-        label: Any = None,
-        data: Any = None,
-        provider_uri: Any = None,
+        label: Expressions | None = None,
+        data: PriceSource | None = None,
+        provider_uri: StorePath | None = None,
         vwap: str | None = None,
     ) -> None:
         self._set_up(

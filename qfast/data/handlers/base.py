@@ -8,8 +8,11 @@ from typing import Any
 import pandas as pd
 
 from qfast.data.panel import Panel
-from qfast.data.processors import Processor, Workspace, build_processor, run_processors
+from qfast.data.prices import Instruments
+from qfast.data.processors import Processor, ProcessorSpec, Workspace, build_processor, run_processors
+from qfast.data.protocols import Columns, Selector
 from qfast.data.rows import restrict_rows, select_rows
+from qfast.dates import DateLike
 from qfast.errors import ConfigError, DataError, shown, suggest
 
 
@@ -68,15 +71,15 @@ class DataHandlerLP:
         source: Panel | pd.DataFrame | Mapping[str, pd.DataFrame],
         *,
         instruments: Sequence[str] | None = None,
-        start_time: Any = None,
-        end_time: Any = None,
-        infer_processors: Sequence[Any] = (),
-        learn_processors: Sequence[Any] = (),
-        shared_processors: Sequence[Any] = (),
+        start_time: DateLike | None = None,
+        end_time: DateLike | None = None,
+        infer_processors: Sequence[ProcessorSpec] = (),
+        learn_processors: Sequence[ProcessorSpec] = (),
+        shared_processors: Sequence[ProcessorSpec] = (),
         process_type: str = "append",
         drop_raw: bool = False,
-        fit_start_time: Any = None,
-        fit_end_time: Any = None,
+        fit_start_time: DateLike | None = None,
+        fit_end_time: DateLike | None = None,
     ) -> None:
         self._configure(
             {"shared": shared_processors, "infer": infer_processors, "learn": learn_processors},
@@ -105,14 +108,14 @@ class DataHandlerLP:
     # ---------------------------------------------------------------- set-up
     def _configure(
         self,
-        stages: Mapping[str, Sequence[Any]],
+        stages: Mapping[str, Sequence[ProcessorSpec]],
         process_type: str,
         drop_raw: bool,
-        instruments: Any,
-        start_time: Any,
-        end_time: Any,
-        fit_start_time: Any,
-        fit_end_time: Any,
+        instruments: Instruments,
+        start_time: DateLike | None,
+        end_time: DateLike | None,
+        fit_start_time: DateLike | None,
+        fit_end_time: DateLike | None,
     ) -> None:
         """Store the settings and build the processors, before any data is touched."""
         self.process_type = _one_of("process_type", process_type, (self.PTYPE_A, self.PTYPE_I))
@@ -174,7 +177,7 @@ class DataHandlerLP:
 
     def fetch(
         self,
-        selector: Any = slice(None, None),
+        selector: Selector = slice(None, None),
         level: str | int | None = "datetime",
         col_set: str | Sequence[str] = CS_ALL,
         data_key: str = DK_I,
@@ -244,7 +247,9 @@ class DataHandlerLP:
 
 
 # ---------------------------------------------------------------- helpers
-def _build_processors(stage: str, specs: Any, fit_start_time: Any, fit_end_time: Any) -> list[Processor]:
+def _build_processors(
+    stage: str, specs: object, fit_start_time: DateLike | None, fit_end_time: DateLike | None
+) -> list[Processor]:
     if isinstance(specs, (str, Mapping, Processor)) or (specs is not None and not isinstance(specs, Sequence)):
         raise ConfigError(f"{stage}_processors must be a list of processors, got {shown(specs)}.")
     return [
@@ -253,13 +258,13 @@ def _build_processors(stage: str, specs: Any, fit_start_time: Any, fit_end_time:
     ]
 
 
-def _one_of(what: str, value: Any, allowed: Sequence[str]) -> str:
+def _one_of(what: str, value: object, allowed: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in allowed:
         raise ConfigError(f"{what} must be one of {list(allowed)}, got {value!r}." + suggest(value, allowed))
     return value
 
 
-def _as_panel(source: Any) -> Panel:
+def _as_panel(source: object) -> Panel:
     if isinstance(source, Panel):
         return source
     if isinstance(source, pd.DataFrame):
@@ -276,12 +281,12 @@ def _as_panel(source: Any) -> Panel:
     )
 
 
-def _squeezed(frame: pd.DataFrame, selector: Any, level: Any) -> Any:
+def _squeezed(frame: pd.DataFrame, selector: Selector, level: str | int | None) -> Any:
     out: Any = frame.squeeze()
     return out.reset_index(level=level, drop=True) if isinstance(selector, (str, pd.Timestamp)) else out
 
 
-def _columns_of(frame: pd.DataFrame, col_set: Any) -> pd.DataFrame:
+def _columns_of(frame: pd.DataFrame, col_set: Columns) -> pd.DataFrame:
     """What `col_set` means for a frame that a proc_func returned."""
     if not isinstance(frame.columns, pd.MultiIndex) or col_set == DataHandlerLP.CS_RAW:
         return frame

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -16,14 +16,18 @@ from qfast.data.factor_graph import no_such_field
 from qfast.data.factors import evaluate_all
 from qfast.data.handlers.base import DataHandlerLP
 from qfast.data.panel import Block, Panel
-from qfast.data.prices import PRICE_FIELDS, Prices
-from qfast.data.processors import Workspace
+from qfast.data.prices import PRICE_FIELDS, Instruments, Prices, PriceSource, StorePath
+from qfast.data.processors import ProcessorSpec, Workspace
 from qfast.data.rows import restrict_rows, take_rows
 from qfast.data.sources import read_prices
 from qfast.data.store import BinaryStore, is_store
+from qfast.dates import DateLike
 from qfast.errors import ConfigError, DataError, shown
 
 log = logging.getLogger("qfast.data")
+
+Expressions: TypeAlias = str | Sequence[str] | tuple[Sequence[str], Sequence[str]]
+"""One expression, a list of them, or (expressions, column names)."""
 
 DEFAULT_LEARN_PROCESSORS: tuple[Mapping[str, Any], ...] = (
     {"class": "DropnaLabel"},
@@ -50,20 +54,20 @@ class PriceHandler(DataHandlerLP):
     def _set_up(
         self,
         *,
-        instruments: Any,
-        start_time: Any,
-        end_time: Any,
+        instruments: Instruments,
+        start_time: DateLike | None,
+        end_time: DateLike | None,
         freq: str,
-        stages: Mapping[str, Sequence[Any]],
-        fit_start_time: Any,
-        fit_end_time: Any,
+        stages: Mapping[str, Sequence[ProcessorSpec]],
+        fit_start_time: DateLike | None,
+        fit_end_time: DateLike | None,
         process_type: str,
         drop_raw: bool,
-        label: Any,
-        data: Any,
-        provider_uri: Any,
+        label: Expressions | None,
+        data: PriceSource | None,
+        provider_uri: StorePath | None,
         vwap: str | None,
-        refused: Mapping[str, Any],
+        refused: Mapping[str, object],
     ) -> None:
         """Everything a constructor does once its features are known."""
         for name, value in refused.items():
@@ -78,14 +82,16 @@ class PriceHandler(DataHandlerLP):
             max(side) for side in zip(self._feature_reach(), *map(reach, self.label_expressions), strict=True)
         )
 
-        def read(who: Any) -> Prices:
+        def read(instruments: Instruments) -> Prices:
             return read_prices(
-                data, provider_uri=provider_uri, instruments=who, start_time=start_time, end_time=end_time,
+                data, provider_uri=provider_uri, instruments=instruments, start_time=start_time, end_time=end_time,
                 freq=freq, vwap=vwap, margin=(before, after), wanted=wanted,
             )  # fmt: skip
 
-        store = provider_uri is not None or (isinstance(data, (str, Path)) and is_store(data))
-        self._store = (provider_uri if provider_uri is not None else data, vwap) if store else None
+        store = provider_uri
+        if store is None and isinstance(data, (str, Path)) and is_store(data):
+            store = data
+        self._store = None if store is None else (store, vwap)
         wanted = list(
             dict.fromkeys([*self._feature_fields(), *(f for text in self.label_expressions for f in fields(text))])
         )
@@ -136,7 +142,9 @@ class PriceHandler(DataHandlerLP):
         found = getattr(self, "_prices", None)
         return None if found is None else found.panel
 
-    def quotes(self, instruments: Sequence[str], wanted: Sequence[str], start_time: Any, end_time: Any) -> Prices:
+    def quotes(
+        self, instruments: Sequence[str], wanted: Sequence[str], start_time: DateLike | None, end_time: DateLike | None
+    ) -> Prices:
         """Prices of instruments, also of ones that are no samples, with a day before `start_time`.
 
         Parameters
@@ -264,17 +272,17 @@ def other_prices(texts: Iterable[str], panel: Panel, read: Callable[[str], Price
     return {name: read(name) for name in names if name.lower() not in known}
 
 
-def expressions_and_names(what: str, given: Any) -> tuple[list[str], list[str]]:
+def expressions_and_names(what: str, value: object) -> tuple[list[str], list[str]]:
     """Expressions and column names of a setting: a text, a list of texts, or (texts, names)."""
-    if isinstance(given, str):
-        given = [given]
-    if isinstance(given, (list, tuple)) and len(given):
-        if all(isinstance(text, str) for text in given):
-            return list(given), list(given)
-        if len(given) == 2 and all(isinstance(part, (list, tuple)) for part in given):
-            texts, names = (list(part) for part in given)
+    if isinstance(value, str):
+        value = [value]
+    if isinstance(value, (list, tuple)) and len(value):
+        if all(isinstance(text, str) for text in value):
+            return list(value), list(value)
+        if len(value) == 2 and all(isinstance(part, (list, tuple)) for part in value):
+            texts, names = (list(part) for part in value)
             if texts and len(texts) == len(names) and all(isinstance(t, str) for t in [*texts, *names]):
                 return texts, names
     raise ConfigError(
-        f"{what} must be a list of expressions or (expressions, names) of equal length, got {shown(given)}."
+        f"{what} must be a list of expressions or (expressions, names) of equal length, got {shown(value)}."
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 from qfast.data.processors.base import (
     LearnOnlyProcessorError,
     Processor,
+    ProcessorSpec,
     Workspace,
     build_processor,
     run_processors,
@@ -42,6 +43,7 @@ __all__ = [
     "MinMaxNorm",
     "ProcessInf",
     "Processor",
+    "ProcessorSpec",
     "RobustZScoreNorm",
     "TanhProcess",
     "Workspace",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 
 from qfast.data.panel import Panel
+from qfast.dates import DateLike
 from qfast.errors import ConfigError, DataError
 from qfast.registry import PROCESSORS, parameters
 
@@ -73,7 +74,7 @@ class Processor:
         """True if the step never changes values in place (the reference's question)."""
         return True
 
-    def config(self, **kwargs: Any) -> None:
+    def config(self, **kwargs: DateLike | None) -> None:
         """Replace `fit_start_time` / `fit_end_time` where the processor has them."""
         for name, value in kwargs.items():
             if name not in ("fit_start_time", "fit_end_time"):
@@ -91,9 +92,18 @@ class Processor:
         raise NotImplementedError(f"{type(self).__name__} must implement _apply(panel, space)")
 
 
+ProcessorSpec: TypeAlias = Processor | Mapping[str, Any] | str
+"""A processor, {"class": name, "kwargs": {...}} or a class name."""
+
+
 # ---------------------------------------------------------------- building and running lists of processors
 def build_processor(
-    spec: Any, fit_start_time: Any = None, fit_end_time: Any = None, *, path: str = "", inject: bool = True
+    spec: ProcessorSpec,
+    fit_start_time: DateLike | None = None,
+    fit_end_time: DateLike | None = None,
+    *,
+    path: str = "",
+    inject: bool = True,
 ) -> Processor:
     """A processor from an instance, a mapping or a name; the caller's mapping stays as it is.
 
@@ -120,7 +130,7 @@ def build_processor(
     Fillna(fields_group=None, fill_value=1)
     """
     if PROCESSORS.is_instance(spec):
-        return spec
+        return cast(Processor, spec)
     factory, kwargs = PROCESSORS.resolve(spec, path)
     if inject and {"fit_start_time", "fit_end_time"} <= parameters(factory).keys():
         kwargs = {"fit_start_time": fit_start_time, "fit_end_time": fit_end_time, **kwargs}

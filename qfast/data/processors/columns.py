@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -13,10 +13,13 @@ from qfast.errors import ConfigError, DataError, suggest
 
 COLUMN_CHUNK_BYTES = 64 << 20  # transient copy of a few columns while statistics are taken
 
+FieldsGroup: TypeAlias = str | Sequence[str] | None
+"""None for all columns, a group, a list of groups, or the pair (group, column)."""
+
 Selection = list[tuple[str, np.ndarray]]  # (group, column positions)
 
 
-def select(panel: Panel, fields_group: Any) -> Selection:
+def select(panel: Panel, fields_group: FieldsGroup) -> Selection:
     """Column positions by group for `fields_group`.
 
     Parameters

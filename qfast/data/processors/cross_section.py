@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from qfast.data.panel import Panel
 from qfast.data.processors.base import Processor, Workspace
-from qfast.data.processors.columns import Selection, by_column, day_codes, rows_by_chunk, select
+from qfast.data.processors.columns import FieldsGroup, Selection, by_column, day_codes, rows_by_chunk, select
 from qfast.data.processors.fitted import MAD_TO_STD, OUTLIER
 from qfast.errors import ConfigError
 
@@ -37,7 +36,7 @@ class CSZScoreNorm(Processor):
     [-1.0, 0.0, 1.0]
     """
 
-    def __init__(self, fields_group: Any = None, method: str = "zscore") -> None:
+    def __init__(self, fields_group: FieldsGroup = None, method: str = "zscore") -> None:
         if method not in ("zscore", "robust"):
             raise ConfigError(f"CSZScoreNorm: method must be 'zscore' or 'robust', got {method!r}.")
         self.fields_group = fields_group
@@ -71,7 +70,7 @@ class CSRankNorm(Processor):
     [0.0, 1.73]
     """
 
-    def __init__(self, fields_group: Any = None) -> None:
+    def __init__(self, fields_group: FieldsGroup = None) -> None:
         self.fields_group = fields_group
 
     def _apply(self, panel: Panel, space: Workspace) -> Panel:
@@ -101,7 +100,7 @@ class CSZFillna(Processor):
     [1.0, 2.0, 3.0]
     """
 
-    def __init__(self, fields_group: Any = None) -> None:
+    def __init__(self, fields_group: FieldsGroup = None) -> None:
         self.fields_group = fields_group
 
     def _apply(self, panel: Panel, space: Workspace) -> Panel:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from qfast.data.panel import Panel
 from qfast.data.processors.base import Processor, Workspace
-from qfast.data.processors.columns import column_names, elementwise, is_all, rows_by_chunk, select
+from qfast.data.processors.columns import FieldsGroup, column_names, elementwise, is_all, rows_by_chunk, select
 from qfast.errors import ConfigError, DataError, suggest
 
 log = logging.getLogger("qfast.data")
@@ -35,7 +34,7 @@ class Fillna(Processor):
     [0.0, 3.0]
     """
 
-    def __init__(self, fields_group: Any = None, fill_value: float = 0) -> None:
+    def __init__(self, fields_group: FieldsGroup = None, fill_value: float = 0) -> None:
         if isinstance(fill_value, bool) or not isinstance(fill_value, (int, float, np.number)):
             raise ConfigError(f"Fillna: fill_value must be a number, got {fill_value!r}.")
         self.fields_group = fields_group
@@ -93,7 +92,7 @@ class DropnaProcessor(Processor):
     1
     """
 
-    def __init__(self, fields_group: Any = None) -> None:
+    def __init__(self, fields_group: FieldsGroup = None) -> None:
         self.fields_group = fields_group
 
     def _apply(self, panel: Panel, space: Workspace) -> Panel:
@@ -120,7 +119,7 @@ class DropnaLabel(DropnaProcessor):
     False
     """
 
-    def __init__(self, fields_group: Any = "label") -> None:
+    def __init__(self, fields_group: FieldsGroup = "label") -> None:
         super().__init__(fields_group)
 
     def is_for_infer(self) -> bool:
@@ -182,7 +181,7 @@ class FilterCol(Processor):
     ('x', 'z')
     """
 
-    def __init__(self, fields_group: Any = "feature", col_list: Sequence[str] = ()) -> None:
+    def __init__(self, fields_group: FieldsGroup = "feature", col_list: Sequence[str] = ()) -> None:
         self.fields_group = fields_group
         self.col_list = _name_list("FilterCol", col_list)
 
@@ -200,7 +199,7 @@ class FilterCol(Processor):
         )
 
 
-def _name_list(who: str, names: Any) -> tuple[str, ...]:
+def _name_list(who: str, names: object) -> tuple[str, ...]:
     if isinstance(names, str) or not isinstance(names, (Sequence, set, np.ndarray, pd.Index)):
         raise ConfigError(f"{who}: col_list must be a list of column names, got {names!r}.")
     return tuple(str(n) for n in names)

@@ -10,7 +10,8 @@ import numpy as np
 
 from qfast.data.panel import Panel
 from qfast.data.processors.base import Processor, Workspace
-from qfast.data.processors.columns import column_names, columns_by_chunk, elementwise, select
+from qfast.data.processors.columns import FieldsGroup, column_names, columns_by_chunk, elementwise, select
+from qfast.dates import DateLike
 from qfast.errors import DataError, NotFittedError, some
 
 log = logging.getLogger("qfast.data")
@@ -25,7 +26,9 @@ STATE_PARTS = ("positions", "shift", "scale")  # of a fitted column normalisatio
 class _FittedNorm(Processor):
     """(x - shift) / scale per column, both learnt between fit_start_time and fit_end_time inclusive."""
 
-    def __init__(self, fit_start_time: Any, fit_end_time: Any, fields_group: Any = None) -> None:
+    def __init__(
+        self, fit_start_time: DateLike | None, fit_end_time: DateLike | None, fields_group: FieldsGroup = None
+    ) -> None:
         self.fit_start_time = fit_start_time
         self.fit_end_time = fit_end_time
         self.fields_group = fields_group
@@ -160,7 +163,11 @@ class RobustZScoreNorm(_FittedNorm):
     """
 
     def __init__(
-        self, fit_start_time: Any, fit_end_time: Any, fields_group: Any = None, clip_outlier: bool = True
+        self,
+        fit_start_time: DateLike | None,
+        fit_end_time: DateLike | None,
+        fields_group: FieldsGroup = None,
+        clip_outlier: bool = True,
     ) -> None:
         super().__init__(fit_start_time, fit_end_time, fields_group)
         self.clip_outlier = clip_outlier
