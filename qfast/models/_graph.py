@@ -14,8 +14,9 @@ from torch import Tensor
 
 from qfast.data.adapt import windows_of
 from qfast.data.batching import Batches, BatchOrder, NumpyOrder, SequenceOrder, UnshuffledLoaderOrder
+from qfast.data.protocols import Dataset
 from qfast.data.windows import WindowSet
-from qfast.dates import date_text
+from qfast.dates import DateLike, date_text
 from qfast.errors import ConfigError, DataError
 from qfast.models.attention import neighbours, plot_attention
 from qfast.models.pretrained import BaseWeights, chosen, read_base
@@ -56,7 +57,7 @@ class Graph(Estimator):
         base_model: str = "GRU",
         model_path: str | os.PathLike[str] | None = None,
         optimizer: str = "adam",
-        GPU: Any = 0,
+        GPU: int | None = 0,
         seed: int | None = None,
         **options: Any,
     ) -> None:
@@ -146,7 +147,7 @@ class Graph(Estimator):
             self._note(found)
         self._take(tensors)
 
-    def pretrain(self, dataset: Any, **training: Any) -> Estimator:
+    def pretrain(self, dataset: Dataset, **training: Any) -> Estimator:
         """Train a base model of the same sizes on `dataset` and take its recurrent weights and output layer.
 
         The `fit` that follows fine-tunes them instead of drawing new ones.
@@ -208,8 +209,8 @@ class Graph(Estimator):
     @torch.no_grad()
     def attention(
         self,
-        dataset: Any,
-        date: Any,
+        dataset: Dataset,
+        date: DateLike,
         instruments: str | Iterable[str] | None = None,
         top: int = 10,
         segment: str | slice | None = None,
@@ -270,7 +271,12 @@ class Graph(Estimator):
         return neighbours(query, key, names, [instruments] if isinstance(instruments, str) else instruments, top)
 
     def plot_attention(
-        self, dataset: Any, date: Any, path: str | os.PathLike[str], instruments: Any = None, top: int = 10
+        self,
+        dataset: Dataset,
+        date: DateLike,
+        path: str | os.PathLike[str],
+        instruments: str | Iterable[str] | None = None,
+        top: int = 10,
     ) -> Path:
         """Draw `attention(dataset, date, instruments, top)` into a .png, .pdf or .svg file; the file is returned."""
         table = self.attention(dataset, date, instruments, top)
@@ -288,7 +294,7 @@ class Graph(Estimator):
         )  # fmt: skip
 
     # ---------------------------------------------------------------- state
-    def load_weights(self, path: Any) -> Estimator:
+    def load_weights(self, path: str | Path) -> Estimator:
         """As `Estimator.load_weights`; a fit that follows goes on from these weights."""
         super().load_weights(path)
         self.base_is_set_ = True
@@ -321,7 +327,7 @@ class GraphTimeSeries(Graph):
         base_model: str = "GRU",
         model_path: str | os.PathLike[str] | None = None,
         optimizer: str = "adam",
-        GPU: Any = 0,
+        GPU: int | None = 0,
         n_jobs: int = 10,
         seed: int | None = None,
         **options: Any,
@@ -348,7 +354,7 @@ def _finite_windows(x: Tensor) -> Tensor:
     return torch.isfinite(x).flatten(1).all(1)
 
 
-def _time_stamp(date: Any) -> pd.Timestamp:
+def _time_stamp(date: DateLike) -> pd.Timestamp:
     try:
         wanted = pd.Timestamp(date)
     except (ValueError, TypeError) as error:

@@ -38,7 +38,7 @@ class Recurrent(Estimator):
         early_stop: int = 20,
         loss: str = "mse",
         optimizer: str = "adam",
-        GPU: Any = 0,
+        GPU: int | None = 0,
         seed: int | None = None,
         **options: Any,
     ) -> None:
@@ -78,7 +78,7 @@ class RecurrentTimeSeries(WholePeriod, Recurrent):
         loss: str = "mse",
         optimizer: str = "adam",
         n_jobs: int = 10,
-        GPU: Any = 0,
+        GPU: int | None = 0,
         seed: int | None = None,
         **options: Any,
     ) -> None:

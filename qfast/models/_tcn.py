@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qfast.data.batching import BatchOrder, LoaderOrder
+from qfast.data.protocols import Dataset, Segment
 from qfast.data.windows import WindowSet
 from qfast.errors import DataError, whole_number
 from qfast.models._period import WholePeriod
@@ -42,7 +43,7 @@ class TemporalConv(Estimator):
         early_stop: int = 20,
         loss: str = "mse",
         optimizer: str = "adam",
-        GPU: Any = 0,
+        GPU: int | None = 0,
         seed: int | None = None,
         **options: Any,
     ) -> None:
@@ -110,7 +111,7 @@ class TemporalConvTimeSeries(WholePeriod, TemporalConv):
         loss: str = "mse",
         optimizer: str = "adam",
         n_jobs: int = 10,
-        GPU: Any = 0,
+        GPU: int | None = 0,
         seed: int | None = None,
         **options: Any,
     ) -> None:
@@ -132,7 +133,7 @@ class TemporalConvTimeSeries(WholePeriod, TemporalConv):
         return max(FEWEST_IN_CALL, round(CALL_COST / plan.multiply_adds(features, channels)[0]))
 
     # ---------------------------------------------------------------- what the reference does
-    def predict(self, dataset: Any, segment: Any = "test") -> pd.Series:
+    def predict(self, dataset: Dataset, segment: Segment = "test") -> pd.Series:
         """As `Estimator.predict`. With compat="qlib" the network is given [B, T, F] for [B, F, T], as in the reference,
         which transposes windows in training and forgets it here."""
         self._forgets_transpose = self._params["compat"] == "qlib"

@@ -33,7 +33,7 @@ class Encoder(Estimator):
         optimizer: str = "adam",
         reg: float = 1e-3,
         n_jobs: int = 10,
-        GPU: Any = 0,
+        GPU: int | None = 0,
         seed: int | None = None,
         **options: Any,
     ) -> None:
@@ -80,7 +80,7 @@ class EncoderTimeSeries(Encoder):
         optimizer: str = "adam",
         reg: float = 1e-3,
         n_jobs: int = 10,
-        GPU: Any = 0,
+        GPU: int | None = 0,
         seed: int | None = None,
         **options: Any,
     ) -> None:

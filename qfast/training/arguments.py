@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from numbers import Real
-from typing import Any
 
 from qfast.errors import ConfigError, whole_number
 from qfast.training.losses import loss_function, metric_function
@@ -12,7 +11,7 @@ from qfast.training.losses import loss_function, metric_function
 __all__ = ["check_training_arguments"]
 
 
-def check_training_arguments(params: Mapping[str, Any], decay_name: str) -> None:
+def check_training_arguments(params: Mapping[str, object], decay_name: str) -> None:
     """Names the first argument of `Estimator` that cannot be meant; `decay_name`: what weight decay is called there.
 
     Raises

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from qfast.data.adapt import windows_of
 from qfast.data.batching import Batches, BatchOrder, NumpyOrder
+from qfast.data.protocols import Dataset, Segment
 from qfast.data.windows import WindowSet
 from qfast.device import choose_device, memory_named
 from qfast.errors import ConfigError, DataError, NotFittedError, suggest
@@ -30,8 +30,9 @@ from qfast.nn.plain import PlainTorch
 from qfast.training import checkpoint
 from qfast.training.arguments import check_training_arguments
 from qfast.training.callbacks import Callback, Checkpoint, EarlyStopping, Progress
-from qfast.training.losses import loss_function, metric_function, sample_weights
+from qfast.training.losses import batch_scores, loss_function
 from qfast.training.optim import ClippedAdam
+from qfast.training.segments import Reweighter, learning_samples
 from qfast.training.step_graphs import GraphedStep, graphed_step
 
 GRADIENT_LIMIT = 3.0  # the reference clips every gradient element to +-3
@@ -100,7 +101,7 @@ class Estimator:
     decay_name: ClassVar[str] = "weight_decay"  # what the model's own constructor calls it
     _graphed_step: GraphedStep | None = None  # while a fit with cuda_graphs runs
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         if "features_of" in cls.__dict__:
             raise TypeError(
@@ -110,7 +111,7 @@ class Estimator:
 
     def __init__(
         self,
-        network: dict[str, Any],
+        network: Mapping[str, object],
         *,
         n_epochs: int,
         lr: float,
@@ -119,27 +120,37 @@ class Estimator:
         early_stop: int,
         loss: str,
         optimizer: str,
-        GPU: Any = 0,
+        GPU: int | None = 0,
         seed: int | None = None,
         weight_decay: float = 0.0,
         device: str | torch.device = "auto",
         compat: str | None = None,
         progress: bool | str = "auto",
         cuda_graphs: bool = False,
-        extra: dict[str, Any] | None = None,
-        **unknown: Any,
+        extra: Mapping[str, object] | None = None,
+        **unknown: object,
     ) -> None:
-        training = {
-            "n_epochs": n_epochs, "lr": lr, "metric": metric, "batch_size": batch_size, "early_stop": early_stop,
-            "loss": loss, "optimizer": optimizer, "GPU": GPU, "seed": seed,
-        }  # fmt: skip
+        training: dict[str, object] = {
+            "n_epochs": n_epochs,
+            "lr": lr,
+            "metric": metric,
+            "batch_size": batch_size,
+            "early_stop": early_stop,
+            "loss": loss,
+            "optimizer": optimizer,
+            "GPU": GPU,
+            "seed": seed,
+        }
         if batch_size is None:
             del training["batch_size"]
-        options = {
-            self.decay_name: weight_decay, "device": device, "compat": compat, "progress": progress,
+        options: dict[str, object] = {
+            self.decay_name: weight_decay,
+            "device": device,
+            "compat": compat,
+            "progress": progress,
             "cuda_graphs": cuda_graphs,
-        }  # fmt: skip
-        self._params = {**network, **training, **(extra or {}), **options}
+        }
+        self._params: dict[str, Any] = {**network, **training, **(extra or {}), **options}
         if unknown:
             name = next(iter(unknown))
             raise ConfigError(f"{type(self).__name__} has no argument {name!r}." + suggest(name, self._params))
@@ -171,10 +182,10 @@ class Estimator:
     # ---------------------------------------------------------------- fit
     def fit(
         self,
-        dataset: Any,
+        dataset: Dataset,
         evals_result: dict[str, Any] | None = None,
         save_path: str | Path | None = None,
-        reweighter: Any = None,
+        reweighter: Reweighter | None = None,
         *,
         callbacks: Sequence[Callback] = (),
         checkpoint_dir: str | Path | None = None,
@@ -244,7 +255,7 @@ class Estimator:
     def prepare_network(self) -> None:
         """Called once the data of a fit is checked, unless it is resumed; a model may set initial weights here."""
 
-    def _load_segments(self, dataset: Any, reweighter: Any) -> tuple[WindowSet, WindowSet | None]:
+    def _load_segments(self, dataset: Dataset, reweighter: Reweighter | None) -> tuple[WindowSet, WindowSet | None]:
         """Training and validation samples, checked and resident on the device."""
         train = self.load_segment(dataset, "train", reweighter)
         if len(train) == 0:
@@ -260,32 +271,19 @@ class Estimator:
         for windows in filter(None, (train, valid)):
             self._batch_size(len(windows))  # refuses before the first pass, not after it
         self.data_ = {
-            "train": len(train), "valid": None if valid is None else len(valid), "columns": list(train.columns),
-        }  # fmt: skip
+            "train": len(train),
+            "valid": None if valid is None else len(valid),
+            "columns": list(train.columns),
+        }
         moved: dict[Any, Tensor] = {}
         with self._device_memory("the panel"):
             return train.to(self.device, moved), None if valid is None else valid.to(self.device, moved)
 
-    def load_segment(self, dataset: Any, segment: str, reweighter: Any = None) -> WindowSet:
+    def load_segment(self, dataset: Dataset, segment: str, reweighter: Reweighter | None = None) -> WindowSet:
         """Learning samples of one segment, with finite features and their weights."""
-        windows = windows_of(dataset, segment, "learn")
-        if windows.label is None:
-            raise DataError(f"segment {segment!r} has no label column; training needs one.")
-        windows.label = windows.label.to(self.loss_dtype or windows.label.dtype)
-        if reweighter is not None:
-            windows.weight = sample_weights(reweighter, windows, windows.label.dtype)
-        if self.drops_incomplete_rows and windows.index is None:
-            complete = windows.complete_samples()
-            if not bool(complete.all()):
-                self.logger.info("%d rows of segment %r with a NaN are left out", int((~complete).sum()), segment)
-                windows = windows.select(complete)
-        windows.require_finite_features()
-        if windows.label is not None and len(windows) and not bool(torch.isfinite(windows.label).any()):
-            raise DataError(
-                f"segment {segment!r} has {len(windows)} samples but no finite label. Remedy: check the label "
-                "expression and the segment's dates, or leave the valid segment out to train without validation."
-            )
-        return windows
+        return learning_samples(
+            dataset, segment, reweighter, label_dtype=self.loss_dtype, drop_incomplete=self.drops_incomplete_rows
+        )
 
     def train_epoch(self, windows: WindowSet) -> float:
         """One pass over the shuffled batches, short tail dropped; returns their mean loss."""
@@ -365,22 +363,12 @@ class Estimator:
         is taken over the tail too, for reading.
         """
         self.network.eval()
-        score = metric_function(self._params["metric"])
         batches = self.batches(windows, f"{segment}_score")
         assert windows.label is not None
         labels = windows.label[batches.order]
         predictions = self._predictions(windows, batches).to(labels.dtype)
-        scores, counts = [], []
-        for begin, end in pairwise(batches.bounds.tolist()):
-            label = labels[begin:end]
-            scores.append(score(predictions[begin:end], label))
-            counts.append(torch.isfinite(label).sum())
-        found = torch.stack(scores).cpu().numpy().astype(np.float64)
-        weights = torch.stack(counts).cpu().numpy()
-        mean = np.mean if self._params["compat"] == "qlib" else _finite_mean
-        known = weights > 0
-        every = float(np.sum(found[known] * weights[known]) / weights.sum()) if known.any() else float("nan")
-        return float(mean(found[: batches.whole])), every
+        skip_unlabelled = self._params["compat"] != "qlib"
+        return batch_scores(predictions, labels, batches, self._params["metric"], skip_unlabelled=skip_unlabelled)
 
     def _predictions(self, windows: WindowSet, batches: Batches) -> Tensor:
         """Of the samples in `batches.order`, in that order."""
@@ -390,7 +378,7 @@ class Estimator:
 
     # ---------------------------------------------------------------- predict
     @torch.no_grad()
-    def predict(self, dataset: Any, segment: Any = "test") -> pd.Series:
+    def predict(self, dataset: Dataset, segment: Segment = "test") -> pd.Series:
         """Scores of every sample of a segment, rows without a label included.
 
         Parameters
@@ -526,12 +514,6 @@ class Estimator:
     def _device_memory(self, what: str) -> AbstractContextManager[None]:
         size = self._params.get("batch_size")
         return memory_named(what, self.device, "" if size is None else f"a smaller batch_size (now {size}), ")
-
-
-def _finite_mean(values: np.ndarray) -> float:
-    """Mean over the batches that had a label; NaN if none had."""
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else float("nan")
 
 
 def _shown(record: dict[str, float]) -> str:

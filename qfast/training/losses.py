@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qfast.errors import ConfigError, DataError, suggest
+from qfast._renamed import renamed_names
+from qfast.errors import ConfigError, suggest
 
 if TYPE_CHECKING:
-    from qfast.data.windows import WindowSet
+    from qfast.data.batching import Batches
 
-__all__ = ["LOSSES", "METRICS", "loss_function", "masked_mse", "metric_function", "sample_weights"]
+__all__ = ["LOSSES", "METRICS", "batch_scores", "loss_function", "masked_mse", "metric_function"]
+
+__getattr__ = renamed_names(__name__, {"sample_weights": "qfast.training.segments.sample_weights"})
 
 Loss = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
@@ -50,14 +54,14 @@ LOSSES: dict[str, Loss] = {"mse": masked_mse}
 METRICS: dict[str, Loss] = {"": masked_mse, "loss": masked_mse, "mse": masked_mse}
 
 
-def loss_function(name: str) -> Loss:
+def loss_function(name: object) -> Loss:
     """The training loss called `name`; a ConfigError lists the known ones."""
     if not isinstance(name, str) or name not in LOSSES:
         raise ConfigError(f"loss must be one of {sorted(LOSSES)}, got {name!r}." + suggest(name, LOSSES))
     return LOSSES[name]
 
 
-def metric_function(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+def metric_function(name: object) -> Callable[[Tensor, Tensor], Tensor]:
     """Score of a batch, higher is better: minus the loss, NaN where no label is finite."""
     if not isinstance(name, str) or name not in METRICS:
         raise ConfigError(f"metric must be one of {sorted(METRICS)}, got {name!r}." + suggest(name, METRICS))
@@ -70,29 +74,38 @@ def metric_function(name: str) -> Callable[[Tensor, Tensor], Tensor]:
     return score
 
 
-def sample_weights(reweighter: Any, windows: WindowSet, dtype: torch.dtype) -> Tensor:
-    """Weights [n] that an object with `reweight(samples)` gives the samples of a segment.
+def batch_scores(
+    predictions: Tensor, labels: Tensor, batches: Batches, metric: str, *, skip_unlabelled: bool = True
+) -> tuple[float, float]:
+    """Mean over full batches of the batch score, and the score over all samples.
 
-    Raises
-    ------
-    ConfigError
-        There is no such method.
-    DataError
-        Another number of weights, or one that is not finite or below 0.
+    Parameters
+    ----------
+    predictions, labels : Tensor
+        [n], in the order of `batches`.
+    batches : Batches
+        The first `batches.whole` of them count in the mean, all with the same weight.
+    metric : str
+        A name in `METRICS`.
+    skip_unlabelled : bool
+        Leave batches without a finite label out of the mean; False: they make it NaN.
+
+    Returns
+    -------
+    tuple of float
+        Higher is better; NaN where no sample has a finite label.
     """
-    if not hasattr(reweighter, "reweight"):
-        raise ConfigError(
-            f"reweighter must have a method reweight(samples) -> array [n], got {type(reweighter).__name__}."
-        )
-    weight = torch.as_tensor(np.asarray(reweighter.reweight(windows.source()))).to(dtype).reshape(-1)
-    if len(weight) != len(windows):
-        raise DataError(
-            f"reweighter gave {len(weight)} weights for the {len(windows)} samples of segment {windows.name!r}."
-        )
-    wrong = weight[~(torch.isfinite(weight) & (weight >= 0))]
-    if len(wrong):
-        raise DataError(
-            f"reweighter gave {len(wrong)} weights for segment {windows.name!r} that are not finite or below 0, "
-            f"the first is {float(wrong[0])}."
-        )
-    return weight
+    score = metric_function(metric)
+    scores, counts = [], []
+    for begin, end in pairwise(batches.bounds.tolist()):
+        scores.append(score(predictions[begin:end], labels[begin:end]))
+        counts.append(torch.isfinite(labels[begin:end]).sum())
+    values = torch.stack(scores).cpu().numpy().astype(np.float64)
+    weights = torch.stack(counts).cpu().numpy()
+    labelled = weights > 0
+    overall = float(np.sum(values[labelled] * weights[labelled]) / weights.sum()) if labelled.any() else float("nan")
+    full = values[: batches.whole]
+    if skip_unlabelled:
+        full = full[~np.isnan(full)]
+        return float(full.mean()) if len(full) else float("nan"), overall
+    return float(np.mean(full)), overall
