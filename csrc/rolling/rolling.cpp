@@ -1,5 +1,5 @@
-// Rolling statistics on the CPU: checks, scratch and threads. What is computed: rolling_kernels.h; for whom:
-// qfast/data/rolling.py.
+// Rolling statistics on the CPU: checks, scratch and threads. rolling_kernels.h contains the kernels,
+// qfast/data/rolling.py calls them.
 #include "rolling/rolling_checks.h"
 
 #include <algorithm>
@@ -29,27 +29,32 @@ constexpr std::array<std::pair<const char*, RollingKind>, 21> kKinds = {{
 }  // namespace
 
 RollingKind rolling_kind(const std::string& name) {
-  for (const auto& [known, kind] : kKinds)
-    if (name == known) return kind;
-  QFAST_CHECK(false, "rolling: there is no statistic '", name, "'.");
+  std::string names;
+  for (const auto& [kind_name, kind] : kKinds) {
+    if (name == kind_name) return kind;
+    names += (names.empty() ? "" : ", ") + std::string(kind_name);
+  }
+  QFAST_CHECK(false, "rolling: kind: expected one of ", names, ", got '", name, "'.");
   return RollingKind::kCount;
 }
 
 void run_rolling(const RollingStatsJob& job, int64_t instruments) {
-  const bool pair = job.kind == RollingKind::kCov || job.kind == RollingKind::kCorr;
-  QFAST_CHECK(pair == (job.y != nullptr),
-              "rolling: a second series is for cov and corr alone, and they need it.");
-  QFAST_CHECK(job.window_count > 0, "rolling: windows: expected at least one.");
-  QFAST_CHECK(job.kind != RollingKind::kEma || job.window_count == 1, "rolling: ema: expected one window.");
+  const bool is_pair = job.kind == RollingKind::kCov || job.kind == RollingKind::kCorr;
+  QFAST_CHECK(
+      is_pair == (job.y != nullptr), "rolling: y: expected ",
+      is_pair ? "a second series for cov and corr, got none." : "none except for cov and corr, got one.");
+  QFAST_CHECK(job.window_count > 0, "rolling: windows: expected at least one, got ", job.window_count, ".");
+  QFAST_CHECK(job.kind != RollingKind::kEma || job.window_count == 1,
+              "rolling: windows: expected one window for ema, got ", job.window_count, ".");
   for (int64_t w = 0; w < job.window_count; ++w)
     QFAST_CHECK(job.windows[w] > (w == 0 ? 0 : job.windows[w - 1]),
-                "rolling: windows: expected them ascending from 1, got ", job.windows[w], " at place ", w,
-                ".");
+                "rolling: windows: expected ascending lengths of at least 1, got ", job.windows[w],
+                " at index ", w, ".");
   int64_t longest = 0;
   for (int64_t i = 0; i < instruments; ++i) {
     const int64_t first = job.start[i], last = job.stop[i];
-    QFAST_CHECK(first >= 0 && last <= job.rows, "rolling: instrument ", i, ": rows ", first, " to ", last,
-                " do not lie within ", job.rows, ".");
+    QFAST_CHECK(first >= 0 && last <= job.rows, "rolling: instrument ", i, ": expected rows within 0 to ",
+                job.rows, ", got ", first, " to ", last, ".");
     longest = std::max(longest, last - first);
   }
   if (longest == 0) return;

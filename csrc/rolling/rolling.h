@@ -1,4 +1,4 @@
-// Arguments of the kernels of rolling statistics, shared by host code and the CPU instruction sets.
+// Arguments of the kernels of rolling statistics. Shared by host code and all CPU instruction sets.
 #pragma once
 
 #include <cstdint>
@@ -29,25 +29,26 @@ enum class RollingKind : int32_t {
   kCorr,
 };
 
-// Series of all instruments one after the other. Rows outside the instruments' are not touched.
+// The series of all instruments, concatenated. Rows that belong to no instrument are not written.
 struct RollingStatsJob {
   RollingKind kind;
-  const double *x, *y;          // y: the other series of a pair, or null
+  const double *x, *y;          // y is the second series of cov and corr, otherwise null
   const int64_t *start, *stop;  // rows of each instrument
-  const int64_t* windows;       // ascending, at least 1
+  const int64_t* windows;       // lengths in rows, ascending, at least 1
   int64_t window_count;
-  double parameter;  // the quantile, or the weight of the newest value of kEma
+  double parameter;  // the quantile, or for kEma the weight of the newest value
   double* out;       // [window][row]
   int64_t rows;
 };
 
-constexpr int64_t kRollingBlock = 512;  // rows whose sums are taken together
-constexpr int64_t kRollingSums = 14;    // at most
+constexpr int64_t kRollingBlock = 512;  // rows whose sums are computed together
+constexpr int64_t kRollingSums = 14;    // largest number of sums of a statistic
 
-constexpr int64_t kSortedWindows = 8;  // windows kept in order together
-constexpr int64_t kSortedMargin = 8;   // infinities behind each, a vector of them at least
+constexpr int64_t kSortedWindows = 8;  // sorted windows that are updated together
+constexpr int64_t kSortedMargin = 8;   // infinities after each sorted window, at least one vector
 
-// Doubles of scratch for instruments of at most `longest` rows: two series, and sums or sorted windows.
+// Number of doubles of scratch for instruments of at most `longest` rows: two series, and sums or sorted
+// windows.
 inline int64_t rolling_scratch(int64_t longest) {
   const int64_t sums = kRollingSums * kRollingBlock, sorted = kSortedWindows * (longest + kSortedMargin);
   return 6 * longest + (sums > sorted ? sums : sorted);

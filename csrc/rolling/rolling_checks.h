@@ -8,11 +8,11 @@
 
 namespace qfast {
 
-// Throws std::invalid_argument for a name that is none.
+// Returns the statistic of that name. Throws std::invalid_argument if there is none.
 RollingKind rolling_kind(const std::string& name);
 
-// Fills job.out at the instruments' rows. Throws std::invalid_argument for windows that do not ascend from 1,
-// rows beyond the series and a second series where there is none, or none where there is one.
+// Computes job.out for the rows of all instruments. Throws std::invalid_argument if the windows do not ascend
+// from at least 1, an instrument has rows outside the series, or a second series is missing or not used.
 void run_rolling(const RollingStatsJob& job, int64_t instruments);
 
 }  // namespace qfast

@@ -1,20 +1,25 @@
-// Statistics of the last rows of an instrument, for several lengths of the window at once. Included inside
-// the namespace of the instruction set.
+// Statistics over the last rows of an instrument, for several window lengths at once. It is included
+// inside the namespace of an instruction set.
 //
-// Sums are taken over the window's steps back in time, for a block of rows at once (vectors lie along the
-// rows, the sums of a few of them in registers), and pass the lengths of all windows on their way: no sum is
-// ever corrected by subtraction, so none drifts, and an infinity is gone when its window is. Values enter as
-// differences from a value of the window, which keeps what is constant exactly so and its squares near the
-// variance. Bound by the additions: the longest window's steps a row, and for skew, kurt and mad, whose
-// powers are of what lies off the mean, those of every window.
+// A thread owns whole instruments and computes blocks of kRollingBlock rows. Sums run back in time over the
+// steps of the longest window, for a block of rows at once. Vectors extend along the rows, and the sums of a
+// few vectors stay in registers. The sum up to the length of each window is that window's result, so all
+// windows share the additions. No sum is updated by subtraction, so none drifts, and an infinity has no
+// effect after its window. Values are summed as differences from a value of the window. Constant series are
+// therefore exactly constant, and squares are close to the variance. Nothing is saved for a gradient.
+//
+// Bound by additions: the steps of the longest window per row. skew, kurt and mad need powers of deviations
+// from the mean, so they need the steps of every window.
 
 #define QFAST_BLOCK_LOOP(first) for (int64_t r = (first); r < block.end; ++r)
 
-// An instrument's series. `value` is 0 where there is none, `known` 0 or 1, `near` the latest known value.
+// The series of an instrument. `valid` is 1 for rows with a value and 0 for others, where `value` is 0.
+// `base` is the latest finite value, which is subtracted from the values of the window.
 struct RollingSeries {
-  double *value, *known, *near;
+  double *value, *valid, *base;
 };
 
+// A block of rows of an instrument and its sums.
 struct RollingBlock {
   int64_t begin, end;  // rows of the instrument
   double* sums[kRollingSums];
@@ -22,20 +27,21 @@ struct RollingBlock {
   double* sum(int which) const { return sums[which] - begin; }
 };
 
+// Fills the arrays of a RollingSeries.
 static void prepare_rolling(const double* from, int64_t rows, bool infinite_is_missing, double* value,
-                            double* known, double* near) {
+                            double* valid, double* base) {
   double latest = 0;
   for (int64_t r = 0; r < rows; ++r) {
     const double x = from[r];
-    const bool there = x == x && !(infinite_is_missing && (x - x != 0));
-    value[r] = there ? x : 0, known[r] = there ? 1 : 0;
-    if (there && x - x == 0) latest = x;
-    near[r] = latest;
+    const bool is_valid = x == x && !(infinite_is_missing && (x - x != 0));
+    value[r] = is_valid ? x : 0, valid[r] = is_valid ? 1 : 0;
+    if (is_valid && x - x == 0) latest = x;
+    base[r] = latest;
   }
 }
 
-// step(k, first) for the rows [first, end) of a block that have k rows before them, for all steps back, and
-// after those of a window finish(window, its number).
+// Calls step(k, first) for every number of steps back, where rows [first, end) of the block have k rows
+// before them. After the steps of a window it calls finish(length of the window, index of the window).
 template <class Step, class Finish>
 QFAST_ALWAYS_INLINE void over_windows(const RollingStatsJob& job, const RollingBlock& block, const Step& step,
                                       const Finish& finish) {
@@ -46,7 +52,8 @@ QFAST_ALWAYS_INLINE void over_windows(const RollingStatsJob& job, const RollingB
   }
 }
 
-// Steps [from, to) back of the `Vectors` vectors of rows at r, the last of them `lanes` wide.
+// Adds steps [from, to) back to the sums of `Vectors` vectors of rows that begin at r. The last vector has
+// `lanes` rows.
 template <int Sums, int Vectors, class Row>
 QFAST_ALWAYS_INLINE void add_steps(const RollingBlock& block, const Row& row, int64_t r, int64_t lanes,
                                    int64_t from, int64_t to) {
@@ -66,27 +73,29 @@ QFAST_ALWAYS_INLINE void add_steps(const RollingBlock& block, const Row& row, in
     for (int i = 0; i < Sums; ++i) store<double>(block.sum(i) + r + v * wide, sums[v][i], width(v));
 }
 
-// A statistic of what is only added up: row(r, k, lanes, sums) adds step k back of a vector of rows to
-// theirs, result(r, window, lanes, sums) is the statistic of a window.
+// Computes a statistic that needs sums only. row(r, k, lanes, sums) adds step k back to the sums of a vector
+// of rows, and result(r, window, lanes, sums) returns the statistic of a window.
 template <int Sums, class Row, class Result>
 QFAST_ALWAYS_INLINE void sum_over_windows(const RollingStatsJob& job, const RollingBlock& block, double* out0,
                                           const Row& row, const Result& result) {
   constexpr int64_t wide = kLanes<double>;
-  constexpr int kVectors = Sums <= 3 ? 4 : Sums <= 6 ? 2 : 1;  // additions enough to hide their latency
-  int64_t done = 0;
+  // Enough independent additions to hide their latency.
+  constexpr int kVectors = Sums <= 3 ? 4 : Sums <= 6 ? 2 : 1;
+  int64_t summed_steps = 0;
   for (int64_t w = 0; w < job.window_count; ++w) {
     const int64_t window = job.windows[w], steps = smaller(window, block.end);
-    // The first rows have not all steps behind them: one step at a time for those that have it.
-    const int64_t inside = steps > block.begin ? steps : block.begin;
-    for (int64_t k = done; k < steps; ++k)
-      for (int64_t r = k > block.begin ? k : block.begin; r < inside; r += wide)
-        add_steps<Sums, 1>(block, row, r, smaller(wide, inside - r), k, k + 1);
-    int64_t r = inside;
+    // The first rows of an instrument have fewer rows before them. For these, add one step at a time to the
+    // rows that have it.
+    const int64_t first_full = steps > block.begin ? steps : block.begin;
+    for (int64_t k = summed_steps; k < steps; ++k)
+      for (int64_t r = k > block.begin ? k : block.begin; r < first_full; r += wide)
+        add_steps<Sums, 1>(block, row, r, smaller(wide, first_full - r), k, k + 1);
+    int64_t r = first_full;
     for (; r + kVectors * wide <= block.end; r += kVectors * wide)
-      add_steps<Sums, kVectors>(block, row, r, wide, done, steps);
+      add_steps<Sums, kVectors>(block, row, r, wide, summed_steps, steps);
     for (; r < block.end; r += wide)
-      add_steps<Sums, 1>(block, row, r, smaller(wide, block.end - r), done, steps);
-    done = steps;
+      add_steps<Sums, 1>(block, row, r, smaller(wide, block.end - r), summed_steps, steps);
+    summed_steps = steps;
     double* const out = out0 + w * job.rows;
     for (r = block.begin; r < block.end; r += wide) {
       const int64_t lanes = smaller(wide, block.end - r);
@@ -106,8 +115,9 @@ QFAST_ALWAYS_INLINE Vector<double> root(Vector<double> x) {
 
 constexpr double kMissing = __builtin_nan("");
 
-QFAST_ALWAYS_INLINE Vector<double> where(Integers<double> there, Vector<double> value) {
-  return there ? value : splat(kMissing);
+// `value` where the condition is true, else NaN.
+QFAST_ALWAYS_INLINE Vector<double> where(Integers<double> condition, Vector<double> value) {
+  return condition ? value : splat(kMissing);
 }
 
 QFAST_ALWAYS_INLINE double* rolling_out(const RollingStatsJob& job, int64_t window, int64_t first) {
@@ -115,23 +125,24 @@ QFAST_ALWAYS_INLINE double* rolling_out(const RollingStatsJob& job, int64_t wind
 }
 
 // ---------------------------------------------------------------- sums
-// Late: of the linearly weighted mean, which wants the sum of k times the value too.
-template <bool Late>
+// Count, sum and mean, and with `Weighted` the linearly weighted mean, which also needs the sum of k times
+// the value.
+template <bool Weighted>
 static void rolling_sums(const RollingStatsJob& job, const RollingBlock& block, const RollingSeries& x,
                          double* out) {
-  constexpr int kSums = Late ? 3 : 2;
+  constexpr int kSums = Weighted ? 3 : 2;
   sum_over_windows<kSums>(
       job, block, out,
       [&](int64_t r, int64_t k, int64_t lanes, Vector<double>* sums) __attribute__((always_inline)) {
         const Vector<double> value = load<double>(x.value + r - k, lanes);
-        sums[0] += load<double>(x.known + r - k, lanes), sums[1] += value;
-        if constexpr (Late) sums[2] += static_cast<double>(k) * value;
+        sums[0] += load<double>(x.valid + r - k, lanes), sums[1] += value;
+        if constexpr (Weighted) sums[2] += static_cast<double>(k) * value;
       },
       [&](int64_t r, int64_t window, int64_t, const Vector<double>(&sums)[kSums])
           __attribute__((always_inline)) {
             const Vector<double> n = sums[0], sum = sums[1];
             if (job.kind == RollingKind::kCount) return n;
-            if constexpr (Late) {
+            if constexpr (Weighted) {
               Vector<double> length;
               for (int64_t i = 0; i < kLanes<double>; ++i)
                 length[i] = static_cast<double>(smaller(window, r + i + 1));
@@ -142,29 +153,32 @@ static void rolling_sums(const RollingStatsJob& job, const RollingBlock& block, 
 }
 
 // ---------------------------------------------------------------- moments
-// The value a row's differences are from is one of its window, so their squares are at most n + 1 times those
-// of what lies off the mean: the subtraction costs a few units of float64's last place times n.
+// Variance and standard deviation. The base is a value of the window, so the sum of squared differences from
+// it is at most n + 1 times the sum of squared deviations from the mean. The subtraction therefore loses only
+// a factor of about n in float64 precision.
 static void rolling_variances(const RollingStatsJob& job, const RollingBlock& block, const RollingSeries& x,
                               double* out) {
   sum_over_windows<3>(
       job, block, out,
       [&](int64_t r, int64_t k, int64_t lanes, Vector<double>* sums) __attribute__((always_inline)) {
-        const Vector<double> there = load<double>(x.known + r - k, lanes);
-        const Vector<double> apart =
-            there * (load<double>(x.value + r - k, lanes) - load<double>(x.near + r, lanes));
-        sums[0] += there, sums[1] += apart, sums[2] += apart * apart;
+        const Vector<double> is_valid = load<double>(x.valid + r - k, lanes);
+        const Vector<double> difference =
+            is_valid * (load<double>(x.value + r - k, lanes) - load<double>(x.base + r, lanes));
+        sums[0] += is_valid, sums[1] += difference, sums[2] += difference * difference;
       },
       [&](int64_t, int64_t, int64_t, const Vector<double>(&sums)[3]) __attribute__((always_inline)) {
         const auto& [n, sum, squares] = sums;
-        const Vector<double> off = squares - sum * sum / n;
-        const Vector<double> variance = (off > 0 ? off : splat(0.)) / (n - 1);
+        const Vector<double> second = squares - sum * sum / n;
+        const Vector<double> variance = (second > 0 ? second : splat(0.)) / (n - 1);
         return where(n > 1, job.kind == RollingKind::kStd ? root(variance) : variance);
       });
 }
 
+// Skewness, kurtosis or mean absolute deviation from the number of values and the sums of powers of
+// deviations.
 QFAST_ALWAYS_INLINE double moment_result(RollingKind kind, double n, double second, double third,
-                                         double fourth, double apart) {
-  if (kind == RollingKind::kMad) return n > 0 ? apart / n : kMissing;
+                                         double fourth, double absolute) {
+  if (kind == RollingKind::kMad) return n > 0 ? absolute / n : kMissing;
   const double variance = second / n;
   if (kind == RollingKind::kSkew) {
     if (n < 3 || !(second > 0)) return kMissing;
@@ -175,79 +189,84 @@ QFAST_ALWAYS_INLINE double moment_result(RollingKind kind, double n, double seco
   return ((n * n - 1) * ratio - 3 * (n - 1) * (n - 1)) / ((n - 2) * (n - 3));
 }
 
-// Mean first, then powers of what lies off it, for each window.
+// For each window, computes the mean first and then the sums of powers of the deviations from it.
 static void rolling_moments(const RollingStatsJob& job, const RollingBlock& block, const RollingSeries& x,
                             double* out0) {
   double* __restrict n = block.sum(0), * __restrict sum = block.sum(1), * __restrict mean = block.sum(2);
   double *__restrict second = block.sum(3), *__restrict third = block.sum(4), *__restrict fourth = block.sum(5),
-                     *__restrict apart = block.sum(6);
-  const double* __restrict value = x.value, * __restrict known = x.known, * __restrict near = x.near;
+                     *__restrict absolute = block.sum(6);
+  const double* __restrict value = x.value, * __restrict valid = x.valid, * __restrict base = x.base;
   over_windows(
       job, block,
       [&](int64_t k, int64_t first) __attribute__((always_inline)) {
-        QFAST_BLOCK_LOOP(first) n[r] += known[r - k], sum[r] += known[r - k] * (value[r - k] - near[r]);
+        QFAST_BLOCK_LOOP(first) n[r] += valid[r - k], sum[r] += valid[r - k] * (value[r - k] - base[r]);
       },
       [&](int64_t window, int64_t w) __attribute__((always_inline)) {
         QFAST_BLOCK_LOOP(block.begin) {
           mean[r] = n[r] > 0 ? sum[r] / n[r] : 0;
-          second[r] = third[r] = fourth[r] = apart[r] = 0;
+          second[r] = third[r] = fourth[r] = absolute[r] = 0;
         }
         for (int64_t k = 0; k < window && k < block.end; ++k) {
           const int64_t first = k > block.begin ? k : block.begin;
           if (job.kind == RollingKind::kMad) {
             QFAST_BLOCK_LOOP(first) {
-              apart[r] += __builtin_fabs(known[r - k] * (value[r - k] - near[r] - mean[r]));
+              absolute[r] += __builtin_fabs(valid[r - k] * (value[r - k] - base[r] - mean[r]));
             }
           } else {
             QFAST_BLOCK_LOOP(first) {
-              const double off = known[r - k] * (value[r - k] - near[r] - mean[r]), square = off * off;
-              second[r] += square, third[r] += square * off, fourth[r] += square * square;
+              const double deviation = valid[r - k] * (value[r - k] - base[r] - mean[r]),
+                           square = deviation * deviation;
+              second[r] += square, third[r] += square * deviation, fourth[r] += square * square;
             }
           }
         }
         double* const __restrict out = out0 + w * job.rows;
         QFAST_BLOCK_LOOP(block.begin) {
-          out[r] = moment_result(job.kind, n[r], second[r], third[r], fourth[r], apart[r]);
+          out[r] = moment_result(job.kind, n[r], second[r], third[r], fourth[r], absolute[r]);
         }
       });
 }
 
 // ---------------------------------------------------------------- regression on time
-constexpr double kFlat = 2e-5;  // a standard deviation up to here is taken for none, as in the reference
+constexpr double kFlat = 2e-5;  // Qlib treats a series with a standard deviation up to this as constant
 
-// Time counts back from the current row: x = -k.
+// Slope, R-squared and residual of a regression on time, x = -k for the row k steps back.
 static void rolling_regression(const RollingStatsJob& job, const RollingBlock& block, const RollingSeries& x,
                                double* out) {
-  const double *const value = x.value, *const known = x.known, *const near = x.near;
+  const double *const value = x.value, *const valid = x.valid, *const base = x.base;
   sum_over_windows<6>(
       job, block, out,
       [&](int64_t r, int64_t k, int64_t lanes, Vector<double>* sums) __attribute__((always_inline)) {
         const auto back = static_cast<double>(k);
-        const Vector<double> there = load<double>(known + r - k, lanes);
-        const Vector<double> apart =
-            there * (load<double>(value + r - k, lanes) - load<double>(near + r, lanes));
-        sums[0] += there, sums[1] -= back * there, sums[2] += back * back * there;
-        sums[3] += apart, sums[4] -= back * apart, sums[5] += apart * apart;
+        const Vector<double> is_valid = load<double>(valid + r - k, lanes);
+        const Vector<double> difference =
+            is_valid * (load<double>(value + r - k, lanes) - load<double>(base + r, lanes));
+        sums[0] += is_valid, sums[1] -= back * is_valid, sums[2] += back * back * is_valid;
+        sums[3] += difference, sums[4] -= back * difference, sums[5] += difference * difference;
       },
       [&](int64_t r, int64_t, int64_t lanes, const Vector<double>(&sums)[6]) __attribute__((always_inline)) {
         const auto& [n, sx, sxx, sy, sxy, syy] = sums;
-        const Vector<double> together = n * sxy - sx * sy, of_x = n * sxx - sx * sx, of_y = n * syy - sy * sy;
-        const Vector<double> slope = where(n > 1, together / of_x);
+        const Vector<double> xy = n * sxy - sx * sy, xx = n * sxx - sx * sx, yy = n * syy - sy * sy;
+        const Vector<double> slope = where(n > 1, xy / xx);
         if (job.kind == RollingKind::kSlope) return slope;
         if (job.kind == RollingKind::kResi) {
-          const Vector<double> apart = load<double>(value + r, lanes) - load<double>(near + r, lanes);
-          return where(load<double>(known + r, lanes) > 0, apart - (sy - slope * sx) / n);
+          const Vector<double> difference = load<double>(value + r, lanes) - load<double>(base + r, lanes);
+          return where(load<double>(valid + r, lanes) > 0, difference - (sy - slope * sx) / n);
         }
-        const Integers<double> flat = root(of_y / (n * (n - 1))) <= kFlat;
-        return where(~flat & (n > 1), together * together / (of_x * of_y));
+        const Integers<double> is_constant = root(yy / (n * (n - 1))) <= kFlat;
+        return where(~is_constant & (n > 1), xy * xy / (xx * yy));
       });
 }
 
 // ---------------------------------------------------------------- pairs
+// Whether the standard deviation is at most kFlat.
 QFAST_ALWAYS_INLINE Integers<double> is_flat(Vector<double> n, Vector<double> sum, Vector<double> squares) {
   return (n > 1) & (root((squares - sum * sum / n) / (n - 1)) <= kFlat);
 }
 
+// Covariance and correlation of the rows where both series have a value. p and q are the differences from the
+// base of each series. The last six sums use all values of one series, because Qlib tests the standard
+// deviation of each series.
 static void rolling_pairs(const RollingStatsJob& job, const RollingBlock& block, const RollingSeries& x,
                           const RollingSeries& y, double* out) {
   sum_over_windows<12>(
@@ -255,82 +274,87 @@ static void rolling_pairs(const RollingStatsJob& job, const RollingBlock& block,
       [&](int64_t r, int64_t k, int64_t lanes, Vector<double>* sums) __attribute__((always_inline)) {
         const auto at = [&](const double* series)
                             __attribute__((always_inline)) { return load<double>(series, lanes); };
-        const Vector<double> of_x = at(x.known + r - k), of_y = at(y.known + r - k), both = of_x * of_y;
-        const Vector<double> p = of_x * (at(x.value + r - k) - at(x.near + r));
-        const Vector<double> q = of_y * (at(y.value + r - k) - at(y.near + r));
-        sums[0] += both, sums[1] += both * p, sums[2] += both * q;
-        sums[3] += both * p * p, sums[4] += both * q * q, sums[5] += p * q;
-        sums[6] += of_x, sums[7] += p, sums[8] += p * p;
-        sums[9] += of_y, sums[10] += q, sums[11] += q * q;
+        const Vector<double> valid_x = at(x.valid + r - k), valid_y = at(y.valid + r - k),
+                             valid_xy = valid_x * valid_y;
+        const Vector<double> p = valid_x * (at(x.value + r - k) - at(x.base + r));
+        const Vector<double> q = valid_y * (at(y.value + r - k) - at(y.base + r));
+        sums[0] += valid_xy, sums[1] += valid_xy * p, sums[2] += valid_xy * q;
+        sums[3] += valid_xy * p * p, sums[4] += valid_xy * q * q, sums[5] += p * q;
+        sums[6] += valid_x, sums[7] += p, sums[8] += p * p;
+        sums[9] += valid_y, sums[10] += q, sums[11] += q * q;
       },
       [&](int64_t, int64_t, int64_t, const Vector<double>(&sums)[12]) __attribute__((always_inline)) {
         const auto& [n, sx, sy, sxx, syy, sxy, xn, xs, xq, yn, ys, yq] = sums;
-        const Vector<double> together = sxy - sx * sy / n;
-        if (job.kind == RollingKind::kCov) return where(n > 1, together / (n - 1));
-        const Vector<double> of_x = sxx - sx * sx / n, of_y = syy - sy * sy / n;
-        const Integers<double> flat = is_flat(xn, xs, xq) | is_flat(yn, ys, yq);
-        return where(~flat & (n > 1), together / root(of_x * of_y));
+        const Vector<double> xy = sxy - sx * sy / n;
+        if (job.kind == RollingKind::kCov) return where(n > 1, xy / (n - 1));
+        const Vector<double> xx = sxx - sx * sx / n, yy = syy - sy * sy / n;
+        const Integers<double> is_constant = is_flat(xn, xs, xq) | is_flat(yn, ys, yq);
+        return where(~is_constant & (n > 1), xy / root(xx * yy));
       });
 }
 
 // ---------------------------------------------------------------- order
-// Sign 1: the largest; -1: the smallest. Of equal values the oldest, as numpy's argmax; a missing value, the
-// oldest again, is before all others.
+// The largest value (Sign 1) or the smallest (Sign -1), or its position in the window. The position of equal
+// values is that of the oldest, as for numpy.argmax. If a value is missing, the position is that of the
+// oldest missing value.
 template <int Sign>
 static void rolling_extremes(const RollingStatsJob& job, const RollingBlock& block, const RollingSeries& x,
                              double* out0) {
-  double *__restrict n = block.sum(0), *__restrict best = block.sum(1), *__restrict place = block.sum(2),
-                     *__restrict hole = block.sum(3);
-  const double* __restrict value = x.value, * __restrict known = x.known;
-  const bool wants_place = job.kind == RollingKind::kIdxMax || job.kind == RollingKind::kIdxMin;
-  QFAST_BLOCK_LOOP(block.begin) best[r] = -__builtin_inf(), hole[r] = -1;
+  double *__restrict n = block.sum(0), *__restrict best = block.sum(1), *__restrict position = block.sum(2),
+                     *__restrict oldest_missing = block.sum(3);
+  const double* __restrict value = x.value, * __restrict valid = x.valid;
+  const bool wants_position = job.kind == RollingKind::kIdxMax || job.kind == RollingKind::kIdxMin;
+  QFAST_BLOCK_LOOP(block.begin) best[r] = -__builtin_inf(), oldest_missing[r] = -1;
   over_windows(
       job, block,
       [&](int64_t k, int64_t first) __attribute__((always_inline)) {
         const auto back = static_cast<double>(k);
         QFAST_BLOCK_LOOP(first) {
-          const bool there = known[r - k] > 0;
-          const double here = there ? Sign * value[r - k] : -__builtin_inf();
-          place[r] = here >= best[r] ? back : place[r];
-          best[r] = here >= best[r] ? here : best[r];
-          hole[r] = there ? hole[r] : back;
-          n[r] += known[r - k];
+          const bool is_valid = valid[r - k] > 0;
+          const double candidate = is_valid ? Sign * value[r - k] : -__builtin_inf();
+          position[r] = candidate >= best[r] ? back : position[r];
+          best[r] = candidate >= best[r] ? candidate : best[r];
+          oldest_missing[r] = is_valid ? oldest_missing[r] : back;
+          n[r] += valid[r - k];
         }
       },
       [&](int64_t window, int64_t w) __attribute__((always_inline)) {
         double* const __restrict out = out0 + w * job.rows;
         QFAST_BLOCK_LOOP(block.begin) {
           const auto length = static_cast<double>(smaller(window, r + 1));
-          const double back = hole[r] >= 0 ? hole[r] : place[r];
-          out[r] = n[r] > 0 ? (wants_place ? length - back : Sign * best[r]) : kMissing;
+          const double back = oldest_missing[r] >= 0 ? oldest_missing[r] : position[r];
+          out[r] = n[r] > 0 ? (wants_position ? length - back : Sign * best[r]) : kMissing;
         }
       });
 }
 
-// Share of the window's values up to the current one; equal ones count from their middle.
+// Percentile rank of the current value in its window. Equal values get their average rank.
 static void rolling_ranks(const RollingStatsJob& job, const RollingBlock& block, const RollingSeries& x,
                           double* out0) {
   double* __restrict n = block.sum(0), * __restrict less = block.sum(1), * __restrict equal = block.sum(2);
-  const double* __restrict value = x.value, * __restrict known = x.known;
+  const double* __restrict value = x.value, * __restrict valid = x.valid;
   over_windows(
       job, block,
       [&](int64_t k, int64_t first) __attribute__((always_inline)) {
         QFAST_BLOCK_LOOP(first) {
-          const double there = known[r - k], other = value[r - k];
-          n[r] += there, less[r] += other < value[r] ? there : 0, equal[r] += other == value[r] ? there : 0;
+          const double is_valid = valid[r - k], other = value[r - k];
+          n[r] += is_valid, less[r] += other < value[r] ? is_valid : 0,
+              equal[r] += other == value[r] ? is_valid : 0;
         }
       },
       [&](int64_t, int64_t w) __attribute__((always_inline)) {
         double* const __restrict out = out0 + w * job.rows;
         QFAST_BLOCK_LOOP(block.begin) {
-          out[r] = known[r] > 0 ? (less[r] + (equal[r] + 1) / 2) / n[r] : kMissing;
+          out[r] = valid[r] > 0 ? (less[r] + (equal[r] + 1) / 2) / n[r] : kMissing;
         }
       });
 }
 
-// How many of sorted[0, count) are less than `value`; infinities follow, a vector of them at least.
+// Returns how many of sorted[0, count) are less than `value`. At least one vector of infinities follows the
+// values.
 QFAST_ALWAYS_INLINE int64_t sorted_place(const double* sorted, int64_t count, double value) {
-  // Halves without branches, which could not be foretold; then counting, faster than the last of them.
+  // Bisect without branches, which would be mispredicted. Counting the last few vectors is faster than more
+  // bisection.
   const double* from = sorted;
   while (count > 8 * kLanes<double>) {
     const int64_t half = count / 2;
@@ -345,7 +369,7 @@ QFAST_ALWAYS_INLINE int64_t sorted_place(const double* sorted, int64_t count, do
   return from - sorted + total;
 }
 
-// A window's values in order, infinities behind them, a vector of them at least.
+// The sorted values of a window, followed by at least one vector of infinities.
 struct SortedWindow {
   double* values;
   int64_t count;
@@ -354,10 +378,11 @@ struct SortedWindow {
     __builtin_memmove(values + to, values + from, sizeof(double) * length);
   }
 
-  // A gap opens where a value leaves, or at the end, and moves to where one comes, or to the end.
-  QFAST_INLINE_MEMBER void replace(bool leaves, double left, bool comes, double come) {
-    int64_t gap = leaves ? sorted_place(values, count, left) : count;
-    const int64_t place = comes ? sorted_place(values, count, come) : count;
+  // Removes the old value and inserts the new one, either of which may be missing. The gap of the old value,
+  // or the end, moves to the position of the new value, or to the end.
+  QFAST_INLINE_MEMBER void replace(bool removes, double old_value, bool inserts, double new_value) {
+    int64_t gap = removes ? sorted_place(values, count, old_value) : count;
+    const int64_t place = inserts ? sorted_place(values, count, new_value) : count;
     if (place > gap) {
       move(gap, gap + 1, place - gap - 1);
       gap = place - 1;
@@ -365,38 +390,38 @@ struct SortedWindow {
       move(place + 1, place, gap - place);
       gap = place;
     }
-    values[gap] = comes ? come : __builtin_inf();
-    count += static_cast<int64_t>(comes) - static_cast<int64_t>(leaves);
+    values[gap] = inserts ? new_value : __builtin_inf();
+    count += static_cast<int64_t>(inserts) - static_cast<int64_t>(removes);
   }
 
-  // Between two of the values.
-  QFAST_INLINE_MEMBER double quantile(double share) const {
+  // Quantile with linear interpolation between two values.
+  QFAST_INLINE_MEMBER double quantile(double fraction) const {
     if (count == 0) return kMissing;
-    const double at = share * static_cast<double>(count - 1);
-    const auto low = static_cast<int64_t>(at);
+    const double position = fraction * static_cast<double>(count - 1);
+    const auto low = static_cast<int64_t>(position);
     const double high = low + 1 < count ? values[low + 1] : values[low];
-    return values[low] + (high - values[low]) * (at - static_cast<double>(low));
+    return values[low] + (high - values[low]) * (position - static_cast<double>(low));
   }
 };
 
-// Row by row for a few windows: what one waits for, the others use.
+// Updates a few sorted windows for each row, so their latencies overlap.
 static void rolling_quantiles(const RollingStatsJob& job, const RollingSeries& x, int64_t rows,
                               double* scratch, double* out) {
   static_assert(kSortedMargin >= kLanes<double>);
   for (int64_t first = 0; first < job.window_count; first += kSortedWindows) {
     const int64_t windows = smaller(kSortedWindows, job.window_count - first);
     SortedWindow sorted[kSortedWindows];
-    double* room = scratch;
+    double* next_free = scratch;
     for (int64_t w = 0; w < windows; ++w) {
       const int64_t length = smaller(job.windows[first + w], rows) + kSortedMargin;
-      sorted[w] = {room, 0};
-      for (int64_t i = 0; i < length; ++i) *room++ = __builtin_inf();
+      sorted[w] = {next_free, 0};
+      for (int64_t i = 0; i < length; ++i) *next_free++ = __builtin_inf();
     }
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t w = 0; w < windows; ++w) {
-        const int64_t last = r - job.windows[first + w];
-        const bool leaves = last >= 0 && x.known[last] > 0;
-        sorted[w].replace(leaves, leaves ? x.value[last] : 0, x.known[r] > 0, x.value[r]);
+        const int64_t removed_row = r - job.windows[first + w];
+        const bool removes = removed_row >= 0 && x.valid[removed_row] > 0;
+        sorted[w].replace(removes, removes ? x.value[removed_row] : 0, x.valid[r] > 0, x.value[r]);
         out[(first + w) * job.rows + r] = sorted[w].quantile(job.parameter);
       }
     }
@@ -404,12 +429,13 @@ static void rolling_quantiles(const RollingStatsJob& job, const RollingSeries& x
 }
 
 // ---------------------------------------------------------------- exponential mean
-// Weights fall by 1 - parameter a row, missing ones too, and are those of the values that are there.
+// Exponentially weighted mean. The weights decrease by the factor 1 - parameter per row, also for missing
+// values, and are normalized over the values that exist.
 static void exponential_mean(const RollingStatsJob& job, const RollingSeries& x, int64_t rows, double* out) {
   double weight = 0, mean = kMissing;
   for (int64_t r = 0; r < rows; ++r) {
     weight *= 1 - job.parameter;
-    if (x.known[r] > 0) {
+    if (x.valid[r] > 0) {
       mean = weight > 0 ? mean + (x.value[r] - mean) / (weight + 1) : x.value[r];
       weight += 1;
     }
@@ -463,20 +489,21 @@ static void rolling_blocks(const RollingStatsJob& job, const RollingSeries& x, c
   }
 }
 
-// Instruments [begin, end).
+// Computes the statistic for instruments [begin, end).
 static void rolling(const RollingStatsJob& job, int64_t begin, int64_t end, int64_t longest,
                     double* scratch) {
   double* const sums = scratch + 6 * longest;
   const RollingSeries x{scratch, scratch + longest, scratch + 2 * longest},
       y{scratch + 3 * longest, scratch + 4 * longest, scratch + 5 * longest};
-  // The reference's regressions let infinities in, where pandas takes them for missing.
-  const bool finite =
+  // Qlib's regressions use infinite values. pandas, which computes Qlib's other statistics, treats them as
+  // missing.
+  const bool infinite_is_missing =
       job.kind != RollingKind::kSlope && job.kind != RollingKind::kRsquare && job.kind != RollingKind::kResi;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t first = job.start[i], rows = job.stop[i] - first;
     if (rows <= 0) continue;
-    prepare_rolling(job.x + first, rows, finite, x.value, x.known, x.near);
-    if (job.y != nullptr) prepare_rolling(job.y + first, rows, finite, y.value, y.known, y.near);
+    prepare_rolling(job.x + first, rows, infinite_is_missing, x.value, x.valid, x.base);
+    if (job.y != nullptr) prepare_rolling(job.y + first, rows, infinite_is_missing, y.value, y.valid, y.base);
     double* const out = rolling_out(job, 0, first);
     if (job.kind == RollingKind::kQuantile) {
       rolling_quantiles(job, x, rows, sums, out);
