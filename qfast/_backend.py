@@ -1,18 +1,20 @@
-"""Which tier computes: the native libraries, loaded once at import, and the reasons for what was chosen.
+"""The implementations that operators use: loads the native libraries at import and records the reasons.
 
-`QFAST_BACKEND` decides, read once when qfast is imported:
+Three environment variables are read once, when qfast is imported.
 
-    auto   the CPU library if it was built, the CUDA library if torch can use a GPU (default)
-    cuda   as auto, but an error if the CUDA library cannot be used
-    cpu    never load the CUDA library; tensors on a GPU are served by plain torch
-    torch  load nothing native: every operator is its plain-torch twin
+`QFAST_BACKEND` selects the libraries:
 
-`QFAST_CUDA_LAYERS` says what networks take on a GPU where torch has a layer of its own (LSTM, GRU, encoder):
+    auto   the CPU library if it was built, and the CUDA library if torch can use a GPU (default)
+    cuda   as auto, but an unusable CUDA library is an error
+    cpu    the CPU library only; tensors on a GPU use plain torch
+    torch  no native library: every operator is its plain-torch twin
 
-    torch  torch's layers, cuDNN among them (default, until ours have been measured there)
+`QFAST_CUDA_LAYERS` selects the layers of networks on a GPU where torch has the same layer (LSTM, GRU, encoder):
+
+    torch  torch's layers, which use cuDNN (default, because qfast's have not been measured on a GPU)
     qfast  the operators of the CUDA library
 
-`QFAST_ISA` (baseline, avx2 or avx512) overrides the instruction set that the CPU library picks, for tests.
+`QFAST_ISA` (baseline, avx2 or avx512) overrides the instruction set that the CPU library detects. It is for tests.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ CHOICES = ("auto", "cuda", "cpu", "torch")
 LAYERS = ("torch", "qfast")
 BROKEN = "built but does not load"
 
-__all__ = ["BROKEN", "CHOICES", "LAYERS", "choice", "cuda_layers", "layers_serve", "native", "status"]
+__all__ = ["BROKEN", "CHOICES", "LAYERS", "choice", "cuda_layers", "native", "status", "uses_qfast_layers"]
 
 
 def _read_choice(name: str, choices: tuple[str, ...]) -> str:
@@ -41,9 +43,9 @@ def _read_choice(name: str, choices: tuple[str, ...]) -> str:
     return value
 
 
-def _load_cpu(wanted: str) -> tuple[ModuleType | None, str]:
-    """The pybind11 module qfast._C and why it is or is not loaded."""
-    if wanted == "torch":
+def _load_cpu(backend: str) -> tuple[ModuleType | None, str]:
+    """Load the pybind11 module qfast._C. Return it, or None, and the reason."""
+    if backend == "torch":
         return None, "QFAST_BACKEND=torch"
     if not _library_files("_C"):
         return None, "not built (QFAST_NATIVE=0, or the sources are used without an install)"
@@ -60,15 +62,15 @@ def _load_cpu(wanted: str) -> tuple[ModuleType | None, str]:
     return module, "loaded"
 
 
-def _load_cuda(wanted: str) -> tuple[bool, str]:
-    """Load qfast._cuda where a GPU is usable; whether it is loaded and why."""
-    if wanted in ("cpu", "torch"):
-        return False, f"QFAST_BACKEND={wanted}"
+def _load_cuda(backend: str) -> tuple[bool, str]:
+    """Load qfast._cuda if a GPU is usable. Return whether it is loaded and the reason."""
+    if backend in ("cpu", "torch"):
+        return False, f"QFAST_BACKEND={backend}"
     loaded, reason = _try_cuda()
-    if wanted == "cuda" and not loaded:
+    if backend == "cuda" and not loaded:
         raise BackendError(
-            f"QFAST_BACKEND=cuda but the CUDA tier cannot be used: {reason}. Remedy: unset QFAST_BACKEND, or "
-            "install a CUDA build of torch and reinstall qfast with QFAST_CUDA=1 where nvcc is."
+            f"QFAST_BACKEND=cuda but the CUDA tier cannot be used: {reason}. Remedy: unset QFAST_BACKEND, or install a "
+            "CUDA build of torch and reinstall qfast with QFAST_CUDA=1 on a machine with nvcc."
         )
     return loaded, reason
 
@@ -77,7 +79,7 @@ def _try_cuda() -> tuple[bool, str]:
     if not torch.backends.cuda.is_built():
         return False, "this torch is a CPU-only build"
     if not torch.cuda.is_available():
-        return False, "torch sees no usable GPU"
+        return False, "torch detects no usable GPU"
     files = _library_files("_cuda")
     if not files:
         return False, "qfast was built without nvcc (or with QFAST_CUDA=0)"
@@ -98,21 +100,22 @@ native, _cpu_reason = _load_cpu(choice)
 _cuda_loaded, _cuda_reason = _load_cuda(choice)
 
 
-def layers_serve(device: torch.device) -> bool:
-    """Whether networks compute by our operators on a device what torch has a layer for."""
+def uses_qfast_layers(device: torch.device) -> bool:
+    """Return whether networks on this device use qfast's operators where torch has the same layer."""
     if device.type == "cuda":
         return _cuda_loaded and cuda_layers == "qfast"
     return device.type == "cpu" and native is not None
 
 
 def status() -> dict[str, Any]:
-    """What is loaded and why.
+    """Return which native libraries are loaded and why.
 
     Returns
     -------
     dict
-        `choice` (QFAST_BACKEND), `cpu` and `cuda`: each a dict of `loaded` (bool), `reason` (str) and
-        `tier`, the name of what serves tensors on that kind of device: "cuda", "cpu" or "torch".
+        `choice` : the value of QFAST_BACKEND
+        `cpu`, `cuda` : dicts of `loaded` (bool), `reason` (str) and `tier`, the implementation for tensors on that kind
+        of device: "cuda", "cpu" or "torch"
 
     Examples
     --------

@@ -28,6 +28,8 @@ RENAMED_MODULES = {
     "qfast.data.operators": "qfast.data.expression_functions",
     "qfast.estimator": "qfast.training.estimator",
     "qfast.losses": "qfast.training.losses",
+    "qfast.ops.encoder_twin": "qfast.ops.encoder_layer_twin",
+    "qfast.ops.recurrent_cells": "qfast.ops.recurrent_twin",
     "qfast.optim": "qfast.training.optim",
     "qfast.pretrain": "qfast.models.pretrained",
     "qfast.step_graphs": "qfast.training.step_graphs",

@@ -1,43 +1,50 @@
-"""The device a model trains on, and its memory."""
+"""The device a model trains on, and errors about its memory."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
+from qfast._renamed import renamed_names
 from qfast.errors import BackendError, ConfigError, DataError, whole_number
 
-__all__ = ["choose_device", "memory_named"]
+__all__ = ["choose_device", "explain_out_of_memory"]
 
 
-def choose_device(device: str | torch.device, gpu: Any) -> torch.device:
-    """The torch device asked for; never a silent fall to the CPU when a GPU was named.
+def choose_device(device: str | torch.device, gpu: int | None) -> torch.device:
+    """Return the torch device that `device` and Qlib's argument `GPU` select.
+
+    A request for a GPU never falls back to the CPU silently.
 
     Parameters
     ----------
     device : str or torch.device
-        "auto", "cpu", "cuda" or "cuda:N". "auto" is GPU number `gpu` if torch sees one, otherwise the CPU.
+        "auto", "cpu", "cuda" or "cuda:N". "auto" is GPU number `gpu` if torch detects one, otherwise the CPU.
     gpu : int or None
-        The reference's argument `GPU`: a number, or negative or None for the CPU. 0, its default, means "if there
-        is one"; a higher number without any GPU is answered with a warning.
+        Qlib's argument `GPU`, used with "auto" only: the number of the GPU; a negative number or None selects the CPU.
+        The default 0 means "a GPU if there is one". A higher number logs a warning if there is no GPU.
 
     Raises
     ------
     ConfigError
-        Not a device name.
+        `device` is not a device name, or `gpu` is not a whole number.
     BackendError
-        A GPU that this machine does not have.
+        The requested GPU is not available.
+
+    Examples
+    --------
+    >>> choose_device("auto", gpu=-1)
+    device(type='cpu')
     """
     if isinstance(device, str) and device == "auto":
         if gpu is None or whole_number("GPU", gpu, -(2**31)) < 0:
             return torch.device("cpu")
         if not torch.cuda.is_available():
             if gpu > 0:
-                logging.getLogger("qfast").warning("GPU=%d was asked for but there is none: the CPU is used", gpu)
+                logging.getLogger("qfast").warning("GPU=%d was requested but no GPU is available: using the CPU", gpu)
             return torch.device("cpu")
         device = f"cuda:{gpu}"
     try:
@@ -48,21 +55,48 @@ def choose_device(device: str | torch.device, gpu: Any) -> torch.device:
         raise ConfigError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}.")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise BackendError(
-            f"device={str(device)!r} was asked for but this torch ({torch.__version__}) sees no GPU. "
+            f"device={str(device)!r} was requested but this torch ({torch.__version__}) detects no GPU. "
             "Remedy: device='auto' or 'cpu', or a CUDA build of torch."
         )
     if chosen.type == "cuda" and chosen.index is not None and chosen.index >= torch.cuda.device_count():
-        raise BackendError(f"device={str(device)!r} was asked for but there are {torch.cuda.device_count()} GPUs.")
+        raise BackendError(
+            f"device={str(device)!r} was requested but the number of GPUs is {torch.cuda.device_count()}. "
+            "Remedy: a smaller number, or device='auto'."
+        )
     return chosen
 
 
 @contextmanager
-def memory_named(what: str, device: torch.device, remedy: str = "") -> Iterator[None]:
-    """Turn an out-of-memory error into a DataError that names the device and the remedies, `remedy` first."""
+def explain_out_of_memory(subject: str, device: torch.device, remedy: str = "") -> Iterator[None]:
+    """Convert an out-of-memory error of the block into a DataError.
+
+    Parameters
+    ----------
+    subject : str
+        What needs the memory, for example "A training batch".
+    device : torch.device
+    remedy : str
+        First remedy in the message, followed by general ones.
+
+    Raises
+    ------
+    DataError
+        The block ran out of memory.
+
+    Examples
+    --------
+    >>> with explain_out_of_memory("The panel", torch.device("cpu")):  # doctest: +ELLIPSIS
+    ...     raise torch.OutOfMemoryError("8 GiB")
+    Traceback (most recent call last):
+    qfast.errors.DataError: The panel does not fit into the memory of cpu (8 GiB). Remedy: fewer columns ...
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise DataError(
-            f"{what} does not fit into the memory of {device} ({error}). Remedy: {remedy}fewer columns or a shorter "
+            f"{subject} does not fit into the memory of {device} ({error}). Remedy: {remedy}fewer columns or a shorter "
             "period, or device='cpu'."
         ) from None
+
+
+__getattr__ = renamed_names(__name__, {"memory_named": "qfast.device.explain_out_of_memory"})

@@ -1,4 +1,4 @@
-"""What this installation computes with, why, and whether it computes rightly."""
+"""`qfast doctor`: versions, build facts, the implementation that each operator uses, and self-tests."""
 
 from __future__ import annotations
 
@@ -20,15 +20,18 @@ _LIBRARIES = ("torch", "numpy", "pandas", "pyarrow", "safetensors", "qlib")
 
 
 def report() -> dict[str, Any]:
-    """Versions, build facts, the tier that serves each operator, and the outcome of each self-test.
+    """Collect the facts that `qfast doctor` prints, and run all self-tests.
 
     Returns
     -------
     dict
-        `versions` (library -> version or "not installed"), `build` (facts of the native library, empty
-        where there is none), `isa` (instruction set in use), `backend` (see `qfast._backend.status`),
-        `operators` (name -> device -> {"tier", "reason"}), `self_test` (name -> "ok" or what went
-        wrong), `healthy` (bool).
+        `versions` : library -> version or "not installed"
+        `build` : facts about the native library, empty if it is not loaded
+        `isa` : instruction sets in use and available, empty if the native library is not loaded
+        `backend` : see `qfast._backend.status`
+        `operators` : operator -> device -> {"tier", "reason"}
+        `self_test` : self-test -> "ok" or the error
+        `healthy` : bool
 
     Examples
     --------
@@ -57,7 +60,7 @@ def report() -> dict[str, Any]:
 
 
 def self_tests() -> dict[str, Callable[[], None]]:
-    """A check a name: every operator on every usable device against its plain-torch twin."""
+    """Return the self-tests by name. Each compares an operator with its plain-torch twin on one usable device."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return {
         f"{name} ({device})": partial(operator.self_test, torch.device(device))
@@ -68,7 +71,7 @@ def self_tests() -> dict[str, Callable[[], None]]:
 
 
 def main() -> int:
-    """Print the report; 0 if every self-test passed, else 1."""
+    """Print the report. Return 0 if every self-test passed and no built library failed to load, else 1."""
     facts = report()
     for title in ("versions", "build", "isa"):
         if facts[title]:
@@ -79,17 +82,17 @@ def main() -> int:
         library = "qfast._C" if device == "cpu" else "qfast._cuda"
         print(f"  {library}: {'loaded' if state['loaded'] else 'not loaded: ' + state['reason']}")
     for device, where in (("cpu", "on the CPU"), ("cuda", "on CUDA")):
-        served = {name: _served(by[device]) for name, by in facts["operators"].items() if device in by}
-        _print_table(f"operators {where}", served)
+        tiers = {name: _describe_tier(by[device]) for name, by in facts["operators"].items() if device in by}
+        _print_table(f"operators {where}", tiers)
     _print_table("self-test, native against plain torch", facts["self_test"])
-    print("\nhealthy" if facts["healthy"] else "\nNOT healthy: see what failed above")
+    print("\nhealthy" if facts["healthy"] else "\nNOT healthy: see the failures above")
     return 0 if facts["healthy"] else 1
 
 
 def _versions() -> dict[str, str]:
     versions = {"qfast": _version("qfast"), "python": platform.python_version(), "platform": platform.platform()}
     versions |= {name: _version(name) for name in _LIBRARIES}
-    versions["torch"] = torch.__version__  # with what it was built for, which the package's own may lack
+    versions["torch"] = torch.__version__  # includes the build, such as +cu128, which the package metadata may lack
     versions["torch CUDA"] = str(torch.version.cuda or "CPU-only build")
     if torch.cuda.is_available():
         versions["GPU"] = torch.cuda.get_device_name()
@@ -107,14 +110,14 @@ def _version(name: str) -> str:
 def _outcome(test: Callable[[], None]) -> str:
     try:
         test()
-    except Exception as error:  # any failure at all is the finding
+    except Exception as error:  # reported, whatever it is
         return f"FAILED: {type(error).__name__}: {error}"
     return "ok"
 
 
-def _served(by: dict[str, str]) -> str:
+def _describe_tier(entry: dict[str, str]) -> str:
     names = {"cuda": "CUDA kernel", "cpu": "C++ kernel", "torch": "plain torch"}
-    return names[by["tier"]] + ("" if by["reason"] == "loaded" else f" ({by['reason']})")
+    return names[entry["tier"]] + ("" if entry["reason"] == "loaded" else f" ({entry['reason']})")
 
 
 def _text(value: Any) -> str:

@@ -1,12 +1,16 @@
-"""With how many bits matrix products multiply on a GPU, for those operators that leave a choice.
+"""Precision of float32 matrix products on a GPU, for the operators that offer a choice.
 
-`ieee` multiplies in float32. The others run on tensor cores, add up in float32 all the same, and take their operands
-as: `3xtf32` two parts of 11 bits each, in three products, for about float32's own error; `tf32` 11 bits; `bf16` 8 bits.
-`auto`, which holds until something else is set, follows torch: torch.get_float32_matmul_precision() of "highest" is
-`ieee`, "high" `tf32`, "medium" `bf16`.
+`ieee` multiplies in float32. The other precisions use tensor cores, which accumulate in float32 but round the operands:
 
-So far the feed-forward block reads it, also inside `encoder_layer`. float64 is always float64, and so is whatever is
-computed on the CPU in float32 always float32. Products that an operator leaves to cuBLAS follow torch's setting alone.
+- `3xtf32` splits each operand into two parts of 11 bits and adds three products. Its error is close to float32's.
+- `tf32` rounds operands to 11 bits.
+- `bf16` rounds operands to 8 bits.
+
+The default `auto` follows torch.get_float32_matmul_precision(): "highest" is `ieee`, "high" is `tf32` and "medium" is
+`bf16`.
+
+The setting applies to the feed-forward block, also inside `encoder_layer`. It does not apply to float64, to the CPU, or
+to products that an operator passes to cuBLAS, which follow torch's setting.
 
 Examples
 --------
@@ -30,12 +34,12 @@ from qfast.errors import ConfigError
 __all__ = ["precision", "set_precision", "using_precision"]
 
 NAMES = ("ieee", "3xtf32", "tf32", "bf16")  # in the order of csrc/tensor_core.cuh
-_OF_TORCH = {"highest": "ieee", "high": "tf32", "medium": "bf16"}
-_chosen = "auto"
+_NAMES_BY_TORCH_SETTING = {"highest": "ieee", "high": "tf32", "medium": "bf16"}
+_setting = "auto"
 
 
 def set_precision(name: str) -> str:
-    """For all threads, until it is set again.
+    """Set the precision for all threads.
 
     Parameters
     ----------
@@ -44,46 +48,55 @@ def set_precision(name: str) -> str:
     Returns
     -------
     str
-        What was set before.
+        The previous setting.
 
     Raises
     ------
-    ValueError
-        Another name.
+    ConfigError
+        Unknown name.
+
+    Examples
+    --------
+    >>> set_precision(set_precision("tf32"))
+    'tf32'
     """
-    global _chosen
+    global _setting
     if name != "auto" and name not in NAMES:
         raise ConfigError(f"set_precision: expected one of auto, {', '.join(NAMES)}, got {name!r}.")
-    before, _chosen = _chosen, name
-    return before
+    previous, _setting = _setting, name
+    return previous
 
 
 @contextmanager
 def using_precision(name: str) -> Iterator[None]:
-    """`set_precision` within a block. A backward has the precision of its forward, wherever it is called."""
-    before = set_precision(name)
+    """Context manager that sets the precision within a block.
+
+    A backward pass uses the precision of its forward pass, wherever `backward` is called.
+    """
+    previous = set_precision(name)
     try:
         yield
     finally:
-        set_precision(before)
+        set_precision(previous)
 
 
 def precision() -> str:
-    """What holds now; never "auto"."""
-    return torchs_precision() if _chosen == "auto" else _chosen
+    """Return the name of the precision in effect. It is never "auto"."""
+    return torch_precision() if _setting == "auto" else _setting
 
 
 def precision_for(x: Tensor) -> int:
-    """As operators take it: 0 wherever there is nothing to choose."""
+    """Return the precision as the code that operators accept: 0 unless x is a float32 tensor on a GPU."""
     return NAMES.index(precision()) if x.is_cuda and x.dtype == torch.float32 else 0
 
 
-def torchs_precision() -> str:
-    """The name of torch's own setting, which cuBLAS follows whatever is set here."""
+def torch_precision() -> str:
+    """Return the name of torch's own setting, which cuBLAS follows."""
     try:
-        return _OF_TORCH[torch.get_float32_matmul_precision()]
-    except RuntimeError:  # set by torch.backends.cuda.matmul.fp32_precision, which has no name for bf16
+        return _NAMES_BY_TORCH_SETTING[torch.get_float32_matmul_precision()]
+    except RuntimeError:  # torch.backends.cuda.matmul.fp32_precision was set, which has no name for bf16
         return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-torchs_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile guards torch's setting by itself
+# torch.compile has a guard on torch's setting, so the result is constant within a compiled graph.
+torch_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -310,7 +310,7 @@ def test_wrong_arguments_are_named(arguments, message):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_a_gpu_asked_for_and_not_there_is_refused():
-    with pytest.raises(BackendError, match=r"device='cuda' was asked for but this torch .* sees no GPU"):
+    with pytest.raises(BackendError, match=r"device='cuda' was requested but this torch .* detects no GPU"):
         LSTM(device="cuda")
     assert LSTM(GPU=0).device.type == "cpu"  # the default asks for a GPU only if there is one
 
@@ -318,7 +318,7 @@ def test_a_gpu_asked_for_and_not_there_is_refused():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_a_gpu_number_that_cannot_be_had_is_said(caplog):
     assert LSTM(GPU=3).device.type == "cpu"
-    assert "GPU=3 was asked for but there is none" in caplog.text
+    assert "GPU=3 was requested but no GPU is available" in caplog.text
     caplog.clear()
     for number in (0, -1, None):
         LSTM(GPU=number)

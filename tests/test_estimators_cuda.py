@@ -22,7 +22,7 @@ from support.fits import CASES, IDS, data_of, model_of, states_equal
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no usable GPU"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch detects no usable GPU"),
 ]
 DEVICE = "cuda"
 

@@ -32,7 +32,7 @@ CUDA = pytest.param(
     "cuda",
     marks=[
         pytest.mark.gpu,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no usable GPU"),
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="torch detects no usable GPU"),
     ],
 )
 needs_native = pytest.mark.skipif(_backend.native is None, reason=f"qfast._C: {_backend.status()['cpu']['reason']}")

@@ -14,7 +14,7 @@ from qfast.training.optim import ClippedAdam
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no usable GPU"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch detects no usable GPU"),
 ]
 GPU = "cuda"
 SHAPES = [(64,), (1,), (7,), (0,), (33, 17), (3, 5, 2), (), (100_003,)]

@@ -66,14 +66,14 @@ class PlainTorch(nn.Module):
         device = x.device.type
         if device not in ("cpu", "cuda") or torch.is_autocast_enabled(device):
             return False
-        if device == "cuda" and not _backend.layers_serve(x.device):
+        if device == "cuda" and not _backend.uses_qfast_layers(x.device):
             return False
         check_dtype(x, weight)
         if x.dtype not in (torch.float32, torch.float64) or x.shape[1] == 0:
             return False
         # Under torch.func and forward mode the operators compute with plain torch operations, which support every
         # transform. Some of torch's layers support neither vmap nor forward mode in float32.
-        return torch.compiler.is_compiling() or transforms.active() or _backend.layers_serve(x.device)
+        return torch.compiler.is_compiling() or transforms.active() or _backend.uses_qfast_layers(x.device)
 
 
 def check_dtype(x: Tensor, weight: Tensor) -> None:

@@ -1,4 +1,7 @@
-"""Operators of qfast: one module each, with its plain-torch twin, fake, backward and registration."""
+"""qfast's operators. Each module has a public function, its checks, the schema, the fake, gradients and a self-test.
+
+The plain-torch twin of an operator states what it computes. It is in the same module, or in <operator>_twin.py.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -53,7 +56,15 @@ __all__ = [
 
 
 class Operator(NamedTuple):
-    """What `qfast doctor` needs to know: where the operator runs and how it checks itself there."""
+    """Entry of an operator for `qfast doctor`.
+
+    Attributes
+    ----------
+    self_test : callable
+        Raises an error if the operator on a device differs from its plain-torch twin.
+    devices : tuple of str
+        Kinds of devices with a kernel.
+    """
 
     self_test: Callable[[torch.device], None]
     devices: tuple[str, ...] = ("cpu", "cuda")

@@ -1,6 +1,6 @@
-"""Hyperbolic tangent at the speed of its polynomial: torch's own takes five times as long on the CPU.
+"""Hyperbolic tangent by a polynomial, on the CPU five times as fast as torch's.
 
-The kernel is csrc/activations/activations.h; plain torch wherever there is none.
+The kernel is in csrc/activations/activations.h. Where no kernel is loaded, torch.tanh is used.
 """
 
 from __future__ import annotations
@@ -21,21 +21,28 @@ def tanh(x: Tensor) -> Tensor:
 
     Parameters
     ----------
-    x : Tensor of any shape, float32 or float64; other dtypes are left to torch
+    x : Tensor of any shape, float32 or float64
+        Other dtypes, and tensors under autocast, are passed to torch.tanh.
 
     Returns
     -------
     Tensor
-        Shape and dtype of x, within 3 units in the last place.
+        Same shape and dtype as x. The error is at most 3 units in the last place.
 
     Raises
     ------
-    ValueError
+    DataError
         x is not a tensor.
 
     Notes
     -----
-    Any number of derivatives; torch.func's transforms and forward mode compute torch.tanh.
+    Derivatives of every order are supported. torch.func transforms and forward mode use torch.tanh. On CUDA the
+    operator calls torch.tanh.
+
+    Source
+    ------
+    tanh(x) = (exp(2x) - 1) / (exp(2x) + 1). The exponential of the reduced argument is a polynomial: of degree 6 for
+    float32 (minimax, by Lawson's iteration) and of degree 13 for float64 (Taylor). See csrc/activations/activations.h.
 
     Examples
     --------
@@ -44,13 +51,10 @@ def tanh(x: Tensor) -> Tensor:
     """
     require_tensor("tanh", "x", x)
     device = x.device.type
-    known = x.dtype in FLOATING
-    if torch.amp.is_autocast_available(device):
-        known = known and not torch.is_autocast_enabled(device)
-    if not known or transforms.active():
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if x.dtype not in FLOATING or autocast or transforms.active():
         return torch.tanh(x)
-    out: Tensor = torch.ops.qfast.tanh(x)
-    return out
+    return torch.ops.qfast.tanh(x)
 
 
 def _twin(x: Tensor) -> Tensor:
@@ -78,12 +82,12 @@ torch.library.register_autograd("qfast::tanh", _backward, setup_context=_save)
 
 
 def self_test(device: torch.device) -> None:
-    """The kernel that serves `device` against torch's own.
+    """Compare the operator on `device` with torch.tanh.
 
     Raises
     ------
     ArithmeticError
-        They differ.
+        The results differ.
     """
     x = torch.linspace(-30, 30, 1001, dtype=torch.float64, device=device)
     check_same("tanh", [torch.ops.qfast.tanh(x)], [torch.tanh(x)], tolerance=1e-15)

@@ -1,6 +1,7 @@
-"""Clipping of every gradient element and Adam's step, for all tensors of a network in one call.
+"""Element-wise gradient clipping and Adam's step for all parameters of a network in one call.
 
-The kernels are in csrc/adam: adam_kernels.h (behind adam.cpp) and adam.cu; qfast/training/optim.py uses them.
+The kernels are in csrc/adam: adam_kernels.h (behind adam.cpp) and adam.cu. qfast/training/optim.py has the
+optimizer.
 """
 
 from __future__ import annotations
@@ -34,35 +35,45 @@ def clipped_adam_(
     limit: float = float("inf"),
     ticket: Tensor | None = None,
 ) -> None:
-    """Clip, then step, in place: with g the gradient, m and v the averages, p the parameter and t the step,
+    """Clip all gradients element by element, then apply one step of Adam, in place.
 
-    g = min(max(g, -limit), limit);  t = t + 1;  d = g + weight_decay p;  m = beta1 m + (1 - beta1) d;
-    v = beta2 v + (1 - beta2) d^2;  p = p - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps).
+    For a parameter p with gradient g, moving averages m and v, and step count t::
+
+        g = min(max(g, -limit), limit)
+        t = t + 1
+        d = g + weight_decay p
+        m = beta1 m + (1 - beta1) d
+        v = beta2 v + (1 - beta2) d^2
+        p = p - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
     Parameters
     ----------
     parameters, gradients, exp_avg, exp_avg_sq : sequences of tensors
-        One of each for a parameter, of its shape; all float32 or all float64, on one device, with any strides.
-        Fastest where the four lie in memory alike and without gaps. All four are written.
-    steps : sequence of float32 tensors of one number
-        On the parameters' device, a tensor for each parameter; each is increased by 1. No device is waited for.
+        One tensor of each for every parameter, with the parameter's shape. All tensors have the same dtype, float32 or
+        float64, and the same device. Strides are arbitrary, but the operator is fastest if the four tensors of a
+        parameter are dense and have the same strides. All four are modified.
+    steps : sequence of float32 tensors with one element
+        Step counts on the device of the parameters. Each is increased by 1. The call does not synchronize with the
+        device.
     lr, beta1, beta2, eps, weight_decay : float
-        As of torch.optim.Adam.
+        As in torch.optim.Adam.
     limit : float
-        Above 0; infinity for no limit. NaN stays NaN, and infinities become the limit.
-    ticket : int32 tensor of one 0, optional
-        On CUDA, memory in which the blocks of a launch count themselves; 0 again afterwards. None: it is allocated.
-        Calls that may overlap need tickets of their own.
+        Bound of the absolute value of a gradient element, above 0. Infinity disables clipping. NaN stays NaN, and
+        infinite gradients become the limit.
+    ticket : int32 tensor with one element, optional
+        Scratch memory for CUDA that contains 0 before and after the call. The blocks of a launch use it as a counter.
+        If None, it is allocated. Concurrent calls need different tickets.
 
     Raises
     ------
-    ValueError
-        Lists of different lengths, wrong dtype, shape or device, memory shared by elements, limit not above 0.
+    DataError
+        The lists differ in length, a dtype, shape or device is wrong, several elements of a tensor share memory, or
+        limit is not above 0.
 
     Source
     ------
-    Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2015. Order of operations as torch's fused Adam of the
-    same device; on a CPU with FMA the results are torch's bit for bit.
+    Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2015. The order of operations is the one of torch's
+    fused Adam on the same device. On a CPU with FMA instructions the results are bitwise equal to torch's.
 
     Examples
     --------
@@ -77,25 +88,28 @@ def clipped_adam_(
         torch.ops.qfast.clipped_adam_(*lists, ticket, lr, beta1, beta2, eps, weight_decay, limit)
     except ValueError as error:
         raise error if isinstance(error, DataError) else DataError(str(error)) from None
-    except RuntimeError as error:  # the dispatcher's, before any kernel
+    except RuntimeError:  # raised by the dispatcher before any kernel runs
         _require_tensors(lists)
-        raise error
-    # The dispatcher counts no versions for an operator of ours: autograd must see that saved tensors have changed.
+        raise
+    # The dispatcher does not count versions for custom operators. Without this, autograd would not notice that saved
+    # tensors were modified.
     torch.autograd.graph.increment_version([tensor for part in lists for tensor in part])
 
 
+# ---------------------------------------------------------------- arguments
 def _require_tensors(lists: Iterable[Sequence[object]]) -> None:
+    """Raise an error that names the first list element that is not a tensor."""
     for name, part in zip(_LISTS, lists, strict=True):
         for i, value in enumerate(part):
             if not isinstance(value, Tensor):
                 raise DataError(
                     f"clipped_adam: {name}[{i}]: expected a tensor, got {type(value).__name__}. "
-                    "Remedy: leave out parameters without a gradient."
+                    "Remedy: leave out parameters without gradients."
                 )
 
 
-# ---------------------------------------------------------------- plain-torch twin
 def _check(lists: Sequence[Sequence[Tensor]], limit: float) -> None:
+    """Raise an error that names the first tensor or number that does not fit, like the checks of the kernels."""
     parameters = lists[0]
     for name, part in zip(_LISTS, lists, strict=True):
         if len(part) != len(parameters):
@@ -116,7 +130,9 @@ def _check(lists: Sequence[Sequence[Tensor]], limit: float) -> None:
                     "Remedy: one call for each dtype."
                 )
             if tensor.device != parameters[0].device:
-                raise DataError(f"clipped_adam: {name}: expected the device of parameters[0], got another.")
+                raise DataError(
+                    f"{where}: expected the device of parameters[0], {parameters[0].device}, got {tensor.device}."
+                )
             if not step and tensor.shape != parameters[i].shape:
                 raise DataError(
                     f"{where}: expected the shape of parameters[{i}], {tuple(parameters[i].shape)}, "
@@ -128,22 +144,32 @@ def _check(lists: Sequence[Sequence[Tensor]], limit: float) -> None:
         raise DataError(f"clipped_adam: limit: expected a number above 0, got {limit}. Remedy: inf for no limit.")
 
 
+# ---------------------------------------------------------------- plain-torch twin
 @torch.no_grad()
 def _twin(
-    parameters: list[Tensor], gradients: list[Tensor], exp_avg: list[Tensor], exp_avg_sq: list[Tensor],
-    steps: list[Tensor], ticket: Tensor | None, lr: float, beta1: float, beta2: float, eps: float,
-    weight_decay: float, limit: float,
-) -> None:  # fmt: skip
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    steps: list[Tensor],
+    ticket: Tensor | None,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    limit: float,
+) -> None:
     _check((parameters, gradients, exp_avg, exp_avg_sq, steps), limit)
     for p, g, m, v, step in zip(parameters, gradients, exp_avg, exp_avg_sq, steps, strict=True):
         step += 1
         g.clamp_(-limit, limit)
-        toward = g.add(p, alpha=weight_decay) if weight_decay else g
-        m.lerp_(toward, 1 - beta1)
-        v.mul_(beta2).addcmul_(toward, toward, value=1 - beta2)
-        count = step.double()
-        size, root = lr / (1 - beta1**count), (1 - beta2**count).sqrt()
-        p.sub_(size.to(p.dtype) * m / (v.sqrt() / root.to(p.dtype) + eps))
+        d = g.add(p, alpha=weight_decay) if weight_decay else g
+        m.lerp_(d, 1 - beta1)
+        v.mul_(beta2).addcmul_(d, d, value=1 - beta2)
+        t = step.double()
+        step_size, correction = lr / (1 - beta1**t), (1 - beta2**t).sqrt()
+        p.sub_(step_size.to(p.dtype) * m / (v.sqrt() / correction.to(p.dtype) + eps))
 
 
 # ---------------------------------------------------------------- schema and fake
@@ -158,31 +184,31 @@ define(
 
 @torch.library.register_fake("qfast::clipped_adam_")
 def _(*arguments: object) -> None:
-    """All results are written to the arguments."""
+    """The results are written to the arguments."""
 
 
 # ---------------------------------------------------------------- self-test
 def self_test(device: torch.device) -> None:
-    """The kernel that serves `device` against its twin, in float64, with clipped gradients and ragged sizes.
+    """Compare the operator on `device` with its plain-torch twin, in float64, with clipping and tensors of many sizes.
 
     Raises
     ------
     ArithmeticError
-        They differ.
+        The results differ.
     """
     rng = torch.Generator().manual_seed(0)
     shapes = [(3, 70), (1,), (0,), (2500,)]
 
-    def drawn() -> list[Tensor]:
+    def random_tensors() -> list[Tensor]:
         return [torch.randn(shape, generator=rng, dtype=torch.float64).to(device) for shape in shapes]
 
-    lists = [drawn(), drawn(), drawn(), [part.square() for part in drawn()]]
+    lists = [random_tensors(), random_tensors(), random_tensors(), [part.square() for part in random_tensors()]]
     steps = [torch.tensor(float(i), device=device) for i in range(len(shapes))]
-    twin: Any = _twin  # takes its lists unpacked
-    ours, twins = ([[t.clone() for t in part] for part in (*lists, steps)] for _ in range(2))
+    ours, twins = ([[tensor.clone() for tensor in part] for part in (*lists, steps)] for _ in range(2))
+    twin: Any = _twin  # mypy cannot count unpacked arguments
+    settings = (1e-2, 0.9, 0.999, 1e-8, 0.1, 1.0)
     for _ in range(3):
-        numbers = (1e-2, 0.9, 0.999, 1e-8, 0.1, 1.0)
-        torch.ops.qfast.clipped_adam_(*ours, None, *numbers)
-        twin(*twins, None, *numbers)
+        torch.ops.qfast.clipped_adam_(*ours, None, *settings)
+        twin(*twins, None, *settings)
     for results, expected in zip(ours, twins, strict=True):
         check_same("clipped_adam_", results, expected, tolerance=1e-13)

@@ -1,6 +1,6 @@
-"""Counter-based random numbers: Philox 4x32-10 (Salmon et al. 2011), the same bits on every device.
+"""Counter-based random numbers in plain torch: Philox 4x32-10 (Salmon et al. 2011), the same bits on every device.
 
-The plain-torch form. Native kernels carry their own (csrc/philox.h); tests hold both to the published vectors.
+The native kernels have their own implementation, csrc/philox.h. Tests compare both with the published vectors.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
 def philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four independent 32-bit words for each counter.
+    """Return four independent 32-bit words for each counter.
 
     Parameters
     ----------
     seed : Tensor int64, one element
-        The key: its low and its high 32 bits.
-    counter : four int64 tensors that broadcast, values below 2**32
+        The key is its low and high 32 bits.
+    counter : four int64 tensors, values below 2**32
+        They broadcast against each other.
 
     Returns
     -------
@@ -48,31 +49,56 @@ def philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tupl
     return c0, c1, c2, c3
 
 
-def _multiply(word: Tensor, by: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of the product. By halves, as 64 signed bits do not hold it."""
-    upper, lower = (word >> 16) * by, (word & 0xFFFF) * by
+def _multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """Return the high and low 32 bits of the product, from two halves because int64 cannot represent it."""
+    upper, lower = (word >> 16) * factor, (word & 0xFFFF) * factor
     total = (upper & 0xFFFF_FFFF_FFFF) + (lower >> 16)
     return (total >> 16) & _LOW, ((total & 0xFFFF) << 16 | (lower & 0xFFFF)) & _LOW
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """int64 [1] on `device` from torch's generator of that device: `torch.manual_seed` makes it repeat."""
+    """Draw a seed, int64 [1], from torch's generator of `device`. `torch.manual_seed` makes it reproducible."""
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
 def keep_threshold(dropout: float) -> int:
-    """An element is kept if its random word is at least this; 2**32 keeps none."""
+    """Return the smallest random word whose element is kept. 2**32 drops every element."""
     return round(dropout * 2.0**32)
 
 
-def dropout_mask(like: Tensor, layer: int, dropout: float, seed: Tensor, first_step: int = 0) -> Tensor:
-    """0 or 1 / (1 - dropout) for each element of a layer's output [B, T, H], steps from `first_step` on; see `lstm`."""
-    batch, steps, hidden = like.shape
-    groups, t, j = (torch.arange(n, device=like.device) for n in ((batch + 3) // 4, steps, hidden))
-    t = t + first_step
-    number = torch.tensor(layer, device=like.device)
-    words = torch.stack(
-        torch.broadcast_tensors(*philox(seed, (j.view(1, 1, -1), t.view(1, -1, 1), number, groups.view(-1, 1, 1)))), 1
+def dropout_mask(like: Tensor, place: int, dropout: float, seed: Tensor, first_step: int = 0) -> Tensor:
+    """Return the factors of dropout, 0 or 1 / (1 - dropout), for a tensor [B, T, H].
+
+    Element (b, t, j) has word b % 4 of the counter (j, first_step + t, place, b // 4).
+
+    Parameters
+    ----------
+    like : Tensor [B, T, H]
+        Its shape, dtype and device are used, not its values.
+    place : int
+        Third word of the counter, for example the number of a layer.
+    dropout : float
+        Probability of a 0.
+    seed : Tensor int64, one element
+    first_step : int
+
+    Returns
+    -------
+    Tensor [B, T, H]
+
+    Examples
+    --------
+    >>> dropout_mask(torch.zeros(1, 1, 6), 0, 0.5, torch.tensor([3])).tolist()
+    [[[2.0, 0.0, 2.0, 0.0, 2.0, 2.0]]]
+    """
+    batch, steps, width = like.shape
+    groups, t, j = (torch.arange(n, device=like.device) for n in ((batch + 3) // 4, steps, width))
+    counter = (
+        j.view(1, 1, -1),
+        (t + first_step).view(1, -1, 1),
+        torch.tensor(place, device=like.device),
+        groups.view(-1, 1, 1),
     )
-    kept = words.flatten(0, 1)[:batch] >= keep_threshold(dropout)
-    return kept.to(like.dtype) * (0.0 if dropout == 1.0 else 1.0 / (1.0 - dropout))
+    words = torch.stack(torch.broadcast_tensors(*philox(seed, counter)), 1).flatten(0, 1)[:batch]
+    scale = 0.0 if dropout == 1.0 else 1.0 / (1.0 - dropout)
+    return (words >= keep_threshold(dropout)).to(like.dtype) * scale

@@ -1,4 +1,4 @@
-"""Whether derivatives or batching are being traced through the tensors that an operator is given."""
+"""Detects torch.func transforms and forward-mode differentiation, which qfast's kernels do not support."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ __all__ = ["active"]
 
 
 def active() -> bool:
-    """True inside torch.func's transforms (grad, jvp, vmap and what is built of them) and forward-mode levels.
+    """Return True inside torch.func transforms (grad, jvp, vmap, jacrev, ...) and forward-mode levels.
 
-    Our kernels have a gradient for ordinary backward only. torch hands them the values of dual tensors and
-    drops the tangents without a word, so the public functions compute with torch's own operations here.
+    qfast's kernels define a gradient for `backward` only. With dual tensors, torch passes the primal values to a
+    kernel and silently drops the tangents. The public functions therefore use torch's operations when this is True.
 
     Examples
     --------

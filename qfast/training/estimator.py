@@ -24,7 +24,7 @@ from qfast.data.adapt import windows_of
 from qfast.data.batching import Batches, BatchOrder, NumpyOrder
 from qfast.data.protocols import Dataset, Segment
 from qfast.data.windows import WindowSet
-from qfast.device import choose_device, memory_named
+from qfast.device import choose_device, explain_out_of_memory
 from qfast.errors import ConfigError, DataError, NotFittedError, suggest
 from qfast.nn.plain import PlainTorch
 from qfast.training import checkpoint
@@ -513,7 +513,7 @@ class Estimator:
 
     def _device_memory(self, what: str) -> AbstractContextManager[None]:
         size = self._params.get("batch_size")
-        return memory_named(what, self.device, "" if size is None else f"a smaller batch_size (now {size}), ")
+        return explain_out_of_memory(what, self.device, "" if size is None else f"a smaller batch_size (now {size}), ")
 
 
 def _shown(record: dict[str, float]) -> str:

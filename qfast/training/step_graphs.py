@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from qfast import _backend
 from qfast.nn.plain import has_hooks
-from qfast.precision import precision, torchs_precision
+from qfast.precision import precision, torch_precision
 from qfast.training.callbacks import Callback
 
 if TYPE_CHECKING:
@@ -261,7 +261,7 @@ def fingerprint(network: nn.Module, optimizer: torch.optim.Optimizer) -> Fingerp
         for group in optimizer.param_groups
     ]
     modes = tuple(part.training for part in network.modules())
-    arithmetic = precision(), torchs_precision(), _backend.cuda_layers
+    arithmetic = precision(), torch_precision(), _backend.cuda_layers
     return id(optimizer), tuple(parameters), buffers, tuple(settings), modes, arithmetic
 
 

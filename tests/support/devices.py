@@ -14,7 +14,7 @@ DEVICE = "cpu" if ON_HOST else "cuda"
 if ON_HOST:
     torch.ops.load_library(ON_HOST)
 
-_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no usable GPU")
+_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch detects no usable GPU")
 _kernels = pytest.mark.skipif(
     not _backend.status()["cuda"]["loaded"], reason=f"qfast._cuda: {_backend.status()['cuda']['reason']}"
 )
