@@ -218,7 +218,7 @@ def test_operators_of_ones_own():
         )
         assert reach("Fresh(Ref($close, 2), 5)") == (7, 0)
         assert evaluate("Fresh($close, 5)", panel).sum() == panel.n_rows - 5 * len(panel.instruments)
-        with pytest.raises(ConfigError, match="takes 3 argument"):
+        with pytest.raises(ConfigError, match="needs 3 argument"):
             evaluate("Range($high, $low)", panel)
         register_function("Range", lambda x: x[:-1])
         with pytest.raises(ConfigError, match=r"'Range' failed for \w+: ValueError: expected one value for each row"):
@@ -231,7 +231,7 @@ def test_operators_of_ones_own():
         assert str(caught.value).endswith("    $high - Range($low, 0)\n            ^")
         np.testing.assert_array_equal(panel.values("price"), before)
         register_function("Range", lambda x: x, reach=lambda: None)
-        with pytest.raises(ConfigError, match="reach of function 'Range' gave None for the settings"):
+        with pytest.raises(ConfigError, match="reach of function 'Range' returned None for the settings"):
             reach("Range($high)")
         register_function("Range", lambda x: x, reach=lambda n: (n, 0))
         with pytest.raises(ConfigError, match=r"reach of function 'Range' failed for the settings \(\): TypeError"):
@@ -251,8 +251,8 @@ def test_operators_of_ones_own():
         (("Mean", abs), "function 'Mean' is built in"),
         (("My op", abs), "must be an identifier"),
         (("Mine", 3), "must be callable"),
-        (("Mine", abs, {"series": 0}), "series of function 'Mine' must be a whole number from 1"),
-        (("Mine", abs, {"settings": -1}), "settings of function 'Mine' must be a whole number from 0"),
+        (("Mine", abs, {"series": 0}), "series of function 'Mine' must be a whole number of at least 1"),
+        (("Mine", abs, {"settings": -1}), "settings of function 'Mine' must be a whole number of at least 0"),
         (("Mine", abs, {"reach": (1, -1)}), "must be .rows before, rows after."),
         (("Mine", abs, {"reach": 5}), "must be .rows before, rows after., two whole .* got 5"),
         (("Mine", abs, {"reach": ("a", 1)}), "must be .rows before, rows after."),

@@ -1,7 +1,8 @@
-"""The language of factor expressions: from text to a tree, with messages that point at the mistake.
+"""The language of factor expressions: parses text into a tree. Error messages point at the mistake.
 
-`$field`, numbers, `+ - * / ** & |`, comparisons, and the functions of `qfast.data.expression_functions`. Text is parsed
-with Python's own grammar, as the reference does, so precedence and number forms are Python's. Nothing is executed.
+An expression contains `$field`, numbers, `+ - * / ** & |`, comparisons, and the functions of
+`qfast.data.expression_functions`. Like in Qlib, it is parsed with Python's grammar, so precedence and the format of
+numbers are Python's. Nothing is executed.
 """
 
 from __future__ import annotations
@@ -18,26 +19,52 @@ from qfast.data.expression_functions import FUNCTIONS, SYMBOLS, Reach, check_set
 from qfast.errors import ConfigError, shown, suggest
 
 __all__ = [
-    "Call", "ExpressionError", "Field", "Node", "Number", "fields", "instruments", "masked_last", "parse", "pointed",
+    "Call",
+    "ExpressionError",
+    "Field",
+    "Node",
+    "Number",
+    "fields",
+    "instruments",
+    "masked_last",
+    "parse",
+    "pointed",
     "reach",
-]  # fmt: skip
+]
 
-DEEPEST = 250  # calls inside calls; Python's own limit would be met soon after
-TOO_DEEP = f"nested more than {DEEPEST} deep (a sum of many terms is, too). Remedy: brackets around groups of it"
-BESIDE = 300  # characters of a long text that a message shows before and after the place
-FIELD_MARK = "_"  # stands in for "$" while Python parses, so that positions stay the same
+MAX_DEPTH = 250  # nested calls; Python's recursion limit would be reached soon after
+TOO_DEEP = f"nested more than {MAX_DEPTH} deep, as is a sum of many terms. Remedy: put groups of terms in parentheses"
+CONTEXT = 300  # characters of a long text that a message shows before and after the place
+FIELD_MARK = "_"  # replaces "$" while Python parses; one character for another keeps all positions
 
 BINARY: Mapping[type[ast.AST], str] = {
-    ast.Add: "Add", ast.Sub: "Sub", ast.Mult: "Mul", ast.Div: "Div", ast.Pow: "Power", ast.BitAnd: "And",
-    ast.BitOr: "Or", ast.Gt: "Gt", ast.GtE: "Ge", ast.Lt: "Lt", ast.LtE: "Le", ast.Eq: "Eq", ast.NotEq: "Ne",
-}  # fmt: skip
+    ast.Add: "Add",
+    ast.Sub: "Sub",
+    ast.Mult: "Mul",
+    ast.Div: "Div",
+    ast.Pow: "Power",
+    ast.BitAnd: "And",
+    ast.BitOr: "Or",
+    ast.Gt: "Gt",
+    ast.GtE: "Ge",
+    ast.Lt: "Lt",
+    ast.LtE: "Le",
+    ast.Eq: "Eq",
+    ast.NotEq: "Ne",
+}
 ARITHMETIC: Mapping[str, Callable[[Any, Any], Any]] = {
-    "Add": operator.add, "Sub": operator.sub, "Mul": operator.mul, "Div": operator.truediv, "Power": operator.pow,
-}  # fmt: skip
-ELSEWHERE = {  # functions of Qlib that need what a panel has not
-    "P": "point-in-time data", "PRef": "point-in-time data", "PFeature": "point-in-time data",
+    "Add": operator.add,
+    "Sub": operator.sub,
+    "Mul": operator.mul,
+    "Div": operator.truediv,
+    "Power": operator.pow,
+}
+UNAVAILABLE = {  # function of Qlib -> the data it needs, which a panel does not contain
+    "P": "point-in-time data",
+    "PRef": "point-in-time data",
+    "PFeature": "point-in-time data",
     "TResample": "series indexed by time",
-}  # fmt: skip
+}
 
 
 class ExpressionError(ConfigError):
@@ -46,7 +73,7 @@ class ExpressionError(ConfigError):
 
 @dataclass(frozen=True)
 class Number:
-    """A written-out number."""
+    """A constant; `at` is its character position in the text, as in `Field` and `Call`."""
 
     value: Any
     at: int = field(compare=False)
@@ -54,7 +81,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Field:
-    """`$name`, in lower case."""
+    """A field `$name`; the name is in lower case."""
 
     name: str
     at: int = field(compare=False)
@@ -62,7 +89,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Call:
-    """A function of series and numbers, and its settings."""
+    """A call of a function on the expressions `series`, with the constants `settings`."""
 
     function: str
     series: tuple[Node, ...]
@@ -80,16 +107,21 @@ Node = Number | Field | Call
 
 
 def parse(text: str) -> Node:
-    """Tree of an expression.
+    """The tree of an expression.
 
     Parameters
     ----------
     text : str
 
+    Returns
+    -------
+    Field or Call
+
     Raises
     ------
     ExpressionError
-        Not an expression, or a function or argument that is not available; the message points at the place.
+        The text is not an expression, calls a function that is not available or with wrong arguments, or contains no
+        field. The message points at the place.
 
     Examples
     --------
@@ -97,7 +129,7 @@ def parse(text: str) -> Node:
     Call(function='Ref', series=(Field(name='close', at=4),), settings=(2,), at=0)
     """
     if not isinstance(text, str) or not text.strip():
-        raise ExpressionError(f"an expression must be a text such as '$close', got {text!r}.")
+        raise ExpressionError(f"an expression must be a string such as '$close', got {text!r}.")
     line = _one_line(text)
     lead = len(line) - len(line.lstrip())
     try:
@@ -105,18 +137,18 @@ def parse(text: str) -> Node:
     except SyntaxError as error:
         at = max(0, min((error.offset or 1) - 1 + lead, len(line)))
         raise ExpressionError(_caret(text, at, f"does not parse: {error.msg}")) from None
-    except (RecursionError, MemoryError):  # Python's own limit, which names no place
+    except (RecursionError, MemoryError):  # Python's own limit; the error has no position
         raise ExpressionError(f"expression: {TOO_DEEP}\n    {shown(text)}") from None
     except ValueError as error:
         raise ExpressionError(f"expression: does not parse: {error}\n    {shown(text)}") from None
     code = line.strip().encode()
-    for node in ast.walk(tree):  # Python counts bytes, the caret counts characters
+    for node in ast.walk(tree):  # Python's offsets count bytes, the caret counts characters
         if hasattr(node, "col_offset"):
             node.col_offset = lead + len(code[: node.col_offset].decode(errors="ignore"))
-    found = _Reader(text).node(tree)
-    if isinstance(found, Number):
-        raise ExpressionError(f"expression {text!r} holds no field; a field is written $close.")
-    return found
+    expression = _Reader(text).node(tree)
+    if isinstance(expression, Number):
+        raise ExpressionError(f"expression {text!r} contains no field. Remedy: write a field as $close.")
+    return expression
 
 
 def fields(text: str) -> list[str]:
@@ -125,24 +157,24 @@ def fields(text: str) -> list[str]:
     >>> fields("($high - $low) / Ref($close, 1)")
     ['high', 'low', 'close']
     """
-    found = sorted((node.at, node.name) for node in walk(parse(text)) if isinstance(node, Field))
-    return list(dict.fromkeys(name for _, name in found))
+    places = sorted((node.at, node.name) for node in walk(parse(text)) if isinstance(node, Field))
+    return list(dict.fromkeys(name for _, name in places))
 
 
 def instruments(text: str) -> list[str]:
-    """Other instruments that an expression looks at, as it names them.
+    """Names of the instruments in the `Mask` calls of an expression, as they are written.
 
     >>> instruments("$close / Mask($close, 'SPY')")
     ['SPY']
     """
-    found = [node.settings[0] for node in walk(parse(text)) if isinstance(node, Call) and node.function == "Mask"]
-    return list(dict.fromkeys(found))
+    masks = [node for node in walk(parse(text)) if isinstance(node, Call) and node.function == "Mask"]
+    return list(dict.fromkeys(node.settings[0] for node in masks))
 
 
 def reach(text: str) -> Reach:
-    """Rows before and after the current one that an expression looks at.
+    """Rows before and after the current one that an expression reads.
 
-    Exponential means look back as far as the reference lets them, which is not as far as their weights go.
+    Exponential means are counted with the rows that Qlib loads for them, although older rows have weight too.
 
     >>> reach("Ref($close, -2) / Ref($close, 5) - 1")
     (5, 2)
@@ -160,7 +192,7 @@ def _reach(node: Node) -> Reach:
 
 
 def walk(node: Node) -> Iterator[Node]:
-    """A node and all below it."""
+    """A node and all nodes below it."""
     yield node
     if isinstance(node, Call):
         for child in node.series:
@@ -168,10 +200,10 @@ def walk(node: Node) -> Iterator[Node]:
 
 
 def masked_last(node: Call) -> Call:
-    """A call all of whose series are those of one other instrument, with a single `Mask` around all of it.
+    """A call that reads only one other instrument, rewritten with a single `Mask` around the whole call.
 
-    Windows and shifts then see that instrument's own days, as in the reference, and not those of who asks; of Masks in
-    each other the innermost counts. Any other call is given back as it is.
+    Like in Qlib, windows and shifts then use the days of that instrument instead of the days of the instrument whose
+    value is computed. Of nested masks the innermost counts. Any other call is returned unchanged.
 
     >>> masked_last(parse("Mean(Mask($close, 'A') / 2, 5)")) == parse("Mask(Mean($close / 2, 5), 'A')")
     True
@@ -185,7 +217,7 @@ def masked_last(node: Call) -> Call:
 
 
 def _sources(node: Node) -> Iterator[Node]:
-    """What a node's values come from: fields, and Masks in the place of the fields below them."""
+    """The fields that a node reads; a `Mask` stands for all fields below it."""
     if isinstance(node, Field) or (isinstance(node, Call) and node.function == "Mask"):
         yield node
     elif isinstance(node, Call):
@@ -200,36 +232,37 @@ def _without_mask(node: Node) -> Node:
 
 
 def pointed(text: str, node: Node, problem: str) -> str:
-    """A message with the place of `node` in `text` marked below it."""
+    """A message followed by the text, with a caret below the position of `node`."""
     return _caret(text, node.at, problem)
 
 
 def _one_line(text: str) -> str:
-    """Line breaks and tabs are blanks; every character keeps its place."""
+    """Replace line breaks and tabs by blanks, one for one, which keeps all positions."""
     return re.sub(r"\s", " ", text)
 
 
 def _caret(text: str, at: int, problem: str) -> str:
     line = _one_line(text)
-    first, stop = max(0, at - BESIDE), at + BESIDE
+    first, stop = max(0, at - CONTEXT), at + CONTEXT
     before, after = "..." if first else "", "..." if stop < len(line) else ""
     return f"expression: {problem}\n    {before}{line[first:stop]}{after}\n    {' ' * (len(before) + at - first)}^"
 
 
 class _Reader:
-    """Turns Python's tree into ours and refuses everything else in it."""
+    """Turns Python's syntax tree into nodes, and raises an error for everything that is not part of the language."""
 
     def __init__(self, text: str) -> None:
         self.text, self.line = text, _one_line(text)
         self.depth = 0
 
     def node(self, node: ast.expr) -> Node:
+        """The node of a Python expression, with a limit on the depth."""
         self.depth += 1
-        if self.depth > DEEPEST:
+        if self.depth > MAX_DEPTH:
             raise self._error(node, TOO_DEEP)
-        found = self._node(node)
+        result = self._node(node)
         self.depth -= 1
-        return found
+        return result
 
     def _node(self, node: ast.expr) -> Node:
         if isinstance(node, ast.Constant) and type(node.value) in (int, float):
@@ -242,7 +275,7 @@ class _Reader:
             return self._binary(BINARY[type(node.op)], node.left, node.right, node)
         if isinstance(node, ast.Compare):
             if len(node.ops) > 1:
-                raise self._error(node, "a comparison of more than two sides; write (a < b) & (b < c)")
+                raise self._error(node, "chained comparison; write (a < b) & (b < c)")
             if type(node.ops[0]) in BINARY:
                 return self._binary(BINARY[type(node.ops[0])], node.left, node.comparators[0], node)
         if isinstance(node, ast.BoolOp):
@@ -250,7 +283,7 @@ class _Reader:
             raise self._error(node, f"'{word}' cannot be used on series; write (a) {sign} (b)")
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             return self._call(node, node.func.id)
-        raise self._error(node, "only fields, numbers, + - * / ** & |, comparisons and functions can be used")
+        raise self._error(node, "only fields, numbers, + - * / ** & |, comparisons and functions are allowed")
 
     def _name(self, node: ast.Name) -> Field:
         at = node.col_offset
@@ -273,9 +306,9 @@ class _Reader:
         if not all(isinstance(side, Number) for side in sides):
             return Call(name, sides, (), node.col_offset)
         if name not in ARITHMETIC:
-            raise self._error(node, f"{SYMBOLS[name]!r} between two numbers")
+            raise self._error(node, f"{SYMBOLS[name]!r} between two numbers; one side must contain a field")
         values = [side.value for side in sides if isinstance(side, Number)]
-        if name == "Power" and abs(values[1]) > 1024:  # of whole numbers it would have no end
+        if name == "Power" and abs(values[1]) > 1024:  # a power of two integers could have billions of digits
             values = [float(value) for value in values]
         return Number(self._finite(node, lambda: ARITHMETIC[name](*values)), node.col_offset)
 
@@ -285,39 +318,41 @@ class _Reader:
             if not isinstance(value, complex):
                 float(value)
         except OverflowError:
-            raise self._error(node, "a number that is too large for a float") from None
+            raise self._error(node, "the number is too large for a float") from None
         except ArithmeticError as error:
             raise self._error(node, str(error)) from None
         if isinstance(value, complex):
-            raise self._error(node, "not a real number")
+            raise self._error(node, f"the result {value} is not a real number")
         return value
 
     def _call(self, node: ast.Call, name: str) -> Node:
         arguments = node.args
-        if name == "ChangeInstrument":  # the reference has it both ways round
+        if name == "ChangeInstrument":  # Qlib's other spelling of Mask, with the arguments reversed
             name, arguments = "Mask", arguments[::-1]
-        if name in ELSEWHERE and name not in FUNCTIONS:
-            raise self._error(node, f"function {name!r} works on {ELSEWHERE[name]} and is not available")
+        if name in UNAVAILABLE and name not in FUNCTIONS:
+            raise self._error(node, f"function {name!r} needs {UNAVAILABLE[name]} and is not available")
         if name not in FUNCTIONS:
-            near = suggest(name, FUNCTIONS)
-            listed = near.replace(" Did", ". Did", 1) if near else f"; there are {sorted(FUNCTIONS)}"
-            raise self._error(node, f"function {name!r} is not available{listed}")
-        known = FUNCTIONS[name]
-        wanted = known.series + len(known.settings)
-        if node.keywords or len(arguments) != wanted:
-            raise self._error(node, f"{name} takes {wanted} argument(s), got {len(arguments) + len(node.keywords)}")
-        series = tuple(self.node(argument) for argument in arguments[: known.series])
-        if known.form == "condition":
+            suggestion = suggest(name, FUNCTIONS)
+            hint = "." + suggestion if suggestion else f"; available are {sorted(FUNCTIONS)}"
+            raise self._error(node, f"function {name!r} is not available{hint}")
+        function = FUNCTIONS[name]
+        count = function.series + len(function.settings)
+        if node.keywords or len(arguments) != count:
+            raise self._error(node, f"{name} needs {count} argument(s), got {len(arguments) + len(node.keywords)}")
+        series = tuple(self.node(argument) for argument in arguments[: function.series])
+        if function.form == "condition":
             self._needs_field(name, series[0])
-        elif known.form != "elementwise" or all(isinstance(part, Number) for part in series):
+        elif function.form != "elementwise" or all(isinstance(part, Number) for part in series):
             for part in series:
                 self._needs_field(name, part)
-        pairs = zip(known.settings, arguments[known.series :], strict=True)
+        pairs = zip(function.settings, arguments[function.series :], strict=True)
         return Call(name, series, tuple(self._setting(name, kind, a) for kind, a in pairs), node.col_offset)
 
     def _needs_field(self, name: str, part: Node) -> None:
         if isinstance(part, Number):
-            raise ExpressionError(_caret(self.text, part.at, f"{name} needs a field to work on"))
+            raise ExpressionError(
+                _caret(self.text, part.at, f"{name} needs an expression with a field here, got the number {part.value}")
+            )
 
     def _setting(self, name: str, kind: str, argument: ast.expr) -> Any:
         if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
@@ -325,8 +360,8 @@ class _Reader:
         elif kind == "instrument":
             value = None
         else:
-            found = self.node(argument)
-            value = found.value if isinstance(found, Number) else "an expression"
+            constant = self.node(argument)
+            value = constant.value if isinstance(constant, Number) else "an expression"
         problem = check_setting(FUNCTIONS[name], kind, value)
         if problem is not None:
             raise self._error(argument, problem)

@@ -1,6 +1,6 @@
-"""Functions of factor expressions: their arguments, and how far they look.
+"""The functions of factor expressions: their arguments, and how many rows around the current one they read.
 
-What they compute is in `qfast.data.factors`. The names, arguments and meaning are those of pyqlib 0.9.7
+`qfast.data.factor_chunk` and `qfast.data.rolling` compute them. Names, arguments and meaning are those of pyqlib 0.9.7
 (qlib/data/ops.py).
 """
 
@@ -18,12 +18,23 @@ __all__ = ["FUNCTIONS", "ExpressionFunction", "Reach", "register_function", "unr
 
 Reach = tuple[int, int]  # rows before and after the current one
 SYMBOLS = {
-    "Add": "+", "Sub": "-", "Mul": "*", "Div": "/", "Power": "**", "Gt": ">", "Ge": ">=", "Lt": "<", "Le": "<=",
-    "Eq": "==", "Ne": "!=", "And": "&", "Or": "|",
-}  # fmt: skip
-LARGEST = 10**9  # rows of a shift or a window
-TAIL = 1e-6  # an exponential weight that is no longer looked at
-A_REACH = "(rows before, rows after), two whole numbers from 0 such as (5, 0)"
+    "Add": "+",
+    "Sub": "-",
+    "Mul": "*",
+    "Div": "/",
+    "Power": "**",
+    "Gt": ">",
+    "Ge": ">=",
+    "Lt": "<",
+    "Le": "<=",
+    "Eq": "==",
+    "Ne": "!=",
+    "And": "&",
+    "Or": "|",
+}
+MAX_ROWS = 10**9  # largest shift and longest window
+EMA_TAIL = 1e-6  # Qlib reads an exponential mean back to the row whose weight falls below this
+REACH_FORMAT = "(rows before, rows after), two whole numbers of at least 0 such as (5, 0)"
 
 
 @dataclass(frozen=True)
@@ -34,19 +45,21 @@ class ExpressionFunction:
     ----------
     name : str
     series : int
-        Leading arguments that are expressions.
+        Number of leading arguments that are expressions.
     settings : tuple of str
-        Trailing arguments that are written out: "window", "shift", "share" (0 to 1), "instrument", "number".
+        Kinds of the trailing arguments, which are constants: "window", "shift", "share" (0 to 1), "instrument" or
+        "number".
     form : str
-        How it is computed: "elementwise", "condition", "shift", "delta", "rolling", "pair", "other instrument", "user".
+        How it is computed: "elementwise", "condition", "shift", "delta", "rolling", "pair" (rolling over two series),
+        "other instrument" or "user" (registered).
     least : int
-        Shortest window.
+        Shortest window in rows.
     decays : bool
-        A window between 0 and 1 is the weight of the newest value of an exponential mean.
+        True if a window between 0 and 1 is allowed. It is the weight of the newest value of an exponential mean.
     reach : callable, optional
-        (settings) -> rows before and after; None follows from `form`.
+        reach(*settings) returns the rows read before and after the current one. None: derived from `form`.
     function : callable, optional
-        The Python function of a registered function.
+        The Python function behind a registered function.
     """
 
     name: str
@@ -59,34 +72,47 @@ class ExpressionFunction:
     function: Callable[..., Any] | None = None
 
     def widened(self, settings: tuple[Any, ...], inner: Reach) -> Reach:
-        """Reach of a call, given that of its arguments."""
+        """Rows that a call reads before and after the current one.
+
+        Parameters
+        ----------
+        settings : tuple
+            Constants of the call.
+        inner : (int, int)
+            Reach of its arguments.
+
+        Raises
+        ------
+        ConfigError
+            The reach of a registered function fails or does not return two whole numbers.
+        """
         before, after = inner
         if self.reach is not None:
             try:
-                own = self.reach(*settings)
+                rows = self.reach(*settings)
             except Exception as error:
                 raise ConfigError(
                     f"reach of function {self.name!r} failed for the settings {settings}: "
                     f"{type(error).__name__}: {error}"
                 ) from error
-            if not _is_reach(own):
+            if not _is_reach(rows):
                 raise ConfigError(
-                    f"reach of function {self.name!r} gave {shown(own)} for the settings {settings}; "
-                    f"it must give {A_REACH}."
+                    f"reach of function {self.name!r} returned {shown(rows)} for the settings {settings}; "
+                    f"it must return {REACH_FORMAT}."
                 )
-            return before + int(own[0]), after + int(own[1])
+            return before + int(rows[0]), after + int(rows[1])
         if self.form in ("shift", "delta"):
             rows = settings[0]
             return max(before + rows, before), max(after - rows, after)
         if self.form in ("rolling", "pair"):
             window = settings[0]
             if 0 < window < 1:
-                window = int(min(math.log(TAIL) / math.log1p(-window), LARGEST))
+                window = int(min(math.log(EMA_TAIL) / math.log1p(-window), MAX_ROWS))
             return before + max(window - 1, 0), after
         return before, after
 
     def from_the_first_row(self, settings: tuple[Any, ...]) -> bool:
-        """True if the value depends on the row at which the data begins, however long ago that is."""
+        """True if the value depends on all earlier rows, and therefore on the first row of the data."""
         if self.form in ("shift", "delta", "rolling", "pair"):
             return self.name == "EMA" or settings[0] == 0 or 0 < settings[0] < 1
         return False
@@ -141,21 +167,21 @@ def register_function(
     Parameters
     ----------
     name : str
-        How expressions call it. Registering a name again replaces it; the built-in ones stay.
+        The name in expressions. Registering a name again replaces the function; built-in functions cannot be replaced.
     function : callable
-        Called once per instrument with `series` arrays [L] of its rows, in order of time, and then the settings;
-        gives the L values. The arrays cannot be written to.
+        Called once per instrument with `series` read-only arrays [L] of its rows in order of time, followed by the
+        settings. It returns L values.
     series : int
         Number of leading arguments that are expressions.
     settings : int
         Number of trailing arguments that are numbers.
     reach : (int, int), or callable of the settings
-        Rows before and after the current one that the function looks at. More rows are read by it.
+        Rows before and after the current one that the function reads. Handlers load that many additional rows.
 
     Raises
     ------
     ConfigError
-        A name that is taken or is no name, numbers that make no sense.
+        The name is built in or is not an identifier, the function is not callable, or a number is out of range.
 
     Examples
     --------
@@ -171,19 +197,19 @@ def register_function(
     >>> unregister_function("Twice")
     """
     if not isinstance(name, str) or not name.isidentifier():
-        raise ConfigError(f"name of a function must be an identifier such as 'Alpha', got {shown(name)}.")
+        raise ConfigError(f"the name of a function must be an identifier such as 'Alpha', got {shown(name)}.")
     if name in BUILTIN:
-        raise ConfigError(f"function {name!r} is built in. Remedy: another name.")
+        raise ConfigError(f"function {name!r} is built in. Remedy: register it under another name.")
     if not callable(function):
         raise ConfigError(f"function {name!r} must be callable, got {shown(function)}.")
     for what, value, least in (("series", series, 1), ("settings", settings, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ConfigError(f"{what} of function {name!r} must be a whole number from {least}, got {value!r}.")
+            raise ConfigError(f"{what} of function {name!r} must be a whole number of at least {least}, got {value!r}.")
     if callable(reach):
         rows = reach
     else:
         if not _is_reach(reach):
-            raise ConfigError(f"reach of function {name!r} must be {A_REACH}, got {shown(reach)}.")
+            raise ConfigError(f"reach of function {name!r} must be {REACH_FORMAT}, got {shown(reach)}.")
         before, after = reach
 
         def rows(*_: object) -> Reach:
@@ -193,7 +219,7 @@ def register_function(
 
 
 def unregister_function(name: str) -> None:
-    """Take back what `register_function` did.
+    """Remove a function that was added with `register_function`.
 
     Parameters
     ----------
@@ -202,7 +228,12 @@ def unregister_function(name: str) -> None:
     Raises
     ------
     ConfigError
-        A built-in function, or an unknown name.
+        The name is unknown or built in.
+
+    Examples
+    --------
+    >>> register_function("Half", lambda x: x / 2)
+    >>> unregister_function("Half")
     """
     if name in BUILTIN or name not in FUNCTIONS:
         raise ConfigError(
@@ -212,25 +243,31 @@ def unregister_function(name: str) -> None:
 
 
 def check_setting(function: ExpressionFunction, kind: str, value: object) -> str | None:
-    """What is wrong with a written-out argument; None if nothing is."""
+    """The problem with a constant argument of a call, or None if it is valid.
+
+    >>> check_setting(FUNCTIONS["Ref"], "shift", 1.5)
+    'Ref(x, n) needs a whole number n, got 1.5'
+    """
+    name = function.name
     whole = isinstance(value, int) and not isinstance(value, bool)
     if kind == "instrument":
-        return None if isinstance(value, str) else f"{function.name} needs the name of an instrument in quotes"
+        return None if isinstance(value, str) else f"{name} needs the name of an instrument in quotes"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return f"{function.name} needs a number here"
-    if kind in ("shift", "window") and not abs(value) <= LARGEST:
-        return f"{function.name}(x, n): n goes up to {LARGEST:,}"
+        return f"{name} needs a number here, got {value}"
+    if kind in ("shift", "window") and not abs(value) <= MAX_ROWS:
+        return f"{name}(x, n): n is limited to {MAX_ROWS:,}, got {value}"
     if kind == "shift":
-        return None if whole else f"{function.name}(x, n) needs a whole number n"
+        return None if whole else f"{name}(x, n) needs a whole number n, got {value}"
     if kind == "window":
         if whole and (value == 0 or value >= function.least):
             return None
         if function.decays and isinstance(value, float) and 0 < value < 1:
             return None
-        share = ", or a weight between 0 and 1" if function.decays else ""
-        return f"{function.name} needs a whole number of rows from {function.least} (0: all rows so far){share}"
+        weight = ", or a weight between 0 and 1" if function.decays else ""
+        least = f"a whole number of rows of at least {function.least} (0: all rows so far)"
+        return f"{name} needs {least}{weight}, got {value}"
     if kind == "share":
-        return None if 0 <= value <= 1 else f"{function.name} needs a share from 0 to 1"
+        return None if 0 <= value <= 1 else f"{name} needs a share from 0 to 1, got {value}"
     return None
 
 

@@ -1,8 +1,8 @@
-"""Factors: expressions of Qlib's language over a panel, all of them in one pass.
+"""Factors: expressions of Qlib's language over the panel, all evaluated in one pass.
 
-Expressions are merged into one graph, so that what several of them share is computed once, and all windows of
-one function on one series are one sweep of a native kernel (`qfast.data.rolling`). The graph is run over a few
-instruments at a time, whose series stay in the cache; what leaves is the float32 table of the results.
+All expressions are merged into one graph, in which a shared part is computed once. All windows of one statistic over
+one series are a single pass of a native kernel (`qfast.data.rolling`). The graph runs over a few instruments at a time,
+whose series stay in the cache, and writes their rows of the float32 result.
 
     >>> import pandas as pd
     >>> from qfast.data.panel import Panel
@@ -31,7 +31,7 @@ from qfast.dates import DateLike
 
 __all__ = ["depends_on_the_start", "evaluate", "evaluate_all", "register_function", "unregister_function"]
 
-ROW_CHUNK = 1 << 15  # rows of one pass: their results and intermediate series fit the caches
+ROW_CHUNK = 1 << 15  # rows evaluated at a time; their results and intermediate series fit in the caches
 
 
 def evaluate(
@@ -41,18 +41,23 @@ def evaluate(
     extents: Mapping[str, Extent] | None = None,
     optional: Collection[str] = frozenset(),
 ) -> np.ndarray:
-    """Value of one expression at every row of a panel; arguments and errors as in `evaluate_all`.
+    """Value of one expression at every row of a panel.
 
     Parameters
     ----------
     text : str
-        For instance "Ref($close, -2) / Ref($close, -1) - 1".
+        For example "Ref($close, -2) / Ref($close, -1) - 1".
     panel, extents, optional
         As in `evaluate_all`.
 
     Returns
     -------
     float32 [R]
+
+    Raises
+    ------
+    ExpressionError, DataError
+        As in `evaluate_all`.
 
     Examples
     --------
@@ -79,45 +84,54 @@ def evaluate_all(
 ) -> np.ndarray:
     """Values of expressions at rows of a panel.
 
-    `Ref(x, n)` is the value n rows of the same instrument earlier (later for negative n), NaN where there is none;
-    a window of n is the last n rows, fewer where an instrument begins; missing values are left out of it.
+    `Ref(x, n)` is the value n rows of the same instrument earlier (later for negative n) and NaN where no such row
+    exists. A window of n is the last n rows, fewer at the start of an instrument. Windows ignore missing values.
 
     Parameters
     ----------
     texts : sequence of str
         C expressions.
     panel : Panel
-        `$name` is its column `name`, in whatever case.
+        `$name` is its column `name`; the case of letters does not matter.
     rows : int64 [M], optional
-        Panel rows wanted, ascending. Default: all R. Values look at all rows of the panel.
+        Ascending panel rows to compute. Default: all R. Every value may read all rows of the panel.
     extents : mapping, optional
-        Field -> rows in which that field is stored. Default: all rows of each instrument. A series
-        has no value outside the rows in which one of its fields is stored.
+        Field -> rows in which that field is stored. Default: all rows of each instrument. Outside the rows in which one
+        of its fields is stored, a series has no value.
     optional : collection of str
-        Fields that are NaN where the panel has no such column; any other missing field is an error.
+        Fields that are NaN if the panel lacks them. Any other missing field is an error.
     start_time : date-like, optional
-        The first day wanted. Only what looks back without end depends on it (EMA, a window of 0 rows): as in
-        the reference that begins as many rows before this day as the function's window has.
+        The first requested day. Like Qlib, EMA and windows of 0 rows start n - 1 rows before that day, so their values
+        depend on it. No other function does.
     others : mapping, optional
-        Prices of instruments that `Mask` names and the panel has not.
+        Prices of instruments that `Mask` names and the panel lacks, by name.
     out : float32 [M, C], optional
-        Written to, and returned.
+        Written to and returned.
 
     Returns
     -------
     float32 [M, C]
-        Computed like the reference: float32 fields, numbers do not widen them, windows in float64.
+        Types are those of Qlib: fields are float32, numbers do not widen them, windows are computed in float64.
 
     Raises
     ------
     ExpressionError
-        Not an expression, or a function that is not available; the message points at the place.
+        A text is not an expression, or calls a function that is not available. The message points at the place.
     DataError
-        A field or instrument that the data has not.
+        The data lacks a field or an instrument.
 
-    Source
-    ------
-    The expression engine of pyqlib 0.9.7 (qlib/data/ops.py).
+    Notes
+    -----
+    Source: the expression engine of pyqlib 0.9.7 (qlib/data/ops.py).
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> index = pd.MultiIndex.from_product([pd.date_range("2024-01-01", periods=2), ["A", "B"]],
+    ...                                    names=["datetime", "instrument"])
+    >>> panel = Panel.from_frame(pd.DataFrame({"close": [1.0, 2.0, 3.0, 6.0]}, index=index), group="price")
+    >>> evaluate_all(["Delta($close, 1)", "$close / Mask($close, 'A')"], panel, rows=np.array([1, 3])).tolist()
+    [[2.0, 1.0], [4.0, 2.0]]
     """
     rows = np.arange(panel.n_rows) if rows is None else rows
     if out is None:
@@ -128,22 +142,22 @@ def evaluate_all(
     begin = 0
     while begin < len(panel.instruments):
         end = int(np.searchsorted(bounds, bounds[begin] + ROW_CHUNK, side="right")) - 1
-        end = min(max(end, begin + torch.get_num_threads()), len(panel.instruments))  # threads share out instruments
+        # The rolling kernel runs one instrument per thread, so give every thread at least one.
+        end = min(max(end, begin + torch.get_num_threads()), len(panel.instruments))
         low, high = bounds[begin], bounds[end]
         first, stop = np.searchsorted(rows, [low, high])
         if first < stop:
-            wanted = rows[first:stop] - low
+            chunk_rows = rows[first:stop] - low
             chunk = Chunk(graph, masks, begin, end, bounds)
-            whole = len(wanted) == high - low
             with np.errstate(all="ignore"):
                 table = chunk.table()
-            out[first:stop] = (table if whole else table[:, wanted]).T
+            out[first:stop] = (table if len(chunk_rows) == high - low else table[:, chunk_rows]).T
         begin = end
     return out
 
 
 def depends_on_the_start(text: str) -> bool:
-    """True for an expression that looks back without end (EMA, a window of 0 rows): the first day of the data counts.
+    """True if an expression depends on all earlier rows (EMA, a window of 0 rows), and so on the first day of the data.
 
     >>> depends_on_the_start("EMA($close, 5)"), depends_on_the_start("Mean($close, 5)")
     (True, False)
