@@ -1,5 +1,5 @@
-// Stacked LSTM and GRU on the CPU: buffers and threads. Schemas: qfast/ops/recurrent.py; what is computed:
-// recurrent_cell.h, recurrent_kernels.h and recurrent_kernels_backward.h.
+// Stacked LSTM and GRU on the CPU: checks, buffers and threads. qfast/ops/recurrent.py contains the schemas,
+// recurrent_cell.h the cells, recurrent_kernels.h and recurrent_kernels_backward.h the kernels.
 #include "recurrent/recurrent.h"
 
 #include <cstring>
@@ -14,9 +14,10 @@ namespace {
 using host::GruCell;
 using host::LstmCell;
 
-constexpr int64_t kParts = 16;  // sums of weight gradients, each of a fixed part of the tiles
-constexpr int64_t kStreamedBytes = 8 << 20;
-constexpr int64_t kPartBytes = 128 << 20;  // that they may take together
+constexpr int64_t kParts = 16;  // parts of the tiles, each with its own sums of weight gradients
+constexpr int64_t kStreamedBytes =
+    8 << 20;                               // saved values of this size evict everything else from the caches
+constexpr int64_t kPartBytes = 128 << 20;  // limit on the memory of all sums
 
 auto forward_kernel(LstmCell, float) { return cpu_kernels().lstm_forward_f32; }
 auto forward_kernel(LstmCell, double) { return cpu_kernels().lstm_forward_f64; }
@@ -34,12 +35,14 @@ struct Forward {
   Tensor output, last_h, last_c, gates, carried;
 };
 
-// Windows of rows that follow each other share the products of their rows with the first layer's weights.
+// Returns whether the windows are consecutive rows, each shifted by one row. They then share the products of
+// their rows with the weights of the first layer.
 bool rolls(const Tensor& x, bool keep, bool drops) {
   return !keep && !drops && x.size(0) > 1 && x.size(1) > 1 && x.stride(0) == x.stride(1);
 }
 
-// Whether what is kept is better written past the caches: it would push everything else out.
+// Returns whether saved values are written with non-temporal stores. This pays if they would evict everything
+// else from the caches, and needs aligned rows.
 template <class Element>
 bool streams(const RecurrentJob<Element>& job) {
   const int64_t units = job.layer_count * job.steps * job.batch * job.hidden;
@@ -53,7 +56,7 @@ Sequence<Element> sequence_of(const Tensor& output) {
   return {output.mutable_data_ptr<Element>(), output.stride(0), output.stride(1), 1};
 }
 
-// Equal shares for the threads, each cut into equal tiles.
+// Divides the batch into equal shares for the threads, and each share into equal tiles.
 template <class Cell, class Element>
 void run_forward(RecurrentNetwork<Cell, Element>& network, const Tensor& like, bool rolling) {
   auto& job = network.job;
@@ -123,7 +126,8 @@ struct Backward {
   std::vector<Tensor> weights;
 };
 
-// The tiles in a fixed number of parts, whatever the number of threads, whose sums are added in order.
+// Divides the tiles into a fixed number of parts and adds the sums of the parts in order. The result
+// therefore does not depend on the number of threads.
 template <class Cell, class Element>
 std::vector<Tensor> run_backward(RecurrentNetwork<Cell, Element>& network, const Tensor& like) {
   const auto& job = network.job;
@@ -165,21 +169,22 @@ Backward backward(const char* op, const Entering& grads, const Tensor& x, const 
     const int64_t L = job.layer_count, B = job.batch, T = job.steps, H = job.hidden;
     check_shaped(op, "gates", gates, x, {L, T, B, 4, H});
     check_shaped(op, "kept", carried, x, {L, T, B, H});
-    const Tensor held_gates = torch::stable::contiguous(gates),
-                 held_carried = torch::stable::contiguous(carried);
-    job.gates = held_gates.mutable_data_ptr<Element>(),
-    job.carried = held_carried.mutable_data_ptr<Element>();
+    const Tensor contiguous_gates = torch::stable::contiguous(gates),
+                 contiguous_carried = torch::stable::contiguous(carried);
+    job.gates = contiguous_gates.mutable_data_ptr<Element>(),
+    job.carried = contiguous_carried.mutable_data_ptr<Element>();
     job.grad_h = network.state(op, "grad_h", grads.h, x),
     job.grad_c = network.state(op, "grad_c", grads.c, x);
-    Tensor entering;
+    Tensor grad_output;
     if (grads.output && all_steps) {
       check_shaped(op, "grad_output", *grads.output, x, {B, T, H});
-      entering = torch::stable::contiguous(*grads.output);
-      job.grad_output = {entering.const_data_ptr<Element>(), entering.stride(0), entering.stride(1), 1};
+      grad_output = torch::stable::contiguous(*grads.output);
+      job.grad_output = {grad_output.const_data_ptr<Element>(), grad_output.stride(0), grad_output.stride(1),
+                         1};
     } else if (grads.output) {
       check_shaped(op, "grad_output", *grads.output, x, {B, H});
-      entering = torch::stable::contiguous(*grads.output);
-      job.grad_last = entering.const_data_ptr<Element>();
+      grad_output = torch::stable::contiguous(*grads.output);
+      job.grad_last = grad_output.const_data_ptr<Element>();
     }
     out.grad_x = empty(x, {input_grad ? B : 0, T, x.size(2)});
     out.grad_h = empty(x, {state_grad ? L : 0, B, H});

@@ -1,22 +1,22 @@
-// The two recurrent cells, once for host and device: what becomes of a unit's four sums in a step, and the
-// gradient of that. Value is a vector of units on the CPU and one unit on CUDA; Math gives its sigmoid and
-// tanh. Included inside the namespace of the instruction set (or of the device).
+// The LSTM and GRU cells, shared by CPU and CUDA: the new state of a unit from its four sums, and the
+// gradients of the sums. Value is a vector of units on the CPU and one unit on CUDA. Math provides sigmoid
+// and tanh. This file is included inside the namespace of an instruction set or of the device.
 //
-// A unit has four sums a step. Products with W_ih go to the first kGates of them, products with W_hh to the
-// last kGates. What is kept of a step for the backward are four gates in the order of the sums and one
-// `carried` value: the cell c of the LSTM, the output h of the GRU.
+// A unit has four sums per step. Products with W_ih are added to the first kGates of them, products with W_hh
+// to the last kGates. Each step saves five values per unit for backward: four gates in the order of the sums,
+// and one `carried` value, which is the cell state c of the LSTM and the output h of the GRU.
 
-// Sums: input, forget, cell (tanh) and output gate, torch's order.
+// The sums are the input, forget, cell (tanh) and output gates, in torch's order.
 struct LstmCell {
   static constexpr int kGates = 4;  // blocks of rows in torch's weights
   static constexpr int kStates = 2;
   static constexpr bool kCarriesOutput = false;
 
-  // Block of torch's weights that belongs to a sum.
+  // Block of rows of torch's weights that belongs to a sum.
   static constexpr int input_block(int sum) { return sum; }
   static constexpr int hidden_block(int sum) { return sum; }
 
-  // From the sums and c to the gates, the new c and h.
+  // Computes the gates, the new c and h from the sums and the previous c.
   template <class Math, class Value>
   QFAST_DEVICE_INLINE void forward(const Value sums[4], Value gates[4], Value* carried, Value* h) {
     gates[0] = Math::sigmoid(sums[0]);
@@ -27,8 +27,9 @@ struct LstmCell {
     *h = gates[3] * Math::tanh(*carried);
   }
 
-  // `before`: c of the step before. `activated`: tanh of c of this step. grad_h: of this step's h, complete.
-  // grad_carried: of this step's c by way of the step after; becomes that of the step before.
+  // Computes the gradients of the sums. `before` is c of the previous step, `activated` is tanh of this
+  // step's c, and grad_h is the complete gradient of this step's h. On entry *grad_carried is the gradient of
+  // this step's c through the next step. On return it is the gradient of the previous step's c.
   template <class Value>
   QFAST_DEVICE_INLINE void backward(const Value gates[4], Value before, Value activated, Value grad_h,
                                     Value* grad_carried, Value grads[4]) {
@@ -42,8 +43,8 @@ struct LstmCell {
   }
 };
 
-// Sums: new gate (its input part), reset, update, and what reset multiplies: W_hn h + b_hn. The last is kept
-// as the fourth gate.
+// The sums are the input part of the new gate, reset, update, and W_hn h + b_hn, which reset multiplies. The
+// last is saved as the fourth gate.
 struct GruCell {
   static constexpr int kGates = 3;
   static constexpr int kStates = 1;
@@ -52,7 +53,7 @@ struct GruCell {
   static constexpr int input_block(int sum) { return sum == 0 ? 2 : sum - 1; }
   static constexpr int hidden_block(int sum) { return sum - 1; }
 
-  // From the sums and h to the gates and the new h.
+  // Computes the gates and the new h from the sums and the previous h.
   template <class Math, class Value>
   QFAST_DEVICE_INLINE void forward(const Value sums[4], Value gates[4], Value* carried, Value* h) {
     gates[1] = Math::sigmoid(sums[1]);
@@ -63,8 +64,9 @@ struct GruCell {
     *h = *carried;
   }
 
-  // `before`: h of the step before; `activated` is not used. grad_carried: of this step's h past W_hh;
-  // becomes that of the step before.
+  // Computes the gradients of the sums. `before` is h of the previous step; the third argument is not used.
+  // On entry *grad_carried is the gradient of this step's h that does not pass through W_hh. On return it is
+  // that gradient of the previous step's h.
   template <class Value>
   QFAST_DEVICE_INLINE void backward(const Value gates[4], Value before, Value, Value grad_h,
                                     Value* grad_carried, Value grads[4]) {

@@ -1,4 +1,4 @@
-// Checks of what the recurrent operators are given, for CPU and CUDA. Host only.
+// Argument checks of the recurrent operators, shared by CPU and CUDA. Host only.
 #pragma once
 
 #include <optional>
@@ -10,16 +10,16 @@ namespace qfast {
 
 using MaybeTensor = std::optional<Tensor>;
 
-// `gates`: blocks of H rows in the weights.
+// Checks x and the weights of all layers. `gates` is the number of blocks of H rows in a weight.
 inline void check_layers(const char* op, const Tensor& x, const std::vector<Tensor>& weights, int64_t gates) {
   check_floating(op, "x", x);
   check_dims(op, "x", x, 3, "[B, T, F]");
-  QFAST_CHECK(!weights.empty() && weights.size() % 4 == 0, op, ": weights: expected four a layer, got ",
-              weights.size(), ".");
+  QFAST_CHECK(!weights.empty() && weights.size() % 4 == 0, op,
+              ": weights: expected four tensors for each layer, got ", weights.size(), ".");
   check_dims(op, "weight_hh", weights[1], 2, "[gates * H, H]");
   const int64_t hidden = weights[1].size(1), rows = gates * hidden;
-  QFAST_CHECK(x.size(2) > 0 && hidden > 0, op, ": x: expected at least one feature and one unit, got ",
-              shape_text(x), " and ", shape_text(weights[1]), ".");
+  QFAST_CHECK(x.size(2) > 0 && hidden > 0, op, ": x: expected at least one feature and one unit, got x ",
+              shape_text(x), " and weight_hh ", shape_text(weights[1]), ".");
   for (size_t first = 0; first < weights.size(); first += 4) {
     const Tensor* const layer = &weights[first];
     check_shaped(op, "weight_ih", layer[0], x, {rows, first == 0 ? x.size(2) : hidden});

@@ -1,12 +1,14 @@
-// Stacked LSTM and GRU, all steps and layers of a tile of batch rows; see cpu_isa_body.h for what may stand
-// here.
+// Forward pass of stacked LSTM and GRU. cpu_isa_body.h includes this file once per instruction set and lists
+// the language features that it may use.
 //
-// A step of a layer is [rows, features + H] x [features + H, gates * H] and the cell. Weights are packed so
-// that the gates of a block of units lie side by side: a few rows of the block's four sums stay in registers
-// until they have become c and h. A thread owns whole tiles, whose state and the weights stay in the
-// second-level cache. Bound by multiply-adds: 2 * gates * H * (features + H) flops a row, step and layer,
-// beside five activations of a unit for the LSTM and three for the GRU (about 20 flops and a division each),
-// against 20 bytes a unit that are kept for the backward in float32.
+// A thread owns tiles of batch rows and computes all steps and layers of a tile. A step of a layer is the
+// product [rows, features + H] x [features + H, gates * H] followed by the cell. Weights are packed with the
+// gates of a block of units adjacent, so the four sums of a few rows of a block stay in registers until c and
+// h are computed. The state of a tile and the weights stay in the second-level cache.
+//
+// Saved for backward: four gates and one carried value per unit and step, 20 bytes in float32. Bound by
+// multiply-adds: 2 * gates * H * (features + H) flops per row, step and layer. A unit of the LSTM also needs
+// five activations, a unit of the GRU three, of about 20 flops and a division each.
 
 #if QFAST_VECTOR_BYTES == 64
 constexpr int kCellRows = 6;  // 32 registers: 6 x 4 sums, 4 columns, 1 broadcast
@@ -14,11 +16,12 @@ constexpr int kCellRows = 6;  // 32 registers: 6 x 4 sums, 4 columns, 1 broadcas
 constexpr int kCellRows = 3;  // 16 registers: 3 x 4 sums, 3 broadcasts, 1 column
 #endif
 
-constexpr int64_t kLongestSum = 256;  // products that one sum takes up one after the other
+constexpr int64_t kLongestSum = 256;  // products that one sum accumulates in order
 
-// Past the caches, if `streamed`: then `to` is aligned to whole vectors.
+// Stores a value that is saved for backward. If `streamed`, the store is non-temporal and `to` is aligned to
+// a vector.
 template <class Element>
-QFAST_ALWAYS_INLINE void keep(Element* to, Vector<Element> value, int64_t count, bool streamed) {
+QFAST_ALWAYS_INLINE void store_saved(Element* to, Vector<Element> value, int64_t count, bool streamed) {
 #if defined(__x86_64__)
   if (streamed) {
 #if QFAST_VECTOR_BYTES == 64
@@ -40,27 +43,27 @@ struct VectorMath {
   QFAST_ALWAYS_INLINE Vector<Element> tanh(Vector<Element> x) { return QFAST_ISA::tanh<Element>(x); }
 };
 
-// One step of one layer of a tile. Pointers are those of the tile's first row.
+// Arguments of one step of one layer of a tile. Pointers refer to the first row of the tile.
 template <class Element>
 struct LayerStep {
   int64_t hidden, stride, features;
-  const Element* input;  // features 0: its products are in `start`
+  const Element* input;  // not read if features is 0: its products are in `start`
   int64_t input_row, input_feature;
-  const Element* start;  // what the sums begin with, [block][4][lane], `start_row` from row to row
+  const Element* start;  // initial values of the sums, [block][4][lane], with row stride `start_row`
   int64_t start_row;
   const Element *input_weight, *hidden_weight;
-  const Element* h_before;  // null: zeros
+  const Element* h_before;  // null for zeros
   Element* h;
   const Element* carried_before;
   Element* carried;
-  Element *gates, *kept;  // [rows, 4, H] and [rows, H], or null
-  bool streamed;          // what is kept
-  Element* output;        // or null
+  Element *gates, *saved_carried;  // [rows, 4, H] and [rows, H] saved for backward, or null
+  bool streamed;                   // use non-temporal stores for `gates` and `saved_carried`
+  Element* output;                 // or null
   int64_t output_row;
 };
 
-// As add_columns. Long ones are taken in parts, each from 0: an error that grows with the length of a part
-// only.
+// The same as add_columns. Long sums are split into parts that start from 0, so the rounding error grows with
+// the length of a part only.
 template <bool Long, int First, int Count, class Element, int Rows>
 QFAST_ALWAYS_INLINE void add_long_columns(Sums<Element, Rows, 4>& sums, const Element* a, int64_t a_row,
                                           int64_t a_step, const Element* b, int64_t count) {
@@ -77,13 +80,14 @@ QFAST_ALWAYS_INLINE void add_long_columns(Sums<Element, Rows, 4>& sums, const El
   }
 }
 
+// Adds the products of the inputs with W_ih.
 template <bool Long, class Cell, class Element, int Rows>
 QFAST_ALWAYS_INLINE void add_inputs(Sums<Element, Rows, 4>& sums, const Element* input, int64_t row_stride,
                                     int64_t feature_stride, const Element* weight, int64_t features) {
   add_long_columns<Long, 0, Cell::kGates>(sums, input, row_stride, feature_stride, weight, features);
 }
 
-// What becomes of the sums of a block of units of some rows.
+// Computes the cells of a block of units from their sums and stores the results.
 template <class Cell, class Element, int Rows>
 QFAST_ALWAYS_INLINE void finish_cells(const LayerStep<Element>& step, const Sums<Element, Rows, 4>& sums,
                                       int64_t unit, int64_t row, int64_t count) {
@@ -100,11 +104,12 @@ QFAST_ALWAYS_INLINE void finish_cells(const LayerStep<Element>& step, const Sums
     if (step.gates == nullptr) continue;
 #pragma GCC unroll 4
     for (int64_t g = 0; g < 4; ++g)
-      keep<Element>(step.gates + (r * 4 + g) * H + unit, gates[g], count, step.streamed);
-    keep<Element>(step.kept + r * H + unit, carried, count, step.streamed);
+      store_saved<Element>(step.gates + (r * 4 + g) * H + unit, gates[g], count, step.streamed);
+    store_saved<Element>(step.saved_carried + r * H + unit, carried, count, step.streamed);
   }
 }
 
+// Computes a step of a block of units for `Rows` rows of the tile.
 template <bool Long, class Cell, class Element, int Rows>
 static void step_cells(const LayerStep<Element>& step, int64_t block, int64_t row) {
   constexpr int64_t lanes = kLanes<Element>, width = Cell::kGates * lanes;
@@ -124,7 +129,8 @@ static void step_cells(const LayerStep<Element>& step, int64_t block, int64_t ro
   finish_cells<Cell>(step, sums, block * lanes, row, smaller(lanes, step.hidden - block * lanes));
 }
 
-// Products of a row of x and the bias, [row][block][4][lane], for rows [0, rows) from `input` on.
+// Computes the bias plus the products of each row of x with W_ih, [row][block][4][lane], for `rows` rows from
+// `input`.
 template <bool Long, class Cell, class Element>
 static void project_rows(const RecurrentLayer<Element>& layer, int64_t blocks, const Element* input,
                          int64_t row_stride, int64_t feature_stride, int64_t rows, Element* out) {
@@ -149,7 +155,7 @@ static void project_rows(const RecurrentLayer<Element>& layer, int64_t blocks, c
   }
 }
 
-// rows of [rows, H], or zeros, as [row][stride] with zeros beyond H.
+// Copies [rows, H], or zeros if `from` is null, to [row][stride] with zeros beyond H.
 template <class Element>
 static void widen_rows(Element* to, int64_t stride, const Element* from, int64_t hidden, int64_t rows) {
   for (int64_t row = 0; row < rows; ++row)
@@ -157,23 +163,26 @@ static void widen_rows(Element* to, int64_t stride, const Element* from, int64_t
       to[row * stride + j] = from == nullptr || j >= hidden ? Element(0) : from[row * hidden + j];
 }
 
+// Copies the first H columns of [row][stride] to [rows, H].
 template <class Element>
 static void narrow_rows(Element* to, const Element* from, int64_t stride, int64_t hidden, int64_t rows) {
   for (int64_t row = 0; row < rows; ++row)
     __builtin_memcpy(to + row * hidden, from + row * stride, sizeof(Element) * hidden);
 }
 
-// Buffers of a tile: of each layer h twice, c (not for the GRU) and h after the dropout; then projected rows.
+// Buffers of a tile. Each layer has two for h, of even and odd steps, one for c (LSTM only) and one for h
+// after dropout. The products of the rows of x with W_ih follow.
 template <class Element>
 struct ForwardTile {
-  int64_t each, per_layer;
+  int64_t buffer_elements, per_layer;
   Element* space;
-  Element* h(int64_t layer, int64_t t) const { return space + layer * per_layer + (t & 1) * each; }
-  Element* cell(int64_t layer) const { return space + layer * per_layer + 2 * each; }
-  Element* given(int64_t layer) const { return space + layer * per_layer + 3 * each; }
+  Element* h(int64_t layer, int64_t t) const { return space + layer * per_layer + (t & 1) * buffer_elements; }
+  Element* cell(int64_t layer) const { return space + layer * per_layer + 2 * buffer_elements; }
+  Element* dropped(int64_t layer) const { return space + layer * per_layer + 3 * buffer_elements; }
   Element* projected(int64_t layers) const { return space + layers * per_layer; }
 };
 
+// Returns the arguments of step t of layer l.
 template <class Cell, class Element>
 static LayerStep<Element> layer_step(const RecurrentJob<Element>& job, const ForwardTile<Element>& tile,
                                      int64_t first, int64_t rows, int64_t l, int64_t t) {
@@ -186,7 +195,7 @@ static LayerStep<Element> layer_step(const RecurrentJob<Element>& job, const For
   step.input_row = job.x.row_stride, step.input_feature = job.x.feature_stride;
   step.start = layer.bias;
   if (l > 0) {
-    step.input = job.dropout.active ? tile.given(l - 1) : tile.h(l - 1, t);
+    step.input = job.dropout.active ? tile.dropped(l - 1) : tile.h(l - 1, t);
     step.input_row = job.stride, step.input_feature = 1;
   } else if (job.rolling) {
     step.features = 0, step.start_row = job.blocks * 4 * kLanes<Element>;
@@ -197,7 +206,7 @@ static LayerStep<Element> layer_step(const RecurrentJob<Element>& job, const For
   step.h = tile.h(l, t);
   step.carried_before = Cell::kCarriesOutput ? tile.h(l, t - 1) : tile.cell(l);
   step.carried = Cell::kCarriesOutput ? step.h : tile.cell(l);
-  if (job.gates != nullptr) step.gates = job.gates + at * 4 * H, step.kept = job.carried + at * H;
+  if (job.gates != nullptr) step.gates = job.gates + at * 4 * H, step.saved_carried = job.carried + at * H;
   step.streamed = job.streamed;
   if (top && job.output.data != nullptr) {
     step.output = job.output.data + first * job.output.row_stride + t * job.output.step_stride;
@@ -207,6 +216,7 @@ static LayerStep<Element> layer_step(const RecurrentJob<Element>& job, const For
   return step;
 }
 
+// Computes all steps and layers of the rows [first, first + rows).
 template <bool Long, class Cell, class Element>
 static void forward_tile(const RecurrentJob<Element>& job, int64_t first, int64_t rows,
                          const ForwardTile<Element>& tile) {
@@ -231,9 +241,9 @@ static void forward_tile(const RecurrentJob<Element>& job, int64_t first, int64_
         for_row_tiles<kCellRows>(
             rows, [&]<int Rows>(int64_t row) { step_cells<Long, Cell, Element, Rows>(step, block, row); });
       if (!job.dropout.active || l + 1 == job.layer_count) continue;
-      __builtin_memcpy(tile.given(l), step.h, sizeof(Element) * rows * job.stride);
+      __builtin_memcpy(tile.dropped(l), step.h, sizeof(Element) * rows * job.stride);
       const Place place{first, 0, static_cast<int32_t>(l), static_cast<int32_t>(t)};
-      drop<Element>(job.dropout, place, rows, H, tile.given(l), job.stride);
+      drop<Element>(job.dropout, place, rows, H, tile.dropped(l), job.stride);
     }
   }
   for (int64_t l = 0; l < job.layer_count; ++l) {
@@ -244,11 +254,12 @@ static void forward_tile(const RecurrentJob<Element>& job, int64_t first, int64_
   }
 }
 
-// Rows [begin, end) of the batch; `begin` divides by 4.
+// Computes rows [begin, end) of the batch. `begin` is a multiple of 4, the number of rows that share dropout
+// words.
 template <class Cell, class Element>
 static void forward_rows(const RecurrentJob<Element>& job, int64_t begin, int64_t end, Element* scratch) {
-  const int64_t each = job.tile_rows * job.stride;
-  const ForwardTile<Element> tile{each, 4 * each, scratch};
+  const int64_t buffer_elements = job.tile_rows * job.stride;
+  const ForwardTile<Element> tile{buffer_elements, 4 * buffer_elements, scratch};
   const bool is_long = job.hidden > kLongestSum || job.layers[0].features > kLongestSum;
   for (int64_t first = begin; first < end; first += job.tile_rows) {
     const int64_t rows = smaller(job.tile_rows, end - first);

@@ -1,56 +1,60 @@
-// Gradients of stacked LSTM and GRU, a tile of batch rows through all steps backwards; see cpu_isa_body.h for
-// what may stand here.
+// Backward pass of stacked LSTM and GRU. cpu_isa_body.h includes this file once per instruction set and lists
+// the language features that it may use.
 //
-// At a step, from the top layer down: the gradients of the four sums of every unit, then their products with
-// the weights turned over, which are the gradients of the h before and of the layer's input. The sums'
-// gradients of a few steps are collected for one product with the inputs of these steps: the gradients of
-// the weights. tanh(c) and the LSTM's h are computed again from what is kept. Each part of the rows adds its
-// tiles in order to sums of its own. Bound by multiply-adds: 4 * gates * H * (features + H) flops a row, step
-// and layer (a quarter less for the first layer where x wants no gradient), against 20 bytes read a unit in
-// float32.
+// A thread owns parts of the batch and computes the tiles of a part in order, each from the last step to the
+// first. A step goes from the top layer down. It computes the gradients of the four sums of every unit. Their
+// products with the transposed weights are the gradients of the previous h and of the layer's input. The
+// gradients of the sums of a few steps are collected for one product with the inputs of these steps, which is
+// added to the part's weight gradients.
+//
+// tanh(c) and the LSTM's h are computed again from the saved gates and carried values. Bound by
+// multiply-adds: 4 * gates * H * (features + H) flops per row, step and layer, and a quarter less for the
+// first layer if x needs no gradient. 20 bytes per unit are read in float32.
 
-// Rows of weight gradients (inputs of a layer) whose sums fill the registers.
+// Number of rows of a weight gradient (inputs of a layer) whose sums fill the registers.
 template <class Cell>
 constexpr int kInputRows = kPanelVectors == 4 ? (Cell::kGates == 4 ? 6 : 8) : (Cell::kGates == 4 ? 3 : 4);
 
-// Buffers of a layer of a tile, [rows][stride] each. Steps of a chunk have a slot each in the rings.
+// Buffers of a layer of a tile, [rows][stride] each. `outputs`, `dropped` and `sums` are ring buffers with a
+// slot for every step of a chunk.
 template <class Element>
 struct BackwardLayer {
-  Element* grad_h;        // by way of the step after
-  Element* grad_carried;  // likewise
-  Element* entering;      // gradient of this step's h from the layer above
+  Element* grad_h;        // gradient of this step's h through the next step
+  Element* grad_carried;  // gradient of the carried value through the next step
+  Element* grad_above;    // gradient of this step's h from the layer above
   Element* activated;     // tanh(c) of the step
-  Element* outputs;       // LSTM: h of chunk_steps + 1 steps, made again
-  Element* given;         // h after the dropout, of chunk_steps steps
+  Element* outputs;       // h of chunk_steps + 1 steps, computed again (LSTM only)
+  Element* dropped;       // h after dropout, of chunk_steps steps
   Element* sums;          // gradients of the sums, [chunk_steps][rows][sum_stride]
 };
 
 template <class Element>
 struct BackwardTile {
   int64_t first, rows;
-  int64_t each;        // elements of a buffer
-  int64_t sum_stride;  // from row to row of `sums`
+  int64_t buffer_elements;  // elements of a buffer
+  int64_t sum_stride;       // row stride of `sums`
   int64_t chunk;
   const BackwardLayer<Element>* layers;
-  int64_t step_sums;  // elements from step to step of `sums`
+  int64_t step_sums;  // step stride of `sums`
 
   Element* sums(int64_t layer, int64_t t) const { return layers[layer].sums + t % chunk * step_sums; }
 };
 
-// Where h of a step of a layer is read for the tile: rows `row_stride` apart. Null: zeros.
+// Location of the rows of a tile, for example h of a step of a layer. Null data means zeros.
 template <class Element>
 struct ReadRows {
   const Element* data;
   int64_t row_stride, feature_stride;
 };
 
+// Offset of row `first` in the saved carried values of a step, in elements.
 template <class Element>
-QFAST_ALWAYS_INLINE int64_t kept_at(const RecurrentJob<Element>& job, int64_t layer, int64_t t,
-                                    int64_t first) {
+QFAST_ALWAYS_INLINE int64_t saved_offset(const RecurrentJob<Element>& job, int64_t layer, int64_t t,
+                                         int64_t first) {
   return ((layer * job.steps + t) * job.batch + first) * job.hidden;
 }
 
-// h of step t (-1: before the first) of a layer.
+// Returns h of step t of a layer, the initial h for t = -1.
 template <class Cell, class Element>
 static ReadRows<Element> output_rows(const RecurrentJob<Element>& job, const BackwardTile<Element>& tile,
                                      int64_t layer, int64_t t) {
@@ -59,13 +63,13 @@ static ReadRows<Element> output_rows(const RecurrentJob<Element>& job, const Bac
     return {job.first_h + (layer * job.batch + tile.first) * job.hidden, job.hidden, 1};
   }
   if constexpr (Cell::kCarriesOutput) {
-    return {job.carried + kept_at(job, layer, t, tile.first), job.hidden, 1};
+    return {job.carried + saved_offset(job, layer, t, tile.first), job.hidden, 1};
   } else {
-    return {tile.layers[layer].outputs + t % (tile.chunk + 1) * tile.each, job.stride, 1};
+    return {tile.layers[layer].outputs + t % (tile.chunk + 1) * tile.buffer_elements, job.stride, 1};
   }
 }
 
-// What a layer read at step t.
+// Returns the input of a layer at step t.
 template <class Cell, class Element>
 static ReadRows<Element> input_rows(const RecurrentJob<Element>& job, const BackwardTile<Element>& tile,
                                     int64_t layer, int64_t t) {
@@ -73,11 +77,12 @@ static ReadRows<Element> input_rows(const RecurrentJob<Element>& job, const Back
     return {job.x.data + tile.first * job.x.row_stride + t * job.x.step_stride, job.x.row_stride,
             job.x.feature_stride};
   }
-  if (job.dropout.active) return {tile.layers[layer - 1].given + t % tile.chunk * tile.each, job.stride, 1};
+  if (job.dropout.active)
+    return {tile.layers[layer - 1].dropped + t % tile.chunk * tile.buffer_elements, job.stride, 1};
   return output_rows<Cell>(job, tile, layer - 1, t);
 }
 
-// out[rows][columns] = gradients of the sums x turned weights.
+// out[rows][columns] = gradients of the sums x transposed weights.
 template <class Cell, int First, class Element>
 static void turned_product(const RecurrentJob<Element>& job, const Element* sums, int64_t sum_stride,
                            const Element* turned, int64_t width, int64_t columns, int64_t rows, Element* out,
@@ -108,7 +113,7 @@ static void turned_product(const RecurrentJob<Element>& job, const Element* sums
   }
 }
 
-// sum[block][input][gate][lane] += inputs^T x gradients of the sums, over the rows of `steps` steps.
+// sum[block][input][gate][lane] += inputs^T x gradients of the sums, over the rows of steps [begin, end).
 template <class Cell, int First, class Element>
 static void add_weight_sums(const RecurrentJob<Element>& job, const BackwardTile<Element>& tile,
                             int64_t layer, int64_t begin, int64_t end, int64_t features, bool hidden,
@@ -136,6 +141,7 @@ static void add_weight_sums(const RecurrentJob<Element>& job, const BackwardTile
   }
 }
 
+// sum[block][sum][lane] += gradients of the sums, over the rows of steps [begin, end).
 template <class Element>
 static void add_bias_sums(const RecurrentJob<Element>& job, const BackwardTile<Element>& tile, int64_t layer,
                           int64_t begin, int64_t end, Element* sum) {
@@ -157,35 +163,38 @@ static void add_bias_sums(const RecurrentJob<Element>& job, const BackwardTile<E
   }
 }
 
-// Gradients of the sums of step t of a layer, and h of the step before once more (LSTM). `entering`: the
-// gradient of h from outside, rows `entering_stride` apart, or null.
+// Computes the gradients of the sums of step t of a layer, and for the LSTM h of the previous step.
+// `grad_above` is the gradient of h from the layer above or from the output, with row stride
+// `grad_above_stride`, or null.
 template <class Cell, class Element>
 static void cell_gradients(const RecurrentJob<Element>& job, const BackwardTile<Element>& tile, int64_t l,
-                           int64_t t, const Element* entering, int64_t entering_stride) {
+                           int64_t t, const Element* grad_above, int64_t grad_above_stride) {
   constexpr int64_t lanes = kLanes<Element>;
   const BackwardLayer<Element>& layer = tile.layers[l];
   const int64_t H = job.hidden, stride = job.stride;
-  const Element* const gates_now = job.gates + kept_at(job, l, t, tile.first) * 4;
+  const Element* const saved_gates = job.gates + saved_offset(job, l, t, tile.first) * 4;
   const Element* const first = Cell::kCarriesOutput ? job.first_h : job.first_c;
-  const Element* before_all = nullptr;
+  const Element* carried_before = nullptr;
   if (t > 0) {
-    before_all = job.carried + kept_at(job, l, t - 1, tile.first);
+    carried_before = job.carried + saved_offset(job, l, t - 1, tile.first);
   } else if (first != nullptr) {
-    before_all = first + (l * job.batch + tile.first) * H;
+    carried_before = first + (l * job.batch + tile.first) * H;
   }
-  const Element* const gates_before = t == 0 ? nullptr : job.gates + kept_at(job, l, t - 1, tile.first) * 4;
-  Element* const output = layer.outputs + (t + tile.chunk) % (tile.chunk + 1) * tile.each;  // of t - 1
+  const Element* const previous_gates =
+      t == 0 ? nullptr : job.gates + saved_offset(job, l, t - 1, tile.first) * 4;
+  Element* const output =
+      layer.outputs + (t + tile.chunk) % (tile.chunk + 1) * tile.buffer_elements;  // of t - 1
   Element* const sums = tile.sums(l, t);
   for (int64_t row = 0; row < tile.rows; ++row) {
     for (int64_t j = 0; j < H; j += lanes) {
       const int64_t count = smaller(lanes, H - j), at = row * stride + j;
       Vector<Element> gates[4], grads[4];
 #pragma GCC unroll 4
-      for (int g = 0; g < 4; ++g) gates[g] = load<Element>(gates_now + (row * 4 + g) * H + j, count);
+      for (int g = 0; g < 4; ++g) gates[g] = load<Element>(saved_gates + (row * 4 + g) * H + j, count);
       const Vector<Element> before =
-          before_all == nullptr ? Vector<Element>{} : load<Element>(before_all + row * H + j, count);
+          carried_before == nullptr ? Vector<Element>{} : load<Element>(carried_before + row * H + j, count);
       Vector<Element> grad_h = load<Element>(layer.grad_h + at, lanes);
-      if (entering != nullptr) grad_h += load<Element>(entering + row * entering_stride + j, count);
+      if (grad_above != nullptr) grad_h += load<Element>(grad_above + row * grad_above_stride + j, count);
       Vector<Element> grad_carried = load<Element>(layer.grad_carried + at, lanes);
       const Vector<Element> activated = load<Element>(layer.activated + at, lanes);
       Cell::backward(gates, before, activated, grad_h, &grad_carried, grads);
@@ -194,16 +203,17 @@ static void cell_gradients(const RecurrentJob<Element>& job, const BackwardTile<
       for (int g = 0; g < 4; ++g)
         store<Element>(sums + row * tile.sum_stride + j * 4 + g * lanes, grads[g], lanes);
       if constexpr (!Cell::kCarriesOutput) {
-        if (gates_before == nullptr) continue;
-        const Vector<Element> now = tanh<Element>(before);
-        store<Element>(layer.activated + at, now, lanes);
-        store<Element>(output + at, now * load<Element>(gates_before + (row * 4 + 3) * H + j, count), lanes);
+        if (previous_gates == nullptr) continue;
+        const Vector<Element> tanh_cell = tanh<Element>(before);
+        store<Element>(layer.activated + at, tanh_cell, lanes);
+        store<Element>(output + at, tanh_cell * load<Element>(previous_gates + (row * 4 + 3) * H + j, count),
+                       lanes);
       }
     }
   }
 }
 
-// Buffers as they are before the last step.
+// Initializes the buffers of a layer for the last step.
 template <class Cell, class Element>
 static void begin_layer(const RecurrentJob<Element>& job, const BackwardTile<Element>& tile, int64_t l) {
   constexpr int64_t lanes = kLanes<Element>;
@@ -218,58 +228,61 @@ static void begin_layer(const RecurrentJob<Element>& job, const BackwardTile<Ele
                       tile.rows);
   if constexpr (!Cell::kCarriesOutput) {
     if (job.steps == 0) return;
-    const int64_t t = job.steps - 1, kept = kept_at(job, l, t, tile.first);
-    Element* const output = layer.outputs + t % (tile.chunk + 1) * tile.each;
+    const int64_t t = job.steps - 1, offset = saved_offset(job, l, t, tile.first);
+    Element* const output = layer.outputs + t % (tile.chunk + 1) * tile.buffer_elements;
     for (int64_t row = 0; row < tile.rows; ++row)
       for (int64_t j = 0; j < H; j += lanes) {
         const int64_t count = smaller(lanes, H - j), place = row * stride + j;
-        const Vector<Element> now = tanh<Element>(load<Element>(job.carried + kept + row * H + j, count));
-        const Vector<Element> gate = load<Element>(job.gates + (kept + row * H) * 4 + 3 * H + j, count);
-        store<Element>(layer.activated + place, now, lanes);
-        store<Element>(output + place, now * gate, lanes);
+        const Vector<Element> tanh_cell =
+            tanh<Element>(load<Element>(job.carried + offset + row * H + j, count));
+        const Vector<Element> gate = load<Element>(job.gates + (offset + row * H) * 4 + 3 * H + j, count);
+        store<Element>(layer.activated + place, tanh_cell, lanes);
+        store<Element>(output + place, tanh_cell * gate, lanes);
       }
   }
 }
 
-// h of step t after the dropout, as the layer above read it, and the gradient that comes back through it.
+// Computes h of step t after dropout, which is the input of the layer above, and applies the mask to its
+// gradient.
 template <class Cell, class Element>
 static void pass_dropout(const RecurrentJob<Element>& job, const BackwardTile<Element>& tile, int64_t l,
                          int64_t t) {
   const BackwardLayer<Element>& layer = tile.layers[l];
   const Place place{tile.first, 0, static_cast<int32_t>(l), static_cast<int32_t>(t)};
   const ReadRows<Element> output = output_rows<Cell>(job, tile, l, t);
-  Element* const given = layer.given + t % tile.chunk * tile.each;
+  Element* const dropped = layer.dropped + t % tile.chunk * tile.buffer_elements;
   for (int64_t row = 0; row < tile.rows; ++row)
-    __builtin_memcpy(given + row * job.stride, output.data + row * output.row_stride,
+    __builtin_memcpy(dropped + row * job.stride, output.data + row * output.row_stride,
                      sizeof(Element) * job.hidden);
-  drop<Element>(job.dropout, place, tile.rows, job.hidden, given, job.stride);
-  drop<Element>(job.dropout, place, tile.rows, job.hidden, layer.entering, job.stride);
+  drop<Element>(job.dropout, place, tile.rows, job.hidden, dropped, job.stride);
+  drop<Element>(job.dropout, place, tile.rows, job.hidden, layer.grad_above, job.stride);
 }
 
+// Computes the gradients of step t of layer l.
 template <class Cell, class Element>
 static void backward_step(const RecurrentJob<Element>& job, const BackwardTile<Element>& tile, int64_t l,
                           int64_t t) {
   constexpr int kFirstHidden = 4 - Cell::kGates;
   const BackwardLayer<Element>& layer = tile.layers[l];
   const RecurrentLayer<Element>& weights = job.layers[l];
-  const Element* entering = nullptr;
-  int64_t entering_stride = 0;
+  const Element* grad_above = nullptr;
+  int64_t grad_above_stride = 0;
   if (l + 1 < job.layer_count) {
     if (job.dropout.active) pass_dropout<Cell>(job, tile, l, t);
-    entering = layer.entering, entering_stride = job.stride;
+    grad_above = layer.grad_above, grad_above_stride = job.stride;
   } else if (job.grad_output.data != nullptr) {
-    entering =
+    grad_above =
         job.grad_output.data + tile.first * job.grad_output.row_stride + t * job.grad_output.step_stride;
-    entering_stride = job.grad_output.row_stride;
+    grad_above_stride = job.grad_output.row_stride;
   }
-  cell_gradients<Cell>(job, tile, l, t, entering, entering_stride);
+  cell_gradients<Cell>(job, tile, l, t, grad_above, grad_above_stride);
   const Element* const sums = tile.sums(l, t);
   if (t > 0 || job.grad_first_h != nullptr)
     turned_product<Cell, kFirstHidden>(job, sums, tile.sum_stride, weights.hidden_turned, job.hidden_width,
                                        job.hidden, tile.rows, layer.grad_h, job.stride);
   if (l > 0) {
     turned_product<Cell, 0>(job, sums, tile.sum_stride, weights.input_turned, weights.input_width, job.hidden,
-                            tile.rows, tile.layers[l - 1].entering, job.stride);
+                            tile.rows, tile.layers[l - 1].grad_above, job.stride);
   } else if (job.grad_x != nullptr) {
     const int64_t features = weights.features;
     turned_product<Cell, 0>(job, sums, tile.sum_stride, weights.input_turned, weights.input_width, features,
@@ -278,6 +291,7 @@ static void backward_step(const RecurrentJob<Element>& job, const BackwardTile<E
   }
 }
 
+// Computes the gradients of all steps and layers of a tile and adds the weight gradients to `total`.
 template <class Cell, class Element>
 static void backward_tile(const RecurrentJob<Element>& job, const BackwardTile<Element>& tile,
                           Element* total) {
@@ -306,28 +320,30 @@ static void backward_tile(const RecurrentJob<Element>& job, const BackwardTile<E
   }
 }
 
-// Rows [begin, end) of the batch, a part; `begin` divides by 4. Adds to `total`. A layer's buffers follow
-// each other in the scratch, RecurrentJob::layer_scratch elements a layer, behind one BackwardLayer for each.
+// Computes the gradients of rows [begin, end), which are one part of the batch, and adds the weight gradients
+// to `total`. `begin` is a multiple of 4, the number of rows that share dropout words. The scratch contains
+// one BackwardLayer for each layer, followed by RecurrentJob::layer_scratch elements of buffers for each
+// layer.
 template <class Cell, class Element>
 static void backward_rows(const RecurrentJob<Element>& job, int64_t begin, int64_t end, Element* scratch,
                           Element* total) {
-  const int64_t chunk = job.chunk_steps, each = job.tile_rows * job.stride;
+  const int64_t chunk = job.chunk_steps, buffer_elements = job.tile_rows * job.stride;
   auto* const layers = reinterpret_cast<BackwardLayer<Element>*>(scratch);
   Element* const space = scratch + job.layer_count * job.header_elements;
   for (int64_t l = 0; l < job.layer_count; ++l) {
     Element* const at = space + l * job.layer_scratch;
     layers[l] = {at,
-                 at + each,
-                 at + 2 * each,
-                 at + 3 * each,
-                 at + 4 * each,
-                 at + (5 + chunk) * each,
-                 at + (5 + 2 * chunk) * each};
+                 at + buffer_elements,
+                 at + 2 * buffer_elements,
+                 at + 3 * buffer_elements,
+                 at + 4 * buffer_elements,
+                 at + (5 + chunk) * buffer_elements,
+                 at + (5 + 2 * chunk) * buffer_elements};
   }
   for (int64_t first = begin; first < end; first += job.tile_rows) {
     const int64_t rows = smaller(job.tile_rows, end - first);
     const BackwardTile<Element> tile{
-        first, rows, each, job.sum_stride, chunk, layers, job.tile_rows * job.sum_stride};
+        first, rows, buffer_elements, job.sum_stride, chunk, layers, job.tile_rows * job.sum_stride};
     backward_tile<Cell>(job, tile, total);
   }
 }

@@ -1,5 +1,5 @@
-// What the kernels of stacked recurrent layers are given: checked tensors, packed weights and where
-// everything lies. Host only.
+// Host side of the recurrent kernels: checks the tensors, packs the weights and computes the sizes and
+// offsets of all buffers. Host only.
 #pragma once
 
 #include <algorithm>
@@ -20,14 +20,15 @@ namespace host {
 #include "recurrent/recurrent_cell.h"
 }
 
-constexpr int64_t kRecurrentRowStep =
-    12;  // rows of a tile: a multiple fills the registers and groups of the dropout
+// A multiple of this many rows fills the registers and the groups of 4 rows that share dropout words.
+constexpr int64_t kRecurrentRowStep = 12;
 constexpr int64_t kRecurrentMostRows = 48;
-constexpr int64_t kChunkSumBytes = 128
-                                   << 10;  // gradients of the sums of a layer of a tile that are collected
+// Size limit of the gradients of the sums that a layer of a tile collects before one product with its inputs.
+constexpr int64_t kChunkSumBytes = 128 << 10;
 constexpr int64_t kMostChunkSteps = 4;
 
-// Fixed by the sizes, so that sums of gradients have the same order with any number of threads.
+// Returns the rows of a tile. They depend on the sizes only, so the sums of gradients have the same order for
+// any number of threads.
 inline int64_t even_tile_rows(int64_t rows) {
   const int64_t tiles = std::max<int64_t>(1, (rows + kRecurrentMostRows - 1) / kRecurrentMostRows);
   return std::max(kRecurrentRowStep, rounded_up((rows + tiles - 1) / tiles, kRecurrentRowStep));
@@ -55,12 +56,12 @@ class RecurrentNetwork {
     job.tile_rows = even_tile_rows(job.batch);
   }
 
-  // A contiguous [L, B, H] that lives as long as this, or null.
+  // Returns the data of a contiguous copy [L, B, H], which this object owns, or null.
   const Element* state(const char* op, const char* name, const MaybeTensor& tensor, const Tensor& x) {
     if (!tensor) return nullptr;
     check_shaped(op, name, *tensor, x, {job.layer_count, job.batch, job.hidden});
-    held_.push_back(torch::stable::contiguous(*tensor));
-    return held_.back().const_data_ptr<Element>();
+    states_.push_back(torch::stable::contiguous(*tensor));
+    return states_.back().const_data_ptr<Element>();
   }
 
   void prepare_forward(bool rolling) {
@@ -92,11 +93,11 @@ class RecurrentNetwork {
     job.chunk_steps = std::clamp<int64_t>(kChunkSumBytes / step_bytes, 1, kMostChunkSteps);
     job.layer_scratch =
         job.tile_rows * ((5 + 2 * job.chunk_steps) * job.stride + job.chunk_steps * job.sum_stride);
-    job.header_elements = 64;  // more than a layer's pointers take
+    job.header_elements = 64;  // enough for the pointers of a layer
     scratch_elements = job.layer_count * (job.header_elements + job.layer_scratch);
   }
 
-  // Gradients of the weights of all layers out of the sums of a part.
+  // Returns the gradients of the weights of all layers from the sums of a part.
   std::vector<Tensor> weight_gradients(const Element* sums) const {
     std::vector<Tensor> grads;
     for (int64_t l = 0; l < job.layer_count; ++l) {
@@ -110,28 +111,30 @@ class RecurrentNetwork {
   }
 
   RecurrentJob<Element> job{};
-  int64_t scratch_elements = 0;  // of one worker
-  int64_t sum_elements = 0;      // gradients of all weights
+  int64_t scratch_elements = 0;  // elements of scratch of one worker
+  int64_t sum_elements = 0;      // elements of the gradient sums of all weights
 
  private:
+  // Width of equal panels of at most as many vectors as the registers hold.
   int64_t panel_width(int64_t columns) const {
     const int64_t most = (cpu_kernels().vector_bytes == 64 ? 4 : 2) * lanes_;
     const int64_t count = (columns + most - 1) / most;
     return rounded_up((columns + count - 1) / count, lanes_);
   }
 
-  // Row of torch's weights of unit `unit` for the gate at place `gate` among those packed side by side.
+  // Row of torch's weight for a unit and the gate at position `gate` of the packed gates.
   int64_t row_of(bool input, int64_t gate, int64_t unit) const {
     const int sum = static_cast<int>(gate + (input ? 0 : 4 - Cell::kGates));
     return (input ? Cell::input_block(sum) : Cell::hidden_block(sum)) * job.hidden + unit;
   }
 
-  Element* room(int64_t elements) {
+  // Returns a new buffer of zeros, which this object owns.
+  Element* new_buffer(int64_t elements) {
     packed_.emplace_back(elements, Element(0));
     return packed_.back().data();
   }
 
-  // body(block, gate, lane, row) for all rows of torch's weights.
+  // Calls body(block, gate, lane, row) for all rows of torch's weights.
   template <class Body>
   void for_gate_rows(bool input, const Body& body) const {
     for (int64_t gate = 0; gate < Cell::kGates; ++gate)
@@ -139,12 +142,13 @@ class RecurrentNetwork {
         body(unit / lanes_, gate, unit % lanes_, row_of(input, gate, unit));
   }
 
-  // A square of columns and lanes at a time: both sides then stay in the first-level cache.
+  // Packs a weight as [block][input][gate][lane]. It works on squares of columns and lanes, so both sides
+  // stay in the first-level cache.
   const Element* pack(const Tensor& weight, bool input) {
     constexpr int64_t kSquare = 16;
     const int64_t columns = weight.size(1), gates = Cell::kGates * lanes_;
     const Element* const from = weight.const_data_ptr<Element>();
-    Element* const to = room(job.blocks * columns * gates);
+    Element* const to = new_buffer(job.blocks * columns * gates);
     for (int64_t first = 0; first < job.hidden; first += lanes_)
       for (int64_t gate = 0; gate < Cell::kGates; ++gate)
         for (int64_t begin = 0; begin < columns; begin += kSquare) {
@@ -158,8 +162,9 @@ class RecurrentNetwork {
     return to;
   }
 
+  // Packs the sum of both biases as [block][4 sums][lane].
   const Element* pack_bias(const Tensor& input, const Tensor& hidden) {
-    Element* const to = room(job.blocks * 4 * lanes_);
+    Element* const to = new_buffer(job.blocks * 4 * lanes_);
     const auto add = [&](const Element* from, bool is_input) {
       const int64_t first = is_input ? 0 : 4 - Cell::kGates;
       for_gate_rows(is_input, [&](int64_t block, int64_t gate, int64_t lane, int64_t row) {
@@ -171,11 +176,12 @@ class RecurrentNetwork {
     return to;
   }
 
+  // Packs a transposed weight as [panel][block][gate][lane][column].
   const Element* turn(const Tensor& weight, bool input, int64_t width) {
     const int64_t columns = weight.size(1), panels = (columns + width - 1) / width,
                   gates = Cell::kGates * lanes_;
     const Element* const from = weight.const_data_ptr<Element>();
-    Element* const to = room(panels * job.blocks * gates * width);
+    Element* const to = new_buffer(panels * job.blocks * gates * width);
     for_gate_rows(input, [&](int64_t block, int64_t gate, int64_t lane, int64_t row) {
       for (int64_t panel = 0; panel < panels; ++panel) {
         const int64_t count = std::min(width, columns - panel * width);
@@ -186,6 +192,7 @@ class RecurrentNetwork {
     return to;
   }
 
+  // Returns a gradient in torch's layout from sums in the layout of `pack`.
   Tensor unpack(const Tensor& like, const Element* sums, bool input) const {
     const int64_t columns = like.size(1), gates = Cell::kGates * lanes_;
     Tensor out = torch::stable::empty_like(like);
@@ -197,6 +204,7 @@ class RecurrentNetwork {
     return out;
   }
 
+  // Returns the gradient of a bias from sums in the layout of `pack_bias`.
   Tensor unpack_bias(const Tensor& like, const Element* sums, bool input) const {
     Tensor out = torch::stable::empty_like(like);
     Element* const to = out.mutable_data_ptr<Element>();
@@ -208,7 +216,7 @@ class RecurrentNetwork {
   }
 
   int64_t lanes_;
-  std::vector<Tensor> weights_, held_;
+  std::vector<Tensor> weights_, states_;
   std::vector<std::vector<Element>> packed_;
   std::vector<RecurrentLayer<Element>> layers_;
 };
