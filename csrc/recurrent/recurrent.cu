@@ -1,20 +1,20 @@
-// Stacked LSTM and GRU on CUDA, forward and backward. Has never run on a GPU: the kernels are checked by
-// emulation on the host.
+// Stacked LSTM and GRU on CUDA, forward and backward.
 //
-// Forward, layer by layer: one matrix product with W_ih over all steps of all rows (torch's, cuBLAS), then
-// one launch for the steps, in which a block of threads takes a tile of 4 to 16 rows through all of them with
-// its h in shared memory and W_hh in registers or shared memory where it fits (recurrent_kernels.cuh). Rows
-// are taken in parts of about 256 MB of products. Windows that follow each other by one row share their
-// products in the first layer.
+// The forward pass goes layer by layer. One matrix product with W_ih covers all steps of all rows (torch's,
+// cuBLAS). One launch then computes the steps: a thread block owns a tile of 4 to 16 rows, with its h in
+// shared memory and W_hh in registers or shared memory if it fits (recurrent_kernels.cuh). The batch is
+// processed in parts whose products need about 256 MB. In the first layer, windows of consecutive rows share
+// their products.
 //
-// Backward, from the last layer down: one launch for the steps, which leaves the gradients of all gates
-// [B, T, gates * H], then products with these for the weights and for what entered the layer. Sums over rows
-// are cuBLAS' and torch's reductions; no atomics of ours, and each sum has one order, so results repeat bit
-// for bit as far as cuBLAS' do (one stream, or CUBLAS_WORKSPACE_CONFIG set).
+// The backward pass goes from the last layer to the first. One launch computes the gradients of all gates
+// [B, T, gates * H]. Products with these are the gradients of the weights and of the layer's input. Sums over
+// rows use cuBLAS and torch's reductions, and our kernels use no atomics, so every sum has a fixed order.
+// Results repeat bit for bit as far as those of cuBLAS do (one stream, or CUBLAS_WORKSPACE_CONFIG set).
 //
-// Nothing synchronises or copies from the host, and all memory is torch's, so a CUDA graph can capture a
-// call. What bounds it: multiply-adds by FFMA; for few rows (4 x multiprocessors and fewer) the latency of a
-// step. Unmeasured. Schemas: qfast/ops/recurrent.py.
+// Nothing synchronizes or copies from the host, and torch allocates all memory, so a CUDA graph can capture a
+// call. Bound by FFMA multiply-adds, or by the latency of a step if there are few rows (up to 4 per
+// multiprocessor). These are estimates: the kernels have run on the CPU through an emulation only, not on a
+// GPU. qfast/ops/recurrent.py contains the schemas.
 #include <tuple>
 
 #include "cuda_device.cuh"
@@ -25,9 +25,10 @@
 namespace qfast {
 namespace {
 
-constexpr int64_t kProductBytes = 256 << 20;  // of a part of the batch
-constexpr int64_t kLeastPart = 8 * 132;       // rows: a tile for each multiprocessor of a large device
-constexpr int64_t kPartStep = 16;             // a multiple of every tile and of the groups of the dropout
+constexpr int64_t kProductBytes = 256 << 20;  // size of the products of a part of the batch
+constexpr int64_t kLeastPart = 8 * 132;       // rows; one tile for each multiprocessor of a large device
+constexpr int64_t kPartStep =
+    16;  // a multiple of all tile heights and of the groups of rows that share dropout words
 
 const MaybeTensor kNone;
 
@@ -36,7 +37,7 @@ const T* data(const MaybeTensor& tensor) {
   return tensor ? tensor->const_data_ptr<T>() : nullptr;
 }
 
-// A contiguous [L, B, H], or none.
+// Returns a contiguous copy [L, B, H], or nothing.
 MaybeTensor state(const char* op, const char* name, const MaybeTensor& tensor, const Tensor& x,
                   int64_t layers, int64_t hidden) {
   if (!tensor) return tensor;
@@ -44,11 +45,13 @@ MaybeTensor state(const char* op, const char* name, const MaybeTensor& tensor, c
   return torch::stable::contiguous(*tensor);
 }
 
+// Returns the [B, H] of a layer, or null.
 template <class T>
 const T* of_layer(const MaybeTensor& states, int64_t layer) {
   return states ? states->const_data_ptr<T>() + layer * states->size(1) * states->size(2) : nullptr;
 }
 
+// Returns the data of a layer, or null for an empty tensor.
 template <class T>
 T* of_layer(const Tensor& states, int64_t layer) {
   return states.numel() == 0 ? nullptr
@@ -61,6 +64,7 @@ struct Network {
   Dropout dropout;
 };
 
+// Checks the arguments that both directions share.
 template <class Cell>
 Network checked(const char* op, const Tensor& x, const std::vector<Tensor>& weights, double dropout,
                 const MaybeTensor& seed) {
@@ -76,32 +80,35 @@ struct Forward {
   Tensor output, last_h, last_c, gates, carried;
 };
 
+// Products of inputs with W_ih, and the tensor that owns their memory.
 template <class T>
 struct Products {
   Tensor held;
   Steps<const T> steps;
 };
 
+// Returns whether the windows are consecutive rows, each shifted by one row.
 bool rolls(const Tensor& x, int64_t rows) { return rows > 1 && x.size(1) > 1 && x.stride(0) == x.stride(1); }
 
-// With W_ih, of all steps of `rows` rows of the input.
+// Multiplies all steps of the input with W_ih.
 template <class T>
 Products<T> input_products(const Tensor& input, const Tensor& weight) {
   const int64_t rows = input.size(0), steps = input.size(1), features = input.size(2), width = weight.size(0);
   const Tensor columns = turned(weight);
   if (!rolls(input, rows)) {
-    const Tensor made = room(input, {rows * steps, width});
-    multiply(made, as_matrix(input, rows * steps, features), columns);
-    return {made, {made.const_data_ptr<T>(), steps * width, width}};
+    const Tensor result = room(input, {rows * steps, width});
+    multiply(result, as_matrix(input, rows * steps, features), columns);
+    return {result, {result.const_data_ptr<T>(), steps * width, width}};
   }
-  // First step of every window, then the other steps of the last one.
-  Tensor made = room(input, {rows + steps - 1, width}), last = torch::stable::select(input, 0, rows - 1);
-  multiply(torch::stable::narrow(made, 0, 0, rows), torch::stable::select(input, 1, 0), columns);
-  multiply(torch::stable::narrow(made, 0, rows, steps - 1), torch::stable::narrow(last, 0, 1, steps - 1),
+  // Multiply each row once: the first step of every window, then the other steps of the last window.
+  Tensor result = room(input, {rows + steps - 1, width}), last = torch::stable::select(input, 0, rows - 1);
+  multiply(torch::stable::narrow(result, 0, 0, rows), torch::stable::select(input, 1, 0), columns);
+  multiply(torch::stable::narrow(result, 0, rows, steps - 1), torch::stable::narrow(last, 0, 1, steps - 1),
            columns);
-  return {made, {made.const_data_ptr<T>(), width, width}};
+  return {result, {result.const_data_ptr<T>(), width, width}};
 }
 
+// Returns the number of rows of a part of the batch.
 template <class T>
 int64_t part_rows(const Network& network, int64_t gates) {
   const int64_t row =
@@ -117,7 +124,8 @@ void run_forward(const char* op, CudaDevice& device, const Tensor& x, const Netw
   const int64_t L = network.layers, B = network.batch, steps = network.steps, H = network.hidden;
   RecurrentLaunches<Cell, T, CudaDevice> launches(op, device, H, B);
   const int64_t part = part_rows<T>(network, Cell::kGates);
-  Tensor between = room(x, {L > 1 ? std::min(part, B) : 0, steps, H});  // two layers
+  Tensor between =
+      room(x, {L > 1 ? std::min(part, B) : 0, steps, H});  // output of one layer and input of the next
   for (int64_t first = 0; first < B; first += part) {
     const int64_t rows = std::min(part, B - first);
     Tensor source = x;
@@ -193,31 +201,32 @@ struct Backward {
   std::vector<Tensor> weights;
 };
 
-// What a backward pass holds contiguous; `output` is [B, T, H] if of all steps, else [B, H].
+// Contiguous inputs of the backward pass. `output` is the gradient of the output, [B, T, H] if all_steps,
+// else [B, H].
 struct Held {
   Tensor gates, carried;
   MaybeTensor first_h, first_c, output, grad_h, grad_c;
   bool all_steps;
 };
 
-// Gradients of one layer at a time, and what was between the layers.
+// Buffers for the gradients of one layer, and for the values between the layers.
 struct Buffers {
-  Tensor of_input, of_hidden;  // [B * T, gates * H], of the sums that products with W_ih and W_hh go to
-  Tensor before, given;        // [B * T, H]: h of the step before, input of the layer
-  Tensor entering;             // [B * T, H]
+  Tensor of_input, of_hidden;  // [B * T, gates * H], gradients of the products with W_ih and W_hh
+  Tensor before, given;        // [B * T, H], h of the previous step and input of the layer
+  Tensor entering;             // [B * T, H], gradient of the layer's output
 };
 
 template <class Cell>
 Buffers backward_buffers(const Tensor& x, const Network& network) {
   const int64_t rows = network.batch * network.steps, width = Cell::kGates * network.hidden;
   const int64_t between = network.layers > 1 ? rows : 0;
-  Buffers made;
-  made.of_input = room(x, {rows, width});
-  made.of_hidden = Cell::kGates < 4 ? room(x, {rows, width}) : made.of_input;
-  made.before = room(x, {rows, network.hidden});
-  made.given = room(x, {between, network.hidden});
-  made.entering = room(x, {between, network.hidden});
-  return made;
+  Buffers buffers;
+  buffers.of_input = room(x, {rows, width});
+  buffers.of_hidden = Cell::kGates < 4 ? room(x, {rows, width}) : buffers.of_input;
+  buffers.before = room(x, {rows, network.hidden});
+  buffers.given = room(x, {between, network.hidden});
+  buffers.entering = room(x, {between, network.hidden});
+  return buffers;
 }
 
 template <class Cell, class T>

@@ -1,4 +1,5 @@
-// Recurrent layers on CUDA: the steps of a layer, backward (recurrent_kernels.cuh).
+// Backward pass of a recurrent layer on CUDA: all steps of a layer. recurrent_kernels.cuh describes the
+// method.
 #pragma once
 
 #include "recurrent/recurrent_kernels.cuh"
@@ -6,8 +7,9 @@
 namespace qfast {
 namespace {
 
-// Shared memory: weights if they go there, gradients of a step's gates as an operand, and for each cell the
-// gradients of h and of what is carried.
+// Computes the steps of a tile, from the last to the first. Shared memory contains the weights if they fit,
+// the gradients of a step's gates as the operand of the product, and for each cell the gradients of h and of
+// the carried value.
 template <class Cell, class T, int kTileRows, int kHeld>
 struct BackwardTile {
   static constexpr int kGates = Cell::kGates;
@@ -23,6 +25,7 @@ struct BackwardTile {
     return row < layer.end_row && unit < layer.hidden;
   }
 
+  // Loads the gradients of the last state.
   QFAST_DEVICE_INLINE void start() {
     fill_zeros(operand, int64_t{kTileRows} * inputs);
     for (int block = at.warp; block < blocks; block += at.warps) {
@@ -30,39 +33,40 @@ struct BackwardTile {
 #pragma unroll
       for (int c = 0; c < At::kOwn; ++c) {
         const int64_t row = first_row + at.first_row() + c, element = row * layer.hidden + unit;
-        const bool there = has(row, unit);
-        T of_h = there ? element_or_zero(layer.grad_h, element) : T(0);
-        if (there) of_h += element_or_zero(layer.grad_last, element);
+        const bool exists = has(row, unit);
+        T of_h = exists ? element_or_zero(layer.grad_h, element) : T(0);
+        if (exists) of_h += element_or_zero(layer.grad_last, element);
         grad_h[at.place(block) + c] = of_h;
-        grad_carried[at.place(block) + c] = there ? element_or_zero(layer.grad_c, element) : T(0);
+        grad_carried[at.place(block) + c] = exists ? element_or_zero(layer.grad_c, element) : T(0);
       }
     }
     __syncthreads();
   }
 
-  // Carried value before step t.
+  // Returns the carried value of the previous step.
   QFAST_DEVICE_INLINE T carried_before(int64_t t, int64_t row, int unit) const {
     if (t > 0) return layer.carried[((t - 1) * layer.batch + row) * layer.hidden + unit];
     return element_or_zero(Cell::kCarriesOutput ? layer.first_h : layer.first_c, row * layer.hidden + unit);
   }
 
-  // From the gradient of a cell's h to those of its gates, in memory and as operand.
+  // Computes the gradients of a cell's gates, and stores them in global memory and as the operand of the
+  // product.
   QFAST_DEVICE_INLINE void cell(int64_t t, int block, int c, int64_t row, int unit, uint64_t seed) {
-    const int64_t hidden = layer.hidden, place = t * layer.batch + row, own = at.place(block) + c;
+    const int64_t hidden = layer.hidden, place = t * layer.batch + row, cell_index = at.place(block) + c;
     T gates[4], grads[4];
 #pragma unroll
     for (int g = 0; g < 4; ++g) gates[g] = layer.gates[(place * 4 + g) * hidden + unit];
     const T after = layer.carried[place * hidden + unit];
     const T activated = Cell::kCarriesOutput ? after : DeviceMath::tanh(after);
-    T of_h = grad_h[own];
+    T of_h = grad_h[cell_index];
     if (layer.entering.data != nullptr) {
-      T entering = layer.entering.at(row, t)[unit];
-      if (layer.dropout.active) entering *= kept_scale<T>(layer.dropout, seed, unit, t, layer.number, row);
-      of_h += entering;
+      T grad_above = layer.entering.at(row, t)[unit];
+      if (layer.dropout.active) grad_above *= kept_scale<T>(layer.dropout, seed, unit, t, layer.number, row);
+      of_h += grad_above;
     }
-    T of_carried = grad_carried[own];
+    T of_carried = grad_carried[cell_index];
     Cell().backward(gates, carried_before(t, row, unit), activated, of_h, &of_carried, grads);
-    grad_carried[own] = of_carried;
+    grad_carried[cell_index] = of_carried;
     const int64_t step = row * layer.steps + t;
     if (t + 1 < layer.steps)
       layer.before[(step + 1) * hidden + unit] = Cell::kCarriesOutput ? after : gates[3] * activated;
@@ -77,6 +81,7 @@ struct BackwardTile {
     }
   }
 
+  // Computes the gradients of the gates of all cells at step t.
   QFAST_DEVICE_INLINE void cells(int64_t t, uint64_t seed) {
     for (int block = at.warp; block < blocks; block += at.warps) {
       const int unit = at.unit(block);
@@ -88,7 +93,7 @@ struct BackwardTile {
     }
   }
 
-  // What the next step will read is asked for while this one multiplies.
+  // Prefetches the inputs of the next step, so they arrive during the product of this step.
   QFAST_DEVICE_INLINE void prefetch_step(int64_t t, int block) const {
     const int unit = at.unit(block);
 #pragma unroll
@@ -102,12 +107,13 @@ struct BackwardTile {
     }
   }
 
+  // Computes the gradient of the previous h from those of the gates, for 8 units.
   template <class Weight>
   QFAST_DEVICE_INLINE void product(int64_t t, int block, const Weight& weight) {
     if (t > 0) prefetch_step(t - 1, block);
     T sums[kTurnedUnits * kTileRows] = {};
     add_inputs<kTileRows, kTurnedUnits, kTurnedSlices>(operand, inputs, layer.depth, weight, sums);
-    // Two of the four units, one of them, half of the rows, a quarter.
+    // The exchanges leave two of the four units, one unit, half of its rows, and a quarter.
     exchange<2 * kTileRows>(sums, 8);
     exchange<kTileRows>(sums, 4);
     exchange<kTileRows / 2>(sums, 2);
@@ -116,6 +122,7 @@ struct BackwardTile {
     for (int c = 0; c < At::kOwn; ++c) grad_h[at.place(block) + c] = sums[c];
   }
 
+  // Stores the gradients of the initial state.
   QFAST_DEVICE_INLINE void end() {
     for (int block = at.warp; block < blocks; block += at.warps) {
       const int unit = at.unit(block);
@@ -138,20 +145,20 @@ __global__ void __launch_bounds__(most_threads(kTileRows, kHeld), least_blocks(k
   extern __shared__ double shared_memory[];
   constexpr int kDepth = held_depth<Cell, false>(kHeld);
   const int blocks = (layer.hidden + kWarpUnits - 1) / kWarpUnits, inputs = layer.depth * kTurnedSlices;
-  T* free_from = reinterpret_cast<T*>(shared_memory);
+  T* shared_free = reinterpret_cast<T*>(shared_memory);
   const T* weights = layer.weights;
   const int64_t block_weights = int64_t{layer.depth} * kTurnedUnits * kLanes;
   if (layer.in_shared) {
-    copy_weights(free_from, weights, blocks * block_weights);
-    weights = free_from;
-    free_from += blocks * block_weights;
+    copy_weights(shared_free, weights, blocks * block_weights);
+    weights = shared_free;
+    shared_free += blocks * block_weights;
   }
   const int64_t cells = int64_t{blocks} * kWarpUnits * kTileRows;
-  T* const of_h = free_from + int64_t{kTileRows} * inputs;
-  BackwardTile<Cell, T, kTileRows, kHeld> tile{layer, {}, free_from, of_h, of_h + cells, blocks, inputs, 0};
+  T* const of_h = shared_free + int64_t{kTileRows} * inputs;
+  BackwardTile<Cell, T, kTileRows, kHeld> tile{layer, {}, shared_free, of_h, of_h + cells, blocks, inputs, 0};
   const uint64_t seed = layer.dropout.active ? static_cast<uint64_t>(*layer.dropout.seed) : 0;
-  WeightsInRegisters<T, kTurnedUnits, (kDepth > 0 ? kDepth : 1)> held;
-  if constexpr (kDepth > 0) held.load(weights + tile.at.warp * block_weights + tile.at.lane);
+  WeightsInRegisters<T, kTurnedUnits, (kDepth > 0 ? kDepth : 1)> register_weights;
+  if constexpr (kDepth > 0) register_weights.load(weights + tile.at.warp * block_weights + tile.at.lane);
   for (int64_t number = blockIdx.x; number < layer.tiles; number += gridDim.x) {
     tile.first_row = layer.first_row + number * kTileRows;
     tile.start();
@@ -159,7 +166,7 @@ __global__ void __launch_bounds__(most_threads(kTileRows, kHeld), least_blocks(k
       tile.cells(t, seed);
       __syncthreads();
       if constexpr (kDepth > 0) {
-        tile.product(t, tile.at.warp, held);
+        tile.product(t, tile.at.warp, register_weights);
       } else {
         for (int block = tile.at.warp; block < blocks; block += tile.at.warps)
           tile.product(t, block,
@@ -171,7 +178,7 @@ __global__ void __launch_bounds__(most_threads(kTileRows, kHeld), least_blocks(k
   }
 }
 
-// W_hh for the steps, backward: [8 units][gate of a slice][unit of a lane][lane].
+// Packs W_hh for the backward pass as [8 units][gate of a slice][unit of a lane][lane].
 template <class Cell, class T>
 __global__ void recurrent_turn_kernel(PackedLayer<T> job) {
   const int64_t hidden = job.hidden, count = int64_t{job.blocks} * job.depth * kTurnedUnits * kLanes;
@@ -182,21 +189,21 @@ __global__ void recurrent_turn_kernel(PackedLayer<T> job) {
     const int64_t i = at / kLanes / kTurnedUnits % job.depth, block = at / kLanes / kTurnedUnits / job.depth;
     const int64_t unit = block * kWarpUnits + lane / kTurnedSlices * kTurnedUnits + v;
     const int64_t row = i * kTurnedSlices + lane % kTurnedSlices;
-    const bool there = unit < hidden && row < Cell::kGates * hidden;
-    job.weights[at] = there ? job.weight_hh[row * hidden + unit] : T(0);
+    const bool exists = unit < hidden && row < Cell::kGates * hidden;
+    job.weights[at] = exists ? job.weight_hh[row * hidden + unit] : T(0);
   }
 }
 
 template <class T>
 struct KeptOutput {
-  const T *gates, *carried;  // of a layer
-  T* output;                 // [B, T, H], with its dropout
+  const T *gates, *carried;  // saved by a layer
+  T* output;                 // [B, T, H], after dropout
   int64_t batch, steps, hidden;
   Dropout dropout;
   int32_t number;
 };
 
-// Outputs of a layer out of what it kept.
+// Computes the outputs of a layer from its saved values.
 template <class Cell, class T>
 __global__ void recurrent_output_kernel(KeptOutput<T> job) {
   const uint64_t seed = job.dropout.active ? static_cast<uint64_t>(*job.dropout.seed) : 0;

@@ -1,5 +1,5 @@
-// Recurrent layers on CUDA: which form of a kernel a layer takes, and its launches. `Device` gives memory and
-// launches (cuda_device.cuh). Host only.
+// Chooses the kernel variant of a recurrent layer on CUDA and launches it. `Device` allocates memory and
+// launches kernels (cuda_device.cuh). Host only.
 #pragma once
 
 #include <algorithm>
@@ -10,11 +10,15 @@
 namespace qfast {
 namespace {
 
-constexpr int kThreads = 256;       // of a block, in kernels without tiles
-constexpr int64_t kHeldUnits = 64;  // whose weights fit into registers: 64 of each of 256 threads
-constexpr int kHeldRows = 4;  // of a tile then: two blocks a multiprocessor, one runs while the other waits
-constexpr int64_t kWideRows = 16;  // of a tile where weights come from memory: half the loads of 8 rows
-constexpr int64_t kWideBatch = 132 * kWideRows;  // that fills a large device with tiles of that many
+constexpr int kThreads = 256;  // threads of a block in kernels without tiles
+constexpr int64_t kHeldUnits =
+    64;  // the weights of up to 64 units fit into registers, 64 in each of 256 threads
+// Rows of a tile whose weights are in registers. Two blocks fit on a multiprocessor, and one runs while the
+// other waits.
+constexpr int kHeldRows = 4;
+// Rows of a tile whose weights come from memory. 16 rows need half the loads of 8 rows.
+constexpr int64_t kWideRows = 16;
+constexpr int64_t kWideBatch = 132 * kWideRows;  // rows that fill a large device with such tiles
 
 inline unsigned int blocks_for(int64_t tasks, int64_t per_block) {
   return static_cast<unsigned int>(
@@ -29,11 +33,11 @@ class RecurrentLaunches {
     blocks_ = (hidden + kWarpUnits - 1) / kWarpUnits;
   }
 
-  // weight_hh and biases as torch has them.
+  // Computes all steps of a layer. weight_hh and the biases have torch's layout.
   void forward(ForwardLayer<T> layer, const T* weight_hh, const T* bias_ih, const T* bias_hh) {
     const int64_t inputs_depth = (hidden_ + kSlices - 1) / kSlices;
-    choose<true>(inputs_depth, [&](auto rows, auto held) {
-      constexpr int kRows = decltype(rows)::value, kHeld = decltype(held)::value;
+    choose<true>(inputs_depth, [&](auto rows, auto register_depth) {
+      constexpr int kRows = decltype(rows)::value, kHeld = decltype(register_depth)::value;
       constexpr int kHeldDepth = held_depth<Cell, true>(kHeld);
       const PackedLayer<T> packed =
           pack(Cell::kGates, kHeldDepth > 0 ? kHeldDepth : inputs_depth, weight_hh, bias_ih, bias_hh);
@@ -47,8 +51,8 @@ class RecurrentLaunches {
 
   void backward(BackwardLayer<T> layer, const T* weight_hh) {
     const int64_t gates_depth = (Cell::kGates * hidden_ + kTurnedSlices - 1) / kTurnedSlices;
-    choose<false>(gates_depth, [&](auto rows, auto held) {
-      constexpr int kRows = decltype(rows)::value, kHeld = decltype(held)::value;
+    choose<false>(gates_depth, [&](auto rows, auto register_depth) {
+      constexpr int kRows = decltype(rows)::value, kHeld = decltype(register_depth)::value;
       constexpr int kHeldDepth = held_depth<Cell, false>(kHeld);
       const PackedLayer<T> packed =
           pack(kTurnedUnits, kHeldDepth > 0 ? kHeldDepth : gates_depth, weight_hh, nullptr, nullptr);
@@ -78,16 +82,17 @@ class RecurrentLaunches {
     return elements * static_cast<int64_t>(sizeof(T)) <= static_cast<int64_t>(device_.shared_limit());
   }
 
-  // body(rows of a tile, depth of held weights), by the sizes alone: a row has the same bits in any tile.
+  // Calls body(rows of a tile, depth of weights in registers). The choice depends on the sizes only, and a
+  // row has the same bits in any tile.
   template <bool kForward, class Body>
   void choose(int64_t depth, const Body& body) const {
     const auto tile_fits = [&](int64_t rows) {
       return fits(kForward ? forward_elements(rows, depth) : backward_elements(rows, depth));
     };
     constexpr int kLeast = sizeof(T) == 4 ? 8 : 4;
-    QFAST_CHECK(
-        hidden_ <= kHeldUnits || tile_fits(kLeast), op_, ": ", hidden_,
-        " units do not fit into this GPU's shared memory. Remedy: fewer units, or QFAST_BACKEND=torch.");
+    QFAST_CHECK(hidden_ <= kHeldUnits || tile_fits(kLeast), op_, ": ", hidden_,
+                " units do not fit into this GPU's shared memory of ", device_.shared_limit(),
+                " bytes. Remedy: fewer units, or QFAST_BACKEND=torch.");
     if constexpr (sizeof(T) == 4) {
       if (hidden_ <= kHeldUnits / 2) return body(Constant<kHeldRows>(), Constant<8>());
       if (hidden_ <= kHeldUnits) return body(Constant<kHeldRows>(), Constant<16>());
@@ -109,15 +114,15 @@ class RecurrentLaunches {
   }
 
   template <class Layer>
-  void launch(void (*kernel)(Layer), Layer layer, const PackedLayer<T>& packed, int rows, int held,
+  void launch(void (*kernel)(Layer), Layer layer, const PackedLayer<T>& packed, int rows, int register_depth,
               int64_t elements) {
     layer.weights = packed.weights;
     layer.hidden = packed.hidden;
     layer.depth = packed.depth;
     layer.tiles = (layer.end_row - layer.first_row + rows - 1) / rows;
-    layer.in_shared = held == 0 && fits(elements + packed_count_);
+    layer.in_shared = register_depth == 0 && fits(elements + packed_count_);
     if (layer.in_shared) elements += packed_count_;
-    const int64_t warps = std::min<int64_t>(blocks_, most_threads(rows, held) / kLanes);
+    const int64_t warps = std::min<int64_t>(blocks_, most_threads(rows, register_depth) / kLanes);
     device_.launch(kernel, blocks_for(layer.tiles, 1), static_cast<int>(warps * kLanes),
                    static_cast<size_t>(elements) * sizeof(T), layer);
   }
