@@ -193,7 +193,7 @@ def test_other_refusals():
         evaluate("$clos", price_panel())
     with pytest.raises(ConfigError, match="contains no field"):
         evaluate("1 + 2", price_panel())
-    with pytest.raises(ConfigError, match="must be a text such as"):
+    with pytest.raises(ConfigError, match="must be a string such as"):
         evaluate("  ", price_panel())
     for attack in ("__import__('os')", "$close.__class__", "[x for x in $close]", "(lambda: 1)()", "'a'"):
         with pytest.raises(ConfigError, match=r"not available|only fields|unknown name"):
