@@ -221,7 +221,7 @@ def test_features_in_another_order_are_refused():
 def test_labels_too_large_for_a_first_step_are_named():
     frame = make_frame(70, 9, 3)
     frame[("label", "LABEL0")] = np.float32(1e30)
-    with pytest.raises(DataError, match=r"at batch 1 of epoch 0.*no step was made yet"):
+    with pytest.raises(DataError, match=r"at batch 1 of epoch 0.*no step has been made yet"):
         LSTM(**SMALL).fit(DatasetH(handler=frame, segments=SEGMENTS))
 
 

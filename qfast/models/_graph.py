@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,9 @@ from qfast.models.attention import neighbours, plot_attention
 from qfast.models.pretrained import BaseWeights, chosen, read_base
 from qfast.nn.graph import BASES, GATModel
 from qfast.training.estimator import Estimator
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 FIT_ARGUMENTS = ("evals_result", "save_path", "reweighter", "callbacks", "checkpoint_dir", "resume")
 
@@ -294,7 +297,7 @@ class Graph(Estimator):
         )  # fmt: skip
 
     # ---------------------------------------------------------------- state
-    def load_weights(self, path: str | Path) -> Estimator:
+    def load_weights(self, path: str | Path) -> Self:
         """As `Estimator.load_weights`; a fit that follows goes on from these weights."""
         super().load_weights(path)
         self.base_is_set_ = True

@@ -17,7 +17,7 @@ from qfast.errors import CheckpointError, suggest
 from qfast.files import atomic_write
 
 if TYPE_CHECKING:
-    from qfast.training.estimator import Estimator
+    from qfast.training.base import BaseEstimator
 
 FORMAT = 1
 
@@ -81,7 +81,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def save_fit(estimator: Estimator, path: Path) -> None:
+def save_fit(estimator: BaseEstimator, path: Path) -> None:
     """Write weights, best weights, optimiser state, generator states and records of a running fit."""
     progress = estimator.progress_
     tensors = {f"network.{k}": v for k, v in estimator.network.state_dict().items()}
@@ -112,7 +112,7 @@ def save_fit(estimator: Estimator, path: Path) -> None:
     atomic_write(path, lambda target: safetensors.torch.save_file(_storable(tensors), target, metadata=metadata))
 
 
-def load_fit(estimator: Estimator, path: Path) -> None:
+def load_fit(estimator: BaseEstimator, path: Path) -> None:
     """Put an estimator where `save_fit` left it, global generators included."""
     tensors = read_tensors(path)
     with safetensors.safe_open(path, framework="pt") as file:
@@ -147,11 +147,11 @@ def load_fit(estimator: Estimator, path: Path) -> None:
     progress.best_weights = {k: v.to(estimator.device) for k, v in best.items()} or None
 
 
-def _model_name(estimator: Estimator) -> str:
+def _model_name(estimator: BaseEstimator) -> str:
     return f"{type(estimator).__module__}.{type(estimator).__qualname__}"
 
 
-def _require_same_params(estimator: Estimator, saved: dict[str, Any], path: Path) -> None:
+def _require_same_params(estimator: BaseEstimator, saved: dict[str, Any], path: Path) -> None:
     """A resumed fit must be the same fit, except that it may run longer or elsewhere."""
     # of the model_path's weights the checkpoint has what became of them
     free = {"device", "n_epochs", "progress", "cuda_graphs", "GPU", "n_jobs", "model_path"}
@@ -161,7 +161,7 @@ def _require_same_params(estimator: Estimator, saved: dict[str, Any], path: Path
         raise CheckpointError(f"{path} was written with other arguments ({'; '.join(changed)}): it cannot be resumed.")
 
 
-def _load_optimizer(estimator: Estimator, tensors: dict[str, Tensor]) -> None:
+def _load_optimizer(estimator: BaseEstimator, tensors: dict[str, Tensor]) -> None:
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         number, name = key.split(".", 1)

@@ -1,0 +1,240 @@
+"""Arguments, network, optimizer and state of an estimator. Training and prediction are in estimator.py."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from qfast.device import choose_device
+from qfast.errors import ConfigError, NotFittedError, suggest
+from qfast.nn.plain import PlainTorch
+from qfast.training import checkpoint
+from qfast.training.arguments import check_training_arguments
+from qfast.training.callbacks import Callback
+from qfast.training.optim import ClippedAdam
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+GRADIENT_LIMIT = 3.0  # every gradient element is clipped to +-3, as in Qlib
+
+__all__ = ["GRADIENT_LIMIT", "BaseEstimator", "FitProgress"]
+
+
+@dataclass
+class FitProgress:
+    """State of a running fit. A checkpoint contains it, together with the weights and the optimizer's state.
+
+    Attributes
+    ----------
+    records : list of dict
+        One record per finished epoch, the rows of `Estimator.history_`.
+    best_score, best_epoch, best_weights
+        The best validation score so far, its epoch and the weights after that epoch.
+    stop_steps : int
+        Consecutive epochs without a better score.
+    finished : bool
+        True after early stopping: a resumed fit trains no further epoch.
+    """
+
+    records: list[dict[str, float]] = field(default_factory=list)
+    best_score: float = -float("inf")
+    best_epoch: int | None = None
+    best_weights: dict[str, Tensor] | None = None
+    stop_steps: int = 0
+    finished: bool = False
+
+
+class BaseEstimator:
+    """A network and its optimizer, the arguments that they were built from, and the state of a fit.
+
+    `Estimator` documents the parameters and adds `fit` and `predict`.
+    """
+
+    network_class: ClassVar[type[nn.Module]]
+    options: ClassVar[tuple[str, ...]] = ("device", "compat", "progress", "cuda_graphs")
+    """Keyword arguments that Qlib's model does not have."""
+    decay_name: ClassVar[str] = "weight_decay"
+    """Name of the argument `weight_decay` in the subclass's constructor."""
+
+    def __init__(
+        self,
+        network: Mapping[str, object],
+        *,
+        n_epochs: int,
+        lr: float,
+        metric: str,
+        batch_size: int | None = None,
+        early_stop: int,
+        loss: str,
+        optimizer: str,
+        GPU: int | None = 0,
+        seed: int | None = None,
+        weight_decay: float = 0.0,
+        device: str | torch.device = "auto",
+        compat: str | None = None,
+        progress: bool | str = "auto",
+        cuda_graphs: bool = False,
+        extra: Mapping[str, object] | None = None,
+        **unknown: object,
+    ) -> None:
+        training: dict[str, object] = {
+            "n_epochs": n_epochs,
+            "lr": lr,
+            "metric": metric,
+            "batch_size": batch_size,
+            "early_stop": early_stop,
+            "loss": loss,
+            "optimizer": optimizer,
+            "GPU": GPU,
+            "seed": seed,
+        }
+        if batch_size is None:
+            del training["batch_size"]
+        options: dict[str, object] = {
+            self.decay_name: weight_decay,
+            "device": device,
+            "compat": compat,
+            "progress": progress,
+            "cuda_graphs": cuda_graphs,
+        }
+        self._params: dict[str, Any] = {**network, **training, **(extra or {}), **options}
+        if unknown:
+            name = next(iter(unknown))
+            raise ConfigError(f"{type(self).__name__} has no argument {name!r}." + suggest(name, self._params))
+        check_training_arguments(self._params, self.decay_name)
+        for name, value in self._params.items():
+            if name != "device":
+                setattr(self, name, value)
+        self.logger = logging.getLogger("qfast")
+        self.device = choose_device(device, GPU)
+        if seed is not None:
+            np.random.seed(seed)  # noqa: NPY002 - as Qlib: batch orders come from the global generator
+            torch.manual_seed(seed)
+        built = self.build_network(**network)
+        if compat == "qlib" and isinstance(built, PlainTorch) and network.get("dropout"):
+            built = built.to_reference()  # torch's own dropout, which draws Qlib's masks
+        self.network: nn.Module = built.to(self.device)
+        self.train_optimizer = self._build_optimizer(optimizer, lr, weight_decay)
+        self.fitted = False
+        self.stop_training = False
+        self.epoch_ = 0
+        self.data_: dict[str, Any] = {}
+        self.progress_ = FitProgress()
+        self.callbacks_: list[Callback] = []
+
+    def build_network(self, **network: Any) -> nn.Module:
+        """Build the network on the CPU. Override it if the network's arguments have different names.
+
+        Parameters
+        ----------
+        **network
+            The mapping `network` of the constructor.
+        """
+        return self.network_class(**network)
+
+    # ---------------------------------------------------------------- state
+    @property
+    def history_(self) -> pd.DataFrame:
+        """One row per epoch of the last fit.
+
+        Columns: `train_loss`; the scores `train` and `valid` (mean of the full batches) and `valid_all` (all samples),
+        higher is better; `train_seconds` of the training pass and `seconds` of the whole epoch.
+        """
+        frame = pd.DataFrame(self.progress_.records)
+        frame.index.name = "epoch"
+        return frame
+
+    @property
+    def best_epoch_(self) -> int | None:
+        """The epoch whose weights the model has after `fit`; None without a validation segment."""
+        return self.progress_.best_epoch
+
+    @property
+    def use_gpu(self) -> bool:
+        """Whether the network is on a GPU."""
+        return self.device.type != "cpu"
+
+    def get_params(self) -> dict[str, Any]:
+        """The constructor's arguments, by name."""
+        return dict(self._params)
+
+    def save_weights(self, path: str | Path) -> None:
+        """Write the network's weights to a file, which appears complete or not at all.
+
+        Parameters
+        ----------
+        path : path
+            The format is safetensors if it ends in .safetensors, otherwise torch's.
+        """
+        checkpoint.save_weights(self.network, Path(path))
+
+    def load_weights(self, path: str | Path) -> Self:
+        """Read weights that qfast or Qlib has written, without running code from the file.
+
+        Parameters
+        ----------
+        path : path
+            A .safetensors file or a state dict in torch's format (.pkl, .pt, .bin).
+
+        Returns
+        -------
+        Estimator
+            The estimator itself, which can predict now.
+
+        Raises
+        ------
+        CheckpointError
+            The file is missing or damaged, or belongs to another network.
+        """
+        checkpoint.load_weights(self.network, Path(path))
+        self.fitted = True
+        return self
+
+    def save_checkpoint(self, path: Path) -> None:
+        """Write the state of the fit to one file, which appears complete or not at all.
+
+        It contains the weights, the best weights, the optimizer's state, the states of the random generators and the
+        records of all epochs.
+        """
+        checkpoint.save_fit(self, path)
+
+    def load_checkpoint(self, path: Path) -> None:
+        """Restore the state that `save_checkpoint` has written, including the global random generators.
+
+        Raises
+        ------
+        CheckpointError
+            The file is missing or damaged, or was written by another model, with other arguments or on other data.
+        """
+        checkpoint.load_fit(self, path)
+
+    def checkpoint_facts(self) -> dict[str, Any]:
+        """Further state that a model adds to its checkpoints, as JSON values."""
+        return {}
+
+    def restore_facts(self, facts: dict[str, Any]) -> None:
+        """Restore the result of `checkpoint_facts` from a checkpoint."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "callbacks_": [], "_graphed_step": None}
+
+    def _build_optimizer(self, name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        parameters = self.network.parameters()
+        if str(name).lower() == "adam":
+            return ClippedAdam(parameters, lr=lr, weight_decay=weight_decay, limit=GRADIENT_LIMIT)
+        if str(name).lower() == "gd":
+            return torch.optim.SGD(parameters, lr=lr, weight_decay=weight_decay)
+        raise ConfigError(f"optimizer must be 'adam' or 'gd', got {name!r}." + suggest(name, ("adam", "gd")))
+
+    def _require_fitted(self) -> None:
+        if not self.fitted:
+            raise NotFittedError("model is not fitted yet! Remedy: call fit(dataset) or load_weights(path) first.")
