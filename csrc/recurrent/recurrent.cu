@@ -27,8 +27,8 @@ namespace {
 
 constexpr int64_t kProductBytes = 256 << 20;  // size of the products of a part of the batch
 constexpr int64_t kLeastPart = 8 * 132;       // rows; one tile for each multiprocessor of a large device
-constexpr int64_t kPartStep =
-    16;  // a multiple of all tile heights and of the groups of rows that share dropout words
+// A multiple of all tile heights and of the groups of rows that share dropout words.
+constexpr int64_t kPartStep = 16;
 
 const MaybeTensor kNone;
 
@@ -124,8 +124,8 @@ void run_forward(const char* op, CudaDevice& device, const Tensor& x, const Netw
   const int64_t L = network.layers, B = network.batch, steps = network.steps, H = network.hidden;
   RecurrentLaunches<Cell, T, CudaDevice> launches(op, device, H, B);
   const int64_t part = part_rows<T>(network, Cell::kGates);
-  Tensor between =
-      room(x, {L > 1 ? std::min(part, B) : 0, steps, H});  // output of one layer and input of the next
+  // The output of one layer and input of the next.
+  Tensor between = room(x, {L > 1 ? std::min(part, B) : 0, steps, H});
   for (int64_t first = 0; first < B; first += part) {
     const int64_t rows = std::min(part, B - first);
     Tensor source = x;

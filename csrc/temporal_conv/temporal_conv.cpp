@@ -1,5 +1,5 @@
-// Temporal convolution stack on the CPU: buffers and threads. Schemas: qfast/ops/temporal_conv.py; what is
-// computed: temporal_conv_kernels.h and temporal_conv_kernels_backward.h.
+// Temporal convolution stack on the CPU: checks, buffers and threads. qfast/ops/temporal_conv.py contains the
+// schemas, temporal_conv_kernels.h and temporal_conv_kernels_backward.h the kernels.
 #include "temporal_conv/temporal_conv.h"
 
 #include <cstring>
@@ -12,8 +12,8 @@
 namespace qfast {
 namespace {
 
-constexpr int64_t kChunks = 16;             // sums of weight gradients, each of a fixed part of the tiles
-constexpr int64_t kChunkBytes = 128 << 20;  // that they may take together
+constexpr int64_t kChunks = 16;             // chunks of tiles, each with its own sums of weight gradients
+constexpr int64_t kChunkBytes = 128 << 20;  // limit on the memory of all sums
 
 auto forward_kernel(float) { return cpu_kernels().temporal_conv_forward_f32; }
 auto forward_kernel(double) { return cpu_kernels().temporal_conv_forward_f64; }
@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor> temporal_conv_net_cpu(const Tensor& x, std::v
 }
 
 // ---------------------------------------------------------------- backward
-// [tap][feature][channel] summed over the chunks, as [channel, feature, tap].
+// Returns the gradient of a weight [channel, feature, tap] from the sums [tap][feature][channel].
 template <class Element>
 Tensor weight_gradient(const Tensor& like, const Element* sums, int64_t kernel, int64_t features,
                        int64_t channels) {
@@ -112,7 +112,8 @@ std::vector<Tensor> weight_gradients(const Network<Element>& network, const Elem
   return grads;
 }
 
-// Runs the tiles in a fixed number of chunks, whatever the number of threads, and adds their sums in order.
+// Divides the tiles into a fixed number of chunks and adds the sums of the chunks in order. The result
+// therefore does not depend on the number of threads.
 template <class Element>
 std::vector<Tensor> run_backward(Network<Element>& network, const Tensor& like) {
   const int64_t tiles = network.tiles(), elements = rounded_up(network.sum_elements, 16);
@@ -152,17 +153,20 @@ std::tuple<Tensor, std::vector<Tensor>> temporal_conv_net_backward_cpu(
       const bool fits = tensor.dim() == (all_steps ? 3 : 2) &&
                         tensor.numel() / channels == job.batch * (all_steps ? x.size(1) : 1) &&
                         tensor.scalar_type() == x.scalar_type();
-      QFAST_CHECK(fits, op, ": ", name, ": expected the shape and dtype of the output, got ",
-                  shape_text(tensor), ".");
+      QFAST_CHECK(fits, op, ": ", name, ": expected the shape and dtype of the output, (", job.batch,
+                  all_steps ? ", T, " : ", ", channels, ") and the dtype of x, got ", shape_text(tensor),
+                  " of ", torch::headeronly::toString(tensor.scalar_type()), ".");
     };
     check("grad", grad);
     check("output", output);
     QFAST_CHECK(
         activations.numel() == job.batch * job.row_elements && signs.numel() == job.batch * job.row_signs, op,
-        ": activations: expected those of a forward pass with keep, got ", shape_text(activations), ".");
-    const Tensor held = torch::stable::contiguous(grad);
-    const auto entering = output_view<Element>(held, all_steps);
-    job.grad = {entering.data, entering.slot_stride, entering.row_stride, 1};
+        ": activations: expected those of a forward pass with keep, of shape (", job.batch * job.row_elements,
+        ",) and signs of shape (", job.batch * job.row_signs, ",), got ", shape_text(activations), " and ",
+        shape_text(signs), ".");
+    const Tensor contiguous_grad = torch::stable::contiguous(grad);
+    const auto grad_view = output_view<Element>(contiguous_grad, all_steps);
+    job.grad = {grad_view.data, grad_view.slot_stride, grad_view.row_stride, 1};
     job.output = output_view<Element>(output, all_steps);
     job.activations = activations.mutable_data_ptr<Element>();
     job.signs = signs.mutable_data_ptr<unsigned char>();

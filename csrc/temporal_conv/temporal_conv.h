@@ -1,7 +1,8 @@
-// Arguments of the temporal convolution kernels, shared by host code and the CPU instruction sets.
+// Arguments of the temporal convolution kernels. Shared by host code and all CPU instruction sets.
 //
-// The batch is cut into tiles of rows. In a tile an activation lies as [slot][row][channel], a slot being a
-// time position of the cone (temporal_conv_plan.h). A tile goes through the whole stack before the next.
+// The batch is divided into tiles of rows. The layout of an activation in a tile is [slot][row][channel]. A
+// slot is a time position of the cone, the positions that the output depends on (temporal_conv_plan.h). A
+// thread computes the whole stack for a tile before the next tile.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +12,8 @@
 
 namespace qfast {
 
-// Columns of a convolution are handled a panel at a time. Its packed weights are [panel][tap][row][width],
-// zeros beyond the last column; packed biases [panel][width].
+// The columns (output channels) of a convolution are computed in panels. Packed weights are
+// [panel][tap][row][width] and packed biases [panel][width], with zeros beyond the last column.
 struct Panels {
   int64_t columns, width, count;
 };
@@ -24,6 +25,7 @@ struct Activation {
   int64_t slot_stride, row_stride, channel_stride;
 };
 
+// The taps of slot i are taps[begin[i]] to taps[begin[i + 1] - 1].
 struct TapTable {
   const int32_t* begin;
   const Tap* taps;
@@ -35,8 +37,8 @@ struct SlotList {
   int64_t count;
 };
 
-// Slots side by side that read slots side by side by the same taps: where the rows of a slot follow those of
-// the slot before, they are one matrix.
+// Consecutive slots that read consecutive slots with the same taps. If the rows of consecutive slots are
+// contiguous, a run is one matrix.
 struct Run {
   int32_t slot, length;
 };
@@ -50,21 +52,23 @@ template <class Element>
 struct BlockJob {
   int64_t features, channels, kernel, dilation;
   bool downsample;
-  const int32_t *between_positions, *output_positions;  // time steps, for the dropout
-  TapTable first, second, beside_reads;                 // reads; the last of the 1x1
+  const int32_t *between_positions, *output_positions;  // time steps, which are dropout counters
+  TapTable first, second,
+      beside_reads;  // slots that each convolution reads; the last table is for the 1x1 convolution
   TapTable first_read_by, second_read_by;
-  RunList first_runs, second_runs;  // computed slots
+  RunList first_runs, second_runs;  // slots to compute
   RunList first_read_by_runs, second_read_by_runs;
   const int32_t *beside, *beside_of;
   int64_t input_slots;
-  Panels panels;  // of `channels`: both convolutions and the 1x1
+  Panels panels;  // panels of `channels`, for both convolutions and the 1x1 convolution
   const Element *first_weight, *first_bias, *second_weight, *second_bias, *beside_weight, *beside_bias;
-  // Turned over for the gradients of the inputs: panels of the input's channels,
+  // Transposed weights for the gradients of the inputs, in panels of the input's channels:
   // [panel][tap][channel][width].
   Panels input_panels;
   const Element *first_turned, *second_turned, *beside_turned;
-  int64_t between_at, output_at, signs_at;  // where they lie among what is kept, elements or bytes of one row
-  // Where the gradients lie in the sums of a chunk: weights [tap][row][channel], then bias.
+  // Offsets in the saved activations and signs, in elements or bytes per row.
+  int64_t between_at, output_at, signs_at;
+  // Offsets of the gradients in the sums of a chunk. Weights are [tap][row][channel].
   int64_t first_sum, first_bias_sum, second_sum, second_bias_sum, beside_sum, beside_bias_sum;
 };
 
@@ -73,37 +77,37 @@ struct NetworkJob {
   int64_t batch, tile_rows, blocks_count;
   const BlockJob<Element>* blocks;
   Activation<const Element> x;  // slots are time steps
-  Activation<Element> output;   // of the last block; rows are those of the batch
-  Element* activations;         // kept for the backward: tile after tile, `row_elements` a row; or null
-  unsigned char* signs;         // likewise, `row_signs` bytes a row; or null
+  Activation<Element> output;   // output of the last block; rows count from the start of the batch
+  Element* activations;  // saved for backward, `row_elements` per row, one tile after the other; or null
+  unsigned char* signs;  // saved for backward, `row_signs` bytes per row; or null
   int64_t row_elements, row_signs;
-  int64_t slot_elements;  // of scratch for a run of slots of a panel, forward: sums and what stands beside
+  // Forward: scratch for a run of slots of a panel, for the sums and the residual.
+  int64_t slot_elements;
   DropoutRule dropout;
   // Backward only.
-  Activation<const Element> grad;  // of the output
-  Activation<Element> grad_x;      // data null if not wanted
-  int64_t widest_elements;         // of one row of the largest gradient
+  Activation<const Element> grad;  // gradient of the output
+  Activation<Element> grad_x;      // data is null if it is not requested
+  int64_t widest_elements;         // elements of one row of the largest gradient
 };
 
-// Windows that follow each other by one row share what no window's beginning can reach: there a convolution's
-// value depends on the row alone. Of the output of one convolution:
+// Positions of the output of one convolution that consecutive windows share. If the zeros before a window
+// cannot affect a position, the value depends on the panel row only.
 struct SharedRows {
-  int64_t first_position,
-      last_position;         // shared positions of the cone; none: first_position > last_position
-  const int32_t* positions;  // time step of each slot
-  SlotList copied;           // shared slots that a window's own positions read
-  int64_t rows_at;           // where the shared rows lie in the scratch, elements
+  int64_t first_position, last_position;  // shared positions; empty if first_position > last_position
+  const int32_t* positions;               // time step of each slot
+  SlotList copied;                        // shared slots that the positions of a single window read
+  int64_t rows_at;                        // offset of the shared rows in the scratch, in elements
 };
 
 template <class Element>
 struct RollingJob {
-  NetworkJob<Element> windows;          // x: slots and rows have the same stride
-  const BlockJob<Element>* row_blocks;  // the same weights; one slot, whose taps are rows further up
+  NetworkJob<Element> windows;          // slots and rows of x have the same stride
+  const BlockJob<Element>* row_blocks;  // the same weights with one slot, whose taps read earlier rows
   const SharedRows *first, *second;     // of each block
-  int64_t chunk_rows;                   // windows that share rows
-  int64_t activations_at;               // where a tile's own activations lie in the scratch, elements
+  int64_t chunk_rows;                   // number of windows that share rows
+  int64_t activations_at;  // offset of the activations of a single tile in the scratch, in elements
 };
 
-constexpr int64_t kPanelPadding = 64;  // elements that may be read past the end of a gradient
+constexpr int64_t kPanelPadding = 64;  // elements that may be read beyond the end of a gradient
 
 }  // namespace qfast

@@ -1,21 +1,26 @@
-// Temporal convolution stack, a tile of batch rows at a time; see cpu_isa_body.h for what may stand here.
+// Forward pass of a temporal convolution stack. cpu_isa_body.h includes this file once per instruction set
+// and lists the language features that it may use.
 //
-// A convolution's output slot is the sum, over its taps, of [rows, features] x [features, channels]. A thread
-// owns whole tiles, whose activations stay in the second-level cache; weights are packed so that a panel of
-// columns streams through once for every few rows. Bound by multiply-adds: 2 * taps * features * channels
-// flops a row forward, twice that backward, against 8 bytes a kept activation.
+// An output slot of a convolution is the sum, over its taps, of [rows, features] x [features, channels]. A
+// thread owns tiles of batch rows, whose activations stay in the second-level cache. Weights are packed so
+// that a panel of columns is read once for every few rows.
+//
+// Saved for backward, at the positions of the cone: the output of the first convolution after ReLU and
+// dropout, the output of the block, and one bit per element of the second convolution's output. Bound by
+// multiply-adds: 2 * taps * features * channels flops per row in the forward pass and twice as many in the
+// backward pass, with 8 bytes per saved activation.
 
-// The columns of panel p.
+// Returns the number of columns of panel p.
 QFAST_ALWAYS_INLINE int64_t panel_columns(const Panels& panels, int64_t p) {
   return smaller(panels.width, panels.columns - p * panels.width);
 }
 
 template <class Element>
 QFAST_ALWAYS_INLINE Vector<Element> relu(Vector<Element> x) {
-  return x < Element(0) ? Vector<Element>{} : x;  // NaN stays
+  return x < Element(0) ? Vector<Element>{} : x;  // keeps NaN
 }
 
-// body(column, lanes) for vectors that cover `columns`.
+// Calls body(column, lanes) for the vectors that cover `columns`.
 template <class Element, class Body>
 QFAST_ALWAYS_INLINE void for_vectors(int64_t columns, const Body& body) {
   int64_t j = 0;
@@ -24,13 +29,13 @@ QFAST_ALWAYS_INLINE void for_vectors(int64_t columns, const Body& body) {
 }
 
 // ---------------------------------------------------------------- signs
-// Where the gradient passes a ReLU of this output: above 0, and as in torch where it is NaN.
+// Returns the gradient of the input of a ReLU. Like in torch it passes where the output is above 0 or NaN.
 template <class Element>
 QFAST_ALWAYS_INLINE Vector<Element> passed(Vector<Element> output, Vector<Element> grad) {
   return output <= Element(0) ? Vector<Element>{} : grad;
 }
 
-// Bit l: it passes in lane l.
+// Returns a mask whose bit l is set if the gradient passes in lane l.
 template <class Element>
 QFAST_ALWAYS_INLINE uint32_t passing_lanes(Vector<Element> x) {
 #if QFAST_VECTOR_BYTES == 64
@@ -52,7 +57,7 @@ QFAST_ALWAYS_INLINE uint32_t passing_lanes(Vector<Element> x) {
 #endif
 }
 
-// Bits of columns [column, column + lanes) of a row; columns are written in ascending order.
+// Stores the bits of columns [column, column + lanes) of a row. Columns must be written in ascending order.
 template <class Element>
 QFAST_ALWAYS_INLINE void store_signs(unsigned char* signs, int64_t column, int64_t lanes, uint32_t bits) {
   bits &= (1u << (lanes - 1) << 1) - 1;
@@ -66,7 +71,7 @@ QFAST_ALWAYS_INLINE void store_signs(unsigned char* signs, int64_t column, int64
   }
 }
 
-// x where the bit is set, else 0.
+// Returns x in lanes whose bit is set, else 0.
 template <class Element>
 QFAST_ALWAYS_INLINE Vector<Element> where_sign(const unsigned char* signs, int64_t column, int64_t lanes,
                                                Vector<Element> x) {
@@ -92,7 +97,8 @@ QFAST_ALWAYS_INLINE Activation<const Element> reading(const Activation<Element>&
   return {a.data, a.slot_stride, a.row_stride, a.channel_stride};
 }
 
-// `a` for a tile of this many rows: one row has no stride, which makes slots follow each other like rows.
+// Returns `a` for a tile of `rows` rows. The row stride of a single row has no meaning. Replacing it by the
+// slot stride makes consecutive slots contiguous, so they can be computed as one matrix.
 template <class Element>
 QFAST_ALWAYS_INLINE Activation<Element> for_rows(Activation<Element> a, int64_t rows) {
   if (rows == 1) a.row_stride = a.slot_stride;
@@ -104,7 +110,8 @@ QFAST_ALWAYS_INLINE bool slots_follow(const Activation<Element>& a, int64_t rows
   return a.slot_stride == rows * a.row_stride;
 }
 
-// body(slot, count) for the slots of the runs, as many at a time as are one matrix.
+// Calls body(slot, count) for all slots of the runs. If `together`, the slots of a run are one matrix and one
+// call.
 template <class Body>
 QFAST_ALWAYS_INLINE void for_runs(const RunList& list, bool together, const Body& body) {
   for (int64_t i = 0; i < list.count; ++i) {
@@ -114,8 +121,8 @@ QFAST_ALWAYS_INLINE void for_runs(const RunList& list, bool together, const Body
   }
 }
 
-// finish(row, sums) for each tile of the rows of a run of slots and one panel;
-// `weights` is the panel's. `more` may add to the sums before.
+// Computes the convolution of a run of slots for one panel, in register tiles of rows. `weights` contains the
+// panel. For each register tile, more(row, sums) may add to the sums, then finish(row, sums) stores them.
 template <class Element, int Vectors, class More, class Finish>
 QFAST_ALWAYS_INLINE void convolve_slot(const Tap* taps, const Tap* end,
                                        const Activation<const Element>& input, int64_t features,
@@ -125,7 +132,8 @@ QFAST_ALWAYS_INLINE void convolve_slot(const Tap* taps, const Tap* end,
   for_row_tiles<kTileRows<Vectors>>(rows, [&]<int Rows>(int64_t row) __attribute__((always_inline)) {
     Sums<Element, Rows, Vectors> sums = {};
     for (const Tap* tap = taps; tap != end; ++tap) {
-      Sums<Element, Rows, Vectors> part = {};  // a tap by itself: a long chain of additions loses digits
+      Sums<Element, Rows, Vectors> part =
+          {};  // one sum per tap, because a long chain of additions loses digits
       add_product(part, at(input, tap->slot, row), input.row_stride, input.channel_stride,
                   weights + tap->tap * features * kWidth, kWidth, features);
       add(sums, part);
@@ -137,7 +145,7 @@ QFAST_ALWAYS_INLINE void convolve_slot(const Tap* taps, const Tap* end,
 
 constexpr auto kNothingMore = [](int64_t, auto&) __attribute__((always_inline)) {};
 
-// Writes sums [Rows, columns], each vector changed by change(vector, row within the tile, column).
+// Stores change(vector, row within the tile, column, lanes) of each vector of the sums [Rows, columns].
 template <class Element, int Rows, int Vectors, class Change>
 QFAST_ALWAYS_INLINE void store_sums(const Sums<Element, Rows, Vectors>& sums, Element* to, int64_t row_stride,
                                     int64_t columns, const Change& change) {
@@ -233,8 +241,9 @@ struct TileForward {
     });
   }
 
-  // What follows the second convolution of a slot: its columns of a panel stand in `product`, and if they
-  // come from a 1x1 convolution what stands beside in `down`.
+  // Applies dropout to the result of the second convolution of a slot, adds the residual and stores the
+  // output. `product` contains the columns of one panel, `down` the result of the 1x1 convolution if the
+  // block has one.
   void finish_slot(const BlockJob<Element>& block, int32_t convolution,
                    const Activation<const Element>& input, int64_t slot, int64_t p, Element* product,
                    const Element* down, const Activation<Element>& output, unsigned char* signs) const {
@@ -250,6 +259,7 @@ struct TileForward {
             columns, signs == nullptr ? nullptr : signs + slot * rows * row_signs, row_signs, column);
   }
 
+  // Computes the 1x1 convolution of a run of slots for one panel.
   template <int Vectors>
   void downsample(const BlockJob<Element>& block, const Activation<const Element>& input, int64_t slot,
                   int64_t count, int64_t p, Element* to) const {
@@ -266,6 +276,7 @@ struct TileForward {
         });
   }
 
+  // Stores the signs of the product and output = relu(product + residual).
   void combine(const Element* product, int64_t width, const Activation<const Element>& other, Element* output,
                int64_t output_stride, int64_t columns, unsigned char* signs, int64_t row_signs,
                int64_t column) const {
@@ -288,16 +299,16 @@ struct TileForward {
   }
 };
 
-// Tiles [begin, end). `scratch`: what a slot of a panel needs, then, where nothing is kept, the activations
-// of a tile.
+// Computes tiles [begin, end). The scratch contains the buffers for a slot of a panel and, if activations are
+// not saved, the activations of a tile.
 template <class Element>
 static void temporal_conv_forward(const NetworkJob<Element>& job, int64_t begin, int64_t end,
                                   Element* scratch) {
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t first_row = tile * job.tile_rows, rows = smaller(job.tile_rows, job.batch - first_row);
     const TileForward<Element> forward{job, first_row, rows, scratch};
-    Element* const kept = job.activations == nullptr ? scratch + job.slot_elements
-                                                     : job.activations + first_row * job.row_elements;
+    Element* const activations = job.activations == nullptr ? scratch + job.slot_elements
+                                                            : job.activations + first_row * job.row_elements;
     unsigned char* const signs = job.signs == nullptr ? nullptr : job.signs + first_row * job.row_signs;
     Activation<const Element> input = job.x;
     input.data += first_row * input.row_stride;
@@ -305,8 +316,8 @@ static void temporal_conv_forward(const NetworkJob<Element>& job, int64_t begin,
     for (int32_t i = 0; i < job.blocks_count; ++i) {
       const BlockJob<Element>& block = job.blocks[i];
       const int64_t channels = block.channels;
-      const Activation<Element> between{kept + block.between_at * rows, rows * channels, channels, 1};
-      Activation<Element> output{kept + block.output_at * rows, rows * channels, channels, 1};
+      const Activation<Element> between{activations + block.between_at * rows, rows * channels, channels, 1};
+      Activation<Element> output{activations + block.output_at * rows, rows * channels, channels, 1};
       if (i + 1 == job.blocks_count) {
         output = job.output;
         output.data += first_row * output.row_stride;

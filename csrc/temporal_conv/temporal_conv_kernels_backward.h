@@ -1,16 +1,20 @@
-// Gradients of the temporal convolution stack, the same tiles of batch rows, last block first. Nothing is
-// computed again: what was kept after ReLU and dropout tells where the first convolution's gradient passes,
-// one bit an element where the second's does. Gradients of activations stay in the tile's scratch; those of
-// the weights go to the sums of a chunk of tiles.
+// Backward pass of a temporal convolution stack, from the last block to the first. It is included inside the
+// namespace of an instruction set.
+//
+// A thread owns chunks of tiles of batch rows, the same tiles as in the forward pass. Gradients of
+// activations stay in the scratch of a tile, and gradients of weights are added to the sums of the chunk.
+// Nothing is computed again. The saved activations show where the gradient of the first convolution passes
+// its ReLU and dropout, and one saved bit per element shows it for the second convolution. Bound by
+// multiply-adds: 4 * taps * features * channels flops per row.
 
-// Adds to sums[column] what body(slot, row, column, lanes) returns, over all slots and rows.
+// Adds body(slot, row, column, lanes) to sums[column], over all slots and rows.
 template <class Element, class Body>
 QFAST_ALWAYS_INLINE void add_columns(int64_t slots, int64_t rows, int64_t columns, Element* sums,
                                      const Body& body) {
   for_vectors<Element>(columns, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
     Vector<Element> total = {};
     for (int64_t slot = 0; slot < slots; ++slot) {
-      Vector<Element> part = {};  // a slot's rows by themselves: many terms lose fewer digits
+      Vector<Element> part = {};  // one sum per slot, because a long chain of additions loses digits
       for (int64_t row = 0; row < rows; ++row) part += body(slot, row, j, lanes);
       total += part;
     }
@@ -28,8 +32,9 @@ struct TileBackward {
     return {data, rows * channels, channels, 1};
   }
 
-  // Gradient of y + beside, and of the second convolution before ReLU and dropout, from that of the output.
-  // `of_sum` may be `grad`.
+  // Computes, from the gradient of the output, the gradient `of_sum` of the sum y + residual, and the
+  // gradient `of_second` of the second convolution before ReLU and dropout. `of_sum` may be the same memory
+  // as `grad`.
   void through_output(const BlockJob<Element>& block, const Activation<const Element>& grad,
                       const Activation<const Element>& output, const unsigned char* signs,
                       const Activation<Element>& of_sum, const Activation<Element>& of_second) const {
@@ -39,10 +44,10 @@ struct TileBackward {
         block.second.slots, rows, block.channels, sums + block.second_bias_sum,
         [&](int64_t slot, int64_t row, int64_t j, int64_t lanes) __attribute__((always_inline)) {
           const auto value = load<Element>(at(output, slot, row) + j, lanes);
-          const auto entering = passed<Element>(value, load<Element>(at(grad, slot, row) + j, lanes));
+          const auto of_output = passed<Element>(value, load<Element>(at(grad, slot, row) + j, lanes));
           const auto second =
-              where_sign<Element>(signs + (slot * rows + row) * row_signs, j, lanes, entering * scale);
-          store<Element>(of_sum.data + slot * of_sum.slot_stride + row * of_sum.row_stride + j, entering,
+              where_sign<Element>(signs + (slot * rows + row) * row_signs, j, lanes, of_output * scale);
+          store<Element>(of_sum.data + slot * of_sum.slot_stride + row * of_sum.row_stride + j, of_output,
                          lanes);
           store<Element>(of_second.data + slot * of_second.slot_stride + row * of_second.row_stride + j,
                          second, lanes);
@@ -50,6 +55,7 @@ struct TileBackward {
         });
   }
 
+  // to[column] += sum of the gradient over slots and rows.
   void sum_columns(const Activation<const Element>& grad, int64_t slots, int64_t columns, Element* to) const {
     add_columns<Element>(
         slots, rows, columns, to,
@@ -70,7 +76,7 @@ struct TileBackward {
           features, [&]<int Rows>(int64_t feature) __attribute__((always_inline)) {
             Sums<Element, Rows, Vectors> total = {};
             for_runs(runs, together, [&](int64_t slot, int64_t count) __attribute__((always_inline)) {
-              // The taps of a slot end with the step itself: those inside the window are the last ones.
+              // The last tap of a slot is the current step. Taps before the window are missing at the front.
               const int64_t back = kernel - tap, end = reads.begin[slot + 1];
               if (end - back < reads.begin[slot]) return;
               const Element* const a =
@@ -96,7 +102,7 @@ struct TileBackward {
       });
   }
 
-  // Gradient of the first convolution before ReLU and dropout, from that of the second.
+  // Computes the gradient of the first convolution before ReLU and dropout from the gradient of the second.
   void through_second(const BlockJob<Element>& block, const Activation<const Element>& of_second,
                       const Activation<const Element>& between, const Activation<Element>& of_first) const {
     for (int64_t p = 0; p < block.panels.count; ++p)
@@ -119,20 +125,21 @@ struct TileBackward {
               taps.taps + taps.begin[slot], taps.taps + taps.begin[slot + 1], of_second, block.channels,
               weights, count * rows, kNothingMore,
               [&](int64_t row, auto& total) __attribute__((always_inline)) {
-                const Element* const kept = at(between, slot, row) + column;
-                store_sums(total,
-                           of_first.data + slot * of_first.slot_stride + row * of_first.row_stride + column,
-                           of_first.row_stride, columns,
-                           [&](Vector<Element> value, int i, int64_t j, int64_t lanes)
-                               __attribute__((always_inline)) {
-                                 return passed<Element>(
-                                     load<Element>(kept + i * between.row_stride + j, lanes), value * scale);
-                               });
+                const Element* const outputs = at(between, slot, row) + column;
+                store_sums(
+                    total, of_first.data + slot * of_first.slot_stride + row * of_first.row_stride + column,
+                    of_first.row_stride, columns,
+                    [&](Vector<Element> value, int i, int64_t j, int64_t lanes)
+                        __attribute__((always_inline)) {
+                          return passed<Element>(load<Element>(outputs + i * between.row_stride + j, lanes),
+                                                 value * scale);
+                        });
               });
         });
   }
 
-  // Gradient of the block's input, from those of the first convolution and of what stands beside.
+  // Computes the gradient of the block's input from the gradients of the first convolution and of the
+  // residual.
   void through_first(const BlockJob<Element>& block, const Activation<const Element>& of_first,
                      const Activation<const Element>& of_sum, const Activation<Element>& of_input) const {
     for (int64_t p = 0; p < block.input_panels.count; ++p)
@@ -177,8 +184,9 @@ struct TileBackward {
         });
   }
 
-  // One block: the gradient of its output comes in `grad`, that of its input goes to `of_input` (data null:
-  // not wanted). `spaces` are three pieces of scratch, the first may be where `grad` lies.
+  // Computes the gradients of one block. `grad` is the gradient of its output, `of_input` receives the
+  // gradient of its input unless its data is null. `spaces` are three buffers of scratch. The first may be
+  // the memory of `grad`.
   void block(const BlockJob<Element>& block, const Activation<const Element>& grad,
              const Activation<const Element>& input, const Activation<const Element>& between,
              const Activation<const Element>& output, const unsigned char* signs, Element* const spaces[3],
@@ -201,27 +209,28 @@ struct TileBackward {
   }
 };
 
-// Tiles [begin, end), whose weight gradients are added to `sums`. `scratch`: four gradients of a tile.
+// Computes the gradients of tiles [begin, end) and adds the weight gradients to `sums`. The scratch contains
+// four gradients of a tile.
 template <class Element>
 static void temporal_conv_backward(const NetworkJob<Element>& job, int64_t begin, int64_t end,
                                    Element* scratch, Element* sums) {
-  const int64_t piece = job.widest_elements * job.tile_rows + kPanelPadding;
+  const int64_t buffer_elements = job.widest_elements * job.tile_rows + kPanelPadding;
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t first_row = tile * job.tile_rows, rows = smaller(job.tile_rows, job.batch - first_row);
     const TileBackward<Element> backward{job, first_row, rows, sums};
-    Element* const kept = job.activations + first_row * job.row_elements;
+    Element* const activations = job.activations + first_row * job.row_elements;
     const unsigned char* const signs = job.signs + first_row * job.row_signs;
     Activation<const Element> grad = job.grad, output = reading(job.output);
     grad.data += first_row * grad.row_stride;
     output.data += first_row * output.row_stride;
-    Element *here = scratch, *next = scratch + piece;
+    Element *current = scratch, *next = scratch + buffer_elements;
     for (int64_t i = job.blocks_count - 1; i >= 0; --i) {
       const BlockJob<Element>& block = job.blocks[i];
-      const auto between = backward.dense(kept + block.between_at * rows, block.channels);
+      const auto between = backward.dense(activations + block.between_at * rows, block.channels);
       Activation<const Element> input = job.x;
       Activation<Element> of_input = job.grad_x;
       if (i > 0) {
-        input = reading(backward.dense(kept + job.blocks[i - 1].output_at * rows, block.features));
+        input = reading(backward.dense(activations + job.blocks[i - 1].output_at * rows, block.features));
         of_input = backward.dense(next, block.features);
       } else {
         input.data += first_row * input.row_stride;
@@ -229,14 +238,14 @@ static void temporal_conv_backward(const NetworkJob<Element>& job, int64_t begin
         input = for_rows(input, rows);
         of_input = for_rows(of_input, rows);
       }
-      Element* const spaces[3] = {here, scratch + 2 * piece, scratch + 3 * piece};
+      Element* const spaces[3] = {current, scratch + 2 * buffer_elements, scratch + 3 * buffer_elements};
       backward.block(block, grad, input, reading(between), output, signs + block.signs_at * rows, spaces,
                      of_input);
       grad = reading(of_input);
       output = input;
-      Element* const free = here;
-      here = next;
-      next = free;
+      Element* const unused = current;
+      current = next;
+      next = unused;
     }
   }
 }

@@ -1,9 +1,12 @@
-// Temporal convolution stack over windows that follow each other by one row, without gradients. Positions
-// that no window's zero padding reaches are computed once per row, a chunk of windows at a time; each window
-// then computes its own positions near its beginning, with the shared ones copied to their slots. The same
-// sums in the same order as window by window: the same bits.
+// Forward pass of a temporal convolution stack over consecutive windows, each shifted by one row, without
+// gradients. It is included inside the namespace of an instruction set.
+//
+// A thread owns chunks of windows. For a chunk it first computes, once per panel row, the positions that the
+// zero padding of a window cannot affect. Each window then computes only the positions near its beginning,
+// and copies the shared ones to their slots. The sums have the same order as in the kernel for single
+// windows, so the results have the same bits. Bound by multiply-adds, like the other forward kernel.
 
-// Rows of the output of one convolution, from row `first` on.
+// Rows of the output of one convolution. Row 0 of the memory is panel row `first`.
 template <class Element>
 struct Rows {
   Element* data;
@@ -20,13 +23,14 @@ struct RollingChunk {
     return {scratch + shared.rows_at, begin + shared.first_position, channels, 1};
   }
 
-  // Slot t is where tap t reads: (taps - 1 - t) * dilation rows up.
+  // Returns a view in which slot t is the input of tap t, (kernel - 1 - t) * dilation rows earlier.
   Activation<const Element> tapped(const Rows<const Element>& rows, int64_t first, int64_t kernel,
                                    int64_t dilation) const {
     return {rows.data + (first - rows.first - (kernel - 1) * dilation) * rows.stride, dilation * rows.stride,
             rows.stride, rows.channel_stride};
   }
 
+  // Computes the shared rows of all convolutions.
   void compute_shared() const {
     const NetworkJob<Element>& windows = job.windows;
     Rows<const Element> input{windows.x.data, 0, windows.x.row_stride, windows.x.channel_stride};
@@ -47,12 +51,14 @@ struct RollingChunk {
     }
   }
 
+  // Returns the number of shared rows of the chunk.
   int64_t count(const SharedRows& shared) const {
     return end - begin + shared.last_position - shared.first_position;
   }
 
   Activation<Element> as_slot(const Rows<Element>& rows) const { return {rows.data, 0, rows.stride, 1}; }
 
+  // Copies shared rows to the slots of a tile of windows.
   void copy_shared(const SharedRows& shared, int64_t first_window, int64_t windows, int64_t channels,
                    const Activation<Element>& to) const {
     const Rows<Element> rows = rows_of(shared, channels);
@@ -65,17 +71,18 @@ struct RollingChunk {
     }
   }
 
+  // Computes the remaining positions of a tile of windows.
   void compute_tile(int64_t first_window, int64_t rows) const {
     const NetworkJob<Element>& windows = job.windows;
     const TileForward<Element> forward{windows, first_window, rows, scratch};
-    Element* const own = scratch + job.activations_at;
+    Element* const activations = scratch + job.activations_at;
     Activation<const Element> input = windows.x;
     input.data += first_window * input.row_stride;
     for (int64_t i = 0; i < windows.blocks_count; ++i) {
       const BlockJob<Element>& block = windows.blocks[i];
       const int64_t channels = block.channels;
-      const Activation<Element> between{own + block.between_at * rows, rows * channels, channels, 1};
-      Activation<Element> output{own + block.output_at * rows, rows * channels, channels, 1};
+      const Activation<Element> between{activations + block.between_at * rows, rows * channels, channels, 1};
+      Activation<Element> output{activations + block.output_at * rows, rows * channels, channels, 1};
       if (i + 1 == windows.blocks_count) {
         output = windows.output;
         output.data += first_window * output.row_stride;
@@ -89,7 +96,7 @@ struct RollingChunk {
   }
 };
 
-// Chunks [begin, end) of windows.
+// Computes chunks [begin, end) of windows.
 template <class Element>
 static void temporal_conv_rolling(const RollingJob<Element>& job, int64_t begin, int64_t end,
                                   Element* scratch) {

@@ -1,5 +1,5 @@
-// What the kernels of a temporal convolution stack are given: checked weights, the cone, packed panels and
-// where everything lies. Host only.
+// Host side of the temporal convolution kernels: checks the weights, plans the cone, packs the weights into
+// panels and computes the offsets of all buffers. Host only.
 #pragma once
 
 #include <algorithm>
@@ -16,13 +16,14 @@
 
 namespace qfast {
 
-constexpr int64_t kRowGroup = 4;   // rows that share a counter of the dropout
-constexpr int64_t kRowsStep = 12;  // tiles of rows: a multiple of this fills the registers
+constexpr int64_t kRowGroup = 4;   // rows that share a dropout counter
+constexpr int64_t kRowsStep = 12;  // a multiple of this many rows fills the registers
 constexpr int64_t kMostRows = 48;
-constexpr int64_t kTileBytes = 384 << 10;  // activations of a block of a tile: well within a 1 MB cache
-constexpr int64_t kFewestTiles = 8;        // as far as there are rows: something for each of several threads
+constexpr int64_t kTileBytes =
+    384 << 10;  // size limit of the activations of a block of a tile, for a cache of 1 MB
+constexpr int64_t kFewestTiles = 8;  // if there are enough rows, so several threads have work
 
-// The tensors of one block, and its sizes.
+// The tensors and sizes of one block.
 struct BlockTensors {
   Tensor first_weight, first_bias, second_weight, second_bias;
   std::optional<Tensor> beside_weight, beside_bias;
@@ -36,13 +37,18 @@ inline void check_weight(const char* op, const char* name, int64_t block, const 
                          const Tensor& x, std::initializer_list<int64_t> shape) {
   check_same_device(op, name, tensor, x, "x");
   bool same = tensor.scalar_type() == x.scalar_type() && tensor.dim() == static_cast<int64_t>(shape.size());
+  std::ostringstream expected_shape;
   int64_t axis = 0;
-  for (const int64_t size : shape) same = same && tensor.size(axis++) == size;
-  QFAST_CHECK(same, op, ": ", name, " of block ", block, ": expected another shape or the dtype of x, got ",
-              shape_text(tensor), ".");
+  for (const int64_t size : shape) {
+    expected_shape << (axis ? ", " : "") << size;
+    same = same && tensor.size(axis++) == size;
+  }
+  QFAST_CHECK(same, op, ": ", name, " of block ", block, ": expected shape (", expected_shape.str(),
+              ") and the dtype of x, got ", shape_text(tensor), " of ",
+              torch::headeronly::toString(tensor.scalar_type()), ".");
 }
 
-// Cuts the list of weights into blocks: 4 tensors, or 6 where the width changes.
+// Splits the list of weights into blocks of 4 tensors, or 6 if the width changes, and checks them.
 inline std::vector<BlockTensors> cut_blocks(const char* op, const Tensor& x,
                                             const std::vector<Tensor>& weights,
                                             const std::vector<int64_t>& dilations) {
@@ -54,8 +60,8 @@ inline std::vector<BlockTensors> cut_blocks(const char* op, const Tensor& x,
   int64_t features = x.size(2);
   std::size_t at = 0;
   const auto next = [&] {
-    QFAST_CHECK(at < weights.size(), op, ": weights: expected 4 or 6 tensors a block, got ", weights.size(),
-                ".");
+    QFAST_CHECK(at < weights.size(), op, ": weights: expected 4 or 6 tensors for each block, got ",
+                weights.size(), ".");
     return torch::stable::contiguous(weights[at++]);
   };
   while (at < weights.size()) {
@@ -64,7 +70,7 @@ inline std::vector<BlockTensors> cut_blocks(const char* op, const Tensor& x,
     check_dims(op, "weight", block.first_weight, 3, "[C, F, k]");
     const int64_t channels = block.channels = block.first_weight.size(0);
     const int64_t kernel = block.kernel = block.first_weight.size(2);
-    QFAST_CHECK(channels > 0 && kernel > 0, op, ": weight: expected no empty axis, got ",
+    QFAST_CHECK(channels > 0 && kernel > 0, op, ": weight: expected at least one channel and one tap, got ",
                 shape_text(block.first_weight), ".");
     check_weight(op, "first weight", number, block.first_weight, x, {channels, features, kernel});
     check_weight(op, "first bias", number, block.first_bias, x, {channels});
@@ -89,7 +95,7 @@ inline std::vector<BlockTensors> cut_blocks(const char* op, const Tensor& x,
   return blocks;
 }
 
-// Everything but the buffers of a call.
+// A call without its buffers: sizes, tables, packed weights and offsets.
 template <class Element>
 class Network {
  public:
@@ -116,7 +122,8 @@ class Network {
   }
   Network(const Network&) = delete;
 
-  // Packs what the forward reads; without `keep` the activations of a tile share two places.
+  // Packs the weights for the forward pass. Without `keep` the activations of all blocks of a tile share
+  // buffers.
   void prepare_forward(bool keep) {
     int64_t between = 0, widest_panel = 0;
     if (!keep)
@@ -125,14 +132,14 @@ class Network {
     int64_t output = 0;
     for (std::size_t i = 0; i < blocks_.size(); ++i) {
       BlockJob<Element>& block = blocks_[i];
-      const BlockTensors& given = tensors[i];
-      block.first_weight = packed(given.first_weight, block.panels);
-      block.second_weight = packed(given.second_weight, block.panels);
-      block.first_bias = padded(given.first_bias, block.panels);
-      block.second_bias = padded(given.second_bias, block.panels);
+      const BlockTensors& tensors_of_block = tensors[i];
+      block.first_weight = packed(tensors_of_block.first_weight, block.panels);
+      block.second_weight = packed(tensors_of_block.second_weight, block.panels);
+      block.first_bias = padded(tensors_of_block.first_bias, block.panels);
+      block.second_bias = padded(tensors_of_block.second_bias, block.panels);
       if (block.downsample) {
-        block.beside_weight = packed(*given.beside_weight, block.panels);
-        block.beside_bias = padded(*given.beside_bias, block.panels);
+        block.beside_weight = packed(*tensors_of_block.beside_weight, block.panels);
+        block.beside_bias = padded(*tensors_of_block.beside_bias, block.panels);
       }
       widest_panel = std::max(widest_panel, block.panels.width);
       if (!keep && i + 1 < blocks_.size()) output = std::max(output, block.second.slots * block.channels);
@@ -151,11 +158,12 @@ class Network {
     job.widest_elements = 0;
     for (std::size_t i = 0; i < blocks_.size(); ++i) {
       BlockJob<Element>& block = blocks_[i];
-      const BlockTensors& given = tensors[i];
-      block.second_turned = turned(given.second_weight, block.panels);
+      const BlockTensors& tensors_of_block = tensors[i];
+      block.second_turned = turned(tensors_of_block.second_weight, block.panels);
       if (i > 0 || input_grad) {
-        block.first_turned = turned(given.first_weight, block.input_panels);
-        if (block.downsample) block.beside_turned = turned(*given.beside_weight, block.input_panels);
+        block.first_turned = turned(tensors_of_block.first_weight, block.input_panels);
+        if (block.downsample)
+          block.beside_turned = turned(*tensors_of_block.beside_weight, block.input_panels);
       }
       const int64_t inputs = i > 0 ? block.input_slots * block.features : 0;
       job.widest_elements = std::max({job.widest_elements, inputs, block.first.slots * block.channels,
@@ -166,7 +174,7 @@ class Network {
 
   int64_t tiles() const { return job.batch == 0 ? 0 : (job.batch + job.tile_rows - 1) / job.tile_rows; }
 
-  // Tables for a job, kept as long as the network.
+  // Stores a table, which this object owns, and returns its data.
   const int32_t* hold(std::vector<int32_t> numbers) {
     numbers_.push_back(std::move(numbers));
     return numbers_.back().data();
@@ -180,20 +188,20 @@ class Network {
     return {runs_.back().data(), static_cast<int64_t>(runs_.back().size())};
   }
 
-  // These slots (ascending) as runs of at most as many rows as a full tile has. `beside`, if not null, gives
-  // another slot that is read, or -1.
+  // Divides ascending slots into runs of at most the rows of a full tile. `beside`, if not null, has a second
+  // slot that each slot reads, or -1.
   RunList runs(const TapTable& table, const int32_t* beside, const std::vector<int32_t>& slots) {
     const int64_t longest = std::max<int64_t>(1, kMostRows / job.tile_rows);
-    std::vector<Run> found;
+    std::vector<Run> runs_of_slots;
     for (const int32_t slot : slots) {
-      if (!found.empty() && found.back().length < longest &&
-          found.back().slot + found.back().length == slot && follows(table, beside, slot)) {
-        ++found.back().length;
+      if (!runs_of_slots.empty() && runs_of_slots.back().length < longest &&
+          runs_of_slots.back().slot + runs_of_slots.back().length == slot && follows(table, beside, slot)) {
+        ++runs_of_slots.back().length;
       } else {
-        found.push_back({slot, 1});
+        runs_of_slots.push_back({slot, 1});
       }
     }
-    return hold(std::move(found));
+    return hold(std::move(runs_of_slots));
   }
 
   std::vector<BlockJob<Element>>& blocks() { return blocks_; }
@@ -201,8 +209,8 @@ class Network {
   std::vector<BlockTensors> tensors;
   std::vector<BlockPlan> plans;
   NetworkJob<Element> job{};
-  int64_t scratch_elements = 0;  // of one worker
-  int64_t sum_elements = 0;      // gradients of all weights
+  int64_t scratch_elements = 0;  // elements of scratch of one worker
+  int64_t sum_elements = 0;      // elements of the gradient sums of all weights
 
  private:
   static Panels panels_of(int64_t columns) {
@@ -212,7 +220,7 @@ class Network {
     return {columns, rounded_up((columns + count - 1) / count, lanes), count};
   }
 
-  // Whether `slot` reads one slot further than the slot before it, by the same taps.
+  // Returns whether `slot` reads the next slots after those of the previous slot, with the same taps.
   static bool follows(const TapTable& table, const int32_t* beside, int32_t slot) {
     const int32_t before = table.begin[slot - 1], begin = table.begin[slot],
                   count = table.begin[slot + 1] - begin;
@@ -238,13 +246,13 @@ class Network {
 
   void add_block(std::size_t i) {
     const BlockPlan& plan = plans[i];
-    const BlockTensors& given = tensors[i];
+    const BlockTensors& tensors_of_block = tensors[i];
     BlockJob<Element> block{};
-    block.features = given.features;
-    block.channels = given.channels;
-    block.kernel = given.kernel;
+    block.features = tensors_of_block.features;
+    block.channels = tensors_of_block.channels;
+    block.kernel = tensors_of_block.kernel;
     block.dilation = plan.dilation;
-    block.downsample = given.beside_weight.has_value();
+    block.downsample = tensors_of_block.beside_weight.has_value();
     block.between_positions = plan.between.data();
     block.output_positions = plan.output.data();
     block.first = table(plan.first.reads);
@@ -261,29 +269,30 @@ class Network {
     block.beside = plan.beside.data();
     block.beside_of = plan.beside_of.data();
     block.input_slots = static_cast<int64_t>(plan.input.size());
-    block.panels = panels_of(given.channels);
-    block.input_panels = panels_of(given.features);
+    block.panels = panels_of(tensors_of_block.channels);
+    block.input_panels = panels_of(tensors_of_block.features);
     block.between_at = job.row_elements;
-    job.row_elements += block.first.slots * given.channels;
+    job.row_elements += block.first.slots * tensors_of_block.channels;
     block.output_at = job.row_elements;
-    if (i + 1 < tensors.size()) job.row_elements += block.second.slots * given.channels;
+    if (i + 1 < tensors.size()) job.row_elements += block.second.slots * tensors_of_block.channels;
     block.signs_at = job.row_signs;
-    job.row_signs += block.second.slots * ((given.channels + 7) / 8);
+    job.row_signs += block.second.slots * ((tensors_of_block.channels + 7) / 8);
     const auto sum = [&](int64_t elements) {
       const int64_t place = sum_elements;
       sum_elements += elements;
       return place;
     };
-    block.first_sum = sum(given.first_elements());
-    block.first_bias_sum = sum(given.channels);
-    block.second_sum = sum(given.second_elements());
-    block.second_bias_sum = sum(given.channels);
-    block.beside_sum = sum(block.downsample ? given.features * given.channels : 0);
-    block.beside_bias_sum = sum(block.downsample ? given.channels : 0);
+    block.first_sum = sum(tensors_of_block.first_elements());
+    block.first_bias_sum = sum(tensors_of_block.channels);
+    block.second_sum = sum(tensors_of_block.second_elements());
+    block.second_bias_sum = sum(tensors_of_block.channels);
+    block.beside_sum = sum(block.downsample ? tensors_of_block.features * tensors_of_block.channels : 0);
+    block.beside_bias_sum = sum(block.downsample ? tensors_of_block.channels : 0);
     blocks_.push_back(block);
   }
 
-  // A function of the shapes alone, as the sums of the gradients depend on it.
+  // Returns the rows of a tile. They depend on the shapes only, because they determine the order of the
+  // gradient sums.
   int64_t tile_rows() const {
     int64_t widest = 1;
     for (const BlockJob<Element>& block : blocks_)
@@ -297,16 +306,16 @@ class Network {
 
   Element* space(int64_t elements) {
     const int64_t shape[] = {elements};
-    held_.push_back(torch::stable::new_empty(tensors[0].first_weight, {shape, 1}));
-    return held_.back().template mutable_data_ptr<Element>();
+    buffers_.push_back(torch::stable::new_empty(tensors[0].first_weight, {shape, 1}));
+    return buffers_.back().template mutable_data_ptr<Element>();
   }
 
-  // [columns, rows, taps] as [panel][tap][row][width].
+  // Packs a weight [columns, rows, taps] as [panel][tap][row][width].
   const Element* packed(const Tensor& weight, const Panels& panels) {
     return laid_out(weight, panels, weight.size(1), weight.size(1) * weight.size(2), weight.size(2));
   }
 
-  // [rows, columns, taps] as [panel][tap][row][width].
+  // Packs the transposed weight [rows, columns, taps] as [panel][tap][row][width].
   const Element* turned(const Tensor& weight, const Panels& panels) {
     return laid_out(weight, panels, weight.size(0), weight.size(2), weight.size(1) * weight.size(2));
   }
@@ -342,7 +351,7 @@ class Network {
   std::vector<std::vector<int32_t>> numbers_;
   std::vector<std::vector<Tap>> taps_;
   std::vector<std::vector<Run>> runs_;
-  std::vector<Tensor> held_;
+  std::vector<Tensor> buffers_;
 };
 
 }  // namespace qfast

@@ -1,4 +1,5 @@
-// What the kernel for windows that follow each other by one row is given, on top of temporal_conv_pack.h.
+// Host side of the kernel for consecutive windows, each shifted by one row. It extends temporal_conv_pack.h.
+// Host only.
 #pragma once
 
 #include <set>
@@ -7,14 +8,14 @@
 
 namespace qfast {
 
-constexpr int64_t kChunkRows =
-    256;  // windows that share rows: those before the first are computed for each chunk
-constexpr int64_t kFewestWindows = 8;  // below them sharing gains nothing
+// Windows that share rows. The rows before the first window are computed again for every chunk.
+constexpr int64_t kChunkRows = 256;
+constexpr int64_t kFewestWindows = 8;  // with fewer windows sharing does not pay
 
 template <class Element>
 class RollingNetwork {
  public:
-  // Whether windows of x follow each other, and are many and long enough to share anything.
+  // Returns whether the windows of x are consecutive, and numerous and long enough to share values.
   static bool applies(const Network<Element>& network, const Tensor& x) {
     const BlockPlan& first = network.plans.front();
     return x.stride(0) == x.stride(1) && x.stride(0) != 0 && x.size(0) >= kFewestWindows &&
@@ -27,13 +28,13 @@ class RollingNetwork {
     first_.resize(blocks.size());
     second_.resize(blocks.size());
     row_blocks_ = blocks;
-    int64_t reach = 0;  // steps before the current one that it depends on
+    int64_t reach = 0;  // number of earlier steps that a position depends on
     for (std::size_t i = 0; i < blocks.size(); ++i) {
       const BlockPlan& plan = network.plans[i];
-      own_first_.push_back(split(plan.between, reach += (plan.kernel - 1) * plan.dilation, first_[i]));
-      own_second_.push_back(split(plan.output, reach += (plan.kernel - 1) * plan.dilation, second_[i]));
-      blocks[i].first_runs = network.runs(blocks[i].first, nullptr, own_first_[i]);
-      blocks[i].second_runs = network.runs(blocks[i].second, blocks[i].beside, own_second_[i]);
+      separate_first_.push_back(split(plan.between, reach += (plan.kernel - 1) * plan.dilation, first_[i]));
+      separate_second_.push_back(split(plan.output, reach += (plan.kernel - 1) * plan.dilation, second_[i]));
+      blocks[i].first_runs = network.runs(blocks[i].first, nullptr, separate_first_[i]);
+      blocks[i].second_runs = network.runs(blocks[i].second, blocks[i].beside, separate_second_[i]);
       make_row_block(row_blocks_[i]);
     }
     for (std::size_t i = 0; i < blocks.size(); ++i) set_copied(i);
@@ -46,19 +47,19 @@ class RollingNetwork {
   int64_t scratch_elements = 0;
 
  private:
-  // The slots that each window computes; those from `reach` on are shared.
+  // Returns the slots that each window computes separately. Positions of at least `reach` are shared.
   static std::vector<int32_t> split(const Positions& positions, int64_t reach, SharedRows& shared) {
-    std::vector<int32_t> own;
+    std::vector<int32_t> separate;
     shared = {1, 0, positions.data(), {nullptr, 0}, 0};
     for (std::size_t slot = 0; slot < positions.size(); ++slot) {
       if (positions[slot] < reach) {
-        own.push_back(static_cast<int32_t>(slot));
+        separate.push_back(static_cast<int32_t>(slot));
       } else {
         if (shared.first_position > shared.last_position) shared.first_position = positions[slot];
         shared.last_position = positions[slot];
       }
     }
-    return own;
+    return separate;
   }
 
   void make_row_block(BlockJob<Element>& block) {
@@ -71,11 +72,11 @@ class RollingNetwork {
     block.beside = network_.hold(std::vector<int32_t>{last});
   }
 
-  static void add_shared_reads(const TapTable& reads, const std::vector<int32_t>& own,
-                               const SharedRows& shared, std::set<int32_t>& found) {
-    for (const int32_t slot : own)
+  static void add_shared_reads(const TapTable& reads, const std::vector<int32_t>& separate,
+                               const SharedRows& shared, std::set<int32_t>& shared_slots) {
+    for (const int32_t slot : separate)
       for (int32_t t = reads.begin[slot]; t < reads.begin[slot + 1]; ++t)
-        if (is_shared(shared, reads.taps[t].slot)) found.insert(reads.taps[t].slot);
+        if (is_shared(shared, reads.taps[t].slot)) shared_slots.insert(reads.taps[t].slot);
   }
 
   static bool is_shared(const SharedRows& shared, int32_t slot) {
@@ -85,13 +86,13 @@ class RollingNetwork {
   void set_copied(std::size_t i) {
     const std::vector<BlockJob<Element>>& blocks = network_.blocks();
     std::set<int32_t> between, output;
-    add_shared_reads(blocks[i].second, own_second_[i], first_[i], between);
+    add_shared_reads(blocks[i].second, separate_second_[i], first_[i], between);
     if (i + 1 < blocks.size()) {
       const BlockJob<Element>& next = blocks[i + 1];
-      add_shared_reads(next.first, own_first_[i + 1], second_[i], output);
-      add_shared_reads(next.beside_reads, own_second_[i + 1], second_[i], output);
+      add_shared_reads(next.first, separate_first_[i + 1], second_[i], output);
+      add_shared_reads(next.beside_reads, separate_second_[i + 1], second_[i], output);
     } else if (is_shared(second_[i], 0)) {
-      output.insert(0);  // the result itself
+      output.insert(0);  // the result of the stack
     }
     first_[i].copied = slot_list(between);
     second_[i].copied = slot_list(output);
@@ -102,7 +103,7 @@ class RollingNetwork {
             static_cast<int64_t>(slots.size())};
   }
 
-  // The scratch: what a slot of a panel needs, the shared rows, a tile's own activations.
+  // Divides the scratch into the buffer for a slot of a panel, the shared rows and the activations of a tile.
   void place() {
     const std::vector<BlockJob<Element>>& blocks = network_.blocks();
     int64_t most_rows = kMostRows, widest = 0;
@@ -129,7 +130,8 @@ class RollingNetwork {
   Network<Element>& network_;
   std::vector<BlockJob<Element>> row_blocks_;
   std::vector<SharedRows> first_, second_;
-  std::vector<std::vector<int32_t>> own_first_, own_second_;  // slots that each window computes
+  std::vector<std::vector<int32_t>> separate_first_,
+      separate_second_;  // slots that each window computes separately
 };
 
 }  // namespace qfast
