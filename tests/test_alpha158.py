@@ -227,9 +227,9 @@ def test_an_instrument_outside_the_market_can_be_looked_at(tmp_path):
         ({"features": ["$clos"]}, DataError, r"no column 'clos'.* Did you mean 'close'\?"),
         ({"features": ["Mask($close, 'ZZ')"]}, DataError, r"\['ZZ'\] \(1 in all\) are not in the data"),
         ({"features": ["$close"], "cache": __file__}, ConfigError, "cache: .* is not a folder"),
-        ({"features": ["$close"], "cache": True}, ConfigError, "cache: expected a folder's path .*, got True"),
-        ({"features": ["$close"], "cache": 3}, ConfigError, "cache: expected a folder's path .*, got 3"),
-        ({"features": ["$close"], "cache": ""}, ConfigError, "cache: expected a folder's path .*, got ''"),
+        ({"features": ["$close"], "cache": True}, ConfigError, "cache must be the path of a folder or None, got True"),
+        ({"features": ["$close"], "cache": 3}, ConfigError, "cache must be the path of a folder or None, got 3"),
+        ({"features": ["$close"], "cache": ""}, ConfigError, "cache must be the path of a folder or None, got ''"),
         ({"features": ["$close"], "filter_pipe": [1]}, ConfigError, "filter_pipe is not available"),
     ],
 )
@@ -315,7 +315,7 @@ def test_a_full_disk_costs_the_file_and_not_the_run(tmp_path, monkeypatch, caplo
     monkeypatch.setattr("os.replace", full)
     with caplog.at_level(logging.WARNING, logger="qfast"):
         pd.testing.assert_frame_equal(cached(tmp_path / "b", frame), first)
-    assert "the factors are not kept on disk" in caplog.text
+    assert "factors are not cached" in caplog.text
     assert list((tmp_path / "b").iterdir()) == []
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qfast import _backend
-from qfast.data.rolling import STATISTICS, _twin, rolling
+from qfast.data.rolling import STATISTICS, _pandas_rolling, rolling
 from qfast.errors import ConfigError, DataError
 
 SINGLE = [kind for kind in STATISTICS if kind not in ("cov", "corr")]
@@ -31,7 +31,7 @@ def bounds(*lengths: int) -> tuple[np.ndarray, np.ndarray]:
 def both(kind: str, x: np.ndarray, rows: tuple[np.ndarray, np.ndarray], windows: list[int], y=None, parameter=0.0):  # type: ignore[no-untyped-def]
     found = rolling(kind, x, *rows, windows, other=y, parameter=parameter)
     wide = None if y is None else y.astype(np.float64)
-    return found, _twin(kind, x.astype(np.float64), wide, *rows, np.asarray(windows), parameter)
+    return found, _pandas_rolling(kind, x.astype(np.float64), wide, *rows, np.asarray(windows), parameter)
 
 
 def options(kind: str) -> dict[str, object]:
@@ -163,7 +163,7 @@ def test_threads_change_no_bit() -> None:
         ("mean", [0], {}, "ascending from 1, got \\[0\\]"),
         ("mean", [2.5], {}, "whole numbers"),
         ("skew", [2], {}, "ascending from 3"),
-        ("corr", [5], {}, "need a second series"),
+        ("corr", [5], {}, "needs a second series"),
         ("mean", [5], {"other": np.zeros(3)}, "no other statistic takes one"),
         ("quantile", [5], {"parameter": 1.5}, "must lie in \\[0, 1\\], got 1.5"),
         ("ema", [5], {}, "in \\(0, 1\\]"),

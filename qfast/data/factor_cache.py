@@ -1,9 +1,9 @@
-"""Computed factors on disk, so that a second run reads them instead.
+"""A cache of computed factors on disk, which a second run reads.
 
-One Parquet file per combination of data, rows and expressions, named by a digest of all three: another price,
-another day or another expression is another file, and nothing ever has to be thrown away because it is old. Files
-appear whole or not at all, so an interrupted run and two runs at a time do no harm. A file that cannot be read is
-said and computed again; a disk that is full costs the file and not the run.
+Each combination of prices, rows and expressions has one Parquet file, named by a digest of all three. Other prices,
+rows or expressions use another file, so files never become outdated. Files are written atomically: neither an
+interrupted run nor two runs at the same time can damage them. A file that cannot be read is logged and its factors are
+computed again. If the disk is full, the factors are not cached and the run continues.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ __all__ = ["FactorCache"]
 
 log = logging.getLogger("qfast.data")
 
-FORMAT = 3  # of the files, and of what expressions mean; counts in their names
-ROW_GROUP = 1 << 15  # rows that are put from rows into columns, or back, at a time
+FORMAT = 3  # version of the file format and of the meaning of expressions; part of the digest
+ROW_GROUP = 1 << 15  # rows that are transposed at a time
 
 
 class FactorCache:
@@ -40,12 +40,12 @@ class FactorCache:
     Parameters
     ----------
     folder : path
-        Made when something is first written to it.
+        Created when the first file is written.
 
     Raises
     ------
     ConfigError
-        Something that is no folder stands there, or pyarrow is not installed.
+        The path is not a folder, or pyarrow is not installed.
 
     Examples
     --------
@@ -60,14 +60,14 @@ class FactorCache:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
-            raise ConfigError(f"cache: expected a folder's path or nothing at all, got {shown(folder)}.")
+            raise ConfigError(f"cache must be the path of a folder or None, got {shown(folder)}.")
         self.folder = Path(folder).expanduser()
         if self.folder.exists() and not self.folder.is_dir():
-            raise ConfigError(f"cache: {str(self.folder)!r} is not a folder.")
+            raise ConfigError(f"cache must be a folder, but {str(self.folder)!r} is a file. Remedy: another path.")
         if importlib.util.find_spec("pyarrow") is None:
             raise ConfigError(
-                "cache: keeping factors on disk needs pyarrow, which is not installed. "
-                "Remedy: pip install 'qfast-models[parquet]', or leave the cache out."
+                f"cache={str(self.folder)!r} needs pyarrow, which is not installed. "
+                "Remedy: pip install 'qfast-models[parquet]', or remove the argument cache."
             )
 
     def key(
@@ -78,7 +78,7 @@ class FactorCache:
         start_time: DateLike | None,
         others: Mapping[str, Prices],
     ) -> str | None:
-        """Digest of everything the factors depend on; None if they call a registered function.
+        """Digest of everything the factors depend on.
 
         Parameters
         ----------
@@ -86,15 +86,21 @@ class FactorCache:
             Expressions.
         prices : Prices
         rows : int64 [M]
-            Panel rows wanted.
+            Panel rows to compute.
         start_time : date-like or None
+            As in `qfast.data.factors.evaluate_all`.
         others : mapping
-            Further prices, by instrument.
+            Prices of instruments that `Mask` names, by instrument.
+
+        Returns
+        -------
+        str or None
+            None if an expression calls a registered function, whose code the digest cannot cover.
         """
         calls = {node.function for text in texts for node in walk(parse(text)) if isinstance(node, Call)}
-        own = sorted(name for name in calls if FUNCTIONS[name].form == "user")
-        if own:
-            log.info("factors that call the registered functions %s are not cached", own)
+        registered = sorted(name for name in calls if FUNCTIONS[name].form == "user")
+        if registered:
+            log.info("factors that call the registered functions %s are not cached", registered)
             return None
         digest = hashlib.blake2b(digest_size=16)
         digest.update(f"{FORMAT} {qfast.__version__} {start_time}\x1e".encode())
@@ -112,15 +118,21 @@ class FactorCache:
         return self.folder / f"factors-{key}.parquet"
 
     def read(self, key: str | None, texts: Sequence[str], n_rows: int) -> np.ndarray | None:
-        """float32 [n_rows, len(texts)]; None if there is no such file, or none that can be read.
+        """The factors of a key.
 
         Parameters
         ----------
         key : str or None
-            From `key`.
+            From `key`; None is never cached.
         texts : sequence of str
-            Expressions, in the order of the columns.
+            C expressions, in the order of the columns.
         n_rows : int
+            M.
+
+        Returns
+        -------
+        float32 [M, C] or None
+            None if the file does not exist or cannot be read; an unreadable file is logged.
         """
         if key is None or not self.path(key).is_file():
             return None
@@ -130,7 +142,7 @@ class FactorCache:
         file = self.path(key)
         try:
             with pq.ParquetFile(file, memory_map=True, page_checksum_verification=True) as parquet:
-                # The checksums are those of the pages: what the file says of its columns is checked here.
+                # Checksums cover the pages only; the number and names of the columns are checked here.
                 if parquet.metadata.num_rows != n_rows or not parquet.schema_arrow.equals(_schema(texts)):
                     raise ValueError(f"{parquet.metadata.num_rows} rows of {parquet.metadata.num_columns} columns")
                 out = np.empty((n_rows, len(texts)), dtype=np.float32)
@@ -141,17 +153,18 @@ class FactorCache:
                     out[start : start + table.num_rows] = columns.T
                     start += table.num_rows
         except (OSError, ValueError, pa.ArrowException) as error:
-            log.warning("%s cannot be read (%s); the factors are computed again", file, error)
+            log.warning("cannot read cached factors from %s (%s); computing them again", file, error)
             return None
-        log.info("factors read from %s", file)
+        log.info("read factors from %s", file)
         return out
 
     def write(self, key: str | None, texts: Sequence[str], values: np.ndarray) -> None:
-        """Keep `values` [M, C] under `key`; does nothing for None.
+        """Store `values` under `key`. A failure is logged and does not raise.
 
         Parameters
         ----------
         key : str or None
+            None: nothing is stored.
         texts : sequence of str
             C expressions.
         values : float32 [M, C]
@@ -174,11 +187,11 @@ class FactorCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             atomic_write(self.path(key), fill)
         except (OSError, QfastError) as error:
-            log.warning("the factors are not kept on disk: %s", error)
+            log.warning("factors are not cached: %s", error)
 
 
 def _schema(texts: Sequence[str]) -> Any:
-    """Columns of a file: their place and expression, float32."""
+    """Schema of a file: float32 columns, named by position and expression."""
     import pyarrow as pa
 
     return pa.schema([(f"{place}: {text}", pa.float32()) for place, text in enumerate(texts)])

@@ -1,13 +1,14 @@
-"""Rolling statistics of series that lie instrument after instrument, several windows at once.
+"""Rolling statistics of series that are stored instrument by instrument, for several windows at once.
 
-The native code is csrc/rolling/rolling_kernels.h; the pandas twin below serves where it is not loaded.
+The kernel is csrc/rolling/rolling_kernels.h. If the native library is not loaded, the pandas implementation below
+computes the same statistics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -17,9 +18,11 @@ from qfast.errors import ConfigError, DataError, suggest
 
 __all__ = ["STATISTICS", "ema_over_all", "rolling"]
 
+Frame = TypeVar("Frame", pd.Series, pd.DataFrame)
+
 PAIRS = ("cov", "corr")
-FLAT = 2e-5  # a standard deviation up to here counts as none: the reference's rule for corr and rsquare
-FEWEST = {"skew": 3, "kurt": 4}
+FLAT = 2e-5  # Qlib's rule for corr and rsquare: a standard deviation of at most this counts as 0
+SHORTEST_WINDOW = {"skew": 3, "kurt": 4}  # rows; 1 for every other statistic
 
 
 def rolling(
@@ -34,42 +37,54 @@ def rolling(
 ) -> np.ndarray:
     """A statistic of the last `window` rows of each instrument, for every window and row.
 
-    A window is shorter where an instrument begins. Missing values are left out; without any value the result is
-    NaN, that of count 0.
+    Windows are shorter at the start of an instrument and ignore missing values. A window without any value has the
+    result NaN, except for "count", whose result is 0.
 
     Parameters
     ----------
     kind : str
-        "count", "sum", "mean"; "var", "std" (of a sample: one value gives NaN), "skew", "kurt", "mad" (mean absolute
-        deviation from the mean); "max", "min", "rank" (share of values up to the current one), "quantile" (linear
-        between values; `parameter` from 0 to 1); "idxmax", "idxmin" (place of the oldest extreme, counted from 1 at the
-        oldest row; a missing value, the oldest, wins over all); "slope", "resi", "rsquare" (of a straight line over the
-        rows; resi: current value less the line); "wma" (weights 1, 2, ... from the oldest row, over their sum; the mean
-        of the products, as the reference has it); "ema" (one window; `parameter` is the weight of the newest value);
-        "cov", "corr" (with `other`).
+        The statistic:
+
+        - "count", "sum", "mean".
+        - "var", "std" (of a sample, NaN for one value), "skew", "kurt".
+        - "mad": mean absolute deviation from the mean.
+        - "max", "min".
+        - "rank": fraction of values that are at most the current one.
+        - "quantile": interpolated linearly; `parameter` is from 0 to 1.
+        - "idxmax", "idxmin": position of the oldest extreme, 1 for the oldest row. If values are missing, the oldest
+          missing value wins.
+        - "slope", "resi", "rsquare": of a straight line fitted over the rows. "resi" is the current value minus the
+          line.
+        - "wma": the values times weights 1, 2, ... from the oldest row, divided by the sum of the weights; like Qlib,
+          the mean of these products instead of their sum.
+        - "ema": exponential mean; exactly one window, `parameter` is the weight of the newest value.
+        - "cov", "corr": of x and `other`.
     x, other : floating [R]
-        Infinite values are missing, except for the line, whose result is NaN while one is in the window.
+        Infinite values are missing. Only the straight line is NaN while its window contains one.
     start, stop : int [N]
-        Rows start[i] to stop[i] - 1 are instrument i's.
+        Rows start[i] to stop[i] - 1 belong to instrument i.
     windows : sequence of int
-        W window lengths in rows, ascending, from 1; skew from 3, kurt from 4.
+        W ascending window lengths in rows, at least 1; at least 3 for "skew" and 4 for "kurt".
+    parameter : float
+        See "quantile" and "ema".
 
     Returns
     -------
     float64 [W, R]
-        NaN outside the instruments' rows. rsquare and corr are NaN where a standard deviation is at most 2e-5.
+        NaN outside the rows of the instruments. "rsquare" and "corr" are NaN if a standard deviation is at most 2e-5.
 
     Raises
     ------
     ConfigError
-        No such statistic, windows that are too short or do not ascend, parameter or `other` missing.
+        The statistic is unknown, a window is too short, the windows do not ascend, or `parameter` or `other` does not
+        fit the statistic.
     DataError
-        Series of different lengths, rows beyond them.
+        The series differ in length, or `start` and `stop` are not rows of them.
 
-    Source
-    ------
-    The rolling operators of pyqlib 0.9.7, qlib/data/ops.py, which are pandas' and its own. No sum is corrected by
-    subtraction here, so nothing drifts.
+    Notes
+    -----
+    Source: the rolling functions of pyqlib 0.9.7, qlib/data/ops.py, which are pandas' and Qlib's own. Unlike pandas,
+    qfast sums every window anew instead of updating a running sum, so rounding errors do not accumulate.
 
     Examples
     --------
@@ -81,30 +96,38 @@ def rolling(
     x, start, stop = (np.ascontiguousarray(part) for part in (x, start, stop))
     if x.ndim != 1 or (other is not None and np.shape(other) != x.shape):
         shapes = x.shape if other is None else (x.shape, np.shape(other))
-        raise DataError(f"rolling: expected series [R] of one length, got {shapes}.")
+        raise DataError(f"rolling: x and other must be one-dimensional and equally long, got shapes {shapes}.")
     if start.shape != stop.shape or (len(start) and (start.min() < 0 or stop.max() > len(x))):
-        raise DataError(f"rolling: start and stop must be rows of one length within the {len(x)} rows of x.")
+        limits = f"; start is at least {start.min()}, stop at most {stop.max()}" if len(start) and len(stop) else ""
+        raise DataError(
+            f"rolling: start and stop must have one shape and rows from 0 to {len(x)}, the length of x; got shapes "
+            f"{start.shape} and {stop.shape}{limits}."
+        )
     bounds = start.astype(np.int64), stop.astype(np.int64)
     series = x.astype(np.float64)
-    beside = None if other is None else np.ascontiguousarray(other, dtype=np.float64)
+    second = None if other is None else np.ascontiguousarray(other, dtype=np.float64)
     if _backend.native is None:
-        return _twin(kind, series, beside, *bounds, lengths, parameter)
-    found: np.ndarray = _backend.native.rolling(kind, series, beside, *bounds, lengths, float(parameter))
-    return found
+        return _pandas_rolling(kind, series, second, *bounds, lengths, parameter)
+    result: np.ndarray = _backend.native.rolling(kind, series, second, *bounds, lengths, float(parameter))
+    return result
 
 
 def ema_over_all(values: np.ndarray) -> np.ndarray:
-    """The reference's EMA(x, 0): at row n the mean of all rows so far, with the weights of a span of n.
+    """Qlib's EMA(x, 0): at row n, the exponential mean of all rows so far with a span of n.
 
     Parameters
     ----------
     values : floating [L]
-        Of one instrument; NaN and infinite values are missing, and count as 0 after the first that is not.
+        Series of one instrument. After the first finite value, NaN and infinite values count as 0.
 
     Returns
     -------
     float64 [L]
-        NaN before the first value.
+        NaN before the first finite value.
+
+    Notes
+    -----
+    Source: EMA in qlib/data/ops.py of pyqlib 0.9.7.
 
     Examples
     --------
@@ -112,40 +135,46 @@ def ema_over_all(values: np.ndarray) -> np.ndarray:
     [nan, 1.5, 1.71]
     """
     out = np.full(len(values), np.nan)
-    known = np.isfinite(values)
-    there = np.where(known, values, 0)
-    for n in range(1 + int(np.argmax(known)) if known.any() else len(values) + 1, len(values) + 1):
+    finite = np.isfinite(values)
+    filled = np.where(finite, values, 0)
+    for n in range(1 + int(np.argmax(finite)) if finite.any() else len(values) + 1, len(values) + 1):
         weights = (1 - 2 / (1 + n)) ** np.arange(n)[::-1]
-        out[n - 1] = weights @ there[:n] / weights.sum()
+        out[n - 1] = weights @ filled[:n] / weights.sum()
     return out
 
 
 def _checked(kind: str, windows: Sequence[int], other: np.ndarray | None, parameter: float) -> np.ndarray:
     if kind not in STATISTICS:
-        raise ConfigError(
-            f"rolling: there is no statistic {kind!r}; known: {list(STATISTICS)}." + suggest(kind, STATISTICS)
-        )
+        raise ConfigError(f"rolling: kind must be one of {list(STATISTICS)}, got {kind!r}." + suggest(kind, STATISTICS))
     lengths = np.asarray(list(windows))
-    least = FEWEST.get(kind, 1)
+    least = SHORTEST_WINDOW.get(kind, 1)
     whole = len(lengths) and lengths.dtype.kind in "iu" and lengths.ndim == 1
     if not whole or lengths[0] < least or (np.diff(lengths) <= 0).any():
         raise ConfigError(
-            f"rolling: windows of {kind!r} must be whole numbers, ascending from {least}, got {list(windows)!r}."
+            f"rolling: windows of {kind!r} must be ascending whole numbers of at least {least}, got {list(windows)!r}."
         )
     if (kind in PAIRS) != (other is not None):
-        raise ConfigError(f"rolling: {list(PAIRS)} need a second series `other`, and no other statistic takes one.")
+        problem = "needs a second series `other`" if kind in PAIRS else "does not accept `other`"
+        raise ConfigError(f"rolling: {kind!r} {problem}; only {list(PAIRS)} are statistics of two series.")
     if kind == "quantile" and not 0 <= parameter <= 1:
-        raise ConfigError(f"rolling: the quantile `parameter` must lie in [0, 1], got {parameter!r}.")
+        raise ConfigError(f"rolling: `parameter` of quantile must be in [0, 1], got {parameter!r}.")
     if kind == "ema" and not (0 < parameter <= 1 and len(lengths) == 1):
-        raise ConfigError(f"rolling: ema wants a `parameter` in (0, 1] and one window, got {parameter!r}, {lengths}.")
+        raise ConfigError(
+            f"rolling: ema needs a `parameter` in (0, 1] and one window, got {parameter!r} and windows {lengths}."
+        )
     return lengths.astype(np.int64)
 
 
-# ---------------------------------------------------------------- the meaning, by pandas
-def _twin(
-    kind: str, x: np.ndarray, other: np.ndarray | None, start: np.ndarray, stop: np.ndarray, windows: np.ndarray,
+# ---------------------------------------------------------------- the same statistics by pandas
+def _pandas_rolling(
+    kind: str,
+    x: np.ndarray,
+    other: np.ndarray | None,
+    start: np.ndarray,
+    stop: np.ndarray,
+    windows: np.ndarray,
     parameter: float,
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     out = np.full((len(windows), len(x)), np.nan)
     statistic = STATISTICS[kind]
     for begin, end in zip(start.tolist(), stop.tolist(), strict=True):
@@ -166,13 +195,13 @@ def _applied(function: Callable[[np.ndarray], float], series: pd.Series, window:
     return _finite(series).rolling(window, min_periods=1).apply(function, raw=True)
 
 
-def _finite(series: Any) -> Any:
+def _finite(series: Frame) -> Frame:
     return series.where(np.isfinite(series))
 
 
 def _mad(values: np.ndarray) -> float:
-    known = values[~np.isnan(values)]
-    return float(np.abs(known - known.mean()).mean())
+    present = values[~np.isnan(values)]
+    return float(np.abs(present - present.mean()).mean())
 
 
 def _wma(values: np.ndarray) -> float:
@@ -195,30 +224,31 @@ def _ema(series: pd.Series, window: int, parameter: float) -> Any:
 def _pair(name: str, frame: pd.DataFrame, window: int, parameter: float) -> Any:
     finite = _finite(frame)
     sides = [finite[side].rolling(window, min_periods=1) for side in ("x", "y")]
-    both = finite.dropna().reindex(finite.index)
-    found = getattr(both["x"].rolling(window, min_periods=1), name)(both["y"])
+    complete = finite.dropna().reindex(finite.index)
+    result = getattr(complete["x"].rolling(window, min_periods=1), name)(complete["y"])
     if name == "corr":
-        found[(sides[0].std() <= FLAT) | (sides[1].std() <= FLAT)] = np.nan
-    return found
+        result[(sides[0].std() <= FLAT) | (sides[1].std() <= FLAT)] = np.nan
+    return result
 
 
 def _line(name: str, series: pd.Series, window: int, parameter: float) -> np.ndarray:
     values, out = series.to_numpy(), np.full(len(series), np.nan)
     for row in range(len(values)):
         y = values[max(0, row - window + 1) : row + 1]
-        back = np.arange(1 - len(y), 1, dtype=np.float64)
-        known = ~np.isnan(y)
-        y, back = y[known], back[known]
+        t = np.arange(1 - len(y), 1, dtype=np.float64)  # 0 is the current row
+        present = ~np.isnan(y)
+        y, t = y[present], t[present]
         if len(y) < 2 or not np.isfinite(y).all():
             continue
-        apart, time = y - y.mean(), back - back.mean()
-        slope = (apart @ time) / (time @ time)
+        centered_y, centered_t = y - y.mean(), t - t.mean()
+        slope = (centered_y @ centered_t) / (centered_t @ centered_t)
         if name == "slope":
             out[row] = slope
         elif name == "resi":
-            out[row] = values[row] - (y.mean() - slope * back.mean())
-        elif np.sqrt(apart @ apart / (len(y) - 1)) > FLAT:
-            out[row] = (apart @ time) ** 2 / ((time @ time) * (apart @ apart))
+            out[row] = values[row] - (y.mean() - slope * t.mean())
+        elif np.sqrt(centered_y @ centered_y / (len(y) - 1)) > FLAT:
+            products = centered_y @ centered_t
+            out[row] = products**2 / ((centered_t @ centered_t) * (centered_y @ centered_y))
     return out
 
 
