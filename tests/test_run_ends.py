@@ -55,7 +55,7 @@ def test_an_interrupt_while_data_loads_can_be_resumed(case, tmp_path, monkeypatc
         with pytest.raises(KeyboardInterrupt):
             run(case[0], case[1], output=path, seed=3)
     assert manifest(path)["status"] == "interrupted"
-    assert f"go on with: qfast run --resume {path}" in caplog.text
+    assert f"resume with: qfast run --resume {path}" in caplog.text
     assert cli.main(["info", str(path)]) == 0
     assert cli.main(["run", "--resume", str(path), "-q"]) == 0
     pd.testing.assert_frame_equal(read_frame(path, "pred"), read_frame(case[2], "pred"))
@@ -69,7 +69,7 @@ def test_a_frame_in_memory_has_to_be_given_again(case, tmp_path, monkeypatch, ca
             run(case[0], factors(), ONE_EPOCH, output=path)
     assert "--resume" not in caplog.text
     assert "and the same data (a DataFrame in memory)" in caplog.text
-    with pytest.raises(ConfigError, match=r"was started with a DataFrame in memory, which is not stored. Remedy: give"):
+    with pytest.raises(ConfigError, match=r"was started with a DataFrame in memory, which is not stored. Remedy: pass"):
         run(resume=path)
     assert run(resume=path, data=factors()).report.exists()
 

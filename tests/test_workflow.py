@@ -113,7 +113,7 @@ def test_report_and_history(case):
     _, _, path, _ = case
     page = (path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3
-    assert "PortAnaRecord, the portfolio backtest, was left out: the backtest needs prices" in page
+    assert "PortAnaRecord: the portfolio backtest was skipped: the backtest needs prices" in page
     assert "small: LSTM" in page
     history = pd.read_csv(path / "history.csv", index_col="epoch")
     assert len(history) == 3
@@ -123,7 +123,7 @@ def test_report_and_history(case):
 def test_a_backtest_without_prices_is_said_to_be_left_out(case, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "qfast"):
         run(case[0], case[1], ["task.model.kwargs.n_epochs=1"], output=tmp_path / "r")
-    assert "was left out: the backtest needs prices, and DataHandlerLP has none" in caplog.text
+    assert "was skipped: the backtest needs prices, and DataHandlerLP has none" in caplog.text
     assert not (tmp_path / "r" / "portfolio_analysis").exists()
 
 
@@ -326,13 +326,13 @@ def test_resume_refuses_another_workflow_or_other_data(case, copied):
         ConfigError, match=r"differs from the workflow of the run '.*copy' at \['task.model.kwargs.lr'\]"
     ):
         run(_changed(case[0], "lr: 1e-2", "lr: 1e-3"), resume=copied)
-    with pytest.raises(DataError, match=r"is not what the run was started with \(hash [0-9a-f]+, then [0-9a-f]+\)"):
+    with pytest.raises(DataError, match=r"\(hash \w+\) is not the data that the run was started with \(hash \w+\)"):
         run(data=factors(seed=1), resume=copied)
     with pytest.raises(CheckpointError, match=r"written with other arguments"):
         run(resume=copied, sets=["task.model.kwargs.lr=0.5"])
     assert manifest(copied)["status"] == "finished", "a refused resume must leave the run as it was"
     assert (copied / "config.yaml").read_text() == (case[2] / "config.yaml").read_text()
-    with pytest.raises(ConfigError, match=r"are different folders; give one"):
+    with pytest.raises(ConfigError, match=r"are different folders. Pass only one"):
         run(resume=copied, output=copied.parent / "other")
 
 
@@ -358,7 +358,7 @@ def test_resume_needs_a_run(tmp_path):
     (tmp_path / "manifest.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"is not the manifest of a run"):
         run(resume=tmp_path)
-    with pytest.raises(ConfigError, match=r"a workflow file is needed"):
+    with pytest.raises(ConfigError, match=r"no workflow file"):
         run()
 
 

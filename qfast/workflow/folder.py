@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import json
+import logging
 import math
 import os
 import platform
@@ -20,10 +21,12 @@ from typing import Any
 
 import pandas as pd
 
-from qfast.errors import CheckpointError, ConfigError
-from qfast.files import atomic_write
+from qfast.errors import CheckpointError, ConfigError, QfastError
+from qfast.files import atomic_write, is_disk_full, sweep
 
-__all__ = ["RunFolder", "check_table_target", "read_frame", "versions", "write_frame"]
+__all__ = ["RunFolder", "check_table_target", "read_frame", "recorded", "versions", "write_frame"]
+
+log = logging.getLogger("qfast")
 
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
@@ -57,6 +60,7 @@ class RunFolder:
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
+        self.running = False  # True once this process has started or restarted the run
 
     @classmethod
     def create(
@@ -77,6 +81,7 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(f"the run folder {str(output or 'runs')!r} cannot be made: {error.strerror}.") from None
         folder = cls(path, {"format": 1, "experiment": experiment, "status": RUNNING, "started": now(), "error": None})
+        folder.running = True
         try:
             (path / RESERVE).write_bytes(b"\0" * RESERVE_BYTES)
             if config_text is not None:
@@ -123,6 +128,13 @@ class RunFolder:
         self.manifest.update(fields)
         self.write_json(MANIFEST, self.manifest)
 
+    def restart(self) -> None:
+        """Set the status of a reopened run to running, and remove the temporary files of a killed process."""
+        self.running = True
+        for file in sweep(self.path):
+            log.info("removed %s, a temporary file of a killed run", file)
+        self.update(status=RUNNING, error=None, resumed=now())
+
     def finish(self, status: str, error: str | None = None) -> None:
         """Record the end of the run. On a full disk the reserved space is given back first."""
         (self.path / RESERVE).unlink(missing_ok=True)
@@ -135,9 +147,9 @@ class RunFolder:
         if self.manifest.get("data", {}).get("given") == "memory":
             source = self.manifest["data"]["source"]
             return (
-                f"go on with: qfast.workflow.run.run(resume={str(self.path)!r}, data=...) and the same data ({source})"
+                f"resume with: qfast.workflow.run.run(resume={str(self.path)!r}, data=...) and the same data ({source})"
             )
-        return f"go on with: qfast run --resume {shlex.quote(str(self.path))}"
+        return f"resume with: qfast run --resume {shlex.quote(str(self.path))}"
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_text(name, json.dumps(_jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -160,6 +172,45 @@ class RunFolder:
             ) from None
         except (ValueError, OSError) as error:
             raise CheckpointError(f"{str(self.path / name)!r} cannot be read: {error}.") from None
+
+
+@contextlib.contextmanager
+def recorded(folder: RunFolder) -> Iterator[None]:
+    """Record the outcome of the block as the status of the run: finished, interrupted or failed.
+
+    A reopened run is left unchanged until its `restart`, so an error before it does not touch the folder.
+
+    Raises
+    ------
+    QfastError
+        The disk is full; the message says how to resume the run.
+    """
+    try:
+        yield
+        folder.finish(FINISHED)
+    except KeyboardInterrupt:
+        if folder.running:
+            _finish_quietly(folder, INTERRUPTED, "interrupted")
+            log.warning("interrupted; %s", folder.resume_hint())
+        raise
+    except BaseException as error:
+        if not folder.running:
+            raise
+        _finish_quietly(folder, FAILED, f"{type(error).__name__}: {error}")
+        if is_disk_full(error):
+            raise QfastError(
+                f"no space left on the disk while writing to {str(folder.path)!r}; the files there are complete. "
+                f"Remedy: free some space, then {folder.resume_hint().removeprefix('resume with: ')}."
+            ) from error
+        raise
+
+
+def _finish_quietly(folder: RunFolder, status: str, error: str) -> None:
+    """Record a failure; an error of the recording itself is logged and must not replace the first one."""
+    try:
+        folder.finish(status, error)
+    except Exception:
+        log.exception("the manifest of %s could not be updated", folder.path)
 
 
 def write_frame(target: Path, frame: pd.DataFrame) -> Path:

@@ -22,7 +22,7 @@ from qfast.training.callbacks import Callback
 from qfast.workflow.folder import BEST, HISTORY, LAST, RunFolder
 from qfast.workflow.schema import Spec, Workflow
 
-__all__ = ["KeepHistory", "absolute_model_path", "check_resumable", "history", "pretrain", "require_same_block"]
+__all__ = ["SaveHistory", "absolute_model_path", "check_resumable", "history", "pretrain", "require_same_block"]
 
 log = logging.getLogger("qfast")
 
@@ -30,7 +30,7 @@ FOLDER = "pretrain"
 PATH_KEY = "task.model.kwargs.model_path"
 
 
-class KeepHistory(Callback):
+class SaveHistory(Callback):
     """After every epoch: history.csv, and best.safetensors where the epoch is the best so far."""
 
     def __init__(self, folder: Path) -> None:
@@ -41,7 +41,7 @@ class KeepHistory(Callback):
         if estimator.best_epoch_ in (None, estimator.epoch_):
             estimator.save_weights(self.folder / BEST)
 
-    def keep_result(self, estimator: Any) -> None:
+    def save_result(self, estimator: Any) -> None:
         """The same for a fit that has ended, whether or not it ran an epoch."""
         self._write_history(estimator)
         estimator.save_weights(self.folder / BEST)
@@ -51,7 +51,7 @@ class KeepHistory(Callback):
         atomic_write(self.folder / HISTORY, lambda file: file.write_bytes(text.encode("utf-8")))
 
 
-class NoteTaken(Callback):
+class RecordTransfer(Callback):
     """The manifest gets what a model took of its base's weights, and what not, before it is trained."""
 
     def __init__(self, run_folder: RunFolder) -> None:
@@ -135,12 +135,12 @@ def pretrain(
         return
     folder = run_folder / FOLDER
     folder.mkdir(exist_ok=True)
-    keep = KeepHistory(folder)
+    history = SaveHistory(folder)
     resume = resume and (folder / LAST).exists()
     log.info("pre-training%s: %s", " goes on" if resume else "", folder)
     run_folder.update(stage="pre-training")
-    base = model.pretrain(dataset, **arguments, callbacks=[*callbacks, keep], checkpoint_dir=folder, resume=resume)
-    keep.keep_result(base)
+    base = model.pretrain(dataset, **arguments, callbacks=[*callbacks, history], checkpoint_dir=folder, resume=resume)
+    history.save_result(base)
     frame = base.history_
     run_folder.update(
         stage="training",

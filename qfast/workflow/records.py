@@ -11,15 +11,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 
+from qfast.data.protocols import HandlerDataset
 from qfast.errors import ConfigError
 from qfast.metrics import ic_summary, long_short_return, long_short_summary
 from qfast.registry import RECORDS
+from qfast.workflow.config import fill_placeholders
 from qfast.workflow.portfolio import PortfolioPlan
 
 if TYPE_CHECKING:
+    from qfast.training.estimator import Estimator
     from qfast.workflow.results import SegmentResult
+    from qfast.workflow.schema import Workflow
 
-__all__ = ["PortAnaRecord", "Record", "SigAnaRecord", "SignalRecord"]
+__all__ = ["PortAnaRecord", "Record", "SigAnaRecord", "SignalRecord", "build_records"]
 
 MODULES = ("qlib.workflow.record_temp", "qfast.workflow.records", "qfast.workflow")
 
@@ -134,6 +138,17 @@ class PortAnaRecord(Record):
     def check_arguments(kwargs: Mapping[str, Any]) -> None:
         """Raise a ConfigError for what a workflow file cannot say."""
         PortAnaRecord(**kwargs)
+
+
+def build_records(workflow: Workflow, model: Estimator | None, dataset: HandlerDataset) -> list[Record]:
+    """The records of a workflow, in the order of the file."""
+    # <PRED> stays as it is: the backtest replaces it with the scores.
+    objects = {"<MODEL>": model, "<DATASET>": dataset, "<PRED>": "<PRED>"}
+    task = workflow.resolved()["task"]
+    return [
+        RECORDS.build(fill_placeholders(spec.given(), objects, task), path=f"task.record.{position}")
+        for position, spec in enumerate(workflow.task.record)
+    ]
 
 
 RECORDS.accept(Record)

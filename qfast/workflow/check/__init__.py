@@ -82,7 +82,7 @@ def check(
     (True, ['ok', 'ok'])
     """
     report = CheckReport()
-    with report.attempt("workflow", goes_on=(QfastError,)):
+    with report.attempt("workflow", reraise=(QfastError,)):
         workflow = check_workflow(load_config(config_path, sets).values, str(config_path))
         pretraining.absolute_model_path(workflow.task.model, Path(config_path), optional=True)
     if not report.ok:

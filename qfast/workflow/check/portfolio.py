@@ -7,13 +7,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from qfast import registry
 from qfast.dates import date_text
 from qfast.errors import DataError
 from qfast.workflow.check.findings import CheckReport
-from qfast.workflow.config import fill_placeholders
 from qfast.workflow.portfolio import PortfolioPlan
-from qfast.workflow.records import PortAnaRecord
+from qfast.workflow.records import PortAnaRecord, build_records
 from qfast.workflow.schema import Workflow
 
 __all__ = ["check_portfolio"]
@@ -24,12 +22,8 @@ TRADED = 20  # instruments of a rehearsed backtest
 
 def check_portfolio(report: CheckReport, workflow: Workflow, dataset: Any) -> None:
     """The backtest that the file asks for, on scores drawn at random."""
-    objects = {"<MODEL>": None, "<DATASET>": dataset, "<PRED>": "<PRED>"}
-    task = workflow.resolved()["task"]
-    plans = []
-    for position, spec in enumerate(workflow.task.record):
-        record = registry.RECORDS.build(fill_placeholders(spec.given(), objects, task), path=f"task.record.{position}")
-        plans += [record.plan] if isinstance(record, PortAnaRecord) else []
+    records = build_records(workflow, None, dataset)
+    plans = [record.plan for record in records if isinstance(record, PortAnaRecord)]
     if not plans:
         return
     for plan in plans:

@@ -1,0 +1,128 @@
+"""Everything that `run` decides before it writes a file: the checked workflow, the seed, the data, the model."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qfast import registry
+from qfast.errors import ConfigError
+from qfast.training.callbacks import Callback
+from qfast.workflow import pretraining, resumption
+from qfast.workflow.config import load_config
+from qfast.workflow.dataset import DataInput, require_data
+from qfast.workflow.folder import LAST, RunFolder
+from qfast.workflow.schema import Workflow, check_workflow
+
+if TYPE_CHECKING:
+    from qfast.training.estimator import Estimator
+
+__all__ = ["Job", "prepare"]
+
+
+@dataclass
+class Job:
+    """A checked workflow with its model, and the arguments of `run`.
+
+    Attributes
+    ----------
+    workflow : Workflow
+    model : Estimator
+        Not fitted yet.
+    source : str
+        Path of the workflow file, for the manifest.
+    data : path, DataFrame, Panel or None
+        None: the workflow's own `provider_uri`.
+    seed : int
+    seed_drawn : bool
+        True if neither the file nor the caller specified a seed.
+    resumed : bool
+    callbacks : sequence of Callback
+    started : float
+        Seconds since 1970.
+    seconds : dict
+        Stage -> wall time.
+    facts : dict
+        What the manifest records of the data; known once it is loaded.
+    """
+
+    workflow: Workflow
+    model: Estimator
+    source: str
+    data: DataInput | None
+    seed: int
+    seed_drawn: bool
+    resumed: bool
+    callbacks: Sequence[Callback] = ()
+    started: float = field(default_factory=time.time)
+    seconds: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the wall time of the block to `seconds`."""
+        began = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - began, 3)
+
+
+def prepare(
+    config_path: str | os.PathLike[str] | None,
+    data: DataInput | None,
+    sets: Sequence[str],
+    device: str | None,
+    seed: int | None,
+    resumed: RunFolder | None,
+    callbacks: Sequence[Callback],
+) -> Job:
+    """Check the arguments of `run` and build the model. Nothing is written.
+
+    Raises
+    ------
+    ConfigError
+        A problem with the workflow, an argument, the folder to resume, or the path of the data.
+    """
+    if resumed is not None:
+        file = resumption.config_of(resumed)
+    elif config_path is not None:
+        file = Path(config_path)
+    else:
+        raise ConfigError("no workflow file. Remedy: pass one, or --resume with a run folder.")
+    workflow = _checked(file, sets, started=resumed is not None and (resumed / LAST).exists())
+    if resumed is not None:
+        if config_path is not None:
+            same = _checked(Path(config_path), sets, started=True)
+            resumption.require_same_workflow(resumed, config_path, same, workflow)
+        pretraining.require_same_block(resumed, load_config(file).values["task"], workflow.task.pretrain)
+        data = resumption.stored_data(resumed) if data is None else data
+    kwargs = workflow.task.model.kwargs
+    if device is not None:
+        kwargs["device"] = device
+    if seed is not None:
+        kwargs["seed"] = seed
+    _require_seed(kwargs.get("seed"))
+    seed_drawn = kwargs.get("seed") is None
+    if seed_drawn:  # and recorded, so that the run can be repeated
+        kwargs["seed"] = random.SystemRandom().randrange(2**31)
+    require_data(data, workflow)
+    source = str(config_path) if config_path is not None else str(file)
+    model = registry.MODELS.build(pretraining.without_lost_file(workflow.task.model.given()), path="task.model")
+    return Job(workflow, model, source, data, kwargs["seed"], seed_drawn, resumed is not None, callbacks)
+
+
+def _checked(file: Path, sets: Sequence[str], started: bool = False) -> Workflow:
+    """The checked workflow of a file; if training has `started`, its `model_path` may point to a deleted file."""
+    workflow = check_workflow(load_config(file, sets).values, str(file))
+    pretraining.absolute_model_path(workflow.task.model, file, optional=started)
+    return workflow
+
+
+def _require_seed(seed: int | None) -> None:
+    if seed is not None and not 0 <= seed < 2**32:  # the range of NumPy's generator
+        raise ConfigError(f"the seed (--seed or task.model.kwargs.seed) must be from 0 to {2**32 - 1}, got {seed!r}.")
