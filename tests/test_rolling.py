@@ -157,15 +157,15 @@ def test_threads_change_no_bit() -> None:
 @pytest.mark.parametrize(
     ("kind", "windows", "others", "message"),
     [
-        ("meen", [5], {}, "no statistic 'meen'.*Did you mean 'mean'"),
-        ("mean", [], {}, "ascending from 1, got \\[\\]"),
-        ("mean", [5, 5], {}, "ascending from 1, got \\[5, 5\\]"),
-        ("mean", [0], {}, "ascending from 1, got \\[0\\]"),
-        ("mean", [2.5], {}, "whole numbers"),
-        ("skew", [2], {}, "ascending from 3"),
+        ("meen", [5], {}, "got 'meen'.*Did you mean 'mean'"),
+        ("mean", [], {}, "of at least 1, got \\[\\]"),
+        ("mean", [5, 5], {}, "of at least 1, got \\[5, 5\\]"),
+        ("mean", [0], {}, "of at least 1, got \\[0\\]"),
+        ("mean", [2.5], {}, "whole numbers .* got \\[2.5\\]"),
+        ("skew", [2], {}, "of at least 3, got \\[2\\]"),
         ("corr", [5], {}, "needs a second series"),
-        ("mean", [5], {"other": np.zeros(3)}, "no other statistic takes one"),
-        ("quantile", [5], {"parameter": 1.5}, "must lie in \\[0, 1\\], got 1.5"),
+        ("mean", [5], {"other": np.zeros(3)}, "does not accept `other`"),
+        ("quantile", [5], {"parameter": 1.5}, "must be in \\[0, 1\\], got 1.5"),
         ("ema", [5], {}, "in \\(0, 1\\]"),
     ],
 )
@@ -175,7 +175,7 @@ def test_wrong_arguments(kind: str, windows: list[float], others: dict[str, obje
 
 
 def test_rows_beyond_the_series() -> None:
-    with pytest.raises(DataError, match="within the 3 rows"):
+    with pytest.raises(DataError, match="rows from 0 to 3.*stop at most 4"):
         rolling("mean", np.zeros(3), np.array([0]), np.array([4]), [2])
-    with pytest.raises(DataError, match="of one length, got"):
+    with pytest.raises(DataError, match="equally long, got shapes"):
         rolling("cov", np.zeros(3), *bounds(3), [2], other=np.zeros(4))
