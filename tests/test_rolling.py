@@ -175,7 +175,7 @@ def test_wrong_arguments(kind: str, windows: list[float], others: dict[str, obje
 
 
 def test_rows_beyond_the_series() -> None:
-    with pytest.raises(DataError, match="rows from 0 to 3.*stop at most 4"):
+    with pytest.raises(DataError, match=r"rows from 0 to 3.*stop at most 4"):
         rolling("mean", np.zeros(3), np.array([0]), np.array([4]), [2])
     with pytest.raises(DataError, match="equally long, got shapes"):
         rolling("cov", np.zeros(3), *bounds(3), [2], other=np.zeros(4))
