@@ -19,22 +19,6 @@ from support.frames import SEGMENTS, flat, make_frame, rolling
 
 
 # ---------------------------------------------------------------- learning
-@pytest.mark.parametrize("kind", [ts.LSTM, ts.GRU])
-def test_a_planted_signal_is_learnt(kind):
-    frame = make_frame(120, 12, 3, holes=0.05)
-    frame[("label", "LABEL0")] = frame[("feature", "F0")] * 0.9 + 0.1 * frame[("label", "LABEL0")]
-    segments = {
-        "train": ("2020-01-01", "2020-04-30"),
-        "valid": ("2020-05-01", "2020-05-31"),
-        "test": ("2020-06-01", None),
-    }
-    model = kind(**{**SMALL, "n_epochs": 15}).fit(rolling(frame, segments))
-    prediction = model.predict(rolling(frame, segments))
-    label = frame[("label", "LABEL0")].reindex(prediction.index)
-    assert prediction.corr(label) > 0.9
-    assert model.history_["train"].iloc[-1] > model.history_["train"].iloc[0]
-
-
 def test_history_has_one_row_per_epoch():
     model = ts.LSTM(**SMALL).fit(rolling())
     assert list(model.history_.index) == [0, 1, 2]
@@ -275,39 +259,6 @@ def test_weights_stay_with_their_samples_where_rows_are_left_out():
 
 
 # ---------------------------------------------------------------- arguments
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"drop_out": 0.1}, r"LSTM has no argument 'drop_out'. Did you mean 'dropout'"),
-        ({"lr": "1e-3"}, "lr must be a number of at least 0, got '1e-3'"),
-        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
-        ({"n_epochs": 1.5}, "n_epochs must be a whole number"),
-        ({"early_stop": -1}, "early_stop must be a whole number of at least 0"),
-        ({"loss": "mae"}, r"loss must be one of \['mse'\], got 'mae'"),
-        ({"metric": "ic"}, "metric must be one of"),
-        ({"optimizer": "adamw"}, r"optimizer must be 'adam' or 'gd', got 'adamw'. Did you mean 'adam'"),
-        ({"compat": "pyqlib"}, "compat must be None or 'qlib'"),
-        ({"hidden_size": 0}, "hidden_size must be a whole number of at least 1"),
-        ({"dropout": 1.5}, r"dropout must be in \[0, 1\]"),
-        ({"lr": None}, "lr must be a number of at least 0, got None"),
-        ({"lr": float("inf")}, "lr must be a number of at least 0, got inf"),
-        ({"weight_decay": "a"}, "weight_decay must be a number of at least 0, got 'a'"),
-        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
-        ({"seed": 2**32}, r"seed must be below 2\*\*32"),
-        ({"seed": 1.0}, "seed must be a whole number"),
-        ({"loss": ["mse"]}, "loss must be one of"),
-        ({"progress": "banana"}, "progress must be True, False or 'auto', got 'banana'"),
-        ({"GPU": "0"}, "GPU must be a whole number"),
-        ({"device": None}, "device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got None"),
-        ({"device": "meta"}, "device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got 'meta'"),
-        ({"device": "gpu0"}, "device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got 'gpu0'"),
-    ],
-)
-def test_wrong_arguments_are_named(arguments, message):
-    with pytest.raises(ConfigError, match=message):
-        LSTM(**arguments)
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_a_gpu_asked_for_and_not_there_is_refused():
     with pytest.raises(BackendError, match=r"device='cuda' was requested but this torch .* detects no GPU"):
@@ -335,23 +286,7 @@ def test_wrong_input_shapes_are_named():
         network(torch.zeros(2))
 
 
-def test_get_params_rebuild_the_model():
-    model = ts.LSTM(**SMALL, dropout=0.1)
-    again = ts.LSTM(**model.get_params())
-    assert again.get_params() == model.get_params()
-    assert again.d_feat == 3
-    assert again.batch_size == 32
-
-
 # ---------------------------------------------------------------- files and interruptions
-@pytest.mark.parametrize("name", ["best.safetensors", "best.pt"])
-def test_weights_survive_a_file(name, tmp_path):
-    model = ts.LSTM(**SMALL).fit(rolling(), save_path=tmp_path / "deep" / name)
-    other = ts.LSTM(**{**SMALL, "seed": 9}).load_weights(tmp_path / "deep" / name)
-    pd.testing.assert_series_equal(other.predict(rolling()), model.predict(rolling()))
-    assert [p.name for p in (tmp_path / "deep").iterdir()] == [name]  # no temporary file is left
-
-
 def test_damaged_or_foreign_weight_files_are_named(tmp_path):
     model = ts.LSTM(**SMALL)
     model.save_weights(tmp_path / "w.safetensors")
@@ -386,25 +321,6 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
         model.save_weights(path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
-
-
-@pytest.mark.parametrize("moment", ["batch", "checkpoint"])
-@pytest.mark.parametrize("kind", [ts.LSTM, LSTM])
-def test_an_interrupted_fit_resumes_to_the_unbroken_result(kind, moment, tmp_path):
-    data = rolling if kind is ts.LSTM else flat
-    arguments = {**SMALL, "n_epochs": 5, "dropout": 0.2}
-    unbroken = kind(**arguments).fit(data())
-    broken = kind(**arguments)
-    with pytest.raises(KeyboardInterrupt):
-        broken.fit(data(), callbacks=[StopAt(2, moment)], checkpoint_dir=tmp_path)
-    assert broken.predict(data()).notna().all()  # still usable, with the best weights so far
-    np.random.seed(99)
-    torch.manual_seed(99)
-    resumed = kind(**arguments).fit(data(), checkpoint_dir=tmp_path, resume=True)
-    assert resumed.evals_result_ == unbroken.evals_result_
-    assert same(weights(resumed), weights(unbroken))
-    assert len(resumed.history_) == 5
-    assert [p.name for p in tmp_path.iterdir()] == ["last.safetensors"]
 
 
 def test_resume_refuses_other_arguments_and_missing_or_damaged_checkpoints(tmp_path):
@@ -443,12 +359,6 @@ def test_nothing_is_printed_and_no_file_appears(tmp_path, monkeypatch, capfd, ca
     ]  # fmt: skip
     assert capfd.readouterr() == ("", "")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_estimator_survives_pickle():
-    model = ts.LSTM(**SMALL).fit(rolling())
-    again = pickle.loads(pickle.dumps(model))
-    pd.testing.assert_series_equal(again.predict(rolling()), model.predict(rolling()))
 
 
 def test_callbacks_see_every_moment_in_order():

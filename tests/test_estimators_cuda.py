@@ -12,13 +12,13 @@ import pandas as pd
 import pytest
 import torch
 
-import qfast.models
-import qfast.models.ts
 from qfast import _backend
 from qfast.errors import DataError
+from qfast.models import LSTM, ts
 from qfast.training import step_graphs
 from qfast.training.callbacks import Callback
-from support.fits import CASES, IDS, data_of, model_of, states_equal
+from support.fits import dataset_for, device_model, estimator_name, parametrize_estimators, states_equal
+from support.frames import rolling
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,21 +34,21 @@ def layers(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize(("name", "suffix"), CASES, ids=IDS)
-def test_a_gpu_trains_to_the_cpus_numbers(name, suffix, layers):
-    on_gpu, on_cpu = (model_of(name, suffix, device).fit(data_of(suffix)) for device in (DEVICE, "cpu"))
+@parametrize_estimators()
+def test_a_gpu_trains_to_the_cpus_numbers(kind, layers):
+    on_gpu, on_cpu = (device_model(kind, device).fit(dataset_for(kind)) for device in (DEVICE, "cpu"))
     assert all(p.device.type == DEVICE for p in on_gpu.network.parameters())
     pd.testing.assert_frame_equal(
         on_gpu.history_[["train_loss", "train", "valid"]], on_cpu.history_[["train_loss", "train", "valid"]], rtol=1e-3
     )
-    scores = [model.predict(data_of(suffix), "test") for model in (on_gpu, on_cpu)]
+    scores = [model.predict(dataset_for(kind), "test") for model in (on_gpu, on_cpu)]
     spread = float(scores[1].std())
     np.testing.assert_allclose(scores[0], scores[1], rtol=0, atol=1e-2 * spread)
 
 
-@pytest.mark.parametrize(("name", "suffix"), CASES, ids=IDS)
-def test_a_gpu_trains_the_same_twice_with_dropout(name, suffix, layers):
-    states_equal(*(model_of(name, suffix, DEVICE, dropout=0.4).fit(data_of(suffix)) for _ in range(2)))
+@parametrize_estimators()
+def test_a_gpu_trains_the_same_twice_with_dropout(kind, layers):
+    states_equal(*(device_model(kind, DEVICE, dropout=0.4).fit(dataset_for(kind)) for _ in range(2)))
 
 
 # ---------------------------------------------------------------- steps as CUDA graphs
@@ -68,10 +68,10 @@ def recorded(monkeypatch):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize(("name", "suffix"), CASES, ids=IDS)
-def test_recorded_steps_train_to_the_same_bits(name, suffix, dropout, layers, recorded):
+@parametrize_estimators()
+def test_recorded_steps_train_to_the_same_bits(kind, dropout, layers, recorded):
     plain, graphs = (
-        model_of(name, suffix, DEVICE, dropout=dropout, cuda_graphs=on, n_epochs=3).fit(data_of(suffix))
+        device_model(kind, DEVICE, dropout=dropout, cuda_graphs=on, n_epochs=3).fit(dataset_for(kind))
         for on in (False, True)
     )
     states_equal(plain, graphs)
@@ -87,7 +87,7 @@ def test_recorded_steps_follow_the_learning_rate(recorded):
 
     states_equal(
         *(
-            model_of("LSTM", "_ts", DEVICE, n_epochs=3, cuda_graphs=on).fit(data_of("_ts"), callbacks=[Halve()])
+            device_model(ts.LSTM, DEVICE, n_epochs=3, cuda_graphs=on).fit(rolling(), callbacks=[Halve()])
             for on in (False, True)
         )
     )
@@ -95,24 +95,24 @@ def test_recorded_steps_follow_the_learning_rate(recorded):
 
 
 def test_a_step_that_waits_is_launched_kernel_by_kernel(caplog):
-    class Curious(qfast.models.ts.LSTM):
+    class Curious(ts.LSTM):
         def loss_fn(self, prediction, label, weight):
             loss = super().loss_fn(prediction, label, weight)
             return loss * 2 if float(loss.detach()) > 1 else loss
 
     kwargs = {"d_feat": 3, "hidden_size": 8, "n_epochs": 2, "batch_size": 32, "seed": 1, "device": DEVICE}
-    pair = [Curious(**kwargs, cuda_graphs=on).fit(data_of("_ts")) for on in (False, True)]
+    pair = [Curious(**kwargs, cuda_graphs=on).fit(rolling()) for on in (False, True)]
     states_equal(*pair)
     assert "not as CUDA graphs: they synchronize with the host" in caplog.text
 
 
 def test_a_recorded_fit_gives_its_memory_back():
-    model_of("TCN", "_ts", DEVICE, cuda_graphs=True).fit(data_of("_ts"))
+    device_model(ts.TCN, DEVICE, cuda_graphs=True).fit(rolling())
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     for _ in range(3):
-        model_of("TCN", "_ts", DEVICE, cuda_graphs=True).fit(data_of("_ts"))
+        device_model(ts.TCN, DEVICE, cuda_graphs=True).fit(rolling())
     gc.collect()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() <= before + 2**22
@@ -122,51 +122,52 @@ LOAD = """
 import sys
 import torch
 assert not torch.cuda.is_available()
-sys.path[:0] = sys.argv[4:]
-from support.fits import data_of, model_of
-model = model_of(sys.argv[1], sys.argv[2], "auto").load_weights(sys.argv[3])
-print(repr(float(model.predict(data_of(sys.argv[2]), "test").sum())))
+sys.path[:0] = sys.argv[3:]
+from support.fits import ESTIMATORS, dataset_for, device_model, estimator_name
+kind = next(kind for kind in ESTIMATORS if estimator_name(kind) == sys.argv[1])
+model = device_model(kind, "auto").load_weights(sys.argv[2])
+print(repr(float(model.predict(dataset_for(kind), "test").sum())))
 """
 
 
-@pytest.mark.parametrize(("name", "suffix"), CASES, ids=IDS)
-def test_weights_of_a_gpu_are_read_without_one(name, suffix, tmp_path):
-    model = model_of(name, suffix, DEVICE).fit(data_of(suffix))
+@parametrize_estimators()
+def test_weights_of_a_gpu_are_read_without_one(kind, tmp_path):
+    model = device_model(kind, DEVICE).fit(dataset_for(kind))
     model.save_weights(tmp_path / "w.safetensors")
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, name, suffix, str(tmp_path / "w.safetensors"), os.path.dirname(__file__)],
+        [sys.executable, "-c", LOAD, estimator_name(kind), str(tmp_path / "w.safetensors"), os.path.dirname(__file__)],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    total = float(model.predict(data_of(suffix), "test").sum())
+    total = float(model.predict(dataset_for(kind), "test").sum())
     assert float(done.stdout.split()[-1]) == pytest.approx(total, rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize("suffix", ["", "_ts"])
-def test_training_goes_on_from_a_checkpoint_of_the_other_device(suffix, tmp_path):
+@parametrize_estimators([LSTM, ts.LSTM])
+def test_training_goes_on_from_a_checkpoint_of_the_other_device(kind, tmp_path):
     for first, second in ((DEVICE, "cpu"), ("cpu", DEVICE)):
         folder = tmp_path / first
-        model_of("LSTM", suffix, first, n_epochs=1).fit(data_of(suffix), checkpoint_dir=folder)
-        resumed = model_of("LSTM", suffix, second).fit(data_of(suffix), checkpoint_dir=folder, resume=True)
-        whole = model_of("LSTM", suffix, "cpu").fit(data_of(suffix))
+        device_model(kind, first, n_epochs=1).fit(dataset_for(kind), checkpoint_dir=folder)
+        resumed = device_model(kind, second).fit(dataset_for(kind), checkpoint_dir=folder, resume=True)
+        whole = device_model(kind, "cpu").fit(dataset_for(kind))
         np.testing.assert_allclose(resumed.history_["valid"], whole.history_["valid"], rtol=1e-3)
 
 
 def test_what_does_not_fit_is_said_with_remedies():
-    model = model_of("LSTM", "_ts", DEVICE, hidden_size=512, batch_size=400)
+    model = device_model(ts.LSTM, DEVICE, hidden_size=512, batch_size=400)
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 2**20) / total)
     try:
         with pytest.raises(DataError, match=r"does not fit into the memory of cuda.*a smaller batch_size \(now 400\)"):
-            model.fit(data_of("_ts"))
+            model.fit(rolling())
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    model.fit(data_of("_ts"))  # nothing is left behind that stands in the way
+    model.fit(rolling())  # nothing is left behind that stands in the way
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 def test_the_second_gpu_gives_the_firsts_numbers():
-    pair = [model_of("LSTM", "_ts", device).fit(data_of("_ts")) for device in ("cuda:0", "cuda:1")]
+    pair = [device_model(ts.LSTM, device).fit(rolling()) for device in ("cuda:0", "cuda:1")]
     assert next(pair[1].network.parameters()).device == torch.device("cuda:1")
     for key, value in pair[0].network.state_dict().items():
         assert torch.equal(value.cpu(), pair[1].network.state_dict()[key].cpu()), key

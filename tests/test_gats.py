@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-import pickle
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from qfast.data import TSDatasetH
 from qfast.errors import ConfigError, DataError, NotFittedError
 from qfast.models import GATs, attention, ts
 from qfast.nn.recurrent import as_windows
 from qfast.training.callbacks import Callback
-from support.fits import StopAt, dataset_for, same, weights
-from support.frames import SEGMENTS, flat, make_frame, rolling
+from support.fits import dataset_for, frame_for, same, weights
+from support.frames import make_frame, rolling
 
 SMALL = {"d_feat": 3, "hidden_size": 8, "n_epochs": 3, "lr": 0.01, "seed": 1}
 both = pytest.mark.parametrize("kind", [GATs, ts.GATs], ids=["flat", "ts"])
-
-
-def frame_of(kind: type, n_dates: int = 70, n_instruments: int = 9, **kwargs) -> pd.DataFrame:
-    return make_frame(n_dates, n_instruments, 12 if kind is GATs else 3, **kwargs)
 
 
 class Seen(Callback):
@@ -88,26 +81,6 @@ def test_the_references_batches_mix_dates_and_are_there_on_request():
     assert seen.steps[0].append(seen.steps[1:]).equals(seen.index)
 
 
-def test_rolling_windows_train_as_the_same_windows_laid_out_flat():
-    """The flat model is held equal to the reference's; so this holds the time-series one to it on true days."""
-    dataset = rolling()
-    wide, parts = [], ("train", "valid", "test")
-    for name in parts:
-        windows = dataset.windows(name, "learn")
-        table = windows.batch(torch.arange(len(windows))).transpose(1, 2).flatten(1).numpy()  # feature-major
-        columns = pd.MultiIndex.from_product([["feature"], [f"F{j}" for j in range(table.shape[1])]])
-        frame = pd.DataFrame(table, index=windows.keys(), columns=columns)
-        frame[("label", "LABEL0")] = windows.label.numpy()
-        wide.append(frame)
-    laid_out = flat(frame=pd.concat(wide).sort_index())
-    one, other = ts.GATs(**SMALL).fit(dataset), GATs(**SMALL).fit(laid_out)
-    assert len(one.history_) == 3
-    for name in ("train", "valid", "valid_all", "train_loss"):
-        np.testing.assert_allclose(one.history_[name], other.history_[name], rtol=1e-6)
-    found, expected = one.predict(dataset), other.predict(laid_out)
-    pd.testing.assert_series_equal(found.sort_index(), expected.sort_index(), rtol=1e-5, atol=1e-6)
-
-
 # ---------------------------------------------------------------- scoring and predicting
 def test_predictions_stand_in_the_order_of_the_other_models_under_their_own_date():
     dataset = rolling()
@@ -126,7 +99,7 @@ def test_predictions_stand_in_the_order_of_the_other_models_under_their_own_date
 
 @both
 def test_the_rows_order_does_not_matter(kind):
-    frame = frame_of(kind)
+    frame = frame_for(kind)
     model = kind(**SMALL).fit(dataset_for(kind, frame=frame))
     shuffled = frame.sample(frac=1.0, random_state=3)
     found = model.predict(dataset_for(kind, frame=shuffled))
@@ -160,20 +133,11 @@ def test_a_score_is_the_mean_over_days_of_the_days_scores(kind):
     assert record["valid_all"] == pytest.approx(-float(torch.cat(errors).mean()), rel=1e-5)
 
 
-@both
-def test_gradients_are_not_recorded_while_scoring(kind):
-    model = kind(**{**SMALL, "n_epochs": 1})
-    seen = set()
-    model.network.register_forward_hook(lambda module, _, out: seen.add((module.training, out.requires_grad)))
-    model.fit(dataset_for(kind))
-    assert seen == {(True, True), (False, False)}
-
-
 # ---------------------------------------------------------------- unusual days
 @both
 @pytest.mark.parametrize("compat", [None, "qlib"])
 def test_a_day_with_one_stock(kind, compat):
-    frame = frame_of(kind)
+    frame = frame_for(kind)
     for date in ("2020-01-08", "2020-02-19", "2020-03-20"):  # of each segment
         frame = frame[(frame.index.get_level_values(0) != date) | (frame.index.get_level_values(1) == "S003")]
     dataset = dataset_for(kind, frame=frame)
@@ -186,7 +150,7 @@ def test_a_day_with_one_stock(kind, compat):
 
 @both
 def test_one_stock_in_all(kind):
-    dataset = dataset_for(kind, frame=frame_of(kind, 70, 1, holes=0.0))
+    dataset = dataset_for(kind, frame=frame_for(kind, 70, 1, holes=0.0))
     model = kind(**SMALL)
     before = weights(model)
     assert model.fit(dataset).predict(dataset).notna().all()
@@ -207,15 +171,9 @@ def test_segments_of_one_day(kind):
     assert len(model.predict(dataset, slice("2031-01-01", None))) == 0
 
 
-def test_windows_of_one_step():
-    dataset = TSDatasetH(handler=make_frame(70, 9, 3), segments=SEGMENTS, step_len=1)
-    for compat in (None, "qlib"):
-        assert ts.GATs(**SMALL, compat=compat).fit(dataset).predict(dataset).notna().all()
-
-
 @both
 def test_days_without_labels(kind):
-    frame = frame_of(kind)
+    frame = frame_for(kind)
     labels = frame[("label", "LABEL0")].copy()
     labels.loc[["2020-01-09", "2020-01-10", "2020-02-20"]] = np.nan  # two of train, one of valid
     frame[("label", "LABEL0")] = labels
@@ -238,24 +196,6 @@ def test_days_without_labels(kind):
 
 
 # ---------------------------------------------------------------- arguments
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"base_model": "RNN"}, r"base_model must be one of \['GRU', 'LSTM'\], got 'RNN'"),
-        ({"base_model": "gru"}, r"got 'gru'\. Did you mean 'GRU'\?"),
-        ({"shuffle_days": 1}, "shuffle_days must be True or False, got 1"),
-        ({"shuffle_day": True}, r"GATs has no argument 'shuffle_day'\. Did you mean 'shuffle_days'\?"),
-        ({"model_path": 3}, "model_path must be a path or None, got 3"),
-        ({"n_epochs": -1}, "n_epochs must be a whole number of at least 0"),
-        ({"compat": "0.9.7"}, "compat must be None or 'qlib'"),
-    ],
-)
-@both
-def test_wrong_arguments_are_named(kind, arguments, message):
-    with pytest.raises(ConfigError, match=message):
-        kind(**arguments)
-
-
 @both
 def test_a_batch_size_is_taken_said_and_ignored(kind, caplog):
     with caplog.at_level(logging.INFO, logger="qfast"):
@@ -264,49 +204,7 @@ def test_a_batch_size_is_taken_said_and_ignored(kind, caplog):
     assert model.fit(dataset_for(kind)).evals_result_ == kind(**SMALL).fit(dataset_for(kind)).evals_result_
 
 
-@both
-def test_get_params_rebuild_the_model(kind, caplog):
-    model = kind(**SMALL, dropout=0.1, base_model="LSTM", shuffle_days=False, compat="qlib", device="cpu")
-    with caplog.at_level(logging.INFO, logger="qfast"):
-        again = kind(**model.get_params())
-    assert again.get_params() == model.get_params()
-    assert caplog.records == []
-    assert (again.base_model, again.GAT_model is again.network, str(again.device)) == ("LSTM", True, "cpu")
-
-
-# ---------------------------------------------------------------- interruptions, copies
-@pytest.mark.parametrize("moment", ["batch", "checkpoint"])
-@both
-def test_an_interrupted_fit_resumes_to_the_unbroken_result(kind, moment, tmp_path):
-    arguments = {**SMALL, "n_epochs": 5, "dropout": 0.2, "base_model": "LSTM"}
-    unbroken = kind(**arguments).fit(dataset_for(kind))
-    broken = kind(**arguments)
-    with pytest.raises(KeyboardInterrupt):
-        broken.fit(dataset_for(kind), callbacks=[StopAt(2, moment)], checkpoint_dir=tmp_path)
-    assert broken.predict(dataset_for(kind)).notna().all()
-    np.random.seed(99)
-    torch.manual_seed(99)
-    resumed = kind(**arguments).fit(dataset_for(kind), checkpoint_dir=tmp_path, resume=True)
-    assert resumed.evals_result_ == unbroken.evals_result_
-    assert same(weights(resumed), weights(unbroken))
-    # and a further fit goes on from there, for both alike
-    for model in (resumed, unbroken):
-        np.random.seed(5)
-        torch.manual_seed(5)
-        model.fit(dataset_for(kind))
-    assert resumed.evals_result_ == unbroken.evals_result_
-
-
-@both
-def test_a_fitted_model_is_pickled_and_copied(kind):
-    model = kind(**SMALL).fit(dataset_for(kind))
-    expected = model.predict(dataset_for(kind))
-    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
-        pd.testing.assert_series_equal(again.predict(dataset_for(kind)), expected)
-        again.fit(dataset_for(kind))  # goes on
-        assert not same(weights(again), weights(model))
-
-
+# ---------------------------------------------------------------- on a GPU, learning, attention tables
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
 @pytest.mark.parametrize("compat", [None, "qlib"])
@@ -345,7 +243,7 @@ def test_what_only_the_other_stocks_of_the_day_tell_is_learnt(base):
 
 # ---------------------------------------------------------------- attention
 def fitted(kind):
-    dataset = dataset_for(kind, frame=frame_of(kind, 70, 12))
+    dataset = dataset_for(kind, frame=frame_for(kind, 70, 12))
     return kind(**SMALL).fit(dataset), dataset
 
 
@@ -463,7 +361,7 @@ def test_memory_that_is_not_there_is_named(kind):
 # ---------------------------------------------------------------- windows that are not finite
 @both
 def test_a_stock_with_nan_is_left_out_of_its_day(kind, caplog):
-    frame = frame_of(kind)
+    frame = frame_for(kind)
     dataset = dataset_for(kind, frame=frame)
     model = kind(**SMALL).fit(dataset)
     whole = model.predict(dataset)
@@ -498,7 +396,7 @@ def test_a_date_that_is_none_is_named(kind):
 
 
 def test_a_bare_date_finds_the_one_bar_of_an_intraday_day():
-    frame = frame_of(GATs)
+    frame = frame_for(GATs)
     frame.index = frame.index.set_levels(frame.index.levels[0] + pd.Timedelta(hours=15), level=0)
     dataset = dataset_for(GATs, frame=frame)
     model = GATs(**{**SMALL, "n_epochs": 1}).fit(dataset)

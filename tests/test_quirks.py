@@ -15,26 +15,14 @@ import torch
 from qfast.data import DatasetH
 from qfast.data.handlers import Alpha360, DataHandlerLP
 from qfast.errors import ConfigError, DataError
-from qfast.models import ALSTM, GRU, LSTM, TCN, GATs, LocalformerModel, TransformerModel, ts
+from qfast.models import GRU, LSTM, TCN, GATs, LocalformerModel, TransformerModel, ts
 from qfast.workflow.config import load_config
-from support.fits import SMALL, dataset_for, same, weights
+from support.fits import ESTIMATORS, SMALL, dataset_for, frame_for, parametrize_estimators, same, small_model, weights
 from support.frames import SEGMENTS, make_frame, rolling
 
 ENCODERS = [TransformerModel, LocalformerModel, ts.TransformerModel, ts.LocalformerModel]
-ALL = [LSTM, GRU, ALSTM, TCN, ts.LSTM, ts.GRU, ts.ALSTM, ts.TCN, *ENCODERS]
-FLAT = (LSTM, GRU, ALSTM, GATs, TCN, TransformerModel, LocalformerModel)
-WITH_DAYS = [*ALL, GATs, ts.GATs]
+ROWS = [kind for kind in ESTIMATORS if not issubclass(kind, GATs | ts.GATs)]  # whose batches are rows, not days
 TESTS = Path(__file__).parent
-
-
-def small(kind: type, **changes):
-    """A model of a few hundred weights."""
-    arguments = {**SMALL, **changes}
-    if kind in (TCN, ts.TCN):
-        arguments |= {"n_chans": arguments.pop("hidden_size"), "kernel_size": 2, "num_layers": 2}
-    if kind in ENCODERS:
-        arguments |= {"d_model": arguments.pop("hidden_size"), "num_layers": 1}
-    return kind(**arguments)
 
 
 def test_every_line_of_the_table_names_a_test_that_exists():
@@ -47,53 +35,53 @@ def test_every_line_of_the_table_names_a_test_that_exists():
     assert [name for name in named if f"def {name}(" not in sources] == []
 
 
-@pytest.mark.parametrize("kind", ALL)
+@parametrize_estimators(ROWS)
 def test_quirk_remainder_of_one(kind):
     dataset = dataset_for(kind)
     n = len(dataset.windows("test", "infer"))
-    model = small(kind, n_epochs=1).fit(dataset)
+    model = small_model(kind, n_epochs=1).fit(dataset)
     whole = model.predict(dataset)
     model._params["batch_size"] = n - 1
     pd.testing.assert_series_equal(model.predict(dataset), whole, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [LSTM, ts.GRU, TCN, ts.TCN, *ENCODERS])
+@parametrize_estimators([LSTM, ts.GRU, TCN, ts.TCN, *ENCODERS])
 def test_quirk_batches_of_one(kind):
-    model = small(kind, n_epochs=1, batch_size=1)
+    model = small_model(kind, n_epochs=1, batch_size=1)
     before = weights(model)
-    model.fit(dataset_for(kind, frame=make_frame(70, 1, 12 if kind in FLAT else 3)))
+    model.fit(dataset_for(kind, frame=frame_for(kind, 70, 1)))
     assert not same(weights(model), before)
 
 
-@pytest.mark.parametrize("kind", ALL)
+@parametrize_estimators(ROWS)
 def test_quirk_no_best_epoch(kind):
-    model = small(kind, n_epochs=0)
+    model = small_model(kind, n_epochs=0)
     before = weights(model)
     model.fit(dataset_for(kind))
     assert same(weights(model), before)
     assert len(model.history_) == 0
     large = {"n_epochs": 1, "batch_size": 8192}
-    assert small(kind, **large).fit(dataset_for(kind)).best_epoch_ == 0
+    assert small_model(kind, **large).fit(dataset_for(kind)).best_epoch_ == 0
     with pytest.raises(DataError, match="batch_size is 8192 but the segment has"):
-        small(kind, **large, compat="qlib").fit(dataset_for(kind))
+        small_model(kind, **large, compat="qlib").fit(dataset_for(kind))
 
 
-@pytest.mark.parametrize("kind", WITH_DAYS)
+@parametrize_estimators()
 def test_quirk_no_validation_segment(kind):
-    model = small(kind)
+    model = small_model(kind)
     model.fit(dataset_for(kind, segments={"train": SEGMENTS["train"]}))
-    again = small(kind)
+    again = small_model(kind)
     before = weights(again)
     assert not same(weights(model), before)
     assert len(model.history_) == SMALL["n_epochs"]
 
 
-@pytest.mark.parametrize("kind", ALL)
+@parametrize_estimators(ROWS)
 def test_quirk_short_tail_of_scores(kind):
     dataset = dataset_for(kind)
     windows = dataset.windows("valid", "learn")
     batch_size = len(windows) // 2 + 1  # one full batch and a tail
-    model = small(kind, n_epochs=1, batch_size=batch_size).fit(dataset)
+    model = small_model(kind, n_epochs=1, batch_size=batch_size).fit(dataset)
     with torch.no_grad():
         model.network.eval()
         error = (model.run_network(windows, torch.arange(len(windows))) - windows.label) ** 2
@@ -102,28 +90,28 @@ def test_quirk_short_tail_of_scores(kind):
     assert record["valid_all"] == pytest.approx(-float(error.mean()), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", WITH_DAYS)
+@parametrize_estimators()
 def test_quirk_no_test_segment(kind):
     segments = {name: SEGMENTS[name] for name in ("train", "valid")}
-    assert small(kind).fit(dataset_for(kind, segments=segments)).fitted
+    assert small_model(kind).fit(dataset_for(kind, segments=segments)).fitted
 
 
-@pytest.mark.parametrize("kind", WITH_DAYS)
+@parametrize_estimators()
 def test_quirk_scores_without_gradients(kind):
-    model = small(kind, n_epochs=1)
+    model = small_model(kind, n_epochs=1)
     seen = []
     model.network.register_forward_hook(lambda module, _, out: seen.append((module.training, out.requires_grad)))
     model.fit(dataset_for(kind))
     assert set(seen) == {(True, True), (False, False)}
 
 
-@pytest.mark.parametrize("kind", WITH_DAYS)
+@parametrize_estimators()
 def test_quirk_infinite_label(kind):
-    frame = make_frame(70, 9, 12 if kind in FLAT else 3)
+    frame = frame_for(kind)
     values = frame[("label", "LABEL0")].to_numpy(copy=True)
     values[4] = np.inf
     frame[("label", "LABEL0")] = values
-    model = small(kind).fit(dataset_for(kind, frame=frame))
+    model = small_model(kind).fit(dataset_for(kind, frame=frame))
     assert all(torch.isfinite(v).all() for v in weights(model).values())
 
 
@@ -132,7 +120,7 @@ def test_quirk_two_labels():
     frame[("label", "LABEL1")] = frame[("label", "LABEL0")]
     for kind in (LSTM, ts.LSTM):
         with pytest.raises(DataError, match=r"2 label columns .*trained on exactly one"):
-            small(kind).fit(dataset_for(kind, frame=frame))
+            small_model(kind).fit(dataset_for(kind, frame=frame))
 
 
 def prices() -> pd.DataFrame:
@@ -180,9 +168,9 @@ def test_quirk_nothing_shared_between_fits(tmp_path, monkeypatch):
         assert len(os.listdir("/proc/self/fd")) == open_files
 
 
-@pytest.mark.parametrize("kind", WITH_DAYS)
+@parametrize_estimators()
 def test_quirk_empty_prediction(kind):
-    model = small(kind, n_epochs=1).fit(dataset_for(kind))
+    model = small_model(kind, n_epochs=1).fit(dataset_for(kind))
     found = model.predict(dataset_for(kind), slice("2031-01-01", "2031-12-31"))
     assert len(found) == 0
     assert found.index.names == ["datetime", "instrument"]
@@ -205,7 +193,7 @@ def test_quirk_gru_needs_no_experiment(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", [GATs, ts.GATs])
+@parametrize_estimators([GATs, ts.GATs])
 @pytest.mark.parametrize("base", ["GRU", "LSTM"])
 def test_quirk_base_of_the_models_own_size(kind, base):
     model = kind(d_feat=3, hidden_size=8, num_layers=1, base_model=base, n_epochs=1).fit(dataset_for(kind))
@@ -213,7 +201,7 @@ def test_quirk_base_of_the_models_own_size(kind, base):
     assert model.predict(dataset_for(kind)).notna().all()
 
 
-@pytest.mark.parametrize("kind", [GATs, ts.GATs])
+@parametrize_estimators([GATs, ts.GATs])
 def test_quirk_weights_of_samples_in_every_model(kind):
     class FirstHalf:
         """Stocks that count nothing pull nothing."""
@@ -222,13 +210,13 @@ def test_quirk_weights_of_samples_in_every_model(kind):
             index = samples.index if hasattr(samples, "index") else samples.get_index()
             return (index.get_level_values("instrument") < "S005").astype(float)
 
-    frame = make_frame(70, 9, 12 if kind is GATs else 3)
+    frame = frame_for(kind)
     other = frame.copy()
     rest = other.index.get_level_values("instrument") >= "S005"
     other.loc[rest, ("label", "LABEL0")] = 7.0
-    found = [small(kind).fit(dataset_for(kind, frame=f), reweighter=FirstHalf()) for f in (frame, other)]
+    found = [small_model(kind).fit(dataset_for(kind, frame=f), reweighter=FirstHalf()) for f in (frame, other)]
     assert same(weights_after_training(found[0]), weights_after_training(found[1]))
-    plain = small(kind).fit(dataset_for(kind, frame=frame))
+    plain = small_model(kind).fit(dataset_for(kind, frame=frame))
     assert not same(weights_after_training(plain), weights_after_training(found[0]))
 
 

@@ -17,12 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from qfast.data.batching import Batches
-from qfast.models.ts import LSTM
+from qfast.models import GRU, LSTM, GATs, ts
 from qfast.precision import using_precision
 from qfast.training import step_graphs
 from qfast.training.callbacks import Callback
 from qfast.training.step_graphs import GraphedStep, fingerprint
-from support.fits import CASES, IDS, data_of, model_of, states_equal
+from support.fits import dataset_for, device_model, parametrize_estimators, states_equal
+from support.frames import flat, rolling
 
 TO_THE_HOST = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero", "aten.unique")
 
@@ -103,28 +104,28 @@ def recorder(monkeypatch):
 
 # ---------------------------------------------------------------- models
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize(("name", "suffix"), CASES, ids=IDS)
-def test_recorded_steps_train_to_the_same_bits(name, suffix, dropout, recorder):
-    plain = model_of(name, suffix, "cpu", dropout=dropout).fit(data_of(suffix))
+@parametrize_estimators()
+def test_recorded_steps_train_to_the_same_bits(kind, dropout, recorder):
+    plain = device_model(kind, "cpu", dropout=dropout).fit(dataset_for(kind))
     assert recorder.recorded == 0
-    model = model_of(name, suffix, "cpu", dropout=dropout, cuda_graphs=True).fit(data_of(suffix))
+    model = device_model(kind, "cpu", dropout=dropout, cuda_graphs=True).fit(dataset_for(kind))
     states_equal(model, plain)
     assert recorder.replayed > recorder.recorded > 0
-    sizes = 1 if name != "GATs" else recorder.recorded  # days differ in size
+    sizes = 1 if not issubclass(kind, GATs | ts.GATs) else recorder.recorded  # days differ in size
     assert recorder.recorded == recorder.tried == sizes
 
 
 def test_plain_gradient_descent_is_recorded_as_well(recorder):
-    pair = [model_of("GRU", "", "cpu", optimizer="gd", cuda_graphs=on).fit(data_of("")) for on in (False, True)]
+    pair = [device_model(GRU, "cpu", optimizer="gd", cuda_graphs=on).fit(flat()) for on in (False, True)]
     states_equal(*pair)
     assert recorder.replayed > 0
 
 
 def test_a_resumed_fit_goes_on_with_recorded_steps(recorder, tmp_path):
-    whole = model_of("LSTM", "_ts", "cpu", n_epochs=3, dropout=0.3, cuda_graphs=True).fit(data_of("_ts"))
-    model_of("LSTM", "_ts", "cpu", n_epochs=1, dropout=0.3).fit(data_of("_ts"), checkpoint_dir=tmp_path)
-    resumed = model_of("LSTM", "_ts", "cpu", n_epochs=3, dropout=0.3, cuda_graphs=True)
-    resumed.fit(data_of("_ts"), checkpoint_dir=tmp_path, resume=True)
+    whole = device_model(ts.LSTM, "cpu", n_epochs=3, dropout=0.3, cuda_graphs=True).fit(rolling())
+    device_model(ts.LSTM, "cpu", n_epochs=1, dropout=0.3).fit(rolling(), checkpoint_dir=tmp_path)
+    resumed = device_model(ts.LSTM, "cpu", n_epochs=3, dropout=0.3, cuda_graphs=True)
+    resumed.fit(rolling(), checkpoint_dir=tmp_path, resume=True)
     states_equal(resumed, whole)
 
 
@@ -133,9 +134,7 @@ def test_sample_weights_are_recorded(recorder):
         def reweight(self, samples):
             return np.linspace(0.1, 2.0, len(samples))
 
-    pair = [
-        model_of("LSTM", "_ts", "cpu", cuda_graphs=on).fit(data_of("_ts"), reweighter=Growing()) for on in (False, True)
-    ]
+    pair = [device_model(ts.LSTM, "cpu", cuda_graphs=on).fit(rolling(), reweighter=Growing()) for on in (False, True)]
     states_equal(*pair)
     assert recorder.replayed > 0
 
@@ -197,8 +196,8 @@ def other_state(estimator, batch) -> None:
 def test_what_a_callback_changes_is_not_lost(callback, recorder):
     pair = []
     for on in (False, True):
-        model = model_of("LSTM", "_ts", "cpu", n_epochs=3, dropout=0.4, cuda_graphs=on)
-        pair.append(model.fit(data_of("_ts"), callbacks=[callback()]))
+        model = device_model(ts.LSTM, "cpu", n_epochs=3, dropout=0.4, cuda_graphs=on)
+        pair.append(model.fit(rolling(), callbacks=[callback()]))
     states_equal(*pair)
     assert recorder.recorded > 1
 
@@ -211,37 +210,37 @@ class Gradients(Callback):
         self.norms += [float(p.grad.norm()) for p in estimator.network.parameters()]
 
 
-@pytest.mark.parametrize(("name", "suffix"), [("GATs", "_ts"), ("LSTM", "")])
-def test_a_callback_sees_the_gradients_of_its_step(name, suffix, recorder):
+@parametrize_estimators([ts.GATs, LSTM])
+def test_a_callback_sees_the_gradients_of_its_step(kind, recorder):
     """Also where days of different sizes take turns."""
     seen = []
     for on in (False, True):
         seen.append(Gradients())
-        model_of(name, suffix, "cpu", n_epochs=3, cuda_graphs=on).fit(data_of(suffix), callbacks=[seen[-1]])
+        device_model(kind, "cpu", n_epochs=3, cuda_graphs=on).fit(dataset_for(kind), callbacks=[seen[-1]])
     assert recorder.replayed > 0
     assert seen[0].norms == seen[1].norms
 
 
 def test_hooks_are_called_at_every_step(recorder):
     calls = []
-    model = model_of("LSTM", "_ts", "cpu", cuda_graphs=True)
+    model = device_model(ts.LSTM, "cpu", cuda_graphs=True)
     handle = model.network.fc_out.register_forward_hook(lambda *_: calls.append(1))
-    model.fit(data_of("_ts"))
+    model.fit(rolling())
     steps = model.data_["train"] // 32
     assert recorder.recorded == 0
     assert len(calls) > 2 * steps
     handle.remove()
     model.train_optimizer.register_step_post_hook(lambda *_: calls.append(1))
-    model.fit(data_of("_ts"))
+    model.fit(rolling())
     assert recorder.recorded == 0
 
 
 def test_a_step_that_waits_is_not_recorded(monkeypatch, caplog):
     made = TapeRecorder(synchronizing="losses.py:7")
     monkeypatch.setattr(step_graphs, "recorder_for", lambda device: made)
-    plain = model_of("LSTM", "", "cpu").fit(data_of(""))
+    plain = device_model(LSTM, "cpu").fit(flat())
     with caplog.at_level(logging.WARNING, "qfast"):
-        model = model_of("LSTM", "", "cpu", cuda_graphs=True).fit(data_of(""))
+        model = device_model(LSTM, "cpu", cuda_graphs=True).fit(flat())
     states_equal(model, plain)
     assert made.recorded == 0
     assert made.tried == 1
@@ -250,7 +249,7 @@ def test_a_step_that_waits_is_not_recorded(monkeypatch, caplog):
     ) == 1  # fmt: skip
 
 
-class Curious(LSTM):
+class Curious(ts.LSTM):
     """A loss of a user's own that looks at the numbers."""
 
     def loss_fn(self, prediction, label, weight):
@@ -260,17 +259,17 @@ class Curious(LSTM):
 
 def test_a_step_that_cannot_be_recorded_runs_as_it_is_written(recorder, caplog):
     kwargs = {"d_feat": 3, "hidden_size": 8, "n_epochs": 2, "batch_size": 32, "seed": 1, "device": "cpu"}
-    plain = Curious(**kwargs).fit(data_of("_ts"))
+    plain = Curious(**kwargs).fit(rolling())
     with caplog.at_level(logging.WARNING, "qfast"):
-        model = Curious(**kwargs, cuda_graphs=True).fit(data_of("_ts"))
+        model = Curious(**kwargs, cuda_graphs=True).fit(rolling())
     states_equal(model, plain)
     assert recorder.replayed == 0
     assert sum("not as CUDA graphs: operation not permitted" in r.message for r in caplog.records) == 1
 
 
 def test_recordings_go_with_the_fit(recorder):
-    model = model_of("LSTM", "_ts", "cpu", cuda_graphs=True)
-    model.fit(data_of("_ts"))
+    model = device_model(ts.LSTM, "cpu", cuda_graphs=True)
+    model.fit(rolling())
     assert model._graphed_step is None
 
 
@@ -325,12 +324,12 @@ def test_an_interrupted_epoch_leaves_nothing_behind():
 
 def test_a_fit_without_cuda_graphs_calls_train_step_directly(monkeypatch):
     monkeypatch.setattr(step_graphs, "recorder_for", lambda device: pytest.fail("no recorder is needed"))
-    model = model_of("LSTM", "", "cpu", n_epochs=1).fit(data_of(""))
+    model = device_model(LSTM, "cpu", n_epochs=1).fit(flat())
     assert len(model.history_) == 1
 
 
 def test_how_products_are_computed_is_part_of_a_recording():
-    model = model_of("LSTM", "", "cpu")
+    model = device_model(LSTM, "cpu")
     seen = {fingerprint(model.network, model.train_optimizer)}
     with using_precision("tf32"):
         seen.add(fingerprint(model.network, model.train_optimizer))
@@ -348,4 +347,4 @@ def test_how_products_are_computed_is_part_of_a_recording():
 
 def test_the_option_is_checked():
     with pytest.raises(ValueError, match=r"cuda_graphs must be True or False, got 'yes'"):
-        model_of("LSTM", "", "cpu", cuda_graphs="yes")
+        device_model(LSTM, "cpu", cuda_graphs="yes")

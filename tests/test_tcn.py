@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -15,13 +13,10 @@ from hypothesis import strategies as st
 
 from qfast.data import TSDatasetH
 from qfast.data.windows import WindowSet
-from qfast.errors import ConfigError, DataError
+from qfast.errors import DataError
 from qfast.models import TCN, _tcn, ts
-from qfast.workflow.predict import predict
-from qfast.workflow.run import run
-from support.fits import StopAt, dataset_for, same, weights
+from support.fits import dataset_for, same, weights
 from support.frames import SEGMENTS, flat, make_frame, rolling
-from support.workflows import write_case
 
 SMALL = {
     "d_feat": 3, "n_chans": 8, "kernel_size": 2, "num_layers": 2, "n_epochs": 3, "batch_size": 32,
@@ -30,114 +25,12 @@ SMALL = {
 both = pytest.mark.parametrize("kind", [TCN, ts.TCN], ids=["flat", "ts"])
 
 
-# ---------------------------------------------------------------- learning
-@both
-def test_a_planted_signal_is_learnt(kind):
-    frame = make_frame(120, 12, 12 if kind is TCN else 3, holes=0.05)
-    newest = "F3" if kind is TCN else "F0"  # feature 0 at the last step
-    frame[("label", "LABEL0")] = frame[("feature", newest)] * 0.9 + 0.1 * frame[("label", "LABEL0")]
-    segments = {
-        "train": ("2020-01-01", "2020-04-30"), "valid": ("2020-05-01", "2020-05-31"), "test": ("2020-06-01", None),
-    }  # fmt: skip
-    dataset = dataset_for(kind, frame=frame, segments=segments)
-    model = kind(**{**SMALL, "n_epochs": 20, "dropout": 0.1}).fit(dataset)
-    prediction = model.predict(dataset)
-    assert prediction.corr(frame[("label", "LABEL0")].reindex(prediction.index)) > 0.9
-
-
-def test_rolling_windows_train_as_the_same_windows_laid_out_flat():
-    dataset = rolling()
-    parts = []
-    for name in ("train", "valid", "test"):
-        windows = dataset.windows(name, "learn")
-        table = windows.batch(torch.arange(len(windows))).transpose(1, 2).flatten(1).numpy()  # feature-major
-        columns = pd.MultiIndex.from_product([["feature"], [f"F{j}" for j in range(table.shape[1])]])
-        frame = pd.DataFrame(table, index=windows.keys(), columns=columns)
-        frame[("label", "LABEL0")] = windows.label.numpy()
-        parts.append(frame)
-    laid_out = flat(frame=pd.concat(parts).sort_index())
-    whole = {**SMALL, "batch_size": 4096, "dropout": 0.0}  # one batch: the order of the samples does not matter
-    one, other = ts.TCN(**whole).fit(dataset), TCN(**whole).fit(laid_out)
-    for name in ("train", "valid", "valid_all", "train_loss"):
-        np.testing.assert_allclose(one.history_[name], other.history_[name], rtol=1e-5)
-    found, expected = one.predict(dataset), other.predict(laid_out)
-    pd.testing.assert_series_equal(found.sort_index(), expected.sort_index(), rtol=1e-4, atol=1e-6)
-
-
-@both
-def test_dropout_repeats_with_the_seed_and_counts_in_training_only(kind):
-    fits = [kind(**SMALL, dropout=p).fit(dataset_for(kind)) for p in (0.5, 0.5, 0.0)]
-    assert fits[0].evals_result_ == fits[1].evals_result_
-    assert fits[0].evals_result_ != fits[2].evals_result_
-    pd.testing.assert_series_equal(fits[0].predict(dataset_for(kind)), fits[0].predict(dataset_for(kind)))
-
-
 # ---------------------------------------------------------------- arguments
-@both
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"d_feat": 0}, "d_feat must be a whole number of at least 1, got 0"),
-        ({"n_chans": 2.5}, "n_chans must be a whole number of at least 1, got 2.5"),
-        ({"num_layers": 0}, "num_layers must be a whole number of at least 1, got 0"),
-        ({"kernel_size": 0}, "kernel_size must be a whole number of at least 1, got 0"),
-        ({"dropout": 1.5}, r"dropout must be in \[0, 1\], got 1.5"),
-        ({"n_chan": 8}, "TCN has no argument 'n_chan'. Did you mean 'n_chans'"),
-        ({"hidden_size": 8}, "TCN has no argument 'hidden_size'"),
-    ],
-)
-def test_wrong_arguments_are_named(kind, arguments, message):
-    with pytest.raises(ConfigError, match=message):
-        kind(**arguments)
-
-
 def test_data_of_another_width_is_named():
     with pytest.raises(DataError, match=r"the data has 3 features a step, the model d_feat=6. Remedy: d_feat=3"):
         ts.TCN(**{**SMALL, "d_feat": 6}).fit(rolling())
     with pytest.raises(DataError, match=r"the data has 12 columns, which is not a multiple of d_feat=5"):
         TCN(**{**SMALL, "d_feat": 5}).fit(flat())
-
-
-@both
-def test_get_params_rebuild_the_model(kind):
-    model = kind(**SMALL, dropout=0.1)
-    again = kind(**model.get_params())
-    assert again.get_params() == model.get_params()
-    assert (again.d_feat, again.n_chans, again.kernel_size, again.num_layers, again.dropout) == (3, 8, 2, 2, 0.1)
-    assert same(weights(again), weights(model))
-
-
-# ---------------------------------------------------------------- files and interruptions
-@both
-@pytest.mark.parametrize("name", ["best.safetensors", "best.pkl"])
-def test_weights_survive_a_file(kind, name, tmp_path):
-    model = kind(**SMALL).fit(dataset_for(kind), save_path=tmp_path / name)
-    other = kind(**{**SMALL, "seed": 9}).load_weights(tmp_path / name)
-    pd.testing.assert_series_equal(other.predict(dataset_for(kind)), model.predict(dataset_for(kind)))
-
-
-@both
-@pytest.mark.parametrize("moment", ["batch", "checkpoint"])
-def test_an_interrupted_fit_resumes_to_the_unbroken_result(kind, moment, tmp_path):
-    arguments = {**SMALL, "n_epochs": 5, "dropout": 0.3}
-    unbroken = kind(**arguments).fit(dataset_for(kind))
-    broken = kind(**arguments)
-    with pytest.raises(KeyboardInterrupt):
-        broken.fit(dataset_for(kind), callbacks=[StopAt(2, moment)], checkpoint_dir=tmp_path)
-    torch.manual_seed(99)
-    np.random.seed(99)
-    resumed = kind(**arguments).fit(dataset_for(kind), checkpoint_dir=tmp_path, resume=True)
-    assert len(resumed.history_) == 5
-    assert resumed.evals_result_ == unbroken.evals_result_
-    assert same(weights(resumed), weights(unbroken))
-
-
-@both
-def test_an_estimator_survives_pickle(kind):
-    model = kind(**SMALL).fit(dataset_for(kind))
-    again = pickle.loads(pickle.dumps(model))
-    pd.testing.assert_series_equal(again.predict(dataset_for(kind)), model.predict(dataset_for(kind)))
-    again.fit(dataset_for(kind))
 
 
 # ---------------------------------------------------------------- windows that follow each other
@@ -302,30 +195,3 @@ def test_quirk_empty_segment_of_tcn(kind):
     for name in ("train", "valid"):
         with pytest.raises(DataError, match=f"segment '{name}' has no samples"):
             kind(**SMALL).fit(dataset_for(kind, segments={**SEGMENTS, name: ("2035-01-01", None)}))
-
-
-# ---------------------------------------------------------------- a workflow file
-@pytest.mark.parametrize(
-    "sets",
-    [
-        ["task.model.module_path=qlib.contrib.model.pytorch_tcn"],
-        [
-            "task.model.module_path=qlib.contrib.model.pytorch_tcn_ts", "task.dataset.class=TSDatasetH",
-            "task.dataset.kwargs.step_len=5", "task.model.kwargs.d_feat=6", "task.model.kwargs.n_jobs=20",
-        ],
-    ],
-    ids=["flat", "ts"],
-)  # fmt: skip
-def test_a_workflow_file(sets, tmp_path):
-    network = (
-        "{d_feat: 3, n_chans: 4, kernel_size: 3, num_layers: 2, dropout: 0.1, n_epochs: 2, batch_size: 64, GPU: 0}"
-    )
-    config, path = write_case(tmp_path)
-    replaced = config.read_text().splitlines()
-    replaced = [f"    kwargs: {network}" if "hidden_size" in line else line for line in replaced]
-    config.write_text("\n".join(replaced))
-    run(config, path, ["task.model.class=TCN", *sets], output=tmp_path / "run", seed=1)
-    assert json.loads((tmp_path / "run" / "model.json").read_text())
-    scores = predict(tmp_path / "run", path)
-    assert len(scores) > 0
-    assert scores.notna().all()

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pandas as pd
+import pytest
 import torch
 
-import qfast.models
-import qfast.models.ts
 from qfast.data import DatasetH, TSDatasetH
+from qfast.models import ALSTM, GRU, LSTM, TCN, GATs, LocalformerModel, TransformerModel, ts
 from qfast.training.callbacks import Callback
-from support.frames import SEGMENTS, flat, make_frame, rolling
+from support.frames import flat, make_frame, rolling
 
+FLAT = [LSTM, GRU, ALSTM, GATs, TCN, TransformerModel, LocalformerModel]
+TIME_SERIES = [ts.LSTM, ts.GRU, ts.ALSTM, ts.GATs, ts.TCN, ts.TransformerModel, ts.LocalformerModel]
+ESTIMATORS = [*FLAT, *TIME_SERIES]
 SMALL = {"d_feat": 3, "hidden_size": 8, "n_epochs": 3, "batch_size": 32, "lr": 0.01, "seed": 1}
+
+
+def estimator_name(kind: type) -> str:
+    """Test id of an estimator: "LSTM" for the flat one, "ts.LSTM" for time series."""
+    return f"ts.{kind.__name__}" if is_time_series(kind) else kind.__name__
 
 
 def is_time_series(kind: type) -> bool:
@@ -19,9 +29,49 @@ def is_time_series(kind: type) -> bool:
     return any(base.__module__ == "qfast.models.ts" for base in kind.__mro__)
 
 
+def parametrize_estimators(kinds: Sequence[type] = ESTIMATORS) -> pytest.MarkDecorator:
+    """Runs a test once for each estimator, which it receives as `kind`."""
+    return pytest.mark.parametrize("kind", kinds, ids=estimator_name)
+
+
+def small_arguments(kind: type, **changes) -> dict:
+    """Constructor arguments of a network of a few hundred weights, which trains in a fraction of a second."""
+    arguments = dict(SMALL)
+    if issubclass(kind, GATs | ts.GATs):
+        del arguments["batch_size"]  # each day is a batch
+    if issubclass(kind, TCN | ts.TCN):
+        arguments |= {"n_chans": arguments.pop("hidden_size"), "kernel_size": 2, "num_layers": 2}
+    if issubclass(kind, TransformerModel | LocalformerModel | ts.TransformerModel | ts.LocalformerModel):
+        arguments |= {"d_model": arguments.pop("hidden_size"), "num_layers": 1, "nhead": 2, "lr": 1e-3}
+    return {**arguments, **changes}
+
+
+def small_model(kind: type, **changes):
+    """An estimator with `small_arguments`."""
+    return kind(**small_arguments(kind, **changes))
+
+
 def dataset_for(kind: type, **kwargs):
     """A small dataset of the sort that `kind` is fitted to: rolling windows for time-series models, else flat."""
     return rolling(**kwargs) if is_time_series(kind) else flat(**kwargs)
+
+
+def frame_for(kind: type, n_dates: int = 70, n_instruments: int = 9, **kwargs) -> pd.DataFrame:
+    """The frame of `dataset_for`. Flat models get 3 features at 4 steps, which is 12 columns."""
+    return make_frame(n_dates, n_instruments, 3 if is_time_series(kind) else 12, **kwargs)
+
+
+def laid_out_flat(dataset: TSDatasetH) -> DatasetH:
+    """The same windows as the columns of a flat dataset, feature by feature."""
+    frames = []
+    for segment in ("train", "valid", "test"):
+        windows = dataset.windows(segment, "learn")
+        table = windows.batch(torch.arange(len(windows))).transpose(1, 2).flatten(1).numpy()
+        columns = pd.MultiIndex.from_product([["feature"], [f"F{j}" for j in range(table.shape[1])]])
+        frame = pd.DataFrame(table, index=windows.keys(), columns=columns)
+        frame[("label", "LABEL0")] = windows.label.numpy()
+        frames.append(frame)
+    return flat(frame=pd.concat(frames).sort_index())
 
 
 def weights(model) -> dict[str, torch.Tensor]:
@@ -47,26 +97,13 @@ class StopAt(Callback):
             raise KeyboardInterrupt
 
 
-ENCODERS = ("TransformerModel", "LocalformerModel")
-NAMES = ("LSTM", "GRU", "ALSTM", "GATs", "TCN", *ENCODERS)
-CASES = [(name, suffix) for suffix in ("", "_ts") for name in NAMES]
-IDS = [name + suffix for name, suffix in CASES]
-
-
-def model_of(name: str, suffix: str, device: str, **changes):
-    width = {"TCN": "n_chans", **dict.fromkeys(ENCODERS, "d_model")}.get(name, "hidden_size")
-    kwargs = {"d_feat": 3, width: 8, "num_layers": 2, "n_epochs": 2, "lr": 1e-3, "seed": 3, "dropout": 0.0}
-    if name != "GATs":
-        kwargs["batch_size"] = 32
-    if name in ENCODERS:
-        kwargs["nhead"] = 4
-    return getattr(qfast.models.ts if suffix else qfast.models, name)(**{**kwargs, **changes}, device=device)
-
-
-def data_of(suffix: str):
-    if suffix:
-        return TSDatasetH(handler=make_frame(70, 9, 3, holes=0.1), segments=SEGMENTS, step_len=5)
-    return DatasetH(handler=make_frame(70, 9, 12, holes=0.1), segments=SEGMENTS)
+def device_model(kind: type, device: str, **changes):
+    """An estimator without dropout for comparisons of devices and of ways to run a step."""
+    arguments = small_arguments(kind, n_epochs=2, lr=1e-3, seed=3, num_layers=2, dropout=0.0)
+    for name, value in {"kernel_size": 5, "nhead": 4}.items():
+        if name in arguments:
+            arguments[name] = value
+    return kind(**{**arguments, **changes}, device=device)
 
 
 def states_equal(a, b) -> None:
