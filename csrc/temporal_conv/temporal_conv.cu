@@ -1,27 +1,29 @@
-// Temporal convolution stacks on CUDA, forward and backward, over the positions that the wanted steps can see
-// (docs/tcn.md, temporal_conv_plan.h). Has never run on a GPU: the kernels are checked by emulation on the
-// host.
+// Temporal convolution stacks on CUDA, forward and backward, at the positions that the requested steps depend
+// on (docs/tcn.md, temporal_conv_plan.h).
 //
-// Where a tile of 4 to 16 rows fits into shared memory with the activations of a block, and each
-// convolution's weights into L1 beside it (T = 20, kernel 7, 5 x 32 channels: 95 KB for 16 rows, 28 KB of
-// weights), a block of threads takes its tile through the whole stack in one launch. Otherwise every
-// convolution is a launch over (tile of 64 rows, slot, channels), and activations pass through L2. The
-// kernels are the same (temporal_conv_kernels.cuh).
+// If a tile of 4 to 16 rows with the activations of a block fits into shared memory, and each convolution's
+// weights fit into L1 at the same time (T = 20, kernel 7, 5 x 32 channels: 95 KB for 16 rows, 28 KB of
+// weights), one launch computes the whole stack and a thread block owns a tile. Otherwise every convolution
+// is a launch over (tile of 64 rows, slot, channels), and activations go through L2. Both use the same
+// kernels (temporal_conv_kernels.cuh).
 //
-// Forward: tables and packed weights, then the stack; bias, ReLU, dropout, the 1x1 convolution and the
-// residual are part of the convolution that they follow. Backward: the gradients from block to block, as the
-// forward by the taps turned round (a gather: each gradient is summed by one thread), then all weights'
-// gradients in one launch, as sums over fixed parts of the (slot, row) pairs, and one that adds the parts in
-// order in float64. No atomics; results repeat bit for bit. Nothing synchronises or copies from the host
-// (tables are arguments of launches), and all memory is torch's, so a CUDA graph can capture a call.
+// Forward: tables and packed weights, then the stack. Bias, ReLU, dropout, the 1x1 convolution and the
+// residual are part of the convolution that they follow. Backward: the gradients of the activations from
+// block to block, with the taps reversed. This is a gather, in which one thread sums each gradient. Then one
+// launch computes all weight gradients as sums over fixed parts of the (slot, row) pairs, and another adds
+// the parts in order in float64. There are no atomics, and results repeat bit for bit. Nothing synchronizes
+// or copies from the host (tables are kernel arguments), and torch allocates all memory, so a CUDA graph can
+// capture a call.
 //
-// Kept for the backward: outputs of convolutions at cone positions (8 KB a row there; 87 KB for kernel 3, T =
-// 60, 5 x 128 channels), and one bit an element of the second convolutions' outputs. The backward takes the
-// gradients at the same positions beside it, and about 16 MB for sums in float32. What bounds it:
-// multiply-adds by FFMA, one a tap and pair of channels in the forward, two more in the backward; loads
-// through L1 come close behind. Unmeasured.
+// Saved for backward: outputs of convolutions at positions of the cone (8 KB per row for the sizes above; 87
+// KB for kernel 3, T = 60, 5 x 128 channels), and one bit per element of the output of the second
+// convolutions. Backward also needs gradients at the same positions and about 16 MB of sums in float32. Bound
+// by FFMA multiply-adds, one per tap and pair of channels in the forward pass and two more in the backward
+// pass, closely followed by loads through L1. These are estimates: the kernels have run on the CPU through an
+// emulation only, not on a GPU.
 //
-// Schemas: qfast/ops/temporal_conv.py. Order: checks, device guard, allocation, dispatch, launches.
+// qfast/ops/temporal_conv.py contains the schemas. Every function has the same order: checks, device guard,
+// allocation, dispatch, launches.
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -43,13 +45,14 @@ const T* data(const std::optional<Tensor>& tensor) {
   return tensor ? tensor->const_data_ptr<T>() : nullptr;
 }
 
-// [B, T, C], or [B, C] for the last step alone.
+// Location of a result [B, T, C], or [B, C] for the last step only.
 template <class T>
 Place<T> result_place(const Tensor& tensor, bool all_steps) {
   const int64_t channels = tensor.size(tensor.dim() - 1), steps = all_steps ? tensor.size(1) : 1;
   return in_memory(tensor.mutable_data_ptr<T>(), channels, steps * channels);
 }
 
+// Returns the network without its buffers.
 template <class T>
 NetworkData<T> network_data(const char* op, const Tensor& x, const std::vector<BlockTensors>& tensors,
                             const std::vector<int64_t>& dilations, double dropout,
@@ -58,22 +61,22 @@ NetworkData<T> network_data(const char* op, const Tensor& x, const std::vector<B
   std::vector<int64_t> kernels;
   for (const BlockTensors& block : tensors) {
     kernels.push_back(block.kernel);
-    BlockData<T> of{};
-    of.first_weight = data<T>(block.first_weight);
-    of.first_bias = data<T>(block.first_bias);
-    of.second_weight = data<T>(block.second_weight);
-    of.second_bias = data<T>(block.second_bias);
-    of.beside_weight = data<T>(block.beside_weight);
-    of.beside_bias = data<T>(block.beside_bias);
-    of.features = block.features;
-    of.channels = block.channels;
-    of.kernel = block.kernel;
-    network.blocks.push_back(of);
+    BlockData<T> data_of_block{};
+    data_of_block.first_weight = data<T>(block.first_weight);
+    data_of_block.first_bias = data<T>(block.first_bias);
+    data_of_block.second_weight = data<T>(block.second_weight);
+    data_of_block.second_bias = data<T>(block.second_bias);
+    data_of_block.beside_weight = data<T>(block.beside_weight);
+    data_of_block.beside_bias = data<T>(block.beside_bias);
+    data_of_block.features = block.features;
+    data_of_block.channels = block.channels;
+    data_of_block.kernel = block.kernel;
+    network.blocks.push_back(data_of_block);
   }
   network.plans = plan_blocks(x.size(1), kernels, dilations, all_steps);
   network.batch = x.size(0);
   network.steps = x.size(1);
-  // The kernels only read it.
+  // The kernels do not write x, so the const_cast is safe.
   network.x = in_memory(const_cast<T*>(x.const_data_ptr<T>()), x.stride(1), x.stride(0), x.stride(2));
   network.dropout = device_dropout(op, "x", x, dropout, seed);
   return network;
@@ -105,6 +108,7 @@ std::tuple<Tensor, Tensor, Tensor> temporal_conv_net_cuda(const Tensor& x, std::
   return {output, activations, signs};
 }
 
+// Allocates the gradients of all weights and stores their addresses in the blocks.
 template <class T>
 std::vector<Tensor> weight_gradients(const std::vector<BlockTensors>& tensors,
                                      std::vector<BlockData<T>>& blocks) {
@@ -114,14 +118,14 @@ std::vector<Tensor> weight_gradients(const std::vector<BlockTensors>& tensors,
     return grads.back().mutable_data_ptr<T>();
   };
   for (std::size_t i = 0; i < tensors.size(); ++i) {
-    const BlockTensors& given = tensors[i];
-    blocks[i].of_first_weight = next(given.first_weight);
-    blocks[i].of_first_bias = next(given.first_bias);
-    blocks[i].of_second_weight = next(given.second_weight);
-    blocks[i].of_second_bias = next(given.second_bias);
-    if (!given.beside_weight) continue;
-    blocks[i].of_beside_weight = next(*given.beside_weight);
-    blocks[i].of_beside_bias = next(*given.beside_bias);
+    const BlockTensors& block = tensors[i];
+    blocks[i].of_first_weight = next(block.first_weight);
+    blocks[i].of_first_bias = next(block.first_bias);
+    blocks[i].of_second_weight = next(block.second_weight);
+    blocks[i].of_second_bias = next(block.second_bias);
+    if (!block.beside_weight) continue;
+    blocks[i].of_beside_weight = next(*block.beside_weight);
+    blocks[i].of_beside_bias = next(*block.beside_bias);
   }
   return grads;
 }
@@ -139,30 +143,33 @@ std::tuple<Tensor, std::vector<Tensor>> temporal_conv_net_backward_cuda(
     bool fits = tensor.dim() == (all_steps ? 3 : 2) && tensor.scalar_type() == x.scalar_type() &&
                 tensor.size(0) == batch && tensor.size(tensor.dim() - 1) == channels;
     fits = fits && (!all_steps || tensor.size(1) == x.size(1));
-    QFAST_CHECK(fits, op, ": ", name, ": expected the shape and dtype of the output, got ",
-                shape_text(tensor), ".");
+    QFAST_CHECK(fits, op, ": ", name, ": expected the shape and dtype of the output, (", batch,
+                all_steps ? ", T, " : ", ", channels, ") and the dtype of x, got ", shape_text(tensor),
+                " of ", torch::headeronly::toString(tensor.scalar_type()), ".");
     check_same_device(op, name, tensor, x, "x");
   };
   check("grad", grad);
   check("output", output);
-  const Tensor held = torch::stable::contiguous(grad), result = torch::stable::contiguous(output);
-  const Tensor states = torch::stable::contiguous(activations), bits = torch::stable::contiguous(signs);
+  const Tensor contiguous_grad = torch::stable::contiguous(grad),
+               contiguous_output = torch::stable::contiguous(output);
+  const Tensor states = torch::stable::contiguous(activations), sign_bits = torch::stable::contiguous(signs);
   const Tensor grad_x = room(x, {input_grad ? batch : 0, x.size(1), x.size(2)});
   std::vector<Tensor> grads;
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     NetworkData<T> network = network_data<T>(op, x, tensors, dilations, dropout, seed, all_steps);
     const auto [row_elements, row_signs] = kept_sizes(network);
-    const bool fits = states.numel() == batch * row_elements && bits.numel() == batch * row_signs &&
-                      states.scalar_type() == x.scalar_type() && bits.scalar_type() == ScalarType::Byte;
-    QFAST_CHECK(fits, op, ": activations: expected those of a forward pass with keep, got ",
-                shape_text(activations), ".");
+    const bool fits = states.numel() == batch * row_elements && sign_bits.numel() == batch * row_signs &&
+                      states.scalar_type() == x.scalar_type() && sign_bits.scalar_type() == ScalarType::Byte;
+    QFAST_CHECK(fits, op, ": activations: expected those of a forward pass with keep, of shape (",
+                batch * row_elements, ",) and signs of shape (", batch * row_signs, ",), got ",
+                shape_text(activations), " and ", shape_text(signs), ".");
     check_same_device(op, "activations", states, x, "x");
-    check_same_device(op, "signs", bits, x, "x");
-    network.output = result_place<T>(result, all_steps);
-    network.grad = result_place<T>(held, all_steps);
+    check_same_device(op, "signs", sign_bits, x, "x");
+    network.output = result_place<T>(contiguous_output, all_steps);
+    network.grad = result_place<T>(contiguous_grad, all_steps);
     network.activations = states.mutable_data_ptr<T>();
-    network.signs = bits.mutable_data_ptr<unsigned char>();
+    network.signs = sign_bits.mutable_data_ptr<unsigned char>();
     if (input_grad)
       network.grad_x = in_memory(grad_x.mutable_data_ptr<T>(), x.size(2), x.size(1) * x.size(2));
     grads = weight_gradients<T>(tensors, network.blocks);

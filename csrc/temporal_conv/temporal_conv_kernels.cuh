@@ -1,15 +1,15 @@
-// Temporal convolution stacks on CUDA, device side; temporal_conv.cu says how the launches follow each other
-// and docs/tcn.md what is computed. Nothing here needs more of CUDA than threads and shared memory.
+// Device code of temporal convolution stacks on CUDA. temporal_conv.cu describes the sequence of launches,
+// docs/tcn.md the computation. The code needs nothing but threads and shared memory.
 //
-// A stack is a list of stages, each of which computes one tensor [slot][row][channel], a slot being a time
-// position of the cone: forward the outputs of both convolutions of a block, backward the gradients of what
-// goes into them. A thread owns 4 rows x 8 channels of one slot, in registers; it walks the taps and the
-// channels of the source, so every sum has one fixed order. 4 rows are what one counter of the dropout
-// serves, 8 channels one byte of signs, so no two threads write into the same byte.
+// A stack is a list of stages, each of which computes one tensor [slot][row][channel]. A slot is a time
+// position of the cone. Forward stages compute the outputs of both convolutions of a block, backward stages
+// the gradients of their inputs. A thread owns 4 rows x 8 channels of one slot in registers and loops over
+// the taps and the channels of the source, so every sum has a fixed order. 4 rows share one dropout counter
+// and 8 channels one byte of signs, so no two threads write the same byte.
 //
-// For 4 channels of the source a thread loads 4 activations and 8 weights of 16 bytes for 128 multiply-adds
-// (float32). Activations are in shared memory or in L1, weights come through L1: a warp holds 8 groups of
-// channels x 4 of rows, so it loads each weight once and each activation once.
+// For 4 channels of the source a thread loads 4 activations and 8 weights of 16 bytes each for 128
+// multiply-adds (float32). Activations are in shared memory or in L1, weights are read through L1. A warp
+// owns 8 groups of channels x 4 groups of rows, so it loads each weight once and each activation once.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,8 @@ struct alignas(16) Quad {
   T of[4];
 };
 
-// Four elements, zeros from `count` on; `packed`: side by side and aligned to 16 bytes.
+// Loads four elements, with zeros from element `count`. `packed` elements are adjacent and aligned to 16
+// bytes.
 template <class T>
 QFAST_DEVICE_INLINE Quad<T> load_quad(const T* from, int64_t stride, int count, bool packed) {
   if (packed && count >= 4) return *reinterpret_cast<const Quad<T>*>(from);
@@ -35,6 +36,7 @@ QFAST_DEVICE_INLINE Quad<T> load_quad(const T* from, int64_t stride, int count, 
   return quad;
 }
 
+// Stores the first `count` of 8 channels.
 template <class T>
 QFAST_DEVICE_INLINE void store_columns(T* to, const Place<T>& place, int count, const T (&values)[kColumns]) {
 #pragma unroll
@@ -52,13 +54,13 @@ QFAST_DEVICE_INLINE void store_columns(T* to, const Place<T>& place, int count, 
   }
 }
 
-// The rows of a block of threads, and its shared memory.
+// The rows of a thread block and its shared memory.
 template <class T>
 struct Tile {
   T* shared;
   int64_t first_row, end_row;  // of the batch
 
-  // Element (slot, row, 0).
+  // Returns the address of element (slot, row, 0).
   QFAST_DEVICE_INLINE T* at(const Place<T>& place, int64_t slot, int64_t row) const {
     if (place.shared_at >= 0)
       return shared + place.shared_at + slot * place.slot_stride + (row - first_row) * place.row_stride;
@@ -67,18 +69,19 @@ struct Tile {
 };
 
 // ---------------------------------------------------------------- one thread's part of a stage
+// 4 rows x 8 channels of one slot.
 template <class T>
 struct Part {
   const Stage<T>& stage;
   const Dropout& dropout;
   Tile<T> tile;
   int64_t batch;
-  int slot, position, column, count;  // `count` of its channels are there
-  int64_t row;                        // a multiple of 4
-  int rows;                           // that are there
+  int slot, position, column, count;  // the first `count` of its channels exist
+  int64_t row;                        // first row, a multiple of 4
+  int rows;                           // number of rows that exist
   T sum[kRows][kColumns];
 
-  // Rows beyond the last read that one again; what comes of them is not stored.
+  // Rows beyond the last one read the last row again, and their results are not stored.
   QFAST_DEVICE_INLINE int64_t row_or_last(int i) const { return row + (i < rows ? i : rows - 1); }
 
   QFAST_DEVICE_INLINE void add_product(const Product<T>& product) {
@@ -154,7 +157,7 @@ struct Part {
       for (int i = 0; i < kRows; ++i) sum[i][j] += j < count ? bias[column + j] : T(0);
   }
 
-  // NaN stays NaN, as in torch.
+  // Applies ReLU. NaN stays NaN, as in torch.
   QFAST_DEVICE_INLINE void rectify() {
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
@@ -162,7 +165,7 @@ struct Part {
       for (int j = 0; j < kColumns; ++j) sum[i][j] = sum[i][j] <= T(0) ? T(0) : sum[i][j];
   }
 
-  // Element (b, c, t) of a convolution has word b % 4 of the counter (c, t, convolution, b / 4).
+  // Applies dropout. Element (b, c, t) uses word b % 4 of the counter (c, t, convolution, b / 4).
   QFAST_DEVICE_INLINE void drop() {
     const uint64_t seed = static_cast<uint64_t>(*dropout.seed);
     const T scale = static_cast<T>(dropout.scale);
@@ -181,7 +184,7 @@ struct Part {
     return stage.signs + (slot * batch + row + i) * bytes + column / kColumns;
   }
 
-  // A bit is set where the gradient passes: above 0, or NaN.
+  // Stores one bit per element, which is set if the gradient passes: above 0, or NaN.
   QFAST_DEVICE_INLINE void store_signs() const {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -192,7 +195,7 @@ struct Part {
     }
   }
 
-  // The gradient past a ReLU whose result was kept.
+  // Turns the gradient of the output of a ReLU, which was saved, into the gradient of its input.
   QFAST_DEVICE_INLINE void pass(T scale) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -207,7 +210,7 @@ struct Part {
     }
   }
 
-  // And on past the dropout and the ReLU of the second convolution, whose signs were kept.
+  // Does the same for the dropout and ReLU of the second convolution, whose signs were saved.
   QFAST_DEVICE_INLINE void pass_signs(T scale) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -232,7 +235,7 @@ struct Part {
       for (int j = 0; j < kColumns; ++j) sum[i][j] = T(0);
     const T scale = static_cast<T>(dropout.scale);
 #pragma unroll 1
-    for (int phase = 0; phase < 2; ++phase) {  // one copy of the code for both products
+    for (int phase = 0; phase < 2; ++phase) {  // a loop, so both products share one copy of the code
       add_product(phase == 0 ? stage.product : stage.beside);
       const T* const bias = phase == 0 ? stage.bias : stage.beside_bias;
       if (bias != nullptr) add_bias(bias);
@@ -254,8 +257,9 @@ struct Part {
   }
 };
 
-// A block of threads owns `parts`-th of a tile of rows. With several stages in one launch it owns the whole
-// tile and takes them one after another; what one leaves for the next lies in its shared memory.
+// A thread block owns one of `parts` parts of a tile of rows. If a launch has several stages, the block owns
+// the whole tile and computes the stages in order. Its shared memory contains the results that the next stage
+// reads.
 template <class T>
 __global__ void __launch_bounds__(kThreads) stages_kernel(Stages<T> run) {
   extern __shared__ double shared_memory[];
@@ -276,12 +280,12 @@ __global__ void __launch_bounds__(kThreads) stages_kernel(Stages<T> run) {
         if (group >= groups) continue;
         const int slot = static_cast<int>(item / panel / row_groups / panels);
         const int column = group * kColumns;
-        const int64_t row = first_row + item / panel % row_groups * kRows, there = tile.end_row - row;
+        const int64_t row = first_row + item / panel % row_groups * kRows, remaining = tile.end_row - row;
         Part<T> part{stage,  run.dropout,
                      tile,   run.batch,
                      slot,   stage.positions[slot],
                      column, stage.columns - column < kColumns ? stage.columns - column : kColumns,
-                     row,    there < kRows ? static_cast<int>(there) : kRows,
+                     row,    remaining < kRows ? static_cast<int>(remaining) : kRows,
                      {}};
         part.run();
       }
@@ -291,12 +295,13 @@ __global__ void __launch_bounds__(kThreads) stages_kernel(Stages<T> run) {
 }
 
 // ---------------------------------------------------------------- gradients of weights
-// A thread owns 8 x 8 elements of one tap's weight and sums them over a part of the (slot, row) pairs in
-// which that tap read the window: 4 loads of 16 bytes for 64 multiply-adds, as many as L1 delivers in the
-// time. The parts are added by sum_parts_kernel, in order and in float64.
+// A thread owns 8 x 8 elements of the weight of one tap and sums them over a part of the (slot, row) pairs
+// whose tap is inside the window. It needs 4 loads of 16 bytes for 64 multiply-adds, which L1 can deliver in
+// the same time. sum_parts_kernel adds the parts in order in float64.
 
-// Two quads of `all` elements: number `group`, and the one half of all quads further on, so that threads side
-// by side read side by side. An absent second one reads the first again, for nothing.
+// Two groups of four of `all` elements: number `group`, and number `group` + `groups`. With this distance
+// neighbouring threads read adjacent memory. If the second group does not exist, the thread reads the first
+// again and ignores it.
 struct TwoQuads {
   int begin[2], count[2];
   QFAST_DEVICE_INLINE TwoQuads(int group, int groups, int all) {
@@ -309,11 +314,12 @@ struct TwoQuads {
   QFAST_DEVICE_INLINE bool whole() const { return count[0] >= 4 && (count[1] >= 4 || count[1] <= 0); }
 };
 
-// One operand of a part's rows: quad q of a row begins at of[q], and at the next row `step` bytes further on.
+// One operand of the rows of a part. Group q of a row is at address of[q], and that of the next row `step`
+// bytes later.
 template <class T>
 struct GradientOperand {
   const char* of[2];
-  int64_t step, stride;  // stride: elements between channels
+  int64_t step, stride;  // stride is the number of elements between channels
   bool packed;
 
   QFAST_DEVICE_INLINE GradientOperand(const Place<T>& place, int64_t slot, int64_t row, const TwoQuads& quads)
@@ -325,7 +331,8 @@ struct GradientOperand {
     for (int q = 0; q < 2; ++q) of[q] = reinterpret_cast<const char*>(begin + quads.begin[q] * stride);
   }
 
-  // kWhole: it lies on 16 bytes. Goes on to the next row.
+  // Loads group q of a row and advances to the next row. kWhole means four elements that are aligned to 16
+  // bytes.
   template <bool kWhole>
   QFAST_DEVICE_INLINE Quad<T> next(int q, const TwoQuads& quads) {
     const T* const from = reinterpret_cast<const T*>(of[q]);
@@ -335,7 +342,8 @@ struct GradientOperand {
   }
 };
 
-// kWhole: nothing but loads, multiply-adds and four pointers is in the loop.
+// Adds the products of `rows` rows. With kWhole the loop contains only loads, multiply-adds and four
+// pointers.
 template <bool kWhole, bool kBias, class T>
 QFAST_DEVICE_INLINE void add_rows(GradientOperand<T> source, const TwoQuads& channels,
                                   GradientOperand<T> grad, const TwoQuads& columns, int rows, T (&sum)[8][8],
@@ -371,15 +379,16 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
     const TwoQuads columns(static_cast<int>(item % column_groups), column_groups, job.columns);
     const TwoQuads channels(static_cast<int>(rest % channel_groups), channel_groups, job.channels);
     const int tap = static_cast<int>(rest / channel_groups);
-    const bool with_bias = rest % channel_groups == 0 && tap == job.taps - 1;  // which reads for every output
+    const bool with_bias =
+        rest % channel_groups == 0 && tap == job.taps - 1;  // this tap reads for every output
     const bool whole = job.source.packed && job.grad.packed && channels.whole() && columns.whole();
-    // As one in a warp, so that it walks the rows once.
+    // Make the same choice in the whole warp, so it loops over the rows once.
     const unsigned lanes = __activemask();
     const bool all_whole = __all_sync(lanes, whole), any_bias = __any_sync(lanes, with_bias);
     T sum[8][8] = {}, bias[8] = {};
 
     const int64_t back = (job.taps - 1 - tap) * job.dilation;
-    int first_slot = 0;  // the first output whose tap is inside the window; positions ascend
+    int first_slot = 0;  // the first output whose tap is inside the window; positions are ascending
     while (first_slot < job.slots && job.positions[first_slot] < back) ++first_slot;
     const int64_t pairs = (job.slots - first_slot) * run.batch;
     const int64_t end = (part + 1) * run.steps < pairs ? (part + 1) * run.steps : pairs;
@@ -418,7 +427,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
   }
 }
 
-// One thread an element: [tap][channel][column], then bias, of all parts, as torch lays them out.
+// Adds all parts. A thread owns one element of [tap][channel][column] or of the bias, and stores it in
+// torch's layout.
 template <class T>
 __global__ void __launch_bounds__(kThreads) sum_parts_kernel(WeightGradients<T> run) {
   for (int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; at < run.elements;
@@ -441,7 +451,7 @@ __global__ void __launch_bounds__(kThreads) sum_parts_kernel(WeightGradients<T> 
 }
 
 // ---------------------------------------------------------------- weights and tables
-// As [tap][row][width], zeros beyond the last column.
+// Packs weights as [tap][row][width], with zeros beyond the last column.
 template <class T>
 __global__ void __launch_bounds__(kThreads) pack_kernel(const Packing<T>* jobs, int count) {
   for (int number = 0; number < count; ++number) {
@@ -456,7 +466,8 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const Packing<T>* jobs, 
   }
 }
 
-// Tables come with the launch itself: no copy from the host, so nothing waits and a CUDA graph can hold them.
+// Writes tables that are kernel arguments. Without a copy from the host nothing synchronizes, and a CUDA
+// graph contains the tables.
 __global__ void __launch_bounds__(kThreads) write_kernel(Words words, uint32_t* to, int count) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = words.word[i];
 }

@@ -1,5 +1,5 @@
-// What the CUDA kernels of temporal convolution stacks are given (temporal_conv_kernels.cuh): filled by
-// temporal_conv_launch.cuh on the host, read on the device.
+// Arguments of the CUDA kernels of temporal convolution stacks (temporal_conv_kernels.cuh).
+// temporal_conv_launch.cuh fills them on the host.
 #pragma once
 
 #include <cstdint>
@@ -9,33 +9,34 @@
 namespace qfast {
 namespace {
 
-constexpr int kRows = 4;     // of a thread
-constexpr int kColumns = 8;  // of a thread
-constexpr int kPanel = 8;    // groups of columns side by side in a warp
+constexpr int kRows = 4;     // rows of a thread
+constexpr int kColumns = 8;  // columns of a thread
+constexpr int kPanel = 8;    // adjacent groups of columns in a warp
 constexpr int kThreads = 256;
 
-// Where a tensor [slot][row][channel] lies: in memory, rows being those of the batch, or, from `shared_at`
-// on, in the shared memory of each block of threads, rows being those of its tile.
+// Location of a tensor [slot][row][channel]. In global memory, rows count from the start of the batch. In the
+// shared memory of a thread block, at offset `shared_at`, rows count from the start of its tile.
 template <class T>
 struct Place {
   T* data = nullptr;
   int64_t slot_stride = 0, row_stride = 0, channel_stride = 1;
   int64_t shared_at = -1;
-  bool packed = false;  // channels side by side, every row aligned to 16 bytes
+  bool packed = false;  // channels are adjacent and every row is aligned to 16 bytes
 
   QFAST_DEVICE_INLINE bool wanted() const { return data != nullptr || shared_at >= 0; }
 };
 
-// Tap by tap, source[position -+ (taps - 1 - tap) * dilation] times the tap's weight; `turned`: the
-// gradient's way, +. What is not in the cone, or outside the window, counts as zeros.
+// A convolution: the sum over taps of source[position - (taps - 1 - tap) * dilation] times the weight of the
+// tap. `turned` selects the direction of gradients, which is + instead of -. Positions outside the cone or
+// the window count as zeros.
 template <class T>
 struct Product {
   Place<T> source;
-  const int32_t* slots = nullptr;  // of the source by time step, -1: none
+  const int32_t* slots = nullptr;  // slot of the source for each time step, or -1
   int64_t dilation = 1;
-  const T* weight = nullptr;  // [tap][channel][width]; null: the source itself, channel by channel
-  int32_t taps = 0;           // 0: no product
-  int32_t channels = 0;       // of the source
+  const T* weight = nullptr;  // [tap][channel][width]; if null, the product is the source itself
+  int32_t taps = 0;           // 0 for no product
+  int32_t channels = 0;       // channels of the source
   int32_t width = 0;          // columns of the weight, a multiple of 8
   int32_t steps = 0;          // T
   bool turned = false;
@@ -46,24 +47,26 @@ enum class Kind : int32_t {
   kBetween,          // dropout(relu(product + bias))
   kOutput,           // relu(dropout(relu(product + bias)) + beside + beside_bias)
   kBetweenGradient,  // product where `kept` is above 0, times the scale of the dropout
-  kOutputGradient,   // product + beside where `kept` is above 0; second: that, times the scale, where a sign
-                     // is set
+  kOutputGradient,   // product + beside where `kept` is above 0; second: the same times the scale where a
+                     // sign is set
 };
 
+// Computes one tensor [slot][row][column] of the stack.
 template <class T>
 struct Stage {
   Kind kind = Kind::kPlain;
   int32_t slots = 0, columns = 0;
-  int32_t convolution = 0;  // its number, for the dropout
+  int32_t convolution = 0;  // number of the convolution, a dropout counter
   const int32_t* positions = nullptr;
   Product<T> product, beside;
-  const T *bias = nullptr, *beside_bias = nullptr;  // bias: kBetween and kOutput only
-  Place<T> near, far;                               // the result: for the next stage; for later
-  Place<T> second_near, second_far;  // kOutputGradient: the gradient of the second convolution's result
+  const T *bias = nullptr, *beside_bias = nullptr;  // bias is for kBetween and kOutput only
+  Place<T> near, far;                               // the result for the next stage, and for later kernels
+  Place<T> second_near, second_far;  // kOutputGradient only: gradient of the second convolution
   Place<T> kept;
   unsigned char* signs = nullptr;  // [slot][row of the batch][(columns + 7) / 8]
 };
 
+// All stages of a launch. Each of `tiles` tiles of rows is divided among `parts` thread blocks.
 template <class T>
 struct Stages {
   const Stage<T>* stages;
@@ -72,15 +75,16 @@ struct Stages {
   Dropout dropout;
 };
 
+// The gradient of one weight and its bias, computed as sums over `parts` parts of the (slot, row) pairs.
 template <class T>
 struct WeightGradient {
   Place<T> source, grad;
-  const int32_t* source_slots;  // by time step
-  const int32_t* positions;     // of the gradient's slots
+  const int32_t* source_slots;  // slot for each time step
+  const int32_t* positions;     // time steps of the gradient's slots
   int64_t dilation;
   int32_t slots, taps, channels, columns;
-  int64_t items, parts, first_thread;        // items: threads of one part
-  int64_t elements, sums_at, first_element;  // elements: [tap][channel][column], then the bias
+  int64_t items, parts, first_thread;        // items is the number of threads of one part
+  int64_t elements, sums_at, first_element;  // elements are [tap][channel][column], then the bias
   T *of_weight, *of_bias;
 };
 
@@ -94,6 +98,7 @@ struct WeightGradients {
   T* sums;
 };
 
+// A weight to be packed as [tap][row][width].
 template <class T>
 struct Packing {
   const T* from;
@@ -102,11 +107,13 @@ struct Packing {
   int64_t row_stride, column_stride;
 };
 
-// Threads that share the columns, or the channels, of a weight's gradient: two quads each.
+// Number of threads that share the columns, or the channels, of a weight gradient. Each owns two groups of
+// four.
 QFAST_DEVICE_INLINE constexpr int gradient_groups(int elements) { return ((elements + 3) / 4 + 1) / 2; }
 
+// Table data that is passed as a kernel argument.
 struct Words {
-  static constexpr int kMost = 896;  // what fits beside the other arguments of a launch
+  static constexpr int kMost = 896;  // words that fit into the arguments of a launch
   uint32_t word[kMost];
 };
 

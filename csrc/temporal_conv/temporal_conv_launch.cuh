@@ -1,5 +1,5 @@
-// Temporal convolution stacks on CUDA: where everything lies, and in which order the kernels run. `Device`
-// gives memory and launches (temporal_conv.cu). Host only; the kernels are in temporal_conv_kernels.cuh.
+// Memory layout and sequence of launches of temporal convolution stacks on CUDA. `Device` allocates memory
+// and launches kernels (temporal_conv.cu). temporal_conv_kernels.cuh contains the kernels. Host only.
 #pragma once
 
 #include <algorithm>
@@ -14,18 +14,20 @@
 namespace qfast {
 namespace {
 
-constexpr int64_t kTileRows = 64;  // of a block of threads where a stage is a launch
-// Weights of one convolution that L1 holds beside a stack in shared memory: every block of threads walks all
-// of them for each slot. Wider ones come from L2, and there a stage a launch reads them 4 times less often.
+constexpr int64_t kTileRows = 64;  // rows of a tile if every stage is a launch
+// Largest size of the weights of a convolution that stay in L1 next to a stack in shared memory, where every
+// thread block reads all of them for each slot. Larger weights are read from L2, where one launch per stage
+// reads them 4 times less often.
 constexpr int64_t kCachedBytes = 64 << 10;
-constexpr int64_t kFillingTiles = 128;         // about one for each multiprocessor, as far as there are rows
-constexpr int64_t kGradientThreads = 1 << 16;  // that fill any device: 16 MB of sums in float32
-constexpr int64_t kLeastSteps = 64;            // of a thread, so that writing its sums is a small part
+constexpr int64_t kFillingTiles = 128;         // about one for each multiprocessor, if there are enough rows
+constexpr int64_t kGradientThreads = 1 << 16;  // enough to fill any device; 16 MB of sums in float32
+constexpr int64_t kLeastSteps =
+    64;  // (slot, row) pairs of a thread; fewer would not pay for writing its sums
 
 constexpr int64_t up_to(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
-// The grid is capped: kernels stride over their tasks.
+// Returns the size of the grid. It is limited, because kernels loop over their tasks.
 inline unsigned int blocks_for(int64_t tasks, int64_t per_block) {
   return static_cast<unsigned int>(
       std::clamp<int64_t>((tasks + per_block - 1) / per_block, 1, int64_t{1} << 20));
@@ -45,11 +47,12 @@ struct NetworkData {
   std::vector<BlockData<T>> blocks;
   std::vector<BlockPlan> plans;
   int64_t batch, steps;
-  Place<T> x, output;  // slots of x are time steps
-  T* activations;  // kept: [between of block 0][its output][between of block 1]..., each [slot][row][channel]
-  unsigned char* signs;  // kept: of each block [slot][row][(channels + 7) / 8]
+  Place<T> x, output;    // slots of x are time steps
+  T* activations;        // saved: [between of block 0][its output][between of block 1]..., each
+                         // [slot][row][channel]
+  unsigned char* signs;  // saved: [slot][row][(channels + 7) / 8] of each block
   Dropout dropout;
-  Place<T> grad, grad_x;  // backward only; grad_x without data: not wanted
+  Place<T> grad, grad_x;  // backward only; grad_x has no data if it is not requested
 
   const BlockPlan& plan(int64_t i) const { return plans[static_cast<std::size_t>(i)]; }
   const BlockData<T>& block(int64_t i) const { return blocks[static_cast<std::size_t>(i)]; }
@@ -58,7 +61,7 @@ struct NetworkData {
 
 inline int64_t size_of(const Positions& positions) { return static_cast<int64_t>(positions.size()); }
 
-// Elements and bytes of one row that are kept for the backward.
+// Returns the elements and bytes per row that are saved for backward.
 template <class T>
 std::pair<int64_t, int64_t> kept_sizes(const NetworkData<T>& network) {
   int64_t elements = 0, signs = 0;
@@ -79,7 +82,7 @@ Place<T> in_memory(T* data, int64_t slot_stride, int64_t row_stride, int64_t cha
           -1,         channel_stride == 1 && aligned && slot_stride % 4 == 0 && row_stride % 4 == 0};
 }
 
-// Rows an odd number of 16 bytes apart, so that groups of rows meet in few banks.
+// Row stride of an odd number of 16 byte units, so groups of rows have few bank conflicts.
 constexpr int64_t shared_pitch(int64_t channels) { return up_to(channels, 4) | 4; }
 
 template <class T>
@@ -89,7 +92,7 @@ Place<T> in_shared(int64_t at, int64_t rows, int64_t channels) {
 }
 
 // ---------------------------------------------------------------- tables on the device
-// Everything the kernels look up, in one piece of memory that a few launches write.
+// All tables of the kernels, in one buffer that a few launches write.
 template <class Device>
 class Tables {
  public:
@@ -106,9 +109,9 @@ class Tables {
   const Item* add(const std::vector<Item>& items) {
     static_assert(std::is_trivially_copyable_v<Item>);
     if (!items.empty()) std::memcpy(&words_[used_], items.data(), items.size() * sizeof(Item));
-    const Item* const there = reinterpret_cast<const Item*>(to_ + used_);
+    const Item* const on_device = reinterpret_cast<const Item*>(to_ + used_);
     used_ += static_cast<std::size_t>(bytes<Item>(static_cast<int64_t>(items.size())) / 4);
-    return there;
+    return on_device;
   }
 
   void write() {
@@ -127,7 +130,7 @@ class Tables {
   std::size_t used_ = 0;
 };
 
-// Time steps of the slots of a tensor, and the slot of each time step.
+// The time step of each slot of a tensor, and the slot of each time step.
 struct Cone {
   const int32_t *positions, *slots;
   int32_t count;
@@ -156,7 +159,7 @@ class Call {
     }
   }
 
-  // `keep`: activations and signs are written.
+  // Runs the forward pass. With `keep`, activations and signs are saved.
   void forward(bool keep) {
     plan_shared(true);
     for (int64_t i = 0; i < count(); ++i) {
@@ -180,8 +183,8 @@ class Call {
       beside_.push_back(packed(block.beside_weight, 1, block.channels, block.features, true));
     }
     const int64_t last = count() - 1;
-    Product<T> nothing, given = product(network_.grad, inputs_[last + 1], channels(last));
-    Place<T> grad = output_gradient(last, nothing, given);
+    Product<T> nothing, output_grad = product(network_.grad, inputs_[last + 1], channels(last));
+    Place<T> grad = output_gradient(last, nothing, output_grad);
     for (int64_t i = last; i >= 0; --i) grad = backward_block(i, grad);
     run();
   }
@@ -209,8 +212,9 @@ class Call {
   }
 
   // ---------------------------------------------------------------- a stack in shared memory
-  // Rows of a tile whose stack, both ways with two tensors of outputs, one of what is between and, backward,
-  // one more of outputs, fits into shared memory, and where these lie; no rows: a stage is a launch.
+  // Chooses the rows of a tile whose stack fits into shared memory, and the offsets of its tensors: two for
+  // outputs, one for the values between the convolutions and, in the backward pass, one more for outputs.
+  // With 0 rows every stage is a launch.
   void plan_shared(bool forward) {
     int64_t even = 0, odd = forward ? network_.steps * shared_pitch(network_.block(0).features) : 0;
     int64_t between = 0, second = 0, widest = 0;
@@ -229,7 +233,8 @@ class Call {
     rows_ = 0;
     if (widest * size > kCachedBytes || kRows * row > limit) return;
     rows_ = kRows;
-    // Two blocks of threads in a multiprocessor, and as many tiles as fill the device.
+    // Use more rows if two thread blocks still fit on a multiprocessor and enough tiles remain to fill the
+    // device.
     while (rows_ < 4 * kRows && 2 * rows_ * row <= limit / 2 && network_.batch >= 2 * rows_ * kFillingTiles)
       rows_ *= 2;
     odd_at_ = rows_ * even;
@@ -258,45 +263,46 @@ class Call {
   unsigned char* kept_signs(int64_t i) const { return network_.signs + signs_at_[i]; }
 
   // ---------------------------------------------------------------- products
-  // [C, F, k] of torch as [tap][row][width]; turned: rows are the output's channels, columns the input's.
+  // Packs torch's weight [C, F, k] as [tap][row][width]. If `turned`, rows are the output's channels and
+  // columns the input's.
   Product<T> packed(const T* weight, int64_t taps, int64_t rows, int64_t columns, bool turned) {
-    Product<T> made;
-    made.taps = static_cast<int32_t>(taps);
-    made.channels = static_cast<int32_t>(rows);
-    made.width = static_cast<int32_t>(up_to(columns, kColumns));
-    made.steps = static_cast<int32_t>(network_.steps);
-    made.turned = turned;
-    if (weight == nullptr) return made;
-    T* const to = device_.template take<T>(taps * rows * made.width);
-    made.weight = to;
-    packing_.push_back({weight, to, made.taps, made.channels, static_cast<int32_t>(columns), made.width,
+    Product<T> result;
+    result.taps = static_cast<int32_t>(taps);
+    result.channels = static_cast<int32_t>(rows);
+    result.width = static_cast<int32_t>(up_to(columns, kColumns));
+    result.steps = static_cast<int32_t>(network_.steps);
+    result.turned = turned;
+    if (weight == nullptr) return result;
+    T* const to = device_.template take<T>(taps * rows * result.width);
+    result.weight = to;
+    packing_.push_back({weight, to, result.taps, result.channels, static_cast<int32_t>(columns), result.width,
                         turned ? columns * taps : taps, turned ? taps : rows * taps});
-    return made;
+    return result;
   }
 
-  Product<T> reading(Product<T> made, const Place<T>& source, const Cone& cone, int64_t dilation) const {
-    made.source = source;
-    made.slots = cone.slots;
-    made.dilation = dilation;
-    return made;
+  Product<T> reading(Product<T> result, const Place<T>& source, const Cone& cone, int64_t dilation) const {
+    result.source = source;
+    result.slots = cone.slots;
+    result.dilation = dilation;
+    return result;
   }
 
-  // The source itself, at the same time step.
+  // Returns a product that is the source itself at the same time step.
   Product<T> product(const Place<T>& source, const Cone& cone, int64_t channels) const {
-    Product<T> made;
-    made.taps = 1;
-    made.channels = static_cast<int32_t>(channels);
-    made.steps = static_cast<int32_t>(network_.steps);
-    return reading(made, source, cone, 1);
+    Product<T> result;
+    result.taps = 1;
+    result.channels = static_cast<int32_t>(channels);
+    result.steps = static_cast<int32_t>(network_.steps);
+    return reading(result, source, cone, 1);
   }
 
   Stage<T> stage(Kind kind, const Cone& cone, int64_t columns) const {
-    Stage<T> made;
-    made.kind = kind;
-    made.slots = cone.count;
-    made.positions = cone.positions;
-    made.columns = static_cast<int32_t>(columns);
-    return made;
+    Stage<T> result;
+    result.kind = kind;
+    result.slots = cone.count;
+    result.positions = cone.positions;
+    result.columns = static_cast<int32_t>(columns);
+    return result;
   }
 
   // ---------------------------------------------------------------- forward
@@ -339,28 +345,29 @@ class Call {
   }
 
   // ---------------------------------------------------------------- backward
-  // Gradient of the sum that goes into the last ReLU of block i, and of its second convolution's result.
+  // Adds the stage for the gradients of the input of block i's last ReLU and of its second convolution.
   Place<T> output_gradient(int64_t i, const Product<T>& through, const Product<T>& beside) {
-    Stage<T> made = stage(Kind::kOutputGradient, inputs_[i + 1], channels(i));
-    made.product = through;
-    made.beside = beside;
-    made.kept = kept_output(i);
-    made.signs = kept_signs(i);
+    Stage<T> result = stage(Kind::kOutputGradient, inputs_[i + 1], channels(i));
+    result.product = through;
+    result.beside = beside;
+    result.kept = kept_output(i);
+    result.signs = kept_signs(i);
     of_second_.push_back(new_place(output_slots(i), channels(i)));
-    made.second_far = of_second_.back();
+    result.second_far = of_second_.back();
     const bool needed = rows_ == 0 || network_.block(i).beside_weight != nullptr;
-    if (needed) made.far = new_place(output_slots(i), channels(i));
-    of_sum_.push_back(made.far);
+    if (needed) result.far = new_place(output_slots(i), channels(i));
+    of_sum_.push_back(result.far);
     if (rows_ > 0) {
-      made.near = near_output(i);
-      made.second_near = in_shared<T>(second_at_, rows_, channels(i));
+      result.near = near_output(i);
+      result.second_near = in_shared<T>(second_at_, rows_, channels(i));
     }
-    near_second_ = rows_ > 0 ? made.second_near : made.second_far;
-    stages_.push_back(made);
-    return rows_ > 0 ? made.near : made.far;
+    near_second_ = rows_ > 0 ? result.second_near : result.second_far;
+    stages_.push_back(result);
+    return rows_ > 0 ? result.near : result.far;
   }
 
-  // `grad`: what output_gradient returned; returns the same of the block before.
+  // Adds the stages of block i. `grad` is the result of output_gradient for block i. Returns that of the
+  // previous block.
   Place<T> backward_block(int64_t i, const Place<T>& grad) {
     const BlockPlan& plan = network_.plan(i);
     const BlockData<T>& block = network_.block(i);
@@ -418,7 +425,8 @@ class Call {
     gradients_.push_back(job);
   }
 
-  // As many parts as fill the device: a function of the shapes alone, as the sums depend on it.
+  // Chooses enough parts to fill the device. They depend on the shapes only, because they determine the order
+  // of the sums.
   WeightGradients<T> plan_weight_gradients() {
     int64_t work = 0, sums = 0;
     for (const WeightGradient<T>& job : gradients_) work += job.items * job.slots * network_.batch;
@@ -482,13 +490,14 @@ class Call {
   Device& device_;
   const NetworkData<T>& network_;
   Tables<Device> tables_;
-  std::vector<Cone> inputs_, between_;  // of each block; inputs_ ends with the last output
+  std::vector<Cone> inputs_,
+      between_;  // of each block; the last element of inputs_ is the output of the stack
   std::vector<int64_t> kept_at_, signs_at_;
-  std::vector<Product<T>> first_, second_, beside_;  // with packed weights, without sources
+  std::vector<Product<T>> first_, second_, beside_;  // with packed weights but without sources
   std::vector<Packing<T>> packing_;
   std::vector<Stage<T>> stages_;
   std::vector<WeightGradient<T>> gradients_;
-  std::vector<Place<T>> of_sum_, of_second_;  // what output_gradient left in memory
+  std::vector<Place<T>> of_sum_, of_second_;  // results of output_gradient in global memory
   Place<T> near_second_;
   int64_t rows_ = 0, odd_at_ = 0, between_at_ = 0, second_at_ = 0, shared_bytes_ = 0;
 };
