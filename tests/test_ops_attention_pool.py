@@ -347,9 +347,9 @@ def test_meta_tensors_have_shapes() -> None:
         ({"weight": torch.zeros(2, 4).double()}, r"weight: expected dtype and device of h .*Remedy: h.to\("),
         ({"bias": torch.zeros(3)}, r"bias: expected shape \(2,\), got \(3,\)"),
         ({"score": torch.zeros(2, 2)}, r"score: expected shape \(2,\), got \(2, 2\)"),
-        ({"dropout": 1.5}, r"dropout must lie in \[0, 1\], got 1.5"),
-        ({"dropout": True}, r"dropout must lie in \[0, 1\], got True"),
-        ({"dropout": "a"}, r"dropout must lie in \[0, 1\], got 'a'"),
+        ({"dropout": 1.5}, r"dropout must be a number in \[0, 1\], got 1.5"),
+        ({"dropout": True}, r"dropout must be a number in \[0, 1\], got True"),
+        ({"dropout": "a"}, r"dropout must be a number in \[0, 1\], got 'a'"),
     ],
 )
 def test_refusals(change: dict[str, Any], message: str) -> None:

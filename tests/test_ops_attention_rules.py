@@ -155,9 +155,9 @@ def test_what_is_kept_has_no_gradient_and_needs_keep() -> None:
     assert [t.requires_grad for t in kept] == [True, False, False, False]
     kept = torch.ops.qfast.graph_attention(*graph_small(), None, 9, 0.01, True)
     assert [t.requires_grad for t in kept] == [True, False, False, False, False]
-    with pytest.raises(ValueError, match="keep: must be true where a gradient is wanted"):
+    with pytest.raises(ValueError, match="keep: must be True if a gradient is needed"):
         torch.ops.qfast.additive_attention(*small_inputs(), None, 9, 0.01, False)
-    with pytest.raises(ValueError, match="keep: must be true where a gradient is wanted"):
+    with pytest.raises(ValueError, match="keep: must be True if a gradient is needed"):
         torch.ops.qfast.graph_attention(*graph_small(), None, 9, 0.01, False)
     none = torch.ops.qfast.additive_attention(*(t.detach() for t in small_inputs()), None, 9, 0.01, False)
     assert [t.numel() for t in none[1:]] == [0, 0, 0]

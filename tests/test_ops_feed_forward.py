@@ -328,10 +328,10 @@ def test_meta_tensors_have_shapes() -> None:
         ({"weight_out": torch.zeros(3, 4)}, DataError, r"weight_out: expected shape \(3, 5\), got \(3, 4\)"),
         ({"weight_out": torch.zeros(5)}, DataError, r"weight_out: expected a matrix .*, got \(5,\)"),
         ({"bias_out": torch.zeros(3, 1)}, DataError, r"bias_out: expected shape \(3,\), got \(3, 1\)"),
-        ({"dropout": 1.5}, ConfigError, r"dropout must lie in \[0, 1\], got 1.5"),
-        ({"dropout": float("nan"), "training": True}, ConfigError, r"dropout must lie in \[0, 1\], got nan"),
-        ({"dropout": True}, ConfigError, r"dropout must lie in \[0, 1\], got True"),
-        ({"dropout": "a"}, ConfigError, r"dropout must lie in \[0, 1\], got 'a'"),
+        ({"dropout": 1.5}, ConfigError, r"dropout must be a number in \[0, 1\], got 1.5"),
+        ({"dropout": float("nan"), "training": True}, ConfigError, r"dropout must be a number in \[0, 1\], got nan"),
+        ({"dropout": True}, ConfigError, r"dropout must be a number in \[0, 1\], got True"),
+        ({"dropout": "a"}, ConfigError, r"dropout must be a number in \[0, 1\], got 'a'"),
     ],
 )
 def test_refusals(change: dict[str, Any], error: type[Exception], message: str) -> None:

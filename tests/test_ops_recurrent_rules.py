@@ -123,11 +123,19 @@ def refusals(name: str) -> dict[str, tuple[Callable[[], Any], type[Exception], s
         "dropout above 1": (
             lambda: call(x, layers, dropout=1.5),
             ConfigError,
-            r"dropout must lie in \[0, 1\], got 1.5",
+            r"dropout must be a number in \[0, 1\], got 1.5",
         ),
-        "dropout nan": (lambda: call(x, layers, dropout=float("nan")), ConfigError, "dropout must lie in .* got nan"),
-        "dropout text": (lambda: call(x, layers, dropout="0.5"), ConfigError, "dropout must lie in .* got '0.5'"),
-        "dropout bool": (lambda: call(x, layers, dropout=True), ConfigError, "dropout must lie in .* got True"),
+        "dropout nan": (
+            lambda: call(x, layers, dropout=float("nan")),
+            ConfigError,
+            "dropout must be a number in .* got nan",
+        ),
+        "dropout text": (
+            lambda: call(x, layers, dropout="0.5"),
+            ConfigError,
+            "dropout must be a number in .* got '0.5'",
+        ),
+        "dropout bool": (lambda: call(x, layers, dropout=True), ConfigError, "dropout must be a number in .* got True"),
     }
 
 
@@ -182,7 +190,7 @@ def test_double_backward_is_refused_and_what_is_kept_has_no_gradient(name: str) 
             grad.sum().backward()
     kept = getattr(torch.ops.qfast, name)(*raw(name, leaves), True)[1 + len(CELLS[name].state_names) :]
     assert not any(part.requires_grad for part in kept)
-    with pytest.raises(DataError, match="keep: must be true"):
+    with pytest.raises(DataError, match="keep: must be True"):
         getattr(torch.ops.qfast, name)(*raw(name, leaves), False)
 
 

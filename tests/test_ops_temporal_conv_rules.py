@@ -160,7 +160,7 @@ def test_what_is_kept_has_no_gradient_and_needs_keep() -> None:
     x, blocks = small(norm=False)
     given = (x.transpose(1, 2), flat(blocks), [1, 2], 0.0, None, False)
     assert [t.requires_grad for t in OPS.temporal_conv_net(*given, True)] == [True, False, False]
-    with pytest.raises(ValueError, match="keep: must be true where a gradient is wanted"):
+    with pytest.raises(ValueError, match="keep: must be True if a gradient is needed"):
         OPS.temporal_conv_net(*given, False)
 
 
@@ -307,7 +307,9 @@ def test_refusals_of_x() -> None:
 def test_refusals_of_settings() -> None:
     x, blocks = randn(3, 2, 7), stack(2, [4, 3], 3)
     for dropout in (-0.1, 1.5, NAN, "0.5", None):
-        with pytest.raises(ValueError, match=rf"temporal_conv_net: dropout must lie in \[0, 1\], got {dropout!r}"):
+        with pytest.raises(
+            ValueError, match=rf"temporal_conv_net: dropout must be a number in \[0, 1\], got {dropout!r}"
+        ):
             temporal_conv_net(x, blocks, dropout=dropout, training=True)
     with pytest.raises(ValueError, match="blocks: expected at least one block, got none"):
         temporal_conv_net(x, [])

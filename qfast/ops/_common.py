@@ -1,4 +1,8 @@
-"""Code that the operator modules share: definitions, argument checks, half precision and self-tests."""
+"""Code that the operator modules share: definitions, argument checks, half precision and self-tests.
+
+A differentiable operator registers its gradient for torch.compile and has an autograd.Function, `_Function`, for eager
+mode. In eager mode, a call through the registered gradient takes longer than the kernel does for a small batch.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +22,13 @@ _FUNC_GRAD = "torch.func.grad within torch.func.grad, which computes with torch'
 
 # ---------------------------------------------------------------- definitions
 def define(name: str, schema: str, twin: Callable[..., Any]) -> None:
-    """Define torch.ops.qfast.<name>. The plain-torch twin serves every device without a kernel."""
+    """Define torch.ops.qfast.<name>. Devices without a kernel use the plain-torch twin."""
     torch.library.define(f"qfast::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(f"qfast::{name}", "CompositeExplicitAutograd", twin)
 
 
 def refuse_double_backward(name: str, remedy: str = _FUNC_GRAD) -> None:
-    """Make the gradient of torch.ops.qfast.<name>_backward raise NotImplementedError with this remedy."""
+    """Make double backward through operator <name> raise a NotImplementedError with this remedy."""
 
     def refuse(ctx: object, *grads: object) -> None:
         raise NotImplementedError(f"{name}: double backward is not supported. Remedy: {remedy}.")
@@ -33,70 +37,75 @@ def refuse_double_backward(name: str, remedy: str = _FUNC_GRAD) -> None:
 
 
 def needs_grad(*tensors: Tensor) -> bool:
-    """Whether autograd records an operation on these tensors."""
+    """Return whether autograd records an operation on these tensors."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 # ---------------------------------------------------------------- half precision
-def is_half(tensor: object) -> bool:
-    """Whether this is a tensor of float16 or bfloat16. Operators compute these in float32 and round the result."""
-    return isinstance(tensor, Tensor) and tensor.dtype in _HALF
+def is_half(value: object) -> bool:
+    """Return whether this is a float16 or bfloat16 tensor. Operators compute in float32 and round the result once."""
+    return isinstance(value, Tensor) and value.dtype in _HALF
 
 
 def widened(tensors: Iterable[Any], half: torch.dtype) -> list[Any]:
-    """Convert the tensors of dtype `half` to float32. Everything else is left for the checks to report."""
+    """Convert the tensors of dtype `half` to float32. Everything else is left to the argument checks."""
     return [part.float() if isinstance(part, Tensor) and part.dtype == half else part for part in tensors]
 
 
 # ---------------------------------------------------------------- argument checks
 def require(condition: bool, operator: str, message: str) -> None:
-    """Raise DataError unless the condition holds."""
+    """Raise a DataError that starts with the operator's name unless the condition holds."""
     if not condition:
         raise DataError(f"{operator}: {message}")
 
 
+def require_saved(operator: str, keep: bool) -> None:
+    """Raise a DataError if the forward pass did not save what the backward pass needs."""
+    require(keep, operator, "keep: must be True if a gradient is needed, got False.")
+
+
 def require_tensor(operator: str, name: str, value: object) -> None:
-    """Raise DataError unless `value` is a tensor."""
+    """Raise a DataError unless `value` is a tensor."""
     if not isinstance(value, Tensor):
         remedy = "" if value is None else f" Remedy: torch.as_tensor({name})."
         raise DataError(f"{operator}: {name}: expected a tensor, got {type(value).__name__}.{remedy}")
 
 
 def check_floating(operator: str, name: str, value: object) -> None:
-    """Raise DataError unless `value` is a tensor of float32 or float64."""
+    """Raise a DataError unless `value` is a tensor of float32 or float64."""
     require_tensor(operator, name, value)
-    if value.dtype not in FLOATING:  # type: ignore[attr-defined]
-        raise DataError(f"{operator}: {name}: expected dtype float32 or float64, got {value.dtype}.")  # type: ignore[attr-defined]
+    tensor: Any = value
+    require(tensor.dtype in FLOATING, operator, f"{name}: expected dtype float32 or float64, got {tensor.dtype}.")
 
 
 def check_alike(operator: str, name: str, value: object, like: tuple[str, Tensor], shape: tuple[int, ...]) -> None:
-    """Raise DataError unless `value` is a tensor of this shape with the dtype and device of `like` (name, tensor)."""
+    """Raise a DataError unless `value` is a tensor of this shape. `like` names the tensor with its dtype and device."""
+    require_tensor(operator, name, value)
     tensor: Any = value
     other, first = like
-    require_tensor(operator, name, tensor)
     if tensor.dtype != first.dtype or tensor.device != first.device:
         raise DataError(
             f"{operator}: {name}: expected dtype and device of {other} ({first.dtype} on {first.device}), got "
-            f"{tensor.dtype} on {tensor.device}. Remedy: {other}.to({name}), or module.to({other}) for the module with "
-            "the weights. New modules have torch's default dtype (torch.set_default_dtype)."
+            f"{tensor.dtype} on {tensor.device}. Remedy: {other}.to({name}), or module.to({other}) for the module that "
+            "contains the weights. New modules have torch's default dtype (torch.set_default_dtype)."
         )
     if tuple(tensor.shape) != shape:
         raise DataError(f"{operator}: {name}: expected shape {shape}, got {tuple(tensor.shape)}.")
 
 
 def active_dropout(operator: str, dropout: object, training: bool) -> float:
-    """Return the probability that applies, 0 unless training. Raise ConfigError unless it is a number in [0, 1]."""
+    """Return the dropout probability in effect, 0 unless training. Raise a ConfigError if it is not in [0, 1]."""
     if isinstance(dropout, bool) or not isinstance(dropout, Real) or not 0.0 <= float(dropout) <= 1.0:
-        raise ConfigError(f"{operator}: dropout must lie in [0, 1], got {dropout!r}.")
+        raise ConfigError(f"{operator}: dropout must be a number in [0, 1], got {dropout!r}.")
     return float(dropout) if training else 0.0
 
 
 # ---------------------------------------------------------------- self-tests
 def check_same(operator: str, results: Iterable[Tensor], expected: Iterable[Tensor], tolerance: float = 1e-12) -> None:
-    """Raise ArithmeticError unless the results equal those of plain torch within a relative norm of `tolerance`."""
+    """Raise an ArithmeticError unless the results equal plain torch's within `tolerance`, as a relative norm."""
     for ours, theirs in zip(results, expected, strict=True):
         error = float((ours - theirs).double().norm() / theirs.double().norm().clamp_min(1e-300))
-        if not error < tolerance:  # also raises for NaN
+        if not error < tolerance:  # also true for NaN
             raise ArithmeticError(
                 f"{operator}: native and plain torch differ by {error:.1e} (relative norm, allowed {tolerance:.0e})."
             )

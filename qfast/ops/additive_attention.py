@@ -25,6 +25,7 @@ from qfast.ops._common import (
     needs_grad,
     refuse_double_backward,
     require,
+    require_saved,
     require_tensor,
 )
 from qfast.ops.additive_attention_twin import (
@@ -279,7 +280,7 @@ def _(grad, hidden, weight, offsets, longest, slope, out, scores, share, share_w
 # eager calls through the registered one cost 80 us more, as much as the kernels take for 800 rows.
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     *tensors, offsets, longest, slope, keep = inputs
-    require(keep, "attention", "keep: must be true where a gradient is wanted.")
+    require_saved("attention", keep)
     out, *kept = output
     ctx.save_for_backward(*tensors[: 3 if len(kept) == 3 else 2], offsets, out, *kept)  # the bias is not needed
     ctx.longest, ctx.slope = longest, slope

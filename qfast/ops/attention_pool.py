@@ -1,8 +1,6 @@
-"""Additive attention over the steps of a window: one weighted mean of the steps.
+"""Additive attention over the steps of a window: a weighted mean of the steps.
 
-Reading order: the public function and its checks, the plain-torch twin that states the meaning, then schemas, fakes and
-gradients.
-The kernels are in csrc/attention_pool: attention_pool_kernels.h (behind attention_pool.cpp) and attention_pool.cu.
+The kernels are in csrc/attention_pool: attention_pool_kernels.h, called by attention_pool.cpp, and attention_pool.cu.
 """
 
 from __future__ import annotations
@@ -30,50 +28,53 @@ from qfast.ops.philox import draw_seed, dropout_mask
 
 __all__ = ["attention_pool"]
 
-# Where the recurrent operators count layers; no stack has this many, so one seed would do for both.
-_COUNTER = 0x80000000
+# Third word of the Philox counters. The recurrent operators use the number of a layer here, which is always smaller, so
+# their masks differ even under the same seed.
+_PHILOX_PLACE = 0x80000000
 
 
 def attention_pool(
     h: Tensor, weight: Tensor, bias: Tensor, score: Tensor, *, dropout: float = 0.0, training: bool = False
 ) -> Tensor:
-    """sum over t of a_t h_t with a = softmax over t of score . tanh(weight h_t + bias).
+    """Compute the sum over t of a_t h_t, where a is the softmax over t of score . tanh(weight h_t + bias).
 
     Parameters
     ----------
     h : Tensor [B, T, H], float32 or float64
-        Any strides, read in place where features stand side by side; T of at least 1. float16 and bfloat16 are
-        computed in float32 and rounded once, at the end.
+        T is at least 1. Strides are arbitrary; h is copied only if features are not adjacent in memory. float16 and
+        bfloat16 are computed in float32; the result is rounded once.
     weight : Tensor [A, H]
     bias : Tensor [A]
-    score : Tensor [A]
-        Or [1, A], the weight of a linear layer to one score.
+    score : Tensor [A] or [1, A]
+        The weight of a linear layer with one output has shape [1, A].
     dropout : float
-        Applied to weight h_t + bias, before the tanh, if `training`. Element (b, t, a) has word b % 4 of the Philox
-        counter (a, t, 2**31, b // 4) under one seed a call, drawn from torch's generator of h's device.
+        Probability that an element of weight h_t + bias is dropped before the tanh, if `training`. Each call draws one
+        seed from torch's generator of h's device. Element (b, t, a) uses word b % 4 of the Philox counter
+        (a, t, 2**31, b // 4).
 
     Returns
     -------
     Tensor [B, H]
-        The same bits every time and with any number of threads. Differentiable in all four tensors.
+        The bits do not depend on the number of threads. Differentiable in all four tensors.
 
     Raises
     ------
-    ValueError
-        Wrong dtype, shape or device, no step, dropout outside [0, 1].
+    DataError
+        Wrong type, dtype, shape or device, or T is 0.
+    ConfigError
+        dropout is not in [0, 1].
     NotImplementedError
-        A gradient of a gradient by `backward`; torch.func.grad twice gives it.
+        Double backward. Use torch.func.grad twice.
 
     Notes
     -----
-    Of the tanh of the scores, [B, T, A], nothing is kept: the backward computes it again.
+    The tanh values [B, T, A] are not saved. The backward pass computes them again.
 
-    Under torch.func's transforms (grad, jvp, vmap, ...) and in forward-mode levels the steps are torch's own
-    operations: every derivative is there, at torch's speed.
+    torch.func transforms and forward mode compute with torch's operations, which support every derivative.
 
     Source
     ------
-    The attention of ALSTM (Qin et al. 2017, Feng et al. 2019) as pyqlib 0.9.7 has it,
+    The attention of ALSTM (Qin et al. 2017, Feng et al. 2019) as in pyqlib 0.9.7,
     qlib/contrib/model/pytorch_alstm.py.
 
     Examples
@@ -97,7 +98,7 @@ def attention_pool(
     return torch.ops.qfast.attention_pool(h, weight, bias, score, p, seed)[0]
 
 
-# ---------------------------------------------------------------- arguments
+# ---------------------------------------------------------------- argument checks
 def _check(h: Tensor, weight: Tensor, bias: Tensor, score: Tensor) -> None:
     op, like = "attention_pool", ("h", h)
     check_floating(op, "h", h)
@@ -112,14 +113,14 @@ def _check(h: Tensor, weight: Tensor, bias: Tensor, score: Tensor) -> None:
     check_alike(op, "score", score, like, (len(weight),))
 
 
-# ---------------------------------------------------------------- the meaning, in plain torch
-def _activated(
+# ---------------------------------------------------------------- plain-torch twin
+def _hidden(
     h: Tensor, weight: Tensor, bias: Tensor, dropout: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """tanh(drop(weight h + bias)) [B, T, A], and the mask that dropped."""
+    """Return tanh(drop(weight h + bias)) [B, T, A] and the factors of dropout."""
     projected, mask = h @ weight.t() + bias, None
     if dropout and seed is not None:
-        mask = dropout_mask(projected, _COUNTER, dropout, seed)
+        mask = dropout_mask(projected, _PHILOX_PLACE, dropout, seed)
         projected = projected * mask
     return projected.tanh(), mask
 
@@ -127,7 +128,8 @@ def _activated(
 def _pool(
     h: Tensor, weight: Tensor, bias: Tensor, score: Tensor, dropout: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    attention = (_activated(h, weight, bias, dropout, seed)[0] @ score).softmax(1)
+    """Return the result [B, H] and the attention weights [B, T]."""
+    attention = (_hidden(h, weight, bias, dropout, seed)[0] @ score).softmax(1)
     return (attention.unsqueeze(2) * h).sum(1), attention
 
 
@@ -137,20 +139,28 @@ def _forward_twin(h: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward_twin(
-    grad: Tensor, h: Tensor, weight: Tensor, bias: Tensor, score: Tensor, dropout: float, seed: Tensor | None,
-    attention: Tensor, pooled: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    activated, mask = _activated(h, weight, bias, dropout, seed)
-    # What the steps have in common is taken off first: it moves no score, but its rounding would.
-    along = ((h - pooled.unsqueeze(1)) @ grad.unsqueeze(2)).squeeze(2)
-    of_scores = attention * (along - (attention * along).sum(1, keepdim=True))
-    of_projected = of_scores.unsqueeze(2) * score * (1 - activated**2)
+    grad: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    score: Tensor,
+    dropout: float,
+    seed: Tensor | None,
+    attention: Tensor,
+    pooled: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden, mask = _hidden(h, weight, bias, dropout, seed)
+    # Subtracting the mean does not change the gradient of the scores, but it removes the rounding error of the part
+    # that all steps share.
+    grad_attention = ((h - pooled.unsqueeze(1)) @ grad.unsqueeze(2)).squeeze(2)
+    grad_scores = attention * (grad_attention - (attention * grad_attention).sum(1, keepdim=True))
+    grad_projected = grad_scores.unsqueeze(2) * score * (1 - hidden**2)
     if mask is not None:
-        of_projected = of_projected * mask
-    rows = of_projected.flatten(0, 1)
-    of_h = attention.unsqueeze(2) * grad.unsqueeze(1) + of_projected @ weight
-    of_score = of_scores.flatten() @ activated.flatten(0, 1)
-    return of_h.contiguous(), rows.t() @ h.flatten(0, 1), rows.sum(0), of_score
+        grad_projected = grad_projected * mask
+    rows = grad_projected.flatten(0, 1)
+    grad_h = attention.unsqueeze(2) * grad.unsqueeze(1) + grad_projected @ weight
+    grad_score = grad_scores.flatten() @ hidden.flatten(0, 1)
+    return grad_h.contiguous(), rows.t() @ h.flatten(0, 1), rows.sum(0), grad_score
 
 
 # ---------------------------------------------------------------- schemas and fakes
@@ -175,8 +185,6 @@ def _(grad, h, weight, bias, score, dropout, seed, attention, pooled):  # type: 
 
 
 # ---------------------------------------------------------------- gradients
-# Registered for the operator, where torch.compile finds it, and in a Function as well: eager calls through the
-# registered one cost more than the kernel takes for a small batch.
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     h, weight, bias, score, ctx.dropout, seed = inputs
     pooled, attention = output
@@ -188,9 +196,9 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
 def _gradients(ctx, grad, *_):  # type: ignore[no-untyped-def]
     if grad is None:
         return (None,) * 6
-    h, weight, bias, score, seed, *kept = ctx.saved_tensors
-    given = h, weight, bias, score, ctx.dropout, seed
-    return *torch.ops.qfast.attention_pool_backward(grad, *given, *kept), None, None
+    h, weight, bias, score, seed, attention, pooled = ctx.saved_tensors
+    inputs = h, weight, bias, score, ctx.dropout, seed
+    return *torch.ops.qfast.attention_pool_backward(grad, *inputs, attention, pooled), None, None
 
 
 torch.library.register_autograd("qfast::attention_pool", _gradients, setup_context=_save)
@@ -199,9 +207,9 @@ refuse_double_backward("attention_pool")
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *given):  # type: ignore[no-untyped-def]
-        output = torch.ops.qfast.attention_pool(*given)
-        _save(ctx, given, output)
+    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
+        output = torch.ops.qfast.attention_pool(*inputs)
+        _save(ctx, inputs, output)
         return output[0]
 
     @staticmethod
@@ -211,15 +219,15 @@ class _Function(torch.autograd.Function):
 
 # ---------------------------------------------------------------- self-test
 def self_test(device: torch.device) -> None:
-    """The kernels that serve `device` against plain torch, forward and backward, in float64, with dropout.
+    """Compare the operator on `device` with plain torch, forward and backward, in float64, with dropout.
 
     Raises
     ------
     ArithmeticError
-        They differ.
+        The results differ.
     """
     rng = torch.Generator().manual_seed(0)
-    batch, steps, hidden, width = 7, 5, 19, 9  # whole vectors and a rest
+    batch, steps, hidden, width = 7, 5, 19, 9  # neither multiples nor divisors of a vector's lanes
     shapes = (batch, steps, hidden), (width, hidden), (width,), (width,), (batch, hidden)
     h, weight, bias, score, grad = (
         torch.randn(shape, generator=rng, dtype=torch.float64).to(device) for shape in shapes

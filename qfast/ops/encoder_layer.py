@@ -1,8 +1,7 @@
-"""A post-norm Transformer encoder layer in one operator, at all steps or at the last one alone.
+"""A post-norm Transformer encoder layer in one operator, at all steps or at the last step only.
 
-Reading order: the public function and its checks, encoder_layer_twin.py for the meaning in plain torch, then schemas,
-fakes and gradients.
-The kernels are in csrc/encoder_layer: encoder_layer_kernels.h (behind encoder_layer.cpp) and encoder_layer.cu.
+encoder_layer_twin.py states in plain torch what it computes. The kernels are in csrc/encoder_layer:
+encoder_layer_kernels.h, called by encoder_layer.cpp, and encoder_layer.cu.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from qfast.ops._common import (
     is_half,
     needs_grad,
     refuse_double_backward,
-    require,
+    require_saved,
     widened,
 )
 from qfast.ops.encoder_layer_twin import WEIGHTS, backward_twin, forward_twin
@@ -45,53 +44,58 @@ def encoder_layer(
     training: bool = False,
     last_step: bool = False,
 ) -> Tensor:
-    """Self-attention, residual, norm, feed-forward block (ReLU), residual, norm: without a mask, every step sees all.
+    """Apply self-attention, residual, norm, feed-forward block (ReLU), residual and norm to each window.
+
+    There is no attention mask: every step attends to all steps of its window.
 
     Parameters
     ----------
     x : Tensor [B, T, D], float32 or float64
-        Any strides. float16 and bfloat16 are computed in float32 and rounded once, at the end.
-    weights : 12 tensors
-        The parameters of torch.nn.TransformerEncoderLayer in its own order: in_proj_weight [3D, D], in_proj_bias [3D],
+        T and D are at least 1. Strides are arbitrary. float16 and bfloat16 are computed in float32; the result is
+        rounded once.
+    weights : sequence of 12 tensors
+        The parameters of torch.nn.TransformerEncoderLayer in its order: in_proj_weight [3D, D], in_proj_bias [3D],
         out_proj.weight [D, D], out_proj.bias [D], linear1.weight [M, D], linear1.bias [M], linear2.weight [D, M],
         linear2.bias [D], norm1.weight [D], norm1.bias [D], norm2.weight [D], norm2.bias [D].
     heads : int
         A divisor of D.
     eps : float
-        Added to the variance under the root of both norms.
+        Added to the variance in both norms, at least 0.
     dropout : float
-        Where torch's layer has it, if `training`: attention weights, result of the attention, hidden values, result of
-        the feed-forward block. Element (b, t, j) of the last three has word b % 4 of the Philox counter
-        (j, t, place, b // 4), place 0, 1 and 2; the weight of key s for query t of head h has word t % 4 of
-        (s, b, 3 + h, t // 4). One seed a call, drawn from torch's generator of x's device.
+        Probability of dropout at the four places of torch's layer, if `training`: attention weights, attention output,
+        hidden values and feed-forward output. Each call draws one seed from torch's generator of x's device. Element
+        (b, t, j) of the attention output, hidden values and feed-forward output uses word b % 4 of the Philox counter
+        (j, t, place, b // 4) with place 0, 1 and 2. The attention weight of key s for query t in head h uses word t % 4
+        of (s, b, 3 + h, t // 4).
     last_step : bool
-        Only the last step's result: queries, attention rows and feed-forward for one step a window instead of T. Equal
-        to the last step of the full form, dropout included.
+        Return the result of the last step only. It equals the last step of the full result, dropout included, but
+        queries, attention rows and the feed-forward block are computed for one step per window instead of T.
 
     Returns
     -------
     Tensor [B, T, D], or [B, D] if last_step
-        The same bits every time and with any number of threads. Differentiable in x and all weights. On a GPU the
-        feed-forward block multiplies float32 as `qfast.precision` says.
+        The bits do not depend on the number of threads. Differentiable in x and all weights. On a GPU,
+        `qfast.precision` determines how the feed-forward block multiplies float32.
 
     Raises
     ------
-    ValueError
-        Wrong dtype, shape or device, no step, heads that do not divide D, eps below 0, dropout outside [0, 1].
+    DataError
+        Wrong type, number, dtype, shape or device of a tensor, or a window without steps.
+    ConfigError
+        heads does not divide D, eps is below 0, or dropout is not in [0, 1].
     NotImplementedError
-        A gradient of a gradient by `backward`; torch.func.grad twice gives it.
+        Double backward. Use torch.func.grad twice.
 
     Notes
     -----
-    Kept for the backward are x and, per step with a result, 2 D + 2 numbers; neither the attention weights nor the M
-    hidden values, which are computed again.
+    The forward pass saves x and 2 D + 2 numbers per step that has a result. Attention weights and the M hidden values
+    are computed again in the backward pass.
 
-    Under torch.func's transforms (grad, jvp, vmap, ...) and in forward-mode levels the steps are torch's own
-    operations: every derivative is there, at torch's speed.
+    torch.func transforms and forward mode compute with torch's operations, which support every derivative.
 
     Source
     ------
-    Vaswani et al. 2017; values and gradients as torch.nn.TransformerEncoderLayer(batch_first=True).
+    Vaswani et al. 2017. Values and gradients equal those of torch.nn.TransformerEncoderLayer(batch_first=True).
 
     Examples
     --------
@@ -115,7 +119,7 @@ def encoder_layer(
     return torch.ops.qfast.encoder_layer(x, list(weights), *settings, keep, precision_for(x))[0]
 
 
-# ---------------------------------------------------------------- arguments
+# ---------------------------------------------------------------- argument checks
 def _check(x: Any, weights: Any, heads: Any, eps: Any) -> None:
     op = "encoder_layer"
     check_floating(op, "x", x)
@@ -136,36 +140,56 @@ def _check(x: Any, weights: Any, heads: Any, eps: Any) -> None:
     hidden = len(first) if isinstance(first, Tensor) and first.dim() == 2 else 1
     if hidden == 0:
         raise DataError(f"{op}: linear1.weight: expected at least one row, got {tuple(first.shape)}.")
-    vector = (width,)
     shapes = {
-        "in_proj_weight": (3 * width, width), "in_proj_bias": (3 * width,), "out_proj.weight": (width, width),
-        "linear1.weight": (hidden, width), "linear1.bias": (hidden,), "linear2.weight": (width, hidden),
-    }  # fmt: skip
+        "in_proj_weight": (3 * width, width),
+        "in_proj_bias": (3 * width,),
+        "out_proj.weight": (width, width),
+        "linear1.weight": (hidden, width),
+        "linear1.bias": (hidden,),
+        "linear2.weight": (width, hidden),
+    }  # the other parameters have shape (width,)
     for name, tensor in zip(WEIGHTS, weights, strict=True):
-        check_alike(op, name, tensor, ("x", x), shapes.get(name, vector))
+        check_alike(op, name, tensor, ("x", x), shapes.get(name, (width,)))
 
 
-# ---------------------------------------------------------------- schemas and fakes
+# ---------------------------------------------------------------- plain-torch twin, with the arguments of the operator
 def _forward_twin(
-    x: Tensor, weights: list[Tensor], heads: int, eps: float, dropout: float, seed: Tensor | None, last_step: bool,
-    keep: bool, precision: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weights: list[Tensor],
+    heads: int,
+    eps: float,
+    dropout: float,
+    seed: Tensor | None,
+    last_step: bool,
+    keep: bool,
+    precision: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(x.device.type, enabled=False):
         output, normalised, scales = forward_twin(x, weights, heads, eps, dropout, seed, last_step)
     if not keep:
         normalised, scales = normalised[:, :0].clone(), scales[:, :0].clone()
-    return output.contiguous(), normalised, scales  # x may be strided in any way
+    return output.contiguous(), normalised, scales  # with strided x, output may be strided
 
 
 def _backward_twin(
-    grad: Tensor, x: Tensor, weights: list[Tensor], heads: int, dropout: float, seed: Tensor | None, last_step: bool,
-    normalised: Tensor, scales: Tensor, input_grad: bool, precision: int = 0,
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    heads: int,
+    dropout: float,
+    seed: Tensor | None,
+    last_step: bool,
+    normalised: Tensor,
+    scales: Tensor,
+    input_grad: bool,
+    precision: int = 0,
+) -> tuple[Tensor, list[Tensor]]:
     with torch.autocast(x.device.type, enabled=False):
-        of_x, of_weights = backward_twin(grad, x, weights, heads, dropout, seed, last_step, normalised, scales)
-    return (of_x if input_grad else of_x[:0].clone()), of_weights
+        grad_x, grad_weights = backward_twin(grad, x, weights, heads, dropout, seed, last_step, normalised, scales)
+    return (grad_x if input_grad else grad_x[:0].clone()), grad_weights
 
 
+# ---------------------------------------------------------------- schemas and fakes
 _INPUTS = "Tensor x, Tensor[] weights, int heads"
 _DROPOUT = "float dropout, Tensor? seed, bool last_step"
 define(
@@ -185,44 +209,43 @@ define(
 @torch.library.register_fake("qfast::encoder_layer")
 def _(x, weights, heads, eps, dropout, seed, last_step, keep, precision=0):  # type: ignore[no-untyped-def]
     batch, steps, width = x.shape
-    results, kept = 1 if last_step else steps, batch if keep else 0
+    results, saved_rows = 1 if last_step else steps, batch if keep else 0
     output = x.new_empty((batch, width) if last_step else (batch, steps, width))
-    return output, x.new_empty((2, kept, results, width)), x.new_empty((2, kept, results))
+    return output, x.new_empty((2, saved_rows, results, width)), x.new_empty((2, saved_rows, results))
 
 
 @torch.library.register_fake("qfast::encoder_layer_backward")
 def _(  # type: ignore[no-untyped-def]
     grad, x, weights, heads, dropout, seed, last_step, normalised, scales, input_grad, precision=0
 ):
-    of_x = x.new_empty((x.shape[0] if input_grad else 0, *x.shape[1:]))
-    return of_x, [part.new_empty(part.shape) for part in weights]
+    grad_x = x.new_empty((x.shape[0] if input_grad else 0, *x.shape[1:]))
+    return grad_x, [part.new_empty(part.shape) for part in weights]
 
 
 # ---------------------------------------------------------------- gradients
-# Registered for the operator, where torch.compile finds it, and in a Function as well: eager calls through the
-# registered one cost more than the kernel takes for a small batch.
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, weights, ctx.heads, _, ctx.dropout, seed, ctx.last_step, keep, ctx.precision = inputs
-    require(keep, "encoder_layer", "keep: must be true where a gradient is wanted.")
+    require_saved("encoder_layer", keep)
     ctx.save_for_backward(x, seed, *output[1:], *weights)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _of_inputs(ctx: Any, grad: Tensor, input_grad: bool) -> tuple[Tensor | None, list[Tensor]]:
+def _input_gradients(ctx, grad, input_grad):  # type: ignore[no-untyped-def]
+    """Return the gradients of x (None unless `input_grad`) and of the weights."""
     x, seed, normalised, scales, *weights = ctx.saved_tensors
-    of_x, of_weights = torch.ops.qfast.encoder_layer_backward(
-        grad, x, weights, ctx.heads, ctx.dropout, seed, ctx.last_step, normalised, scales, input_grad,
-        ctx.precision,
-    )  # fmt: skip
-    return of_x if input_grad else None, of_weights
+    settings = ctx.heads, ctx.dropout, seed, ctx.last_step
+    grad_x, grad_weights = torch.ops.qfast.encoder_layer_backward(
+        grad, x, weights, *settings, normalised, scales, input_grad, ctx.precision
+    )
+    return grad_x if input_grad else None, grad_weights
 
 
 def _gradients(ctx, grad, *_):  # type: ignore[no-untyped-def]
-    others = (None,) * (len(ctx.needs_input_grad) - 2)  # torch leaves out arguments that are their defaults
+    others = (None,) * (len(ctx.needs_input_grad) - 2)  # torch does not pass arguments that equal their defaults
     if grad is None:
         return None, [None] * len(WEIGHTS), *others
-    return *_of_inputs(ctx, grad, ctx.needs_input_grad[0]), *others
+    return *_input_gradients(ctx, grad, ctx.needs_input_grad[0]), *others
 
 
 torch.library.register_autograd("qfast::encoder_layer", _gradients, setup_context=_save)
@@ -232,27 +255,27 @@ refuse_double_backward("encoder_layer")
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, heads, eps, dropout, seed, last_step, precision, x, *weights):  # type: ignore[no-untyped-def]
-        given = (x, list(weights), heads, eps, dropout, seed, last_step, True, precision)
-        output = torch.ops.qfast.encoder_layer(*given)
-        _save(ctx, given, output)
+        inputs = (x, list(weights), heads, eps, dropout, seed, last_step, True, precision)
+        output = torch.ops.qfast.encoder_layer(*inputs)
+        _save(ctx, inputs, output)
         return output[0]
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        of_x, of_weights = _of_inputs(ctx, grad, ctx.needs_input_grad[6])
-        return *(None,) * 6, of_x, *of_weights
+        grad_x, grad_weights = _input_gradients(ctx, grad, ctx.needs_input_grad[6])
+        return *(None,) * 6, grad_x, *grad_weights
 
 
 # ---------------------------------------------------------------- self-test
 def self_test(device: torch.device) -> None:
-    """The kernels that serve `device` against plain torch, forward and backward, in float64, with dropout.
+    """Compare the operator on `device` with plain torch, forward and backward, in float64, with dropout.
 
     Raises
     ------
     ArithmeticError
-        They differ.
+        The results differ.
     """
     rng = torch.Generator().manual_seed(0)
     batch, steps, width, hidden, heads = 5, 7, 12, 83, 2

@@ -1,4 +1,4 @@
-"""What an encoder layer computes, in plain torch: values, what is kept of them, and gradients out of that."""
+"""The encoder layer in plain torch: results, the saved activations, and gradients."""
 
 from __future__ import annotations
 
@@ -13,29 +13,39 @@ from qfast.ops.philox import dropout_mask
 __all__ = ["WEIGHTS", "backward_twin", "forward_twin"]
 
 WEIGHTS = (
-    "in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias", "linear1.weight", "linear1.bias",
-    "linear2.weight", "linear2.bias", "norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias",
-)  # fmt: skip
-# Third words of the Philox counters, beside HIDDEN_DROPOUT.
-_ATTENTION_DROPOUT, _LEAVING_DROPOUT, _HEAD_DROPOUT = 0, 2, 3
+    "in_proj_weight",
+    "in_proj_bias",
+    "out_proj.weight",
+    "out_proj.bias",
+    "linear1.weight",
+    "linear1.bias",
+    "linear2.weight",
+    "linear2.bias",
+    "norm1.weight",
+    "norm1.bias",
+    "norm2.weight",
+    "norm2.bias",
+)
+# Third words of the Philox counters. HIDDEN_DROPOUT is 1; head h uses _HEAD_DROPOUT + h.
+_ATTENTION_DROPOUT, _OUTPUT_DROPOUT, _HEAD_DROPOUT = 0, 2, 3
 
 
 class _Masks:
-    """Dropout of one call; `results` steps of T have a result."""
+    """Factors of dropout for one call. The last `results` of T steps have a result."""
 
     def __init__(self, x: Tensor, results: int, heads: int, dropout: float, seed: Tensor | None) -> None:
         self._x, self._results, self._heads, self._dropout, self._seed = x, results, heads, dropout, seed
 
-    def of_rows(self, columns: int, place: int) -> Tensor | None:
-        """[B, results, columns]"""
+    def for_rows(self, columns: int, place: int) -> Tensor | None:
+        """Return factors [B, results, columns], or None without dropout."""
         if not self._dropout or self._seed is None:
             return None
         batch, steps, _ = self._x.shape
         like = self._x.new_empty((batch, self._results, columns))
         return dropout_mask(like, place, self._dropout, self._seed, steps - self._results)
 
-    def of_weights(self) -> Tensor | None:
-        """[B, heads, results, T]"""
+    def for_attention(self) -> Tensor | None:
+        """Return factors [B, heads, results, T], or None without dropout."""
         if not self._dropout or self._seed is None:
             return None
         batch, steps, _ = self._x.shape
@@ -50,23 +60,24 @@ def _dropped(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _normalised(values: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(values - mean) / sqrt(variance + eps) over the last axis, and 1 over that root."""
-    apart = values - values.mean(-1, keepdim=True)
-    scale = (apart.square().mean(-1) + eps).rsqrt()
-    return apart * scale.unsqueeze(-1), scale
+    """Return (values - mean) / sqrt(variance + eps) over the last axis, and 1 / sqrt(variance + eps)."""
+    centred = values - values.mean(-1, keepdim=True)
+    scale = (centred.square().mean(-1) + eps).rsqrt()
+    return centred * scale.unsqueeze(-1), scale
 
 
 def _split(values: Tensor, heads: int) -> Tensor:
-    """[B, T, D] -> [B, heads, T, D / heads]"""
+    """Split the last axis into heads: [B, T, D] -> [B, heads, T, D / heads]."""
     return values.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def _joined(values: Tensor) -> Tensor:
+    """Undo `_split`."""
     return values.transpose(1, 2).flatten(2)
 
 
 def _projected(x: Tensor, results: int, weights: Sequence[Tensor], heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries of the steps with a result, keys and values of all, by heads."""
+    """Return the queries of the steps with a result, and the keys and values of all steps, split into heads."""
     (in_query, in_key, in_value), (query, key, value) = weights[0].chunk(3), weights[1].chunk(3)
     return (
         _split(x[:, x.shape[1] - results :] @ in_query.t() + query, heads),
@@ -75,80 +86,98 @@ def _projected(x: Tensor, results: int, weights: Sequence[Tensor], heads: int) -
     )
 
 
-def _scaled(query: Tensor) -> float:
+def _query_scale(query: Tensor) -> float:
     return float(query.shape[-1] ** -0.5)
 
 
 def _attention(query: Tensor, key: Tensor) -> Tensor:
-    return ((query * _scaled(query)) @ key.transpose(-1, -2)).softmax(-1)
+    return ((query * _query_scale(query)) @ key.transpose(-1, -2)).softmax(-1)
 
 
 def forward_twin(
     x: Tensor, weights: Sequence[Tensor], heads: int, eps: float, dropout: float, seed: Tensor | None, last_step: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Result [B, T, D] or [B, D], normalised [2, B, T or 1, D] and scales [2, B, T or 1]; see `encoder_layer`."""
+    """Return the result [B, T, D] or [B, D], and the normalised values and scales of both norms.
+
+    Parameters as in `encoder_layer`. The normalised values have shape [2, B, T or 1, D], the scales [2, B, T or 1].
+    """
     _, _, out, out_bias, linear1, bias1, linear2, bias2, norm1, norm1_bias, norm2, norm2_bias = weights
     results = 1 if last_step else x.shape[1]
     masks = _Masks(x, results, heads, dropout, seed)
     query, key, value = _projected(x, results, weights, heads)
-    mixed = _joined(_dropped(_attention(query, key), masks.of_weights()) @ value)
-    attended = _dropped(mixed @ out.t() + out_bias, masks.of_rows(x.shape[2], _ATTENTION_DROPOUT))
+    mixed = _joined(_dropped(_attention(query, key), masks.for_attention()) @ value)
+    attended = _dropped(mixed @ out.t() + out_bias, masks.for_rows(x.shape[2], _ATTENTION_DROPOUT))
     first, scale1 = _normalised(x[:, x.shape[1] - results :] + attended, eps)
-    entering = first * norm1 + norm1_bias
-    hidden = hidden_values(entering, linear1, bias1, masks.of_rows(len(linear1), HIDDEN_DROPOUT))
-    leaving = _dropped(hidden @ linear2.t() + bias2, masks.of_rows(x.shape[2], _LEAVING_DROPOUT))
-    second, scale2 = _normalised(entering + leaving, eps)
+    block_input = first * norm1 + norm1_bias
+    hidden = hidden_values(block_input, linear1, bias1, masks.for_rows(len(linear1), HIDDEN_DROPOUT))
+    block_output = _dropped(hidden @ linear2.t() + bias2, masks.for_rows(x.shape[2], _OUTPUT_DROPOUT))
+    second, scale2 = _normalised(block_input + block_output, eps)
     output = second * norm2 + norm2_bias
     return output.squeeze(1) if last_step else output, torch.stack((first, second)), torch.stack((scale1, scale2))
 
 
 def _norm_gradients(grad: Tensor, weight: Tensor, normalised: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of what was normalised, weight and bias."""
-    own = grad * weight
-    along = (own * normalised).mean(-1, keepdim=True)
-    of_values = (own - own.mean(-1, keepdim=True) - normalised * along) * scale.unsqueeze(-1)
-    return of_values, (grad * normalised).sum((0, 1)), grad.sum((0, 1))
+    """Return the gradients of the input, weight and bias of a norm."""
+    grad_normalised = grad * weight
+    projection = (grad_normalised * normalised).mean(-1, keepdim=True)
+    centred = grad_normalised - grad_normalised.mean(-1, keepdim=True)
+    grad_input = (centred - normalised * projection) * scale.unsqueeze(-1)
+    return grad_input, (grad * normalised).sum((0, 1)), grad.sum((0, 1))
 
 
 def _linear_gradients(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of weight and bias."""
+    """Return the gradients of weight and bias of a linear layer with input x."""
     rows = grad.flatten(0, 1)
     return rows.t() @ x.flatten(0, 1), rows.sum(0)
 
 
 def backward_twin(
-    grad: Tensor, x: Tensor, weights: Sequence[Tensor], heads: int, dropout: float, seed: Tensor | None,
-    last_step: bool, normalised: Tensor, scales: Tensor,
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    """Gradients of x and of the twelve weights."""
+    grad: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    heads: int,
+    dropout: float,
+    seed: Tensor | None,
+    last_step: bool,
+    normalised: Tensor,
+    scales: Tensor,
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the gradients of x and of the twelve weights."""
     in_proj, _, out, _, linear1, bias1, linear2, _, norm1, norm1_bias, norm2, _ = weights
     results, width = 1 if last_step else x.shape[1], x.shape[2]
+    x_results = x[:, x.shape[1] - results :]
     masks = _Masks(x, results, heads, dropout, seed)
     grad = grad.unsqueeze(1) if last_step else grad
     # The feed-forward block and its norm.
-    entering = normalised[0] * norm1 + norm1_bias
-    of_sum, *of_norm2 = _norm_gradients(grad, norm2, normalised[1], scales[1])
-    of_leaving = _dropped(of_sum, masks.of_rows(width, _LEAVING_DROPOUT))
-    mask = masks.of_rows(len(linear1), HIDDEN_DROPOUT)
-    rows = of_leaving.flatten(0, 1), entering.flatten(0, 1)
-    of_rows, *of_block = block_gradients(*rows, linear1, bias1, linear2, None if mask is None else mask.flatten(0, 1))
-    of_entering = of_sum + of_rows.view_as(of_sum)
-    # The attention and its norm.
-    of_first, *of_norm1 = _norm_gradients(of_entering, norm1, normalised[0], scales[0])
-    of_attended = _dropped(of_first, masks.of_rows(width, _ATTENTION_DROPOUT))
-    query, key, value = _projected(x, results, weights, heads)
-    attention, mask = _attention(query, key), masks.of_weights()
-    dropped = _dropped(attention, mask)
-    of_mixed = _split(of_attended @ out, heads)
-    of_attention = _dropped(of_mixed @ value.transpose(-1, -2), mask)
-    of_scores = attention * (of_attention - (attention * of_attention).sum(-1, keepdim=True)) * _scaled(query)
-    of_query = _joined(of_scores @ key)
-    of_pairs = torch.cat(
-        (_joined(of_scores.transpose(-1, -2) @ query), _joined(dropped.transpose(-1, -2) @ of_mixed)), 2
+    block_input = normalised[0] * norm1 + norm1_bias
+    grad_sum, *grad_norm2 = _norm_gradients(grad, norm2, normalised[1], scales[1])
+    grad_block_output = _dropped(grad_sum, masks.for_rows(width, _OUTPUT_DROPOUT))
+    hidden_mask = masks.for_rows(len(linear1), HIDDEN_DROPOUT)
+    grad_rows, *grad_block = block_gradients(
+        grad_block_output.flatten(0, 1),
+        block_input.flatten(0, 1),
+        linear1,
+        bias1,
+        linear2,
+        None if hidden_mask is None else hidden_mask.flatten(0, 1),
     )
-    # What the projections read.
-    of_x = of_pairs @ in_proj[width:]
-    of_x[:, x.shape[1] - results :] += of_first + of_query @ in_proj[:width]
-    of_in = zip(_linear_gradients(of_query, x[:, x.shape[1] - results :]), _linear_gradients(of_pairs, x), strict=True)
-    of_out = _linear_gradients(of_attended, _joined(dropped @ value))
-    return of_x, [*(torch.cat(pair) for pair in of_in), *of_out, *of_block, *of_norm1, *of_norm2]
+    grad_block_input = grad_sum + grad_rows.view_as(grad_sum)
+    # The attention and its norm.
+    grad_first, *grad_norm1 = _norm_gradients(grad_block_input, norm1, normalised[0], scales[0])
+    grad_attended = _dropped(grad_first, masks.for_rows(width, _ATTENTION_DROPOUT))
+    query, key, value = _projected(x, results, weights, heads)
+    attention, attention_mask = _attention(query, key), masks.for_attention()
+    dropped = _dropped(attention, attention_mask)
+    grad_mixed = _split(grad_attended @ out, heads)
+    grad_attention = _dropped(grad_mixed @ value.transpose(-1, -2), attention_mask)
+    row_sums = (attention * grad_attention).sum(-1, keepdim=True)
+    grad_scores = attention * (grad_attention - row_sums) * _query_scale(query)
+    grad_query = _joined(grad_scores @ key)
+    grad_key, grad_value = grad_scores.transpose(-1, -2) @ query, dropped.transpose(-1, -2) @ grad_mixed
+    grad_key_value = torch.cat((_joined(grad_key), _joined(grad_value)), 2)
+    # The projections.
+    grad_x = grad_key_value @ in_proj[width:]
+    grad_x[:, x.shape[1] - results :] += grad_first + grad_query @ in_proj[:width]
+    grad_in = zip(_linear_gradients(grad_query, x_results), _linear_gradients(grad_key_value, x), strict=True)
+    grad_out = _linear_gradients(grad_attended, _joined(dropped @ value))
+    return grad_x, [*(torch.cat(pair) for pair in grad_in), *grad_out, *grad_block, *grad_norm1, *grad_norm2]

@@ -1,7 +1,7 @@
-"""Linear, ReLU, dropout, linear in one operator, whose wide hidden is never written to memory.
+"""Feed-forward block of a Transformer in one operator: linear, ReLU, dropout, linear.
 
-Reading order: the public function and its checks, the plain-torch twin that states the meaning, then schemas, fakes and
-gradients. The kernels are in csrc/feed_forward: feed_forward_kernels.h (behind feed_forward.cpp) and feed_forward.cu.
+The hidden values are never written to memory. The kernels are in csrc/feed_forward: feed_forward_kernels.h, called by
+feed_forward.cpp, and feed_forward.cu.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from qfast.precision import precision_for
 
 __all__ = ["feed_forward"]
 
-HIDDEN_DROPOUT = 1  # third word of its Philox counters
+HIDDEN_DROPOUT = 1  # third word of the Philox counters
 
 
 def feed_forward(
@@ -42,45 +42,47 @@ def feed_forward(
     dropout: float = 0.0,
     training: bool = False,
 ) -> Tensor:
-    """weight_out . drop(relu(weight_in x + bias_in)) + bias_out, row by row.
+    """Compute weight_out . drop(relu(weight_in x + bias_in)) + bias_out for each row.
 
     Parameters
     ----------
     x : Tensor [..., D], float32 or float64
-        Any strides. float16 and bfloat16 are computed in float32 and rounded once, at the end.
+        Strides are arbitrary. float16 and bfloat16 are computed in float32; the result is rounded once.
     weight_in : Tensor [M, D]
     bias_in : Tensor [M]
     weight_out : Tensor [O, M]
     bias_out : Tensor [O]
     dropout : float
-        Applied to the M hidden values, if `training`. Hidden value m of row n (rows counted over all leading axes) has
-        word n % 4 of the Philox counter (m, 0, 1, n // 4) under one seed a call, drawn from torch's generator of x's
-        device.
+        Probability that a hidden value is dropped, if `training`. Each call draws one seed from torch's generator of
+        x's device. Hidden value m of row n, where rows are numbered over all leading axes, uses word n % 4 of the
+        Philox counter (m, 0, 1, n // 4).
 
     Returns
     -------
     Tensor [..., O]
-        The same bits every time and with any number of threads. Differentiable in all five tensors. On a GPU float32 is
-        multiplied as `qfast.precision` says.
+        The bits do not depend on the number of threads. Differentiable in all five tensors. On a GPU, `qfast.precision`
+        determines how float32 is multiplied.
 
     Raises
     ------
-    ValueError
-        Wrong dtype, shape or device, D, M or O of 0, dropout outside [0, 1].
+    DataError
+        Wrong type, dtype, shape or device, or D, M or O is 0.
+    ConfigError
+        dropout is not in [0, 1].
     NotImplementedError
-        A gradient of a gradient by `backward`; torch.func.grad twice gives it.
+        Double backward. Use torch.func.grad twice.
 
     Notes
     -----
-    The hidden values [..., M] are made a slice at a time, in the caches; the backward makes them again. No memory grows
-    with rows times M; the backward adds up weight gradients in up to 16 parts, of 128 MB together.
+    The hidden values [..., M] are computed slice by slice in the caches, and again in the backward pass, so memory does
+    not grow with rows times M. The backward pass accumulates weight gradients in up to 16 partial sums of at most
+    128 MB together.
 
-    Under torch.func's transforms (grad, jvp, vmap, ...) and in forward-mode levels the steps are torch's own
-    operations: every derivative is there, at torch's speed.
+    torch.func transforms and forward mode compute with torch's operations, which support every derivative.
 
     Source
     ------
-    The feed-forward block of Vaswani et al. 2017; values and gradients as torch.nn.TransformerEncoderLayer has it.
+    The feed-forward block of Vaswani et al. 2017. Values and gradients equal those of torch.nn.TransformerEncoderLayer.
 
     Examples
     --------
@@ -96,7 +98,7 @@ def feed_forward(
     seed = draw_seed(x.device) if p else None
     tensors = x.reshape(-1, x.shape[-1]), weight_in, bias_in, weight_out, bias_out
     if transforms.active():
-        out = _feed_forward(*tensors, p, seed)
+        out = _block(*tensors, p, seed)
     elif needs_grad(*tensors) and not torch.compiler.is_compiling():
         out = _Function.apply(*tensors, p, seed, precision_for(x))
     else:
@@ -104,7 +106,7 @@ def feed_forward(
     return out.reshape(*x.shape[:-1], weight_out.shape[0])
 
 
-# ---------------------------------------------------------------- arguments
+# ---------------------------------------------------------------- argument checks
 def _check(x: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, bias_out: Tensor) -> None:
     check_floating("feed_forward", "x", x)
     if x.dim() == 0 or x.shape[-1] == 0:
@@ -122,51 +124,65 @@ def _check(x: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, bi
     check_alike("feed_forward", "bias_out", bias_out, ("x", x), (out,))
 
 
-# ---------------------------------------------------------------- the meaning, in plain torch
-# Whatever the precision: torch's own settings hold for torch's own products.
+# ---------------------------------------------------------------- plain-torch twin
+# It ignores `precision`: torch's own setting applies to torch's products.
 def hidden_values(x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+    """Return drop(relu(weight x + bias)); `mask` contains the factors of dropout."""
     hidden = (x @ weight.t() + bias).relu()
     return hidden if mask is None else hidden * mask
-
-
-def hidden_mask(x: Tensor, hidden: int, dropout: float, seed: Tensor | None) -> Tensor | None:
-    if not dropout or seed is None:
-        return None
-    return dropout_mask(x.new_empty((len(x), 1, hidden)), HIDDEN_DROPOUT, dropout, seed).squeeze(1)
 
 
 def block_gradients(
     grad: Tensor, x: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of x [N, D] and the four parameters."""
+    """Return the gradients of x [N, D] and of the four parameters."""
     hidden = hidden_values(x, weight_in, bias_in, mask)
-    of_hidden = torch.where(hidden <= 0, 0.0, grad @ weight_out)  # NaN passes, as in torch
+    grad_hidden = torch.where(hidden <= 0, 0.0, grad @ weight_out)  # passes NaN, as torch does
     if mask is not None:
-        of_hidden = of_hidden * mask
-    return of_hidden @ weight_in, of_hidden.t() @ x, of_hidden.sum(0), grad.t() @ hidden, grad.sum(0)
+        grad_hidden = grad_hidden * mask
+    return grad_hidden @ weight_in, grad_hidden.t() @ x, grad_hidden.sum(0), grad.t() @ hidden, grad.sum(0)
 
 
-def _feed_forward(
-    x: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, bias_out: Tensor, dropout: float,
-    seed: Tensor | None, precision: int = 0,
-) -> Tensor:  # fmt: skip
-    mask = hidden_mask(x, len(weight_in), dropout, seed)
+def _hidden_mask(x: Tensor, hidden: int, dropout: float, seed: Tensor | None) -> Tensor | None:
+    if not dropout or seed is None:
+        return None
+    return dropout_mask(x.new_empty((len(x), 1, hidden)), HIDDEN_DROPOUT, dropout, seed).squeeze(1)
+
+
+def _block(
+    x: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor,
+    weight_out: Tensor,
+    bias_out: Tensor,
+    dropout: float,
+    seed: Tensor | None,
+    precision: int = 0,
+) -> Tensor:
+    mask = _hidden_mask(x, len(weight_in), dropout, seed)
     return hidden_values(x, weight_in, bias_in, mask) @ weight_out.t() + bias_out
 
 
 def _forward_twin(x: Tensor, *others: Any) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
-        return _feed_forward(x, *others)
+        return _block(x, *others)
 
 
 def _backward_twin(
-    grad: Tensor, x: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, dropout: float,
-    seed: Tensor | None, input_grad: bool, precision: int = 0,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    mask = hidden_mask(x, len(weight_in), dropout, seed)
+    grad: Tensor,
+    x: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor,
+    weight_out: Tensor,
+    dropout: float,
+    seed: Tensor | None,
+    input_grad: bool,
+    precision: int = 0,
+) -> tuple[Tensor, ...]:
+    mask = _hidden_mask(x, len(weight_in), dropout, seed)
     with torch.autocast(x.device.type, enabled=False):
-        of_x, *others = block_gradients(grad, x, weight_in, bias_in, weight_out, mask)
-    return (of_x if input_grad else of_x[:0].clone()), *others
+        grad_x, *grad_parameters = block_gradients(grad, x, weight_in, bias_in, weight_out, mask)
+    return (grad_x if input_grad else grad_x[:0].clone()), *grad_parameters
 
 
 # ---------------------------------------------------------------- schemas and fakes
@@ -192,14 +208,12 @@ def _(x, weight_in, bias_in, weight_out, bias_out, dropout, seed, precision=0): 
 
 @torch.library.register_fake("qfast::feed_forward_backward")
 def _(grad, x, weight_in, bias_in, weight_out, dropout, seed, input_grad, precision=0):  # type: ignore[no-untyped-def]
-    of_parameters = (part.new_empty(part.shape) for part in (weight_in, bias_in, weight_out))
-    of_x = x.new_empty((x.shape[0] if input_grad else 0, x.shape[1]))
-    return of_x, *of_parameters, x.new_empty(weight_out.shape[:1])
+    grad_x = x.new_empty((x.shape[0] if input_grad else 0, x.shape[1]))
+    grad_parameters = (part.new_empty(part.shape) for part in (weight_in, bias_in, weight_out))
+    return grad_x, *grad_parameters, x.new_empty(weight_out.shape[:1])
 
 
 # ---------------------------------------------------------------- gradients
-# Registered for the operator, where torch.compile finds it, and in a Function as well: eager calls through the
-# registered one cost more than the kernel takes for a small batch.
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, weight_in, bias_in, weight_out, _, ctx.dropout, seed, ctx.precision = inputs
     ctx.save_for_backward(x, weight_in, bias_in, weight_out, seed)
@@ -211,9 +225,9 @@ def _gradients(ctx, grad):  # type: ignore[no-untyped-def]
         return (None,) * 8
     *tensors, seed = ctx.saved_tensors
     input_grad = ctx.needs_input_grad[0]
-    given = grad, *tensors, ctx.dropout, seed, input_grad, ctx.precision
-    of_x, *of_parameters = torch.ops.qfast.feed_forward_backward(*given)
-    return of_x if input_grad else None, *of_parameters, None, None, None
+    arguments = grad, *tensors, ctx.dropout, seed, input_grad, ctx.precision
+    grad_x, *grad_parameters = torch.ops.qfast.feed_forward_backward(*arguments)
+    return grad_x if input_grad else None, *grad_parameters, None, None, None
 
 
 torch.library.register_autograd("qfast::feed_forward", _gradients, setup_context=_save)
@@ -222,9 +236,9 @@ refuse_double_backward("feed_forward")
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *given):  # type: ignore[no-untyped-def]
-        output = torch.ops.qfast.feed_forward(*given)
-        _save(ctx, given, output)
+    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
+        output = torch.ops.qfast.feed_forward(*inputs)
+        _save(ctx, inputs, output)
         return output
 
     @staticmethod
@@ -234,19 +248,19 @@ class _Function(torch.autograd.Function):
 
 # ---------------------------------------------------------------- self-test
 def self_test(device: torch.device) -> None:
-    """The kernels that serve `device` against plain torch, forward and backward, in float64, with dropout.
+    """Compare the operator on `device` with plain torch, forward and backward, in float64, with dropout.
 
     Raises
     ------
     ArithmeticError
-        They differ.
+        The results differ.
     """
     rng = torch.Generator().manual_seed(0)
-    rows, wide, hidden, out = 7, 5, 83, 19  # whole vectors and a rest
-    shapes = (rows, out), (rows, wide), (hidden, wide), (hidden,), (out, hidden), (out,)
+    rows, width, hidden, out = 7, 5, 83, 19  # neither a multiple nor a divisor of a vector's lanes
+    shapes = (rows, out), (rows, width), (hidden, width), (hidden,), (out, hidden), (out,)
     grad, *tensors = (torch.randn(shape, generator=rng, dtype=torch.float64).to(device) for shape in shapes)
     dropout: Any = (0.25, torch.tensor([3], device=device))
     forward: Any = (*tensors, *dropout)
-    check_same("feed_forward", [torch.ops.qfast.feed_forward(*forward)], [_feed_forward(*forward)])
+    check_same("feed_forward", [torch.ops.qfast.feed_forward(*forward)], [_block(*forward)])
     backward: Any = (grad, *tensors[:4], *dropout, True)
     check_same("feed_forward", torch.ops.qfast.feed_forward_backward(*backward), _backward_twin(*backward))

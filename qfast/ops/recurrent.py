@@ -26,6 +26,7 @@ from qfast.ops._common import (
     needs_grad,
     refuse_double_backward,
     require,
+    require_saved,
     require_tensor,
     widened,
 )
@@ -243,7 +244,7 @@ def _save(cell: Cell, ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor],
     n = len(cell.state_names)
     x, weights, *rest = inputs
     dropout, seed, all_steps, keep = rest[n:]
-    require(keep, cell.name, "keep: must be true where a gradient is wanted.")
+    require_saved(cell.name, keep)
     state = [part for part in rest[:n] if part is not None]
     ctx.save_for_backward(x, seed, *output[1 + n :], *state, *weights)
     ctx.dropout, ctx.all_steps, ctx.n_states, ctx.input_grad = dropout, all_steps, len(state), input_grad

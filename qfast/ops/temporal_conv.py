@@ -24,6 +24,7 @@ from qfast.ops._common import (
     needs_grad,
     refuse_double_backward,
     require,
+    require_saved,
     widened,
 )
 from qfast.ops.philox import draw_seed
@@ -257,7 +258,7 @@ def _(grad, x, weights, dilations, dropout, seed, all_steps, output, activations
 # ---------------------------------------------------------------- gradients
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, weights, dilations, dropout, seed, all_steps, keep = inputs
-    require(keep, "temporal_conv_net", "keep: must be true where a gradient is wanted.")
+    require_saved("temporal_conv_net", keep)
     ctx.save_for_backward(x, seed, *output, *weights)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)

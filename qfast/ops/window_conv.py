@@ -1,14 +1,14 @@
-"""Convolution over the steps of each window, centred, with zeros beyond its ends.
+"""Centred convolution over the steps of each window, with zeros outside the window.
 
-Reading order: the public function and its checks, the plain-torch twin that states the meaning, then schemas, fakes and
-gradients. The CPU kernels are in csrc/window_conv: window_conv_kernels.h (behind window_conv.cpp);
-on CUDA torch's convolution serves.
+The CPU kernels are in csrc/window_conv: window_conv_kernels.h, called by window_conv.cpp. CUDA tensors use torch's
+convolution.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from qfast.errors import DataError
 from qfast.ops import transforms
@@ -27,31 +27,37 @@ __all__ = ["window_conv"]
 
 
 def window_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """y_t = bias + sum over k of weight[:, :, k] x_(t + k - K // 2), with x 0 outside the window.
+    """Convolve the steps of each window: y_t = bias + sum over k of weight[:, :, k] x_(t + k - K // 2).
+
+    x is 0 outside the window.
 
     Parameters
     ----------
     x : Tensor [B, T, D], float32 or float64
-        Any strides. float16 and bfloat16 are computed in float32 and rounded once, at the end.
+        Strides are arbitrary. float16 and bfloat16 are computed in float32; the result is rounded once.
     weight : Tensor [O, D, K]
-        As torch.nn.Conv1d has it; K odd.
+        As in torch.nn.Conv1d. K is odd.
     bias : Tensor [O]
 
     Returns
     -------
     Tensor [B, T, O]
-        The same bits every time and with any number of threads. Differentiable in all three tensors.
+        The bits do not depend on the number of threads. Differentiable in all three tensors.
 
     Raises
     ------
-    ValueError
-        Wrong dtype, shape or device, even K.
+    DataError
+        Wrong type, dtype, shape or device, or an even K.
     NotImplementedError
-        A gradient of a gradient by `backward`; torch.func.grad twice gives it.
+        Double backward. Use torch.func.grad twice.
+
+    Notes
+    -----
+    torch.func transforms and forward mode compute with torch's operations, which support every derivative.
 
     Source
     ------
-    torch.nn.Conv1d(D, O, K, padding=K // 2) over the steps, as Localformer has it between its layers (pyqlib 0.9.7,
+    torch.nn.Conv1d(D, O, K, padding=K // 2) over the steps, as between the layers of Localformer (pyqlib 0.9.7,
     qlib/contrib/model/pytorch_localformer.py).
 
     Examples
@@ -64,13 +70,13 @@ def window_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return window_conv(x.float(), *widened((weight, bias), x.dtype)).to(x.dtype)
     _check(x, weight, bias)
     if transforms.active():
-        return _convolved(x, weight, bias)
+        return _convolve(x, weight, bias)
     if needs_grad(x, weight, bias) and not torch.compiler.is_compiling():
         return _Function.apply(x, weight, bias)
     return torch.ops.qfast.window_conv(x, weight, bias)
 
 
-# ---------------------------------------------------------------- arguments
+# ---------------------------------------------------------------- argument checks
 def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     check_floating("window_conv", "x", x)
     if x.dim() != 3 or x.shape[2] == 0:
@@ -82,30 +88,31 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     check_alike("window_conv", "bias", bias, ("x", x), (len(weight),))
 
 
-# ---------------------------------------------------------------- the meaning, in plain torch
-def _taps(x: Tensor, taps: int) -> Tensor:
-    """[B, T, D, K]"""
-    side = taps // 2
-    if x.shape[1] == 0:  # too short to be unfolded
-        return x.new_empty((*x.shape, taps))
-    return torch.nn.functional.pad(x, (0, 0, side, side)).unfold(1, taps, 1)
-
-
-def _convolved(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    if x.shape[1] == 0:  # torch's refuses
+# ---------------------------------------------------------------- plain-torch twin
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if x.shape[1] == 0:  # torch's convolution refuses windows without steps
         return x.new_empty((len(x), 0, len(weight))) + bias
-    return torch.nn.functional.conv1d(x.transpose(1, 2), weight, bias, padding=weight.shape[2] // 2).transpose(1, 2)
+    return functional.conv1d(x.transpose(1, 2), weight, bias, padding=weight.shape[2] // 2).transpose(1, 2)
+
+
+def _taps(x: Tensor, kernel_size: int) -> Tensor:
+    """Return the values that each output step reads, [B, T, D, K]."""
+    if x.shape[1] == 0:  # too short for unfold
+        return x.new_empty((*x.shape, kernel_size))
+    half = kernel_size // 2
+    return functional.pad(x, (0, 0, half, half)).unfold(1, kernel_size, 1)
 
 
 def _forward_twin(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
-        return _convolved(x, weight, bias).contiguous()
+        return _convolve(x, weight, bias).contiguous()
 
 
 def _backward_twin(grad: Tensor, x: Tensor, weight: Tensor, input_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
-    of_weight = torch.einsum("bto,btdk->odk", grad, _taps(x, weight.shape[2]))
-    of_x = torch.einsum("btok,odk->btd", _taps(grad, weight.shape[2]), weight.flip(2)) if input_grad else x[:0]
-    return of_x.clone(memory_format=torch.contiguous_format), of_weight.contiguous(), grad.sum((0, 1))
+    kernel_size = weight.shape[2]
+    grad_weight = torch.einsum("bto,btdk->odk", grad, _taps(x, kernel_size))
+    grad_x = torch.einsum("btok,odk->btd", _taps(grad, kernel_size), weight.flip(2)) if input_grad else x[:0]
+    return grad_x.clone(memory_format=torch.contiguous_format), grad_weight.contiguous(), grad.sum((0, 1))
 
 
 # ---------------------------------------------------------------- schemas and fakes
@@ -124,8 +131,8 @@ def _(x, weight, bias):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("qfast::window_conv_backward")
 def _(grad, x, weight, input_grad):  # type: ignore[no-untyped-def]
-    of_x = x.new_empty((x.shape[0] if input_grad else 0, *x.shape[1:]))
-    return of_x, weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
+    grad_x = x.new_empty((x.shape[0] if input_grad else 0, *x.shape[1:]))
+    return grad_x, weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
 
 
 # ---------------------------------------------------------------- gradients
@@ -135,8 +142,8 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _gradients(ctx, grad):  # type: ignore[no-untyped-def]
     input_grad = ctx.needs_input_grad[0]
-    of_x, *of_parameters = torch.ops.qfast.window_conv_backward(grad, *ctx.saved_tensors, input_grad)
-    return of_x if input_grad else None, *of_parameters
+    grad_x, *grad_parameters = torch.ops.qfast.window_conv_backward(grad, *ctx.saved_tensors, input_grad)
+    return grad_x if input_grad else None, *grad_parameters
 
 
 torch.library.register_autograd("qfast::window_conv", _gradients, setup_context=_save)
@@ -144,12 +151,10 @@ refuse_double_backward("window_conv")
 
 
 class _Function(torch.autograd.Function):
-    """The operator in eager mode, where torch.library's own wrapping would cost more than a small batch."""
-
     @staticmethod
-    def forward(ctx, *given):  # type: ignore[no-untyped-def]
-        _save(ctx, given, None)
-        return torch.ops.qfast.window_conv(*given)
+    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
+        _save(ctx, inputs, None)
+        return torch.ops.qfast.window_conv(*inputs)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
@@ -158,16 +163,16 @@ class _Function(torch.autograd.Function):
 
 # ---------------------------------------------------------------- self-test
 def self_test(device: torch.device) -> None:
-    """The kernels that serve `device` against plain torch, forward and backward, in float64.
+    """Compare the operator on `device` with plain torch, forward and backward, in float64.
 
     Raises
     ------
     ArithmeticError
-        They differ.
+        The results differ.
     """
     rng = torch.Generator().manual_seed(0)
     shapes = (7, 5, 19), (11, 19, 3), (11,), (7, 5, 11)
     x, weight, bias, grad = (torch.randn(shape, generator=rng, dtype=torch.float64).to(device) for shape in shapes)
-    check_same("window_conv", [torch.ops.qfast.window_conv(x, weight, bias)], [_convolved(x, weight, bias)])
+    check_same("window_conv", [torch.ops.qfast.window_conv(x, weight, bias)], [_convolve(x, weight, bias)])
     arguments = (grad, x, weight, True)
     check_same("window_conv", torch.ops.qfast.window_conv_backward(*arguments), _backward_twin(*arguments))
