@@ -1,25 +1,117 @@
-"""qfast: the deep models of Qlib's zoo, the same numbers, faster.
+"""Drop-in replacements for Qlib's deep stock models: the same results in less time.
 
-The index of the package:
+Check a workflow file, train its model, and score new prices:
 
-    qfast.models, qfast.models.ts   estimators (fit, predict) and the networks under them
-    qfast.data                      panels, datasets, handlers, processors, sources, synthetic markets
-    qfast.training                  the training loop, callbacks, losses, optimizer and checkpoints
-    qfast.ops                       the operators: C++ and CUDA kernels with plain-torch twins
-    qfast.metrics                   information coefficients per day
-    qfast.workflow                  YAML workflows: run, predict, report (command line: `qfast --help`)
-    qfast.errors                    every error raised on purpose
+    from qfast import check, predict, run
+
+    print("\\n".join(check("workflow.yaml", data="prices.parquet").lines()))
+    result = run("workflow.yaml", data="prices.parquet")
+    scores = predict(result.path, data="newest_prices.parquet", date="latest")
+
+Or build the parts yourself. Constructors, `fit` and `predict` are Qlib's:
+
+    from qfast.data import Alpha360, DatasetH
+    from qfast.models import LSTM
+
+    handler = Alpha360(data="prices.parquet", fit_start_time="2018-01-01", fit_end_time="2021-12-31")
+    dataset = DatasetH(handler, {"train": ("2018-01-01", "2021-12-31"), "test": ("2022-01-01", None)})
+    model = LSTM(n_epochs=20)
+    model.fit(dataset)
+    scores = model.predict(dataset, "test")
+
+Names of this module
+    run, RunResult          train the model of a workflow file; the result
+    check, CheckReport      look for problems in a workflow and its data without training; the findings
+    predict                 score new data with a finished run
+    export_artifacts        write the tables of a run as the pickles of Qlib's recorder
+    Callback                base class for code that runs during training
+    QfastError              base class of every error that qfast raises
+
+Modules
+    qfast.models            the seven models with Qlib's defaults for flat samples (Alpha360)
+    qfast.models.ts         the same models with Qlib's defaults for rolling windows (Alpha158)
+    qfast.training          the training loop, callbacks, losses, the optimizer, checkpoints
+    qfast.nn                the networks, (B, T, F) -> (B,)
+    qfast.data              handlers, datasets, processors, price sources, panels, synthetic markets
+    qfast.data.factors      factors from expressions, and registration of your own expression functions
+    qfast.metrics           information coefficients and long-short returns by day
+    qfast.backtest          portfolio simulation on scores
+    qfast.ops               the operators: C++ and CUDA kernels, each with a plain-torch version
+    qfast.workflow          workflow files, run folders, reports
+    qfast.integrations.qlib run qfast's models inside Qlib
+    qfast.doctor            versions, the implementation of each operator, self-tests
+    qfast.errors            the error classes
+
+`import qfast` loads none of them. Each name and module above is imported when it is first used. The command line is
+`qfast --help`.
 """
 
-from importlib.metadata import PackageNotFoundError, version
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
 
 from qfast import _renamed
 
+if TYPE_CHECKING:
+    from qfast.errors import QfastError
+    from qfast.training.callbacks import Callback
+    from qfast.workflow.artifacts import export_artifacts
+    from qfast.workflow.check import CheckReport, check
+    from qfast.workflow.predict import predict
+    from qfast.workflow.run import RunResult, run
+
+    __version__: str
+
+__all__ = [
+    "Callback",
+    "CheckReport",
+    "QfastError",
+    "RunResult",
+    "__version__",
+    "check",
+    "export_artifacts",
+    "predict",
+    "run",
+]
+
+_MODULE_OF = {
+    "Callback": "qfast.training.callbacks",
+    "CheckReport": "qfast.workflow.check",
+    "QfastError": "qfast.errors",
+    "RunResult": "qfast.workflow.run",
+    "check": "qfast.workflow.check",
+    "export_artifacts": "qfast.workflow.artifacts",
+    "predict": "qfast.workflow.predict",
+    "run": "qfast.workflow.run",
+}
+_SUBMODULES = ("backtest", "data", "doctor", "errors", "metrics", "models", "nn", "ops", "training", "workflow")
+
 _renamed.install()
 
-try:
-    __version__ = version("qfast-models")
-except PackageNotFoundError:  # imported from a source tree that was never installed
-    __version__ = "0+unknown"
 
-__all__ = ["__version__"]
+def __getattr__(name: str) -> object:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"qfast.{name}")
+    value: object
+    if name in _MODULE_OF:
+        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    elif name == "__version__":
+        value = _version()
+    else:
+        raise AttributeError(f"module 'qfast' has no attribute {name!r}; its names are {[*__all__, *_SUBMODULES]}")
+    globals()[name] = value  # the next access does not call this function
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_SUBMODULES})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("qfast-models")
+    except PackageNotFoundError:  # imported from a source tree that was never installed
+        return "0+unknown"
