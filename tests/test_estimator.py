@@ -228,7 +228,7 @@ def test_reweighter_is_checked():
         def reweight(self, samples):
             return np.ones(3)
 
-    with pytest.raises(DataError, match=r"reweighter gave 3 weights for the \d+ samples of segment 'train'"):
+    with pytest.raises(DataError, match=r"reweighter returned 3 weights for the \d+ samples of segment 'train'"):
         ts.LSTM(**SMALL).fit(rolling(), reweighter=Wrong())
     with pytest.raises(ConfigError, match=r"must have a method reweight.*got dict"):
         ts.LSTM(**SMALL).fit(rolling(), reweighter={"class": "X"})
@@ -239,7 +239,7 @@ def test_reweighter_is_checked():
             def reweight(self, samples, bad=bad):
                 return np.where(np.arange(len(samples)) == 3, bad, 1.0)
 
-        with pytest.raises(DataError, match=f"1 weights for segment 'train' that are not finite or below 0.*{shown}"):
+        with pytest.raises(DataError, match=f"1 weights for segment 'train' that are negative or not finite.*{shown}"):
             ts.LSTM(**SMALL).fit(rolling(), reweighter=Bad())
 
 
@@ -303,7 +303,7 @@ def test_damaged_or_foreign_weight_files_are_named(tmp_path):
     with pytest.raises(CheckpointError, match="not a readable weight file"):
         model.load_weights(tmp_path / "evil.pkl")
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(CheckpointError, match="holds list, not a state dict"):
+    with pytest.raises(CheckpointError, match="contains list, not a state dict"):
         model.load_weights(tmp_path / "list.pt")
 
 
@@ -346,7 +346,7 @@ def test_resume_refuses_other_arguments_and_missing_or_damaged_checkpoints(tmp_p
     with pytest.raises(CheckpointError, match="may be truncated"):
         ts.LSTM(**SMALL).fit(rolling(), checkpoint_dir=tmp_path, resume=True)
     ts.LSTM(**SMALL).save_weights(path)
-    with pytest.raises(CheckpointError, match="holds weights but no training state"):
+    with pytest.raises(CheckpointError, match="contains weights but no training state"):
         ts.LSTM(**SMALL).fit(rolling(), checkpoint_dir=tmp_path, resume=True)
 
 

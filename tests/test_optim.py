@@ -237,7 +237,7 @@ def test_wrong_lengths_and_limits(isa):
         with pytest.raises(DataError, match=r"limit: expected a number above 0, got .*Remedy: inf for no limit"):
             clipped_adam_(*lists, lr=0.1, limit=limit)
     for limit in (0, -1.0, NAN, "3", True, None):
-        with pytest.raises(DataError, match=r"ClippedAdam: limit: expected a number above 0, got .*Remedy"):
+        with pytest.raises(DataError, match=r"ClippedAdam: limit: expected a positive number, got .*Remedy"):
             ClippedAdam(parameters(), limit=limit)
     with pytest.raises(ValueError, match="Invalid learning rate"):
         ClippedAdam(parameters(), lr=-1.0)

@@ -123,7 +123,7 @@ WRONG = {
     "deep.pkl": r"too many rnn.weight_ih_l2, .*build the model with num_layers=3 \(now 2\)",
     "shallow.pkl": r"missing rnn.weight_ih_l1, .*build the model with num_layers=1 \(now 2\)",
     "nothing.pkl": r"missing rnn.weight_ih_l0, .*it holds weight. Remedy: give the weights of an LSTM or GRU",
-    "list.pkl": "holds list, not a state dict",
+    "list.pkl": "contains list, not a state dict",
     "cut.pkl": "cut.pkl is not a readable weight file, it may be truncated",
     "text.pkl": "text.pkl is not a readable weight file",
     "folder": "folder' is a folder without best.safetensors: and it is no run folder",

@@ -1,4 +1,4 @@
-"""What an estimator's training arguments may be."""
+"""Checks of an estimator's training arguments."""
 
 from __future__ import annotations
 
@@ -12,12 +12,19 @@ __all__ = ["check_training_arguments"]
 
 
 def check_training_arguments(params: Mapping[str, object], decay_name: str) -> None:
-    """Names the first argument of `Estimator` that cannot be meant; `decay_name`: what weight decay is called there.
+    """Check the values of the training arguments.
+
+    Parameters
+    ----------
+    params : dict
+        Arguments of an estimator, by name.
+    decay_name : str
+        Name of the weight decay in `params`.
 
     Raises
     ------
     ConfigError
-        With the argument, its value and what is allowed.
+        A value is not allowed. The message contains the argument, its value and the allowed values.
     """
     for name, least in {"n_epochs": 0, "batch_size": 1, "early_stop": 0}.items():
         if name in params:
@@ -28,7 +35,7 @@ def check_training_arguments(params: Mapping[str, object], decay_name: str) -> N
             raise ConfigError(f"{name} must be a number of at least 0, got {value!r}.")
     seed = params["seed"]
     if seed is not None and whole_number("seed", seed, 0) >= 2**32:
-        raise ConfigError(f"seed must be below 2**32 (NumPy's generator takes no more), got {seed!r}.")
+        raise ConfigError(f"seed must be below 2**32 (the limit of NumPy's generator), got {seed!r}.")
     if params["progress"] not in (True, False, "auto"):
         raise ConfigError(f"progress must be True, False or 'auto', got {params['progress']!r}.")
     if not isinstance(params["cuda_graphs"], bool):

@@ -1,4 +1,7 @@
-"""Weights and checkpoints on disk: safetensors, one file, written atomically, read without running code."""
+"""Weights and checkpoints on disk, in one file each, which appears complete or not at all.
+
+Reading a file never runs code from it.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ __all__ = ["load_fit", "load_weights", "read_tensors", "save_fit", "save_weights
 
 
 def save_weights(network: nn.Module, path: Path) -> None:
-    """Write a network's state dict: safetensors for that suffix, otherwise torch's own format."""
+    """Write a network's state dict: as safetensors if the file ends in .safetensors, otherwise in torch's format."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state = network.state_dict()
     if path.suffix == ".safetensors":
@@ -35,13 +38,19 @@ def save_weights(network: nn.Module, path: Path) -> None:
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
-    """Read weights into a network; every key and shape must fit.
+    """Read weights into a network. All keys and shapes must match.
+
+    Parameters
+    ----------
+    network : nn.Module
+    path : path
+        A .safetensors file or a state dict in torch's format.
 
     Raises
     ------
     CheckpointError
-        The file is missing, truncated, not a state dict, or belongs to another network: missing,
-        unexpected and differently shaped keys are named.
+        The file is missing, truncated or not a state dict, or it belongs to another network. In that case the message
+        lists the missing and unexpected keys and those with another shape.
     """
     state = read_tensors(path)
     rename = getattr(network, "translate_state_dict", None)  # networks that accept several names for a parameter
@@ -50,15 +59,15 @@ def load_weights(network: nn.Module, path: Path) -> None:
             state = rename(state)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
-    own = network.state_dict()
-    missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    current = network.state_dict()
+    missing, extra = sorted(set(current) - set(state)), sorted(set(state) - set(current))
     shapes = [
-        f"{k}: file {tuple(state[k].shape)}, network {tuple(own[k].shape)}"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
+        f"{k}: file {tuple(state[k].shape)}, network {tuple(current[k].shape)}"
+        for k in current
+        if k in state and state[k].shape != current[k].shape
     ]
     if missing or extra or shapes:
-        hint = suggest(extra[0], own) if extra else ""
+        hint = suggest(extra[0], current) if extra else ""
         raise CheckpointError(
             f"{path} does not fit {type(network).__name__}: missing {missing or 'none'}, unexpected {extra or 'none'}, "
             f"other shapes {shapes or 'none'}.{hint} Remedy: build the model with the arguments it was trained with."
@@ -67,22 +76,28 @@ def load_weights(network: nn.Module, path: Path) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a .safetensors file or of a torch state dict, on the CPU, without running code."""
+    """Read all tensors of a .safetensors file or of a state dict in torch's format to the CPU.
+
+    Raises
+    ------
+    CheckpointError
+        The file is missing, damaged, or something other than a state dict.
+    """
     if not path.is_file():
         raise CheckpointError(f"weight file {path} does not exist.")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path, device="cpu")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each reader raises its own kinds for a damaged file
+    except Exception as error:  # the readers raise many types for damaged files
         raise CheckpointError(f"{path} is not a readable weight file, it may be truncated ({error}).") from None
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CheckpointError(f"{path} holds {type(state).__name__}, not a state dict of tensors.")
+        raise CheckpointError(f"{path} contains {type(state).__name__}, not a state dict of tensors.")
     return dict(state)
 
 
 def save_fit(estimator: BaseEstimator, path: Path) -> None:
-    """Write weights, best weights, optimiser state, generator states and records of a running fit."""
+    """Write the state of a running fit: weights, best weights, optimizer, random generators and records."""
     progress = estimator.progress_
     tensors = {f"network.{k}": v for k, v in estimator.network.state_dict().items()}
     tensors |= {f"best.{k}": v for k, v in (progress.best_weights or {}).items()}
@@ -92,7 +107,7 @@ def save_fit(estimator: BaseEstimator, path: Path) -> None:
     tensors["rng.torch"] = torch.get_rng_state()
     if estimator.device.type == "cuda":
         tensors["rng.cuda"] = torch.cuda.get_rng_state(estimator.device)
-    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - batch orders come from it
+    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - the source of batch orders
     tensors["rng.numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
     facts = {
         "format": FORMAT,
@@ -113,22 +128,30 @@ def save_fit(estimator: BaseEstimator, path: Path) -> None:
 
 
 def load_fit(estimator: BaseEstimator, path: Path) -> None:
-    """Put an estimator where `save_fit` left it, global generators included."""
+    """Restore the state that `save_fit` has written, including the global random generators.
+
+    Raises
+    ------
+    CheckpointError
+        The file is missing or damaged, or was written by another model, with other arguments or on other data.
+    """
     tensors = read_tensors(path)
     with safetensors.safe_open(path, framework="pt") as file:
         text = (file.metadata() or {}).get("qfast")
     if text is None:
-        raise CheckpointError(f"{path} holds weights but no training state. Remedy: pass the run's last.safetensors.")
+        raise CheckpointError(
+            f"{path} contains weights but no training state. Remedy: pass the run's last.safetensors."
+        )
     facts = json.loads(text)
     if facts.get("format") != FORMAT:
         raise CheckpointError(f"{path} has checkpoint format {facts.get('format')!r}; this version reads {FORMAT}.")
     if facts["model"] != _model_name(estimator):
         raise CheckpointError(f"{path} is a checkpoint of {facts['model']}, not of {_model_name(estimator)}.")
     _require_same_params(estimator, facts["params"], path)
-    if estimator.data_ and facts["data"] != estimator.data_:  # empty until a fit has looked at its data
+    if estimator.data_ and facts["data"] != estimator.data_:  # empty before a fit has loaded its data
         differing = [k for k in facts["data"] if facts["data"][k] != estimator.data_.get(k)]
         raise CheckpointError(
-            f"{path} was written in training on other data: {differing} differ, it cannot be resumed."
+            f"{path} was written in training on other data: {differing} differ, so it cannot be resumed."
         )
     estimator.network.load_state_dict(_part(tensors, "network."))
     _load_optimizer(estimator, _part(tensors, "optimizer."))
@@ -152,13 +175,15 @@ def _model_name(estimator: BaseEstimator) -> str:
 
 
 def _require_same_params(estimator: BaseEstimator, saved: dict[str, Any], path: Path) -> None:
-    """A resumed fit must be the same fit, except that it may run longer or elsewhere."""
-    # of the model_path's weights the checkpoint has what became of them
+    """Check that a resumed fit has the arguments of the saved one, except for its length, device and display."""
+    # The checkpoint already contains the trained weights, so model_path may differ.
     free = {"device", "n_epochs", "progress", "cuda_graphs", "GPU", "n_jobs", "model_path"}
-    own = json.loads(json.dumps(estimator.get_params(), default=str))
-    changed = [f"{k}: {saved[k]!r} -> {own.get(k)!r}" for k in saved if k not in free and saved[k] != own.get(k)]
+    current = json.loads(json.dumps(estimator.get_params(), default=str))
+    changed = [f"{k}: {v!r} -> {current.get(k)!r}" for k, v in saved.items() if k not in free and v != current.get(k)]
     if changed:
-        raise CheckpointError(f"{path} was written with other arguments ({'; '.join(changed)}): it cannot be resumed.")
+        raise CheckpointError(
+            f"{path} was written with other arguments ({'; '.join(changed)}), so it cannot be resumed."
+        )
 
 
 def _load_optimizer(estimator: BaseEstimator, tensors: dict[str, Tensor]) -> None:
@@ -175,7 +200,7 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous copies where two names share memory (safetensors refuses aliases)."""
+    """Contiguous tensors, copied where two names share memory, which safetensors does not allow."""
     seen: set[int] = set()
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""Losses and scores, masked and weighted in one place."""
+"""Losses and scores. Samples without a finite label do not count."""
 
 from __future__ import annotations
 
@@ -24,20 +24,25 @@ Loss = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
 
 def masked_mse(prediction: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean of weight * (prediction - label)^2 over the samples whose label is finite.
+    """Mean of weight * (prediction - label)^2 over the samples with a finite label.
+
+    It uses no boolean indexing and therefore never waits for the device.
 
     Parameters
     ----------
     prediction, label : Tensor
-        [B]; the label may be float64, the loss then is too (the reference's time-series models).
+        [B]. With a float64 label the loss is float64, as in Qlib's time-series models.
     weight : Tensor, optional
-        [B]. The mean divides by the number of finite labels, not by the sum of the weights.
+        [B]. The sum is divided by the number of finite labels, not by the sum of the weights.
 
     Returns
     -------
     Tensor
-        0-d; exactly 0 with zero gradient when no label is finite. No boolean indexing, hence no device
-        synchronisation. Source: loss_fn of the reference's models, which lets an infinite label through.
+        0-d. Exactly 0, with zero gradient, if no label is finite.
+
+    Source
+    ------
+    `loss_fn` of Qlib's models, which masks NaN but not infinity.
 
     Examples
     --------
@@ -55,14 +60,28 @@ METRICS: dict[str, Loss] = {"": masked_mse, "loss": masked_mse, "mse": masked_ms
 
 
 def loss_function(name: object) -> Loss:
-    """The training loss called `name`; a ConfigError lists the known ones."""
+    """Return the training loss with this name.
+
+    Raises
+    ------
+    ConfigError
+        `name` is not in `LOSSES`.
+    """
     if not isinstance(name, str) or name not in LOSSES:
         raise ConfigError(f"loss must be one of {sorted(LOSSES)}, got {name!r}." + suggest(name, LOSSES))
     return LOSSES[name]
 
 
 def metric_function(name: object) -> Callable[[Tensor, Tensor], Tensor]:
-    """Score of a batch, higher is better: minus the loss, NaN where no label is finite."""
+    """Return the function that scores a batch: predictions [B], labels [B] -> minus the loss, 0-d.
+
+    Higher is better. The score is NaN if no label is finite.
+
+    Raises
+    ------
+    ConfigError
+        `name` is not in `METRICS`.
+    """
     if not isinstance(name, str) or name not in METRICS:
         raise ConfigError(f"metric must be one of {sorted(METRICS)}, got {name!r}." + suggest(name, METRICS))
     loss = METRICS[name]
@@ -77,23 +96,23 @@ def metric_function(name: object) -> Callable[[Tensor, Tensor], Tensor]:
 def batch_scores(
     predictions: Tensor, labels: Tensor, batches: Batches, metric: str, *, skip_unlabelled: bool = True
 ) -> tuple[float, float]:
-    """Mean over full batches of the batch score, and the score over all samples.
+    """Compute the mean of the batch scores, and the score over all samples.
 
     Parameters
     ----------
     predictions, labels : Tensor
         [n], in the order of `batches`.
     batches : Batches
-        The first `batches.whole` of them count in the mean, all with the same weight.
+        The first `batches.whole` batches count in the mean, each with the same weight.
     metric : str
         A name in `METRICS`.
     skip_unlabelled : bool
-        Leave batches without a finite label out of the mean; False: they make it NaN.
+        True leaves batches without a finite label out of the mean. With False they make it NaN, as in Qlib.
 
     Returns
     -------
     tuple of float
-        Higher is better; NaN where no sample has a finite label.
+        The mean and the score over all samples. Higher is better; NaN if no label is finite.
     """
     score = metric_function(metric)
     scores, counts = [], []

@@ -1,4 +1,4 @@
-"""Adam that clips gradients itself: the pass that `clip_grad_value_` would make is part of the step."""
+"""Adam with gradient clipping in the same pass over the parameters."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from qfast import _backend
 from qfast.errors import DataError
@@ -16,27 +17,35 @@ __all__ = ["ClippedAdam"]
 
 
 class ClippedAdam(torch.optim.Adam):
-    """torch.optim.Adam whose step first clips every gradient element to +-limit, as clip_grad_value_ does.
+    """torch.optim.Adam that first clips every gradient element to [-limit, limit].
+
+    `step` modifies the gradients in place, like torch.nn.utils.clip_grad_value_ before torch.optim.Adam.
 
     Parameters
     ----------
-    params, lr, betas, eps, weight_decay, amsgrad, ...
-        As of torch.optim.Adam. `fused` and `capturable` are True unless asked otherwise, where torch has them: the
-        states' `step` is then a float32 tensor beside the parameter, and a CUDA graph can capture the step.
+    params : iterable of Tensor or of dict
+        Parameters or parameter groups, as in torch.optim.Adam.
+    lr : float or Tensor
+        Learning rate.
+    *args, **kwargs
+        Further arguments of torch.optim.Adam (betas, eps, weight_decay, ...). Where torch supports them, `fused` and
+        `capturable` default to True: the step count is then a float32 tensor on the parameter's device, and a CUDA
+        graph can capture the step.
     limit : float
-        Above 0; infinity for no limit. No part of `state_dict`, which is that of torch.optim.Adam.
+        Positive; infinity for no limit. It is not part of `state_dict`, which equals that of torch.optim.Adam.
 
     Raises
     ------
-    ValueError
-        `limit` is not a number above 0, or what torch.optim.Adam refuses.
+    DataError
+        `limit` is not a positive number. It is a ValueError, which torch.optim.Adam raises for other arguments.
 
     Notes
     -----
-    One call of our operator makes the step where the native library serves the device and parameters, gradients and
-    states are dense float32 or float64 tensors, alike within a group. Anything else is torch's clip_grad_value_ and
-    Adam: other dtypes, amsgrad, maximize, decoupled_weight_decay, differentiable, `foreach=True`, `fused=False`, a
-    learning rate that is a tensor on CUDA. A GradScaler unscales the gradients itself, before they are clipped.
+    A step is one call of the operator `qfast.ops.clipped_adam_` if the native library supports the device, and if
+    parameters, gradients and states are dense float32 or float64 tensors with one dtype per group. In all other cases
+    torch's clip_grad_value_ and Adam make the step: other dtypes, `amsgrad`, `maximize`, `decoupled_weight_decay`,
+    `differentiable`, `foreach=True`, `fused=False`, and a learning rate that is a tensor on CUDA. A GradScaler unscales
+    the gradients before they are clipped.
 
     Examples
     --------
@@ -48,29 +57,31 @@ class ClippedAdam(torch.optim.Adam):
     (tensor([-0.1000]), tensor([3.]))
     """
 
-    def __init__(self, params: Any, lr: float | Tensor = 1e-3, *args: Any, limit: float = 3.0, **kwargs: Any) -> None:
+    def __init__(
+        self, params: ParamsT, lr: float | Tensor = 1e-3, *args: Any, limit: float = 3.0, **kwargs: Any
+    ) -> None:
         if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
             raise DataError(
-                f"ClippedAdam: limit: expected a number above 0, got {limit!r}. Remedy: float('inf') for no limit."
+                f"ClippedAdam: limit: expected a positive number, got {limit!r}. Remedy: float('inf') for no limit."
             )
         self.limit = float(limit)
         self._tickets: dict[torch.device, Tensor] = {}
         super().__init__(params, lr, *args, **kwargs)
-        self._step_supports_amp_scaling = False  # what is clipped must be unscaled first
+        self._step_supports_amp_scaling = False  # a GradScaler must unscale the gradients before they are clipped
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with settings of their own."""
+        """Add a group of parameters with its own settings, as in torch.optim.Adam."""
         super().add_param_group(param_group)
         _prefer_fused(self.param_groups[-1])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the states and settings of any Adam's `state_dict`."""
+        """Load the `state_dict` of a ClippedAdam or of a torch.optim.Adam."""
         super().load_state_dict(state_dict)
         for group in self.param_groups:
             _prefer_fused(group)
             for parameter in group["params"] if group["fused"] else ():
                 state = self.state.get(parameter)
-                if state:  # torch leaves the number of steps on the CPU where it was not fused
+                if state:  # an Adam that was not fused has its step counts on the CPU
                     state["step"] = state["step"].to(parameter.device, torch.float32)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -81,7 +92,18 @@ class ClippedAdam(torch.optim.Adam):
         self._tickets = {}
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Clip the gradients in place and make one step; returns what `closure` does, if it is given."""
+        """Clip the gradients in place and make one step.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Computes the loss and the gradients again.
+
+        Returns
+        -------
+        object
+            The result of `closure`, None without one.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -92,7 +114,7 @@ class ClippedAdam(torch.optim.Adam):
 
     @torch.no_grad()
     def _step_by_operator(self) -> bool:
-        """Whether the operator can take all groups; then it has."""
+        """Make the step with the operator. Returns False, without any effect, if it does not support all groups."""
         if torch.compiler.is_compiling() or not all(map(_is_plain, self.param_groups)):
             return False
         calls = []
@@ -101,21 +123,27 @@ class ClippedAdam(torch.optim.Adam):
             self._init_group(group, *lists)
             parameters, gradients, exp_avg, exp_avg_sq, _, steps = lists
             if parameters:
-                if not _is_served(parameters, gradients, exp_avg, exp_avg_sq, steps, group["lr"]):
+                if not _is_supported(parameters, gradients, exp_avg, exp_avg_sq, steps, group["lr"]):
                     return False
                 calls.append((group, (parameters, gradients, exp_avg, exp_avg_sq, steps)))
         for group, tensors in calls:
             beta1, beta2 = group["betas"]
             clipped_adam_(
-                *tensors, lr=float(group["lr"]), beta1=beta1, beta2=beta2, eps=group["eps"],
-                weight_decay=group["weight_decay"], limit=self.limit, ticket=self._ticket(tensors[0][0].device),
-            )  # fmt: skip
+                *tensors,
+                lr=float(group["lr"]),
+                beta1=beta1,
+                beta2=beta2,
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                limit=self.limit,
+                ticket=self._ticket(tensors[0][0].device),
+            )
         return True
 
     def _step_by_torch(self) -> None:
         nn.utils.clip_grad_value_([p for group in self.param_groups for p in group["params"]], self.limit)
         strided = [group for group in self.param_groups if group["fused"] and not _is_contiguous(group["params"])]
-        for group in strided:  # torch's fused kernel on the CPU walks memory as if there were no strides
+        for group in strided:  # torch's fused CPU kernel ignores strides
             group["fused"] = None
         try:
             _adam_step(self)
@@ -124,7 +152,7 @@ class ClippedAdam(torch.optim.Adam):
                 group["fused"] = True
 
     def _ticket(self, device: torch.device) -> Tensor | None:
-        """Of this optimiser alone: two that step on different streams must not count each other's blocks."""
+        """Counter of finished blocks for the CUDA kernel. Optimizers on different streams must not share it."""
         if device.type == "cpu":
             return None
         if device not in self._tickets:
@@ -133,25 +161,25 @@ class ClippedAdam(torch.optim.Adam):
 
 
 def _prefer_fused(group: dict[str, Any]) -> None:
-    """Where torch has a fused kernel, its kind of state: the number of steps beside the parameter."""
-    able = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in group["params"])
-    if able and group["fused"] is None and not group["foreach"] and not group["differentiable"]:
+    """Set `fused` and `capturable` where torch supports them, which puts the step counts on the parameter's device."""
+    supported = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in group["params"])
+    if supported and group["fused"] is None and not group["foreach"] and not group["differentiable"]:
         group["fused"] = True
     if any(p.is_cuda for p in group["params"]) and not group["differentiable"]:
         group["capturable"] = True
 
 
 def _is_plain(group: dict[str, Any]) -> bool:
-    """Whether the settings are those of the operator, or say nothing of how to compute."""
-    other = ("amsgrad", "maximize", "differentiable", "decoupled_weight_decay", "foreach")
-    return group["fused"] is not False and not any(group.get(name) for name in other)
+    """Whether the operator implements the settings of a group."""
+    unsupported = ("amsgrad", "maximize", "differentiable", "decoupled_weight_decay", "foreach")
+    return group["fused"] is not False and not any(group.get(name) for name in unsupported)
 
 
 def _is_contiguous(parameters: list[Tensor]) -> bool:
     return all(p.is_contiguous() and p.grad.is_contiguous() for p in parameters if p.grad is not None)
 
 
-def _is_served(
+def _is_supported(
     parameters: list[Tensor],
     gradients: list[Tensor],
     exp_avg: list[Tensor],
@@ -159,7 +187,7 @@ def _is_served(
     steps: list[Tensor],
     lr: float | Tensor,
 ) -> bool:
-    """Whether a native kernel takes these tensors, in one call."""
+    """Whether one call of a native kernel can process these tensors."""
     device, dtype = parameters[0].device, parameters[0].dtype
     tier = _backend.status().get(device.type)
     if tier is None or not tier["loaded"] or dtype not in (torch.float32, torch.float64):
@@ -167,9 +195,9 @@ def _is_served(
     if isinstance(lr, Tensor) and (lr.device.type != "cpu" or device.type != "cpu"):
         return False
     if not {*map(type, parameters)} <= {nn.Parameter, Tensor}:
-        return False  # subclasses compute as they like
-    # Torch makes states like their parameter and lets gradients be nothing else, so one of each will do; the
-    # operator looks at all of them.
+        return False  # a subclass may redefine arithmetic
+    # torch creates states with the dtype and device of their parameter and requires the same of gradients. It is
+    # therefore enough to check one tensor of each list; the operator checks all of them.
     if any(part[0].dtype != dtype or part[0].device != device for part in (gradients, exp_avg, exp_avg_sq)):
         return False
     return (
@@ -180,7 +208,7 @@ def _is_served(
 
 
 def _adam_step(optimizer: torch.optim.Adam) -> None:
-    """Adam's step without the hooks around it, which have run around ours."""
+    """Adam's step without its hooks, which already run around ClippedAdam's step."""
     step: Any = torch.optim.Adam.step
     inner = step.__wrapped__ if getattr(step, "hooked", False) else step
     inner(optimizer)

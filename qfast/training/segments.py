@@ -1,4 +1,4 @@
-"""The samples of a segment, checked before training: labels, weights and finite features."""
+"""Loads the samples of a segment for training, with checks of labels, weights and features."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ __all__ = ["Reweighter", "learning_samples", "sample_weights"]
 
 
 class Reweighter(Protocol):
-    """Computes sample weights of the training loss."""
+    """Object that computes the sample weights of the training loss."""
 
     def reweight(self, samples: Any, /) -> ArrayLike:
-        """Weights [n] of the n samples of a frame or TSDataSampler, finite and at least 0."""
+        """Return the weights [n] of n samples, finite and at least 0.
+
+        `samples` is a DataFrame for flat data and a TSDataSampler for rolling windows.
+        """
 
 
 def learning_samples(
@@ -33,22 +36,31 @@ def learning_samples(
     label_dtype: torch.dtype | None = None,
     drop_incomplete: bool = False,
 ) -> WindowSet:
-    """Samples of one segment with labels, weights and finite features.
+    """Load the samples of one segment for training or validation.
 
     Parameters
     ----------
     dataset : Dataset
     segment : str
+        Name of the segment.
     reweighter : Reweighter, optional
+        Computes the sample weights.
     label_dtype : torch.dtype, optional
-        Labels are converted to it; None: they keep their own.
+        Labels are converted to this dtype; None keeps their own.
     drop_incomplete : bool
-        Leave out flat samples with NaN in features or label.
+        Whether to leave out flat samples with NaN in features or label, with a log message.
+
+    Returns
+    -------
+    WindowSet
+        On the CPU.
 
     Raises
     ------
+    ConfigError
+        `reweighter` has no method `reweight`.
     DataError
-        No label column, no finite label, or NaN or infinity in the features.
+        No label column, no finite label, NaN or infinity in the features, or weights that do not fit.
     """
     windows = windows_of(dataset, segment, "learn")
     if windows.label is None:
@@ -60,7 +72,7 @@ def learning_samples(
         complete = windows.complete_samples()
         if not bool(complete.all()):
             count = int((~complete).sum())
-            logging.getLogger("qfast").info("%d rows of segment %r with a NaN are left out", count, segment)
+            logging.getLogger("qfast").info("%d rows of segment %r contain NaN and are left out", count, segment)
             windows = windows.select(complete)
     windows.require_finite_features()
     if windows.label is not None and len(windows) and not bool(torch.isfinite(windows.label).any()):
@@ -72,14 +84,27 @@ def learning_samples(
 
 
 def sample_weights(reweighter: Reweighter, windows: WindowSet, dtype: torch.dtype) -> Tensor:
-    """Weights [n] that an object with `reweight(samples)` gives the samples of a segment.
+    """Compute the weights of the samples of a segment.
+
+    Parameters
+    ----------
+    reweighter : Reweighter
+    windows : WindowSet
+        n samples.
+    dtype : torch.dtype
+        Dtype of the result.
+
+    Returns
+    -------
+    Tensor
+        [n].
 
     Raises
     ------
     ConfigError
-        There is no such method.
+        `reweighter` has no method `reweight`.
     DataError
-        Another number of weights, or one that is not finite or below 0.
+        The number of weights is not n, or a weight is negative or not finite.
     """
     if not hasattr(reweighter, "reweight"):
         raise ConfigError(
@@ -88,12 +113,12 @@ def sample_weights(reweighter: Reweighter, windows: WindowSet, dtype: torch.dtyp
     weight = torch.as_tensor(np.asarray(reweighter.reweight(windows.source()))).to(dtype).reshape(-1)
     if len(weight) != len(windows):
         raise DataError(
-            f"reweighter gave {len(weight)} weights for the {len(windows)} samples of segment {windows.name!r}."
+            f"reweighter returned {len(weight)} weights for the {len(windows)} samples of segment {windows.name!r}."
         )
-    wrong = weight[~(torch.isfinite(weight) & (weight >= 0))]
-    if len(wrong):
+    invalid = weight[~(torch.isfinite(weight) & (weight >= 0))]
+    if len(invalid):
         raise DataError(
-            f"reweighter gave {len(wrong)} weights for segment {windows.name!r} that are not finite or below 0, "
-            f"the first is {float(wrong[0])}."
+            f"reweighter returned {len(invalid)} weights for segment {windows.name!r} that are negative or not finite, "
+            f"the first is {float(invalid[0])}."
         )
     return weight
