@@ -106,7 +106,7 @@ def test_nan_in_features_stops_before_training_and_names_column_and_share():
     before = weights(model)
     with pytest.raises(
         DataError,
-        match=r"segment 'train' hold NaN or infinity in 1 of 3 columns(.|\n)*'F1': 2 of \d+ rows .*first at "
+        match=r"segment 'train' contain NaN or infinity in 1 of 3 columns(.|\n)*'F1': 2 of \d+ rows .*first at "
         r"2020-01-0\d 00:00:00, 'S00\d'",
     ):
         model.fit(rolling(frame))

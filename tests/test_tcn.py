@@ -152,7 +152,7 @@ def test_stretches_are_all_windows_of_which_there_is_a_view(seed, holes, step_le
     windows = replace(windows.select(~early), first_position=first_position)
     shuffled = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     windows = replace(windows, rows=windows.rows[shuffled])
-    parts = windows.stretches(fewest)
+    parts = windows.consecutive(fewest)
     held = torch.cat(parts).tolist() if parts else []
     assert len(held) == len(set(held))
     for part in parts:

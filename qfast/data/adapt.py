@@ -1,8 +1,8 @@
-"""Window sets from any dataset a user brings: ours, Qlib's own, or anything that answers `prepare`."""
+"""Turns any dataset (qfast's, Qlib's or a user's own class with `prepare`) into a `WindowSet`."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -17,28 +17,35 @@ __all__ = ["windows_of"]
 
 
 def windows_of(dataset: Dataset, segment: Segment, data_key: str, *, with_label: bool = True) -> WindowSet:
-    """Samples of one segment of `dataset`.
+    """The samples of one segment of a dataset.
 
     Parameters
     ----------
-    dataset
-        A `qfast.data` dataset (its panel is shared), or an object with the reference's
-        `prepare(segment, col_set=..., data_key=...)` that returns a frame or a TSDataSampler; Qlib's
-        `DatasetH` and `TSDatasetH` do. A float32 sampler's array is used as it is.
-    segment : str or slice
+    dataset : Dataset
+        A dataset of `qfast.data`, whose panel is shared, or an object whose
+        `prepare(segment, col_set=..., data_key=...)` returns a frame or a TSDataSampler, such as Qlib's `DatasetH` and
+        `TSDatasetH`. The array of a float32 sampler is not copied.
+    segment : str, slice or (start, end)
     data_key : str
         "learn" for training, "infer" for prediction.
     with_label : bool
-        False asks a frame dataset for features only, so that rows without a label column can be scored.
+        False requests only the features, which allows predictions for data without a label column.
 
     Raises
     ------
     DataError
-        The dataset gives something else, or more than one label column.
+        The object has no `prepare`, `prepare` returns another type, or the data has several label columns.
+
+    Examples
+    --------
+    >>> from qfast.data import TSDatasetH, synthetic
+    >>> dataset = TSDatasetH(handler=synthetic.factors(3, 20, 4), segments={"test": (None, None)}, step_len=5)
+    >>> windows_of(dataset, "test", "infer").batch(torch.tensor([0, 1])).shape
+    torch.Size([2, 5, 4])
     """
     if hasattr(dataset, "windows"):
-        found: WindowSet = dataset.windows(segment, data_key, with_label=with_label)
-        return found
+        windows: WindowSet = dataset.windows(segment, data_key, with_label=with_label)
+        return windows
     if not hasattr(dataset, "prepare"):
         raise DataError(
             f"dataset must be a qfast or Qlib dataset (an object with `prepare`), got {type(dataset).__name__}. "
@@ -52,18 +59,21 @@ def windows_of(dataset: Dataset, segment: Segment, data_key: str, *, with_label:
     if hasattr(prepared, "idx_arr") and hasattr(prepared, "data_arr"):
         return _from_sampler(prepared, str(segment))
     raise DataError(
-        f"{type(dataset).__name__}.prepare({segment!r}) gave {type(prepared).__name__}; a DataFrame or a "
-        "TSDataSampler is needed."
+        f"{type(dataset).__name__}.prepare({segment!r}) must return a DataFrame or a TSDataSampler, got "
+        f"{type(prepared).__name__}."
     )
 
 
 def _one_label(count: int, name: str) -> None:
     if count != 1:
-        raise DataError(f"segment {name!r} has {count} label columns; a model is trained on exactly one.")
+        raise DataError(
+            f"segment {name!r} has {count} label columns, but a model is trained on exactly one. Remedy: keep one "
+            "label in the handler."
+        )
 
 
 def _from_frame(frame: pd.DataFrame, name: str) -> WindowSet:
-    """Flat samples: each row of the frame."""
+    """Flat samples, one for each row of the frame."""
     features, label = frame, None
     if frame.columns.nlevels == 2:
         features = pd.DataFrame(frame["feature"])
@@ -82,16 +92,30 @@ def _from_frame(frame: pd.DataFrame, name: str) -> WindowSet:
     )
 
 
-def _from_sampler(sampler: Any, name: str) -> WindowSet:
-    """Rolling samples of the reference's TSDataSampler; its last column is the label.
+class _QlibSampler(Protocol):
+    """The members of Qlib's TSDataSampler that are read here."""
 
-    The sampler does not tell column groups apart, so a second label would silently become a feature;
-    it cannot be noticed here.
+    data_arr: np.ndarray
+    """[R + 1, F + 1]: features and label of each row; the last row is NaN."""
+    idx_df: pd.DataFrame
+    """Dates by instruments."""
+    idx_arr: np.ndarray
+    """The values of `idx_df`: row numbers of `data_arr`, NaN where no row exists."""
+    idx_map: Any
+    """[n, 2]: date and instrument position of each sample."""
+    step_len: int
+
+
+def _from_sampler(sampler: _QlibSampler, name: str) -> WindowSet:
+    """Windows of Qlib's TSDataSampler, whose last column is the label.
+
+    The sampler has no column groups. If the data has two label columns, the first one is used as a feature, which
+    cannot be detected here.
     """
     array = sampler.data_arr
     table = array if array.dtype == np.float32 else np.asarray(array, dtype=np.float32)
     data = torch.from_numpy(table)
-    grid = sampler.idx_arr  # dates x instruments -> row number, NaN where there is no row
+    grid = sampler.idx_arr
     date_of, instrument_of = np.nonzero(~np.isnan(grid))
     row_of = grid[date_of, instrument_of].astype(np.int64)
     date_codes = np.zeros(len(table) - 1, dtype=np.int32)
@@ -102,8 +126,8 @@ def _from_sampler(sampler: Any, name: str) -> WindowSet:
         keys = [sampler.idx_df.index[date_codes[rows]], sampler.idx_df.columns[instrument_codes[rows]]]
         return pd.MultiIndex.from_arrays(keys, names=["datetime", "instrument"])
 
-    where = np.asarray(sampler.idx_map, dtype=np.int64).reshape(-1, 2)
-    rows = torch.from_numpy(grid[where[:, 0], where[:, 1]].astype(np.int64))
+    cells = np.asarray(sampler.idx_map, dtype=np.int64).reshape(-1, 2)
+    rows = torch.from_numpy(grid[cells[:, 0], cells[:, 1]].astype(np.int64))
     return WindowSet(
         features=data[:-1, :-1],
         rows=rows,

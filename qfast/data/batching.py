@@ -1,13 +1,15 @@
-"""Which samples stand in which batch, draw for draw as the reference does it.
+"""Which samples form which batch, with the same random draws as Qlib.
 
-A pass over a segment is `Batches`: an order of samples, cut at boundaries. Models over single samples cut a shuffled
-order into equal pieces; models over days cut at the days and shuffle those. The draws come from the reference's
-*global* generators in its order, so that the same seed gives the same batches (source: pyqlib 0.9.7,
-qlib/contrib/model/pytorch_lstm.py, pytorch_gats.py and torch.utils.data.dataloader / sampler).
+One pass over a segment is a `Batches`: an order of samples and the boundaries between batches. Models over single
+samples cut a shuffled order into batches of equal size. Models over days use one batch per day and shuffle the days.
+
+Orders draw from the same global generators as Qlib and in the same sequence, so the same seed gives the same batches.
+Source: qlib/contrib/model/pytorch_lstm.py and pytorch_gats.py of pyqlib 0.9.7, and torch.utils.data.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,18 +23,30 @@ __all__ = ["BatchOrder", "Batches", "Call", "LoaderOrder", "NumpyOrder", "Sequen
 
 
 class BatchOrder(Protocol):
-    """Order of each pass over n samples, or over n days; every method returns int64 numbers [n]."""
+    """Order of the samples, or days, in each kind of pass. Every method returns a permutation of 0 to n - 1, int64."""
 
-    def train(self, n: int) -> Tensor: ...
-    def train_score(self, n: int) -> Tensor: ...
-    def valid_score(self, n: int) -> Tensor: ...
-    def predict(self, n: int) -> Tensor: ...
+    def train(self, n: int) -> Tensor:
+        """Order of a training pass."""
+
+    def train_score(self, n: int) -> Tensor:
+        """Order in which the training segment is scored after a training pass."""
+
+    def valid_score(self, n: int) -> Tensor:
+        """Order in which the validation segment is scored."""
+
+    def predict(self, n: int) -> Tensor:
+        """Order of a prediction."""
 
 
 class SequenceOrder:
-    """As they stand; nothing is drawn."""
+    """Ascending order. Draws no random numbers.
+
+    >>> SequenceOrder().train(3)
+    tensor([0, 1, 2])
+    """
 
     def train(self, n: int) -> Tensor:
+        """0 to n - 1."""
         return torch.arange(n)
 
     train_score = train
@@ -41,18 +55,20 @@ class SequenceOrder:
 
 
 class NumpyOrder(SequenceOrder):
-    """Flat models: `np.random.shuffle` before each training pass, dataset order everywhere else."""
+    """Order of flat models: `np.random.shuffle` for each training pass, ascending for every other pass."""
 
     def train(self, n: int) -> Tensor:
+        """A permutation from NumPy's global generator."""
         order = np.arange(n)
-        np.random.shuffle(order)  # noqa: NPY002 - the global generator is what makes the order reproducible
+        np.random.shuffle(order)  # noqa: NPY002 - Qlib draws from the global generator
         return torch.from_numpy(order)
 
 
 class UnshuffledLoaderOrder:
-    """What a torch DataLoader that does not shuffle draws: one base seed for its workers, whatever their number."""
+    """Ascending order with the draw of a torch DataLoader that does not shuffle: one base seed for its workers."""
 
     def train(self, n: int) -> Tensor:
+        """0 to n - 1, after one draw from torch's default generator."""
         _draw()
         return torch.arange(n)
 
@@ -62,14 +78,15 @@ class UnshuffledLoaderOrder:
 
 
 class LoaderOrder(UnshuffledLoaderOrder):
-    """Time-series models: the draws of a torch DataLoader, whatever its number of workers.
+    """Order of time-series models, with the draws of a torch DataLoader that shuffles the training segment.
 
-    A pass over a shuffled loader draws the workers' base seed and then the sampler's seed from
-    torch's default generator; a sequential one draws only the base seed. Scores of the training set
-    are taken on a second, different shuffle.
+    A pass over a shuffling loader draws the base seed of its workers and then the seed of its sampler from torch's
+    default generator. A sequential loader draws only the base seed. Neither depends on the number of workers. Scoring
+    the training segment uses a second shuffle.
     """
 
     def train(self, n: int) -> Tensor:
+        """A permutation from a generator that is seeded by torch's default generator."""
         _draw()
         generator = torch.Generator()
         generator.manual_seed(_draw())
@@ -83,14 +100,14 @@ def _draw() -> int:
 
 
 class Call(NamedTuple):
-    """Consecutive batches that go through the network together.
+    """Consecutive batches that are passed to the network in one call.
 
     Attributes
     ----------
     rows : slice
-        Of `Batches.order`.
+        Their part of `Batches.order`.
     offsets : Tensor
-        int64 [batches + 1] on the CPU, where the batches begin and end within `rows`.
+        int64 [batches + 1] on the CPU: boundaries of the batches, relative to the start of `rows`.
     """
 
     rows: slice
@@ -99,16 +116,17 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Batches:
-    """One pass: batch b is the samples order[bounds[b]] to order[bounds[b + 1]].
+    """One pass over samples; batch b contains the samples order[bounds[b] : bounds[b + 1]].
 
     Attributes
     ----------
     order : Tensor
-        int64 [n'], sample numbers, wherever the samples live.
+        int64 [n] sample numbers, on the device of the samples.
     bounds : Tensor
-        int64 [batches + 1] on the CPU, ascending from 0 to n'.
+        int64 [batches + 1] on the CPU, ascending from 0 to n.
     whole : int
-        The leading batches that decide: a short tail may follow, which is scored but neither trained on nor counted.
+        Number of leading batches to train on and to average scores over. A shorter last batch may follow, which is
+        only predicted.
     """
 
     order: Tensor
@@ -120,8 +138,19 @@ class Batches:
 
     @classmethod
     def of_size(cls, order: Tensor, size: int, *, drop_last: bool) -> Batches:
-        """Pieces of `size`; the short tail is left out with `drop_last`.
+        """Batches of `size` samples.
 
+        Parameters
+        ----------
+        order : Tensor
+            int64 [n].
+        size : int
+            Samples of a batch.
+        drop_last : bool
+            Leave out the last batch if it is shorter.
+
+        Examples
+        --------
         >>> Batches.of_size(torch.arange(5), 2, drop_last=False)
         Batches(order=tensor([0, 1, 2, 3, 4]), bounds=tensor([0, 2, 4, 5]), whole=2)
         """
@@ -133,24 +162,29 @@ class Batches:
         return cls(order[: int(bounds[-1])], bounds, whole)
 
     def __iter__(self) -> Iterator[Tensor]:
-        """The samples of each batch that is trained on."""
+        """The samples of each of the first `whole` batches."""
         for begin, end in pairwise(self.bounds[: self.whole + 1].tolist()):
             yield self.order[begin:end]
 
-    def taken(self, numbers: Tensor) -> Batches:
-        """The batches of these numbers (int64 [k]), in this order.
+    def select(self, numbers: Tensor) -> Batches:
+        """The batches with these numbers (int64 [k]), in this order.
 
-        >>> Batches(torch.arange(5), torch.tensor([0, 2, 5]), 2).taken(torch.tensor([1, 0]))
+        >>> Batches(torch.arange(5), torch.tensor([0, 2, 5]), 2).select(torch.tensor([1, 0]))
         Batches(order=tensor([2, 3, 4, 0, 1]), bounds=tensor([0, 3, 5]), whole=2)
         """
         sizes = self.bounds.diff()[numbers]
         bounds = torch.cat((torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)))
         moved = torch.repeat_interleave(self.bounds[:-1][numbers] - bounds[:-1], sizes)
-        where = torch.arange(int(bounds[-1])) + moved
-        return Batches(self.order[where.to(self.order.device)], bounds, len(numbers))
+        places = torch.arange(int(bounds[-1])) + moved
+        return Batches(self.order[places.to(self.order.device)], bounds, len(numbers))
+
+    def taken(self, numbers: Tensor) -> Batches:
+        """Earlier name of `select`."""
+        warnings.warn("Batches.taken has been renamed to Batches.select.", DeprecationWarning, stacklevel=2)
+        return self.select(numbers)
 
     def calls(self, rows: int) -> Iterator[Call]:
-        """All batches, as many at a time as have at most `rows` samples together, but at least one.
+        """All batches, grouped into calls of at most `rows` samples and at least one batch.
 
         >>> [call.offsets.tolist() for call in Batches(torch.arange(9), torch.tensor([0, 2, 4, 9]), 3).calls(4)]
         [[0, 2, 4], [0, 5]]

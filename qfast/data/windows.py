@@ -1,12 +1,12 @@
-"""Samples of one segment as the training loop sees them: tensors, row numbers, no copies.
+"""The samples of one segment in the form that every model reads: a feature table and row numbers.
 
-A `WindowSet` is the meeting point of every data source (our datasets, Qlib's, plain frames) and every
-model. A flat sample is one row of F*T columns; a rolling sample is a window of T rows that the gather
-operator cuts out of the panel when a batch is asked for.
+Every data source (qfast's datasets, Qlib's, plain frames) becomes a `WindowSet`. A flat sample is one row of F*T
+columns. Any other sample is a window of T rows, which the operator `gather_windows` reads from the table for each batch.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -21,7 +21,7 @@ from qfast.data.batching import Batches
 from qfast.errors import DataError
 from qfast.ops import WindowIndex, gather_windows
 
-SCAN_ROWS = 1 << 15  # rows looked at together when features are scanned for NaN
+SCAN_ROWS = 1 << 15  # rows scanned for NaN at a time
 
 __all__ = ["WindowSet"]
 
@@ -33,29 +33,31 @@ class WindowSet:
     Attributes
     ----------
     features : Tensor
-        float32 [R, D]; any row stride. D is F for rolling windows and F*T for flat ones.
+        float32 [R, D] with any row stride. D is F for windows and F*T for flat samples.
     rows : Tensor
-        int64 [n], the feature row of each sample (of its last step), in sample order.
+        int64 [n]: for each sample the feature row of its last step.
     label : Tensor or None
-        float32 or float64 [n], NaN or infinite where there is none; None when the data has no label.
+        float32 or float64 [n], NaN or infinite if unknown. None if the data has no label column.
     columns : sequence of str
-        D feature names, for messages.
+        D feature names.
     keys_of : callable
-        `keys_of(rows)` gives the (datetime, instrument) index of some feature rows.
+        `keys_of(rows)` returns the (datetime, instrument) index of feature rows.
+    source : callable
+        `source()` returns the object passed to a reweighter: the sampler or the frame of the samples.
+    history : callable or None
+        `history()` returns all rows that the windows can read, ascending. None for flat samples.
     index : WindowIndex or None
-        Window tables over the R rows; None for flat samples.
+        Window tables over the R rows. None for flat samples.
     step_len : int or None
-        T of a rolling window; None for flat samples.
+        T. None for flat samples.
     fill : str
         How missing steps are filled: "none", "ffill" or "ffill+bfill".
     first_position : int
-        Rows before this date position do not exist for these samples.
-    history : callable or None
-        `history()` gives the rows that any rolling window can read, ascending; None for flat samples.
+        Windows do not read rows before this date position.
+    name : str
+        Name of the segment, for messages.
     weight : Tensor or None
-        [n], of the training loss.
-    source : callable
-        `source()` gives what a reweighter is shown: the sampler or the frame of the samples.
+        [n] weights of the training loss.
     """
 
     features: Tensor
@@ -81,7 +83,7 @@ class WindowSet:
 
     @cached_property
     def days(self) -> Batches:
-        """Batches of all samples of the same date: dates ascending, within a date in sample order."""
+        """One batch per date, in ascending order of dates. Within a date, samples keep their order."""
         codes, dates = pd.factorize(self.keys().get_level_values(0), sort=True)
         order = torch.from_numpy(np.argsort(codes, kind="stable"))
         sizes = torch.from_numpy(np.bincount(codes, minlength=len(dates)))
@@ -90,24 +92,28 @@ class WindowSet:
 
     @property
     def device(self) -> torch.device:
-        """Where the features live."""
+        """Device of the features."""
         return self.features.device
 
     def to(self, device: torch.device, moved: dict[Any, Tensor] | None = None) -> WindowSet:
-        """The same samples with every tensor on `device`; nothing is copied if it is there already.
+        """The same samples with every tensor on `device`. Returns self if the features are already there.
 
-        Segments cut from one panel share its memory; handing the same `moved` to each of them keeps it
-        one copy on the device as well.
+        Parameters
+        ----------
+        device : torch.device
+        moved : dict, optional
+            Copies that exist already. Segments of one panel share its memory; passing the same dict for each of them
+            makes them share one copy on the device too.
         """
         if device == self.device:
             return self
-        done = {} if moved is None else moved
+        copies = {} if moved is None else moved
 
         def move(tensor: Tensor) -> Tensor:
             key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-            if key not in done:
-                done[key] = tensor.to(device)
-            return done[key]
+            if key not in copies:
+                copies[key] = tensor.to(device)
+            return copies[key]
 
         return replace(
             self,
@@ -119,7 +125,7 @@ class WindowSet:
         )
 
     def batch(self, samples: Tensor) -> Tensor:
-        """Features of some samples (int64 [B], on the features' device): [B, T, F], or [B, F*T] if flat."""
+        """Features of samples (int64 [B], on the device of the features): [B, T, F], or [B, F*T] for flat samples."""
         rows = self.rows[samples]
         if self.index is None or self.step_len is None:
             return gather_windows(self.features, rows.unsqueeze(1)).squeeze(1)
@@ -132,8 +138,17 @@ class WindowSet:
         return _WindowViews(**{item.name: getattr(self, item.name) for item in fields(self)})
 
     def view(self, samples: Tensor) -> Tensor | None:
-        """[B, T, F] without a copy where these windows follow each other by one row of the table and each is T rows of
-        it; None otherwise, or if they are flat. The windows overlap in memory: not to be written to.
+        """Features [B, T, F] without a copy, if the windows end at consecutive rows and each is T rows of the table.
+
+        Parameters
+        ----------
+        samples : Tensor
+            int64 [B].
+
+        Returns
+        -------
+        Tensor or None
+            None for flat samples and for any other windows. The windows overlap in memory and must not be written to.
         """
         if self.index is None or self.step_len is None or len(samples) == 0:
             return None
@@ -143,32 +158,42 @@ class WindowSet:
             return None
         return self.features[first - self.step_len + 1 : last + 1].unfold(0, self.step_len, 1).transpose(1, 2)
 
-    def stretches(self, fewest: int) -> list[Tensor]:
-        """The longest sequences of rolling samples of which there is a `view`, those of at least `fewest` (2 or more).
+    def consecutive(self, shortest: int) -> list[Tensor]:
+        """Maximal sequences of consecutive windows, for which `view` returns a tensor.
+
+        Parameters
+        ----------
+        shortest : int
+            Shorter sequences are left out; at least 2.
 
         Returns
         -------
         list of int64 Tensor
-            Sample numbers, in the order of the rows; no sample is in two of them.
+            Sample numbers in the order of the rows. No sample occurs twice.
         """
         rows, samples = self.rows.sort()
         holes = self._has_holes(rows)
         starts = torch.ones_like(holes)
         starts[1:] = holes[1:] | holes[:-1] | (rows.diff() != 1)
         bounds = torch.cat((starts.nonzero()[:, 0], rows.new_tensor([len(rows)])))
-        long = bounds.diff() >= fewest
+        long = bounds.diff() >= shortest
         pairs = zip(bounds[:-1][long].tolist(), bounds[1:][long].tolist(), strict=True)
         return [samples[begin:end] for begin, end in pairs]
 
+    def stretches(self, fewest: int) -> list[Tensor]:
+        """Earlier name of `consecutive`."""
+        warnings.warn("WindowSet.stretches has been renamed to consecutive.", DeprecationWarning, stacklevel=2)
+        return self.consecutive(fewest)
+
     def _has_holes(self, rows: Tensor) -> Tensor:
-        """bool [B]: rolling windows that are not step_len consecutive rows of the table."""
+        """bool [B]: True for windows that are not step_len consecutive rows of the table."""
         assert self.index is not None
         assert self.step_len is not None
         before = self.step_len - 1
         return (self.index.run[rows] < before) | (self.index.position[rows] - before < self.first_position)
 
     def select(self, keep: Tensor) -> WindowSet:
-        """Only the samples with keep[i] (bool [n]); the tables are shared."""
+        """The samples i with keep[i], bool [n]. Feature table and index are shared."""
         return replace(
             self,
             rows=self.rows[keep],
@@ -177,7 +202,7 @@ class WindowSet:
         )
 
     def complete_samples(self) -> Tensor:
-        """bool [n]: flat samples without a NaN in features or label."""
+        """bool [n]: True for flat samples without a NaN in features or label."""
         complete = torch.ones(len(self), dtype=torch.bool) if self.label is None else ~torch.isnan(self.label)
         for start in range(0, len(self), SCAN_ROWS):
             part = slice(start, start + SCAN_ROWS)
@@ -185,7 +210,7 @@ class WindowSet:
         return complete
 
     def non_finite_features(self) -> list[tuple[str, int, int, int]]:
-        """(column, bad values, rows looked at, first bad row) of each column with NaN or infinity."""
+        """Columns that contain NaN or infinity, as (column, number of such values, rows scanned, first such row)."""
         rows = self.rows.sort().values if self.history is None else torch.from_numpy(self.history())
         bad = torch.zeros(self.features.shape[1], dtype=torch.int64)
         first = torch.full_like(bad, -1)
@@ -193,7 +218,7 @@ class WindowSet:
             part = rows[start : start + SCAN_ROWS]
             low, high = int(part[0]), int(part[-1]) + 1
             table = self.features[low:high] if high - low == len(part) else self.features[part.to(self.device)]
-            if bool(torch.isfinite(table.sum())):  # one cheap reduction settles the usual case
+            if bool(torch.isfinite(table.sum())):  # usually true, and cheaper than a look at every value
                 continue
             wrong = ~torch.isfinite(table)
             counts = wrong.sum(0).cpu()
@@ -203,28 +228,30 @@ class WindowSet:
         return [(self.columns[j], int(bad[j]), len(rows), int(first[j])) for j in torch.nonzero(bad)[:, 0].tolist()]
 
     def require_finite_features(self) -> None:
-        """Raise before time is wasted: one NaN in one training row turns every weight into NaN.
+        """Raise an error if any feature that training reads is NaN or infinite.
+
+        A single NaN in one training row turns every weight into NaN.
 
         Raises
         ------
         DataError
-            Names the columns, their share of bad values and the first bad row.
+            The message lists the columns, their percentage of such values and the first such row.
         """
-        found = self.non_finite_features()
-        if not found:
+        columns = self.non_finite_features()
+        if not columns:
             return
         lines = []
-        for column, count, total, row in found[:8]:
+        for column, count, total, row in columns[:8]:
             date, instrument = self.keys_of(np.array([row]))[0]
             lines.append(
                 f"  {column!r}: {count} of {total} rows ({count / total:.2%}), first at {date}, {instrument!r}"
             )
-        if len(found) > 8:
-            lines.append(f"  ... and {len(found) - 8} more columns")
+        if len(columns) > 8:
+            lines.append(f"  ... and {len(columns) - 8} more columns")
         raise DataError(
-            f"features of segment {self.name!r} hold NaN or infinity in {len(found)} of {len(self.columns)} columns, "
-            "which would turn the weights into NaN:\n" + "\n".join(lines) + "\nRemedy: add the processors ProcessInf "
-            "and Fillna (fields_group: feature) to infer_processors, or drop these columns."
+            f"features of segment {self.name!r} contain NaN or infinity in {len(columns)} of {len(self.columns)} "
+            "columns, which would turn the weights into NaN:\n" + "\n".join(lines) + "\nRemedy: add the processors "
+            "ProcessInf and Fillna (fields_group: feature) to infer_processors, or drop these columns."
         )
 
 

@@ -114,7 +114,7 @@ class Graph(Estimator):
         order: Tensor = getattr(self.day_order, stage)(len(days))
         if stage == "train" and self._params["compat"] != "qlib":
             order = order[_labelled(windows, days)[order]]
-        return days.taken(order)
+        return days.select(order)
 
     def run_network(self, windows: WindowSet, samples: Tensor, offsets: Tensor | None = None) -> Tensor:
         """As in `Estimator`; a stock whose window is not finite gets NaN and is left out of its day.

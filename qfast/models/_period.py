@@ -30,7 +30,7 @@ class WholePeriod(Estimator):
         if not self._shares(windows):
             return super()._predictions(windows, batches)
         # Of all samples: without those of a tail that was drawn and left out, few windows would follow each other.
-        stretches = windows.stretches(self.fewest_in_call(windows.features.shape[1], windows.step_len or 1))
+        stretches = windows.consecutive(self.fewest_in_call(windows.features.shape[1], windows.step_len or 1))
         views = windows.with_views()
         left = torch.zeros(len(windows), dtype=torch.bool)
         left[batches.order] = True
