@@ -1,7 +1,7 @@
 """The samples of one segment in the form that every model reads: a feature table and row numbers.
 
 Every data source (qfast's datasets, Qlib's, plain frames) becomes a `WindowSet`. A flat sample is one row of F*T
-columns. Any other sample is a window of T rows, which the operator `gather_windows` reads from the table for each batch.
+columns. Any other sample is a window of T rows, which the operator `gather_windows` reads for each batch.
 """
 
 from __future__ import annotations
