@@ -165,8 +165,8 @@ int main() {
       print("input", block.input);
       print("between", block.between);
       print("output", block.output);
-      print("beside", block.beside);
-      print("beside_of", block.beside_of);
+      print("residual", block.residual);
+      print("residual_of", block.residual_of);
       print("first", block.first.reads);
       print("first_by", block.first.read_by);
       print("second", block.second.reads);
@@ -198,8 +198,8 @@ def tables(stack: Stack) -> list[str]:
         assert not all_steps or outputs == list(range(steps))
         lines += [f"{name}{''.join(f' {p}' for p in list_)}" for name, list_ in (
             ("input", inputs), ("between", block.between), ("output", outputs),
-            ("beside", [inputs.index(p) for p in outputs]),
-            ("beside_of", [outputs.index(p) if p in outputs else -1 for p in inputs]),
+            ("residual", [inputs.index(p) for p in outputs]),
+            ("residual_of", [outputs.index(p) if p in outputs else -1 for p in inputs]),
         )]  # fmt: skip
         for name, read, written in (("first", inputs, block.between), ("second", block.between, outputs)):
             taps = [(tap, (block.kernel_size - 1 - tap) * block.dilation) for tap in range(block.kernel_size)]

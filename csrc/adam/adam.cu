@@ -5,10 +5,10 @@
 // reads, computes and writes each of them once. A gradient is written only if it was clipped, in units of 16
 // bytes. Nothing is saved.
 //
-// The step counters are on the device, one float per tensor. A block reads its counter, adds 1 for its own
-// use and then takes a ticket. The block with the last ticket knows that all blocks have read their counters,
-// and increments them. The ticket counter is 0 again after a launch. No synchronization is needed, no two
-// blocks race, and a CUDA graph can capture the call: each replay is another step.
+// The step counters are on the device, one float per tensor. A block reads its counter, adds 1 for
+// itself and then draws a ticket. The block with the last ticket knows that all blocks have read their
+// counters, and increments them. The ticket counter is 0 again after a launch. No synchronization is needed,
+// no two blocks race, and a CUDA graph can capture the call: each replay is another step.
 //
 // The order of operations matches torch's fused Adam on CUDA (fused_adam_utils.cuh), including beta^step in
 // the dtype of the parameters. Bound by bytes: 16 read and 12 written per float32 parameter, with about 15

@@ -83,9 +83,10 @@ Forward forward(const char* op, const Tensor& x, const std::vector<Tensor>& weig
     using Element = decltype(zero);
     RecurrentNetwork<Cell, Element> network(op, x, weights, h0, c0, dropout, seed);
     auto& job = network.job;
-    const int64_t L = job.layer_count, B = job.batch, T = job.steps, H = job.hidden, kept = keep ? T : 0;
+    const int64_t L = job.layer_count, B = job.batch, T = job.steps, H = job.hidden,
+                  saved_steps = keep ? T : 0;
     out.last_h = empty(x, {L, B, H}), out.last_c = empty(x, {Cell::kStates == 2 ? L : 0, B, H});
-    out.gates = empty(x, {L, kept, B, 4, H}), out.carried = empty(x, {L, kept, B, H});
+    out.gates = empty(x, {L, saved_steps, B, 4, H}), out.carried = empty(x, {L, saved_steps, B, H});
     out.output = all_steps ? empty(x, {B, T, H}) : empty(x, {B, H});
     job.last_h = out.last_h.template mutable_data_ptr<Element>();
     job.last_c = out.last_c.template mutable_data_ptr<Element>();
@@ -117,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gru_cpu(const Tensor& x, std::vector<
 }
 
 // ---------------------------------------------------------------- backward
-struct Entering {
+struct OutputGradients {
   const MaybeTensor &output, &h, &c;
 };
 
@@ -155,10 +156,10 @@ std::vector<Tensor> run_backward(RecurrentNetwork<Cell, Element>& network, const
 }
 
 template <class Cell>
-Backward backward(const char* op, const Entering& grads, const Tensor& x, const std::vector<Tensor>& weights,
-                  const MaybeTensor& h0, const MaybeTensor& c0, double dropout, const MaybeTensor& seed,
-                  bool all_steps, const Tensor& gates, const Tensor& carried, bool input_grad,
-                  bool state_grad) {
+Backward backward(const char* op, const OutputGradients& grads, const Tensor& x,
+                  const std::vector<Tensor>& weights, const MaybeTensor& h0, const MaybeTensor& c0,
+                  double dropout, const MaybeTensor& seed, bool all_steps, const Tensor& gates,
+                  const Tensor& carried, bool input_grad, bool state_grad) {
   check_floating(op, "x", x);
   Backward out;
   dispatch_floating(x.scalar_type(), [&](auto zero) {

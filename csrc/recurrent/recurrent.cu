@@ -83,7 +83,7 @@ struct Forward {
 // Products of inputs with W_ih, and the tensor that owns their memory.
 template <class T>
 struct Products {
-  Tensor held;
+  Tensor saved;
   Steps<const T> steps;
 };
 
@@ -167,10 +167,10 @@ Forward forward(const char* op, const Tensor& x, const std::vector<Tensor>& weig
   const Network network = checked<Cell>(op, x, weights, dropout, seed);
   const int64_t L = network.layers, B = network.batch, T = network.steps, H = network.hidden;
   const MaybeTensor first_h = state(op, "h0", h0, x, L, H), first_c = state(op, "c0", c0, x, L, H);
-  const int64_t kept = keep ? T : 0;
+  const int64_t saved_steps = keep ? T : 0;
   const Forward out{all_steps ? room(x, {B, T, H}) : room(x, {B, H}), room(x, {L, B, H}),
-                    room(x, {Cell::kStates == 2 ? L : 0, B, H}), room(x, {L, kept, B, 4, H}),
-                    room(x, {L, kept, B, H})};
+                    room(x, {Cell::kStates == 2 ? L : 0, B, H}), room(x, {L, saved_steps, B, 4, H}),
+                    room(x, {L, saved_steps, B, H})};
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     run_forward<Cell, decltype(zero)>(op, device, x, network, first_h, first_c, all_steps, keep, out);
   });
@@ -192,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gru_cuda(const Tensor& x, std::vector
 }
 
 // ---------------------------------------------------------------- backward
-struct Entering {
+struct OutputGradients {
   const MaybeTensor &output, &h, &c;
 };
 
@@ -203,7 +203,7 @@ struct Backward {
 
 // Contiguous inputs of the backward pass. `output` is the gradient of the output, [B, T, H] if all_steps,
 // else [B, H].
-struct Held {
+struct SavedInputs {
   Tensor gates, carried;
   MaybeTensor first_h, first_c, output, grad_h, grad_c;
   bool all_steps;
@@ -212,8 +212,8 @@ struct Held {
 // Buffers for the gradients of one layer, and for the values between the layers.
 struct Buffers {
   Tensor of_input, of_hidden;  // [B * T, gates * H], gradients of the products with W_ih and W_hh
-  Tensor before, given;        // [B * T, H], h of the previous step and input of the layer
-  Tensor entering;             // [B * T, H], gradient of the layer's output
+  Tensor before, layer_input;  // [B * T, H], h of the previous step and input of the layer
+  Tensor grad_output;          // [B * T, H], gradient of the layer's output
 };
 
 template <class Cell>
@@ -224,28 +224,28 @@ Buffers backward_buffers(const Tensor& x, const Network& network) {
   buffers.of_input = room(x, {rows, width});
   buffers.of_hidden = Cell::kGates < 4 ? room(x, {rows, width}) : buffers.of_input;
   buffers.before = room(x, {rows, network.hidden});
-  buffers.given = room(x, {between, network.hidden});
-  buffers.entering = room(x, {between, network.hidden});
+  buffers.layer_input = room(x, {between, network.hidden});
+  buffers.grad_output = room(x, {between, network.hidden});
   return buffers;
 }
 
 template <class Cell, class T>
-BackwardLayer<T> backward_layer(const Network& network, const Held& held, const Buffers& buffers,
+BackwardLayer<T> backward_layer(const Network& network, const SavedInputs& saved, const Buffers& buffers,
                                 const Backward& out, int64_t l) {
   const int64_t steps = network.steps, H = network.hidden;
   BackwardLayer<T> layer{};
   layer.end_row = layer.batch = network.batch, layer.steps = steps;
-  layer.first_h = of_layer<T>(held.first_h, l), layer.first_c = of_layer<T>(held.first_c, l);
-  layer.gates = of_layer<T>(held.gates, l), layer.carried = of_layer<T>(held.carried, l);
-  layer.grad_h = of_layer<T>(held.grad_h, l), layer.grad_c = of_layer<T>(held.grad_c, l);
+  layer.first_h = of_layer<T>(saved.first_h, l), layer.first_c = of_layer<T>(saved.first_c, l);
+  layer.gates = of_layer<T>(saved.gates, l), layer.carried = of_layer<T>(saved.carried, l);
+  layer.grad_h = of_layer<T>(saved.grad_h, l), layer.grad_c = of_layer<T>(saved.grad_c, l);
   layer.number = static_cast<int32_t>(l);
   if (l + 1 < network.layers) {
     layer.dropout = network.dropout;
-    layer.entering = {buffers.entering.const_data_ptr<T>(), steps * H, H};
-  } else if (held.output && held.all_steps) {
-    layer.entering = {held.output->const_data_ptr<T>(), steps * H, H};
+    layer.grad_output = {buffers.grad_output.const_data_ptr<T>(), steps * H, H};
+  } else if (saved.output && saved.all_steps) {
+    layer.grad_output = {saved.output->const_data_ptr<T>(), steps * H, H};
   } else {
-    layer.grad_last = data<T>(held.output);
+    layer.grad_last = data<T>(saved.output);
   }
   layer.of_input = buffers.of_input.mutable_data_ptr<T>();
   layer.of_hidden = buffers.of_hidden.mutable_data_ptr<T>();
@@ -256,7 +256,7 @@ BackwardLayer<T> backward_layer(const Network& network, const Held& held, const 
 
 template <class Cell, class T>
 void run_backward(const char* op, CudaDevice& device, const Tensor& x, const Network& network,
-                  const Held& held, bool input_grad, Backward& out) {
+                  const SavedInputs& saved, bool input_grad, Backward& out) {
   const int64_t B = network.batch, H = network.hidden, rows = B * network.steps;
   RecurrentLaunches<Cell, T, CudaDevice> launches(op, device, H, B);
   const Buffers buffers = backward_buffers<Cell>(x, network);
@@ -264,50 +264,50 @@ void run_backward(const char* op, CudaDevice& device, const Tensor& x, const Net
   for (int64_t l = network.layers - 1; l >= 0; --l) {
     const Tensor *const weights = &network.weights[4 * l], *const grads = &out.weights[4 * l];
     if (B > 0)
-      launches.backward(backward_layer<Cell, T>(network, held, buffers, out, l),
+      launches.backward(backward_layer<Cell, T>(network, saved, buffers, out, l),
                         weights[1].const_data_ptr<T>());
     if (l > 0 && rows > 0)
-      launches.output({of_layer<T>(held.gates, l - 1), of_layer<T>(held.carried, l - 1),
-                       buffers.given.mutable_data_ptr<T>(), B, network.steps, H, network.dropout,
+      launches.output({of_layer<T>(saved.gates, l - 1), of_layer<T>(saved.carried, l - 1),
+                       buffers.layer_input.mutable_data_ptr<T>(), B, network.steps, H, network.dropout,
                        static_cast<int32_t>(l - 1)});
-    multiply(grads[0], turned(buffers.of_input), l > 0 ? buffers.given : as_matrix(x, rows, x.size(2)));
+    multiply(grads[0], turned(buffers.of_input), l > 0 ? buffers.layer_input : as_matrix(x, rows, x.size(2)));
     multiply(grads[1], turned(buffers.of_hidden), buffers.before);
     Tensor of_bias_ih = grads[2], of_bias_hh = grads[3];
     sum_rows(of_bias_ih, buffers.of_input);
     sum_rows(of_bias_hh, buffers.of_hidden);
-    if (l > 0) multiply(buffers.entering, buffers.of_input, weights[0]);
+    if (l > 0) multiply(buffers.grad_output, buffers.of_input, weights[0]);
   }
   if (input_grad) multiply(as_matrix(out.grad_x, rows, x.size(2)), buffers.of_input, network.weights[0]);
 }
 
 template <class Cell>
-Backward backward(const char* op, const Entering& grads, const Tensor& x, const std::vector<Tensor>& weights,
-                  const MaybeTensor& h0, const MaybeTensor& c0, double dropout, const MaybeTensor& seed,
-                  bool all_steps, const Tensor& gates, const Tensor& carried, bool input_grad,
-                  bool state_grad) {
+Backward backward(const char* op, const OutputGradients& grads, const Tensor& x,
+                  const std::vector<Tensor>& weights, const MaybeTensor& h0, const MaybeTensor& c0,
+                  double dropout, const MaybeTensor& seed, bool all_steps, const Tensor& gates,
+                  const Tensor& carried, bool input_grad, bool state_grad) {
   check_cuda(op, "x", x);
   CudaDevice device(x);
   const Network network = checked<Cell>(op, x, weights, dropout, seed);
   const int64_t L = network.layers, B = network.batch, T = network.steps, H = network.hidden;
   check_shaped(op, "gates", gates, x, {L, T, B, 4, H});
   check_shaped(op, "kept", carried, x, {L, T, B, H});
-  Held held{torch::stable::contiguous(gates),
-            torch::stable::contiguous(carried),
-            state(op, "h0", h0, x, L, H),
-            state(op, "c0", c0, x, L, H),
-            std::nullopt,
-            state(op, "grad_h", grads.h, x, L, H),
-            state(op, "grad_c", grads.c, x, L, H),
-            all_steps};
+  SavedInputs saved{torch::stable::contiguous(gates),
+                    torch::stable::contiguous(carried),
+                    state(op, "h0", h0, x, L, H),
+                    state(op, "c0", c0, x, L, H),
+                    std::nullopt,
+                    state(op, "grad_h", grads.h, x, L, H),
+                    state(op, "grad_c", grads.c, x, L, H),
+                    all_steps};
   if (grads.output && all_steps) check_shaped(op, "grad_output", *grads.output, x, {B, T, H});
   if (grads.output && !all_steps) check_shaped(op, "grad_output", *grads.output, x, {B, H});
-  if (grads.output) held.output = torch::stable::contiguous(*grads.output);
+  if (grads.output) saved.output = torch::stable::contiguous(*grads.output);
   Backward out{room(x, {input_grad ? B : 0, T, x.size(2)}),
                room(x, {state_grad ? L : 0, B, H}),
                room(x, {state_grad && Cell::kStates == 2 ? L : 0, B, H}),
                {}};
   dispatch_floating(x.scalar_type(), [&](auto zero) {
-    run_backward<Cell, decltype(zero)>(op, device, x, network, held, input_grad, out);
+    run_backward<Cell, decltype(zero)>(op, device, x, network, saved, input_grad, out);
   });
   return out;
 }

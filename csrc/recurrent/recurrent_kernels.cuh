@@ -96,7 +96,7 @@ struct ForwardLayer : LayerData<T> {
 
 template <class T>
 struct BackwardLayer : LayerData<T> {
-  Steps<const T> entering;               // gradient of the output after its dropout; data may be null
+  Steps<const T> grad_output;            // gradient of the output after its dropout; data may be null
   const T *grad_last, *grad_h, *grad_c;  // [B, H] or null
   T *of_input, *of_hidden;               // [B, T, gates * H], columns in torch's order
   T* before;                             // [B, T, H], h of the previous step
@@ -167,9 +167,9 @@ struct WeightsInMemory {
   QFAST_DEVICE_INLINE T operator()(int i, int v) const { return lane[(i * kValues + v) * kLanes]; }
 };
 
-template <class T, int kValues, int kHeldDepth>
+template <class T, int kValues, int kRegisterDepth>
 struct WeightsInRegisters {
-  static constexpr int kDepth = kHeldDepth, kUnroll = kHeldDepth;
+  static constexpr int kDepth = kRegisterDepth, kUnroll = kRegisterDepth;
   T of[kDepth][kValues];
   QFAST_DEVICE_INLINE void load(const T* lane) {
 #pragma unroll
@@ -182,8 +182,8 @@ struct WeightsInRegisters {
 
 // Returns the dropout factor of an element of a layer's output: 0 or the scale.
 template <class T>
-QFAST_DEVICE_INLINE T kept_scale(const Dropout& rule, uint64_t seed, int64_t unit, int64_t step,
-                                 int32_t number, int64_t row) {
+QFAST_DEVICE_INLINE T dropout_factor(const Dropout& rule, uint64_t seed, int64_t unit, int64_t step,
+                                     int32_t number, int64_t row) {
   const PhiloxWords words = philox(seed, static_cast<uint32_t>(unit), static_cast<uint32_t>(step),
                                    static_cast<uint32_t>(number), static_cast<uint32_t>(row / 4));
   const uint32_t low = row & 1
@@ -194,18 +194,18 @@ QFAST_DEVICE_INLINE T kept_scale(const Dropout& rule, uint64_t seed, int64_t uni
   return word >= rule.threshold ? static_cast<T>(rule.scale) : T(0);
 }
 
-// The units of a warp and the cells of a lane, which are kOwn rows of one unit.
+// The units of a warp and the cells of a lane, which are kCells rows of one unit.
 template <int kTileRows>
 struct Cells {
-  static constexpr int kOwn = kTileRows / kSlices;
+  static constexpr int kCells = kTileRows / kSlices;
   int lane = static_cast<int>(threadIdx.x % kLanes), warp = static_cast<int>(threadIdx.x / kLanes);
   int warps = static_cast<int>(blockDim.x / kLanes);
 
   QFAST_DEVICE_INLINE int unit(int block) const { return block * kWarpUnits + lane / kSlices; }
-  QFAST_DEVICE_INLINE int first_row() const { return lane % kSlices * kOwn; }
+  QFAST_DEVICE_INLINE int first_row() const { return lane % kSlices * kCells; }
   // Index of the lane's first cell in an array with one element per cell.
   QFAST_DEVICE_INLINE int64_t place(int block) const {
-    return (static_cast<int64_t>(block) * kLanes + lane) * kOwn;
+    return (static_cast<int64_t>(block) * kLanes + lane) * kCells;
   }
   // Index of (row of the tile, input) in the `source` of add_inputs.
   static QFAST_DEVICE_INLINE int64_t operand(int row, int input, int inputs) {
@@ -231,14 +231,18 @@ QFAST_DEVICE_INLINE T element_or_zero(const T* from, int64_t at) {
 // Largest number of threads of a block and smallest number of blocks per multiprocessor. 64 weights in
 // registers and the sums of four rows allow two blocks of 256 threads in 65,536 registers. With more sums per
 // lane, one block fits.
-constexpr int most_threads(int tile_rows, int held) { return held > 0 || tile_rows > 8 ? 256 : 512; }
-constexpr int least_blocks(int tile_rows, int held) { return held > 0 && tile_rows <= 4 ? 2 : 1; }
+constexpr int most_threads(int tile_rows, int register_inputs) {
+  return register_inputs > 0 || tile_rows > 8 ? 256 : 512;
+}
+constexpr int least_blocks(int tile_rows, int register_inputs) {
+  return register_inputs > 0 && tile_rows <= 4 ? 2 : 1;
+}
 
-// Number of inputs of a slice whose weights are in registers. `held` is that number for the forward pass of a
-// cell with four gates, or 0 if the weights are not in registers.
+// Number of inputs of a slice whose weights are in registers. `register_inputs` is that number for the
+// forward pass of a cell with four gates, or 0 if the weights are not in registers.
 template <class Cell, bool kForward>
-constexpr int held_depth(int held) {
-  return kForward ? held : held * Cell::kGates / 4;
+constexpr int register_depth(int register_inputs) {
+  return kForward ? register_inputs : register_inputs * Cell::kGates / 4;
 }
 
 }  // namespace

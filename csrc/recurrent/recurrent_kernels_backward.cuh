@@ -10,7 +10,7 @@ namespace {
 // Computes the steps of a tile, from the last to the first. Shared memory contains the weights if they fit,
 // the gradients of a step's gates as the operand of the product, and for each cell the gradients of h and of
 // the carried value.
-template <class Cell, class T, int kTileRows, int kHeld>
+template <class Cell, class T, int kTileRows, int kRegisterInputs>
 struct BackwardTile {
   static constexpr int kGates = Cell::kGates;
   using At = Cells<kTileRows>;
@@ -31,7 +31,7 @@ struct BackwardTile {
     for (int block = at.warp; block < blocks; block += at.warps) {
       const int unit = at.unit(block);
 #pragma unroll
-      for (int c = 0; c < At::kOwn; ++c) {
+      for (int c = 0; c < At::kCells; ++c) {
         const int64_t row = first_row + at.first_row() + c, element = row * layer.hidden + unit;
         const bool exists = has(row, unit);
         T of_h = exists ? element_or_zero(layer.grad_h, element) : T(0);
@@ -59,9 +59,10 @@ struct BackwardTile {
     const T after = layer.carried[place * hidden + unit];
     const T activated = Cell::kCarriesOutput ? after : DeviceMath::tanh(after);
     T of_h = grad_h[cell_index];
-    if (layer.entering.data != nullptr) {
-      T grad_above = layer.entering.at(row, t)[unit];
-      if (layer.dropout.active) grad_above *= kept_scale<T>(layer.dropout, seed, unit, t, layer.number, row);
+    if (layer.grad_output.data != nullptr) {
+      T grad_above = layer.grad_output.at(row, t)[unit];
+      if (layer.dropout.active)
+        grad_above *= dropout_factor<T>(layer.dropout, seed, unit, t, layer.number, row);
       of_h += grad_above;
     }
     T of_carried = grad_carried[cell_index];
@@ -86,7 +87,7 @@ struct BackwardTile {
     for (int block = at.warp; block < blocks; block += at.warps) {
       const int unit = at.unit(block);
 #pragma unroll
-      for (int c = 0; c < At::kOwn; ++c) {
+      for (int c = 0; c < At::kCells; ++c) {
         const int64_t row = first_row + at.first_row() + c;
         if (has(row, unit)) cell(t, block, c, row, unit, seed);
       }
@@ -97,13 +98,13 @@ struct BackwardTile {
   QFAST_DEVICE_INLINE void prefetch_step(int64_t t, int block) const {
     const int unit = at.unit(block);
 #pragma unroll
-    for (int c = 0; c < At::kOwn; ++c) {
+    for (int c = 0; c < At::kCells; ++c) {
       const int64_t row = first_row + at.first_row() + c, place = t * layer.batch + row;
       if (!has(row, unit)) continue;
 #pragma unroll
       for (int g = 0; g < 4; ++g) prefetch(layer.gates + (place * 4 + g) * layer.hidden + unit);
       if (t > 0) prefetch(layer.carried + (place - layer.batch) * layer.hidden + unit);
-      if (layer.entering.data != nullptr) prefetch(layer.entering.at(row, t) + unit);
+      if (layer.grad_output.data != nullptr) prefetch(layer.grad_output.at(row, t) + unit);
     }
   }
 
@@ -119,7 +120,7 @@ struct BackwardTile {
     exchange<kTileRows / 2>(sums, 2);
     exchange<kTileRows / 4>(sums, 1);
 #pragma unroll
-    for (int c = 0; c < At::kOwn; ++c) grad_h[at.place(block) + c] = sums[c];
+    for (int c = 0; c < At::kCells; ++c) grad_h[at.place(block) + c] = sums[c];
   }
 
   // Stores the gradients of the initial state.
@@ -127,7 +128,7 @@ struct BackwardTile {
     for (int block = at.warp; block < blocks; block += at.warps) {
       const int unit = at.unit(block);
 #pragma unroll
-      for (int c = 0; c < At::kOwn; ++c) {
+      for (int c = 0; c < At::kCells; ++c) {
         const int64_t row = first_row + at.first_row() + c, element = row * layer.hidden + unit;
         if (!has(row, unit) || layer.of_first_h == nullptr) continue;
         const T of_h = grad_h[at.place(block) + c], of_carried = grad_carried[at.place(block) + c];
@@ -139,11 +140,12 @@ struct BackwardTile {
   }
 };
 
-template <class Cell, class T, int kTileRows, int kHeld>
-__global__ void __launch_bounds__(most_threads(kTileRows, kHeld), least_blocks(kTileRows, kHeld))
+template <class Cell, class T, int kTileRows, int kRegisterInputs>
+__global__ void __launch_bounds__(most_threads(kTileRows, kRegisterInputs),
+                                  least_blocks(kTileRows, kRegisterInputs))
     recurrent_backward_kernel(BackwardLayer<T> layer) {
   extern __shared__ double shared_memory[];
-  constexpr int kDepth = held_depth<Cell, false>(kHeld);
+  constexpr int kDepth = register_depth<Cell, false>(kRegisterInputs);
   const int blocks = (layer.hidden + kWarpUnits - 1) / kWarpUnits, inputs = layer.depth * kTurnedSlices;
   T* shared_free = reinterpret_cast<T*>(shared_memory);
   const T* weights = layer.weights;
@@ -155,7 +157,8 @@ __global__ void __launch_bounds__(most_threads(kTileRows, kHeld), least_blocks(k
   }
   const int64_t cells = int64_t{blocks} * kWarpUnits * kTileRows;
   T* const of_h = shared_free + int64_t{kTileRows} * inputs;
-  BackwardTile<Cell, T, kTileRows, kHeld> tile{layer, {}, shared_free, of_h, of_h + cells, blocks, inputs, 0};
+  BackwardTile<Cell, T, kTileRows, kRegisterInputs> tile{layer,        {},     shared_free, of_h,
+                                                         of_h + cells, blocks, inputs,      0};
   const uint64_t seed = layer.dropout.active ? static_cast<uint64_t>(*layer.dropout.seed) : 0;
   WeightsInRegisters<T, kTurnedUnits, (kDepth > 0 ? kDepth : 1)> register_weights;
   if constexpr (kDepth > 0) register_weights.load(weights + tile.at.warp * block_weights + tile.at.lane);
@@ -195,7 +198,7 @@ __global__ void recurrent_turn_kernel(PackedLayer<T> job) {
 }
 
 template <class T>
-struct KeptOutput {
+struct SavedOutput {
   const T *gates, *carried;  // saved by a layer
   T* output;                 // [B, T, H], after dropout
   int64_t batch, steps, hidden;
@@ -205,7 +208,7 @@ struct KeptOutput {
 
 // Computes the outputs of a layer from its saved values.
 template <class Cell, class T>
-__global__ void recurrent_output_kernel(KeptOutput<T> job) {
+__global__ void recurrent_output_kernel(SavedOutput<T> job) {
   const uint64_t seed = job.dropout.active ? static_cast<uint64_t>(*job.dropout.seed) : 0;
   const int64_t count = job.batch * job.steps * job.hidden, stride = int64_t{gridDim.x} * blockDim.x;
   for (int64_t at = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; at < count; at += stride) {
@@ -214,7 +217,7 @@ __global__ void recurrent_output_kernel(KeptOutput<T> job) {
     T value = job.carried[place * job.hidden + unit];
     if (!Cell::kCarriesOutput)
       value = job.gates[(place * 4 + 3) * job.hidden + unit] * DeviceMath::tanh(value);
-    if (job.dropout.active) value *= kept_scale<T>(job.dropout, seed, unit, t, job.number, row);
+    if (job.dropout.active) value *= dropout_factor<T>(job.dropout, seed, unit, t, job.number, row);
     job.output[at] = value;
   }
 }

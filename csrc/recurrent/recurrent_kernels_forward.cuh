@@ -9,7 +9,7 @@ namespace {
 
 // Computes the steps of a tile. Shared memory contains the weights if they fit, h of the current and of the
 // next step, and one carried value per cell.
-template <class Cell, class T, int kTileRows, int kHeld>
+template <class Cell, class T, int kTileRows, int kRegisterInputs>
 struct ForwardTile {
   static constexpr int kGates = Cell::kGates;
   using At = Cells<kTileRows>;
@@ -31,7 +31,7 @@ struct ForwardTile {
     for (int block = at.warp; block < blocks; block += at.warps) {
       const int unit = at.unit(block);
 #pragma unroll
-      for (int c = 0; c < At::kOwn; ++c) {
+      for (int c = 0; c < At::kCells; ++c) {
         const int64_t row = first_row + at.first_row() + c, element = row * layer.hidden + unit;
         T state = T(0), first = T(0);
         if (has(row, unit)) {
@@ -52,9 +52,9 @@ struct ForwardTile {
     const T* const current = h + (t % 2) * buffer;
     T* const next = h + (1 - t % 2) * buffer;
     const int unit = at.unit(block);
-    T products[At::kOwn][kGates];
+    T products[At::kCells][kGates];
 #pragma unroll
-    for (int c = 0; c < At::kOwn; ++c) {
+    for (int c = 0; c < At::kCells; ++c) {
       const int64_t row = first_row + at.first_row() + c;
       const bool exists = has(row, unit);
       const T* const from = layer.products.at(row - layer.first_row, t) + unit;
@@ -74,7 +74,7 @@ struct ForwardTile {
       exchange<kTileRows / 4>(totals_of_gates[g], 1);
     }
 #pragma unroll
-    for (int c = 0; c < At::kOwn; ++c) {
+    for (int c = 0; c < At::kCells; ++c) {
       const int64_t row = first_row + at.first_row() + c;
       if (!has(row, unit)) continue;
       T totals[4];
@@ -103,7 +103,7 @@ struct ForwardTile {
     }
     if (layer.output.data != nullptr) {
       const bool drops = layer.dropout.active;
-      const T scale = drops ? kept_scale<T>(layer.dropout, seed, unit, t, layer.number, row) : T(1);
+      const T scale = drops ? dropout_factor<T>(layer.dropout, seed, unit, t, layer.number, row) : T(1);
       layer.output.at(row - layer.output_row, t)[unit] = drops ? value * scale : value;
     }
     return value;
@@ -115,7 +115,7 @@ struct ForwardTile {
     for (int block = at.warp; block < blocks; block += at.warps) {
       const int unit = at.unit(block);
 #pragma unroll
-      for (int c = 0; c < At::kOwn; ++c) {
+      for (int c = 0; c < At::kCells; ++c) {
         const int64_t row = first_row + at.first_row() + c, element = row * layer.hidden + unit;
         if (!has(row, unit)) continue;
         const T value = last[At::operand(at.first_row() + c, unit, inputs)];
@@ -128,11 +128,12 @@ struct ForwardTile {
   }
 };
 
-template <class Cell, class T, int kTileRows, int kHeld>
-__global__ void __launch_bounds__(most_threads(kTileRows, kHeld), least_blocks(kTileRows, kHeld))
+template <class Cell, class T, int kTileRows, int kRegisterInputs>
+__global__ void __launch_bounds__(most_threads(kTileRows, kRegisterInputs),
+                                  least_blocks(kTileRows, kRegisterInputs))
     recurrent_forward_kernel(ForwardLayer<T> layer) {
   extern __shared__ double shared_memory[];
-  constexpr int kGates = Cell::kGates, kDepth = held_depth<Cell, true>(kHeld);
+  constexpr int kGates = Cell::kGates, kDepth = register_depth<Cell, true>(kRegisterInputs);
   const int blocks = (layer.hidden + kWarpUnits - 1) / kWarpUnits, inputs = layer.depth * kSlices;
   T* shared_free = reinterpret_cast<T*>(shared_memory);
   const T* weights = layer.weights;
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(most_threads(kTileRows, kHeld), least_blocks(k
     weights = shared_free;
     shared_free += blocks * block_weights;
   }
-  ForwardTile<Cell, T, kTileRows, kHeld> tile{layer, {}, shared_free, nullptr, blocks, inputs, 0};
+  ForwardTile<Cell, T, kTileRows, kRegisterInputs> tile{layer, {}, shared_free, nullptr, blocks, inputs, 0};
   tile.carried = shared_free + int64_t{2} * kTileRows * inputs;
   const uint64_t seed = layer.dropout.active ? static_cast<uint64_t>(*layer.dropout.seed) : 0;
   WeightsInRegisters<T, kGates, (kDepth > 0 ? kDepth : 1)> register_weights;

@@ -11,11 +11,11 @@ namespace qfast {
 namespace {
 
 constexpr int kThreads = 256;  // threads of a block in kernels without tiles
-constexpr int64_t kHeldUnits =
+constexpr int64_t kRegisterUnits =
     64;  // the weights of up to 64 units fit into registers, 64 in each of 256 threads
 // Rows of a tile whose weights are in registers. Two blocks fit on a multiprocessor, and one runs while the
 // other waits.
-constexpr int kHeldRows = 4;
+constexpr int kRegisterRows = 4;
 // Rows of a tile whose weights come from memory. 16 rows need half the loads of 8 rows.
 constexpr int64_t kWideRows = 16;
 constexpr int64_t kWideBatch = 132 * kWideRows;  // rows that fill a large device with such tiles
@@ -36,34 +36,34 @@ class RecurrentLaunches {
   // Computes all steps of a layer. weight_hh and the biases have torch's layout.
   void forward(ForwardLayer<T> layer, const T* weight_hh, const T* bias_ih, const T* bias_hh) {
     const int64_t inputs_depth = (hidden_ + kSlices - 1) / kSlices;
-    choose<true>(inputs_depth, [&](auto rows, auto register_depth) {
-      constexpr int kRows = decltype(rows)::value, kHeld = decltype(register_depth)::value;
-      constexpr int kHeldDepth = held_depth<Cell, true>(kHeld);
+    choose<true>(inputs_depth, [&](auto rows, auto register_inputs) {
+      constexpr int kRows = decltype(rows)::value, kRegisterInputs = decltype(register_inputs)::value;
+      constexpr int kRegisterDepth = register_depth<Cell, true>(kRegisterInputs);
       const PackedLayer<T> packed =
-          pack(Cell::kGates, kHeldDepth > 0 ? kHeldDepth : inputs_depth, weight_hh, bias_ih, bias_hh);
+          pack(Cell::kGates, kRegisterDepth > 0 ? kRegisterDepth : inputs_depth, weight_hh, bias_ih, bias_hh);
       device_.launch(recurrent_pack_kernel<Cell, T>, blocks_for(packed_count_, kThreads), kThreads, 0,
                      packed);
       layer.bias = packed.bias;
-      const auto kernel = recurrent_forward_kernel<Cell, T, kRows, kHeld>;
-      launch(kernel, layer, packed, kRows, kHeld, forward_elements(kRows, packed.depth));
+      const auto kernel = recurrent_forward_kernel<Cell, T, kRows, kRegisterInputs>;
+      launch(kernel, layer, packed, kRows, kRegisterInputs, forward_elements(kRows, packed.depth));
     });
   }
 
   void backward(BackwardLayer<T> layer, const T* weight_hh) {
     const int64_t gates_depth = (Cell::kGates * hidden_ + kTurnedSlices - 1) / kTurnedSlices;
-    choose<false>(gates_depth, [&](auto rows, auto register_depth) {
-      constexpr int kRows = decltype(rows)::value, kHeld = decltype(register_depth)::value;
-      constexpr int kHeldDepth = held_depth<Cell, false>(kHeld);
+    choose<false>(gates_depth, [&](auto rows, auto register_inputs) {
+      constexpr int kRows = decltype(rows)::value, kRegisterInputs = decltype(register_inputs)::value;
+      constexpr int kRegisterDepth = register_depth<Cell, false>(kRegisterInputs);
       const PackedLayer<T> packed =
-          pack(kTurnedUnits, kHeldDepth > 0 ? kHeldDepth : gates_depth, weight_hh, nullptr, nullptr);
+          pack(kTurnedUnits, kRegisterDepth > 0 ? kRegisterDepth : gates_depth, weight_hh, nullptr, nullptr);
       device_.launch(recurrent_turn_kernel<Cell, T>, blocks_for(packed_count_, kThreads), kThreads, 0,
                      packed);
-      const auto kernel = recurrent_backward_kernel<Cell, T, kRows, kHeld>;
-      launch(kernel, layer, packed, kRows, kHeld, backward_elements(kRows, packed.depth));
+      const auto kernel = recurrent_backward_kernel<Cell, T, kRows, kRegisterInputs>;
+      launch(kernel, layer, packed, kRows, kRegisterInputs, backward_elements(kRows, packed.depth));
     });
   }
 
-  void output(const KeptOutput<T>& job) {
+  void output(const SavedOutput<T>& job) {
     device_.launch(recurrent_output_kernel<Cell, T>, blocks_for(job.batch * job.steps * job.hidden, kThreads),
                    kThreads, 0, job);
   }
@@ -90,12 +90,12 @@ class RecurrentLaunches {
       return fits(kForward ? forward_elements(rows, depth) : backward_elements(rows, depth));
     };
     constexpr int kLeast = sizeof(T) == 4 ? 8 : 4;
-    QFAST_CHECK(hidden_ <= kHeldUnits || tile_fits(kLeast), op_, ": ", hidden_,
+    QFAST_CHECK(hidden_ <= kRegisterUnits || tile_fits(kLeast), op_, ": ", hidden_,
                 " units do not fit into this GPU's shared memory of ", device_.shared_limit(),
                 " bytes. Remedy: fewer units, or QFAST_BACKEND=torch.");
     if constexpr (sizeof(T) == 4) {
-      if (hidden_ <= kHeldUnits / 2) return body(Constant<kHeldRows>(), Constant<8>());
-      if (hidden_ <= kHeldUnits) return body(Constant<kHeldRows>(), Constant<16>());
+      if (hidden_ <= kRegisterUnits / 2) return body(Constant<kRegisterRows>(), Constant<8>());
+      if (hidden_ <= kRegisterUnits) return body(Constant<kRegisterRows>(), Constant<16>());
       if (batch_ >= kWideBatch && tile_fits(kWideRows)) return body(Constant<kWideRows>(), Constant<0>());
     }
     body(Constant<kLeast>(), Constant<0>());
@@ -114,15 +114,15 @@ class RecurrentLaunches {
   }
 
   template <class Layer>
-  void launch(void (*kernel)(Layer), Layer layer, const PackedLayer<T>& packed, int rows, int register_depth,
+  void launch(void (*kernel)(Layer), Layer layer, const PackedLayer<T>& packed, int rows, int register_inputs,
               int64_t elements) {
     layer.weights = packed.weights;
     layer.hidden = packed.hidden;
     layer.depth = packed.depth;
     layer.tiles = (layer.end_row - layer.first_row + rows - 1) / rows;
-    layer.in_shared = register_depth == 0 && fits(elements + packed_count_);
+    layer.in_shared = register_inputs == 0 && fits(elements + packed_count_);
     if (layer.in_shared) elements += packed_count_;
-    const int64_t warps = std::min<int64_t>(blocks_, most_threads(rows, register_depth) / kLanes);
+    const int64_t warps = std::min<int64_t>(blocks_, most_threads(rows, register_inputs) / kLanes);
     device_.launch(kernel, blocks_for(layer.tiles, 1), static_cast<int>(warps * kLanes),
                    static_cast<size_t>(elements) * sizeof(T), layer);
   }

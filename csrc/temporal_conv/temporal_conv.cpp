@@ -50,10 +50,11 @@ std::tuple<Tensor, Tensor, Tensor> temporal_conv_net_cpu(const Tensor& x, std::v
     using Element = decltype(zero);
     Network<Element> network("temporal_conv_net", x, weights, dilations, dropout, seed, all_steps);
     auto& job = network.job;
-    const int64_t batch = job.batch, kept = keep ? batch : 0, channels = network.tensors.back().channels;
+    const int64_t batch = job.batch, saved_rows = keep ? batch : 0,
+                  channels = network.tensors.back().channels;
     output = all_steps ? empty(x, {batch, x.size(1), channels}) : empty(x, {batch, channels});
-    activations = empty(x, {kept * job.row_elements});
-    signs = empty(x, {kept * job.row_signs}, ScalarType::Byte);
+    activations = empty(x, {saved_rows * job.row_elements});
+    signs = empty(x, {saved_rows * job.row_signs}, ScalarType::Byte);
     job.output = output_view<Element>(output, all_steps);
     if (keep) {
       job.activations = activations.mutable_data_ptr<Element>();
@@ -105,8 +106,8 @@ std::vector<Tensor> weight_gradients(const Network<Element>& network, const Elem
         weight_gradient(like, sums + at.second_sum, block.kernel, block.channels, block.channels));
     grads.push_back(bias_gradient(like, sums + at.second_bias_sum, block.channels));
     if (at.downsample) {
-      grads.push_back(weight_gradient(like, sums + at.beside_sum, 1, block.features, block.channels));
-      grads.push_back(bias_gradient(like, sums + at.beside_bias_sum, block.channels));
+      grads.push_back(weight_gradient(like, sums + at.residual_sum, 1, block.features, block.channels));
+      grads.push_back(bias_gradient(like, sums + at.residual_bias_sum, block.channels));
     }
   }
   return grads;

@@ -66,8 +66,8 @@ NetworkData<T> network_data(const char* op, const Tensor& x, const std::vector<B
     data_of_block.first_bias = data<T>(block.first_bias);
     data_of_block.second_weight = data<T>(block.second_weight);
     data_of_block.second_bias = data<T>(block.second_bias);
-    data_of_block.beside_weight = data<T>(block.beside_weight);
-    data_of_block.beside_bias = data<T>(block.beside_bias);
+    data_of_block.residual_weight = data<T>(block.residual_weight);
+    data_of_block.residual_bias = data<T>(block.residual_bias);
     data_of_block.features = block.features;
     data_of_block.channels = block.channels;
     data_of_block.kernel = block.kernel;
@@ -90,15 +90,15 @@ std::tuple<Tensor, Tensor, Tensor> temporal_conv_net_cuda(const Tensor& x, std::
   check_cuda(op, "x", x);
   CudaDevice device(x);
   const std::vector<BlockTensors> tensors = cut_blocks(op, x, weights, dilations);
-  const int64_t batch = x.size(0), kept = keep ? batch : 0, channels = tensors.back().channels;
+  const int64_t batch = x.size(0), saved_rows = keep ? batch : 0, channels = tensors.back().channels;
   const Tensor output = all_steps ? room(x, {batch, x.size(1), channels}) : room(x, {batch, channels});
   Tensor activations, signs;
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     NetworkData<T> network = network_data<T>(op, x, tensors, dilations, dropout, seed, all_steps);
-    const auto [row_elements, row_signs] = kept_sizes(network);
-    activations = room(x, {kept * row_elements});
-    signs = room(x, {kept * row_signs}, ScalarType::Byte);
+    const auto [row_elements, row_signs] = saved_sizes(network);
+    activations = room(x, {saved_rows * row_elements});
+    signs = room(x, {saved_rows * row_signs}, ScalarType::Byte);
     if (batch == 0) return;
     network.output = result_place<T>(output, all_steps);
     network.activations = activations.mutable_data_ptr<T>();
@@ -123,9 +123,9 @@ std::vector<Tensor> weight_gradients(const std::vector<BlockTensors>& tensors,
     blocks[i].of_first_bias = next(block.first_bias);
     blocks[i].of_second_weight = next(block.second_weight);
     blocks[i].of_second_bias = next(block.second_bias);
-    if (!block.beside_weight) continue;
-    blocks[i].of_beside_weight = next(*block.beside_weight);
-    blocks[i].of_beside_bias = next(*block.beside_bias);
+    if (!block.residual_weight) continue;
+    blocks[i].of_residual_weight = next(*block.residual_weight);
+    blocks[i].of_residual_bias = next(*block.residual_bias);
   }
   return grads;
 }
@@ -158,7 +158,7 @@ std::tuple<Tensor, std::vector<Tensor>> temporal_conv_net_backward_cuda(
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     NetworkData<T> network = network_data<T>(op, x, tensors, dilations, dropout, seed, all_steps);
-    const auto [row_elements, row_signs] = kept_sizes(network);
+    const auto [row_elements, row_signs] = saved_sizes(network);
     const bool fits = states.numel() == batch * row_elements && sign_bits.numel() == batch * row_signs &&
                       states.scalar_type() == x.scalar_type() && sign_bits.scalar_type() == ScalarType::Byte;
     QFAST_CHECK(fits, op, ": activations: expected those of a forward pass with keep, of shape (",

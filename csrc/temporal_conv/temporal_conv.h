@@ -54,22 +54,22 @@ struct BlockJob {
   bool downsample;
   const int32_t *between_positions, *output_positions;  // time steps, which are dropout counters
   TapTable first, second,
-      beside_reads;  // slots that each convolution reads; the last table is for the 1x1 convolution
+      residual_reads;  // slots that each convolution reads; the last table is for the 1x1 convolution
   TapTable first_read_by, second_read_by;
   RunList first_runs, second_runs;  // slots to compute
   RunList first_read_by_runs, second_read_by_runs;
-  const int32_t *beside, *beside_of;
+  const int32_t *residual, *residual_of;
   int64_t input_slots;
   Panels panels;  // panels of `channels`, for both convolutions and the 1x1 convolution
-  const Element *first_weight, *first_bias, *second_weight, *second_bias, *beside_weight, *beside_bias;
+  const Element *first_weight, *first_bias, *second_weight, *second_bias, *residual_weight, *residual_bias;
   // Transposed weights for the gradients of the inputs, in panels of the input's channels:
   // [panel][tap][channel][width].
   Panels input_panels;
-  const Element *first_turned, *second_turned, *beside_turned;
+  const Element *first_turned, *second_turned, *residual_turned;
   // Offsets in the saved activations and signs, in elements or bytes per row.
   int64_t between_at, output_at, signs_at;
   // Offsets of the gradients in the sums of a chunk. Weights are [tap][row][channel].
-  int64_t first_sum, first_bias_sum, second_sum, second_bias_sum, beside_sum, beside_bias_sum;
+  int64_t first_sum, first_bias_sum, second_sum, second_bias_sum, residual_sum, residual_bias_sum;
 };
 
 template <class Element>

@@ -199,11 +199,11 @@ struct Part {
   QFAST_DEVICE_INLINE void pass(T scale) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const T* const kept = tile.at(stage.kept, slot, row_or_last(i)) + column;
+      const T* const saved = tile.at(stage.saved, slot, row_or_last(i)) + column;
 #pragma unroll
       for (int half = 0; half < kColumns; half += 4) {
         const Quad<T> value =
-            load_quad(kept + half, stage.kept.channel_stride, count - half, stage.kept.packed);
+            load_quad(saved + half, stage.saved.channel_stride, count - half, stage.saved.packed);
 #pragma unroll
         for (int j = 0; j < 4; ++j) sum[i][half + j] = value.of[j] <= T(0) ? T(0) : sum[i][half + j] * scale;
       }
@@ -236,8 +236,8 @@ struct Part {
     const T scale = static_cast<T>(dropout.scale);
 #pragma unroll 1
     for (int phase = 0; phase < 2; ++phase) {  // a loop, so both products share one copy of the code
-      add_product(phase == 0 ? stage.product : stage.beside);
-      const T* const bias = phase == 0 ? stage.bias : stage.beside_bias;
+      add_product(phase == 0 ? stage.product : stage.residual);
+      const T* const bias = phase == 0 ? stage.bias : stage.residual_bias;
       if (bias != nullptr) add_bias(bias);
       if (phase > 0 || bias == nullptr) continue;
       rectify();

@@ -205,7 +205,7 @@ struct TileForward {
     });
   }
 
-  // output = relu(dropout(relu(second(between) + bias)) + beside)
+  // output = relu(dropout(relu(second(between) + bias)) + residual)
   void second(const BlockJob<Element>& block, int32_t convolution, const Activation<const Element>& input,
               const Activation<const Element>& between, const Activation<Element>& output,
               unsigned char* signs) const {
@@ -224,7 +224,7 @@ struct TileForward {
     const Element* const bias = block.second_bias + column;
     const bool together = slots_follow(between, rows) && (!block.downsample || slots_follow(input, rows));
     for_runs(block.second_runs, together, [&](int64_t slot, int64_t count) __attribute__((always_inline)) {
-      Element *const product = scratch, *const beside = scratch + count * rows * width;
+      Element *const product = scratch, *const residual = scratch + count * rows * width;
       convolve_slot<Element, Vectors>(
           block.second.taps + block.second.begin[slot], block.second.taps + block.second.begin[slot + 1],
           between, block.channels, weights, count * rows, kNothingMore,
@@ -234,10 +234,10 @@ struct TileForward {
                          return relu<Element>(value + load<Element>(bias + j, kLanes<Element>));
                        });
           });
-      if (block.downsample) downsample<Vectors>(block, input, slot, count, p, beside);
+      if (block.downsample) downsample<Vectors>(block, input, slot, count, p, residual);
       for (int64_t i = 0; i < count; ++i)
         finish_slot(block, convolution, input, slot + i, p, product + i * rows * width,
-                    beside + i * rows * width, output, signs);
+                    residual + i * rows * width, output, signs);
     });
   }
 
@@ -252,7 +252,7 @@ struct TileForward {
     if (job.dropout.active)
       drop<Element>(job.dropout, {first_row, column, convolution, block.output_positions[slot]}, rows,
                     columns, product, width);
-    Activation<const Element> other{at(input, block.beside[slot], 0) + column * input.channel_stride, 0,
+    Activation<const Element> other{at(input, block.residual[slot], 0) + column * input.channel_stride, 0,
                                     input.row_stride, input.channel_stride};
     if (block.downsample) other = {down, 0, width, 1};
     combine(product, width, other, output.data + slot * output.slot_stride + column, output.row_stride,
@@ -264,11 +264,11 @@ struct TileForward {
   void downsample(const BlockJob<Element>& block, const Activation<const Element>& input, int64_t slot,
                   int64_t count, int64_t p, Element* to) const {
     const int64_t width = block.panels.width, column = p * width;
-    const Element* const bias = block.beside_bias + column;
-    const Tap only{0, block.beside[slot]};
+    const Element* const bias = block.residual_bias + column;
+    const Tap only{0, block.residual[slot]};
     convolve_slot<Element, Vectors>(
-        &only, &only + 1, input, block.features, block.beside_weight + column * block.features, count * rows,
-        kNothingMore, [&](int64_t row, auto& sums) __attribute__((always_inline)) {
+        &only, &only + 1, input, block.features, block.residual_weight + column * block.features,
+        count * rows, kNothingMore, [&](int64_t row, auto& sums) __attribute__((always_inline)) {
           store_sums(sums, to + row * width, width, width,
                      [&](Vector<Element> value, int, int64_t j, int64_t) __attribute__((always_inline)) {
                        return value + load<Element>(bias + j, kLanes<Element>);
@@ -281,19 +281,19 @@ struct TileForward {
                int64_t output_stride, int64_t columns, unsigned char* signs, int64_t row_signs,
                int64_t column) const {
     for (int64_t row = 0; row < rows; ++row) {
-      const Element* const beside = other.data + row * other.row_stride;
+      const Element* const residual = other.data + row * other.row_stride;
       const bool strided = other.channel_stride != 1;
       for_vectors<Element>(columns, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
         const auto value = load<Element>(product + row * width + j, kLanes<Element>);
         if (signs != nullptr)
           store_signs<Element>(signs + row * row_signs, column + j, lanes, passing_lanes<Element>(value));
-        Vector<Element> residual = {};
+        Vector<Element> values_to_add = {};
         if (strided) {
-          for (int64_t l = 0; l < lanes; ++l) residual[l] = beside[(j + l) * other.channel_stride];
+          for (int64_t l = 0; l < lanes; ++l) values_to_add[l] = residual[(j + l) * other.channel_stride];
         } else {
-          residual = load<Element>(beside + j, lanes);
+          values_to_add = load<Element>(residual + j, lanes);
         }
-        store<Element>(output + row * output_stride + j, relu<Element>(value + residual), lanes);
+        store<Element>(output + row * output_stride + j, relu<Element>(value + values_to_add), lanes);
       });
     }
   }

@@ -155,23 +155,23 @@ struct TileBackward {
     constexpr int64_t kWidth = Vectors * kLanes<Element>;
     const int64_t column = p * kWidth, columns = panel_columns(block.input_panels, p);
     const Element* const weights = block.first_turned + column * block.kernel * block.channels;
-    const Element* const down = block.downsample ? block.beside_turned + column * block.channels : nullptr;
+    const Element* const down = block.downsample ? block.residual_turned + column * block.channels : nullptr;
     const TapTable& taps = block.first_read_by;
     const bool together = slots_follow(of_input, rows);
     for_runs(
         block.first_read_by_runs, together, [&](int64_t slot, int64_t count) __attribute__((always_inline)) {
-          const int64_t beside = block.beside_of[slot];
+          const int64_t residual = block.residual_of[slot];
           convolve_slot<Element, Vectors>(
               taps.taps + taps.begin[slot], taps.taps + taps.begin[slot + 1], of_first, block.channels,
               weights, count * rows,
               [&](int64_t row, auto& total) __attribute__((always_inline)) {
-                if (beside >= 0 && down != nullptr)
-                  add_product(total, at(of_sum, beside, row), of_sum.row_stride, of_sum.channel_stride, down,
-                              kWidth, block.channels);
+                if (residual >= 0 && down != nullptr)
+                  add_product(total, at(of_sum, residual, row), of_sum.row_stride, of_sum.channel_stride,
+                              down, kWidth, block.channels);
               },
               [&](int64_t row, auto& total) __attribute__((always_inline)) {
-                const bool adds = beside >= 0 && down == nullptr;
-                const Element* const same = adds ? at(of_sum, beside, row) + column : nullptr;
+                const bool adds = residual >= 0 && down == nullptr;
+                const Element* const same = adds ? at(of_sum, residual, row) + column : nullptr;
                 store_sums(total,
                            of_input.data + slot * of_input.slot_stride + row * of_input.row_stride + column,
                            of_input.row_stride, columns,
@@ -201,9 +201,9 @@ struct TileBackward {
     weights(block.panels, block.first, block.first_runs, block.kernel, input, block.features,
             reading(of_first), sums + block.first_sum);
     if (block.downsample) {
-      sum_columns(reading(of_sum), block.second.slots, block.channels, sums + block.beside_bias_sum);
-      weights(block.panels, block.beside_reads, block.second_runs, 1, input, block.features, reading(of_sum),
-              sums + block.beside_sum);
+      sum_columns(reading(of_sum), block.second.slots, block.channels, sums + block.residual_bias_sum);
+      weights(block.panels, block.residual_reads, block.second_runs, 1, input, block.features,
+              reading(of_sum), sums + block.residual_sum);
     }
     if (of_input.data != nullptr) through_first(block, reading(of_first), reading(of_sum), of_input);
   }

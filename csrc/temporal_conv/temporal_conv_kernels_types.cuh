@@ -43,11 +43,11 @@ struct Product {
 };
 
 enum class Kind : int32_t {
-  kPlain,            // product + beside
+  kPlain,            // product + residual
   kBetween,          // dropout(relu(product + bias))
-  kOutput,           // relu(dropout(relu(product + bias)) + beside + beside_bias)
-  kBetweenGradient,  // product where `kept` is above 0, times the scale of the dropout
-  kOutputGradient,   // product + beside where `kept` is above 0; second: the same times the scale where a
+  kOutput,           // relu(dropout(relu(product + bias)) + residual + residual_bias)
+  kBetweenGradient,  // product where `saved` is above 0, times the scale of the dropout
+  kOutputGradient,   // product + residual where `saved` is above 0; second: the same times the scale where a
                      // sign is set
 };
 
@@ -58,11 +58,11 @@ struct Stage {
   int32_t slots = 0, columns = 0;
   int32_t convolution = 0;  // number of the convolution, a dropout counter
   const int32_t* positions = nullptr;
-  Product<T> product, beside;
-  const T *bias = nullptr, *beside_bias = nullptr;  // bias is for kBetween and kOutput only
-  Place<T> near, far;                               // the result for the next stage, and for later kernels
+  Product<T> product, residual;
+  const T *bias = nullptr, *residual_bias = nullptr;  // bias is for kBetween and kOutput only
+  Place<T> near, far;                                 // the result for the next stage, and for later kernels
   Place<T> second_near, second_far;  // kOutputGradient only: gradient of the second convolution
-  Place<T> kept;
+  Place<T> saved;
   unsigned char* signs = nullptr;  // [slot][row of the batch][(columns + 7) / 8]
 };
 

@@ -37,8 +37,9 @@ constexpr int64_t parts_of(int64_t value, int64_t each) { return (value + each -
 // ---------------------------------------------------------------- the network
 template <class T>
 struct BlockData {
-  const T *first_weight, *first_bias, *second_weight, *second_bias, *beside_weight, *beside_bias;
-  T *of_first_weight, *of_first_bias, *of_second_weight, *of_second_bias, *of_beside_weight, *of_beside_bias;
+  const T *first_weight, *first_bias, *second_weight, *second_bias, *residual_weight, *residual_bias;
+  T *of_first_weight, *of_first_bias, *of_second_weight, *of_second_bias, *of_residual_weight,
+      *of_residual_bias;
   int64_t features, channels, kernel;
 };
 
@@ -63,7 +64,7 @@ inline int64_t size_of(const Positions& positions) { return static_cast<int64_t>
 
 // Returns the elements and bytes per row that are saved for backward.
 template <class T>
-std::pair<int64_t, int64_t> kept_sizes(const NetworkData<T>& network) {
+std::pair<int64_t, int64_t> saved_sizes(const NetworkData<T>& network) {
   int64_t elements = 0, signs = 0;
   for (int64_t i = 0; i < network.count(); ++i) {
     const int64_t channels = network.block(i).channels, outputs = size_of(network.plan(i).output);
@@ -150,9 +151,9 @@ class Call {
     int64_t at = 0, signs_at = 0;
     for (int64_t i = 0; i < network.count(); ++i) {
       const int64_t channels = network.block(i).channels;
-      kept_at_.push_back(at);
+      saved_offsets_.push_back(at);
       at += between_slots(i) * channels * network.batch;
-      kept_at_.push_back(at);
+      saved_offsets_.push_back(at);
       if (i + 1 < network.count()) at += output_slots(i) * channels * network.batch;
       signs_at_.push_back(signs_at);
       signs_at += output_slots(i) * parts_of(channels, kColumns) * network.batch;
@@ -166,7 +167,7 @@ class Call {
       const BlockData<T>& block = network_.block(i);
       first_.push_back(packed(block.first_weight, block.kernel, block.features, block.channels, false));
       second_.push_back(packed(block.second_weight, block.kernel, block.channels, block.channels, false));
-      beside_.push_back(packed(block.beside_weight, 1, block.features, block.channels, false));
+      residual_.push_back(packed(block.residual_weight, 1, block.features, block.channels, false));
     }
     Place<T> input = network_.x;
     if (rows_ > 0) input = copy_of_x();
@@ -180,7 +181,7 @@ class Call {
       const BlockData<T>& block = network_.block(i);
       first_.push_back(packed(block.first_weight, block.kernel, block.channels, block.features, true));
       second_.push_back(packed(block.second_weight, block.kernel, block.channels, block.channels, true));
-      beside_.push_back(packed(block.beside_weight, 1, block.channels, block.features, true));
+      residual_.push_back(packed(block.residual_weight, 1, block.channels, block.features, true));
     }
     const int64_t last = count() - 1;
     Product<T> nothing, output_grad = product(network_.grad, inputs_[last + 1], channels(last));
@@ -253,14 +254,14 @@ class Call {
   Place<T> new_place(int64_t slots, int64_t channels) {
     return dense(device_.template take<T>(slots * network_.batch * channels), channels);
   }
-  Place<T> kept_between(int64_t i) const {
-    return dense(network_.activations + kept_at_[2 * i], channels(i));
+  Place<T> saved_between(int64_t i) const {
+    return dense(network_.activations + saved_offsets_[2 * i], channels(i));
   }
-  Place<T> kept_output(int64_t i) const {
+  Place<T> saved_output(int64_t i) const {
     if (i + 1 == count()) return network_.output;
-    return dense(network_.activations + kept_at_[2 * i + 1], channels(i));
+    return dense(network_.activations + saved_offsets_[2 * i + 1], channels(i));
   }
-  unsigned char* kept_signs(int64_t i) const { return network_.signs + signs_at_[i]; }
+  unsigned char* saved_signs(int64_t i) const { return network_.signs + signs_at_[i]; }
 
   // ---------------------------------------------------------------- products
   // Packs torch's weight [C, F, k] as [tap][row][width]. If `turned`, rows are the output's channels and
@@ -323,9 +324,9 @@ class Call {
     first.product = reading(first_[i], input, inputs_[i], plan.dilation);
     first.bias = block.first_bias;
     first.convolution = static_cast<int32_t>(2 * i);
-    if (keep) first.far = kept_between(i);
+    if (keep) first.far = saved_between(i);
     Stage<T> second = stage(Kind::kOutput, inputs_[i + 1], block.channels);
-    if (keep || last) second.far = kept_output(i);
+    if (keep || last) second.far = saved_output(i);
     if (rows_ > 0) {
       first.near = near_between(i);
       if (!last) second.near = near_output(i);
@@ -335,10 +336,10 @@ class Call {
     }
     second.product = reading(second_[i], rows_ > 0 ? first.near : first.far, between_[i], plan.dilation);
     second.bias = block.second_bias;
-    second.beside = reading(beside_[i], input, inputs_[i], 1);
-    second.beside_bias = block.beside_bias;
+    second.residual = reading(residual_[i], input, inputs_[i], 1);
+    second.residual_bias = block.residual_bias;
     second.convolution = static_cast<int32_t>(2 * i + 1);
-    if (keep) second.signs = kept_signs(i);
+    if (keep) second.signs = saved_signs(i);
     stages_.push_back(first);
     stages_.push_back(second);
     return rows_ > 0 ? second.near : second.far;
@@ -346,15 +347,15 @@ class Call {
 
   // ---------------------------------------------------------------- backward
   // Adds the stage for the gradients of the input of block i's last ReLU and of its second convolution.
-  Place<T> output_gradient(int64_t i, const Product<T>& through, const Product<T>& beside) {
+  Place<T> output_gradient(int64_t i, const Product<T>& through, const Product<T>& residual) {
     Stage<T> result = stage(Kind::kOutputGradient, inputs_[i + 1], channels(i));
     result.product = through;
-    result.beside = beside;
-    result.kept = kept_output(i);
-    result.signs = kept_signs(i);
+    result.residual = residual;
+    result.saved = saved_output(i);
+    result.signs = saved_signs(i);
     of_second_.push_back(new_place(output_slots(i), channels(i)));
     result.second_far = of_second_.back();
-    const bool needed = rows_ == 0 || network_.block(i).beside_weight != nullptr;
+    const bool needed = rows_ == 0 || network_.block(i).residual_weight != nullptr;
     if (needed) result.far = new_place(output_slots(i), channels(i));
     of_sum_.push_back(result.far);
     if (rows_ > 0) {
@@ -373,19 +374,19 @@ class Call {
     const BlockData<T>& block = network_.block(i);
     Stage<T> between = stage(Kind::kBetweenGradient, between_[i], block.channels);
     between.product = reading(second_[i], near_second_, inputs_[i + 1], plan.dilation);
-    between.kept = kept_between(i);
+    between.saved = saved_between(i);
     between.far = new_place(between_slots(i), block.channels);
     if (rows_ > 0) between.near = near_between(i);
     stages_.push_back(between);
     add_weight_gradients(i, between.far);
     const Place<T> of_between = rows_ > 0 ? between.near : between.far;
     const Product<T> through = reading(first_[i], of_between, between_[i], plan.dilation);
-    const Product<T> beside = reading(beside_[i], grad, inputs_[i + 1], 1);
-    if (i > 0) return output_gradient(i - 1, through, beside);
+    const Product<T> residual = reading(residual_[i], grad, inputs_[i + 1], 1);
+    if (i > 0) return output_gradient(i - 1, through, residual);
     if (network_.grad_x.data == nullptr) return {};
     Stage<T> of_x = stage(Kind::kPlain, inputs_[0], block.features);
     of_x.product = through;
-    of_x.beside = beside;
+    of_x.residual = residual;
     of_x.far = network_.grad_x;
     stages_.push_back(of_x);
     return {};
@@ -394,15 +395,15 @@ class Call {
   void add_weight_gradients(int64_t i, const Place<T>& of_between) {
     const BlockData<T>& block = network_.block(i);
     const int64_t dilation = network_.plan(i).dilation;
-    const Place<T> input = i > 0 ? kept_output(i - 1) : network_.x;
+    const Place<T> input = i > 0 ? saved_output(i - 1) : network_.x;
     add_weight_gradient({input, of_between}, inputs_[i], between_[i], dilation, block.kernel, block.features,
                         block.channels, block.of_first_weight, block.of_first_bias);
-    add_weight_gradient({kept_between(i), of_second_.back()}, between_[i], inputs_[i + 1], dilation,
+    add_weight_gradient({saved_between(i), of_second_.back()}, between_[i], inputs_[i + 1], dilation,
                         block.kernel, block.channels, block.channels, block.of_second_weight,
                         block.of_second_bias);
-    if (block.beside_weight != nullptr)
+    if (block.residual_weight != nullptr)
       add_weight_gradient({input, of_sum_.back()}, inputs_[i], inputs_[i + 1], 1, 1, block.features,
-                          block.channels, block.of_beside_weight, block.of_beside_bias);
+                          block.channels, block.of_residual_weight, block.of_residual_bias);
   }
 
   void add_weight_gradient(std::pair<Place<T>, Place<T>> places, const Cone& source, const Cone& grad,
@@ -492,8 +493,8 @@ class Call {
   Tables<Device> tables_;
   std::vector<Cone> inputs_,
       between_;  // of each block; the last element of inputs_ is the output of the stack
-  std::vector<int64_t> kept_at_, signs_at_;
-  std::vector<Product<T>> first_, second_, beside_;  // with packed weights but without sources
+  std::vector<int64_t> saved_offsets_, signs_at_;
+  std::vector<Product<T>> first_, second_, residual_;  // with packed weights but without sources
   std::vector<Packing<T>> packing_;
   std::vector<Stage<T>> stages_;
   std::vector<WeightGradient<T>> gradients_;

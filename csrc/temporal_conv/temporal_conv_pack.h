@@ -26,7 +26,7 @@ constexpr int64_t kFewestTiles = 8;  // if there are enough rows, so several thr
 // The tensors and sizes of one block.
 struct BlockTensors {
   Tensor first_weight, first_bias, second_weight, second_bias;
-  std::optional<Tensor> beside_weight, beside_bias;
+  std::optional<Tensor> residual_weight, residual_bias;
   int64_t features, channels, kernel;
 
   int64_t first_elements() const { return kernel * features * channels; }
@@ -77,10 +77,10 @@ inline std::vector<BlockTensors> cut_blocks(const char* op, const Tensor& x,
     check_weight(op, "second weight", number, block.second_weight, x, {channels, channels, kernel});
     check_weight(op, "second bias", number, block.second_bias, x, {channels});
     if (features != channels) {
-      block.beside_weight = next();
-      block.beside_bias = next();
-      check_weight(op, "1x1 weight", number, *block.beside_weight, x, {channels, features, 1});
-      check_weight(op, "1x1 bias", number, *block.beside_bias, x, {channels});
+      block.residual_weight = next();
+      block.residual_bias = next();
+      check_weight(op, "1x1 weight", number, *block.residual_weight, x, {channels, features, 1});
+      check_weight(op, "1x1 bias", number, *block.residual_bias, x, {channels});
     }
     features = channels;
     blocks.push_back(std::move(block));
@@ -113,8 +113,8 @@ class Network {
     job.tile_rows = tile_rows();
     for (BlockJob<Element>& block : blocks_) {
       block.first_runs = runs(block.first, nullptr, every_slot(block.first.slots));
-      block.second_runs = runs(block.second, block.beside, every_slot(block.second.slots));
-      block.first_read_by_runs = runs(block.first_read_by, block.beside_of, every_slot(block.input_slots));
+      block.second_runs = runs(block.second, block.residual, every_slot(block.second.slots));
+      block.first_read_by_runs = runs(block.first_read_by, block.residual_of, every_slot(block.input_slots));
       block.second_read_by_runs = runs(block.second_read_by, nullptr, every_slot(block.first.slots));
     }
     job.blocks_count = static_cast<int64_t>(blocks_.size());
@@ -138,8 +138,8 @@ class Network {
       block.first_bias = padded(tensors_of_block.first_bias, block.panels);
       block.second_bias = padded(tensors_of_block.second_bias, block.panels);
       if (block.downsample) {
-        block.beside_weight = packed(*tensors_of_block.beside_weight, block.panels);
-        block.beside_bias = padded(*tensors_of_block.beside_bias, block.panels);
+        block.residual_weight = packed(*tensors_of_block.residual_weight, block.panels);
+        block.residual_bias = padded(*tensors_of_block.residual_bias, block.panels);
       }
       widest_panel = std::max(widest_panel, block.panels.width);
       if (!keep && i + 1 < blocks_.size()) output = std::max(output, block.second.slots * block.channels);
@@ -163,7 +163,7 @@ class Network {
       if (i > 0 || input_grad) {
         block.first_turned = turned(tensors_of_block.first_weight, block.input_panels);
         if (block.downsample)
-          block.beside_turned = turned(*tensors_of_block.beside_weight, block.input_panels);
+          block.residual_turned = turned(*tensors_of_block.residual_weight, block.input_panels);
       }
       const int64_t inputs = i > 0 ? block.input_slots * block.features : 0;
       job.widest_elements = std::max({job.widest_elements, inputs, block.first.slots * block.channels,
@@ -188,14 +188,14 @@ class Network {
     return {runs_.back().data(), static_cast<int64_t>(runs_.back().size())};
   }
 
-  // Divides ascending slots into runs of at most the rows of a full tile. `beside`, if not null, has a second
-  // slot that each slot reads, or -1.
-  RunList runs(const TapTable& table, const int32_t* beside, const std::vector<int32_t>& slots) {
+  // Divides ascending slots into runs of at most the rows of a full tile. `residual`, if not null, has a
+  // second slot that each slot reads, or -1.
+  RunList runs(const TapTable& table, const int32_t* residual, const std::vector<int32_t>& slots) {
     const int64_t longest = std::max<int64_t>(1, kMostRows / job.tile_rows);
     std::vector<Run> runs_of_slots;
     for (const int32_t slot : slots) {
       if (!runs_of_slots.empty() && runs_of_slots.back().length < longest &&
-          runs_of_slots.back().slot + runs_of_slots.back().length == slot && follows(table, beside, slot)) {
+          runs_of_slots.back().slot + runs_of_slots.back().length == slot && follows(table, residual, slot)) {
         ++runs_of_slots.back().length;
       } else {
         runs_of_slots.push_back({slot, 1});
@@ -221,7 +221,7 @@ class Network {
   }
 
   // Returns whether `slot` reads the next slots after those of the previous slot, with the same taps.
-  static bool follows(const TapTable& table, const int32_t* beside, int32_t slot) {
+  static bool follows(const TapTable& table, const int32_t* residual, int32_t slot) {
     const int32_t before = table.begin[slot - 1], begin = table.begin[slot],
                   count = table.begin[slot + 1] - begin;
     if (begin - before != count) return false;
@@ -229,9 +229,9 @@ class Network {
       const Tap &now = table.taps[begin + t], &earlier = table.taps[before + t];
       if (now.tap != earlier.tap || now.slot != earlier.slot + 1) return false;
     }
-    if (beside == nullptr) return true;
-    return beside[slot] < 0 ? beside[slot - 1] < 0
-                            : beside[slot] == beside[slot - 1] + 1 && beside[slot - 1] >= 0;
+    if (residual == nullptr) return true;
+    return residual[slot] < 0 ? residual[slot - 1] < 0
+                              : residual[slot] == residual[slot - 1] + 1 && residual[slot - 1] >= 0;
   }
 
   static std::vector<int32_t> every_slot(int64_t count) {
@@ -252,22 +252,23 @@ class Network {
     block.channels = tensors_of_block.channels;
     block.kernel = tensors_of_block.kernel;
     block.dilation = plan.dilation;
-    block.downsample = tensors_of_block.beside_weight.has_value();
+    block.downsample = tensors_of_block.residual_weight.has_value();
     block.between_positions = plan.between.data();
     block.output_positions = plan.output.data();
     block.first = table(plan.first.reads);
     block.second = table(plan.second.reads);
     block.first_read_by = table(plan.first.read_by);
     block.second_read_by = table(plan.second.read_by);
-    std::vector<int32_t> beside_begin{0};
-    std::vector<Tap> beside_taps;
-    for (const int32_t slot : plan.beside) {
-      beside_taps.push_back({0, slot});
-      beside_begin.push_back(static_cast<int32_t>(beside_taps.size()));
+    std::vector<int32_t> residual_begin{0};
+    std::vector<Tap> residual_taps;
+    for (const int32_t slot : plan.residual) {
+      residual_taps.push_back({0, slot});
+      residual_begin.push_back(static_cast<int32_t>(residual_taps.size()));
     }
-    block.beside_reads = {hold(std::move(beside_begin)), hold(std::move(beside_taps)), block.second.slots};
-    block.beside = plan.beside.data();
-    block.beside_of = plan.beside_of.data();
+    block.residual_reads = {hold(std::move(residual_begin)), hold(std::move(residual_taps)),
+                            block.second.slots};
+    block.residual = plan.residual.data();
+    block.residual_of = plan.residual_of.data();
     block.input_slots = static_cast<int64_t>(plan.input.size());
     block.panels = panels_of(tensors_of_block.channels);
     block.input_panels = panels_of(tensors_of_block.features);
@@ -286,8 +287,8 @@ class Network {
     block.first_bias_sum = sum(tensors_of_block.channels);
     block.second_sum = sum(tensors_of_block.second_elements());
     block.second_bias_sum = sum(tensors_of_block.channels);
-    block.beside_sum = sum(block.downsample ? tensors_of_block.features * tensors_of_block.channels : 0);
-    block.beside_bias_sum = sum(block.downsample ? tensors_of_block.channels : 0);
+    block.residual_sum = sum(block.downsample ? tensors_of_block.features * tensors_of_block.channels : 0);
+    block.residual_bias_sum = sum(block.downsample ? tensors_of_block.channels : 0);
     blocks_.push_back(block);
   }
 

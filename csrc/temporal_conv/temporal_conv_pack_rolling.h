@@ -34,7 +34,7 @@ class RollingNetwork {
       separate_first_.push_back(split(plan.between, reach += (plan.kernel - 1) * plan.dilation, first_[i]));
       separate_second_.push_back(split(plan.output, reach += (plan.kernel - 1) * plan.dilation, second_[i]));
       blocks[i].first_runs = network.runs(blocks[i].first, nullptr, separate_first_[i]);
-      blocks[i].second_runs = network.runs(blocks[i].second, blocks[i].beside, separate_second_[i]);
+      blocks[i].second_runs = network.runs(blocks[i].second, blocks[i].residual, separate_second_[i]);
       make_row_block(row_blocks_[i]);
     }
     for (std::size_t i = 0; i < blocks.size(); ++i) set_copied(i);
@@ -69,7 +69,7 @@ class RollingNetwork {
     block.first = {network_.hold(std::vector<int32_t>{0, last + 1}), network_.hold(std::move(taps)), 1};
     block.second = block.first;
     block.first_runs = block.second_runs = network_.hold(std::vector<Run>{{0, 1}});
-    block.beside = network_.hold(std::vector<int32_t>{last});
+    block.residual = network_.hold(std::vector<int32_t>{last});
   }
 
   static void add_shared_reads(const TapTable& reads, const std::vector<int32_t>& separate,
@@ -90,7 +90,7 @@ class RollingNetwork {
     if (i + 1 < blocks.size()) {
       const BlockJob<Element>& next = blocks[i + 1];
       add_shared_reads(next.first, separate_first_[i + 1], second_[i], output);
-      add_shared_reads(next.beside_reads, separate_second_[i + 1], second_[i], output);
+      add_shared_reads(next.residual_reads, separate_second_[i + 1], second_[i], output);
     } else if (is_shared(second_[i], 0)) {
       output.insert(0);  // the result of the stack
     }

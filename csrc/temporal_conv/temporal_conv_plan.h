@@ -36,8 +36,8 @@ struct BlockPlan {
   int64_t kernel, dilation;
   Positions input, between, output;
   ConvolutionPlan first, second;
-  std::vector<int32_t> beside;     // residual: input slot with the position of each output slot
-  std::vector<int32_t> beside_of;  // output slot with the position of each input slot, or -1
+  std::vector<int32_t> residual;     // input slot with the position of each output slot
+  std::vector<int32_t> residual_of;  // output slot with the position of each input slot, or -1
 };
 
 // Returns the slot of each time step, -1 for steps without one.
@@ -113,8 +113,8 @@ inline std::vector<BlockPlan> plan_blocks(int64_t steps, const std::vector<int64
     block.second = plan_convolution(block.between, block.output, steps, block.kernel, block.dilation);
     const std::vector<int32_t> input_slot = slots_by_step(block.input, steps);
     const std::vector<int32_t> output_slot = slots_by_step(block.output, steps);
-    for (const int32_t position : block.output) block.beside.push_back(input_slot[position]);
-    for (const int32_t position : block.input) block.beside_of.push_back(output_slot[position]);
+    for (const int32_t position : block.output) block.residual.push_back(input_slot[position]);
+    for (const int32_t position : block.input) block.residual_of.push_back(output_slot[position]);
   }
   return blocks;
 }

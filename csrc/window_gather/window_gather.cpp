@@ -88,8 +88,8 @@ Tensor window_rows_cpu(const Tensor& position, const Tensor& back, const Tensor&
   const char* op = "window_rows";
   check_dims(op, "index.position", position, 1, "[R]");
   check_cpu(op, "index.position", position);
-  const HeldTables window_index = check_tables(op, position, "index.position", position, back, run, last_row,
-                                               step_len, fill, first_position);
+  const IndexTables window_index = check_tables(op, position, "index.position", position, back, run, last_row,
+                                                step_len, fill, first_position);
   check_bounds(op, "last_row", window_index.last_row, window_index.tables.panel_rows);
   const int64_t windows = last_row.size(0);
   const int64_t shape[] = {windows, step_len};
@@ -123,7 +123,7 @@ Tensor gather_rolling_windows_cpu(const Tensor& panel, const Tensor& position, c
   const char* op = "gather_rolling_windows";
   check_panel(op, panel, column_begin, column_end);
   check_cpu(op, "panel", panel);
-  const HeldTables window_index =
+  const IndexTables window_index =
       check_tables(op, panel, "panel", position, back, run, last_row, step_len, fill, first_position);
   check_bounds(op, "last_row", window_index.last_row, panel.size(0));
   return gather(adjacent_columns(panel), window_index.last_row, &window_index.tables, last_row.size(0),

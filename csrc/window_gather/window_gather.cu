@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-Tensor resolve_rows(const HeldTables& window_index, const Tensor& like, cudaStream_t stream) {
+Tensor resolve_rows(const IndexTables& window_index, const Tensor& like, cudaStream_t stream) {
   const int64_t windows = window_index.last_row.size(0);
   const int64_t shape[] = {windows, window_index.tables.step_len};
   Tensor rows = torch::stable::new_empty(like, {shape, 2}, ScalarType::Long);
@@ -240,8 +240,8 @@ Tensor window_rows_cuda(const Tensor& position, const Tensor& back, const Tensor
   const char* op = "window_rows";
   check_dims(op, "index.position", position, 1, "[R]");
   check_cuda(op, "index.position", position);
-  const HeldTables window_index = check_tables(op, position, "index.position", position, back, run, last_row,
-                                               step_len, fill, first_position);
+  const IndexTables window_index = check_tables(op, position, "index.position", position, back, run, last_row,
+                                                step_len, fill, first_position);
   const CudaScope scope(position);
   return resolve_rows(window_index, position, scope.stream());
 }
@@ -266,7 +266,7 @@ Tensor gather_rolling_windows_cuda(const Tensor& panel, const Tensor& position, 
   const char* op = "gather_rolling_windows";
   check_panel(op, panel, column_begin, column_end);
   check_cuda(op, "panel", panel);
-  const HeldTables window_index =
+  const IndexTables window_index =
       check_tables(op, panel, "panel", position, back, run, last_row, step_len, fill, first_position);
   const CudaScope scope(panel);
   const Tensor source = adjacent_columns(panel);

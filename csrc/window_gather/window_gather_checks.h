@@ -25,15 +25,15 @@ inline void check_table(const char* op, const char* name, const Tensor& table, c
 }
 
 // Contiguous tables of a WindowIndex, and the pointers to them. The tensors own the memory of the pointers.
-struct HeldTables {
+struct IndexTables {
   Tensor position, back, run, last_row;
   WindowTables tables;
 };
 
-inline HeldTables check_tables(const char* op, const Tensor& first, const char* first_name,
-                               const Tensor& position, const Tensor& back, const Tensor& run,
-                               const Tensor& last_row, int64_t step_len, int64_t fill,
-                               int64_t first_position) {
+inline IndexTables check_tables(const char* op, const Tensor& first, const char* first_name,
+                                const Tensor& position, const Tensor& back, const Tensor& run,
+                                const Tensor& last_row, int64_t step_len, int64_t fill,
+                                int64_t first_position) {
   const int64_t rows = first.size(0);
   check_table(op, "position", position, first, first_name, rows);
   check_table(op, "back", back, first, first_name, rows);
@@ -44,11 +44,11 @@ inline HeldTables check_tables(const char* op, const Tensor& first, const char* 
   QFAST_CHECK(step_len >= 1, op, ": step_len: expected at least 1, got ", step_len, ".");
   QFAST_CHECK(fill >= 0 && fill <= 2, op, ": fill: expected 0 (none), 1 (ffill) or 2 (ffill and bfill), got ",
               fill, ".");
-  HeldTables window_index{torch::stable::contiguous(position),
-                          torch::stable::contiguous(back),
-                          torch::stable::contiguous(run),
-                          torch::stable::contiguous(last_row),
-                          {}};
+  IndexTables window_index{torch::stable::contiguous(position),
+                           torch::stable::contiguous(back),
+                           torch::stable::contiguous(run),
+                           torch::stable::contiguous(last_row),
+                           {}};
   window_index.tables = {window_index.position.const_data_ptr<int32_t>(),
                          window_index.back.const_data_ptr<int32_t>(),
                          window_index.run.const_data_ptr<int32_t>(),
