@@ -1,8 +1,7 @@
-"""Stacks of LSTM and GRU layers, at the last step only or at all of them.
+"""Stacks of LSTM and GRU layers in one operator, at all steps or at the last step only.
 
-Reading order: the two public functions and their checks, recurrent_twin.py for the meaning in plain torch, then
-schemas, fakes and gradients.
-The kernels are in csrc/recurrent: recurrent_kernels.h (behind recurrent.cpp) and recurrent.cu.
+recurrent_twin.py states in plain torch what they compute. The kernels are in csrc/recurrent: recurrent_kernels.h,
+called by recurrent.cpp, and recurrent.cu.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from qfast.ops._common import (
     widened,
 )
 from qfast.ops.philox import draw_seed
-from qfast.ops.recurrent_twin import GRU, LSTM, Cell, backward_twin, empty_kept, forward_twin
+from qfast.ops.recurrent_twin import GRU, LSTM, Cell, backward_twin, empty_saved, forward_twin
 
 __all__ = ["gru", "lstm"]
 
@@ -48,50 +47,53 @@ def lstm(
     training: bool = False,
     all_steps: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Stacked LSTM in one operator.
+    """Compute a stack of LSTM layers over each window.
 
     Parameters
     ----------
     x : Tensor [B, T, F], float32 or float64
-        Any strides, read in place; float16 and bfloat16, also beside float32 weights, are computed in float32 and
-        rounded once, at the end.
+        F is at least 1; B and T may be 0. Strides are arbitrary and nothing is copied. float16 and bfloat16, also with
+        float32 weights, are computed in float32; the result is rounded once.
     layers : sequence of (weight_ih, weight_hh, bias_ih, bias_hh)
-        Per layer [4H, F or H], [4H, H], [4H], [4H], gates in torch's order: input, forget, cell, output.
-    initial_state : (h, c), each Tensor [L, B, H], optional
-        State of each layer before the first step; zeros if None.
+        At least one layer. Shapes [4H, F or H], [4H, H], [4H] and [4H], with torch's order of gates: input, forget,
+        cell, output.
+    initial_state : (h, c), optional
+        State of each layer before the first step, each Tensor [L, B, H]. Zeros if None.
     dropout : float
-        Applied to the output of each layer but the last, if `training`. Element (b, t, j) of layer l has word b % 4 of
-        the Philox counter (j, t, l, b // 4) under one seed a call, drawn from torch's generator of x's device.
+        Probability that an output element of a layer, except the last layer, is dropped, if `training`. Each call draws
+        one seed from torch's generator of x's device. Element (b, t, j) of layer l uses word b % 4 of the Philox
+        counter (j, t, l, b // 4).
     all_steps : bool
-        Whether `output` holds h of every step of the last layer or of the last step alone, which is cheaper.
+        Return h of the last layer at all steps, not only at the last one. The last step alone is cheaper.
 
     Returns
     -------
     output : Tensor [B, T, H] if all_steps, else [B, H]
     (h, c) : Tensors [L, B, H]
-        State of each layer after the last step. Without a step (T = 0) the initial one.
+        State of each layer after the last step, or the initial state if T is 0.
 
     Raises
     ------
-    ValueError
-        Wrong dtype, shape or device, no layer, dropout outside [0, 1].
+    DataError
+        Wrong type, dtype, shape or device, or no layer.
+    ConfigError
+        dropout is not in [0, 1].
     NotImplementedError
-        A gradient of a gradient by `backward` or `torch.autograd.grad(create_graph=True)`: take torch's layer
-        for it, or torch.func.grad twice.
+        Double backward, by `backward` or torch.autograd.grad(create_graph=True). Use torch.nn.LSTM, or torch.func.grad
+        twice.
 
     Notes
     -----
-    Without a gradient, windows of consecutive rows (`rows.unfold(0, T, 1).transpose(1, 2)`) share the products of
-    their rows with the first layer's weight_ih on the CPU; the numbers stay the same up to rounding.
+    On the CPU without gradients, overlapping windows of consecutive rows (`rows.unfold(0, T, 1).transpose(1, 2)`)
+    multiply each row by the first layer's weight_ih only once. The results are equal up to rounding.
 
-    The same call gives the same bits every time and with any number of threads.
+    The bits do not depend on the number of threads.
 
-    Under torch.func's transforms (grad, jvp, vmap, jacrev, hessian, ...) and in forward-mode levels the
-    steps are torch's own operations: every derivative is there, at torch's speed.
+    torch.func transforms and forward mode compute with torch's operations, which support every derivative.
 
     Source
     ------
-    Hochreiter and Schmidhuber 1997; values and gradients as torch.nn.LSTM(batch_first=True).
+    Hochreiter and Schmidhuber 1997. Values and gradients equal those of torch.nn.LSTM(batch_first=True).
 
     Examples
     --------
@@ -132,14 +134,40 @@ def gru(
     training: bool = False,
     all_steps: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Stacked GRU in one operator. Arguments, results and notes as `lstm`; the state is h alone.
+    """Compute a stack of GRU layers over each window.
 
-    The gates stand in torch's order (reset, update, new) in [3H, .] weights, and as in torch the reset gate
-    multiplies h W_hn^T + b_hn, not h.
+    As in torch.nn.GRU, the reset gate multiplies h W_hn^T + b_hn, not h.
+
+    Parameters
+    ----------
+    x : Tensor [B, T, F], float32 or float64
+        As in `lstm`.
+    layers : sequence of (weight_ih, weight_hh, bias_ih, bias_hh)
+        At least one layer. Shapes [3H, F or H], [3H, H], [3H] and [3H], with torch's order of gates: reset, update,
+        new.
+    initial_state : Tensor [L, B, H], optional
+        State of each layer before the first step. Zeros if None.
+    dropout, training, all_steps
+        As in `lstm`.
+
+    Returns
+    -------
+    output : Tensor [B, T, H] if all_steps, else [B, H]
+    h : Tensor [L, B, H]
+        State of each layer after the last step, or the initial state if T is 0.
+
+    Raises
+    ------
+    DataError, ConfigError, NotImplementedError
+        As in `lstm`.
+
+    Notes
+    -----
+    As in `lstm`.
 
     Source
     ------
-    Cho et al. 2014; values and gradients as torch.nn.GRU(batch_first=True).
+    Cho et al. 2014. Values and gradients equal those of torch.nn.GRU(batch_first=True).
 
     Examples
     --------
@@ -168,30 +196,31 @@ def gru(
     return output, h
 
 
-# ---------------------------------------------------------------- arguments
+# ---------------------------------------------------------------- argument checks
 def _check_structure(cell: Cell, x: object, layers: Layers, state: Sequence[Tensor]) -> None:
-    """Tensors where tensors belong; their shapes and dtypes are looked at later."""
-    require_tensor(cell.name, "x", x)
-    wanted = f"{cell.name}: layers: expected at least one (weight_ih, weight_hh, bias_ih, bias_hh), got "
+    """Check that x, the weights and the state are tensors. `_checked` checks their dtypes and shapes."""
+    name = cell.name
+    require_tensor(name, "x", x)
+    expected = f"{name}: layers: expected at least one (weight_ih, weight_hh, bias_ih, bias_hh), got "
     if not isinstance(layers, Sequence) or not all(isinstance(layer, Sequence) for layer in layers):
-        raise DataError(f"{wanted}{type(layers).__name__}: a list of lists of tensors is needed.")
+        raise DataError(f"{expected}{type(layers).__name__}. Remedy: a list of lists of tensors.")
     counts = [len(layer) for layer in layers]
     if set(counts) != {4}:
-        raise DataError(f"{wanted}{counts} tensors per layer.")
+        raise DataError(f"{expected}{counts} tensors per layer.")
     for number, layer in enumerate(layers):
         for part, tensor in zip(_WEIGHTS, layer, strict=True):
-            require_tensor(cell.name, f"layers[{number}].{part}", tensor)
+            require_tensor(name, f"layers[{number}].{part}", tensor)
     for part, tensor in zip(cell.state_names, state, strict=False):
-        require_tensor(cell.name, f"initial_state.{part}", tensor)
+        require_tensor(name, f"initial_state.{part}", tensor)
 
 
 def _widened(x: Tensor, layers: Layers, state: Sequence[Tensor]) -> tuple[Layers, Any]:
-    """Layers and state beside an x of half precision, in float32."""
+    """Return the layers and the state with tensors of x's half precision converted to float32."""
     return [widened(layer, x.dtype) for layer in layers], tuple(widened(state, x.dtype))
 
 
 def _checked(cell: Cell, x: Tensor, layers: Layers, state: Sequence[Tensor]) -> list[Tensor]:
-    """The weights of all layers in a row, once everything fits."""
+    """Check dtypes, devices and shapes. Return the weights of all layers as one list."""
     name = cell.name
     check_floating(name, "x", x)
     fits = x.dim() == 3 and x.shape[2] > 0
@@ -215,32 +244,20 @@ def _fake_forward(cell: Cell, x: Tensor, weights: Sequence[Tensor], *rest: Any) 
     batch, hidden = x.shape[0], weights[1].shape[1]
     output = x.new_empty((batch, x.shape[1], hidden) if all_steps else (batch, hidden))
     states = [x.new_empty((len(weights) // 4, batch, hidden)) for _ in cell.state_names]
-    return output, *states, *empty_kept(x, weights, keep)
+    return output, *states, *empty_saved(x, weights, keep)
 
 
-def _fake_backward(cell: Cell, grad_output: Any, *rest: Any) -> tuple[Any, ...]:
+def _fake_backward(cell: Cell, grad_output: Tensor | None, *rest: Any) -> tuple[Any, ...]:
     n = len(cell.state_names)
     x, weights, input_grad, state_grad = rest[n], rest[n + 1], *rest[-2:]
-    of_x = x.new_empty((x.shape[0] if input_grad else 0, *x.shape[1:]))
+    grad_x = x.new_empty((x.shape[0] if input_grad else 0, *x.shape[1:]))
     layers = len(weights) // 4 if state_grad else 0
-    of_states = [x.new_empty((layers, x.shape[0], weights[1].shape[1])) for _ in range(n)]
-    return of_x, *of_states, [part.new_empty(part.shape) for part in weights]
+    grad_states = [x.new_empty((layers, x.shape[0], weights[1].shape[1])) for _ in range(n)]
+    return grad_x, *grad_states, [part.new_empty(part.shape) for part in weights]
 
 
 # ---------------------------------------------------------------- gradients
-def _backward(cell: Cell, ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    """Gradients of x, of the initial state (None each where there was none) and of the weights."""
-    n = len(cell.state_names)
-    x, seed, gates, kept, *rest = ctx.saved_tensors
-    state, weights = rest[: ctx.n_states], rest[ctx.n_states :]
-    optional = (*state, None, None)[:n]
-    run = getattr(torch.ops.qfast, f"{cell.name}_backward")
-    given = (x, weights, *optional, ctx.dropout, seed, ctx.all_steps, gates, kept)
-    of_x, *of_states, of_weights = run(*grads[: 1 + n], *given, ctx.input_grad, ctx.n_states > 0)
-    return of_x if ctx.input_grad else None, of_states if ctx.n_states else [None] * n, of_weights
-
-
-def _save(cell: Cell, ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor], input_grad: bool) -> None:
+def _save(cell, ctx, inputs, output, input_grad):  # type: ignore[no-untyped-def]
     n = len(cell.state_names)
     x, weights, *rest = inputs
     dropout, seed, all_steps, keep = rest[n:]
@@ -252,9 +269,21 @@ def _save(cell: Cell, ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor],
     ctx.set_materialize_grads(False)
 
 
-class _Function(torch.autograd.Function):
-    """The operators in eager mode, where torch.library's own wrapping would cost more than a small batch."""
+def _gradients(cell, ctx, grads):  # type: ignore[no-untyped-def]
+    """Return the gradients of x, of the initial state (None for each part without one) and of the weights."""
+    n = len(cell.state_names)
+    x, seed, gates, carried, *rest = ctx.saved_tensors
+    state, weights = rest[: ctx.n_states], rest[ctx.n_states :]
+    optional_state = (*state, None, None)[:n]
+    backward = getattr(torch.ops.qfast, f"{cell.name}_backward")
+    inputs = (x, weights, *optional_state, ctx.dropout, seed, ctx.all_steps)
+    grad_x, *grad_states, grad_weights = backward(
+        *grads[: 1 + n], *inputs, gates, carried, ctx.input_grad, ctx.n_states > 0
+    )
+    return grad_x if ctx.input_grad else None, grad_states if ctx.n_states else [None] * n, grad_weights
 
+
+class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, cell, n_states, dropout, seed, all_steps, x, *tensors):  # type: ignore[no-untyped-def]
         n = len(cell.state_names)
@@ -269,17 +298,14 @@ class _Function(torch.autograd.Function):
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
-        of_x, of_states, of_weights = _backward(ctx.cell, ctx, grads)
-        return None, None, None, None, None, of_x, *of_states[: ctx.n_states], *of_weights
+        grad_x, grad_states, grad_weights = _gradients(ctx.cell, ctx, grads)
+        return None, None, None, None, None, grad_x, *grad_states[: ctx.n_states], *grad_weights
 
 
-def _register(cell: Cell) -> None:
-    """Define torch.ops.qfast.lstm or gru and its backward, with fakes and gradients."""
+# ---------------------------------------------------------------- both operators
+def _register(cell: Cell, schema: str, backward_schema: str) -> None:
+    """Define torch.ops.qfast.<cell> and its backward, with twins, fakes and gradients."""
     n, name = len(cell.state_names), cell.name
-    states = ", Tensor" * n
-    initial = "".join(f", Tensor? {part}0" for part in cell.state_names)
-    entering = "".join(f", Tensor? grad_{part}" for part in cell.state_names)
-    arguments = f"Tensor x, Tensor[] weights{initial}, float dropout, Tensor? seed, bool all_steps"
 
     def forward(x: Tensor, weights: Sequence[Tensor], *rest: Any) -> tuple[Tensor, ...]:
         state = [part for part in rest[:n] if part is not None]
@@ -291,54 +317,58 @@ def _register(cell: Cell) -> None:
         state = [part for part in others[:n] if part is not None]
         return backward_twin(cell, grad_output, grads, x, weights, state, *others[n:])
 
-    define(name, f"({arguments}, bool keep) -> (Tensor{states}, Tensor, Tensor)", forward)
-    define(
-        f"{name}_backward",
-        f"(Tensor? grad_output{entering}, {arguments}, Tensor gates, Tensor kept, bool input_grad, bool state_grad) "
-        f"-> (Tensor{states}, Tensor[])",
-        backward,
-    )
-    torch.library.register_fake(f"qfast::{name}", partial(_fake_forward, cell))
-    torch.library.register_fake(f"qfast::{name}_backward", partial(_fake_backward, cell))
-
     def save(ctx, inputs, output):  # type: ignore[no-untyped-def]
         _save(cell, ctx, inputs, output, ctx.needs_input_grad[0])
 
     def gradients(ctx, *grads):  # type: ignore[no-untyped-def]
-        n_weights = len(ctx.saved_tensors) - 4 - ctx.n_states
         if all(grad is None for grad in grads):
+            n_weights = len(ctx.saved_tensors) - 4 - ctx.n_states
             return None, [None] * n_weights, *(None,) * n, None, None, None, None
-        of_x, of_states, of_weights = _backward(cell, ctx, grads)
-        return of_x, of_weights, *of_states, None, None, None, None
+        grad_x, grad_states, grad_weights = _gradients(cell, ctx, grads)
+        return grad_x, grad_weights, *grad_states, None, None, None, None
 
+    define(name, schema, forward)
+    define(f"{name}_backward", backward_schema, backward)
+    torch.library.register_fake(f"qfast::{name}", partial(_fake_forward, cell))
+    torch.library.register_fake(f"qfast::{name}_backward", partial(_fake_backward, cell))
     torch.library.register_autograd(f"qfast::{name}", gradients, setup_context=save)
     refuse_double_backward(
         name,
-        remedy=f"torch.nn.{name.upper()} where gradients of gradients are wanted (the networks of qfast.nn are such a "
-        "layer with QFAST_BACKEND=torch), or torch.func.grad within torch.func.grad, which these functions support",
+        remedy=f"torch.nn.{name.upper()} (the networks of qfast.nn use it with QFAST_BACKEND=torch), or "
+        f"torch.func.grad within torch.func.grad, which {name} supports",
     )
 
 
-for _cell in (LSTM, GRU):
-    _register(_cell)
+_SETTINGS = "float dropout, Tensor? seed, bool all_steps"
+_SAVED = "Tensor gates, Tensor kept, bool input_grad, bool state_grad"
+_register(
+    LSTM,
+    f"(Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, {_SETTINGS}, bool keep) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor? grad_output, Tensor? grad_h, Tensor? grad_c, "
+    f"Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, {_SETTINGS}, {_SAVED}) "
+    "-> (Tensor, Tensor, Tensor, Tensor[])",
+)
+_register(
+    GRU,
+    f"(Tensor x, Tensor[] weights, Tensor? h0, {_SETTINGS}, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor? grad_output, Tensor? grad_h, Tensor x, Tensor[] weights, Tensor? h0, {_SETTINGS}, {_SAVED}) "
+    "-> (Tensor, Tensor, Tensor[])",
+)
 
 
 # ---------------------------------------------------------------- self-test
 def self_test(name: str, device: torch.device) -> None:
-    """The kernels that serve `device` against plain torch, forward and backward, in float64, with dropout.
-
-    Parameters
-    ----------
-    name : "lstm" or "gru"
+    """Compare operator `name`, "lstm" or "gru", on `device` with plain torch, in float64, with gradients and dropout.
 
     Raises
     ------
     ArithmeticError
-        They differ.
+        The results differ.
     """
     cell = {"lstm": LSTM, "gru": GRU}[name]
     rng = torch.Generator().manual_seed(0)
-    batch, steps, features, hidden = 7, 5, 3, 19  # 19: whole vectors and a rest
+    batch, steps, features, hidden = 7, 5, 3, 19  # 19 is not a multiple of a vector's lanes
     sizes = [(cell.gates * hidden, features), (cell.gates * hidden, hidden), (cell.gates * hidden,)]
     shapes = [*sizes, sizes[2], sizes[1], sizes[1], sizes[2], sizes[2]]
     weights = [(torch.randn(size, generator=rng, dtype=torch.float64) * 0.3).to(device) for size in shapes]
@@ -349,14 +379,14 @@ def self_test(name: str, device: torch.device) -> None:
         arguments = (x, weights, *state, 0.25, seed, all_steps)
         results = getattr(torch.ops.qfast, name)(*arguments, True)
         expected = forward_twin(cell, x, weights, state, 0.25, seed, all_steps, True)
-        *_, gates, kept = expected
+        *_, gates, carried = expected
         n = 1 + len(state)
-        check_same(name, results[:n], expected[:n])  # what is kept for the backward is each side's own affair
-        grads = results[:n]  # the results will do as their own gradients
-        *of_inputs, of_weights = getattr(torch.ops.qfast, f"{name}_backward")(
+        check_same(name, results[:n], expected[:n])  # kernel and twin may save different activations
+        grads = results[:n]  # any values serve as gradients
+        *grad_inputs, grad_weights = getattr(torch.ops.qfast, f"{name}_backward")(
             *grads, *arguments, *results[n:], True, True
         )
         *twin_inputs, twin_weights = backward_twin(
-            cell, grads[0], grads[1:], x, weights, state, 0.25, seed, all_steps, gates, kept, True, True
+            cell, grads[0], grads[1:], x, weights, state, 0.25, seed, all_steps, gates, carried, True, True
         )
-        check_same(name, [*of_inputs, *of_weights], [*twin_inputs, *twin_weights])
+        check_same(name, [*grad_inputs, *grad_weights], [*twin_inputs, *twin_weights])
