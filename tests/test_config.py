@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qfast.dates import normal_date
 from qfast.errors import ConfigError
 from qfast.workflow.config import apply_set, deep_merge, dump_yaml, fill_placeholders, load_config
-from qfast.workflow.schema import check_workflow, normal_date
+from qfast.workflow.validation import check_workflow
 from support.workflows import TEXT
 
 PROCESSORS = "task.dataset.kwargs.handler.kwargs.infer_processors"

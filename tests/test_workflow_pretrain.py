@@ -24,7 +24,7 @@ from qfast.workflow.dataset import build_dataset
 from qfast.workflow.folder import read_frame
 from qfast.workflow.predict import predict
 from qfast.workflow.run import run
-from qfast.workflow.schema import check_workflow
+from qfast.workflow.validation import check_workflow
 from support.workflows import FILES, Interrupt, write_case
 
 GATS = [

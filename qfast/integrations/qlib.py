@@ -18,7 +18,7 @@ from typing import Any
 from qfast import registry
 from qfast.errors import ConfigError
 from qfast.workflow.config import load_config
-from qfast.workflow.schema import check_model, register_all
+from qfast.workflow.validation import check_model, register_all
 
 __all__ = ["QlibResult", "run", "with_our_model"]
 

@@ -18,7 +18,8 @@ from qfast.workflow import pretraining, resumption
 from qfast.workflow.config import load_config
 from qfast.workflow.dataset import DataInput, require_data
 from qfast.workflow.folder import LAST, RunFolder
-from qfast.workflow.schema import Workflow, check_workflow
+from qfast.workflow.schema import Workflow
+from qfast.workflow.validation import check_workflow
 
 if TYPE_CHECKING:
     from qfast.training.estimator import Estimator

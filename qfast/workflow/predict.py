@@ -20,7 +20,7 @@ from qfast.workflow.dataset import source_arguments, source_panel
 from qfast.workflow.folder import RunFolder
 from qfast.workflow.lookback import check_lookback
 from qfast.workflow.saved_model import FORMAT, MODEL, first_day, load_model, load_processors, source_columns
-from qfast.workflow.schema import register_all
+from qfast.workflow.validation import register_all
 
 __all__ = ["predict"]
 

@@ -1,17 +1,9 @@
-"""What a workflow file may say: structure, types, dates, classes and their arguments.
-
-Every problem in a file is reported at once, each with the path of its key and, for a misspelt name, the
-nearest right one. Classes are looked up in `qfast.registry`; nothing is imported by name.
-"""
+"""The structure of a workflow file: keys, types and dates, as pydantic models."""
 
 from __future__ import annotations
 
 import datetime as dt
-import inspect
-import logging
-import types
-import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import pandas as pd
@@ -20,23 +12,23 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    TypeAdapter,
-    ValidationError,
     model_validator,
 )
 
-from qfast import registry
+from qfast._renamed import renamed_names
 from qfast.dates import normal_date
-from qfast.errors import ConfigError, shown, suggest
+from qfast.errors import shown
 
-__all__ = ["DatasetSpec", "HandlerSpec", "Spec", "Task", "Workflow", "check_workflow", "normal_date"]
+__all__ = ["DatasetSpec", "HandlerSpec", "Spec", "Task", "Workflow", "as_list"]
 
-log = logging.getLogger("qfast")
-
-PROCESSOR_LISTS = ("shared_processors", "infer_processors", "learn_processors")
-NETWORK_ARGUMENTS = ("d_feat", "hidden_size", "num_layers")  # of a base model: they are the model's own
-PLAIN_TYPES = (int, float, str, bool, type(None))
-DateLike = dt.date | dt.datetime | pd.Timestamp
+__getattr__ = renamed_names(
+    __name__,
+    {
+        "check_model": "qfast.workflow.validation.check_model",
+        "check_workflow": "qfast.workflow.validation.check_workflow",
+        "register_all": "qfast.workflow.validation.register_all",
+    },
+)
 
 
 def _segment(value: Any) -> Any:
@@ -104,7 +96,7 @@ class DatasetSpec(Spec):
     kwargs: DatasetKwargs  # type: ignore[assignment]
 
 
-def _as_list(value: Any) -> Any:
+def as_list(value: Any) -> Any:
     return [] if value is None else [value] if isinstance(value, (dict, str)) else value
 
 
@@ -126,7 +118,7 @@ class Task(_Model):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
     model: Spec
     dataset: DatasetSpec
-    record: Annotated[list[Spec], BeforeValidator(_as_list)] = []
+    record: Annotated[list[Spec], BeforeValidator(as_list)] = []
     reweighter: Spec | None = None
     pretrain: Annotated[dict[str, Any] | Literal[False], BeforeValidator(_pretrain_block)] = False
 
@@ -152,320 +144,6 @@ class Workflow(_Model):
     def resolved(self) -> dict[str, Any]:
         """Plain data of what was given, dates as ISO text."""
         return _plain(self.model_dump(by_alias=True, exclude_unset=True))
-
-
-def check_workflow(values: Mapping[str, Any], source: str = "configuration") -> Workflow:
-    """Check plain data against the structure above and the signatures of the classes it names.
-
-    Parameters
-    ----------
-    values : mapping
-        As `qfast.workflow.config.load_config` gives it. Not changed.
-    source : str
-        The file's name, for the error message.
-
-    Raises
-    ------
-    ConfigError
-        One message with every problem found, each beginning with the path of its key.
-
-    Examples
-    --------
-    >>> check_workflow({"taks": {}})
-    Traceback (most recent call last):
-    ...
-    qfast.errors.ConfigError: configuration: 1 problem.
-      task: is missing. Did you mean to write it where 'taks' stands?
-    """
-    problems: dict[str, str] = {}  # by path, so that one key is not reported twice
-    workflow: Workflow | None = None
-    try:
-        workflow = Workflow.model_validate(dict(values))
-    except ValidationError as error:
-        for item in error.errors():
-            path, message = _explain(item, values)
-            problems.setdefault(path, message)
-    for path, message in (*_class_problems(values), *_pretrain_problems(values)):
-        problems.setdefault(path, message)
-    if workflow is not None:
-        for path, message in _segment_problems(workflow):
-            problems.setdefault(path, message)
-    if workflow is None or problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        lines = [f"  {path}: {message}" for path, message in problems.items()]
-        raise ConfigError("\n".join([f"{source}: {count}.", *lines]))
-    _coerce(workflow)
-    _log_ignored(workflow)
-    return workflow
-
-
-def check_model(spec: Any) -> dict[str, Any]:
-    """The arguments of a model's description, with the types that its class declares; all else of a file unchecked.
-
-    Raises
-    ------
-    ConfigError
-        No such model, arguments that it has not or that have another type.
-    """
-    register_all()
-    problems = list(_class_problems({"task": {"model": spec}}))
-    if problems or not isinstance(spec, Mapping):
-        lines = [f"  {path}: {message}" for path, message in problems] or ["  task.model: expected a mapping."]
-        raise ConfigError("\n".join(["the model cannot be built.", *lines]))
-    return _coerced(_model_class(spec), spec.get("kwargs") or {})
-
-
-# ---------------------------------------------------------------- structure
-def _explain(item: Any, values: Any) -> tuple[str, str]:
-    """Path and sentence of one pydantic error."""
-    location = [part for part in item["loc"] if part != "class_"]
-    path = ".".join(str(part) for part in location) or "the file"
-    kind, value = item["type"], item["input"]
-    if kind == "missing":
-        there = _item(values, location[:-1])
-        near = suggest(location[-1], there) if isinstance(there, dict) else ""
-        hint = near.replace("Did you mean", "Did you mean to write it where").replace("?", " stands?")
-        return path, f"is missing.{hint}"
-    if kind == "extra_forbidden":
-        allowed = ["class", "module_path", "kwargs"]
-        return path, f"unknown key; allowed here: {allowed}.{suggest(location[-1], allowed)}"
-    if kind == "value_error":
-        return path, f"{item['ctx']['error']}."
-    if kind in ("model_type", "dict_type"):
-        return path, f"expected a mapping, got {shown(value)}."
-    text = item["msg"].replace("Input should be", "expected")
-    return path, f"{text[:1].lower()}{text[1:]}, got {shown(value)}."
-
-
-def _segment_problems(workflow: Workflow) -> Iterator[tuple[str, str]]:
-    segments = workflow.task.dataset.kwargs.segments
-    if "train" not in segments:
-        yield (
-            "task.dataset.kwargs.segments",
-            f"there is no 'train', only {list(segments)}.",
-        )
-
-
-# ---------------------------------------------------------------- classes and their arguments
-def _objects(values: Mapping[str, Any]) -> Iterator[tuple[registry.Registry, Any, str]]:
-    """(registry, description, path) of every object that the file describes, as far as it is well formed."""
-    register_all()
-    task = values.get("task")
-    if not isinstance(task, Mapping):
-        return
-    for key, kind in (
-        ("model", registry.MODELS),
-        ("dataset", registry.DATASETS),
-        ("reweighter", registry.REWEIGHTERS),
-    ):
-        if task.get(key) is not None:
-            yield kind, task[key], f"task.{key}"
-    handler = _item(task, ["dataset", "kwargs", "handler"])
-    if handler is not None:
-        path = "task.dataset.kwargs.handler"
-        yield registry.HANDLERS, handler, path
-        for name in PROCESSOR_LISTS:
-            listed = _item(handler, ["kwargs", name])
-            for position, spec in enumerate(listed if isinstance(listed, list) else []):
-                yield registry.PROCESSORS, spec, f"{path}.kwargs.{name}.{position}"
-    records = _as_list(task.get("record"))
-    for position, spec in enumerate(records if isinstance(records, list) else []):
-        suffix = f".{position}" if isinstance(task.get("record"), list) else ""
-        yield registry.RECORDS, spec, f"task.record{suffix}"
-
-
-def register_all() -> None:
-    """Fill the registries; done late, because it imports torch and every model."""
-    import qfast.workflow.classes  # noqa: F401
-
-
-def _class_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for kind, spec, path in _objects(values):
-        if isinstance(spec, str):
-            spec = {"class": spec}
-        if not isinstance(spec, Mapping) or not isinstance(spec.get("class"), str):
-            continue  # the structure check speaks of it
-        bare = {key: spec[key] for key in ("class", "module_path") if isinstance(spec.get(key), str)}
-        try:
-            factory, _ = kind.resolve(bare)
-        except ConfigError as error:
-            yield f"{path}.class", str(error)
-            try:  # a wrong module path does not keep the arguments from being looked at
-                factory, _ = kind.resolve({"class": spec["class"]})
-            except ConfigError:
-                continue
-        kwargs = spec.get("kwargs")
-        if isinstance(kwargs, Mapping):
-            problems = list(_argument_problems(factory, kwargs, f"{path}.kwargs"))
-            yield from problems
-            check = getattr(factory, "check_arguments", None)
-            if check is not None and not problems:
-                try:
-                    check(_coerced(factory, kwargs))
-                except ConfigError as error:
-                    yield f"{path}.kwargs", str(error)
-
-
-def _known_arguments(factory: Callable[..., Any]) -> tuple[str, ...] | None:
-    """Arguments of a class by name, with the options common to all estimators; None: it takes any name."""
-    taken = registry.parameters(factory)
-    named = tuple(n for n, p in taken.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
-    if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
-        return named
-    options = getattr(factory, "options", None)
-    return None if options is None else (*named, *options)
-
-
-def _argument_problems(
-    factory: Callable[..., Any], kwargs: Mapping[str, Any], path: str, without: Sequence[str] = ()
-) -> Iterator[tuple[str, str]]:
-    checks = _argument_types(factory)
-    known = _known_arguments(factory)
-    if known is not None:
-        known = tuple(name for name in known if name not in without)
-    for name, value in kwargs.items():
-        if name in without:
-            yield f"{path}.{name}", f"is the model's own, the base is built with it: task.model.kwargs.{name}."
-        elif known is not None and name not in known:
-            title = getattr(factory, "__name__", "it")
-            yield f"{path}.{name}", f"{title} has no argument {name!r}; it takes {list(known)}.{suggest(name, known)}"
-        elif name in checks and not _is_placeholder(value):
-            problem = _type_problem(checks[name], value)
-            if problem:
-                yield f"{path}.{name}", problem
-
-
-def _pretrain_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What is wrong with `task.pretrain`: a model without a base, a weight file beside it, arguments."""
-    block, spec = _item(values, ["task", "pretrain"]), _item(values, ["task", "model"])
-    factory = _model_class(spec)
-    if not isinstance(block, Mapping) or factory is None:
-        return
-    title = getattr(factory, "__name__", "the model")
-    if not hasattr(factory, "pretrain"):
-        able = [name for name in registry.MODELS.names() if hasattr(_model_class({"class": name}), "pretrain")]
-        yield "task.pretrain", f"{title} has no base model to pre-train, only {able} have. Remedy: leave the block out."
-        return
-    file = _item(spec, ["kwargs", "model_path"])
-    if file is not None:
-        yield (
-            "task.pretrain",
-            f"there is a weight file as well, task.model.kwargs.model_path is {file!r}; the base is either read or "
-            "trained. Remedy: --set task.model.kwargs.model_path=null, or --set task.pretrain=false.",
-        )
-    base = _base_class(factory, spec)
-    if base is not None:
-        yield from _argument_problems(base, block, "task.pretrain", without=NETWORK_ARGUMENTS)
-
-
-def _model_class(spec: Any) -> Any:
-    """The class that a model's description names; None where it names none."""
-    try:
-        bare = {"class": spec} if isinstance(spec, str) else {k: v for k, v in spec.items() if k != "kwargs"}
-        return registry.MODELS.resolve(bare)[0]
-    except (ConfigError, AttributeError):
-        return None
-
-
-def _base_class(factory: Any, spec: Any) -> Any:
-    """The estimator that `pretrain` of a model would train; None for a `base_model` that there is not."""
-    asked = _item(spec, ["kwargs", "base_model"]) or registry.parameters(factory)["base_model"].default
-    return factory.base_estimators.get(asked) if isinstance(asked, str) else None
-
-
-def _type_problem(check: TypeAdapter[Any], value: Any) -> str:
-    try:
-        check.validate_python(value)
-    except ValidationError as error:
-        text = error.errors()[0]["msg"].replace("Input should be", "expected")
-        return f"{text[:1].lower()}{text[1:]}, got {shown(value)}."
-    return ""
-
-
-def _argument_types(factory: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
-    """Checks for the arguments of plain types (numbers, texts, switches, None and unions of them)."""
-    target = factory.__init__ if inspect.isclass(factory) else factory
-    try:
-        hints = typing.get_type_hints(target)
-    except (NameError, TypeError, AttributeError):  # names that exist for the type checker only
-        return {}
-    return {name: TypeAdapter(hint) for name, hint in hints.items() if name != "return" and _is_plain(hint)}
-
-
-def _is_plain(hint: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if origin is typing.Literal:
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return all(_is_plain(part) for part in typing.get_args(hint))
-    return hint in PLAIN_TYPES
-
-
-def _coerce(workflow: Workflow) -> None:
-    """Give arguments the type that their class declares ("1e-3" in quotes becomes 0.001)."""
-    task = workflow.task
-    handler = task.dataset.kwargs.handler
-    for kind, described in (
-        (registry.DATASETS, task.dataset), (registry.HANDLERS, handler), *((registry.RECORDS, r) for r in task.record),
-    ):  # fmt: skip
-        _coerce_object(kind, described)
-    spec = task.model.model_dump(by_alias=True)
-    factory = _model_class(spec)
-    task.model.kwargs = _coerced(factory, task.model.kwargs)
-    if isinstance(task.pretrain, dict):
-        base = _base_class(factory, spec)
-        task.pretrain = task.pretrain if base is None else _coerced(base, task.pretrain)
-
-
-def _coerce_object(kind: registry.Registry, spec: Spec) -> None:
-    factory, _ = kind.resolve(spec.model_dump(by_alias=True, include={"class_", "module_path"}))
-    # Of a handler and a dataset some are fields of the structure above, and have their types.
-    kwargs = spec.kwargs if isinstance(spec.kwargs, dict) else spec.kwargs.model_extra or {}
-    kwargs.update(_coerced(factory, kwargs))
-
-
-def _coerced(factory: Callable[..., Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    checks = _argument_types(factory)
-    return {
-        name: checks[name].validate_python(value) if name in checks and not _is_placeholder(value) else value
-        for name, value in kwargs.items()
-    }
-
-
-def _is_placeholder(value: Any) -> bool:
-    return isinstance(value, str) and value.startswith("<")
-
-
-def _log_ignored(workflow: Workflow) -> None:
-    extra = workflow.model_extra or {}
-    if extra.get("sys"):
-        log.warning(
-            "sys: %s is not put on the module search path: only registered classes are built, nothing is "
-            "imported by name",
-            extra["sys"],
-        )
-    ignored = sorted(workflow.qlib_init.model_extra or {})
-    if ignored:
-        log.info("qlib_init: %s have no meaning here and are ignored", ignored)
-    train_end = workflow.task.dataset.kwargs.segments["train"][1]
-    fit_end = workflow.task.dataset.kwargs.handler.kwargs.fit_end_time
-    if train_end and fit_end and pd.Timestamp(fit_end) > pd.Timestamp(train_end):
-        log.warning(
-            "fit_end_time %s lies after the end of the train segment %s: the processors see data that the "
-            "model is judged on",
-            fit_end,
-            train_end,
-        )
-
-
-# ---------------------------------------------------------------- small helpers
-def _item(values: Any, path: list[Any]) -> Any:
-    try:
-        for key in path:
-            values = values[key]
-    except (KeyError, IndexError, TypeError):
-        return None
-    return values
 
 
 def _plain(value: Any) -> Any:

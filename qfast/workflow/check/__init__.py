@@ -29,7 +29,8 @@ from qfast.workflow.check.segments import check_segments
 from qfast.workflow.check.trial import Trial, feature_source, source_argument
 from qfast.workflow.config import load_config
 from qfast.workflow.dataset import build_dataset
-from qfast.workflow.schema import Workflow, check_workflow
+from qfast.workflow.schema import Workflow
+from qfast.workflow.validation import check_workflow
 
 __all__ = ["CheckReport", "Finding", "check", "run_experiments"]
 
