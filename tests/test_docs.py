@@ -71,7 +71,7 @@ def test_factors(reader):
 
 
 def test_workflow(reader):
-    assert run_examples(ROOT / "docs" / "workflow.md") == 1
+    assert run_examples(ROOT / "docs" / "workflow.md") == 2
     assert (reader / "runs" / "first" / "portfolio_analysis" / "metrics.json").exists()
     assert (reader / "tomorrow.csv").exists()
 
