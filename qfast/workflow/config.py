@@ -23,14 +23,21 @@ import jinja2.sandbox
 from ruamel.yaml.error import YAMLError
 
 from qfast.errors import ConfigError
-from qfast.workflow.overrides import AliasGroups, KeyPath, apply_set, path_text, yaml_problem, yaml_reader
+from qfast.workflow.overrides import (
+    BASE_KEY,
+    TOP_LEVEL,
+    AliasGroups,
+    KeyPath,
+    apply_set,
+    path_text,
+    yaml_problem,
+    yaml_reader,
+)
 
 __all__ = ["LoadedConfig", "apply_set", "deep_merge", "dump_yaml", "fill_placeholders", "load_config"]
 
 log = logging.getLogger("qfast")
-BASE_KEY = "BASE_CONFIG_PATH"
 DROP = "__DROP__"
-TOP_LEVEL = ("qlib_init", "task", "experiment_name", "market", "benchmark", "sys", BASE_KEY)
 
 
 @dataclass(frozen=True)

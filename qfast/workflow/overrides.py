@@ -12,11 +12,13 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from qfast.errors import ConfigError, nearest
 
-__all__ = ["AliasGroups", "KeyPath", "apply_set", "path_text", "yaml_problem", "yaml_reader"]
+__all__ = ["BASE_KEY", "TOP_LEVEL", "AliasGroups", "KeyPath", "apply_set", "path_text", "yaml_problem", "yaml_reader"]
 
 Key = str | int
 KeyPath = tuple[Key, ...]
 AliasGroups = list[list[KeyPath]]
+BASE_KEY = "BASE_CONFIG_PATH"
+TOP_LEVEL = ("qlib_init", "task", "experiment_name", "market", "benchmark", "sys", BASE_KEY)
 # Mappings that may take keys which are not there yet; what is put in is checked against the schema later.
 OPEN_MAPPINGS = ("kwargs", "qlib_init", "segments", "task", "pretrain")
 
