@@ -83,6 +83,13 @@ def check_dtype(x: Tensor, weight: Tensor) -> None:
     ------
     DataError
         If the dtypes differ. The message contains both dtypes and the conversions that fix it.
+
+    Examples
+    --------
+    >>> check_dtype(torch.zeros(2), torch.zeros(3))
+    >>> check_dtype(torch.zeros(2), torch.zeros(3, dtype=torch.float64))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    qfast.errors.DataError: x is torch.float32 but the network's weights are torch.float64. Remedy: ...
     """
     if x.dtype == weight.dtype:
         return
@@ -93,7 +100,15 @@ def check_dtype(x: Tensor, weight: Tensor) -> None:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return whether a forward or backward hook is registered on `module`; an operator would not call it."""
+    """Return whether a forward or backward hook is registered on `module`; an operator would not call it.
+
+    Examples
+    --------
+    >>> layer = nn.Linear(2, 2)
+    >>> handle = layer.register_forward_hook(lambda module, inputs, output: None)
+    >>> has_hooks(layer), has_hooks(nn.Linear(2, 2))
+    (True, False)
+    """
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )

@@ -76,14 +76,14 @@ class CausalConv1d(nn.Module):
 class _Steps(nn.Sequential):
     """The sequence of modules that a block runs.
 
-    It hides its convolutions from `named_modules` when duplicates are kept, because the block registers them too.
-    torch.func.functional_call replaces a parameter under every name it finds, and does not restore parameters
-    correctly that have two names.
+    `named_modules` omits the convolutions if duplicates are requested, because the block itself registers them too.
+    torch.func.functional_call requests all names of a parameter and cannot restore a parameter that has two.
     """
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the names and modules, without the convolutions if duplicates are requested."""
         for name, module in super().named_modules(memo, prefix, remove_duplicate):
             if remove_duplicate or not isinstance(module, CausalConv1d):
                 yield name, module
@@ -381,7 +381,14 @@ class TCNModel(PlainTorch):
         return prediction.squeeze(-1) if self.output_size == 1 else prediction
 
     def stream(self) -> TCNStream:
-        """Return a TCNStream, which scores day by day from one new row per instrument, with a copy of the weights."""
+        """Return a TCNStream, which scores day by day from one new row per instrument, with a copy of the weights.
+
+        Examples
+        --------
+        >>> model = TCNModel(num_input=6, output_size=1, num_channels=[8] * 3, kernel_size=3, dropout=0.5).eval()
+        >>> model.stream().push(torch.zeros(2, 6), ["AAPL", "MSFT"]).shape
+        torch.Size([2])
+        """
         return TCNStream(self)
 
     def translate_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

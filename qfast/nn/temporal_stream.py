@@ -207,9 +207,11 @@ class TCNStream:
         return self._state.seen.device
 
     def __len__(self) -> int:
+        """Return the number of instruments."""
         return len(self._row_of)
 
     def __repr__(self) -> str:
+        """Return a summary: instruments, bytes per instrument, receptive field, dtype and device."""
         return (
             f"TCNStream({len(self)} instruments, {self.bytes_per_instrument} bytes each, receptive field "
             f"{self.receptive_field}, {self._network.dtype}, {self.device})"
