@@ -84,8 +84,8 @@ QFAST_ALWAYS_INLINE void adam_vector(const AdamTensor<Element>& tensor, const Ad
   const auto above = gradient > limit, below = gradient < -limit;
   if (any_lane<Element>((Integers<Element>)(above | below))) [[unlikely]] {
     gradient = at_least<Element>(at_most<Element>(gradient, settings.limit), -settings.limit);
-    store<Element>(tensor.gradient + i, gradient,
-                   count);  // stored only if clipped, because it would be a quarter of all stores
+    // Stored only if clipped, because it would be a quarter of all stores.
+    store<Element>(tensor.gradient + i, gradient, count);
   }
   if (settings.weight_decay != 0)
     gradient = multiply_add<Element>(parameter, splat<Element>(settings.weight_decay), gradient);

@@ -14,9 +14,9 @@ namespace {
 using host::GruCell;
 using host::LstmCell;
 
+// Saved values of this size evict everything else from the caches.
 constexpr int64_t kParts = 16;  // parts of the tiles, each with its own sums of weight gradients
-constexpr int64_t kStreamedBytes =
-    8 << 20;                               // saved values of this size evict everything else from the caches
+constexpr int64_t kStreamedBytes = 8 << 20;
 constexpr int64_t kPartBytes = 128 << 20;  // limit on the memory of all sums
 
 auto forward_kernel(LstmCell, float) { return cpu_kernels().lstm_forward_f32; }

@@ -27,8 +27,8 @@ namespace {
 
 constexpr int kLanes = 32;
 constexpr int kWarpUnits = 8;
-constexpr int kSlices =
-    4;  // slices of the inputs in the forward pass, and lanes that share the rows of a unit
+// Slices of the inputs in the forward pass, and lanes that share the rows of a unit.
+constexpr int kSlices = 4;
 constexpr int kTurnedSlices = 16;  // slices of the gates in the backward pass
 constexpr int kTurnedUnits = 4;    // units of a lane in the backward pass
 

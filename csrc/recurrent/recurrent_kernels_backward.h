@@ -182,8 +182,8 @@ static void cell_gradients(const RecurrentJob<Element>& job, const BackwardTile<
   }
   const Element* const previous_gates =
       t == 0 ? nullptr : job.gates + saved_offset(job, l, t - 1, tile.first) * 4;
-  Element* const output =
-      layer.outputs + (t + tile.chunk) % (tile.chunk + 1) * tile.buffer_elements;  // of t - 1
+  // The slot of h of step t - 1.
+  Element* const output = layer.outputs + (t + tile.chunk) % (tile.chunk + 1) * tile.buffer_elements;
   Element* const sums = tile.sums(l, t);
   for (int64_t row = 0; row < tile.rows; ++row) {
     for (int64_t j = 0; j < H; j += lanes) {

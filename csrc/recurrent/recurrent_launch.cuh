@@ -10,9 +10,9 @@
 namespace qfast {
 namespace {
 
+// The weights of up to 64 units fit into registers, 64 in each of 256 threads.
 constexpr int kThreads = 256;  // threads of a block in kernels without tiles
-constexpr int64_t kRegisterUnits =
-    64;  // the weights of up to 64 units fit into registers, 64 in each of 256 threads
+constexpr int64_t kRegisterUnits = 64;
 // Rows of a tile whose weights are in registers. Two blocks fit on a multiprocessor, and one runs while the
 // other waits.
 constexpr int kRegisterRows = 4;

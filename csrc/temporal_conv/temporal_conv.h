@@ -52,9 +52,9 @@ template <class Element>
 struct BlockJob {
   int64_t features, channels, kernel, dilation;
   bool downsample;
+  // Slots that each convolution reads; the last table is for the 1x1 convolution.
   const int32_t *between_positions, *output_positions;  // time steps, which are dropout counters
-  TapTable first, second,
-      residual_reads;  // slots that each convolution reads; the last table is for the 1x1 convolution
+  TapTable first, second, residual_reads;
   TapTable first_read_by, second_read_by;
   RunList first_runs, second_runs;  // slots to compute
   RunList first_read_by_runs, second_read_by_runs;

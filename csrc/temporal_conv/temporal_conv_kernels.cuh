@@ -379,8 +379,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
     const TwoQuads columns(static_cast<int>(item % column_groups), column_groups, job.columns);
     const TwoQuads channels(static_cast<int>(rest % channel_groups), channel_groups, job.channels);
     const int tap = static_cast<int>(rest / channel_groups);
-    const bool with_bias =
-        rest % channel_groups == 0 && tap == job.taps - 1;  // this tap reads for every output
+    // The last tap reads for every output, so its threads also sum the bias.
+    const bool with_bias = rest % channel_groups == 0 && tap == job.taps - 1;
     const bool whole = job.source.packed && job.grad.packed && channels.whole() && columns.whole();
     // Make the same choice in the whole warp, so it loops over the rows once.
     const unsigned lanes = __activemask();

@@ -132,8 +132,8 @@ QFAST_ALWAYS_INLINE void convolve_slot(const Tap* taps, const Tap* end,
   for_row_tiles<kTileRows<Vectors>>(rows, [&]<int Rows>(int64_t row) __attribute__((always_inline)) {
     Sums<Element, Rows, Vectors> sums = {};
     for (const Tap* tap = taps; tap != end; ++tap) {
-      Sums<Element, Rows, Vectors> part =
-          {};  // one sum per tap, because a long chain of additions loses digits
+      // One sum per tap, because a long chain of additions loses digits.
+      Sums<Element, Rows, Vectors> part = {};
       add_product(part, at(input, tap->slot, row), input.row_stride, input.channel_stride,
                   weights + tap->tap * features * kWidth, kWidth, features);
       add(sums, part);

@@ -19,10 +19,10 @@ constexpr int64_t kTileRows = 64;  // rows of a tile if every stage is a launch
 // thread block reads all of them for each slot. Larger weights are read from L2, where one launch per stage
 // reads them 4 times less often.
 constexpr int64_t kCachedBytes = 64 << 10;
+// Smallest number of (slot, row) pairs of a thread; fewer would not pay for writing its sums.
 constexpr int64_t kFillingTiles = 128;         // about one for each multiprocessor, if there are enough rows
 constexpr int64_t kGradientThreads = 1 << 16;  // enough to fill any device; 16 MB of sums in float32
-constexpr int64_t kLeastSteps =
-    64;  // (slot, row) pairs of a thread; fewer would not pay for writing its sums
+constexpr int64_t kLeastSteps = 64;
 
 constexpr int64_t up_to(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -491,8 +491,8 @@ class Call {
   Device& device_;
   const NetworkData<T>& network_;
   Tables<Device> tables_;
-  std::vector<Cone> inputs_,
-      between_;  // of each block; the last element of inputs_ is the output of the stack
+  // The cones of each block. The last element of inputs_ is the output of the stack.
+  std::vector<Cone> inputs_, between_;
   std::vector<int64_t> saved_offsets_, signs_at_;
   std::vector<Product<T>> first_, second_, residual_;  // with packed weights but without sources
   std::vector<Packing<T>> packing_;

@@ -19,8 +19,8 @@ namespace qfast {
 constexpr int64_t kRowGroup = 4;   // rows that share a dropout counter
 constexpr int64_t kRowsStep = 12;  // a multiple of this many rows fills the registers
 constexpr int64_t kMostRows = 48;
-constexpr int64_t kTileBytes =
-    384 << 10;  // size limit of the activations of a block of a tile, for a cache of 1 MB
+// Size limit of the activations of a block of a tile, for a cache of 1 MB.
+constexpr int64_t kTileBytes = 384 << 10;
 constexpr int64_t kFewestTiles = 8;  // if there are enough rows, so several threads have work
 
 // The tensors and sizes of one block.

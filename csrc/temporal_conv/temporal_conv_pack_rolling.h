@@ -130,8 +130,8 @@ class RollingNetwork {
   Network<Element>& network_;
   std::vector<BlockJob<Element>> row_blocks_;
   std::vector<SharedRows> first_, second_;
-  std::vector<std::vector<int32_t>> separate_first_,
-      separate_second_;  // slots that each window computes separately
+  // Slots that each window computes separately.
+  std::vector<std::vector<int32_t>> separate_first_, separate_second_;
 };
 
 }  // namespace qfast

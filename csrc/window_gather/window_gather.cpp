@@ -152,8 +152,8 @@ Tensor gather_windows_backward_cpu(const Tensor& grad, const Tensor& rows, int64
                        transposed};
   const bool single = grad.scalar_type() == ScalarType::Float;
   const auto kernel = single ? cpu_kernels().scatter_windows_f32 : cpu_kernels().scatter_windows_f64;
-  const int64_t threads =
-      torch::stable::get_num_threads();  // one task per thread, as each task reads all rows
+  // One task per thread, as each task reads all rows.
+  const int64_t threads = torch::stable::get_num_threads();
   parallel_for(n_rows, (n_rows + threads - 1) / threads,
                [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
   return out;
