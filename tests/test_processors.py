@@ -263,7 +263,7 @@ def test_apply_refuses_before_fit():
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        (P.Fillna("features"), r"'features' is not in the panel.* Did you mean 'feature'\?"),
+        (P.Fillna("features"), r"no column group 'features'.* Did you mean 'feature'\?"),
         (P.Fillna(("feature", "x9")), "has no column 'x9'"),
         (P.Fillna(5), "fields_group must be None, a group name"),
         (P.FilterCol("feature", ["nobody"]), "none of the columns"),

@@ -130,7 +130,7 @@ def test_text_columns_are_left_out_and_said(prices, caplog):
     with caplog.at_level(logging.INFO, logger="qfast"):
         panel = load_prices(table)
     assert "sector" not in panel.columns("price")
-    assert "column 'sector' is not numeric and is left out" in caplog.text
+    assert "ignoring column 'sector', which is not numeric" in caplog.text
 
 
 def test_numbers_written_as_text_are_numbers():
@@ -156,15 +156,21 @@ def table(**changes: object) -> pd.DataFrame:
 @pytest.mark.parametrize(
     ("frame", "message"),
     [
-        (table(date=None), r"no datetime column; found \['symbol', 'close'\], accepted names are \['datetime', 'date'"),
-        (table(symbol=None), r"no instrument column; found \['date', 'close'\], accepted names are \['instrument'"),
+        (
+            table(date=None),
+            r"no datetime column; its columns are .*, accepted names are \['datetime', 'date'",
+        ),
+        (
+            table(symbol=None),
+            r"no instrument column; its columns are .*, accepted names are \['instrument'",
+        ),
         (table(date=["2024-01-02", "2024-13-45", "x"]), "row 1 is not a date: '2024-13-45' in column 'date'"),
         (table(date=["2024-01-02", None, "2024-01-04"]), r"row 1 has no date \(column 'date'\)"),
         (table(symbol=["A", "B", None]), r"row 2 has no instrument \(column 'symbol'\)"),
         (table(date=["2024-01-02", "2024-01-03", "2024-01-02"]), r"rows? 0 of the frame and row 2 of the frame"),
-        (table(close=["1", "2,5", "3"]), "column 'close' is not numeric: row 1 is '2,5'"),
-        (table(date=[20240101, 20240102, 17]), "row 2 is 17; only dates written as 20240131"),
-        (table(close=None), r"no price column; found \['date', 'symbol'\]"),
+        (table(close=["1", "2,5", "3"]), "column 'close' must be numeric, but row 1 is '2,5'"),
+        (table(date=[20240101, 20240102, 17]), "must be dates such as 20240131, got 17 in row 2"),
+        (table(close=None), r"no price column; its columns are \['date', 'symbol'\]"),
         (table(Close=[1, 2, 3]), "column 'Close' occurs twice"),
         (table().iloc[:0], r"the frame has no rows"),
     ],
@@ -175,7 +181,7 @@ def test_table_refuses(frame, message):
 
 
 def test_files_refuse(tmp_path, monkeypatch):
-    with pytest.raises(DataError, match=r"no such file or folder: .*nothing\.csv \(looked in "):
+    with pytest.raises(DataError, match=r"no such file or folder: .*nothing\.csv \(current folder "):
         load_prices(tmp_path / "nothing.csv")
     (tmp_path / "empty.csv").write_text("")
     with pytest.raises(DataError, match=r"empty\.csv is empty \(0 bytes\)"):
@@ -196,24 +202,24 @@ def test_files_refuse(tmp_path, monkeypatch):
 
 
 def test_folders_refuse(tmp_path):
-    with pytest.raises(DataError, match="holds neither CSV nor Parquet files"):
+    with pytest.raises(DataError, match="contains neither CSV nor Parquet files"):
         load_prices(tmp_path)
     (tmp_path / "a.csv").write_text("date,symbol,close\n2024-01-02,A,1\n")
     (tmp_path / "b.csv").write_text("date,symbol,close\n2024-01-03,A,1\n2024-01-02,A,2\n")
     with pytest.raises(DataError, match=r"row 0 of a\.csv and row 1 of b\.csv are both \(datetime 2024-01-02"):
         load_prices(tmp_path)
     (tmp_path / "b.csv").write_text("date,symbol,close\n2024-01-03T00:00:00Z,A,1\n")
-    with pytest.raises(DataError, match="the files differ in time zone"):
+    with pytest.raises(DataError, match="all files must have the same time zone"):
         load_prices(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({}, "give either prices"),
+        ({}, "exactly one of prices"),
         ({"source": 3}, "prices must be a path, a DataFrame or a Panel, got int"),
         ({"source": table(), "vwap": "typcal"}, r"vwap must be None or 'typical'.* Did you mean 'typical'\?"),
-        ({"source": table(), "instruments": {"A": 5}}, r"expected \{code: \[\(start, end\), \.\.\.\]\}"),
+        ({"source": table(), "instruments": {"A": 5}}, r"must be \{code: \[\(start, end\), \.\.\.\]\}"),
         ({"source": table(), "instruments": 5}, "instruments must be a market name, a list"),
         ({"provider_uri": 5}, "provider_uri must be a path, got int"),
         ({"provider_uri": {"1min": "x"}}, r"no entry for freq 'day'; it has \['1min'\]"),
@@ -291,14 +297,14 @@ def broken(root, what: str):
     ("what", "message"),
     [
         ("truncated", r"close\.day\.bin is damaged: 481 bytes are not a whole number of float32 values"),
-        ("start", r"close\.day\.bin is damaged: its first value must be the calendar position .* it is nan"),
-        ("late", r"\(0 to 119\), it is 5000\.0"),
-        ("calendar", r"no Qlib data folder for freq 'day': .*day\.txt is missing and there is no other calendar"),
-        ("blank", r"day\.txt holds no dates"),
+        ("start", r"close\.day\.bin is damaged: its first value must be the calendar position .* got nan"),
+        ("late", r"from 0 to 119, got 5000\.0"),
+        ("calendar", r"not a Qlib data folder for freq 'day': .*day\.txt is missing, and it has no other calendar"),
+        ("blank", r"day\.txt contains no dates"),
         ("order", r"line 3 \(2020-01-03\) is not after the line before it"),
-        ("market", r"all\.txt: line 1 is not CODE, start, end with tabs between"),
-        ("market date", r"all\.txt: line 1 holds something that is not a date"),
-        ("nobody", r"all\.txt names no instruments"),
+        ("market", r"all\.txt: line 1 must be CODE, start and end separated by tabs"),
+        ("market date", r"all\.txt: line 1 must contain two dates"),
+        ("nobody", r"all\.txt contains no instruments"),
     ],
 )
 def test_damaged_stores(tmp_path, what, message):
@@ -313,11 +319,11 @@ def test_damaged_stores(tmp_path, what, message):
     [
         (
             {"instruments": "mxied"},
-            r"market 'mxied' is not in .*; there are \['all', 'mixed'\]\. Did you mean 'mixed'\?",
+            r"market 'mxied' is not in .*, which has \['all', 'mixed'\]\. Did you mean 'mixed'\?",
         ),
         ({"instruments": ["X", "Y"]}, r"none of the 2 instruments \(X, Y, \.\.\.\) has data"),
         ({"start_time": "2030-01-01"}, r"no trading day between start_time=2030-01-01 and end_time=None; the calendar"),
-        ({"freq": "1min"}, r"freq '1min': .*1min\.txt is missing; there are calendars for \['day'\]"),
+        ({"freq": "1min"}, r"freq '1min': .*1min\.txt is missing; it has calendars for \['day'\]"),
         ({"provider_uri": "/nowhere/at/all"}, "provider_uri: no such folder: /nowhere/at/all"),
     ],
 )

@@ -112,10 +112,10 @@ def test_a_market_of_the_usual_size_takes_about_a_second():
         (synthetic.factors, {"n_days": 0}, "n_days must be a whole number of at least 1, got 0"),
         (synthetic.factors, {"n_features": 1}, "n_features >= 2"),
         (synthetic.factors, {"ic": 2}, "-1 <= ic <= 1"),
-        (synthetic.factors, {"missing": 1.5}, "missing must be a share between 0 and 1, got 1.5"),
+        (synthetic.factors, {"missing": 1.5}, "missing must be a fraction from 0 to 1 .*, got 1.5"),
         (synthetic.prices, {"n_instruments": 2.5}, "n_instruments must be a whole number"),
         (synthetic.prices, {"volatility": 0}, "volatility > 0"),
-        (synthetic.prices, {"holes": 1}, "holes must be a share"),
+        (synthetic.prices, {"holes": 1}, "holes must be a fraction"),
     ],
 )
 def test_refuses(make, kwargs, message):

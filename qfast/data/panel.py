@@ -1,7 +1,7 @@
-"""The panel: every (instrument, datetime) row once, in float32, instrument by instrument.
+"""The panel: the table of all (instrument, datetime) rows, float32, sorted by instrument and then by time.
 
-Instrument-major order is what makes a rolling window one contiguous run of rows. The keys are two
-int32 codes a row; pandas appears only at the boundary (`from_frame`, `to_frame`, `index`).
+This order makes the window of an instrument a contiguous block of rows. Each row has two int32 codes as its key. Only
+`from_frame`, `to_frame` and `index` use pandas frames and indexes.
 """
 
 from __future__ import annotations
@@ -18,14 +18,22 @@ from numpy.typing import DTypeLike
 from qfast.dates import DateLike, is_date_only
 from qfast.errors import DataError, some, suggest
 
-ROW_CHUNK = 1 << 16  # rows copied at a time: bounds the transient memory of a reordering copy
+ROW_CHUNK = 1 << 16  # rows copied at a time, which limits temporary memory
 
 __all__ = ["Block", "Panel"]
 
 
 @dataclass(frozen=True)
 class Block:
-    """Columns of one group: `values` float32 [R, C] (float64 on request), `columns` their C names."""
+    """The columns of one group.
+
+    Attributes
+    ----------
+    values : ndarray
+        float32 [R, C]; float64 if `Panel.from_frame` was called with that dtype.
+    columns : tuple of str
+        C names.
+    """
 
     values: np.ndarray
     columns: tuple[str, ...]
@@ -33,22 +41,22 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """Rows sorted by (instrument, datetime), columns in named groups.
+    """A table with rows sorted by (instrument, datetime) and columns in named groups.
 
     Attributes
     ----------
     datetimes : pandas.DatetimeIndex
-        Sorted unique timestamps, any frequency, with or without time zone.
+        Sorted unique timestamps of any frequency, with or without a time zone.
     instruments : numpy.ndarray
         Sorted unique instrument names (object).
     date_codes, instrument_codes : numpy.ndarray
-        int32 [R], positions in `datetimes` and `instruments`.
+        int32 [R]: position of each row's key in `datetimes` and `instruments`.
     blocks : Mapping[str, Block]
-        Column groups, for instance "feature", "label" or "price". Blocks may be shared between
-        panels and are never changed in place.
+        Column groups, for example "feature", "label" or "price". Panels may share blocks, so blocks are never changed
+        in place.
     live : numpy.ndarray or None
-        bool [R]; rows that a processor dropped are False. None means that every row is live.
-        Dropping rows flips this mask instead of copying the blocks.
+        bool [R]: False for rows that a processor dropped. None: all rows are live. Dropping rows changes only this mask
+        and copies no block.
 
     Examples
     --------
@@ -75,23 +83,35 @@ class Panel:
         group: str = "feature",
         dtype: DTypeLike = np.float32,
     ) -> Panel:
-        """Copy a pandas frame into a panel; the frame itself is left as it was.
+        """Copy a pandas frame into a panel.
 
         Parameters
         ----------
         frame : DataFrame or Series
-            Indexed by (datetime, instrument), in either order and sorted or not. Two-level columns
-            are (group, name); single-level columns all go to `group`.
+            Indexed by datetime and instrument, with the levels in either order and the rows in any order. Two-level
+            columns are (group, name).
         group : str
             Group of single-level columns.
         dtype : numpy dtype
             float32 (default) or float64.
 
+        Returns
+        -------
+        Panel
+            R rows, all live.
+
         Raises
         ------
         DataError
-            Wrong index, a missing key, a duplicate (datetime, instrument), a column that is not
-            numeric, duplicate column names.
+            The index does not have these two levels, a key is missing or occurs twice, a column is not numeric, or a
+            column name occurs twice.
+
+        Examples
+        --------
+        >>> index = pd.MultiIndex.from_product([["A"], pd.date_range("2024-01-01", periods=2)],
+        ...                                    names=["instrument", "datetime"])
+        >>> Panel.from_frame(pd.DataFrame({"x": [1.0, 2.0]}, index=index)).columns("feature")
+        ('x',)
         """
         if isinstance(frame, pd.Series):
             frame = frame.to_frame(name=frame.name if frame.name is not None else group)
@@ -108,53 +128,52 @@ class Panel:
     # ---------------------------------------------------------------- shape and access
     @property
     def n_rows(self) -> int:
-        """All stored rows, live or not."""
+        """R: number of rows, including dropped ones."""
         return len(self.date_codes)
 
     @property
     def n_live(self) -> int:
-        """Rows that no processor dropped."""
+        """Number of live rows."""
         return self.n_rows if self.live is None else int(np.count_nonzero(self.live))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all blocks and codes."""
+        """Bytes of all blocks and key codes."""
         values = sum(b.values.nbytes for b in self.blocks.values())
         return values + self.date_codes.nbytes + self.instrument_codes.nbytes
 
     def block(self, group: str) -> Block:
-        """The block of `group`; a DataError names the groups there are."""
+        """The block of a group. Raises a DataError if the panel lacks the group."""
         try:
             return self.blocks[group]
         except KeyError:
             raise DataError(
-                f"column group {group!r} is not in the panel; it has {sorted(self.blocks)}."
-                + suggest(group, self.blocks)
+                f"the panel has no column group {group!r}; it has {sorted(self.blocks)}." + suggest(group, self.blocks)
             ) from None
 
     def values(self, group: str) -> np.ndarray:
-        """float32 [R, C] of `group`, shared, not to be changed."""
+        """Values [R, C] of a group. They are shared and must not be changed."""
         return self.block(group).values
 
     def columns(self, group: str) -> tuple[str, ...]:
-        """Column names of `group`."""
+        """C column names of a group."""
         return self.block(group).columns
 
     def column(self, name: str, group: str | None = None) -> np.ndarray:
-        """One column as a [R] view, looked up in `group` or in all groups."""
+        """A view [R] of one column of `group`, or of the first group that has it. Raises a DataError if none has it."""
         groups = [group] if group is not None else list(self.blocks)
         for g in groups:
             if name in self.block(g).columns:
                 return self.blocks[g].values[:, self.blocks[g].columns.index(name)]
-        known = [c for g in groups for c in self.blocks[g].columns]
-        raise DataError(f"column {name!r} is not in the panel; it has [{some(known)}]." + suggest(name, known))
+        columns = [c for g in groups for c in self.blocks[g].columns]
+        raise DataError(f"the panel has no column {name!r}; it has [{some(columns)}]." + suggest(name, columns))
 
     def live_rows(self) -> np.ndarray:
         """int64 row numbers of the live rows, ascending."""
         return np.arange(self.n_rows) if self.live is None else np.flatnonzero(self.live)
 
     def index(self, rows: np.ndarray | None = None) -> pd.MultiIndex:
-        """(datetime, instrument) keys of `rows` (default: all live rows), in the order given."""
+        """(datetime, instrument) keys of `rows` in their order. Default: all live rows."""
         rows = self.live_rows() if rows is None else rows
         return pd.MultiIndex(
             levels=[self.datetimes, pd.Index(self.instruments)],  # type: ignore[list-item]
@@ -164,9 +183,9 @@ class Panel:
         )
 
     def date_code_range(self, start: DateLike | None = None, end: DateLike | None = None) -> tuple[int, int]:
-        """Half-open range of date codes with start <= datetime <= end; None is unbounded.
+        """Half-open range of date codes with start <= datetime <= end. None is unbounded.
 
-        A bound given as a date only ("2020-12-31", datetime.date) covers that whole day.
+        An `end` without a time of day ("2020-12-31", datetime.date) includes that whole day.
         """
         low = 0 if start is None else int(self.datetimes.searchsorted(self.timestamp(start, "start"), "left"))
         if end is None:
@@ -178,7 +197,7 @@ class Panel:
         return low, max(low, int(self.datetimes.searchsorted(stamp, "right")))
 
     def rows_between(self, start: DateLike | None = None, end: DateLike | None = None) -> np.ndarray:
-        """int64 live rows with start <= datetime <= end, in panel order."""
+        """Live rows with start <= datetime <= end, int64, ascending."""
         low, high = self.date_code_range(start, end)
         inside = (self.date_codes >= low) & (self.date_codes < high)
         if self.live is not None:
@@ -186,29 +205,29 @@ class Panel:
         return np.flatnonzero(inside)
 
     def by_date(self, rows: np.ndarray) -> np.ndarray:
-        """`rows` re-ordered by (datetime, instrument), the order of the reference's frames."""
+        """`rows` sorted by (datetime, instrument), the order of Qlib's frames."""
         return rows[np.argsort(self.date_codes[rows], kind="stable")]
 
     # ---------------------------------------------------------------- derived panels
     def replace(self, group: str, values: np.ndarray, columns: Sequence[str] | None = None) -> Panel:
-        """A panel with `group` holding `values` [R, C]; the other blocks are shared."""
+        """A panel with new `values` [R, C] and optionally new `columns` of a group. Other blocks are shared."""
         names = self.block(group).columns if columns is None else tuple(columns)
         if values.shape != (self.n_rows, len(names)):
             raise DataError(
-                f"values of group {group!r}: expected shape {(self.n_rows, len(names))}, got {values.shape}"
+                f"values of group {group!r} must have shape {(self.n_rows, len(names))}, got {values.shape}."
             )
         return replace(self, blocks={**self.blocks, group: Block(values, names)})
 
     def with_group(self, group: str, values: np.ndarray, columns: Sequence[str]) -> Panel:
-        """A panel with one more column group `group` of `values` [R, C]."""
+        """A panel with an additional column group `group` of `values` [R, C]."""
         return replace(self, blocks={**self.blocks, group: Block(values, ())}).replace(group, values, columns)
 
     def only(self, groups: Iterable[str]) -> Panel:
-        """A panel with just these groups, blocks shared."""
+        """A panel with only these groups, whose blocks are shared."""
         return replace(self, blocks={g: self.block(g) for g in groups})
 
     def keep(self, mask: np.ndarray) -> Panel:
-        """A panel in which only live rows with mask[r] stay live; blocks are shared."""
+        """A panel in which the live rows r with mask[r] (bool [R]) remain live. Blocks are shared."""
         live = mask if self.live is None else (self.live & mask)
         return replace(self, live=live)
 
@@ -217,7 +236,20 @@ class Panel:
         groups: str | Sequence[str] | None = None,
         rows: np.ndarray | None = None,
     ) -> pd.DataFrame:
-        """Copy out a frame. `groups`: a name gives single-level columns, a list two levels, None all."""
+        """Copy rows and column groups into a frame.
+
+        Parameters
+        ----------
+        groups : str or sequence of str, optional
+            One name: a frame with single-level columns. A list, or None for all groups: two-level columns.
+        rows : int64 [M], optional
+            Default: all live rows, sorted by (datetime, instrument).
+
+        Returns
+        -------
+        DataFrame
+            Indexed (datetime, instrument).
+        """
         rows = self.by_date(self.live_rows()) if rows is None else rows
         names = list(self.blocks) if groups is None else ([groups] if isinstance(groups, str) else list(groups))
         values = np.concatenate([self.values(g)[rows] for g in names], axis=1)
@@ -228,7 +260,7 @@ class Panel:
         return pd.DataFrame(values, index=self.index(rows), columns=columns, copy=False)
 
     def content_hash(self) -> str:
-        """Hex digest over keys, column names and values: equal panels, equal digest."""
+        """Hexadecimal digest of keys, column names and values. Equal panels have equal digests."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update(self.datetimes.as_unit("ns").asi8.tobytes())
         digest.update("\x1f".join(map(str, self.instruments)).encode())
@@ -271,7 +303,7 @@ def _key_codes(index: pd.Index) -> tuple[pd.DatetimeIndex, np.ndarray, np.ndarra
     """Sorted unique datetimes and instruments of the index, and each row's int32 codes."""
     if not isinstance(index, pd.MultiIndex) or index.nlevels != 2:
         raise DataError(
-            "the frame's index must have the two levels (datetime, instrument); got "
+            "the index of the frame must have the two levels (datetime, instrument), got "
             f"{type(index).__name__} with level names {list(index.names)}. Remedy: "
             "frame.set_index(['datetime', 'instrument'])."
         )
@@ -285,7 +317,7 @@ def _key_codes(index: pd.Index) -> tuple[pd.DatetimeIndex, np.ndarray, np.ndarra
     instruments, instrument_codes = _sorted_level(index, 1 - date_level, "instrument")
     stamps = _to_datetimes(dates)
     if not stamps.is_monotonic_increasing or not stamps.is_unique:
-        # Text dates need not sort like time ("2/1/2020" < "12/1/2019") and may be spelt twice.
+        # Dates as text may sort differently from time ("12/1/2019" < "2/1/2020") and have several spellings.
         unique = stamps.unique().sort_values()
         date_codes = unique.get_indexer(stamps).astype(np.int32)[date_codes]
         stamps = unique
@@ -309,7 +341,7 @@ def _sorted_level(index: pd.MultiIndex, level: int, what: str) -> tuple[pd.Index
         order = np.argsort(np.asarray(values), kind="stable")
     except TypeError:
         kinds = sorted({type(v).__name__ for v in values})
-        raise DataError(f"index level {what!r} mixes types that do not compare: {kinds}.") from None
+        raise DataError(f"index level {what!r} mixes types that cannot be sorted: {kinds}.") from None
     rank = np.empty(len(order), dtype=np.int32)
     rank[order] = np.arange(len(order), dtype=np.int32)
     return values[order], rank[renumber[codes]] if len(codes) else codes.astype(np.int32)
@@ -320,19 +352,19 @@ def _to_datetimes(values: pd.Index) -> pd.DatetimeIndex:
         return values.rename(None)
     if len(values) and not isinstance(values[0], (str, dt.date)):
         raise DataError(
-            f"index level 'datetime' holds {type(values[0]).__name__} ({values[0]!r}), not dates. Remedy: "
-            "convert it with pandas.to_datetime first (give the format for numbers such as 20240131)."
+            f"index level 'datetime' must contain dates, got {type(values[0]).__name__} ({values[0]!r}). Remedy: "
+            "convert it with pandas.to_datetime first (pass the format for numbers such as 20240131)."
         )
     try:
         return pd.DatetimeIndex(pd.to_datetime(values)).rename(None)
     except (ValueError, TypeError) as error:
-        raise DataError(f"index level 'datetime' does not parse as dates: {error}") from None
+        raise DataError(f"index level 'datetime' cannot be parsed as dates: {error}") from None
 
 
 def _sort_order(
     datetimes: pd.DatetimeIndex, date_codes: np.ndarray, instruments: np.ndarray, instrument_codes: np.ndarray
 ) -> np.ndarray | None:
-    """Row order by (instrument, datetime), None if the rows stand so already; refuses duplicates."""
+    """Order that sorts the rows by (instrument, datetime); None if they are sorted. Duplicate keys are an error."""
     key = instrument_codes.astype(np.int64) * max(len(datetimes), 1) + date_codes
     steps = np.diff(key)
     if steps.size == 0 or steps.min() > 0:
@@ -356,17 +388,17 @@ def _column_groups(columns: pd.Index, group: str) -> list[tuple[str, list[int], 
         raise DataError(f"columns must have one level (name) or two (group, name), got {columns.nlevels} levels.")
     pairs = [(str(c[0]), str(c[1])) if columns.nlevels == 2 else (group, str(c)) for c in columns]
     seen: set[tuple[str, str]] = set()
-    found: dict[str, list[int]] = {}
+    positions_of: dict[str, list[int]] = {}
     for position, pair in enumerate(pairs):
         if pair in seen:
-            raise DataError(f"column {pair[1]!r} occurs twice in group {pair[0]!r}.")
+            raise DataError(f"column {pair[1]!r} occurs twice in group {pair[0]!r}. Remedy: rename or drop one.")
         seen.add(pair)
-        found.setdefault(pair[0], []).append(position)
-    return [(name, where, tuple(pairs[p][1] for p in where)) for name, where in found.items()]
+        positions_of.setdefault(pair[0], []).append(position)
+    return [(name, positions, tuple(pairs[p][1] for p in positions)) for name, positions in positions_of.items()]
 
 
 def _copy_columns(frame: pd.DataFrame, positions: list[int], order: np.ndarray | None, dtype: DTypeLike) -> np.ndarray:
-    """[R, C] C-ordered copy of some columns in row order `order`."""
+    """C-ordered copy [R, C] of some columns, with the rows in the order `order`."""
     part = frame.iloc[:, positions]
     for name, kind in zip(part.columns, part.dtypes, strict=True):
         if not pd.api.types.is_numeric_dtype(kind) or pd.api.types.is_complex_dtype(kind):

@@ -1,4 +1,4 @@
-"""What every source of prices shares: field names, and how dates and instruments are given."""
+"""Field names, dates and instrument arguments that all sources of prices share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from qfast.data.panel import Panel
-from qfast.errors import ConfigError, DataError
+from qfast.errors import ConfigError, DataError, shown
 
 PRICE_FIELDS = ("open", "high", "low", "close", "volume", "vwap")
 DAY_AS_NUMBER = range(1800_01_01, 2200_12_32)  # 20240131
@@ -24,21 +24,25 @@ PriceSource: TypeAlias = str | Path | pd.DataFrame | pd.Series | Panel
 StorePath: TypeAlias = str | Path | Mapping[str, str | Path]
 """The folder of a Qlib binary store, or {freq: folder}."""
 
-Spans = dict[str, list[tuple[Any, Any]] | None]  # instrument -> membership; None = always
+Spans = dict[str, list[tuple[Any, Any]] | None]  # instrument -> (start, end) of each membership; None: always a member
 
 
 class Extent(NamedTuple):
-    """Panel rows [start[i], stop[i]) of each instrument in which a series exists; int64 [N] each."""
+    """Rows in which a series exists: panel rows start[i] to stop[i] - 1 of instrument i, int64 [N] each."""
 
     start: np.ndarray
     stop: np.ndarray
 
 
 class Prices(NamedTuple):
-    """A price panel with what only a store knows.
+    """A price panel and the rows in which each field is stored.
 
-    `panel.live` marks the rows at which the instrument belongs to the market (None: all). `extents`
-    says in which rows a field is stored; a field that is not named is stored in all rows.
+    Attributes
+    ----------
+    panel : Panel
+        Group "price". `live` is True where the instrument belongs to the market; None: everywhere.
+    extents : dict of str to Extent
+        Rows in which a field is stored. Fields that are not listed are stored in all rows.
     """
 
     panel: Panel
@@ -46,7 +50,20 @@ class Prices(NamedTuple):
 
 
 def parse_dates(values: pd.Series, name: str) -> pd.DatetimeIndex:
-    """Timestamps of a column; a DataError names the source `name`, the column and the first row that is no date."""
+    """The timestamps of a column.
+
+    Parameters
+    ----------
+    values : Series
+        Timestamps, text, or numbers such as 20240131.
+    name : str
+        The file or frame, for messages.
+
+    Raises
+    ------
+    DataError
+        A value is missing or not a date. The message contains the name, the column and the first such row.
+    """
     missing = values.isna().to_numpy()
     if missing.any():
         raise DataError(f"{name}: row {int(np.argmax(missing))} has no date (column {values.name!r}).")
@@ -58,8 +75,8 @@ def parse_dates(values: pd.Series, name: str) -> pd.DatetimeIndex:
         if not (whole == unique).all() or not all(int(d) in DAY_AS_NUMBER for d in whole):
             row = int(np.argmax([int(d) not in DAY_AS_NUMBER for d in whole[codes]]))
             raise DataError(
-                f"{name}: column {values.name!r} holds numbers, row {row} is {values.iloc[row]}; only dates written "
-                "as 20240131 are understood. Remedy: convert it with pandas.to_datetime first."
+                f"{name}: numbers in column {values.name!r} must be dates such as 20240131, got {values.iloc[row]} in "
+                f"row {row}. Remedy: convert the column with pandas.to_datetime first."
             )
         unique = pd.Index(whole.astype(str))
     texts = pd.Index([str(u).strip() for u in unique])
@@ -75,7 +92,7 @@ def parse_dates(values: pd.Series, name: str) -> pd.DatetimeIndex:
         row = int(np.argmin(np.asarray(single)[codes]))
         raise DataError(
             f"{name}: row {row} is not a date: {values.iloc[row]!r} in column {values.name!r} "
-            "(the first row below the header is row 0)."
+            "(row 0 is the first row below the header)."
         ) from None
     return stamps[codes]
 
@@ -88,25 +105,37 @@ def is_date(text: str) -> bool:
         return False
 
 
-def given_spans(instruments: Iterable[str] | Mapping[str, Any]) -> Spans:
-    """Membership as the caller wrote it out: a list of instruments, or {code: [(start, end), ...]}."""
+def membership(instruments: Iterable[str] | Mapping[str, Any]) -> Spans:
+    """Membership of a list of instruments or of {code: [(start, end), ...]}.
+
+    Raises
+    ------
+    ConfigError
+        The argument is neither.
+
+    Examples
+    --------
+    >>> membership(["A", "B"])
+    {'A': None, 'B': None}
+    """
     if isinstance(instruments, Mapping):
         try:
             return {str(code): [(begin, end) for begin, end in spans] for code, spans in instruments.items()}
         except (TypeError, ValueError):
-            raise ConfigError(
-                f"instruments: expected {{code: [(start, end), ...]}}, got {str(instruments)[:80]}."
-            ) from None
+            raise ConfigError(f"instruments must be {{code: [(start, end), ...]}}, got {shown(instruments)}.") from None
     if isinstance(instruments, (list, tuple, set, np.ndarray, pd.Index)):
         return {str(code): None for code in instruments}
     raise ConfigError(
         "instruments must be a market name, a list of instruments, {code: [(start, end), ...]} or "
-        f"{{'market': name}}; got {type(instruments).__name__}: {str(instruments)[:80]}"
+        f"{{'market': name}}, got {type(instruments).__name__}: {shown(instruments)}."
     )
 
 
 def market_of(config: Mapping[str, Any]) -> str:
-    """The market's name in {"market": name}."""
+    """The name in {"market": name}. Raises a ConfigError for a filter_pipe, which qfast does not have."""
     if config.get("filter_pipe"):
-        raise ConfigError("instruments: filter_pipe is not available. Remedy: give the instruments as a list.")
+        raise ConfigError(
+            f"instruments: filter_pipe is not available, got {shown(config['filter_pipe'])}. Remedy: pass the "
+            "instruments as a list."
+        )
     return str(config["market"])

@@ -1,4 +1,4 @@
-"""Choosing rows of a panel: by instrument, by time, by the selectors of `fetch`."""
+"""Selects rows of a panel by instrument, by time, or by the selectors of `fetch`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pandas as pd
 from qfast.data.panel import ROW_CHUNK, Block, Panel
 from qfast.data.protocols import Selector
 from qfast.dates import DateLike
-from qfast.errors import ConfigError, DataError, suggest
+from qfast.errors import ConfigError, DataError, shown, some, suggest
 
 __all__ = ["restrict_rows", "select_rows", "take_rows"]
 
@@ -20,17 +20,37 @@ __all__ = ["restrict_rows", "select_rows", "take_rows"]
 def restrict_rows(
     panel: Panel, instruments: Sequence[str] | None, start: DateLike | None, end: DateLike | None
 ) -> Panel:
-    """The panel itself, or a copy of its rows of `instruments` between `start` and `end` inclusive."""
+    """The rows of `instruments` from `start` to `end`, both inclusive.
+
+    Parameters
+    ----------
+    panel : Panel
+    instruments : sequence of str or None
+        None: all.
+    start, end : date-like or None
+        None: unbounded.
+
+    Returns
+    -------
+    Panel
+        The panel itself if it contains only such rows, otherwise a copy.
+
+    Raises
+    ------
+    DataError
+        The panel lacks one of the instruments.
+    """
     keep = None
     if instruments is not None:
-        wanted = [str(i) for i in ([instruments] if isinstance(instruments, str) else instruments)]
+        selected = [str(i) for i in ([instruments] if isinstance(instruments, str) else instruments)]
         names = [str(i) for i in panel.instruments]
-        unknown = sorted(set(wanted) - set(names))
+        unknown = sorted(set(selected) - set(names))
         if unknown:
             raise DataError(
-                f"instruments: {unknown[:5]} ({len(unknown)} in all) are not in the data." + suggest(unknown[0], names)
+                f"instruments: {len(unknown)} of the {len(set(selected))} requested are not in the data: "
+                f"{some(unknown, 5)}." + suggest(unknown[0], names)
             )
-        keep = np.isin(names, wanted)[panel.instrument_codes]
+        keep = np.isin(names, selected)[panel.instrument_codes]
     if start is not None or end is not None:
         low, high = panel.date_code_range(start, end)
         inside = (panel.date_codes >= low) & (panel.date_codes < high)
@@ -39,9 +59,18 @@ def restrict_rows(
 
 
 def take_rows(panel: Panel, rows: np.ndarray, groups: Sequence[str] | None = None) -> Panel:
-    """A panel of ascending `rows` with copied blocks, without dates and instruments that have no row left."""
+    """A copy of some rows, without the dates and instruments that none of them has.
+
+    Parameters
+    ----------
+    panel : Panel
+    rows : int64 [M]
+        Ascending.
+    groups : sequence of str, optional
+        Column groups to copy. Default: all.
+    """
     dates, date_codes = np.unique(panel.date_codes[rows], return_inverse=True)
-    kept, instrument_codes = np.unique(panel.instrument_codes[rows], return_inverse=True)
+    instruments, instrument_codes = np.unique(panel.instrument_codes[rows], return_inverse=True)
     blocks = {}
     for group in panel.blocks if groups is None else groups:
         block = panel.block(group)
@@ -52,7 +81,7 @@ def take_rows(panel: Panel, rows: np.ndarray, groups: Sequence[str] | None = Non
     return replace(
         panel,
         datetimes=panel.datetimes[dates],
-        instruments=panel.instruments[kept],
+        instruments=panel.instruments[instruments],
         date_codes=date_codes.astype(np.int32),
         instrument_codes=instrument_codes.astype(np.int32),
         blocks=blocks,
@@ -61,7 +90,21 @@ def take_rows(panel: Panel, rows: np.ndarray, groups: Sequence[str] | None = Non
 
 
 def select_rows(panel: Panel, selector: Selector, level: str | int | None) -> np.ndarray:
-    """Live rows that `selector` names, by (datetime, instrument)."""
+    """Live rows that match a selector of `DataHandlerLP.fetch`, sorted by (datetime, instrument).
+
+    Parameters
+    ----------
+    panel : Panel
+    selector : slice, pair, date-like, str, list or Index
+    level : {"datetime", "instrument"}, 0, 1 or None
+
+    Raises
+    ------
+    ConfigError
+        `level` is none of these.
+    DataError
+        The selector matches no key of the data.
+    """
     if isinstance(selector, (tuple, list)) and level is not None and len(selector) in (2, 3):
         selector = slice(*selector)
     if level not in ("datetime", "instrument", 0, 1, None):
@@ -77,9 +120,9 @@ def select_rows(panel: Panel, selector: Selector, level: str | int | None) -> np
     if level is not None and not isinstance(selector, pd.MultiIndex):
         key = (selector, slice(None)) if level in ("datetime", 0) else (slice(None), selector)
     try:
-        found = numbers.loc(axis=0)[key]
+        matches = numbers.loc(axis=0)[key]
     except (KeyError, TypeError) as error:
         raise DataError(
-            f"selector {str(selector)[:80]} (level {level!r}) does not name rows of the data: {error}"
+            f"selector {shown(selector)} with level={level!r} matches no rows of the data: {error}"
         ) from None
-    return np.atleast_1d(found["row"].to_numpy() if isinstance(found, pd.DataFrame) else np.asarray(found["row"]))
+    return np.atleast_1d(matches["row"].to_numpy() if isinstance(matches, pd.DataFrame) else np.asarray(matches["row"]))

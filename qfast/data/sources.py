@@ -1,9 +1,8 @@
-"""Prices from a CSV or Parquet file or folder, a pandas frame, or Qlib's binary store.
+"""Reads prices from CSV or Parquet files, folders of them, pandas frames, or Qlib's binary store.
 
-Every source ends in one panel with the group "price" (open, high, low, close, volume, vwap where there
-is one, and whatever else the source holds), float32, instrument by instrument. Between an instrument's
-first and last row every date of the calendar has a row, NaN where the source had none: a shift by n
-rows is then a shift by n trading days.
+Every source becomes a panel with the group "price": open, high, low, close, volume and vwap if available, and all other
+fields of the source, float32. Between the first and the last row of an instrument, every date of the calendar has a
+row, which is NaN if the source has none. A shift by n rows is therefore a shift by n trading days.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from qfast.data.panel import Panel
-from qfast.data.prices import Instruments, Prices, PriceSource, StorePath, given_spans, market_of
+from qfast.data.prices import Instruments, Prices, PriceSource, StorePath, market_of, membership
 from qfast.data.rows import restrict_rows, take_rows
 from qfast.data.store import BinaryStore, is_store
 from qfast.data.tables import panel_of
 from qfast.dates import DateLike
-from qfast.errors import ConfigError, DataError, suggest
+from qfast.errors import ConfigError, DataError, shown, suggest
 
 __all__ = ["BinaryStore", "Prices", "load_prices", "read_prices"]
 
@@ -38,24 +37,25 @@ def load_prices(
     freq: str = "day",
     vwap: str | None = None,
 ) -> Panel:
-    """Price panel of any source.
+    """Read prices from any source.
 
     Parameters
     ----------
     source : path, DataFrame or Panel
-        CSV file, Parquet file, a folder of either (one file per instrument; the file name is the
-        instrument where no column says so), a frame with datetime and instrument as index or columns,
-        or the folder of a Qlib binary store.
-    provider_uri : path or {freq: path}, alternative to `source`
-        Folder of a Qlib binary store.
+        A CSV or Parquet file; a folder with one such file per instrument, whose name is the instrument unless a column
+        contains it; a frame with datetime and instrument as index levels or columns; or the folder of a Qlib binary
+        store.
+    provider_uri : path or {freq: path}
+        Folder of a Qlib binary store, as an alternative to `source`.
     instruments : str, list, {code: [(start, end), ...]} or {"market": name}
-        Market name (needs a store; other sources give all their instruments) or instruments.
+        The name of a market, or instruments. Only a store has markets; for other sources a market means all
+        instruments.
     start_time, end_time : date-like, optional
-        Keep rows between, both inclusive.
+        First and last time, both inclusive.
     freq : str
-        Which calendar and files of a store to read: "day", "1min", ...
+        Calendar and files of a store: "day", "1min", ...
     vwap : {None, "typical"}
-        "typical": where there is no vwap, use (high + low + close) / 3.
+        "typical": if the source has no vwap, use (high + low + close) / 3.
 
     Returns
     -------
@@ -65,10 +65,10 @@ def load_prices(
     Raises
     ------
     DataError
-        The file is missing, empty or damaged; a column is missing, not numeric or not a date; a key
-        occurs twice. The message names file, column and row.
+        A file is missing, empty or damaged; a column is missing, not numeric or not a date; or a key occurs twice. The
+        message names the file, the column and the row.
     ConfigError
-        An argument that cannot be used.
+        An argument is invalid.
 
     Examples
     --------
@@ -79,16 +79,23 @@ def load_prices(
     (('close',), [10.0, 11.0])
     """
     prices = read_prices(
-        source, provider_uri=provider_uri, instruments=instruments, start_time=start_time, end_time=end_time,
-        freq=freq, vwap=vwap,
-    )  # fmt: skip
+        source,
+        provider_uri=provider_uri,
+        instruments=instruments,
+        start_time=start_time,
+        end_time=end_time,
+        freq=freq,
+        vwap=vwap,
+    )
     panel = prices.panel
     low, high = panel.date_code_range(start_time, end_time)
     inside = (panel.date_codes >= low) & (panel.date_codes < high)
     if not inside.all() or len(np.unique(panel.date_codes)) < len(panel.datetimes):
         panel = take_rows(panel, np.flatnonzero(inside))
     if panel.n_rows == 0:
-        raise DataError(f"no prices between start_time={start_time} and end_time={end_time}.")
+        dates = prices.panel.datetimes
+        span = f"from {dates[0]} to {dates[-1]}" if len(dates) else "none"
+        raise DataError(f"no prices between start_time={start_time} and end_time={end_time}; the data has {span}.")
     return panel
 
 
@@ -104,21 +111,30 @@ def read_prices(
     wanted: Sequence[str] | None = None,
     margin: tuple[int, int] = (0, 0),
 ) -> Prices:
-    """As `load_prices`, with the rows around [start_time, end_time] that expressions may look at.
+    """Like `load_prices`, but includes the rows around [start_time, end_time] that expressions read.
 
     Parameters
     ----------
     source, provider_uri, instruments, start_time, end_time, freq, vwap
-        As in `load_prices`. The time bounds only save reading; rows outside them may be there.
+        As in `load_prices`. The times limit what is read from a store; the result may contain rows outside them.
     wanted : sequence of str, optional
-        Fields to read from a store; None reads all that are there.
+        Fields to read from a store. Default: all.
     margin : (int, int)
-        Calendar steps before `start_time` and after `end_time` to read as well.
+        Additional calendar steps before `start_time` and after `end_time`.
+
+    Returns
+    -------
+    Prices
+
+    Raises
+    ------
+    DataError, ConfigError
+        As in `load_prices`.
     """
     if (source is None) == (provider_uri is None):
         raise ConfigError(
-            "give either prices (a file, folder or frame) or provider_uri (a Qlib data folder)"
-            + (", not both." if source is not None else ".")
+            "exactly one of prices (a file, folder or frame) and provider_uri (a Qlib data folder) is required, got "
+            + (f"both: a {type(source).__name__} and {shown(provider_uri)}." if source is not None else "neither.")
         )
     if vwap not in (None, "typical"):
         raise ConfigError(f"vwap must be None or 'typical', got {vwap!r}." + suggest(vwap, ["typical"]))
@@ -140,23 +156,20 @@ def _with_typical_vwap(prices: Prices) -> Prices:
         return prices
     parts = [panel.column(name, "price") for name in ("high", "low", "close")]
     typical = ((parts[0].astype(np.float64) + parts[1] + parts[2]) / 3).astype(np.float32)
-    log.info("no vwap in the prices: (high + low + close) / 3 is used")
+    log.info("the prices have no vwap; using (high + low + close) / 3")
     values = np.column_stack([panel.values("price"), typical])
     return prices._replace(panel=panel.replace("price", values, (*names, "vwap")))
 
 
 def _members(panel: Panel, instruments: Instruments) -> Panel:
-    """Restrict a table's panel to instruments (and spans); market names cannot be looked up here."""
+    """Restrict the panel of a table to instruments and spans. A table has no markets."""
     if isinstance(instruments, Mapping) and "market" in instruments:
         instruments = market_of(instruments)
     if instruments is None or isinstance(instruments, str):
         if instruments not in (None, "all"):
-            log.info(
-                "market %r cannot be looked up in these prices: all %d instruments are used",
-                instruments, len(panel.instruments),
-            )  # fmt: skip
+            log.info("these prices have no market %r; using all %d instruments", instruments, len(panel.instruments))
         return panel
-    spans = given_spans(instruments)
+    spans = membership(instruments)
     panel = restrict_rows(panel, list(spans), None, None)
     if all(s is None for s in spans.values()):
         return panel

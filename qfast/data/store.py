@@ -1,4 +1,7 @@
-"""Reader of Qlib's binary data folder."""
+"""Reads Qlib's binary data folder.
+
+Source of the format: qlib/data/storage/file_storage.py of pyqlib 0.9.7.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,9 @@ from qfast.data.prices import (
     Prices,
     Spans,
     StorePath,
-    given_spans,
     is_date,
     market_of,
+    membership,
     parse_dates,
 )
 from qfast.dates import DateLike
@@ -34,13 +37,13 @@ FREQ_NAMES = {"1day": "day", "d": "day", "1d": "day", "daily": "day"}
 
 
 def is_store(path: str | Path) -> bool:
-    """True if the folder looks like a Qlib binary store."""
+    """True if the folder contains the subfolders of a Qlib binary store, calendars/ and features/."""
     root = Path(path).expanduser()
     return (root / "calendars").is_dir() and (root / "features").is_dir()
 
 
 class BinaryStore:
-    """Reader of Qlib's binary data folder: calendars/, instruments/ and features/.
+    """Reader of a Qlib binary data folder, which contains calendars/, instruments/ and features/.
 
     Parameters
     ----------
@@ -50,8 +53,10 @@ class BinaryStore:
 
     Raises
     ------
+    ConfigError
+        `provider_uri` is not a path, or has no entry for `freq`.
     DataError
-        The folder, its calendar or its features are missing or damaged.
+        The folder or its calendar is missing or damaged.
     """
 
     def __init__(self, provider_uri: StorePath, freq: str = "day") -> None:
@@ -69,11 +74,11 @@ class BinaryStore:
         self.calendar = self._read_calendar()
 
     def markets(self) -> list[str]:
-        """Names of the market files."""
+        """Names of all markets."""
         return sorted(p.stem for p in (self.root / "instruments").glob("*.txt"))
 
     def fields(self) -> list[str]:
-        """Names of the fields that some instrument has."""
+        """Names of all fields that at least one instrument has."""
         suffix = f".{self.freq}.bin"
         return sorted({file.name.removesuffix(suffix) for file in (self.root / "features").glob(f"*/*{suffix}")})
 
@@ -85,16 +90,26 @@ class BinaryStore:
         end_time: DateLike | None = None,
         margin: tuple[int, int] = (0, 0),
     ) -> Prices:
-        """Rows stored for `instruments` between the times, widened by `margin` calendar steps.
+        """The stored rows of `instruments` between two times, extended by `margin` calendar steps.
 
         Parameters
         ----------
         instruments, start_time, end_time
             As in `load_prices`.
         wanted : sequence of str, optional
-            Fields; None reads every field that some instrument has. A field without a file is left out.
+            Fields to read. Default: all. Fields without any file are left out.
         margin : (int, int)
-            Calendar steps before and after.
+            Additional calendar steps before and after.
+
+        Returns
+        -------
+        Prices
+
+        Raises
+        ------
+        DataError
+            The market is unknown, no trading day is in the period, none of the instruments has data, or a file is
+            damaged.
         """
         spans = self._spans(instruments)
         low, high = self._date_range(start_time, end_time)
@@ -106,9 +121,9 @@ class BinaryStore:
         low, high = max(0, low - margin[0]), min(len(self.calendar), high + margin[1])
         stored: dict[str, dict[str, tuple[int, np.ndarray]]] = {}
         for code in sorted(spans):
-            found = self._read_instrument(code, wanted, low, high)
-            if found:
-                stored[code] = found
+            series = self._read_instrument(code, wanted, low, high)
+            if series:
+                stored[code] = series
         absent = [code for code in spans if code not in stored]
         if absent:
             log.info("%d of %d instruments have no data in %s, e.g. %s", len(absent), len(spans), self.root, absent[:5])
@@ -124,15 +139,15 @@ class BinaryStore:
     def _read_calendar(self) -> pd.DatetimeIndex:
         path = self.root / "calendars" / f"{self.freq}.txt"
         if not path.is_file():
-            found = sorted(p.stem for p in (self.root / "calendars").glob("*.txt") if not p.stem.endswith("_future"))
+            others = sorted(p.stem for p in (self.root / "calendars").glob("*.txt") if not p.stem.endswith("_future"))
             raise DataError(
-                f"{self.root} is no Qlib data folder for freq {self.freq!r}: {path} is missing"
-                + (f"; there are calendars for {found}." if found else " and there is no other calendar.")
+                f"{self.root} is not a Qlib data folder for freq {self.freq!r}: {path} is missing"
+                + (f"; it has calendars for {others}." if others else ", and it has no other calendar.")
             )
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
         lines = [line for line in lines if line]
         if not lines:
-            raise DataError(f"{path} holds no dates.")
+            raise DataError(f"{path} contains no dates.")
         calendar = parse_dates(pd.Series(lines, name="date", dtype=object), str(path))
         steps = np.flatnonzero(np.diff(calendar.asi8) <= 0)
         if len(steps):
@@ -140,7 +155,7 @@ class BinaryStore:
         return calendar
 
     def _date_range(self, begin: DateLike | None, end: DateLike | None) -> tuple[int, int]:
-        """Half-open calendar range of the days between, both inclusive; a date alone means the whole day."""
+        """Half-open range of calendar positions from `begin` to `end`; an end without a time of day is a whole day."""
         empty = np.empty(0, dtype=np.int32)
         return Panel(self.calendar, np.empty(0, dtype=object), empty, empty, {}).date_code_range(begin, end)
 
@@ -149,14 +164,15 @@ class BinaryStore:
             instruments = "all"
         if isinstance(instruments, Mapping) and "market" in instruments:
             instruments = market_of(instruments)
-        return self._read_market(instruments) if isinstance(instruments, str) else given_spans(instruments)
+        return self._read_market(instruments) if isinstance(instruments, str) else membership(instruments)
 
     def _read_market(self, market: str) -> Spans:
         path = self.root / "instruments" / f"{market.lower()}.txt"
         if not path.is_file():
-            known = self.markets()
+            markets = self.markets()
             raise DataError(
-                f"market {market!r} is not in {self.root / 'instruments'}; there are {known}." + suggest(market, known)
+                f"market {market!r} is not in {self.root / 'instruments'}, which has {markets}."
+                + suggest(market, markets)
             )
         spans: Spans = {}
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -164,12 +180,12 @@ class BinaryStore:
                 continue
             parts = [part.strip() for part in line.split("\t")]
             if len(parts) < 3 or not parts[0]:
-                raise DataError(f"{path}: line {number} is not CODE, start, end with tabs between: {line!r}")
+                raise DataError(f"{path}: line {number} must be CODE, start and end separated by tabs, got {line!r}.")
             if not (is_date(parts[1]) and is_date(parts[2])):
-                raise DataError(f"{path}: line {number} holds something that is not a date: {line!r}")
+                raise DataError(f"{path}: line {number} must contain two dates, got {line!r}.")
             spans.setdefault(parts[0], []).append((parts[1], parts[2]))  # type: ignore[union-attr]
         if not spans:
-            raise DataError(f"{path} names no instruments.")
+            raise DataError(f"{path} contains no instruments.")
         return spans
 
     # ---------------------------------------------------------------- feature files
@@ -180,19 +196,20 @@ class BinaryStore:
     def _read_instrument(
         self, code: str, wanted: Sequence[str] | None, low: int, high: int
     ) -> dict[str, tuple[int, np.ndarray]]:
-        """Field -> (calendar position of the first value, values), cut to [low, high)."""
+        """Field -> (calendar position of the first value, values), for positions from `low` to `high - 1`."""
         folder, ending = self._folder(code), f".{self.freq}.bin"
         names = wanted
         if names is None:
             names = [p.name[: -len(ending)] for p in sorted(folder.glob(f"*{ending}"))] if folder.is_dir() else []
-        found = {}
+        series = {}
         for name in names:
             part = _read_bin(folder / f"{name}{ending}", low, high, len(self.calendar))
             if part is not None and len(part[1]):
-                found[name] = part
-        return found
+                series[name] = part
+        return series
 
     def _assemble(self, stored: Mapping[str, Mapping[str, tuple[int, np.ndarray]]], spans: Spans) -> Prices:
+        """One panel of the series of all instruments; an instrument's rows are all dates that any of its fields has."""
         names = {field for fields in stored.values() for field in fields}
         columns = [c for c in PRICE_FIELDS if c in names] + sorted(names - set(PRICE_FIELDS))
         first = np.array([min(at for at, _ in f.values()) for f in stored.values()])
@@ -202,10 +219,10 @@ class BinaryStore:
         values = np.full((int(lengths.sum()), len(columns)), np.nan, dtype=np.float32)
         extents = {c: Extent(begin.copy(), begin.copy()) for c in columns}
         live = np.zeros(len(values), dtype=bool)
-        for i, (code, found) in enumerate(stored.items()):
+        for i, (code, series) in enumerate(stored.items()):
             for j, column in enumerate(columns):
-                if column in found:
-                    at, part = found[column]
+                if column in series:
+                    at, part = series[column]
                     row = int(begin[i] + at - first[i])
                     values[row : row + len(part), j] = part
                     extents[column].start[i], extents[column].stop[i] = row, row + len(part)
@@ -224,21 +241,25 @@ class BinaryStore:
 
 
 def _read_bin(path: Path, low: int, high: int, n_dates: int) -> tuple[int, np.ndarray] | None:
-    """(calendar position, float32 values) of a .bin file between two calendar positions; None if there is no file."""
+    """(calendar position of the first value, float32 values) of a .bin file, for positions from `low` to `high - 1`.
+
+    None if the file does not exist, is empty or has no value in this range. The file contains little-endian float32
+    numbers: the calendar position of the first day, then the values.
+    """
     if not path.is_file():
         return None
-    size = path.stat().st_size
-    if size == 0:
+    n_bytes = path.stat().st_size
+    if n_bytes == 0:
         return None
-    if size % 4:
-        raise DataError(f"{path} is damaged: {size} bytes are not a whole number of float32 values.")
+    if n_bytes % 4:
+        raise DataError(f"{path} is damaged: {n_bytes} bytes are not a whole number of float32 values.")
     start = float(np.fromfile(path, dtype="<f4", count=1)[0])
     if not (np.isfinite(start) and start >= 0 and start == int(start)) or start >= n_dates:
         raise DataError(
-            f"{path} is damaged: its first value must be the calendar position of the first day "
-            f"(0 to {n_dates - 1}), it is {start}."
+            f"{path} is damaged: its first value must be the calendar position of the first day, from 0 to "
+            f"{n_dates - 1}, got {start}."
         )
-    first, stop = max(int(start), low), min(int(start) + size // 4 - 1, high)
+    first, stop = max(int(start), low), min(int(start) + n_bytes // 4 - 1, high)
     if first >= stop:
         return None
     offset = 4 * (1 + first - int(start))

@@ -1,7 +1,7 @@
-"""Seeded markets with a known planted signal, for tests, benches and the demo.
+"""Synthetic markets with a planted signal of known strength, for tests, benchmarks and the demo.
 
-Instruments list late, delist early and pause; cells are missing. Everything comes from one
-`numpy.random.Generator`; the global random state is neither read nor changed.
+Some instruments are listed late, are delisted early or pause, and some cells are missing. All random numbers come from
+one seeded `numpy.random.Generator`; the global random state is not used.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from qfast.errors import ConfigError
 
 __all__ = ["factors", "prices"]
 
-SIGNAL_LAG = 5  # days over which the planted signals look back
+SIGNAL_LAG = 5  # days that the planted signals look back
 LABEL_DELAY = 2  # the label at day t is the return from t + 1 to t + 2
-PAUSE_DAYS = 8  # longest suspension
+PAUSE_DAYS = 8  # longest pause of trading
 MARKET_VOLATILITY = 0.008  # daily standard deviation of the return that all instruments share
 
 
@@ -38,46 +38,48 @@ def factors(
     missing: float = 0.01,
     with_signal: bool = False,
 ) -> pd.DataFrame:
-    """Feature and label frame shaped like a factor panel such as Alpha158.
+    """Features and a label, shaped like the factors of Alpha158.
 
-    Features are independent standard normal AR(1) series x with coefficient `persistence`. With unit
-    vectors w, v drawn orthogonal, the planted signal is the standardised
+    The features are independent standard normal AR(1) series x with coefficient `persistence`. With random orthogonal
+    unit vectors w and v, the planted signal is the standardized
 
         s[t] = sqrt(1/2) w.x[t] + sqrt(1/2) v.(x[t] - x[t-5]) / sqrt(2 (1 - persistence^5))
 
-    and the label is ic s + sqrt(1 - ic^2) e with standard normal e. The correlation of s and label
-    across instruments is therefore `ic` on every day; no model can do better. Half of the signal needs
-    more than the current day's row.
+    and the label is ic s + sqrt(1 - ic^2) e with standard normal e. The expected correlation of s and label across
+    instruments is therefore `ic` on every day, which is the best that a model can reach. Half of the signal depends on
+    earlier rows.
 
     Parameters
     ----------
     n_instruments, n_days, n_features : int
-        At most N, D and exactly F (at least 2).
+        N, D and F. F is at least 2.
     ic : float in [-1, 1]
         Daily Pearson correlation of signal and label.
     persistence : float in [0, 1)
+        Correlation of a feature with its value on the previous day.
     seed : int
     start : date-like
+        First date.
     freq : str
-        pandas frequency of the calendar: "B" business days, "D" days, "5min", ...
+        Frequency of the calendar, as in pandas: "B" business days, "D" days, "5min", ...
     late, delisted : float in [0, 1]
-        Share of instruments that begin after the first day or end before the last.
+        Fraction of instruments that start after the first day, or end before the last.
     holes : float in [0, 1)
-        Share of rows that are absent, in pauses of up to 8 days.
+        Fraction of missing rows, in pauses of up to 8 days.
     missing : float in [0, 1)
-        Share of feature cells that are NaN. The last two labels of each instrument are NaN always.
+        Fraction of feature cells that are NaN. The last two labels of each instrument are always NaN.
     with_signal : bool
         Add the column ("signal", "S").
 
     Returns
     -------
     DataFrame
-        float32, sorted by (datetime, instrument), columns ("feature", F000 ...), ("label", "LABEL0").
+        float32, sorted by (datetime, instrument), with columns ("feature", "F000"), ... and ("label", "LABEL0").
 
     Raises
     ------
     ConfigError
-        A size or share out of range.
+        A number is out of range.
 
     Examples
     --------
@@ -89,8 +91,8 @@ def factors(
     _check_shares(late=late, delisted=delisted, holes=holes, missing=missing)
     if not -1 <= ic <= 1 or not 0 <= persistence < 1 or n_features < 2:
         raise ConfigError(
-            "factors: need -1 <= ic <= 1, 0 <= persistence < 1 and n_features >= 2; "
-            f"got {ic}, {persistence}, {n_features}."
+            "factors needs -1 <= ic <= 1, 0 <= persistence < 1 and n_features >= 2, "
+            f"got ic={ic}, persistence={persistence}, n_features={n_features}."
         )
     rng = np.random.default_rng(seed)
     shape = (n_days + SIGNAL_LAG, n_instruments, n_features)
@@ -137,26 +139,25 @@ def prices(
     missing: float = 0.002,
     with_signal: bool = False,
 ) -> pd.DataFrame:
-    """Open, high, low, close, volume and vwap whose next returns follow from past ones.
+    """Open, high, low, close, volume and vwap with returns that depend on past returns.
 
-    The planted signal s[t] is minus the return of the last 5 days, standardised across instruments.
-    The idiosyncratic return of day t + 2 is volatility (ic s[t] + sqrt(1 - ic^2) e) with standard
-    normal e, so the daily correlation of s with the label Ref($close, -2) / Ref($close, -1) - 1 is `ic`
-    up to the difference between simple and logarithmic returns. A model that sees past closes, such as
-    one on Alpha360 features, can learn it.
+    The planted signal s[t] is minus the return of the last 5 days, standardized across instruments. The idiosyncratic
+    return of day t + 2 is volatility (ic s[t] + sqrt(1 - ic^2) e) with standard normal e. The daily correlation of s
+    with the label Ref($close, -2) / Ref($close, -1) - 1 is therefore about `ic`; it differs because prices follow
+    logarithmic returns. A model that reads past closes, for example on Alpha360 features, can learn the signal.
 
     Parameters
     ----------
     n_instruments, n_days : int
-        At most N and D.
+        N and D.
     ic : float in [-1, 1]
         Daily Pearson correlation of signal and label.
     volatility : float > 0
-        Daily standard deviation of an instrument's own return.
+        Daily standard deviation of the idiosyncratic return.
     seed, start, freq, late, delisted, holes
         As in `factors`.
     missing : float in [0, 1)
-        Share of open, high, low and vwap cells that are NaN; as many volumes are 0.
+        Fraction of open, high, low and vwap cells that are NaN. The same fraction of volumes is 0.
     with_signal : bool
         Add the column "signal".
 
@@ -168,7 +169,7 @@ def prices(
     Raises
     ------
     ConfigError
-        A size or share out of range.
+        A number is out of range.
 
     Examples
     --------
@@ -178,7 +179,7 @@ def prices(
     _check(n_instruments=n_instruments, n_days=n_days)
     _check_shares(late=late, delisted=delisted, holes=holes, missing=missing)
     if not -1 <= ic <= 1 or not volatility > 0:
-        raise ConfigError(f"prices: need -1 <= ic <= 1 and volatility > 0; got {ic}, {volatility}.")
+        raise ConfigError(f"prices needs -1 <= ic <= 1 and volatility > 0, got ic={ic}, volatility={volatility}.")
     rng = np.random.default_rng(seed)
     returns, signal = _returns(rng, n_days, n_instruments, ic, volatility)
     path = np.cumsum(returns, axis=0)
@@ -188,8 +189,8 @@ def prices(
     open_ = before * np.exp(0.3 * volatility * rng.standard_normal(close.shape))
     up, down = (np.abs(rng.standard_normal(close.shape)) * 0.5 * volatility for _ in range(2))
     high, low = np.maximum(open_, close) * np.exp(up), np.minimum(open_, close) * np.exp(-down)
-    size = np.exp(rng.normal(13.0, 1.0, size=n_instruments))
-    volume = size * np.exp(0.3 * rng.standard_normal(close.shape) + np.abs(returns) / volatility * 0.2)
+    usual_volume = np.exp(rng.normal(13.0, 1.0, size=n_instruments))
+    volume = usual_volume * np.exp(0.3 * rng.standard_normal(close.shape) + np.abs(returns) / volatility * 0.2)
     vwap = low + (high - low) * rng.beta(4, 4, size=close.shape)
 
     present = _presence(rng, n_days, n_instruments, late, delisted, holes)
@@ -225,7 +226,7 @@ def _returns(
 def _presence(
     rng: np.random.Generator, n_days: int, n_instruments: int, late: float, delisted: float, holes: float
 ) -> np.ndarray:
-    """bool [D, N]: at which days an instrument has a row; at least one row each."""
+    """bool [D, N]: True on the days on which an instrument has a row, at least one for each."""
     day = np.arange(n_days)[:, None]
     first = np.where(rng.random(n_instruments) < late, rng.integers(0, n_days, n_instruments), 0)
     stop = np.where(rng.random(n_instruments) < delisted, rng.integers(1, n_days + 1, n_instruments), n_days)
@@ -236,14 +237,14 @@ def _presence(
     length = rng.integers(1, PAUSE_DAYS + 1, n_pauses)
     for step in range(PAUSE_DAYS):
         hit = (length > step) & (begin + step < n_days)
-        # an instrument's first and last day stay, so that nothing vanishes altogether
+        # Keep the first and last day of each instrument, so every instrument has a row.
         hit &= (begin + step != first[who]) & (begin + step != stop[who] - 1)
         present[begin[hit] + step, who[hit]] = False
     return np.asarray(present)
 
 
 def _last_rows(present: np.ndarray, count: int) -> np.ndarray:
-    """bool [D, N]: the last `count` existing rows of each instrument."""
+    """bool [D, N]: True for the last `count` rows of each instrument."""
     remaining = np.cumsum(present[::-1], axis=0)[::-1]
     return np.asarray(present & (remaining <= count))
 
@@ -267,4 +268,4 @@ def _check(**sizes: int) -> None:
 def _check_shares(**shares: float) -> None:
     for name, value in shares.items():
         if not 0 <= value <= 1 or (name in ("holes", "missing") and value == 1):
-            raise ConfigError(f"{name} must be a share between 0 and 1, got {value!r}.")
+            raise ConfigError(f"{name} must be a fraction from 0 to 1 (holes and missing: less than 1), got {value!r}.")

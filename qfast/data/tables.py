@@ -1,4 +1,4 @@
-"""Tables of prices: CSV and Parquet files, folders of them, and pandas frames."""
+"""Reads tables of prices: CSV and Parquet files, folders of them, and pandas frames."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pandas as pd
 
 from qfast.data.panel import Block, Panel
 from qfast.data.prices import PRICE_FIELDS, PriceSource, parse_dates
-from qfast.errors import ConfigError, DataError
+from qfast.errors import ConfigError, DataError, shown
 
 __all__ = ["panel_of", "read_table"]
 
 log = logging.getLogger("qfast.data")
 
-OTHER_KNOWN_FIELDS = ("factor", "change", "amount", "money", "turnover")
+OTHER_FIELDS = ("factor", "change", "amount", "money", "turnover")
 DATETIME_NAMES = ("datetime", "date", "timestamp", "trade_date", "tradedate", "trading_date", "time", "day")
 INSTRUMENT_NAMES = ("instrument", "symbol", "ticker", "code", "ts_code", "stock_code", "secid", "stock", "name")
 FIELD_NAMES = {"vol": "volume", "average_price": "vwap"}
@@ -29,7 +29,7 @@ MISSING = ("", "NA", "N/A", "n/a", "<NA>", "#N/A", "NaN", "nan", "-nan", "null",
 
 
 class _Table(NamedTuple):
-    """One file or frame: dates, instrument names and float32 columns, row by row."""
+    """One file or frame: date, instrument and float32 columns of each row."""
 
     name: str
     dates: pd.DatetimeIndex
@@ -38,7 +38,32 @@ class _Table(NamedTuple):
 
 
 def panel_of(source: PriceSource) -> Panel:
-    """Dense price panel of a file, a folder of files, a frame or a Panel."""
+    """The price panel of a file, a folder of files, a frame or a panel.
+
+    Between the first and the last row of an instrument, every date of the calendar has a row.
+
+    Parameters
+    ----------
+    source : path, DataFrame, Series or Panel
+
+    Returns
+    -------
+    Panel
+        One group "price", whose column names are in lower case.
+
+    Raises
+    ------
+    ConfigError
+        The source has another type.
+    DataError
+        A file or column is missing or damaged, or a key occurs twice.
+
+    Examples
+    --------
+    >>> frame = pd.DataFrame({"Date": ["2024-01-02", "2024-01-04"], "Ticker": "A", "Close": [1.0, 2.0]})
+    >>> panel_of(frame).values("price").tolist()
+    [[1.0], [2.0]]
+    """
     if isinstance(source, Panel):
         return _lower_case(source)
     if isinstance(source, (pd.DataFrame, pd.Series)):
@@ -46,14 +71,14 @@ def panel_of(source: PriceSource) -> Panel:
         return _stack([_table(frame, "the frame", None)])
     if not isinstance(source, (str, Path)):
         raise ConfigError(
-            f"prices must be a path, a DataFrame or a Panel, got {type(source).__name__}: {str(source)[:60]!r}"
+            f"prices must be a path, a DataFrame or a Panel, got {type(source).__name__}: {shown(source)}."
         )
     path = Path(source).expanduser()
     if path.is_dir():
         files = _files_of(path)
         return _stack([_table(read_table(file), file.name, _stem(file)) for file in files])
     if not path.exists():
-        raise DataError(f"prices: no such file or folder: {path} (looked in {Path.cwd()}).")
+        raise DataError(f"prices: no such file or folder: {path} (current folder {Path.cwd()}).")
     return _stack([_table(read_table(path), path.name, None)])
 
 
@@ -65,13 +90,13 @@ def _lower_case(panel: Panel) -> Panel:
 
 
 def _files_of(folder: Path) -> list[Path]:
-    found = sorted(p for p in folder.iterdir() if p.name.lower().endswith(CSV_ENDINGS + PARQUET_ENDINGS))
-    if not found:
+    files = sorted(p for p in folder.iterdir() if p.name.lower().endswith(CSV_ENDINGS + PARQUET_ENDINGS))
+    if not files:
         raise DataError(
-            f"prices: the folder {folder} holds neither CSV nor Parquet files ({', '.join(CSV_ENDINGS[:2])}, "
-            f"{', '.join(PARQUET_ENDINGS)}), and is no Qlib store (calendars/, instruments/, features/)."
+            f"prices: the folder {folder} contains neither CSV nor Parquet files ({', '.join(CSV_ENDINGS[:2])}, "
+            f"{', '.join(PARQUET_ENDINGS)}), and is not a Qlib store (calendars/, instruments/, features/)."
         )
-    return found
+    return files
 
 
 def _stem(path: Path) -> str:
@@ -79,7 +104,15 @@ def _stem(path: Path) -> str:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A CSV file, or a Parquet file or folder, as a frame; instruments stay text ("000001" keeps its zeros)."""
+    """Read a CSV file, or a Parquet file or folder, as a frame.
+
+    The instrument column of a CSV file is read as text, so "000001" keeps its zeros.
+
+    Raises
+    ------
+    DataError
+        The file is empty or damaged, or pyarrow is missing.
+    """
     if path.name.lower().endswith(PARQUET_ENDINGS) or path.is_dir():
         return _read_parquet(path)
     if path.stat().st_size == 0:
@@ -87,14 +120,13 @@ def read_table(path: Path) -> pd.DataFrame:
     try:
         header = [str(c) for c in pd.read_csv(path, nrows=0, encoding_errors="replace").columns]
         code = _find(header, INSTRUMENT_NAMES)
-        # "000001" must keep its zeros, and a ticker may be called NA
+        # Instruments are text: "000001" keeps its zeros, and the ticker NA is not a missing value.
         texts = {code} if code is not None else set()
         missing = {c: list(MISSING) for c in header if c not in texts}
-        return pd.read_csv(
-            path, dtype=dict.fromkeys(texts, str), keep_default_na=False, na_values=missing, low_memory=False
-        )  # fmt: skip
+        dtype = dict.fromkeys(texts, str)
+        return pd.read_csv(path, dtype=dtype, keep_default_na=False, na_values=missing, low_memory=False)
     except pd.errors.EmptyDataError:
-        raise DataError(f"{path} holds no columns.") from None
+        raise DataError(f"{path} contains no columns.") from None
     except (pd.errors.ParserError, UnicodeDecodeError, OSError, EOFError) as error:
         raise DataError(f"{path} cannot be read as CSV: {str(error).strip()}") from None
 
@@ -105,14 +137,14 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     except ImportError:
         raise DataError(
             f"{path}: reading Parquet needs pyarrow, which is not installed. "
-            "Remedy: pip install 'qfast-models[parquet]', or give the prices as CSV."
+            "Remedy: pip install 'qfast-models[parquet]', or save the prices as CSV."
         ) from None
-    except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
+    except (OSError, ValueError) as error:  # the errors of pyarrow derive from these
         raise DataError(f"{path} cannot be read as Parquet: {error}") from None
 
 
 def _table(frame: pd.DataFrame, name: str, instrument: str | None) -> _Table:
-    """Keys and numeric columns of a frame; `instrument` names all rows if no column does."""
+    """Keys and numeric columns of a frame. Without an instrument column, all rows belong to `instrument`."""
     if any(level is not None for level in frame.index.names):
         frame = frame.reset_index()
     flat: list[Any] = list(frame.columns)
@@ -126,8 +158,8 @@ def _table(frame: pd.DataFrame, name: str, instrument: str | None) -> _Table:
     for what, column, accepted in (("datetime", date, DATETIME_NAMES), ("instrument", code, INSTRUMENT_NAMES)):
         if column is None and not (what == "instrument" and instrument is not None):
             raise DataError(
-                f"{name} has no {what} column; found {list(frame.columns)}, accepted names are {list(accepted)} "
-                "(upper or lower case)."
+                f"{name} has no {what} column; its columns are {list(frame.columns)}, accepted names are "
+                f"{list(accepted)} (upper or lower case)."
             )
     dates = parse_dates(_column(frame, date, name), name)
     names = np.full(len(frame), instrument, dtype=object) if code is None else _codes(_column(frame, code, name), name)
@@ -137,14 +169,14 @@ def _table(frame: pd.DataFrame, name: str, instrument: str | None) -> _Table:
             continue
         plain = _plain_name(column)
         if plain in columns:
-            raise DataError(
-                f"{name}: column {column!r} occurs twice (upper and lower case, $ and blanks do not count)."
-            )
+            raise DataError(f"{name}: column {column!r} occurs twice; names are compared without case, $ and blanks.")
         values = _numbers(frame.iloc[:, position], plain, name)
         if values is not None:
             columns[plain] = values
     if not columns:
-        raise DataError(f"{name} has no price column; found {list(frame.columns)}, expected some of {PRICE_FIELDS}.")
+        raise DataError(
+            f"{name} has no price column; its columns are {list(frame.columns)}, expected some of {PRICE_FIELDS}."
+        )
     return _Table(name, dates, names, columns)
 
 
@@ -159,11 +191,11 @@ def _find(columns: Iterable[str], accepted: Sequence[str]) -> str | None:
 
 
 def _column(frame: pd.DataFrame, column: str | None, name: str) -> pd.Series:
-    found: Any = frame[column]
-    if isinstance(found, pd.DataFrame):
-        raise DataError(f"{name}: column {column!r} occurs {found.shape[1]} times.")
-    assert isinstance(found, pd.Series)
-    return found
+    values: Any = frame[column]
+    if isinstance(values, pd.DataFrame):
+        raise DataError(f"{name}: column {column!r} must occur once, but occurs {values.shape[1]} times.")
+    assert isinstance(values, pd.Series)
+    return values
 
 
 def _codes(values: pd.Series, name: str) -> np.ndarray:
@@ -176,7 +208,7 @@ def _codes(values: pd.Series, name: str) -> np.ndarray:
 
 
 def _numbers(values: pd.Series, plain: str, name: str) -> np.ndarray | None:
-    """float32 values; None for a column of text that no price expression needs."""
+    """float32 values, or None for a text column that is not a price field."""
     kind = values.dtype
     if pd.api.types.is_numeric_dtype(kind) and not pd.api.types.is_complex_dtype(kind):
         return np.asarray(values.to_numpy(dtype=np.float32, na_value=np.nan))
@@ -185,21 +217,22 @@ def _numbers(values: pd.Series, plain: str, name: str) -> np.ndarray | None:
         bad = (converted.isna() & values.notna()).to_numpy()
         if not bad.any():
             return np.asarray(converted.to_numpy(dtype=np.float32, na_value=np.nan))
-    if plain in PRICE_FIELDS + OTHER_KNOWN_FIELDS:
+    if plain in PRICE_FIELDS + OTHER_FIELDS:
         row = 0 if converted is None else int(np.argmax(bad))
         raise DataError(
-            f"{name}: column {values.name!r} is not numeric: row {row} is {values.iloc[row]!r} "
-            "(the first row below the header is row 0)."
+            f"{name}: column {values.name!r} must be numeric, but row {row} is {values.iloc[row]!r} "
+            "(row 0 is the first row below the header)."
         )
-    log.info("%s: column %r is not numeric and is left out", name, values.name)
+    log.info("%s: ignoring column %r, which is not numeric", name, values.name)
     return None
 
 
 def _stack(tables: list[_Table]) -> Panel:
-    """One dense panel of all tables; refuses keys that occur twice."""
+    """One panel of all tables, with all dates between the first and last row of an instrument. Keys must be unique."""
     zones = {str(t.dates.tz): t.name for t in tables}
     if len(zones) > 1:
-        raise DataError(f"the files differ in time zone: {', '.join(f'{n} has {z}' for z, n in zones.items())}.")
+        listed = ", ".join(f"{name} has {zone}" for zone, name in zones.items())
+        raise DataError(f"all files must have the same time zone, but {listed}.")
     dates = tables[0].dates.append([t.dates for t in tables[1:]]) if len(tables) > 1 else tables[0].dates
     date_codes, calendar = pd.factorize(dates, sort=True)
     codes, names = pd.factorize(np.concatenate([t.instruments for t in tables]), sort=True)
@@ -217,8 +250,7 @@ def _stack(tables: list[_Table]) -> Panel:
     columns.sort(key=lambda c: PRICE_FIELDS.index(c) if c in PRICE_FIELDS else len(PRICE_FIELDS))
     values = np.empty((len(key), len(columns)), dtype=np.float32)
     for j, column in enumerate(columns):
-        nothing = [np.full(len(t.dates), np.nan, np.float32) if column not in t.columns else None for t in tables]
-        parts = [t.columns[column] if n is None else n for t, n in zip(tables, nothing, strict=True)]
+        parts = [t.columns.get(column, np.full(len(t.dates), np.nan, np.float32)) for t in tables]
         values[:, j] = np.concatenate(parts)[order]
     panel = Panel(
         datetimes=pd.DatetimeIndex(calendar).rename(None),
@@ -241,7 +273,7 @@ def _row_name(tables: list[_Table], row: int) -> str:
 
 
 def _dense(panel: Panel) -> Panel:
-    """Insert NaN rows so that every instrument has all calendar dates between its first and last row."""
+    """Insert NaN rows at the dates that an instrument lacks between its first and last row."""
     starts = np.flatnonzero(np.diff(panel.instrument_codes, prepend=-1))
     stops = np.append(starts[1:], panel.n_rows)
     first, last = panel.date_codes[starts].astype(np.int64), panel.date_codes[stops - 1].astype(np.int64)
