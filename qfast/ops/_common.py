@@ -80,17 +80,23 @@ def check_floating(operator: str, name: str, value: object) -> None:
 
 def check_alike(operator: str, name: str, value: object, like: tuple[str, Tensor], shape: tuple[int, ...]) -> None:
     """Raise a DataError unless `value` is a tensor of this shape. `like` names the tensor with its dtype and device."""
-    require_tensor(operator, name, value)
-    tensor: Any = value
     other, first = like
+    tensor: Any = value
+    if (
+        isinstance(tensor, Tensor)
+        and tensor.dtype == first.dtype
+        and tensor.device == first.device
+        and tensor.shape == shape
+    ):
+        return
+    require_tensor(operator, name, tensor)
     if tensor.dtype != first.dtype or tensor.device != first.device:
         raise DataError(
             f"{operator}: {name}: expected dtype and device of {other} ({first.dtype} on {first.device}), got "
             f"{tensor.dtype} on {tensor.device}. Remedy: {other}.to({name}), or module.to({other}) for the module that "
             "contains the weights. New modules have torch's default dtype (torch.set_default_dtype)."
         )
-    if tuple(tensor.shape) != shape:
-        raise DataError(f"{operator}: {name}: expected shape {shape}, got {tuple(tensor.shape)}.")
+    raise DataError(f"{operator}: {name}: expected shape {shape}, got {tuple(tensor.shape)}.")
 
 
 def active_dropout(operator: str, dropout: object, training: bool) -> float:

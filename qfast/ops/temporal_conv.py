@@ -1,8 +1,8 @@
-"""Stacks of dilated causal convolutions with residual blocks, at the last step only or at all of them.
+"""Stacks of residual blocks of dilated causal convolutions in one operator, at all steps or at the last step only.
 
-Reading order: the two public functions, the plain-torch form that states the meaning, then schemas, fakes and
-gradients.
-The kernels are in csrc/temporal_conv: temporal_conv_kernels.h (behind temporal_conv.cpp) and temporal_conv.cu.
+temporal_conv_twin.py states in plain torch what they compute, and temporal_conv_plan.py which positions the last step
+depends on. The kernels are in csrc/temporal_conv: temporal_conv_kernels.h, called by temporal_conv.cpp, and
+temporal_conv.cu.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qfast.errors import DataError
 from qfast.ops import transforms
 from qfast.ops._common import (
     active_dropout,
@@ -29,13 +30,15 @@ from qfast.ops._common import (
 )
 from qfast.ops.philox import draw_seed
 from qfast.ops.temporal_conv_plan import plan
-from qfast.ops.temporal_conv_twin import all_steps_twin, backward_twin, by_block, empty_kept, forward_twin
+from qfast.ops.temporal_conv_twin import backward_twin, block_values, by_block, empty_saved, forward_twin
 
 __all__ = ["BlockWeights", "temporal_block", "temporal_conv_net"]
 
 
 class BlockWeights(NamedTuple):
-    """Parameters of one residual block; weight = g v / ||v|| per output channel, or v where g is None.
+    """Parameters of one residual block.
+
+    The weight of a convolution is g v / ||v|| per output channel, or v if g is None.
 
     Attributes
     ----------
@@ -46,7 +49,7 @@ class BlockWeights(NamedTuple):
     weight_g2 : Tensor [C, 1, 1] or None
     bias2 : Tensor [C]
     downsample_weight, downsample_bias : Tensor [C, C_in, 1] and [C], or None
-        The 1x1 convolution of the input beside the block: needed where C_in != C, refused where they are equal.
+        The 1x1 convolution of the residual connection: required if C_in != C, and an error if they are equal.
     """
 
     weight_v1: Tensor
@@ -68,49 +71,52 @@ def temporal_conv_net(
     training: bool = False,
     all_steps: bool = False,
 ) -> Tensor:
-    """Stack of residual blocks of dilated causal convolutions, read at the last step.
+    """Compute a stack of residual blocks of dilated causal convolutions at the last step.
 
-    Block i: h = D(relu(conv1(x))), y = D(relu(conv2(h))), out = relu(y + x'), where both convolutions have the
-    dilation of the block and see zeros before the window, D drops elements and scales the others by
-    1 / (1 - dropout), and x' is x or its 1x1 convolution. Only what the last step can see is computed and kept
-    for the backward (`temporal_conv_net.plan`).
+    Each block computes h = D(relu(conv1(x))), y = D(relu(conv2(h))) and relu(y + r). Both convolutions have the
+    dilation of the block and read zeros before the window. D is dropout, and r is x or its 1x1 convolution. Only the
+    positions that the last step depends on are computed and saved (`temporal_conv_net.plan` lists them).
 
     Parameters
     ----------
     x : Tensor [B, F, T], float32 or float64
-        Any strides, nothing is copied: for windows [B, T, F] give x.transpose(1, 2). T >= 1. Half precisions are
-        computed in float32 and the result is rounded back. Windows of consecutive rows of one series,
-        rows.unfold(0, T, 1) of rows [R, F], share what they have in common where no gradient is wanted.
+        F and T are at least 1. Strides are arbitrary and nothing is copied: for windows [B, T, F], pass
+        x.transpose(1, 2). float16 and bfloat16 are computed in float32; the result is rounded once. Overlapping windows
+        of consecutive rows, rows.unfold(0, T, 1) of rows [R, F], share computations if no gradient is needed.
     blocks : sequence of BlockWeights
-        Any depth, widths and kernel sizes.
+        At least one. Widths and kernel sizes are arbitrary.
     dilations : sequence of int, optional
-        1, 2, 4, ... unless given.
+        One for each block. The default is 1, 2, 4, ...
     dropout : float
-        Probability that an element of either convolution's output is dropped, in [0, 1], if `training`.
+        Probability that an output element of a convolution is dropped, if `training`. The other elements are
+        multiplied by 1 / (1 - dropout).
     all_steps : bool
-        All T steps of the last block instead of the last one.
+        Return the last block at all T steps, not only at the last one.
 
     Returns
     -------
-    Tensor [B, C], or [B, C, T] (a view of [B, T, C]) with `all_steps`
-        Differentiable in x and all weights. The same bits every time on the same device, whatever the number of
-        threads.
+    Tensor [B, C], or [B, C, T] (a view of [B, T, C]) if all_steps
+        The bits do not depend on the number of threads. Differentiable in x and all weights.
 
     Raises
     ------
-    ValueError
-        Wrong dtype, shape, device, dilation or dropout.
+    DataError
+        Wrong type, dtype, shape or device of a tensor, no block, or wrong dilations.
+    ConfigError
+        dropout is not in [0, 1].
     NotImplementedError
-        A gradient of a gradient by `backward`; torch.func.grad twice gives it.
+        Double backward. Use torch.func.grad twice.
 
     Notes
     -----
-    The dropout of an element is a function of its convolution, row, time step and channel and of one 64-bit seed that
-    each call draws from torch's generator of the device (Philox 4x32-10): the same on every device for the same seed.
+    Each call draws one seed from torch's generator of x's device. Element (b, c, t) of convolution m uses word b % 4 of
+    the Philox counter (c, t, m, b // 4), so the same seed drops the same elements on every device.
+
+    torch.func transforms and forward mode compute with torch's operations, which support every derivative.
 
     Source
     ------
-    Bai, Kolter, Koltun 2018 (locuslab/TCN), as in pyqlib 0.9.7, qlib/contrib/model/tcn.py; weight normalisation:
+    Bai, Kolter, Koltun 2018 (locuslab/TCN), as in pyqlib 0.9.7, qlib/contrib/model/tcn.py. Weight normalization:
     Salimans and Kingma 2016.
 
     Examples
@@ -124,18 +130,18 @@ def temporal_conv_net(
         wide = [BlockWeights(*widened(block, x.dtype)) for block in blocks]
         settings: dict[str, Any] = {"dilations": dilations, "dropout": dropout, "training": training}
         return temporal_conv_net(x.float(), wide, **settings, all_steps=all_steps).to(x.dtype)
-    weights, spacing = _checked("temporal_conv_net", x, blocks, dilations)
-    rate = active_dropout("temporal_conv_net", dropout, training)
-    seed = draw_seed(x.device) if rate else None
+    weights, spacing = _checked(x, blocks, dilations)
+    p = active_dropout("temporal_conv_net", dropout, training)
+    seed = draw_seed(x.device) if p else None
     if transforms.active():
-        out = all_steps_twin(x, weights, spacing, rate, seed)[-1]
+        out = block_values(x, weights, spacing, p, seed)[-1][-1]
         return out if all_steps else out[:, :, -1]
     keep = needs_grad(x, *weights)
     steps = x.transpose(1, 2)
     if keep and not torch.compiler.is_compiling():
-        out = _Function.apply(steps, seed, spacing, rate, all_steps, *weights)
+        out = _Function.apply(steps, seed, spacing, p, all_steps, *weights)
     else:
-        out = torch.ops.qfast.temporal_conv_net(steps, weights, spacing, rate, seed, all_steps, keep)[0]
+        out = torch.ops.qfast.temporal_conv_net(steps, weights, spacing, p, seed, all_steps, keep)[0]
     return out.transpose(1, 2) if all_steps else out
 
 
@@ -145,7 +151,31 @@ temporal_conv_net.plan = plan  # type: ignore[attr-defined]
 def temporal_block(
     x: Tensor, block: BlockWeights, *, dilation: int = 1, dropout: float = 0.0, training: bool = False
 ) -> Tensor:
-    """One residual block at all steps: [B, C_in, T] -> [B, C, T]. Arguments and notes as `temporal_conv_net`.
+    """Compute one residual block at all steps.
+
+    Parameters
+    ----------
+    x : Tensor [B, C_in, T], float32 or float64
+        As in `temporal_conv_net`.
+    block : BlockWeights
+    dilation : int
+        At least 1.
+    dropout, training
+        As in `temporal_conv_net`.
+
+    Returns
+    -------
+    Tensor [B, C, T]
+        A view of [B, T, C].
+
+    Raises
+    ------
+    DataError, ConfigError, NotImplementedError
+        As in `temporal_conv_net`.
+
+    Source
+    ------
+    Bai, Kolter, Koltun 2018; class TemporalBlock of pyqlib 0.9.7, qlib/contrib/model/tcn.py.
 
     Examples
     --------
@@ -156,79 +186,83 @@ def temporal_block(
     return temporal_conv_net(x, [block], dilations=[dilation], dropout=dropout, training=training, all_steps=True)
 
 
-# ---------------------------------------------------------------- arguments
+# ---------------------------------------------------------------- argument checks
 def _checked(
-    operator: str, x: Tensor, blocks: Sequence[BlockWeights], dilations: Sequence[int] | None
+    x: Tensor, blocks: Sequence[BlockWeights], dilations: Sequence[int] | None
 ) -> tuple[list[Tensor], list[int]]:
-    """The weights as the operator takes them, 4 or 6 a block (with 1x1 convolution), and the dilations."""
-    check_floating(operator, "x", x)
+    """Check all arguments. Return the weights for the operator and the dilations.
+
+    A block has four weights, or six with a 1x1 convolution; see `by_block`.
+    """
+    op = "temporal_conv_net"
+    check_floating(op, "x", x)
     fits = x.dim() == 3 and x.shape[1] > 0 and x.shape[2] > 0
-    require(fits, operator, f"x: expected shape [B, F, T] with F and T of at least 1, got {tuple(x.shape)}.")
-    require(len(blocks) > 0, operator, "blocks: expected at least one block, got none.")
-    known = dilations is None or isinstance(dilations, Sequence)
-    require(known, operator, f"dilations: expected a list with one for each block, got {dilations!r}.")
+    require(fits, op, f"x: expected shape [B, F, T] with F and T of at least 1, got {tuple(x.shape)}.")
+    require(len(blocks) > 0, op, "blocks: expected at least one block, got none.")
+    is_list = dilations is None or isinstance(dilations, Sequence)
+    require(is_list, op, f"dilations: expected a list with one for each block, got {dilations!r}.")
     spacing = [2**i for i in range(len(blocks))] if dilations is None else list(dilations)
     fits = len(spacing) == len(blocks)
-    require(fits, operator, f"dilations: expected one for each of {len(blocks)} blocks, got {len(spacing)}.")
+    require(fits, op, f"dilations: expected one for each of {len(blocks)} blocks, got {len(spacing)}.")
     for dilation in spacing:
-        whole = isinstance(dilation, int) and not isinstance(dilation, bool) and dilation > 0
-        require(whole, operator, f"dilations: expected whole numbers above 0, got {dilation!r}.")
-    spacing = [min(dilation, 2**31 - 1) for dilation in spacing]  # past any window, all are alike
+        is_whole = isinstance(dilation, int) and not isinstance(dilation, bool) and dilation > 0
+        require(is_whole, op, f"dilations: expected whole numbers above 0, got {dilation!r}.")
+    spacing = [min(dilation, 2**31 - 1) for dilation in spacing]  # no window is longer
     weights: list[Tensor] = []
     width = x.shape[1]
     for number, block in enumerate(blocks):
-        weights += _checked_block(operator, f"blocks[{number}].", x, BlockWeights(*block), width)
+        weights += _checked_block(f"blocks[{number}]", x, BlockWeights(*block), width)
         width = weights[-1].shape[0]
     return weights, spacing
 
 
-def _checked_block(operator: str, where: str, x: Tensor, block: BlockWeights, width: int) -> list[Tensor]:
-    v1 = block.weight_v1
-    fits = isinstance(v1, Tensor) and v1.dim() == 3 and 0 not in v1.shape
-    got = tuple(v1.shape) if isinstance(v1, Tensor) else type(v1).__name__
-    require(fits, operator, f"{where}weight_v1: expected shape [C, {width}, k], got {got}.")
-    channels, kernel = v1.shape[0], v1.shape[2]
-    second = block.weight_v2.shape[2] if isinstance(block.weight_v2, Tensor) and block.weight_v2.dim() == 3 else kernel
-    wanted = {
-        "weight_v1": (channels, width, kernel), "weight_g1": (channels, 1, 1), "bias1": (channels,),
-        "weight_v2": (channels, channels, second), "weight_g2": (channels, 1, 1), "bias2": (channels,),
-        "downsample_weight": (channels, width, 1), "downsample_bias": (channels,),
-    }  # fmt: skip
-    for name, shape in wanted.items():
+def _checked_block(where: str, x: Tensor, block: BlockWeights, width: int) -> list[Tensor]:
+    """Check the weights of one block with `width` input channels. Return them for the operator."""
+    op, v1, v2 = "temporal_conv_net", block.weight_v1, block.weight_v2
+    if not isinstance(v1, Tensor) or v1.dim() != 3 or 0 in v1.shape:
+        got = tuple(v1.shape) if isinstance(v1, Tensor) else type(v1).__name__
+        raise DataError(f"{op}: {where}.weight_v1: expected shape [C, {width}, k], got {got}.")
+    channels, kernel_size = v1.shape[0], v1.shape[2]
+    second_size = v2.shape[2] if isinstance(v2, Tensor) and v2.dim() == 3 else kernel_size
+    shapes = {
+        "weight_v1": (channels, width, kernel_size),
+        "weight_g1": (channels, 1, 1),
+        "bias1": (channels,),
+        "weight_v2": (channels, channels, second_size),
+        "weight_g2": (channels, 1, 1),
+        "bias2": (channels,),
+        "downsample_weight": (channels, width, 1),
+        "downsample_bias": (channels,),
+    }
+    for name, shape in shapes.items():
         tensor = getattr(block, name)
-        known = isinstance(tensor, Tensor) and tensor.shape == shape
-        known = known and tensor.dtype is x.dtype and tensor.device == x.device
-        if known and (width != channels or not name.startswith("downsample")):
-            continue
-        _refuse_unfit(operator, f"{where}{name}", x, tensor, shape, width)
-    require(second == kernel, operator, f"{where}weight_v2: expected kernel size {kernel}, got {second}.")
-    folded = [_folded(v, g) for v, g in ((v1, block.weight_g1), (block.weight_v2, block.weight_g2))]
-    parts = [folded[0], block.bias1, folded[1], block.bias2]
+        if name.startswith("downsample"):
+            if width == channels:
+                require(tensor is None, op, f"{where}.{name}: the block's widths are both {width}: expected none.")
+                continue
+            if tensor is None:
+                raise DataError(
+                    f"{op}: {where}.{name}: the block's widths {width} and {channels} differ: expected a tensor of "
+                    f"shape {shape}, got none."
+                )
+        if tensor is not None or not name.startswith("weight_g"):
+            check_alike(op, f"{where}.{name}", tensor, ("x", x), shape)
+    require(
+        second_size == kernel_size, op, f"{where}.weight_v2: expected kernel size {kernel_size}, got {second_size}."
+    )
+    parts = [_normalized(v1, block.weight_g1), block.bias1, _normalized(v2, block.weight_g2), block.bias2]
     if block.downsample_weight is not None and block.downsample_bias is not None:
         parts += [block.downsample_weight, block.downsample_bias]
     return parts
 
 
-def _folded(v: Tensor, g: Tensor | None) -> Tensor:
+def _normalized(v: Tensor, g: Tensor | None) -> Tensor:
+    """Return the weight g v / ||v||, or v if g is None."""
     if g is None:
         return v
-    if transforms.active():  # torch's fused form has no forward-mode derivative
+    if transforms.active():  # torch._weight_norm has no forward-mode derivative
         return v * (g / v.norm(dim=(1, 2), keepdim=True))
     return torch._weight_norm(v, g, 0)
-
-
-def _refuse_unfit(operator: str, name: str, x: Tensor, tensor: object, shape: tuple[int, ...], width: int) -> None:
-    """Says what is wrong with a weight, if anything is: some may be None."""
-    if "downsample" in name:
-        if width == shape[0]:
-            require(tensor is None, operator, f"{name}: the block's widths are both {width}: expected none.")
-            return
-        text = (
-            f"{name}: the block's widths {width} and {shape[0]} differ: expected a tensor of shape {shape}, got none."
-        )
-        require(tensor is not None, operator, text)
-    if tensor is not None or "weight_g" not in name:
-        check_alike(operator, name, tensor, ("x", x), shape)
 
 
 # ---------------------------------------------------------------- schemas and fakes
@@ -246,13 +280,13 @@ define(
 def _(x, weights, dilations, dropout, seed, all_steps, keep):  # type: ignore[no-untyped-def]
     width = by_block(weights, x.shape[2])[-1][0].shape[0]
     output = x.new_empty((x.shape[0], x.shape[1], width) if all_steps else (x.shape[0], width))
-    return output, *empty_kept(x, weights, dilations, all_steps, keep)
+    return output, *empty_saved(x, weights, dilations, all_steps, keep)
 
 
 @torch.library.register_fake("qfast::temporal_conv_net_backward")
 def _(grad, x, weights, dilations, dropout, seed, all_steps, output, activations, signs, input_grad):  # type: ignore[no-untyped-def]
-    of_x = x.new_empty((x.shape[0] if input_grad else 0, *x.shape[1:]))
-    return of_x, [part.new_empty(part.shape) for part in weights]
+    grad_x = x.new_empty((x.shape[0] if input_grad else 0, *x.shape[1:]))
+    return grad_x, [part.new_empty(part.shape) for part in weights]
 
 
 # ---------------------------------------------------------------- gradients
@@ -262,19 +296,19 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(x, seed, *output, *weights)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.given = (dilations, dropout, all_steps)
+    ctx.settings = (dilations, dropout, all_steps)
 
 
 def _gradients(ctx, grad, *_):  # type: ignore[no-untyped-def]
     x, seed, output, activations, signs, *weights = ctx.saved_tensors
     if grad is None:
         return None, [None] * len(weights), None, None, None, None, None
-    dilations, dropout, all_steps = ctx.given
-    of_x = ctx.needs_input_grad[0]
-    grad_x, grads = torch.ops.qfast.temporal_conv_net_backward(
-        grad, x, weights, dilations, dropout, seed, all_steps, output, activations, signs, of_x
+    dilations, dropout, all_steps = ctx.settings
+    input_grad = ctx.needs_input_grad[0]
+    grad_x, grad_weights = torch.ops.qfast.temporal_conv_net_backward(
+        grad, x, weights, dilations, dropout, seed, all_steps, output, activations, signs, input_grad
     )
-    return grad_x if of_x else None, grads, None, None, None, None, None
+    return grad_x if input_grad else None, grad_weights, None, None, None, None, None
 
 
 torch.library.register_autograd("qfast::temporal_conv_net", _gradients, setup_context=_save)
@@ -282,28 +316,27 @@ refuse_double_backward("temporal_conv_net")
 
 
 class _Function(torch.autograd.Function):
-    """The same in eager mode, where torch.library's own wrapping would cost more than a small batch."""
-
     @staticmethod
     def forward(ctx, x, seed, dilations, dropout, all_steps, *weights):  # type: ignore[no-untyped-def]
-        out = torch.ops.qfast.temporal_conv_net(x, weights, dilations, dropout, seed, all_steps, True)
-        _save(ctx, (x, weights, dilations, dropout, seed, all_steps, True), out)
-        return out[0]
+        inputs = (x, weights, dilations, dropout, seed, all_steps, True)
+        output = torch.ops.qfast.temporal_conv_net(*inputs)
+        _save(ctx, inputs, output)
+        return output[0]
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        grad_x, grads, *_ = _gradients(ctx, grad)
-        return grad_x, None, None, None, None, *grads
+        grad_x, grad_weights, *_ = _gradients(ctx, grad)
+        return grad_x, None, None, None, None, *grad_weights
 
 
 # ---------------------------------------------------------------- self-test
 def self_test(device: torch.device) -> None:
-    """The kernels that serve `device` against plain torch, forward and backward, in float64, with dropout.
+    """Compare the operator on `device` with plain torch, forward and backward, in float64, with dropout.
 
     Raises
     ------
     ArithmeticError
-        They differ.
+        The results differ.
     """
     rng = torch.Generator().manual_seed(0)
     sizes = [(19, 3, 3), (19,), (19, 19, 3), (19,), (19, 3, 1), (19,), (19, 19, 2), (19,), (19, 19, 2), (19,)]
@@ -314,7 +347,7 @@ def self_test(device: torch.device) -> None:
         arguments = (x, weights, [1, 3], 0.25, seed, all_steps)
         results = torch.ops.qfast.temporal_conv_net(*arguments, True)
         check_same("temporal_conv_net", results[:1], forward_twin(*arguments, True)[:1])
-        backward = (results[0], *arguments, *results, True)  # the output will do as its own gradient
+        backward = (results[0], *arguments, *results, True)  # any values serve as the gradient
         grad_x, grad_weights = torch.ops.qfast.temporal_conv_net_backward(*backward)
         twin_x, twin_weights = backward_twin(*backward)
         check_same("temporal_conv_net", [grad_x, *grad_weights], [twin_x, *twin_weights])

@@ -1,4 +1,4 @@
-"""Which positions and taps of a causal convolution stack can reach its last step."""
+"""The positions and taps of a causal convolution stack that its last step depends on."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class BlockPlan(NamedTuple):
     ----------
     kernel_size, dilation : int
     output, between, input : tuple of int
-        Time positions (ascending, the last step is T - 1) that are computed of the block's output and of what
-        stands between its convolutions, and those that are read of its input.
+        Time positions, ascending up to T - 1, at which the block's output and the tensor between its convolutions are
+        computed, and at which its input is read.
     taps : (int, int)
-        Pairs of a computed position and a tap inside the window, first and second convolution: a tap of all
-        batch rows is one product of [B, C_in] and [C_in, C_out].
+        Number of pairs of a computed position and a tap inside the window, for both convolutions. A pair costs one
+        product of [B, C_in] and [C_in, C_out].
     """
 
     kernel_size: int
@@ -36,13 +36,14 @@ class BlockPlan(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The cone of a stack of residual blocks, first block first.
+    """The positions that a stack of residual blocks computes.
 
     Attributes
     ----------
     steps : int
         T, the length of the window.
     blocks : tuple of BlockPlan
+        From the input to the output.
     """
 
     steps: int
@@ -50,15 +51,32 @@ class Plan:
 
     @property
     def receptive_field(self) -> int:
-        """Steps back from the last one, itself included, that can reach it in a window that is long enough."""
+        """Number of steps that the last one depends on in a long window, the last one included."""
         return 1 + sum(2 * (block.kernel_size - 1) * block.dilation for block in self.blocks)
 
     def multiply_adds(self, features: int, channels: Sequence[int]) -> tuple[int, int, int]:
-        """Multiplications per window of the convolutions: needed, for all T outputs, and with symmetric padding.
+        """Return the multiply-adds of the convolutions per window in three implementations.
 
-        The last is what torch.nn.Conv1d with padding (k - 1) * dilation on both sides computes before its outputs
-        beyond T are cut off, as the reference does. The 1x1 convolution where widths differ is counted.
+        Parameters
+        ----------
+        features : int
+            F, the width of the first block's input.
+        channels : sequence of int
+            Output width of each block.
 
+        Returns
+        -------
+        (int, int, int)
+            For this plan; for all T outputs of every block; and with torch.nn.Conv1d padded by (k - 1) * dilation on
+            both sides, whose outputs beyond T are discarded, as in Qlib. All include the 1x1 convolutions.
+
+        Raises
+        ------
+        ConfigError
+            The number of channels is not the number of blocks.
+
+        Examples
+        --------
         >>> needed, dense, padded = plan(60, 3, 5).multiply_adds(6, [128] * 5)
         >>> round(dense / needed, 1), round(padded / needed, 1)
         (4.8, 5.9)
@@ -66,60 +84,62 @@ class Plan:
         if len(channels) != len(self.blocks):
             raise ConfigError(f"channels: expected one number per block ({len(self.blocks)}), got {len(channels)}.")
         needed = dense = padded = 0
-        before = features
+        input_width = features
         for block, width in zip(self.blocks, channels, strict=True):
-            per_tap = (before * width, width * width)
+            per_tap = (input_width * width, width * width)
             needed += sum(count * cost for count, cost in zip(block.taps, per_tap, strict=True))
             dense += self.steps * block.kernel_size * sum(per_tap)
             padded += (self.steps + (block.kernel_size - 1) * block.dilation) * block.kernel_size * sum(per_tap)
-            if before != width:
-                needed += len(block.output) * before * width
-                dense += self.steps * before * width
-                padded += self.steps * before * width
-            before = width
+            if input_width != width:
+                needed += len(block.output) * input_width * width
+                dense += self.steps * input_width * width
+                padded += self.steps * input_width * width
+            input_width = width
         return needed, dense, padded
 
     def __str__(self) -> str:
         lines = [f"{'block':>5} {'dilation':>8} {'output':>7} {'between':>7} {'input':>7} {'taps':>11} {'of':>11}"]
-        of = total = 0
+        dense_total = total = 0
         for number, block in enumerate(self.blocks):
             dense = self.steps * block.kernel_size
             taps = f"{block.taps[0]} + {block.taps[1]}"
             sizes = f"{len(block.output):>7} {len(block.between):>7} {len(block.input):>7}"
             lines.append(f"{number:>5} {block.dilation:>8} {sizes} {taps:>11} {f'{dense} + {dense}':>11}")
             total += sum(block.taps)
-            of += 2 * dense
+            dense_total += 2 * dense
         lines.append(
-            f"T = {self.steps}, receptive field {self.receptive_field}: {total} of {of} taps, {of / total:.1f}x less"
+            f"T = {self.steps}, receptive field {self.receptive_field}: {total} of {dense_total} taps, "
+            f"{dense_total / total:.1f}x less"
         )
         return "\n".join(lines)
 
 
 def plan(T: int, kernel_size: int | Sequence[int], layers: int | Sequence[int], *, all_steps: bool = False) -> Plan:
-    """Positions and taps of each block that the last step of a window can see.
+    """Return the positions and taps of each block that the last step of a window depends on.
 
-    Walks back from position T - 1: a convolution's output at p reads p, p - d, ..., p - (k - 1) d. Taps before
-    position 0 read zeros and cost nothing; a block's output also reads its input at the same position.
+    A convolution's output at position p reads p, p - d, ..., p - (k - 1) d for dilation d. Taps before position 0 read
+    zeros and are not counted. A block's output also reads its input at the same position.
 
     Parameters
     ----------
     T : int
-        Steps of the window, from 1.
-    kernel_size : int, or one for each block
-    layers : int, or the dilation of each block
-        A number of blocks has the dilations 1, 2, 4, ...
+        Length of the window, at least 1.
+    kernel_size : int or sequence of int
+        One for all blocks, or one for each block.
+    layers : int or sequence of int
+        The number of blocks, with dilations 1, 2, 4, ..., or the dilation of each block.
     all_steps : bool
-        The plan where every step of the last block is wanted.
+        Plan for all steps of the last block, not only for the last one.
 
     Returns
     -------
     Plan
-        Print it.
+        `print(plan)` shows a table.
 
     Raises
     ------
     ConfigError
-        Something is not a whole number above 0.
+        An argument is not a whole number above 0, or the number of kernel sizes is not the number of blocks.
 
     Examples
     --------
@@ -147,19 +167,19 @@ def plan(T: int, kernel_size: int | Sequence[int], layers: int | Sequence[int], 
 
 @lru_cache(maxsize=256)
 def cone(steps: int, kernels: tuple[int, ...], dilations: tuple[int, ...], all_steps: bool) -> Plan:
-    """`plan` once its arguments are checked."""
-    wanted: tuple[int, ...] = tuple(range(steps)) if all_steps else (steps - 1,)
+    """Return the plan for checked arguments; see `plan`."""
+    outputs: tuple[int, ...] = tuple(range(steps)) if all_steps else (steps - 1,)
     blocks: list[BlockPlan] = []
     for size, dilation in zip(reversed(kernels), reversed(dilations), strict=True):
-        between, second = _read_by(wanted, size, dilation)
-        read, first = _read_by(between, size, dilation)
-        inputs = tuple(sorted({*read, *wanted}))
-        blocks.append(BlockPlan(size, dilation, wanted, between, inputs, (first, second)))
-        wanted = inputs
+        between, second_taps = _positions_read(outputs, size, dilation)
+        read, first_taps = _positions_read(between, size, dilation)
+        inputs = tuple(sorted({*read, *outputs}))
+        blocks.append(BlockPlan(size, dilation, outputs, between, inputs, (first_taps, second_taps)))
+        outputs = inputs
     return Plan(steps, tuple(reversed(blocks)))
 
 
-def _read_by(outputs: tuple[int, ...], kernel_size: int, dilation: int) -> tuple[tuple[int, ...], int]:
-    """Positions that a convolution reads for these outputs, and its taps inside the window."""
+def _positions_read(outputs: tuple[int, ...], kernel_size: int, dilation: int) -> tuple[tuple[int, ...], int]:
+    """Return the positions that a convolution reads for these outputs, and the number of its taps in the window."""
     reads = [p - j * dilation for p in outputs for j in range(min(kernel_size, p // dilation + 1))]
     return tuple(sorted(set(reads))), len(reads)
