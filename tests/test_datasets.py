@@ -116,7 +116,7 @@ def test_wrong_segments_are_refused(segments, message):
 
 def test_wrong_names_are_answered_with_the_nearest():
     dataset = DatasetH(handler=make_frame(), segments=SEGMENTS)
-    with pytest.raises(DataError, match=r"segment 'vaild' is not defined.*Did you mean 'valid'"):
+    with pytest.raises(DataError, match=r"no segment 'vaild'.*Did you mean 'valid'"):
         dataset.prepare("vaild")
     with pytest.raises(ConfigError, match=r"no argument 'segmnts'. Did you mean 'segments'"):
         DatasetH(handler=make_frame(), segments=SEGMENTS, segmnts=1)

@@ -1,8 +1,7 @@
-"""Datasets: named segments of a handler's panel, as frames, as samplers, or as window sets.
+"""Datasets: named segments of a handler's data, as frames, samplers or window sets.
 
-`DatasetH` and `TSDatasetH` answer the calls that the reference's datasets answer
-(pyqlib 0.9.7, qlib/data/dataset/__init__.py), but all segments and samplers are views of one float32
-panel: preparing a segment costs its row numbers and nothing else.
+`DatasetH` and `TSDatasetH` have the interface of Qlib's datasets (qlib/data/dataset/__init__.py of pyqlib 0.9.7). All
+segments and samplers are views of the same float32 panel, so preparing a segment only computes row numbers.
 """
 
 from __future__ import annotations
@@ -31,21 +30,32 @@ __all__ = ["DatasetH", "TSDataSampler", "TSDatasetH"]
 
 
 class DatasetH:
-    """Named segments of a handler's data; each sample is one row.
+    """Named segments of a handler's data, in which each sample is one row.
 
     Parameters
     ----------
-    handler : DataHandlerLP, configuration mapping, or (datetime, instrument) frame
-        Where the rows come from. A frame must have two-level columns ("feature", ...), ("label", ...).
+    handler : Handler, configuration mapping, or DataFrame
+        The data. A frame is indexed (datetime, instrument) and has two-level columns ("feature", ...), ("label", ...).
     segments : mapping
-        Name -> (start, end), both inclusive; None is unbounded.
+        Name -> (start, end), both inclusive. None is unbounded.
     fetch_kwargs : mapping, optional
-        Accepted for the reference's sake and handed to `handler.fetch`.
+        Additional arguments of `handler.fetch`, as in Qlib.
 
     Raises
     ------
     ConfigError
-        A segment that is not a (start, end) pair, or starts after its end.
+        A segment is not a (start, end) pair or starts after its end, or an argument is unknown.
+
+    Notes
+    -----
+    Source: DatasetH of pyqlib 0.9.7.
+
+    Examples
+    --------
+    >>> from qfast.data import synthetic
+    >>> dataset = DatasetH(synthetic.factors(3, 20, 4), {"train": (None, "2015-01-14"), "test": ("2015-01-15", None)})
+    >>> dataset.prepare("test", col_set="feature").shape[1]
+    4
     """
 
     def __init__(
@@ -57,14 +67,14 @@ class DatasetH:
     ) -> None:
         if unknown:
             name = next(iter(unknown))
-            known = ("handler", "segments", "fetch_kwargs", "step_len", "flt_col")
-            raise ConfigError(f"{type(self).__name__} has no argument {name!r}." + suggest(name, known))
+            names = ("handler", "segments", "fetch_kwargs", "step_len", "flt_col")
+            raise ConfigError(f"{type(self).__name__} has no argument {name!r}." + suggest(name, names))
         self.handler = _build_handler(handler)
         self.segments = {name: _segment(name, bounds) for name, bounds in dict(segments).items()}
         self.fetch_kwargs = dict(fetch_kwargs or {})
 
     def config(self, **kwargs: Any) -> None:
-        """Replace `segments`; other settings are refused by name."""
+        """Replace `segments`. Raises a ConfigError for any other setting."""
         for name, value in kwargs.items():
             if name != "segments":
                 raise ConfigError(
@@ -75,26 +85,47 @@ class DatasetH:
     def prepare(
         self, segments: Segment | Sequence[str], col_set: Columns = CS_ALL, data_key: str = DK_I, **kwargs: Any
     ) -> Any:
-        """Data of one segment, or a list of them for a list of names.
+        """The data of one segment, or of each segment in a list of names.
 
         Parameters
         ----------
         segments : str, slice, (start, end), or a list of names
         col_set : str or list of str
-            A group name gives single-level columns, a list two levels, "__all" drops the group level.
-        data_key : str
-            "raw", "infer" or "learn".
+            A group name selects that group with single-level columns, a list selects groups with two-level columns,
+            "__all" selects all columns without the group level, "__raw" all with it.
+        data_key : {"raw", "infer", "learn"}
+        **kwargs
+            Additional arguments of `handler.fetch`; for `TSDatasetH` `dtype` and `flt_col`.
 
         Returns
         -------
-        DataFrame sorted by (datetime, instrument); a `TSDataSampler` from `TSDatasetH`.
+        DataFrame or TSDataSampler
+            A frame sorted by (datetime, instrument); a sampler from `TSDatasetH`. A list of them for a list of names.
+
+        Raises
+        ------
+        DataError
+            The segment is unknown.
         """
         if isinstance(segments, (list, tuple)) and all(isinstance(s, str) and s in self.segments for s in segments):
             return [self._prepare(self._bounds(s), col_set, data_key, **kwargs) for s in segments]
         return self._prepare(self._bounds(segments), col_set, data_key, **kwargs)
 
     def windows(self, segment: Segment, data_key: str, *, with_label: bool = True) -> WindowSet:
-        """The segment's samples for the training loop, sharing the handler's panel."""
+        """The samples of a segment for the training loop. They share the memory of the handler's panel.
+
+        Parameters
+        ----------
+        segment : str, slice or (start, end)
+        data_key : {"raw", "infer", "learn"}
+        with_label : bool
+            Include the label, if the data has one.
+
+        Raises
+        ------
+        DataError
+            The segment is unknown, or the data has no group "feature" or several labels.
+        """
         panel = self.handler.panel(data_key)
         start, end = self._bounds(segment)
         rows = panel.by_date(panel.rows_between(start, end))
@@ -118,7 +149,7 @@ class DatasetH:
         if isinstance(segment, str):
             if segment not in self.segments:
                 raise DataError(
-                    f"segment {segment!r} is not defined; the dataset has {sorted(self.segments)}."
+                    f"the dataset has no segment {segment!r}; it has {sorted(self.segments)}."
                     + suggest(segment, self.segments)
                 )
             return self.segments[segment]
@@ -126,21 +157,33 @@ class DatasetH:
 
 
 class TSDatasetH(DatasetH):
-    """Named segments whose samples are rolling windows of `step_len` rows.
+    """Named segments of a handler's data, in which each sample is a window of `step_len` rows.
 
     Parameters
     ----------
     step_len : int
         T.
     flt_col : str, optional
-        Column group whose one column says which rows are samples.
+        Column group with one column, whose truth value selects the rows that are samples.
     handler, segments, fetch_kwargs
         As in `DatasetH`.
 
+    Raises
+    ------
+    ConfigError
+        As in `DatasetH`, or `step_len` is not a positive whole number.
+
     Notes
     -----
-    Windows at the head of a segment reach back into earlier rows, but no further than `step_len`
-    dates of the inference data before the segment, as in the reference.
+    The first windows of a segment contain rows before the segment, but like in Qlib none that is more than `step_len`
+    dates of the inference data earlier. Source: TSDatasetH of pyqlib 0.9.7.
+
+    Examples
+    --------
+    >>> from qfast.data import synthetic
+    >>> dataset = TSDatasetH(step_len=5, handler=synthetic.factors(3, 20, 4), segments={"test": (None, None)})
+    >>> dataset.prepare("test", col_set=["feature", "label"])[0].shape
+    (5, 5)
     """
 
     def __init__(self, step_len: int = 30, flt_col: str | None = None, **kwargs: Any) -> None:
@@ -156,6 +199,7 @@ class TSDatasetH(DatasetH):
         super().config(**kwargs)
 
     def windows(self, segment: Segment, data_key: str, *, with_label: bool = True) -> WindowSet:
+        """The windows of a segment for the training loop; arguments and errors as in `DatasetH.windows`."""
         panel = self.handler.panel(data_key)
         sampler = self._sampler(self._bounds(segment), _groups(panel, with_label), data_key)
         return sampler.windows(fill="ffill+bfill", name=str(segment))
@@ -163,13 +207,12 @@ class TSDatasetH(DatasetH):
     def _prepare(self, bounds: Bounds, col_set: Columns, data_key: str, **kwargs: Any) -> TSDataSampler:
         dtype, flt_col = kwargs.pop("dtype", None), kwargs.pop("flt_col", self.flt_col)
         if kwargs:
-            raise ConfigError(f"TSDatasetH.prepare has no argument {next(iter(kwargs))!r}.")
+            raise ConfigError(f"TSDatasetH.prepare has no argument {next(iter(kwargs))!r}; it has dtype and flt_col.")
         panel = self.handler.panel(data_key)
-        groups = (
-            list(panel.blocks)
-            if col_set in (CS_ALL, CS_RAW)
-            else ([col_set] if isinstance(col_set, str) else list(col_set))
-        )
+        if col_set in (CS_ALL, CS_RAW):
+            groups = list(panel.blocks)
+        else:
+            groups = [col_set] if isinstance(col_set, str) else list(col_set)
         return self._sampler(bounds, groups, data_key, dtype=dtype, flt_col=flt_col)
 
     def _sampler(
@@ -201,15 +244,15 @@ class TSDatasetH(DatasetH):
         )
 
     def _window_index(self, panel: Panel, data_key: str) -> WindowIndex:
-        """One table per data key, shared by all segments."""
-        known = self._index_of.get(data_key)
-        if known is None or known[0] is not panel:
-            known = (panel, build_window_index(panel.instrument_codes, panel.date_codes, panel.live))
-            self._index_of[data_key] = known
-        return known[1]
+        """The window tables of a data key, which all segments share."""
+        entry = self._index_of.get(data_key)
+        if entry is None or entry[0] is not panel:
+            entry = (panel, build_window_index(panel.instrument_codes, panel.date_codes, panel.live))
+            self._index_of[data_key] = entry
+        return entry[1]
 
     def _history_start(self, start: DateLike | None) -> pd.Timestamp | None:
-        """The date `step_len` entries of the inference calendar before the segment's start."""
+        """The date that is `step_len` dates of the inference data before `start`; None if there is no such date."""
         if start is None:
             return None
         panel = self.handler.panel(DK_I)
@@ -242,5 +285,8 @@ def _build_handler(handler: Handler | Mapping[str, Any] | pd.DataFrame | str) ->
 
 def _groups(panel: Panel, with_label: bool) -> list[str]:
     if "feature" not in panel.blocks:
-        raise DataError(f"the data has no column group 'feature'; it has {sorted(panel.blocks)}.")
+        raise DataError(
+            f"the data has no column group 'feature'; it has {sorted(panel.blocks)}. Remedy: name the groups of "
+            "columns 'feature' and 'label'."
+        )
     return ["feature", "label"] if with_label and "label" in panel.blocks else ["feature"]

@@ -1,4 +1,4 @@
-"""Rolling windows of a panel by sample number or by (datetime, instrument)."""
+"""Windows of a panel, by sample number or by (datetime, instrument)."""
 
 from __future__ import annotations
 
@@ -23,32 +23,47 @@ __all__ = ["TSDataSampler", "feature_table"]
 
 
 class TSDataSampler:
-    """Rolling windows of `step_len` rows ending at each (datetime, instrument) row.
+    """Windows of `step_len` rows, one ending at each (datetime, instrument) row.
+
+    `sampler[i]` and `sampler[datetime, instrument]` return an array [T, C], and `sampler[[i, j]]` returns [k, T, C].
+    Like in Qlib, samples are ordered by instrument and then by time.
 
     Parameters
     ----------
     data : DataFrame or Panel
-        Rows indexed (datetime, instrument). The frame is copied once and left as it was.
+        Rows indexed (datetime, instrument). A frame is copied.
     start, end : date-like or None
-        Samples end between these, both inclusive; earlier rows serve as history.
+        Period of the last rows of the windows, both inclusive. Windows may contain earlier rows.
     step_len : int
         T, at least 1.
-    fillna_type : str
-        What stands in for dates at which the instrument has no row: "none" (a NaN row), "ffill" (its
-        last row inside the window) or "ffill+bfill" (then its first one for leading holes). Values
-        that are NaN inside an existing row are never filled.
+    fillna_type : {"none", "ffill", "ffill+bfill"}
+        What replaces a date on which the instrument has no row: "none" is a NaN row, "ffill" the previous row of the
+        window, and "ffill+bfill" in addition the first row of the window for dates before it. NaN values of existing
+        rows are never filled.
     dtype : numpy dtype, optional
-        float32 or float64. Default: the frame's own common dtype where it is one of the two, float32
-        otherwise.
+        float32 or float64. Default: float64 if a column of the frame is float64, otherwise float32.
     flt_data : Series or one-column frame, optional
-        Truth values; rows that are False, NaN or missing are no samples but stay history.
+        Truth values by (datetime, instrument). Rows for which it is False, NaN or missing are not samples, but other
+        windows can contain them.
+    groups : sequence of str, optional
+        Column groups of the panel, in the order of the C columns. Default: all.
+    window_index : WindowIndex, optional
+        Window tables of the panel, if they exist already.
+    history_start : date-like, optional
+        Windows do not contain rows before this date.
+
+    Raises
+    ------
+    ConfigError
+        `step_len` is not a positive whole number, or `dtype` is another type.
+    DataError
+        The data has no rows, or `flt_data` has several columns.
 
     Notes
     -----
-    Samples stand instrument by instrument, as in the reference. `sampler[i]` gives [T, C],
-    `sampler[[i, j]]` [k, T, C], `sampler[datetime, instrument]` [T, C]. Reference: TSDataSampler of
-    pyqlib 0.9.7. Differences on purpose: the caller's frame keeps its columns, an unknown instrument is
-    an error instead of its neighbour's rows, an empty list gives an empty array.
+    Source: TSDataSampler in qlib/data/dataset/__init__.py of pyqlib 0.9.7. Unlike Qlib's, it leaves the caller's frame
+    unchanged, raises an error for an unknown instrument instead of returning another instrument's rows, and returns an
+    empty array for an empty list.
 
     Examples
     --------
@@ -91,50 +106,59 @@ class TSDataSampler:
         if flt_data is not None:
             self.rows = self.rows[self._filter(flt_data)[self.rows]]
 
-    # ---------------------------------------------------------------- the reference's surface
+    # ---------------------------------------------------------------- the interface of Qlib's TSDataSampler
     def __len__(self) -> int:
+        """Number of samples."""
         return len(self.rows)
 
     @property
     def empty(self) -> bool:
-        """True when there is no sample."""
+        """True if there are no samples."""
         return len(self) == 0
 
     def config(self, **kwargs: Any) -> None:
-        """Set attributes, for instance `config(fillna_type="ffill+bfill")`."""
+        """Set attributes, for example `config(fillna_type="ffill+bfill")`. Raises a ConfigError for unknown names."""
         for name, value in kwargs.items():
             if not hasattr(self, name):
                 raise ConfigError(f"TSDataSampler has no setting {name!r}." + suggest(name, vars(self)))
             setattr(self, name, value)
 
     def get_index(self) -> pd.MultiIndex:
-        """(datetime, instrument) of each sample, in sample order (instrument by instrument)."""
+        """(datetime, instrument) of each sample, in the order of the samples."""
         return self.panel.index(self.rows)
 
     @property
     def data_index(self) -> pd.MultiIndex:
-        """(instrument, datetime) of each sample, in sample order."""
+        """(instrument, datetime) of each sample, in the order of the samples."""
         return self.get_index().swaplevel()
 
     @property
     def data_arr(self) -> np.ndarray:
-        """All live rows and, last, one row of NaN: a copy [R + 1, C] in the reference's layout."""
+        """A copy [R + 1, C] of all live rows, followed by one row of NaN as in Qlib."""
         rows = self.panel.live_rows()
         values = np.concatenate([self.panel.values(g)[rows] for g in self.groups], axis=1)
         return np.concatenate([values, np.full((1, values.shape[1]), np.nan, values.dtype)])
 
     def __getitem__(self, key: Any) -> np.ndarray:
+        """The window of a sample number or (datetime, instrument) pair, or the windows of a list of them."""
         if isinstance(key, (list, np.ndarray)):
             parts = [self._rows_of(k) for k in key]
             index = torch.stack(parts) if parts else torch.empty((0, self.step_len), dtype=torch.int64)
             return self._gather(index)
         if isinstance(key, slice):
-            raise TypeError("TSDataSampler does not take slices. Remedy: sampler[list(range(start, stop))].")
+            raise TypeError(f"sampler[{key}] is not supported. Remedy: sampler[list(range(start, stop))].")
         return self._gather(self._rows_of(key).unsqueeze(0))[0]
 
     # ---------------------------------------------------------------- windows
     def windows(self, *, fill: str, name: str) -> WindowSet:
-        """These samples for the training loop: first group features, last column of "label" the target."""
+        """The samples as a `WindowSet`: the first group contains the features, "label" the label.
+
+        Parameters
+        ----------
+        fill : {"none", "ffill", "ffill+bfill"}
+        name : str
+            Name of the segment, for messages.
+        """
         table, columns, label = feature_table(self.panel, self.groups)
         rows = torch.from_numpy(self.rows)
         return WindowSet(
@@ -153,11 +177,11 @@ class TSDataSampler:
         )
 
     def _history_rows(self) -> np.ndarray:
-        """Live rows that some sample's window can reach: at most T - 1 live rows before the sample's own."""
+        """Live rows that the window of at least one sample can contain: its own and up to T - 1 live rows before it."""
         live_rows = self.panel.live_rows()
         codes = self.panel.instrument_codes[live_rows]
-        every = np.arange(len(live_rows))
-        first_of_instrument = np.maximum.accumulate(np.where(np.diff(codes, prepend=-1) != 0, every, 0))
+        numbers = np.arange(len(live_rows))
+        first_of_instrument = np.maximum.accumulate(np.where(np.diff(codes, prepend=-1) != 0, numbers, 0))
         ranks = np.searchsorted(live_rows, self.rows)
         starts = np.maximum(ranks - (self.step_len - 1), first_of_instrument[ranks])
         change = np.zeros(len(live_rows) + 1, dtype=np.int32)
@@ -171,11 +195,11 @@ class TSDataSampler:
         return torch.cat(parts, dim=2).numpy() if len(parts) > 1 else parts[0].numpy()
 
     def _rows_of(self, key: Any) -> Tensor:
-        """Panel rows [T] of one sample number or (datetime, instrument) pair; -1 is "no such row"."""
+        """Panel rows [T] of one sample number or (datetime, instrument) pair; -1 where no row exists."""
         self._check_fill()
         if isinstance(key, (int, np.integer)):
             if not 0 <= key < len(self):
-                raise KeyError(f"sample {key} is out of [0, {len(self)})")
+                raise KeyError(f"sample number must be from 0 to {len(self) - 1}, got {key}")
             last = torch.from_numpy(self.rows[key : key + 1])
             return window_rows(
                 self.window_index,
@@ -187,11 +211,11 @@ class TSDataSampler:
         if isinstance(key, tuple) and len(key) == 2:
             return self._rows_of_cell(*key)
         raise TypeError(
-            f"TSDataSampler index must be a sample number, a list of them or (datetime, instrument); got {key!r}."
+            f"TSDataSampler index must be a sample number, a list of them or (datetime, instrument), got {key!r}."
         )
 
     def _rows_of_cell(self, date: DateLike, instrument: str) -> Tensor:
-        """Window that ends at the last date <= `date`, whether or not the instrument has a row there."""
+        """Window that ends at the last date <= `date`, even if the instrument has no row on that date."""
         code = int(np.searchsorted(self.panel.instruments, instrument))
         if code == len(self.panel.instruments) or self.panel.instruments[code] != instrument:
             raise DataError(
@@ -218,21 +242,21 @@ class TSDataSampler:
             raise ConfigError(f"fillna_type must be one of {FILLS}, got {self.fillna_type!r}.")
 
     def _positions_of_date_codes(self) -> np.ndarray:
-        """[n dates + 1]: how many dates with a live row come before each date code."""
+        """int64 [D + 1]: number of dates with a live row before each date code."""
         present = np.zeros(len(self.panel.datetimes) + 1, dtype=np.int64)
         present[self.panel.date_codes[self.panel.live_rows()] + 1] = 1
         return np.cumsum(present)
 
     def _filter(self, flt_data: pd.Series | pd.DataFrame) -> np.ndarray:
-        """bool [R]: truth of flt_data at every panel row; missing and NaN are False."""
+        """bool [R]: truth of `flt_data` at each panel row; False if missing or NaN."""
         if isinstance(flt_data, pd.DataFrame):
             if flt_data.shape[1] != 1:
-                raise DataError(f"flt_data must have exactly one column, got {list(flt_data.columns)}.")
+                raise DataError(f"flt_data must have exactly one column, got the columns {list(flt_data.columns)}.")
             flt_data = flt_data.iloc[:, 0]
-        wanted = flt_data.reindex(self.panel.index(np.arange(self.panel.n_rows)))
-        given = wanted.notna().to_numpy(dtype=bool)
-        truth = np.zeros(len(given), dtype=bool)
-        truth[given] = wanted.to_numpy()[given].astype(bool)
+        values = flt_data.reindex(self.panel.index(np.arange(self.panel.n_rows)))
+        present = values.notna().to_numpy(dtype=bool)
+        truth = np.zeros(len(present), dtype=bool)
+        truth[present] = values.to_numpy()[present].astype(bool)
         return truth
 
 
@@ -247,14 +271,31 @@ def _common_dtype(data: pd.DataFrame, dtype: DTypeLike | None) -> DTypeLike:
 
 
 def feature_table(panel: Panel, groups: Sequence[str]) -> tuple[Tensor, tuple[str, ...], Tensor | None]:
-    """Feature table [R, D], its column names and the label column [R], all views of the panel."""
+    """Views of a panel for training.
+
+    Parameters
+    ----------
+    panel : Panel
+    groups : sequence of str
+        The first one contains the features. The label is used if "label" is among them.
+
+    Returns
+    -------
+    tuple
+        Feature table [R, D], D feature names, label [R] or None.
+
+    Raises
+    ------
+    DataError
+        The group "label" does not have exactly one column.
+    """
     features = panel.values(groups[0])
     label = None
     if "label" in groups:
         columns = panel.columns("label")
         if len(columns) != 1:
             raise DataError(
-                f"the data has {len(columns)} label columns {list(columns)}; a model is trained on exactly one. "
+                f"the data has {len(columns)} label columns {list(columns)}, but a model is trained on exactly one. "
                 "Remedy: keep one label in the handler."
             )
         label = torch.from_numpy(panel.values("label")[:, 0])
