@@ -1,4 +1,4 @@
-"""The command line: qfast run, check, predict, demo, info, doctor."""
+"""The command line: qfast run, check, predict, export, demo, info, doctor."""
 
 from __future__ import annotations
 
@@ -9,26 +9,30 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qfast.errors import ConfigError, QfastError
 
-# Before torch loads OpenMP. By default its threads spin while they wait, and on a machine that does anything else
-# they keep the core from the thread they wait for: an epoch of the demo was seen to take between 2 and 47 s. Waiting
-# asleep costs a quarter on an idle machine. OMP_WAIT_POLICY=active brings the spinning back.
+if TYPE_CHECKING:
+    from qfast.workflow.run import RunResult
+
+# This must be set before torch loads OpenMP. By default, waiting OpenMP threads spin. On a machine with other work they
+# then occupy the core of the thread that they wait for: an epoch of the demo took between 2 and 47 s. Sleeping threads
+# make an idle machine 25% slower. Set OMP_WAIT_POLICY=active to restore spinning.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __all__ = ["app", "main"]
 
 LOG_HANDLER = "qfast command line"
 EXIT_ERROR = 2
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, the shell's custom
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as in the shell
 
 app = typer.Typer(
     name="qfast",
-    help="Deep stock-forecasting models: train from a workflow file, score new prices.",
+    help="Train deep stock-forecasting models from workflow files, and score new prices.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -37,34 +41,43 @@ app = typer.Typer(
 
 DataOption = Annotated[
     Path | None,
-    typer.Option(help="Prices: a CSV or Parquet file, a folder of CSV files, or a Qlib data folder."),
+    typer.Option(
+        help="Prices: a CSV or Parquet file, a folder of CSV files, or a Qlib data folder. "
+        "Default: the provider_uri of the workflow file."
+    ),
 ]
-DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DEVICE_HELP = "auto, cpu, cuda or cuda:N. auto uses a GPU if torch detects one."
+DeviceOption = Annotated[str | None, typer.Option(help=f"{DEVICE_HELP} Default: the device of the workflow file.")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Change one value: task.model.kwargs.n_epochs=5. May be given several times."),
+    typer.Option(
+        "--set", help="Change one value of the workflow file, for example task.model.kwargs.n_epochs=5. Repeatable."
+    ),
 ]
 OutputOption = Annotated[
     Path | None,
-    typer.Option("--output", "-o", help="The run folder to make. Default: runs/<experiment>-<UTC time>."),
+    typer.Option("--output", "-o", help="Run folder to create. Default: runs/<experiment>-<UTC time>."),
 ]
-SeedOption = Annotated[int | None, typer.Option(help="Random seed; drawn and written down where none is given.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Warnings and errors only.")]
+SeedOption = Annotated[
+    int | None,
+    typer.Option(help="Random seed. Default: the seed of the workflow file, or a random one, which is recorded."),
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Log warnings and errors only.")]
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         from qfast.workflow.folder import versions
 
-        found = versions()
-        typer.echo(f"qfast {found['qfast']} (torch {found['torch']}, Python {found['python']})")
+        installed = versions()
+        typer.echo(f"qfast {installed['qfast']} (torch {installed['torch']}, Python {installed['python']})")
         raise typer.Exit
 
 
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass
@@ -72,7 +85,9 @@ def _root(
 
 @app.command("run")
 def run_command(
-    config: Annotated[Path | None, typer.Argument(help="Workflow file in Qlib's YAML format.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(help="Workflow file in Qlib's YAML format. Optional with --resume.")
+    ] = None,
     data: DataOption = None,
     sets: SetOption = None,
     device: DeviceOption = None,
@@ -80,14 +95,17 @@ def run_command(
     seed: SeedOption = None,
     resume: Annotated[
         Path | None,
-        typer.Option(help="Go on with an unfinished run folder."),
+        typer.Option(help="Continue an interrupted or failed run in its folder, after its last complete epoch."),
     ] = None,
     engine: Annotated[
-        str, typer.Option(help="qfast, or qlib: data, records and recorder are pyqlib's, the model is ours.")
+        str,
+        typer.Option(
+            help="qfast, or qlib to run the file in pyqlib, with its data, records and recorder and qfast's model."
+        ),
     ] = "qfast",
     quiet: QuietOption = False,
 ) -> None:
-    """Train the model of a workflow file; write scores, metrics, plots and a report into a run folder."""
+    """Train the model of a workflow file. Write weights, scores, metrics, plots and a report to a run folder."""
     from qfast.workflow.run import run
 
     _log_to_stderr(quiet)
@@ -100,15 +118,18 @@ def run_command(
 
 @app.command("check")
 def check_command(
-    config: Annotated[Path, typer.Argument(help="A workflow file in Qlib's format.")],
+    config: Annotated[Path, typer.Argument(help="Workflow file in Qlib's YAML format.")],
     data: DataOption = None,
     sets: SetOption = None,
     experiments: Annotated[
-        bool, typer.Option(help="Also run the model: time of an epoch, look-ahead, window invariance.")
+        bool,
+        typer.Option(
+            help="Also run the untrained model: time of an epoch, look-ahead, dependence on the requested dates."
+        ),
     ] = True,
-    device: DeviceOption = "cpu",
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
 ) -> None:
-    """Look a workflow and its data over before training; exit status 1 if something must be mended."""
+    """Look for problems in a workflow and its data before training. The exit status is 1 if there is an error."""
     from qfast.workflow.check import check
 
     _log_to_stderr(quiet=True)
@@ -120,16 +141,18 @@ def check_command(
 
 @app.command("predict")
 def predict_command(
-    run_path: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    data: Annotated[Path, typer.Option(help="New prices; they need no label and may end today.")],
-    start: Annotated[str | None, typer.Option(help="Score from this date on.")] = None,
-    end: Annotated[str | None, typer.Option(help="Score up to this date.")] = None,
-    date: Annotated[str | None, typer.Option(help="Score this date only; latest: the newest one of the data.")] = None,
+    run_path: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    data: Annotated[Path, typer.Option(help="New prices, in the format of the training data. Labels are not needed.")],
+    start: Annotated[str | None, typer.Option(help="First date to score.")] = None,
+    end: Annotated[str | None, typer.Option(help="Last date to score.")] = None,
+    date: Annotated[
+        str | None, typer.Option(help="The only date to score. latest: the last date for which the data has values.")
+    ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Where the scores go, .parquet or .csv. Default: scores_<first>_<last> in the run folder."),
+        typer.Option(help="Output file, .parquet or .csv. Default: scores_<first>_<last>.parquet in the run folder."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     quiet: QuietOption = False,
 ) -> None:
     """Score new prices with the weights and the fitted processors of a run."""
@@ -154,10 +177,10 @@ def predict_command(
 
 @app.command("export")
 def export_command(
-    run_path: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")],
-    out: Annotated[Path | None, typer.Option(help="Where they go. Default: artifacts in the run folder.")] = None,
+    run_path: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    out: Annotated[Path | None, typer.Option(help="Output folder. Default: artifacts in the run folder.")] = None,
 ) -> None:
-    """Write a run's tables as the pickles that Qlib's recorder keeps: pred.pkl, report_normal_1day.pkl and so on."""
+    """Write the tables of a run as the pickles of Qlib's recorder: pred.pkl, report_normal_1day.pkl and so on."""
     from qfast.workflow.artifacts import export_artifacts
 
     typer.echo(export_artifacts(run_path, out))
@@ -167,10 +190,10 @@ def export_command(
 def demo_command(
     output: OutputOption = None,
     device: DeviceOption = None,
-    seed: SeedOption = 0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     quiet: QuietOption = False,
 ) -> None:
-    """The whole job on a made-up market with a planted signal, in under two minutes."""
+    """Train, score and report on a synthetic market with a planted signal. Takes less than two minutes."""
     from qfast.workflow.demo import demo
 
     _log_to_stderr(quiet)
@@ -178,45 +201,53 @@ def demo_command(
 
 
 @app.command("info")
-def info_command(run_path: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
-    """Print a run's status, data and metrics."""
+def info_command(run_path: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]) -> None:
+    """Print the status, the data and the metrics of a run."""
     from qfast.workflow.info import run_info
 
-    found = run_info(run_path)
+    info = run_info(run_path)
     for name in ("experiment", "status", "error", "started", "ended", "device", "seed"):
-        if found[name] is not None:
-            typer.echo(f"{name:<11}{found[name]}")
-    data = found["data"]
-    if "rows" not in data:  # it ended before the data was read
+        if info[name] is not None:
+            typer.echo(f"{name:<11}{info[name]}")
+    data = info["data"]
+    if "rows" not in data:  # the run ended before the data was loaded
         typer.echo(f"{'data':<11}{data.get('source')}")
     else:
         span = f"{data['instruments']} instruments, {data['first']} to {data['last']}"
         typer.echo(f"{'data':<11}{data['source']} ({span})")
-    for name, text in found["pretraining"].items():
+    for name, text in info["pretraining"].items():
         typer.echo(f"{name.lower():<11}{text}")
-    for note in found["notes"]:
+    for note in info["notes"]:
         typer.echo(f"{'note':<11}{note}")
-    if found["metrics"]:
-        typer.echo(_metric_lines(found["metrics"]))
-    if found["status"] != "finished":
-        typer.echo(found["hint"])
+    if info["metrics"]:
+        typer.echo(_metric_lines(info["metrics"]))
+    if info["status"] != "finished":
+        typer.echo(info["hint"])
 
 
 @app.command("doctor")
 def doctor_command() -> None:
-    """Say what is installed, what serves each operator and why, and test it."""
+    """Show versions and build facts, list the implementation that each operator uses, and run a self-test."""
     from qfast import doctor
 
     raise typer.Exit(doctor.main())
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status.
+    """Run the command line and return the exit status.
 
-    0: done. 2: wrong usage or an error that qfast names (QFAST_TRACEBACK=1 shows where it arose).
-    130: interrupted; the message says how to go on.
+    Parameters
+    ----------
+    arguments : list of str, optional
+        Default: `sys.argv[1:]`.
+
+    Returns
+    -------
+    int
+        0: success. 1: `qfast check` or `qfast doctor` reports an error. 2: wrong usage or a `QfastError`; set
+        QFAST_TRACEBACK=1 to see its traceback. 130: interrupted; the log says how to resume.
     """
-    with contextlib.suppress(ValueError):  # not the main thread: whoever runs us there handles signals
+    with contextlib.suppress(ValueError):  # outside the main thread, the caller handles signals
         signal.signal(signal.SIGTERM, _terminated)
     try:
         returned = app(args=arguments, prog_name="qfast", standalone_mode=False)
@@ -231,13 +262,13 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if type(error).__module__.split(".")[0] in ("click", "typer") and hasattr(error, "exit_code"):
             if hasattr(error, "show"):
-                error.show()  # usage errors know how to print themselves
+                error.show()
             return int(error.exit_code)
         if type(error).__name__ == "Abort":
             return _fail("interrupted.", EXIT_INTERRUPTED)
         raise
     finally:
-        _stop_logging()  # main() may run several times in one process, with another stderr each
+        _stop_logging()  # main() may run several times in one process, each time with another stderr
     status = returned if isinstance(returned, int) else 0
     return _fail("interrupted.", status) if status == EXIT_INTERRUPTED else status
 
@@ -247,8 +278,8 @@ def _fail(message: str, status: int = EXIT_ERROR) -> int:
     return status
 
 
-def _terminated(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt  # a kill leaves the run folder as an interrupt from the keyboard does
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt  # SIGTERM is recorded in the run folder like an interrupt from the keyboard
 
 
 def _log_to_stderr(quiet: bool) -> None:
@@ -268,22 +299,29 @@ def _stop_logging() -> None:
 
 
 def _run_in_qlib(
-    engine: str, config: Path | None, ours: Mapping[str, Any], sets: Sequence[str], device: str | None, seed: int | None
+    engine: str,
+    config: Path | None,
+    unsupported: Mapping[str, Path | None],
+    sets: Sequence[str],
+    device: str | None,
+    seed: int | None,
 ) -> None:
     from qfast.integrations.qlib import run
 
-    given = [name for name, value in ours.items() if value is not None]
     if engine != "qlib":
         raise ConfigError(f"--engine must be qfast or qlib, got {engine!r}.")
-    if config is None or given:
-        raise ConfigError(f"--engine qlib needs a workflow file and takes no {', '.join(given) or '--resume'}.")
+    options = [name for name, value in unsupported.items() if value is not None]
+    if options:
+        raise ConfigError(f"--engine qlib does not support {', '.join(options)}.")
+    if config is None:
+        raise ConfigError("--engine qlib needs a workflow file.")
     result = run(config, sets, device=device, seed=seed)
     for name, value in result.metrics.items():
         typer.echo(f"{name:<50}{value:.6g}")
     typer.echo(f"recorder: {result.recorder.id} of experiment {result.recorder.experiment_id}")
 
 
-def _print_result(result: Any) -> None:
+def _print_result(result: RunResult) -> None:
     typer.echo(_metric_lines(result.metrics))
     typer.echo(f"report: {result.report}")
 

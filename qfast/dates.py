@@ -1,9 +1,9 @@
-"""Dates as they are written: which ones mean a whole day, and how one is shown."""
+"""Parsing and formatting of dates: which ones cover a whole day, and their ISO text."""
 
 from __future__ import annotations
 
 import datetime as dt
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -16,8 +16,8 @@ DateLike: TypeAlias = str | dt.date | np.datetime64
 TEXT_FORMATS = "a date such as 2016-12-31 or a time such as '2016-12-31 14:30'"
 
 
-def is_date_only(value: Any) -> bool:
-    """True for a date without a time of day; as the end of a span it covers its whole day.
+def is_date_only(value: object) -> bool:
+    """True for a date without a time of day. As the end of a span, such a date covers its whole day.
 
     >>> is_date_only("2020-12-31"), is_date_only("2020-12-31 00:00"), is_date_only(dt.date(2020, 12, 31))
     (True, False, True)
@@ -28,7 +28,7 @@ def is_date_only(value: Any) -> bool:
 
 
 def date_text(stamp: pd.Timestamp) -> str:
-    """ISO text of a timestamp; midnight is left out.
+    """ISO text of a timestamp, without the time of day if it is midnight.
 
     >>> date_text(pd.Timestamp("2020-12-31")), date_text(pd.Timestamp("2020-12-31 14:30"))
     ('2020-12-31', '2020-12-31T14:30:00')
@@ -36,15 +36,15 @@ def date_text(stamp: pd.Timestamp) -> str:
     return stamp.date().isoformat() if stamp == stamp.normalize() else stamp.isoformat()
 
 
-def normal_date(value: Any) -> str | None:
-    """ISO text of a date or time; None stays None (an open end).
+def normal_date(value: object) -> str | None:
+    """ISO text of a date or time. None, an open end, is returned as it is.
 
-    A date without a time stays one: as an end it covers its whole day.
+    A date without a time of day stays without one, because as an end it covers its whole day.
 
     Raises
     ------
     ValueError
-        Not a date; a bare number is refused, because it would be read as nanoseconds.
+        Not a date. Numbers are rejected because pandas would read them as nanoseconds.
 
     Examples
     --------

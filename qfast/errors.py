@@ -1,54 +1,55 @@
-"""Every error qfast raises on purpose, and how their messages name things: nearest names, shortened values."""
+"""The error classes of qfast, and helpers for their messages: similar names, shortened values, lists."""
 
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import SupportsIndex
 
 
 class QfastError(Exception):
-    """Base of all errors raised by qfast."""
+    """Base class of every error that qfast raises on purpose."""
 
 
 class DataError(QfastError, ValueError):
-    """The data cannot be used as asked: the message names the row, column or segment."""
+    """The data is invalid or unsuitable. The message names the row, column or segment."""
 
 
 class ConfigError(QfastError, ValueError):
-    """A configuration or argument is wrong: the message names it, what came and what is allowed."""
+    """A configuration value or an argument is invalid. The message names it and shows actual and allowed values."""
 
 
 class NotFittedError(QfastError, ValueError):
-    """A model was asked to predict before it was fitted."""
+    """A model predicts before it is fitted."""
 
 
 class CheckpointError(QfastError, RuntimeError):
-    """A weight or checkpoint file is missing, truncated or belongs to another model."""
+    """A weight or checkpoint file is missing or truncated, or belongs to another model."""
 
 
 class BackendError(QfastError, RuntimeError):
-    """A compute tier that was asked for explicitly cannot be used on this machine."""
+    """An explicitly requested device or implementation is not available on this machine."""
 
 
 def suggest(name: object, known: Iterable[object]) -> str:
-    """Nearest right name as a sentence with a leading space, or an empty string.
+    """Return " Did you mean 'NAME'?" for the most similar known name, or "" if none is similar.
 
     >>> suggest("drop_out", ["dropout", "d_feat"])
     " Did you mean 'dropout'?"
     """
-    found = nearest(name, known)
-    return "" if found is None else f" Did you mean {found!r}?"
+    similar = nearest(name, known)
+    return "" if similar is None else f" Did you mean {similar!r}?"
 
 
 def nearest(name: object, known: Iterable[object], cutoff: float = 0.6) -> str | None:
-    """The most similar of the known names, None if none is similar enough (0: anything, 1: equal only)."""
-    found = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=cutoff)
-    return found[0] if found else None
+    """Return the most similar known name, or None if no similarity reaches `cutoff`, from 0 (any) to 1 (equal)."""
+    matches = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=cutoff)
+    return matches[0] if matches else None
 
 
 def shown(value: object, most: int = 80) -> str:
-    """The value's repr, cut to `most` characters.
+    """Return the repr of a value, truncated to `most` characters.
 
     >>> shown("a long text indeed", most=12)
     "'a long t..."
@@ -58,7 +59,7 @@ def shown(value: object, most: int = 80) -> str:
 
 
 def some(names: Sequence[object], most: int = 12) -> str:
-    """The first `most` names, and how many more there are.
+    """Join the first `most` names and the number of the others.
 
     >>> some(["open", "close", "low"], most=2)
     'open, close, ... 1 more'
@@ -67,12 +68,13 @@ def some(names: Sequence[object], most: int = 12) -> str:
     return ", ".join([str(name) for name in names[:most]] + more)
 
 
-def whole_number(name: str, value: Any, least: int = 1) -> int:
-    """`value` as an int if it is a whole number of at least `least`, otherwise a ConfigError that names it.
+def whole_number(name: str, value: object, least: int = 1) -> int:
+    """Return `value` as an int, or raise a ConfigError if it is not a whole number of at least `least`.
 
     >>> whole_number("step_len", 20)
     20
     """
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+    number = None if isinstance(value, bool) or not isinstance(value, SupportsIndex) else operator.index(value)
+    if number is None or number < least:
         raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}.")
-    return int(value)
+    return number

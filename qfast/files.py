@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and folders that one process at a time writes to."""
+"""Atomic file writes, and a lock that lets one process at a time write to a folder."""
 
 from __future__ import annotations
 
@@ -22,22 +22,37 @@ __all__ = ["atomic_write", "is_disk_full", "locked", "sweep"]
 log = logging.getLogger("qfast")
 
 LOCK = ".lock"
-# Ours, and those that safetensors writes before it puts a file in its place.
+# Temporary files of atomic_write, and those of safetensors.
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp|\.tmp[0-9A-Za-z]{6}")
 
 
 def atomic_write(target: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `target`, then put it in the target's place.
+    """Call `write` with the path of a temporary file next to `target`, then rename that file to `target`.
 
-    Whatever goes wrong, `target` holds its old content or the new one, and no temporary file stays, unless
-    the process is killed outright; `sweep` removes what such an end leaves.
+    `target` always contains either its old content or the complete new one. The temporary file is removed on every
+    error; only a killed process leaves it behind, for `sweep` to remove.
+
+    Parameters
+    ----------
+    target : Path
+        Its folder must exist.
+    write : callable
+        Receives the path of the temporary file and creates it.
 
     Raises
     ------
     QfastError
         The disk is full.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     atomic_write(Path(folder, "a.txt"), lambda file: file.write_text("content"))
+    ...     Path(folder, "a.txt").read_text()
+    'content'
     """
-    # The name is known before the file is there, so that no interrupt can come between the two.
+    # The name is chosen first. An interrupt can then never leave a file whose name is unknown here.
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
         write(temporary)
@@ -49,15 +64,16 @@ def atomic_write(target: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
         if is_disk_full(error):
             raise QfastError(
-                f"no space left on the disk for {str(target)!r}; what is written so far is whole."
+                f"no space left on the disk for {str(target)!r}; existing files are complete. Remedy: free some space."
             ) from error
         raise
 
 
 def sweep(folder: Path) -> list[Path]:
-    """Remove the temporary files that a killed `atomic_write` left in `folder` and below; what was removed.
+    """Remove the temporary files of killed processes in `folder` and its subfolders, and return their paths.
 
-    To be called by the one process that writes to `folder`: any other's files would be taken for left over.
+    Only the process that holds the lock of `folder` may call it, because it also removes the files that another process
+    is writing.
     """
     removed = []
     for file in folder.rglob(".*tmp*"):
@@ -70,14 +86,14 @@ def sweep(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process; the lock ends with the process, however it ends.
+    """Lock `folder` for this process. The operating system releases the lock when the process ends.
 
-    Where the platform or the file system has no locks, nothing is held.
+    On platforms and file systems without locks, this does nothing.
 
     Raises
     ------
     ConfigError
-        Another process (or another call in this one) holds it.
+        Another process, or another call in this process, holds the lock.
     """
     handle = _lock(folder)
     try:
@@ -85,7 +101,7 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         if handle is not None:
             with contextlib.suppress(OSError):
-                (folder / LOCK).unlink()  # while it is still held, see _lock
+                (folder / LOCK).unlink()  # before the lock is released, see _lock
             os.close(handle)
 
 
@@ -109,20 +125,20 @@ def _lock(folder: Path) -> int | None:
             os.close(handle)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise ConfigError(
-                    f"the run in {str(folder)!r} is still going on: another process writes to it. Remedy: wait for it "
-                    "or stop it first."
+                    f"the run in {str(folder)!r} is still in progress: another process writes to it. Remedy: wait "
+                    "until it ends, or stop it."
                 ) from None
             log.debug("%s is not locked: %s", folder, error)
             return None
-        os.close(handle)  # its holder removed the file between our open and our lock: try with a new one
+        os.close(handle)  # the previous holder removed the file between open and flock: try again
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """True for an OSError that says the disk or the quota is full, or an error that one has caused."""
+    """True if the error, or one that caused it, reports a full disk or an exhausted quota."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if type(error).__name__ == "SafetensorError" and "No space left" in str(error):  # it is no OSError
+        if type(error).__name__ == "SafetensorError" and "No space left" in str(error):  # not an OSError
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -1,8 +1,7 @@
-"""How well scores rank the instruments of each day: IC, rank IC, their ratios, long-short return.
+"""How well scores rank the instruments of each day: IC, rank IC, ICIR, long-short returns.
 
-Everything is computed for all days at once from sums over runs of equal dates; no loop over days.
-Definitions and treatment of missing values follow pandas' `Series.corr`, which the reference
-applies day by day (qlib/contrib/eva/alpha.py: calc_ic, calc_long_short_return).
+All days are computed at once from sums by date, without a loop over days. Definitions and missing values follow pandas'
+`Series.corr`, which Qlib applies day by day (qlib/contrib/eva/alpha.py: calc_ic, calc_long_short_return).
 """
 
 from __future__ import annotations
@@ -25,20 +24,19 @@ def daily_ic(score: pd.Series, label: pd.Series) -> tuple[pd.Series, pd.Series]:
     Parameters
     ----------
     score, label : Series
-        Indexed by (datetime, instrument) in any order; the indices need not be equal (a pair that
-        misses one side, or holds a NaN, does not count).
+        Indexed by (datetime, instrument), in any order. The indices may differ: only pairs without NaN count.
 
     Returns
     -------
     ic, rank_ic : Series
-        float64 by datetime, ascending: Pearson's correlation, and Spearman's with ties given their
-        average rank. NaN for a day with fewer than two pairs, a constant score or a constant label;
-        Pearson's also for a day with an infinite value.
+        float64, indexed by datetime in ascending order: Pearson's correlation, and Spearman's with average ranks for
+        ties. NaN for a day with fewer than two pairs, a constant score or a constant label. Pearson's is also NaN for
+        a day with an infinite value.
 
     Raises
     ------
     DataError
-        An index that is not (datetime, instrument), or that holds a key twice.
+        The index is not (datetime, instrument) or contains a duplicate.
 
     Source: qlib/contrib/eva/alpha.py, calc_ic.
 
@@ -61,9 +59,20 @@ def daily_ic(score: pd.Series, label: pd.Series) -> tuple[pd.Series, pd.Series]:
 
 
 def ic_summary(ic: pd.Series, rank_ic: pd.Series) -> dict[str, float]:
-    """IC, ICIR, Rank IC, Rank ICIR: the means over days, and mean / standard deviation (ddof 1).
+    """Summarize daily ICs: means over days (IC, Rank IC), and mean / standard deviation (ICIR, Rank ICIR).
 
-    NaN days are left out. The ratios are NaN with fewer than two days.
+    Parameters
+    ----------
+    ic, rank_ic : Series
+        Daily values of `daily_ic`. NaN days are ignored.
+
+    Returns
+    -------
+    dict
+        "IC", "ICIR", "Rank IC" and "Rank ICIR". The standard deviation has ddof 1, so the ratios are NaN with fewer
+        than two days.
+
+    Source: qlib/workflow/record_temp.py, SigAnaRecord.
 
     Examples
     --------
@@ -80,25 +89,25 @@ def ic_summary(ic: pd.Series, rank_ic: pd.Series) -> dict[str, float]:
 
 
 def long_short_return(score: pd.Series, label: pd.Series, quantile: float = 0.2) -> tuple[pd.Series, pd.Series]:
-    """Daily return of the best minus the worst scored instruments, halved, and of all of them.
+    """Half the daily return of the best minus the worst scored instruments, and the mean return of all.
 
     Parameters
     ----------
     score, label : Series
-        Indexed by (datetime, instrument). `label` is the raw return, not a normalised one.
+        Indexed by (datetime, instrument). `label` is the raw return, before normalization.
     quantile : float
-        Share of the day's instruments on each side, rounded down; in (0, 0.5].
+        Fraction of the day's instruments on each side, in (0, 0.5]. Their number is rounded down.
 
     Returns
     -------
     long_short, average : Series
-        float64 by datetime: (mean of the top - mean of the bottom) / 2, and the mean of all. NaN on
-        a day with too few instruments for one on each side.
+        float64, indexed by datetime: (mean of the top - mean of the bottom) / 2, and the mean of all. `long_short` is
+        NaN on a day with fewer than 1 / quantile instruments.
 
     Raises
     ------
     DataError
-        As `daily_ic`, or `quantile` out of range.
+        As for `daily_ic`, or `quantile` is out of range.
 
     Source: qlib/contrib/eva/alpha.py, calc_long_short_return.
 
@@ -111,20 +120,34 @@ def long_short_return(score: pd.Series, label: pd.Series, quantile: float = 0.2)
     0.03
     """
     if not 0.0 < quantile <= 0.5:
-        raise DataError(f"quantile must lie in (0, 0.5], got {quantile!r}.")
+        raise DataError(f"quantile must be in (0, 0.5], got {quantile!r}.")
     days = _Days.of(score, label)
     n = len(days.dates)
     size = np.bincount(days.day, minlength=n)
-    take = (size * quantile).astype(np.int64)  # the reference's int(): rounded down
-    top = _mean_of_first(days, np.where(np.isnan(days.score), np.inf, -days.score), take)
-    bottom = _mean_of_first(days, np.where(np.isnan(days.score), np.inf, days.score), take)
+    count = (size * quantile).astype(np.int64)  # rounded down, like int() in Qlib
+    top = _mean_of_first(days, np.where(np.isnan(days.score), np.inf, -days.score), count)
+    bottom = _mean_of_first(days, np.where(np.isnan(days.score), np.inf, days.score), count)
     average = _nanmean(days.day, days.label, n)
     index = days.dates.rename(DATE)
     return pd.Series((top - bottom) / 2, index, name="long_short"), pd.Series(average, index, name="average")
 
 
 def long_short_summary(long_short: pd.Series, average: pd.Series, ann_scaler: float = 252) -> dict[str, float]:
-    """Annualised return and Sharpe ratio of the two daily series of `long_short_return`.
+    """Annualized return and Sharpe ratio of the two daily series of `long_short_return`.
+
+    Parameters
+    ----------
+    long_short, average : Series
+        Daily returns. NaN days are ignored.
+    ann_scaler : float
+        Number of trading days in a year.
+
+    Returns
+    -------
+    dict
+        "Long-Short Ann Return", "Long-Short Ann Sharpe", "Long-Avg Ann Return" and "Long-Avg Ann Sharpe".
+
+    Source: qlib/workflow/record_temp.py, SigAnaRecord.
 
     Examples
     --------
@@ -142,7 +165,7 @@ def long_short_summary(long_short: pd.Series, average: pd.Series, ann_scaler: fl
 # ---------------------------------------------------------------- helpers
 @dataclass(frozen=True)
 class _Days:
-    """Score and label side by side (float64), in date order; `day` counts the dates from 0."""
+    """Aligned scores and labels (float64), sorted by date. `day` is the position of each row's date in `dates`."""
 
     dates: pd.Index
     day: np.ndarray
@@ -163,7 +186,7 @@ class _Days:
 
 
 def _checked(name: str, series: pd.Series) -> pd.Series:
-    """The series with levels in the order (datetime, instrument)."""
+    """Return the series with index levels (datetime, instrument), or raise a DataError."""
     index = series.index
     if not isinstance(index, pd.MultiIndex) or set(index.names) != {DATE, "instrument"}:
         raise DataError(
@@ -172,21 +195,21 @@ def _checked(name: str, series: pd.Series) -> pd.Series:
         )
     if not index.is_unique:
         first = index[index.duplicated()][0]
-        raise DataError(f"{name} holds the key {tuple(first)} twice; each (datetime, instrument) may occur once.")
+        raise DataError(f"{name} contains the key {tuple(first)} twice; each (datetime, instrument) may occur once.")
     return series if index.names[0] == DATE else series.swaplevel()
 
 
 def _ratio(daily: pd.Series) -> float:
-    """Mean over standard deviation (ddof 1); NaN where the deviation is NaN, inf where it is 0."""
+    """Mean over standard deviation (ddof 1). NaN if the deviation is NaN, infinite if it is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return float(np.float64(daily.mean()) / np.float64(daily.std()))
 
 
 def _correlation(day: np.ndarray, x: np.ndarray, y: np.ndarray, n_days: int) -> np.ndarray:
-    """Pearson's correlation per day in float64, two passes; `day` ascending."""
+    """Pearson's correlation by day, in two passes. `day` is ascending."""
     count = np.bincount(day, minlength=n_days)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        x, y = _standardised(day, x, count), _standardised(day, y, count)
+        x, y = _standardized(day, x, count), _standardized(day, y, count)
         covariance = np.bincount(day, x * y, n_days)
         scale = np.sqrt(np.bincount(day, x * x, n_days)) * np.sqrt(np.bincount(day, y * y, n_days))
         out = np.clip(covariance / scale, -1.0, 1.0)
@@ -194,11 +217,11 @@ def _correlation(day: np.ndarray, x: np.ndarray, y: np.ndarray, n_days: int) -> 
     return out
 
 
-def _standardised(day: np.ndarray, values: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """Values minus their day's mean, over the day's range; all NaN where a day is constant.
+def _standardized(day: np.ndarray, values: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Deviations from the day's mean, divided by the day's range; NaN for constant days.
 
-    The range keeps the squares from overflowing, and is exactly 0 for a constant day, whose
-    deviations from a rounded mean need not be.
+    Division by the range prevents overflow of the squares. The range of a constant day is exactly 0, whereas deviations
+    from its rounded mean may not be.
     """
     low, high = np.full(len(count), np.inf), np.full(len(count), -np.inf)
     np.minimum.at(low, day, values)
@@ -208,7 +231,7 @@ def _standardised(day: np.ndarray, values: np.ndarray, count: np.ndarray) -> np.
 
 
 def _ranks(day: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Rank within the day, 1-based, ties given their average; `day` ascending, no NaN."""
+    """1-based rank within the day, averaged over ties. `day` is ascending; `values` contains no NaN."""
     if not len(values):
         return values
     order = np.lexsort((values, day))
@@ -223,17 +246,17 @@ def _ranks(day: np.ndarray, values: np.ndarray) -> np.ndarray:
     return out
 
 
-def _mean_of_first(days: _Days, key: np.ndarray, take: np.ndarray) -> np.ndarray:
-    """Mean label per day of the `take[day]` rows with the smallest key; ties in the given order."""
+def _mean_of_first(days: _Days, key: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Mean label by day of the `count[day]` rows with the smallest key. Ties keep their order."""
     order = np.lexsort((key, days.day))  # stable: equal keys keep their order
-    start = np.searchsorted(days.day, np.arange(len(take)), "left")
+    start = np.searchsorted(days.day, np.arange(len(count)), "left")
     place = np.arange(len(order)) - start[days.day]
-    chosen = order[place < take[days.day]]
-    return _nanmean(days.day[chosen], days.label[chosen], len(take))
+    chosen = order[place < count[days.day]]
+    return _nanmean(days.day[chosen], days.label[chosen], len(count))
 
 
 def _nanmean(day: np.ndarray, values: np.ndarray, n_days: int) -> np.ndarray:
-    there = ~np.isnan(values)
+    present = ~np.isnan(values)
     with np.errstate(invalid="ignore", divide="ignore"):
-        total = np.bincount(day[there], values[there], n_days)
-        return total / np.bincount(day[there], minlength=n_days)
+        total = np.bincount(day[present], values[present], n_days)
+        return total / np.bincount(day[present], minlength=n_days)

@@ -1,9 +1,9 @@
-"""Named classes that a configuration may build: only what is registered, never an arbitrary import.
+"""Registries of the classes that a configuration may build. Unregistered names are never imported.
 
-A specification is an object that is already of an accepted type, a mapping
-``{"class": "Alpha360", "module_path": "qlib.contrib.data.handler", "kwargs": {...}}``, or a plain
-``"Name"`` / ``"a.b.Name"``. The reference's module paths are registered beside ours, so that its
-workflow files build our classes.
+A specification is an object of an accepted type, a mapping
+``{"class": "Alpha360", "module_path": "qlib.contrib.data.handler", "kwargs": {...}}``, or a string ``"Name"`` or
+``"a.b.Name"``. Classes are registered under Qlib's module paths as well as under qfast's, so Qlib's workflow files
+build qfast's classes.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Registry:
     Parameters
     ----------
     what : str
-        The kind, as it appears in error messages.
-    accepts : type, several
-        Objects of these types pass through `build` unchanged. Registered classes are accepted too.
+        The kind, for error messages.
+    accepts : type or tuple of types
+        `build` returns objects of these types and of registered classes unchanged.
 
     Examples
     --------
@@ -52,10 +52,10 @@ class Registry:
 
     # ---------------------------------------------------------------- registration
     def add(self, factory: Callable[..., Any], *names: str, modules: Iterable[str] = ()) -> None:
-        """Register a class or factory under `names` (default: its own) for the module paths `modules`.
+        """Register a class or factory under `names` (default: its `__name__`) and the module paths `modules`.
 
-        Where one name stands for several classes, the module path of a specification decides; without
-        a module path the class that was registered first is built.
+        If several classes have one name, the module path of a specification selects one of them. A specification
+        without a module path selects the class that was registered first.
         """
         for name in names or (factory.__name__,):
             self._entries.setdefault(name, []).append(_Entry(factory, tuple(modules)))
@@ -63,34 +63,34 @@ class Registry:
             self.accept(factory)
 
     def accept(self, *types: type) -> None:
-        """Let objects of these types pass through `build` unchanged."""
+        """Make `build` return objects of these types unchanged."""
         self._accepts += tuple(t for t in types if t not in self._accepts)
 
     def unavailable(self, name: str, message: str, modules: Iterable[str] = ()) -> None:
-        """Register a name that exists in the reference but not here: building it raises `message`."""
+        """Register a name that exists in Qlib but not in qfast. Building it raises a ConfigError with `message`."""
         self._entries.setdefault(name, []).append(_Entry(None, tuple(modules), message))
 
     def names(self) -> list[str]:
-        """Names that can be built, sorted."""
+        """Sorted names that can be built."""
         return sorted(n for n, entries in self._entries.items() if any(e.factory for e in entries))
 
     def modules(self, name: str) -> list[str]:
-        """Module paths under which `name` is known."""
+        """Module paths under which `name` is registered."""
         return [m for entry in self._entries.get(name, ()) for m in entry.modules]
 
     # ---------------------------------------------------------------- lookup and building
     def is_instance(self, spec: object) -> bool:
-        """True if `spec` is an object that `build` passes through."""
+        """True if `build` returns `spec` unchanged."""
         return bool(self._accepts) and isinstance(spec, self._accepts)
 
     def resolve(self, spec: object, path: str = "") -> tuple[Callable[..., Any], dict[str, Any]]:
-        """The factory of a mapping or name, and a copy of its keyword arguments, which are checked.
+        """Return the factory that a specification names and a copy of its keyword arguments, whose names are checked.
 
         Parameters
         ----------
         spec : mapping, str or registered class
         path : str
-            Where the specification stands in the configuration ("task.model"), for error messages.
+            Path of the specification in the configuration ("task.model"), for error messages.
 
         Raises
         ------
@@ -102,17 +102,17 @@ class Registry:
         check_arguments(factory, kwargs, _where(path) + _display(factory))
         return factory, kwargs
 
-    def build(self, spec: object, *, path: str = "", **extra: Any) -> Any:
-        """Build the object that `spec` describes; the caller's mappings stay as they are.
+    def build(self, spec: object, *, path: str = "", **extra: object) -> Any:
+        """Build the object that `spec` describes. Mappings of the caller are not modified.
 
         Parameters
         ----------
         spec : object, mapping or str
-            An object of an accepted type is returned as it is.
+            An object of an accepted type is returned unchanged.
         path : str
-            Where the specification stands in the configuration, for error messages.
+            Path of the specification in the configuration, for error messages.
         **extra
-            Arguments for a factory that takes them, unless the specification gives them.
+            Default arguments. Names that the factory does not accept are ignored.
 
         Raises
         ------
@@ -122,16 +122,17 @@ class Registry:
         if self.is_instance(spec):
             return spec
         factory, kwargs = self.resolve(spec, path)
-        taken = parameters(factory)
-        kwargs = {**{k: v for k, v in extra.items() if k in taken}, **kwargs}
+        accepted = parameters(factory)
+        kwargs = {**{k: v for k, v in extra.items() if k in accepted}, **kwargs}
         missing = [
             n
-            for n, p in taken.items()
+            for n, p in accepted.items()
             if p.default is p.empty and n not in kwargs and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
         ]
         if missing:
             raise ConfigError(
-                f"{_where(path)}{_display(factory)} needs the argument(s) {missing}. Remedy: give them under 'kwargs'."
+                f"{_where(path)}{_display(factory)} requires the argument(s) {missing}, got {sorted(kwargs)}. "
+                "Remedy: add them to 'kwargs'."
             )
         return factory(**kwargs)
 
@@ -154,7 +155,7 @@ class Registry:
         name, module = spec.get("class"), spec.get("module_path")
         if not (isinstance(name, str) and name) and not (isinstance(name, type) and self._registered(name)):
             raise ConfigError(
-                f"{_where(path)}the description of a {self.what} needs the key 'class' with its name; "
+                f"{_where(path)}the description of a {self.what} requires the key 'class' with a class name; "
                 f"got class={shown(name)}. Known: {self.names()}."
             )
         if isinstance(name, str) and "." in name:
@@ -181,35 +182,36 @@ class Registry:
                 return entry.factory
         known = self.modules(name)
         raise ConfigError(
-            f"{_where(path)}{self.what} {name!r} is not known under the module path {module!r}; known: {known}."
+            f"{_where(path)}{self.what} {name!r} is not registered under the module path {module!r}; known: {known}."
             + suggest(module, known)
-            + " Only registered classes are built, nothing is imported by name."
+            + " Only registered classes are built; nothing is imported by name."
         )
 
 
 def parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """Named parameters of a class or function, without self."""
+    """Parameters of a class or function by name, without self."""
     try:
         return dict(inspect.signature(factory).parameters)
-    except (TypeError, ValueError):  # builtins without a signature take what they are given
+    except (TypeError, ValueError):  # builtins without a signature accept any arguments
         return {"kwargs": inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)}
 
 
 def check_arguments(factory: Callable[..., Any], kwargs: Mapping[str, Any], what: str) -> None:
-    """Refuse keyword arguments that `factory` does not take, with the nearest right name.
+    """Check the names of keyword arguments against the signature of `factory`.
 
     Raises
     ------
     ConfigError
-        Names `what`, the argument and the allowed names.
+        `factory` has no such argument. The message shows `what`, the argument, the allowed names and the most similar
+        one.
     """
-    taken = parameters(factory)
-    if any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+    accepted = parameters(factory)
+    if any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         return
-    allowed = [n for n, p in taken.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    allowed = [n for n, p in accepted.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     for name in kwargs:
         if name not in allowed:
-            raise ConfigError(f"{what} has no argument {name!r}; it takes {allowed}." + suggest(name, allowed))
+            raise ConfigError(f"{what} has no argument {name!r}; allowed: {allowed}." + suggest(name, allowed))
 
 
 def _display(factory: Callable[..., Any]) -> str:

@@ -249,7 +249,7 @@ def test_all_problems_come_at_once_with_their_paths(write):
     text = str(caught.value)
     assert text.startswith("w.yaml: 7 problems.\n")
     for line in (
-        r"task.model.kwargs.n_epoch: LSTM has no argument 'n_epoch'; it takes",
+        r"task.model.kwargs.n_epoch: LSTM has no argument 'n_epoch'; allowed:",
         "Did you mean 'n_epochs'?",
         "task.model.kwargs.hidden_size: expected a valid integer",
         "got 'abc'",
@@ -266,14 +266,14 @@ def test_all_problems_come_at_once_with_their_paths(write):
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
-        (["task.model.module_path=os"], r"model 'LSTM' is not known under the module path 'os'.*nothing is imported"),
+        (["task.model.module_path=os"], r"model 'LSTM' is not registered under .* 'os'.*nothing is imported"),
         (["task.model.class=system", "task.model.module_path=os"], r"unknown model class 'system'"),
         (["task.model=os.system"], r"unknown model class 'system'"),
         (
             ["task.model.class=TransformerModel", model_path("transformer")],
-            r"kwargs.hidden_size: TransformerModel has no argument 'hidden_size'; it takes .*'d_model'.*'reg'",
+            r"kwargs.hidden_size: TransformerModel has no argument 'hidden_size'; allowed: .*'d_model'.*'reg'",
         ),
-        (["task.model.class=LocalformerModel", model_path("gru")], r"model 'LocalformerModel' is not known under"),
+        (["task.model.class=LocalformerModel", model_path("gru")], r"model 'LocalformerModel' is not registered under"),
         (["task.model.class=Transformer", model_path("transformer")], r"unknown model class 'Transformer'"),
         (["task.record.0.class=HFSignalRecord"], r"0.class: HFSignalRecord is not available in this version"),
         (["task.dataset.kwargs.handler=file://handler.pkl"], r"pickled objects are not read, got 'file://handler.pkl'"),

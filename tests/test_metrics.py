@@ -120,9 +120,9 @@ def test_wrong_index_is_named():
     score, label = market()
     with pytest.raises(DataError, match=r"score must be indexed by \(datetime, instrument\), got RangeIndex"):
         daily_ic(score.reset_index(drop=True), label)
-    with pytest.raises(DataError, match=r"label holds the key .*S000.* twice"):
+    with pytest.raises(DataError, match=r"label contains the key .*S000.* twice"):
         daily_ic(score, pd.concat([label, label.iloc[:1]]))
-    with pytest.raises(DataError, match=r"quantile must lie in \(0, 0.5\], got 0.9"):
+    with pytest.raises(DataError, match=r"quantile must be in \(0, 0.5\], got 0.9"):
         long_short_return(score, label, quantile=0.9)
 
 

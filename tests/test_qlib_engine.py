@@ -13,7 +13,7 @@ import pytest
 from qfast.cli import main
 from qfast.errors import ConfigError
 from qfast.integrations.qlib import run as run_in_qlib
-from qfast.integrations.qlib import with_our_model
+from qfast.integrations.qlib import with_qfast_model
 from qfast.workflow import folder
 from qfast.workflow.artifacts import export_artifacts
 from qfast.workflow.run import run
@@ -88,11 +88,11 @@ def write_workflow(folder: Path, module: str = "qlib.contrib.model.pytorch_lstm_
 
 def test_our_model_takes_the_references_place():
     spec = {"model": {"class": "GATs", "module_path": "qlib.contrib.model.pytorch_gats", "kwargs": {"d_feat": 6}}}
-    task = with_our_model({**spec, "dataset": 1})
+    task = with_qfast_model({**spec, "dataset": 1})
     assert task == {"model": {**spec["model"], "module_path": "qfast.models"}, "dataset": 1}
-    assert with_our_model(task) == task
+    assert with_qfast_model(task) == task
     with pytest.raises(ConfigError, match="LGBModel"):
-        with_our_model({"model": {"class": "LGBModel", "module_path": "qlib.contrib.model.gbdt"}})
+        with_qfast_model({"model": {"class": "LGBModel", "module_path": "qlib.contrib.model.gbdt"}})
 
 
 def test_the_engine_is_named_and_its_limits(tmp_path, capsys):
@@ -100,7 +100,7 @@ def test_the_engine_is_named_and_its_limits(tmp_path, capsys):
     assert main(["run", str(file), "--engine", "qlb"]) == 2
     assert "--engine must be qfast or qlib, got 'qlb'" in capsys.readouterr().err
     assert main(["run", str(file), "--engine", "qlib", "--output", str(tmp_path / "x")]) == 2
-    assert "takes no --output" in capsys.readouterr().err
+    assert "does not support --output" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore")

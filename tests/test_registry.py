@@ -50,14 +50,14 @@ def test_builds_every_form(shapes):
     ("spec", "message"),
     [
         ("Circel", r"task\.x: unknown shape class 'Circel'; known: \['Circle', 'Round'\]\. Did you mean 'Circle'\?"),
-        ("os.Circle", r"'Circle' is not known under the module path 'os'.*nothing is imported by name"),
+        ("os.Circle", r"'Circle' is not registered under the module path 'os'.*nothing is imported by name"),
         ("Cube", "Cube is not available yet"),
-        ({"class": "Circle"}, r"Circle needs the argument\(s\) \['radius'\]"),
+        ({"class": "Circle"}, r"Circle requires the argument\(s\) \['radius'\]"),
         ({"class": "Circle", "kwargs": {"radios": 1}}, r"task\.x: Circle has no argument 'radios'.* 'radius'\?"),
         ({"class": "Circle", "kwargs": [1]}, "'kwargs' of Circle must be a mapping"),
         ({"clas": "Circle"}, r"unknown key 'clas'.* Did you mean 'class'\?"),
-        ({"class": None}, "needs the key 'class'"),
-        ({"class": dict}, "needs the key 'class'"),
+        ({"class": None}, "requires the key 'class'"),
+        ({"class": dict}, "requires the key 'class'"),
         (4, "a shape must be a shape object, a name, or a mapping"),
     ],
 )

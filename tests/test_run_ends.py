@@ -131,7 +131,7 @@ def test_a_run_that_is_alive_cannot_be_resumed(case, tmp_path):
         deadline = time.monotonic() + 60
         while not (path / "last.safetensors").exists() and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.05)
-        with pytest.raises(ConfigError, match=r"the run in '.*run' is still going on: another process writes to it"):
+        with pytest.raises(ConfigError, match=r"the run in '.*run' is still in progress: another process writes to it"):
             run(resume=path)
         assert process.poll() is None
         assert manifest(path)["status"] == "running"
@@ -149,7 +149,7 @@ def test_a_run_that_is_alive_cannot_be_resumed(case, tmp_path):
 def test_locks_end_with_their_block_and_leave_no_file(tmp_path):
     for _ in range(2):
         with locked(tmp_path):
-            with pytest.raises(ConfigError, match=r"is still going on"), locked(tmp_path):
+            with pytest.raises(ConfigError, match=r"is still in progress"), locked(tmp_path):
                 pass
             assert [f.name for f in tmp_path.iterdir()] == [".lock"]
         assert list(tmp_path.iterdir()) == []

@@ -1,1 +1,1 @@
-"""Bridges to other projects; each is imported only when it is used."""
+"""Integrations with other projects. Each is imported only when it is used."""

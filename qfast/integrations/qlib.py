@@ -1,8 +1,10 @@
-"""qfast's models in Qlib's own workflow: its data handlers, its datasets, its records, its recorder.
+"""Run qfast's models inside Qlib, with Qlib's data handlers, datasets, records and recorder.
 
-There are two ways. `qrun` runs a workflow file whose model has the module path `qfast.models` (or
-`qfast.models.ts` in place of a `_ts` module) instead of `qlib.contrib.model...`; nothing else changes. And
-`qfast run --engine qlib` runs the file as it is, and puts that path in itself.
+There are two ways:
+
+- `qrun` runs a workflow file whose model has the module path `qfast.models.ts` (for a `_ts` module of Qlib) or
+  `qfast.models` (for any other) instead of `qlib.contrib.model...`. Nothing else changes.
+- `qfast run --engine qlib` runs the unmodified file and replaces the module path itself.
 """
 
 from __future__ import annotations
@@ -16,46 +18,49 @@ from pathlib import Path
 from typing import Any
 
 from qfast import registry
+from qfast._renamed import renamed_names
 from qfast.errors import ConfigError
 from qfast.workflow.config import load_config
 from qfast.workflow.validation import check_model, register_all
 
-__all__ = ["QlibResult", "run", "with_our_model"]
+__all__ = ["QlibResult", "run", "with_qfast_model"]
+
+__getattr__ = renamed_names(__name__, {"with_our_model": "qfast.integrations.qlib.with_qfast_model"})
 
 
 @dataclass(frozen=True)
 class QlibResult:
-    """What a run in Qlib leaves.
+    """The result of a run in Qlib.
 
     Attributes
     ----------
     recorder : qlib.workflow.recorder.Recorder
-        Qlib's own, with its artifacts.
+        Qlib's recorder, which stores the artifacts of the run.
     metrics : dict
-        Name -> value, as the recorder lists them.
+        Metric of the recorder -> value.
     """
 
     recorder: Any
     metrics: dict[str, float]
 
 
-def with_our_model(task: dict[str, Any]) -> dict[str, Any]:
-    """A task whose model is ours: the reference's module path replaced, all else as it was.
+def with_qfast_model(task: dict[str, Any]) -> dict[str, Any]:
+    """Copy a task with Qlib's model replaced by qfast's. Only `class` and `module_path` of the model change.
 
     Parameters
     ----------
     task : dict
-        The section "task" of a workflow file.
+        The section `task` of a workflow file.
 
     Raises
     ------
     ConfigError
-        A model that qfast has not.
+        qfast does not have the model.
 
     Examples
     --------
     >>> task = {"model": {"class": "LSTM", "module_path": "qlib.contrib.model.pytorch_lstm_ts", "kwargs": {}}}
-    >>> with_our_model(task)["model"]["module_path"]
+    >>> with_qfast_model(task)["model"]["module_path"]
     'qfast.models.ts'
     """
     register_all()
@@ -75,19 +80,19 @@ def run(
     seed: int | None = None,
     folder: str | os.PathLike[str] = "mlruns",
 ) -> QlibResult:
-    """Run a workflow file by pyqlib with our model in it.
+    """Run a workflow file in pyqlib with qfast's model.
 
     Parameters
     ----------
     config_path, sets, device, seed
-        As for `qfast.workflow.run.run`.
+        As for `qfast.run`.
     folder : path
-        Where the recorder writes, unless `qlib_init.exp_manager` says so.
+        Folder of the recorder, unless `qlib_init.exp_manager` specifies another.
 
     Raises
     ------
     ConfigError
-        pyqlib is not installed; a file that cannot be read or says what is not known; no provider_uri.
+        pyqlib is not installed, the file cannot be read, its model is invalid, or it has no provider_uri.
 
     Source
     ------
@@ -95,28 +100,27 @@ def run(
     """
     if importlib.util.find_spec("qlib") is None:
         raise ConfigError(
-            "--engine qlib needs pyqlib, which is not installed. Remedy: pip install 'qfast-models[qlib]'."
+            "--engine qlib requires pyqlib, which is not installed. Remedy: pip install 'qfast-models[qlib]'."
         )
     values = load_config(config_path, sets).values
     settings = dict(values.get("qlib_init") or {})
     if settings.get("provider_uri") is None:
-        raise ConfigError("qlib_init.provider_uri is missing; Qlib's engine reads its own data folder.")
-    # Handlers, strategies and records are Qlib's here, which has more of them: the model alone is looked at.
+        raise ConfigError("qlib_init.provider_uri is missing; --engine qlib reads the data from that folder.")
+    # Only the model is checked. Handlers, strategies and records are Qlib's, including those that qfast does not have.
     if not isinstance(values.get("task"), dict) or "model" not in values["task"]:
         raise ConfigError(f"{config_path}: task.model is missing.")
-    given = {key: value for key, value in (("device", device), ("seed", seed)) if value is not None}
-    kwargs = check_model(values["task"]["model"]) | given
-    task = with_our_model(values["task"])
+    overrides = {key: value for key, value in (("device", device), ("seed", seed)) if value is not None}
+    kwargs = check_model(values["task"]["model"]) | overrides
+    task = with_qfast_model(values["task"])
     task["model"]["kwargs"] = kwargs
 
     qlib = importlib.import_module("qlib")
     trainer = importlib.import_module("qlib.model.trainer")
     if "exp_manager" not in settings:
         manager = dict(qlib.config.C["exp_manager"])
-        place = Path(folder).resolve()
-        manager["kwargs"] = {**manager["kwargs"], "uri": f"file:{place}"}
+        manager["kwargs"] = {**manager["kwargs"], "uri": f"file:{Path(folder).resolve()}"}
         settings["exp_manager"] = manager
-        # mlflow asks for this where its records are files, which is what Qlib does by default
+        # mlflow requires this variable for records in files, Qlib's default
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
     qlib.init(**settings)
     recorder = trainer.task_train(task, experiment_name=str(values.get("experiment_name", "workflow")))

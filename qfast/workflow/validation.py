@@ -203,7 +203,7 @@ def _argument_problems(
             yield f"{path}.{name}", f"is the model's own, the base is built with it: task.model.kwargs.{name}."
         elif known is not None and name not in known:
             title = getattr(factory, "__name__", "it")
-            yield f"{path}.{name}", f"{title} has no argument {name!r}; it takes {list(known)}.{suggest(name, known)}"
+            yield f"{path}.{name}", f"{title} has no argument {name!r}; allowed: {list(known)}.{suggest(name, known)}"
         elif name in checks and not _is_placeholder(value):
             problem = _type_problem(checks[name], value)
             if problem:
