@@ -29,7 +29,7 @@ def test_quirk_rnn_type_is_built(kind, caplog):
         model = kind(**SMALL, rnn_type="LSTM")
     assert type(model.network.rnn) is torch.nn.LSTM
     assert model.rnn_type == model.get_params()["rnn_type"] == "LSTM"
-    assert "rnn_type='LSTM' is built; the reference would ignore it and build a GRU" in caplog.text
+    assert "rnn_type='LSTM' is built; Qlib ignores rnn_type and builds a GRU" in caplog.text
     assert type(kind(**SMALL).network.rnn) is torch.nn.GRU
     caplog.clear()
     kind(**SMALL, rnn_type="gru")

@@ -224,7 +224,7 @@ WRONG_ARGUMENTS = [
             ({"d_model": 7}, "d_model must be even.* got 7"),
             ({"nhead": 3}, r"nhead must divide d_model=64, got 3\. Remedy: one of"),
             ({"reg": -1}, "reg must be a number of at least 0, got -1"),
-            ({"weight_decay": 0.1}, "has no argument 'weight_decay': its name here is 'reg'"),
+            ({"weight_decay": 0.1}, "has no argument 'weight_decay'. Remedy: reg"),
             ({"hidden_size": 8}, "has no argument 'hidden_size'"),
         ],
     ),

@@ -200,7 +200,7 @@ def test_days_without_labels(kind):
 def test_a_batch_size_is_taken_said_and_ignored(kind, caplog):
     with caplog.at_level(logging.INFO, logger="qfast"):
         model = kind(**SMALL, batch_size=5)
-    assert [r.message for r in caplog.records] == ["batch_size=5 has no effect: every day is a batch of GATs"]
+    assert [r.message for r in caplog.records] == ["batch_size=5 has no effect: every batch of GATs is a day"]
     assert model.fit(dataset_for(kind)).evals_result_ == kind(**SMALL).fit(dataset_for(kind)).evals_result_
 
 
@@ -276,7 +276,7 @@ def test_attention_is_the_softmax_of_the_day(kind):
 
 
 def test_attention_of_few_stocks_of_a_large_market_stays_small(monkeypatch):
-    monkeypatch.setattr(attention, "SCORES_AT_ONCE", 50_000)
+    monkeypatch.setattr(attention, "CHUNK_SCORES", 50_000)
     torch.manual_seed(0)
     query, key = torch.randn(2, 20_000)
     largest = 0
@@ -314,7 +314,7 @@ def test_attention_of_an_intraday_moment():
     segments = {"train": ("2020-01-01", "2020-01-10"), "test": ("2020-01-11", None)}
     dataset = rolling(frame, segments)
     model = ts.GATs(**SMALL).fit(dataset)
-    with pytest.raises(DataError, match="names 2 cross-sections, give the full time stamp"):
+    with pytest.raises(DataError, match=r"has 2 cross-sections. Remedy: the full time stamp"):
         model.attention(dataset, "2020-01-12", segment="test")
     assert len(model.attention(dataset, "2020-01-12 15:00", top=3)) == 15
 
@@ -327,7 +327,7 @@ def test_attention_is_drawn(kind, suffix, tmp_path):
     start = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}[suffix]
     assert path.read_bytes().startswith(start)
     assert [f.name for f in path.parent.iterdir()] == [path.name]
-    with pytest.raises(ConfigError, match=r"written as one of \['.png', '.pdf', '.svg'\], got 'day.bmp'"):
+    with pytest.raises(ConfigError, match=r"must end in one of \['.png', '.pdf', '.svg'\], got 'day.bmp'"):
         model.plot_attention(dataset, "2020-03-16", tmp_path / "day.bmp")
 
 
@@ -338,7 +338,7 @@ def test_a_picture_of_many_stocks_shows_some_and_says_so(tmp_path):
     assert "Attention, 40 of 100 stocks" in text
     wide = attention.neighbours(*torch.randn(2, 3000), [f"S{i:04d}" for i in range(3000)], ["S0001"], top=3000)
     assert attention.plot_attention(wide, tmp_path / "w.png").stat().st_size > 1000
-    with pytest.raises(DataError, match="the attention table is empty"):
+    with pytest.raises(DataError, match="the attention table has 0 rows"):
         attention.plot_attention(table[:0], tmp_path / "b.svg")
 
 

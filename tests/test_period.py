@@ -12,7 +12,7 @@ from torch import Tensor
 from qfast.data import TSDatasetH
 from qfast.data.windows import WindowSet
 from qfast.models import ts
-from qfast.models._recurrent import RecurrentTimeSeries
+from qfast.models._recurrent import RecurrentTimeSeriesEstimator
 from support.fits import same, weights
 from support.frames import make_frame
 
@@ -24,10 +24,10 @@ kinds = pytest.mark.parametrize("kind", [ts.LSTM, ts.GRU, ts.ALSTM], ids=lambda 
 @pytest.fixture
 def always_views(monkeypatch):
     """Views from two windows on: the periods here are too short for those of their own length."""
-    monkeypatch.setattr(RecurrentTimeSeries, "fewest_in_call", lambda *_: 2)
+    monkeypatch.setattr(RecurrentTimeSeriesEstimator, "min_consecutive", lambda *_: 2)
 
 
-def built(kind: type, **arguments) -> RecurrentTimeSeries:
+def built(kind: type, **arguments) -> RecurrentTimeSeriesEstimator:
     """With weights so large that what stands in a window decides, not the biases."""
     model = kind(**{**SMALL, **arguments})
     with torch.no_grad():
@@ -54,7 +54,7 @@ def scored(dataset: TSDatasetH) -> WindowSet:
 
 
 @torch.no_grad()
-def one_by_one(model: RecurrentTimeSeries, windows: WindowSet, size: int = 50) -> Tensor:
+def one_by_one(model: RecurrentTimeSeriesEstimator, windows: WindowSet, size: int = 50) -> Tensor:
     """The network on gathered windows, in batches of samples that follow each other."""
     parts = [windows.batch(samples) for samples in torch.arange(len(windows)).split(size)]
     assert all(x.untyped_storage().data_ptr() != windows.features.untyped_storage().data_ptr() for x in parts)
@@ -72,7 +72,7 @@ def assert_near(found: Tensor | pd.Series, expected: Tensor) -> None:
 class Calls:
     """How many windows each call of the network had, and whether they were a view of the panel."""
 
-    def __init__(self, model: RecurrentTimeSeries) -> None:
+    def __init__(self, model: RecurrentTimeSeriesEstimator) -> None:
         self.sizes: list[tuple[int, bool]] = []
         model.network.register_forward_pre_hook(self.note)
 
@@ -138,9 +138,9 @@ def test_a_nan_stays_in_the_windows_that_hold_it(always_views):
 
 
 @kinds
-def test_a_call_of_their_own_is_for_at_least_fewest_in_call(kind):
+def test_a_call_of_their_own_is_for_at_least_min_consecutive(kind):
     """One window fewer than it takes, and they are gathered together with the rest."""
-    fewest = built(kind).fewest_in_call(3, STEP_LEN)
+    fewest = built(kind).min_consecutive(3, STEP_LEN)
     assert 10 < fewest < 400
     first_day = STEP_LEN + 3
     frame = make_frame(first_day + fewest, 4, 3, holes=0.0)
@@ -192,7 +192,7 @@ def test_a_fit_scores_as_without_views(kind, always_views, monkeypatch):
     fits, viewed = [], []
     for shares in (True, False):
         if not shares:
-            monkeypatch.setattr(RecurrentTimeSeries, "_shares", lambda *_: False)
+            monkeypatch.setattr(RecurrentTimeSeriesEstimator, "_uses_views", lambda *_: False)
         model = kind(**{**SMALL, "batch_size": 32, "n_epochs": 2})
         calls = Calls(model)
         fits.append(model.fit(TSDatasetH(handler=frame, segments=segments, step_len=STEP_LEN)))

@@ -60,8 +60,8 @@ def test_the_base_is_read_from(kind, form, state, tmp_path, caplog):
     assert same(parts(weights(model)), state)
     file = path / "best.safetensors" if path.is_dir() else path
     assert model.pretrained_ == {"source": str(file), "taken": sorted(state), "not_taken": [], "absent": []}
-    said = next(r.message for r in caplog.records if r.message.startswith("base from"))
-    assert said == f"base from {file}: taken {sorted(state)}; not taken none; not there none"
+    said = next(r.message for r in caplog.records if r.message.startswith("base model from"))
+    assert said == f"base model from {file}: loaded {sorted(state)}; not loaded none; absent none"
 
 
 @both
@@ -81,7 +81,7 @@ def test_more_and_less_than_a_base(kind, state, tmp_path, caplog):
     assert torch.equal(model.network.fc_out.weight, fresh.network.fc_out.weight)  # as without a file
     assert model.pretrained_["not_taken"] == ["a", "head.weight"]
     assert model.pretrained_["absent"] == ["fc_out.weight", "fc_out.bias"]
-    assert "not taken ['a', 'head.weight']; not there ['fc_out.weight', 'fc_out.bias']" in caplog.text
+    assert "not loaded ['a', 'head.weight']; absent ['fc_out.weight', 'fc_out.bias']" in caplog.text
 
 
 @both
@@ -118,16 +118,16 @@ def wrong_files(tmp_path) -> dict[str, object]:
 
 WRONG = {
     "gru.pkl": r"rnn.weight_ih_l0: \(24, 3\), needed \(32, 3\).*build the model with base_model='GRU' \(now 'LSTM'\)",
-    "features.pkl": r"rnn.weight_ih_l0: \(32, 5\), needed \(32, 3\).*build the model with d_feat=5 \(now 3\), or give",
+    "features.pkl": r"rnn.weight_ih_l0: \(32, 5\), needed \(32, 3\).*build the model with d_feat=5 \(now 3\), or use",
     "wide.pkl": r"build the model with hidden_size=12 \(now 8\)",
-    "deep.pkl": r"too many rnn.weight_ih_l2, .*build the model with num_layers=3 \(now 2\)",
+    "deep.pkl": r"surplus rnn.weight_ih_l2, .*build the model with num_layers=3 \(now 2\)",
     "shallow.pkl": r"missing rnn.weight_ih_l1, .*build the model with num_layers=1 \(now 2\)",
-    "nothing.pkl": r"missing rnn.weight_ih_l0, .*it holds weight. Remedy: give the weights of an LSTM or GRU",
+    "nothing.pkl": r"missing rnn.weight_ih_l0, .*it contains weight. Remedy: the weights of an LSTM or GRU",
     "list.pkl": "contains list, not a state dict",
     "cut.pkl": "cut.pkl is not a readable weight file, it may be truncated",
     "text.pkl": "text.pkl is not a readable weight file",
-    "folder": "folder' is a folder without best.safetensors: and it is no run folder",
-    "run": "without best.safetensors: its run is 'failed' and has written none yet",
+    "folder": "folder' is a folder without best.safetensors: it is not a run folder",
+    "run": "without best.safetensors: its run is 'failed' and has not written any yet",
 }
 
 
@@ -156,7 +156,7 @@ def test_a_file_that_is_not_there_yet_is_looked_for_by_fit(kind, state, tmp_path
 @both
 def test_a_checkpoint_of_a_fit_is_not_taken_for_weights(kind, tmp_path):
     base_of(kind)(**{**SMALL, "n_epochs": 1}, batch_size=64).fit(dataset_for(kind), checkpoint_dir=tmp_path)
-    with pytest.raises(CheckpointError, match=r"of a training checkpoint the best.safetensors beside it"):
+    with pytest.raises(CheckpointError, match=r"For a training checkpoint, use the best.safetensors in"):
         kind(**SMALL, **BASE, model_path=tmp_path / "last.safetensors")
 
 
@@ -240,7 +240,7 @@ def test_pretraining_takes_the_base_models_defaults_and_arguments(kind):
     ("training", "message"),
     [
         ({"n_epoch": 3}, r"(LSTM|GRU) has no argument 'n_epoch'\. Did you mean 'n_epochs'"),
-        ({"hidden_size": 4}, "pretrain takes no 'hidden_size': the base has the size of the model, {'d_feat': 3"),
+        ({"hidden_size": 4}, "pretrain has no argument 'hidden_size', got 4: the base model has the sizes {'d_feat': 3"),
         ({"lr": -1}, "lr must be a number of at least 0, got -1"),
         ({"resume": True}, "resume=True needs checkpoint_dir"),
     ],
@@ -257,7 +257,7 @@ def test_wrong_pretraining_arguments_are_named(kind, training, message):
 @both
 def test_a_file_and_pretraining_exclude_each_other(kind, state, tmp_path):
     torch.save(state, tmp_path / "w.pkl")
-    with pytest.raises(ConfigError, match=r"given by model_path='.*w.pkl' already. Remedy: model_path=None"):
+    with pytest.raises(ConfigError, match=r"already comes from model_path='.*w.pkl'. Remedy: model_path=None"):
         kind(**SMALL, **BASE, model_path=tmp_path / "w.pkl").pretrain(dataset_for(kind))
 
 

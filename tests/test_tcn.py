@@ -27,7 +27,7 @@ both = pytest.mark.parametrize("kind", [TCN, ts.TCN], ids=["flat", "ts"])
 
 # ---------------------------------------------------------------- arguments
 def test_data_of_another_width_is_named():
-    with pytest.raises(DataError, match=r"the data has 3 features a step, the model d_feat=6. Remedy: d_feat=3"):
+    with pytest.raises(DataError, match=r"the data has 3 features per step, .* d_feat=6. Remedy: d_feat=3"):
         ts.TCN(**{**SMALL, "d_feat": 6}).fit(rolling())
     with pytest.raises(DataError, match=r"the data has 12 columns, which is not a multiple of d_feat=5"):
         TCN(**{**SMALL, "d_feat": 5}).fit(flat())
@@ -38,7 +38,7 @@ def test_data_of_another_width_is_named():
 def always_views(monkeypatch):
     """Views from two windows on: the networks here are too small for them to be worth it."""
     monkeypatch.setattr(_tcn, "CALL_COST", 0)
-    monkeypatch.setattr(_tcn, "FEWEST_IN_CALL", 2)
+    monkeypatch.setattr(_tcn, "MIN_CONSECUTIVE", 2)
 
 
 def one_by_one(model, windows: WindowSet) -> np.ndarray:
@@ -86,7 +86,7 @@ def test_scores_of_shuffled_training_batches_stay_their_own(always_views, monkey
     model.fit(rolling(frame))
     scored = sum(len(rolling(frame).windows(name, "learn")) for name in ("train", "valid"))
     assert calls.viewed() > 0.6 * scored * SMALL["n_epochs"]  # also where the batches leave a tail out
-    monkeypatch.setattr(ts.TCN, "_shares", lambda *_: False)
+    monkeypatch.setattr(ts.TCN, "_uses_views", lambda *_: False)
     plain = ts.TCN(**SMALL)
     calls = Calls(plain)
     plain.fit(rolling(frame))
@@ -133,8 +133,8 @@ def test_flat_samples_in_a_time_series_model(always_views):
 
 def test_a_call_of_their_own_is_for_windows_that_are_worth_it():
     wide, narrow = ts.TCN(n_chans=128, num_layers=5), ts.TCN(n_chans=4, num_layers=1)
-    assert wide.fewest_in_call(6, 60) < 50
-    assert narrow.fewest_in_call(6, 5) > 10_000
+    assert wide.min_consecutive(6, 60) < 50
+    assert narrow.min_consecutive(6, 5) > 10_000
 
 
 @settings(max_examples=60, deadline=None)

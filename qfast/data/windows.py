@@ -134,7 +134,7 @@ class WindowSet:
         )
 
     def with_views(self) -> WindowSet:
-        """The same samples, whose `batch` is a `view` of the table wherever there is one."""
+        """The same samples, except that `batch` returns a `view` where one exists."""
         return _WindowViews(**{item.name: getattr(self, item.name) for item in fields(self)})
 
     def view(self, samples: Tensor) -> Tensor | None:
@@ -256,7 +256,7 @@ class WindowSet:
 
 
 class _WindowViews(WindowSet):
-    """A `WindowSet` that copies only the windows of which there is no view."""
+    """A `WindowSet` whose `batch` copies only windows without a view."""
 
     def batch(self, samples: Tensor) -> Tensor:
         x = self.view(samples)

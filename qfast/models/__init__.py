@@ -1,6 +1,7 @@
-"""Estimators with the reference's flat (Alpha360 style) defaults, and the networks under them.
+"""The seven models of Qlib as estimators, with the arguments and defaults of Qlib's flat models (Alpha360).
 
-`qfast.models.ts` holds the same models with the reference's time-series defaults.
+`qfast.models.ts` contains the same models with the defaults of Qlib's time-series models, over rolling windows
+(Alpha158). `qfast.models.attention` shows which stocks attend to which. The networks are those of `qfast.nn`.
 """
 
 from qfast.models.flat import (
@@ -21,6 +22,18 @@ from qfast.models.flat import (
 )
 
 __all__ = [
-    "ALSTM", "GRU", "LSTM", "TCN", "ALSTMModel", "GATModel", "GATs", "GRUModel", "LSTMModel", "Localformer",
-    "LocalformerModel", "TCNModel", "Transformer", "TransformerModel",
-]  # fmt: skip
+    "ALSTM",
+    "GRU",
+    "LSTM",
+    "TCN",
+    "ALSTMModel",
+    "GATModel",
+    "GATs",
+    "GRUModel",
+    "LSTMModel",
+    "Localformer",
+    "LocalformerModel",
+    "TCNModel",
+    "Transformer",
+    "TransformerModel",
+]

@@ -1,4 +1,4 @@
-"""GATs, flat and time-series: batches that are days, a base from elsewhere, and attention to look at."""
+"""Constructors of GATs, flat and time-series, with days as batches, pretrained base models and attention tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qfast.data.windows import WindowSet
 from qfast.dates import DateLike, date_text
 from qfast.errors import ConfigError, DataError
 from qfast.models.attention import neighbours, plot_attention
-from qfast.models.pretrained import BaseWeights, chosen, read_base
+from qfast.models.pretrained import BaseWeights, read_base, select_base
 from qfast.nn.graph import BASES, GATModel
 from qfast.training.estimator import Estimator
 
@@ -28,23 +28,25 @@ if TYPE_CHECKING:
 
 FIT_ARGUMENTS = ("evals_result", "save_path", "reweighter", "callbacks", "checkpoint_dir", "resume")
 
-__all__ = ["Graph", "GraphTimeSeries"]
+__all__ = ["GraphEstimator", "GraphTimeSeriesEstimator"]
 
 
-class Graph(Estimator):
-    """Arguments of the reference's flat GATs, positional order included.
+class GraphEstimator(Estimator):
+    """Estimator with the arguments of Qlib's flat GATs, in Qlib's order. Every batch is a day.
 
     Attributes
     ----------
     pretrained_ : dict
-        What was taken of a base: source, keys taken, not taken and absent. Empty without pre-training.
+        Where the weights of the base model come from: the source and its keys that were loaded, not loaded or absent.
+        Empty if they were drawn.
     """
 
     network_class = GATModel
-    base_estimators: ClassVar[dict[str, type[Estimator]]]  # by base_model
+    base_estimators: ClassVar[dict[str, type[Estimator]]]
+    """The estimator that trains a base model, by `base_model`."""
     options: ClassVar[tuple[str, ...]] = (*Estimator.options, "shuffle_days", "batch_size")
     rows_per_call: ClassVar[int] = 8192
-    GAT_model = property(lambda self: self.network, doc="The network, under the reference's name.")
+    GAT_model = property(lambda self: self.network, doc="The network, under Qlib's name.")
 
     def __init__(
         self,
@@ -64,7 +66,7 @@ class Graph(Estimator):
         seed: int | None = None,
         **options: Any,
     ) -> None:
-        ignored = options.pop("batch_size", None)
+        ignored_batch_size = options.pop("batch_size", None)
         shuffle_days = options.pop("shuffle_days", True)
         if not isinstance(shuffle_days, bool):
             raise ConfigError(f"shuffle_days must be True or False, got {shuffle_days!r}.")
@@ -77,7 +79,10 @@ class Graph(Estimator):
         }
         super().__init__(
             {
-                "d_feat": d_feat, "hidden_size": hidden_size, "num_layers": num_layers, "dropout": dropout,
+                "d_feat": d_feat,
+                "hidden_size": hidden_size,
+                "num_layers": num_layers,
+                "dropout": dropout,
                 "base_model": base_model,
             },
             n_epochs=n_epochs,
@@ -90,26 +95,29 @@ class Graph(Estimator):
             seed=seed,
             extra=extra,
             **options,
-        )  # fmt: skip
+        )
         self.pretrained_: dict[str, Any] = {}
         self.base_is_set_ = False
-        self.base_is_trained_ = False  # by `pretrain`
-        if ignored is not None:
-            self.logger.info("batch_size=%r has no effect: every day is a batch of %s", ignored, type(self).__name__)
+        self.base_is_trained_ = False  # True after `pretrain`
+        if ignored_batch_size is not None:
+            self.logger.info(
+                "batch_size=%r has no effect: every batch of %s is a day", ignored_batch_size, type(self).__name__
+            )
         if model_path is not None and Path(model_path).expanduser().exists():
-            read_base(Path(model_path), self.network)  # a file that does not fit is refused before data is loaded
+            read_base(Path(model_path), self.network)  # raises before data is loaded if the file does not fit
 
     # ---------------------------------------------------------------- days
     @property
     def day_order(self) -> BatchOrder:
-        """In which order the days of each pass come."""
+        """The order of the days in each pass."""
         return NumpyOrder() if self._params["shuffle_days"] else SequenceOrder()
 
     def days(self, windows: WindowSet) -> Batches:
-        """The cross-sections of a segment, dates ascending."""
+        """The days of a segment as batches, dates ascending."""
         return windows.days
 
     def batches(self, windows: WindowSet, stage: str) -> Batches:
+        """As `Estimator.batches`. Days without a finite label are left out of training, except with compat="qlib"."""
         days = self.days(windows)
         order: Tensor = getattr(self.day_order, stage)(len(days))
         if stage == "train" and self._params["compat"] != "qlib":
@@ -117,9 +125,9 @@ class Graph(Estimator):
         return days.select(order)
 
     def run_network(self, windows: WindowSet, samples: Tensor, offsets: Tensor | None = None) -> Tensor:
-        """As in `Estimator`; a stock whose window is not finite gets NaN and is left out of its day.
+        """As `Estimator.run_network`, except that stocks with NaN or infinity are left out of their day when scoring.
 
-        It would turn every prediction of that day into NaN, as it does in the reference and with compat="qlib".
+        Their prediction is NaN. In Qlib, and with compat="qlib", they make every prediction of the day NaN.
         """
         x = windows.batch(samples)
         if self.network.training or self._params["compat"] == "qlib" or bool(torch.isfinite(x.sum())):
@@ -134,10 +142,10 @@ class Graph(Estimator):
 
     # ---------------------------------------------------------------- the base
     def prepare_network(self) -> None:
-        """Set the base's initial weights, as the reference does at the head of each fit; here at the first only.
+        """Set the initial weights of the base model at the first fit; with compat="qlib" at every fit, as Qlib does.
 
-        A fresh base is drawn in any case, so that the generators stand where the reference's do; `model_path`
-        then replaces its weights. A base from `pretrain` stays in any case.
+        New weights are drawn even if `model_path` replaces them, because Qlib's random generators advance in the same
+        way. Weights from `pretrain` are always kept.
         """
         if self.base_is_trained_ or (self.base_is_set_ and self._params["compat"] != "qlib"):
             return
@@ -145,35 +153,36 @@ class Graph(Estimator):
         base = BASES[params["base_model"]](params["d_feat"], params["hidden_size"], params["num_layers"])
         tensors = base.state_dict()
         if params["model_path"] is not None:
-            found = read_base(params["model_path"], self.network)
-            tensors |= found.tensors
-            self._note(found)
-        self._take(tensors)
+            base_weights = read_base(params["model_path"], self.network)
+            tensors |= base_weights.tensors
+            self._log_base(base_weights)
+        self._load_base(tensors)
 
     def pretrain(self, dataset: Dataset, **training: Any) -> Estimator:
-        """Train a base model of the same sizes on `dataset` and take its recurrent weights and output layer.
+        """Train a base model of the same size on `dataset`, and load its recurrent and output layers.
 
-        The `fit` that follows fine-tunes them instead of drawing new ones.
+        The next `fit` continues from these weights instead of drawing new ones.
 
         Parameters
         ----------
-        dataset
+        dataset : Dataset
             As in `fit`.
         **training
-            Arguments of the base model (`n_epochs`, `lr`, `batch_size`, `dropout`, ...; its own defaults, and this
-            model's seed, device and compat) and of its `fit` (`callbacks`, `checkpoint_dir`, `resume`, ...).
+            Arguments of the base model (`n_epochs`, `lr`, `batch_size`, `dropout`, ...) and of its `fit` (`callbacks`,
+            `checkpoint_dir`, `resume`, ...). Seed, device, compat, progress and cuda_graphs default to the values of
+            this model, all others to the defaults of the base model.
 
         Returns
         -------
         Estimator
-            The fitted base model: `LSTM` or `GRU` of the same module.
+            The fitted base model, an `LSTM` or `GRU` of the same module.
 
         Raises
         ------
         ConfigError
-            An unknown argument, a size, or a `model_path` beside pre-training.
+            An unknown argument, one of the sizes, or this model has a `model_path`.
         DataError, CheckpointError
-            As `fit` of the base model.
+            As in `fit` of the base model.
 
         Examples
         --------
@@ -190,20 +199,23 @@ class Graph(Estimator):
         params = self._params
         if params["model_path"] is not None:
             raise ConfigError(
-                f"the base is given by model_path={params['model_path']!r} already. Remedy: model_path=None to train "
-                "it here, or no pretrain."
+                f"the base model already comes from model_path={params['model_path']!r}. Remedy: model_path=None to "
+                "train it here, or do not call pretrain."
             )
         sizes = {name: params[name] for name in ("d_feat", "hidden_size", "num_layers")}
-        given = [name for name in sizes if name in training]
-        if given:
-            raise ConfigError(f"pretrain takes no {given[0]!r}: the base has the size of the model, {sizes}.")
+        size = next((name for name in sizes if name in training), None)
+        if size is not None:
+            raise ConfigError(
+                f"pretrain has no argument {size!r}, got {training[size]!r}: the base model has the sizes {sizes} of this "
+                "model."
+            )
         fit = {name: training.pop(name) for name in FIT_ARGUMENTS if name in training}
         shared = {name: params[name] for name in ("GPU", "seed", "compat", "progress", "cuda_graphs")}
         kind = self.base_estimators[params["base_model"]]
         base = cast(Any, kind)(**sizes, **{**shared, "device": str(self.device), **training})
         base.fit(dataset, **fit)
-        self._note(chosen(base.network.state_dict(), self.network, f"pre-training of {kind.__name__}"))
-        self._take(base.network.state_dict())
+        self._log_base(select_base(base.network.state_dict(), self.network, f"pre-training of {kind.__name__}"))
+        self._load_base(base.network.state_dict())
         self.base_is_trained_ = True
         self.train_optimizer = self._build_optimizer(params["optimizer"], params["lr"], params["weight_decay"])
         return cast(Estimator, base)
@@ -218,32 +230,32 @@ class Graph(Estimator):
         top: int = 10,
         segment: str | slice | None = None,
     ) -> pd.DataFrame:
-        """Who attends to whom on a day: the neighbours with the largest weights, and these weights.
+        """Table of the largest attention weights of one day. Memory is linear in the number of stocks.
 
         Parameters
         ----------
-        dataset
+        dataset : Dataset
             As in `predict`.
-        date
-            Date, or time stamp, of one cross-section.
+        date : str, date or Timestamp
+            A date, or the time stamp of one cross-section.
         instruments : str or sequence of str, optional
-            Whose neighbours; None: of all stocks of that day.
+            Stocks whose neighbours are listed; None means all stocks of the day.
         top : int
-            How many neighbours of each.
+            Number of neighbours per stock.
         segment : str or slice, optional
-            Take the day out of this segment; by default only the day itself is read.
+            Segment that contains the day. By default only the day itself is read.
 
         Returns
         -------
         DataFrame
-            As `qfast.models.attention.neighbours`: instrument, rank, neighbour, weight, score. Nothing N x N is built.
+            Columns instrument, rank, neighbour, weight and score, as in `qfast.models.attention.neighbours`.
 
         Raises
         ------
         NotFittedError
-            Neither `fit` nor `load_weights` was called.
+            The model has neither been fitted nor loaded.
         DataError
-            No stock has a row on that date, an instrument has none, or the date names more than one cross-section.
+            No stock or not every requested stock has a row on that date, or the date has several cross-sections.
 
         Examples
         --------
@@ -257,17 +269,17 @@ class Graph(Estimator):
         (['instrument', 'rank', 'neighbour', 'weight', 'score'], [1, 2, 3])
         """
         self._require_fitted()
-        wanted = _time_stamp(date)
-        # as text a bare date covers its whole day
-        bounds = slice(wanted, date_text(wanted)) if segment is None else segment
+        stamp = _time_stamp(date)
+        # As the end of a slice, a date written as text covers its whole day.
+        bounds = slice(stamp, date_text(stamp)) if segment is None else segment
         windows = windows_of(dataset, bounds, "infer", with_label=False).to(self.device)
-        samples = _cross_section(windows, wanted)
+        samples = _cross_section(windows, stamp)
         x = windows.batch(samples)
         finite = _finite_windows(x)
         names = windows.keys_of(windows.rows[samples].cpu().numpy()).get_level_values(1)
         if not bool(finite.all()):
             left_out = list(names[~finite.cpu().numpy()])
-            self.logger.warning("left out, their features hold NaN or infinity: %s", left_out)
+            self.logger.warning("left out because their features contain NaN or infinity: %s", left_out)
             x, names = x[finite], names[finite.cpu().numpy()]
         self.network.eval()
         query, key = cast(GATModel, self.network).scores(x)
@@ -281,38 +293,65 @@ class Graph(Estimator):
         instruments: str | Iterable[str] | None = None,
         top: int = 10,
     ) -> Path:
-        """Draw `attention(dataset, date, instruments, top)` into a .png, .pdf or .svg file; the file is returned."""
+        """Draw the table of `attention(dataset, date, instruments, top)` as a heat map.
+
+        Parameters
+        ----------
+        dataset, date, instruments, top
+            As in `attention`.
+        path : path
+            A .png, .pdf or .svg file.
+
+        Returns
+        -------
+        Path
+            The file.
+
+        Raises
+        ------
+        ConfigError
+            Another suffix.
+        NotFittedError, DataError
+            As in `attention`.
+        """
         table = self.attention(dataset, date, instruments, top)
         return plot_attention(table, path, f"Attention on {pd.Timestamp(date):%Y-%m-%d}")
 
-    def _take(self, tensors: dict[str, Tensor]) -> None:
+    def _load_base(self, tensors: dict[str, Tensor]) -> None:
+        """Replace the weights that `tensors` contains."""
         self.network.load_state_dict({**self.network.state_dict(), **tensors})
         self.base_is_set_ = True
 
-    def _note(self, found: BaseWeights) -> None:
-        self.pretrained_ = found.facts()
+    def _log_base(self, base: BaseWeights) -> None:
+        """Store and log where the weights of the base model come from."""
+        self.pretrained_ = base.facts()
         self.logger.info(
-            "base from %s: taken %s; not taken %s; not there %s",
-            found.source, sorted(found.tensors), found.not_taken or "none", found.absent or "none",
-        )  # fmt: skip
+            "base model from %s: loaded %s; not loaded %s; absent %s",
+            base.source,
+            sorted(base.tensors),
+            base.not_taken or "none",
+            base.absent or "none",
+        )
 
     # ---------------------------------------------------------------- state
     def load_weights(self, path: str | Path) -> Self:
-        """As `Estimator.load_weights`; a fit that follows goes on from these weights."""
+        """As `Estimator.load_weights`. The next `fit` continues from these weights."""
         super().load_weights(path)
         self.base_is_set_ = True
         return self
 
     def checkpoint_facts(self) -> dict[str, Any]:
+        """The origin of the base model's weights."""
         return {"pretrained": self.pretrained_, "base_is_trained": self.base_is_trained_}
 
     def restore_facts(self, facts: dict[str, Any]) -> None:
+        """Restore the origin of the base model's weights, which are part of the checkpoint."""
         self.pretrained_ = facts.get("pretrained", {})
         self.base_is_set_, self.base_is_trained_ = True, facts.get("base_is_trained", False)
 
 
-class GraphTimeSeries(Graph):
-    """As `Graph` with d_feat=20 and `n_jobs` after `GPU`; the loss has the label's precision."""
+class GraphTimeSeriesEstimator(GraphEstimator):
+    """`GraphEstimator` with d_feat=20 and `n_jobs` after `GPU`. The loss has the dtype of the label."""
 
     loss_dtype: ClassVar[torch.dtype | None] = None
 
@@ -336,16 +375,33 @@ class GraphTimeSeries(Graph):
         **options: Any,
     ) -> None:
         super().__init__(
-            d_feat, hidden_size, num_layers, dropout, n_epochs, lr, metric, early_stop, loss, base_model, model_path,
-            optimizer, GPU, seed, extra={"n_jobs": n_jobs}, **options,
-        )  # fmt: skip
+            d_feat,
+            hidden_size,
+            num_layers,
+            dropout,
+            n_epochs,
+            lr,
+            metric,
+            early_stop,
+            loss,
+            base_model,
+            model_path,
+            optimizer,
+            GPU,
+            seed,
+            extra={"n_jobs": n_jobs},
+            **options,
+        )
 
     @property
     def day_order(self) -> BatchOrder:
+        """The order of the days in each pass; with compat="qlib" that of an unshuffled DataLoader."""
         return UnshuffledLoaderOrder() if self._params["compat"] == "qlib" else super().day_order
 
     def days(self, windows: WindowSet) -> Batches:
-        """With compat="qlib" consecutive samples, instrument by instrument, in pieces as long as the days are."""
+        """As in `GraphEstimator`; with compat="qlib" consecutive samples, ordered by instrument, in batches with the
+        sizes of the days.
+        """
         days = super().days(windows)
         if self._params["compat"] != "qlib":
             return days
@@ -359,31 +415,32 @@ def _finite_windows(x: Tensor) -> Tensor:
 
 def _time_stamp(date: DateLike) -> pd.Timestamp:
     try:
-        wanted = pd.Timestamp(date)
+        stamp = pd.Timestamp(date)
     except (ValueError, TypeError) as error:
         raise DataError(f"date must be a date or a time stamp, got {date!r} ({error}).") from None
-    if wanted is pd.NaT:
+    if stamp is pd.NaT:
         raise DataError(f"date must be a date or a time stamp, got {date!r}.")
-    return wanted
+    return stamp
 
 
-def _cross_section(windows: WindowSet, wanted: pd.Timestamp) -> Tensor:
-    """Samples of the one cross-section that `wanted` names."""
+def _cross_section(windows: WindowSet, stamp: pd.Timestamp) -> Tensor:
+    """Samples of the one cross-section at `stamp`. At midnight, `stamp` means the whole day."""
     days = windows.days
     firsts = windows.rows[days.order[days.bounds[:-1].to(windows.device)]].cpu().numpy()
     dates = pd.DatetimeIndex(windows.keys_of(firsts).get_level_values(0)) if len(firsts) else pd.DatetimeIndex([])
-    found = np.flatnonzero(dates == wanted)
-    if len(found) == 0 and wanted == wanted.normalize():  # a bare date covers that whole day
-        found = np.flatnonzero(dates.normalize() == wanted)
-    if len(found) != 1:
-        why = f"names {len(found)} cross-sections, give the full time stamp" if len(found) else "has no row in the data"
-        raise DataError(f"date {date_text(wanted)!r} {why}.")
-    day = int(found[0])
+    matches = np.flatnonzero(dates == stamp)
+    if len(matches) == 0 and stamp == stamp.normalize():
+        matches = np.flatnonzero(dates.normalize() == stamp)
+    if len(matches) == 0:
+        raise DataError(f"date {date_text(stamp)!r} has no row in the data.")
+    if len(matches) > 1:
+        raise DataError(f"date {date_text(stamp)!r} has {len(matches)} cross-sections. Remedy: the full time stamp.")
+    day = int(matches[0])
     return days.order[int(days.bounds[day]) : int(days.bounds[day + 1])]
 
 
 def _labelled(windows: WindowSet, days: Batches) -> Tensor:
-    """bool [D]: days with at least one finite label; the others have nothing to train on."""
+    """bool [D]: True for days with at least one finite label."""
     assert windows.label is not None
     finite = torch.isfinite(windows.label[days.order]).cpu()
     counts = torch.cat((torch.zeros(1, dtype=torch.int64), finite.cumsum(0)))

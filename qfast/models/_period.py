@@ -1,4 +1,4 @@
-"""Scoring of whole periods: what windows that follow each other in the panel have in common is computed once."""
+"""Scoring of whole periods on the CPU: work that consecutive windows share is done once."""
 
 from __future__ import annotations
 
@@ -14,36 +14,42 @@ __all__ = ["WholePeriod"]
 
 
 class WholePeriod(Estimator):
-    """An estimator whose network, without a gradient, makes use of windows that overlap in memory.
+    """Base class of models whose network is faster on windows that overlap in memory, when no gradient is needed.
 
-    Samples are scored in the order of the panel's rows: a stretch of windows that follow each other goes to the network
-    as a view of the panel, x.stride(0) == x.stride(1), and the rest gathered, `batch_size` at a time at the most. A
-    subclass says from how many windows on that is worth a call. A network, or a hook of it, must not write to its
-    input: it is the panel.
+    Samples are scored in the order of the panel's rows. The network receives consecutive windows as a view of the panel
+    with x.stride(0) == x.stride(1), and gathered copies of all other windows, at most `batch_size` at a time. A network
+    and its hooks must not write to their input, because it is the panel.
     """
 
-    def fewest_in_call(self, features: int, steps: int) -> int:
-        """Windows of T steps and F features that follow each other from which on a call of their own is faster."""
+    def min_consecutive(self, features: int, steps: int) -> int:
+        """Smallest number of consecutive windows for which a separate network call is faster.
+
+        Parameters
+        ----------
+        features, steps : int
+            F and T of the windows.
+        """
         raise NotImplementedError
 
     def _predictions(self, windows: WindowSet, batches: Batches) -> Tensor:
-        if not self._shares(windows):
+        if not self._uses_views(windows):
             return super()._predictions(windows, batches)
-        # Of all samples: without those of a tail that was drawn and left out, few windows would follow each other.
-        stretches = windows.consecutive(self.fewest_in_call(windows.features.shape[1], windows.step_len or 1))
+        # Search all samples, not only those of the batches: a shuffled pass without its incomplete batch leaves random
+        # gaps, which would leave few consecutive windows.
+        sequences = windows.consecutive(self.min_consecutive(windows.features.shape[1], windows.step_len or 1))
+        remaining = torch.zeros(len(windows), dtype=torch.bool)
+        remaining[batches.order] = True
+        for samples in sequences:
+            remaining[samples] = False
         views = windows.with_views()
-        left = torch.zeros(len(windows), dtype=torch.bool)
-        left[batches.order] = True
-        for samples in stretches:
-            left[samples] = False
         out = torch.empty(len(windows), dtype=windows.features.dtype)
-        for part in filter(len, (*stretches, left.nonzero()[:, 0])):
+        for part in filter(len, (*sequences, remaining.nonzero()[:, 0])):
             for samples in part.split(self._params["batch_size"]):
                 out[samples] = self.run_network(views, samples)
         return out[batches.order]
 
-    def _shares(self, windows: WindowSet) -> bool:
-        """Whether windows that follow each other cost less together: only the operators on the CPU make use of it."""
+    def _uses_views(self, windows: WindowSet) -> bool:
+        """Whether consecutive windows share work. Only the native CPU operators implement this."""
         if torch.is_grad_enabled() or windows.index is None or windows.device.type != "cpu":
             return False
         if _backend.native is None:

@@ -1,4 +1,4 @@
-"""The constructors of LSTM, GRU and ALSTM, flat and time-series. The training loop is `Estimator`."""
+"""Constructors of LSTM, GRU and ALSTM, flat and time-series."""
 
 from __future__ import annotations
 
@@ -13,17 +13,22 @@ from qfast.models._period import WholePeriod
 from qfast.nn import ALSTMModel
 from qfast.training.estimator import Estimator
 
-# What a call for windows that follow each other adds, in windows: its last tiles are not full. Measured.
-CALL_COST = 10
+CALL_COST = 10  # fixed cost of a network call in windows, measured: the last tiles of a call are not full
 NEVER = 2**62
 
-__all__ = ["Attentive", "AttentiveTimeSeries", "Recurrent", "RecurrentTimeSeries"]
+__all__ = [
+    "AttentiveEstimator",
+    "AttentiveTimeSeriesEstimator",
+    "RecurrentEstimator",
+    "RecurrentTimeSeriesEstimator",
+]
 
 
-class Recurrent(Estimator):
-    """Arguments of the reference's flat LSTM and GRU, positional order included."""
+class RecurrentEstimator(Estimator):
+    """Estimator with the arguments of Qlib's flat LSTM and GRU, in Qlib's order."""
 
-    network_options: ClassVar[dict[str, Any]] = {}  # keyword arguments of the network alone, and their defaults
+    network_options: ClassVar[dict[str, Any]] = {}
+    """Further keyword arguments of the network, with their defaults."""
 
     def __init__(
         self,
@@ -42,9 +47,9 @@ class Recurrent(Estimator):
         seed: int | None = None,
         **options: Any,
     ) -> None:
-        more = {name: options.pop(name, default) for name, default in self.network_options.items()}
+        further = {name: options.pop(name, default) for name, default in self.network_options.items()}
         super().__init__(
-            {"d_feat": d_feat, "hidden_size": hidden_size, "num_layers": num_layers, "dropout": dropout, **more},
+            {"d_feat": d_feat, "hidden_size": hidden_size, "num_layers": num_layers, "dropout": dropout} | further,
             n_epochs=n_epochs,
             lr=lr,
             metric=metric,
@@ -58,8 +63,8 @@ class Recurrent(Estimator):
         )
 
 
-class RecurrentTimeSeries(WholePeriod, Recurrent):
-    """As `Recurrent` with `n_jobs` before `GPU`; batches and loss precision of the reference's `_ts` models."""
+class RecurrentTimeSeriesEstimator(WholePeriod, RecurrentEstimator):
+    """`RecurrentEstimator` with `n_jobs` before `GPU`, and with the batches and float64 loss of Qlib's `_ts` models."""
 
     order: ClassVar[BatchOrder] = LoaderOrder()
     loss_dtype: ClassVar[torch.dtype] = torch.float64
@@ -83,45 +88,59 @@ class RecurrentTimeSeries(WholePeriod, Recurrent):
         **options: Any,
     ) -> None:
         super().__init__(
-            d_feat, hidden_size, num_layers, dropout, n_epochs, lr, metric, batch_size, early_stop, loss, optimizer,
-            GPU, seed, extra={"n_jobs": n_jobs}, **options,
-        )  # fmt: skip
+            d_feat,
+            hidden_size,
+            num_layers,
+            dropout,
+            n_epochs,
+            lr,
+            metric,
+            batch_size,
+            early_stop,
+            loss,
+            optimizer,
+            GPU,
+            seed,
+            extra={"n_jobs": n_jobs},
+            **options,
+        )
 
-    def fewest_in_call(self, features: int, steps: int) -> int:
-        """Those of whose multiplications `CALL_COST` windows' worth are saved: the first layer's products with rows."""
-        per_row, every = self.multiply_adds(features)
-        return ceil(CALL_COST * every * steps / (per_row * (steps - 1))) if steps > 1 else NEVER
+    def min_consecutive(self, features: int, steps: int) -> int:
+        """Length of the shortest run whose saved first-layer products outweigh the fixed cost of a call (CALL_COST)."""
+        per_row, total = self.multiply_adds(features)
+        return ceil(CALL_COST * total * steps / (per_row * (steps - 1))) if steps > 1 else NEVER
 
     def multiply_adds(self, features: int) -> tuple[int, int]:
-        """Of a step, in units of H times the gates: those that depend on a row alone, and all."""
+        """Multiply-adds of one step in units of H times the number of gates: those that need only the row, and all."""
         hidden, layers = self._params["hidden_size"], self._params["num_layers"]
         return features, features + (2 * layers - 1) * hidden
 
 
-class Attentive(Recurrent):
-    """As `Recurrent`, and `rnn_type`: the reference takes it, ignores it and builds a GRU."""
+class AttentiveEstimator(RecurrentEstimator):
+    """`RecurrentEstimator` with the keyword `rnn_type`, which Qlib accepts and ignores: it always builds a GRU."""
 
     network_class = ALSTMModel
     network_options: ClassVar[dict[str, Any]] = {"rnn_type": "GRU"}
-    options: ClassVar[tuple[str, ...]] = (*Recurrent.options, *network_options)
-    ALSTM_model = property(lambda self: self.network, doc="The network, under the reference's name.")
+    options: ClassVar[tuple[str, ...]] = (*RecurrentEstimator.options, *network_options)
+    ALSTM_model = property(lambda self: self.network, doc="The network, under Qlib's name.")
 
     def build_network(self, *, rnn_type: str, **network: Any) -> nn.Module:  # type: ignore[override]
-        """The network with the layer that `rnn_type` asks for; with compat="qlib" it is a GRU in any case."""
-        asked = str(rnn_type).upper()
+        """Build the network with a layer of type `rnn_type`; with compat="qlib" always with a GRU."""
         if self._params["compat"] == "qlib":
-            if asked != "GRU":
+            if str(rnn_type).upper() != "GRU":
                 self.logger.warning("rnn_type=%r has no effect with compat='qlib': a GRU is built", rnn_type)
             rnn_type = "GRU"
-        elif asked != "GRU":
-            self.logger.info("rnn_type=%r is built; the reference would ignore it and build a GRU", rnn_type)
+        elif str(rnn_type).upper() != "GRU":
+            self.logger.info("rnn_type=%r is built; Qlib ignores rnn_type and builds a GRU", rnn_type)
         return self.network_class(rnn_type=rnn_type, **network)
 
 
-class AttentiveTimeSeries(Attentive, RecurrentTimeSeries):
-    """As `Attentive`, with the arguments, batches and loss precision of `RecurrentTimeSeries`."""
+class AttentiveTimeSeriesEstimator(AttentiveEstimator, RecurrentTimeSeriesEstimator):
+    """`AttentiveEstimator` with the arguments, batches and loss of `RecurrentTimeSeriesEstimator`."""
 
     def multiply_adds(self, features: int) -> tuple[int, int]:
+        """As in `RecurrentTimeSeriesEstimator`."""
         hidden, layers, gates = self._params["hidden_size"], self._params["num_layers"], 3
-        head = features / gates + hidden  # `net`, and the first layer's products with what it gives
+        # Per row: the input layer `net`, and the first recurrent layer's products with its output.
+        head = features / gates + hidden
         return ceil(head), ceil(head + (2 * layers - 1) * hidden)

@@ -1,4 +1,4 @@
-"""The constructors of TCN, flat and time-series, and its scoring of whole periods. The training loop is `Estimator`."""
+"""Constructors of TCN, flat and time-series."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from qfast.ops.temporal_conv import temporal_conv_net
 from qfast.ops.temporal_conv_plan import Plan
 from qfast.training.estimator import Estimator
 
-CALL_COST = 50e6  # multiplications that take as long as what a call for windows that follow each other adds, measured
-FEWEST_IN_CALL = 16
+CALL_COST = 50e6  # fixed cost of a network call in multiply-adds, measured
+MIN_CONSECUTIVE = 16
 
-__all__ = ["TemporalConv", "TemporalConvTimeSeries"]
+__all__ = ["TemporalConvEstimator", "TemporalConvTimeSeriesEstimator"]
 
 
-class TemporalConv(Estimator):
-    """Arguments of the reference's flat TCN, positional order included."""
+class TemporalConvEstimator(Estimator):
+    """Estimator with the arguments of Qlib's flat TCN, in Qlib's order."""
 
     network_class = TCNModel
 
@@ -49,7 +49,10 @@ class TemporalConv(Estimator):
     ) -> None:
         super().__init__(
             {
-                "d_feat": d_feat, "n_chans": n_chans, "kernel_size": kernel_size, "num_layers": num_layers,
+                "d_feat": d_feat,
+                "n_chans": n_chans,
+                "kernel_size": kernel_size,
+                "num_layers": num_layers,
                 "dropout": dropout,
             },
             n_epochs=n_epochs,
@@ -62,20 +65,38 @@ class TemporalConv(Estimator):
             GPU=GPU,
             seed=seed,
             **options,
-        )  # fmt: skip
+        )
 
     def build_network(self, d_feat: int, n_chans: int, kernel_size: int, num_layers: int, dropout: float) -> TCNModel:  # type: ignore[override]
-        """`num_layers` blocks of `n_chans` channels and one output."""
+        """Build a network of `num_layers` blocks with `n_chans` channels each and one output."""
         d_feat, n_chans = whole_number("d_feat", d_feat), whole_number("n_chans", n_chans)
         num_channels = [n_chans] * whole_number("num_layers", num_layers)
         return self.network_class(d_feat, 1, num_channels, kernel_size, dropout)
 
     def run_network(self, windows: WindowSet, samples: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """As `Estimator.run_network`, with windows transposed to [B, F, T]."""
         prediction: Tensor = self.network(self.network_input(windows, samples))
         return prediction
 
     def network_input(self, windows: WindowSet, samples: Tensor) -> Tensor:
-        """[B, F, T], or [B, F*T] feature-major of flat samples."""
+        """Features of some samples as the network reads them.
+
+        Parameters
+        ----------
+        windows : WindowSet
+        samples : Tensor
+            int64 [B], sample numbers.
+
+        Returns
+        -------
+        Tensor
+            [B, F, T], or [B, F*T] feature-major for flat samples.
+
+        Raises
+        ------
+        DataError
+            The number of columns does not match `d_feat`.
+        """
         x = windows.batch(samples)
         d_feat = self._params["d_feat"]
         if windows.step_len is None:
@@ -83,14 +104,17 @@ class TemporalConv(Estimator):
                 raise DataError(f"the data has {x.shape[1]} columns, which is not a multiple of d_feat={d_feat}.")
             return x
         if x.shape[2] != d_feat:
-            raise DataError(f"the data has {x.shape[2]} features a step, the model d_feat={d_feat}. Remedy: "
-                            f"d_feat={x.shape[2]}.")  # fmt: skip
+            raise DataError(
+                f"the data has {x.shape[2]} features per step, but the model has d_feat={d_feat}. Remedy: "
+                f"d_feat={x.shape[2]}."
+            )
         return x.transpose(1, 2)
 
 
-class TemporalConvTimeSeries(WholePeriod, TemporalConv):
-    """As `TemporalConv` with two blocks, no dropout, a larger step and `n_jobs` before `GPU`; batches of the
-    reference's `_ts` models; the loss has the label's precision.
+class TemporalConvTimeSeriesEstimator(WholePeriod, TemporalConvEstimator):
+    """`TemporalConvEstimator` with the defaults, the argument `n_jobs`, and the batches of Qlib's `_ts` model.
+
+    The loss has the dtype of the label.
     """
 
     order: ClassVar[BatchOrder] = LoaderOrder()
@@ -116,26 +140,50 @@ class TemporalConvTimeSeries(WholePeriod, TemporalConv):
         **options: Any,
     ) -> None:
         super().__init__(
-            d_feat, n_chans, kernel_size, num_layers, dropout, n_epochs, lr, metric, batch_size, early_stop, loss,
-            optimizer, GPU, seed, extra={"n_jobs": n_jobs}, **options,
-        )  # fmt: skip
+            d_feat,
+            n_chans,
+            kernel_size,
+            num_layers,
+            dropout,
+            n_epochs,
+            lr,
+            metric,
+            batch_size,
+            early_stop,
+            loss,
+            optimizer,
+            GPU,
+            seed,
+            extra={"n_jobs": n_jobs},
+            **options,
+        )
         self._forgets_transpose = False
 
     def network_input(self, windows: WindowSet, samples: Tensor) -> Tensor:
+        """As in `TemporalConvEstimator`; while predicting with compat="qlib", [B, T, F]."""
         if self._forgets_transpose:
             return self._untransposed(windows, samples)
         return super().network_input(windows, samples)
 
-    def fewest_in_call(self, features: int, steps: int) -> int:
+    def min_consecutive(self, features: int, steps: int) -> int:
+        """As in `WholePeriod`: the saved multiply-adds must outweigh the fixed cost of a call (CALL_COST)."""
         params = self._params
         channels = [params["n_chans"]] * params["num_layers"]
         plan: Plan = temporal_conv_net.plan(steps, params["kernel_size"], len(channels))  # type: ignore[attr-defined]
-        return max(FEWEST_IN_CALL, round(CALL_COST / plan.multiply_adds(features, channels)[0]))
+        return max(MIN_CONSECUTIVE, round(CALL_COST / plan.multiply_adds(features, channels)[0]))
 
-    # ---------------------------------------------------------------- what the reference does
+    # ---------------------------------------------------------------- Qlib's predictions
     def predict(self, dataset: Dataset, segment: Segment = "test") -> pd.Series:
-        """As `Estimator.predict`. With compat="qlib" the network is given [B, T, F] for [B, F, T], as in the reference,
-        which transposes windows in training and forgets it here."""
+        """As `Estimator.predict`.
+
+        With compat="qlib" the network reads [B, T, F] as [B, F, T]: Qlib transposes windows in training but not in
+        prediction.
+
+        Raises
+        ------
+        DataError
+            Also if compat="qlib" and step_len differs from d_feat.
+        """
         self._forgets_transpose = self._params["compat"] == "qlib"
         try:
             return super().predict(dataset, segment)
@@ -149,8 +197,7 @@ class TemporalConvTimeSeries(WholePeriod, TemporalConv):
         d_feat = self._params["d_feat"]
         if windows.step_len not in (None, d_feat):
             raise DataError(
-                "compat='qlib' predicts as the reference does, which forgets to transpose the windows: that needs "
-                f"step_len == d_feat, got step_len={windows.step_len} and d_feat={d_feat}. Remedy: compat=None, which "
-                "transposes them."
+                "compat='qlib' predicts as Qlib, which does not transpose the windows: this needs step_len == d_feat, "
+                f"got step_len={windows.step_len} and d_feat={d_feat}. Remedy: compat=None, which transposes them."
             )
         return x

@@ -1,4 +1,4 @@
-"""The constructors of Transformer and Localformer, flat and time-series. The training loop is `Estimator`."""
+"""Constructors of Transformer and Localformer, flat and time-series."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from qfast.data.batching import BatchOrder, LoaderOrder
 from qfast.errors import ConfigError
 from qfast.training.estimator import Estimator
 
-__all__ = ["Encoder", "EncoderTimeSeries"]
+__all__ = ["EncoderEstimator", "EncoderTimeSeriesEstimator"]
 
 
-class Encoder(Estimator):
-    """Arguments of the reference's flat Transformer and Localformer, positional order included."""
+class EncoderEstimator(Estimator):
+    """Estimator with the arguments of Qlib's flat Transformer and Localformer, in Qlib's order."""
 
     decay_name: ClassVar[str] = "reg"
-    model = property(lambda self: self.network, doc="The network, under the reference's name.")
+    model = property(lambda self: self.network, doc="The network, under Qlib's name.")
 
     def __init__(
         self,
@@ -38,12 +38,9 @@ class Encoder(Estimator):
         **options: Any,
     ) -> None:
         if "weight_decay" in options:
-            raise ConfigError(f"{type(self).__name__} has no argument 'weight_decay': its name here is 'reg'.")
-        network = {
-            "d_feat": d_feat, "d_model": d_model, "nhead": nhead, "num_layers": num_layers, "dropout": dropout,
-        }  # fmt: skip
+            raise ConfigError(f"{type(self).__name__} has no argument 'weight_decay'. Remedy: reg.")
         super().__init__(
-            network,
+            {"d_feat": d_feat, "d_model": d_model, "nhead": nhead, "num_layers": num_layers, "dropout": dropout},
             n_epochs=n_epochs,
             lr=lr,
             metric=metric,
@@ -59,8 +56,8 @@ class Encoder(Estimator):
         )
 
 
-class EncoderTimeSeries(Encoder):
-    """As `Encoder` with larger batches, those of the reference's `_ts` models."""
+class EncoderTimeSeriesEstimator(EncoderEstimator):
+    """`EncoderEstimator` with the batches of Qlib's `_ts` models, which are also larger by default."""
 
     order: ClassVar[BatchOrder] = LoaderOrder()
 
@@ -85,6 +82,21 @@ class EncoderTimeSeries(Encoder):
         **options: Any,
     ) -> None:
         super().__init__(
-            d_feat, d_model, batch_size, nhead, num_layers, dropout, n_epochs, lr, metric, early_stop, loss,
-            optimizer, reg, n_jobs, GPU, seed, **options,
-        )  # fmt: skip
+            d_feat,
+            d_model,
+            batch_size,
+            nhead,
+            num_layers,
+            dropout,
+            n_epochs,
+            lr,
+            metric,
+            early_stop,
+            loss,
+            optimizer,
+            reg,
+            n_jobs,
+            GPU,
+            seed,
+            **options,
+        )

@@ -1,4 +1,4 @@
-"""Looking at additive attention: who attends to whom on one day, as a table and as a picture."""
+"""Attention weights of one day, as a table of neighbours and as a heat map."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.nn import functional
 from qfast.errors import ConfigError, DataError, suggest, whole_number
 from qfast.files import atomic_write
 
-SCORES_AT_ONCE = 1 << 22  # of stocks times neighbours: 32 MiB
-MOST_SHOWN = 40  # stocks, and neighbours, of a picture
+CHUNK_SCORES = 1 << 22  # scores computed at a time, 32 MiB
+MAX_SHOWN = 40  # stocks and neighbours in a heat map
 FORMATS = (".png", ".pdf", ".svg")
 
 __all__ = ["neighbours", "plot_attention"]
@@ -25,34 +25,34 @@ __all__ = ["neighbours", "plot_attention"]
 def neighbours(
     query: Tensor, key: Tensor, names: Iterable[str], instruments: Iterable[str] | None = None, top: int = 10
 ) -> pd.DataFrame:
-    """The neighbours with the largest weights softmax_j(LeakyReLU(query_i + key_j)) of some stocks of a day.
+    """List the neighbours of stocks with the largest weights softmax_j(LeakyReLU(query_i + key_j)).
 
-    A score is a sum, and LeakyReLU keeps its order: every stock ranks its neighbours by their key, and only the
-    weights differ. So the ranking is found once, and the sums below the weights are taken over a few stocks at a
-    time, never N x N.
+    LeakyReLU preserves order, so all stocks rank their neighbours by key and only the weights differ. The neighbours
+    are therefore sorted once. The softmax is computed for a few stocks at a time, so no N x N matrix is built.
 
     Parameters
     ----------
-    query, key : Tensor [N]
+    query, key : Tensor
+        [N], from `GATModel.scores`.
     names : sequence of str
         The N instruments.
     instruments : sequence of str, optional
-        Whose neighbours, each once; None: all N.
+        Instruments whose neighbours are listed. Duplicates count once; None means all N.
     top : int
-        How many of each; at most N are there.
+        Number of neighbours per instrument, at most N.
 
     Returns
     -------
     DataFrame
-        instrument, rank (1 is the largest), neighbour (the stock itself may be among them), weight, and score, what
-        the LeakyReLU is given. Instruments as asked for, ranks ascending.
+        One row per instrument and rank, instruments in the requested order: instrument, rank (1 is the largest weight),
+        neighbour (possibly the stock itself), weight, and score, which is query_i + key_j.
 
     Raises
     ------
     ConfigError
-        `top` is not a whole number above 0.
+        `top` is not an integer of at least 1.
     DataError
-        An instrument without a row; the nearest name is given.
+        An instrument is not in `names`.
 
     Examples
     --------
@@ -61,48 +61,51 @@ def neighbours(
     [{'instrument': 'A', 'rank': 1, 'neighbour': 'B', 'weight': 0.8808, 'score': 2.0}]
     """
     whole_number("top", top)
-    known = [str(name) for name in names]
-    asked = known if instruments is None else list(dict.fromkeys(str(name) for name in instruments))
-    where = {name: row for row, name in enumerate(known)}
-    unknown = [name for name in asked if name not in where]
+    stocks = [str(name) for name in names]
+    requested = stocks if instruments is None else list(dict.fromkeys(str(name) for name in instruments))
+    row_of = {name: row for row, name in enumerate(stocks)}
+    unknown = [name for name in requested if name not in row_of]
     if unknown:
         raise DataError(
-            f"instruments: {unknown[:5]} ({len(unknown)} in all) have no row on that day." + suggest(unknown[0], where)
+            f"instruments: {unknown[:5]} ({len(unknown)} in all) have no row on that day." + suggest(unknown[0], row_of)
         )
     query, key = query.detach().double().cpu(), key.detach().double().cpu()
     best = torch.argsort(key, descending=True, stable=True)[:top]
-    chosen = torch.tensor([where[name] for name in asked], dtype=torch.int64)
+    rows = torch.tensor([row_of[name] for name in requested], dtype=torch.int64)
     weights = [
         functional.leaky_relu(query[part].unsqueeze(1) + key).softmax(1)[:, best]
-        for part in chosen.split(max(1, SCORES_AT_ONCE // max(1, len(key))))
+        for part in rows.split(max(1, CHUNK_SCORES // max(1, len(key))))
     ]
-    table = np.array(known, dtype=object)
+    labels = np.array(stocks, dtype=object)
     return pd.DataFrame(
         {
-            "instrument": np.repeat(table[chosen], len(best)),
-            "rank": np.tile(np.arange(1, len(best) + 1), len(asked)),
-            "neighbour": np.tile(table[best], len(asked)),
+            "instrument": np.repeat(labels[rows], len(best)),
+            "rank": np.tile(np.arange(1, len(best) + 1), len(requested)),
+            "neighbour": np.tile(labels[best], len(requested)),
             "weight": torch.cat(weights).flatten().numpy() if weights else np.empty(0),
-            "score": (query[chosen].unsqueeze(1) + key[best]).flatten().numpy(),
+            "score": (query[rows].unsqueeze(1) + key[best]).flatten().numpy(),
         }
     )
 
 
 def plot_attention(table: pd.DataFrame, path: str | os.PathLike[str], title: str = "Attention") -> Path:
-    """Draw a table of `neighbours` as a heat map, stocks by neighbours, into a file.
+    """Draw a table of `neighbours` as a heat map of stocks by neighbours.
+
+    At most 40 stocks are shown, equally spaced from the most to the least concentrated attention, with a note in the
+    title; and the first 40 neighbours.
 
     Parameters
     ----------
     table : DataFrame
+        Result of `neighbours`.
     path : path
-        .png, .pdf or .svg; appears whole or not at all.
+        A .png, .pdf or .svg file, which appears complete or not at all.
     title : str
 
     Returns
     -------
     Path
-        The file. Of more than 40 stocks, 40 from the most to the least concentrated are shown, and the title says so;
-        of more than 40 neighbours the first 40.
+        The file.
 
     Raises
     ------
@@ -110,19 +113,27 @@ def plot_attention(table: pd.DataFrame, path: str | os.PathLike[str], title: str
         Another suffix.
     DataError
         An empty table.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> table = neighbours(torch.zeros(2), torch.tensor([0.0, 2.0]), ["A", "B"])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     plot_attention(table, Path(folder, "attention.svg")).name
+    'attention.svg'
     """
     target = Path(path)
     if target.suffix.lower() not in FORMATS:
-        raise ConfigError(f"a picture is written as one of {list(FORMATS)}, got {target.name!r}.")
+        raise ConfigError(f"path must end in one of {list(FORMATS)}, got {target.name!r}.")
     if table.empty:
-        raise DataError("the attention table is empty: there is nothing to draw.")
+        raise DataError(f"the attention table has {len(table)} rows: there is nothing to draw.")
     grid = table.pivot(index="instrument", columns="rank", values="weight")
     grid = grid.loc[grid.sum(axis=1).sort_values(ascending=False, kind="stable").index]
-    grid = grid.iloc[:, :MOST_SHOWN]
+    grid = grid.iloc[:, :MAX_SHOWN]
     total = len(grid)
-    if total > MOST_SHOWN:
-        grid = grid.iloc[np.linspace(0, total - 1, MOST_SHOWN).round().astype(int)]
-        title = f"{title}, {MOST_SHOWN} of {total} stocks"
+    if total > MAX_SHOWN:
+        grid = grid.iloc[np.linspace(0, total - 1, MAX_SHOWN).round().astype(int)]
+        title = f"{title}, {MAX_SHOWN} of {total} stocks"
     columns = table.drop_duplicates("rank").set_index("rank")["neighbour"].reindex(grid.columns)
     target.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(target, lambda file: _draw(grid, list(columns), title, file, target.suffix.lower()[1:]))
@@ -130,7 +141,7 @@ def plot_attention(table: pd.DataFrame, path: str | os.PathLike[str], title: str
 
 
 def _draw(grid: pd.DataFrame, columns: list[str], title: str, file: Path, kind: str) -> None:
-    # The object interface: no global state, no display, no interactive backend.
+    # matplotlib's object interface needs neither a display nor global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

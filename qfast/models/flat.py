@@ -1,38 +1,62 @@
-"""Estimators with the reference's flat (Alpha360 style) arguments and defaults."""
+"""Estimators with the arguments and defaults of Qlib's flat models (Alpha360)."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-from qfast.models._graph import Graph
-from qfast.models._recurrent import Attentive, Recurrent
-from qfast.models._tcn import TemporalConv
-from qfast.models._transformer import Encoder
+from qfast.models._graph import GraphEstimator
+from qfast.models._recurrent import AttentiveEstimator, RecurrentEstimator
+from qfast.models._tcn import TemporalConvEstimator
+from qfast.models._transformer import EncoderEstimator
 from qfast.nn import ALSTMModel, GATModel, GRUModel, Localformer, LSTMModel, TCNModel, Transformer
 from qfast.training.estimator import Estimator
 
 __all__ = [
-    "ALSTM", "GRU", "LSTM", "TCN", "ALSTMModel", "GATModel", "GATs", "GRUModel", "LSTMModel", "Localformer",
-    "LocalformerModel", "TCNModel", "Transformer", "TransformerModel",
-]  # fmt: skip
+    "ALSTM",
+    "GRU",
+    "LSTM",
+    "TCN",
+    "ALSTMModel",
+    "GATModel",
+    "GATs",
+    "GRUModel",
+    "LSTMModel",
+    "Localformer",
+    "LocalformerModel",
+    "TCNModel",
+    "Transformer",
+    "TransformerModel",
+]
 
 
-class LSTM(Recurrent):
-    """LSTM over flat windows (Alpha360 style), trained on shuffled rows.
+class LSTM(RecurrentEstimator):
+    """LSTM over flat windows (Alpha360), trained on shuffled samples.
+
+    Flat samples have F*T columns, feature-major: all T steps of feature 0, then all of feature 1, as in Alpha360. The
+    network maps [B, F*T] to predictions [B].
 
     Parameters
     ----------
-    d_feat, hidden_size, num_layers, dropout
-        Of the network `LSTMModel`.
+    d_feat, hidden_size, num_layers : int
+        Features per step, hidden units and layers of the network `LSTMModel`.
+    dropout : float
+        Probability of dropout between the layers, in training only.
     n_epochs, lr, metric, batch_size, early_stop, loss, optimizer, GPU, seed
-        Of the training loop, see `Estimator`. `batch_size` counts rows, `early_stop` epochs.
-    device, compat, progress
-        Keyword only, see `Estimator`.
+        Arguments of the training loop, see `qfast.training.Estimator`.
+    weight_decay, device, compat, progress, cuda_graphs
+        Keyword-only arguments of the training loop, see `Estimator`.
 
-    Notes
-    -----
-    Reference: pyqlib 0.9.7, qlib.contrib.model.pytorch_lstm.LSTM. Same arguments, weights, batch order
-    and scores under the same seed; the differences on purpose stand in docs/parity.md.
+    Raises
+    ------
+    ConfigError
+        An unknown argument, or a value that is not allowed.
+    BackendError
+        The device is not available.
+
+    Source
+    ------
+    Qlib (pyqlib 0.9.7), qlib/contrib/model/pytorch_lstm.py. With the same seed, weights, batches and scores
+    equal Qlib's. docs/parity.md lists the deliberate differences.
 
     Examples
     --------
@@ -42,13 +66,39 @@ class LSTM(Recurrent):
     """
 
     network_class = LSTMModel
-    lstm_model = property(lambda self: self.network, doc="The network, under the reference's name.")
+    lstm_model = property(lambda self: self.network, doc="The network, under Qlib's name.")
 
 
-class GRU(Recurrent):
-    """GRU over flat windows (Alpha360 style); training rows with any NaN are left out, as in the reference.
+class GRU(RecurrentEstimator):
+    """GRU over flat windows (Alpha360), trained on shuffled samples.
 
-    Parameters and notes as `LSTM`. Reference: qlib.contrib.model.pytorch_gru.GRU.
+    As in Qlib, training samples with NaN in features or label are left out.
+
+    Flat samples have F*T columns, feature-major: all T steps of feature 0, then all of feature 1, as in Alpha360. The
+    network maps [B, F*T] to predictions [B].
+
+    Parameters
+    ----------
+    d_feat, hidden_size, num_layers : int
+        Features per step, hidden units and layers of the network `GRUModel`.
+    dropout : float
+        Probability of dropout between the layers, in training only.
+    n_epochs, lr, metric, batch_size, early_stop, loss, optimizer, GPU, seed
+        Arguments of the training loop, see `qfast.training.Estimator`.
+    weight_decay, device, compat, progress, cuda_graphs
+        Keyword-only arguments of the training loop, see `Estimator`.
+
+    Raises
+    ------
+    ConfigError
+        An unknown argument, or a value that is not allowed.
+    BackendError
+        The device is not available.
+
+    Source
+    ------
+    Qlib (pyqlib 0.9.7), qlib/contrib/model/pytorch_gru.py. With the same seed, weights, batches and scores
+    equal Qlib's. docs/parity.md lists the deliberate differences.
 
     Examples
     --------
@@ -59,28 +109,40 @@ class GRU(Recurrent):
 
     network_class = GRUModel
     drops_incomplete_rows = True
-    gru_model = property(lambda self: self.network, doc="The network, under the reference's name.")
+    gru_model = property(lambda self: self.network, doc="The network, under Qlib's name.")
 
 
-class ALSTM(Attentive):
-    """LSTM or GRU with attention over time on flat windows (Alpha360 style), trained on shuffled rows.
+class ALSTM(AttentiveEstimator):
+    """LSTM or GRU with attention over time on flat windows (Alpha360), trained on shuffled samples.
+
+    Flat samples have F*T columns, feature-major: all T steps of feature 0, then all of feature 1, as in Alpha360. The
+    network maps [B, F*T] to predictions [B].
 
     Parameters
     ----------
-    d_feat, hidden_size, num_layers, dropout
-        Of the network `ALSTMModel`.
+    d_feat, hidden_size, num_layers : int
+        Features per step, hidden units and layers of the network `ALSTMModel`.
+    dropout : float
+        Probability of dropout between the layers and inside the attention, in training only.
     n_epochs, lr, metric, batch_size, early_stop, loss, optimizer, GPU, seed
-        Of the training loop, see `Estimator`. `batch_size` counts rows, `early_stop` epochs.
-    rnn_type : str
-        Keyword only: "GRU", "LSTM" or "RNN". The reference takes it and builds a GRU whatever it says; so does
-        `compat="qlib"`.
-    device, compat, progress
-        Keyword only, see `Estimator`.
+        Arguments of the training loop, see `qfast.training.Estimator`.
+    weight_decay, device, compat, progress, cuda_graphs
+        Keyword-only arguments of the training loop, see `Estimator`.
+    rnn_type : {"GRU", "LSTM", "RNN"}
+        Keyword only. Qlib accepts it but always builds a GRU, which `compat="qlib"` restores.
 
-    Notes
-    -----
-    Reference: pyqlib 0.9.7, qlib.contrib.model.pytorch_alstm.ALSTM. Same arguments, weights and batch order under the
-    same seed, and without dropout the same scores; the masks of the dropout are drawn by counter.
+    Raises
+    ------
+    ConfigError
+        An unknown argument, or a value that is not allowed.
+    BackendError
+        The device is not available.
+
+    Source
+    ------
+    Qlib (pyqlib 0.9.7), qlib/contrib/model/pytorch_alstm.py. With the same seed, weights and batches
+    equal Qlib's, and so do the scores without dropout. qfast draws dropout masks from a counter-based generator;
+    `compat="qlib"` restores Qlib's.
 
     Examples
     --------
@@ -90,29 +152,52 @@ class ALSTM(Attentive):
     """
 
 
-class GATs(Graph):
-    """Graph attention over all stocks of a day (Alpha360 style), on top of an LSTM or GRU over each stock's window.
+class GATs(GraphEstimator):
+    """Graph attention over all stocks of a day, on top of an LSTM or GRU over each stock's flat window (Alpha360).
 
-    Every day is a batch; the days are shuffled before each training pass, and scored hundreds at a time.
+    Every day is a batch. The order of the days is shuffled before each training pass; scoring processes many days per
+    call.
+
+    Flat samples have F*T columns, feature-major: all T steps of feature 0, then all of feature 1, as in Alpha360. The
+    network maps [N, F*T], the N stocks of a day, to predictions [N].
 
     Parameters
     ----------
-    d_feat, hidden_size, num_layers, dropout, base_model
-        Of the network `GATModel`.
-    n_epochs, lr, metric, early_stop, loss, optimizer, GPU, seed
-        Of the training loop, see `Estimator`.
+    d_feat, hidden_size, num_layers : int
+        Features per step, hidden units and layers of the network `GATModel`.
+    dropout : float
+        Probability of dropout between the recurrent layers, in training only.
+    base_model : {"GRU", "LSTM"}
+        The recurrent layer.
     model_path : path, optional
-        Weights of the base to begin with: a file of the reference's (.pkl), a .safetensors file or a run folder.
+        Initial weights of the base model: a state dict that Qlib has written (.pkl), a .safetensors file or a run
+        folder.
+    n_epochs, lr, metric, early_stop, loss, optimizer, GPU, seed
+        Arguments of the training loop, see `qfast.training.Estimator`.
+    weight_decay, device, compat, progress, cuda_graphs
+        Keyword-only arguments of the training loop, see `Estimator`.
     shuffle_days : bool
-        Keyword only: False keeps the days in order.
-    device, compat, progress
-        Keyword only, see `Estimator`. `batch_size` is accepted and has no effect, as in the reference.
+        Keyword only. False keeps the days in order.
+    batch_size : int
+        Keyword only. Accepted and ignored, as in Qlib.
+
+    Raises
+    ------
+    ConfigError
+        An unknown argument, or a value that is not allowed.
+    BackendError
+        The device is not available.
+    CheckpointError
+        `model_path` contains weights that do not fit.
 
     Notes
     -----
-    Reference: pyqlib 0.9.7, qlib.contrib.model.pytorch_gats.GATs. Same arguments, weights, order of days and scores
-    under the same seed; the differences on purpose stand in docs/parity.md. Without `model_path` and `pretrain` the
-    first `fit` draws the base's weights a second time, as the reference does.
+    Without `model_path` and `pretrain`, the first `fit` draws the weights of the base model again, as Qlib does.
+
+    Source
+    ------
+    Qlib (pyqlib 0.9.7), qlib/contrib/model/pytorch_gats.py. With the same seed, weights, order of days and
+    scores equal Qlib's. docs/parity.md lists the deliberate differences.
 
     Examples
     --------
@@ -124,27 +209,39 @@ class GATs(Graph):
     base_estimators: ClassVar[dict[str, type[Estimator]]] = {"GRU": GRU, "LSTM": LSTM}
 
 
-class TCN(TemporalConv):
-    """Temporal convolution network over flat windows (Alpha360 style), read at the last step.
+class TCN(TemporalConvEstimator):
+    """Temporal convolution network over flat windows (Alpha360), trained on shuffled samples.
+
+    Flat samples have F*T columns, feature-major: all T steps of feature 0, then all of feature 1, as in Alpha360. The
+    network maps [B, F*T] to predictions [B].
 
     Parameters
     ----------
     d_feat : int
-        Features of a step.
+        Features per step.
     n_chans, num_layers : int
-        Width and number of the blocks, whose dilations are 1, 2, 4, ...
+        Channels and number of the blocks of the network `TCNModel`, whose dilations are 1, 2, 4, ...
     kernel_size : int
+        Steps that a convolution reads.
     dropout : float
-        Of every convolution's output.
+        Probability of dropout of the output of every convolution, in training only.
     n_epochs, lr, metric, batch_size, early_stop, loss, optimizer, GPU, seed
-        Of the training loop, see `Estimator`.
-    device, compat, progress
-        Keyword only, see `Estimator`.
+        Arguments of the training loop, see `qfast.training.Estimator`.
+    weight_decay, device, compat, progress, cuda_graphs
+        Keyword-only arguments of the training loop, see `Estimator`.
 
-    Notes
-    -----
-    Reference: pyqlib 0.9.7, qlib.contrib.model.pytorch_tcn.TCN. Same arguments, weights and batch order under the same
-    seed, and without dropout the same scores; the masks of the dropout are drawn by counter (docs/tcn.md).
+    Raises
+    ------
+    ConfigError
+        An unknown argument, or a value that is not allowed.
+    BackendError
+        The device is not available.
+
+    Source
+    ------
+    Qlib (pyqlib 0.9.7), qlib/contrib/model/pytorch_tcn.py. With the same seed, weights and batches
+    equal Qlib's, and so do the scores without dropout. qfast draws dropout masks from a counter-based generator;
+    `compat="qlib"` restores Qlib's.
 
     Examples
     --------
@@ -153,29 +250,43 @@ class TCN(TemporalConv):
     torch.Size([2])
     """
 
-    tcn_model = property(lambda self: self.network, doc="The network, under the reference's name.")
+    tcn_model = property(lambda self: self.network, doc="The network, under Qlib's name.")
 
 
-class TransformerModel(Encoder):
-    """Transformer encoder over flat windows (Alpha360 style), read at its last step.
+class TransformerModel(EncoderEstimator):
+    """Transformer encoder over flat windows (Alpha360) that predicts from the last step.
+
+    Flat samples have F*T columns, feature-major: all T steps of feature 0, then all of feature 1, as in Alpha360. The
+    network maps [B, F*T] to predictions [B].
 
     Parameters
     ----------
-    d_feat, d_model, nhead, num_layers, dropout
-        Of the network `qfast.nn.Transformer`.
+    d_feat, d_model, nhead, num_layers : int
+        Features per step, width, number of heads and layers of the network `qfast.nn.Transformer`. d_model must be even
+        and a multiple of nhead.
+    dropout : float
+        Probability of dropout in the encoder layers, in training only.
     n_epochs, lr, metric, batch_size, early_stop, loss, optimizer, GPU, seed
-        Of the training loop, see `Estimator`. `batch_size` counts rows, `early_stop` epochs.
+        Arguments of the training loop, see `qfast.training.Estimator`.
+    device, compat, progress, cuda_graphs
+        Keyword-only arguments of the training loop, see `Estimator`.
     reg : float
-        Weight decay: L2 added to the gradient.
+        L2 penalty, `weight_decay` in `Estimator`.
     n_jobs : int
-        Accepted for the reference's sake and unused.
-    device, compat, progress
-        Keyword only, see `Estimator`.
+        Accepted and ignored.
 
-    Notes
-    -----
-    Reference: pyqlib 0.9.7, qlib.contrib.model.pytorch_transformer.TransformerModel. Same arguments, weights and batch
-    order under the same seed, and without dropout the same scores; the masks of the dropout are drawn by counter.
+    Raises
+    ------
+    ConfigError
+        An unknown argument, or a value that is not allowed.
+    BackendError
+        The device is not available.
+
+    Source
+    ------
+    Qlib (pyqlib 0.9.7), qlib/contrib/model/pytorch_transformer.py. With the same seed, weights and batches equal
+    Qlib's, and so do the scores without dropout. qfast draws dropout masks from a counter-based generator;
+    `compat="qlib"` restores Qlib's.
 
     Examples
     --------
@@ -187,11 +298,40 @@ class TransformerModel(Encoder):
     network_class = Transformer
 
 
-class LocalformerModel(Encoder):
-    """Transformer encoder with local context and a GRU on top, over flat windows (Alpha360 style).
+class LocalformerModel(EncoderEstimator):
+    """Transformer encoder with local context and a GRU over its steps, on flat windows (Alpha360).
 
-    Parameters and notes as `TransformerModel`; the network is `qfast.nn.Localformer`. Reference:
-    qlib.contrib.model.pytorch_localformer.LocalformerModel.
+    Flat samples have F*T columns, feature-major: all T steps of feature 0, then all of feature 1, as in Alpha360. The
+    network maps [B, F*T] to predictions [B].
+
+    Parameters
+    ----------
+    d_feat, d_model, nhead, num_layers : int
+        Features per step, width, number of heads and layers of the network `qfast.nn.Localformer`. d_model must be even
+        and a multiple of nhead.
+    dropout : float
+        Probability of dropout in the encoder layers and between the layers of the GRU, in training only.
+    n_epochs, lr, metric, batch_size, early_stop, loss, optimizer, GPU, seed
+        Arguments of the training loop, see `qfast.training.Estimator`.
+    device, compat, progress, cuda_graphs
+        Keyword-only arguments of the training loop, see `Estimator`.
+    reg : float
+        L2 penalty, `weight_decay` in `Estimator`.
+    n_jobs : int
+        Accepted and ignored.
+
+    Raises
+    ------
+    ConfigError
+        An unknown argument, or a value that is not allowed.
+    BackendError
+        The device is not available.
+
+    Source
+    ------
+    Qlib (pyqlib 0.9.7), qlib/contrib/model/pytorch_localformer.py. With the same seed, weights and batches equal
+    Qlib's, and so do the scores without dropout. qfast draws dropout masks from a counter-based generator;
+    `compat="qlib"` restores Qlib's.
 
     Examples
     --------

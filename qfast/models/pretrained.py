@@ -1,4 +1,4 @@
-"""Reading the recurrent base of a graph attention network: from weight files, run folders or a fitted model."""
+"""Weights for the recurrent base of a graph attention network, from weight files, run folders or fitted models."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from torch import Tensor, nn
 from qfast.errors import CheckpointError, some
 from qfast.training import checkpoint
 
-PARTS = ("rnn.", "fc_out.")  # what the reference takes of a base
+PARTS = ("rnn.", "fc_out.")  # prefixes of the parameters that Qlib loads from a base model
 GATES = {"LSTM": 4, "GRU": 3}
-RUN_WEIGHTS = "best.safetensors"  # of a run folder
+RUN_WEIGHTS = "best.safetensors"  # weight file of a run folder
 
-__all__ = ["BaseWeights", "read_base"]
+__all__ = ["BaseWeights", "read_base", "select_base"]
 
 
 @dataclass(frozen=True)
 class BaseWeights:
-    """Weights of a base that fit a network, and what was done with each of the source's.
+    """Weights of a base model that fit a network.
 
     Attributes
     ----------
     tensors : dict
-        What is taken: all rnn.*, and fc_out.* where the source has it.
+        Weights to load: all rnn.*, and the fc_out.* that the source has.
     source : str
-        File, or what else the weights come from.
+        The file, or a description of the model that the weights come from.
     not_taken : list of str
-        Other keys of the source.
+        Further keys of the source, which are not loaded.
     absent : list of str
         fc_out.* keys that the source does not have.
     """
@@ -42,28 +42,36 @@ class BaseWeights:
     absent: list[str] = field(default_factory=list)
 
     def facts(self) -> dict[str, Any]:
-        """For logs and manifests, as JSON can hold it."""
-        found = asdict(self)
-        found.pop("tensors")
-        return {"source": self.source, "taken": sorted(self.tensors), **found}
+        """The keys without the tensors, as JSON values for logs and manifests."""
+        facts = asdict(self)
+        facts.pop("tensors")
+        return {"source": self.source, "taken": sorted(self.tensors), **facts}
 
 
 def read_base(path: str | Path, network: nn.Module) -> BaseWeights:
-    """The weights in `path` that `network` takes as its base.
+    """Read the weights of a base model for `network`, without running code from the file.
 
     Parameters
     ----------
     path : path
-        A state dict as the reference writes it (.pkl, .pt, .bin; read without running code), a .safetensors file, or
-        a run folder, whose best weights are taken.
+        A state dict in torch's format, as Qlib writes it (.pkl, .pt, .bin), a .safetensors file, or a run folder, whose
+        best weights are read.
     network : GATModel
-        Says which shapes are needed; it is not changed.
+        Determines the keys and shapes. It is not changed.
+
+    Returns
+    -------
+    BaseWeights
 
     Raises
     ------
     CheckpointError
-        No such file, a damaged one, a folder without weights; an rnn.* that is missing or of another shape: all are
-        named, with the arguments under which the file would fit.
+        The file is missing or damaged, the folder has no weights, an rnn.* is missing or has another shape, or a
+        weight is not finite. The message lists the keys and, if possible, the arguments of a model that would fit.
+
+    Source
+    ------
+    Qlib's GATs (pyqlib 0.9.7, qlib/contrib/model/pytorch_gats.py), which loads the base model in `fit`.
 
     Examples
     --------
@@ -75,37 +83,54 @@ def read_base(path: str | Path, network: nn.Module) -> BaseWeights:
     ['fc_out.bias', 'fc_out.weight']
     """
     file = _weight_file(Path(path).expanduser())
-    return chosen(checkpoint.read_tensors(file), network, str(file))
+    return select_base(checkpoint.read_tensors(file), network, str(file))
 
 
-def chosen(tensors: Mapping[str, Tensor], network: nn.Module, source: str) -> BaseWeights:
-    """What `network` takes of the tensors of a base; raises as `read_base` does."""
-    own = {key: tuple(value.shape) for key, value in network.state_dict().items() if key.startswith(PARTS)}
-    found = {key: tuple(value.shape) for key, value in tensors.items()}
-    missing = [key for key in own if key not in found and key.startswith("rnn.")]
-    surplus = [key for key in found if key not in own and key.startswith("rnn.")]  # a deeper base
-    shapes = [f"{key}: {found[key]}, needed {own[key]}" for key in own if found.get(key, own[key]) != own[key]]
+def select_base(tensors: Mapping[str, Tensor], network: nn.Module, source: str) -> BaseWeights:
+    """Select the weights that `network` loads from the tensors of a base model.
+
+    Parameters
+    ----------
+    tensors : mapping
+        State dict of the base model.
+    network : GATModel
+    source : str
+        Description of the origin, for messages.
+
+    Raises
+    ------
+    CheckpointError
+        As in `read_base`.
+    """
+    needed = {key: tuple(value.shape) for key, value in network.state_dict().items() if key.startswith(PARTS)}
+    present = {key: tuple(value.shape) for key, value in tensors.items()}
+    missing = [key for key in needed if key not in present and key.startswith("rnn.")]
+    surplus = [key for key in present if key not in needed and key.startswith("rnn.")]  # the base has more layers
+    shapes = [
+        f"{key}: {present[key]}, needed {shape}" for key, shape in needed.items() if present.get(key, shape) != shape
+    ]
     if missing or surplus or shapes:
         raise CheckpointError(
-            f"{source} does not fit as the base: missing {_named(missing)}; too many {_named(surplus)}; other shapes "
-            f"{_named(shapes)}; it holds {_named(sorted(found))}.{_remedy(found, network)}"
+            f"{source} does not fit as the base: missing {_first(missing)}; surplus {_first(surplus)}; other shapes "
+            f"{_first(shapes)}; it contains {_first(sorted(present))}.{_remedy(present, network)}"
         )
-    broken = [key for key in own if key in found and not bool(tensors[key].isfinite().all())]
+    broken = [key for key in needed if key in present and not bool(tensors[key].isfinite().all())]
     if broken:
-        raise CheckpointError(f"{source} holds NaN or infinity in {broken}: nothing can be trained from there.")
+        raise CheckpointError(f"{source} contains NaN or infinity in {broken}, so training cannot start from it.")
     return BaseWeights(
-        {key: tensors[key] for key in own if key in found},
+        {key: tensors[key] for key in needed if key in present},
         source,
-        not_taken=sorted(key for key in found if key not in own),
-        absent=[key for key in own if key not in found],
+        not_taken=sorted(key for key in present if key not in needed),
+        absent=[key for key in needed if key not in present],
     )
 
 
-def _named(keys: list[str]) -> str:
+def _first(keys: list[str]) -> str:
     return some(keys, most=3) or "none"
 
 
 def _weight_file(path: Path) -> Path:
+    """The weight file of a run folder; any other path unchanged."""
     if not path.is_dir():
         return path
     file = path / RUN_WEIGHTS
@@ -113,28 +138,32 @@ def _weight_file(path: Path) -> Path:
         return file
     try:
         status = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["status"]
-        why = f"its run is {status!r} and has written none yet"
+        reason = f"its run is {status!r} and has not written any yet"
     except (OSError, ValueError, KeyError, TypeError):
-        why = "and it is no run folder"
+        reason = "it is not a run folder"
     raise CheckpointError(
-        f"model_path {str(path)!r} is a folder without {RUN_WEIGHTS}: {why}. Remedy: give a weight file, or the folder "
+        f"model_path {str(path)!r} is a folder without {RUN_WEIGHTS}: {reason}. Remedy: a weight file, or the folder "
         "of a run that has trained at least one epoch."
     )
 
 
-def _remedy(found: Mapping[str, tuple[int, ...]], network: Any) -> str:
-    """The model's arguments under which the file would fit, as a sentence; empty where its shapes say nothing."""
-    inputs, states = found.get("rnn.weight_ih_l0", ()), found.get("rnn.weight_hh_l0", ())
+def _remedy(shapes: Mapping[str, tuple[int, ...]], network: Any) -> str:
+    """A sentence with the model arguments that fit the shapes of a file; empty if the shapes do not determine them."""
+    inputs, states = shapes.get("rnn.weight_ih_l0", ()), shapes.get("rnn.weight_hh_l0", ())
     if len(inputs) != 2 or len(states) != 2 or states[1] == 0:
         return (
-            " Remedy: give the weights of an LSTM or GRU model (keys rnn.weight_ih_l0, ...); of a training checkpoint "
-            f"the {RUN_WEIGHTS} beside it."
+            " Remedy: the weights of an LSTM or GRU model (keys rnn.weight_ih_l0, ...). For a training checkpoint, use "
+            f"the {RUN_WEIGHTS} in the same folder."
         )
     kind = next((name for name, gates in GATES.items() if gates * states[1] == states[0]), None)
     rnn = network.rnn
-    own = {"base_model": network.base_model, "d_feat": rnn.input_size, "hidden_size": rnn.hidden_size,
-           "num_layers": rnn.num_layers}  # fmt: skip
-    layers = sum(key.startswith("rnn.weight_ih_l") for key in found)
-    wanted = {"base_model": kind, "d_feat": inputs[1], "hidden_size": states[1], "num_layers": layers}
-    changes = [f"{name}={value!r} (now {own[name]!r})" for name, value in wanted.items() if value != own[name]]
-    return f" Remedy: build the model with {', '.join(changes)}, or give another file." if kind and changes else ""
+    current = {
+        "base_model": network.base_model,
+        "d_feat": rnn.input_size,
+        "hidden_size": rnn.hidden_size,
+        "num_layers": rnn.num_layers,
+    }
+    layers = sum(key.startswith("rnn.weight_ih_l") for key in shapes)
+    fitting = {"base_model": kind, "d_feat": inputs[1], "hidden_size": states[1], "num_layers": layers}
+    changes = [f"{name}={value!r} (now {current[name]!r})" for name, value in fitting.items() if value != current[name]]
+    return f" Remedy: build the model with {', '.join(changes)}, or use another file." if kind and changes else ""

@@ -1,35 +1,56 @@
-"""Estimators with the reference's `_ts` arguments and defaults: rolling windows out of a time-series dataset."""
+"""Estimators with the arguments and defaults of Qlib's time-series models (`_ts`), over rolling windows (Alpha158)."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-from qfast.models._graph import GraphTimeSeries
-from qfast.models._recurrent import AttentiveTimeSeries, RecurrentTimeSeries
-from qfast.models._tcn import TemporalConvTimeSeries
-from qfast.models._transformer import EncoderTimeSeries
+from qfast.models._graph import GraphTimeSeriesEstimator
+from qfast.models._recurrent import AttentiveTimeSeriesEstimator, RecurrentTimeSeriesEstimator
+from qfast.models._tcn import TemporalConvTimeSeriesEstimator
+from qfast.models._transformer import EncoderTimeSeriesEstimator
 from qfast.nn import ALSTMModel, GATModel, GRUModel, Localformer, LSTMModel, TCNModel, Transformer
 from qfast.training.estimator import Estimator
 
 __all__ = [
-    "ALSTM", "GRU", "LSTM", "TCN", "ALSTMModel", "GATModel", "GATs", "GRUModel", "LSTMModel", "Localformer",
-    "LocalformerModel", "TCNModel", "Transformer", "TransformerModel",
-]  # fmt: skip
+    "ALSTM",
+    "GRU",
+    "LSTM",
+    "TCN",
+    "ALSTMModel",
+    "GATModel",
+    "GATs",
+    "GRUModel",
+    "LSTMModel",
+    "Localformer",
+    "LocalformerModel",
+    "TCNModel",
+    "Transformer",
+    "TransformerModel",
+]
 
 
-class LSTM(RecurrentTimeSeries):
-    """LSTM over rolling windows (Alpha158 style), for time-series datasets.
+class LSTM(RecurrentTimeSeriesEstimator):
+    """LSTM over rolling windows (Alpha158), trained on shuffled samples.
+
+    The samples are rolling windows of a time-series dataset. The network maps [B, T, F] to predictions [B].
 
     Parameters
     ----------
     n_jobs : int
-        Accepted for the reference's sake and unused: batches are gathered in this process.
+        Accepted and ignored: qfast gathers batches in the training process.
     others
-        As in the flat `qfast.models.LSTM`.
+        As in the flat `qfast.models.LSTM`, with the defaults of Qlib's time-series model.
 
-    Notes
-    -----
-    Reference: pyqlib 0.9.7, qlib.contrib.model.pytorch_lstm_ts.LSTM.
+    Raises
+    ------
+    ConfigError
+        An unknown argument, or a value that is not allowed.
+    BackendError
+        The device is not available.
+
+    Source
+    ------
+    Qlib (pyqlib 0.9.7), qlib/contrib/model/pytorch_lstm_ts.py.
 
     Examples
     --------
@@ -39,13 +60,31 @@ class LSTM(RecurrentTimeSeries):
     """
 
     network_class = LSTMModel
-    LSTM_model = property(lambda self: self.network, doc="The network, under the reference's name.")
+    LSTM_model = property(lambda self: self.network, doc="The network, under Qlib's name.")
 
 
-class GRU(RecurrentTimeSeries):
-    """GRU over rolling windows (Alpha158 style). Parameters as `LSTM`.
+class GRU(RecurrentTimeSeriesEstimator):
+    """GRU over rolling windows (Alpha158), trained on shuffled samples.
 
-    Reference: pyqlib 0.9.7, qlib.contrib.model.pytorch_gru_ts.GRU.
+    The samples are rolling windows of a time-series dataset. The network maps [B, T, F] to predictions [B].
+
+    Parameters
+    ----------
+    n_jobs : int
+        Accepted and ignored: qfast gathers batches in the training process.
+    others
+        As in the flat `qfast.models.GRU`, with the defaults of Qlib's time-series model.
+
+    Raises
+    ------
+    ConfigError
+        An unknown argument, or a value that is not allowed.
+    BackendError
+        The device is not available.
+
+    Source
+    ------
+    Qlib (pyqlib 0.9.7), qlib/contrib/model/pytorch_gru_ts.py.
 
     Examples
     --------
@@ -55,14 +94,31 @@ class GRU(RecurrentTimeSeries):
     """
 
     network_class = GRUModel
-    GRU_model = property(lambda self: self.network, doc="The network, under the reference's name.")
+    GRU_model = property(lambda self: self.network, doc="The network, under Qlib's name.")
 
 
-class ALSTM(AttentiveTimeSeries):
-    """LSTM or GRU with attention over time on rolling windows (Alpha158 style). Parameters as the flat `ALSTM`, and
-    `n_jobs`, which is accepted and unused.
+class ALSTM(AttentiveTimeSeriesEstimator):
+    """LSTM or GRU with attention over time on rolling windows (Alpha158), trained on shuffled samples.
 
-    Reference: pyqlib 0.9.7, qlib.contrib.model.pytorch_alstm_ts.ALSTM.
+    The samples are rolling windows of a time-series dataset. The network maps [B, T, F] to predictions [B].
+
+    Parameters
+    ----------
+    n_jobs : int
+        Accepted and ignored: qfast gathers batches in the training process.
+    others
+        As in the flat `qfast.models.ALSTM`, with the defaults of Qlib's time-series model.
+
+    Raises
+    ------
+    ConfigError
+        An unknown argument, or a value that is not allowed.
+    BackendError
+        The device is not available.
+
+    Source
+    ------
+    Qlib (pyqlib 0.9.7), qlib/contrib/model/pytorch_alstm_ts.py.
 
     Examples
     --------
@@ -72,15 +128,39 @@ class ALSTM(AttentiveTimeSeries):
     """
 
 
-class GATs(GraphTimeSeries):
-    """Graph attention over all stocks of a day, on rolling windows (Alpha158 style). Parameters as the flat `GATs`.
+class GATs(GraphTimeSeriesEstimator):
+    """Graph attention over all stocks of a day, on top of an LSTM or GRU over each stock's rolling window (Alpha158).
+
+    The samples are rolling windows of a time-series dataset. The network maps [N, T, F], the N stocks of a day,
+    to predictions [N].
+
+    Parameters
+    ----------
+    n_jobs : int
+        Accepted and ignored: qfast gathers batches in the training process.
+    others
+        As in the flat `qfast.models.GATs`, with the defaults of Qlib's time-series model.
+
+    Raises
+    ------
+    ConfigError
+        An unknown argument, or a value that is not allowed.
+    BackendError
+        The device is not available.
+    CheckpointError
+        `model_path` contains weights that do not fit.
 
     Notes
     -----
-    Reference: pyqlib 0.9.7, qlib.contrib.model.pytorch_gats_ts.GATs, whose batches are not days: they are consecutive
-    samples of one stock after the other, so that attention runs over dates (Qlib issues 1460 and 2319). Here a batch
-    is all stocks of one date, shuffled as in the flat model; `compat="qlib"` gives the reference's batches, draws and
-    numbers. Predictions stand instrument by instrument, each under its own date, either way.
+    The batches of Qlib's model are not days but consecutive samples, ordered by stock. Its attention therefore runs
+    over the dates of one stock (Qlib issues [1460](https://github.com/microsoft/qlib/issues/1460) and
+    [2319](https://github.com/microsoft/qlib/issues/2319)). In qfast a batch is all stocks of one day, and the days are
+    shuffled as in the flat model. `compat="qlib"` restores Qlib's batches, random draws and results. Predictions are
+    ordered by instrument in both cases.
+
+    Source
+    ------
+    Qlib (pyqlib 0.9.7), qlib/contrib/model/pytorch_gats_ts.py.
 
     Examples
     --------
@@ -92,15 +172,34 @@ class GATs(GraphTimeSeries):
     base_estimators: ClassVar[dict[str, type[Estimator]]] = {"GRU": GRU, "LSTM": LSTM}
 
 
-class TCN(TemporalConvTimeSeries):
-    """Temporal convolution network over rolling windows (Alpha158 style). Parameters as the flat `TCN`, and `n_jobs`,
-    which is accepted and unused.
+class TCN(TemporalConvTimeSeriesEstimator):
+    """Temporal convolution network over rolling windows (Alpha158), trained on shuffled samples.
+
+    The samples are rolling windows of a time-series dataset. The network maps [B, F, T] to predictions [B].
+
+    Parameters
+    ----------
+    n_jobs : int
+        Accepted and ignored: qfast gathers batches in the training process.
+    others
+        As in the flat `qfast.models.TCN`, with the defaults of Qlib's time-series model.
+
+    Raises
+    ------
+    ConfigError
+        An unknown argument, or a value that is not allowed.
+    BackendError
+        The device is not available.
 
     Notes
     -----
-    Reference: pyqlib 0.9.7, qlib.contrib.model.pytorch_tcn_ts.TCN, whose `predict` forgets to transpose the windows
-    ([issue 1401](https://github.com/microsoft/qlib/issues/1401)): it fails, or where step_len == d_feat scores
-    nonsense. Here it transposes them; `compat="qlib"` brings the reference's predictions back.
+    Qlib's `predict` does not transpose the windows
+    ([issue 1401](https://github.com/microsoft/qlib/issues/1401)): it fails, or predicts from transposed data if
+    step_len == d_feat. qfast transposes them; `compat="qlib"` restores Qlib's predictions.
+
+    Source
+    ------
+    Qlib (pyqlib 0.9.7), qlib/contrib/model/pytorch_tcn_ts.py.
 
     Examples
     --------
@@ -109,13 +208,28 @@ class TCN(TemporalConvTimeSeries):
     torch.Size([2])
     """
 
-    TCN_model = property(lambda self: self.network, doc="The network, under the reference's name.")
+    TCN_model = property(lambda self: self.network, doc="The network, under Qlib's name.")
 
 
-class TransformerModel(EncoderTimeSeries):
-    """Transformer encoder over rolling windows (Alpha158 style). Parameters as the flat `TransformerModel`.
+class TransformerModel(EncoderTimeSeriesEstimator):
+    """Transformer encoder over rolling windows (Alpha158) that predicts from the last step.
 
-    Reference: pyqlib 0.9.7, qlib.contrib.model.pytorch_transformer_ts.TransformerModel.
+    The samples are rolling windows of a time-series dataset. The network maps [B, T, F] to predictions [B].
+
+    Parameters
+    ----------
+    As in the flat `qfast.models.TransformerModel`, with the defaults of Qlib's time-series model.
+
+    Raises
+    ------
+    ConfigError
+        An unknown argument, or a value that is not allowed.
+    BackendError
+        The device is not available.
+
+    Source
+    ------
+    Qlib (pyqlib 0.9.7), qlib/contrib/model/pytorch_transformer_ts.py.
 
     Examples
     --------
@@ -127,11 +241,25 @@ class TransformerModel(EncoderTimeSeries):
     network_class = Transformer
 
 
-class LocalformerModel(EncoderTimeSeries):
-    """Transformer encoder with local context and a GRU on top, over rolling windows (Alpha158 style). Parameters as the
-    flat `LocalformerModel`.
+class LocalformerModel(EncoderTimeSeriesEstimator):
+    """Transformer encoder with local context and a GRU over its steps, on rolling windows (Alpha158).
 
-    Reference: pyqlib 0.9.7, qlib.contrib.model.pytorch_localformer_ts.LocalformerModel.
+    The samples are rolling windows of a time-series dataset. The network maps [B, T, F] to predictions [B].
+
+    Parameters
+    ----------
+    As in the flat `qfast.models.LocalformerModel`, with the defaults of Qlib's time-series model.
+
+    Raises
+    ------
+    ConfigError
+        An unknown argument, or a value that is not allowed.
+    BackendError
+        The device is not available.
+
+    Source
+    ------
+    Qlib (pyqlib 0.9.7), qlib/contrib/model/pytorch_localformer_ts.py.
 
     Examples
     --------
