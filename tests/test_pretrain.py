@@ -240,7 +240,7 @@ def test_pretraining_takes_the_base_models_defaults_and_arguments(kind):
     ("training", "message"),
     [
         ({"n_epoch": 3}, r"(LSTM|GRU) has no argument 'n_epoch'\. Did you mean 'n_epochs'"),
-        ({"hidden_size": 4}, "pretrain has no argument 'hidden_size', got 4: the base model has the sizes {'d_feat': 3"),
+        ({"hidden_size": 4}, "pretrain has no argument 'hidden_size', got 4: the base model has .* {'d_feat': 3"),
         ({"lr": -1}, "lr must be a number of at least 0, got -1"),
         ({"resume": True}, "resume=True needs checkpoint_dir"),
     ],

@@ -206,8 +206,8 @@ class GraphEstimator(Estimator):
         size = next((name for name in sizes if name in training), None)
         if size is not None:
             raise ConfigError(
-                f"pretrain has no argument {size!r}, got {training[size]!r}: the base model has the sizes {sizes} of this "
-                "model."
+                f"pretrain has no argument {size!r}, got {training[size]!r}: the base model has the sizes {sizes} of "
+                "this model."
             )
         fit = {name: training.pop(name) for name in FIT_ARGUMENTS if name in training}
         shared = {name: params[name] for name in ("GPU", "seed", "compat", "progress", "cuda_graphs")}
