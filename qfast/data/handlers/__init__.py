@@ -1,9 +1,9 @@
-"""Handlers: raw columns, the processors that run over them, and the three panels that result.
+"""Handlers: raw columns, the processors that run over them, and the resulting panels for inference and learning.
 
-The flow is the reference's (pyqlib 0.9.7, DataHandlerLP): raw -> shared -> infer gives the "infer"
-data; learn processors run on that ("append") or on the result of the shared ones ("independent") and
-give the "learn" data. Panels share every block that no processor changed, so dropping rows and ranking
-labels for learning costs no second copy of the features.
+The stages are those of DataHandlerLP in pyqlib 0.9.7. Shared and then infer processors turn the raw data into the
+"infer" data. Learn processors run on the "infer" data (process_type="append") or on the result of the shared processors
+("independent") and return the "learn" data. Panels share every block that no processor changed, so dropping rows and
+ranking labels for learning does not copy the features.
 """
 
 from __future__ import annotations
@@ -30,7 +30,28 @@ __all__ = [
 
 
 def build_handler(spec: Handler | Mapping[str, Any] | str, *, path: str = "handler", **extra: Any) -> Handler:
-    """A handler from an instance, a mapping or a name; see `qfast.registry.Registry.build`."""
+    """Build a handler from an instance, a configuration mapping or a class name.
+
+    Parameters
+    ----------
+    spec : Handler, mapping or str
+        See `qfast.registry.Registry.build`.
+    path : str
+        Place of the configuration, for messages.
+    **extra
+        Additional arguments of the handler.
+
+    Raises
+    ------
+    ConfigError
+        The class or an argument is unknown.
+
+    Examples
+    --------
+    >>> from qfast.data import synthetic
+    >>> build_handler({"class": "Alpha360"}, data=synthetic.prices(3, 70), learn_processors=[], infer_processors=[])
+    Alpha360(3 instruments, 188 rows, 188 to learn from, columns {'feature': 360, 'label': 1})
+    """
     return HANDLERS.build(spec, path=path, **extra)
 
 

@@ -1,4 +1,4 @@
-"""Factors by expression as features, and Alpha158, the set of them that quants know."""
+"""Handlers whose features are factor expressions, and Qlib's factor set Alpha158."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from qfast.errors import ConfigError, shown, suggest
 log = logging.getLogger("qfast.data")
 
 WINDOWS = (5, 10, 20, 30, 60)
-BACK = ("Ref($close, 1)", "Ref($volume, 1)")
 
 KBAR: Mapping[str, str] = {
     "KMID": "($close - $open) / $open",
@@ -36,17 +35,17 @@ KBAR: Mapping[str, str] = {
 
 
 def _moves(field: str, name: str) -> dict[str, str]:
-    """Shares of the rises and falls of a field in all its moves, and their difference."""
+    """Sums of a field's rises and of its falls over the sum of its absolute changes, and their difference."""
     up, down = f"Greater({field} - Ref({field}, 1), 0)", f"Greater(Ref({field}, 1) - {field}, 0)"
-    every = f"(Sum(Abs({field} - Ref({field}, 1)), {{d}}) + 1e-12)"
+    total = f"(Sum(Abs({field} - Ref({field}, 1)), {{d}}) + 1e-12)"
     return {
-        f"{name}P": f"Sum({up}, {{d}}) / {every}",
-        f"{name}N": f"Sum({down}, {{d}}) / {every}",
-        f"{name}D": f"(Sum({up}, {{d}}) - Sum({down}, {{d}})) / {every}",
+        f"{name}P": f"Sum({up}, {{d}}) / {total}",
+        f"{name}N": f"Sum({down}, {{d}}) / {total}",
+        f"{name}D": f"(Sum({up}, {{d}}) - Sum({down}, {{d}})) / {total}",
     }
 
 
-# Families of the rolling factors: name -> expression with {d} for the window.
+# Families of rolling factors: name -> expression, in which {d} is the window.
 ROLLING: Mapping[str, str] = {
     "ROC": "Ref($close, {d}) / $close",
     "MA": "Mean($close, {d}) / $close",
@@ -75,31 +74,44 @@ ROLLING: Mapping[str, str] = {
     " / (Mean(Abs($close / Ref($close, 1) - 1) * $volume, {d}) + 1e-12)",
     **_moves("$volume", "VSUM"),
 }
-CHOSEN_AS = {"MIN": "LOW"}  # the name by which the reference's include and exclude know a family
+QLIB_NAMES = {"MIN": "LOW"}  # family -> its name in Qlib's "include" and "exclude"
 SECTIONS: Mapping[str, tuple[str, ...]] = {
-    "kbar": (), "price": ("windows", "feature"), "volume": ("windows",), "rolling": ("windows", "include", "exclude"),
-}  # fmt: skip
+    "kbar": (),
+    "price": ("windows", "feature"),
+    "volume": ("windows",),
+    "rolling": ("windows", "include", "exclude"),
+}
 
 
 def alpha158_factors(config: Mapping[str, Any] | None = None) -> tuple[list[str], list[str]]:
-    """Expressions and names of Alpha158, or of the part of it that `config` asks for.
+    """Expressions and names of the factors of Alpha158, or of the part that `config` selects.
 
     Parameters
     ----------
     config : mapping, optional
-        "kbar": {} for the nine of the candlestick; "price": {"windows": [0], "feature": ["OPEN", ...]} for prices
-        of days ago over today's close; "volume": {"windows": [0]}; "rolling": {"windows": [5, ...], "include":
-        ["ROC", ...], "exclude": [...]} for the 29 rolling families (MIN is chosen as "LOW" or "MIN"). Default: kbar,
-        today's open, high, low and vwap, and all rolling families over 5, 10, 20, 30 and 60 days.
+        The sections to include:
+
+        - "kbar": {}, the nine candlestick factors.
+        - "price": {"windows": [0, ...], "feature": ["OPEN", ...]}, prices of that many days ago over today's close.
+        - "volume": {"windows": [0, ...]}, volumes of that many days ago over today's volume.
+        - "rolling": {"windows": [5, ...], "include": ["ROC", ...], "exclude": [...]}, the 29 rolling families. Like in
+          Qlib, the family MIN may also be called "LOW" here.
+
+        Default: kbar, today's open, high, low and vwap, and all rolling families over 5, 10, 20, 30 and 60 days.
+
+    Returns
+    -------
+    (list of str, list of str)
+        Expressions and column names.
 
     Raises
     ------
     ConfigError
-        An unknown section, setting or family; windows that are no whole numbers.
+        A section, setting or family is unknown, windows are not whole numbers, or no factor is selected.
 
-    Source
-    ------
-    Alpha158DL of pyqlib 0.9.7, qlib/contrib/data/loader.py.
+    Notes
+    -----
+    Source: Alpha158DL in qlib/contrib/data/loader.py of pyqlib 0.9.7.
 
     Examples
     --------
@@ -112,27 +124,27 @@ def alpha158_factors(config: Mapping[str, Any] | None = None) -> tuple[list[str]
     if config is None:
         config = {"kbar": {}, "price": {"windows": [0], "feature": ["OPEN", "HIGH", "LOW", "VWAP"]}, "rolling": {}}
     _check_config(config)
-    found: dict[str, str] = {}
+    factors: dict[str, str] = {}
     if "kbar" in config:
-        found |= KBAR
+        factors |= KBAR
     if "price" in config:
         price = config["price"] or {}
         for field in price.get("feature", ("OPEN", "HIGH", "LOW", "CLOSE", "VWAP")):
             for d in price.get("windows", range(5)):
-                found[f"{field.upper()}{d}"] = f"{_ago(field, d)} / $close"
+                factors[f"{field.upper()}{d}"] = f"{_ago(field, d)} / $close"
     if "volume" in config:
         for d in (config["volume"] or {}).get("windows", range(5)):
-            found[f"VOLUME{d}"] = f"{_ago('volume', d)} / ($volume + 1e-12)"
+            factors[f"VOLUME{d}"] = f"{_ago('volume', d)} / ($volume + 1e-12)"
     if "rolling" in config:
         rolling = config["rolling"] or {}
         include, exclude = rolling.get("include"), rolling.get("exclude") or ()
         for family, text in ROLLING.items():
-            names = {family, CHOSEN_AS.get(family, family)}
+            names = {family, QLIB_NAMES.get(family, family)}
             if names.isdisjoint(exclude) and (include is None or not names.isdisjoint(include)):
-                found |= {f"{family}{d}": text.replace("{d}", str(d)) for d in rolling.get("windows", WINDOWS)}
-    if not found:
-        raise ConfigError(f"the configuration of Alpha158 asks for no factor: {shown(dict(config))}.")
-    return list(found.values()), list(found)
+                factors |= {f"{family}{d}": text.replace("{d}", str(d)) for d in rolling.get("windows", WINDOWS)}
+    if not factors:
+        raise ConfigError(f"the configuration of Alpha158 must select at least one factor, got {shown(dict(config))}.")
+    return list(factors.values()), list(factors)
 
 
 def _ago(field: str, days: int) -> str:
@@ -151,8 +163,10 @@ def _check_config(config: object) -> None:
             raise ConfigError(f"section {section!r} of Alpha158 must be a mapping, got {shown(settings)}.")
         for name, value in (settings or {}).items():
             if name not in SECTIONS[section]:
-                known = list(SECTIONS[section])
-                raise ConfigError(f"section {section!r} of Alpha158 has {known}, not {name!r}." + suggest(name, known))
+                names = list(SECTIONS[section])
+                raise ConfigError(
+                    f"section {section!r} of Alpha158 has no setting {name!r}; it has {names}." + suggest(name, names)
+                )
             _check_setting(section, name, value)
 
 
@@ -165,37 +179,41 @@ def _check_setting(section: str, name: str, value: object) -> None:
         least = 1 if section == "rolling" else 0
         wrong = [d for d in value if not isinstance(d, int) or isinstance(d, bool) or d < least]
         if wrong:
-            raise ConfigError(f"{section}.windows of Alpha158 must be whole numbers from {least}, got {wrong[0]!r}.")
+            raise ConfigError(
+                f"{section}.windows of Alpha158 must be whole numbers of at least {least}, got {wrong[0]!r}."
+            )
     elif name == "feature":
         wrong = [field for field in value if not isinstance(field, str)]
         if wrong:
-            raise ConfigError(f"price.feature of Alpha158 must name fields, got {wrong[0]!r}.")
+            raise ConfigError(f"price.feature of Alpha158 must contain names of fields, got {wrong[0]!r}.")
     else:
-        known = [*ROLLING, *CHOSEN_AS.values()]
+        families = [*ROLLING, *QLIB_NAMES.values()]
         for family in value:
-            if family not in known:
+            if family not in families:
                 raise ConfigError(
-                    f"rolling.{name} of Alpha158 names {family!r}; known: {known}." + suggest(str(family), known)
+                    f"rolling.{name} of Alpha158 must contain some of {families}, got {family!r}."
+                    + suggest(str(family), families)
                 )
 
 
 class FactorHandler(PriceHandler):
-    """Features that are expressions over prices, and a label.
+    """A handler whose features are factor expressions over prices.
 
     Parameters
     ----------
     features : list of expressions, or (expressions, names)
-        See `qfast.data.factors`. A list without names is named by the expressions' texts.
+        See `qfast.data.factors`. Without names, the expressions are the column names.
     instruments : str, list, {code: [(start, end), ...]} or {"market": name}
-        A market name needs a Qlib store; with other prices all instruments are used.
+        Only a Qlib store has markets; for other prices a market means all instruments.
     start_time, end_time : date-like, optional
-        Rows between, both inclusive. Expressions look outside them, and outside an instrument's time in the market.
+        First and last row, both inclusive. Expressions also read prices outside this period, and prices of an
+        instrument at times when it does not belong to the market.
     freq : str
         Calendar of a store: "day", "1min", ...
     infer_processors, learn_processors, shared_processors
-        Default: none for inference; DropnaLabel and CSZScoreNorm on the label for learning.
+        Default: DropnaLabel and CSZScoreNorm on the label for learning, and no others.
     fit_start_time, fit_end_time : date-like
-        Fit window of the processors that need one.
+        Period from which processors learn their statistics, both inclusive.
     process_type, drop_raw
         As in `DataHandlerLP`.
     label : list of expressions, or (expressions, names), optional
@@ -203,20 +221,21 @@ class FactorHandler(PriceHandler):
     data : path, DataFrame or Panel
         Prices, see `qfast.data.sources.load_prices`.
     provider_uri : path or {freq: path}
-        Folder of a Qlib binary store; alternative to `data`.
+        Folder of a Qlib binary store, as an alternative to `data`.
     vwap : {None, "typical"}
-        "typical": prices without vwap get (high + low + close) / 3. Otherwise what uses it is NaN,
-        as in the reference.
+        "typical": prices without a vwap get (high + low + close) / 3. None: like in Qlib, features that use a missing
+        vwap are NaN.
     cache : path, optional
-        Folder in which computed factors are kept between runs, see `qfast.data.factor_cache`.
+        Folder in which computed factors are stored for later runs, see `qfast.data.factor_cache`.
     filter_pipe, inst_processors
-        Not available; anything but None is refused.
+        Not available. Only None is allowed.
 
     Raises
     ------
-    ConfigError, DataError
-        An expression that does not parse, neither or both of `data` and `provider_uri`; an argument or prices that
-        cannot be used.
+    ConfigError
+        An expression or argument is invalid, or not exactly one of `data` and `provider_uri` is passed.
+    DataError
+        The prices cannot be used.
 
     Examples
     --------
@@ -255,12 +274,21 @@ class FactorHandler(PriceHandler):
         self._reach = tuple(max(side) for side in zip(*map(reach, self._texts), strict=True))
         self._cache = None if cache is None else FactorCache(cache)
         self._set_up(
-            instruments=instruments, start_time=start_time, end_time=end_time, freq=freq,
+            instruments=instruments,
+            start_time=start_time,
+            end_time=end_time,
+            freq=freq,
             stages={"shared": shared_processors, "infer": infer_processors, "learn": learn_processors},
-            fit_start_time=fit_start_time, fit_end_time=fit_end_time, process_type=process_type, drop_raw=drop_raw,
-            label=label, data=data, provider_uri=provider_uri, vwap=vwap,
-            refused={"filter_pipe": filter_pipe, "inst_processors": inst_processors},
-        )  # fmt: skip
+            fit_start_time=fit_start_time,
+            fit_end_time=fit_end_time,
+            process_type=process_type,
+            drop_raw=drop_raw,
+            label=label,
+            data=data,
+            provider_uri=provider_uri,
+            vwap=vwap,
+            unavailable={"filter_pipe": filter_pipe, "inst_processors": inst_processors},
+        )
 
     def _feature_names(self) -> list[str]:
         return self._names
@@ -279,27 +307,28 @@ class FactorHandler(PriceHandler):
         if self._cache is None:
             return self._evaluated(self._texts, prices, rows)
         key = self._cache.key(self._texts, prices, rows, self.start_time, self.mask_prices)
-        found = self._cache.read(key, self._texts, len(rows))
-        if found is None:
-            found = self._evaluated(self._texts, prices, rows)
-            self._cache.write(key, self._texts, found)
-        return found
+        values = self._cache.read(key, self._texts, len(rows))
+        if values is None:
+            values = self._evaluated(self._texts, prices, rows)
+            self._cache.write(key, self._texts, values)
+        return values
 
 
 class Alpha158(FactorHandler):
-    """158 factors of the last 60 days as features, and the return of the next but one day as label.
+    """Qlib's handler Alpha158: 158 factors of the last 60 days as features.
 
-    Nine of the candlestick (KMID, KLEN, ...), today's open, high, low and vwap over the close, and 29 rolling families
-    over 5, 10, 20, 30 and 60 days, family by family (ROC5 .. VSUMD60).
+    The features are nine candlestick factors (KMID, KLEN, ...), today's open, high, low and vwap over the close, and 29
+    rolling families over 5, 10, 20, 30 and 60 days, family by family (ROC5 to VSUMD60). The label is
+    Ref($close, -2)/Ref($close, -1) - 1, the return from the next day to the day after.
 
     Parameters
     ----------
     instruments, start_time, end_time, freq, infer_processors, learn_processors, fit_start_time, fit_end_time
-        As in `FactorHandler`; the reference's names, order and defaults.
+        As in `FactorHandler`. Order and defaults are Qlib's.
     process_type, filter_pipe, inst_processors, shared_processors, drop_raw, label, data, provider_uri, vwap, cache
         As in `FactorHandler`.
     config : mapping, optional
-        Part of the factors, see `alpha158_factors`.
+        Selects part of the factors, see `alpha158_factors`.
 
     Raises
     ------
@@ -308,8 +337,8 @@ class Alpha158(FactorHandler):
 
     Notes
     -----
-    A subclass may override `get_feature_config` and `get_label_config`, as with the reference. Source: pyqlib 0.9.7,
-    qlib/contrib/data/handler.py and loader.py.
+    Like in Qlib, a subclass may override `get_feature_config` and `get_label_config`. Source:
+    qlib/contrib/data/handler.py and loader.py of pyqlib 0.9.7.
 
     Examples
     --------
@@ -346,18 +375,33 @@ class Alpha158(FactorHandler):
     ) -> None:
         super().__init__(
             self.get_feature_config() if config is None else alpha158_factors(config),
-            instruments, start_time, end_time, freq, infer_processors, learn_processors, fit_start_time, fit_end_time,
-            process_type, filter_pipe, inst_processors, shared_processors=shared_processors, drop_raw=drop_raw,
-            label=label, data=data, provider_uri=provider_uri, vwap=vwap, cache=cache,
-        )  # fmt: skip
+            instruments=instruments,
+            start_time=start_time,
+            end_time=end_time,
+            freq=freq,
+            infer_processors=infer_processors,
+            learn_processors=learn_processors,
+            fit_start_time=fit_start_time,
+            fit_end_time=fit_end_time,
+            process_type=process_type,
+            filter_pipe=filter_pipe,
+            inst_processors=inst_processors,
+            shared_processors=shared_processors,
+            drop_raw=drop_raw,
+            label=label,
+            data=data,
+            provider_uri=provider_uri,
+            vwap=vwap,
+            cache=cache,
+        )
 
     def get_feature_config(self) -> tuple[list[str], list[str]]:
-        """(expressions, names) of the features where the constructor is given no `config`."""
+        """Default features, as (expressions, names)."""
         return alpha158_factors(self.DEFAULT)
 
 
 class Alpha158vwap(Alpha158):
-    """`Alpha158` with the label Ref($vwap, -2) / Ref($vwap, -1) - 1.
+    """`Alpha158` with the label Ref($vwap, -2)/Ref($vwap, -1) - 1.
 
     Examples
     --------

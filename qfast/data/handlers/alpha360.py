@@ -1,4 +1,4 @@
-"""Alpha360: windows of prices as features, the return that follows as label."""
+"""Qlib's handler Alpha360, whose features are windows of prices."""
 
 from __future__ import annotations
 
@@ -17,53 +17,56 @@ DEFAULT_INFER_PROCESSORS: tuple[Mapping[str, Any], ...] = (
     {"class": "ZScoreNorm", "kwargs": {}},
     {"class": "Fillna", "kwargs": {}},
 )
-WINDOW_CHUNK = 1 << 12  # rows whose windows of one field stay in the cache
+WINDOW_CHUNK = 1 << 12  # rows at a time, whose windows of one field stay in the CPU cache
 
 
 class Alpha360(PriceHandler):
-    """60 days of six price fields as features, and the return of the next but one day as label.
+    """Qlib's handler Alpha360: 60 days of six price fields as features.
 
-    Features are Ref(f, i) / $close for i = 59 .. 0 and f = close, open, high, low, vwap, then
-    Ref($volume, i) / ($volume + 1e-12): CLOSE59 .. CLOSE0, OPEN59 .. VOLUME0, feature by feature with
-    time ascending. The label is Ref($close, -2) / Ref($close, -1) - 1, named LABEL0. Features and label
-    may look outside [start_time, end_time] and outside an instrument's time in the market.
+    The features are Ref(f, i) / $close for i = 59 to 0 and f = close, open, high, low, vwap, followed by
+    Ref($volume, i) / ($volume + 1e-12). Their names are CLOSE59 to CLOSE0, OPEN59 to OPEN0, ..., VOLUME59 to VOLUME0.
+    The label is Ref($close, -2)/Ref($close, -1) - 1, the return from the next day to the day after, named LABEL0.
+    Features and label also read prices outside [start_time, end_time], and prices of an instrument at times when it
+    does not belong to the market.
 
     Parameters
     ----------
     instruments : str, list, {code: [(start, end), ...]} or {"market": name}
-        A market name needs a Qlib store; with other prices all instruments are used.
+        Only a Qlib store has markets; for other prices a market means all instruments.
     start_time, end_time : date-like, optional
-        Rows between, both inclusive.
+        First and last row, both inclusive.
     freq : str
         Calendar of a store: "day", "1min", ...
     infer_processors, learn_processors
-        Default: the reference's, which are ProcessInf, ZScoreNorm and Fillna on all columns; DropnaLabel
-        and CSZScoreNorm on the label. (Fillna also fills the labels with 0, as in the reference.)
+        Default: Qlib's. ProcessInf, ZScoreNorm and Fillna on all columns for inference; DropnaLabel, and CSZScoreNorm
+        on the label, for learning. Like in Qlib, Fillna also fills missing labels with 0.
     fit_start_time, fit_end_time : date-like
-        Fit window of the processors that need one.
+        Period from which processors learn their statistics, both inclusive.
     filter_pipe, inst_processors
-        Not available; anything but None is refused.
+        Not available. Only None is allowed.
     shared_processors, process_type, drop_raw
         As in `DataHandlerLP`.
     label : list of expressions, or (expressions, names), optional
-        A list without names is named by the expressions' texts.
+        Without names, the expressions are the column names.
     data : path, DataFrame or Panel
         Prices, see `qfast.data.sources.load_prices`.
     provider_uri : path or {freq: path}
-        Folder of a Qlib binary store; alternative to `data`.
+        Folder of a Qlib binary store, as an alternative to `data`.
     vwap : {None, "typical"}
-        "typical": prices without vwap get (high + low + close) / 3. Otherwise its features are NaN,
-        as in the reference.
+        "typical": prices without a vwap get (high + low + close) / 3. None: like in Qlib, the features of a missing
+        vwap are NaN.
 
     Raises
     ------
-    ConfigError, DataError
-        Neither or both of `data` and `provider_uri`; an argument or prices that cannot be used.
+    ConfigError
+        An argument is invalid, or not exactly one of `data` and `provider_uri` is passed.
+    DataError
+        The prices cannot be used.
 
     Notes
     -----
-    Raw features are computed from the prices when they are asked for and not kept, unless no
-    processor changes them. Source: pyqlib 0.9.7, qlib/contrib/data/handler.py and loader.py.
+    If processors change the features, the raw features are not stored but computed again from the prices for every
+    request. Source: qlib/contrib/data/handler.py and loader.py of pyqlib 0.9.7.
 
     Examples
     --------
@@ -101,12 +104,21 @@ class Alpha360(PriceHandler):
         vwap: str | None = None,
     ) -> None:
         self._set_up(
-            instruments=instruments, start_time=start_time, end_time=end_time, freq=freq,
+            instruments=instruments,
+            start_time=start_time,
+            end_time=end_time,
+            freq=freq,
             stages={"shared": shared_processors, "infer": infer_processors, "learn": learn_processors},
-            fit_start_time=fit_start_time, fit_end_time=fit_end_time, process_type=process_type, drop_raw=drop_raw,
-            label=label, data=data, provider_uri=provider_uri, vwap=vwap,
-            refused={"filter_pipe": filter_pipe, "inst_processors": inst_processors},
-        )  # fmt: skip
+            fit_start_time=fit_start_time,
+            fit_end_time=fit_end_time,
+            process_type=process_type,
+            drop_raw=drop_raw,
+            label=label,
+            data=data,
+            provider_uri=provider_uri,
+            vwap=vwap,
+            unavailable={"filter_pipe": filter_pipe, "inst_processors": inst_processors},
+        )
 
     def _feature_names(self) -> list[str]:
         return [f"{field.upper()}{i}" for field in self.FIELDS for i in range(self.WINDOW - 1, -1, -1)]
@@ -122,7 +134,7 @@ class Alpha360(PriceHandler):
 
 
 class Alpha360vwap(Alpha360):
-    """`Alpha360` with the label Ref($vwap, -2) / Ref($vwap, -1) - 1.
+    """`Alpha360` with the label Ref($vwap, -2)/Ref($vwap, -1) - 1.
 
     Examples
     --------
@@ -134,7 +146,7 @@ class Alpha360vwap(Alpha360):
 
 
 def price_windows(prices: Prices, rows: np.ndarray, names: Sequence[str], window: int) -> np.ndarray:
-    """Last `window` values of each field over today's close (volume: over today's volume + 1e-12).
+    """The last `window` values of each field, divided by today's close (volume: by today's volume + 1e-12).
 
     Parameters
     ----------
@@ -148,19 +160,29 @@ def price_windows(prices: Prices, rows: np.ndarray, names: Sequence[str], window
 
     Returns
     -------
-    float32 [B, F * T], field by field, time ascending; NaN where there is no price.
+    float32 [B, F * T]
+        Field by field, with time ascending; NaN where there is no price.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from qfast.data import load_prices
+    >>> dates = pd.date_range("2024-01-01", periods=3)
+    >>> frame = pd.DataFrame({"datetime": dates, "instrument": "A", "close": [1.0, 2.0, 4.0]})
+    >>> price_windows(Prices(load_prices(frame), {}), np.array([1, 2]), ["close"], 2).tolist()
+    [[0.5, 1.0], [0.5, 1.0]]
     """
     panel, extents = prices
     out = np.empty((len(rows), len(names) * window), dtype=np.float32)
     codes = panel.instrument_codes
-    # window - 1 NaN rows before each instrument let every window be one contiguous slice
+    # With window - 1 rows of NaN before each instrument, every window is a contiguous slice.
     place = np.arange(panel.n_rows) + (window - 1) * (codes.astype(np.int64) + 1)
     padded = np.full(panel.n_rows + (window - 1) * len(panel.instruments), np.nan, dtype=np.float32)
-    known = panel.columns("price")
+    fields = panel.columns("price")
     close = panel.column("close", "price")
     for f, name in enumerate(names):
         columns = slice(f * window, (f + 1) * window)
-        if name not in known:
+        if name not in fields:
             out[:, columns] = np.nan
             continue
         series = panel.column(name, "price")
@@ -168,13 +190,13 @@ def price_windows(prices: Prices, rows: np.ndarray, names: Sequence[str], window
         windows = np.lib.stride_tricks.sliding_window_view(padded, window)
         base = series + np.float32(1e-12) if name == "volume" else close
         for start in range(0, len(rows), WINDOW_CHUNK):
-            some = rows[start : start + WINDOW_CHUNK]
+            chunk = rows[start : start + WINDOW_CHUNK]
             target = out[start : start + WINDOW_CHUNK, columns]
             with np.errstate(all="ignore"):
-                np.divide(windows[place[some] - (window - 1)], base[some, None], out=target)
+                np.divide(windows[place[chunk] - (window - 1)], base[chunk, None], out=target)
             if name in extents:
                 stored = extents[name]
-                outside = (some < stored.start[codes[some]]) | (some >= stored.stop[codes[some]])
-                if outside.any():  # the field's file does not cover this day: the reference has no row there
+                outside = (chunk < stored.start[codes[chunk]]) | (chunk >= stored.stop[codes[chunk]])
+                if outside.any():  # like in Qlib, a field has no windows on days that its file does not cover
                     target[outside] = np.nan
     return out

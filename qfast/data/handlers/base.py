@@ -1,4 +1,4 @@
-"""A handler over raw columns of one's own: stages of processors, and reading the result."""
+"""DataHandlerLP: a handler over given columns, its stages of processors, and access to their results."""
 
 from __future__ import annotations
 
@@ -17,35 +17,40 @@ from qfast.errors import ConfigError, DataError, shown, suggest
 
 
 class RawDataDroppedError(DataError, AttributeError):
-    """Raw data was asked of a handler that was told to drop it."""
+    """Raw data was requested from a handler that drops it (drop_raw=True)."""
 
 
 class DataHandlerLP:
-    """Data with learnable processors.
+    """A handler over given columns.
 
     Parameters
     ----------
     source : Panel, DataFrame, or mapping of group name to DataFrame
-        Rows keyed (datetime, instrument); column groups "feature" and "label" are what models use.
-        A frame is copied once and left as it was.
+        Rows indexed (datetime, instrument). Models read the column groups "feature" and "label". Frames are copied.
     instruments : sequence of str, optional
-        Keep only these.
+        Instruments to keep. Default: all.
     start_time, end_time : date-like, optional
-        Keep only rows between, both inclusive.
+        First and last row, both inclusive.
     infer_processors, learn_processors, shared_processors : sequence of Processor, mapping or str
         See `qfast.data.processors.build_processor`.
     process_type : {"append", "independent"}
-        "append": learn processors run on the result of the infer processors. "independent": on the
-        result of the shared processors.
+        "append": learn processors run on the result of the infer processors. "independent": they run on the result of
+        the shared processors.
     drop_raw : bool
-        Give up the raw data, so that its memory is used again.
+        Discard the raw data and reuse its memory.
     fit_start_time, fit_end_time : date-like, optional
-        Fit window for processors that need one and have none of their own.
+        Period from which processors learn their statistics, both inclusive, unless a processor has its own.
 
     Raises
     ------
-    ConfigError, DataError
-        An unknown or misplaced processor, a missing fit window, unusable data.
+    ConfigError
+        A processor is unknown or in the wrong stage, or the fit period is missing.
+    DataError
+        The data cannot be used or has no rows.
+
+    Notes
+    -----
+    Source: DataHandlerLP in qlib/data/dataset/handler.py of pyqlib 0.9.7.
 
     Examples
     --------
@@ -83,8 +88,14 @@ class DataHandlerLP:
     ) -> None:
         self._configure(
             {"shared": shared_processors, "infer": infer_processors, "learn": learn_processors},
-            process_type, drop_raw, instruments, start_time, end_time, fit_start_time, fit_end_time,
-        )  # fmt: skip
+            process_type,
+            drop_raw,
+            instruments,
+            start_time,
+            end_time,
+            fit_start_time,
+            fit_end_time,
+        )
         raw = restrict_rows(_as_panel(source), instruments, start_time, end_time)
         self._flat_columns = isinstance(source, pd.DataFrame) and source.columns.nlevels == 1
         if not drop_raw:
@@ -93,15 +104,18 @@ class DataHandlerLP:
 
     @classmethod
     def from_frame(cls, frame: pd.DataFrame | pd.Series | Mapping[str, pd.DataFrame], **kwargs: Any) -> DataHandlerLP:
-        """A handler of a frame with columns (group, name), or of a mapping from group to frame.
+        """A handler over a frame with columns (group, name), or over a mapping from group to frame.
 
         Parameters
         ----------
         frame : DataFrame, Series or mapping
-            Indexed (datetime, instrument). Frames of a mapping may have different rows; missing
-            values become NaN.
+            Indexed (datetime, instrument). The frames of a mapping may have different rows; missing values are NaN.
         **kwargs
-            As for `DataHandlerLP`.
+            Other arguments of `DataHandlerLP`.
+
+        Returns
+        -------
+        DataHandlerLP
         """
         return DataHandlerLP(frame.to_frame() if isinstance(frame, pd.Series) else frame, **kwargs)
 
@@ -117,7 +131,7 @@ class DataHandlerLP:
         fit_start_time: DateLike | None,
         fit_end_time: DateLike | None,
     ) -> None:
-        """Store the settings and build the processors, before any data is touched."""
+        """Store the settings and build the processors, before any data is read."""
         self.process_type = _one_of("process_type", process_type, (self.PTYPE_A, self.PTYPE_I))
         self.drop_raw = bool(drop_raw)
         self.instruments, self.start_time, self.end_time = instruments, start_time, end_time
@@ -130,10 +144,10 @@ class DataHandlerLP:
         self._panels = {}
 
     def _process(self, raw: Panel, space: Workspace) -> None:
-        """Run the stages over `raw`, whose blocks may be overwritten where `space` owns them."""
+        """Run all stages over `raw`. Blocks that `space` owns may be overwritten."""
         if raw.n_live == 0:
             raise DataError(
-                f"{type(self).__name__}: no rows with instruments={shown(self.instruments)}, "
+                f"{type(self).__name__}: the data has no rows with instruments={shown(self.instruments)}, "
                 f"start_time={self.start_time}, end_time={self.end_time}."
             )
         panel = run_processors(raw, self.shared_processors, stage="shared", space=space)
@@ -142,8 +156,8 @@ class DataHandlerLP:
             learn = run_processors(infer, self.learn_processors, stage="learn", space=Workspace())
         else:
             infer = run_processors(panel, self.infer_processors, stage="infer", space=Workspace())
-            kept = {id(block.values) for block in infer.blocks.values()}
-            space.owned -= {g for g, block in panel.blocks.items() if id(block.values) in kept}
+            infer_values = {id(block.values) for block in infer.blocks.values()}
+            space.owned -= {g for g, block in panel.blocks.items() if id(block.values) in infer_values}
             learn = run_processors(panel, self.learn_processors, stage="learn", space=space)
         self._panels = {self.DK_I: infer, self.DK_L: learn}
 
@@ -153,22 +167,29 @@ class DataHandlerLP:
 
     # ---------------------------------------------------------------- reading
     def panel(self, data_key: str = DK_I) -> Panel:
-        """The panel of `data_key`; "infer" and "learn" give the same object at every call.
+        """The raw data, or the result of the processors.
 
         Parameters
         ----------
         data_key : {"raw", "infer", "learn"}
 
+        Returns
+        -------
+        Panel
+            The same object at every call for "infer" and "learn".
+
         Raises
         ------
+        ConfigError
+            `data_key` is none of these.
         RawDataDroppedError
-            Raw data of a handler with drop_raw=True.
+            `data_key` is "raw" and the handler was built with drop_raw=True.
         """
         _one_of("data_key", data_key, (self.DK_R, self.DK_I, self.DK_L))
         return self._raw_panel(None) if data_key == self.DK_R else self._panels[data_key]
 
     def _raw_panel(self, groups: Sequence[str] | None) -> Panel:
-        """Raw panel with at least `groups` (None: all of them)."""
+        """The raw panel with at least the column groups `groups`; None: all groups."""
         if self._raw is None:
             raise RawDataDroppedError(
                 "the raw data was dropped (drop_raw=True). Remedy: build the handler with drop_raw=False."
@@ -184,31 +205,38 @@ class DataHandlerLP:
         squeeze: bool = False,
         proc_func: Callable[[pd.DataFrame], pd.DataFrame] | None = None,
     ) -> pd.DataFrame:
-        """Rows and columns as a frame sorted by (datetime, instrument).
+        """Selected rows and columns as a frame sorted by (datetime, instrument).
 
         Parameters
         ----------
-        selector : slice, (start, end), date-like, or index
-            Which rows, by `level`; a slice includes both ends. A pair is read as a slice.
+        selector : slice, (start, end), date-like, str, list, or index
+            Rows, selected by `level`. A slice includes both ends, and a pair means a slice.
         level : {"datetime", "instrument"}, 0, 1 or None
-            None uses the selector on the (datetime, instrument) index itself.
+            Index level of the selector. None: the selector applies to the (datetime, instrument) index.
         col_set : str or list of str
-            A group name gives single-level columns, a list of them two levels in that order, "__all"
-            all columns without the group level, "__raw" all with it.
+            A group name selects that group with single-level columns, a list selects groups in that order with
+            two-level columns, "__all" selects all columns without the group level, "__raw" all with it.
         data_key : {"raw", "infer", "learn"}
         squeeze : bool
-            Squeeze a frame of one column or row, and drop the level of a single selected key.
+            Squeeze a frame of one column or row, and drop the index level of a single selected key.
         proc_func : callable, optional
-            Applied to the selected rows, with all column groups, before columns are chosen.
+            Function of a frame, applied to the selected rows with all column groups before columns are selected.
 
         Returns
         -------
         DataFrame
             A copy, float32.
+
+        Raises
+        ------
+        ConfigError
+            `data_key` or `level` is invalid.
+        DataError
+            The data lacks a column group, or the selector matches no rows.
         """
         _one_of("data_key", data_key, (self.DK_R, self.DK_I, self.DK_L))
-        plain = isinstance(col_set, str) and col_set not in (self.CS_ALL, self.CS_RAW)
-        groups = [str(col_set)] if plain else (None if isinstance(col_set, str) else list(col_set))
+        one_group = isinstance(col_set, str) and col_set not in (self.CS_ALL, self.CS_RAW)
+        groups = [str(col_set)] if one_group else (None if isinstance(col_set, str) else list(col_set))
         if self._flat_columns or proc_func is not None:
             groups = None
         panel = self._raw_panel(groups) if data_key == self.DK_R else self._panels[data_key]
@@ -216,17 +244,21 @@ class DataHandlerLP:
         frame = panel.to_frame(groups if groups is not None else list(panel.blocks), rows)
         if proc_func is not None:
             frame = _columns_of(proc_func(frame), col_set)
-        elif self._flat_columns or plain or col_set == self.CS_ALL:
+        elif self._flat_columns or one_group or col_set == self.CS_ALL:
             frame = frame.droplevel(0, axis=1)
         return _squeezed(frame, selector, level) if squeeze else frame
 
     def get_cols(self, col_set: str | Sequence[str] = CS_ALL, data_key: str = DK_I) -> list[Any]:
-        """Column names that `fetch` would give.
+        """Names of the columns that `fetch` returns.
 
         Parameters
         ----------
         col_set, data_key
-            As in `fetch`.
+            As in `fetch`. If the raw data was dropped, "raw" means "infer".
+
+        Returns
+        -------
+        list of str, or of (group, name) pairs
         """
         panel = self.panel(DataHandlerLP.DK_I if data_key == self.DK_R and self._raw is None else data_key)
         if isinstance(col_set, str) and col_set not in (self.CS_ALL, self.CS_RAW) and not self._flat_columns:
@@ -236,13 +268,14 @@ class DataHandlerLP:
         return [c for _, c in pairs] if self._flat_columns or col_set == self.CS_ALL else list(pairs)
 
     def __repr__(self) -> str:
+        """Class, instruments, rows and columns."""
         panel = self._panels.get(self.DK_I)
         if panel is None:
             return f"{type(self).__name__}(no data)"
-        size = {group: len(block.columns) for group, block in panel.blocks.items()}
+        widths = {group: len(block.columns) for group, block in panel.blocks.items()}
         return (
             f"{type(self).__name__}({len(panel.instruments)} instruments, {panel.n_live} rows, "
-            f"{self._panels[self.DK_L].n_live} to learn from, columns {size})"
+            f"{self._panels[self.DK_L].n_live} to learn from, columns {widths})"
         )
 
 
@@ -258,9 +291,9 @@ def _build_processors(
     ]
 
 
-def _one_of(what: str, value: object, allowed: Sequence[str]) -> str:
+def _one_of(name: str, value: object, allowed: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in allowed:
-        raise ConfigError(f"{what} must be one of {list(allowed)}, got {value!r}." + suggest(value, allowed))
+        raise ConfigError(f"{name} must be one of {list(allowed)}, got {value!r}." + suggest(value, allowed))
     return value
 
 
@@ -271,7 +304,7 @@ def _as_panel(source: object) -> Panel:
         return Panel.from_frame(source)
     if isinstance(source, Mapping):
         if not source:
-            raise DataError("the mapping of column groups is empty.")
+            raise DataError("source must contain at least one column group, got an empty mapping.")
         for group, frame in source.items():
             if not isinstance(frame, (pd.DataFrame, pd.Series)):
                 raise DataError(f"column group {group!r} must be a DataFrame, got {type(frame).__name__}.")
@@ -287,7 +320,7 @@ def _squeezed(frame: pd.DataFrame, selector: Selector, level: str | int | None) 
 
 
 def _columns_of(frame: pd.DataFrame, col_set: Columns) -> pd.DataFrame:
-    """What `col_set` means for a frame that a proc_func returned."""
+    """The columns `col_set` of a frame that a proc_func returned."""
     if not isinstance(frame.columns, pd.MultiIndex) or col_set == DataHandlerLP.CS_RAW:
         return frame
     if col_set == DataHandlerLP.CS_ALL:
