@@ -48,10 +48,12 @@ def test_a_clean_workflow_passes(prices):
     assert levels(report, "invariance") == ["ok", "ok"]
     assert levels(report, "portfolio")[0] == "ok"
     assert "the prices have no benchmark MARKET" in text(report, "portfolio")
-    assert "no feature of that day or before moves by a bit" in text(report, "look-ahead")
-    assert "no key occurs twice" in text(report, "data")
+    assert "no feature up to that day changes by a bit" in text(report, "look-ahead")
+    assert "no duplicate rows" in text(report, "data")
     assert "a training pass takes about" in text(report, "time")
-    assert "labels look 2 days ahead, and 0 days lie between" in text(report, "horizon")
+    assert "labels look 2 days ahead, but the gap between train and the next segment is 0 days" in text(
+        report, "horizon"
+    )
     assert all(line[:8].strip() in ("ok", "note", "warning", "error") for line in report.lines())
 
 
@@ -71,7 +73,7 @@ def test_a_fit_window_in_the_future_is_found_both_ways(prices):
     report = check(DEMO, prices, [*SHORT, "task.dataset.kwargs.handler.kwargs.fit_end_time=2020-02-15"])
     assert not report.ok
     assert levels(report, "fit window") == ["error"]
-    assert re.search(r"3\d\d feature\(s\) of earlier days move", text(report, "look-ahead"))
+    assert re.search(r"3\d\d feature\(s\) of earlier days change", text(report, "look-ahead"))
 
 
 def of_factors(*texts: str) -> list[str]:
@@ -105,7 +107,7 @@ def test_an_expression_that_looks_ahead_is_an_error_that_names_it(prices, case):
     found = text(report, "look-ahead")
     assert f"{rows} row(s), {expression!r}" in found
     assert "1 feature(s) look ahead" in found
-    assert f"1 feature(s) of earlier days move: {expression}" in found
+    assert f"1 feature(s) of earlier days change: {expression}" in found
 
 
 def test_the_proof_counts_shifts_and_not_the_rows_on_the_way(prices):
@@ -115,7 +117,7 @@ def test_the_proof_counts_shifts_and_not_the_rows_on_the_way(prices):
     assert rows_ahead(parse("Ref(If(Ref($close, 5) > 1, 1, 0), -3)")) == -2
     report = check(DEMO, prices, of_factors(past, "Mean($close, 5) / $close"))
     assert report.ok, report.lines()
-    assert "none of the 2 expressions looks beyond its own day" in text(report, "look-ahead")
+    assert "none of the 2 expressions looks ahead" in text(report, "look-ahead")
 
 
 def next_row(values: np.ndarray) -> np.ndarray:
@@ -182,7 +184,7 @@ def test_train_alone_is_cut_where_nothing_is_fitted(prices, end, level):
     assert report.ok, report.lines()
     assert set(levels(report, "look-ahead")) == {level}
     if level == "note":
-        assert "processors are fitted up to 2019-06-28, the data's last days" in text(report, "look-ahead")
+        assert "processors are fitted up to 2019-06-28, close to the end of the data" in text(report, "look-ahead")
 
 
 def test_features_since_the_first_day_are_named(prices):
@@ -209,7 +211,7 @@ def test_dropped_raw_data_is_an_error_and_does_not_hide_a_leak(prices, tmp_path)
     drop = [*SHORT, f"{HANDLER}.drop_raw=true"]
     report = check(DEMO, prices, drop)
     assert [f.topic for f in report.findings if f.level == "error"] == ["data"]
-    assert "it will stop with RawDataDroppedError. Remedy: leave drop_raw out" in text(report, "data")
+    assert "would raise RawDataDroppedError. Remedy: remove drop_raw" in text(report, "data")
     assert levels(report, "look-ahead") == ["ok", "ok"]
     with pytest.raises(RawDataDroppedError):
         run(DEMO, prices, drop, output=tmp_path / "run")
@@ -268,10 +270,13 @@ def test_an_error_that_nobody_foresaw_is_a_finding(prices, monkeypatch):
         (f"{BACKTEST}.exchange_kwargs.deal_price=settle", "the prices have no settle"),
         (
             f"{BACKTEST}={{account: 1e6, start_time: 2031-01-01}}",
-            "will leave the backtest out: backtest: there is no trading day from",
+            "would skip the backtest: backtest: there is no trading day from",
         ),
-        (f"{BACKTEST}={{account: 1e6, end_time: 2019-05-01}}", "will leave the backtest out"),
-        (f"{SEGMENTS}={{train: [2018-01-01, 2019-06-30], valid: [2019-07-01, null]}}", "there is no segment test"),
+        (f"{BACKTEST}={{account: 1e6, end_time: 2019-05-01}}", "would skip the backtest"),
+        (
+            f"{SEGMENTS}={{train: [2018-01-01, 2019-06-30], valid: [2019-07-01, null]}}",
+            "trades on the segment test, but there is only ['train', 'valid']",
+        ),
     ],
 )
 def test_a_backtest_that_cannot_be_is_an_error(prices, change, said):
@@ -297,9 +302,9 @@ def test_a_benchmark_of_the_prices_needs_no_note(prices):
 
 def test_segments_that_overlap_or_are_empty_are_named(prices):
     report = check(DEMO, prices, [*SHORT, "task.dataset.kwargs.segments.valid=[2019-06-01, 2019-12-31]"])
-    assert "valid overlaps train: what is learnt is tested on itself" in text(report, "segments")
+    assert "valid overlaps train, so the model is evaluated on its training data" in text(report, "segments")
     report = check(DEMO, prices, [*SHORT, "task.dataset.kwargs.segments.test=[2031-01-01, null]"])
-    assert "test (2031-01-01 to None) holds no rows of the data" in text(report, "segments")
+    assert "test (2031-01-01 to None) contains no rows of the data" in text(report, "segments")
     assert not report.ok
 
 
@@ -310,10 +315,10 @@ def test_missing_and_constant_columns_are_named(tmp_path):
     frame["f4"] = np.nan
     frame.iloc[:200, 3] = np.nan
     report = check(config, frame, experiments=False)
-    assert "1 column(s) hold one value only: f1" in text(report, "constant")
-    assert "1 column(s) hold no value at all: f4" in text(report, "missing")
+    assert "1 column(s) contain a single value: f1" in text(report, "constant")
+    assert "1 column(s) contain no value: f4" in text(report, "missing")
     assert re.search(r"f3 2\d\.\d%", text(report, "missing"))
-    assert "the label is the user's own" in text(report, "horizon")
+    assert "the data contains its own label" in text(report, "horizon")
 
 
 def test_a_repeated_row_is_an_error_that_names_it(prices):

@@ -1,7 +1,7 @@
-"""`qfast check`: what is wrong with a workflow and its data, before hours are spent on it.
+"""`qfast check`: look for problems in a workflow and its data before training.
 
-What can be read off the data, the segments and the expressions is looked at first, and a portfolio backtest is
-rehearsed; then experiments with a changed future and with other questions are made on a sample of the instruments.
+The checks run in this order: the workflow file, the data, what expressions state about themselves, the segments, a
+rehearsal of the portfolio backtest, and experiments with an untrained model on a sample of the instruments.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from qfast._renamed import renamed_names
 from qfast.data.handlers.prices import PriceHandler
+from qfast.data.protocols import HandlerDataset
 from qfast.errors import QfastError
 from qfast.workflow import pretraining
 from qfast.workflow.check.data import check_data, require_raw_labels
@@ -28,7 +28,7 @@ from qfast.workflow.check.portfolio import check_portfolio
 from qfast.workflow.check.segments import check_segments
 from qfast.workflow.check.trial import Trial, feature_source, source_argument
 from qfast.workflow.config import load_config
-from qfast.workflow.dataset import build_dataset
+from qfast.workflow.dataset import DataInput, build_dataset
 from qfast.workflow.schema import Workflow
 from qfast.workflow.validation import check_workflow
 
@@ -43,37 +43,38 @@ __getattr__ = renamed_names(
         "scored": "qfast.workflow.check.scores.scored_segment",
     },
 )
+
 log = logging.getLogger("qfast")
 
 
 def check(
     config_path: str | os.PathLike[str],
-    data: Any = None,
+    data: DataInput | None = None,
     sets: Sequence[str] = (),
     *,
     device: str | None = "cpu",
     experiments: bool = True,
 ) -> CheckReport:
-    """Look a workflow and its data over without training.
+    """Look for problems in a workflow and its data without training.
 
     Parameters
     ----------
     config_path, data, sets, device
-        As for `qfast.workflow.run.run`.
+        As for `qfast.run`.
     experiments : bool
-        False leaves out what needs the model: look-ahead, window invariance, time of an epoch.
+        False skips everything that needs the model: the time of an epoch, look-ahead, window invariance.
 
     Returns
     -------
     CheckReport
-        Missing values by column and by day, constant columns, duplicate rows, label horizon and fit windows against
-        the segments, what a portfolio backtest needs, memory and time, look-ahead, window invariance. An error that
-        breaks one of them off is a finding, too.
+        Findings about missing values by column and by day, constant columns, duplicate rows, the label horizon and the
+        fit windows compared with the segments, the portfolio backtest, memory and time, look-ahead, and window
+        invariance. An exception of one check becomes an error finding, and the other checks continue.
 
     Raises
     ------
     ConfigError
-        A workflow file that cannot be read or says what is not known.
+        The workflow file cannot be read or is invalid.
 
     Examples
     --------
@@ -91,11 +92,11 @@ def check(
     if device is not None:
         workflow.task.model.kwargs["device"] = device
     workflow.task.model.kwargs.setdefault("seed", 0)
-    report.add("ok", "workflow", f"{config_path}: keys, classes and arguments are known")
+    report.add("ok", "workflow", f"{config_path}: keys, classes and arguments are valid")
     require_raw_labels(report, workflow)
     started = time.perf_counter()
     dataset = None
-    with report.attempt("data"):  # duplicate rows, wrong columns, empty periods: each says what and where
+    with report.attempt("data"):  # duplicate rows, wrong columns and empty periods are errors of the handler
         dataset = build_dataset(workflow, data)
     if dataset is None:
         return report
@@ -105,11 +106,11 @@ def check(
     with report.attempt("look-ahead"):
         check_expressions(report, dataset.handler)
     with report.attempt("segments"):
-        check_segments(report, workflow, dataset)
+        check_segments(report, dataset)
     if any(f.level == "error" and f.topic == "segments" for f in report.findings):
-        report.add("note", "experiments", "left out: the segments come first")
+        report.add("note", "experiments", "skipped, because they need valid segments")
         return report
-    with _silence():  # what is said of the data has been said once
+    with _warnings_off():  # the checks above have reported these already
         with report.attempt("portfolio"):
             check_portfolio(report, workflow, dataset)
         if experiments:
@@ -117,27 +118,27 @@ def check(
     return report
 
 
-def run_experiments(report: CheckReport, workflow: Workflow, dataset: Any) -> None:
-    """Time a few batches, change the future, ask for less; what breaks off is a finding.
+def run_experiments(report: CheckReport, workflow: Workflow, dataset: HandlerDataset) -> None:
+    """Time a few batches, change future data, and request fewer dates. Exceptions become findings.
 
     Parameters
     ----------
     report : CheckReport
-        Findings are added to it.
+        Receives the findings.
     workflow : Workflow
     dataset : DatasetH
-        The workflow's, with every segment holding rows.
+        The dataset of the workflow. Every segment must contain rows.
     """
     with report.attempt("time"):
         check_epoch_time(report, workflow, dataset)
     trial: Trial | None = None
     with report.attempt("look-ahead"):
         source = feature_source(dataset.handler)
+        name = type(dataset.handler).__name__
         if source is None:
-            report.add("note", "look-ahead", "left out: the prices or factors were given up (drop_raw)")
+            report.add("note", "look-ahead", f"skipped: {name} has discarded its prices or factors (drop_raw)")
         elif source_argument(workflow) is None:
-            named = type(dataset.handler).__name__
-            report.add("note", "look-ahead", f"left out: {named} takes neither data nor source")
+            report.add("note", "look-ahead", f"skipped: {name} accepts neither data nor source")
         else:
             trial = Trial.of(workflow, dataset, source)
             check_future_change(report, trial)
@@ -149,10 +150,10 @@ def run_experiments(report: CheckReport, workflow: Workflow, dataset: Any) -> No
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    before = log.level
+def _warnings_off() -> Iterator[None]:
+    level = log.level
     log.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        log.setLevel(before)
+        log.setLevel(level)

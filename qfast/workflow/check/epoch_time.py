@@ -1,22 +1,25 @@
-"""Memory of the data, and the time of an epoch, measured on a few batches."""
+"""Memory of the data, and the time of an epoch, extrapolated from a few batches."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qfast.data.panel import Panel
+from qfast.data.protocols import HandlerDataset
 from qfast.errors import QfastError
 from qfast.training.callbacks import Callback
 from qfast.workflow.check.findings import CheckReport
 from qfast.workflow.check.trial import build_model
 from qfast.workflow.schema import Workflow
 
-__all__ = ["check_epoch_time"]
+if TYPE_CHECKING:
+    from qfast.training.estimator import Estimator
 
+__all__ = ["check_epoch_time"]
 
 TIMED_BATCHES = 6
 
@@ -26,33 +29,34 @@ class _EnoughError(Exception):
 
 
 class _Stopwatch(Callback):
-    """Times the first batches of a fit and ends it."""
+    """Times the first batches of a fit, then ends it."""
 
     def __init__(self) -> None:
         self.moments: list[float] = []
 
-    def on_epoch_start(self, estimator: Any) -> None:
+    def on_epoch_start(self, estimator: Estimator) -> None:
         self.moments.append(time.perf_counter())
 
-    def on_batch_end(self, estimator: Any) -> None:
+    def on_batch_end(self, estimator: Estimator) -> None:
         self.moments.append(time.perf_counter())
         if len(self.moments) > TIMED_BATCHES:
             raise _EnoughError
 
-    def on_epoch_end(self, estimator: Any) -> None:  # fewer batches than that
+    def on_epoch_end(self, estimator: Estimator) -> None:  # the epoch has fewer batches
         raise _EnoughError
 
     @property
     def seconds(self) -> float:
-        """Of a batch; the first one pays for memory and threads."""
+        """Median time of a batch. The first batch also allocates memory and starts threads, so it is excluded."""
         steps = np.diff(self.moments)
         return float(np.median(steps[1:] if len(steps) > 1 else steps))
 
 
-def check_epoch_time(report: CheckReport, workflow: Workflow, dataset: Any) -> None:
+def check_epoch_time(report: CheckReport, workflow: Workflow, dataset: HandlerDataset) -> None:
+    """Report the memory of the data and the estimated time of a training pass."""
     panel = dataset.handler.panel("infer")
-    n_bytes = sum(p.nbytes for p in _distinct([dataset.handler.panel("infer"), dataset.handler.panel("learn")]))
-    report.add("note", "memory", f"features and labels take {n_bytes / 2**20:,.0f} MB and are held once")
+    n_bytes = sum(values.nbytes for values in _distinct([panel, dataset.handler.panel("learn")]))
+    report.add("note", "memory", f"features and labels occupy {n_bytes / 2**20:,.0f} MB, without copies")
     model, watch = build_model(workflow, n_epochs=1, progress=False), _Stopwatch()
     try:
         model.fit(dataset, callbacks=[watch])
@@ -67,13 +71,15 @@ def check_epoch_time(report: CheckReport, workflow: Workflow, dataset: Any) -> N
     batches = n_days if batch_size is None else max(1, len(rows) // batch_size)  # None: each batch is one day
     epoch, epochs = watch.seconds * batches, workflow.task.model.kwargs.get("n_epochs", 200)
     report.add(
-        "note", "time",
+        "note",
+        "time",
         f"a training pass takes about {_duration(epoch)} ({batches:,} batches of {watch.seconds * 1e3:,.0f} ms, "
-        f"{model.device}); {epochs} epochs, with their evaluation, at most {_duration(1.5 * epoch * int(epochs))}",
-    )  # fmt: skip
+        f"{model.device}); {epochs} epochs with evaluation take at most {_duration(1.5 * epoch * int(epochs))}",
+    )
 
 
-def _distinct(panels: Sequence[Panel]) -> Iterator[Any]:
+def _distinct(panels: Sequence[Panel]) -> Iterator[np.ndarray]:
+    """The arrays of several panels; an array that panels have in common is yielded once."""
     seen: set[int] = set()
     for panel in panels:
         for block in panel.blocks.values():

@@ -1,47 +1,50 @@
-"""What expressions say of themselves: how far they look ahead is known without any data."""
+"""Look-ahead and unlimited lookback of expressions, which are known without any data."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from qfast.data.expression import Call, Node, Number, parse
 from qfast.data.expression_functions import FUNCTIONS
 from qfast.data.factors import depends_on_the_start
 from qfast.data.handlers.prices import PriceHandler
+from qfast.data.protocols import Handler
 from qfast.errors import shown, some
 from qfast.workflow.check.findings import CheckReport
 
 __all__ = ["check_expressions", "feature_expressions_of", "rows_ahead", "start_dependent_features"]
 
 
-def check_expressions(report: CheckReport, handler: Any) -> None:
-    """Features that look ahead by what they say: known without any data, and whatever the data hides."""
+def check_expressions(report: CheckReport, handler: Handler) -> None:
+    """Report the features whose expressions look ahead, even if the data does not reveal it."""
     if not isinstance(handler, PriceHandler):
         return
-    texts = feature_expressions_of(handler)
-    ahead = {name: rows for name, text in texts.items() if (rows := rows_ahead(parse(text))) > 0}
+    expressions = feature_expressions_of(handler)
+    ahead = {name: rows for name, text in expressions.items() if (rows := rows_ahead(parse(text))) > 0}
     if ahead:
-        listed = some([f"{name} {rows} row(s), {shown(texts[name])}" for name, rows in ahead.items()], most=3)
+        listed = some([f"{name} {rows} row(s), {shown(expressions[name])}" for name, rows in ahead.items()], most=3)
         report.add(
-            "error", "look-ahead",
-            f"{len(ahead)} feature(s) look ahead: {listed}. Remedy: Ref(x, n) looks back for positive n; what lies "
-            "ahead belongs into the label",
-        )  # fmt: skip
-    elif texts:
-        report.add("ok", "look-ahead", f"none of the {len(texts)} expressions looks beyond its own day")
+            "error",
+            "look-ahead",
+            f"{len(ahead)} feature(s) look ahead: {listed}. Remedy: use a positive n in Ref(x, n); only labels may "
+            "look ahead",
+        )
+    elif expressions:
+        report.add("ok", "look-ahead", f"none of the {len(expressions)} expressions looks ahead")
     elif handler.lookahead > 0:
         report.add(
-            "error", "look-ahead",
-            f"features of {type(handler).__name__} look {handler.lookahead} row(s) ahead, says its "
-            "lookahead",
-        )  # fmt: skip
+            "error",
+            "look-ahead",
+            f"features of {type(handler).__name__} look {handler.lookahead} row(s) ahead, according to its lookahead",
+        )
 
 
 def rows_ahead(node: Node) -> int:
-    """How many rows after its own a node's value depends on; negative: all that it looks at lies before.
+    """Number of rows after its own on which an expression depends; negative if it depends on earlier rows only.
 
-    `reach` says which rows must be read, also on the way; this is the sum of the shifts.
+    This is the sum of the shifts. `qfast.data.expression.reach` instead returns the rows that must be read, including
+    those of intermediate results.
 
+    Examples
+    --------
     >>> rows_ahead(parse("Count(Ref($close, -60), 1)"))
     60
     >>> rows_ahead(parse("Ref(Ref($close, -2) / Ref($close, -1) - 1, 3)"))  # the label of three days ago
@@ -59,10 +62,10 @@ def rows_ahead(node: Node) -> int:
 
 
 def feature_expressions_of(handler: PriceHandler) -> dict[str, str]:
-    """Feature name -> its expression; empty where features are made in another way."""
+    """Feature -> expression; empty for handlers that compute their features without expressions."""
     return dict(zip(handler.feature_names, handler.feature_expressions, strict=False))
 
 
 def start_dependent_features(handler: PriceHandler) -> list[str]:
-    """Features that depend on the first day of the data, however long ago it is."""
+    """Features whose values depend on the first day of the data, however long ago it is."""
     return [name for name, text in feature_expressions_of(handler).items() if depends_on_the_start(text)]
