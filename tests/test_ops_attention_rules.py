@@ -258,7 +258,9 @@ def test_meta_tensors_have_shapes(which: str) -> None:
 def test_refusals_of_additive_attention() -> None:
     query, key, value = (t.detach()[0] for t in small_inputs())
     for slope in (-0.1, 1.5, NAN):
-        with pytest.raises(ValueError, match=rf"additive_attention: negative_slope must lie in \[0, 1\], got {slope}"):
+        with pytest.raises(
+            ValueError, match=rf"additive_attention: negative_slope must be a number in \[0, 1\], got {slope}"
+        ):
             additive_attention(query, key, value, negative_slope=slope)
     with pytest.raises(ValueError, match=r"query: expected shape \[N\] or \[heads, N\], got \(1, 1, 9\)"):
         additive_attention(query[None, None], key, value)
@@ -283,7 +285,7 @@ def test_refusals_of_additive_attention() -> None:
 
 def test_refusals_of_graph_attention() -> None:
     hidden, weight, bias = (t.detach() for t in graph_small())
-    with pytest.raises(ValueError, match=r"graph_attention: negative_slope must lie in \[0, 1\], got 2"):
+    with pytest.raises(ValueError, match=r"graph_attention: negative_slope must be a number in \[0, 1\], got 2"):
         graph_attention(hidden, weight, bias, negative_slope=2)
     with pytest.raises(ValueError, match=r"hidden: expected dtype float32 or float64, got torch\.int64"):
         graph_attention(hidden.long(), weight, bias)
@@ -310,7 +312,7 @@ def test_refusals_of_offsets(which: str) -> None:
         (torch.tensor([0, 8]), "offsets: must run from 0 to N = 9, got 0 to 8"),
         (torch.tensor([1, 9]), "offsets: must run from 0 to N = 9, got 1 to 9"),
         (torch.tensor([0]), "offsets: must run from 0 to N = 9, got 0 to 0"),
-        (torch.tensor([0, 6, 4, 9]), "offsets: must not fall, but a day has -2 rows"),
+        (torch.tensor([0, 6, 4, 9]), "offsets: must not decrease, but a day has -2 rows"),
     ):
         with pytest.raises(ValueError, match=message):
             call(*tensors, offsets)

@@ -96,7 +96,7 @@ def check_alike(operator: str, name: str, value: object, like: tuple[str, Tensor
             f"{tensor.dtype} on {tensor.device}. Remedy: {other}.to({name}), or module.to({other}) for the module that "
             "contains the weights. New modules have torch's default dtype (torch.set_default_dtype)."
         )
-    raise DataError(f"{operator}: {name}: expected shape {shape}, got {tuple(tensor.shape)}.")
+    raise DataError(f"{operator}: {name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}.")
 
 
 def active_dropout(operator: str, dropout: object, training: bool) -> float:
