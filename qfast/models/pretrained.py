@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -147,7 +147,7 @@ def _weight_file(path: Path) -> Path:
     )
 
 
-def _remedy(shapes: Mapping[str, tuple[int, ...]], network: Any) -> str:
+def _remedy(shapes: Mapping[str, tuple[int, ...]], network: nn.Module) -> str:
     """A sentence with the model arguments that fit the shapes of a file; empty if the shapes do not determine them."""
     inputs, states = shapes.get("rnn.weight_ih_l0", ()), shapes.get("rnn.weight_hh_l0", ())
     if len(inputs) != 2 or len(states) != 2 or states[1] == 0:
@@ -156,7 +156,7 @@ def _remedy(shapes: Mapping[str, tuple[int, ...]], network: Any) -> str:
             f"the {RUN_WEIGHTS} in the same folder."
         )
     kind = next((name for name, gates in GATES.items() if gates * states[1] == states[0]), None)
-    rnn = network.rnn
+    rnn = cast(nn.RNNBase, network.rnn)
     current = {
         "base_model": network.base_model,
         "d_feat": rnn.input_size,

@@ -86,7 +86,8 @@ class BaseEstimator:
         extra: Mapping[str, object] | None = None,
         **unknown: object,
     ) -> None:
-        training: dict[str, object] = {
+        self._params: dict[str, Any] = {
+            **network,
             "n_epochs": n_epochs,
             "lr": lr,
             "metric": metric,
@@ -96,17 +97,15 @@ class BaseEstimator:
             "optimizer": optimizer,
             "GPU": GPU,
             "seed": seed,
-        }
-        if batch_size is None:
-            del training["batch_size"]
-        options: dict[str, object] = {
+            **(extra or {}),
             self.decay_name: weight_decay,
             "device": device,
             "compat": compat,
             "progress": progress,
             "cuda_graphs": cuda_graphs,
         }
-        self._params: dict[str, Any] = {**network, **training, **(extra or {}), **options}
+        if batch_size is None:
+            del self._params["batch_size"]
         if unknown:
             name = next(iter(unknown))
             raise ConfigError(f"{type(self).__name__} has no argument {name!r}." + suggest(name, self._params))
@@ -116,13 +115,7 @@ class BaseEstimator:
                 setattr(self, name, value)
         self.logger = logging.getLogger("qfast")
         self.device = choose_device(device, GPU)
-        if seed is not None:
-            np.random.seed(seed)  # noqa: NPY002 - as Qlib: batch orders come from the global generator
-            torch.manual_seed(seed)
-        built = self.build_network(**network)
-        if compat == "qlib" and isinstance(built, PlainTorch) and network.get("dropout"):
-            built = built.to_reference()  # torch's own dropout, which draws Qlib's masks
-        self.network: nn.Module = built.to(self.device)
+        self._create_network(network)
         self.train_optimizer = self._build_optimizer(optimizer, lr, weight_decay)
         self.fitted = False
         self.stop_training = False
@@ -130,6 +123,17 @@ class BaseEstimator:
         self.data_: dict[str, Any] = {}
         self.progress_ = FitProgress()
         self.callbacks_: list[Callback] = []
+
+    def _create_network(self, arguments: Mapping[str, object]) -> None:
+        """Seed the generators, build the network and move it to the device."""
+        seed = self._params["seed"]
+        if seed is not None:
+            np.random.seed(seed)  # noqa: NPY002 - as Qlib: batch orders come from the global generator
+            torch.manual_seed(seed)
+        network = self.build_network(**arguments)
+        if self._params["compat"] == "qlib" and isinstance(network, PlainTorch) and arguments.get("dropout"):
+            network = network.to_reference()  # torch's own dropout, which draws Qlib's masks
+        self.network: nn.Module = network.to(self.device)
 
     def build_network(self, **network: Any) -> nn.Module:
         """Build the network on the CPU. Override it if the network's arguments have different names.
@@ -237,4 +241,6 @@ class BaseEstimator:
 
     def _require_fitted(self) -> None:
         if not self.fitted:
-            raise NotFittedError("model is not fitted yet! Remedy: call fit(dataset) or load_weights(path) first.")
+            raise NotFittedError(
+                f"model is not fitted yet! Remedy: call fit(dataset) or load_weights(path) of {type(self).__name__}."
+            )

@@ -199,7 +199,9 @@ class Estimator(BaseEstimator):
         self.callbacks_ = self._fit_callbacks(callbacks, checkpoint_dir)
         if resume:
             if checkpoint_dir is None:
-                raise ConfigError("resume=True needs checkpoint_dir, the directory of the interrupted fit.")
+                raise ConfigError(
+                    f"resume=True needs checkpoint_dir, the directory of the interrupted fit, got {checkpoint_dir!r}."
+                )
             self.load_checkpoint(Path(checkpoint_dir) / "last.safetensors")
         else:
             self.prepare_network()
@@ -235,16 +237,19 @@ class Estimator(BaseEstimator):
 
     def _load_segments(self, dataset: Dataset, reweighter: Reweighter | None) -> tuple[WindowSet, WindowSet | None]:
         """Training and validation samples on the device, after all checks."""
+        bounds = getattr(dataset, "segments", {})
         train = self.load_segment(dataset, "train", reweighter)
         if len(train) == 0:
-            raise DataError("segment 'train' has no samples: check its dates against those of the data.")
+            raise DataError(
+                f"segment 'train' has no samples: its dates are {bounds.get('train')}. Remedy: dates that the data has."
+            )
         valid = None
         if "valid" in getattr(dataset, "segments", ("valid",)):
             valid = self.load_segment(dataset, "valid", reweighter)
             if len(valid) == 0:
                 raise DataError(
-                    "segment 'valid' has no samples: check its dates, or leave the segment out to train without "
-                    "validation."
+                    f"segment 'valid' has no samples: its dates are {bounds.get('valid')}. Remedy: dates that the data "
+                    "has, or no segment 'valid' to train without validation."
                 )
         for windows in filter(None, (train, valid)):
             self._batch_size(len(windows))  # raises before the first epoch rather than after it
