@@ -1,80 +1,190 @@
 """Builds qfast._C (CPU, always) and qfast._cuda (where nvcc is found); everything else is in pyproject.toml.
 
-Environment: QFAST_NATIVE=0 builds neither (plain-torch tier, no compiler); QFAST_CUDA=0 skips _cuda, 1 fails
-without it; QFAST_WERROR=1 has warnings fail; CUDA_HOME, MAX_JOBS, TORCH_CUDA_ARCH_LIST are torch's own.
+Environment variables:
+
+    QFAST_NATIVE=0    build neither library: the plain-torch tier needs no compiler
+    QFAST_CUDA        auto (the default): build _cuda if nvcc is found and torch is built for CUDA;
+                      0: never; 1: always, and fail if that is not possible
+    QFAST_WERROR=1    treat warnings as errors
+    CUDA_HOME, MAX_JOBS, TORCH_CUDA_ARCH_LIST    as documented by torch
 """
 
-import fcntl
+from __future__ import annotations
+
+import contextlib
 import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
 
-STABLE_ABI = "0x020a000000000000"  # libtorch's stable ABI as of 2.10: meant for that torch and any later
-WARNINGS = ["-Wall", "-Wextra", *(["-Werror"] if os.environ.get("QFAST_WERROR", "0") != "0" else [])]
-ARCHS = {(11, 0): ["8.0", "8.6"], (11, 8): ["8.9", "9.0"], (12, 8): ["10.0"]}  # toolkit that first knows them
+STABLE_ABI = "0x020a000000000000"  # LibTorch's stable ABI of torch 2.10: works with that torch and any later one
+WARNINGS = ["-Wall", "-Wextra"]
+if os.environ.get("QFAST_WERROR", "0") != "0":
+    WARNINGS.append("-Werror")
+
+# Instruction sets for which each *_kernels*.cpp is compiled. The file cpu_isa_begin.h says what they contain.
+ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
+INSTRUCTION_SETS = ["baseline", "avx2", "avx512"] if ON_X86 else ["baseline"]
+
+# GPU architectures, by the CUDA release that introduced support for them.
+ARCHITECTURES = {(11, 0): ["8.0", "8.6"], (11, 8): ["8.9", "9.0"], (12, 8): ["10.0"]}
 
 
-def find_cuda() -> str | None:
-    """Folder of the CUDA toolkit, also beside a CPU-only torch; None if there is none or none is wanted."""
-    if (choice := os.environ.get("QFAST_CUDA", "auto")) not in ("auto", "0", "1"):
+def cuda_choice() -> str:
+    choice = os.environ.get("QFAST_CUDA", "auto")
+    if choice not in ("auto", "0", "1"):
         raise SystemExit(f"QFAST_CUDA is {choice!r}, allowed: 0 (never), 1 (or fail), auto")
+    return choice
+
+
+def find_cuda(choice: str) -> str | None:
+    """Folder of the CUDA toolkit, or None if there is none or it is not wanted."""
+    if choice == "0":
+        return None
     nvcc = shutil.which("nvcc")
-    beside_nvcc = str(Path(nvcc).resolve().parents[1]) if nvcc else None
-    places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), beside_nvcc, "/usr/local/cuda"]
-    for home in filter(None, places if choice != "0" else []):
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    candidates.append(str(Path(nvcc).resolve().parents[1]) if nvcc else None)
+    candidates.append("/usr/local/cuda")
+    for home in filter(None, candidates):
         if glob(f"{home}/bin/nvcc") and glob(f"{home}/lib*/libcudart_static.a"):
             return home
     if choice == "1":
-        raise SystemExit(f"QFAST_CUDA=1 but no nvcc and libcudart_static.a in any of {places}. Set CUDA_HOME.")
+        raise SystemExit(f"QFAST_CUDA=1 but no nvcc and libcudart_static.a in any of {candidates}. Set CUDA_HOME.")
     return None
 
 
-def in_csrc(pattern: str) -> list[str]:
-    """Files of csrc and its folders, one for each operator."""
+def wanted_cuda(torch_cuda: str | None) -> str | None:
+    """Folder of the CUDA toolkit to build with. Prints why _cuda is not built where that may surprise."""
+    choice = cuda_choice()
+    home = find_cuda(choice)
+    if home and choice == "auto" and torch_cuda is None:
+        print(
+            f"qfast: the CUDA library is not built: torch is a CPU-only build, which cannot load it ({home} has nvcc). "
+            "Set QFAST_CUDA=1 to build it anyway.",
+            file=sys.stderr,
+        )
+        return None
+    return home
+
+
+def files_in_csrc(pattern: str) -> list[str]:
     return sorted(glob(f"csrc/**/{pattern}", recursive=True))
 
 
+def kernel_units(source: str) -> list[str]:
+    """Writes one file for each instruction set that includes `source`, a *_kernels*.cpp. Returns their paths."""
+    units = []
+    for isa in INSTRUCTION_SETS:
+        unit = Path("build", "units", source).with_suffix(f".{isa}.cpp")
+        text = f'#define QFAST_{isa.upper()}\n#include "{Path(source).relative_to("csrc").as_posix()}"\n'
+        unit.parent.mkdir(parents=True, exist_ok=True)
+        if not unit.exists() or unit.read_text() != text:  # a new time stamp would make ninja compile it again
+            unit.write_text(text)
+        units.append(str(unit))
+    return units
+
+
+def compiled_sources(sources: list[str]) -> list[str]:
+    """The sources with each *_kernels*.cpp replaced by its units."""
+    compiled: list[str] = []
+    for source in sources:
+        is_kernel = re.search(r"_kernels\w*\.cpp$", source)
+        compiled += kernel_units(source) if is_kernel else [source]
+    return compiled
+
+
+def cuda_architectures(tools: str) -> str:
+    """The value for TORCH_CUDA_ARCH_LIST. PTX of the newest architecture serves later ones."""
+    release = tuple(map(int, re.findall(r"release (\d+)\.(\d+)", tools)[-1]))
+    supported = [arch for since, archs in ARCHITECTURES.items() if since <= release for arch in archs]
+    return ";".join(supported) + "+PTX"
+
+
+def define_facts(cuda_home: str | None, tools: str) -> list[tuple[str, str | None]]:
+    """Macros of every compilation. QFAST_TOOLS makes ninja compile again after a change that it does not see."""
+    import pybind11
+    import torch
+
+    versions = repr((torch.version.git_version, pybind11.__version__, tools)).encode()
+    facts = {
+        "QFAST_CUDA_TOOLKIT": cuda_home or "none",
+        "QFAST_TOOLS": hashlib.sha256(versions).hexdigest(),
+        "QFAST_CUDA_ARCHS": os.environ["TORCH_CUDA_ARCH_LIST"] if cuda_home else "none",
+    }
+    return [("TORCH_TARGET_VERSION", STABLE_ABI), *((name, f'"{value}"') for name, value in facts.items())]
+
+
 def extensions() -> list[Extension]:
-    cuda_home = find_cuda()  # first: a wrong QFAST_CUDA is named even where the packages below are missing
+    cuda_choice()  # first: reports a wrong QFAST_CUDA even where the packages below are missing
+    find_cuda(os.environ.get("QFAST_CUDA", "auto"))
     import pybind11
     import torch
     from torch.utils import cpp_extension
 
-    system = [pybind11.get_include(), *cpp_extension.include_paths()]  # warnings in these are not ours
-    flags = ["-O3", "-std=c++20", *(flag for path in system for flag in ("-isystem", path))]
-    flags.append(f"-I{os.path.abspath('csrc')}")
-    cxx = [*flags, "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", *WARNINGS]  # sqrt in vectors
+    cuda_home = wanted_cuda(torch.version.cuda)
+    system = [pybind11.get_include(), *cpp_extension.include_paths()]  # -isystem: their warnings are not ours
+    flags = ["-O3", "-std=c++20", f"-I{os.path.abspath('csrc')}"]
+    flags += [flag for path in system for flag in ("-isystem", path)]
+    # Without errno and traps, sqrt compiles to vector instructions.
+    only_cxx = ["-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", *WARNINGS]
+    cxx = [*flags, *only_cxx]
     tools = subprocess.getoutput(f"{cpp_extension.get_cxx_compiler()} --version; {cuda_home}/bin/nvcc --version")
     if cuda_home:
-        cpp_extension.CUDA_HOME = cuda_home  # None beside a CPU-only torch
-        release = tuple(map(int, re.findall(r"release (\d+)\.(\d+)", tools)[-1]))
-        archs = [arch for since, known in ARCHS.items() if since <= release for arch in known]
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(archs) + "+PTX")  # the newest's PTX serves later ones
-    unseen = repr((torch.version.git_version, pybind11.__version__, tools)).encode()  # by ninja: so in all commands
-    facts = {"QFAST_CUDA_TOOLKIT": cuda_home or "none", "QFAST_TOOLS": hashlib.sha256(unseen).hexdigest()}
-    facts["QFAST_CUDA_ARCHS"] = os.environ["TORCH_CUDA_ARCH_LIST"] if cuda_home else "none"
-    macros = [("TORCH_TARGET_VERSION", STABLE_ABI), *((k, f'"{v}"') for k, v in facts.items())]
-    paths, headers = cpp_extension.library_paths(), [*in_csrc("*.h"), *in_csrc("*.cuh")]
-    built = [Extension("qfast._C", in_csrc("*.cpp"), define_macros=macros, library_dirs=paths, language="c++",
-                       libraries=["torch_cpu"], extra_compile_args={"cxx": cxx}, depends=headers)]  # fmt: skip
-    if cuda_home:
-        nvcc = [*flags, "-isystem", f"{cuda_home}/include", "-Xcompiler", ",".join(cxx[len(flags) :])]
-        nvcc += ["-Werror", "all-warnings"] if "-Werror" in WARNINGS else []
-        link = ["-Wl,--no-as-needed", "-ltorch"]  # libtorch.so brings in libtorch_cuda.so where there is one
-        read = hashlib.sha256(b"".join(Path(h).read_bytes() for h in headers))  # nvcc's, ninja may not know
-        built += [Extension("qfast._cuda", in_csrc("*.cu"), extra_link_args=link, depends=headers,
-                            define_macros=[*macros, ("USE_CUDA", None), ("QFAST_HEADERS", read.hexdigest())],
-                            library_dirs=[*paths, f"{cuda_home}/lib64", f"{cuda_home}/lib"], language="c++",
-                            libraries=["torch_cpu", "cudart_static", "dl", "rt", "pthread"],
-                            extra_compile_args={"cxx": cxx, "nvcc": nvcc})]  # fmt: skip
-    return built
+        cpp_extension.CUDA_HOME = cuda_home  # None if torch is a CPU-only build
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda_architectures(tools))
+    macros = define_facts(cuda_home, tools)
+    library_paths = cpp_extension.library_paths()
+    headers = [*files_in_csrc("*.h"), *files_in_csrc("*.cuh")]
+    cpu_library = Extension(
+        "qfast._C",
+        files_in_csrc("*.cpp"),
+        define_macros=macros,
+        library_dirs=library_paths,
+        libraries=["torch_cpu"],
+        extra_compile_args={"cxx": cxx},
+        depends=headers,
+        language="c++",
+    )
+    if not cuda_home:
+        return [cpu_library]
+    nvcc = [*flags, "-isystem", f"{cuda_home}/include", "-Xcompiler", ",".join(only_cxx)]
+    if "-Werror" in WARNINGS:
+        nvcc += ["-Werror", "all-warnings"]
+    contents = hashlib.sha256(b"".join(Path(header).read_bytes() for header in headers))
+    cuda_library = Extension(
+        "qfast._cuda",
+        files_in_csrc("*.cu"),
+        # QFAST_HEADERS: ninja may not know which headers nvcc reads
+        define_macros=[*macros, ("USE_CUDA", None), ("QFAST_HEADERS", contents.hexdigest())],
+        library_dirs=[*library_paths, f"{cuda_home}/lib64", f"{cuda_home}/lib"],
+        libraries=["torch_cpu", "cudart_static", "dl", "rt", "pthread"],
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+        extra_link_args=["-Wl,--no-as-needed", "-ltorch"],  # libtorch.so loads libtorch_cuda.so where it exists
+        depends=headers,
+        language="c++",
+    )
+    return [cpu_library, cuda_library]
+
+
+@contextlib.contextmanager
+def only_build_in(folder: str) -> Iterator[None]:
+    """Another build that starts at the same time waits, and then finds everything compiled. Not on Windows."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(f"{folder}/lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def build_command() -> type:
@@ -84,7 +194,7 @@ def build_command() -> type:
         def build_extensions(self) -> None:
             try:
                 super().build_extensions()
-            except Exception as error:  # whatever a toolkit that suits neither torch nor the compiler raises
+            except Exception as error:  # for example, a toolkit that suits neither torch nor the compiler
                 if len(self.extensions) == 1 or os.environ.get("QFAST_CUDA") == "1":
                     raise
                 print(f"qfast: the CUDA library failed to build and is left out: {error}", file=sys.stderr)
@@ -92,14 +202,21 @@ def build_command() -> type:
                 super().build_extensions()
 
         def build_extension(self, ext: Extension) -> None:
+            # pip's own folder is deleted after each build. One folder a library: x.cpp and x.cu both become x.o.
             self.build_temp = os.path.abspath(f"build/objects/{sys.implementation.cache_tag}/{ext.name}")
-            os.makedirs(self.build_temp, exist_ok=True)  # it lasts, pip's does not; x.cpp and x.cu both become x.o
-            with open(f"{self.build_temp}/lock", "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # another build at the same time waits, and finds it all done
-                super().build_extension(ext)
+            os.makedirs(self.build_temp, exist_ok=True)
+            with only_build_in(self.build_temp):
+                listed = ext.sources
+                ext.sources = compiled_sources(listed)
+                try:
+                    super().build_extension(ext)
+                finally:
+                    ext.sources = listed
 
     return Build
 
 
-native = os.environ.get("QFAST_NATIVE", "1") != "0"
-setup(**({"ext_modules": extensions(), "cmdclass": {"build_ext": build_command()}} if native else {}))
+if os.environ.get("QFAST_NATIVE", "1") != "0":
+    setup(ext_modules=extensions(), cmdclass={"build_ext": build_command()})
+else:
+    setup()

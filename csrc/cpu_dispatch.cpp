@@ -5,16 +5,30 @@
 
 namespace qfast {
 
-namespace isa_baseline {
-extern const CpuKernels kernels;
-}
+// Declares the kernels of an instruction set and makes their table. Their definitions: *_kernels.cpp.
+#define QFAST_DECLARE_REAL(name, ...) \
+  template <class Real>               \
+  void name(__VA_ARGS__);
+#define QFAST_DECLARE(name, ...) void name(__VA_ARGS__);
+#define QFAST_ENTRY_REAL(name, ...) .name = name<Real>,
+#define QFAST_ENTRY(name, ...) .name = name,
+#define QFAST_INSTRUCTION_SET(namespace_name, isa_name, bytes)                       \
+  namespace namespace_name {                                                         \
+  QFAST_REAL_KERNELS(QFAST_DECLARE_REAL)                                             \
+  QFAST_OTHER_KERNELS(QFAST_DECLARE)                                                 \
+  template <class Real>                                                              \
+  constexpr RealKernels<Real> real_kernels = {QFAST_REAL_KERNELS(QFAST_ENTRY_REAL)}; \
+  constexpr CpuKernels kernels = {.isa = isa_name,                                   \
+                                  .vector_bytes = bytes,                             \
+                                  .float32 = real_kernels<float>,                    \
+                                  .float64 = real_kernels<double>,                   \
+                                  QFAST_OTHER_KERNELS(QFAST_ENTRY)};                 \
+  }
+
+QFAST_INSTRUCTION_SET(isa_baseline, "baseline", 16)
 #if defined(__x86_64__)
-namespace isa_avx2 {
-extern const CpuKernels kernels;
-}
-namespace isa_avx512 {
-extern const CpuKernels kernels;
-}
+QFAST_INSTRUCTION_SET(isa_avx2, "avx2", 32)
+QFAST_INSTRUCTION_SET(isa_avx512, "avx512", 64)
 #endif
 
 namespace {

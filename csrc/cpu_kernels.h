@@ -1,5 +1,5 @@
-// The list of CPU kernels. A new operator adds its job header, one line per kernel to the list, and its
-// kernel header at the bottom of cpu_isa_body.h; the tables of all instruction sets follow from that.
+// The list of CPU kernels. A new operator adds its job header and one line for each kernel; the tables of all
+// instruction sets follow from that. <operator>_kernels.cpp defines the kernels.
 #pragma once
 
 #include <cstdint>
@@ -15,86 +15,41 @@
 #include "window_conv/window_conv.h"
 #include "window_gather/window_gather.h"
 
-#define QFAST_CPU_KERNELS                                                                                    \
-  QFAST_KERNEL(tanh_f32, const float* from, float* to, int64_t begin, int64_t end)                           \
-  QFAST_KERNEL(tanh_f64, const double* from, double* to, int64_t begin, int64_t end)                         \
-  QFAST_KERNEL(clipped_adam_f32, const ::qfast::AdamTensor<float>&, const ::qfast::AdamSettings<float>&,     \
-               const ::qfast::AdamCorrection<float>&, int64_t begin, int64_t end)                            \
-  QFAST_KERNEL(clipped_adam_f64, const ::qfast::AdamTensor<double>&, const ::qfast::AdamSettings<double>&,   \
-               const ::qfast::AdamCorrection<double>&, int64_t begin, int64_t end)                           \
-  QFAST_KERNEL(resolve_windows, const ::qfast::ResolveJob&, int64_t begin, int64_t end)                      \
-  QFAST_KERNEL(gather_windows, const ::qfast::GatherJob&, int64_t begin, int64_t end, unsigned char* s)      \
-  QFAST_KERNEL(scatter_windows_f32, const ::qfast::ScatterJob&, int64_t begin, int64_t end)                  \
-  QFAST_KERNEL(scatter_windows_f64, const ::qfast::ScatterJob&, int64_t begin, int64_t end)                  \
-  QFAST_KERNEL(lstm_forward_f32, const ::qfast::RecurrentJob<float>&, int64_t begin, int64_t end, float* s)  \
-  QFAST_KERNEL(lstm_backward_f32, const ::qfast::RecurrentJob<float>&, int64_t begin, int64_t end, float* s, \
-               float* sums)                                                                                  \
-  QFAST_KERNEL(lstm_forward_f64, const ::qfast::RecurrentJob<double>&, int64_t begin, int64_t end,           \
-               double* s)                                                                                    \
-  QFAST_KERNEL(lstm_backward_f64, const ::qfast::RecurrentJob<double>&, int64_t begin, int64_t end,          \
-               double* s, double* sums)                                                                      \
-  QFAST_KERNEL(gru_forward_f32, const ::qfast::RecurrentJob<float>&, int64_t begin, int64_t end, float* s)   \
-  QFAST_KERNEL(gru_backward_f32, const ::qfast::RecurrentJob<float>&, int64_t begin, int64_t end, float* s,  \
-               float* sums)                                                                                  \
-  QFAST_KERNEL(gru_forward_f64, const ::qfast::RecurrentJob<double>&, int64_t begin, int64_t end, double* s) \
-  QFAST_KERNEL(gru_backward_f64, const ::qfast::RecurrentJob<double>&, int64_t begin, int64_t end,           \
-               double* s, double* sums)                                                                      \
-  QFAST_KERNEL(block_sums_f32, const ::qfast::RunningSums<float>&, int64_t begin, int64_t end)               \
-  QFAST_KERNEL(attend_f32, const ::qfast::AttendJob<float>&, int64_t begin, int64_t end)                     \
-  QFAST_KERNEL(attend_backward_f32, const ::qfast::AttendBackwardJob<float>&, int64_t begin, int64_t end)    \
-  QFAST_KERNEL(row_dots_f32, const ::qfast::RowDotsJob<float>&, int64_t begin, int64_t end)                  \
-  QFAST_KERNEL(hidden_scores_f32, const ::qfast::ScoresJob<float>&, int64_t begin, int64_t end)              \
-  QFAST_KERNEL(hidden_scores_backward_f32, const ::qfast::ScoresBackwardJob<float>&, int64_t begin,          \
-               int64_t end)                                                                                  \
-  QFAST_KERNEL(exp_f32, float* values, int64_t begin, int64_t end)                                           \
-  QFAST_KERNEL(block_sums_f64, const ::qfast::RunningSums<double>&, int64_t begin, int64_t end)              \
-  QFAST_KERNEL(attend_f64, const ::qfast::AttendJob<double>&, int64_t begin, int64_t end)                    \
-  QFAST_KERNEL(attend_backward_f64, const ::qfast::AttendBackwardJob<double>&, int64_t begin, int64_t end)   \
-  QFAST_KERNEL(row_dots_f64, const ::qfast::RowDotsJob<double>&, int64_t begin, int64_t end)                 \
-  QFAST_KERNEL(hidden_scores_f64, const ::qfast::ScoresJob<double>&, int64_t begin, int64_t end)             \
-  QFAST_KERNEL(hidden_scores_backward_f64, const ::qfast::ScoresBackwardJob<double>&, int64_t begin,         \
-               int64_t end)                                                                                  \
-  QFAST_KERNEL(exp_f64, double* values, int64_t begin, int64_t end)                                          \
-  QFAST_KERNEL(attention_pool_forward_f32, const ::qfast::PoolJob<float>&, int64_t begin, int64_t end,       \
-               float* s)                                                                                     \
-  QFAST_KERNEL(attention_pool_backward_f32, const ::qfast::PoolJob<float>&, int64_t begin, int64_t end,      \
-               float* s, float* sums)                                                                        \
-  QFAST_KERNEL(attention_pool_forward_f64, const ::qfast::PoolJob<double>&, int64_t begin, int64_t end,      \
-               double* s)                                                                                    \
-  QFAST_KERNEL(attention_pool_backward_f64, const ::qfast::PoolJob<double>&, int64_t begin, int64_t end,     \
-               double* s, double* sums)                                                                      \
-  QFAST_KERNEL(feed_forward_f32, const ::qfast::FeedForwardJob<float>&, int64_t begin, int64_t end,          \
-               float* s)                                                                                     \
-  QFAST_KERNEL(feed_forward_f64, const ::qfast::FeedForwardJob<double>&, int64_t begin, int64_t end,         \
-               double* s)                                                                                    \
-  QFAST_KERNEL(feed_forward_backward_f32, const ::qfast::FeedForwardJob<float>&, int64_t begin, int64_t end, \
-               float* s, float* sums)                                                                        \
-  QFAST_KERNEL(feed_forward_backward_f64, const ::qfast::FeedForwardJob<double>&, int64_t begin,             \
-               int64_t end, double* s, double* sums)                                                         \
-  QFAST_KERNEL(encoder_layer_f32, const ::qfast::EncoderJob<float>&, int64_t begin, int64_t end, float* s)   \
-  QFAST_KERNEL(encoder_layer_backward_f32, const ::qfast::EncoderJob<float>&, int64_t begin, int64_t end,    \
-               float* s, float* sums)                                                                        \
-  QFAST_KERNEL(encoder_layer_f64, const ::qfast::EncoderJob<double>&, int64_t begin, int64_t end, double* s) \
-  QFAST_KERNEL(encoder_layer_backward_f64, const ::qfast::EncoderJob<double>&, int64_t begin, int64_t end,   \
-               double* s, double* sums)                                                                      \
-  QFAST_KERNEL(window_conv_f32, const ::qfast::WindowConvJob<float>&, int64_t begin, int64_t end, float* s)  \
-  QFAST_KERNEL(window_conv_backward_f32, const ::qfast::WindowConvJob<float>&, int64_t begin, int64_t end,   \
-               float* s, float* sums)                                                                        \
-  QFAST_KERNEL(window_conv_f64, const ::qfast::WindowConvJob<double>&, int64_t begin, int64_t end,           \
-               double* s)                                                                                    \
-  QFAST_KERNEL(window_conv_backward_f64, const ::qfast::WindowConvJob<double>&, int64_t begin, int64_t end,  \
-               double* s, double* sums)                                                                      \
-  QFAST_KERNEL(rolling, const ::qfast::RollingStatsJob&, int64_t begin, int64_t end, int64_t longest,        \
-               double* s)                                                                                    \
-  QFAST_KERNEL(temporal_conv_forward_f32, const ::qfast::NetworkJob<float>&, int64_t begin, int64_t end,     \
-               float* s)                                                                                     \
-  QFAST_KERNEL(temporal_conv_forward_f64, const ::qfast::NetworkJob<double>&, int64_t begin, int64_t end,    \
-               double* s)                                                                                    \
-  QFAST_KERNEL(temporal_conv_rolling_f32, const ::qfast::RollingJob<float>&, int64_t begin, int64_t end,     \
-               float* s)                                                                                     \
-  QFAST_KERNEL(temporal_conv_rolling_f64, const ::qfast::RollingJob<double>&, int64_t begin, int64_t end,    \
-               double* s)                                                                                    \
-  QFAST_KERNEL(temporal_conv_backward_f32, const ::qfast::NetworkJob<float>&, int64_t begin, int64_t end,    \
-               float* s, float* sums)                                                                        \
-  QFAST_KERNEL(temporal_conv_backward_f64, const ::qfast::NetworkJob<double>&, int64_t begin, int64_t end,   \
-               double* s, double* sums)
+// Kernels for float32 and float64: templates over the element type `Real`.
+#define QFAST_REAL_KERNELS(KERNEL)                                                                        \
+  KERNEL(tanh_elements, const Real* from, Real* to, int64_t begin, int64_t end)                           \
+  KERNEL(clipped_adam, const AdamTensor<Real>&, const AdamSettings<Real>&, const AdamCorrection<Real>&,   \
+         int64_t begin, int64_t end)                                                                      \
+  KERNEL(scatter_windows, const ScatterJob&, int64_t begin, int64_t end)                                  \
+  KERNEL(lstm_forward, const RecurrentJob<Real>&, int64_t begin, int64_t end, Real* scratch)              \
+  KERNEL(lstm_backward, const RecurrentJob<Real>&, int64_t begin, int64_t end, Real* scratch, Real* sums) \
+  KERNEL(gru_forward, const RecurrentJob<Real>&, int64_t begin, int64_t end, Real* scratch)               \
+  KERNEL(gru_backward, const RecurrentJob<Real>&, int64_t begin, int64_t end, Real* scratch, Real* sums)  \
+  KERNEL(exp_in_place, Real* values, int64_t begin, int64_t end)                                          \
+  KERNEL(block_sums, const RunningSums<Real>&, int64_t begin, int64_t end)                                \
+  KERNEL(attend, const AttendJob<Real>&, int64_t begin, int64_t end)                                      \
+  KERNEL(attend_backward, const AttendBackwardJob<Real>&, int64_t begin, int64_t end)                     \
+  KERNEL(row_dots, const RowDotsJob<Real>&, int64_t begin, int64_t end)                                   \
+  KERNEL(hidden_scores, const ScoresJob<Real>&, int64_t begin, int64_t end)                               \
+  KERNEL(hidden_scores_backward, const ScoresBackwardJob<Real>&, int64_t begin, int64_t end)              \
+  KERNEL(attention_pool_forward, const PoolJob<Real>&, int64_t begin, int64_t end, Real* scratch)         \
+  KERNEL(attention_pool_backward, const PoolJob<Real>&, int64_t begin, int64_t end, Real* scratch,        \
+         Real* sums)                                                                                      \
+  KERNEL(feed_forward, const FeedForwardJob<Real>&, int64_t begin, int64_t end, Real* scratch)            \
+  KERNEL(feed_forward_backward, const FeedForwardJob<Real>&, int64_t begin, int64_t end, Real* scratch,   \
+         Real* sums)                                                                                      \
+  KERNEL(encoder_layer, const EncoderJob<Real>&, int64_t begin, int64_t end, Real* scratch)               \
+  KERNEL(encoder_layer_backward, const EncoderJob<Real>&, int64_t begin, int64_t end, Real* scratch,      \
+         Real* sums)                                                                                      \
+  KERNEL(window_conv, const WindowConvJob<Real>&, int64_t begin, int64_t end, Real* scratch)              \
+  KERNEL(window_conv_backward, const WindowConvJob<Real>&, int64_t begin, int64_t end, Real* scratch,     \
+         Real* sums)                                                                                      \
+  KERNEL(temporal_conv_forward, const NetworkJob<Real>&, int64_t begin, int64_t end, Real* scratch)       \
+  KERNEL(temporal_conv_rolling, const RollingJob<Real>&, int64_t begin, int64_t end, Real* scratch)       \
+  KERNEL(temporal_conv_backward, const NetworkJob<Real>&, int64_t begin, int64_t end, Real* scratch,      \
+         Real* sums)
+
+#define QFAST_OTHER_KERNELS(KERNEL)                                                            \
+  KERNEL(resolve_windows, const ResolveJob&, int64_t begin, int64_t end)                       \
+  KERNEL(gather_windows, const GatherJob&, int64_t begin, int64_t end, unsigned char* scratch) \
+  KERNEL(rolling, const RollingStatsJob&, int64_t begin, int64_t end, int64_t longest, double* scratch)

@@ -1,7 +1,11 @@
 // Dropout by counters: each lane of a vector runs Philox for its own element (philox.h), four rows at a time.
 // Included inside the namespace of the instruction set.
+#pragma once
 
-QFAST_ALWAYS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+#include "matrix_tiles.h"
+#include "philox.h"
+
+namespace {
 
 typedef uint32_t word_vector __attribute__((vector_size(QFAST_VECTOR_BYTES)));
 typedef uint64_t double_words __attribute__((vector_size(QFAST_VECTOR_BYTES)));
@@ -96,3 +100,5 @@ static void drop(const DropoutRule& rule, const Place& place, int64_t rows, int6
     }
   }
 }
+
+}  // namespace

@@ -3,6 +3,31 @@
 //
 // A panel (rows x at most four vectors) stays in the first-level cache while the rows of the tile go by, six
 // or more at a time. Bound by multiply-adds: 24 to a loop of 4 vector loads and 6 broadcasts.
+#pragma once
+
+#include "matrix_tiles.h"
+
+enum class Finish { kPut, kAdd, kRelu, kGate };
+
+// Where the sums go, [row][column], and what is done on the way. kPut: + bias, if there is one. kAdd: to what
+// stands there. kRelu: max(0, + bias). kGate: times `scale` where `gate` is not 0 or less, else 0.
+template <class Element>
+struct Target {
+  Element* to;
+  int64_t stride;
+  const Element* bias;  // padded to whole panels
+  const Element* gate;  // as `to`
+  Element scale;
+};
+
+// left x right, rows [0, rows): left(i, k) at left[i * left_row + k * left_step]. Columns beyond the last are
+// neither read nor written in the target.
+// Compiled in panel_kernels.cpp, once for all operators.
+template <Finish Kind, class Element>
+void multiply(const PanelMatrix<Element>& right, const Element* left, int64_t left_row, int64_t left_step,
+              int64_t rows, const Target<Element>& target);
+
+namespace {
 
 // As a tree: the lanes one after the other would wait for each other.
 template <class Element>
@@ -37,61 +62,6 @@ QFAST_ALWAYS_INLINE Element dot(const Element* a, const Element* b, int64_t colu
   return sum_of_lanes<Element>(total);
 }
 
-enum class Finish { kPut, kAdd, kRelu, kGate };
-
-// Where the sums go, [row][column], and what is done on the way. kPut: + bias, if there is one. kAdd: to what
-// stands there. kRelu: max(0, + bias). kGate: times `scale` where `gate` is not 0 or less, else 0.
-template <class Element>
-struct Target {
-  Element* to;
-  int64_t stride;
-  const Element* bias;  // padded to whole panels
-  const Element* gate;  // as `to`
-  Element scale;
-};
-
-template <Finish Kind, class Element>
-QFAST_ALWAYS_INLINE void finish(const Target<Element>& target, Vector<Element> sum, int64_t row,
-                                int64_t column, int64_t count) {
-  Element* const to = target.to + row * target.stride + column;
-  if constexpr (Kind == Finish::kAdd) {
-    sum += load<Element>(to, count);
-  } else if constexpr (Kind == Finish::kGate) {
-    const Vector<Element> gate = load<Element>(target.gate + row * target.stride + column, count);
-    sum = gate <= Element(0) ? Vector<Element>{} : sum * target.scale;
-  } else {
-    if (target.bias != nullptr) sum += load<Element>(target.bias + column, kLanes<Element>);
-    if constexpr (Kind == Finish::kRelu) sum = sum < Element(0) ? Vector<Element>{} : sum;
-  }
-  store<Element>(to, sum, count);
-}
-
-// left x right, rows [0, rows): left(i, k) at left[i * left_row + k * left_step]. Columns beyond the last are
-// neither read nor written in the target.
-template <Finish Kind, class Element>
-static void multiply(const PanelMatrix<Element>& right, const Element* left, int64_t left_row,
-                     int64_t left_step, int64_t rows, const Target<Element>& target) {
-  for (int64_t panel = 0; panel < right.count; ++panel) {
-    const Element* const data = right.data + panel * right.apart;
-    const int64_t column = panel * right.width, left_over = right.columns - column;
-    for_panel_width<Element>(right.width, [&]<int Vectors>() __attribute__((always_inline)) {
-      for_row_tiles<kTileRows<Vectors>>(rows, [&]<int Rows>(int64_t row) __attribute__((always_inline)) {
-        Sums<Element, Rows, Vectors> sums = {};
-        add_product(sums, left + row * left_row, left_row, left_step, data, right.step, right.rows);
-#pragma GCC unroll 24
-        for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 4
-          for (int v = 0; v < Vectors; ++v) {
-            const int64_t count = left_over - v * kLanes<Element>;
-            if (count > 0)
-              finish<Kind>(target, sums.at[i][v], row + i, column + v * kLanes<Element>,
-                           smaller(kLanes<Element>, count));
-          }
-      });
-    });
-  }
-}
-
 // Rows that stand `step` apart as the right side of a product.
 template <class Element>
 QFAST_ALWAYS_INLINE PanelMatrix<Element> in_place(const Element* data, int64_t rows, int64_t columns,
@@ -111,3 +81,20 @@ static void add_rows(const Element* from, int64_t stride, int64_t rows, int64_t 
     store<Element>(to + j, load<Element>(to + j, lanes) + total, lanes);
   });
 }
+
+// ---------------------------------------------------------------- the block alone
+// to[row][0 : columns] from rows of any strides.
+template <class Element>
+static void copy_strided(const Element* from, int64_t row_stride, int64_t column_stride, int64_t rows,
+                         int64_t columns, Element* to, int64_t to_stride) {
+  for (int64_t row = 0; row < rows; ++row) {
+    if (column_stride == 1) {
+      __builtin_memcpy(to + row * to_stride, from + row * row_stride, sizeof(Element) * columns);
+      continue;
+    }
+    for (int64_t j = 0; j < columns; ++j)
+      to[row * to_stride + j] = from[row * row_stride + j * column_stride];
+  }
+}
+
+}  // namespace

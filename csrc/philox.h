@@ -1,5 +1,6 @@
 // Philox 4x32-10 (Salmon et al. 2011), once for host and device. Included inside the namespace of the
 // instruction set (or of the device) that compiles it, so it uses nothing but the language.
+#pragma once
 
 struct PhiloxWords {
   uint32_t word[4];

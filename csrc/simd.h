@@ -1,5 +1,8 @@
 // Vectors of the instruction set being compiled, as compiler vector extensions (GCC and clang, any CPU).
 // Included inside the namespace of the instruction set.
+#pragma once
+
+namespace {
 
 typedef unsigned char vector_bytes __attribute__((vector_size(QFAST_VECTOR_BYTES), aligned(1), may_alias));
 // Elements of either type read and written as plain words of their size.
@@ -69,3 +72,5 @@ static inline void finish_stream() {
   _mm_sfence();
 #endif
 }
+
+}  // namespace

@@ -16,13 +16,9 @@ Tensor tanh_cpu(const Tensor& x) {
     using Element = decltype(zero);
     const Element* const from = input.const_data_ptr<Element>();
     Element* const to = out.mutable_data_ptr<Element>();
-    parallel_for(input.numel(), kGrainElements, [&](int64_t begin, int64_t end) {
-      if constexpr (sizeof(Element) == 4) {
-        cpu_kernels().tanh_f32(from, to, begin, end);
-      } else {
-        cpu_kernels().tanh_f64(from, to, begin, end);
-      }
-    });
+    const auto kernel = cpu_kernels<Element>().tanh_elements;
+    parallel_for(input.numel(), kGrainElements,
+                 [&](int64_t begin, int64_t end) { kernel(from, to, begin, end); });
   });
   return torch::stable::reshape(out, input.sizes());
 }

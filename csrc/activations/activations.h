@@ -5,8 +5,12 @@
 // and keeps the sign of 0. NaN stays NaN. Bound by arithmetic: a polynomial of 5 (float32) or 12 (float64)
 // terms and a division per vector. In the operator `tanh` a thread owns a range of elements; backward needs
 // the result only.
+#pragma once
+
+namespace {
 
 #define QFAST_ALWAYS_INLINE static inline __attribute__((always_inline))
+#define QFAST_INLINE_MEMBER inline __attribute__((always_inline))
 
 template <class Element>
 struct Lanes;
@@ -46,15 +50,76 @@ using Integers = typename Lanes<Element>::integers;
 template <class Element>
 constexpr int64_t kLanes = QFAST_VECTOR_BYTES / sizeof(Element);
 
+// The first `count` lanes of a vector in memory. Masks, because a call of memcpy in a loop
+// would spill every sum that is held in registers.
+#if defined(__x86_64__) && QFAST_VECTOR_BYTES == 64
+template <class Element>
+QFAST_ALWAYS_INLINE Vector<Element> load_part(const Element* from, int64_t count) {
+  const uint32_t mask = (1u << count) - 1;
+  if constexpr (sizeof(Element) == 4) {
+    return (Vector<Element>)_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from);
+  } else {
+    return (Vector<Element>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), from);
+  }
+}
+
+template <class Element>
+QFAST_ALWAYS_INLINE void store_part(Element* to, Vector<Element> value, int64_t count) {
+  const uint32_t mask = (1u << count) - 1;
+  if constexpr (sizeof(Element) == 4) {
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>(mask), (__m512)value);
+  } else {
+    _mm512_mask_storeu_pd(to, static_cast<__mmask8>(mask), (__m512d)value);
+  }
+}
+#elif defined(__x86_64__) && QFAST_VECTOR_BYTES == 32
+template <class Element>
+QFAST_ALWAYS_INLINE __m256i lanes_below(int64_t count) {
+  if constexpr (sizeof(Element) == 4) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(count)),
+                              _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  } else {
+    return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
+  }
+}
+
+template <class Element>
+QFAST_ALWAYS_INLINE Vector<Element> load_part(const Element* from, int64_t count) {
+  if constexpr (sizeof(Element) == 4) {
+    return (Vector<Element>)_mm256_maskload_ps(from, lanes_below<Element>(count));
+  } else {
+    return (Vector<Element>)_mm256_maskload_pd(from, lanes_below<Element>(count));
+  }
+}
+
+template <class Element>
+QFAST_ALWAYS_INLINE void store_part(Element* to, Vector<Element> value, int64_t count) {
+  if constexpr (sizeof(Element) == 4) {
+    _mm256_maskstore_ps(to, lanes_below<Element>(count), (__m256)value);
+  } else {
+    _mm256_maskstore_pd(to, lanes_below<Element>(count), (__m256d)value);
+  }
+}
+#else
+template <class Element>
+QFAST_ALWAYS_INLINE Vector<Element> load_part(const Element* from, int64_t count) {
+  Vector<Element> value = {};
+  __builtin_memcpy(&value, from, count * sizeof(Element));
+  return value;
+}
+
+template <class Element>
+QFAST_ALWAYS_INLINE void store_part(Element* to, Vector<Element> value, int64_t count) {
+  __builtin_memcpy(to, &value, count * sizeof(Element));
+}
+#endif
+
 // Loads the first `count` lanes. The other lanes are 0, and their memory is not read.
 template <class Element>
 QFAST_ALWAYS_INLINE Vector<Element> load(const Element* from, int64_t count) {
-  Vector<Element> value = {};
-  if (count == kLanes<Element>) {
-    __builtin_memcpy(&value, from, sizeof(value));
-  } else {
-    __builtin_memcpy(&value, from, count * sizeof(Element));
-  }
+  if (count != kLanes<Element>) return load_part<Element>(from, count);
+  Vector<Element> value;
+  __builtin_memcpy(&value, from, sizeof(value));
   return value;
 }
 
@@ -63,8 +128,34 @@ QFAST_ALWAYS_INLINE void store(Element* to, Vector<Element> value, int64_t count
   if (count == kLanes<Element>) {
     __builtin_memcpy(to, &value, sizeof(value));
   } else {
-    __builtin_memcpy(to, &value, count * sizeof(Element));
+    store_part<Element>(to, value, count);
   }
+}
+
+// The same where the compiler knows which of the two it is.
+struct AllLanes {};
+struct FirstLanes {
+  int64_t count;
+};
+
+template <class Element>
+QFAST_ALWAYS_INLINE Vector<Element> load(const Element* from, AllLanes) {
+  return load<Element>(from, kLanes<Element>);
+}
+
+template <class Element>
+QFAST_ALWAYS_INLINE Vector<Element> load(const Element* from, FirstLanes lanes) {
+  return load_part<Element>(from, lanes.count);
+}
+
+template <class Element>
+QFAST_ALWAYS_INLINE void store(Element* to, Vector<Element> value, AllLanes) {
+  store<Element>(to, value, kLanes<Element>);
+}
+
+template <class Element>
+QFAST_ALWAYS_INLINE void store(Element* to, Vector<Element> value, FirstLanes lanes) {
+  store_part<Element>(to, value, lanes.count);
 }
 
 // A vector with x in every lane. x - 0 equals x for every x, so the compiler removes the subtraction. It
@@ -201,19 +292,37 @@ QFAST_ALWAYS_INLINE Vector<Element> tanh(Vector<Element> x) {
   return (Vector<Element>)((Integers<Element>)(m / (m + Element(2))) | sign);
 }
 
+// x = exp(x) for x <= 0 or NaN, within 2 ulp.
+template <class Element>
+QFAST_ALWAYS_INLINE void exp_elements(Element* values, int64_t begin, int64_t end) {
+  const Vector<Element> lowest = Vector<Element>{} + Lanes<Element>::exp_zero;
+  for (int64_t i = begin; i < end; i += kLanes<Element>) {
+    const int64_t count = end - i < kLanes<Element> ? end - i : kLanes<Element>;
+    Vector<Element> x = load<Element>(values + i, count);
+    x = x < lowest ? lowest : x;
+    Vector<Element> rest;
+    Integers<Element> exponent;
+    split_exp<Element>(x, &rest, &exponent);
+    const Integers<Element> half = exponent >> 1;  // in two steps: the result may be subnormal
+    const Vector<Element> result =
+        (rest + Element(1)) * power_of_two<Element>(half) * power_of_two<Element>(exponent - half);
+    store<Element>(values + i, result, count);
+  }
+}
+
+}  // namespace
+
+template <class Element>
+void exp_in_place(Element* values, int64_t begin, int64_t end) {
+  exp_elements(values, begin, end);
+}
+
 // to[i] = tanh(from[i]) for begin <= i < end.
 template <class Element>
-static void tanh_elements(const Element* from, Element* to, int64_t begin, int64_t end) {
+void tanh_elements(const Element* from, Element* to, int64_t begin, int64_t end) {
   constexpr int64_t lanes = kLanes<Element>;
   for (int64_t i = begin; i < end; i += lanes) {
     const int64_t count = end - i < lanes ? end - i : lanes;
     store<Element>(to + i, tanh<Element>(load<Element>(from + i, count)), count);
   }
-}
-
-static void tanh_f32(const float* from, float* to, int64_t begin, int64_t end) {
-  tanh_elements<float>(from, to, begin, end);
-}
-static void tanh_f64(const double* from, double* to, int64_t begin, int64_t end) {
-  tanh_elements<double>(from, to, begin, end);
 }

@@ -9,9 +9,6 @@ namespace {
 constexpr int64_t kUnit = 64;  // elements; a multiple of the vectors of every instruction set and of torch
 constexpr int64_t kGrainElements = 32768;  // of one task; fewer do not pay for waking a thread
 
-auto kernel_of(float) { return cpu_kernels().clipped_adam_f32; }
-auto kernel_of(double) { return cpu_kernels().clipped_adam_f64; }
-
 // Computed in double like in torch, because 1 - beta^step loses most of its digits in float32.
 template <class Element>
 AdamCorrection<Element> correction_after(double step, const AdamNumbers& numbers) {
@@ -42,7 +39,7 @@ void run_adam(const AdamLists& lists, const AdamNumbers& numbers) {
     last_step = step;
   }
   const AdamSettings<Element> settings = numbers.settings<Element>();
-  const auto kernel = kernel_of(Element{});
+  const auto kernel = cpu_kernels<Element>().clipped_adam;
   parallel_for(first_unit[count], kGrainElements / kUnit, [&](int64_t begin, int64_t end) {
     auto i = std::upper_bound(first_unit.begin(), first_unit.end(), begin) - first_unit.begin() - 1;
     for (; begin < end; ++i) {

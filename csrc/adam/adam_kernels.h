@@ -1,5 +1,5 @@
-// One step of Adam with clipped gradients for a range of elements of one tensor. cpu_isa_body.h includes this
-// file once per instruction set and lists the language features that it may use.
+// One step of Adam with clipped gradients for a range of elements of one tensor. It is compiled once per
+// instruction set; cpu_isa_begin.h lists the language features that it may use.
 //
 // A thread owns a range of elements and reads, computes and writes each of them once; nothing is saved. Bound
 // by bytes: 4 elements read and 3 written per parameter, 4 written where the gradient is clipped.
@@ -7,6 +7,11 @@
 // The results equal those of torch's fused Adam bit for bit on a CPU with FMA (FusedAdamKernel.cpp). Torch's
 // compiler contracts two of the sums to FMA, in different ways for whole vectors and for the remainder, so
 // both forms are written out below. Without FMA (the baseline) the results differ by single roundings.
+#pragma once
+
+#include "matrix_tiles.h"
+
+namespace {
 
 constexpr int64_t kAdamBytes = 32;  // size of torch's vectors; its remainder loop rounds in another order
 
@@ -122,24 +127,15 @@ QFAST_ALWAYS_INLINE void adam_range(const AdamTensor<Element>& tensor, const Ada
   if (i < end) adam_vector<Element, kRemainder>(tensor, settings, correction, i, end - i);
 }
 
+}  // namespace
+
 // Updates elements [begin, end) of the tensor. `begin` is a multiple of 64 bytes; `end` is a multiple or the
 // last element.
 template <class Element>
-QFAST_ALWAYS_INLINE void clipped_adam(const AdamTensor<Element>& tensor,
-                                      const AdamSettings<Element>& settings,
-                                      const AdamCorrection<Element>& correction, int64_t begin, int64_t end) {
+void clipped_adam(const AdamTensor<Element>& tensor, const AdamSettings<Element>& settings,
+                  const AdamCorrection<Element>& correction, int64_t begin, int64_t end) {
   const int64_t rest = tensor.count % (kAdamBytes / static_cast<int64_t>(sizeof(Element)));
   const int64_t whole = end < tensor.count - rest ? end : tensor.count - rest;
   adam_range<Element, false>(tensor, settings, correction, begin, whole);
   adam_range<Element, true>(tensor, settings, correction, whole, end);
-}
-
-static void clipped_adam_f32(const AdamTensor<float>& tensor, const AdamSettings<float>& settings,
-                             const AdamCorrection<float>& correction, int64_t begin, int64_t end) {
-  clipped_adam(tensor, settings, correction, begin, end);
-}
-
-static void clipped_adam_f64(const AdamTensor<double>& tensor, const AdamSettings<double>& settings,
-                             const AdamCorrection<double>& correction, int64_t begin, int64_t end) {
-  clipped_adam(tensor, settings, correction, begin, end);
 }

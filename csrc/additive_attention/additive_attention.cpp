@@ -276,7 +276,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> graph_attention_cpu(const Ten
     using Element = decltype(zero);
     Element* const query = data<Element>(scores);
     const ScoresJob<Element> job{rows, width, data<Element>(h), data<Element>(w), data<Element>(b), query};
-    const auto kernel = hidden_scores_kernel(Element{});
+    const auto kernel = cpu_kernels<Element>().hidden_scores;
     parallel_for(rows, 2048, [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
     attend_days<Element>(days, query, query + rows, data<Element>(h), data<Element>(h), data<Element>(out),
                          data<Element>(kept.share), data<Element>(kept.share_weight),
@@ -332,7 +332,7 @@ std::tuple<Tensor, Tensor, Tensor> graph_attention_backward_cpu(
                                          of_key,
                                          data<Element>(grad_hidden),
                                          data<Element>(sums)};
-    const auto kernel = hidden_scores_backward_kernel(Element{});
+    const auto kernel = cpu_kernels<Element>().hidden_scores_backward;
     parallel_for(blocks, 32, [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
     add_blocks<Element>(data<Element>(sums), blocks, 2 * width, data<Element>(grad_weight));
     for (int side = 0; side < 2; ++side) {

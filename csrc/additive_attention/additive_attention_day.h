@@ -21,18 +21,6 @@ constexpr int64_t kTaskLookups = 4 * kSumRows;  // most lookups of a task: they 
 constexpr int64_t kHugeBytes = 4 << 20;
 constexpr int64_t kPastCachesBytes = 16 << 20;
 
-#define QFAST_PICK(name)                                                \
-  inline auto name##_kernel(float) { return cpu_kernels().name##_f32; } \
-  inline auto name##_kernel(double) { return cpu_kernels().name##_f64; }
-QFAST_PICK(exp)
-QFAST_PICK(block_sums)
-QFAST_PICK(attend)
-QFAST_PICK(attend_backward)
-QFAST_PICK(row_dots)
-QFAST_PICK(hidden_scores)
-QFAST_PICK(hidden_scores_backward)
-#undef QFAST_PICK
-
 // ---------------------------------------------------------------- memory
 // One piece of memory, handed out part by part; a first pass without memory counts what is needed.
 class Arena {
@@ -146,7 +134,7 @@ class Day {
         day.out,
         day.share,
         past_caches({day.out, day.share})};
-    const auto kernel = attend_kernel(Element{});
+    const auto kernel = cpu_kernels<Element>().attend;
     each(split_lookups(), 4, [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
     if (day.orders[0] == nullptr) return;
     for (int side = 0; side < 2; ++side) std::memcpy(day.orders[side], w_.orders[side], sizeof(int32_t) * n_);
@@ -183,7 +171,7 @@ class Day {
                                          past_caches({day.grad_value}),
                                          w_.prefix_dot,
                                          w_.suffix_dot};
-    const auto kernel = attend_backward_kernel(Element{});
+    const auto kernel = cpu_kernels<Element>().attend_backward;
     each(split_lookups(), 4, [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
     grad_keys(day.grad_key);
   }
@@ -261,7 +249,7 @@ class Day {
   // Weights of the sorted keys relative to the highest, and their running sums.
   void weigh() {
     const Element highest = w_.keys[n_ - 1];
-    const auto exp_of = exp_kernel(Element{});
+    const auto exp_of = cpu_kernels<Element>().exp_in_place;
     each(n_, 4096, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
         w_.above[p] = w_.keys[p] - highest;
@@ -287,7 +275,7 @@ class Day {
       w_.position[l] = static_cast<int32_t>(at);
     }
     const Element highest = w_.keys[n_ - 1];
-    const auto exp_of = exp_kernel(Element{});
+    const auto exp_of = cpu_kernels<Element>().exp_in_place;
     each(n_, 4096, [&](int64_t begin, int64_t end) {
       for (int64_t l = begin; l < end; ++l) {
         const Element top = w_.queries[l] + highest;
@@ -333,7 +321,7 @@ class Day {
   void grad_queries(const Backward<Element>& day) {
     const RowDotsJob<Element> job{width_,           day.grad,  day.out,     day.residual, day.share,
                                   day.share_weight, w_.center, w_.mean_dot, w_.share_dot};
-    const auto kernel = row_dots_kernel(Element{});
+    const auto kernel = cpu_kernels<Element>().row_dots;
     each(n_, 256, [&](int64_t begin, int64_t end) {
       kernel(job, begin, end);
       for (int64_t r = begin; r < end; ++r)
@@ -388,7 +376,7 @@ class Day {
   // sum would drift.
   void sum_up(const RunningSums<Element>& sums) {
     const int64_t blocks = (n_ + kSumRows - 1) / kSumRows;
-    const auto kernel = block_sums_kernel(Element{});
+    const auto kernel = cpu_kernels<Element>().block_sums;
     each(blocks, 16, [&](int64_t begin, int64_t end) { kernel(sums, begin, end); });
     const int64_t last = n_ / kSumRows;  // the block of the position behind the last row; it may be empty
     for (Element* of : {w_.prefix_blocks, w_.suffix_blocks}) {

@@ -1,4 +1,4 @@
-// Additive attention, pass by pass; see cpu_isa_body.h for what may stand here and docs/attention.md for the
+// Additive attention, pass by pass; see cpu_isa_begin.h for what may stand here and docs/attention.md for the
 // mathematics. Columns go in panels of up to four vectors whose sums stay in registers; a thread owns whole
 // blocks of sorted rows (block_sums) or whole groups of lookups (attend, attend_backward), so that every sum
 // has one fixed order.
@@ -6,8 +6,13 @@
 // A row of H elements is read three times (from memory, from memory, from the caches) and written once, or
 // twice where gradients are wanted, for about 10 H flops: bound by the caches for a few thousand rows and by
 // memory latency beyond, which is why rows are asked for ahead.
+#pragma once
 
-#define QFAST_INLINE_MEMBER inline __attribute__((always_inline))
+#include "matrix_tiles.h"
+#include "simd.h"
+
+namespace {
+
 // GCC takes a function that does nothing but prefetch for one without effect, and drops it unless it is
 // inlined before it looks.
 #define QFAST_INLINE_LAMBDA __attribute__((always_inline))
@@ -88,54 +93,6 @@ QFAST_ALWAYS_INLINE void each_panel(int64_t width, const Body& body) {
   if (v < vectors) body(Panel<Element, 1, true>(v, width), v == 0);
 }
 
-// x = exp(x) for x <= 0 or NaN, within 2 ulp.
-template <class Element>
-QFAST_ALWAYS_INLINE void exp_in_place(Element* values, int64_t begin, int64_t end) {
-  const Vector<Element> lowest = Vector<Element>{} + Lanes<Element>::exp_zero;
-  for (int64_t i = begin; i < end; i += kLanes<Element>) {
-    const int64_t count = end - i < kLanes<Element> ? end - i : kLanes<Element>;
-    Vector<Element> x = load<Element>(values + i, count);
-    x = x < lowest ? lowest : x;
-    Vector<Element> rest;
-    Integers<Element> exponent;
-    split_exp<Element>(x, &rest, &exponent);
-    const Integers<Element> half = exponent >> 1;  // in two steps: the result may be subnormal
-    const Vector<Element> result =
-        (rest + Element(1)) * power_of_two<Element>(half) * power_of_two<Element>(exponent - half);
-    store<Element>(values + i, result, count);
-  }
-}
-
-// ---------------------------------------------------------------- the two running sums
-// Sums of the blocks [begin, end), either weight.
-template <class Element>
-QFAST_ALWAYS_INLINE void block_sums(const RunningSums<Element>& sums, int64_t begin, int64_t end) {
-  each_panel<Element>(sums.width, [&](auto panel, bool) {
-    constexpr int W = decltype(panel)::vectors;
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * kSumRows;
-      const int64_t last = first + kSumRows < sums.count ? first + kSumRows : sums.count;
-      Vector<Element> prefix[W] = {}, suffix[W] = {};
-      for (int64_t j = first; j < last; ++j) {
-        const int64_t ahead = j + kRowsAhead < sums.count ? j + kRowsAhead : j;
-        panel.prefetch(sums.rows + sums.order[ahead] * sums.width);
-        const Element* row = sums.rows + sums.order[j] * sums.width;
-        const Element of_prefix = sums.prefix_weight[j], of_suffix = sums.suffix_weight[j];
-#pragma GCC unroll 4
-        for (int w = 0; w < W; ++w) {
-          const Vector<Element> value = panel.read(row, w);
-          prefix[w] += of_prefix * value;
-          suffix[w] += of_suffix * value;
-        }
-      }
-      for (int w = 0; w < W; ++w) {
-        panel.write(sums.prefix_blocks + block * sums.width, w, prefix[w]);
-        panel.write(sums.suffix_blocks + block * sums.width, w, suffix[w]);
-      }
-    }
-  });
-}
-
 // Calls emit(lookup, offset of its row, prefix part, suffix part) for the lookups of a task: sums of the
 // block up to and from each position, on top of the carries. The sums from the back are kept from the highest
 // position of the task down to the lowest and met again on the way up. The rows of the next block are asked
@@ -200,8 +157,40 @@ QFAST_ALWAYS_INLINE void each_lookup(const Lookups<Element>& job, const LookupTa
   }
 }
 
+}  // namespace
+
+// ---------------------------------------------------------------- the two running sums
+// Sums of the blocks [begin, end), either weight.
 template <class Element>
-QFAST_ALWAYS_INLINE void attend(const AttendJob<Element>& job, int64_t begin, int64_t end) {
+void block_sums(const RunningSums<Element>& sums, int64_t begin, int64_t end) {
+  each_panel<Element>(sums.width, [&](auto panel, bool) {
+    constexpr int W = decltype(panel)::vectors;
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * kSumRows;
+      const int64_t last = first + kSumRows < sums.count ? first + kSumRows : sums.count;
+      Vector<Element> prefix[W] = {}, suffix[W] = {};
+      for (int64_t j = first; j < last; ++j) {
+        const int64_t ahead = j + kRowsAhead < sums.count ? j + kRowsAhead : j;
+        panel.prefetch(sums.rows + sums.order[ahead] * sums.width);
+        const Element* row = sums.rows + sums.order[j] * sums.width;
+        const Element of_prefix = sums.prefix_weight[j], of_suffix = sums.suffix_weight[j];
+#pragma GCC unroll 4
+        for (int w = 0; w < W; ++w) {
+          const Vector<Element> value = panel.read(row, w);
+          prefix[w] += of_prefix * value;
+          suffix[w] += of_suffix * value;
+        }
+      }
+      for (int w = 0; w < W; ++w) {
+        panel.write(sums.prefix_blocks + block * sums.width, w, prefix[w]);
+        panel.write(sums.suffix_blocks + block * sums.width, w, suffix[w]);
+      }
+    }
+  });
+}
+
+template <class Element>
+void attend(const AttendJob<Element>& job, int64_t begin, int64_t end) {
   const Lookups<Element>& lookups = job.lookups;
   each_panel<Element>(lookups.sums.width, [&](auto panel, bool) {
     constexpr int W = decltype(panel)::vectors;
@@ -232,7 +221,7 @@ QFAST_ALWAYS_INLINE void attend(const AttendJob<Element>& job, int64_t begin, in
 }
 
 template <class Element>
-QFAST_ALWAYS_INLINE void attend_backward(const AttendBackwardJob<Element>& job, int64_t begin, int64_t end) {
+void attend_backward(const AttendBackwardJob<Element>& job, int64_t begin, int64_t end) {
   const Lookups<Element>& lookups = job.lookups;
   each_panel<Element>(lookups.sums.width, [&](auto panel, bool opens) {
     constexpr int W = decltype(panel)::vectors;
@@ -262,7 +251,7 @@ QFAST_ALWAYS_INLINE void attend_backward(const AttendBackwardJob<Element>& job, 
 
 // ---------------------------------------------------------------- passes over rows as they lie in memory
 template <class Element>
-QFAST_ALWAYS_INLINE void row_dots(const RowDotsJob<Element>& job, int64_t begin, int64_t end) {
+void row_dots(const RowDotsJob<Element>& job, int64_t begin, int64_t end) {
   each_panel<Element>(job.width, [&](auto panel, bool opens) {
     constexpr int W = decltype(panel)::vectors;
     for (int64_t r = begin; r < end; ++r) {
@@ -284,7 +273,7 @@ QFAST_ALWAYS_INLINE void row_dots(const RowDotsJob<Element>& job, int64_t begin,
 }
 
 template <class Element>
-QFAST_ALWAYS_INLINE void hidden_scores(const ScoresJob<Element>& job, int64_t begin, int64_t end) {
+void hidden_scores(const ScoresJob<Element>& job, int64_t begin, int64_t end) {
   each_panel<Element>(job.width, [&](auto panel, bool opens) {
     constexpr int W = decltype(panel)::vectors;
     for (int64_t r = begin; r < end; ++r) {
@@ -304,8 +293,7 @@ QFAST_ALWAYS_INLINE void hidden_scores(const ScoresJob<Element>& job, int64_t be
 
 // Blocks [begin, end) of kSumRows rows.
 template <class Element>
-QFAST_ALWAYS_INLINE void hidden_scores_backward(const ScoresBackwardJob<Element>& job, int64_t begin,
-                                                int64_t end) {
+void hidden_scores_backward(const ScoresBackwardJob<Element>& job, int64_t begin, int64_t end) {
   each_panel<Element>(job.width, [&](auto panel, bool) {
     constexpr int W = decltype(panel)::vectors;
     Vector<Element> weights[2][W];
@@ -340,30 +328,3 @@ QFAST_ALWAYS_INLINE void hidden_scores_backward(const ScoresBackwardJob<Element>
     }
   });
 }
-
-#define QFAST_ATTENTION_KERNELS(suffix, Element)                                                            \
-  static void exp_##suffix(Element* values, int64_t begin, int64_t end) {                                   \
-    exp_in_place<Element>(values, begin, end);                                                              \
-  }                                                                                                         \
-  static void block_sums_##suffix(const RunningSums<Element>& job, int64_t begin, int64_t end) {            \
-    block_sums<Element>(job, begin, end);                                                                   \
-  }                                                                                                         \
-  static void attend_##suffix(const AttendJob<Element>& job, int64_t begin, int64_t end) {                  \
-    attend<Element>(job, begin, end);                                                                       \
-  }                                                                                                         \
-  static void attend_backward_##suffix(const AttendBackwardJob<Element>& job, int64_t begin, int64_t end) { \
-    attend_backward<Element>(job, begin, end);                                                              \
-  }                                                                                                         \
-  static void row_dots_##suffix(const RowDotsJob<Element>& job, int64_t begin, int64_t end) {               \
-    row_dots<Element>(job, begin, end);                                                                     \
-  }                                                                                                         \
-  static void hidden_scores_##suffix(const ScoresJob<Element>& job, int64_t begin, int64_t end) {           \
-    hidden_scores<Element>(job, begin, end);                                                                \
-  }                                                                                                         \
-  static void hidden_scores_backward_##suffix(const ScoresBackwardJob<Element>& job, int64_t begin,         \
-                                              int64_t end) {                                                \
-    hidden_scores_backward<Element>(job, begin, end);                                                       \
-  }
-QFAST_ATTENTION_KERNELS(f32, float)
-QFAST_ATTENTION_KERNELS(f64, double)
-#undef QFAST_ATTENTION_KERNELS

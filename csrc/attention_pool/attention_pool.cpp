@@ -18,11 +18,6 @@ constexpr int64_t kPoolRows = 96;          // rows and steps of a tile, as far a
 constexpr int64_t kPoolBytes = 256 << 10;  // what a block holds: well within a 1 MB cache
 constexpr int64_t kLeastSteps = 8;         // of a block
 
-auto forward_kernel(float) { return cpu_kernels().attention_pool_forward_f32; }
-auto forward_kernel(double) { return cpu_kernels().attention_pool_forward_f64; }
-auto backward_kernel(float) { return cpu_kernels().attention_pool_backward_f32; }
-auto backward_kernel(double) { return cpu_kernels().attention_pool_backward_f64; }
-
 // Everything but the results of a call.
 template <class Element>
 class Pool {
@@ -73,7 +68,7 @@ std::tuple<Tensor, Tensor> attention_pool_cpu(const Tensor& h, const Tensor& wei
     Pool<Element> pool(given, dropout, seed);
     auto& job = pool.job;
     job.pooled = pooled.mutable_data_ptr<Element>(), job.attention = attention.mutable_data_ptr<Element>();
-    const auto kernel = forward_kernel(Element{});
+    const auto kernel = cpu_kernels<Element>().attention_pool_forward;
     run_tiles<Element>(
         h, pool.tiles(), PoolSizes<Element>::forward(job),
         [&](int64_t begin, int64_t end, Element* scratch) { kernel(job, begin, end, scratch); });
@@ -103,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_pool_backward_cpu(
     job.grad = entering.const_data_ptr<Element>();
     job.attention = kept.mutable_data_ptr<Element>(), job.pooled = result.mutable_data_ptr<Element>();
     job.grad_h = grad_h.mutable_data_ptr<Element>();
-    const auto kernel = backward_kernel(Element{});
+    const auto kernel = cpu_kernels<Element>().attention_pool_backward;
     const Tensor sums = sum_in_parts<Element>(h, pool.tiles(), PoolSizes<Element>::backward(job),
                                               PoolSizes<Element>::sums(job),
                                               [&](int64_t begin, int64_t end, Element* scratch,

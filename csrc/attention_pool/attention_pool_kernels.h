@@ -1,6 +1,12 @@
 // Attention over the steps of a window: scores . tanh(weight h + bias), their softmax, the mean of h under
 // it, and the gradients, for which the tanh is computed again. Included inside the namespace of the
 // instruction set.
+#pragma once
+
+#include "dropout_kernels.h"
+#include "panel_kernels.h"
+
+namespace {
 
 // A part of a tile that is computed at once: `count` steps from `step`, of `rows` rows from `first`.
 struct PoolBlock {
@@ -41,7 +47,7 @@ static void softmax(Element* scores, int64_t count) {
   Element most = scores[0];
   for (int64_t t = 1; t < count; ++t) most = scores[t] > most ? scores[t] : most;
   for (int64_t t = 0; t < count; ++t) scores[t] -= most;
-  exp_in_place<Element>(scores, 0, count);
+  exp_elements<Element>(scores, 0, count);
   Vector<Element> total = {};
   for_vectors<Element>(count, [&](int64_t t, int64_t lanes) __attribute__((always_inline)) {
     total += load<Element>(scores + t, lanes);
@@ -87,22 +93,6 @@ static void score_block(const PoolJob<Element>& job, const PoolBlock& block, Ele
     for (int64_t s = 0; s < block.count; ++s)
       job.attention[(block.first + row) * job.steps + block.step + s] =
           dot<Element>(scratch + (row * block.count + s) * padded, job.score, job.width);
-}
-
-// Tiles [begin, end).
-template <class Element>
-static void pool_forward(const PoolJob<Element>& job, int64_t begin, int64_t end, Element* scratch) {
-  for (int64_t tile = begin; tile < end; ++tile) {
-    const int64_t first = tile * job.tile_rows, rows = smaller(job.tile_rows, job.batch - first);
-    for (int64_t step = 0; step < job.steps; step += job.block_steps)
-      score_block(job, PoolBlock{first, rows, step, smaller(job.block_steps, job.steps - step)}, scratch);
-    for (int64_t row = first; row < first + rows; ++row) {
-      Element* const attention = job.attention + row * job.steps;
-      softmax<Element>(attention, job.steps);
-      weighted_sum<Element>(attention, job.h + row * job.row_stride, job.step_stride, job.steps, job.hidden,
-                            job.pooled + row * job.hidden);
-    }
-  }
 }
 
 // ---------------------------------------------------------------- backward
@@ -198,10 +188,28 @@ struct PoolBackward {
   }
 };
 
+}  // namespace
+
+// Tiles [begin, end).
+template <class Element>
+void attention_pool_forward(const PoolJob<Element>& job, int64_t begin, int64_t end, Element* scratch) {
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const int64_t first = tile * job.tile_rows, rows = smaller(job.tile_rows, job.batch - first);
+    for (int64_t step = 0; step < job.steps; step += job.block_steps)
+      score_block(job, PoolBlock{first, rows, step, smaller(job.block_steps, job.steps - step)}, scratch);
+    for (int64_t row = first; row < first + rows; ++row) {
+      Element* const attention = job.attention + row * job.steps;
+      softmax<Element>(attention, job.steps);
+      weighted_sum<Element>(attention, job.h + row * job.row_stride, job.step_stride, job.steps, job.hidden,
+                            job.pooled + row * job.hidden);
+    }
+  }
+}
+
 // Tiles [begin, end), a part's.
 template <class Element>
-static void pool_backward(const PoolJob<Element>& job, int64_t begin, int64_t end, Element* scratch,
-                          Element* sums) {
+void attention_pool_backward(const PoolJob<Element>& job, int64_t begin, int64_t end, Element* scratch,
+                             Element* sums) {
   const int64_t narrow = job.entering.padded();
   const int64_t wide = job.turned.padded();
   const int64_t cells = job.tile_rows * job.block_steps;
@@ -226,16 +234,3 @@ static void pool_backward(const PoolJob<Element>& job, int64_t begin, int64_t en
     }
   }
 }
-
-#define QFAST_ATTENTION_POOL(suffix, Element)                                                           \
-  static void attention_pool_forward_##suffix(const PoolJob<Element>& job, int64_t begin, int64_t end,  \
-                                              Element* s) {                                             \
-    pool_forward<Element>(job, begin, end, s);                                                          \
-  }                                                                                                     \
-  static void attention_pool_backward_##suffix(const PoolJob<Element>& job, int64_t begin, int64_t end, \
-                                               Element* s, Element* sums) {                             \
-    pool_backward<Element>(job, begin, end, s, sums);                                                   \
-  }
-QFAST_ATTENTION_POOL(f32, float)
-QFAST_ATTENTION_POOL(f64, double)
-#undef QFAST_ATTENTION_POOL

@@ -13,11 +13,6 @@ namespace {
 
 constexpr int64_t kTileRows = 480;
 
-auto forward_kernel(float) { return cpu_kernels().encoder_layer_f32; }
-auto forward_kernel(double) { return cpu_kernels().encoder_layer_f64; }
-auto backward_kernel(float) { return cpu_kernels().encoder_layer_backward_f32; }
-auto backward_kernel(double) { return cpu_kernels().encoder_layer_backward_f64; }
-
 // Everything but the results of a call.
 template <class Element>
 class Encoder {
@@ -135,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor> encoder_layer_cpu(const Tensor& x, std::vecto
       job.normalised = normalised.mutable_data_ptr<Element>();
       job.scales = scales.mutable_data_ptr<Element>();
     }
-    const auto kernel = forward_kernel(Element{});
+    const auto kernel = cpu_kernels<Element>().encoder_layer;
     run_tiles<Element>(
         x, encoder.tiles(), encoder.scratch(false),
         [&](int64_t begin, int64_t end, Element* scratch) { kernel(job, begin, end, scratch); });
@@ -171,7 +166,7 @@ std::tuple<Tensor, std::vector<Tensor>> encoder_layer_backward_cpu(const Tensor&
     job.grad = entering.const_data_ptr<Element>();
     job.normalised = kept.mutable_data_ptr<Element>(), job.scales = kept_scales.mutable_data_ptr<Element>();
     if (input_grad) job.grad_x = grad_x.mutable_data_ptr<Element>();
-    const auto kernel = backward_kernel(Element{});
+    const auto kernel = cpu_kernels<Element>().encoder_layer_backward;
     const Tensor total =
         sum_in_parts<Element>(x, encoder.tiles(), encoder.scratch(true), encoder.sums(),
                               [&](int64_t begin, int64_t end, Element* scratch, Element* sums) {

@@ -7,6 +7,12 @@
 // norms gave before their weights, and their scales; everything else is computed again. Bound by
 // multiply-adds, of which the feed-forward block has 4 M D a row, the projections 8 D D (keys and values of
 // every row: 4 D D).
+#pragma once
+
+#include "encoder_layer/encoder_layer_kernels_attention.h"
+#include "feed_forward/feed_forward_kernels.h"
+
+namespace {
 
 // Where the rows of a group's results stand in x and in the group's buffers.
 template <class Element>
@@ -165,31 +171,6 @@ QFAST_ALWAYS_INLINE WindowRows windows_of_tile(const EncoderJob<Element>& job, i
   return {first, smaller(job.tile_windows, job.batch - first), job.results, job.steps - job.results};
 }
 
-// Tiles [begin, end).
-template <class Element>
-static void encoder_tiles(const EncoderJob<Element>& job, int64_t begin, int64_t end, Element* scratch) {
-  Carving<Element> space{scratch};
-  const auto tile = EncoderTile<Element>::carve(job, false, space);
-  for (int64_t t = begin; t < end; ++t) {
-    const WindowRows all = windows_of_tile<Element>(job, t);
-    const int64_t count = all.windows * all.steps;
-    for_groups(all, job.group_windows, [&](const WindowRows& rows, int64_t at) {
-      attention_block<Element>(job, tile.group, rows, tile.entering + at * job.padded);
-    });
-    for (int64_t row = 0; row < count; ++row)
-      __builtin_memcpy(tile.leaving + row * job.padded, job.net.leaving_bias, sizeof(Element) * job.width);
-    add_feed_forward<Element>(job.net, all, tile.entering, job.padded, tile.leaving, job.padded,
-                              tile.hidden.hidden);
-    drop_windows<Element>(job.dropout, kLeavingDropout, all, 0, job.width, tile.leaving, job.padded);
-    add_to_rows<Element>(tile.leaving, job.padded, tile.entering, job.padded, count, job.width);
-    const KeptRows<Element> kept = kept_rows<Element>(job, 1, all.first_window);
-    normalise<Element>(tile.leaving, job.padded, count, job.width, job.eps, job.norm2_weight, job.norm2_bias,
-                       kept.normalised, kept.scales);
-    copy_strided<Element>(tile.leaving, job.padded, 1, count, job.width,
-                          job.output + all.first_window * job.results * job.width, job.width);
-  }
-}
-
 // ---------------------------------------------------------------- backward
 // From the gradient of the output to that of what the first norm was given, in grad_first.
 template <class Element>
@@ -256,10 +237,37 @@ static void attention_block_backward(const EncoderJob<Element>& job, const Encod
   copy_strided<Element>(group.grad_x, padded, 1, all, D, job.grad_x + rows.first_window * job.steps * D, D);
 }
 
+}  // namespace
+
+// Tiles [begin, end).
+template <class Element>
+void encoder_layer(const EncoderJob<Element>& job, int64_t begin, int64_t end, Element* scratch) {
+  Carving<Element> space{scratch};
+  const auto tile = EncoderTile<Element>::carve(job, false, space);
+  for (int64_t t = begin; t < end; ++t) {
+    const WindowRows all = windows_of_tile<Element>(job, t);
+    const int64_t count = all.windows * all.steps;
+    for_groups(all, job.group_windows, [&](const WindowRows& rows, int64_t at) {
+      attention_block<Element>(job, tile.group, rows, tile.entering + at * job.padded);
+    });
+    for (int64_t row = 0; row < count; ++row)
+      __builtin_memcpy(tile.leaving + row * job.padded, job.net.leaving_bias, sizeof(Element) * job.width);
+    add_feed_forward<Element>(job.net, all, tile.entering, job.padded, tile.leaving, job.padded,
+                              tile.hidden.hidden);
+    drop_windows<Element>(job.dropout, kLeavingDropout, all, 0, job.width, tile.leaving, job.padded);
+    add_to_rows<Element>(tile.leaving, job.padded, tile.entering, job.padded, count, job.width);
+    const KeptRows<Element> kept = kept_rows<Element>(job, 1, all.first_window);
+    normalise<Element>(tile.leaving, job.padded, count, job.width, job.eps, job.norm2_weight, job.norm2_bias,
+                       kept.normalised, kept.scales);
+    copy_strided<Element>(tile.leaving, job.padded, 1, count, job.width,
+                          job.output + all.first_window * job.results * job.width, job.width);
+  }
+}
+
 // Tiles [begin, end), a part's.
 template <class Element>
-static void encoder_backward_tiles(const EncoderJob<Element>& job, int64_t begin, int64_t end,
-                                   Element* scratch, Element* part) {
+void encoder_layer_backward(const EncoderJob<Element>& job, int64_t begin, int64_t end, Element* scratch,
+                            Element* part) {
   Carving<Element> space{scratch}, total{part};
   const auto tile = EncoderTile<Element>::carve(job, true, space);
   const auto sums = EncoderSums<Element>::carve(job, total);
@@ -275,16 +283,3 @@ static void encoder_backward_tiles(const EncoderJob<Element>& job, int64_t begin
     });
   }
 }
-
-#define QFAST_ENCODER_LAYER(suffix, Element)                                                              \
-  static void encoder_layer_##suffix(const EncoderJob<Element>& job, int64_t begin, int64_t end,          \
-                                     Element* s) {                                                        \
-    encoder_tiles<Element>(job, begin, end, s);                                                           \
-  }                                                                                                       \
-  static void encoder_layer_backward_##suffix(const EncoderJob<Element>& job, int64_t begin, int64_t end, \
-                                              Element* s, Element* sums) {                                \
-    encoder_backward_tiles<Element>(job, begin, end, s, sums);                                            \
-  }
-QFAST_ENCODER_LAYER(f32, float)
-QFAST_ENCODER_LAYER(f64, double)
-#undef QFAST_ENCODER_LAYER

@@ -4,6 +4,12 @@
 // Per head: scores [results, T] = q k^T / sqrt(D / heads), their softmax, dropout, times v. All of it stays
 // in the caches; nothing is kept, the backward computes the weights again. Bound by multiply-adds: 4 T D
 // flops a row with a result forward, 12 T D backward.
+#pragma once
+
+#include "dropout_kernels.h"
+#include "panel_kernels.h"
+
+namespace {
 
 constexpr int32_t kHeadDropout = 3;  // and the head's number
 
@@ -20,7 +26,7 @@ static void padded_softmax(Element* scores, int64_t count, int64_t padded) {
   const Element top = most_of_lanes<Element>(most);
   for (int64_t s = 0; s < padded; s += lanes)
     store<Element>(scores + s, load<Element>(scores + s, lanes) - top, lanes);
-  exp_in_place<Element>(scores, 0, padded);
+  exp_elements<Element>(scores, 0, padded);
   Vector<Element> total = {};
   for (int64_t s = 0; s < padded; s += lanes) total += load<Element>(scores + s, lanes);
   const Element scale = 1 / sum_of_lanes<Element>(total);
@@ -141,3 +147,5 @@ struct Head {
     }
   }
 };
+
+}  // namespace

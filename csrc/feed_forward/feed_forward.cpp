@@ -13,11 +13,6 @@ namespace {
 
 constexpr int64_t kTileRows = 480;
 
-auto forward_kernel(float) { return cpu_kernels().feed_forward_f32; }
-auto forward_kernel(double) { return cpu_kernels().feed_forward_f64; }
-auto backward_kernel(float) { return cpu_kernels().feed_forward_backward_f32; }
-auto backward_kernel(double) { return cpu_kernels().feed_forward_backward_f64; }
-
 struct Block {
   const Tensor weight_in, bias_in, weight_out;
 
@@ -69,7 +64,7 @@ Tensor feed_forward_cpu(const Tensor& x, const Tensor& weight_in, const Tensor& 
     auto job = job_of<Element>(x, block, store, rule, false);
     job.net.leaving_bias = store.vector(bias.const_data_ptr<Element>(), out);
     job.output = output.mutable_data_ptr<Element>();
-    const auto kernel = forward_kernel(Element{});
+    const auto kernel = cpu_kernels<Element>().feed_forward;
     run_tiles<Element>(
         x, tiles_of(job), scratch_of(job, false),
         [&](int64_t begin, int64_t end, Element* scratch) { kernel(job, begin, end, scratch); });
@@ -99,7 +94,7 @@ Gradients feed_forward_backward_cpu(const Tensor& grad, const Tensor& x, const T
     using Sums = FeedForwardSums<Element>;
     Carving<Element> counted{nullptr};
     Sums::carve(job.net, job.padded_in, job.padded_out, counted);
-    const auto kernel = backward_kernel(Element{});
+    const auto kernel = cpu_kernels<Element>().feed_forward_backward;
     const Tensor total =
         sum_in_parts<Element>(x, tiles_of(job), scratch_of(job, true), counted.used,
                               [&](int64_t begin, int64_t end, Element* scratch, Element* sums) {

@@ -5,6 +5,12 @@
 // rows, multiplied on into the result, and gone. Slices are the outer loop, so that a slice of the weights is
 // read once a tile. The backward computes each slice again. Bound by multiply-adds: 2 M (D + O) flops a row
 // forward; backward 2 M (3 D + 2 O), a D less without a gradient of x.
+#pragma once
+
+#include "dropout_kernels.h"
+#include "panel_kernels.h"
+
+namespace {
 
 // Drops elements of values [windows * steps][columns] as those of the whole batch.
 template <class Element>
@@ -97,25 +103,11 @@ static void add_feed_forward_gradients(const FeedForward<Element>& net, const Wi
   }
 }
 
-// ---------------------------------------------------------------- the block alone
-// to[row][0 : columns] from rows of any strides.
-template <class Element>
-static void copy_strided(const Element* from, int64_t row_stride, int64_t column_stride, int64_t rows,
-                         int64_t columns, Element* to, int64_t to_stride) {
-  for (int64_t row = 0; row < rows; ++row) {
-    if (column_stride == 1) {
-      __builtin_memcpy(to + row * to_stride, from + row * row_stride, sizeof(Element) * columns);
-      continue;
-    }
-    for (int64_t j = 0; j < columns; ++j)
-      to[row * to_stride + j] = from[row * row_stride + j * column_stride];
-  }
-}
+}  // namespace
 
 // Tiles [begin, end).
 template <class Element>
-static void feed_forward_tiles(const FeedForwardJob<Element>& job, int64_t begin, int64_t end,
-                               Element* scratch) {
+void feed_forward(const FeedForwardJob<Element>& job, int64_t begin, int64_t end, Element* scratch) {
   Carving<Element> space{scratch};
   const auto tile = FeedForwardTile<Element>::carve(job, false, space);
   const int64_t in = job.net.entering.rows, out = job.net.leaving.columns;
@@ -133,8 +125,8 @@ static void feed_forward_tiles(const FeedForwardJob<Element>& job, int64_t begin
 
 // Tiles [begin, end), a part's.
 template <class Element>
-static void feed_forward_backward_tiles(const FeedForwardJob<Element>& job, int64_t begin, int64_t end,
-                                        Element* scratch, Element* part) {
+void feed_forward_backward(const FeedForwardJob<Element>& job, int64_t begin, int64_t end, Element* scratch,
+                           Element* part) {
   Carving<Element> space{scratch}, total{part};
   const auto tile = FeedForwardTile<Element>::carve(job, true, space);
   const auto sums = FeedForwardSums<Element>::carve(job.net, job.padded_in, job.padded_out, total);
@@ -152,16 +144,3 @@ static void feed_forward_backward_tiles(const FeedForwardJob<Element>& job, int6
       copy_strided<Element>(grad_x, job.padded_in, 1, rows, in, job.grad_x + first * in, in);
   }
 }
-
-#define QFAST_FEED_FORWARD(suffix, Element)                                                                  \
-  static void feed_forward_##suffix(const FeedForwardJob<Element>& job, int64_t begin, int64_t end,          \
-                                    Element* s) {                                                            \
-    feed_forward_tiles<Element>(job, begin, end, s);                                                         \
-  }                                                                                                          \
-  static void feed_forward_backward_##suffix(const FeedForwardJob<Element>& job, int64_t begin, int64_t end, \
-                                             Element* s, Element* sums) {                                    \
-    feed_forward_backward_tiles<Element>(job, begin, end, s, sums);                                          \
-  }
-QFAST_FEED_FORWARD(f32, float)
-QFAST_FEED_FORWARD(f64, double)
-#undef QFAST_FEED_FORWARD

@@ -19,14 +19,17 @@ constexpr int64_t kParts = 16;  // parts of the tiles, each with its own sums of
 constexpr int64_t kStreamedBytes = 8 << 20;
 constexpr int64_t kPartBytes = 128 << 20;  // limit on the memory of all sums
 
-auto forward_kernel(LstmCell, float) { return cpu_kernels().lstm_forward_f32; }
-auto forward_kernel(LstmCell, double) { return cpu_kernels().lstm_forward_f64; }
-auto forward_kernel(GruCell, float) { return cpu_kernels().gru_forward_f32; }
-auto forward_kernel(GruCell, double) { return cpu_kernels().gru_forward_f64; }
-auto backward_kernel(LstmCell, float) { return cpu_kernels().lstm_backward_f32; }
-auto backward_kernel(LstmCell, double) { return cpu_kernels().lstm_backward_f64; }
-auto backward_kernel(GruCell, float) { return cpu_kernels().gru_backward_f32; }
-auto backward_kernel(GruCell, double) { return cpu_kernels().gru_backward_f64; }
+template <class Cell, class Element>
+auto forward_kernel() {
+  constexpr bool is_lstm = std::is_same_v<Cell, LstmCell>;
+  return is_lstm ? cpu_kernels<Element>().lstm_forward : cpu_kernels<Element>().gru_forward;
+}
+
+template <class Cell, class Element>
+auto backward_kernel() {
+  constexpr bool is_lstm = std::is_same_v<Cell, LstmCell>;
+  return is_lstm ? cpu_kernels<Element>().lstm_backward : cpu_kernels<Element>().gru_backward;
+}
 
 const MaybeTensor kNone;
 
@@ -67,7 +70,7 @@ void run_forward(RecurrentNetwork<Cell, Element>& network, const Tensor& like, b
   const int64_t each = rounded_up(network.scratch_elements, 16);
   const Tensor scratch = empty(like, {workers * each});
   Element* const space = scratch.mutable_data_ptr<Element>();
-  const auto kernel = forward_kernel(Cell{}, Element{});
+  const auto kernel = forward_kernel<Cell, Element>();
   share(units, [&](int64_t worker, int64_t begin, int64_t end) {
     kernel(job, begin * kRecurrentRowStep, std::min(end * kRecurrentRowStep, job.batch),
            space + worker * each);
@@ -140,7 +143,7 @@ std::vector<Tensor> run_backward(RecurrentNetwork<Cell, Element>& network, const
   const Tensor scratch = empty(like, {worker_count(parts) * each}), sums = empty(like, {parts * elements});
   Element* const space = scratch.mutable_data_ptr<Element>();
   Element* const total = sums.mutable_data_ptr<Element>();
-  const auto kernel = backward_kernel(Cell{}, Element{});
+  const auto kernel = backward_kernel<Cell, Element>();
   share(parts, [&](int64_t worker, int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       Element* const sum = total + part * elements;

@@ -5,6 +5,7 @@
 // A unit has four sums per step. Products with W_ih are added to the first kGates of them, products with W_hh
 // to the last kGates. Each step saves five values per unit for backward: four gates in the order of the sums,
 // and one `carried` value, which is the cell state c of the LSTM and the output h of the GRU.
+#pragma once
 
 // The sums are the input, forget, cell (tanh) and output gates, in torch's order.
 struct LstmCell {

@@ -1,4 +1,4 @@
-// Forward pass of stacked LSTM and GRU. cpu_isa_body.h includes this file once per instruction set and lists
+// Forward pass of stacked LSTM and GRU. It is compiled once per instruction set; cpu_isa_begin.h lists
 // the language features that it may use.
 //
 // A thread owns tiles of batch rows and computes all steps and layers of a tile. A step of a layer is the
@@ -9,6 +9,13 @@
 // Saved for backward: four gates and one carried value per unit and step, 20 bytes in float32. Bound by
 // multiply-adds: 2 * gates * H * (features + H) flops per row, step and layer. A unit of the LSTM also needs
 // five activations, a unit of the GRU three, of about 20 flops and a division each.
+#pragma once
+
+#include "dropout_kernels.h"
+#include "recurrent/recurrent_cell.h"
+#include "simd.h"
+
+namespace {
 
 #if QFAST_VECTOR_BYTES == 64
 constexpr int kCellRows = 6;  // 32 registers: 6 x 4 sums, 4 columns, 1 broadcast
@@ -272,12 +279,14 @@ static void forward_rows(const RecurrentJob<Element>& job, int64_t begin, int64_
   if (job.streamed) finish_stream();
 }
 
-#define QFAST_RECURRENT(name, Cell, Element)                                                         \
-  static void name(const RecurrentJob<Element>& job, int64_t begin, int64_t end, Element* scratch) { \
-    forward_rows<Cell, Element>(job, begin, end, scratch);                                           \
-  }
-QFAST_RECURRENT(lstm_forward_f32, LstmCell, float)
-QFAST_RECURRENT(lstm_forward_f64, LstmCell, double)
-QFAST_RECURRENT(gru_forward_f32, GruCell, float)
-QFAST_RECURRENT(gru_forward_f64, GruCell, double)
-#undef QFAST_RECURRENT
+}  // namespace
+
+template <class Element>
+void lstm_forward(const RecurrentJob<Element>& job, int64_t begin, int64_t end, Element* scratch) {
+  forward_rows<LstmCell>(job, begin, end, scratch);
+}
+
+template <class Element>
+void gru_forward(const RecurrentJob<Element>& job, int64_t begin, int64_t end, Element* scratch) {
+  forward_rows<GruCell>(job, begin, end, scratch);
+}

@@ -1,4 +1,4 @@
-// Backward pass of stacked LSTM and GRU. cpu_isa_body.h includes this file once per instruction set and lists
+// Backward pass of stacked LSTM and GRU. It is compiled once per instruction set; cpu_isa_begin.h lists
 // the language features that it may use.
 //
 // A thread owns parts of the batch and computes the tiles of a part in order, each from the last step to the
@@ -10,6 +10,11 @@
 // tanh(c) and the LSTM's h are computed again from the saved gates and carried values. Bound by
 // multiply-adds: 4 * gates * H * (features + H) flops per row, step and layer, and a quarter less for the
 // first layer if x needs no gradient. 20 bytes per unit are read in float32.
+#pragma once
+
+#include "recurrent/recurrent_kernels.h"
+
+namespace {
 
 // Number of rows of a weight gradient (inputs of a layer) whose sums fill the registers.
 template <class Cell>
@@ -100,14 +105,12 @@ static void turned_product(const RecurrentJob<Element>& job, const Element* sums
             add_product(product, from + block * 4 * lanes, sum_stride, 1, turned + block * gates * width,
                         width, gates);
         }
+        for_panel_vectors<Element, Vectors>(
+            columns - begin, [&](int v, auto some) __attribute__((always_inline)) {
 #pragma GCC unroll 24
-        for (int i = 0; i < Count; ++i)
-#pragma GCC unroll 4
-          for (int v = 0; v < Vectors; ++v) {
-            const int64_t j = begin + v * lanes;
-            if (j < columns)
-              store<Element>(out + (row + i) * out_stride + j, product.at[i][v], smaller(lanes, columns - j));
-          }
+              for (int i = 0; i < Count; ++i)
+                store<Element>(out + (row + i) * out_stride + begin + v * lanes, product.at[i][v], some);
+            });
       });
     });
   }
@@ -348,13 +351,16 @@ static void backward_rows(const RecurrentJob<Element>& job, int64_t begin, int64
   }
 }
 
-#define QFAST_RECURRENT(name, Cell, Element)                                                       \
-  static void name(const RecurrentJob<Element>& job, int64_t begin, int64_t end, Element* scratch, \
-                   Element* total) {                                                               \
-    backward_rows<Cell, Element>(job, begin, end, scratch, total);                                 \
-  }
-QFAST_RECURRENT(lstm_backward_f32, LstmCell, float)
-QFAST_RECURRENT(lstm_backward_f64, LstmCell, double)
-QFAST_RECURRENT(gru_backward_f32, GruCell, float)
-QFAST_RECURRENT(gru_backward_f64, GruCell, double)
-#undef QFAST_RECURRENT
+}  // namespace
+
+template <class Element>
+void lstm_backward(const RecurrentJob<Element>& job, int64_t begin, int64_t end, Element* scratch,
+                   Element* total) {
+  backward_rows<LstmCell>(job, begin, end, scratch, total);
+}
+
+template <class Element>
+void gru_backward(const RecurrentJob<Element>& job, int64_t begin, int64_t end, Element* scratch,
+                  Element* total) {
+  backward_rows<GruCell>(job, begin, end, scratch, total);
+}

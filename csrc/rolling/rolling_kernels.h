@@ -10,6 +10,11 @@
 //
 // Bound by additions: the steps of the longest window per row. skew, kurt and mad need powers of deviations
 // from the mean, so they need the steps of every window.
+#pragma once
+
+#include "matrix_tiles.h"
+
+namespace {
 
 #define QFAST_BLOCK_LOOP(first) for (int64_t r = (first); r < block.end; ++r)
 
@@ -489,9 +494,12 @@ static void rolling_blocks(const RollingStatsJob& job, const RollingSeries& x, c
   }
 }
 
+#undef QFAST_BLOCK_LOOP
+
+}  // namespace
+
 // Computes the statistic for instruments [begin, end).
-static void rolling(const RollingStatsJob& job, int64_t begin, int64_t end, int64_t longest,
-                    double* scratch) {
+void rolling(const RollingStatsJob& job, int64_t begin, int64_t end, int64_t longest, double* scratch) {
   double* const sums = scratch + 6 * longest;
   const RollingSeries x{scratch, scratch + longest, scratch + 2 * longest},
       y{scratch + 3 * longest, scratch + 4 * longest, scratch + 5 * longest};
@@ -514,5 +522,3 @@ static void rolling(const RollingStatsJob& job, int64_t begin, int64_t end, int6
     }
   }
 }
-
-#undef QFAST_BLOCK_LOOP

@@ -15,13 +15,6 @@ namespace {
 constexpr int64_t kChunks = 16;             // chunks of tiles, each with its own sums of weight gradients
 constexpr int64_t kChunkBytes = 128 << 20;  // limit on the memory of all sums
 
-auto forward_kernel(float) { return cpu_kernels().temporal_conv_forward_f32; }
-auto forward_kernel(double) { return cpu_kernels().temporal_conv_forward_f64; }
-auto rolling_kernel(float) { return cpu_kernels().temporal_conv_rolling_f32; }
-auto rolling_kernel(double) { return cpu_kernels().temporal_conv_rolling_f64; }
-auto backward_kernel(float) { return cpu_kernels().temporal_conv_backward_f32; }
-auto backward_kernel(double) { return cpu_kernels().temporal_conv_backward_f64; }
-
 template <class Element>
 Activation<Element> output_view(const Tensor& output, bool all_steps) {
   const int64_t channels = output.size(output.dim() - 1);
@@ -62,10 +55,12 @@ std::tuple<Tensor, Tensor, Tensor> temporal_conv_net_cpu(const Tensor& x, std::v
     }
     if (!keep && !all_steps && !job.dropout.active && RollingNetwork<Element>::applies(network, x)) {
       RollingNetwork<Element> rolling(network);
-      run_tiles(rolling_kernel(Element{}), rolling.job, rolling.chunks(), rolling.scratch_elements, x);
+      run_tiles(cpu_kernels<Element>().temporal_conv_rolling, rolling.job, rolling.chunks(),
+                rolling.scratch_elements, x);
     } else {
       network.prepare_forward(keep);
-      run_tiles(forward_kernel(Element{}), job, network.tiles(), network.scratch_elements, x);
+      run_tiles(cpu_kernels<Element>().temporal_conv_forward, job, network.tiles(), network.scratch_elements,
+                x);
     }
   });
   return {output, activations, signs};
@@ -124,7 +119,7 @@ std::vector<Tensor> run_backward(Network<Element>& network, const Tensor& like) 
   const Tensor scratch = empty(like, {worker_count(chunks) * each}), sums = empty(like, {chunks * elements});
   Element* const space = scratch.mutable_data_ptr<Element>();
   Element* const total = sums.mutable_data_ptr<Element>();
-  const auto kernel = backward_kernel(Element{});
+  const auto kernel = cpu_kernels<Element>().temporal_conv_backward;
   share(chunks, [&](int64_t worker, int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       Element* const sum = total + chunk * elements;

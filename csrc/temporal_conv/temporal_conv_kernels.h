@@ -1,5 +1,5 @@
-// Forward pass of a temporal convolution stack. cpu_isa_body.h includes this file once per instruction set
-// and lists the language features that it may use.
+// Forward pass of a temporal convolution stack. It is compiled once per instruction set; cpu_isa_begin.h
+// lists the language features that it may use.
 //
 // An output slot of a convolution is the sum, over its taps, of [rows, features] x [features, channels]. A
 // thread owns tiles of batch rows, whose activations stay in the second-level cache. Weights are packed so
@@ -9,6 +9,11 @@
 // dropout, the output of the block, and one bit per element of the second convolution's output. Bound by
 // multiply-adds: 2 * taps * features * channels flops per row in the forward pass and twice as many in the
 // backward pass, with 8 bytes per saved activation.
+#pragma once
+
+#include "dropout_kernels.h"
+
+namespace {
 
 // Returns the number of columns of panel p.
 QFAST_ALWAYS_INLINE int64_t panel_columns(const Panels& panels, int64_t p) {
@@ -18,14 +23,6 @@ QFAST_ALWAYS_INLINE int64_t panel_columns(const Panels& panels, int64_t p) {
 template <class Element>
 QFAST_ALWAYS_INLINE Vector<Element> relu(Vector<Element> x) {
   return x < Element(0) ? Vector<Element>{} : x;  // keeps NaN
-}
-
-// Calls body(column, lanes) for the vectors that cover `columns`.
-template <class Element, class Body>
-QFAST_ALWAYS_INLINE void for_vectors(int64_t columns, const Body& body) {
-  int64_t j = 0;
-  for (; j + kLanes<Element> <= columns; j += kLanes<Element>) body(j, kLanes<Element>);
-  if (j < columns) body(j, columns - j);
 }
 
 // ---------------------------------------------------------------- signs
@@ -149,19 +146,12 @@ constexpr auto kNothingMore = [](int64_t, auto&) __attribute__((always_inline)) 
 template <class Element, int Rows, int Vectors, class Change>
 QFAST_ALWAYS_INLINE void store_sums(const Sums<Element, Rows, Vectors>& sums, Element* to, int64_t row_stride,
                                     int64_t columns, const Change& change) {
+  for_panel_vectors<Element, Vectors>(columns, [&](int v, auto lanes) __attribute__((always_inline)) {
+    const int64_t column = v * kLanes<Element>;
 #pragma GCC unroll 24
-  for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) {
-      const int64_t column = v * kLanes<Element>, lanes = smaller(kLanes<Element>, columns - column);
-      if (lanes == kLanes<Element>) {
-        store<Element>(to + i * row_stride + column, change(sums.at[i][v], i, column, lanes),
-                       kLanes<Element>);
-      } else if (lanes > 0) {
-        store<Element>(to + i * row_stride + column, change(sums.at[i][v], i, column, lanes), lanes);
-      }
-    }
-  }
+    for (int i = 0; i < Rows; ++i)
+      store<Element>(to + i * row_stride + column, change(sums.at[i][v], i, column, lanes), lanes);
+  });
 }
 
 // ---------------------------------------------------------------- forward
@@ -195,7 +185,7 @@ struct TileForward {
           block.features, weights, count * rows, kNothingMore,
           [&](int64_t row, auto& sums) __attribute__((always_inline)) {
             store_sums(sums, to + row * between.row_stride, between.row_stride, columns,
-                       [&](Vector<Element> value, int, int64_t j, int64_t) __attribute__((always_inline)) {
+                       [&](Vector<Element> value, int, int64_t j, auto) __attribute__((always_inline)) {
                          return relu<Element>(value + load<Element>(bias + j, kLanes<Element>));
                        });
           });
@@ -230,7 +220,7 @@ struct TileForward {
           between, block.channels, weights, count * rows, kNothingMore,
           [&](int64_t row, auto& sums) __attribute__((always_inline)) {
             store_sums(sums, product + row * width, width, width,
-                       [&](Vector<Element> value, int, int64_t j, int64_t) __attribute__((always_inline)) {
+                       [&](Vector<Element> value, int, int64_t j, auto) __attribute__((always_inline)) {
                          return relu<Element>(value + load<Element>(bias + j, kLanes<Element>));
                        });
           });
@@ -270,7 +260,7 @@ struct TileForward {
         &only, &only + 1, input, block.features, block.residual_weight + column * block.features,
         count * rows, kNothingMore, [&](int64_t row, auto& sums) __attribute__((always_inline)) {
           store_sums(sums, to + row * width, width, width,
-                     [&](Vector<Element> value, int, int64_t j, int64_t) __attribute__((always_inline)) {
+                     [&](Vector<Element> value, int, int64_t j, auto) __attribute__((always_inline)) {
                        return value + load<Element>(bias + j, kLanes<Element>);
                      });
         });
@@ -299,11 +289,12 @@ struct TileForward {
   }
 };
 
+}  // namespace
+
 // Computes tiles [begin, end). The scratch contains the buffers for a slot of a panel and, if activations are
 // not saved, the activations of a tile.
 template <class Element>
-static void temporal_conv_forward(const NetworkJob<Element>& job, int64_t begin, int64_t end,
-                                  Element* scratch) {
+void temporal_conv_forward(const NetworkJob<Element>& job, int64_t begin, int64_t end, Element* scratch) {
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t first_row = tile * job.tile_rows, rows = smaller(job.tile_rows, job.batch - first_row);
     const TileForward<Element> forward{job, first_row, rows, scratch};
@@ -328,13 +319,4 @@ static void temporal_conv_forward(const NetworkJob<Element>& job, int64_t begin,
       input = reading(output);
     }
   }
-}
-
-static void temporal_conv_forward_f32(const NetworkJob<float>& job, int64_t begin, int64_t end,
-                                      float* scratch) {
-  temporal_conv_forward<float>(job, begin, end, scratch);
-}
-static void temporal_conv_forward_f64(const NetworkJob<double>& job, int64_t begin, int64_t end,
-                                      double* scratch) {
-  temporal_conv_forward<double>(job, begin, end, scratch);
 }

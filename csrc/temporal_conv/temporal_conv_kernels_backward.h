@@ -6,6 +6,11 @@
 // Nothing is computed again. The saved activations show where the gradient of the first convolution passes
 // its ReLU and dropout, and one saved bit per element shows it for the second convolution. Bound by
 // multiply-adds: 4 * taps * features * channels flops per row.
+#pragma once
+
+#include "temporal_conv/temporal_conv_kernels.h"
+
+namespace {
 
 // Adds body(slot, row, column, lanes) to sums[column], over all slots and rows.
 template <class Element, class Body>
@@ -72,23 +77,23 @@ struct TileBackward {
     const int64_t columns = smaller(Vectors * kLanes<Element>, channels - column);
     const bool together = slots_follow(input, rows);
     for (int64_t tap = 0; tap < kernel; ++tap) {
-      for_row_tiles<kTileRows<Vectors>>(
-          features, [&]<int Rows>(int64_t feature) __attribute__((always_inline)) {
-            Sums<Element, Rows, Vectors> total = {};
-            for_runs(runs, together, [&](int64_t slot, int64_t count) __attribute__((always_inline)) {
-              // The last tap of a slot is the current step. Taps before the window are missing at the front.
-              const int64_t back = kernel - tap, end = reads.begin[slot + 1];
-              if (end - back < reads.begin[slot]) return;
-              const Element* const a =
-                  at(input, reads.taps[end - back].slot, 0) + feature * input.channel_stride;
-              add_product(total, a, input.channel_stride, input.row_stride, at(grad, slot, 0) + column,
-                          grad.row_stride, count * rows);
-            });
-            Element* const out = to + (tap * features + feature) * channels + column;
-            store_sums(total, out, channels, columns,
-                       [&](Vector<Element> value, int i, int64_t j, int64_t lanes) __attribute__((
-                           always_inline)) { return value + load<Element>(out + i * channels + j, lanes); });
-          });
+      for_row_tiles<kTileRows<Vectors>>(features, [&]<int Rows>(
+                                                      int64_t feature) __attribute__((always_inline)) {
+        Sums<Element, Rows, Vectors> total = {};
+        for_runs(runs, together, [&](int64_t slot, int64_t count) __attribute__((always_inline)) {
+          // The last tap of a slot is the current step. Taps before the window are missing at the front.
+          const int64_t back = kernel - tap, end = reads.begin[slot + 1];
+          if (end - back < reads.begin[slot]) return;
+          const Element* const a = at(input, reads.taps[end - back].slot, 0) + feature * input.channel_stride;
+          add_product(total, a, input.channel_stride, input.row_stride, at(grad, slot, 0) + column,
+                      grad.row_stride, count * rows);
+        });
+        Element* const out = to + (tap * features + feature) * channels + column;
+        store_sums(total, out, channels, columns,
+                   [&](Vector<Element> value, int i, int64_t j, auto lanes) __attribute__((always_inline)) {
+                     return value + load<Element>(out + i * channels + j, lanes);
+                   });
+      });
     }
   }
 
@@ -129,11 +134,10 @@ struct TileBackward {
                 store_sums(
                     total, of_first.data + slot * of_first.slot_stride + row * of_first.row_stride + column,
                     of_first.row_stride, columns,
-                    [&](Vector<Element> value, int i, int64_t j, int64_t lanes)
-                        __attribute__((always_inline)) {
-                          return passed<Element>(load<Element>(outputs + i * between.row_stride + j, lanes),
-                                                 value * scale);
-                        });
+                    [&](Vector<Element> value, int i, int64_t j, auto lanes) __attribute__((always_inline)) {
+                      return passed<Element>(load<Element>(outputs + i * between.row_stride + j, lanes),
+                                             value * scale);
+                    });
               });
         });
   }
@@ -158,30 +162,34 @@ struct TileBackward {
     const Element* const down = block.downsample ? block.residual_turned + column * block.channels : nullptr;
     const TapTable& taps = block.first_read_by;
     const bool together = slots_follow(of_input, rows);
-    for_runs(
-        block.first_read_by_runs, together, [&](int64_t slot, int64_t count) __attribute__((always_inline)) {
-          const int64_t residual = block.residual_of[slot];
-          convolve_slot<Element, Vectors>(
-              taps.taps + taps.begin[slot], taps.taps + taps.begin[slot + 1], of_first, block.channels,
-              weights, count * rows,
-              [&](int64_t row, auto& total) __attribute__((always_inline)) {
-                if (residual >= 0 && down != nullptr)
-                  add_product(total, at(of_sum, residual, row), of_sum.row_stride, of_sum.channel_stride,
-                              down, kWidth, block.channels);
-              },
-              [&](int64_t row, auto& total) __attribute__((always_inline)) {
-                const bool adds = residual >= 0 && down == nullptr;
-                const Element* const same = adds ? at(of_sum, residual, row) + column : nullptr;
-                store_sums(total,
-                           of_input.data + slot * of_input.slot_stride + row * of_input.row_stride + column,
-                           of_input.row_stride, columns,
-                           [&](Vector<Element> value, int i, int64_t j, int64_t lanes)
-                               __attribute__((always_inline)) {
-                                 return adds ? value + load<Element>(same + i * of_sum.row_stride + j, lanes)
-                                             : value;
-                               });
-              });
-        });
+    for_runs(block.first_read_by_runs, together,
+             [&](int64_t slot, int64_t count) __attribute__((always_inline)) {
+               const int64_t residual = block.residual_of[slot];
+               convolve_slot<Element, Vectors>(
+                   taps.taps + taps.begin[slot], taps.taps + taps.begin[slot + 1], of_first, block.channels,
+                   weights, count * rows,
+                   [&](int64_t row, auto& total) __attribute__((always_inline)) {
+                     if (residual >= 0 && down != nullptr)
+                       add_product(total, at(of_sum, residual, row), of_sum.row_stride, of_sum.channel_stride,
+                                   down, kWidth, block.channels);
+                   },
+                   [&](int64_t row, auto& total) __attribute__((always_inline)) {
+                     Element* const to =
+                         of_input.data + slot * of_input.slot_stride + row * of_input.row_stride + column;
+                     if (residual >= 0 && down == nullptr) {
+                       const Element* const same = at(of_sum, residual, row) + column;
+                       store_sums(total, to, of_input.row_stride, columns,
+                                  [&](Vector<Element> value, int i, int64_t j, auto lanes)
+                                      __attribute__((always_inline)) {
+                                        return value + load<Element>(same + i * of_sum.row_stride + j, lanes);
+                                      });
+                     } else {
+                       store_sums(total, to, of_input.row_stride, columns,
+                                  [](Vector<Element> value, int, int64_t, auto)
+                                      __attribute__((always_inline)) { return value; });
+                     }
+                   });
+             });
   }
 
   // Computes the gradients of one block. `grad` is the gradient of its output, `of_input` receives the
@@ -209,11 +217,13 @@ struct TileBackward {
   }
 };
 
+}  // namespace
+
 // Computes the gradients of tiles [begin, end) and adds the weight gradients to `sums`. The scratch contains
 // four gradients of a tile.
 template <class Element>
-static void temporal_conv_backward(const NetworkJob<Element>& job, int64_t begin, int64_t end,
-                                   Element* scratch, Element* sums) {
+void temporal_conv_backward(const NetworkJob<Element>& job, int64_t begin, int64_t end, Element* scratch,
+                            Element* sums) {
   const int64_t buffer_elements = job.widest_elements * job.tile_rows + kPanelPadding;
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t first_row = tile * job.tile_rows, rows = smaller(job.tile_rows, job.batch - first_row);
@@ -248,13 +258,4 @@ static void temporal_conv_backward(const NetworkJob<Element>& job, int64_t begin
       next = unused;
     }
   }
-}
-
-static void temporal_conv_backward_f32(const NetworkJob<float>& job, int64_t begin, int64_t end,
-                                       float* scratch, float* sums) {
-  temporal_conv_backward<float>(job, begin, end, scratch, sums);
-}
-static void temporal_conv_backward_f64(const NetworkJob<double>& job, int64_t begin, int64_t end,
-                                       double* scratch, double* sums) {
-  temporal_conv_backward<double>(job, begin, end, scratch, sums);
 }

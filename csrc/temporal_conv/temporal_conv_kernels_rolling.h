@@ -5,6 +5,11 @@
 // zero padding of a window cannot affect. Each window then computes only the positions near its beginning,
 // and copies the shared ones to their slots. The sums have the same order as in the kernel for single
 // windows, so the results have the same bits. Bound by multiply-adds, like the other forward kernel.
+#pragma once
+
+#include "temporal_conv/temporal_conv_kernels.h"
+
+namespace {
 
 // Rows of the output of one convolution. Row 0 of the memory is panel row `first`.
 template <class Element>
@@ -96,10 +101,11 @@ struct RollingChunk {
   }
 };
 
+}  // namespace
+
 // Computes chunks [begin, end) of windows.
 template <class Element>
-static void temporal_conv_rolling(const RollingJob<Element>& job, int64_t begin, int64_t end,
-                                  Element* scratch) {
+void temporal_conv_rolling(const RollingJob<Element>& job, int64_t begin, int64_t end, Element* scratch) {
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t first = chunk * job.chunk_rows;
     const RollingChunk<Element> rolling{job, first, smaller(first + job.chunk_rows, job.windows.batch),
@@ -108,13 +114,4 @@ static void temporal_conv_rolling(const RollingJob<Element>& job, int64_t begin,
     for (int64_t window = rolling.begin; window < rolling.end; window += job.windows.tile_rows)
       rolling.compute_tile(window, smaller(job.windows.tile_rows, rolling.end - window));
   }
-}
-
-static void temporal_conv_rolling_f32(const RollingJob<float>& job, int64_t begin, int64_t end,
-                                      float* scratch) {
-  temporal_conv_rolling<float>(job, begin, end, scratch);
-}
-static void temporal_conv_rolling_f64(const RollingJob<double>& job, int64_t begin, int64_t end,
-                                      double* scratch) {
-  temporal_conv_rolling<double>(job, begin, end, scratch);
 }

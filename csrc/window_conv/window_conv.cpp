@@ -11,11 +11,6 @@ namespace {
 
 constexpr int64_t kTileRows = 240;  // steps of a tile, which contains whole windows
 
-auto forward_kernel(float) { return cpu_kernels().window_conv_f32; }
-auto forward_kernel(double) { return cpu_kernels().window_conv_f64; }
-auto backward_kernel(float) { return cpu_kernels().window_conv_backward_f32; }
-auto backward_kernel(double) { return cpu_kernels().window_conv_backward_f64; }
-
 void check_window_conv(const char* op, const Tensor& x, const Tensor& weight) {
   check_floating(op, "x", x);
   check_dims(op, "x", x, 3, "[B, T, D]");
@@ -87,7 +82,7 @@ Tensor window_conv_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias
     job.weight = store.turned(by_taps<Element>(weight, false), 0, job.taps * job.padded_in);
     job.bias = store.vector(contiguous_bias.const_data_ptr<Element>(), out);
     job.output = output.mutable_data_ptr<Element>();
-    const auto kernel = forward_kernel(Element{});
+    const auto kernel = cpu_kernels<Element>().window_conv;
     run_tiles<Element>(
         x, tiles_of(job), scratch_of(job, false),
         [&](int64_t begin, int64_t end, Element* scratch) { kernel(job, begin, end, scratch); });
@@ -125,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor> window_conv_backward_cpu(const Tensor& grad, 
     using Sums = WindowConvSums<Element>;
     Carving<Element> counted{nullptr};
     Sums::carve(job, counted);
-    const auto kernel = backward_kernel(Element{});
+    const auto kernel = cpu_kernels<Element>().window_conv_backward;
     const Tensor total =
         sum_in_parts<Element>(x, tiles_of(job), scratch_of(job, true), counted.used,
                               [&](int64_t begin, int64_t end, Element* scratch, Element* sums) {

@@ -7,6 +7,11 @@
 // gradient of the weight is one product over all rows of a tile, summed in the memory of the tile's part.
 // Backward reads x again; nothing is saved. Bound by multiply-adds: 2 taps in out flops per step in the
 // forward pass, and twice as many in the backward pass.
+#pragma once
+
+#include "panel_kernels.h"
+
+namespace {
 
 // Copies [windows][steps] rows into a buffer with zeros between the windows. Columns beyond the last remain
 // 0.
@@ -32,10 +37,11 @@ static void convolve(const WindowConvJob<Element>& job, const PanelMatrix<Elemen
                                     {to + w * job.steps * weight.columns, weight.columns, bias, nullptr, 0});
 }
 
+}  // namespace
+
 // Computes the output of tiles [begin, end).
 template <class Element>
-static void window_conv_tiles(const WindowConvJob<Element>& job, int64_t begin, int64_t end,
-                              Element* scratch) {
+void window_conv(const WindowConvJob<Element>& job, int64_t begin, int64_t end, Element* scratch) {
   Carving<Element> space{scratch};
   const auto tile = WindowConvTile<Element>::carve(job, false, space);
   for (int64_t t = begin; t < end; ++t) {
@@ -49,8 +55,8 @@ static void window_conv_tiles(const WindowConvJob<Element>& job, int64_t begin, 
 
 // Computes the gradients of tiles [begin, end). `part` contains the sums of these tiles.
 template <class Element>
-static void window_conv_backward_tiles(const WindowConvJob<Element>& job, int64_t begin, int64_t end,
-                                       Element* scratch, Element* part) {
+void window_conv_backward(const WindowConvJob<Element>& job, int64_t begin, int64_t end, Element* scratch,
+                          Element* part) {
   Carving<Element> space{scratch}, total{part};
   const auto tile = WindowConvTile<Element>::carve(job, true, space);
   const auto sums = WindowConvSums<Element>::carve(job, total);
@@ -74,16 +80,3 @@ static void window_conv_backward_tiles(const WindowConvJob<Element>& job, int64_
                         job.grad_x + first * job.steps * job.in);
   }
 }
-
-#define QFAST_WINDOW_CONV(suffix, Element)                                                                 \
-  static void window_conv_##suffix(const WindowConvJob<Element>& job, int64_t begin, int64_t end,          \
-                                   Element* s) {                                                           \
-    window_conv_tiles<Element>(job, begin, end, s);                                                        \
-  }                                                                                                        \
-  static void window_conv_backward_##suffix(const WindowConvJob<Element>& job, int64_t begin, int64_t end, \
-                                            Element* s, Element* sums) {                                   \
-    window_conv_backward_tiles<Element>(job, begin, end, s, sums);                                         \
-  }
-QFAST_WINDOW_CONV(f32, float)
-QFAST_WINDOW_CONV(f64, double)
-#undef QFAST_WINDOW_CONV

@@ -150,12 +150,13 @@ Tensor gather_windows_backward_cpu(const Tensor& grad, const Tensor& rows, int64
                        column_begin,
                        out.mutable_data_ptr(),
                        transposed};
-  const bool single = grad.scalar_type() == ScalarType::Float;
-  const auto kernel = single ? cpu_kernels().scatter_windows_f32 : cpu_kernels().scatter_windows_f64;
   // One task per thread, as each task reads all rows.
   const int64_t threads = torch::stable::get_num_threads();
-  parallel_for(n_rows, (n_rows + threads - 1) / threads,
-               [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+  dispatch_floating(grad.scalar_type(), [&](auto zero) {
+    const auto kernel = cpu_kernels<decltype(zero)>().scatter_windows;
+    parallel_for(n_rows, (n_rows + threads - 1) / threads,
+                 [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+  });
   return out;
 }
 

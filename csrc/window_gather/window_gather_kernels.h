@@ -1,22 +1,20 @@
-// CPU kernels of the rolling-window gather and its backward pass. cpu_isa_body.h includes this file once per
-// instruction set and lists the language features that it may use.
+// CPU kernels of the rolling-window gather and its backward pass. It is compiled once per instruction set;
+// cpu_isa_begin.h lists the language features that it may use.
 //
 // Forward: a thread owns a range of windows and writes contiguous output. Backward: a thread owns a range of
 // panel rows and reads the row numbers of the whole batch, so the sums need no atomics. Backward needs only
 // the row numbers; nothing else is saved. Both directions are bound by bytes: B T D elements are read and
 // written once, without arithmetic in the forward pass and with one addition per element in the backward
 // pass.
+#pragma once
+
+#include "simd.h"
+#include "window_gather/window_resolve.h"
+
+namespace {
 
 static inline int64_t row_number(const RowNumbers& rows, int64_t i) {
   return rows.wide ? static_cast<const int64_t*>(rows.data)[i] : static_cast<const int32_t*>(rows.data)[i];
-}
-
-// Computes rows[b, :] for begin <= b < end. A thread owns whole windows. Bound by bytes: up to 3 cache lines
-// of tables read and 8 bytes written per step.
-static void resolve_windows(const ResolveJob& job, int64_t begin, int64_t end) {
-  for (int64_t b = begin; b < end; ++b) {
-    resolve_window(job.tables, row_number(job.last_row, b), job.rows + b * job.tables.step_len);
-  }
 }
 
 // Prefetch distances: entries of the run table first, then panel rows. The windows of a shuffled batch miss
@@ -80,10 +78,20 @@ static inline void window_pointers(const GatherJob& job, int64_t b, int64_t star
   }
 }
 
+}  // namespace
+
+// Computes rows[b, :] for begin <= b < end. A thread owns whole windows. Bound by bytes: up to 3 cache lines
+// of tables read and 8 bytes written per step.
+void resolve_windows(const ResolveJob& job, int64_t begin, int64_t end) {
+  for (int64_t b = begin; b < end; ++b) {
+    resolve_window(job.tables, row_number(job.last_row, b), job.rows + b * job.tables.step_len);
+  }
+}
+
 // Computes out[b] for begin <= b < end. A thread owns whole windows, so its output is contiguous. `scratch`
 // has room for T row numbers, T pointers and one window. Bound by bytes: B T D elements read and written
 // once. A window without holes is T adjacent panel rows, so if all columns are requested it is one long copy.
-static void gather_windows(const GatherJob& job, int64_t begin, int64_t end, unsigned char* scratch) {
+void gather_windows(const GatherJob& job, int64_t begin, int64_t end, unsigned char* scratch) {
   const int64_t window = job.step_len * job.width;
   const bool whole_rows = job.width == job.row_stride && !job.transposed;
   const int64_t windows_ahead = 1 + kPanelAhead / window;
@@ -129,7 +137,7 @@ static void gather_windows(const GatherJob& job, int64_t begin, int64_t end, uns
 // threads. Bound by bytes: R D elements written, B T row numbers and B T W elements read, and the row numbers
 // once more for every thread.
 template <class Element>
-static inline void scatter_windows(const ScatterJob& job, int64_t begin, int64_t end) {
+void scatter_windows(const ScatterJob& job, int64_t begin, int64_t end) {
   Element* panel = static_cast<Element*>(job.grad_panel);
   __builtin_memset(panel + begin * job.panel_columns, 0, sizeof(Element) * (end - begin) * job.panel_columns);
   const int64_t step = job.transposed ? 1 : job.width;
@@ -148,12 +156,4 @@ static inline void scatter_windows(const ScatterJob& job, int64_t begin, int64_t
       }
     }
   }
-}
-
-static void scatter_windows_f32(const ScatterJob& job, int64_t begin, int64_t end) {
-  scatter_windows<float>(job, begin, end);
-}
-
-static void scatter_windows_f64(const ScatterJob& job, int64_t begin, int64_t end) {
-  scatter_windows<double>(job, begin, end);
 }

@@ -1,5 +1,6 @@
 // The fill rule of a rolling window, shared by CPU and CUDA. It is included inside the namespace of an
 // instruction set or of the device, so it uses the language only and no library.
+#pragma once
 
 // Writes the panel row of each of the T steps of the window that ends at row r, -1 for steps without a row.
 // It writes T numbers and reads each table once per run of rows without holes. No search is needed.

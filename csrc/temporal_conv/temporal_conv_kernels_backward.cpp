@@ -1,0 +1,10 @@
+// Temporal convolutions backward, for one instruction set.
+#include "temporal_conv/temporal_conv.h"
+
+#include "cpu_isa_begin.h"
+
+#include "temporal_conv/temporal_conv_kernels_backward.h"
+
+QFAST_BOTH_TYPES(temporal_conv_backward)
+
+#include "cpu_isa_end.h"
