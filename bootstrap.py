@@ -36,7 +36,8 @@ def run(*command: str | Path) -> None:
 
 def install(*what: str) -> None:
     """Install into .venv within the tested versions, building the C++ and CUDA extensions in place."""
-    run(BIN / "python", "-m", "pip", "install", "--quiet", "--constraint", CONSTRAINTS, *what)
+    # Python compiles modules when they are first imported; compiling all of torch takes half a minute.
+    run(BIN / "python", "-m", "pip", "install", "--quiet", "--no-compile", "--constraint", CONSTRAINTS, *what)
 
 
 def build_requirements() -> list[str]:
@@ -58,7 +59,8 @@ def main(arguments: list[str]) -> None:
         venv.create(HOME, with_pip=True)
     # Built without isolation: with the torch that is used, and beside the last build, of which ninja keeps what it can
     install(*build_requirements())
-    install("--no-build-isolation", "--editable", ".[dev]" if arguments[0] == "check" else ".[test]")
+    extras = {"demo": "", "test": "[test]", "qlib": "[test]", "check": "[dev]"}[arguments[0]]
+    install("--no-build-isolation", "--editable", f".{extras}")
     if arguments[0] == "demo":
         run(BIN / "qfast", "demo", *arguments[1:])
     elif arguments[0] == "test":

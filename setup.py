@@ -38,21 +38,16 @@ INSTRUCTION_SETS = ["baseline", "avx2", "avx512"] if ON_X86 else ["baseline"]
 ARCHITECTURES = {(11, 0): ["8.0", "8.6"], (11, 8): ["8.9", "9.0"], (12, 8): ["10.0"]}
 
 
-def cuda_choice() -> str:
+def find_cuda() -> str | None:
+    """Folder of the CUDA toolkit, or None if there is none or QFAST_CUDA excludes it."""
     choice = os.environ.get("QFAST_CUDA", "auto")
     if choice not in ("auto", "0", "1"):
         raise SystemExit(f"QFAST_CUDA is {choice!r}, allowed: 0 (never), 1 (or fail), auto")
-    return choice
-
-
-def find_cuda(choice: str) -> str | None:
-    """Folder of the CUDA toolkit, or None if there is none or it is not wanted."""
     if choice == "0":
         return None
     nvcc = shutil.which("nvcc")
-    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    candidates.append(str(Path(nvcc).resolve().parents[1]) if nvcc else None)
-    candidates.append("/usr/local/cuda")
+    next_to_nvcc = str(Path(nvcc).resolve().parents[1]) if nvcc else None
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), next_to_nvcc, "/usr/local/cuda"]
     for home in filter(None, candidates):
         if glob(f"{home}/bin/nvcc") and glob(f"{home}/lib*/libcudart_static.a"):
             return home
@@ -61,18 +56,18 @@ def find_cuda(choice: str) -> str | None:
     return None
 
 
-def wanted_cuda(torch_cuda: str | None) -> str | None:
-    """Folder of the CUDA toolkit to build with. Prints why _cuda is not built where that may surprise."""
-    choice = cuda_choice()
-    home = find_cuda(choice)
-    if home and choice == "auto" and torch_cuda is None:
-        print(
-            f"qfast: the CUDA library is not built: torch is a CPU-only build, which cannot load it ({home} has nvcc). "
-            "Set QFAST_CUDA=1 to build it anyway.",
-            file=sys.stderr,
-        )
-        return None
-    return home
+def torch_can_load_cuda(cuda_home: str) -> bool:
+    """False, with a message, if torch is a CPU-only build, unless QFAST_CUDA=1 requests the library anyway."""
+    import torch
+
+    if torch.version.cuda is not None or os.environ.get("QFAST_CUDA") == "1":
+        return True
+    print(
+        f"qfast: the CUDA library is not built although {cuda_home} has nvcc: torch {torch.__version__} is a CPU-only "
+        "build and cannot load it. Set QFAST_CUDA=1 to build it anyway.",
+        file=sys.stderr,
+    )
+    return False
 
 
 def files_in_csrc(pattern: str) -> list[str]:
@@ -108,28 +103,29 @@ def cuda_architectures(tools: str) -> str:
     return ";".join(supported) + "+PTX"
 
 
-def define_facts(cuda_home: str | None, tools: str) -> list[tuple[str, str | None]]:
+def define_facts(toolkit: str, architectures: str, tools: str) -> list[tuple[str, str | None]]:
     """Macros of every compilation. QFAST_TOOLS makes ninja compile again after a change that it does not see."""
     import pybind11
     import torch
 
     versions = repr((torch.version.git_version, pybind11.__version__, tools)).encode()
     facts = {
-        "QFAST_CUDA_TOOLKIT": cuda_home or "none",
+        "QFAST_CUDA_TOOLKIT": toolkit,
         "QFAST_TOOLS": hashlib.sha256(versions).hexdigest(),
-        "QFAST_CUDA_ARCHS": os.environ["TORCH_CUDA_ARCH_LIST"] if cuda_home else "none",
+        "QFAST_CUDA_ARCHS": architectures,
     }
     return [("TORCH_TARGET_VERSION", STABLE_ABI), *((name, f'"{value}"') for name, value in facts.items())]
 
 
 def extensions() -> list[Extension]:
-    cuda_choice()  # first: reports a wrong QFAST_CUDA even where the packages below are missing
-    find_cuda(os.environ.get("QFAST_CUDA", "auto"))
+    cuda_home = find_cuda()  # first: reports a wrong QFAST_CUDA even where the packages below are missing
     import pybind11
     import torch
     from torch.utils import cpp_extension
 
-    cuda_home = wanted_cuda(torch.version.cuda)
+    toolkit = cuda_home or "none"
+    if cuda_home and not torch_can_load_cuda(cuda_home):
+        cuda_home, toolkit = None, "none, as torch is a CPU-only build"
     system = [pybind11.get_include(), *cpp_extension.include_paths()]  # -isystem: their warnings are not ours
     flags = ["-O3", "-std=c++20", f"-I{os.path.abspath('csrc')}"]
     flags += [flag for path in system for flag in ("-isystem", path)]
@@ -140,7 +136,7 @@ def extensions() -> list[Extension]:
     if cuda_home:
         cpp_extension.CUDA_HOME = cuda_home  # None if torch is a CPU-only build
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda_architectures(tools))
-    macros = define_facts(cuda_home, tools)
+    macros = define_facts(toolkit, os.environ["TORCH_CUDA_ARCH_LIST"] if cuda_home else "none", tools)
     library_paths = cpp_extension.library_paths()
     headers = [*files_in_csrc("*.h"), *files_in_csrc("*.cuh")]
     cpu_library = Extension(
@@ -158,12 +154,14 @@ def extensions() -> list[Extension]:
     nvcc = [*flags, "-isystem", f"{cuda_home}/include", "-Xcompiler", ",".join(only_cxx)]
     if "-Werror" in WARNINGS:
         nvcc += ["-Werror", "all-warnings"]
-    contents = hashlib.sha256(b"".join(Path(header).read_bytes() for header in headers))
+    cuda_macros: list[tuple[str, str | None]] = [("USE_CUDA", None)]
+    if torch.version.cuda is None:  # such a torch does not tell ninja which headers nvcc reads
+        contents = b"".join(Path(header).read_bytes() for header in headers)
+        cuda_macros.append(("QFAST_HEADERS", hashlib.sha256(contents).hexdigest()))
     cuda_library = Extension(
         "qfast._cuda",
         files_in_csrc("*.cu"),
-        # QFAST_HEADERS: ninja may not know which headers nvcc reads
-        define_macros=[*macros, ("USE_CUDA", None), ("QFAST_HEADERS", contents.hexdigest())],
+        define_macros=[*macros, *cuda_macros],
         library_dirs=[*library_paths, f"{cuda_home}/lib64", f"{cuda_home}/lib"],
         libraries=["torch_cpu", "cudart_static", "dl", "rt", "pthread"],
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
@@ -176,10 +174,10 @@ def extensions() -> list[Extension]:
 
 @contextlib.contextmanager
 def only_build_in(folder: str) -> Iterator[None]:
-    """Another build that starts at the same time waits, and then finds everything compiled. Not on Windows."""
+    """Another build that starts at the same time waits, and then finds everything compiled."""
     try:
         import fcntl
-    except ImportError:
+    except ImportError:  # Windows: two builds at the same time are not protected from each other
         yield
         return
     with open(f"{folder}/lock", "w") as lock:

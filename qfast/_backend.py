@@ -82,7 +82,7 @@ def _try_cuda() -> tuple[bool, str]:
         return False, "torch detects no usable GPU"
     files = _library_files("_cuda")
     if not files:
-        return False, "qfast was built without nvcc (or with QFAST_CUDA=0)"
+        return False, "qfast was built without nvcc, with a CPU-only torch, or with QFAST_CUDA=0"
     try:
         torch.ops.load_library(str(files[0]))
     except OSError as error:

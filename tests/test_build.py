@@ -108,17 +108,45 @@ def test_setup_refuses_cuda_by_request(environment: dict[str, str], message: str
 
 
 @from_source
+@pytest.mark.skipif(torch.version.cuda is not None, reason="needs a CPU-only torch")
+def test_setup_reports_that_a_cpu_only_torch_cannot_load_the_cuda_library(tmp_path: Path) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho release 13.0\n")
+    nvcc.chmod(0o755)
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libcudart_static.a").touch()
+
+    def errors(choice: str) -> str:
+        environment = {**os.environ, "CUDA_HOME": str(tmp_path), "QFAST_CUDA": choice, "QFAST_NATIVE": "1"}
+        command = [sys.executable, "setup.py", "--version"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    assert re.search(r"CUDA library is not built .* CPU-only build .* QFAST_CUDA=1", errors("auto"))
+    assert "CPU-only" not in errors("1")
+    assert "CPU-only" not in errors("0")
+
+
+@from_source
 @pytest.mark.skipif(not shutil.which("ninja", path=TOOLS) or not shutil.which("c++"), reason="needs ninja and c++")
 def test_a_second_build_makes_anew_what_changed(tmp_path: Path) -> None:
-    """Whatever temporary folder it is given: pip's editable installs bring a new one each time."""
+    """Each build has another temporary folder, as in pip's editable installs."""
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
-    for folder, file, text in [
-        ("csrc", "a.h", "inline int a = 1;"), ("csrc", "one.cpp", '#include "a.h"\nint one() { return a; }'),
-        ("csrc", "two.cpp", "int two() { return 2; }"), ("qfast", "__init__.py", ""),
-    ]:  # fmt: skip
-        (tmp_path / folder).mkdir(exist_ok=True)
-        (tmp_path / folder / file).write_text(text)
+    sources = {
+        "csrc/a.h": "inline int a = 1;",
+        "csrc/one.cpp": '#include "a.h"\nint one() { return a; }',
+        "csrc/two.cpp": "int two() { return 2; }",
+        "csrc/sum/sum_kernels.h": "static int sum() { return 3; }",
+        # compiled once for each instruction set: no function may be defined in two units
+        "csrc/sum/sum_kernels.cpp": '#include "sum/sum_kernels.h"\nstatic int unit = sum();',
+        "qfast/__init__.py": "",
+    }
+    for name, text in sources.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
 
     def build(number: int) -> dict[str, int]:
         command = [sys.executable, "setup.py", "build_ext", "--inplace", "--build-temp", str(tmp_path / f"t{number}")]
@@ -127,13 +155,19 @@ def test_a_second_build_makes_anew_what_changed(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
         return {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("build/objects/*/qfast._C/**/*.o")}
 
+    def changed(after: dict[str, int], before: dict[str, int]) -> set[str]:
+        return {name for name in after if after[name] != before[name]}
+
     first = build(1)
-    assert set(first) == {"one.o", "two.o"}
+    units = {name for name in first if name.startswith("sum_kernels.")}
+    assert "sum_kernels.baseline.o" in units
+    assert set(first) == {"one.o", "two.o", *units}
     assert build(2) == first
-    (tmp_path / "csrc" / "a.h").write_text("inline int a = 5;")
+    (tmp_path / "csrc/a.h").write_text("inline int a = 5;")
     third = build(3)
-    assert third["two.o"] == first["two.o"]
-    assert third["one.o"] > first["one.o"]
+    assert changed(third, first) == {"one.o"}
+    (tmp_path / "csrc/sum/sum_kernels.h").write_text("static int sum() { return 7; }")
+    assert changed(build(4), third) == units
 
 
 @from_source

@@ -117,7 +117,7 @@ DEFINITION = re.compile(
     re.MULTILINE,
 )
 REGISTRATION = re.compile(r"m\.impl\(\s*\"(\w+)\",\s*TORCH_BOX\(&?(\w+)")
-KERNEL = re.compile(r"cpu_kernels\(\)\.(?:template )?(\w+)|\bkernels\.(\w+)\(|&CpuKernels::(\w+)")
+KERNEL = re.compile(r"cpu_kernels(?:<[\w()]+>)?\(\)\.(\w+)|\bkernels\.(\w+)\(|&CpuKernels::(\w+)")
 
 
 def enclosed(text: str, opening: int) -> str:
@@ -146,7 +146,7 @@ def functions() -> dict[str, list[Function]]:
         for match in DEFINITION.finditer(text):
             body = enclosed(text, match.end() - 1)
             kernels = tuple(next(filter(None, groups)) for groups in KERNEL.findall(body))
-            calls = frozenset(re.findall(r"(\w+)(?:<[\w:, ]*>)?[({]", body))
+            calls = frozenset(re.findall(r"(\w+)(?:<[\w:, ()]*>)?[({]", body))
             found.setdefault(match[1], []).append(Function(str(path.relative_to(ROOT)), calls, kernels))
     return found
 
@@ -185,8 +185,7 @@ def native_chain(operator: str) -> list[Hop]:
                 continue  # a function of that name of another operator
             if function.kernels:
                 kernel = function.kernels[0]
-                file = kernel_files().get(kernel) or kernel_files().get(f"{kernel}_f32", "csrc")
-                return [*path, Hop(kernel, file)]
+                return [*path, Hop(kernel, kernel_files().get(kernel, "csrc"))]
             for name in sorted(function.calls & functions().keys() - visited):
                 visited.add(name)
                 queue.append([*path, Hop(name, functions()[name][0].file)])
