@@ -34,4 +34,49 @@ inline int64_t worker_count(int64_t count) {
   return std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), count));
 }
 
+// Memory of a worker. Some kernels read zeros from columns that they never write.
+struct Scratch {
+  int64_t elements;
+  bool zeros = false;
+};
+
+// Calls body(begin, end, scratch) for equal shares of [0, count), one for each thread.
+template <class Element, class Body>
+void share_with_scratch(const Tensor& like, int64_t count, Scratch scratch, const Body& body) {
+  const int64_t each = rounded_up(scratch.elements, 16);
+  const Tensor memory = empty(like, {worker_count(count) * each});
+  Element* const space = memory.mutable_data_ptr<Element>();
+  share(count, [&](int64_t worker, int64_t begin, int64_t end) {
+    Element* const own = space + worker * each;
+    if (scratch.zeros) std::fill(own, own + each, Element(0));
+    body(begin, end, own);
+  });
+}
+
+constexpr int64_t kSumParts = 16;             // parts of the tiles, each with its own sums
+constexpr int64_t kSumPartBytes = 128 << 20;  // limit on the memory of all sums
+
+// Divides the tiles into parts and calls kernel(first tile, last tile, scratch, sums) for each. Returns the
+// total of the sums, `sum_elements` of it. The number of parts is fixed and their sums are added in order, so
+// the result does not depend on the number of threads.
+template <class Element, class Kernel>
+Tensor sum_in_parts(const Tensor& like, int64_t tiles, Scratch scratch, int64_t sum_elements,
+                    const Kernel& kernel) {
+  const int64_t elements = rounded_up(std::max<int64_t>(sum_elements, 1), 16);
+  const int64_t fitting = kSumPartBytes / static_cast<int64_t>(sizeof(Element)) / elements;
+  const int64_t parts = std::max<int64_t>(1, std::min({tiles, kSumParts, fitting}));
+  const Tensor sums = empty(like, {parts * elements});
+  Element* const total = sums.mutable_data_ptr<Element>();
+  share_with_scratch<Element>(like, parts, scratch, [&](int64_t begin, int64_t end, Element* space) {
+    for (int64_t part = begin; part < end; ++part) {
+      Element* const sum = total + part * elements;
+      std::fill(sum, sum + elements, Element(0));
+      kernel(tiles * part / parts, tiles * (part + 1) / parts, space, sum);
+    }
+  });
+  for (int64_t part = 1; part < parts; ++part)
+    for (int64_t i = 0; i < elements; ++i) total[i] += total[part * elements + i];
+  return sums;
+}
+
 }  // namespace qfast

@@ -68,48 +68,6 @@ class PanelStore {
   std::vector<Tensor> held_;
 };
 
-// A part of the tiles: its sums are added up in its own memory.
-constexpr int64_t kSumParts = 16;
-constexpr int64_t kSumPartBytes = 128 << 20;  // that they may take together
-
-// kernel(first tile, last tile, scratch, sums) for a fixed number of parts of the tiles, whatever the number
-// of threads, whose sums are then added in order. Gives the total, `sum_elements` of it.
-template <class Element, class Kernel>
-Tensor sum_in_parts(const Tensor& like, int64_t tiles, int64_t scratch_elements, int64_t sum_elements,
-                    const Kernel& kernel) {
-  const int64_t elements = rounded_up(std::max<int64_t>(sum_elements, 1), 16);
-  const int64_t each = rounded_up(scratch_elements, 16);
-  const int64_t fitting = kSumPartBytes / static_cast<int64_t>(sizeof(Element)) / elements;
-  const int64_t parts = std::max<int64_t>(1, std::min({tiles, kSumParts, fitting}));
-  const Tensor scratch = empty(like, {worker_count(parts) * each}), sums = empty(like, {parts * elements});
-  Element* const space = scratch.mutable_data_ptr<Element>();
-  Element* const total = sums.mutable_data_ptr<Element>();
-  share(parts, [&](int64_t worker, int64_t begin, int64_t end) {
-    // Kernels count on zeros where a buffer has columns that they never write.
-    std::fill(space + worker * each, space + (worker + 1) * each, Element(0));
-    for (int64_t part = begin; part < end; ++part) {
-      Element* const sum = total + part * elements;
-      std::fill(sum, sum + elements, Element(0));
-      kernel(tiles * part / parts, tiles * (part + 1) / parts, space + worker * each, sum);
-    }
-  });
-  for (int64_t part = 1; part < parts; ++part)
-    for (int64_t i = 0; i < elements; ++i) total[i] += total[part * elements + i];
-  return sums;
-}
-
-// kernel(first tile, last tile, scratch) for equal shares of the tiles; the scratch is handed over as zeros.
-template <class Element, class Kernel>
-void run_tiles(const Tensor& like, int64_t tiles, int64_t scratch_elements, const Kernel& kernel) {
-  const int64_t each = rounded_up(scratch_elements, 16);
-  const Tensor scratch = empty(like, {worker_count(tiles) * each});
-  Element* const space = scratch.mutable_data_ptr<Element>();
-  share(tiles, [&](int64_t worker, int64_t begin, int64_t end) {
-    std::fill(space + worker * each, space + (worker + 1) * each, Element(0));
-    kernel(begin, end, space + worker * each);
-  });
-}
-
 // [rows, columns] out of rows that stand `stride` apart.
 template <class Element>
 Tensor taken(const Tensor& like, const Element* from, int64_t rows, int64_t columns, int64_t stride) {

@@ -69,8 +69,8 @@ std::tuple<Tensor, Tensor> attention_pool_cpu(const Tensor& h, const Tensor& wei
     auto& job = pool.job;
     job.pooled = pooled.mutable_data_ptr<Element>(), job.attention = attention.mutable_data_ptr<Element>();
     const auto kernel = cpu_kernels<Element>().attention_pool_forward;
-    run_tiles<Element>(
-        h, pool.tiles(), PoolSizes<Element>::forward(job),
+    share_with_scratch<Element>(
+        h, pool.tiles(), {PoolSizes<Element>::forward(job), true},
         [&](int64_t begin, int64_t end, Element* scratch) { kernel(job, begin, end, scratch); });
   });
   return {pooled, attention};
@@ -99,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_pool_backward_cpu(
     job.attention = kept.mutable_data_ptr<Element>(), job.pooled = result.mutable_data_ptr<Element>();
     job.grad_h = grad_h.mutable_data_ptr<Element>();
     const auto kernel = cpu_kernels<Element>().attention_pool_backward;
-    const Tensor sums = sum_in_parts<Element>(h, pool.tiles(), PoolSizes<Element>::backward(job),
+    const Tensor sums = sum_in_parts<Element>(h, pool.tiles(), {PoolSizes<Element>::backward(job), true},
                                               PoolSizes<Element>::sums(job),
                                               [&](int64_t begin, int64_t end, Element* scratch,
                                                   Element* part) { kernel(job, begin, end, scratch, part); });

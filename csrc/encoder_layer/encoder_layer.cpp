@@ -131,8 +131,8 @@ std::tuple<Tensor, Tensor, Tensor> encoder_layer_cpu(const Tensor& x, std::vecto
       job.scales = scales.mutable_data_ptr<Element>();
     }
     const auto kernel = cpu_kernels<Element>().encoder_layer;
-    run_tiles<Element>(
-        x, encoder.tiles(), encoder.scratch(false),
+    share_with_scratch<Element>(
+        x, encoder.tiles(), {encoder.scratch(false), true},
         [&](int64_t begin, int64_t end, Element* scratch) { kernel(job, begin, end, scratch); });
   });
   return {output, normalised, scales};
@@ -168,7 +168,7 @@ std::tuple<Tensor, std::vector<Tensor>> encoder_layer_backward_cpu(const Tensor&
     if (input_grad) job.grad_x = grad_x.mutable_data_ptr<Element>();
     const auto kernel = cpu_kernels<Element>().encoder_layer_backward;
     const Tensor total =
-        sum_in_parts<Element>(x, encoder.tiles(), encoder.scratch(true), encoder.sums(),
+        sum_in_parts<Element>(x, encoder.tiles(), {encoder.scratch(true), true}, encoder.sums(),
                               [&](int64_t begin, int64_t end, Element* scratch, Element* sums) {
                                 kernel(job, begin, end, scratch, sums);
                               });

@@ -65,8 +65,8 @@ Tensor feed_forward_cpu(const Tensor& x, const Tensor& weight_in, const Tensor& 
     job.net.leaving_bias = store.vector(bias.const_data_ptr<Element>(), out);
     job.output = output.mutable_data_ptr<Element>();
     const auto kernel = cpu_kernels<Element>().feed_forward;
-    run_tiles<Element>(
-        x, tiles_of(job), scratch_of(job, false),
+    share_with_scratch<Element>(
+        x, tiles_of(job), {scratch_of(job, false), true},
         [&](int64_t begin, int64_t end, Element* scratch) { kernel(job, begin, end, scratch); });
   });
   return output;
@@ -96,7 +96,7 @@ Gradients feed_forward_backward_cpu(const Tensor& grad, const Tensor& x, const T
     Sums::carve(job.net, job.padded_in, job.padded_out, counted);
     const auto kernel = cpu_kernels<Element>().feed_forward_backward;
     const Tensor total =
-        sum_in_parts<Element>(x, tiles_of(job), scratch_of(job, true), counted.used,
+        sum_in_parts<Element>(x, tiles_of(job), {scratch_of(job, true), true}, counted.used,
                               [&](int64_t begin, int64_t end, Element* scratch, Element* sums) {
                                 kernel(job, begin, end, scratch, sums);
                               });

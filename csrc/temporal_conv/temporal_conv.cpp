@@ -12,9 +12,6 @@
 namespace qfast {
 namespace {
 
-constexpr int64_t kChunks = 16;             // chunks of tiles, each with its own sums of weight gradients
-constexpr int64_t kChunkBytes = 128 << 20;  // limit on the memory of all sums
-
 template <class Element>
 Activation<Element> output_view(const Tensor& output, bool all_steps) {
   const int64_t channels = output.size(output.dim() - 1);
@@ -27,11 +24,9 @@ Activation<Element> output_view(const Tensor& output, bool all_steps) {
 template <class Job, class Element>
 void run_tiles(void (*kernel)(const Job&, int64_t, int64_t, Element*), const Job& job, int64_t tiles,
                int64_t scratch_elements, const Tensor& like) {
-  const int64_t each = rounded_up(scratch_elements, 16);
-  const Tensor scratch = empty(like, {worker_count(tiles) * each});
-  Element* const space = scratch.mutable_data_ptr<Element>();
-  share(tiles,
-        [&](int64_t worker, int64_t begin, int64_t end) { kernel(job, begin, end, space + worker * each); });
+  share_with_scratch<Element>(
+      like, tiles, {scratch_elements},
+      [&](int64_t begin, int64_t end, Element* scratch) { kernel(job, begin, end, scratch); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> temporal_conv_net_cpu(const Tensor& x, std::vector<Tensor> weights,
@@ -108,28 +103,15 @@ std::vector<Tensor> weight_gradients(const Network<Element>& network, const Elem
   return grads;
 }
 
-// Divides the tiles into a fixed number of chunks and adds the sums of the chunks in order. The result
-// therefore does not depend on the number of threads.
 template <class Element>
 std::vector<Tensor> run_backward(Network<Element>& network, const Tensor& like) {
-  const int64_t tiles = network.tiles(), elements = rounded_up(network.sum_elements, 16);
-  const int64_t fitting = kChunkBytes / static_cast<int64_t>(sizeof(Element)) / elements;
-  const int64_t chunks = std::max<int64_t>(1, std::min({tiles, kChunks, fitting}));
-  const int64_t each = rounded_up(network.scratch_elements, 16);
-  const Tensor scratch = empty(like, {worker_count(chunks) * each}), sums = empty(like, {chunks * elements});
-  Element* const space = scratch.mutable_data_ptr<Element>();
-  Element* const total = sums.mutable_data_ptr<Element>();
   const auto kernel = cpu_kernels<Element>().temporal_conv_backward;
-  share(chunks, [&](int64_t worker, int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      Element* const sum = total + chunk * elements;
-      std::fill(sum, sum + elements, Element(0));
-      kernel(network.job, tiles * chunk / chunks, tiles * (chunk + 1) / chunks, space + worker * each, sum);
-    }
-  });
-  for (int64_t chunk = 1; chunk < chunks; ++chunk)
-    for (int64_t i = 0; i < elements; ++i) total[i] += total[chunk * elements + i];
-  return weight_gradients(network, total);
+  const Tensor sums =
+      sum_in_parts<Element>(like, network.tiles(), {network.scratch_elements}, network.sum_elements,
+                            [&](int64_t begin, int64_t end, Element* scratch, Element* part) {
+                              kernel(network.job, begin, end, scratch, part);
+                            });
+  return weight_gradients(network, sums.template const_data_ptr<Element>());
 }
 
 std::tuple<Tensor, std::vector<Tensor>> temporal_conv_net_backward_cpu(

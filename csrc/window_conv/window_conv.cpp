@@ -83,8 +83,8 @@ Tensor window_conv_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias
     job.bias = store.vector(contiguous_bias.const_data_ptr<Element>(), out);
     job.output = output.mutable_data_ptr<Element>();
     const auto kernel = cpu_kernels<Element>().window_conv;
-    run_tiles<Element>(
-        x, tiles_of(job), scratch_of(job, false),
+    share_with_scratch<Element>(
+        x, tiles_of(job), {scratch_of(job, false), true},
         [&](int64_t begin, int64_t end, Element* scratch) { kernel(job, begin, end, scratch); });
   });
   return output;
@@ -122,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor> window_conv_backward_cpu(const Tensor& grad, 
     Sums::carve(job, counted);
     const auto kernel = cpu_kernels<Element>().window_conv_backward;
     const Tensor total =
-        sum_in_parts<Element>(x, tiles_of(job), scratch_of(job, true), counted.used,
+        sum_in_parts<Element>(x, tiles_of(job), {scratch_of(job, true), true}, counted.used,
                               [&](int64_t begin, int64_t end, Element* scratch, Element* sums) {
                                 kernel(job, begin, end, scratch, sums);
                               });
