@@ -37,7 +37,7 @@ inline unsigned int grid_for(int64_t tasks, int64_t per_block) {
 }
 
 inline void check_cuda(const char* op, const char* name, const Tensor& tensor) {
-  QFAST_CHECK(tensor.is_cuda(), op, ": ", name, ": expected a CUDA tensor.");
+  QFAST_CHECK(tensor.is_cuda(), op, ": ", name, ": expected a CUDA tensor, got one on the CPU.");
 }
 
 }  // namespace qfast

@@ -27,7 +27,9 @@ inline Dropout device_dropout(const char* op, const char* first_name, const Tens
   Dropout rule;
   if (dropout == 0) return rule;
   QFAST_CHECK(seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op,
-              ": seed: expected one int64 on the device of ", first_name, " where there is dropout.");
+              ": seed: expected one int64 on the device of ", first_name, " where there is dropout, got ",
+              seed ? shape_text(*seed) + " of " + torch::headeronly::toString(seed->scalar_type()) : "none",
+              ".");
   check_same_device(op, "seed", *seed, first, first_name);
   const double threshold = std::nearbyint(dropout * 4294967296.0);
   const bool none = threshold >= 4294967296.0;  // a word cannot be that large, so nothing is kept

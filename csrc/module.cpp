@@ -43,7 +43,8 @@ Array<double> rolling(const std::string& kind, const Array<double>& x, const std
                       const Array<int64_t>& start, const Array<int64_t>& stop, const Array<int64_t>& windows,
                       double parameter) {
   QFAST_CHECK(start.size() == stop.size() && (!y || y->size() == x.size()),
-              "rolling: expected series and row bounds of one length each.");
+              "rolling: expected series and row bounds of one length each, got series of ", x.size(), " and ",
+              y ? y->size() : x.size(), " values, ", start.size(), " starts and ", stop.size(), " stops.");
   Array<double> out({windows.size(), x.size()});
   const qfast::RollingStatsJob job{qfast::rolling_kind(kind),
                                    x.data(),

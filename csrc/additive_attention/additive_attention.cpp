@@ -28,12 +28,14 @@ struct Days {
 Days check_days(const char* op, const MaybeTensor& offsets, double slope, int64_t heads, int64_t rows,
                 int64_t width) {
   QFAST_CHECK(slope >= 0 && slope <= 1, op, ": negative_slope: expected 0 to 1, got ", slope, ".");
-  QFAST_CHECK(width > 0, op, ": value: expected at least one column.");
+  QFAST_CHECK(width > 0, op, ": value: expected at least one column, got ", width, ".");
   Days days{{0, rows}, heads, rows, width, slope};
   if (offsets) {
     check_dims(op, "offsets", *offsets, 1, "[D + 1]");
     QFAST_CHECK(offsets->is_cpu() && offsets->scalar_type() == ScalarType::Long && offsets->size(0) > 0, op,
-                ": offsets: expected int64 on the CPU, at least one.");
+                ": offsets: expected at least one number, int64 on the CPU, got ", offsets->size(0), " of ",
+                torch::headeronly::toString(offsets->scalar_type()),
+                offsets->is_cpu() ? "." : " on another device.");
     const Tensor whole = torch::stable::contiguous(*offsets);
     const int64_t* from = whole.const_data_ptr<int64_t>();
     days.offsets.assign(from, from + whole.size(0));

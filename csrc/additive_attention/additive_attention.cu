@@ -88,8 +88,10 @@ Shape check_days(const char* op, const Tensor& like, const MaybeTensor& offsets,
   check_same_device(op, "offsets", *offsets, like, "value");
   const int64_t days = offsets->size(0) - 1;
   QFAST_CHECK(offsets->scalar_type() == ScalarType::Long && days >= 0 && days < kMost, op,
-              ": offsets: expected int64, 1 to ", kMost, " of them.");
-  QFAST_CHECK(days > 0 || rows == 0, op, ": offsets: must run from 0 to N = ", rows, ".");
+              ": offsets: expected int64, 1 to ", kMost, " of them, got ", offsets->size(0), " of ",
+              torch::headeronly::toString(offsets->scalar_type()), ".");
+  QFAST_CHECK(days > 0 || rows == 0, op, ": offsets: must run from 0 to N = ", rows,
+              ", got only one number.");
   shape.days.count = days;
   return shape;
 }

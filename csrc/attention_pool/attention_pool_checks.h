@@ -28,7 +28,9 @@ inline void check_pool(const PoolTensors& given) {
   for (const Tensor* tensor : {&weight, &bias, &score}) {
     check_same_device(op, "weight, bias or score", *tensor, h, "h");
     QFAST_CHECK(tensor->scalar_type() == h.scalar_type(), op,
-                ": weight, bias and score: expected the dtype of h.");
+                ": weight, bias and score: expected the dtype of h, ",
+                torch::headeronly::toString(h.scalar_type()), ", got ",
+                torch::headeronly::toString(tensor->scalar_type()), ".");
   }
 }
 
