@@ -1,11 +1,10 @@
-"""Processors: the steps between raw columns and what a model is fed.
+"""Processors: the steps between raw columns and the data that a model reads.
 
-They follow the processors of pyqlib 0.9.7 (qlib/data/dataset/processor.py) value for value, on panels
-instead of frames. Statistics look at live rows only. A step that changes values writes one new block
-and touches a few columns or a few thousand rows at a time; it overwrites the old block instead where
-the caller owns it (`Processor.run`). Dropping rows flips the panel's mask and copies nothing.
+They compute the same values as the processors of pyqlib 0.9.7 (qlib/data/dataset/processor.py), on panels instead of
+frames. Statistics use live rows only. Results are float32, also that of CSRankNorm, which is float64 in Qlib.
 
-Results are float32 also where the reference answers in float64 (CSRankNorm).
+A step that changes values works on a few columns or a few thousand rows at a time. It writes one new block, or
+overwrites the old block if the caller allows it (`Processor.run`). A step that drops rows only changes the panel's mask.
 """
 
 from __future__ import annotations
@@ -54,12 +53,23 @@ __all__ = [
 
 PROCESSORS.accept(Processor)
 for _class in (
-    RobustZScoreNorm, ZScoreNorm, MinMaxNorm, CSZScoreNorm, CSRankNorm, CSZFillna, Fillna,
-    DropnaProcessor, DropnaLabel, DropCol, FilterCol, ProcessInf, TanhProcess,
-):  # fmt: skip
+    RobustZScoreNorm,
+    ZScoreNorm,
+    MinMaxNorm,
+    CSZScoreNorm,
+    CSRankNorm,
+    CSZFillna,
+    Fillna,
+    DropnaProcessor,
+    DropnaLabel,
+    DropCol,
+    FilterCol,
+    ProcessInf,
+    TanhProcess,
+):
     PROCESSORS.add(_class, modules=("qlib.data.dataset.processor", "qfast.data.processors", "qfast.data"))
 PROCESSORS.unavailable(
     "HashStockFormat",
-    "HashStockFormat is not available: qfast keeps its data instrument by instrument already. Remedy: leave it out.",
+    "HashStockFormat is not available: qfast already stores its data instrument by instrument. Remedy: remove it.",
     modules=("qlib.data.dataset.processor",),
 )

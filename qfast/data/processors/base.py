@@ -1,4 +1,4 @@
-"""What a processor is, and how lists of them are built and run."""
+"""The base class of processors, and functions that build and run lists of them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from qfast.registry import PROCESSORS, parameters
 
 
 class Workspace:
-    """Whose blocks a run of processors may overwrite, and which it did.
+    """Records which blocks processors may overwrite, and which they did overwrite.
 
     Attributes
     ----------
     owned : set of str
-        Groups whose current block nobody else sees.
+        Groups whose current block no other panel uses, so it may be overwritten.
     overwritten : set of str
-        Groups whose original block was written over.
+        Groups whose original block was overwritten.
     """
 
     def __init__(self, owned: Iterable[str] = ()) -> None:
@@ -30,59 +30,91 @@ class Workspace:
 
 
 class LearnOnlyProcessorError(ConfigError, TypeError):
-    """A processor that drops rows by their label stands where inference data is made."""
+    """A processor that reads labels is in a stage whose result is used for inference."""
 
 
 class Processor:
-    """One step on a panel: `fit` learns from live rows, calling it gives a new panel.
+    """One step on a panel. `fit` learns statistics from live rows, and a call returns a new panel.
 
-    Subclasses implement `_apply(panel, space)`; the workspace says which blocks may be overwritten,
-    because nobody else sees them. `target` answers with the array to write to.
+    A subclass implements `_apply(panel, space)`, in which `space` records the blocks that may be overwritten.
+    `qfast.data.processors.columns.target` returns the array to write to.
+
+    Examples
+    --------
+    >>> class Negate(Processor):
+    ...     def _apply(self, panel, space):
+    ...         return panel.replace("feature", -panel.values("feature"))
+    >>> import pandas as pd
+    >>> index = pd.MultiIndex.from_product([pd.date_range("2024-01-01", periods=2), ["A"]],
+    ...                                    names=["datetime", "instrument"])
+    >>> Negate()(Panel.from_frame(pd.DataFrame({"x": [1.0, 2.0]}, index=index))).values("feature").tolist()
+    [[-1.0], [-2.0]]
     """
 
     def fit(self, panel: Panel) -> None:
-        """Learn what the step needs from the live rows of `panel`; nothing by default."""
+        """Learn statistics from the live rows of `panel`. The default learns nothing."""
 
     def __call__(self, panel: Panel) -> Panel:
-        """The processed panel; `panel` and its blocks stay as they are."""
+        """The processed panel. `panel` and its blocks are not changed."""
         return self._apply(panel, Workspace())
 
     def run(self, panel: Panel, space: Workspace) -> Panel:
-        """As calling, but blocks that `space` owns may be overwritten; new blocks become its own."""
+        """The processed panel. Blocks that `space` owns may be overwritten, and `space` owns all new blocks."""
         before = {group: block.values for group, block in panel.blocks.items()}
         after = self._apply(panel, space)
         space.owned.update(g for g, block in after.blocks.items() if block.values is not before.get(g))
         return after
 
-    frozen = False  # True once a saved state is loaded: `fit` is then no longer called
+    frozen = False  # True after load_state; `fit` is then no longer called
 
     def state(self) -> dict[str, np.ndarray]:
-        """What `fit` has learnt, as named arrays that a file can hold; empty for a step that learns nothing."""
+        """The statistics that `fit` learned, as named arrays; empty for a step that learns nothing.
+
+        Raises
+        ------
+        NotFittedError
+            The step needs `fit` first.
+        """
         return {}
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Take over what `state` gave, and never fit again."""
+        """Load the result of `state`. The step is then frozen and not fitted again.
+
+        Raises
+        ------
+        DataError
+            The arrays are not those of this processor.
+        """
         if state:
-            raise DataError(f"{type(self).__name__} learns nothing, but a saved state holds {sorted(state)}.")
+            raise DataError(f"{type(self).__name__} learns nothing, but the saved state contains {sorted(state)}.")
         self.frozen = True
 
     def is_for_infer(self) -> bool:
-        """False for a step that only makes sense where labels are known."""
+        """False for a step that needs labels, which inference data lacks."""
         return True
 
     def readonly(self) -> bool:
-        """True if the step never changes values in place (the reference's question)."""
+        """True: a call never changes the values of its argument. Part of Qlib's interface."""
         return True
 
     def config(self, **kwargs: DateLike | None) -> None:
-        """Replace `fit_start_time` / `fit_end_time` where the processor has them."""
+        """Replace `fit_start_time` and `fit_end_time`, if the processor has them.
+
+        Raises
+        ------
+        ConfigError
+            Another setting is passed.
+        """
         for name, value in kwargs.items():
             if name not in ("fit_start_time", "fit_end_time"):
-                raise ConfigError(f"{type(self).__name__}.config has no setting {name!r}.")
+                raise ConfigError(
+                    f"{type(self).__name__}.config has no setting {name!r}; it has fit_start_time and fit_end_time."
+                )
             if hasattr(self, name):
                 setattr(self, name, value)
 
     def __repr__(self) -> str:
+        """The constructor call."""
         public = {
             k: v for k, v in vars(self).items() if not k.startswith("_") and not isinstance(v, (dict, np.ndarray))
         }
@@ -105,24 +137,28 @@ def build_processor(
     path: str = "",
     inject: bool = True,
 ) -> Processor:
-    """A processor from an instance, a mapping or a name; the caller's mapping stays as it is.
+    """Build a processor from an instance, a configuration mapping or a class name.
 
     Parameters
     ----------
     spec : Processor, mapping or str
-        ``{"class": "Fillna", "kwargs": {"fields_group": "feature"}}``, "Fillna", or an instance.
+        An instance, ``{"class": "Fillna", "kwargs": {"fields_group": "feature"}}``, or "Fillna". A mapping is not
+        changed.
     fit_start_time, fit_end_time : date-like or None
-        Handed to a processor that takes both, unless its own kwargs give them (the reference
-        overwrites the caller's values in that case).
+        Fit period of a processor that has these arguments. Values in `spec` have priority; in Qlib they do not.
     path : str
-        Where the specification stands, for messages.
+        Place of the configuration, for messages.
     inject : bool
-        False: the specification must give its own fit window.
+        False: use only the fit period in `spec`.
+
+    Returns
+    -------
+    Processor
 
     Raises
     ------
     ConfigError
-        Unknown class or argument; a processor that needs a fit window and has none.
+        The class or an argument is unknown, or a fit period is required and missing.
 
     Examples
     --------
@@ -138,7 +174,7 @@ def build_processor(
         if missing:
             raise ConfigError(
                 f"{path + ': ' if path else ''}{getattr(factory, '__name__', factory)} needs {' and '.join(missing)}. "
-                "Remedy: give fit_start_time and fit_end_time to the handler or to the processor."
+                "Remedy: pass fit_start_time and fit_end_time to the handler or to the processor."
             )
     return PROCESSORS.build({"class": factory, "kwargs": kwargs}, path=path)
 
@@ -146,35 +182,40 @@ def build_processor(
 def run_processors(
     panel: Panel, processors: Sequence[Processor], *, stage: str, space: Workspace, fit: bool = True
 ) -> Panel:
-    """Fit and apply processors one after the other; each is fitted on its predecessor's result.
+    """Fit and apply processors in order. Each is fitted to the result of the previous one.
 
     Parameters
     ----------
     panel : Panel
     processors : sequence of Processor
     stage : {"shared", "infer", "learn"}
-        Learn-only processors are refused elsewhere.
     space : Workspace
-        What may be overwritten; on return also owns the blocks that this stage made.
+        Blocks that may be overwritten. It also owns the new blocks afterwards.
     fit : bool
-        False applies without fitting.
+        False: apply without fitting.
+
+    Returns
+    -------
+    Panel
 
     Raises
     ------
     LearnOnlyProcessorError
-        A learn-only processor in the shared or infer stage (also a TypeError, as in the reference).
+        A processor that reads labels is in the shared or infer stage. Like in Qlib, the error is a TypeError too.
+    DataError
+        A processor drops all rows.
     """
     for number, processor in enumerate(processors):
         name = f"{stage}_processors[{number}]"
         if stage != "learn" and not processor.is_for_infer():
             raise LearnOnlyProcessorError(
-                f"{name} is {type(processor).__name__}, which looks at labels and is for learning only. "
+                f"{name} is {type(processor).__name__}, which reads labels and is for learning only. "
                 "Remedy: move it to learn_processors."
             )
         if fit and not processor.frozen:
             processor.fit(panel)
-        had_rows = panel.n_live
+        rows_before = panel.n_live
         panel = processor.run(panel, space)
-        if had_rows and not panel.n_live:
-            raise DataError(f"{name} ({processor!r}) dropped all {had_rows} rows: no row is without NaN.")
+        if rows_before and not panel.n_live:
+            raise DataError(f"{name} ({processor!r}) dropped all {rows_before} rows, because every row has a NaN.")
     return panel

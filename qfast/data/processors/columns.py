@@ -1,4 +1,4 @@
-"""Choosing columns of a panel, and reading and writing a few of them at a time."""
+"""Selects columns of a panel, and reads and writes a few of them at a time."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 
 from qfast.data.panel import ROW_CHUNK, Panel
 from qfast.data.processors.base import Workspace
-from qfast.errors import ConfigError, DataError, suggest
+from qfast.errors import ConfigError, DataError, some, suggest
 
-COLUMN_CHUNK_BYTES = 64 << 20  # transient copy of a few columns while statistics are taken
+COLUMN_CHUNK_BYTES = 64 << 20  # size of the temporary copy of a few columns
 
 FieldsGroup: TypeAlias = str | Sequence[str] | None
 """None for all columns, a group, a list of groups, or the pair (group, column)."""
@@ -20,17 +20,33 @@ Selection = list[tuple[str, np.ndarray]]  # (group, column positions)
 
 
 def select(panel: Panel, fields_group: FieldsGroup) -> Selection:
-    """Column positions by group for `fields_group`.
+    """Column positions, by group, that `fields_group` selects.
 
     Parameters
     ----------
+    panel : Panel
     fields_group : None, str, list of str, or (group, column)
-        None takes every column, a name one group, a list several groups, a pair one column.
+        None: all columns. A name: that group. A list: several groups. A pair: one column.
+
+    Returns
+    -------
+    list of (str, int [c])
 
     Raises
     ------
+    ConfigError
+        `fields_group` has another form.
     DataError
-        A group or column that the panel has not.
+        The panel lacks the group or column.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> index = pd.MultiIndex.from_product([pd.date_range("2024-01-01", periods=1), ["A"]],
+    ...                                    names=["datetime", "instrument"])
+    >>> panel = Panel.from_frame(pd.DataFrame({"x": [1.0], "y": [2.0]}, index=index))
+    >>> select(panel, ("feature", "y"))
+    [('feature', array([1]))]
     """
     if fields_group is None:
         groups: Sequence[Any] = list(panel.blocks)
@@ -43,32 +59,34 @@ def select(panel: Panel, fields_group: FieldsGroup) -> Selection:
             if name in columns:
                 return [(group, np.array([columns.index(name)]))]
             raise DataError(
-                f"fields_group {fields_group!r}: group {group!r} has no column {name!r}." + suggest(name, columns)
+                f"fields_group {fields_group!r}: group {group!r} has no column {name!r}; it has {some(columns)}."
+                + suggest(name, columns)
             )
         groups = list(fields_group)
         if None in groups:
             return select(panel, None)
     else:
         raise ConfigError(
-            f"fields_group must be None, a group name, a list of group names or (group, column); got {fields_group!r}."
+            f"fields_group must be None, a group name, a list of group names or (group, column), got {fields_group!r}."
         )
     return [(group, np.arange(len(panel.columns(group)))) for group in groups]
 
 
 def column_names(panel: Panel, group: str, positions: np.ndarray) -> list[str]:
-    """Names of some columns of a group."""
+    """Names of the columns of a group at `positions`."""
     names = panel.columns(group)
     return [names[int(p)] for p in positions]
 
 
 def is_all(positions: np.ndarray, values: np.ndarray) -> bool:
+    """True if `positions` are all columns of `values` [R, C]."""
     return len(positions) == values.shape[1]
 
 
 def target(panel: Panel, group: str, positions: np.ndarray, space: Workspace) -> np.ndarray:
-    """Array [R, C] for the new values of `group`: the block itself where owned, else a new one.
+    """The array [R, C] for new values of a group: its block if `space` owns it, otherwise a new array.
 
-    Columns outside `positions` already hold their values; the others must be written.
+    The caller must write the columns at `positions`. All other columns have their values already.
     """
     values = panel.values(group)
     if group in space.owned and values.flags.writeable:
@@ -81,6 +99,7 @@ def target(panel: Panel, group: str, positions: np.ndarray, space: Workspace) ->
 
 
 def rows_by_chunk(n_rows: int) -> Iterator[slice]:
+    """Slices of at most ROW_CHUNK rows that cover `n_rows` rows."""
     for start in range(0, n_rows, ROW_CHUNK):
         yield slice(start, min(start + ROW_CHUNK, n_rows))
 
@@ -88,15 +107,15 @@ def rows_by_chunk(n_rows: int) -> Iterator[slice]:
 def columns_by_chunk(
     values: np.ndarray, positions: np.ndarray, rows: np.ndarray | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(positions, contiguous copy [c, rows]) of a few columns at a time."""
+    """A few columns at a time, as (positions, contiguous copy [c, rows]). None: all rows."""
     n_rows = len(values) if rows is None else len(rows)
     step = int(min(16, max(1, COLUMN_CHUNK_BYTES // max(1, n_rows * values.itemsize))))
     for start in range(0, len(positions), step):
-        some = positions[start : start + step]
-        low, high = int(some[0]), int(some[-1]) + 1
-        part = values[:, low:high] if high - low == len(some) else values[:, some]
-        # always a copy: callers write to it (one column transposed would be a view)
-        yield some, np.array((part if rows is None else part[rows]).T, order="C", copy=True)
+        chunk = positions[start : start + step]
+        low, high = int(chunk[0]), int(chunk[-1]) + 1
+        part = values[:, low:high] if high - low == len(chunk) else values[:, chunk]
+        # Callers write to the result, so it must be a copy. A single column transposed would be a view.
+        yield chunk, np.array((part if rows is None else part[rows]).T, order="C", copy=True)
 
 
 def elementwise(
@@ -105,15 +124,15 @@ def elementwise(
     space: Workspace,
     change: Callable[[str, np.ndarray, np.ndarray], np.ndarray],
 ) -> Panel:
-    """Apply `change(group, positions, values[rows, positions])` to the selected columns, rows in chunks."""
+    """Replace the selected columns by `change(group, positions, values [rows, c])`, some rows at a time."""
     for group, positions in selection:
         values = panel.values(group)
         if len(positions) == 0:
             continue
         out = target(panel, group, positions, space)
-        whole = is_all(positions, values)
+        all_columns = is_all(positions, values)
         for rows in rows_by_chunk(panel.n_rows):
-            if whole:
+            if all_columns:
                 out[rows] = change(group, positions, values[rows])
             else:
                 out[rows, positions] = change(group, positions, values[rows, positions])
@@ -127,26 +146,27 @@ def by_column(
     space: Workspace,
     change: Callable[[np.ndarray, np.ndarray | None], np.ndarray],
 ) -> Panel:
-    """Apply `change(values[c, live rows], live row numbers or None)` to a few selected columns at a time."""
+    """Replace the live rows of the selected columns by `change(values [c, rows], row numbers or None for all rows)`."""
     rows = None if panel.live is None else panel.live_rows()
     for group, positions in selection:
         values = panel.values(group)
         if len(positions) == 0:
             continue
         out = target(panel, group, positions, space)
-        for some, part in columns_by_chunk(values, positions, rows):
+        for chunk, part in columns_by_chunk(values, positions, rows):
             changed = change(part, rows).T
-            low, high = int(some[0]), int(some[-1]) + 1
-            columns: Any = slice(low, high) if high - low == len(some) else some
+            low, high = int(chunk[0]), int(chunk[-1]) + 1
+            columns: Any = slice(low, high) if high - low == len(chunk) else chunk
             if rows is None:
                 out[:, columns] = changed
                 continue
-            if out is not values:  # dead rows keep what they had
+            if out is not values:  # dropped rows keep their values
                 out[:, columns] = values[:, columns]
-            out[rows[:, None], some[None, :]] = changed
+            out[rows[:, None], chunk[None, :]] = changed
         panel = panel.replace(group, out)
     return panel
 
 
 def day_codes(panel: Panel, rows: np.ndarray | None) -> np.ndarray:
+    """Date codes of `rows`; None: of all rows."""
     return panel.date_codes if rows is None else panel.date_codes[rows]

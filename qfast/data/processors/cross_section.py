@@ -1,4 +1,4 @@
-"""Across the stocks of one datetime: z-score, rank, and filling by the day's mean."""
+"""Processors across the instruments of one datetime: z-score, rank, and filling with the mean of the day."""
 
 from __future__ import annotations
 
@@ -13,19 +13,28 @@ from qfast.data.processors.columns import FieldsGroup, Selection, by_column, day
 from qfast.data.processors.fitted import MAD_TO_STD, OUTLIER
 from qfast.errors import ConfigError
 
-RANK_TO_STD = 3.46  # sqrt(12): a uniform rank in [-.5, .5] gets unit standard deviation
+RANK_TO_STD = 3.46  # Qlib's value for sqrt(12), which scales a uniform rank in [-0.5, 0.5] to unit standard deviation
 
 
 class CSZScoreNorm(Processor):
-    """Per datetime (x - mean) / std with ddof 1; "robust": (x - median) / MAD / 1.4826 clipped to ±3.
+    """Cross-sectional z-score: for each datetime (x - mean) / std with ddof 1.
 
-    A datetime with one value gives NaN.
+    method="robust" is (x - median) / (1.4826 median |x - median|), clipped to ±3. A datetime with one value becomes NaN.
 
     Parameters
     ----------
-    fields_group : None, str or list
-        Columns; None is all of them.
+    fields_group : None, str, list or (group, column)
+        Columns. None: all.
     method : {"zscore", "robust"}
+
+    Raises
+    ------
+    ConfigError
+        `method` is none of these.
+
+    Notes
+    -----
+    Source: CSZScoreNorm in qlib/data/dataset/processor.py of pyqlib 0.9.7.
 
     Examples
     --------
@@ -51,15 +60,16 @@ class CSZScoreNorm(Processor):
 
 
 class CSRankNorm(Processor):
-    """Per datetime (percentile rank - 0.5) * 3.46, ties averaged, NaN stays NaN.
+    """Cross-sectional rank: for each datetime (percentile rank - 0.5) * 3.46. Ties have their mean rank; NaN stays NaN.
 
     Parameters
     ----------
-    fields_group : None, str or list
+    fields_group : None, str, list or (group, column)
+        Columns. None: all.
 
     Notes
     -----
-    The result is float32; the reference's is float64.
+    Source: CSRankNorm in qlib/data/dataset/processor.py of pyqlib 0.9.7, whose result is float64 instead of float32.
 
     Examples
     --------
@@ -85,11 +95,16 @@ class CSRankNorm(Processor):
 
 
 class CSZFillna(Processor):
-    """NaN becomes the mean of that column over the stocks of the same datetime.
+    """Replaces NaN by the mean of the column over all instruments on the same datetime.
 
     Parameters
     ----------
-    fields_group : None, str or list
+    fields_group : None, str, list or (group, column)
+        Columns. None: all.
+
+    Notes
+    -----
+    Source: CSZFillna in qlib/data/dataset/processor.py of pyqlib 0.9.7.
 
     Examples
     --------
@@ -111,9 +126,9 @@ class CSZFillna(Processor):
 
 
 class ProcessInf(Processor):
-    """±inf becomes the mean of that column's other values at the same datetime (NaN if there are none).
+    """Replaces ±inf by the mean of the column's finite values on the same datetime; by NaN if there are none.
 
-    Works on every column, as in the reference.
+    Like Qlib's ProcessInf (qlib/data/dataset/processor.py), it processes all columns.
 
     Examples
     --------
@@ -125,18 +140,18 @@ class ProcessInf(Processor):
     """
 
     def _apply(self, panel: Panel, space: Workspace) -> Panel:
-        dirty: Selection = []
+        selection: Selection = []
         for group, block in panel.blocks.items():
             has_inf = np.zeros(block.values.shape[1], dtype=bool)
             for rows in rows_by_chunk(panel.n_rows):
                 has_inf |= np.isinf(block.values[rows]).any(axis=0)
             if has_inf.any():
-                dirty.append((group, np.flatnonzero(has_inf)))
+                selection.append((group, np.flatnonzero(has_inf)))
 
         def change(part: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
             return _fill_by_day(part, day_codes(panel, rows), np.isinf, lambda x: ~np.isfinite(x))
 
-        return by_column(panel, dirty, space, change)
+        return by_column(panel, selection, space, change)
 
 
 def _fill_by_day(
@@ -145,33 +160,33 @@ def _fill_by_day(
     replaced: Callable[[np.ndarray], np.ndarray],
     excluded: Callable[[np.ndarray], np.ndarray],
 ) -> np.ndarray:
-    """Replace values of `part` [c, rows] where `replaced` by their day's mean over those not `excluded`."""
+    """Replace the values of `part` [c, rows] that are `replaced` by the day's mean of the values not `excluded`."""
     for column in part:
-        holes = np.flatnonzero(replaced(column))
-        if len(holes):
+        rows = np.flatnonzero(replaced(column))
+        if len(rows):
             _, mean = _day_mean(np.where(excluded(column), np.nan, column), days)
-            column[holes] = mean[days[holes]]
+            column[rows] = mean[days[rows]]
     return part
 
 
 def _day_mean(column: np.ndarray, days: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Per day: number and float64 mean of the non-NaN values; NaN for a day without any."""
-    known = ~np.isnan(column)
+    """Count and float64 mean of the values of each day, without NaN. A day without values has the mean NaN."""
+    present = ~np.isnan(column)
     n_days = int(days.max()) + 1 if len(days) else 0
-    count = np.bincount(days[known], minlength=n_days)
+    count = np.bincount(days[present], minlength=n_days)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return count, np.bincount(days[known], weights=column[known], minlength=n_days) / count
+        return count, np.bincount(days[present], weights=column[present], minlength=n_days) / count
 
 
 def _zscore_by_day(part: np.ndarray, days: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         for column in part:
             count, mean = _day_mean(column, days)
-            centred = column - mean[days]
-            _, spread = _day_mean(np.square(centred), days)
-            # float64 sums of equal float32 values are exact, so a constant day has std 0 and gives NaN
+            centered = column - mean[days]
+            _, spread = _day_mean(np.square(centered), days)
+            # Float64 sums of equal float32 values are exact, so a constant day has std 0 and becomes NaN.
             std = np.sqrt(spread * count / np.where(count > 1, count - 1, np.nan))
-            column[:] = centred / std[days]
+            column[:] = centered / std[days]
     return part
 
 
@@ -179,7 +194,7 @@ def _robust_by_day(part: np.ndarray, days: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         for column in part:
             series = pd.Series(column)
-            centred = series - series.groupby(days, sort=False).transform("median")
-            mad = centred.abs().groupby(days, sort=False).transform("median")
-            column[:] = np.clip((centred / mad / MAD_TO_STD).to_numpy(), -OUTLIER, OUTLIER)
+            centered = series - series.groupby(days, sort=False).transform("median")
+            mad = centered.abs().groupby(days, sort=False).transform("median")
+            column[:] = np.clip((centered / mad / MAD_TO_STD).to_numpy(), -OUTLIER, OUTLIER)
     return part

@@ -1,4 +1,4 @@
-"""Row by row or column by column: filling, squashing, dropping."""
+"""Processors that fill values, squash them, or drop rows and columns."""
 
 from __future__ import annotations
 
@@ -12,18 +12,28 @@ import pandas as pd
 from qfast.data.panel import Panel
 from qfast.data.processors.base import Processor, Workspace
 from qfast.data.processors.columns import FieldsGroup, column_names, elementwise, is_all, rows_by_chunk, select
-from qfast.errors import ConfigError, DataError, suggest
+from qfast.errors import ConfigError, DataError, some, suggest
 
 log = logging.getLogger("qfast.data")
 
 
 class Fillna(Processor):
-    """NaN becomes `fill_value`.
+    """Replaces NaN by a constant.
 
     Parameters
     ----------
     fields_group : None, str, list or (group, column)
+        Columns. None: all.
     fill_value : float
+
+    Raises
+    ------
+    ConfigError
+        `fill_value` is not a number.
+
+    Notes
+    -----
+    Source: Fillna in qlib/data/dataset/processor.py of pyqlib 0.9.7.
 
     Examples
     --------
@@ -48,10 +58,10 @@ class Fillna(Processor):
 
 
 class TanhProcess(Processor):
-    """x becomes tanh(x - 1) in every column whose name does not contain "LABEL".
+    """Replaces x by tanh(x - 1) in every column whose name does not contain "LABEL".
 
-    The name decides, not the group, as in the reference: a label that is named by its expression is
-    transformed too.
+    Like in Qlib (TanhProcess in qlib/data/dataset/processor.py), the name of the column matters and not its group, so a
+    label with another name is transformed too.
 
     Examples
     --------
@@ -77,11 +87,16 @@ class TanhProcess(Processor):
 
 
 class DropnaProcessor(Processor):
-    """Drop rows with a NaN in any of the selected columns. Blocks are shared, only the mask changes.
+    """Drops rows with a NaN in any of the selected columns. Only the panel's mask changes.
 
     Parameters
     ----------
     fields_group : None, str, list or (group, column)
+        Columns. None: all.
+
+    Notes
+    -----
+    Source: DropnaProcessor in qlib/data/dataset/processor.py of pyqlib 0.9.7.
 
     Examples
     --------
@@ -106,7 +121,7 @@ class DropnaProcessor(Processor):
 
 
 class DropnaLabel(DropnaProcessor):
-    """Drop rows whose label is NaN. For learning only: at inference the label is not known.
+    """Drops rows whose label is NaN. It is for learning only, because inference data has no labels.
 
     Parameters
     ----------
@@ -123,17 +138,26 @@ class DropnaLabel(DropnaProcessor):
         super().__init__(fields_group)
 
     def is_for_infer(self) -> bool:
-        """False: rows are chosen by their label."""
+        """False, because it reads labels."""
         return False
 
 
 class DropCol(Processor):
-    """Drop the columns of these names from every group.
+    """Drops columns by name from all groups.
 
     Parameters
     ----------
     col_list : sequence of str
-        Unknown names are ignored with a warning.
+        Names. Unknown names are logged as a warning and ignored.
+
+    Raises
+    ------
+    ConfigError
+        `col_list` is not a list of names.
+
+    Notes
+    -----
+    Source: DropCol in qlib/data/dataset/processor.py of pyqlib 0.9.7.
 
     Examples
     --------
@@ -153,24 +177,26 @@ class DropCol(Processor):
 
 
 class FilterCol(Processor):
-    """Keep the listed columns of one group, in the group's own order; other groups stay.
+    """Keeps only the listed columns of a group, in the order of the group. Other groups are unchanged.
 
     Parameters
     ----------
-    fields_group : str or None
-        Group to filter.
+    fields_group : None, str, list or (group, column)
+        Columns to filter.
     col_list : sequence of str
-        Names to keep; unknown ones are ignored with a warning.
+        Names of the columns to keep. Unknown names are logged as a warning and ignored.
 
     Raises
     ------
+    ConfigError
+        `col_list` is not a list of names.
     DataError
-        None of the listed names is in the group.
+        None of the names is in the group.
 
     Notes
     -----
-    As in the reference a name decides: a column of another group that shares its name with a column
-    of the filtered group is kept only if it is listed.
+    Like in Qlib (FilterCol in qlib/data/dataset/processor.py), columns are compared by name only. A column of another
+    group with the name of a removed column is removed too.
 
     Examples
     --------
@@ -189,30 +215,30 @@ class FilterCol(Processor):
         inside = {n for group, p in select(panel, self.fields_group) for n in column_names(panel, group, p)}
         if not inside.intersection(self.col_list):
             raise DataError(
-                f"FilterCol: none of the columns {list(self.col_list)[:12]} is in group {self.fields_group!r}, "
-                f"which has {sorted(inside)[:12]}."
+                f"FilterCol: none of the columns [{some(self.col_list)}] is in group {self.fields_group!r}, which has "
+                f"[{some(sorted(inside))}]."
             )
         _warn_unknown("FilterCol", self.col_list, {c for b in panel.blocks.values() for c in b.columns})
-        wanted = set(self.col_list)
+        listed = set(self.col_list)
         return _keep_columns(
-            panel, {g: [c in wanted or c not in inside for c in b.columns] for g, b in panel.blocks.items()}
+            panel, {g: [c in listed or c not in inside for c in b.columns] for g, b in panel.blocks.items()}
         )
 
 
-def _name_list(who: str, names: object) -> tuple[str, ...]:
+def _name_list(processor: str, names: object) -> tuple[str, ...]:
     if isinstance(names, str) or not isinstance(names, (Sequence, set, np.ndarray, pd.Index)):
-        raise ConfigError(f"{who}: col_list must be a list of column names, got {names!r}.")
+        raise ConfigError(f"{processor}: col_list must be a list of column names, got {names!r}.")
     return tuple(str(n) for n in names)
 
 
-def _warn_unknown(who: str, names: Sequence[str], known: set[str]) -> None:
+def _warn_unknown(processor: str, names: Sequence[str], columns: set[str]) -> None:
     for name in names:
-        if name not in known:
-            log.warning("%s: column %r is not in the data and is ignored.%s", who, name, suggest(name, known))
+        if name not in columns:
+            log.warning("%s: ignoring column %r, which the data lacks.%s", processor, name, suggest(name, columns))
 
 
 def _keep_columns(panel: Panel, keep: Mapping[str, Sequence[bool]]) -> Panel:
-    """Panel with the marked columns of each group; a group that loses all of them disappears."""
+    """A panel with the columns of each group for which `keep` is True. A group without columns is removed."""
     blocks = dict(panel.blocks)
     for group, mask in keep.items():
         block = panel.block(group)

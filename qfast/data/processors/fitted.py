@@ -1,4 +1,4 @@
-"""Normalisation whose statistics are learnt on a window of time."""
+"""Normalizations whose statistics are learned from a period of the data."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from qfast.errors import DataError, NotFittedError, some
 
 log = logging.getLogger("qfast.data")
 
-EPS = 1e-12  # keeps a constant column from dividing by zero, as in the reference
-MAD_TO_STD = 1.4826  # a normal distribution's standard deviation over its median absolute deviation
-OUTLIER = 3.0  # clip bound, in (robust) standard deviations
+EPS = 1e-12  # Qlib's guard against division by zero for a constant column
+MAD_TO_STD = 1.4826  # standard deviation of a normal distribution, divided by its median absolute deviation
+OUTLIER = 3.0  # clip bound in (robust) standard deviations
 
-STATE_PARTS = ("positions", "shift", "scale")  # of a fitted column normalisation, in a saved state
+STATE_PARTS = ("positions", "shift", "scale")  # arrays of each group in a saved state
 
 
 class _FittedNorm(Processor):
-    """(x - shift) / scale per column, both learnt between fit_start_time and fit_end_time inclusive."""
+    """(x - shift) / scale, with a shift and a scale for each column that are learned from the fit period."""
 
     def __init__(
         self, fit_start_time: DateLike | None, fit_end_time: DateLike | None, fields_group: FieldsGroup = None
@@ -35,32 +35,32 @@ class _FittedNorm(Processor):
         self._fitted: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None
 
     def fit(self, panel: Panel) -> None:
-        """Learn each selected column's shift and scale.
+        """Learn shift and scale of each selected column.
 
         Raises
         ------
         DataError
-            No live row lies between `fit_start_time` and `fit_end_time`.
+            No live row is between `fit_start_time` and `fit_end_time`.
         """
         rows = panel.rows_between(self.fit_start_time, self.fit_end_time)
         if len(rows) == 0:
             dates = panel.datetimes
             span = f"{dates[0]} to {dates[-1]}" if len(dates) else "no dates at all"
             raise DataError(
-                f"{type(self).__name__}: no row lies between fit_start_time={self.fit_start_time} and "
-                f"fit_end_time={self.fit_end_time}; the data has {span}. Remedy: choose a window inside the data."
+                f"{type(self).__name__}: no row is between fit_start_time={self.fit_start_time} and "
+                f"fit_end_time={self.fit_end_time}; the data has {span}. Remedy: a fit period inside the data."
             )
-        every = None if len(rows) == panel.n_rows else rows
+        selected = None if len(rows) == panel.n_rows else rows
         fitted = {}
         for group, positions in select(panel, self.fields_group):
             values = panel.values(group)
             shift = np.empty(len(positions), dtype=values.dtype)
             scale = np.empty(len(positions), dtype=values.dtype)
-            at = 0
-            for _, part in columns_by_chunk(values, positions, every):
+            number = 0
+            for _, part in columns_by_chunk(values, positions, selected):
                 for column in part:
-                    shift[at], scale[at] = self._learn(column[~np.isnan(column)])
-                    at += 1
+                    shift[number], scale[number] = self._learn(column[~np.isnan(column)])
+                    number += 1
             self._report_empty(column_names(panel, group, positions[np.isnan(shift) | np.isnan(scale)]))
             fitted[group] = (positions, shift, scale)
         self._fitted = fitted
@@ -72,8 +72,8 @@ class _FittedNorm(Processor):
         for group, (positions, _, _) in fitted.items():
             if len(positions) and int(positions[-1]) >= len(panel.columns(group)):
                 raise DataError(
-                    f"{type(self).__name__} was fitted on {len(positions)} columns of group {group!r}, "
-                    f"the panel has {len(panel.columns(group))}."
+                    f"{type(self).__name__} was fitted to {len(positions)} columns of group {group!r}, but the panel "
+                    f"has {len(panel.columns(group))}. Remedy: apply it to the columns it was fitted to."
                 )
 
         def change(group: str, positions: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -86,8 +86,9 @@ class _FittedNorm(Processor):
         return elementwise(panel, [(g, p) for g, (p, _, _) in fitted.items()], space, change)
 
     def state(self) -> dict[str, np.ndarray]:
+        """Arrays "<group>.positions", "<group>.shift" and "<group>.scale" [c] of each group."""
         if self._fitted is None:
-            raise NotFittedError(f"{type(self).__name__} has learnt nothing yet. Remedy: call fit(panel).")
+            raise NotFittedError(f"{type(self).__name__} is not fitted and has no state. Remedy: call fit(panel).")
         return {
             f"{group}.{part}": array
             for group, arrays in self._fitted.items()
@@ -95,20 +96,21 @@ class _FittedNorm(Processor):
         }
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Load the result of `state`; raises a DataError if arrays are missing, unexpected or differ in length."""
         groups = sorted({group for group, _, part in (key.rpartition(".") for key in state) if part in STATE_PARTS})
         expected = [f"{group}.{part}" for group in groups for part in STATE_PARTS]
         missing, extra = [key for key in expected if key not in state], sorted(set(state) - set(expected))
         if not groups or missing or extra:
+            absent = missing or ("no array" if groups else "all arrays")
             raise DataError(
-                f"{type(self).__name__}: the saved state lacks {missing or ('nothing' if groups else 'every array')}, "
-                f"unexpected {extra or 'none'}."
+                f"{type(self).__name__}: the saved state lacks {absent} and has {extra or 'no'} unexpected arrays."
             )
         fitted = {}
         for group in groups:
             positions, shift, scale = (np.asarray(state[f"{group}.{part}"]) for part in STATE_PARTS)
             if not (positions.ndim == 1 and positions.shape == shift.shape == scale.shape):
                 raise DataError(
-                    f"{type(self).__name__}: the saved arrays of group {group!r} differ in length: positions "
+                    f"{type(self).__name__}: the saved arrays of group {group!r} must be equally long, got positions "
                     f"{positions.shape}, shift {shift.shape}, scale {scale.shape}."
                 )
             fitted[group] = (positions, shift, scale)
@@ -116,39 +118,45 @@ class _FittedNorm(Processor):
         self.frozen = True
 
     def _learn(self, values: np.ndarray) -> tuple[Any, Any]:
-        raise NotImplementedError
+        """(shift, scale) of the values of one column without NaN."""
+        raise NotImplementedError(f"{type(self).__name__} must implement _learn(values)")
 
     def _finish(self, values: np.ndarray) -> np.ndarray:
+        """A last step on the normalized values."""
         return values
 
     def _report_empty(self, names: list[str]) -> None:
         if names:
             log.warning(
-                "%s: no usable value between %s and %s in column(s) %s; they become NaN",
-                type(self).__name__, self.fit_start_time, self.fit_end_time, some(names),
-            )  # fmt: skip
+                "%s: column(s) %s have no values between %s and %s and become NaN",
+                type(self).__name__,
+                some(names),
+                self.fit_start_time,
+                self.fit_end_time,
+            )
 
 
 class RobustZScoreNorm(_FittedNorm):
-    """(x - median) / (1.4826 (median |x - median| + 1e-12)), clipped to ±3; NaN stays NaN.
+    """(x - median) / (1.4826 (median |x - median| + 1e-12)), clipped to ±3. NaN stays NaN.
 
     Parameters
     ----------
     fit_start_time, fit_end_time : date-like or None
-        Window of the statistics, both ends inclusive.
+        Period of the statistics, both inclusive. None: unbounded.
     fields_group : None, str, list or (group, column)
-        Columns to normalise; None is all of them.
+        Columns. None: all.
     clip_outlier : bool
         Clip the result to [-3, 3].
 
     Raises
     ------
     DataError
-        From `fit`, where no row lies in the window.
+        `fit` raises it if no row is in the period.
 
     Notes
     -----
-    A column without any value in the window stays NaN, with a warning that names it.
+    A column without values in the period becomes NaN, and a warning names it. Source: RobustZScoreNorm in
+    qlib/data/dataset/processor.py of pyqlib 0.9.7.
 
     Examples
     --------
@@ -176,7 +184,7 @@ class RobustZScoreNorm(_FittedNorm):
         if len(values) == 0:
             return np.nan, np.nan
         with np.errstate(invalid="ignore"):
-            center = np.median(values, overwrite_input=True)  # the column is our own copy
+            center = np.median(values, overwrite_input=True)  # the column is a copy
             distance = np.abs(values - center)
             distance = distance[~np.isnan(distance)]
         if len(distance) == 0:
@@ -189,15 +197,24 @@ class RobustZScoreNorm(_FittedNorm):
 
 
 class ZScoreNorm(_FittedNorm):
-    """(x - mean) / std, both over non-NaN values of the fit window, std with ddof 0.
+    """(x - mean) / std with ddof 0, learned from the values of the fit period without NaN.
 
-    Constant columns are left as they are. Statistics are summed in float64; the reference sums in the
-    data's own type.
+    Constant columns are not changed.
 
     Parameters
     ----------
     fit_start_time, fit_end_time, fields_group
         As in `RobustZScoreNorm`.
+
+    Raises
+    ------
+    DataError
+        `fit` raises it if no row is in the period.
+
+    Notes
+    -----
+    Sums are computed in float64, where Qlib uses the type of the data. Source: ZScoreNorm in
+    qlib/data/dataset/processor.py of pyqlib 0.9.7.
 
     Examples
     --------
@@ -221,12 +238,23 @@ class ZScoreNorm(_FittedNorm):
 
 
 class MinMaxNorm(_FittedNorm):
-    """(x - min) / (max - min) over the fit window; no clipping outside it, constant columns untouched.
+    """(x - min) / (max - min), with minimum and maximum of the fit period.
+
+    Values outside the period are not clipped, and constant columns are not changed.
 
     Parameters
     ----------
     fit_start_time, fit_end_time, fields_group
         As in `RobustZScoreNorm`.
+
+    Raises
+    ------
+    DataError
+        `fit` raises it if no row is in the period.
+
+    Notes
+    -----
+    Source: MinMaxNorm in qlib/data/dataset/processor.py of pyqlib 0.9.7.
 
     Examples
     --------
