@@ -348,7 +348,7 @@ def test_a_state_that_does_not_fit_is_refused_by_name(name, part):
     state = step.state()
     loaded = fresh_step(name, FIT_WINDOW)
     missing = {k: v for k, v in state.items() if k != f"label.{part}"}
-    with pytest.raises(DataError, match=rf"{name}: the saved state lacks \['label\.{part}'\] and has no unexpected arrays"):
+    with pytest.raises(DataError, match=rf"{name}: the saved state lacks \['label\.{part}'\] and has no unexpected"):
         loaded.load_state(missing)
     with pytest.raises(DataError, match=rf"{name}: .*lacks no array and has \['feature\.{part}s', 'mean'\] unexpected"):
         loaded.load_state({**state, f"feature.{part}s": state["feature.shift"], "mean": state["feature.shift"]})
@@ -367,7 +367,7 @@ def test_a_step_without_statistics_has_an_empty_state_and_takes_no_other():
         assert step.state() == {}
         step.load_state({})
         assert step.frozen
-        with pytest.raises(DataError, match=rf"{name} learns nothing, but the saved state contains \['feature.shift'\]"):
+        with pytest.raises(DataError, match=rf"{name} learns nothing, but the saved state has \['feature.shift'\]"):
             step.load_state({"feature.shift": np.zeros(4, np.float32)})
 
 

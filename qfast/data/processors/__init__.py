@@ -4,7 +4,7 @@ They compute the same values as the processors of pyqlib 0.9.7 (qlib/data/datase
 frames. Statistics use live rows only. Results are float32, also that of CSRankNorm, which is float64 in Qlib.
 
 A step that changes values works on a few columns or a few thousand rows at a time. It writes one new block, or
-overwrites the old block if the caller allows it (`Processor.run`). A step that drops rows only changes the panel's mask.
+overwrites the old one if the caller allows it (`Processor.run`). A step that drops rows only changes the panel's mask.
 """
 
 from __future__ import annotations

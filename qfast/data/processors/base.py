@@ -86,7 +86,7 @@ class Processor:
             The arrays are not those of this processor.
         """
         if state:
-            raise DataError(f"{type(self).__name__} learns nothing, but the saved state contains {sorted(state)}.")
+            raise DataError(f"{type(self).__name__} learns nothing, but the saved state has {sorted(state)}.")
         self.frozen = True
 
     def is_for_infer(self) -> bool:

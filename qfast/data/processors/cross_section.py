@@ -19,7 +19,8 @@ RANK_TO_STD = 3.46  # Qlib's value for sqrt(12), which scales a uniform rank in 
 class CSZScoreNorm(Processor):
     """Cross-sectional z-score: for each datetime (x - mean) / std with ddof 1.
 
-    method="robust" is (x - median) / (1.4826 median |x - median|), clipped to ±3. A datetime with one value becomes NaN.
+    method="robust" is (x - median) / (1.4826 median |x - median|), clipped to ±3. If a datetime has
+    only one value, that value becomes NaN.
 
     Parameters
     ----------
