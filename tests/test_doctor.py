@@ -58,7 +58,7 @@ def test_a_wrong_operator_is_found(capsys: pytest.CaptureFixture[str], monkeypat
     monkeypatch.setattr(window_gather, "_gather_windows_twin", lambda *a: right(*a) + 1)
     assert doctor.main() == 1
     text = capsys.readouterr().out
-    assert "gather_windows (cpu)      FAILED: AssertionError: values, none, BTD" in text
+    assert "gather_windows (cpu)      FAILED: ArithmeticError: gather_windows, none, BTD" in text
     assert "NOT healthy" in text
 
 

@@ -202,7 +202,7 @@ BAD_CODES = {
     "negative-instrument": ([-3, 0], [1, 2], r"instrument_codes\[0\] is -3"),
     "lengths": ([0, 1], [1], r"instrument_codes has 2 rows but date_codes has 1"),
     "float": ([0.0], [0], r"instrument_codes: expected a 1-d integer array, got dtype float64"),
-    "timestamps": ([0], [2**40], r"date_codes: codes must fit int32, got 1099511627776"),
+    "timestamps": ([0], [2**40], r"date_codes: codes must fit into int32, got 1099511627776"),
 }
 
 
@@ -259,8 +259,8 @@ BAD_CALLS = {
         lambda p, i, r: gather_windows(p, i, r, 2, columns=(0, 1, 2)),
         r"columns: expected \(begin, end\)",
     ),
-    "no-last-row": (lambda p, i, r: gather_windows(p, i), r"a WindowIndex needs last_row and step_len"),
-    "step-len-too-many": (lambda p, i, r: gather_windows(p, r[None], step_len=2), r"go with a WindowIndex"),
+    "no-last-row": (lambda p, i, r: gather_windows(p, i), r"a WindowIndex requires last_row and step_len"),
+    "step-len-too-many": (lambda p, i, r: gather_windows(p, r[None], step_len=2), "require a WindowIndex, .* a Tensor"),
 }
 
 

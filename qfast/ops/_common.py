@@ -115,3 +115,12 @@ def check_same(operator: str, results: Iterable[Tensor], expected: Iterable[Tens
             raise ArithmeticError(
                 f"{operator}: native and plain torch differ by {error:.1e} (relative norm, allowed {tolerance:.0e})."
             )
+
+
+def check_equal(subject: str, result: Tensor, expected: Tensor) -> None:
+    """Raise an ArithmeticError unless the tensors are equal."""
+    if not torch.equal(result, expected):
+        different = int((result != expected).sum())
+        raise ArithmeticError(
+            f"{subject}: native and plain torch differ in {different} of {expected.numel()} elements."
+        )

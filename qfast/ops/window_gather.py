@@ -1,9 +1,7 @@
-"""Rolling windows out of an instrument-major panel. The smallest operator: the pattern for the others.
+"""Gather rolling windows from a panel whose rows are sorted by instrument and date.
 
-Reading order: the public functions, the plain-torch twins that state the meaning, then schemas, fakes and
-gradients.
-The kernels are in csrc/window_gather: window_gather_kernels.h (behind window_gather.cpp) and window_gather.cu;
-`qfast._backend` decides whether they are loaded. The index comes from qfast/ops/window_index.py.
+This is the smallest operator with gradients and a good model for a new one. The kernels are in csrc/window_gather:
+window_gather_kernels.h, called by window_gather.cpp, and window_gather.cu. The index is built by window_index.py.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from qfast.errors import DataError, suggest
 from qfast.ops import transforms
-from qfast.ops._common import FLOATING, define, refuse_double_backward, require, require_tensor
+from qfast.ops._common import FLOATING, check_equal, define, refuse_double_backward, require, require_tensor
 from qfast.ops.window_index import WindowIndex, build_window_index
 
 FILLS = {"none": 0, "ffill": 1, "ffill+bfill": 2}
@@ -36,48 +34,53 @@ def gather_windows(
     columns: tuple[int, int] | None = None,
     layout: str = "BTD",
 ) -> Tensor:
-    """Copy rolling windows out of a panel: out[b, t, :] = panel[row(b, t), columns].
+    """Copy rolling windows from a panel: out[b, t, :] = panel[row(b, t), columns].
 
     Parameters
     ----------
     panel : Tensor [R, D], float32 or float64
-        Any row stride; columns must be adjacent in memory (stride(1) == 1), or they are copied first.
+        The row stride is arbitrary. If columns are not adjacent in memory (stride(1) != 1), the panel is copied first.
     index : Tensor [B, T], int32 or int64, or WindowIndex
-        Explicit row numbers with -1 for "no such row", or the tables of `build_window_index`, from
-        which row(b, t) follows as in `window_rows`.
+        Either row numbers, with -1 for "no row", or the tables of `build_window_index`. With the tables, row(b, t) is
+        the result of `window_rows`.
     last_row : Tensor [B], int32 or int64
-        With a WindowIndex: the row each window ends at, in any order. -1 or a dead row: all NaN.
+        With a WindowIndex: the last row of each window, in any order. -1 and dead rows give windows of NaN.
     step_len : int
         With a WindowIndex: T, the number of steps.
     fill : "none", "ffill" or "ffill+bfill"
-        With a WindowIndex: what a step without a row becomes. See `window_rows`.
+        With a WindowIndex: the value of a step without a row. See `window_rows`.
     first_position : int
-        With a WindowIndex: rows at earlier positions are as if they did not exist.
+        With a WindowIndex: rows at earlier positions are ignored.
     columns : (begin, end), optional
-        Half-open column range; default all.
+        Half-open range of columns. The default is all columns.
     layout : "BTD" or "BDT"
         Order of the axes of the result.
 
     Returns
     -------
     Tensor [B, T, D'] or [B, D', T]
-        Contiguous, dtype and device of the panel; NaN where there is no row. Differentiable in
-        `panel`; the sum over the windows that share a row runs in a fixed order on every device. torch.func's
-        transforms and forward mode work too, by torch's own indexing.
+        Contiguous, with the dtype and device of the panel. NaN where there is no row. Differentiable in `panel`; the
+        order of summation over the windows that share a row is fixed on every device.
 
     Raises
     ------
-    ValueError
+    DataError
         Wrong type, dtype, shape, device, step_len, fill, layout or column range.
-    NotImplementedError
-        A gradient of a gradient by `backward`; torch.func.grad twice, or panel[window_rows(...)], gives it.
     IndexError
-        On the CPU, a row number below -1 or beyond the panel. On CUDA, where looking would stall the
-        stream, such a row reads as NaN.
+        On the CPU, a row number below -1 or beyond the panel. On CUDA such a row reads as NaN, because checking it
+        would synchronize the stream.
+    torch.OutOfMemoryError
+        The result does not fit into memory.
+    NotImplementedError
+        Double backward. Use torch.func.grad twice, or panel[window_rows(...)].
+
+    Notes
+    -----
+    torch.func transforms and forward mode compute with torch's operations, which support every derivative.
 
     Source
     ------
-    Values as Qlib's TSDataSampler gives them for the same `fillna_type`.
+    The values equal those of Qlib's TSDataSampler with the same `fillna_type`.
 
     Examples
     --------
@@ -96,14 +99,14 @@ def gather_windows(
         panel = panel.contiguous()
     if isinstance(index, WindowIndex):
         if last_row is None or step_len is None:
-            raise DataError("gather_windows: a WindowIndex needs last_row and step_len as well.")
+            raise DataError("gather_windows: a WindowIndex requires last_row and step_len.")
         if transforms.active():
             _check_tables("gather_windows", index, panel.shape[0], panel.device, step_len)
             rows = window_rows(index, last_row, step_len, fill=fill, first_position=first_position)
             _check_panel("gather_windows", panel, begin, end)
-            return _take(panel, rows, begin, end, transposed)
+            return _index_panel(panel, rows, begin, end, transposed)
         require_tensor("gather_windows", "last_row", last_row)
-        steps, fill_code = _steps(step_len), _lookup("fill", fill, FILLS)
+        steps, fill_code = _checked_step_len(step_len), _lookup("fill", fill, FILLS)
         try:
             return torch.ops.qfast.gather_rolling_windows(
                 panel, *index, last_row, steps, fill_code, first_position, begin, end, transposed
@@ -114,13 +117,15 @@ def gather_windows(
             raise torch.OutOfMemoryError(
                 f"gather_windows: no memory for {len(last_row)} windows of {step_len} steps and {end - begin} columns "
                 f"({len(last_row) * step_len * (end - begin) * panel.element_size() / 2**30:.3g} GiB). "
-                "Remedy: fewer windows a call, or a smaller step_len."
+                "Remedy: fewer windows per call, or a smaller step_len."
             ) from error
     if last_row is not None or step_len is not None:
-        raise DataError("gather_windows: last_row and step_len go with a WindowIndex, index is a tensor of rows.")
+        raise DataError(
+            f"gather_windows: last_row and step_len require a WindowIndex, but index is a {type(index).__name__}."
+        )
     require_tensor("gather_windows", "index", index)
     if transforms.active():
-        return _gather_windows_twin(panel, index, begin, end, transposed)  # torch's operations, all differentiable
+        return _gather_windows_twin(panel, index, begin, end, transposed)
     return torch.ops.qfast.gather_windows(panel, index, begin, end, transposed)
 
 
@@ -132,35 +137,39 @@ def window_rows(
     fill: str = "ffill+bfill",
     first_position: int = 0,
 ) -> Tensor:
-    """Panel row of every window step, -1 where there is none.
+    """Return the panel row of every window step, -1 where there is none.
 
-    The window of row r has the targets q = position[r] - T + 1 .. position[r]. A target at which the
-    instrument has a live row (at or after `first_position`) is that row. Any other is a hole: -1 with
-    "none"; the last row before it inside the window with "ffill"; with "ffill+bfill" holes before the
-    first row of the window take that first row.
+    The window that ends at row r has one step for each position position[r] - T + 1, ..., position[r]. If the
+    instrument has a live row at that position, and the position is at least `first_position`, the step is that row.
+    Every other step is a hole, which `fill` determines:
+
+    - "none": -1.
+    - "ffill": the last row before the hole inside the window, or -1 if there is none.
+    - "ffill+bfill": the same, but a hole before the first row of the window is that first row.
 
     Parameters
     ----------
     index : WindowIndex
         Tables [R] of `build_window_index`.
     last_row : Tensor [B], int32 or int64
-        Row each window ends at; -1 or a dead row gives -1 throughout.
+        The last row of each window. -1 and dead rows give -1 at every step.
     step_len : int
         T, at least 1.
-    fill, first_position
-        As above.
+    fill : "none", "ffill" or "ffill+bfill"
+    first_position : int
+        Rows at earlier positions are ignored.
 
     Returns
     -------
     Tensor [B, T] int64
-        Accepted by `gather_windows` as an explicit index.
+        `gather_windows` accepts it as `index`.
 
     Raises
     ------
-    ValueError
-        Wrong dtype, shape, device or fill.
+    DataError
+        Wrong type, dtype, shape, device, step_len or fill.
     IndexError
-        On the CPU, a last row below -1 or beyond the panel (on CUDA: -1 throughout).
+        On the CPU, a last row below -1 or beyond the panel. On CUDA such a window has -1 at every step.
 
     Source
     ------
@@ -174,18 +183,20 @@ def window_rows(
     """
     require_tensor("window_rows", "last_row", last_row)
     fill_code = _lookup("fill", fill, FILLS)
-    return torch.ops.qfast.window_rows(*index, last_row, _steps(step_len), fill_code, first_position)
+    steps = _checked_step_len(step_len)
+    return torch.ops.qfast.window_rows(*index, last_row, steps, fill_code, first_position)
 
 
-# ---------------------------------------------------------------- arguments
+# ---------------------------------------------------------------- argument checks
 def _lookup(name: str, value: str, codes: dict[str, _Code]) -> _Code:
+    """Return the code of an option."""
     if not isinstance(value, str) or value not in codes:
         raise DataError(f"{name} is {value!r}; allowed: {', '.join(codes)}." + suggest(value, codes))
     return codes[value]
 
 
-def _steps(step_len: int) -> int:
-    """step_len as a whole number; positions are 32-bit, so a window longer than that is a mistake."""
+def _checked_step_len(step_len: int) -> int:
+    """Check step_len. Positions are 32-bit numbers, so no window is longer than 2**31 - 1."""
     if isinstance(step_len, bool) or not hasattr(step_len, "__index__"):
         raise DataError(f"step_len: expected a whole number, got {step_len!r}.")
     if step_len < 1:
@@ -196,16 +207,15 @@ def _steps(step_len: int) -> int:
 
 
 def _check_panel(operator: str, panel: Tensor, begin: int, end: int) -> None:
-    known = panel.dtype in FLOATING
-    require(known, operator, f"panel: expected dtype float32 or float64, got {panel.dtype}.")
+    require(panel.dtype in FLOATING, operator, f"panel: expected dtype float32 or float64, got {panel.dtype}.")
     require(panel.dim() == 2, operator, f"panel: expected shape [R, D], got {tuple(panel.shape)}.")
     inside = 0 <= begin <= end <= panel.shape[1]
     require(inside, operator, f"columns: expected 0 <= begin <= end <= {panel.shape[1]}, got ({begin}, {end}).")
 
 
 def _check_rows(operator: str, name: str, rows: Tensor, dims: int, device: torch.device) -> None:
-    known = rows.dtype in (torch.int32, torch.int64)
-    require(known, operator, f"{name}: expected dtype int32 or int64, got {rows.dtype}.")
+    is_integer = rows.dtype in (torch.int32, torch.int64)
+    require(is_integer, operator, f"{name}: expected dtype int32 or int64, got {rows.dtype}.")
     shape = "[B]" if dims == 1 else "[B, T]"
     require(rows.dim() == dims, operator, f"{name}: expected shape {shape}, got {tuple(rows.shape)}.")
     require(rows.device == device, operator, f"{name}: expected device {device}, got {rows.device}.")
@@ -213,8 +223,7 @@ def _check_rows(operator: str, name: str, rows: Tensor, dims: int, device: torch
 
 def _check_tables(operator: str, tables: tuple[Tensor, ...], n_rows: int, device: torch.device, step_len: int) -> None:
     for name, table in zip(WindowIndex._fields, tables, strict=True):
-        known = table.dtype == torch.int32
-        require(known, operator, f"index.{name}: expected dtype int32, got {table.dtype}.")
+        require(table.dtype == torch.int32, operator, f"index.{name}: expected dtype int32, got {table.dtype}.")
         fits = tuple(table.shape) == (n_rows,)
         require(fits, operator, f"index.{name}: expected shape ({n_rows},), got {tuple(table.shape)}.")
         require(table.device == device, operator, f"index.{name}: expected device {device}, got {table.device}.")
@@ -222,15 +231,15 @@ def _check_tables(operator: str, tables: tuple[Tensor, ...], n_rows: int, device
 
 
 def _check_bounds(operator: str, name: str, rows: Tensor, n_rows: int) -> None:
-    """Name the first row number outside [-1, R); skipped on CUDA, where looking would stall the stream."""
+    """Raise an IndexError for the first row number outside [-1, R). On CUDA the check would synchronize the stream."""
     if rows.device.type != "cpu" or not rows.numel() or torch._C._functorch.is_batchedtensor(rows):
-        return  # inside vmap nothing can be looked at: the indexing itself refuses there
+        return  # values are not available inside vmap, where the indexing itself raises an error
     wrong = (rows < -1) | (rows >= n_rows)
     if wrong.any():
         at = torch.nonzero(wrong)[0].tolist()
         raise IndexError(
             f"{operator}: {name}{at} is {int(rows[tuple(at)])}, outside the panel's rows 0..{n_rows - 1} "
-            "(-1 stands for no row)."
+            "(-1 means no row)."
         )
 
 
@@ -254,19 +263,19 @@ def _window_rows_twin(
     row = last_row.long()
     row = torch.where((row >= 0) & (row < n_rows), row, -1)
     end = torch.where(row >= 0, position[row.clamp(min=0)], -1).long()
-    first = torch.clamp(end - step_len + 1, min=first_position)  # first position that counts
-    earliest = torch.full_like(row, -1)  # earliest row of the window seen so far
+    first = torch.clamp(end - step_len + 1, min=first_position)  # rows at earlier positions are ignored
+    earliest = torch.full_like(row, -1)  # earliest row of the window so far
     for t in range(step_len - 1, -1, -1):
         target = end - (step_len - 1 - t)
-        at = torch.where(row >= 0, position[row.clamp(min=0)], -1).long()  # row is at or before the target
-        exists = (row >= 0) & (at >= first) & (at >= 0)
-        hit = exists & (at == target)
+        row_position = torch.where(row >= 0, position[row.clamp(min=0)], -1).long()  # at or before the target
+        exists = (row >= 0) & (row_position >= first) & (row_position >= 0)
+        hit = exists & (row_position == target)
         earliest = torch.where(exists, row, earliest)
         out[:, t] = torch.where(hit, row, -1) if fill == FILLS["none"] else torch.where(exists, row, -1)
         if fill == FILLS["ffill+bfill"]:
             out[:, t] = torch.where(exists, row, earliest)
         step = back[row.clamp(min=0)].long()
-        row = torch.where((at == target) & (row >= 0), torch.where(step > 0, row - step, -1), row)
+        row = torch.where((row_position == target) & (row >= 0), torch.where(step > 0, row - step, -1), row)
     return out
 
 
@@ -274,17 +283,17 @@ def _gather_windows_twin(panel: Tensor, rows: Tensor, begin: int, end: int, tran
     _check_panel("gather_windows", panel, begin, end)
     _check_rows("gather_windows", "index", rows, 2, panel.device)
     _check_bounds("gather_windows", "index", rows, panel.shape[0])
-    return _take(panel, rows, begin, end, transposed)
+    return _index_panel(panel, rows, begin, end, transposed)
 
 
-def _take(panel: Tensor, rows: Tensor, begin: int, end: int, transposed: bool) -> Tensor:
+def _index_panel(panel: Tensor, rows: Tensor, begin: int, end: int, transposed: bool) -> Tensor:
     n_rows, rows = panel.shape[0], rows.long()
     if n_rows == 0:
         out = panel.new_full((*rows.shape, end - begin), torch.nan)
     else:
         missing = rows == -1
         if rows.device.type == "cpu":
-            rows = torch.where(rows < -1, n_rows, rows)  # refused by the indexing, as those beyond the panel are
+            rows = torch.where(rows < -1, n_rows, rows)  # the indexing raises an error, as for rows beyond the panel
         else:
             missing = (rows < 0) | (rows >= n_rows)
         out = panel[:, begin:end][rows.masked_fill(missing, 0)]
@@ -293,9 +302,18 @@ def _take(panel: Tensor, rows: Tensor, begin: int, end: int, transposed: bool) -
 
 
 def _gather_rolling_windows_twin(
-    panel: Tensor, position: Tensor, back: Tensor, run: Tensor, last_row: Tensor, step_len: int, fill: int,
-    first_position: int, begin: int, end: int, transposed: bool,
-) -> Tensor:  # fmt: skip
+    panel: Tensor,
+    position: Tensor,
+    back: Tensor,
+    run: Tensor,
+    last_row: Tensor,
+    step_len: int,
+    fill: int,
+    first_position: int,
+    begin: int,
+    end: int,
+    transposed: bool,
+) -> Tensor:
     _check_panel("gather_rolling_windows", panel, begin, end)
     _check_tables("gather_rolling_windows", (position, back, run), panel.shape[0], panel.device, step_len)
     rows = torch.ops.qfast.window_rows(position, back, run, last_row, step_len, fill, first_position)
@@ -309,12 +327,12 @@ def _gather_windows_backward_twin(
     out = grad.new_zeros((n_rows, n_columns))
     part = out[:, begin : begin + steps.shape[2]]
     flat = rows.reshape(-1).long()
-    kept = (flat >= 0) & (flat < n_rows)
-    flat, values = flat[kept], steps.reshape(len(flat), steps.shape[2])[kept]
+    exists = (flat >= 0) & (flat < n_rows)
+    flat, values = flat[exists], steps.reshape(len(flat), steps.shape[2])[exists]
     if grad.device.type == "cpu":
         part.index_add_(0, flat, values)
     else:
-        part.index_put_((flat,), values, accumulate=True)  # sorts on CUDA: fixed order, unlike index_add_
+        part.index_put_((flat,), values, accumulate=True)  # sorts on CUDA, so the order of summation is fixed
     return out
 
 
@@ -358,52 +376,58 @@ def _(grad, rows, n_rows, n_columns, begin, transposed):  # type: ignore[no-unty
 
 
 # ---------------------------------------------------------------- gradients
-def _save_for_gather(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _save_rows(ctx, inputs, output):  # type: ignore[no-untyped-def]
     panel, rows, ctx.begin, _, ctx.transposed = inputs
     ctx.shape = panel.shape
     ctx.save_for_backward(rows)
 
 
-def _backward_of_gather(ctx, grad):  # type: ignore[no-untyped-def]
+def _gather_gradients(ctx, grad):  # type: ignore[no-untyped-def]
     (rows,) = ctx.saved_tensors
     grad_panel = torch.ops.qfast.gather_windows_backward(grad, rows, *ctx.shape, ctx.begin, ctx.transposed)
     return grad_panel, None, None, None, None
 
 
-def _save_for_rolling(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _save_tables(ctx, inputs, output):  # type: ignore[no-untyped-def]
     panel, *tables, ctx.step_len, ctx.fill, ctx.first, ctx.begin, _, ctx.transposed = inputs
     ctx.shape = panel.shape
     ctx.save_for_backward(*tables)
 
 
-def _backward_of_rolling(ctx, grad):  # type: ignore[no-untyped-def]
+def _rolling_gradients(ctx, grad):  # type: ignore[no-untyped-def]
     rows = torch.ops.qfast.window_rows(*ctx.saved_tensors, ctx.step_len, ctx.fill, ctx.first)
     grad_panel = torch.ops.qfast.gather_windows_backward(grad, rows, *ctx.shape, ctx.begin, ctx.transposed)
     return (grad_panel, *(None,) * 10)
 
 
-torch.library.register_autograd("qfast::gather_windows", _backward_of_gather, setup_context=_save_for_gather)
-torch.library.register_autograd("qfast::gather_rolling_windows", _backward_of_rolling, setup_context=_save_for_rolling)
+torch.library.register_autograd("qfast::gather_windows", _gather_gradients, setup_context=_save_rows)
+torch.library.register_autograd("qfast::gather_rolling_windows", _rolling_gradients, setup_context=_save_tables)
 refuse_double_backward(
     "gather_windows",
-    remedy="index with torch, panel[window_rows(...)], or torch.func.grad within torch.func.grad, which gather_windows "
+    remedy="torch's indexing, panel[window_rows(...)], or torch.func.grad within torch.func.grad, which gather_windows "
     "supports",
 )
 
 
+# ---------------------------------------------------------------- self-test
 def self_test(device: torch.device) -> None:
-    """Compare what serves `device` with the twins, every fill and layout; AssertionError names what differs."""
+    """Compare the operators on `device` with plain torch, for every fill and layout, forward and backward.
+
+    Raises
+    ------
+    ArithmeticError
+        The results differ.
+    """
     index = build_window_index([0] * 9 + [1] * 7 + [2], [*range(9), 0, 1, 4, 5, 6, 7, 8, 5]).to(device)
     panel = torch.arange(17 * 5, dtype=torch.float32, device=device).reshape(17, 5)
     last = torch.tensor([0, 8, 11, 15, 16, -1, 12, 8], device=device)
     for fill, code in FILLS.items():
         rows = _window_rows_twin(*index, last, 4, code, 1)
-        assert torch.equal(window_rows(index, last, 4, fill=fill, first_position=1), rows), f"window_rows, {fill}"
+        check_equal(f"window_rows, {fill}", window_rows(index, last, 4, fill=fill, first_position=1), rows)
         for layout, transposed in LAYOUTS.items():
+            values = gather_windows(panel, index, last, 4, fill=fill, first_position=1, columns=(1, 4), layout=layout)
             expected = _gather_windows_twin(panel, rows, 1, 4, transposed)
-            found = gather_windows(panel, index, last, 4, fill=fill, first_position=1, columns=(1, 4), layout=layout)
-            assert torch.equal(found.nan_to_num(-1), expected.nan_to_num(-1)), f"values, {fill}, {layout}"
-            grad = torch.ones_like(expected)
-            found = torch.ops.qfast.gather_windows_backward(grad, rows, 17, 5, 1, transposed)
-            expected = _gather_windows_backward_twin(grad, rows, 17, 5, 1, transposed)
-            assert torch.equal(found, expected), f"gradient, {fill}, {layout}"
+            check_equal(f"gather_windows, {fill}, {layout}", values.nan_to_num(-1), expected.nan_to_num(-1))
+            arguments = torch.ones_like(expected), rows, 17, 5, 1, transposed
+            gradient = torch.ops.qfast.gather_windows_backward(*arguments)
+            check_equal(f"gradient, {fill}, {layout}", gradient, _gather_windows_backward_twin(*arguments))
