@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qfast.nn import Localformer, localformer
-from support.temporal_conv import relative
+from support.operator_case import relative_error
 from support.transformer import F32, F64, NATIVE, case, gradients, plainly
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -76,7 +76,7 @@ def test_the_convolutions_begin_alike_and_learn_apart() -> None:
     assert first.weight is not second.weight
     of = gradients(net, net(x))
     names = [f"transformer_encoder.conv.{i}.weight" for i in (0, 1)]
-    assert relative(of[names[0]], of[names[1]]) > 0.1
+    assert relative_error(of[names[0]], of[names[1]]) > 0.1
 
 
 def test_dropout_lies_between_the_layers_of_the_gru() -> None:
@@ -170,4 +170,4 @@ def test_parts_that_are_replaced_by_the_same_kind_count(seen: list[str]) -> None
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
     assert len(seen) == 5 * NATIVE
     of_ours, of_theirs = gradients(net, found), gradients(exact, expected)
-    assert all(relative(of_ours[name], value) < 1e-11 for name, value in of_theirs.items())
+    assert all(relative_error(of_ours[name], value) < 1e-11 for name, value in of_theirs.items())

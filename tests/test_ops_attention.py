@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qfast.ops import additive_attention, graph_attention
+from support import operator_case
 from support.attention import (
     ATTENTION_CASES,
     NATIVE,
@@ -39,6 +40,7 @@ from support.attention import (
     same_bits,
     sorted_oracle,
 )
+from support.operator_case import F32
 
 
 @pytest.fixture(params=["float32", "float64"])
@@ -80,8 +82,8 @@ def test_the_oracles_are_the_definition(slope: float) -> None:
 
 
 def check_case(case: AttentionCase) -> None:
-    *tensors, grad = case.inputs()
-    found = results(lambda *t: additive_attention(*t, case.offsets, case.slope), tensors, grad)
+    tensors, grad = case.inputs(F32), case.grad(F32)
+    found = operator_case.results(case.operator, tensors, grad=grad)
     check_accuracy(found, *expected(case), OF_TERMS)
 
 

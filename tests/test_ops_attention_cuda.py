@@ -40,11 +40,12 @@ from support.attention import (
     expected,
     graph_inputs,
     offsets_of,
-    randn,
     results,
     sorted_oracle,
 )
 from support.devices import DEVICE, needs_gpu, needs_kernels
+from support.operator_case import F32
+from support.tensors import randn
 
 pytestmark = needs_kernels
 LONG = 2500  # rows of a day that no block takes
@@ -106,7 +107,7 @@ def test_the_kernels_serve_and_not_the_twins() -> None:
 @pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda case: case.name)
 @pytest.mark.usefixtures("way")
 def test_float32_is_no_worse_than_the_dense_softmax(case: AttentionCase) -> None:
-    *tensors, grad = case.inputs()
+    tensors, grad = case.inputs(F32), case.grad(F32)
     found = on_gpu(lambda *t: additive_attention(*t, case.offsets, case.slope), tensors, grad)
     check_accuracy(found, *expected(case), OF_TERMS)
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from qfast.ops import additive_attention, graph_attention
-from support.attention import NATIVE, SIDES, dense, dense_graph, offsets_of, randn, results
+from support.attention import NATIVE, SIDES, dense, dense_graph, offsets_of, results
+from support.tensors import randn
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,37 +16,11 @@ from torch import Tensor
 from qfast import _backend
 from qfast.ops import attention_pool
 from qfast.ops.philox import philox
+from support.attention_pool import ATTENTION_POOL_CASES, AttentionPoolCase
+from support.operator_case import results
 
 NATIVE = _backend.native is not None
 NAMES = ("h", "weight", "bias", "score")
-SHAPES = [  # B, T, H, A
-    (0, 3, 4, 2), (1, 1, 1, 1), (1, 1, 1, 0), (2, 3, 2, 1), (5, 7, 7, 3), (3, 20, 16, 8), (13, 20, 64, 32),
-    (100, 20, 64, 32), (3, 300, 64, 32), (9, 60, 100, 50), (259, 5, 19, 9), (4, 1000, 33, 16), (7, 20, 512, 256),
-    (97, 1, 128, 64),
-]  # fmt: skip
-
-
-def tensors(batch: int, steps: int, hidden: int, width: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """h, weight, bias, score and the gradient of the result."""
-    rng = torch.Generator().manual_seed(batch + 10 * steps + hidden)
-    shapes = (batch, steps, hidden), (width, hidden), (width,), (width,), (batch, hidden)
-    h, weight, bias, score, grad = (torch.randn(s, generator=rng, dtype=torch.float64).to(dtype) for s in shapes)
-    return [h, weight / max(hidden, 1) ** 0.5, bias, score, grad]
-
-
-def plainly(h: Tensor, weight: Tensor, bias: Tensor, score: Tensor, mask: Tensor | None = None) -> Tensor:
-    """One operation of torch's after the other."""
-    projected = torch.nn.functional.linear(h, weight, bias)
-    if mask is not None:
-        projected = projected * mask
-    scores = torch.nn.functional.linear(projected.tanh(), score.view(1, -1))
-    return (scores.softmax(1) * h).sum(1)
-
-
-def results(function: Any, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
-    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-    out = function(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
 def close(found: Tensor, expected: Tensor, bound: float) -> None:
@@ -63,19 +38,21 @@ def same(found: Tensor, expected: Tensor) -> None:
 
 
 # ---------------------------------------------------------------- values and gradients
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_float64_equals_torch(shape: tuple[int, ...], isa: str) -> None:
-    *inputs, grad = tensors(*shape)
-    for found, expected in zip(results(attention_pool, inputs, grad), results(plainly, inputs, grad), strict=True):
+@pytest.mark.parametrize("case", ATTENTION_POOL_CASES, ids=lambda case: case.name)
+def test_float64_equals_torch(case: AttentionPoolCase, isa: str) -> None:
+    inputs, grad = case.inputs(), case.grad()
+    for found, expected in zip(
+        results(case.operator, inputs, grad=grad), results(case.reference, inputs, grad=grad), strict=True
+    ):
         close(found, expected, 1e-12)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_float32_is_no_less_accurate_than_torch(shape: tuple[int, ...], isa: str) -> None:
-    *inputs, grad = tensors(*shape, dtype=torch.float32)
-    exact = results(plainly, [t.double() for t in inputs], grad.double())
-    theirs = results(plainly, inputs, grad)
-    for found, plain, expected in zip(results(attention_pool, inputs, grad), theirs, exact, strict=True):
+@pytest.mark.parametrize("case", ATTENTION_POOL_CASES, ids=lambda case: case.name)
+def test_float32_is_no_less_accurate_than_torch(case: AttentionPoolCase, isa: str) -> None:
+    inputs, grad = case.inputs(torch.float32), case.grad(torch.float32)
+    exact = results(case.reference, [t.double() for t in inputs], grad=grad.double())
+    theirs = results(case.reference, inputs, grad=grad)
+    for found, plain, expected in zip(results(case.operator, inputs, grad=grad), theirs, exact, strict=True):
         close(found, expected, 1e-5)
         assert (found - expected).norm() <= 3 * (plain - expected).norm() + 3e-7 * expected.norm() + 1e-9
 
@@ -87,9 +64,10 @@ def test_float32_is_no_less_accurate_than_torch(shape: tuple[int, ...], isa: str
 )  # fmt: skip
 def test_any_shape(batch: int, steps: int, hidden: int, width: int, wide: bool) -> None:
     dtype, bound = (torch.float64, 1e-11) if wide else (torch.float32, 2e-5)
-    *inputs, grad = tensors(batch, steps, hidden, width, dtype)
-    expected = results(plainly, [t.double() for t in inputs], grad.double())
-    out, *gradients = results(attention_pool, inputs, grad)
+    case = AttentionPoolCase(batch, steps, hidden, width)
+    inputs, grad = case.inputs(dtype), case.grad(dtype)
+    expected = results(case.reference, [t.double() for t in inputs], grad=grad.double())
+    out, *gradients = results(case.operator, inputs, grad=grad)
     close(out, expected[0], bound)
     for found, true in zip(gradients, expected[1:], strict=True):
         # a single step has no gradient but that of the mean, the reference leaves rounding there
@@ -99,7 +77,8 @@ def test_any_shape(batch: int, steps: int, hidden: int, width: int, wide: bool) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("view", ["permuted", "sliced", "expanded", "overlapping", "every other feature"])
 def test_strides(view: str, dtype: torch.dtype, isa: str) -> None:
-    *inputs, grad = tensors(9, 12, 20, 7, dtype)
+    case = AttentionPoolCase(9, 12, 20, 7)
+    inputs, grad = case.inputs(dtype), case.grad(dtype)
     rng = torch.Generator().manual_seed(5)
 
     def randn(*shape: int) -> Tensor:
@@ -117,7 +96,7 @@ def test_strides(view: str, dtype: torch.dtype, isa: str) -> None:
     leaves = [t.detach().clone().requires_grad_() for t in inputs[1:]]
     out = attention_pool(h, *leaves)
     found = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
-    expected = results(attention_pool, [h.contiguous(), *inputs[1:]], grad)
+    expected = results(case.operator, [h.contiguous(), *inputs[1:]], grad=grad)
     for ours, dense in zip(found, [expected[0], *expected[2:]], strict=True):
         same(ours, dense)
     odd = inputs[1].t().contiguous().t(), torch.stack((inputs[2],) * 2, 1)[:, 0], inputs[3].view(1, -1)
@@ -125,7 +104,8 @@ def test_strides(view: str, dtype: torch.dtype, isa: str) -> None:
 
 
 def test_gradients_by_finite_differences(isa: str) -> None:
-    *inputs, _ = tensors(5, 4, 3, 2)
+    case = AttentionPoolCase(5, 4, 3, 2)
+    inputs = case.inputs()
     leaves = [t.requires_grad_() for t in inputs]
     assert torch.autograd.gradcheck(attention_pool, leaves)
 
@@ -138,16 +118,18 @@ def test_gradients_by_finite_differences(isa: str) -> None:
 
 @pytest.mark.parametrize("which", NAMES)
 def test_any_one_tensor_may_want_a_gradient(which: str, isa: str) -> None:
-    *inputs, grad = tensors(6, 5, 9, 4)
-    expected = results(attention_pool, inputs, grad)[1 + NAMES.index(which)]
+    case = AttentionPoolCase(6, 5, 9, 4)
+    inputs, grad = case.inputs(), case.grad()
+    expected = results(case.operator, inputs, grad=grad)[1 + NAMES.index(which)]
     inputs[NAMES.index(which)].requires_grad_()
     attention_pool(*inputs).backward(grad)
     assert torch.equal(inputs[NAMES.index(which)].grad, expected)
 
 
 def test_one_step_is_its_own_mean_and_moves_no_weight(isa: str) -> None:
-    *inputs, grad = tensors(30, 1, 64, 32, torch.float32)
-    out, of_h, *others = results(attention_pool, inputs, grad)
+    case = AttentionPoolCase(30, 1, 64, 32)
+    inputs, grad = case.inputs(torch.float32), case.grad(torch.float32)
+    out, of_h, *others = results(case.operator, inputs, grad=grad)
     assert torch.equal(out, inputs[0][:, 0])
     assert torch.equal(of_h[:, 0], grad)
     assert not any(bool(part.any()) for part in others)
@@ -156,21 +138,23 @@ def test_one_step_is_its_own_mean_and_moves_no_weight(isa: str) -> None:
 @pytest.mark.parametrize(("common", "times"), [(10.0, 1.5), (1000.0, 100.0)])
 def test_what_the_steps_have_in_common_costs_less_than_in_torch(common: float, times: float, isa: str) -> None:
     """Scores do not depend on it, and Adam would make whole steps of what rounding leaves."""
-    *inputs, grad = tensors(40, 20, 64, 32, torch.float32)
+    case = AttentionPoolCase(40, 20, 64, 32)
+    inputs, grad = case.inputs(torch.float32), case.grad(torch.float32)
     inputs[0] += common
     inputs[1] /= common
-    exact = results(plainly, [t.double() for t in inputs], grad.double())
-    found, theirs = results(attention_pool, inputs, grad), results(plainly, inputs, grad)
+    exact = results(case.reference, [t.double() for t in inputs], grad=grad.double())
+    found, theirs = results(case.operator, inputs, grad=grad), results(case.reference, inputs, grad=grad)
     for ours, plain, true in zip(found[2:], theirs[2:], exact[2:], strict=True):
         assert (ours - true).norm() <= (plain - true).norm() / times
 
 
 def test_large_scores_saturate_as_in_torch(isa: str) -> None:
-    *inputs, grad = tensors(12, 9, 16, 8, torch.float32)
+    case = AttentionPoolCase(12, 9, 16, 8)
+    inputs, grad = case.inputs(torch.float32), case.grad(torch.float32)
     inputs[1] *= 100
     inputs[3] *= 100
-    exact = results(plainly, [t.double() for t in inputs], grad.double())
-    found, theirs = results(attention_pool, inputs, grad), results(plainly, inputs, grad)
+    exact = results(case.reference, [t.double() for t in inputs], grad=grad.double())
+    found, theirs = results(case.operator, inputs, grad=grad), results(case.reference, inputs, grad=grad)
     for ours, plain, true in zip(found, theirs, exact, strict=True):
         assert torch.isfinite(ours).all()
         assert (ours - true).norm() <= 3 * (plain - true).norm() + 1e-6 * true.norm()
@@ -178,13 +162,14 @@ def test_large_scores_saturate_as_in_torch(isa: str) -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_spreads_as_in_torch_and_stays_in_its_row(value: float, isa: str) -> None:
-    *inputs, grad = tensors(11, 6, 19, 9)
+    case = AttentionPoolCase(11, 6, 19, 9)
+    inputs, grad = case.inputs(), case.grad()
     inputs[0][4, 2, 3] = value
-    found, expected = attention_pool(*inputs), plainly(*inputs)
+    found, expected = attention_pool(*inputs), case.reference(inputs)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
     assert torch.isfinite(found[[*range(4), *range(5, 11)]]).all()
     assert not torch.isfinite(found[4]).all()
-    of_h = results(attention_pool, inputs, grad)[1]
+    of_h = results(case.operator, inputs, grad=grad)[1]
     assert torch.isfinite(of_h[[*range(4), *range(5, 11)]]).all()
 
 
@@ -193,13 +178,14 @@ def test_what_is_not_finite_spreads_as_in_torch_and_stays_in_its_row(value: floa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_the_same_bits_every_time_and_with_any_number_of_threads(dtype: torch.dtype, dropout: float, isa: str) -> None:
-    *inputs, grad = tensors(301, 7, 40, 20, dtype)
+    case = AttentionPoolCase(301, 7, 40, 20)
+    inputs, grad = case.inputs(dtype), case.grad(dtype)
     before, runs = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 1, 3):
             torch.set_num_threads(threads)
             torch.manual_seed(8)
-            runs.append(results(lambda *t: attention_pool(*t, dropout=dropout, training=True), inputs, grad))
+            runs.append(results(partial(case.operator, dropout=dropout, training=True), inputs, grad=grad))
     finally:
         torch.set_num_threads(before)
     for run in runs[1:]:
@@ -220,11 +206,12 @@ def mask_of(seed: int, batch: int, steps: int, width: int, dropout: float) -> Te
 
 
 def test_dropout_is_that_of_the_definition(isa: str) -> None:
-    *inputs, grad = tensors(6, 5, 9, 18)
+    case = AttentionPoolCase(6, 5, 9, 18)
+    inputs, grad = case.inputs(), case.grad()
     seed = torch.tensor([-(2**61) + 12345])
     mask = mask_of(int(seed), 6, 5, 18, 0.3)
     out, attention = torch.ops.qfast.attention_pool(*inputs, 0.3, seed)
-    expected = results(lambda *t: plainly(*t, mask=mask), inputs, grad)
+    expected = results(partial(case.reference, mask=mask), inputs, grad=grad)
     close(out, expected[0], 1e-12)
     gradients = torch.ops.qfast.attention_pool_backward(grad, *inputs, 0.3, seed, attention, out)
     for found, true in zip(gradients, expected[1:], strict=True):
@@ -232,7 +219,8 @@ def test_dropout_is_that_of_the_definition(isa: str) -> None:
 
 
 def test_dropout_in_float32_drops_the_same_and_whatever_the_rest_of_the_batch(isa: str) -> None:
-    *inputs, _ = tensors(23, 5, 9, 18)
+    case = AttentionPoolCase(23, 5, 9, 18)
+    inputs = case.inputs()
     seed = torch.tensor([99])
     whole, narrow = (torch.ops.qfast.attention_pool(*(t.to(d) for t in inputs), 0.3, seed)[0]
                      for d in (torch.float64, torch.float32))  # fmt: skip
@@ -242,7 +230,8 @@ def test_dropout_in_float32_drops_the_same_and_whatever_the_rest_of_the_batch(is
 
 
 def test_dropout_follows_the_generator_and_training(isa: str) -> None:
-    *inputs, _ = tensors(8, 6, 10, 40)
+    case = AttentionPoolCase(8, 6, 10, 40)
+    inputs = case.inputs()
     torch.manual_seed(4)
     first, second = (attention_pool(*inputs, dropout=0.5, training=True) for _ in range(2))
     torch.manual_seed(4)
@@ -257,13 +246,15 @@ def test_dropout_follows_the_generator_and_training(isa: str) -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("batch", [0, 5])
 def test_opcheck(batch: int, dropout: float) -> None:
-    *inputs, _ = tensors(batch, 4, 6, 3)
+    case = AttentionPoolCase(batch, 4, 6, 3)
+    inputs = case.inputs()
     seed = torch.tensor([7]) if dropout else None
     torch.library.opcheck(torch.ops.qfast.attention_pool, (*[t.requires_grad_() for t in inputs], dropout, seed))
 
 
 def test_double_backward_is_refused_by_name() -> None:
-    *inputs, _ = tensors(3, 4, 5, 2)
+    case = AttentionPoolCase(3, 4, 5, 2)
+    inputs = case.inputs()
     h = inputs[0].requires_grad_()
     (first,) = torch.autograd.grad(attention_pool(*inputs).sum(), h, create_graph=True)
     with pytest.raises(NotImplementedError, match="attention_pool: double backward is not supported"):
@@ -271,7 +262,8 @@ def test_double_backward_is_refused_by_name() -> None:
 
 
 def test_transforms_and_forward_mode() -> None:
-    *inputs, _ = tensors(3, 4, 5, 2)
+    case = AttentionPoolCase(3, 4, 5, 2)
+    inputs = case.inputs()
     h, *others = inputs
     along = torch.randn_like(h)
 
@@ -279,7 +271,7 @@ def test_transforms_and_forward_mode() -> None:
         return attention_pool(h, *others).square().sum()
 
     def plain(h: Tensor) -> Tensor:
-        return plainly(h, *others).square().sum()
+        return case.reference([h, *others]).square().sum()
 
     torch.testing.assert_close(torch.func.grad(of_h)(h), torch.func.grad(plain)(h))
     slope = torch.func.jvp(plain, (h,), (along,))[1]
@@ -297,8 +289,11 @@ def test_transforms_and_forward_mode() -> None:
 def test_compiled(dynamic: bool) -> None:
     compiled = torch.compile(attention_pool, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for batch in (5, 6):
-        *inputs, grad = tensors(batch, 4, 6, 3)
-        for a, b in zip(results(compiled, inputs, grad), results(attention_pool, inputs, grad), strict=True):
+        case = AttentionPoolCase(batch, 4, 6, 3)
+        inputs, grad = case.inputs(), case.grad()
+        for a, b in zip(
+            results(lambda t: compiled(*t), inputs, grad=grad), results(case.operator, inputs, grad=grad), strict=True
+        ):
             torch.testing.assert_close(a, b)
 
 
@@ -307,13 +302,15 @@ def test_exported() -> None:
         def forward(self, *given: Tensor) -> Tensor:
             return attention_pool(*given)
 
-    *inputs, _ = tensors(5, 4, 6, 3)
+    case = AttentionPoolCase(5, 4, 6, 3)
+    inputs = case.inputs()
     program = torch.export.export(Pool(), tuple(inputs))
     torch.testing.assert_close(program.module()(*inputs), attention_pool(*inputs))
 
 
 def test_autocast_leaves_float32_alone() -> None:
-    *inputs, _ = tensors(5, 4, 6, 3, torch.float32)
+    case = AttentionPoolCase(5, 4, 6, 3)
+    inputs = case.inputs(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(attention_pool(*inputs), attention_pool(*inputs).float())
         found = attention_pool(*inputs)
@@ -322,7 +319,8 @@ def test_autocast_leaves_float32_alone() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precisions_are_computed_in_float32(dtype: torch.dtype) -> None:
-    *inputs, _ = tensors(5, 4, 6, 3, dtype)
+    case = AttentionPoolCase(5, 4, 6, 3)
+    inputs = case.inputs(dtype)
     expected = attention_pool(*(t.float() for t in inputs)).to(dtype)
     found = attention_pool(*inputs)
     assert found.dtype == dtype
@@ -330,7 +328,7 @@ def test_half_precisions_are_computed_in_float32(dtype: torch.dtype) -> None:
 
 
 def test_meta_tensors_have_shapes() -> None:
-    *inputs, _ = (t.to("meta") for t in tensors(5, 4, 6, 3))
+    inputs = [t.to("meta") for t in AttentionPoolCase(5, 4, 6, 3).inputs()]
     assert attention_pool(*inputs).shape == (5, 6)
 
 
@@ -362,7 +360,8 @@ def test_refusals(change: dict[str, Any], message: str) -> None:
 
 @pytest.mark.skipif(not NATIVE, reason="the checks of the kernels themselves")
 def test_the_kernels_refuse_what_would_read_beyond_their_memory() -> None:
-    *inputs, grad = tensors(3, 4, 6, 2)
+    case = AttentionPoolCase(3, 4, 6, 2)
+    inputs, grad = case.inputs(), case.grad()
     forward, backward = torch.ops.qfast.attention_pool, torch.ops.qfast.attention_pool_backward
     with pytest.raises(ValueError, match=r"attention_pool: weight: expected \[A, 6\]"):
         forward(inputs[0], inputs[1][:, :4], *inputs[2:], 0.0, None)

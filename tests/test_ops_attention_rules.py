@@ -22,10 +22,10 @@ from support.attention import (
     dense,
     dense_graph,
     offsets_of,
-    randn,
     results,
     same_bits,
 )
+from support.tensors import randn
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.01, 1.0])

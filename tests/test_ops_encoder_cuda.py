@@ -19,21 +19,9 @@ from torch import Tensor
 
 from qfast.ops import encoder_layer, feed_forward
 from support.devices import DEVICE, needs_gpu, needs_kernels
-from support.encoder import (
-    F32,
-    F64,
-    Block,
-    Case,
-    block_inputs,
-    block_of_masks,
-    definition,
-    inputs_of,
-    layer_of_masks,
-    plain_block,
-    results,
-)
-from support.recurrent import LAYOUTS, apart
-from support.temporal_conv import relative
+from support.encoder import BlockCase, LayerCase, block_of_masks, layer_of_masks
+from support.operator_case import F32, F64, errors_above, relative_error, results
+from support.tensors import LAYOUTS
 
 pytestmark = needs_kernels
 OPS = torch.ops.qfast
@@ -42,42 +30,42 @@ NAMES = ("feed_forward", "encoder_layer")
 
 # Sizes and dropout.
 BLOCKS = [
-    (Block((0,), 4, 5, 6), 0.0),
-    (Block((1,), 1, 1, 1), 0.0),
-    (Block((3,), 7, 33, 5), 0.3),
-    (Block((70,), 64, 100, 64), 0.3),
-    (Block((131,), 10, 64, 70), 0.2),
-    (Block((300,), 16, 300, 8), 0.0),
-    (Block((65,), 128, 70, 128), 0.3),
-    (Block((13,), 130, 40, 200), 0.4),
-    (Block((9,), 512, 256, 512), 0.1),
-    (Block((9,), 300, 9, 3), 0.3),
-    (Block((140,), 24, 37, 130), 1.0),
-    (Block((5000,), 64, 2048, 64), 0.1),
-    (Block((20000,), 8, 300, 3), 0.0),
+    (BlockCase((0,), 4, 5, 6), 0.0),
+    (BlockCase((1,), 1, 1, 1), 0.0),
+    (BlockCase((3,), 7, 33, 5), 0.3),
+    (BlockCase((70,), 64, 100, 64), 0.3),
+    (BlockCase((131,), 10, 64, 70), 0.2),
+    (BlockCase((300,), 16, 300, 8), 0.0),
+    (BlockCase((65,), 128, 70, 128), 0.3),
+    (BlockCase((13,), 130, 40, 200), 0.4),
+    (BlockCase((9,), 512, 256, 512), 0.1),
+    (BlockCase((9,), 300, 9, 3), 0.3),
+    (BlockCase((140,), 24, 37, 130), 1.0),
+    (BlockCase((5000,), 64, 2048, 64), 0.1),
+    (BlockCase((20000,), 8, 300, 3), 0.0),
 ]
 LAYERS = [
-    (Case(0, 3, 8, 2, 5), 0.0),
-    (Case(1, 1, 8, 4, 16), 0.0),
-    (Case(2, 5, 8, 2, 33), 0.0),
-    (Case(5, 7, 10, 5, 12, layout="time first"), 0.3),
-    (Case(6, 20, 16, 2, 40, layout="features first"), 0.2),
-    (Case(3, 33, 24, 3, 100, layout="inner"), 0.0),
-    (Case(9, 20, 64, 2, 2048), 0.5),
-    (Case(3, 61, 36, 4, 20), 0.1),
-    (Case(2, 130, 8, 1, 9), 0.1),
-    (Case(2, 512, 64, 2, 70), 0.2),
-    (Case(1, 3000, 8, 2, 9), 0.2),
-    (Case(5, 4, 136, 2, 30), 0.2),
-    (Case(2, 9, 512, 8, 64), 0.3),
-    (Case(3, 5, 512, 1, 20), 0.0),
-    (Case(259, 5, 12, 3, 9), 0.3),
+    (LayerCase(0, 3, 8, 2, 5), 0.0),
+    (LayerCase(1, 1, 8, 4, 16), 0.0),
+    (LayerCase(2, 5, 8, 2, 33), 0.0),
+    (LayerCase(5, 7, 10, 5, 12, layout="time first"), 0.3),
+    (LayerCase(6, 20, 16, 2, 40, layout="features first"), 0.2),
+    (LayerCase(3, 33, 24, 3, 100, layout="inner"), 0.0),
+    (LayerCase(9, 20, 64, 2, 2048), 0.5),
+    (LayerCase(3, 61, 36, 4, 20), 0.1),
+    (LayerCase(2, 130, 8, 1, 9), 0.1),
+    (LayerCase(2, 512, 64, 2, 70), 0.2),
+    (LayerCase(1, 3000, 8, 2, 9), 0.2),
+    (LayerCase(5, 4, 136, 2, 30), 0.2),
+    (LayerCase(2, 9, 512, 8, 64), 0.3),
+    (LayerCase(3, 5, 512, 1, 20), 0.0),
+    (LayerCase(259, 5, 12, 3, 9), 0.3),
 ]
 BOTH_FORMS = [(replace(case, last=last), dropout) for case, dropout in LAYERS for last in (False, True)]
 
 
 def named(parts: object) -> str:
-    return parts.name if isinstance(parts, (Block, Case)) else str(parts)
+    return parts.name if isinstance(parts, (BlockCase, LayerCase)) else str(parts)
 
 
 def moved(tensor: Tensor, device: str) -> Tensor:
@@ -86,9 +74,9 @@ def moved(tensor: Tensor, device: str) -> Tensor:
     return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
-def given_to(case: Block | Case, dtype: torch.dtype, device: str) -> list[Tensor]:
+def given_to(case: BlockCase | LayerCase, dtype: torch.dtype, device: str) -> list[Tensor]:
     """x and the parameters."""
-    inputs = block_inputs(case, dtype) if isinstance(case, Block) else inputs_of(case, dtype)
+    inputs = case.inputs(dtype)
     return [moved(part, device) for part in inputs]
 
 
@@ -97,15 +85,19 @@ def seed_for(dropout: float, device: str, seed: int = SEED) -> Tensor | None:
 
 
 def gradient_like(out: Tensor) -> Tensor:
-    """That of `encoder.results`."""
+    """The gradient that `results` uses."""
     return torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out)
 
 
 def both_ways(
-    case: Block | Case, tensors: list[Tensor], dropout: float, seed: Tensor | None, grad: Tensor | None = None
+    case: BlockCase | LayerCase,
+    tensors: list[Tensor],
+    dropout: float,
+    seed: Tensor | None,
+    grad: Tensor | None = None,
 ) -> list[Tensor]:
     """Result and gradients, by the raw operators; `grad` None is one from the host."""
-    if isinstance(case, Block):
+    if isinstance(case, BlockCase):
         found = OPS.feed_forward(*tensors, dropout, seed)
         entering = gradient_like(found) if grad is None else grad
         return [found, *OPS.feed_forward_backward(entering, *tensors[:4], dropout, seed, True)]
@@ -117,16 +109,18 @@ def both_ways(
     return [found, of_x, *of_weights]
 
 
-def on_gpu(case: Block | Case, dtype: torch.dtype, dropout: float = 0.0, seed: int = SEED) -> list[Tensor]:
+def on_gpu(case: BlockCase | LayerCase, dtype: torch.dtype, dropout: float = 0.0, seed: int = SEED) -> list[Tensor]:
     return both_ways(case, given_to(case, dtype, DEVICE), dropout, seed_for(dropout, DEVICE, seed))
 
 
-def by_definition(case: Block | Case, dtype: torch.dtype, dropout: float = 0.0, seed: int = SEED) -> list[Tensor]:
+def by_definition(
+    case: BlockCase | LayerCase, dtype: torch.dtype, dropout: float = 0.0, seed: int = SEED
+) -> list[Tensor]:
     """By torch's autograd on the CPU."""
-    if isinstance(case, Block):
-        call = partial(block_of_masks, dropout=dropout, seed=seed) if dropout else plain_block
+    if isinstance(case, BlockCase):
+        call = partial(block_of_masks, dropout=dropout, seed=seed) if dropout else case.reference
     else:
-        call = partial(layer_of_masks, case, dropout=dropout, seed=seed) if dropout else partial(definition, case)
+        call = partial(layer_of_masks, case, dropout=dropout, seed=seed) if dropout else case.reference
     return results(call, given_to(case, dtype, "cpu"))
 
 
@@ -147,52 +141,52 @@ def test_the_kernels_serve_and_not_the_twins(name: str) -> None:
 
 # ---------------------------------------------------------------- accuracy
 @pytest.mark.parametrize(("case", "dropout"), [*BLOCKS, *BOTH_FORMS], ids=named)
-def test_float64(case: Block | Case, dropout: float) -> None:
-    assert apart(to_cpu(on_gpu(case, F64, dropout)), by_definition(case, F64, dropout), 1e-12) == []
+def test_float64(case: BlockCase | LayerCase, dropout: float) -> None:
+    assert errors_above(to_cpu(on_gpu(case, F64, dropout)), by_definition(case, F64, dropout), 1e-12) == []
 
 
 @pytest.mark.parametrize(("case", "dropout"), [*BLOCKS, *BOTH_FORMS], ids=named)
-def test_float32_beside_plain_torch(case: Block | Case, dropout: float) -> None:
+def test_float32_beside_plain_torch(case: BlockCase | LayerCase, dropout: float) -> None:
     """Within five times what plain torch is off from float64 on the CPU, or a few roundings, and 2e-5 always."""
     exact, plain = (by_definition(case, dtype, dropout) for dtype in (F64, F32))
     found = to_cpu(on_gpu(case, F32, dropout))
-    assert apart(found, exact, 2e-5) == []
+    assert errors_above(found, exact, 2e-5) == []
     for number, (ours, theirs, true) in enumerate(zip(found, plain, exact, strict=True)):
-        error = relative(ours, true)
-        assert error <= max(5 * relative(theirs, true), 2e-6), (number, error)
+        error = relative_error(ours, true)
+        assert error <= max(5 * relative_error(theirs, true), 2e-6), (number, error)
 
 
 @pytest.mark.parametrize("last", [False, True])
 def test_the_public_function_with_autograd(last: bool) -> None:
-    case = Case(11, 9, 24, 3, 50, last)
+    case = LayerCase(11, 9, 24, 3, 50, last)
     there = [part.requires_grad_() for part in given_to(case, F64, DEVICE)]
     ours = encoder_layer(there[0], there[1:], heads=3, last_step=last)
     found = [ours.detach(), *torch.autograd.grad(ours, there, gradient_like(ours.detach()))]
-    assert apart(to_cpu(found), by_definition(case, F64), 1e-12) == []
+    assert errors_above(to_cpu(found), by_definition(case, F64), 1e-12) == []
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     st.builds(
-        lambda rows, *sizes: Block((rows,), *sizes),
+        lambda rows, *sizes: BlockCase((rows,), *sizes),
         st.integers(0, 300), st.integers(1, 140), st.integers(1, 140), st.integers(1, 140),
     ),
     st.sampled_from([0.0, 0.3, 1.0]),
 )  # fmt: skip
-def test_any_block(case: Block, dropout: float) -> None:
-    assert apart(to_cpu(on_gpu(case, F64, dropout)), by_definition(case, F64, dropout), 1e-12) == []
+def test_any_block(case: BlockCase, dropout: float) -> None:
+    assert errors_above(to_cpu(on_gpu(case, F64, dropout)), by_definition(case, F64, dropout), 1e-12) == []
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     st.builds(
-        lambda batch, steps, heads, width, *rest: Case(batch, steps, heads * width, heads, *rest),
+        lambda batch, steps, heads, width, *rest: LayerCase(batch, steps, heads * width, heads, *rest),
         st.integers(0, 13), st.integers(1, 70), st.integers(1, 6), st.integers(2, 20), st.integers(1, 70),
         st.booleans(), st.sampled_from(LAYOUTS),
     ),
     st.sampled_from([0.0, 0.3, 1.0]),
 )  # fmt: skip
-def test_any_layer_in_any_layout(case: Case, dropout: float) -> None:
+def test_any_layer_in_any_layout(case: LayerCase, dropout: float) -> None:
     found, exact = to_cpu(on_gpu(case, F64, dropout)), by_definition(case, F64, dropout)
     for ours, true in zip(found, exact, strict=True):  # few features: large scales of the norm
         torch.testing.assert_close(ours, true, rtol=1e-8, atol=1e-8)
@@ -201,7 +195,7 @@ def test_any_layer_in_any_layout(case: Case, dropout: float) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("last", [False, True])
 def test_layouts_do_not_change_a_bit(layout: str, last: bool) -> None:
-    case = Case(20, 9, 24, 3, 50, last, layout)
+    case = LayerCase(20, 9, 24, 3, 50, last, layout)
     x, *weights = given_to(case, F32, DEVICE)
     strided, easy = (both_ways(case, [given, *weights], 0.0, None) for given in (x, x.contiguous()))
     assert all(torch.equal(a, b) for a, b in zip(strided, easy, strict=True))
@@ -209,14 +203,14 @@ def test_layouts_do_not_change_a_bit(layout: str, last: bool) -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_the_last_step_is_that_of_the_full_form(dropout: float) -> None:
-    x, *weights = given_to(Case(50, 21, 64, 2, 300), F64, DEVICE)
+    x, *weights = given_to(LayerCase(50, 21, 64, 2, 300), F64, DEVICE)
     given = (x, weights, 2, 1e-5, dropout, seed_for(dropout, DEVICE))
     full, last = OPS.encoder_layer(*given, False, False)[0], OPS.encoder_layer(*given, True, False)[0]
     torch.testing.assert_close(last, full[:, -1], rtol=1e-12, atol=1e-12)
 
 
 def test_only_what_is_asked_is_made() -> None:
-    x, *weights = given_to(Case(7, 6, 8, 2, 20), F64, DEVICE)
+    x, *weights = given_to(LayerCase(7, 6, 8, 2, 20), F64, DEVICE)
     given = x, weights, 2
     kept, none = (OPS.encoder_layer(*given, 1e-5, 0.0, None, False, keep) for keep in (True, False))
     assert torch.equal(kept[0], none[0])
@@ -225,7 +219,7 @@ def test_only_what_is_asked_is_made() -> None:
     whole, part = (OPS.encoder_layer_backward(*rest, wanted) for wanted in (True, False))
     assert tuple(part[0].shape) == (0, 6, 8)
     assert all(torch.equal(a, b) for a, b in zip(whole[1], part[1], strict=True))
-    tensors = given_to(Block((9,), 4, 20, 3), F64, DEVICE)
+    tensors = given_to(BlockCase((9,), 4, 20, 3), F64, DEVICE)
     grad = gradient_like(OPS.feed_forward(*tensors, 0.0, None))
     whole, part = (OPS.feed_forward_backward(grad, *tensors[:4], 0.0, None, wanted) for wanted in (True, False))
     assert tuple(part[0].shape) == (0, 4)
@@ -234,26 +228,26 @@ def test_only_what_is_asked_is_made() -> None:
 
 def test_a_batch_in_parts() -> None:
     """Windows in two parts, and the hidden of each in several."""
-    case = Case(2100, 20, 64, 4, 600)
-    assert apart(to_cpu(on_gpu(case, F64, 0.2)), by_definition(case, F64, 0.2), 1e-12) == []
+    case = LayerCase(2100, 20, 64, 4, 600)
+    assert errors_above(to_cpu(on_gpu(case, F64, 0.2)), by_definition(case, F64, 0.2), 1e-12) == []
 
 
 def test_attention_that_is_all_on_one_step() -> None:
     """Weights of the attention's products times 100."""
-    case = Case(9, 12, 16, 2, 20)
-    exact = results(partial(definition, case), inputs_of(case, F64, 100.0))
+    case = LayerCase(9, 12, 16, 2, 20)
+    exact = results(case.reference, case.inputs(F64, 100.0))
     for dtype, limit in ((F32, 1e-2), (F64, 1e-10)):
-        found = both_ways(case, [part.to(DEVICE) for part in inputs_of(case, dtype, 100.0)], 0.0, None)
+        found = both_ways(case, [part.to(DEVICE) for part in case.inputs(dtype, 100.0)], 0.0, None)
         assert all(part.isfinite().all() for part in found)
-        assert apart(to_cpu(found), exact, limit) == []
+        assert errors_above(to_cpu(found), exact, limit) == []
 
 
 # ---------------------------------------------------------------- dropout
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**62 + 12345])
 @pytest.mark.parametrize("dropout", [1e-9, 0.5, 1.0])
 def test_the_masks_are_those_of_the_definition(seed: int, dropout: float) -> None:
-    cases: list[Block | Case] = [Block((99,), 20, 70, 30)]
-    cases += [Case(*sizes, last) for sizes in ((27, 6, 20, 4, 40), (6, 19, 16, 2, 130)) for last in (False, True)]
+    cases: list[BlockCase | LayerCase] = [BlockCase((99,), 20, 70, 30)]
+    cases += [LayerCase(*sizes, last) for sizes in ((27, 6, 20, 4, 40), (6, 19, 16, 2, 130)) for last in (False, True)]
     for case in cases:
         exact = by_definition(case, F64, dropout, seed)
         for ours, true in zip(to_cpu(on_gpu(case, F64, dropout, seed)), exact, strict=True):
@@ -261,7 +255,7 @@ def test_the_masks_are_those_of_the_definition(seed: int, dropout: float) -> Non
 
 
 def test_manual_seed_makes_it_repeat() -> None:
-    x, *weights = given_to(Case(40, 9, 32, 2, 64), F32, DEVICE)
+    x, *weights = given_to(LayerCase(40, 9, 32, 2, 64), F32, DEVICE)
 
     def once(seed: int) -> list[Tensor]:
         torch.manual_seed(seed)
@@ -276,10 +270,10 @@ def test_manual_seed_makes_it_repeat() -> None:
 
 # ---------------------------------------------------------------- gradients, schemas, what is not finite
 def test_gradients_by_finite_differences() -> None:
-    leaves = [part.requires_grad_() for part in given_to(Block((5,), 4, 9, 3), F64, DEVICE)]
+    leaves = [part.requires_grad_() for part in given_to(BlockCase((5,), 4, 9, 3), F64, DEVICE)]
     assert torch.autograd.gradcheck(feed_forward, leaves)
     for last in (False, True):
-        leaves = [part.requires_grad_() for part in given_to(Case(3, 5, 4, 2, 6), F64, DEVICE)]
+        leaves = [part.requires_grad_() for part in given_to(LayerCase(3, 5, 4, 2, 6), F64, DEVICE)]
         assert torch.autograd.gradcheck(lambda x, *w, last=last: encoder_layer(x, w, heads=2, last_step=last), leaves)
 
 
@@ -287,13 +281,17 @@ def test_gradients_by_finite_differences() -> None:
 def test_opcheck(dropout: float) -> None:
     seed = seed_for(dropout, DEVICE)
     for rows in (0, 5):
-        tensors = given_to(Block((rows,), 4, 9, 3), F64, DEVICE)
+        tensors = given_to(BlockCase((rows,), 4, 9, 3), F64, DEVICE)
         rest = dropout, seed
         torch.library.opcheck(OPS.feed_forward, (*(part.clone().requires_grad_() for part in tensors), *rest))
         grad = gradient_like(OPS.feed_forward(*tensors, *rest))
         for wanted in (False, True):
             torch.library.opcheck(OPS.feed_forward_backward, (grad, *tensors[:4], *rest, wanted))
-    for case in (Case(0, 3, 4, 2, 5), Case(3, 5, 4, 2, 6), Case(3, 5, 4, 2, 6, True)):
+    for case in (
+        LayerCase(0, 3, 4, 2, 5),
+        LayerCase(3, 5, 4, 2, 6),
+        LayerCase(3, 5, 4, 2, 6, True),
+    ):
         x, *weights = given_to(case, F64, DEVICE)
         forward = case.heads, case.eps, dropout, seed, case.last
         torch.library.opcheck(OPS.encoder_layer, (x, weights, *forward, False))
@@ -307,7 +305,7 @@ def test_opcheck(dropout: float) -> None:
 
 @pytest.mark.parametrize("hidden", [50, 3000])
 def test_autocast_casts_nothing_inside(hidden: int) -> None:
-    for case in (Case(9, 6, 24, 3, hidden), Block((70,), 140, hidden, 140)):
+    for case in (LayerCase(9, 6, 24, 3, hidden), BlockCase((70,), 140, hidden, 140)):
         plain = on_gpu(case, F32)
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
             found = on_gpu(case, F32)
@@ -317,7 +315,7 @@ def test_autocast_casts_nothing_inside(hidden: int) -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("last", [False, True])
 def test_what_is_not_finite_stays_in_its_window(value: float, last: bool) -> None:
-    case, seed = Case(30, 9, 24, 3, 70, last), torch.tensor([SEED], device=DEVICE)
+    case, seed = LayerCase(30, 9, 24, 3, 70, last), torch.tensor([SEED], device=DEVICE)
     tensors = given_to(case, F64, DEVICE)
     clean = both_ways(case, tensors, 0.2, seed)
     tensors[0][13, 2, 4] = value
@@ -330,7 +328,7 @@ def test_what_is_not_finite_stays_in_its_window(value: float, last: bool) -> Non
 
 @pytest.mark.parametrize("width", [24, 140])
 def test_what_is_not_finite_stays_in_its_row(width: int) -> None:
-    case = Block((70,), width, 50, 9)
+    case = BlockCase((70,), width, 50, 9)
     tensors = given_to(case, F64, DEVICE)
     clean = both_ways(case, tensors, 0.0, None)
     tensors[0][13, 2] = torch.nan
@@ -343,18 +341,26 @@ def test_what_is_not_finite_stays_in_its_row(width: int) -> None:
 
 # ---------------------------------------------------------------- repeats, graphs, memory, size
 def test_the_same_bits_come_again() -> None:
-    for case in (Case(500, 20, 64, 2, 512), Case(500, 20, 64, 2, 512, True), Block((9000,), 64, 512, 64)):
+    for case in (
+        LayerCase(500, 20, 64, 2, 512),
+        LayerCase(500, 20, 64, 2, 512, True),
+        BlockCase((9000,), 64, 512, 64),
+    ):
         first = on_gpu(case, F32, 0.2)
         for _ in range(3):
             assert all(torch.equal(a, b) for a, b in zip(on_gpu(case, F32, 0.2), first, strict=True))
 
 
-GRAPHED = [Case(70, 9, 24, 3, 64), Case(70, 9, 24, 3, 64, True), Block((70,), 24, 64, 20)]
+GRAPHED = [
+    LayerCase(70, 9, 24, 3, 64),
+    LayerCase(70, 9, 24, 3, 64, True),
+    BlockCase((70,), 24, 64, 20),
+]
 
 
 @needs_gpu
 @pytest.mark.parametrize("case", GRAPHED, ids=named)
-def test_nothing_waits_for_the_device(case: Block | Case) -> None:
+def test_nothing_waits_for_the_device(case: BlockCase | LayerCase) -> None:
     tensors, seed = given_to(case, F32, DEVICE), torch.tensor([3], device=DEVICE)
     grad = gradient_like(both_ways(case, tensors, 0.2, seed)[0])
     torch.cuda.synchronize()
@@ -367,7 +373,7 @@ def test_nothing_waits_for_the_device(case: Block | Case) -> None:
 
 @needs_gpu
 @pytest.mark.parametrize("case", GRAPHED, ids=named)
-def test_a_cuda_graph_captures_it(case: Block | Case) -> None:
+def test_a_cuda_graph_captures_it(case: BlockCase | LayerCase) -> None:
     """Replayed on new numbers in the same memory, the seed's too."""
     tensors, seed = given_to(case, F32, DEVICE), torch.tensor([3], device=DEVICE)
     grad = gradient_like(both_ways(case, tensors, 0.2, seed)[0])
@@ -390,7 +396,7 @@ def test_a_cuda_graph_captures_it(case: Block | Case) -> None:
 
 def peak_bytes(hidden: int) -> int:
     """Of a forward and a backward pass, beside what there was before; weights and their gradients taken off."""
-    case = Case(1000, 20, 64, 2, hidden)
+    case = LayerCase(1000, 20, 64, 2, hidden)
     tensors = given_to(case, F32, DEVICE)
     both_ways(case, tensors, 0.0, None)  # cuBLAS' workspace
     torch.cuda.synchronize()
@@ -411,7 +417,7 @@ def test_memory_does_not_grow_with_the_hidden() -> None:
 def test_more_than_two_to_the_31_elements() -> None:
     if torch.cuda.get_device_properties(0).total_memory < 64 << 30:
         pytest.skip("needs 64 GB on the GPU")
-    _, *weights = given_to(Case(1, 1, 64, 2, 64), F32, DEVICE)
+    _, *weights = given_to(LayerCase(1, 1, 64, 2, 64), F32, DEVICE)
     x = torch.randn(1_150_000, 30, 64, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE)
     assert x.numel() > 2**31
     whole, few = (OPS.encoder_layer(part, weights, 2, 1e-5, 0.0, None, False, False)[0] for part in (x, x[-5:]))
@@ -424,7 +430,7 @@ def test_more_than_two_to_the_31_elements() -> None:
 
 # ---------------------------------------------------------------- refusals
 def test_refusals_of_the_kernels() -> None:
-    x, *weights = given_to(Case(3, 5, 4, 2, 6), F32, DEVICE)
+    x, *weights = given_to(LayerCase(3, 5, 4, 2, 6), F32, DEVICE)
     rest = 2, 1e-5, 0.0, None, False, False
     with pytest.raises(ValueError, match="seed: expected one int64 on the device of x"):
         OPS.encoder_layer(x, weights, 2, 1e-5, 0.5, None, False, False)
@@ -439,7 +445,7 @@ def test_refusals_of_the_kernels() -> None:
     kept = OPS.encoder_layer(x, weights, *rest)[1:]
     with pytest.raises(ValueError, match=r"normalised: expected shape \(2, 3, 5, 4\), got \(2, 0, 5, 4\)"):
         OPS.encoder_layer_backward(x, x, weights, 2, 0.0, None, False, *kept, True)
-    tensors = given_to(Block((5,), 4, 9, 3), F32, DEVICE)
+    tensors = given_to(BlockCase((5,), 4, 9, 3), F32, DEVICE)
     with pytest.raises(ValueError, match=r"bias_in: expected shape \(9\), got \(8,\)"):
         OPS.feed_forward(*tensors[:2], tensors[2][1:], *tensors[3:], 0.0, None)
     with pytest.raises(ValueError, match=r"grad: expected shape \(5, 3\), got \(5, 4\)"):
@@ -448,7 +454,7 @@ def test_refusals_of_the_kernels() -> None:
 
 @needs_gpu
 def test_tensors_of_another_device_are_refused() -> None:
-    x, *weights = given_to(Case(3, 5, 4, 2, 6), F32, DEVICE)
+    x, *weights = given_to(LayerCase(3, 5, 4, 2, 6), F32, DEVICE)
     with pytest.raises(ValueError, match="in_proj_weight: expected the device of x, got another"):
         OPS.encoder_layer(x, [weights[0].cpu(), *weights[1:]], 2, 1e-5, 0.0, None, False, False)
     with pytest.raises(ValueError, match="seed: expected the device of x, got another"):

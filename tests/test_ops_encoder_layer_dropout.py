@@ -11,34 +11,22 @@ from torch import Tensor
 from qfast.ops import encoder_layer
 from qfast.ops.encoder_layer_twin import backward_twin, forward_twin
 from qfast.ops.philox import draw_seed
-from support.encoder import (
-    F32,
-    F64,
-    NAMES,
-    Case,
-    definition,
-    inputs_of,
-    layer_of_masks,
-    operator,
-    raw_gradients,
-    results,
-)
-from support.recurrent import apart
-from support.temporal_conv import relative
+from support.encoder import NAMES, LayerCase, layer_of_masks, raw_gradients
+from support.operator_case import F32, F64, errors_above, relative_error, results
 
 SEEDS = [0, -1, 2**31, 2**32, 2**63 - 1, -(2**63), 0x9E3779B97F4A7C15 - 2**64]
 CASES = [
-    *(Case(3, t, 8, 2, 5, last) for t in (1, 2, 3, 4, 5, 9) for last in (False, True)),
-    *(Case(b, 6, 12, 3, 17, last) for b in (1, 2, 5, 26, 131) for last in (False, True)),
-    *(Case(5, t, 24, 3, 70, last) for t in (20, 37, 130) for last in (False, True)),
-    *(Case(2, 7, 20, 20, 300, last) for last in (False, True)),
-    Case(6, 20, 64, 2, 2048),
-    Case(6, 20, 64, 2, 2048, True),
+    *(LayerCase(3, t, 8, 2, 5, last) for t in (1, 2, 3, 4, 5, 9) for last in (False, True)),
+    *(LayerCase(b, 6, 12, 3, 17, last) for b in (1, 2, 5, 26, 131) for last in (False, True)),
+    *(LayerCase(5, t, 24, 3, 70, last) for t in (20, 37, 130) for last in (False, True)),
+    *(LayerCase(2, 7, 20, 20, 300, last) for last in (False, True)),
+    LayerCase(6, 20, 64, 2, 2048),
+    LayerCase(6, 20, 64, 2, 2048, True),
 ]
 BY_NAME = {case.name: case for case in CASES}
 
 
-def seeded(case: Case, tensors: list[Tensor], dropout: float, seed: int) -> list[Tensor]:
+def seeded(case: LayerCase, tensors: list[Tensor], dropout: float, seed: int) -> list[Tensor]:
     """Result and gradients with a given seed in place of one drawn from torch's generator."""
     out, *_, gradients = raw_gradients(case, tensors, dropout, seed)
     return [out, *gradients]
@@ -60,7 +48,7 @@ def far_apart(found: list[Tensor], exact: list[Tensor], limit: float) -> list[tu
 def test_the_masks_are_those_of_the_definition(case: str, isa: str) -> None:
     """All four places at once, forward and backward, in float64."""
     given = BY_NAME[case]
-    number, tensors = CASES.index(given), inputs_of(given)
+    number, tensors = CASES.index(given), given.inputs()
     seed, dropout = SEEDS[number % len(SEEDS)], (0.1, 0.5, 0.9)[number % 3]
     exact = results(partial(layer_of_masks, given, dropout=dropout, seed=seed), tensors)
     assert far_apart(seeded(given, tensors, dropout, seed), exact, 1e-12) == []
@@ -69,8 +57,8 @@ def test_the_masks_are_those_of_the_definition(case: str, isa: str) -> None:
 @pytest.mark.parametrize("dropout", [1e-9, 1.0])
 @pytest.mark.parametrize("last", [False, True])
 def test_nearly_nothing_and_everything_dropped(last: bool, dropout: float, isa: str) -> None:
-    case = Case(9, 6, 12, 3, 17, last)
-    tensors = inputs_of(case)
+    case = LayerCase(9, 6, 12, 3, 17, last)
+    tensors = case.inputs()
     found = seeded(case, tensors, dropout, 5)
     exact = results(partial(layer_of_masks, case, dropout=dropout, seed=5), tensors)
     assert far_apart(found, exact, 1e-12) == []
@@ -78,61 +66,61 @@ def test_nearly_nothing_and_everything_dropped(last: bool, dropout: float, isa: 
     if dropout == 1:  # both norms of the residual alone; nothing of the attention and the block has a gradient
         assert not any(part.any() for part in found[2:10])
     else:
-        assert apart(found[:1], [definition(case, tensors)], 1e-8) == []
+        assert errors_above(found[:1], [case.reference(tensors)], 1e-8) == []
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 6, 7, 8, 21])
 def test_the_last_step_alone_has_the_masks_it_has_among_all(steps: int, isa: str) -> None:
-    case, last = Case(11, steps, 24, 3, 70), Case(11, steps, 24, 3, 70, True)
-    tensors = inputs_of(case)
+    case, last = LayerCase(11, steps, 24, 3, 70), LayerCase(11, steps, 24, 3, 70, True)
+    tensors = case.inputs()
     whole, alone = (results(call, tensors) for call in (
         lambda t: operator_under(13, case, t)[:, -1], lambda t: operator_under(13, last, t)
     ))  # fmt: skip
-    assert apart(alone, whole, 1e-13) == []
+    assert errors_above(alone, whole, 1e-13) == []
 
 
-def operator_under(torch_seed: int, case: Case, tensors: list[Tensor], dropout: float = 0.4) -> Tensor:
+def operator_under(torch_seed: int, case: LayerCase, tensors: list[Tensor], dropout: float = 0.4) -> Tensor:
     torch.manual_seed(torch_seed)
-    return operator(case, tensors, dropout=dropout, training=True)
+    return case.operator(tensors, dropout=dropout, training=True)
 
 
 @pytest.mark.parametrize("last", [False, True])
 def test_all_64_bits_of_the_seed_count(last: bool, isa: str) -> None:
-    case = Case(9, 5, 12, 2, 20, last)
-    tensors = inputs_of(case)
+    case = LayerCase(9, 5, 12, 2, 20, last)
+    tensors = case.inputs()
     for seed in SEEDS:
         found = seeded(case, tensors, 0.4, seed)[0]
-        assert relative(found, layer_of_masks(case, tensors, 0.4, seed)) < 1e-13
+        assert relative_error(found, layer_of_masks(case, tensors, 0.4, seed)) < 1e-13
         for other in {seed ^ 1, (seed ^ 1 << 62)} - {seed}:
-            assert relative(seeded(case, tensors, 0.4, other)[0], found) > 0.01
+            assert relative_error(seeded(case, tensors, 0.4, other)[0], found) > 0.01
 
 
 @pytest.mark.parametrize("last", [False, True])
 def test_float32_drops_the_same_elements(last: bool, isa: str) -> None:
-    case = Case(30, 7, 20, 2, 50, last)
-    narrow, wide = (seeded(case, inputs_of(case, dtype), 0.3, 7) for dtype in (F32, F64))
+    case = LayerCase(30, 7, 20, 2, 50, last)
+    narrow, wide = (seeded(case, case.inputs(dtype), 0.3, 7) for dtype in (F32, F64))
     assert far_apart(narrow, wide, 2e-5) == []
 
 
 @pytest.mark.parametrize("last", [False, True])
 def test_a_window_is_dropped_by_its_number_whatever_the_others(last: bool, isa: str) -> None:
     """However the batch is cut into tiles: the first windows of a batch are those of a shorter one."""
-    x, *weights = inputs_of(Case(200, 5, 16, 2, 40, last))
-    whole = seeded(Case(200, 5, 16, 2, 40, last), [x, *weights], 0.5, 11)[0]
+    x, *weights = LayerCase(200, 5, 16, 2, 40, last).inputs()
+    whole = seeded(LayerCase(200, 5, 16, 2, 40, last), [x, *weights], 0.5, 11)[0]
     for count in (1, 2, 5, 24, 97):
-        case = Case(count, 5, 16, 2, 40, last)
-        assert relative(seeded(case, [x[:count], *weights], 0.5, 11)[0], whole[:count]) < 1e-13
+        case = LayerCase(count, 5, 16, 2, 40, last)
+        assert relative_error(seeded(case, [x[:count], *weights], 0.5, 11)[0], whole[:count]) < 1e-13
         moved = seeded(case, [x[7 : 7 + count], *weights], 0.5, 11)[0]
-        assert relative(moved, whole[7 : 7 + count]) > 0.01
+        assert relative_error(moved, whole[7 : 7 + count]) > 0.01
 
 
 @pytest.mark.parametrize("last", [False, True])
 def test_kernels_keep_what_plain_torch_keeps(last: bool, isa: str) -> None:
-    case = Case(30, 7, 20, 2, 50, last)
-    tensors, seed = inputs_of(case), torch.tensor([77])
+    case = LayerCase(30, 7, 20, 2, 50, last)
+    tensors, seed = case.inputs(), torch.tensor([77])
     out, normalised, scales, gradients = raw_gradients(case, tensors, 0.3, 77)
     expected = forward_twin(tensors[0], tensors[1:], 2, 1e-5, 0.3, seed, last)
-    assert apart([out, normalised, scales], expected, 1e-13) == []
+    assert errors_above([out, normalised, scales], expected, 1e-13) == []
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(F64)
     of_x, of_weights = backward_twin(grad, tensors[0], tensors[1:], 2, 0.3, seed, last, *expected[1:])
     assert far_apart([out, *gradients], [expected[0], of_x, *of_weights], 1e-12) == []
@@ -190,34 +178,34 @@ def test_rate_and_scale_of_the_attention_weights(p: float, isa: str) -> None:
 # ---------------------------------------------------------------- torch's generator
 @pytest.mark.parametrize("last", [False, True])
 def test_manual_seed_makes_it_repeat(last: bool, isa: str) -> None:
-    case = Case(20, 5, 16, 2, 40, last)
-    tensors = inputs_of(case)
+    case = LayerCase(20, 5, 16, 2, 40, last)
+    tensors = case.inputs()
     torch.manual_seed(5)
-    first, second = (operator(case, tensors, dropout=0.5, training=True) for _ in range(2))
+    first, second = (case.operator(tensors, dropout=0.5, training=True) for _ in range(2))
     assert not torch.equal(first, second)
     torch.manual_seed(5)
     seed = int(draw_seed(torch.device("cpu")))
-    assert relative(first, layer_of_masks(case, tensors, 0.5, seed)) < 1e-13
+    assert relative_error(first, layer_of_masks(case, tensors, 0.5, seed)) < 1e-13
     torch.manual_seed(5)  # the same draw, whether a gradient is wanted or not
-    wanted = operator(case, [t.detach().requires_grad_() for t in tensors], dropout=0.5, training=True)
-    assert relative(wanted.detach(), first) < 1e-13
+    wanted = case.operator([t.detach().requires_grad_() for t in tensors], dropout=0.5, training=True)
+    assert relative_error(wanted.detach(), first) < 1e-13
 
 
 def test_nothing_is_drawn_where_nothing_is_dropped(isa: str) -> None:
-    case = Case(20, 5, 16, 2, 40)
-    tensors, state = inputs_of(case), torch.get_rng_state()
-    plain = operator(case, tensors)
-    assert torch.equal(operator(case, tensors, dropout=0.5), plain)  # not training
-    assert torch.equal(operator(case, tensors, dropout=0.0, training=True), plain)
+    case = LayerCase(20, 5, 16, 2, 40)
+    tensors, state = case.inputs(), torch.get_rng_state()
+    plain = case.operator(tensors)
+    assert torch.equal(case.operator(tensors, dropout=0.5), plain)  # not training
+    assert torch.equal(case.operator(tensors, dropout=0.0, training=True), plain)
     assert torch.equal(torch.get_rng_state(), state)
-    operator(case, tensors, dropout=0.5, training=True)
+    case.operator(tensors, dropout=0.5, training=True)
     assert not torch.equal(torch.get_rng_state(), state)
 
 
 def test_on_average_it_is_the_layer_of_torch(isa: str) -> None:
     """Means over many windows that are all alike: torch's own dropout has the same, up to a few standard errors."""
     count = 4000
-    x, *weights = inputs_of(Case(1, 5, 8, 2, 20), F32)
+    x, *weights = LayerCase(1, 5, 8, 2, 20).inputs(F32)
     layer = torch.nn.TransformerEncoderLayer(8, 2, 20, 0.3, batch_first=True)
     with torch.no_grad():
         for own, given in zip(layer.parameters(), weights, strict=True):
@@ -233,19 +221,19 @@ def test_on_average_it_is_the_layer_of_torch(isa: str) -> None:
 # ---------------------------------------------------------------- backward
 @pytest.mark.parametrize("last", [False, True])
 def test_gradients_by_finite_differences_under_one_mask(last: bool, isa: str) -> None:
-    case = Case(2, 3, 4, 2, 5, last)
-    leaves = [t.requires_grad_() for t in inputs_of(case)]
+    case = LayerCase(2, 3, 4, 2, 5, last)
+    leaves = [t.requires_grad_() for t in case.inputs()]
     assert torch.autograd.gradcheck(lambda *t: operator_under(21, case, list(t)), leaves)
 
 
 @pytest.mark.parametrize("last", [False, True])
 def test_the_public_function_differentiates_the_masks_it_drew(last: bool, isa: str) -> None:
     """Two calls in flight, their backwards in the other order: each has its own seed."""
-    case = Case(20, 5, 16, 2, 40, last)
-    tensors = inputs_of(case)
+    case = LayerCase(20, 5, 16, 2, 40, last)
+    tensors = case.inputs()
     leaves = [[t.detach().requires_grad_() for t in tensors] for _ in range(2)]
     torch.manual_seed(8)
-    outs = [operator(case, ours, dropout=0.5, training=True) for ours in leaves]
+    outs = [case.operator(ours, dropout=0.5, training=True) for ours in leaves]
     torch.manual_seed(8)
     seeds = [int(draw_seed(torch.device("cpu"))) for _ in range(2)]
     for which in (1, 0):
@@ -257,10 +245,10 @@ def test_the_public_function_differentiates_the_masks_it_drew(last: bool, isa: s
 
 
 def test_under_transforms_the_masks_are_the_same(isa: str) -> None:
-    case = Case(6, 4, 8, 2, 10)
-    x, *weights = inputs_of(case)
+    case = LayerCase(6, 4, 8, 2, 10)
+    x, *weights = case.inputs()
     expected = operator_under(3, case, [x, *weights])
     along = torch.zeros_like(x)
     found, tangent = torch.func.jvp(lambda x: operator_under(3, case, [x, *weights]), (x,), (along,))
-    assert relative(found, expected) < 1e-13
+    assert relative_error(found, expected) < 1e-13
     assert not tangent.any()

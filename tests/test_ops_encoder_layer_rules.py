@@ -13,11 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qfast.errors import ConfigError, DataError
 from qfast.ops import encoder_layer
-from support.encoder import F32, F64, KERNELS, Case, definition, inputs_of, operator, results
-from support.recurrent import apart
-from support.temporal_conv import relative
+from support.encoder import KERNELS, LayerCase
+from support.operator_case import F32, F64, errors_above, relative_error, results
 
-SMALL = Case(4, 3, 8, 2, 6)
+SMALL = LayerCase(4, 3, 8, 2, 6)
 
 
 # ---------------------------------------------------------------- schemas
@@ -25,7 +24,7 @@ SMALL = Case(4, 3, 8, 2, 6)
 @pytest.mark.parametrize(("batch", "dropout"), [(0, 0.0), (5, 0.0), (5, 0.3)])
 def test_opcheck(batch: int, dropout: float, last: bool) -> None:
     """Schemas, fakes and gradients, of the forward with and without what is kept, and of the backward."""
-    x, *weights = inputs_of(Case(batch, 3, 8, 2, 6, last))
+    x, *weights = LayerCase(batch, 3, 8, 2, 6, last).inputs()
     seed = torch.tensor([3]) if dropout else None
     rest = (2, 1e-5, dropout, seed, last)
     torch.library.opcheck(torch.ops.qfast.encoder_layer, (x, weights, *rest, False))
@@ -40,7 +39,7 @@ def test_opcheck(batch: int, dropout: float, last: bool) -> None:
 @pytest.mark.parametrize("last", [False, True])
 def test_shapes_on_the_meta_device(last: bool) -> None:
     """More elements than 32 bits count."""
-    weights = [t.to("meta") for t in inputs_of(Case(1, 1, 64, 2, 2048))[1:]]
+    weights = [t.to("meta") for t in LayerCase(1, 1, 64, 2, 2048).inputs()[1:]]
     x = torch.empty(2**20, 60, 64, device="meta", dtype=F64)
     found = encoder_layer(x, weights, heads=2, last_step=last)
     assert found.shape == ((2**20, 64) if last else (2**20, 60, 64))
@@ -49,7 +48,7 @@ def test_shapes_on_the_meta_device(last: bool) -> None:
 
 # ---------------------------------------------------------------- refusals
 def changed(which: int, tensor: Any) -> list[Any]:
-    weights: list[Any] = inputs_of(SMALL)[1:]
+    weights: list[Any] = SMALL.inputs()[1:]
     weights[which] = tensor
     return weights
 
@@ -91,7 +90,7 @@ def changed(which: int, tensor: Any) -> list[Any]:
     ],
 )
 def test_refusals(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    x, *weights = inputs_of(SMALL)
+    x, *weights = SMALL.inputs()
     with pytest.raises(error, match=f"encoder_layer: {message}"):
         encoder_layer(**{"x": x, "weights": weights, "heads": 2, **change})
     assert issubclass(error, ValueError)
@@ -100,7 +99,7 @@ def test_refusals(change: dict[str, Any], error: type[Exception], message: str) 
 @pytest.mark.skipif(not KERNELS, reason="plain torch has its own words")
 def test_the_raw_operators_refuse_what_would_read_beyond_their_memory() -> None:
     """Behind torch.compile nothing in Python has looked at the arguments."""
-    x, *weights = inputs_of(SMALL)
+    x, *weights = SMALL.inputs()
     forward, backward = torch.ops.qfast.encoder_layer, torch.ops.qfast.encoder_layer_backward
     rest = (2, 1e-5, 0.0, None, False)
     for given, match in (
@@ -133,10 +132,10 @@ def test_the_raw_operators_refuse_what_would_read_beyond_their_memory() -> None:
 
 @pytest.mark.parametrize("last", [False, True])
 def test_double_backward_is_refused_and_what_is_kept_has_no_gradient(last: bool) -> None:
-    case = Case(2, 3, 8, 2, 6, last)
-    x, *weights = [t.requires_grad_() for t in inputs_of(case)]
+    case = LayerCase(2, 3, 8, 2, 6, last)
+    x, *weights = [t.requires_grad_() for t in case.inputs()]
     raw = (x, weights, 2, 1e-5, 0.0, None, last)
-    for call in (lambda: operator(case, [x, *weights]), lambda: torch.ops.qfast.encoder_layer(*raw, True)[0]):
+    for call in (lambda: case.operator([x, *weights]), lambda: torch.ops.qfast.encoder_layer(*raw, True)[0]):
         (grad,) = torch.autograd.grad(call().square().sum(), x, create_graph=True)
         with pytest.raises((NotImplementedError, RuntimeError), match=r"encoder_layer: double backward .* Remedy"):
             grad.sum().backward()
@@ -148,33 +147,33 @@ def test_double_backward_is_refused_and_what_is_kept_has_no_gradient(last: bool)
 # ---------------------------------------------------------------- ordinary backward
 @pytest.mark.parametrize("last", [False, True])
 def test_frozen_parameters_and_data_without_gradient(last: bool, isa: str) -> None:
-    case = Case(7, 4, 12, 3, 9, last)
-    tensors = inputs_of(case)
-    whole = results(lambda t: operator(case, t), tensors)
+    case = LayerCase(7, 4, 12, 3, 9, last)
+    tensors = case.inputs()
+    whole = results(lambda t: case.operator(t), tensors)
     leaves = [t.detach().requires_grad_(i in (5, 6, 9)) for i, t in enumerate(tensors)]
-    out = operator(case, leaves)
+    out = case.operator(leaves)
     out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(F64))
     for i, leaf in enumerate(leaves):
         if i in (5, 6, 9):
-            assert relative(leaf.grad, whole[1 + i]) < 1e-13
+            assert relative_error(leaf.grad, whole[1 + i]) < 1e-13
         else:
             assert leaf.grad is None
 
 
 def test_backward_twice_over_one_graph_adds_up(isa: str) -> None:
-    leaves = [t.requires_grad_() for t in inputs_of(SMALL)]
-    total = operator(SMALL, leaves).square().sum()
+    leaves = [t.requires_grad_() for t in SMALL.inputs()]
+    total = SMALL.operator(leaves).square().sum()
     total.backward(retain_graph=True)
     once = [t.grad.clone() for t in leaves]
     total.backward()
-    assert all(relative(t.grad, 2 * first) < 1e-14 for t, first in zip(leaves, once, strict=True))
+    assert all(relative_error(t.grad, 2 * first) < 1e-14 for t, first in zip(leaves, once, strict=True))
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         total.backward()
 
 
 def test_weights_changed_in_place_before_the_backward_are_noticed() -> None:
-    leaves = [t.requires_grad_() for t in inputs_of(SMALL)]
-    total = operator(SMALL, leaves).sum()
+    leaves = [t.requires_grad_() for t in SMALL.inputs()]
+    total = SMALL.operator(leaves).sum()
     with torch.no_grad():
         leaves[5].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -184,16 +183,16 @@ def test_weights_changed_in_place_before_the_backward_are_noticed() -> None:
 # ---------------------------------------------------------------- torch's transforms
 @pytest.mark.parametrize("last", [False, True])
 def test_transforms_are_those_of_torchs_layer(last: bool) -> None:
-    case = Case(2, 3, 4, 2, 5, last)
-    x, *weights = inputs_of(case)
+    case = LayerCase(2, 3, 4, 2, 5, last)
+    x, *weights = case.inputs()
     along = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).double()
 
     def ours(x: Tensor) -> Tensor:
-        return operator(case, [x, *weights])
+        return case.operator([x, *weights])
 
     def theirs(x: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):  # the only one of torch's attentions with a second derivative
-            return definition(case, [x, *weights])
+            return case.reference([x, *weights])
 
     close = {"rtol": 1e-10, "atol": 1e-11}
     jacobian = torch.autograd.functional.jacobian(theirs, x)  # torch's layer has no forward mode of its own
@@ -218,11 +217,11 @@ def test_transforms_are_those_of_torchs_layer(last: bool) -> None:
 
 
 def test_an_ensemble_by_vmap_over_weights() -> None:
-    members = [inputs_of(SMALL, seed=i) for i in range(3)]
+    members = [SMALL.inputs(seed=i) for i in range(3)]
     x = members[0][0]
     stacked = [torch.stack(same) for same in zip(*(m[1:] for m in members), strict=True)]
-    found = torch.vmap(lambda *weights: operator(SMALL, [x, *weights]))(*stacked)
-    expected = torch.stack([definition(SMALL, [x, *m[1:]]) for m in members])
+    found = torch.vmap(lambda *weights: SMALL.operator([x, *weights]))(*stacked)
+    expected = torch.stack([SMALL.reference([x, *m[1:]]) for m in members])
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -236,12 +235,12 @@ def test_compiled_whole(dynamic: bool, last: bool) -> None:
         backend="aot_eager", fullgraph=True, dynamic=dynamic,
     )  # fmt: skip
     for batch in (6, 9):
-        case = Case(batch, 5, 8, 2, 10, last)
-        tensors = inputs_of(case)
-        exact = results(lambda t, case=case: operator(case, t), tensors)
-        assert apart(results(lambda t: compiled(*t), tensors), exact, 1e-13) == []
+        case = LayerCase(batch, 5, 8, 2, 10, last)
+        tensors = case.inputs()
+        exact = results(lambda t, case=case: case.operator(t), tensors)
+        assert errors_above(results(lambda t: compiled(*t), tensors), exact, 1e-13) == []
         with torch.no_grad():
-            assert relative(compiled(*tensors), exact[0]) < 1e-13
+            assert relative_error(compiled(*tensors), exact[0]) < 1e-13
     torch.compiler.reset()
 
 
@@ -252,18 +251,18 @@ def test_compiled_with_dropout() -> None:
         lambda x, *weights: encoder_layer(x, list(weights), heads=2, dropout=0.5, training=True),
         backend="aot_eager", fullgraph=True,
     )  # fmt: skip
-    tensors = inputs_of(SMALL)
+    tensors = SMALL.inputs()
     torch.manual_seed(2)
     first, second = compiled(*tensors), compiled(*tensors)
     assert not torch.equal(first, second)
     torch.manual_seed(2)
     assert torch.equal(compiled(*tensors), first)
     gradients = []
-    for of in (compiled, lambda *t: operator(SMALL, t, dropout=0.5, training=True)):
+    for of in (compiled, lambda *t: SMALL.operator(t, dropout=0.5, training=True)):
         torch.manual_seed(2)
         gradients.append(results(lambda t, of=of: of(*t), tensors))
-    assert relative(gradients[0][0], first) < 1e-13
-    assert apart(*gradients, 1e-12) == []
+    assert relative_error(gradients[0][0], first) < 1e-13
+    assert errors_above(*gradients, 1e-12) == []
     torch.compiler.reset()
 
 
@@ -288,24 +287,24 @@ def test_exported() -> None:
 # ---------------------------------------------------------------- other precisions
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
 def test_halves_are_computed_in_float32(half: torch.dtype) -> None:
-    case = Case(9, 6, 16, 2, 30)
-    tensors = inputs_of(case, half)
-    expected = operator(case, [t.float() for t in tensors]).to(half)
+    case = LayerCase(9, 6, 16, 2, 30)
+    tensors = case.inputs(half)
+    expected = case.operator([t.float() for t in tensors]).to(half)
     for given in (tensors, [tensors[0], *(t.float() for t in tensors[1:])]):
-        found = operator(case, given)
+        found = case.operator(given)
         assert found.dtype == half
         assert torch.equal(found, expected)
-    narrow, wide = (results(lambda t: operator(case, t), [t.to(d) for t in tensors]) for d in (half, F32))
+    narrow, wide = (results(lambda t: case.operator(t), [t.to(d) for t in tensors]) for d in (half, F32))
     assert all(part.dtype == half for part in narrow)
-    assert apart(narrow, wide, 3e-2 if half == torch.bfloat16 else 4e-3) == []
+    assert errors_above(narrow, wide, 3e-2 if half == torch.bfloat16 else 4e-3) == []
 
 
 def test_autocast_leaves_the_operator_in_float32() -> None:
-    case = Case(9, 6, 16, 2, 30)
-    tensors = inputs_of(case, F32)
-    expected = results(lambda t: operator(case, t), tensors)
+    case = LayerCase(9, 6, 16, 2, 30)
+    tensors = case.inputs(F32)
+    expected = results(lambda t: case.operator(t), tensors)
     with torch.autocast("cpu", torch.bfloat16):
-        found = results(lambda t: operator(case, t), tensors)
+        found = results(lambda t: case.operator(t), tensors)
     for ours, plain in zip(found, expected, strict=True):
         assert ours.dtype == F32
         assert torch.equal(ours, plain)

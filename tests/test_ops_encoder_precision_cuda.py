@@ -13,8 +13,8 @@ from torch import Tensor
 from qfast.ops import encoder_layer, feed_forward
 from qfast.precision import NAMES, using_precision
 from support.devices import DEVICE, long_on_host, needs_gpu, needs_kernels
-from support.encoder import F32, Block, Case, block_inputs, inputs_of
-from support.temporal_conv import relative
+from support.encoder import BlockCase, LayerCase
+from support.operator_case import F32, relative_error
 
 pytestmark = needs_kernels
 OPS = torch.ops.qfast
@@ -23,15 +23,15 @@ LIMITS = {"tf32": 2e-3, "bf16": 2e-2}  # of the relative norm
 
 # All forms: results in one or two 64s of columns, several tiles, several blocks a tile, rests of everything.
 BLOCKS = [
-    (Block((1,), 1, 1, 1), 0.0),
-    (Block((3,), 7, 33, 5), 0.3),
-    (Block((70,), 64, 100, 64), 0.3),
-    (Block((131,), 10, 64, 70), 0.2),
-    (Block((300,), 16, 300, 8), 0.0),
-    (Block((65,), 128, 70, 128), 0.3),
-    (Block((40,), 33, 257, 65), 0.0),
-    pytest.param(Block((5000,), 64, 2048, 64), 0.1, marks=long_on_host),
-    (Block((13,), 130, 40, 200), 0.4),  # too wide for these forms
+    (BlockCase((1,), 1, 1, 1), 0.0),
+    (BlockCase((3,), 7, 33, 5), 0.3),
+    (BlockCase((70,), 64, 100, 64), 0.3),
+    (BlockCase((131,), 10, 64, 70), 0.2),
+    (BlockCase((300,), 16, 300, 8), 0.0),
+    (BlockCase((65,), 128, 70, 128), 0.3),
+    (BlockCase((40,), 33, 257, 65), 0.0),
+    pytest.param(BlockCase((5000,), 64, 2048, 64), 0.1, marks=long_on_host),
+    (BlockCase((13,), 130, 40, 200), 0.4),  # too wide for these forms
 ]
 
 
@@ -39,9 +39,9 @@ def seed_for(dropout: float) -> Tensor | None:
     return torch.tensor([12345], device=DEVICE) if dropout else None
 
 
-def away_from_zero(case: Block) -> list[Tensor]:
+def away_from_zero(case: BlockCase) -> list[Tensor]:
     """x, parameters and a gradient in float64, of float32 values; half of the hidden values are well below zero."""
-    x, w1, b1, w2, b2 = (part.double().to(DEVICE) for part in block_inputs(case, F32))
+    x, w1, b1, w2, b2 = (part.double().to(DEVICE) for part in case.inputs(F32))
     largest = (x @ w1.t()).abs().max() if len(x) else x.new_ones(())
     b1 = torch.where(torch.arange(len(b1), device=DEVICE) % 3 == 1, -1.0, 1.0) * (1.5 * largest + b1.abs())
     grad = torch.randn(len(x), case.out, generator=torch.Generator().manual_seed(9)).double().to(DEVICE)
@@ -56,11 +56,11 @@ def both_ways(tensors: list[Tensor], dropout: float, name: str = "ieee") -> list
 
 
 def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
-    return [relative(ours.cpu(), true.cpu()) for ours, true in zip(found, exact, strict=True)]
+    return [relative_error(ours.cpu(), true.cpu()) for ours, true in zip(found, exact, strict=True)]
 
 
 @pytest.mark.parametrize(("case", "dropout"), BLOCKS, ids=str)
-def test_errors_of_the_block(case: Block, dropout: float) -> None:
+def test_errors_of_the_block(case: BlockCase, dropout: float) -> None:
     exact = away_from_zero(case)
     narrow = [part.float() for part in exact]
     true, plain = both_ways(exact, dropout), both_ways(narrow, dropout)
@@ -73,13 +73,13 @@ def test_errors_of_the_block(case: Block, dropout: float) -> None:
 @needs_gpu  # host code is given no precision by the networks' side
 @pytest.mark.parametrize("last", [False, True])
 def test_errors_of_a_layer(last: bool) -> None:
-    case = Case(50, 9, 64, 2, 300, last)
-    x, *weights = (part.to(DEVICE) for part in inputs_of(case, F32))
+    case = LayerCase(50, 9, 64, 2, 300, last)
+    x, *weights = (part.to(DEVICE) for part in case.inputs(F32))
     true = encoder_layer(x.double(), [part.double() for part in weights], heads=2, last_step=last)
 
     def error(name: str) -> float:
         with using_precision(name):
-            return relative(encoder_layer(x, weights, heads=2, last_step=last).cpu(), true.cpu())
+            return relative_error(encoder_layer(x, weights, heads=2, last_step=last).cpu(), true.cpu())
 
     assert error("3xtf32") <= max(2 * error("ieee"), 5e-7)
     for name, limit in LIMITS.items():
@@ -90,7 +90,7 @@ def test_errors_of_a_layer(last: bool) -> None:
 @pytest.mark.parametrize("dropout", [1e-9, 0.4, 1.0])
 def test_dropout_takes_the_same_hidden_values(name: str, dropout: float) -> None:
     rows, hidden = 300, 70
-    x, w1, _, _, _ = (part.to(DEVICE) for part in block_inputs(Block((rows,), 20, hidden, 3), F32))
+    x, w1, _, _, _ = (part.to(DEVICE) for part in BlockCase((rows,), 20, hidden, 3).inputs(F32))
     given = x, w1, torch.full((hidden,), 99.0, device=DEVICE), torch.eye(hidden, device=DEVICE), x.new_zeros(hidden)
     ours, theirs = (OPS.feed_forward(*given, dropout, seed_for(dropout), NAMES.index(n)) != 0 for n in (name, "ieee"))
     assert torch.equal(ours, theirs)
@@ -98,7 +98,7 @@ def test_dropout_takes_the_same_hidden_values(name: str, dropout: float) -> None
 
 @pytest.mark.parametrize("name", FAST)
 def test_the_same_bits_come_again(name: str) -> None:
-    for case in (Block((9000,), 64, 512, 64), Block((70,), 20, 2048, 100)):
+    for case in (BlockCase((9000,), 64, 512, 64), BlockCase((70,), 20, 2048, 100)):
         tensors = [part.float() for part in away_from_zero(case)]
         first = both_ways(tensors, 0.2, name)
         for _ in range(3):
@@ -108,7 +108,7 @@ def test_the_same_bits_come_again(name: str) -> None:
 @pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_stays_in_its_row(name: str, value: float) -> None:
-    tensors = [part.float() for part in away_from_zero(Block((150,), 20, 70, 33))]
+    tensors = [part.float() for part in away_from_zero(BlockCase((150,), 20, 70, 33))]
     clean = both_ways(tensors, 0.2, name)
     tensors[0][37, 3] = value
     found = both_ways(tensors, 0.2, name)
@@ -122,7 +122,7 @@ def test_what_is_not_finite_stays_in_its_row(name: str, value: float) -> None:
 
 @pytest.mark.parametrize("name", FAST)
 def test_rows_do_not_depend_on_their_tile(name: str) -> None:
-    x, *weights, _ = (part.float() for part in away_from_zero(Block((300,), 20, 90, 33)))
+    x, *weights, _ = (part.float() for part in away_from_zero(BlockCase((300,), 20, 90, 33)))
     number = NAMES.index(name)
     whole = OPS.feed_forward(x, *weights, 0.0, None, number)
     for first, last in ((0, 1), (0, 129), (64, 300), (77, 109)):
@@ -131,7 +131,7 @@ def test_rows_do_not_depend_on_their_tile(name: str) -> None:
 
 @needs_gpu  # host code is given no precision by the networks' side
 def test_the_backward_has_the_precision_of_its_forward() -> None:
-    x, *weights, grad = (part.float() for part in away_from_zero(Block((150,), 20, 70, 33)))
+    x, *weights, grad = (part.float() for part in away_from_zero(BlockCase((150,), 20, 70, 33)))
     leaves = [part.requires_grad_() for part in (x, *weights)]
     with using_precision("bf16"):
         out = feed_forward(*leaves)
@@ -144,7 +144,7 @@ def test_the_backward_has_the_precision_of_its_forward() -> None:
 @needs_gpu
 @pytest.mark.parametrize("name", FAST)
 def test_a_cuda_graph_captures_it(name: str) -> None:
-    tensors = [part.float() for part in away_from_zero(Block((150,), 20, 70, 33))]
+    tensors = [part.float() for part in away_from_zero(BlockCase((150,), 20, 70, 33))]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -161,7 +161,7 @@ def test_a_cuda_graph_captures_it(name: str) -> None:
 
 
 def test_float64_has_no_choice_and_other_numbers_are_refused() -> None:
-    tensors = away_from_zero(Block((37,), 20, 70, 9))
+    tensors = away_from_zero(BlockCase((37,), 20, 70, 9))
     assert all(torch.equal(a, b) for a, b in zip(both_ways(tensors, 0.0, "bf16"), both_ways(tensors, 0.0), strict=True))
     for number in (-1, 4):
         with pytest.raises(ValueError, match=r"feed_forward: precision: expected 0 \(ieee\)"):

@@ -15,35 +15,8 @@ from torch import Tensor
 from qfast.errors import ConfigError, DataError
 from qfast.ops import feed_forward
 from qfast.ops.feed_forward import self_test
-from support.encoder import (
-    F32,
-    F64,
-    KERNELS,
-    Block,
-    block_inputs,
-    block_of_masks,
-    block_operator,
-    exact_block,
-    plain_block,
-    results,
-)
-from support.recurrent import LAYOUTS, apart
-from support.temporal_conv import relative
-
-BLOCKS = [
-    Block((0,), 5, 7, 3),
-    Block((3, 0), 5, 7, 3),
-    Block((), 5, 7, 3),
-    Block((1,), 1, 1, 1),
-    *(Block((n,), 16, 64, 16) for n in (1, 2, 3, 5, 7, 13, 23, 24, 25, 100, 481)),
-    *(Block((9,), d, 40, o) for d, o in ((8, 8), (10, 3), (24, 1), (36, 36), (64, 64), (72, 5), (128, 17), (512, 512))),
-    *(Block((11,), 20, m, 20) for m in (1, 7, 63, 64, 65, 100, 256, 2048)),
-    Block((5, 7), 12, 33, 6),
-    Block((2, 3, 4), 12, 33, 6),
-    Block((30, 20), 64, 2048, 64),
-    *(Block((14, 6), 12, 33, 9, layout) for layout in LAYOUTS if layout != "plain"),
-]
-BY_NAME = {block.name: block for block in BLOCKS}
+from support.encoder import BLOCK_CASES, KERNELS, BlockCase, block_of_masks
+from support.operator_case import F32, F64, errors_above, exact_results, relative_error, results
 
 
 def seeded(tensors: list[Tensor], dropout: float, seed: int) -> list[Tensor]:
@@ -57,16 +30,15 @@ def seeded(tensors: list[Tensor], dropout: float, seed: int) -> list[Tensor]:
 
 
 # ---------------------------------------------------------------- values and gradients
-@pytest.mark.parametrize("name", BY_NAME)
-def test_values_and_gradients_are_those_of_torchs_layers(name: str, isa: str) -> None:
+@pytest.mark.parametrize("case", BLOCK_CASES, ids=lambda case: case.name)
+def test_values_and_gradients_are_those_of_torchs_layers(case: BlockCase, isa: str) -> None:
     """float64 to 1e-12; float32 to 2e-5, and within 2 (gradients 3) times torch's own float32 error."""
-    block = BY_NAME[name]
-    exact, of_torch = exact_block(block)
-    assert apart(results(block_operator, block_inputs(block)), exact, 1e-12) == []
-    narrow = results(block_operator, block_inputs(block, F32))
+    exact, of_torch = exact_results(case)
+    assert errors_above(results(case.operator, case.inputs()), exact, 1e-12) == []
+    narrow = results(case.operator, case.inputs(F32))
     for i, (found, true, plain) in enumerate(zip(narrow, exact, of_torch, strict=True)):
         limit = max(2 * plain, 5e-7) if i == 0 else max(3 * plain, 1e-6)
-        assert relative(found, true) <= min(limit, 2e-5), (i, relative(found, true), plain)
+        assert relative_error(found, true) <= min(limit, 2e-5), (i, relative_error(found, true), plain)
 
 
 @settings(deadline=None, max_examples=40)
@@ -75,31 +47,34 @@ def test_values_and_gradients_are_those_of_torchs_layers(name: str, isa: str) ->
     sizes=st.tuples(st.integers(1, 70), st.integers(1, 300), st.integers(1, 70)),
 )
 def test_any_shape(lead: list[int], sizes: tuple[int, int, int]) -> None:
-    tensors = block_inputs(Block(tuple(lead), *sizes))
-    assert apart(results(block_operator, tensors), results(plain_block, tensors), 1e-12) == []
+    case = BlockCase(tuple(lead), *sizes)
+    tensors = case.inputs()
+    assert errors_above(results(case.operator, tensors), results(case.reference, tensors), 1e-12) == []
 
 
 def test_gradients_by_finite_differences(isa: str) -> None:
-    leaves = [t.requires_grad_() for t in block_inputs(Block((3, 2), 3, 5, 2))]
+    leaves = [t.requires_grad_() for t in BlockCase((3, 2), 3, 5, 2).inputs()]
     assert torch.autograd.gradcheck(feed_forward, leaves)
 
 
 def test_gradients_of_any_part_alone(isa: str) -> None:
-    tensors = block_inputs(Block((9, 2), 12, 33, 5))
+    case = BlockCase((9, 2), 12, 33, 5)
+    tensors = case.inputs()
     grad = torch.randn(9, 2, 5, generator=torch.Generator().manual_seed(9)).double()
-    for which, expected in enumerate(results(block_operator, tensors)[1:]):
+    for which, expected in enumerate(results(case.operator, tensors)[1:]):
         leaves = [t.detach() for t in tensors]
         leaves[which].requires_grad_()
         feed_forward(*leaves).backward(grad)
-        assert relative(leaves[which].grad, expected) < 1e-13
+        assert relative_error(leaves[which].grad, expected) < 1e-13
 
 
 def test_parameters_and_incoming_gradients_of_any_strides(isa: str) -> None:
-    tensors = block_inputs(Block((9, 4), 12, 33, 6))
+    case = BlockCase((9, 4), 12, 33, 6)
+    tensors = case.inputs()
     odd = [t.t().contiguous().t() if t.dim() == 2 else torch.stack((t, t), 1)[:, 0] for t in tensors[1:]]
     for view in (lambda out: out.transpose(0, 1), lambda out: out[..., ::2], lambda out: out[:, :1].expand(9, 3, 6)):
         found = results(lambda t, view=view: view(feed_forward(*t)), [tensors[0], *odd])
-        assert apart(found, results(lambda t, view=view: view(plain_block(t)), tensors), 1e-12) == []
+        assert errors_above(found, results(lambda t, view=view: view(case.reference(t)), tensors), 1e-12) == []
 
 
 def test_kernels_agree_with_plain_torch(isa: str) -> None:
@@ -107,20 +82,21 @@ def test_kernels_agree_with_plain_torch(isa: str) -> None:
 
 
 def test_data_that_wants_no_gradient_gets_none(isa: str) -> None:
-    tensors = block_inputs(Block((9,), 12, 33, 5))
+    case = BlockCase((9,), 12, 33, 5)
+    tensors = case.inputs()
     grad = torch.ones(9, 5, dtype=F64)
     whole, without = (
         torch.ops.qfast.feed_forward_backward(grad, *tensors[:4], 0.0, None, wanted) for wanted in (True, False)
     )
     assert without[0].shape == (0, 12)
-    assert apart(without[1:], whole[1:], 1e-13) == []
+    assert errors_above(without[1:], whole[1:], 1e-13) == []
 
 
 # ---------------------------------------------------------------- the same bits
 @pytest.mark.skipif(not KERNELS, reason="plain torch promises no bits")
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 def test_the_same_bits_again_and_for_any_number_of_threads(dtype: torch.dtype, isa: str) -> None:
-    before, tensors, runs = torch.get_num_threads(), block_inputs(Block((1500,), 20, 150, 9), dtype), []
+    before, tensors, runs = torch.get_num_threads(), BlockCase((1500,), 20, 150, 9).inputs(dtype), []
     try:
         for threads in (1, 1, 2, 3, 2):
             torch.set_num_threads(threads)
@@ -135,11 +111,12 @@ def test_the_same_bits_again_and_for_any_number_of_threads(dtype: torch.dtype, i
 # ---------------------------------------------------------------- numbers at the ends
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_spreads_as_in_torch_and_stays_in_its_row(value: float, isa: str) -> None:
-    tensors = block_inputs(Block((60,), 12, 33, 6), F32)
-    clean = results(block_operator, tensors)
+    case = BlockCase((60,), 12, 33, 6)
+    tensors = case.inputs(F32)
+    clean = results(case.operator, tensors)
     tensors[0][7, 3] = value
-    found, others = results(block_operator, tensors), torch.arange(60) != 7
-    torch.testing.assert_close(found[0], plain_block(tensors), equal_nan=True, rtol=1e-4, atol=1e-5)
+    found, others = results(case.operator, tensors), torch.arange(60) != 7
+    torch.testing.assert_close(found[0], case.reference(tensors), equal_nan=True, rtol=1e-4, atol=1e-5)
     assert not torch.isfinite(found[0][7]).any()
     for ours, before in zip(found[:2], clean[:2], strict=True):
         if KERNELS:
@@ -148,9 +125,10 @@ def test_what_is_not_finite_spreads_as_in_torch_and_stays_in_its_row(value: floa
 
 
 def test_nan_hidden_values_and_their_gradients_pass_as_in_torch(isa: str) -> None:
-    tensors = block_inputs(Block((5,), 8, 6, 4))
+    case = BlockCase((5,), 8, 6, 4)
+    tensors = case.inputs()
     tensors[2][2] = torch.nan
-    found, exact = results(block_operator, tensors), results(plain_block, tensors)
+    found, exact = results(case.operator, tensors), results(case.reference, tensors)
     for ours, plain in zip(found, exact, strict=True):
         torch.testing.assert_close(ours, plain, equal_nan=True, rtol=1e-12, atol=1e-12)
 
@@ -158,7 +136,7 @@ def test_nan_hidden_values_and_their_gradients_pass_as_in_torch(isa: str) -> Non
 def test_a_hidden_value_of_exactly_zero_passes_no_gradient(isa: str) -> None:
     x, weight, ones = torch.ones(3, 4, dtype=F64), torch.zeros(5, 4, dtype=F64), torch.ones(2, 5, dtype=F64)
     tensors = [x, weight, torch.zeros(5, dtype=F64), ones, torch.zeros(2, dtype=F64)]
-    _, of_x, of_in, of_bias, of_out, of_shift = results(block_operator, tensors)
+    _, of_x, of_in, of_bias, of_out, of_shift = results(BlockCase((3,), 4, 5, 2).operator, tensors)
     assert not any(part.any() for part in (of_x, of_in, of_bias, of_out))
     assert of_shift.any()
 
@@ -167,20 +145,24 @@ def test_a_hidden_value_of_exactly_zero_passes_no_gradient(isa: str) -> None:
 @pytest.mark.parametrize("dropout", [1e-9, 0.1, 0.5, 0.9, 1.0])
 def test_the_mask_is_that_of_the_definition(dropout: float, isa: str) -> None:
     """Word n % 4 of the counter (unit, 0, 1, n // 4): forward and backward, in float64."""
-    for block, seed in ((Block((1,), 4, 5, 2), 0), (Block((3, 2), 7, 17, 3), -1), (Block((131,), 6, 99, 8), 2**63 - 1),
-                        (Block((26,), 3, 2048, 3), -(2**61) + 12345)):  # fmt: skip
-        tensors = block_inputs(block)
+    for case, seed in (
+        (BlockCase((1,), 4, 5, 2), 0),
+        (BlockCase((3, 2), 7, 17, 3), -1),
+        (BlockCase((131,), 6, 99, 8), 2**63 - 1),
+        (BlockCase((26,), 3, 2048, 3), -(2**61) + 12345),
+    ):
+        tensors = case.inputs()
         exact = results(lambda t, seed=seed: block_of_masks(t, dropout, seed), tensors)
-        assert apart(seeded(tensors, dropout, seed), exact, 1e-12) == []
+        assert errors_above(seeded(tensors, dropout, seed), exact, 1e-12) == []
 
 
 def test_float32_drops_the_same_and_whatever_the_other_rows(isa: str) -> None:
-    block = Block((600,), 12, 70, 6)
-    wide, narrow = (seeded(block_inputs(block, dtype), 0.3, 7) for dtype in (F64, F32))
-    assert apart(narrow, wide, 1e-5) == []
-    x, *others = block_inputs(block)
+    case = BlockCase((600,), 12, 70, 6)
+    wide, narrow = (seeded(case.inputs(dtype), 0.3, 7) for dtype in (F64, F32))
+    assert errors_above(narrow, wide, 1e-5) == []
+    x, *others = case.inputs()
     for rows in (1, 5, 481):
-        assert relative(seeded([x[:rows], *others], 0.3, 7)[0], wide[0][:rows]) < 1e-13
+        assert relative_error(seeded([x[:rows], *others], 0.3, 7)[0], wide[0][:rows]) < 1e-13
 
 
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.8])
@@ -198,7 +180,8 @@ def test_rate_and_scale(p: float, isa: str) -> None:
 
 
 def test_dropout_follows_the_generator_and_training(isa: str) -> None:
-    tensors = block_inputs(Block((8, 3), 12, 70, 6))
+    case = BlockCase((8, 3), 12, 70, 6)
+    tensors = case.inputs()
     state = torch.get_rng_state()
     assert torch.equal(feed_forward(*tensors, dropout=0.5), feed_forward(*tensors))
     assert torch.equal(feed_forward(*tensors, dropout=0.0, training=True), feed_forward(*tensors))
@@ -208,7 +191,7 @@ def test_dropout_follows_the_generator_and_training(isa: str) -> None:
     assert not torch.equal(first, second)
     torch.manual_seed(4)
     wanted = feed_forward(*[t.detach().requires_grad_() for t in tensors], dropout=0.5, training=True)
-    assert relative(wanted.detach(), first) < 1e-13
+    assert relative_error(wanted.detach(), first) < 1e-13
     everything = feed_forward(*tensors, dropout=1.0, training=True)
     assert torch.equal(everything, tensors[4].expand(8, 3, 6))
 
@@ -218,14 +201,14 @@ def test_gradients_by_finite_differences_under_one_mask(isa: str) -> None:
         torch.manual_seed(3)
         return feed_forward(*given, dropout=0.4, training=True)
 
-    assert torch.autograd.gradcheck(dropped, [t.requires_grad_() for t in block_inputs(Block((5,), 3, 7, 2))])
+    assert torch.autograd.gradcheck(dropped, [t.requires_grad_() for t in BlockCase((5,), 3, 7, 2).inputs()])
 
 
 # ---------------------------------------------------------------- torch around it
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("rows", [0, 5])
 def test_opcheck(rows: int, dropout: float) -> None:
-    leaves = [t.requires_grad_() for t in block_inputs(Block((rows,), 4, 6, 3))]
+    leaves = [t.requires_grad_() for t in BlockCase((rows,), 4, 6, 3).inputs()]
     seed = torch.tensor([7]) if dropout else None
     torch.library.opcheck(torch.ops.qfast.feed_forward, (*leaves, dropout, seed))
     plain = [t.detach() for t in leaves[:4]]
@@ -235,21 +218,22 @@ def test_opcheck(rows: int, dropout: float) -> None:
 
 
 def test_double_backward_is_refused_by_name() -> None:
-    leaves = [t.requires_grad_() for t in block_inputs(Block((3,), 4, 5, 2))]
+    leaves = [t.requires_grad_() for t in BlockCase((3,), 4, 5, 2).inputs()]
     (first,) = torch.autograd.grad(feed_forward(*leaves).square().sum(), leaves[0], create_graph=True)
     with pytest.raises(NotImplementedError, match=r"feed_forward: double backward is not supported.*torch\.func\.grad"):
         first.sum().backward()
 
 
 def test_transforms_and_forward_mode() -> None:
-    x, *others = block_inputs(Block((3, 2), 4, 7, 2))
+    case = BlockCase((3, 2), 4, 7, 2)
+    x, *others = case.inputs()
     along = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).double()
 
     def ours(x: Tensor) -> Tensor:
         return feed_forward(x, *others).square().sum()
 
     def plain(x: Tensor) -> Tensor:
-        return plain_block([x, *others]).square().sum()
+        return case.reference([x, *others]).square().sum()
 
     torch.testing.assert_close(torch.func.grad(ours)(x), torch.func.grad(plain)(x))
     torch.testing.assert_close(torch.func.hessian(ours)(x), torch.func.hessian(plain)(x))
@@ -266,9 +250,10 @@ def test_compiled(dynamic: bool) -> None:
     torch.compiler.reset()
     compiled = torch.compile(feed_forward, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for rows in (5, 6):
-        tensors = block_inputs(Block((rows, 2), 4, 6, 3))
+        case = BlockCase((rows, 2), 4, 6, 3)
+        tensors = case.inputs()
         found = results(lambda t: compiled(*t), tensors)
-        assert apart(found, results(block_operator, tensors), 1e-13) == []
+        assert errors_above(found, results(case.operator, tensors), 1e-13) == []
     torch.compiler.reset()
 
 
@@ -277,23 +262,26 @@ def test_exported() -> None:
         def forward(self, *given: Tensor) -> Tensor:
             return feed_forward(*given)
 
-    tensors = block_inputs(Block((5, 2), 4, 6, 3))
+    case = BlockCase((5, 2), 4, 6, 3)
+    tensors = case.inputs()
     program = torch.export.export(Network(), tuple(tensors))
     assert "qfast.feed_forward" in str(program.graph)
-    assert relative(program.module()(*tensors), feed_forward(*tensors)) < 1e-13
+    assert relative_error(program.module()(*tensors), feed_forward(*tensors)) < 1e-13
 
 
 def test_autocast_leaves_float32_alone() -> None:
-    tensors = block_inputs(Block((5,), 12, 33, 6), F32)
-    expected = results(block_operator, tensors)
+    case = BlockCase((5,), 12, 33, 6)
+    tensors = case.inputs(F32)
+    expected = results(case.operator, tensors)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = results(block_operator, tensors)
+        found = results(case.operator, tensors)
     assert all(torch.equal(ours, plain) for ours, plain in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
 def test_halves_are_computed_in_float32(half: torch.dtype) -> None:
-    tensors = block_inputs(Block((5, 3), 12, 33, 6), half)
+    case = BlockCase((5, 3), 12, 33, 6)
+    tensors = case.inputs(half)
     expected = feed_forward(*(t.float() for t in tensors)).to(half)
     for parts in (tensors, [tensors[0], *(t.float() for t in tensors[1:])]):
         found = feed_forward(*parts)
@@ -302,7 +290,7 @@ def test_halves_are_computed_in_float32(half: torch.dtype) -> None:
 
 
 def test_meta_tensors_have_shapes() -> None:
-    weights = [t.to("meta") for t in block_inputs(Block((1,), 64, 2048, 3))[1:]]
+    weights = [t.to("meta") for t in BlockCase((1,), 64, 2048, 3).inputs()[1:]]
     x = torch.empty(2**16, 2**16, 64, device="meta", dtype=F64)  # more rows than 32 bits count
     assert feed_forward(x, *weights).shape == (2**16, 2**16, 3)
 
@@ -346,7 +334,7 @@ def test_refusals(change: dict[str, Any], error: type[Exception], message: str) 
 
 @pytest.mark.skipif(not KERNELS, reason="the checks of the kernels themselves")
 def test_the_kernels_refuse_what_would_read_beyond_their_memory() -> None:
-    x, w1, b1, w2, b2 = block_inputs(Block((3,), 4, 6, 2))
+    x, w1, b1, w2, b2 = BlockCase((3,), 4, 6, 2).inputs()
     forward, backward = torch.ops.qfast.feed_forward, torch.ops.qfast.feed_forward_backward
     for arguments, message in (
         ((x, w1[:, :3], b1, w2, b2, 0.0, None), r"weight_in: expected .*6, 4"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import pytest
@@ -10,97 +11,91 @@ from torch import Tensor
 
 from qfast.ops.philox import draw_seed, dropout_mask
 from qfast.ops.recurrent import _Function
-from support.recurrent import (
-    CELLS,
-    F32,
-    NAMES,
-    NATIVE,
-    Case,
-    Inputs,
-    apart,
-    definition,
-    inputs_of,
-    operator,
-    raw,
-    results,
-)
-from support.temporal_conv import mask, relative
+from support.operator_case import F32, errors_above, relative_error, results
+from support.recurrent import CELLS, NAMES, NATIVE, RecurrentCase
+from support.tensors import philox_mask
 
 SEEDS = [0, 1, -1, 2**31, 2**32, 2**63 - 1, -(2**63), 0x9E3779B97F4A7C15 - 2**64]
 
 
-def seeded(name: str, given: Inputs, dropout: float, seed: int, all_steps: bool = False) -> list[Tensor]:
+def seeded(
+    case: RecurrentCase, tensors: Sequence[Tensor], dropout: float, seed: int, all_steps: bool | None = None
+) -> list[Tensor]:
     """The operator with a given seed in place of one drawn from torch's generator."""
     number = torch.tensor([seed])
     if torch.is_grad_enabled():
-        tensors = (*given.state, *given.weights)
-        return list(_Function.apply(CELLS[name], len(given.state), dropout, number, all_steps, given.x, *tensors))
-    out = getattr(torch.ops.qfast, name)(*raw(name, given, dropout, number, all_steps), False)
-    return list(out[: 1 + len(CELLS[name].state_names)])
+        x, *others = tensors
+        n_states, all_steps = case.split(tensors).n_states, case.all_steps if all_steps is None else all_steps
+        return list(_Function.apply(CELLS[case.cell], n_states, dropout, number, all_steps, x, *others))
+    out = getattr(torch.ops.qfast, case.cell)(*case.raw(tensors, dropout, number, all_steps), False)
+    return list(out[: case.n_outputs])
 
 
 # ---------------------------------------------------------------- the mask is the one that is defined
 @pytest.mark.parametrize("dropout", [1e-9, 0.1, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_mask_is_that_of_the_definition(name: str, dropout: float, isa: str) -> None:
+def test_the_mask_is_that_of_the_reference(name: str, dropout: float, isa: str) -> None:
     """Word b % 4 of the counter (unit, step, layer, b // 4): forward and backward, in float64."""
     cases = [
-        Case(1, 4, 3, 5, 2),
-        Case(3, 5, 3, 17, 3, True, True),
-        Case(5, 3, 4, 64, 2, True),
-        Case(26, 7, 3, 9, 4),
-        Case(131, 3, 3, 33, 2, False, True),
+        RecurrentCase(name, 1, 4, 3, 5, 2),
+        RecurrentCase(name, 3, 5, 3, 17, 3, True, True),
+        RecurrentCase(name, 5, 3, 4, 64, 2, True),
+        RecurrentCase(name, 26, 7, 3, 9, 4),
+        RecurrentCase(name, 131, 3, 3, 33, 2, False, True),
     ]
     for number, case in enumerate(cases):
-        given, seed = inputs_of(name, case), SEEDS[number]
-        found = results(partial(seeded, name, dropout=dropout, seed=seed, all_steps=case.all_steps), given)
-        exact = results(partial(definition, name, dropout=dropout, seed=seed, all_steps=case.all_steps), given)
-        assert apart(found, exact, 1e-12) == []
+        given, seed = case.inputs(), SEEDS[number]
+        found = results(partial(seeded, case, dropout=dropout, seed=seed, all_steps=case.all_steps), given)
+        exact = results(partial(case.reference, dropout=dropout, seed=seed, all_steps=case.all_steps), given)
+        assert errors_above(found, exact, 1e-12) == []
         with torch.no_grad():
-            bare = seeded(name, given, dropout, seed, case.all_steps)
-        assert apart(bare, exact[: len(bare)], 1e-12) == []
+            bare = seeded(case, given, dropout, seed, case.all_steps)
+        assert errors_above(bare, exact[: len(bare)], 1e-12) == []
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_all_64_bits_of_the_seed_count(name: str, seed: int, isa: str) -> None:
-    given = inputs_of(name, Case(9, 5, 3, 12, 2, True))
-    found = seeded(name, given, 0.4, seed, True)[0]
-    assert relative(found, definition(name, given, dropout=0.4, seed=seed, all_steps=True)[0]) < 1e-13
+    case = RecurrentCase(name, 9, 5, 3, 12, 2, True)
+    given = case.inputs()
+    found = seeded(case, given, 0.4, seed, True)[0]
+    assert relative_error(found, case.reference(given, dropout=0.4, seed=seed, all_steps=True)[0]) < 1e-13
     for other in {seed ^ 1, (seed ^ 1 << 62)} - {seed}:
-        assert relative(seeded(name, given, 0.4, other, True)[0], found) > 0.01
+        assert relative_error(seeded(case, given, 0.4, other, True)[0], found) > 0.01
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_float32_drops_the_same_elements(name: str, isa: str) -> None:
-    case = Case(30, 6, 4, 20, 3)
-    found = seeded(name, inputs_of(name, case, F32), 0.3, 7)
-    assert apart(found, seeded(name, inputs_of(name, case), 0.3, 7), 1e-6) == []
+    case = RecurrentCase(name, 30, 6, 4, 20, 3)
+    found = seeded(case, case.inputs(F32), 0.3, 7)
+    assert errors_above(found, seeded(case, case.inputs(), 0.3, 7), 1e-6) == []
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 24, 25, 97])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_row_is_dropped_by_its_number_whatever_the_others(name: str, rows: int, isa: str) -> None:
     """However the batch is cut into tiles: the first rows of a batch are those of a shorter one."""
-    whole = inputs_of(name, Case(200, 4, 4, 16, 2))
-    all_rows = seeded(name, whole, 0.5, 11)[0]
-    assert relative(seeded(name, Inputs(whole.x[:rows], whole.weights, []), 0.5, 11)[0], all_rows[:rows]) < 1e-13
-    moved = seeded(name, Inputs(whole.x[7 : 7 + rows], whole.weights, []), 0.5, 11)[0]
-    assert relative(moved, all_rows[7 : 7 + rows]) > 0.01
+    case = RecurrentCase(name, 200, 4, 4, 16, 2)
+    whole = case.inputs()
+    all_rows = seeded(case, whole, 0.5, 11)[0]
+    assert relative_error(seeded(case, [whole.x[:rows], *whole.weights], 0.5, 11)[0], all_rows[:rows]) < 1e-13
+    moved = seeded(case, [whole.x[7 : 7 + rows], *whole.weights], 0.5, 11)[0]
+    assert relative_error(moved, all_rows[7 : 7 + rows]) > 0.01
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_windows_of_consecutive_rows_each_have_their_own_mask(name: str, isa: str) -> None:
-    given = inputs_of(name, Case(60, 9, 4, 9, 2, layout="windows"))
+    case = RecurrentCase(name, 60, 9, 4, 9, 2, layout="windows")
+    given = case.inputs()
     with torch.no_grad():
-        assert apart(seeded(name, given, 0.5, 3), definition(name, given, dropout=0.5, seed=3), 1e-13) == []
+        assert errors_above(seeded(case, given, 0.5, 3), case.reference(given, dropout=0.5, seed=3), 1e-13) == []
 
 
 # ---------------------------------------------------------------- it is random
 def test_the_plain_form_draws_the_same_mask() -> None:
     for batch, steps, hidden, layer, p in ((5, 3, 7, 0, 0.3), (16, 1, 1, 2, 0.9), (1, 9, 20, 1, 1.0)):
         like = torch.zeros(batch, steps, hidden, dtype=torch.float64)
-        drawn = mask(17, batch, hidden, steps, layer, p).transpose(1, 2)
+        drawn = philox_mask(17, batch, hidden, steps, layer, p).transpose(1, 2)
         assert torch.equal(dropout_mask(like, layer, p, torch.tensor([17])), drawn)
 
 
@@ -114,9 +109,9 @@ def test_rate_and_scale_of_the_operator(p: float, isa: str) -> None:
     level[2 * hidden : 3 * hidden] = 0.5  # the first layer's h is the same everywhere
     second = torch.cat([zero[: 2 * hidden], eye, zero[:hidden]])
     weights = [zero[:, :1], zero, level, zero[:, 0], second, zero, shut, zero[:, 0]]
-    given = Inputs(torch.zeros(batch, steps, 1), [w.clone() for w in weights], [])
+    case = RecurrentCase("lstm", batch, steps, 1, hidden, 2, all_steps=True)
     with torch.no_grad():
-        found = seeded("lstm", given, p, 17, True)[0]
+        found = seeded(case, [torch.zeros(batch, steps, 1), *(w.clone() for w in weights)], p, 17)[0]
     kept = found != 0
     h = torch.tensor(0.5).tanh().tanh()
     torch.testing.assert_close(found[kept], (h / (1 - p)).tanh().tanh().expand(int(kept.sum())))
@@ -127,29 +122,33 @@ def test_rate_and_scale_of_the_operator(p: float, isa: str) -> None:
 # ---------------------------------------------------------------- torch's generator
 @pytest.mark.parametrize("name", NAMES)
 def test_manual_seed_makes_it_repeat(name: str, isa: str) -> None:
-    given = inputs_of(name, Case(20, 5, 4, 16, 2))
+    case = RecurrentCase(name, 20, 5, 4, 16, 2)
+    given = case.inputs()
     torch.manual_seed(5)
-    first, second = (operator(name, given, dropout=0.5, training=True)[0] for _ in range(2))
+    first, second = (case.operator(given, dropout=0.5, training=True)[0] for _ in range(2))
     assert not torch.equal(first, second)
     torch.manual_seed(5)
     seed = int(draw_seed(given.x.device))
-    assert relative(first, definition(name, given, dropout=0.5, seed=seed)[0]) < 1e-13
+    assert relative_error(first, case.reference(given, dropout=0.5, seed=seed)[0]) < 1e-13
     leaves = [w.detach().requires_grad_() for w in given.weights]
     torch.manual_seed(5)  # the same draw, whether a gradient is wanted or not
-    wanted = operator(name, Inputs(given.x, leaves, []), dropout=0.5, training=True)[0]
-    assert torch.equal(wanted, first) if NATIVE else relative(wanted, first) < 1e-13
+    wanted = case.operator([given.x, *leaves], dropout=0.5, training=True)[0]
+    assert torch.equal(wanted, first) if NATIVE else relative_error(wanted, first) < 1e-13
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_drawn_where_nothing_is_dropped(name: str, isa: str) -> None:
-    given, single = inputs_of(name, Case(20, 5, 4, 16, 2)), inputs_of(name, Case(20, 5, 4, 16, 1))
+    case, one_layer = RecurrentCase(name, 20, 5, 4, 16, 2), RecurrentCase(name, 20, 5, 4, 16, 1)
+    given, single = case.inputs(), one_layer.inputs()
     state = torch.get_rng_state()
-    plain = operator(name, given)[0]
-    assert torch.equal(operator(name, given, dropout=0.5)[0], plain)  # not training
-    assert torch.equal(operator(name, given, dropout=0.0, training=True)[0], plain)
-    assert torch.equal(operator(name, single, dropout=0.5, training=True)[0], operator(name, single)[0])  # no second
+    plain = case.operator(given)[0]
+    assert torch.equal(case.operator(given, dropout=0.5)[0], plain)  # not training
+    assert torch.equal(case.operator(given, dropout=0.0, training=True)[0], plain)
+    assert torch.equal(
+        one_layer.operator(single, dropout=0.5, training=True)[0], one_layer.operator(single)[0]
+    )  # no second
     assert torch.equal(torch.get_rng_state(), state)
-    operator(name, given, dropout=0.5, training=True)
+    case.operator(given, dropout=0.5, training=True)
     assert not torch.equal(torch.get_rng_state(), state)
 
 
@@ -157,54 +156,58 @@ def test_nothing_is_drawn_where_nothing_is_dropped(name: str, isa: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_all_dropped(name: str, all_steps: bool, isa: str) -> None:
     """The last layer sees zeros: nothing below it gets a gradient from the output, nor its weights of the input."""
-    given = inputs_of(name, Case(6, 5, 4, 9, 2))
+    case = RecurrentCase(name, 6, 5, 4, 9, 2)
+    given = case.inputs()
     used = [True] + [False] * len(CELLS[name].state_names)
-    whole = partial(operator, name, dropout=1.0, training=True, all_steps=all_steps)
-    found = results(whole, given, used)
+    whole = partial(case.operator, dropout=1.0, training=True, all_steps=all_steps)
+    found = results(whole, given, used=used)
     assert all(torch.isfinite(part).all() for part in found)
     n = len(used)
     assert not any(part.any() for part in found[n : n + 6])  # x, the first layer, the second's weight_ih
     assert found[n + 6].any()
-    zeros = Inputs(torch.zeros(6, 5, 9, dtype=torch.float64), given.weights[4:], [])
-    assert relative(found[0], definition(name, zeros, all_steps=all_steps)[0]) < 1e-13
+    zeros = [torch.zeros(6, 5, 9, dtype=torch.float64), *given.weights[4:]]
+    assert relative_error(found[0], case.reference(zeros, all_steps=all_steps)[0]) < 1e-13
 
 
 # ---------------------------------------------------------------- backward
 @pytest.mark.parametrize("all_steps", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_by_finite_differences_under_one_mask(name: str, all_steps: bool, isa: str) -> None:
-    given = inputs_of(name, Case(3, 3, 2, 3, 2, state=True))
-    leaves = [t.detach().requires_grad_() for t in given.tensors]
-    assert torch.autograd.gradcheck(lambda *t: tuple(seeded(name, given.like(t), 0.4, 21, all_steps)), leaves)
+    case = RecurrentCase(name, 3, 3, 2, 3, 2, state=True)
+    given = case.inputs()
+    leaves = [t.detach().requires_grad_() for t in given]
+    assert torch.autograd.gradcheck(lambda *t: tuple(seeded(case, t, 0.4, 21, all_steps)), leaves)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_public_function_differentiates_the_mask_it_drew(name: str, isa: str) -> None:
     """Two calls in flight, their backwards in the other order: each has its own seed."""
-    given = inputs_of(name, Case(20, 5, 4, 16, 2))
-    leaves = [[t.detach().requires_grad_() for t in given.tensors] for _ in range(2)]
+    case = RecurrentCase(name, 20, 5, 4, 16, 2)
+    given = case.inputs()
+    leaves = [[t.detach().requires_grad_() for t in given] for _ in range(2)]
     torch.manual_seed(8)
-    outs = [operator(name, given.like(ours), dropout=0.5, training=True)[0] for ours in leaves]
+    outs = [case.operator(ours, dropout=0.5, training=True)[0] for ours in leaves]
     torch.manual_seed(8)
     seeds = [int(draw_seed(given.x.device)) for _ in range(2)]
     for which in (1, 0):
-        exact = [t.detach().requires_grad_() for t in given.tensors]
-        definition(name, given.like(exact), dropout=0.5, seed=seeds[which])[0].square().sum().backward()
+        exact = [t.detach().requires_grad_() for t in given]
+        case.reference(exact, dropout=0.5, seed=seeds[which])[0].square().sum().backward()
         outs[which].square().sum().backward()
-        assert apart([a.grad for a in leaves[which]], [b.grad for b in exact], 1e-12) == []
+        assert errors_above([a.grad for a in leaves[which]], [b.grad for b in exact], 1e-12) == []
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_under_transforms_the_mask_is_the_same(name: str, isa: str) -> None:
-    given = inputs_of(name, Case(6, 4, 3, 5, 2))
+    case = RecurrentCase(name, 6, 4, 3, 5, 2)
+    given = case.inputs()
     torch.manual_seed(3)
-    expected = operator(name, given, dropout=0.5, training=True)[0]
+    expected = case.operator(given, dropout=0.5, training=True)[0]
     along = torch.zeros_like(given.x)
     torch.manual_seed(3)
 
     def call(x: Tensor) -> Tensor:
-        return operator(name, Inputs(x, given.weights, []), dropout=0.5, training=True)[0]
+        return case.operator([x, *given.weights], dropout=0.5, training=True)[0]
 
     found, tangent = torch.func.jvp(call, (given.x,), (along,))
-    assert relative(found, expected) < 1e-13
+    assert relative_error(found, expected) < 1e-13
     assert not tangent.any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,20 +13,8 @@ from torch import Tensor, nn
 from qfast.errors import ConfigError, DataError
 from qfast.nn import GRUModel, LSTMModel
 from qfast.ops import gru, lstm
-from support.recurrent import (
-    CELLS,
-    F32,
-    NAMES,
-    NATIVE,
-    Case,
-    Inputs,
-    apart,
-    definition,
-    inputs_of,
-    operator,
-    raw,
-    results,
-)
+from support.operator_case import F32, errors_above, results
+from support.recurrent import CELLS, NAMES, NATIVE, RecurrentCase
 
 PUBLIC: dict[str, Callable[..., Any]] = {"lstm": lstm, "gru": gru}
 LAYERS = {"lstm": nn.LSTM, "gru": nn.GRU}
@@ -41,15 +30,16 @@ def layers_of(module: nn.RNNBase) -> list[list[Tensor]]:
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name: str, all_steps: bool) -> None:
     """Schemas, fakes and gradients, with and without a state, dropout and what the backward needs."""
-    run, n = getattr(torch.ops.qfast, name), 1 + len(CELLS[name].state_names)
+    run = getattr(torch.ops.qfast, name)
     back = getattr(torch.ops.qfast, f"{name}_backward")
     state, dropout = (True, 0.3) if all_steps else (False, 0.0)
-    given = inputs_of(name, Case(5, 3, 2, 9, 2, all_steps, state))
+    case = RecurrentCase(name, 5, 3, 2, 9, 2, all_steps, state)
+    given = case.inputs()
     seed = torch.tensor([3]) if dropout else None
-    plain = raw(name, given, dropout, seed, all_steps)
-    leaves = given.like([t.detach().requires_grad_() for t in given.tensors])
+    plain = case.raw(given, dropout, seed, all_steps)
+    n, leaves = case.n_outputs, [t.detach().requires_grad_() for t in given]
     torch.library.opcheck(run, (*plain, False))
-    torch.library.opcheck(run, (*raw(name, leaves, dropout, seed, all_steps), True))
+    torch.library.opcheck(run, (*case.raw(leaves, dropout, seed, all_steps), True))
     found = run(*plain, True)
     used = (True, False, True) if all_steps else (True, True, True)
     grads = [part if take else None for part, take in zip(found[:n], used, strict=False)]
@@ -59,16 +49,17 @@ def test_opcheck(name: str, all_steps: bool) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_shapes_on_the_meta_device(name: str) -> None:
     """More elements than 32 bits count."""
-    weights = [t.to("meta") for t in inputs_of(name, Case(1, 1, 6, 64, 2)).weights]
-    given = Inputs(torch.empty(2**20, 250, 6, device="meta", dtype=torch.float64), weights, [])
-    output, *states = operator(name, given, all_steps=True)
+    case = RecurrentCase(name, 1, 1, 6, 64, 2)
+    weights = [t.to("meta") for t in case.inputs().weights]
+    given = [torch.empty(2**20, 250, 6, device="meta", dtype=torch.float64), *weights]
+    output, *states = case.operator(given, all_steps=True)
     assert output.shape == (2**20, 250, 64)
     assert all(part.shape == (2, 2**20, 64) and part.device.type == "meta" for part in states)
 
 
 # ---------------------------------------------------------------- refusals
 def refusals(name: str) -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
-    given, call = inputs_of(name, Case(4, 3, 2, 5, 2, state=True)), PUBLIC[name]
+    given, call = RecurrentCase(name, 4, 3, 2, 5, 2, state=True).inputs(), PUBLIC[name]
     x, layers, g = given.x, given.layers, CELLS[name].gates * 5
     state = tuple(given.state) if name == "lstm" else given.state[0]
     short = (given.state[0], given.state[1][:1]) if name == "lstm" else given.state[0][:1]
@@ -149,7 +140,8 @@ def test_refusals(name: str, what: str) -> None:
 
 
 def test_an_lstm_wants_both_states() -> None:
-    given = inputs_of("lstm", Case(4, 3, 2, 5, state=True))
+    case = RecurrentCase("lstm", 4, 3, 2, 5, state=True)
+    given = case.inputs()
     with pytest.raises(DataError, match=r"initial_state: expected a pair \(h, c\), got Tensor"):
         lstm(given.x, given.layers, initial_state=given.state[0])
 
@@ -158,8 +150,9 @@ def test_an_lstm_wants_both_states() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_raw_operators_refuse_what_does_not_fit(name: str) -> None:
     """Behind torch.compile nothing in Python has looked at the arguments."""
-    given = inputs_of(name, Case(4, 3, 2, 5, 2, state=True))
-    run, (x, weights, *rest) = getattr(torch.ops.qfast, name), raw(name, given)
+    case = RecurrentCase(name, 4, 3, 2, 5, 2, state=True)
+    given = case.inputs()
+    run, (x, weights, *rest) = getattr(torch.ops.qfast, name), case.raw(given)
     for change, match in (
         ((x[0], weights, *rest), r"x: expected .*\[B, T, F\]"),
         ((x.long(), weights, *rest), "x: .*(float32|float64|floating)"),
@@ -178,40 +171,43 @@ def test_the_raw_operators_refuse_what_does_not_fit(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_double_backward_is_refused_and_what_is_kept_has_no_gradient(name: str) -> None:
-    given = inputs_of(name, Case(2, 3, 2, 4, 2))
-    leaves = given.like([t.detach().requires_grad_() for t in given.tensors])
+    case = RecurrentCase(name, 2, 3, 2, 4, 2)
+    given = case.inputs()
+    leaves = case.split([t.detach().requires_grad_() for t in given])
     match = f"{name}: double backward .* Remedy: torch.nn.{name.upper()}.*torch.func.grad"
     for call in (
-        lambda: operator(name, leaves)[0],
-        lambda: getattr(torch.ops.qfast, name)(*raw(name, leaves), True)[0],
+        lambda: case.operator(leaves)[0],
+        lambda: getattr(torch.ops.qfast, name)(*case.raw(leaves), True)[0],
     ):
         (grad,) = torch.autograd.grad(call().sum(), leaves.x, create_graph=True)
         with pytest.raises((NotImplementedError, RuntimeError), match=match):
             grad.sum().backward()
-    kept = getattr(torch.ops.qfast, name)(*raw(name, leaves), True)[1 + len(CELLS[name].state_names) :]
+    kept = getattr(torch.ops.qfast, name)(*case.raw(leaves), True)[case.n_outputs :]
     assert not any(part.requires_grad for part in kept)
     with pytest.raises(DataError, match="keep: must be True"):
-        getattr(torch.ops.qfast, name)(*raw(name, leaves), False)
+        getattr(torch.ops.qfast, name)(*case.raw(leaves), False)
 
 
 # ---------------------------------------------------------------- ordinary backward
 @pytest.mark.parametrize("name", NAMES)
 def test_a_frozen_layer_and_data_without_gradient(name: str, isa: str) -> None:
-    given = inputs_of(name, Case(7, 4, 3, 9, 2))
-    whole = results(lambda g: operator(name, g)[:1], given)[2:]
+    case = RecurrentCase(name, 7, 4, 3, 9, 2)
+    given = case.inputs()
+    whole = results(lambda g: case.operator(g)[:1], given)[2:]
     leaves = [w.detach().requires_grad_(i >= 4) for i, w in enumerate(given.weights)]
-    output = operator(name, Inputs(given.x, leaves, []))[0]
+    output = case.operator([given.x, *leaves])[0]
     rng = torch.Generator().manual_seed(9)
     (output * torch.randn(output.shape, generator=rng).double()).sum().backward()
     assert all(w.grad is None for w in leaves[:4])
-    assert apart([w.grad for w in leaves[4:]], whole[4:], 1e-13) == []
+    assert errors_above([w.grad for w in leaves[4:]], whole[4:], 1e-13) == []
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_backward_twice_over_one_graph_adds_up(name: str, isa: str) -> None:
-    given = inputs_of(name, Case(7, 4, 3, 9, 2))
+    case = RecurrentCase(name, 7, 4, 3, 9, 2)
+    given = case.inputs()
     leaves = [w.detach().requires_grad_() for w in given.weights]
-    total = operator(name, Inputs(given.x, leaves, []))[0].square().sum()
+    total = case.operator([given.x, *leaves])[0].square().sum()
     total.backward(retain_graph=True)
     once = [w.grad.clone() for w in leaves]
     total.backward()
@@ -222,9 +218,10 @@ def test_backward_twice_over_one_graph_adds_up(name: str, isa: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_changed_in_place_before_the_backward_are_noticed(name: str) -> None:
-    given = inputs_of(name, Case(7, 4, 3, 9))
+    case = RecurrentCase(name, 7, 4, 3, 9)
+    given = case.inputs()
     leaves = [w.detach().requires_grad_() for w in given.weights]
-    total = operator(name, Inputs(given.x, leaves, []))[0].sum()
+    total = case.operator([given.x, *leaves])[0].sum()
     with torch.no_grad():
         leaves[1].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -234,28 +231,32 @@ def test_weights_changed_in_place_before_the_backward_are_noticed(name: str) -> 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_of_any_strides(name: str, isa: str) -> None:
     """Expanded and transposed gradients, as sum() and views hand them down."""
-    given = inputs_of(name, Case(7, 4, 3, 9, 2))
+    case = RecurrentCase(name, 7, 4, 3, 9, 2)
+    given = case.inputs()
     for call in (
-        lambda of, g: [of(name, g, all_steps=True)[0].transpose(0, 2).contiguous().sum().expand(3).sum()],
-        lambda of, g: [of(name, g, all_steps=True)[0][:, 1:3, ::2]],
-        lambda of, g: [of(name, g)[0].t()],
-        lambda of, g: [of(name, g)[1][:, ::2].permute(2, 0, 1)],
+        lambda of, g: [of(g, all_steps=True)[0].transpose(0, 2).contiguous().sum().expand(3).sum()],
+        lambda of, g: [of(g, all_steps=True)[0][:, 1:3, ::2]],
+        lambda of, g: [of(g)[0].t()],
+        lambda of, g: [of(g)[1][:, ::2].permute(2, 0, 1)],
     ):
-        found, exact = (results(lambda g, of=of, call=call: call(of, g), given) for of in (operator, definition))
-        assert apart(found, exact, 1e-12) == []
+        found, exact = (
+            results(lambda g, of=of, call=call: call(of, g), given) for of in (case.operator, case.reference)
+        )
+        assert errors_above(found, exact, 1e-12) == []
 
 
 # ---------------------------------------------------------------- torch's transforms
 @pytest.mark.parametrize("name", NAMES)
 def test_transforms_are_those_of_torchs_layer(name: str) -> None:
-    given = inputs_of(name, Case(3, 3, 2, 4, 2))
+    case = RecurrentCase(name, 3, 3, 2, 4, 2)
+    given = case.inputs()
     x, along = given.x, torch.randn(3, 3, 2, generator=torch.Generator().manual_seed(1)).double()
 
     def ours(x: Tensor) -> Tensor:
-        return operator(name, Inputs(x, given.weights, []))[0]
+        return case.operator([x, *given.weights])[0]
 
     def theirs(x: Tensor) -> Tensor:
-        return definition(name, Inputs(x, given.weights, []))[0]
+        return case.reference([x, *given.weights])[0]
 
     close = {"rtol": 1e-11, "atol": 1e-12}
     expected = torch.func.jvp(theirs, (x,), (along,))[1]
@@ -285,51 +286,53 @@ def test_transforms_are_those_of_torchs_layer(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_an_ensemble_by_vmap_over_weights(name: str) -> None:
     """torch's own layers have no rule for it."""
-    members = [inputs_of(name, Case(5, 4, 3, 7), seed=i) for i in range(3)]
+    case = RecurrentCase(name, 5, 4, 3, 7)
+    members = [case.inputs(seed=i) for i in range(3)]
     x = members[0].x
     stacked = [torch.stack(same).requires_grad_() for same in zip(*(m.weights for m in members), strict=True)]
-    found = torch.vmap(lambda *weights: operator(name, Inputs(x, list(weights), []))[0])(*stacked)
+    found = torch.vmap(lambda *weights: case.operator([x, *weights])[0])(*stacked)
     leaves = [[w.detach().requires_grad_() for w in m.weights] for m in members]
-    expected = torch.stack([definition(name, Inputs(x, ws, []))[0] for ws in leaves])
+    expected = torch.stack([case.reference([x, *ws])[0] for ws in leaves])
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     found.square().sum().backward()
     expected.square().sum().backward()
     for i, weight in enumerate(stacked):
-        assert apart([weight.grad], [torch.stack([ws[i].grad for ws in leaves])], 1e-11) == []
+        assert errors_above([weight.grad], [torch.stack([ws[i].grad for ws in leaves])], 1e-11) == []
 
 
 # ---------------------------------------------------------------- compile and export
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_whole(name: str, dynamic: bool) -> None:
-    given = inputs_of(name, Case(6, 5, 3, 8, 2, state=True))
+    case = RecurrentCase(name, 6, 5, 3, 8, 2, state=True)
     torch.compiler.reset()
     compiled = torch.compile(
-        lambda *t: operator(name, given.like(t), all_steps=True), backend="aot_eager", fullgraph=True, dynamic=dynamic
+        lambda *t: case.operator(t, all_steps=True), backend="aot_eager", fullgraph=True, dynamic=dynamic
     )
     for batch in (6, 9):
-        again = inputs_of(name, Case(batch, 5, 3, 8, 2, state=True))
-        found = results(lambda g: compiled(*g.tensors), again)
-        exact = results(lambda g: operator(name, g, all_steps=True), again)
-        assert apart(found, exact, 1e-13) == []
+        again = replace(case, batch=batch).inputs()
+        found = results(lambda g: compiled(*g), again)
+        exact = results(lambda g: case.operator(g, all_steps=True), again)
+        assert errors_above(found, exact, 1e-13) == []
         with torch.no_grad():
-            assert apart(compiled(*again.tensors), exact[: len(found) - len(again.tensors)], 1e-13) == []
+            assert errors_above(compiled(*again), exact[: len(found) - len(again)], 1e-13) == []
     torch.compiler.reset()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_with_dropout(name: str) -> None:
     """Every call draws its own seed, from torch's generator."""
-    given = inputs_of(name, Case(6, 5, 3, 8, 2))
+    case = RecurrentCase(name, 6, 5, 3, 8, 2)
+    given = case.inputs()
     torch.compiler.reset()
     compiled = torch.compile(
-        lambda *t: operator(name, given.like(t), dropout=0.5, training=True)[0], backend="aot_eager", fullgraph=True
+        lambda *t: case.operator(t, dropout=0.5, training=True)[0], backend="aot_eager", fullgraph=True
     )
     torch.manual_seed(2)
-    first, second = compiled(*given.tensors), compiled(*given.tensors)
+    first, second = compiled(*given), compiled(*given)
     assert not torch.equal(first, second)
     torch.manual_seed(2)
-    assert torch.equal(compiled(*given.tensors), first)
+    assert torch.equal(compiled(*given), first)
     torch.compiler.reset()
 
 
@@ -356,24 +359,26 @@ def test_exported(name: str) -> None:
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_halves_are_computed_in_float32(name: str, half: torch.dtype) -> None:
-    given = inputs_of(name, Case(9, 6, 4, 16, 2, state=True)).to(half)
-    found, exact = operator(name, given, all_steps=True), definition(name, given.to(F32), all_steps=True)
+    case = RecurrentCase(name, 9, 6, 4, 16, 2, state=True)
+    given = case.inputs().to(half)
+    found, exact = case.operator(given, all_steps=True), case.reference(given.to(F32), all_steps=True)
     for ours, true in zip(found, exact, strict=True):
         assert ours.dtype == half
         torch.testing.assert_close(ours, true.to(half), rtol=2e-2 if half == torch.bfloat16 else 2e-3, atol=1e-3)
-    grads = results(lambda g: operator(name, g), given)
-    wide = results(lambda g: operator(name, g), given.to(F32))
+    grads = results(case.operator, given)
+    wide = results(lambda g: case.operator(g), given.to(F32))
     limit = 2e-2 if half == torch.bfloat16 else 2e-3
     assert all(part.dtype == half for part in grads)
-    assert apart(grads, wide, limit) == []
+    assert errors_above(grads, wide, limit) == []
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_autocast_leaves_the_operator_in_float32(name: str) -> None:
-    given = inputs_of(name, Case(9, 6, 4, 16, 2), F32)
-    expected = operator(name, given)
+    case = RecurrentCase(name, 9, 6, 4, 16, 2)
+    given = case.inputs(F32)
+    expected = case.operator(given)
     with torch.autocast("cpu", torch.bfloat16):
-        found = operator(name, given)
+        found = case.operator(given)
     for ours, plain in zip(found, expected, strict=True):
         assert ours.dtype == F32
         assert torch.equal(ours, plain)
@@ -397,4 +402,4 @@ def test_networks_train_alike_through_the_operator_and_through_torchs_layer(netw
     model(x).square().sum().backward()
     handle.remove()
     assert calls == [1]
-    assert apart(found, [p.grad for p in model.parameters()], 1e-11) == []
+    assert errors_above(found, [p.grad for p in model.parameters()], 1e-11) == []

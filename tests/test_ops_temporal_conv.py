@@ -12,52 +12,51 @@ from torch import Tensor
 
 from qfast.ops import BlockWeights, temporal_block, temporal_conv_net
 from qfast.ops.philox import draw_seed
-from support.attention import randn
+from support.operator_case import F32, relative_error
 from support.temporal_conv import (
-    CASES,
     LAYOUTS,
     NATIVE,
-    Case,
-    apart,
+    STACK_CASES,
+    StackCase,
     expected,
     flat,
     like,
-    mask,
     nan_like,
     oracle,
-    relative,
     results,
     same_bits,
     stack,
+    stack_errors_above,
     stacks,
 )
+from support.tensors import philox_mask, randn
 
 F64 = torch.float64
 
 
 # ---------------------------------------------------------------- accuracy
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_float32_beside_plain_torch(case: Case, isa: str) -> None:
+@pytest.mark.parametrize("case", STACK_CASES, ids=lambda case: case.name)
+def test_float32_beside_plain_torch(case: StackCase, isa: str) -> None:
     """Within three times what plain torch in float32 is off from float64, or a few roundings, and 1e-5 always."""
     exact = expected(case)
-    x, blocks, grad = case.inputs(exact.seed)
-    found = results(case.call(), x, blocks, grad)
+    (x, blocks), grad = case.split(case.inputs(F32, exact.seed)), case.grad(F32, exact.seed)
+    found = results(case.call, x, blocks, grad)
     assert found[0].dtype == torch.float32
     for number, (ours, true, theirs) in enumerate(zip(found, exact.values, exact.of_plain, strict=True)):
-        error = relative(ours, true)
+        error = relative_error(ours, true)
         assert error <= 1e-5
         assert error <= max(3 * theirs, 2e-6 if number else 5e-7), (number, error, theirs)
     with torch.no_grad():
-        assert same_bits(case.call()(x, blocks), found[0])  # nothing is kept, and the numbers are the same
+        assert same_bits(case.call(x, blocks), found[0])  # nothing is kept, and the numbers are the same
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_float64(case: Case, isa: str) -> None:
+@pytest.mark.parametrize("case", STACK_CASES, ids=lambda case: case.name)
+def test_float64(case: StackCase, isa: str) -> None:
     exact = expected(case)
-    x, blocks, grad = case.inputs(exact.seed)
+    (x, blocks), grad = case.split(case.inputs(F32, exact.seed)), case.grad(F32, exact.seed)
     wide = like(blocks, [part.double() for part in flat(blocks)])
-    found = results(case.call(), x.double(), wide, grad.double())
-    assert apart(found, exact.values, 1e-12) == []
+    found = results(case.call, x.double(), wide, grad.double())
+    assert stack_errors_above(found, exact.values, 1e-12) == []
 
 
 def test_one_block_at_all_steps(isa: str) -> None:
@@ -66,7 +65,7 @@ def test_one_block_at_all_steps(isa: str) -> None:
         grad = randn(5, block.bias1.shape[0], 23, seed=4)
         ours = results(lambda x, blocks, d=dilation: temporal_block(x, blocks[0], dilation=d), x, [block], grad)
         exact = results(lambda x, blocks, d=dilation: oracle(x, blocks, [d], all_steps=True), x, [block], grad)
-        assert apart(ours, exact, 1e-12) == []
+        assert stack_errors_above(ours, exact, 1e-12) == []
 
 
 def test_a_window_longer_than_the_receptive_field_sees_no_further(isa: str) -> None:
@@ -79,10 +78,10 @@ def test_a_window_longer_than_the_receptive_field_sees_no_further(isa: str) -> N
 
 @settings(max_examples=60, deadline=None)
 @given(stacks())
-def test_any_stack_in_any_layout(drawn: tuple[Case, str, float]) -> None:
+def test_any_stack_in_any_layout(drawn: tuple[StackCase, str, float]) -> None:
     """Float64, with dropout, result and all gradients."""
     case, layout, dropout = drawn
-    x, blocks, grad = case.inputs(1)
+    (x, blocks), grad = case.split(case.inputs(F32)), case.grad(F32)
     x, grad, blocks = x.double(), grad.double(), like(blocks, [part.double() for part in flat(blocks)])
     torch.manual_seed(case.batch)
     seed = int(draw_seed(x.device)) if dropout else 0
@@ -93,7 +92,7 @@ def test_any_stack_in_any_layout(drawn: tuple[Case, str, float]) -> None:
         return temporal_conv_net(LAYOUTS[layout](x), blocks, training=True, **given_twice)
 
     exact = results(lambda x, blocks: oracle(x, blocks, seed=seed, **given_twice), x, blocks, grad)
-    assert apart(results(ours, x, blocks, grad), exact, 1e-11) == []
+    assert stack_errors_above(results(ours, x, blocks, grad), exact, 1e-11) == []
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -125,11 +124,16 @@ def test_gradients_in_any_layout_and_repeated_inputs(isa: str) -> None:
         assert all(same_bits(a, b) for a, b in zip(found, exact, strict=True))
     ones = torch.ones(1, 1, 1, dtype=F64)
     found = results(call, x, blocks, ones.expand_as(grad))  # what sum() sends back: strides 0
-    assert apart(found, results(lambda *t: oracle(*t, all_steps=True), x, blocks, torch.ones_like(grad)), 1e-12) == []
+    assert (
+        stack_errors_above(
+            found, results(lambda *t: oracle(*t, all_steps=True), x, blocks, torch.ones_like(grad)), 1e-12
+        )
+        == []
+    )
     one_row = randn(1, 4, 1, seed=5)
     for shape in ((6, 4, 9), (6, 4, 1), (1, 4, 9)):  # one row, one step or both, repeated without memory
         repeated = one_row.expand(shape)
-        assert relative(call(repeated, blocks), oracle(repeated, blocks, all_steps=True)) < 1e-12
+        assert relative_error(call(repeated, blocks), oracle(repeated, blocks, all_steps=True)) < 1e-12
 
 
 def test_weights_in_any_layout(isa: str) -> None:
@@ -148,7 +152,7 @@ def test_weights_in_any_layout(isa: str) -> None:
     assert all(same_bits(a, b) for a, b in zip(found, exact, strict=True))
     ones = torch.ones(1, dtype=F64).expand(5)
     repeated = [block._replace(bias1=ones, bias2=ones) for block in blocks]
-    assert relative(temporal_conv_net(x, repeated), oracle(x, repeated)) < 1e-13
+    assert relative_error(temporal_conv_net(x, repeated), oracle(x, repeated)) < 1e-13
 
 
 def test_inference_mode(isa: str) -> None:
@@ -188,20 +192,20 @@ def test_windows_of_consecutive_rows(
     with torch.no_grad():
         shared = temporal_conv_net(windows, blocks, all_steps=all_steps)
         copied = temporal_conv_net(windows.clone(), blocks, all_steps=all_steps)
-    assert relative(shared, exact) <= (1e-6 if dtype == torch.float32 else 1e-13)
-    assert relative(copied, exact) <= (1e-6 if dtype == torch.float32 else 1e-13)
+    assert relative_error(shared, exact) <= (1e-6 if dtype == torch.float32 else 1e-13)
+    assert relative_error(copied, exact) <= (1e-6 if dtype == torch.float32 else 1e-13)
 
 
 @settings(max_examples=60, deadline=None)
 @given(stacks(), st.integers(1, 70), st.integers(0, 3))
-def test_any_stack_over_consecutive_rows(drawn: tuple[Case, str, float], windows: int, beside: int) -> None:
+def test_any_stack_over_consecutive_rows(drawn: tuple[StackCase, str, float], windows: int, beside: int) -> None:
     case, *_ = drawn
     series = randn(windows + case.steps - 1, case.features + beside)[:, : case.features]
-    blocks = like(case.inputs(1)[1], [part.double() for part in flat(case.inputs(1)[1])])
+    blocks = case.split(case.inputs())[1]
     x = series.unfold(0, case.steps, 1)
     with torch.no_grad():
-        found = case.call()(x, blocks)
-    assert relative(found, oracle(x, blocks, case.dilations, all_steps=case.all_steps)) < 1e-12
+        found = case.call(x, blocks)
+    assert relative_error(found, oracle(x, blocks, case.dilations, all_steps=case.all_steps)) < 1e-12
 
 
 def test_gradients_of_windows_of_consecutive_rows(isa: str) -> None:
@@ -212,7 +216,7 @@ def test_gradients_of_windows_of_consecutive_rows(isa: str) -> None:
         results(lambda s, blocks, of=of: of(s.unfold(0, 9, 1), blocks), series, blocks, grad)
         for of in (temporal_conv_net, oracle)
     )
-    assert apart(found, exact, 1e-12) == []
+    assert stack_errors_above(found, exact, 1e-12) == []
 
 
 def test_strides_that_are_nearly_those_of_consecutive_rows(isa: str) -> None:
@@ -220,7 +224,7 @@ def test_strides_that_are_nearly_those_of_consecutive_rows(isa: str) -> None:
     for strides in ((4, 1, 3), (3, 1, 4), (6, 1, 3), (3, 1, 6), (1, 5, 1), (1, 1, 1), (0, 1, 3), (3, 1, 0), (3, 0, 3)):
         x = memory.as_strided((20, 3, 9), strides)
         with torch.no_grad():
-            assert relative(temporal_conv_net(x, blocks), oracle(x, blocks)) < 1e-13, strides
+            assert relative_error(temporal_conv_net(x, blocks), oracle(x, blocks)) < 1e-13, strides
 
 
 @pytest.mark.parametrize("rows", [90, 700])
@@ -280,7 +284,7 @@ def test_a_row_is_the_same_alone_and_among_others(isa: str) -> None:
     x, blocks = randn(100, 5, 12), stack(5, [16, 16], 3)
     whole = temporal_conv_net(x, blocks)
     for rows in (slice(0, 1), slice(37, 38), slice(90, 100), slice(3, 60)):
-        assert relative(temporal_conv_net(x[rows], blocks), whole[rows]) < 1e-14
+        assert relative_error(temporal_conv_net(x[rows], blocks), whole[rows]) < 1e-14
 
 
 @pytest.mark.parametrize("all_steps", [False, True])
@@ -372,6 +376,6 @@ def test_rows_beyond_two_to_the_31_elements(isa: str) -> None:
 
 def test_the_mask_of_the_oracle_scales() -> None:
     """The oracle's own dropout, which the property-based test relies on."""
-    found = mask(5, 40, 30, 50, 3, 0.25)
+    found = philox_mask(5, 40, 30, 50, 3, 0.25)
     assert set(found.unique().tolist()) == {0.0, 1 / 0.75}
     assert abs(float(found.mean()) - 1) < 0.01

@@ -16,24 +16,22 @@ from torch import Tensor
 from qfast.ops import BlockWeights, temporal_conv_net
 from qfast.ops.philox import draw_seed
 from qfast.ops.temporal_conv import self_test
-from support.attention import randn
 from support.devices import DEVICE, needs_gpu, needs_kernels
+from support.operator_case import F32, relative_error
 from support.temporal_conv import (
-    CASES,
     LAYOUTS,
-    SEEDS,
-    Case,
-    apart,
+    STACK_CASES,
+    StackCase,
     expected,
     flat,
     like,
-    mask,
     oracle,
-    relative,
     results,
     stack,
+    stack_errors_above,
     stacks,
 )
+from support.tensors import SEEDS, philox_mask, randn
 
 pytestmark = needs_kernels
 NARROW, WIDE = [20, 20, 33], [20, 130, 128]
@@ -74,39 +72,39 @@ def test_the_kernels_serve_and_not_the_twins() -> None:
 
 
 # ---------------------------------------------------------------- accuracy
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_float32_beside_plain_torch(case: Case) -> None:
+@pytest.mark.parametrize("case", STACK_CASES, ids=lambda case: case.name)
+def test_float32_beside_plain_torch(case: StackCase) -> None:
     """Within five times what plain torch is off from float64, or a few roundings, and 1e-5 always.
 
     On the CPU it is three times: there a sum runs in several accumulators, here in one thread.
     """
     exact = expected(case)
-    x, blocks, grad = case.inputs(exact.seed)
-    found = on_gpu(case.call(), x, blocks, grad)
+    (x, blocks), grad = case.split(case.inputs(F32, exact.seed)), case.grad(F32, exact.seed)
+    found = on_gpu(case.call, x, blocks, grad)
     assert found[0].dtype == torch.float32
     for number, (ours, true, theirs) in enumerate(zip(found, exact.values, exact.of_plain, strict=True)):
-        error = relative(ours, true)
+        error = relative_error(ours, true)
         assert error <= 1e-5
         assert error <= max(5 * theirs, 2e-6 if number else 5e-7), (number, error, theirs)
     with torch.no_grad():  # nothing is kept, and the bits are the same
         there = like(blocks, [part.to(DEVICE) for part in flat(blocks)])
-        assert torch.equal(case.call()(x.to(DEVICE), there).cpu(), found[0])
+        assert torch.equal(case.call(x.to(DEVICE), there).cpu(), found[0])
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_float64(case: Case) -> None:
+@pytest.mark.parametrize("case", STACK_CASES, ids=lambda case: case.name)
+def test_float64(case: StackCase) -> None:
     exact = expected(case)
-    x, blocks, grad = case.inputs(exact.seed)
+    (x, blocks), grad = case.split(case.inputs(F32, exact.seed)), case.grad(F32, exact.seed)
     wide = like(blocks, [part.double() for part in flat(blocks)])
-    assert apart(on_gpu(case.call(), x.double(), wide, grad.double()), exact.values, 1e-12) == []
+    assert stack_errors_above(on_gpu(case.call, x.double(), wide, grad.double()), exact.values, 1e-12) == []
 
 
 @settings(max_examples=60, deadline=None)
 @given(stacks())
-def test_any_stack_in_any_layout(drawn: tuple[Case, str, float]) -> None:
+def test_any_stack_in_any_layout(drawn: tuple[StackCase, str, float]) -> None:
     """Float64, with dropout by the definition, result and all gradients."""
     case, layout, dropout = drawn
-    x, blocks, grad = case.inputs(1)
+    (x, blocks), grad = case.split(case.inputs(F32)), case.grad(F32)
     x, grad, blocks = x.double(), grad.double(), like(blocks, [part.double() for part in flat(blocks)])
     given_twice = {"dilations": case.dilations, "all_steps": case.all_steps, "dropout": dropout}
     torch.manual_seed(case.batch)
@@ -117,7 +115,7 @@ def test_any_stack_in_any_layout(drawn: tuple[Case, str, float]) -> None:
         return temporal_conv_net(LAYOUTS[layout](x), blocks, training=True, **given_twice)
 
     exact = results(lambda x, blocks: oracle(x, blocks, seed=seed, **given_twice), x, blocks, grad)
-    assert apart(on_gpu(ours, x, blocks, grad), exact, 1e-11) == []
+    assert stack_errors_above(on_gpu(ours, x, blocks, grad), exact, 1e-11) == []
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -139,10 +137,10 @@ def test_gradients_of_any_strides_and_repeated_rows(channels: list[int]) -> None
 
     ones = torch.ones(1, 1, 1, dtype=x.dtype).expand(6, channels[-1], 9)  # what sum() sends back
     exact = results(lambda *t: oracle(*t, all_steps=True), x, blocks, ones.contiguous())
-    assert apart(on_gpu(call, x, blocks, ones), exact, 1e-12) == []
+    assert stack_errors_above(on_gpu(call, x, blocks, ones), exact, 1e-12) == []
     windows = randn(40, 4).unfold(0, 9, 1)
     exact = results(lambda *t: oracle(*t, all_steps=True), windows, blocks, randn(32, channels[-1], 9, seed=1))
-    assert apart(on_gpu(call, windows, blocks, randn(32, channels[-1], 9, seed=1)), exact, 1e-12) == []
+    assert stack_errors_above(on_gpu(call, windows, blocks, randn(32, channels[-1], 9, seed=1)), exact, 1e-12) == []
 
 
 @pytest.mark.parametrize("batch", [0, 1, 3, 5, 63, 64, 65, 1100, 5000])
@@ -150,7 +148,7 @@ def test_tiles_of_rows(batch: int, channels: list[int]) -> None:
     """Tiles of 4 to 64 rows, the last of them short; without rows all gradients are 0."""
     x, blocks = randn(batch, 4, 7), stack(4, channels, 3)
     grad = grad_for(batch, channels[-1], 7, False)
-    assert apart(on_gpu(temporal_conv_net, x, blocks, grad), results(oracle, x, blocks, grad), 1e-12) == []
+    assert stack_errors_above(on_gpu(temporal_conv_net, x, blocks, grad), results(oracle, x, blocks, grad), 1e-12) == []
 
 
 def test_a_row_has_the_same_bits_alone_and_among_others(channels: list[int]) -> None:
@@ -186,8 +184,8 @@ def test_the_mask_is_that_of_the_definition(seed: int, dropout: float, channels:
     grad = grad_for(27, channels[-1], 11, all_steps)
     call = _WithSeed(seed, dropout, all_steps)
     exact = results(call.expected, x, blocks, grad)
-    assert apart(on_gpu(call, x, blocks, grad), exact, 1e-12) == []
-    assert apart(results(call, x, blocks, grad), exact, 1e-12) == []  # on the CPU
+    assert stack_errors_above(on_gpu(call, x, blocks, grad), exact, 1e-12) == []
+    assert stack_errors_above(results(call, x, blocks, grad), exact, 1e-12) == []  # on the CPU
 
 
 def test_manual_seed_makes_it_repeat(channels: list[int]) -> None:
@@ -203,7 +201,7 @@ def test_manual_seed_makes_it_repeat(channels: list[int]) -> None:
 
 
 def test_the_oracle_drops_what_it_should() -> None:
-    assert abs(float((mask(1, 64, 32, 20, 0, 0.3) == 0).double().mean()) - 0.3) < 0.02
+    assert abs(float((philox_mask(1, 64, 32, 20, 0, 0.3) == 0).double().mean()) - 0.3) < 0.02
 
 
 # ---------------------------------------------------------------- gradients, schemas, what is not finite
@@ -279,7 +277,7 @@ def test_sums_over_many_rows_stay_accurate() -> None:
     found = on_gpu(temporal_conv_net, x, blocks, grad)
     wide = like(blocks, [part.double() for part in flat(blocks)])
     exact = results(oracle, x.double(), wide, grad.double())
-    assert [error for error in map(relative, found[2:], exact[2:]) if error > 2e-5] == []
+    assert [error for error in map(relative_error, found[2:], exact[2:]) if error > 2e-5] == []
 
 
 # ---------------------------------------------------------------- repeats, streams, graphs

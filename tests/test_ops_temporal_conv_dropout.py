@@ -10,20 +10,9 @@ from torch import Tensor
 
 from qfast.ops import BlockWeights, temporal_block, temporal_conv_net
 from qfast.ops.philox import draw_seed
-from support.attention import randn
-from support.temporal_conv import (
-    SEEDS,
-    apart,
-    flat,
-    like,
-    mask,
-    oracle,
-    philox_words,
-    relative,
-    results,
-    same_bits,
-    stack,
-)
+from support.operator_case import relative_error
+from support.temporal_conv import flat, like, oracle, results, same_bits, stack, stack_errors_above
+from support.tensors import SEEDS, philox_mask, philox_words, randn
 
 
 class _WithSeed:
@@ -54,23 +43,23 @@ def test_the_mask_is_that_of_the_definition(dropout: float, all_steps: bool, isa
         x, blocks = randn(batch, 4, 11, seed=batch), stack(4, channels, 3, norm=False)
         grad = randn(batch, channels[-1], 11, seed=1) if all_steps else randn(batch, channels[-1], seed=1)
         call = _WithSeed(SEEDS[batch % len(SEEDS)], dropout, all_steps)
-        assert apart(results(call, x, blocks, grad), results(call.expected, x, blocks, grad), 1e-12) == []
+        assert stack_errors_above(results(call, x, blocks, grad), results(call.expected, x, blocks, grad), 1e-12) == []
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_all_64_bits_of_the_seed_count(seed: int, isa: str) -> None:
     x, blocks = randn(9, 3, 7), stack(3, [12], 3, norm=False)
     call = _WithSeed(seed, 0.4, all_steps=True)
-    assert relative(call(x, blocks), call.expected(x, blocks)) < 1e-13
+    assert relative_error(call(x, blocks), call.expected(x, blocks)) < 1e-13
     for other in {seed ^ 1, (seed ^ 1 << 62)} - {seed}:
-        assert relative(_WithSeed(other, 0.4, all_steps=True)(x, blocks), call(x, blocks)) > 0.1
+        assert relative_error(_WithSeed(other, 0.4, all_steps=True)(x, blocks), call(x, blocks)) > 0.1
 
 
 def test_float32_drops_the_same_elements(isa: str) -> None:
     x, blocks = randn(30, 4, 9), stack(4, [20, 20], 3, norm=False)
     call = _WithSeed(7, 0.3)
     narrow = call(x.float(), like(blocks, [part.float() for part in flat(blocks)]))
-    assert relative(narrow, call(x, blocks)) < 1e-6
+    assert relative_error(narrow, call(x, blocks)) < 1e-6
 
 
 def test_long_windows_and_wide_layers(isa: str) -> None:
@@ -78,7 +67,7 @@ def test_long_windows_and_wide_layers(isa: str) -> None:
         x, blocks = randn(batch, 3, steps), stack(3, [130, 5], 9, norm=False)
         grad = randn(batch, 5, steps, seed=1) if all_steps else randn(batch, 5, seed=1)
         call = _WithSeed(5, 0.25, all_steps, dilations=[3, 7])
-        assert apart(results(call, x, blocks, grad), results(call.expected, x, blocks, grad), 1e-12) == []
+        assert stack_errors_above(results(call, x, blocks, grad), results(call.expected, x, blocks, grad), 1e-12) == []
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 24, 25, 97])
@@ -86,13 +75,13 @@ def test_a_row_is_dropped_by_its_number_whatever_the_others(rows: int, isa: str)
     """However the batch is cut into tiles: the first rows of a batch are those of a shorter one."""
     x, blocks = randn(200, 4, 9), stack(4, [16, 16], 3, norm=False)
     call = _WithSeed(11, 0.5)
-    assert relative(call(x[:rows], blocks), call(x, blocks)[:rows]) < 1e-13
-    assert relative(call(x[7 : 7 + rows], blocks), call(x, blocks)[7 : 7 + rows]) > 0.1
+    assert relative_error(call(x[:rows], blocks), call(x, blocks)[:rows]) < 1e-13
+    assert relative_error(call(x[7 : 7 + rows], blocks), call(x, blocks)[7 : 7 + rows]) > 0.1
 
 
 def test_the_last_step_alone_drops_what_all_steps_drop(isa: str) -> None:
     x, blocks = randn(13, 4, 30), stack(4, [16, 16], 3, norm=False)
-    assert relative(_WithSeed(3, 0.5)(x, blocks), _WithSeed(3, 0.5, all_steps=True)(x, blocks)[:, :, -1]) < 1e-13
+    assert relative_error(_WithSeed(3, 0.5)(x, blocks), _WithSeed(3, 0.5, all_steps=True)(x, blocks)[:, :, -1]) < 1e-13
 
 
 def test_windows_of_consecutive_rows_share_nothing_under_dropout(isa: str) -> None:
@@ -100,7 +89,7 @@ def test_windows_of_consecutive_rows_share_nothing_under_dropout(isa: str) -> No
     windows, blocks = randn(80, 4).unfold(0, 20, 1), stack(4, [9, 9], 3, norm=False)
     call = _WithSeed(3, 0.5)
     with torch.no_grad():
-        assert relative(call(windows, blocks), call.expected(windows, blocks)) < 1e-13
+        assert relative_error(call(windows, blocks), call.expected(windows, blocks)) < 1e-13
 
 
 # ---------------------------------------------------------------- it is random
@@ -127,14 +116,14 @@ def test_rate_and_scale_of_the_operator(p: float) -> None:
 def neighbours() -> Iterator[tuple[str, Tensor, Tensor]]:
     """Masks of 120,000 elements beside those of the next row, channel, step, convolution, seed."""
     shape, p = (50, 40, 60), 0.3
-    whole = mask(17, *shape, 4, p)
+    whole = philox_mask(17, *shape, 4, p)
     for axis, name in enumerate(("row", "channel", "step")):
         for far in (1, 2, 4, 16):
             yield f"{name} +{far}", whole.narrow(axis, 0, shape[axis] - far), whole.narrow(axis, far, shape[axis] - far)
-    yield "convolution", whole, mask(17, *shape, 5, p)
-    yield "block", whole, mask(17, *shape, 6, p)
-    yield "seed", whole, mask(18, *shape, 4, p)
-    yield "high half of the seed", whole, mask(17 + 2**32, *shape, 4, p)
+    yield "convolution", whole, philox_mask(17, *shape, 5, p)
+    yield "block", whole, philox_mask(17, *shape, 6, p)
+    yield "seed", whole, philox_mask(18, *shape, 4, p)
+    yield "high half of the seed", whole, philox_mask(17 + 2**32, *shape, 4, p)
     yield "channel and step changed over", whole[:, :, :40], whole[:, :, :40].transpose(1, 2)
 
 
@@ -173,7 +162,7 @@ def test_manual_seed_makes_it_repeat(isa: str) -> None:
     assert not same_bits(first, second)
     torch.manual_seed(5)
     seed = int(draw_seed(x.device))
-    assert relative(first, oracle(x, blocks, dropout=0.5, seed=seed)) < 1e-13
+    assert relative_error(first, oracle(x, blocks, dropout=0.5, seed=seed)) < 1e-13
     torch.manual_seed(5)
     with torch.no_grad():  # the same draw, whether a gradient is wanted or not
         assert same_bits(temporal_conv_net(x, blocks, dropout=0.5, training=True), first)
@@ -210,7 +199,7 @@ def test_all_dropped(all_steps: bool, isa: str) -> None:
         lambda x, b: temporal_conv_net(x, b, dropout=1.0, training=True, all_steps=all_steps), x, blocks, grad
     )
     beside = torch.nn.functional.conv1d(x, blocks[0].downsample_weight, blocks[0].downsample_bias).relu()
-    assert relative(found[0], beside if all_steps else beside[:, :, -1]) < 1e-14
+    assert relative_error(found[0], beside if all_steps else beside[:, :, -1]) < 1e-14
     grads = like(blocks, found[2:])
     for block in grads:
         for part in block[:6]:
@@ -239,7 +228,7 @@ def test_the_public_function_differentiates_the_mask_it_drew(isa: str) -> None:
     for which in (1, 0):
         outs[which].backward(grad)
         exact = results(lambda x, b, s=seeds[which]: oracle(x, b, dropout=0.5, seed=s), x, blocks, grad)
-        assert apart([outs[which].detach(), *(leaf.grad for leaf in leaves[which])], exact, 1e-12) == []
+        assert stack_errors_above([outs[which].detach(), *(leaf.grad for leaf in leaves[which])], exact, 1e-12) == []
 
 
 def test_dropout_keeps_the_expected_result() -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from qfast.ops import BlockWeights, temporal_block, temporal_conv_net
-from support.attention import randn
-from support.temporal_conv import NATIVE, apart, flat, like, oracle, relative, results, same_bits, stack
+from support.operator_case import relative_error
+from support.temporal_conv import NATIVE, flat, like, oracle, results, same_bits, stack, stack_errors_above
+from support.tensors import randn
 
 INF, NAN = torch.inf, torch.nan
 OPS = torch.ops.qfast
@@ -223,7 +224,7 @@ def test_compiled(all_steps: bool, dynamic: bool) -> None:
                 lambda x, blocks: oracle(x, blocks, all_steps=all_steps),
             )
         )
-        assert apart(found, exact, 1e-12) == []
+        assert stack_errors_above(found, exact, 1e-12) == []
         parts = [part.detach() for part in flat(blocks)]
         torch.testing.assert_close(compiled(x, *parts), temporal_conv_net(x, blocks, all_steps=all_steps))
     torch.compiler.reset()
@@ -283,8 +284,8 @@ def test_a_stack_in_pieces_is_the_stack(isa: str) -> None:
     y = x
     for number, block in enumerate(blocks):
         y = temporal_block(y, block, dilation=2**number)
-    assert relative(temporal_conv_net(x, blocks), y[:, :, -1]) < 1e-14
-    assert relative(temporal_conv_net(x, blocks, all_steps=True), y) < 1e-14
+    assert relative_error(temporal_conv_net(x, blocks), y[:, :, -1]) < 1e-14
+    assert relative_error(temporal_conv_net(x, blocks, all_steps=True), y) < 1e-14
 
 
 # ---------------------------------------------------------------- refusals

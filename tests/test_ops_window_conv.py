@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import pytest
@@ -10,82 +9,49 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn import functional
 
 from qfast.errors import DataError
 from qfast.ops import window_conv
 from qfast.ops.window_conv import self_test
-from support.encoder import F32, F64, results
-from support.recurrent import LAYOUTS, apart, laid_out
-from support.temporal_conv import relative
+from support.operator_case import F32, F64, errors_above, exact_results, relative_error, results
+from support.tensors import LAYOUTS
+from support.window_conv import LARGE_WINDOW_CONV_CASES, WINDOW_CONV_CASES, WindowConvCase
 
 KERNELS = torch._C._dispatch_has_kernel_for_dispatch_key("qfast::window_conv", "CPU")
 
-# B, T, D, O, K
-SHAPES = [
-    (0, 5, 3, 4, 3), (3, 0, 3, 4, 3), (0, 0, 3, 4, 3), (2, 0, 3, 4, 7), (1, 1, 1, 1, 1), (2, 1, 3, 2, 3),
-    (1, 2, 3, 2, 7), (3, 2, 5, 4, 5), (5, 7, 1, 9, 3), (5, 7, 9, 1, 3), (2, 20, 16, 16, 3), (13, 20, 20, 24, 1),
-    (13, 20, 17, 33, 5), (4, 60, 64, 64, 3), (40, 3, 8, 8, 7), (3, 130, 10, 6, 3), (2, 700, 3, 5, 3),
-    (100, 9, 31, 7, 3),
-]  # fmt: skip
-LARGE = [(100, 60, 64, 64, 3), (300, 20, 128, 100, 3), (7, 60, 512, 512, 3), (2048, 20, 65, 63, 5)]
-shapes = pytest.mark.parametrize(
-    "shape", [*SHAPES, *(pytest.param(shape, marks=pytest.mark.slow) for shape in LARGE)], ids=str
+cases = pytest.mark.parametrize(
+    "case",
+    [*WINDOW_CONV_CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in LARGE_WINDOW_CONV_CASES)],
+    ids=lambda case: case.name,
 )
 
 
-def inputs(shape: tuple[int, ...], dtype: torch.dtype = F64, layout: str = "plain", seed: int = 0) -> list[Tensor]:
-    batch, steps, columns, out, taps = shape
-    rng = torch.Generator().manual_seed(seed)
-    weight = torch.randn(out, columns, taps, generator=rng) * (columns * taps) ** -0.5
-    bias = torch.randn(out, generator=rng)
-    return [laid_out(rng, layout, batch, steps, columns, dtype), weight.to(dtype), bias.to(dtype)]
-
-
-def plain(tensors: list[Tensor]) -> Tensor:
-    x, weight, bias = tensors
-    if x.shape[1] == 0 or len(x) == 0:  # torch refuses some of these
-        return (x.sum() + weight.sum()) * 0 + bias.expand(*x.shape[:2], -1)
-    return functional.conv1d(x.transpose(1, 2), weight, bias, padding=weight.shape[2] // 2).transpose(1, 2)
-
-
-def ours(tensors: list[Tensor]) -> Tensor:
-    return window_conv(*tensors)
-
-
-@cache
-def exact(shape: tuple[int, ...], layout: str = "plain") -> tuple[list[Tensor], list[float]]:
-    """float64 result and gradients, and the relative errors of torch's float32."""
-    true, narrow = (results(plain, inputs(shape, dtype, layout)) for dtype in (F64, F32))
-    return true, [relative(a, b) for a, b in zip(narrow, true, strict=True)]
-
-
 # ---------------------------------------------------------------- values and gradients
-@shapes
-def test_values_and_gradients_are_those_of_torchs_convolution(shape: tuple[int, ...], isa: str) -> None:
+@cases
+def test_values_and_gradients_are_those_of_torchs_convolution(case: WindowConvCase, isa: str) -> None:
     """float64 to 1e-12; float32 to 2e-5, and within three times torch's own float32 error."""
-    true, of_torch = exact(shape)
-    found = results(ours, inputs(shape))
+    true, of_torch = exact_results(case)
+    found = results(case.operator, case.inputs())
     assert [part.shape for part in found] == [part.shape for part in true]
-    assert apart(found, true, 1e-12) == []
-    for a, b, own in zip(results(ours, inputs(shape, F32)), true, of_torch, strict=True):
-        assert relative(a, b) <= min(2e-5, max(3 * own, 1e-6))
+    assert errors_above(found, true, 1e-12) == []
+    for a, b, own in zip(results(case.operator, case.inputs(F32)), true, of_torch, strict=True):
+        assert relative_error(a, b) <= min(2e-5, max(3 * own, 1e-6))
 
 
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "plain"])
 def test_any_strides(layout: str, dtype: torch.dtype, isa: str) -> None:
-    shape = (14, 6, 12, 9, 3)
-    bound = 1e-12 if dtype == F64 else 2e-6
-    assert apart(results(ours, inputs(shape, dtype, layout)), exact(shape, layout)[0], bound) == []
+    case, bound = WindowConvCase(14, 6, 12, 9, 3, layout), 1e-12 if dtype == F64 else 2e-6
+    assert errors_above(results(case.operator, case.inputs(dtype)), exact_results(case)[0], bound) == []
 
 
 def test_parameters_and_incoming_gradients_of_any_strides(isa: str) -> None:
-    tensors = inputs((6, 8, 5, 4, 3))
+    case = WindowConvCase(6, 8, 5, 4, 3)
+    tensors = case.inputs()
     odd = [tensors[0], tensors[1].permute(2, 1, 0).contiguous().permute(2, 1, 0), tensors[2].repeat_interleave(2)[::2]]
     for view in (lambda y: y.transpose(0, 1), lambda y: y[..., ::2], lambda y: y[:, :1].expand(6, 3, 4)):
         found = results(lambda t, view=view: view(window_conv(*t)), odd)
-        assert apart(found, results(lambda t, view=view: view(plain(t)), tensors), 1e-12) == []
+        assert errors_above(found, results(lambda t, view=view: view(case.reference(t)), tensors), 1e-12) == []
 
 
 @settings(deadline=None, max_examples=40)
@@ -94,31 +60,33 @@ def test_parameters_and_incoming_gradients_of_any_strides(isa: str) -> None:
     side=st.integers(0, 4),
 )
 def test_any_shape(sizes: tuple[int, int, int, int], side: int) -> None:
-    tensors = inputs((*sizes, 2 * side + 1))
-    assert apart(results(ours, tensors), results(plain, tensors), 1e-12) == []
+    case = WindowConvCase(*sizes, 2 * side + 1)
+    tensors = case.inputs()
+    assert errors_above(results(case.operator, tensors), results(case.reference, tensors), 1e-12) == []
 
 
 def test_gradients_by_finite_differences(isa: str) -> None:
     for shape in ((3, 4, 3, 2, 3), (2, 1, 2, 3, 5)):
-        assert torch.autograd.gradcheck(window_conv, [t.requires_grad_() for t in inputs(shape)])
+        assert torch.autograd.gradcheck(window_conv, [t.requires_grad_() for t in WindowConvCase(*shape).inputs()])
 
 
 def test_gradients_of_any_part_alone(isa: str) -> None:
-    tensors = inputs((5, 7, 6, 4, 3))
+    case = WindowConvCase(5, 7, 6, 4, 3)
+    tensors = case.inputs()
     grad = torch.randn(5, 7, 4, generator=torch.Generator().manual_seed(9)).double()
-    for which, expected in enumerate(results(ours, tensors)[1:]):
+    for which, expected in enumerate(results(case.operator, tensors)[1:]):
         leaves = [t.detach() for t in tensors]
         leaves[which].requires_grad_()
         window_conv(*leaves).backward(grad)
-        assert relative(leaves[which].grad, expected) < 1e-13
+        assert relative_error(leaves[which].grad, expected) < 1e-13
 
 
 def test_data_that_wants_no_gradient_gets_none(isa: str) -> None:
-    x, weight, _ = inputs((5, 7, 6, 4, 3))
+    x, weight, _ = WindowConvCase(5, 7, 6, 4, 3).inputs()
     grad = torch.ones(5, 7, 4, dtype=F64)
     whole, without = (torch.ops.qfast.window_conv_backward(grad, x, weight, wanted) for wanted in (True, False))
     assert without[0].shape == (0, 7, 6)
-    assert apart(without[1:], whole[1:], 1e-13) == []
+    assert errors_above(without[1:], whole[1:], 1e-13) == []
 
 
 def test_kernels_agree_with_plain_torch(isa: str) -> None:
@@ -129,11 +97,12 @@ def test_kernels_agree_with_plain_torch(isa: str) -> None:
 @pytest.mark.skipif(not KERNELS, reason="plain torch promises no bits")
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 def test_the_same_bits_again_and_for_any_number_of_threads(dtype: torch.dtype, isa: str) -> None:
-    before, tensors, runs = torch.get_num_threads(), inputs((230, 20, 21, 19, 3), dtype), []
+    case = WindowConvCase(230, 20, 21, 19, 3)
+    before, tensors, runs = torch.get_num_threads(), case.inputs(dtype), []
     try:
         for threads in (1, 1, 2, 3, 2):
             torch.set_num_threads(threads)
-            runs.append(results(ours, tensors))
+            runs.append(results(case.operator, tensors))
     finally:
         torch.set_num_threads(before)
     for run in runs[1:]:
@@ -142,7 +111,7 @@ def test_the_same_bits_again_and_for_any_number_of_threads(dtype: torch.dtype, i
 
 @pytest.mark.skipif(not KERNELS, reason="plain torch promises no bits")
 def test_a_window_does_not_depend_on_its_neighbours(isa: str) -> None:
-    x, weight, bias = inputs((50, 9, 11, 13, 5), F32)
+    x, weight, bias = WindowConvCase(50, 9, 11, 13, 5).inputs(F32)
     together = window_conv(x, weight, bias)
     assert torch.equal(window_conv(x[17:18], weight, bias), together[17:18])
     assert torch.equal(window_conv(x.flip(0), weight, bias), together.flip(0))
@@ -151,10 +120,11 @@ def test_a_window_does_not_depend_on_its_neighbours(isa: str) -> None:
 # ---------------------------------------------------------------- numbers at the ends
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_reaches_its_neighbouring_steps_alone(value: float, isa: str) -> None:
-    tensors = inputs((9, 8, 5, 4, 3), F32)
-    clean = results(ours, tensors)
+    case = WindowConvCase(9, 8, 5, 4, 3)
+    tensors = case.inputs(F32)
+    clean = results(case.operator, tensors)
     tensors[0][4, 7, 2] = value
-    found = results(ours, tensors)
+    found = results(case.operator, tensors)
     touched = torch.zeros(9, 8, dtype=torch.bool)
     touched[4, 6:] = True
     assert not torch.isfinite(found[0][touched]).any()
@@ -166,7 +136,7 @@ def test_what_is_not_finite_reaches_its_neighbouring_steps_alone(value: float, i
 
 
 def test_a_gradient_that_is_not_finite_stays_in_its_window(isa: str) -> None:
-    x, weight, _ = inputs((9, 8, 5, 4, 3), F32)
+    x, weight, _ = WindowConvCase(9, 8, 5, 4, 3).inputs(F32)
     grad = torch.ones(9, 8, 4)
     clean = torch.ops.qfast.window_conv_backward(grad, x, weight, True)[0]
     grad[4, 0, 1] = torch.nan
@@ -180,7 +150,7 @@ def test_a_gradient_that_is_not_finite_stays_in_its_window(isa: str) -> None:
 # ---------------------------------------------------------------- torch around it
 @pytest.mark.parametrize("shape", [(3, 4, 3, 2, 3), (0, 4, 3, 2, 3), (2, 1, 3, 2, 5)], ids=str)
 def test_opcheck(shape: tuple[int, ...]) -> None:
-    leaves = [t.requires_grad_() for t in inputs(shape)]
+    leaves = [t.requires_grad_() for t in WindowConvCase(*shape).inputs()]
     torch.library.opcheck(torch.ops.qfast.window_conv, tuple(leaves))
     x, weight, _ = (t.detach() for t in leaves)
     grad = torch.ones(*shape[:2], shape[3], dtype=F64)
@@ -189,21 +159,22 @@ def test_opcheck(shape: tuple[int, ...]) -> None:
 
 
 def test_double_backward_is_refused_by_name() -> None:
-    leaves = [t.requires_grad_() for t in inputs((3, 4, 3, 2, 3))]
+    leaves = [t.requires_grad_() for t in WindowConvCase(3, 4, 3, 2, 3).inputs()]
     (first,) = torch.autograd.grad(window_conv(*leaves).square().sum(), leaves[0], create_graph=True)
     with pytest.raises(NotImplementedError, match=r"window_conv: double backward is not supported.*torch\.func\.grad"):
         first.sum().backward()
 
 
 def test_transforms_and_forward_mode() -> None:
-    x, weight, bias = inputs((3, 4, 3, 2, 3))
+    case = WindowConvCase(3, 4, 3, 2, 3)
+    x, weight, bias = case.inputs()
     along = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).double()
 
     def ours(x: Tensor) -> Tensor:
         return window_conv(x, weight, bias).pow(3).sum()
 
     def torchs(x: Tensor) -> Tensor:
-        return plain([x, weight, bias]).pow(3).sum()
+        return case.reference([x, weight, bias]).pow(3).sum()
 
     torch.testing.assert_close(torch.func.grad(ours)(x), torch.func.grad(torchs)(x))
     torch.testing.assert_close(torch.func.hessian(ours)(x), torch.func.hessian(torchs)(x))
@@ -220,8 +191,9 @@ def test_compiled(dynamic: bool) -> None:
     torch.compiler.reset()
     compiled = torch.compile(window_conv, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for batch in (5, 6):
-        tensors = inputs((batch, 4, 3, 2, 3))
-        assert apart(results(lambda t: compiled(*t), tensors), results(ours, tensors), 1e-13) == []
+        case = WindowConvCase(batch, 4, 3, 2, 3)
+        tensors = case.inputs()
+        assert errors_above(results(lambda t: compiled(*t), tensors), results(case.operator, tensors), 1e-13) == []
     torch.compiler.reset()
 
 
@@ -230,14 +202,16 @@ def test_exported() -> None:
         def forward(self, *given: Tensor) -> Tensor:
             return window_conv(*given)
 
-    tensors = inputs((5, 4, 3, 2, 3))
+    case = WindowConvCase(5, 4, 3, 2, 3)
+    tensors = case.inputs()
     program = torch.export.export(Network(), tuple(tensors))
     assert "qfast.window_conv" in str(program.graph)
-    assert relative(program.module()(*tensors), window_conv(*tensors)) < 1e-13
+    assert relative_error(program.module()(*tensors), window_conv(*tensors)) < 1e-13
 
 
 def test_autocast_leaves_float32_alone() -> None:
-    tensors = inputs((5, 4, 3, 2, 3), F32)
+    case = WindowConvCase(5, 4, 3, 2, 3)
+    tensors = case.inputs(F32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = window_conv(*tensors)
     assert torch.equal(found, window_conv(*tensors))
@@ -245,7 +219,8 @@ def test_autocast_leaves_float32_alone() -> None:
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
 def test_halves_are_computed_in_float32(half: torch.dtype) -> None:
-    tensors = inputs((5, 4, 6, 7, 3), half)
+    case = WindowConvCase(5, 4, 6, 7, 3)
+    tensors = case.inputs(half)
     expected = window_conv(*(t.float() for t in tensors)).to(half)
     for parts in (tensors, [tensors[0], *(t.float() for t in tensors[1:])]):
         found = window_conv(*parts)
@@ -254,7 +229,7 @@ def test_halves_are_computed_in_float32(half: torch.dtype) -> None:
 
 
 def test_meta_tensors_have_shapes() -> None:
-    _, weight, bias = (t.to("meta") for t in inputs((1, 1, 64, 3, 3)))
+    _, weight, bias = (t.to("meta") for t in WindowConvCase(1, 1, 64, 3, 3).inputs())
     x = torch.empty(2**20, 2**12, 64, device="meta", dtype=F64)  # more rows than 32 bits count
     assert window_conv(x, weight, bias).shape == (2**20, 2**12, 3)
 
@@ -286,7 +261,7 @@ def test_refusals(change: dict[str, Any], message: str) -> None:
 
 @pytest.mark.skipif(not KERNELS, reason="the checks of the kernels themselves")
 def test_the_kernels_refuse_what_would_read_beyond_their_memory() -> None:
-    x, weight, bias = inputs((3, 4, 5, 2, 3))
+    x, weight, bias = WindowConvCase(3, 4, 5, 2, 3).inputs()
     for arguments, message in (
         ((x[0], weight, bias), r"x: expected .*\[B, T, D\]"),
         ((x, weight[:, :4], bias), r"weight: expected .*2, 5, 3"),

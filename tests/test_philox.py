@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qfast.ops.philox import draw_seed, keep_threshold, philox
-from support.temporal_conv import philox_words
+from support.tensors import philox_words
 
 ROOT = Path(__file__).resolve().parents[1]
 WORD = st.integers(0, 2**32 - 1)

@@ -11,7 +11,8 @@ import torch
 from qfast import precision as module
 from qfast.ops import feed_forward
 from qfast.precision import NAMES, precision, precision_for, set_precision, using_precision
-from support.encoder import Block, Case, block_inputs, inputs_of, operator, results
+from support.encoder import BlockCase, LayerCase
+from support.operator_case import results
 
 
 @pytest.fixture(autouse=True)
@@ -75,11 +76,11 @@ def test_only_float32_on_a_gpu_has_a_choice() -> None:
 
 
 def test_nothing_on_the_cpu_depends_on_it() -> None:
-    block, layer = Block((37,), 20, 130, 9), Case(5, 7, 24, 3, 70)
+    block, layer = BlockCase((37,), 20, 130, 9), LayerCase(5, 7, 24, 3, 70)
 
     def found() -> list[torch.Tensor]:
-        of_block = results(lambda t: feed_forward(*t), block_inputs(block, torch.float32))
-        return of_block + results(lambda t: operator(layer, t), inputs_of(layer, torch.float32))
+        of_block = results(lambda t: feed_forward(*t), block.inputs(torch.float32))
+        return of_block + results(lambda t: layer.operator(t), layer.inputs(torch.float32))
 
     expected = found()
     for name in NAMES:
@@ -89,9 +90,9 @@ def test_nothing_on_the_cpu_depends_on_it() -> None:
 
 @pytest.mark.parametrize("number", range(len(NAMES)))
 def test_cpu_operators_take_the_number_and_do_as_ever(number: int) -> None:
-    tensors = [part.requires_grad_() for part in block_inputs(Block((5,), 4, 9, 3), torch.float64)]
+    tensors = [part.requires_grad_() for part in BlockCase((5,), 4, 9, 3).inputs(torch.float64)]
     torch.library.opcheck(torch.ops.qfast.feed_forward, (*tensors, 0.0, None, number))
-    x, *weights = (part.requires_grad_() for part in inputs_of(Case(3, 5, 4, 2, 6), torch.float64))
+    x, *weights = (part.requires_grad_() for part in LayerCase(3, 5, 4, 2, 6).inputs(torch.float64))
     given = x, weights, 2, 1e-5, 0.0, None, False, True
     torch.library.opcheck(torch.ops.qfast.encoder_layer, (*given, number))
     assert torch.equal(torch.ops.qfast.encoder_layer(*given, number)[0], torch.ops.qfast.encoder_layer(*given)[0])

@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from qfast.errors import ConfigError, DataError
 from qfast.nn import Localformer, Transformer, transformer
-from support.temporal_conv import relative
+from support.operator_case import relative_error
 from support.transformer import F32, F64, NATIVE, Network, case, gradients, plainly
 
 pytestmark = pytest.mark.filterwarnings(
@@ -78,8 +78,8 @@ def test_predictions_and_gradients_are_those_of_the_layers(kind: type, sizes: tu
     wide, narrow, torchs = found(ours, F64), found(ours, F32), found(plainly, F32)
     assert list(wide) == list(narrow) == list(true)
     for name, value in true.items():
-        assert relative(wide[name], value) < 1e-11, name
-        assert relative(narrow[name], value) <= max(2e-5, 3 * relative(torchs[name], value)), name
+        assert relative_error(wide[name], value) < 1e-11, name
+        assert relative_error(narrow[name], value) <= max(2e-5, 3 * relative_error(torchs[name], value)), name
 
 
 @both
@@ -99,7 +99,7 @@ def test_gradients_of_the_data(kind: type) -> None:
     for leaf, out in zip(leaves, (net(leaves[0]), plainly(net, leaves[1])), strict=True):
         out.pow(2).sum().backward()
         assert leaf.grad is not None
-    assert relative(leaves[0].grad, leaves[1].grad) < 1e-12
+    assert relative_error(leaves[0].grad, leaves[1].grad) < 1e-12
 
 
 @both
@@ -471,7 +471,7 @@ def test_gradients_of_gradients(kind: type) -> None:
         (expected,) = torch.autograd.grad(first.pow(2).sum(), leaf)
     slope = torch.func.grad(lambda x: net(x).pow(2).sum())
     found = torch.func.grad(lambda x: slope(x).pow(2).sum())(x)
-    assert relative(found, expected) < 1e-10
+    assert relative_error(found, expected) < 1e-10
     if NATIVE:
         (first,) = torch.autograd.grad(net(leaf).pow(2).sum(), leaf, create_graph=True)
         with pytest.raises(NotImplementedError, match=r"double backward is not supported"):
@@ -533,12 +533,12 @@ def test_the_references_weights_names_and_numbers(kind: type, suffix: str, sizes
     given = x if suffix else x.transpose(1, 2).reshape(11, -1)
     reference.double().load_state_dict(net.double().state_dict())
     found, numbers = net(given), reference(given)
-    assert relative(found, numbers) < 1e-12
+    assert relative_error(found, numbers) < 1e-12
     assert net(given[:1]).shape == (1,)
     of_ours, of_theirs = gradients(net, found), gradients(reference, numbers)
     assert list(of_ours) == list(of_theirs)
     for name, value in of_theirs.items():
-        assert relative(of_ours[name], value) < 1e-11, name
+        assert relative_error(of_ours[name], value) < 1e-11, name
 
 
 @both

@@ -12,35 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-import qfast.ops  # noqa: F401 - registers the operators
-
-__all__ = [
-    "ATTENTION_CASES",
-    "NATIVE",
-    "SLOW_CASES",
-    "AttentionCase",
-    "Exact",
-    "chain_graph",
-    "dense",
-    "dense_graph",
-    "errors",
-    "exact_attention",
-    "exact_graph",
-    "expected",
-    "offsets_of",
-    "randn",
-    "results",
-    "same_bits",
-    "sorted_oracle",
-]
+from qfast.ops import additive_attention
+from support import operator_case
+from support.operator_case import F32, F64
+from support.tensors import randn
 
 # Whether kernels serve CPU tensors here. Without them the twin does, whose bits are those of torch's matrix products.
 NATIVE = torch._C._dispatch_has_kernel_for_dispatch_key("qfast::additive_attention", "CPU")
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Standard normal numbers, the same for every dtype up to rounding."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def offsets_of(sizes: Sequence[int]) -> Tensor:
@@ -55,11 +33,8 @@ def same_bits(found: Tensor, expected: Tensor) -> bool:
 
 
 def results(call: Callable[..., Tensor], tensors: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
-    """What `call` returns, and the gradients of `tensors` when `grad` comes back; their strides are kept."""
-    leaves = [t.detach().requires_grad_() for t in tensors]
-    out = call(*leaves)
-    out.backward(grad)
-    return [out.detach(), *(leaf.grad for leaf in leaves)]
+    """What call(*tensors) returns, and the gradients of `tensors` for the gradient `grad` of the result."""
+    return operator_case.results(lambda leaves: call(*leaves), tensors, grad=grad)
 
 
 def dense(
@@ -181,12 +156,29 @@ class AttentionCase:
     def offsets(self) -> Tensor:
         return offsets_of([self.n] * max(1, 400 // self.n))
 
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """query, key [N], value and the gradient of the result [N, width]: float32."""
-        days, seed = len(self.offsets) - 1, self.n + list(PATTERNS).index(self.pattern)
-        query, key = PATTERNS[self.pattern](*randn(2, days, self.n, seed=seed))
-        value, grad = randn(2, days * self.n, self.width, seed=seed + 1, dtype=torch.float32)
-        return (query * self.scale).float().flatten(), (key * self.scale).float().flatten(), value, grad
+    def inputs(self, dtype: torch.dtype = F64) -> list[Tensor]:
+        """query and key [N], value [N, width]."""
+        query, key = PATTERNS[self.pattern](*randn(2, len(self.offsets) - 1, self.n, seed=self._seed))
+        scores = [(part * self.scale).float().flatten().to(dtype) for part in (query, key)]
+        return [*scores, self._values(dtype)[0]]
+
+    def grad(self, dtype: torch.dtype = F64) -> Tensor:
+        """A gradient of the result, [N, width]."""
+        return self._values(dtype)[1]
+
+    @property
+    def _seed(self) -> int:
+        return self.n + list(PATTERNS).index(self.pattern)
+
+    def _values(self, dtype: torch.dtype) -> Tensor:
+        return randn(2, int(self.offsets[-1]), self.width, seed=self._seed + 1, dtype=F32).to(dtype)
+
+    def reference(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The dense softmax, day by day."""
+        return dense(*tensors, self.offsets, self.slope)
+
+    def operator(self, tensors: Sequence[Tensor]) -> Tensor:
+        return additive_attention(*tensors, self.offsets, self.slope)
 
 
 ATTENTION_CASES = [
@@ -202,9 +194,9 @@ SLOW_CASES = [AttentionCase(5000, scale, p) for scale in SCALES for p in PATTERN
 @cache
 def expected(case: AttentionCase) -> tuple[Exact, list[float]]:
     """float64 result and gradients for float32 inputs, and the errors of the dense softmax in float32."""
-    *tensors, grad = case.inputs()
+    tensors, grad = case.inputs(F32), case.grad(F32)
     exact = exact_attention(*tensors, grad, case.offsets, case.slope)
-    of_dense = results(lambda *t: dense(*t, case.offsets, case.slope), tensors, grad)
+    of_dense = operator_case.results(case.reference, tensors, grad=grad)
     return exact, errors(of_dense, exact.values)
 
 

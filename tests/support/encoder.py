@@ -1,46 +1,19 @@
-"""Encoder layers and feed-forward blocks for the tests: inputs, the definitions by torch's own modules, comparisons.
-
-Inputs are numbers of float32 in either dtype, so that both compute from the same values.
-"""
+"""Cases of the encoder layer and of the feed-forward block, defined by torch's own modules."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from qfast.ops import encoder_layer, feed_forward
-from support.recurrent import apart, laid_out
-from support.temporal_conv import mask, relative
+from support.operator_case import F64
+from support.tensors import LAYOUTS, laid_out, philox_mask
 
-__all__ = [
-    "F32",
-    "F64",
-    "KERNELS",
-    "NAMES",
-    "Block",
-    "Case",
-    "apart",
-    "block_inputs",
-    "block_of_masks",
-    "definition",
-    "exact_block",
-    "exact_layer",
-    "inputs_of",
-    "layer_of_masks",
-    "operator",
-    "plain_block",
-    "raw_gradients",
-    "relative",
-    "results",
-]
-
-F32, F64 = torch.float32, torch.float64
-# Whether kernels serve CPU tensors here. Without them the twin does, whose bits are those of torch's matrix products.
+# Whether kernels serve CPU tensors here. The twin's bits are those of torch's matrix products.
 KERNELS = torch._C._dispatch_has_kernel_for_dispatch_key("qfast::encoder_layer", "CPU")
 PARAMETERS = [name for name, _ in nn.TransformerEncoderLayer(2, 1, 3).named_parameters()]
 NAMES = [name.removeprefix("self_attn.") for name in PARAMETERS]
@@ -48,8 +21,8 @@ NAMES = [name.removeprefix("self_attn.") for name in PARAMETERS]
 
 # ---------------------------------------------------------------- the layer
 @dataclass(frozen=True)
-class Case:
-    """Sizes of one layer. layout: how x lies in memory, see `recurrent.laid_out`."""
+class LayerCase:
+    """Sizes of one layer; `layout` is the layout of x in memory, see `laid_out`."""
 
     batch: int
     steps: int
@@ -70,54 +43,57 @@ class Case:
     def settings(self) -> dict[str, object]:
         return {"heads": self.heads, "eps": self.eps, "last_step": self.last}
 
+    def inputs(self, dtype: torch.dtype = F64, scale: float = 1.0, seed: int = 0) -> list[Tensor]:
+        """x and the twelve parameters in torch's order; `scale` multiplies those of the attention's products."""
+        rng, width, hidden = torch.Generator().manual_seed(seed), self.width, self.hidden
 
-def inputs_of(case: Case, dtype: torch.dtype = F64, scale: float = 1.0, seed: int = 0) -> list[Tensor]:
-    """x and the twelve parameters in torch's order; `scale` multiplies those of the attention's products."""
-    rng, width, hidden = torch.Generator().manual_seed(seed), case.width, case.hidden
+        def randn(rows: int, columns: int, by: float = 1.0) -> list[Tensor]:
+            """A weight and its bias."""
+            return [
+                (torch.randn(rows, columns, generator=rng) * by * columns**-0.5).to(dtype),
+                (0.5 * torch.randn(rows, generator=rng)).to(dtype),
+            ]
 
-    def randn(rows: int, columns: int, by: float = 1.0) -> list[Tensor]:
-        """A weight and its bias."""
+        x = laid_out(rng, self.layout, self.batch, self.steps, width, dtype)
+        norms = [(torch.randn(width, generator=rng) * 0.3 + centre).to(dtype) for centre in (1, 0, 1, 0)]
         return [
-            (torch.randn(rows, columns, generator=rng) * by * columns**-0.5).to(dtype),
-            (0.5 * torch.randn(rows, generator=rng)).to(dtype),
+            x,
+            *randn(3 * width, width, scale),
+            *randn(width, width),
+            *randn(hidden, width),
+            *randn(width, hidden),
+            *norms,
         ]
 
-    x = laid_out(rng, case.layout, case.batch, case.steps, width, dtype)
-    norms = [(torch.randn(width, generator=rng) * 0.3 + centre).to(dtype) for centre in (1, 0, 1, 0)]
-    return [
-        x,
-        *randn(3 * width, width, scale),
-        *randn(width, width),
-        *randn(hidden, width),
-        *randn(width, hidden),
-        *norms,
-    ]
+    def reference(self, tensors: Sequence[Tensor]) -> Tensor:
+        """By torch.nn.TransformerEncoderLayer, in training mode: without its own shortcuts."""
+        with torch.device("meta"):
+            layer = nn.TransformerEncoderLayer(
+                self.width,
+                self.heads,
+                self.hidden,
+                0.0,
+                layer_norm_eps=self.eps,
+                batch_first=True,
+                dtype=tensors[0].dtype,
+            )
+        if self.batch == 0:  # torch's attention refuses
+            out = tensors[0] * sum(part.sum() for part in tensors[1:])
+        else:
+            out = torch.func.functional_call(layer, dict(zip(PARAMETERS, tensors[1:], strict=True)), tensors[0])
+        return out[:, -1] if self.last else out
+
+    def operator(self, tensors: Sequence[Tensor], **settings: object) -> Tensor:
+        return encoder_layer(tensors[0], list(tensors[1:]), **{**self.settings, **settings})
 
 
-def operator(case: Case, tensors: Sequence[Tensor], **settings: object) -> Tensor:
-    return encoder_layer(tensors[0], list(tensors[1:]), **{**case.settings, **settings})
-
-
-def definition(case: Case, tensors: Sequence[Tensor]) -> Tensor:
-    """By torch.nn.TransformerEncoderLayer, in training mode: without its own shortcuts."""
-    with torch.device("meta"):
-        layer = nn.TransformerEncoderLayer(
-            case.width, case.heads, case.hidden, 0.0, layer_norm_eps=case.eps, batch_first=True, dtype=tensors[0].dtype
-        )
-    if case.batch == 0:  # torch's attention refuses
-        out = tensors[0] * sum(part.sum() for part in tensors[1:])
-    else:
-        out = torch.func.functional_call(layer, dict(zip(PARAMETERS, tensors[1:], strict=True)), tensors[0])
-    return out[:, -1] if case.last else out
-
-
-def layer_of_masks(case: Case, tensors: Sequence[Tensor], dropout: float, seed: int) -> Tensor:
+def layer_of_masks(case: LayerCase, tensors: Sequence[Tensor], dropout: float, seed: int) -> Tensor:
     """One operation of torch's after the other, with the masks of the rule where torch's layer has its dropout."""
     x, in_weight, in_bias, out, out_bias, w1, b1, w2, b2, *norms = tensors
     (batch, steps, width), heads = x.shape, case.heads
 
     def drop(values: Tensor, place: int) -> Tensor:
-        drawn = mask(seed, batch, values.shape[2], steps, place, dropout)
+        drawn = philox_mask(seed, batch, values.shape[2], steps, place, dropout)
         return values * drawn.transpose(1, 2).to(values.dtype)
 
     query, key, value = (
@@ -126,7 +102,7 @@ def layer_of_masks(case: Case, tensors: Sequence[Tensor], dropout: float, seed: 
     )
     attention = (query @ key.mT / (width // heads) ** 0.5).softmax(3)
     # the query is the batch of that mask, the window its step and the key its channel
-    drawn = [mask(seed, steps, steps, batch, 3 + head, dropout).permute(2, 0, 1) for head in range(heads)]
+    drawn = [philox_mask(seed, steps, steps, batch, 3 + head, dropout).permute(2, 0, 1) for head in range(heads)]
     mixed = ((attention * torch.stack(drawn, 1).to(x.dtype)) @ value).transpose(1, 2).reshape(x.shape)
     y = x + drop(functional.linear(mixed, out, out_bias), 0)
     y = functional.layer_norm(y, (width,), norms[0], norms[1], case.eps)
@@ -135,25 +111,8 @@ def layer_of_masks(case: Case, tensors: Sequence[Tensor], dropout: float, seed: 
     return z[:, -1] if case.last else z
 
 
-def results(call: Callable[..., Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """What `call(tensors)` returns, and the gradients of all of them from a random one of it; strides are kept."""
-    leaves = [t.detach().requires_grad_() for t in tensors]
-    with torch.enable_grad():
-        out = call(leaves)
-        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out.dtype)
-        found = torch.autograd.grad(out, leaves, grad)
-    return [out.detach(), *found]
-
-
-@cache
-def exact_layer(case: Case, scale: float = 1.0) -> tuple[list[Tensor], list[float]]:
-    """float64 result and gradients, and the relative errors of torch's layer in float32."""
-    exact, narrow = (results(partial(definition, case), inputs_of(case, dtype, scale)) for dtype in (F64, F32))
-    return exact, [relative(a, b) for a, b in zip(narrow, exact, strict=True)]
-
-
 def raw_gradients(
-    case: Case, tensors: Sequence[Tensor], dropout: float, seed: int, input_grad: bool = True
+    case: LayerCase, tensors: Sequence[Tensor], dropout: float, seed: int, input_grad: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Of the raw operators: what they return and keep, and the gradients from the one that `results` hands in."""
     x, weights, number = tensors[0], list(tensors[1:]), torch.tensor([seed])
@@ -166,7 +125,7 @@ def raw_gradients(
 
 # ---------------------------------------------------------------- the feed-forward block
 @dataclass(frozen=True)
-class Block:
+class BlockCase:
     """Sizes of one block; `lead` are the axes before the features."""
 
     lead: tuple[int, ...]
@@ -180,24 +139,25 @@ class Block:
         lead = "x".join(map(str, self.lead)) or "vector"
         return f"N{lead}-D{self.width}-M{self.hidden}-O{self.out}" + f"-{self.layout}" * (self.layout != "plain")
 
+    def inputs(self, dtype: torch.dtype = F64, scale: float = 1.0, seed: int = 0) -> list[Tensor]:
+        """x and weight and bias of both layers."""
+        rng = torch.Generator().manual_seed(seed)
+        if self.layout == "plain":
+            x = torch.randn(*self.lead, self.width, generator=rng).to(dtype)
+        else:
+            x = laid_out(rng, self.layout, *self.lead, self.width, dtype)
+        tensors = [x]
+        for rows, columns in ((self.hidden, self.width), (self.out, self.hidden)):
+            weight, bias = torch.randn(rows, columns, generator=rng), torch.randn(rows, generator=rng)
+            tensors += [(weight * scale * columns**-0.5).to(dtype), (bias * 0.5).to(dtype)]
+        return tensors
 
-def block_inputs(block: Block, dtype: torch.dtype = F64, scale: float = 1.0, seed: int = 0) -> list[Tensor]:
-    """x and weight and bias of both layers."""
-    rng = torch.Generator().manual_seed(seed)
-    if block.layout == "plain":
-        x = torch.randn(*block.lead, block.width, generator=rng).to(dtype)
-    else:
-        x = laid_out(rng, block.layout, *block.lead, block.width, dtype)
-    tensors = [x]
-    for rows, columns in ((block.hidden, block.width), (block.out, block.hidden)):
-        weight, bias = torch.randn(rows, columns, generator=rng), torch.randn(rows, generator=rng)
-        tensors += [(weight * scale * columns**-0.5).to(dtype), (bias * 0.5).to(dtype)]
-    return tensors
+    def reference(self, tensors: Sequence[Tensor]) -> Tensor:
+        x, weight_in, bias_in, weight_out, bias_out = tensors
+        return functional.linear(functional.linear(x, weight_in, bias_in).relu(), weight_out, bias_out)
 
-
-def plain_block(tensors: Sequence[Tensor]) -> Tensor:
-    x, weight_in, bias_in, weight_out, bias_out = tensors
-    return functional.linear(functional.linear(x, weight_in, bias_in).relu(), weight_out, bias_out)
+    def operator(self, tensors: Sequence[Tensor], **settings: object) -> Tensor:
+        return feed_forward(*tensors, **settings)
 
 
 def block_of_masks(tensors: Sequence[Tensor], dropout: float, seed: int) -> Tensor:
@@ -205,15 +165,57 @@ def block_of_masks(tensors: Sequence[Tensor], dropout: float, seed: int) -> Tens
     x, weight_in, bias_in, weight_out, bias_out = tensors
     hidden = functional.linear(x, weight_in, bias_in).relu()
     rows = hidden.flatten(0, -2)
-    drawn = mask(seed, len(rows), rows.shape[1], 1, 1, dropout).squeeze(2).to(x.dtype)
+    drawn = philox_mask(seed, len(rows), rows.shape[1], 1, 1, dropout).squeeze(2).to(x.dtype)
     return functional.linear((rows * drawn).view(hidden.shape), weight_out, bias_out)
 
 
-@cache
-def exact_block(block: Block) -> tuple[list[Tensor], list[float]]:
-    exact, narrow = (results(plain_block, block_inputs(block, dtype)) for dtype in (F64, F32))
-    return exact, [relative(a, b) for a, b in zip(narrow, exact, strict=True)]
+BLOCK_CASES = [
+    BlockCase((0,), 5, 7, 3),
+    BlockCase((3, 0), 5, 7, 3),
+    BlockCase((), 5, 7, 3),
+    BlockCase((1,), 1, 1, 1),
+    *(BlockCase((n,), 16, 64, 16) for n in (1, 2, 3, 5, 7, 13, 23, 24, 25, 100, 481)),
+    *(
+        BlockCase((9,), d, 40, o)
+        for d, o in ((8, 8), (10, 3), (24, 1), (36, 36), (64, 64), (72, 5), (128, 17), (512, 512))
+    ),
+    *(BlockCase((11,), 20, m, 20) for m in (1, 7, 63, 64, 65, 100, 256, 2048)),
+    BlockCase((5, 7), 12, 33, 6),
+    BlockCase((2, 3, 4), 12, 33, 6),
+    BlockCase((30, 20), 64, 2048, 64),
+    *(BlockCase((14, 6), 12, 33, 9, layout) for layout in LAYOUTS if layout != "plain"),
+]
 
 
-def block_operator(tensors: Sequence[Tensor], **settings: object) -> Tensor:
-    return feed_forward(*tensors, **settings)
+# Every size of the models, and both sides of every vector, panel and tile.
+LAYER_CASES = [
+    LayerCase(0, 5, 8, 2),
+    LayerCase(0, 5, 8, 2, last=True),
+    LayerCase(1, 1, 4, 1, 1),
+    LayerCase(1, 1, 8, 4, 7),
+    *(LayerCase(b, 7, 16, 2, 64, last=b % 2 == 0) for b in (1, 2, 3, 5, 13, 100)),
+    *(LayerCase(5, t, 24, 3, 64, last=last) for t in (1, 2, 3, 20, 60, 130) for last in (False, True)),
+    *(LayerCase(6, 7, d, heads, 50, last=last) for d, heads in ((8, 4), (10, 5), (36, 6), (64, 2), (72, 8), (128, 1))
+      for last in (False, True)),
+    LayerCase(3, 4, 64, 64, 40),
+    LayerCase(2, 3, 512, 8, 100),
+    LayerCase(2, 3, 512, 2, 100, last=True),
+    *(LayerCase(7, 5, 20, 2, m, last=m % 2 == 0) for m in (1, 7, 64, 100, 256, 2048)),
+    # the models' own sizes, with few windows
+    LayerCase(26, 20, 64, 2, 2048),
+    LayerCase(26, 20, 64, 2, 2048, last=True),
+    *(LayerCase(14, 6, 12, 3, last=last, layout=layout) for layout in LAYOUTS if layout != "plain"
+      for last in (False, True)),
+    LayerCase(9, 6, 12, 3, eps=1e-2),
+    LayerCase(9, 6, 12, 3, eps=1e-2, last=True),
+]  # fmt: skip
+
+
+LONG_LAYER_CASES = [
+    *(LayerCase(b, t, d, h, m, last=last) for b, t, d, h, m in (
+        (100, 20, 64, 2, 2048), (13, 60, 64, 4, 2048), (3, 512, 64, 2, 256), (2, 300, 128, 8, 100),
+        (5, 20, 512, 8, 2048), (1000, 2, 8, 4, 64), (300, 3, 36, 6, 256),
+    ) for last in (False, True)),
+    *(LayerCase(4, 33, d, h, 70, last=last) for d in (8, 16, 24, 36, 64, 72, 128, 250) for h in range(1, d + 1)
+      if d % h == 0 for last in (False, True)),
+]  # fmt: skip

@@ -6,13 +6,15 @@ builds its inputs seeded, on any device, as slices of larger buffers so that str
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from qfast.ops import WindowIndex, build_window_index
+from qfast.ops import WindowIndex, build_window_index, gather_windows, window_rows
 from qfast.ops.window_gather import FILLS, LAYOUTS
+from support.operator_case import F32, F64
 
 __all__ = ["GATHER_CASES", "GatherCase", "market_codes"]
 
@@ -63,6 +65,25 @@ class GatherCase:
         last = torch.randint(-1, rows, (self.windows,), generator=generator)
         return last.to(device=device, dtype=self.row_dtype)
 
+    def inputs(self, dtype: torch.dtype = F64) -> list[torch.Tensor]:
+        """The panel. Row numbers and tables are integers, which have no gradient."""
+        cpu = torch.device("cpu")
+        return [self.panel(cpu, F32, len(self.index(cpu).position)).to(dtype)]
+
+    def reference(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Row numbers first, then a plain index of the panel."""
+        (panel,) = tensors
+        index, last = self.index(panel.device), self.last_row(panel.device, len(panel))
+        rows = window_rows(index, last, self.steps, fill=self.fill, first_position=self.first_position)
+        begin, end = self.column_range
+        values = panel[rows.clamp(min=0), begin:end].masked_fill((rows < 0)[..., None], torch.nan)
+        return values.transpose(1, 2).contiguous() if self.transposed else values
+
+    def operator(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        (panel,) = tensors
+        index, last = self.index(panel.device), self.last_row(panel.device, len(panel))
+        return gather_windows(panel, index, last, self.steps, **self.options())
+
     def options(self) -> dict:
         return {
             "fill": self.fill,
@@ -106,7 +127,7 @@ GATHER_CASES = [
     GatherCase("no-holes", holes=0.0, padding=0),
     # Row widths on both sides of every vector length (16, 32 and 64 bytes) and a long copy.
     *(
-        GatherCase(f"width-{d}", columns_all=d, padding=p)
+        GatherCase(f"width-{d}-padding-{p}", columns_all=d, padding=p)
         for d in (1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 33)
         for p in (0, 5)
     ),
