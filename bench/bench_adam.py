@@ -1,9 +1,9 @@
-"""Clipping and Adam's step in one call beside clip_grad_value_ and torch.optim.Adam.
+"""Clipping and Adam's step in one call, compared with clip_grad_value_ and torch.optim.Adam.
 
     python -m pytest bench/bench_adam.py -s
 
-Both sides step the same number of parameters with gradients inside the limit, alternately in one process (see
-compare.py). `foreach` None and `fused` None are torch's default, which on the CPU is a loop over the tensors.
+Both sides step the same parameters with gradients inside the limit. They alternate in one process, see compare.py.
+torch's default on the CPU is a loop over the tensors.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Attention over all stocks of a day, forward and backward, beside the reference's and a dense softmax.
+"""Attention over all stocks of a day, forward and backward, compared with Qlib's and with a dense softmax.
 
     python -m pytest bench/bench_attention.py -s -k ratio       # the ratios, interleaved (see compare.py)
-    python -m pytest bench/bench_attention.py -s -k scaling     # exponents of time over N; where the caches end
+    python -m pytest bench/bench_attention.py -s -k scaling     # exponents of time over N, across the cache sizes
     python -m pytest bench/bench_attention.py -s -k memory      # extra memory at a million rows
     python -m pytest bench/bench_attention.py -k sizes          # pytest-benchmark over days of any size
 
@@ -56,7 +56,7 @@ def our_graph_step(n: int) -> Callable[[], None]:
 
 
 def reference_step(n: int) -> Callable[[], None]:
-    """The reference's attention and the product with the hidden states, as in its forward."""
+    """Qlib's attention and the product with the hidden states, as in its forward."""
     name = "qlib.contrib.model.pytorch_gats"
     network = pytest.importorskip(name, reason="pyqlib (extra qlib) is not installed").GATModel(hidden_size=WIDTH)
     step = step_of(lambda hidden: network.cal_attention(hidden, hidden).mm(hidden) + hidden, (n, WIDTH))
@@ -69,7 +69,7 @@ def reference_step(n: int) -> Callable[[], None]:
 
 
 def dense_step(n: int) -> Callable[[], None]:
-    """Scores as a sum of a column and a row, nothing else of size N x N x H: what one would write in torch."""
+    """The obvious torch code: scores as the sum of a column and a row, no tensor of size N x N x H."""
 
     def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return functional.leaky_relu(query[:, None] + key, 0.01).softmax(-1) @ value
@@ -96,7 +96,7 @@ def test_ratio(n: int, other: Callable[[int], Callable[[], None]], goal: float, 
 def step_seconds(
     sizes: tuple[int, ...], maker: Callable[[int], Callable[[], None]] = our_step, repeats: int = 3
 ) -> dict[int, float]:
-    """Least seconds of process CPU time a step, the sizes taking turns; each figure covers about 0.05 s of steps."""
+    """Least CPU seconds per step for each size. The sizes alternate, and each measurement covers about 0.05 s."""
     steps = {n: maker(n) for n in sizes}
     best = dict.fromkeys(sizes, float("inf"))
     for _ in range(repeats):
@@ -129,7 +129,7 @@ def test_scaling() -> None:
 
 # ---------------------------------------------------------------- memory
 def print_extra_memory(n: int, threads: int) -> None:
-    """Peak of one step beyond its inputs and the gradient given, in MB; a process of its own."""
+    """Print the peak memory of one step beyond its inputs and the incoming gradient, in MB. Run in a new process."""
     torch.set_num_threads(threads)
     our_step(100)()
     query, key = torch.randn(2, n)
@@ -147,7 +147,7 @@ def test_memory_of_a_million_rows(threads: int) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
     )
-    print(f"\nN=1,000,000 H={WIDTH}, {threads} threads: {float(done.stdout):.0f} MB beside the inputs")
+    print(f"\nN=1,000,000 H={WIDTH}, {threads} threads: {float(done.stdout):.0f} MB beyond the inputs")
     assert float(done.stdout) < 2048
 
 

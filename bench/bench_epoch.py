@@ -1,12 +1,12 @@
-"""One epoch (training pass and both evaluations) of the time-series LSTM and GRU, beside the reference.
+"""One epoch (training pass and both evaluations) of the time-series LSTM and GRU, compared with Qlib.
 
     python bench/bench_epoch.py [--model LSTM|GRU] [--instruments 60] [--days 600]    # the ratios
     python bench/bench_epoch.py --instruments 300 --days 2150 --workers 16 --device cuda    # on a GPU, by wall clock
     python -m pytest bench/bench_epoch.py                                             # pytest-benchmark, small panel
 
-Both sides alternate in one process. First figure: one thread, process CPU time, the reference without
-loader workers (their CPU time would not be counted). Second: all threads, wall clock, the reference with
-the best of several worker counts. Data: 20 features, windows of 20 steps, batches of 800.
+Both sides alternate in one process. First figure: one thread, process CPU time, Qlib without loader
+workers (their CPU time would not be counted). Second: all threads, wall clock, Qlib with the best of
+several worker counts. Data: 20 features, windows of 20 steps, batches of 800.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def alpha158_shaped(n_instruments: int, n_days: int, features: int = FEATURES) -
 
 
 class Prepared:
-    """A dataset whose samplers are built beforehand, so that `fit` is the epoch and nothing else."""
+    """A dataset with prebuilt samplers, so `fit` measures the epoch alone."""
 
     def __init__(self, frame: pd.DataFrame, segments: dict[str, Any]) -> None:
         from qlib.data.dataset import TSDataSampler
@@ -100,14 +100,14 @@ def main() -> None:
     parser.add_argument("--instruments", type=int, default=60)
     parser.add_argument("--days", type=int, default=600)
     parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--device", default="cpu", help="ours; the reference takes a GPU wherever there is one")
+    parser.add_argument("--device", default="cpu", help="device of qfast; Qlib uses a GPU if there is one")
     arguments = parser.parse_args()
     theirs, ours = datasets(arguments.instruments, arguments.days)
     print(
         f"{arguments.model}: {len(theirs.samplers['train'])} training and {len(theirs.samplers['valid'])} valid windows"
     )
 
-    if not torch.cuda.is_available():  # the reference would use it, and CPU time would say nothing
+    if not torch.cuda.is_available():  # Qlib would use the GPU, and CPU time would not count it
         torch.set_num_threads(1)
         pairs = [
             (
@@ -117,7 +117,7 @@ def main() -> None:
             for _ in range(REPEATS)
         ]
         ratios = [round(a / b, 2) for a, b in pairs]
-        print("1 thread, CPU seconds (reference, ours):", [(round(a, 2), round(b, 2)) for a, b in pairs])
+        print("1 thread, CPU seconds (Qlib, qfast):", [(round(a, 2), round(b, 2)) for a, b in pairs])
         print(f"  ratios {ratios}, lower of {REPEATS}: {min(ratios):.2f}x")
 
     torch.set_num_threads(os.cpu_count() or 1)

@@ -1,10 +1,10 @@
-"""Alpha158 beside the reference's handler, its processors, and a second run from the cache.
+"""Alpha158 compared with Qlib's handler, its processors, and a second run from the cache.
 
     python bench/bench_factors.py [--instruments 500] [--days 1250] [--reference 40]
 
-Made-up prices. The reference's handler runs over `--reference` instruments of a Qlib store written for it, with one
-process; its time is scaled to all of them (it is linear in instruments). Process CPU time, one thread; the last
-column is wall time with two. Peak memory is that of the process beyond what it held before.
+Synthetic prices. Qlib's handler runs over `--reference` instruments of a Qlib store with one process. Its time is
+linear in the number of instruments and is scaled to all of them. Process CPU time, one thread; the last figure is wall
+time with two threads. Peak memory is the peak of the process beyond its memory before the call.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ RAW: dict[str, Any] = {"infer_processors": [], "learn_processors": []}
 def timed(work: Callable[[], Any]) -> tuple[float, float, Any]:
     """(CPU seconds, wall seconds, result)."""
     cpu, wall = time.process_time(), time.perf_counter()
-    found = work()
-    return time.process_time() - cpu, time.perf_counter() - wall, found
+    result = work()
+    return time.process_time() - cpu, time.perf_counter() - wall, result
 
 
 def write_store(root: Path, panel: Panel, count: int) -> None:
@@ -75,19 +75,21 @@ def main() -> None:
     parser.add_argument("--instruments", type=int, default=500)
     parser.add_argument("--days", type=int, default=1250)
     parser.add_argument("--reference", type=int, default=40)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("qfast").setLevel(logging.ERROR)
-    panel = load_prices(synthetic.prices(given.instruments, given.days))
+    panel = load_prices(synthetic.prices(arguments.instruments, arguments.days))
     with tempfile.TemporaryDirectory() as folder:
-        write_store(Path(folder, "store"), panel, given.reference)
+        write_store(Path(folder, "store"), panel, arguments.reference)
         torch.set_num_threads(1)
         before = peak_mb()
         ours = min(timed(lambda: Alpha158(data=panel, **RAW))[0] for _ in range(3))
         raw = Alpha158(data=panel, **RAW)
         peak = peak_mb() - before
         size = sum(block.values.nbytes for block in raw.panel("raw").blocks.values()) / 2**20
-        half = Alpha158(data=panel, instruments=[str(n) for n in panel.instruments[: given.instruments // 2]], **RAW)
+        half = Alpha158(
+            data=panel, instruments=[str(n) for n in panel.instruments[: arguments.instruments // 2]], **RAW
+        )
         linear = min(
             timed(lambda: Alpha158(data=panel, instruments=[str(n) for n in half.panel("raw").instruments], **RAW))[0]
             for _ in range(3)
@@ -99,14 +101,14 @@ def main() -> None:
         torch.set_num_threads(2)
         wall = min(timed(lambda: Alpha158(data=panel, **RAW))[1] for _ in range(3))
         theirs, their_stages = reference(Path(folder, "store"), table.to_frame(), processors(panel.datetimes))
-    scale = given.instruments / given.reference
-    print(f"{given.instruments} instruments x {given.days} days, {size:,.0f} MB of factors")
+    scale = arguments.instruments / arguments.reference
+    print(f"{arguments.instruments} instruments x {arguments.days} days, {size:,.0f} MB of factors")
     print(
-        f"factors: reference {theirs * scale:.1f} s (of {given.reference} instruments, scaled), qfast {ours:.2f} s, "
+        f"factors: Qlib {theirs * scale:.1f} s (of {arguments.reference} instruments, scaled), qfast {ours:.2f} s, "
         f"{theirs * scale / ours:.0f}x; two threads {wall:.2f} s of wall time"
     )
     print(f"half the instruments: {linear:.2f} s")
-    print(f"processors: reference {their_stages:.1f} s, qfast {staged:.2f} s, {their_stages / staged:.1f}x")
+    print(f"processors: Qlib {their_stages:.1f} s, qfast {staged:.2f} s, {their_stages / staged:.1f}x")
     print(f"from the cache: {again:.2f} s of wall time")
     print(f"peak memory: {peak:,.0f} MB, {peak / size:.2f} of the result")
 

@@ -1,10 +1,10 @@
-"""Rolling-window gather and index building, beside the reference's sampler and DataLoader.
+"""Rolling-window gather and index building, compared with Qlib's sampler and DataLoader.
 
     python -m pytest bench/bench_gather.py -s -k ratio          # the ratios, interleaved (see compare.py)
     python -m pytest bench/bench_gather.py -k shapes            # pytest-benchmark over the shape range
     python -m pytest bench/bench_gather.py -s -k bandwidth      # share of this machine's copy bandwidth
 
-Batches are random windows of a panel larger than the caches: what a shuffled training epoch reads.
+Batches are random windows of a panel larger than the caches, as a shuffled training epoch reads them.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from compare import compare, copy_bandwidth, cpu_seconds
 
 from qfast.ops import WindowIndex, build_window_index, gather_windows
 
-BATCH, STEPS = 800, 20  # the reference's defaults for the Alpha158 models
+BATCH, STEPS = 800, 20  # Qlib's defaults for the Alpha158 models
 
 
 def codes(instruments: int, days: int) -> tuple[np.ndarray, np.ndarray]:
     """A full market; 3 % of the rows suspended."""
     instrument = np.repeat(np.arange(instruments, dtype=np.int32), days)
     date = np.tile(np.arange(days, dtype=np.int32), instruments)
-    kept = np.random.default_rng(0).random(len(date)) >= 0.03
-    return instrument[kept], date[kept]
+    traded = np.random.default_rng(0).random(len(date)) >= 0.03
+    return instrument[traded], date[traded]
 
 
 @cache
@@ -53,7 +53,7 @@ def frame(panel: torch.Tensor, instruments: int, days: int = 2500) -> pd.DataFra
 
 
 def reference_batches(panel: torch.Tensor, instruments: int) -> Callable[[], object]:
-    """One batch of the reference a call: its sampler behind a shuffling DataLoader without workers."""
+    """Each call returns a batch of Qlib's sampler behind a shuffling DataLoader without workers."""
     dataset = pytest.importorskip("qlib.data.dataset", reason="pyqlib (extra qlib) is not installed")
     sampler = dataset.TSDataSampler(frame(panel, instruments), None, None, STEPS, fillna_type="ffill+bfill")
     loader = torch.utils.data.DataLoader(sampler, batch_size=BATCH, shuffle=True, drop_last=True)

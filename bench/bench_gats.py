@@ -1,11 +1,11 @@
-"""A training step, memory and evaluation of GATs beside the reference.
+"""A training step, memory and evaluation of GATs, compared with Qlib.
 
     python -m pytest bench/bench_gats.py -s -k step          # training steps, interleaved (see compare.py)
     python -m pytest bench/bench_gats.py -s -k evaluation    # 250 days x 300 stocks
     python -m pytest bench/bench_gats.py -s -k memory        # a day of 5,000 stocks
 
 A step is forward, mean squared error, backward, value clipping and Adam, on one day; both sides start from the
-same weights. Ours runs twice: with qfast's own recurrent kernel, and with torch's LSTM underneath.
+same weights. qfast runs twice: with its recurrent kernel, and with torch's LSTM.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from qfast.models import GATs
 from qfast.nn import GATModel
 
-STEPS, FEATURES = 20, 20  # unless a case says otherwise: the Alpha158 models'
+STEPS, FEATURES = 20, 20  # the sizes of the Alpha158 models, unless a case changes them
 
 
 def reference_network(features: int, base: str) -> nn.Module:
@@ -38,13 +38,13 @@ def reference_network(features: int, base: str) -> nn.Module:
 def our_network(features: int, base: str, own_kernel: bool = True) -> GATModel:
     torch.manual_seed(0)
     network = GATModel(d_feat=features, base_model=base)
-    if not own_kernel:  # a layer with hooks is always called, so that they are
+    if not own_kernel:  # qfast calls torch's layer if the layer has hooks
         network.rnn.register_forward_hook(lambda *_: None)
     return network
 
 
 def training_step(network: nn.Module, x: Tensor, fused: bool) -> Callable[[], None]:
-    """`fused` chooses Adam's implementation: ours is torch's fused one, the reference's is torch's default."""
+    """`fused` selects torch's fused Adam, which qfast uses; Qlib uses torch's default."""
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, fused=fused)
     label = torch.randn(len(x), generator=torch.Generator().manual_seed(1))
 
@@ -80,7 +80,7 @@ def test_training_step(n: int, steps: int, features: int, base: str, threads: in
 
 # ---------------------------------------------------------------- evaluation
 def flat_frame(days: int, stocks: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Features and label as the reference's evaluation takes them."""
+    """Features and label in the form that Qlib's evaluation accepts."""
     dates = pd.bdate_range("2020-01-01", periods=days)
     index = pd.MultiIndex.from_product([dates, [f"S{i:04d}" for i in range(stocks)]], names=["datetime", "instrument"])
     values = np.random.default_rng(0).standard_normal((len(index), FEATURES * STEPS), dtype=np.float32)
@@ -90,7 +90,7 @@ def flat_frame(days: int, stocks: int) -> tuple[pd.DataFrame, pd.DataFrame]:
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(("days", "stocks", "least"), [(250, 300, 4), (50, 800, 8)], ids=["250x300", "50x800"])
 def test_evaluation(days: int, stocks: int, least: float, threads: int) -> None:
-    """The reference's `test_epoch` beside calls of our network with as many days each as the estimator gives it."""
+    """Qlib's `test_epoch` against qfast's network, called with as many days at once as the estimator does."""
     module = pytest.importorskip("qlib.contrib.model.pytorch_gats", reason="pyqlib (extra qlib) is not installed")
     features, label = flat_frame(days, stocks)
     theirs = module.GATs(d_feat=FEATURES, base_model="LSTM", GPU=-1, seed=0)
@@ -112,7 +112,7 @@ def test_evaluation(days: int, stocks: int, least: float, threads: int) -> None:
 
 # ---------------------------------------------------------------- memory
 def print_step_memory(side: str, n: int) -> None:
-    """Peak of two training steps beyond what was resident before, network, optimiser and the day's data, in MB."""
+    """Print the peak of two training steps in MB, beyond the network, the optimiser and the day's data."""
     torch.set_num_threads(1)
     network = reference_network(FEATURES, "LSTM") if side == "reference" else our_network(FEATURES, "LSTM")
     training_step(network, flat_day(4, STEPS, FEATURES), fused=side == "qfast")()
@@ -133,13 +133,13 @@ def step_memory(side: str, n: int) -> float:
 
 
 def test_memory_of_a_day_of_5000() -> None:
-    """The reference's is measured at 1,000 and 1,500 stocks: what grows with N squared is carried on to 5,000."""
+    """Qlib is measured at 1,000 and 1,500 stocks. The part that grows with N squared is extrapolated to 5,000."""
     pytest.importorskip("qlib", reason="pyqlib (extra qlib) is not installed")
     ours, small, middle = step_memory("qfast", 5000), step_memory("reference", 1000), step_memory("reference", 1500)
     square = (middle - small) / (1500**2 - 1000**2)
-    carried_on = middle + square * (5000**2 - 1500**2)
+    extrapolated = middle + square * (5000**2 - 1500**2)
     print(
-        f"\ntraining step, 5,000 stocks: ours {ours:.0f} MB; reference {small:.0f} MB at 1,000 and {middle:.0f} MB at "
-        f"1,500 stocks, {square * 2**20:.0f} bytes a pair: {carried_on * 2**20 / 1e9:.1f} GB at 5,000"
+        f"\ntraining step, 5,000 stocks: ours {ours:.0f} MB; Qlib {small:.0f} MB at 1,000 and {middle:.0f} MB at "
+        f"1,500 stocks, {square * 2**20:.0f} bytes a pair: {extrapolated * 2**20 / 1e9:.1f} GB at 5,000"
     )
     assert ours < 1024

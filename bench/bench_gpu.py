@@ -1,12 +1,12 @@
-"""Operators and epochs on a GPU, beside torch's own layers, and beside the device's copy bandwidth and FMA peak.
+"""Operators and epochs on a GPU, compared with torch's layers and with the device's copy bandwidth and FMA peak.
 
     python bench/bench_gpu.py [--only gather,attention,ways,recurrent,tcn,encoder,adam,step,scaling,epoch] [--compile]
 
-Medians by CUDA events after a warm-up, both sides interleaved in one process; a backward is that of the sum of
-squares. A step is that of an estimator: gather, forward, loss, backward, clipping, Adam; beside it one of torch's
-layers, its indexing and its Adam. Networks take our recurrent and encoder operators, and torch's where the name says
-so. `--compile` also times torch.compile of the baseline. A Markdown table goes to standard output. `--device cpu` with
-`--small` is for trying the script itself. Nothing of it has been run on a GPU yet.
+Medians by CUDA events after a warm-up, both sides interleaved in one process. Backward passes start from the
+sum of squares. A step is an estimator's: gather, forward, loss, backward, clipping, Adam. Its baseline uses torch's
+layers, indexing and Adam. Networks use qfast's recurrent and encoder operators unless the name of the case says
+otherwise. `--compile` also times torch.compile of the baseline. The result is a Markdown table on standard output.
+`--device cpu` with `--small` tests the script itself.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ WARM_UP, REPEATS = 5, 30
 
 @dataclass(frozen=True)
 class Case:
-    """Two ways to one result. `moved` bytes and `products` (multiply-adds) are the least that it needs.
+    """Two implementations of one result, which needs at least `moved` bytes and `products` multiply-adds.
 
-    `captures`: the baseline can be a graph as well, which torch's Adam as the reference makes it cannot.
+    `captures`: the baseline can be captured as a CUDA graph. torch's Adam, as Qlib constructs it, cannot.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Clock:
         return begin.elapsed_time(end)
 
     def medians(self, calls: Sequence[Callable[[], Any]]) -> list[float]:
-        """Of calls that take turns."""
+        """Medians of calls that alternate."""
         for call in calls:
             for _ in range(WARM_UP):
                 call()
@@ -79,7 +79,7 @@ class Clock:
 
 
 def captured(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """The call as one CUDA graph, so that launches cost nothing; as it is elsewhere."""
+    """The call as one CUDA graph, which removes the cost of launches; on other devices the call itself."""
     if device.type != "cuda":
         return call
     side = torch.cuda.Stream()
@@ -94,8 +94,8 @@ def captured(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]
 
 
 def both_ways(call: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Callable[[], Any]:
-    given = [tensor.detach().requires_grad_() for tensor in tensors]
-    return lambda: torch.autograd.grad(call(*given).square().sum(), given)
+    arguments = [tensor.detach().requires_grad_() for tensor in tensors]
+    return lambda: torch.autograd.grad(call(*arguments).square().sum(), arguments)
 
 
 # ---------------------------------------------------------------- cases
@@ -118,12 +118,12 @@ def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def attention(device: torch.device, small: bool) -> Iterator[Case]:
     for n in (300, 1000) if small else (300, 1000, 5000, 100_000):
-        given = [torch.randn(n, device=device), torch.randn(n, device=device), torch.randn(n, 64, device=device)]
-        baseline = both_ways(dense, given) if n <= 5000 else None
+        arguments = [torch.randn(n, device=device), torch.randn(n, device=device), torch.randn(n, 64, device=device)]
+        baseline = both_ways(dense, arguments) if n <= 5000 else None
         moved = 4.0 * n * (2 + 64) * 3  # read, written, and their gradients read
         yield Case(
             f"attention over {n} stocks, 64 wide, both ways",
-            both_ways(lambda q, k, v: ops.additive_attention(q, k, v), given),
+            both_ways(lambda q, k, v: ops.additive_attention(q, k, v), arguments),
             baseline,
             moved,
         )
@@ -162,8 +162,8 @@ def _recurrent_pair(operator: Any, kind: Any, gates: int, x: Tensor) -> Iterator
 
     name = f"{kind.__name__}, {x.shape[0]} x {x.shape[1]}, {layers} layers of {hidden}"
     yield Case(f"{name}, forward", lambda: ours(x, *weights), lambda: forward(x), 0, products)
-    given = [x, *weights]
-    yield Case(f"{name}, both ways", both_ways(ours, given), both_ways(theirs, given), 0, 3 * products)
+    arguments = [x, *weights]
+    yield Case(f"{name}, both ways", both_ways(ours, arguments), both_ways(theirs, arguments), 0, 3 * products)
 
 
 def convolutions(device: torch.device, small: bool) -> Iterator[Case]:
@@ -204,7 +204,7 @@ def encoders(device: torch.device, small: bool) -> Iterator[Case]:
 
 
 def _precisions(x: Tensor, weights: Sequence[Tensor]) -> Iterator[Case]:
-    """The feed-forward block in each, by the raw operator: the last column may exceed 100 %."""
+    """The feed-forward block in each precision, by the raw operator: the last column may exceed 100 %."""
     for number, name in enumerate(NAMES):
         yield Case(
             f"feed-forward block, {len(x)} rows, forward, {name}",
@@ -286,7 +286,7 @@ def with_torch_layers(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 def torch_step(model: Any, windows: Any, samples: Tensor) -> Callable[[], Tensor]:
-    """As the reference writes a step, but for its loader: the windows are indexed on the device."""
+    """A step as Qlib writes it, except for the loader: the windows are indexed on the device."""
     network = model.network.to_reference().train()
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     rows = ops.window_rows(windows.index, windows.rows, windows.step_len)
@@ -306,14 +306,19 @@ def torch_step(model: Any, windows: Any, samples: Tensor) -> Callable[[], Tensor
 
 
 OF_PART = {
-    "gather": gathers, "attention": attention, "recurrent": recurrent, "tcn": convolutions, "encoder": encoders,
-    "adam": optimizers, "step": training,
-}  # fmt: skip
+    "gather": gathers,
+    "attention": attention,
+    "recurrent": recurrent,
+    "tcn": convolutions,
+    "encoder": encoders,
+    "adam": optimizers,
+    "step": training,
+}
 
 
-# ---------------------------------------------------------------- what the device can do
+# ---------------------------------------------------------------- limits of the device
 def copy_bandwidth(clock: Clock, small: bool) -> float:
-    """Bytes a second, read and written."""
+    """Bytes per second, reads and writes together."""
     size = 2**22 if small else 2**30
     source = torch.empty(size, dtype=torch.uint8, device=clock.device)
     target = torch.empty_like(source)
@@ -321,7 +326,7 @@ def copy_bandwidth(clock: Clock, small: bool) -> float:
 
 
 def product_peak(clock: Clock, small: bool) -> float:
-    """Multiply-adds a second of a large float32 product, TF32 off."""
+    """Multiply-adds per second of a large float32 matrix product without TF32."""
     n = 512 if small else 8192
     a, b = torch.randn(2, n, n, device=clock.device)
     return n**3 / clock.medians([lambda: a @ b])[0] * 1e3
@@ -348,9 +353,9 @@ def epochs(device: torch.device, small: bool) -> None:
                 print(f"| {name} | {layers} | {how} | {times} |", flush=True)
 
 
-# ---------------------------------------------------------------- attention's three ways
+# ---------------------------------------------------------------- three implementations of attention
 def ways(clock: Clock, small: bool) -> None:
-    """Forward and backward as one graph, by the way that is asked for: where `auto` should change over."""
+    """Forward and backward as one graph for each implementation, which shows where `auto` should switch."""
     names, variable = ("dense", "block", "passes", "auto"), "QFAST_CUDA_ATTENTION"
     before = os.environ.get(variable)
     print(f"\n| days | stocks | {' | '.join(names)} |\n| --- | --- |{' --- |' * len(names)}")
@@ -359,8 +364,8 @@ def ways(clock: Clock, small: bool) -> None:
             tensors = [torch.randn(*shape, device=clock.device) for shape in ((days * n,), (days * n,), (days * n, 64))]
             offsets = torch.arange(days + 1) * n
 
-            def attend(*given: Tensor, days: Tensor = offsets) -> Tensor:
-                return ops.additive_attention(*given, days)
+            def attend(*arguments: Tensor, days: Tensor = offsets) -> Tensor:
+                return ops.additive_attention(*arguments, days)
 
             calls = []
             for name in names:
@@ -373,8 +378,8 @@ def ways(clock: Clock, small: bool) -> None:
 
 # ---------------------------------------------------------------- scaling
 def attention_call(n: int, device: torch.device) -> Callable[[], Any]:
-    given = [torch.randn(n, device=device), torch.randn(n, device=device), torch.randn(n, 64, device=device)]
-    return both_ways(lambda q, k, v: ops.additive_attention(q, k, v), given)
+    arguments = [torch.randn(n, device=device), torch.randn(n, device=device), torch.randn(n, 64, device=device)]
+    return both_ways(lambda q, k, v: ops.additive_attention(q, k, v), arguments)
 
 
 def lstm_call(batch: int, steps: int, device: torch.device) -> Callable[[], Any]:
@@ -386,7 +391,7 @@ def _lstm_cases(batch: int, steps: int, device: torch.device) -> Iterator[Case]:
 
 
 def scaling(clock: Clock, small: bool, picture: str | None) -> None:
-    """Time as a power of a size: least squares of the logarithms, forward and backward, as one graph."""
+    """Exponents of time over size, by least squares of the logarithms; forward and backward as one graph."""
     points: dict[str, tuple[list[int], list[float]]] = {}
     device, shrink = clock.device, 50 if small else 1
     laws: dict[str, tuple[Sequence[int], Callable[[int], Callable[[], Any]]]] = {
@@ -395,7 +400,7 @@ def scaling(clock: Clock, small: bool, picture: str | None) -> None:
         "LSTM of B windows of 20 steps": ((5_000, 10_000, 20_000, 50_000), lambda n: lstm_call(n, 20, device)),
         "LSTM of 800 windows of T steps": ((500, 1000, 2000, 4000), lambda n: lstm_call(800 // shrink, n, device)),
     }
-    print("\n| what | sizes | times | exponent | R2 |\n| --- | --- | --- | --- | --- |")
+    print("\n| case | sizes | times | exponent | R2 |\n| --- | --- | --- | --- | --- |")
     for name, (sizes, call_of) in laws.items():
         sizes = [max(2, size // shrink) for size in sizes]
         times = [clock.medians([captured(call_of(size), device)])[0] for size in sizes]
@@ -432,28 +437,28 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--plot", metavar="FILE", help="draw what `scaling` measures: .png, .svg or .pdf")
-    given = parser.parse_args()
-    parts = given.only.split(",")
+    arguments = parser.parse_args()
+    parts = arguments.only.split(",")
     if not set(parts) <= set(PARTS):
-        parser.error(f"--only takes {', '.join(PARTS)}, got {given.only}")
-    device = torch.device(given.device)
+        parser.error(f"--only takes {', '.join(PARTS)}, got {arguments.only}")
+    device = torch.device(arguments.device)
     clock = Clock(device)
     _backend.cuda_layers = "qfast"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    bandwidth, peak = copy_bandwidth(clock, given.small), product_peak(clock, given.small)
+    bandwidth, peak = copy_bandwidth(clock, arguments.small), product_peak(clock, arguments.small)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}: copy {bandwidth / 1e9:,.0f} GB/s, float32 {peak * 2e-12:,.1f} TFLOP/s\n")
     print("| case | torch | as one graph | compiled | qfast | as one graph | ratio | of copy | of float32 |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for part in parts:
-        for case in OF_PART[part](device, given.small) if part in OF_PART else ():
-            print(row(case, clock, bandwidth, peak, given.compile), flush=True)
+        for case in OF_PART[part](device, arguments.small) if part in OF_PART else ():
+            print(row(case, clock, bandwidth, peak, arguments.compile), flush=True)
     if "ways" in parts:
-        ways(clock, given.small)
+        ways(clock, arguments.small)
     if "scaling" in parts:
-        scaling(clock, given.small, given.plot)
+        scaling(clock, arguments.small, arguments.plot)
     if "epoch" in parts:
-        epochs(device, given.small)
+        epochs(device, arguments.small)
 
 
 def row(case: Case, clock: Clock, bandwidth: float, peak: float, compiled: bool) -> str:

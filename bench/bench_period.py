@@ -1,13 +1,13 @@
-"""Scoring a whole period with the time-series LSTM, GRU and ALSTM, data loading included, beside the reference.
+"""Scoring a whole period with the time-series LSTM, GRU and ALSTM, data loading included, compared with Qlib.
 
     python bench/bench_period.py [--model LSTM GRU ALSTM] [--instruments 100] [--days 600]    # the ratios
     python bench/bench_period.py --alone --instruments 1000 --days 1030                       # qfast on 10^6 windows
     python -m pytest bench/bench_period.py                                                     # pytest-benchmark
 
-`predict` of both sides on the same samples and weights, alternately in one process; one thread, process CPU time, the
-reference without loader workers (their CPU time would not be counted). 20 features, windows of 20 steps, batches of
-800, hidden size 64, 2 layers; one time without missing rows and one time with 2% of them missing at random, where few
-windows are consecutive rows.
+`predict` of both sides on the same samples and weights, alternately in one process; one thread, process CPU time,
+Qlib without loader workers (their CPU time would not be counted). 20 features, windows of 20 steps, batches of
+800, hidden size 64, 2 layers. One run has no missing rows; one has 2% of them missing at
+random, where few windows are consecutive rows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NETWORK = {"LSTM": "LSTM_model", "GRU": "GRU_model", "ALSTM": "ALSTM_model"}
 
 def ours_of(model: str) -> Any:
     estimator = getattr(ts, model)(d_feat=FEATURES, batch_size=BATCH, seed=0, device="cpu")
-    estimator.fitted = True  # random weights take as long as trained ones
+    estimator.fitted = True  # random weights need as long as trained ones
     return estimator
 
 
@@ -57,9 +57,9 @@ def pair(model: str, n_instruments: int, n_days: int, missing: bool) -> tuple[An
     theirs, ours = Prepared(frame, segments), TSDatasetH(handler=frame, segments=segments, step_len=STEP_LEN)
     our_model = ours_of(model)
     reference = reference_of(model, our_model.network.state_dict())
-    found, expected = our_model.predict(ours), reference.predict(theirs)
-    assert abs(found.reindex(expected.index) - expected).max() < 1e-4
-    return lambda: our_model.predict(ours), lambda: reference.predict(theirs), len(found)
+    result, expected = our_model.predict(ours), reference.predict(theirs)
+    assert abs(result.reindex(expected.index) - expected).max() < 1e-4
+    return lambda: our_model.predict(ours), lambda: reference.predict(theirs), len(result)
 
 
 @pytest.mark.parametrize("side", ["qfast", "reference"])
@@ -97,10 +97,10 @@ def main() -> None:
         for missing in (False, True):
             ours, reference, windows = pair(model, arguments.instruments, arguments.days, missing)
             pairs = [(seconds(reference, time.process_time), seconds(ours, time.process_time)) for _ in range(REPEATS)]
-            ratio, rows = min(a / b for a, b in pairs), "2% of rows missing" if missing else "all rows there"
+            ratio, rows = min(a / b for a, b in pairs), "2% of rows missing" if missing else "no missing rows"
             best = min(b for _, b in pairs)
             print(
-                f"{model}, {windows} windows, {rows}: reference {min(a for a, _ in pairs):.2f} s, qfast {best:.2f} s "
+                f"{model}, {windows} windows, {rows}: Qlib {min(a for a, _ in pairs):.2f} s, qfast {best:.2f} s "
                 f"({windows / best:.0f} windows a second), lowest of {REPEATS} ratios {ratio:.2f}x",
                 flush=True,
             )

@@ -1,13 +1,13 @@
-"""LSTM, GRU and ALSTM beside the reference's modules, and the recurrent operators over shapes.
+"""LSTM, GRU and ALSTM compared with Qlib's modules, and the recurrent operators over shapes.
 
-    python -m pytest bench/bench_recurrent.py -s -k beside   # training step and inference, interleaved
-    python -m pytest bench/bench_recurrent.py -s -k share    # needed FLOPs a second, of the processor's peak
+    python -m pytest bench/bench_recurrent.py -s -k compared   # training step and inference, interleaved
+    python -m pytest bench/bench_recurrent.py -s -k share    # FLOPs per second as a share of the processor's peak
     python -m pytest bench/bench_recurrent.py -s -k table    # hidden 32 to 256 x batch 64 to 8,192 x T 10 to 250
     python -m pytest bench/bench_recurrent.py -s -k memory   # peak of a training step
 
 A step is forward, mean squared error, backward, value clipping and Adam; both sides start from the same weights and
-have no dropout. The reference's modules are pyqlib's, on torch's layers. FLOPs are 2 for a multiplication and addition
-of the layers' matrix products: forward B T sum (F_l + H) gates H, training three times that less the gradient of x.
+have no dropout. Qlib's modules run on torch's layers. A multiply-add of the layers' matrix products counts as 2 FLOPs:
+forward B T sum (F_l + H) gates H, training three times that without the gradient of x.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Shape:
 
 
 SHAPES = {"800x20": Shape(800, 20), "800x60": Shape(800, 60, 6), "5000x20": Shape(5000, 20)}
-# lowest ratio asked for
+# lowest accepted ratio
 GOALS = {
     ("LSTM", "inference"): {"800x20": 1.15, "800x60": 1.5, "5000x20": 1.7},
     ("LSTM", "training"): {"800x20": 1.8, "800x60": 2.2, "5000x20": 2.4},
@@ -73,18 +73,18 @@ def network(kind: str, shape: Shape, side: str) -> nn.Module:
 
 
 def call_of(kind: str, what: str, shape: Shape, side: str, x: Tensor) -> Callable[[], object]:
-    # the reference's modules want flat windows [B, F * T]
-    given = x.transpose(1, 2).flatten(1) if side == "reference" else x
+    # Qlib's modules accept flat windows [B, F * T]
+    arguments = x.transpose(1, 2).flatten(1) if side == "reference" else x
     net = network(kind, shape, side)
-    return training_step(net, given, side == "qfast") if what == "training" else inference(net, given)
+    return training_step(net, arguments, side == "qfast") if what == "training" else inference(net, arguments)
 
 
-# ---------------------------------------------------------------- beside the reference
+# ---------------------------------------------------------------- compared with Qlib
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("what", ["inference", "training"])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "ALSTM"])
-def test_beside_the_reference(kind: str, what: str, name: str, threads: int) -> None:
+def test_compared_with_qlib(kind: str, what: str, name: str, threads: int) -> None:
     shape, x = SHAPES[name], SHAPES[name].windows()
     ours, theirs = (call_of(kind, what, shape, side, x) for side in ("qfast", "reference"))
     if what == "inference":
@@ -99,7 +99,7 @@ def test_beside_the_reference(kind: str, what: str, name: str, threads: int) -> 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("kind", GATES)
 def test_share_of_the_peak(kind: str, name: str) -> None:
-    """FLOPs a second of a step and of inference over the peak of multiply-adds, taking turns, best of 5."""
+    """FLOPs per second of a step and of inference as a share of the FMA peak; alternating, best of 5."""
     shape, x = SHAPES[name], SHAPES[name].windows()
     a, b = (torch.randn(1024, 1024) for _ in range(2))
     rates = {
@@ -130,7 +130,7 @@ def layers_of(module: nn.RNNBase) -> list[list[Tensor]]:
 
 
 def ratio(kind: str, shape: Shape, what: str) -> float:
-    """torch's layer over our operator, each at its best of three rounds, CPU time of one thread."""
+    """CPU time of torch's layer over that of qfast's operator on one thread, best of three rounds each."""
     torch.manual_seed(0)
     module = getattr(nn, kind)(shape.features, shape.hidden, shape.layers, batch_first=True)
     of, x = {"LSTM": lstm, "GRU": gru}[kind], shape.windows()
@@ -157,7 +157,7 @@ def ratio(kind: str, shape: Shape, what: str) -> float:
 @pytest.mark.parametrize("what", ["inference", "training"])
 @pytest.mark.parametrize("kind", GATES)
 def test_table_of_shapes(kind: str, what: str, hidden: int) -> None:
-    """Never slower than torch by more than 5 %. QFAST_BENCH_GFLOP: leave out larger calls (default 60; 0: none)."""
+    """At most 5 % slower than torch. QFAST_BENCH_GFLOP skips larger calls (default 60; 0 skips none)."""
     limit = float(os.environ.get("QFAST_BENCH_GFLOP", "60")) * 1e9 or float("inf")
     torch.set_num_threads(1)
     batches, slow = (64, 256, 800, 2000, 8192), []
@@ -171,17 +171,17 @@ def test_table_of_shapes(kind: str, what: str, hidden: int) -> None:
             if shape.flops(kind, what == "training") > limit:
                 line += "       -"
                 continue
-            found = ratio(kind, shape, what)
-            line += f"{found:8.2f}"
-            if found < 0.95:
-                slow.append((batch, steps, round(found, 2)))
+            result = ratio(kind, shape, what)
+            line += f"{result:8.2f}"
+            if result < 0.95:
+                slow.append((batch, steps, round(result, 2)))
         print(line, flush=True)
     assert not slow, f"slower than torch's layer by more than 5 %: {slow}"
 
 
 # ---------------------------------------------------------------- memory
 def print_step_memory(side: str, kind: str, name: str) -> None:
-    """Peak of two training steps beyond what was resident before, in MB: activations, gradients, optimiser."""
+    """Print the peak of two training steps in MB, beyond what was resident: activations, gradients, optimiser."""
     torch.set_num_threads(1)
     shape = SHAPES[name]
     call_of(kind, "training", shape, side, shape.windows()[:4])()
@@ -206,5 +206,5 @@ def step_memory(side: str, kind: str, name: str) -> float:
 def test_memory_of_a_training_step(kind: str, name: str) -> None:
     pytest.importorskip("qlib", reason="pyqlib (extra qlib) is not installed")
     ours, theirs = (min(step_memory(side, kind, name) for _ in range(2)) for side in ("qfast", "reference"))
-    print(f"\n{kind} {name}: qfast {ours:.0f} MB, reference {theirs:.0f} MB, {ours / theirs:.0%}")
+    print(f"\n{kind} {name}: qfast {ours:.0f} MB, Qlib {theirs:.0f} MB, {ours / theirs:.0%}")
     assert ours <= 0.6 * theirs

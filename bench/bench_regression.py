@@ -3,8 +3,8 @@
     python -m pytest bench/bench_regression.py --benchmark-save=before       # on the old commit
     python -m pytest bench/bench_regression.py --benchmark-compare --benchmark-compare-fail=min:15%
 
-CPU time of the process, on one thread, lowest of the rounds: compare minima, and only runs of one machine. Nothing but
-qfast is timed; the other benches have the reference beside it. Models stand with their own defaults, dropout included.
+CPU time of the process on one thread, lowest of the rounds. Compare minima, and only runs on the same machine. This
+file times qfast alone; the other benchmarks compare it with Qlib. Models have their defaults, dropout included.
 """
 
 from __future__ import annotations
@@ -25,10 +25,14 @@ from qfast.training.optim import ClippedAdam
 
 STEPS, FEATURES, STOCKS, WIDTH = 20, 20, 800, 64
 MODELS = {
-    "LSTM": qfast.nn.LSTMModel, "GRU": qfast.nn.GRUModel, "ALSTM": qfast.nn.ALSTMModel, "GATs": qfast.nn.GATModel,
-    "TCN": lambda d_feat: qfast.nn.TCNModel(d_feat, 1, [32] * 5, 7, 0.5), "Transformer": qfast.nn.Transformer,
+    "LSTM": qfast.nn.LSTMModel,
+    "GRU": qfast.nn.GRUModel,
+    "ALSTM": qfast.nn.ALSTMModel,
+    "GATs": qfast.nn.GATModel,
+    "TCN": lambda d_feat: qfast.nn.TCNModel(d_feat, 1, [32] * 5, 7, 0.5),
+    "Transformer": qfast.nn.Transformer,
     "Localformer": qfast.nn.Localformer,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)
@@ -75,10 +79,10 @@ def gather() -> Callable[[], Any]:
 
 
 def attention(stocks: int, gradients: bool) -> Callable[[], Any]:
-    given = [torch.randn(*shape, requires_grad=gradients) for shape in ((stocks,), (stocks,), (stocks, WIDTH))]
+    arguments = [torch.randn(*shape, requires_grad=gradients) for shape in ((stocks,), (stocks,), (stocks, WIDTH))]
     if gradients:
-        return lambda: ops.additive_attention(*given).sum().backward()
-    return lambda: ops.additive_attention(*given)
+        return lambda: ops.additive_attention(*arguments).sum().backward()
+    return lambda: ops.additive_attention(*arguments)
 
 
 def window_index() -> Callable[[], Any]:

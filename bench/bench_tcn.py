@@ -1,14 +1,14 @@
-"""Training step, inference and memory of the TCN beside the reference, and its speed over shapes.
+"""Training step, inference and memory of the TCN compared with Qlib, and its speed over shapes.
 
-    python -m pytest bench/bench_tcn.py -s -k beside      # training step and inference, interleaved (see compare.py)
-    python -m pytest bench/bench_tcn.py -s -k share       # needed FLOPs a second, beside a large matrix product
+    python -m pytest bench/bench_tcn.py -s -k compared      # training step and inference, interleaved (see compare.py)
+    python -m pytest bench/bench_tcn.py -s -k share       # FLOPs per second, compared with a large matrix product
     python -m pytest bench/bench_tcn.py -s -k memory      # peak of a training step
     python -m pytest bench/bench_tcn.py -s -k table       # kernel 2 to 9 x channels 16 to 256 x T 10 to 250
-    python -m pytest bench/bench_tcn.py -s -k corners     # the ends of that table beside the reference
+    python -m pytest bench/bench_tcn.py -s -k corners     # the corners of that table compared with Qlib
     python -m pytest bench/bench_tcn.py -s -k period      # windows of consecutive days of one stock
 
 A step is forward (dropout 0.5), mean squared error, backward, value clipping and Adam; both sides start from the same
-weights. FLOPs are 2 for a multiplication and addition that the last step can see (`temporal_conv_net.plan`).
+weights. A multiply-add that the last step can see counts as 2 FLOPs (`temporal_conv_net.plan`).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Setting:
         return temporal_conv_net.plan(self.T, self.kernel, self.layers)
 
     def flops(self, training: bool) -> float:
-        """Of one call. Training: the inputs' gradient of every convolution but those that read x, and the weights'."""
+        """FLOPs of one call. Training adds the weight gradients, and the input gradients except for x."""
         forward, *_ = self.plan.multiply_adds(self.features, [self.channels] * self.layers)
         total = forward
         if training:
@@ -62,7 +62,7 @@ class Setting:
         return of(self.features, 1, [self.channels] * self.layers, self.kernel, dropout)
 
     def windows(self) -> Tensor:
-        """[B, F, T], lying as windows [B, T, F] do."""
+        """[B, F, T], a transposed view of windows [B, T, F]."""
         rng = torch.Generator().manual_seed(0)
         return torch.randn(self.batch, self.T, self.features, generator=rng).transpose(1, 2)
 
@@ -78,7 +78,7 @@ def reference() -> type[nn.Module]:
 
 
 def training_step(network: nn.Module, x: Tensor, fused: bool) -> Callable[[], None]:
-    """`fused` chooses Adam's implementation: ours is torch's fused one, the reference's is torch's default."""
+    """`fused` selects torch's fused Adam, which qfast uses; Qlib uses torch's default."""
     network.train()
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, fused=fused)
     label = torch.randn(len(x), generator=torch.Generator().manual_seed(1))
@@ -111,11 +111,11 @@ def forward_and_backward(network: nn.Module, x: Tensor) -> None:
 CALLS = {"training": training_step, "inference": inference}
 
 
-# ---------------------------------------------------------------- beside the reference
+# ---------------------------------------------------------------- compared with Qlib
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("what", CALLS)
 @pytest.mark.parametrize("name", NAMED)
-def test_beside_the_reference(name: str, what: str, threads: int) -> None:
+def test_compared_with_qlib(name: str, what: str, threads: int) -> None:
     setting, x = NAMED[name], NAMED[name].windows()
     if what == "training":
         ours = training_step(setting.network(TCNModel), x, fused=True)
@@ -133,7 +133,7 @@ def test_beside_the_reference(name: str, what: str, threads: int) -> None:
 
 @pytest.mark.parametrize("name", NAMED)
 def test_share_of_the_matrix_product_rate(name: str) -> None:
-    """FLOPs a second of a step and of inference over those of a square product of 1,024, taking turns, best of 5."""
+    """FLOPs per second of a step and of inference over those of a 1,024 x 1,024 product; alternating, best of 5."""
     setting, x = NAMED[name], NAMED[name].windows()
     step, score = training_step(setting.network(TCNModel), x, True), inference(setting.network(TCNModel), x)
     a, b = (torch.randn(1024, 1024) for _ in range(2))
@@ -158,7 +158,7 @@ def test_share_of_the_matrix_product_rate(name: str) -> None:
 
 # ---------------------------------------------------------------- memory
 def print_step_memory(side: str, name: str) -> None:
-    """Peak of two training steps beyond what was resident before, network, optimiser and the batch included, in MB."""
+    """Print the peak of two training steps in MB, beyond the network, the optimiser and the batch."""
     torch.set_num_threads(1)
     setting = NAMED[name]
     network = setting.network(TCNModel if side == "qfast" else reference())
@@ -184,7 +184,7 @@ def step_memory(side: str, name: str) -> float:
 def test_memory_of_a_training_step(name: str) -> None:
     reference()
     ours, theirs = step_memory("qfast", name), step_memory("reference", name)
-    print(f"\n{name}: ours {ours:.0f} MB, reference {theirs:.0f} MB, {theirs / ours:.1f}x")
+    print(f"\n{name}: ours {ours:.0f} MB, Qlib {theirs:.0f} MB, {theirs / ours:.1f}x")
     assert ours <= theirs / 5
 
 
@@ -193,7 +193,7 @@ KERNELS, WIDTHS, LENGTHS = (2, 3, 5, 7, 9), (16, 32, 64, 128, 256), (10, 20, 60,
 
 
 def sized(T: int, kernel: int, channels: int) -> Setting:
-    """With 2,000 rows, or as many as make 3 GFLOPs forward."""
+    """A setting with 2,000 rows, or fewer if those exceed 3 GFLOPs forward."""
     one = Setting(T, kernel, channels, 20, 1)
     rows = max(24, min(2000, int(3e9 / one.flops(False))))
     return Setting(T, kernel, channels, 20, rows)
@@ -227,8 +227,8 @@ def test_table_over_shapes(kernel: int) -> None:
 
 
 @pytest.mark.parametrize("kernel", [2, 9])
-def test_corners_beside_the_reference(kernel: int) -> None:
-    """The ends of the table: training step, few rows, so that the reference is done in about a second."""
+def test_corners_compared_with_qlib(kernel: int) -> None:
+    """The corners of the table: a training step with so few rows that Qlib needs about a second."""
     for channels in (16, 256):
         for T in (10, 250):
             one = Setting(T, kernel, channels, 20, 1)
@@ -246,7 +246,7 @@ def test_corners_beside_the_reference(kernel: int) -> None:
 @pytest.mark.parametrize("name", NAMED)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_whole_period_of_consecutive_windows(name: str, threads: int) -> None:
-    """2,500 days of one stock: views of the rows beside copied windows."""
+    """2,500 days of one stock: views of the rows compared with copied windows."""
     setting = NAMED[name]
     rows = torch.randn(2500, setting.features, generator=torch.Generator().manual_seed(0))
     windows = rows.unfold(0, setting.T, 1)

@@ -1,9 +1,9 @@
-"""A day of a TCN stream beside the same scores from whole windows.
+"""A day of a TCN stream, compared with the same scores from whole windows.
 
     python -m pytest bench/bench_tcn_stream.py -s
 
-Both sides score 1,000 instruments: the stream from one new row of each, the network from a window of each. A window as
-long as the receptive field gives the stream's score; the workflows' own windows are shorter, and give another.
+Both sides score 1,000 instruments, the stream from one new row of each, the network from a window of each. A window as
+long as the receptive field has the stream's score. The windows of Qlib's workflows are shorter, so their scores differ.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ INSTRUMENTS = 1_000
 @pytest.mark.parametrize(("kernel", "channels", "features", "T"), [(3, 128, 6, 60), (7, 32, 20, 20)])
 @pytest.mark.parametrize("threads", [1, 2])
 @torch.no_grad()
-def test_a_day_beside_windows(kernel: int, channels: int, features: int, T: int, threads: int) -> None:
+def test_a_day_compared_with_windows(kernel: int, channels: int, features: int, T: int, threads: int) -> None:
     torch.manual_seed(0)
     model = TCNModel(features, 1, [channels] * 5, kernel, dropout=0.5).eval()
     stream = model.stream()

@@ -1,15 +1,15 @@
-"""Transformer and Localformer beside the reference's modules.
+"""Transformer and Localformer compared with Qlib's modules.
 
-    python -m pytest bench/bench_transformer.py -s -k beside   # training step and inference, interleaved
-    python -m pytest bench/bench_transformer.py -s -k table    # the encoder layer over sizes, beside torch's
-    python -m pytest bench/bench_transformer.py -s -k share    # FLOPs a second, of the processor's peak
+    python -m pytest bench/bench_transformer.py -s -k compared   # training step and inference, interleaved
+    python -m pytest bench/bench_transformer.py -s -k table    # the encoder layer over sizes, compared with torch's
+    python -m pytest bench/bench_transformer.py -s -k share    # FLOPs per second as a share of the processor's peak
     python -m pytest bench/bench_transformer.py -s -k memory   # peak of a training step
     python -m pytest bench/bench_transformer.py -k regression --benchmark-only
 
 A step is forward, mean squared error, backward, value clipping and Adam with weight decay; both sides start from the
-same weights and have no dropout. d_model 64, 2 heads, 2 layers, feed-forward blocks 2048 wide. The reference's modules
-are pyqlib's. FLOPs are 2 for a multiplication and addition of the matrix products that our side computes: for the
-Transformer's last layer keys and values of all steps and everything else of one.
+same weights and have no dropout. d_model 64, 2 heads, 2 layers, feed-forward blocks 2048 wide. A multiply-add of
+the matrix products that qfast computes counts as 2 FLOPs. In the Transformer's last layer those are the keys and values
+of all steps and the rest of the last step.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ class Shape:
         return torch.randn(self.batch, self.steps, self.features, generator=torch.Generator().manual_seed(0))
 
     def flops(self, kind: str) -> float:
-        """Of a forward pass."""
+        """FLOPs of a forward pass."""
         D, T = WIDTH, self.steps
         pairs = 4.0 * D * D * T  # keys and values
         step = 4.0 * D * D + 4.0 * D * T + 4.0 * D * HIDDEN  # query, result, attention, feed-forward of one step
         layer = pairs + step * T
         if kind == "Transformer":
             return self.batch * ((LAYERS - 1) * layer + pairs + step)
-        beside = 6.0 * D * D * T + 12.0 * D * D * T  # convolution, GRU
-        return self.batch * LAYERS * (layer + beside)
+        conv_and_gru = 6.0 * D * D * T + 12.0 * D * D * T
+        return self.batch * LAYERS * (layer + conv_and_gru)
 
 
 SHAPES = {"2048x20": Shape(2048, 20, 20), "2048x60": Shape(2048, 60, 6)}
-# lowest ratio asked for
+# lowest accepted ratio
 GOALS = {
     ("Transformer", "inference"): 5.5,
     ("Transformer", "training"): 4.0,
@@ -77,20 +77,20 @@ def network(kind: str, shape: Shape, side: str) -> nn.Module:
 
 
 def call_of(kind: str, what: str, shape: Shape, side: str, x: Tensor) -> Callable[[], object]:
-    # the reference's modules want flat windows [B, F * T]
-    given = x.transpose(1, 2).flatten(1) if side == "reference" else x
+    # Qlib's modules accept flat windows [B, F * T]
+    arguments = x.transpose(1, 2).flatten(1) if side == "reference" else x
     net = network(kind, shape, side)
     if what == "inference":
-        return inference(net, given)
-    return training_step(net, given, side == "qfast", weight_decay=1e-3)
+        return inference(net, arguments)
+    return training_step(net, arguments, side == "qfast", weight_decay=1e-3)
 
 
-# ---------------------------------------------------------------- beside the reference
+# ---------------------------------------------------------------- compared with Qlib
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("what", ["inference", "training"])
 @pytest.mark.parametrize("kind", MODULES)
-def test_beside_the_reference(kind: str, what: str, name: str, threads: int) -> None:
+def test_compared_with_qlib(kind: str, what: str, name: str, threads: int) -> None:
     shape, x = SHAPES[name], SHAPES[name].windows()
     ours, theirs = (call_of(kind, what, shape, side, x) for side in ("qfast", "reference"))
     if what == "inference":
@@ -104,7 +104,7 @@ def test_beside_the_reference(kind: str, what: str, name: str, threads: int) -> 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("kind", MODULES)
 def test_share_of_the_peak(kind: str, name: str) -> None:
-    """FLOPs a second of inference over the peak of multiply-adds, taking turns, best of 5."""
+    """FLOPs per second of inference as a share of the FMA peak; alternating, best of 5."""
     shape, x = SHAPES[name], SHAPES[name].windows()
     score = call_of(kind, "inference", shape, "qfast", x)
     before = torch.get_num_threads()
@@ -160,17 +160,17 @@ def test_table_of_shapes(width: int, what: str) -> None:
                 if batch * steps * width * (hidden + steps) > 4e9:
                     line += "       -"
                     continue
-                found = layer_ratio(width, 2, hidden, batch, steps, what)
-                line += f"{found:8.2f}"
-                if found < 0.95 and batch >= 64:
-                    slow.append((hidden, steps, batch, round(found, 2)))
+                result = layer_ratio(width, 2, hidden, batch, steps, what)
+                line += f"{result:8.2f}"
+                if result < 0.95 and batch >= 64:
+                    slow.append((hidden, steps, batch, round(result, 2)))
             print(line, flush=True)
     assert not slow, f"slower than torch's layer by more than 5 %: {slow}"
 
 
 # ---------------------------------------------------------------- memory
 def print_step_memory(side: str, kind: str, name: str) -> None:
-    """Peak of two training steps beyond what was resident before, in MB: activations, gradients, optimiser."""
+    """Print the peak of two training steps in MB, beyond what was resident: activations, gradients, optimiser."""
     torch.set_num_threads(1)
     shape = SHAPES[name]
     call_of(kind, "training", shape, side, shape.windows()[:4])()
@@ -194,7 +194,7 @@ def step_memory(side: str, kind: str, name: str) -> float:
 def test_memory_of_a_training_step(kind: str) -> None:
     pytest.importorskip("qlib", reason="pyqlib (extra qlib) is not installed")
     ours, theirs = (step_memory(side, kind, "2048x20") for side in ("qfast", "reference"))
-    print(f"\n{kind} 2048x20: qfast {ours:.0f} MB, reference {theirs:.0f} MB, {ours / theirs:.0%}")
+    print(f"\n{kind} 2048x20: qfast {ours:.0f} MB, Qlib {theirs:.0f} MB, {ours / theirs:.0%}")
     assert ours <= 0.25 * theirs
 
 

@@ -1,9 +1,9 @@
 """Fair ratios on a shared machine: both sides alternate in one process, on one thread, by process CPU time.
 
-Wall-clock figures of a busy machine move by a factor of three. Here a repeat alternates A, B, A, B, ... and
-keeps each side's minimum; the ratio reported is the lowest of three repeats. A copy-bandwidth probe runs
-before and after, and `moved` says how much it changed: beyond 10 % the figures are not to be trusted.
-With more than one thread the clock is the wall's.
+Wall-clock times on a busy machine vary by a factor of three. Here a repeat alternates A, B, A, B, ... and keeps each
+side's minimum; the reported ratio is the lowest of three repeats. A copy-bandwidth probe runs before and after, and
+`moved` is its relative change: do not trust figures with more than 10 %. With more than one thread the clock is wall
+time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Comparison", "compare", "copy_bandwidth", "cpu_seconds", "memory_mb"
 
 @dataclass(frozen=True)
 class Comparison:
-    """Seconds per call, and reference / ours as the lowest of the repeats."""
+    """Seconds per call, and the lowest ratio of reference to ours among the repeats."""
 
     ours: float
     reference: float
@@ -34,7 +34,7 @@ class Comparison:
 
 
 def cpu_seconds(call: Callable[[], object], calls: int = 1, clock: Callable[[], float] = time.process_time) -> float:
-    """Seconds a call, of process CPU time unless `clock` says otherwise, averaged over `calls` in a row."""
+    """Seconds per call, averaged over `calls` consecutive calls; process CPU time by default."""
     start = clock()
     for _ in range(calls):
         call()
@@ -42,7 +42,7 @@ def cpu_seconds(call: Callable[[], object], calls: int = 1, clock: Callable[[], 
 
 
 def copy_bandwidth(megabytes: int = 10, calls: int = 12) -> float:
-    """GB/s at which torch copies cold memory into a buffer of this size: bytes of the buffer a second."""
+    """GB/s at which torch copies cold memory into a buffer of this size."""
     count = megabytes << 18
     source, target = torch.ones(64 << 20), torch.empty(count).zero_()
     places = [i * count % (source.numel() - count + 1) for i in range(calls)]
@@ -64,7 +64,7 @@ def compare(
     calls: tuple[int, int] = (1, 1),
     threads: int = 1,
 ) -> Comparison:
-    """Time `ours` and `reference` alternately; `calls` runs of each in a row per round."""
+    """Time `ours` and `reference` alternately, with `calls` consecutive runs of each per round."""
     before_threads = torch.get_num_threads()
     torch.set_num_threads(threads)
     clock = time.process_time if threads == 1 else time.perf_counter

@@ -1,8 +1,8 @@
-"""The processor's peak of fused multiply-adds, measured: what shares of a peak are shares of.
+"""Measures the processor's peak of fused multiply-adds, of which other benchmarks report shares.
 
     python bench/fma_peak.py    # GFLOP/s of one thread in float32
 
-A loop over registers, compiled for this very processor the first time it is asked for (torch.utils.cpp_extension).
+A loop over registers, compiled for this processor on first use (torch.utils.cpp_extension).
 """
 
 from __future__ import annotations

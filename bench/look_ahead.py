@@ -1,10 +1,10 @@
-"""What looking ahead is worth: time-series GATs in the reference's batches and on true days, by test IC.
+"""What look-ahead is worth: test IC of time-series GATs in Qlib's batches and on true days.
 
     python bench/look_ahead.py PROVIDER_URI [--epochs 3] [--seeds 0 1]
 
 PROVIDER_URI is a Qlib data folder with daily prices from 2013-02-08 to 2018-02-07. Data, factors and dataset are
-Qlib's own (the twenty columns of its Alpha158 workflows, windows of 20 days); all models start from scratch under
-the same seed.
+Qlib's (the twenty columns of its Alpha158 workflows, windows of 20 days). All models start from scratch with the
+same seed.
 """
 
 from __future__ import annotations
@@ -78,15 +78,15 @@ def main() -> None:
     parser.add_argument("provider_uri")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    dataset, label = make_dataset(given.provider_uri)
+    dataset, label = make_dataset(arguments.provider_uri)
     from qlib.contrib.model.pytorch_gats_ts import GATs as Reference
 
-    for seed in given.seeds:
+    for seed in arguments.seeds:
         shared = {
             "d_feat": 20,
-            "n_epochs": given.epochs,
+            "n_epochs": arguments.epochs,
             "lr": 1e-3,
             "metric": "loss",
             "base_model": "LSTM",
@@ -100,8 +100,8 @@ def main() -> None:
             model = make()
             with tempfile.TemporaryDirectory() as folder:
                 model.fit(dataset, evals_result={}, save_path=str(Path(folder, "best.pt")))
-            found = ic_summary(*daily_ic(model.predict(dataset).sort_index(), label))
-            print(f"seed {seed}, {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in found.items()), flush=True)
+            result = ic_summary(*daily_ic(model.predict(dataset).sort_index(), label))
+            print(f"seed {seed}, {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in result.items()), flush=True)
 
 
 if __name__ == "__main__":

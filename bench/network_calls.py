@@ -1,4 +1,4 @@
-"""What is timed of a network: a whole training step, or scores without gradients."""
+"""The calls that are timed: a whole training step, or scores without gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["inference", "training_step"]
 
 
 def training_step(net: nn.Module, x: Tensor, fused: bool, weight_decay: float = 0.0) -> Callable[[], None]:
-    """`fused` chooses Adam's implementation: ours is torch's fused one, the reference's is torch's default."""
+    """`fused` selects torch's fused Adam, which qfast uses; Qlib uses torch's default."""
     net.train()
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-4, fused=fused, weight_decay=weight_decay)
     label = torch.randn(len(x), generator=torch.Generator().manual_seed(1))

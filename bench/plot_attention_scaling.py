@@ -2,9 +2,8 @@
 
     python bench/plot_attention_scaling.py attention_scaling.png [--largest 1000000]
 
-Forward and backward, H = 64, one thread, process CPU time. Memory is the peak of a first step beyond its
-inputs, in a process of its own. The reference and the dense softmax stop where they take seconds; what they would need
-beyond is drawn dotted, as their last figure times N squared.
+Forward and backward, H = 64, one thread, process CPU time. Memory is the peak of a first step beyond its inputs, in a
+new process. Qlib and the dense softmax stop where a step needs seconds; dotted lines extrapolate them with N squared.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ COLORS = {"qfast": "#1f77b4", "dense softmax": "#7f7f7f", "reference": "#d62728"
 
 
 def print_memory(side: str, n: int) -> None:
-    """Peak of one step beyond the inputs and the gradient given, gradients of the inputs included."""
+    """Print the peak of one step beyond the inputs and the incoming gradient; it includes the input gradients."""
     torch.set_num_threads(1)
     SIDES[side][0](50)()
     step = SIDES[side][0](n)
@@ -53,7 +52,9 @@ def measure(largest: int) -> dict[str, dict[int, tuple[float, float]]]:
     figures: dict[str, dict[int, tuple[float, float]]] = {}
     for side, (maker, sizes) in SIDES.items():
         small, large = (tuple(n for n in sizes if n <= largest and (n < LARGE[0]) == want) for want in (True, False))
-        seconds = step_seconds(small, maker) | step_seconds(large, maker)  # apart: inputs of all sizes at once
+        seconds = step_seconds(small, maker) | step_seconds(
+            large, maker
+        )  # separately: the inputs of all sizes of a call are alive at once
         figures[side] = {n: (took, memory_of(side, n)) for n, took in seconds.items()}
     return figures
 
@@ -88,7 +89,7 @@ def draw(figures: dict[str, dict[int, tuple[float, float]]], path: Path) -> None
                 dotted = [values[-1], values[-1] * (largest / last) ** 2]
                 axis.loglog([last, largest], dotted, ":", color=COLORS[side])
     axes[0].set_ylabel("ms, forward and backward")
-    axes[1].set_ylabel("MB beside the inputs")
+    axes[1].set_ylabel("MB beyond the inputs")
     for axis in axes:
         axis.set_xlabel("stocks of one day")
         axis.grid(alpha=0.3)
@@ -99,8 +100,8 @@ def draw(figures: dict[str, dict[int, tuple[float, float]]], path: Path) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", type=Path, help="where the picture goes: .png, .svg or .pdf")
-    parser.add_argument("--largest", type=int, default=LARGE[-1], help="largest N of qfast's")
+    parser.add_argument("path", type=Path, help="file of the picture: .png, .svg or .pdf")
+    parser.add_argument("--largest", type=int, default=LARGE[-1], help="largest N for qfast")
     arguments = parser.parse_args()
     mpl.use("Agg")
     figures = measure(arguments.largest)
