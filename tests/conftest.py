@@ -1,4 +1,4 @@
-"""Shared fixtures: a small frame, each instruction set, and global generators put back after each test."""
+"""Shared fixtures: a small frame, each instruction set, and global generators restored after each test."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _restore_generators() -> Iterator[None]:
-    """A test that seeds the global generators must not decide what the next one draws."""
+    """Restores the global generators, so seeds do not carry over to the next test."""
     numpy_state, torch_state = np.random.get_state(), torch.get_rng_state()
     yield
     np.random.set_state(numpy_state)
@@ -32,7 +32,7 @@ def _restore_generators() -> Iterator[None]:
 
 @pytest.fixture(params=_backend.native.available_isas() if _backend.native is not None else ["plain torch"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set of the native library in turn; the twin where there is none."""
+    """Each instruction set of the native library in turn; plain torch if there is no native library."""
     if _backend.native is None:
         yield request.param
         return

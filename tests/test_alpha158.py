@@ -1,4 +1,4 @@
-"""Alpha158 against pyqlib and against pandas; its configuration; factors kept on disk."""
+"""Alpha158 compared with pyqlib and pandas; its configuration; the cache of factors on disk."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ START, END = "2020-03-02", "2020-05-20"
 
 
 def assert_equal_as_float32(ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
-    """Equal to float32 rounding of windows summed in two ways; where NaN is, there it is in both."""
+    """Asserts equality up to float32 rounding of differently summed windows, and NaN in the same places."""
     assert ours.index.tolist() == theirs.index.tolist()
     assert ours.columns.tolist() == theirs.columns.tolist()
     theirs = without_what_is_left_of_sums(ours, theirs)
@@ -35,8 +35,11 @@ def assert_equal_as_float32(ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
 
 
 def without_what_is_left_of_sums(ours: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame:
-    """WVMA of a flat price is 0 / 1e-12. The reference's running deviation of zeros is not 0 but what earlier values
-    left in it, some 1e-5, and its factor some 1e7; ours is 0, which is exact."""
+    """WVMA of a flat price is 0 / 1e-12.
+
+    Qlib's running deviation of zeros is not 0 but about 1e-5, left over from earlier values, so its factor is about
+    1e7. qfast's is exactly 0.
+    """
     theirs = theirs.astype(np.float32)
     for column in [c for c in ours.columns if str(c).startswith("WVMA")]:
         left = (ours[column] == 0).to_numpy() & (theirs[column] != 0).to_numpy()
@@ -95,7 +98,7 @@ def test_configurations_that_are_refused(config, message):
 
 @pytest.mark.filterwarnings("ignore")
 def test_every_factor_equals_pandas(tmp_path):
-    """On holes, late listings, files of different length, zero volume and a zero price."""
+    """Data with holes, late listings, files of different length, zero volume and a zero price."""
     root = write_store(tmp_path / "store")
     ours = Alpha158("all", provider_uri=root, **RAW).fetch(col_set="feature")
     texts, names = alpha158_factors()
@@ -112,7 +115,7 @@ def test_every_factor_equals_pandas(tmp_path):
             compared += 1
             expected = expected.set_axis(calendar[expected.index]).reindex(mine.index).to_numpy()
             got = mine[name].to_numpy()
-            if code == "DDD":  # its zero price makes infinite ratios, after which the reference's sums are NaN or drift
+            if code == "DDD":  # a zero price makes infinite ratios; then Qlib's sums are NaN or drift
                 clear = np.isfinite(expected) & np.isfinite(got)
                 expected, got = np.where(clear, expected, 0), np.where(clear, got, 0)
             np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-6, err_msg=f"{code} {name}")
@@ -137,7 +140,7 @@ def test_features_and_label_equal_qlib(tmp_path, market, times, classes):
 
 
 def write_even_store(root: Path) -> Path:
-    """A store of stocks all of whose fields have the same days: with others the reference raises."""
+    """A store in which all fields of a stock have the same days. Qlib raises an error for others."""
     write_store(root)
     for folder in (root / "features").iterdir():
         first, close = read_bin(folder / "close.day.bin")
@@ -152,7 +155,7 @@ def write_even_store(root: Path) -> Path:
 
 
 def read_bin(file: Path) -> tuple[float, np.ndarray]:
-    """(position of the first day, values) of a file; nothing of a missing one."""
+    """(position of the first day, values) of a file; no values if the file is missing."""
     values = np.fromfile(file, dtype="<f4") if file.exists() else np.zeros(1, dtype="<f4")
     return float(values[0]), values[1:]
 
@@ -293,7 +296,7 @@ def test_a_damaged_file_is_said_and_computed_again(tmp_path, caplog):
 
 
 def test_damage_anywhere_gives_no_wrong_value(tmp_path):
-    """In the file's own description too, which no page's checksum covers."""
+    """Also in the header of the file, which no page checksum covers."""
     texts, values = ["$close", "$open"], np.arange(20, dtype=np.float32).reshape(10, 2)
     cache = FactorCache(tmp_path)
     cache.write("key", texts, values)
@@ -302,8 +305,8 @@ def test_damage_anywhere_gives_no_wrong_value(tmp_path):
         damaged = bytearray(whole)
         damaged[place] ^= 8
         cache.path("key").write_bytes(damaged)
-        found = cache.read("key", texts, len(values))
-        assert found is None or np.array_equal(found, values), place
+        result = cache.read("key", texts, len(values))
+        assert result is None or np.array_equal(result, values), place
 
 
 def test_a_full_disk_costs_the_file_and_not_the_run(tmp_path, monkeypatch, caplog):

@@ -1,4 +1,4 @@
-"""ALSTM estimators: fit, predict, files, `rnn_type`, and the rest of what the reference's ALSTM has alone."""
+"""ALSTM estimators: `rnn_type`, `metric="mse"` and prediction of any segment, which Qlib has for ALSTM alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ both = pytest.mark.parametrize("kind", [ALSTM, ts.ALSTM], ids=["flat", "ts"])
 # ---------------------------------------------------------------- rnn_type
 @both
 def test_quirk_rnn_type_is_built(kind, caplog):
-    """The reference takes any and builds a GRU."""
+    """Qlib accepts any rnn_type and builds a GRU."""
     pytest.importorskip("qlib", reason="pyqlib is the oracle; install qfast-models[qlib]")
     reference = importlib.import_module("qlib.contrib.model.pytorch_alstm" + ("" if kind is ALSTM else "_ts")).ALSTM
     assert type(reference(**SMALL, rnn_type="LSTM").ALSTM_model.rnn) is torch.nn.GRU
@@ -56,21 +56,21 @@ def test_torchs_plain_layer_trains_too(kind):
     assert model.predict(dataset_for(kind)).notna().all()
 
 
-# ---------------------------------------------------------------- what the reference's ALSTM_ts has alone
+# ---------------------------------------------------------------- only in Qlib's ALSTM_ts
 def test_the_metric_mse_is_that_of_the_reference(tmp_path):
     pytest.importorskip("qlib", reason="pyqlib is the oracle; install qfast-models[qlib]")
     from qlib.contrib.model.pytorch_alstm_ts import ALSTM as Reference
 
     sizes = {"d_feat": 3, "hidden_size": 8, "num_layers": 2, "seed": 3, "metric": "mse"}
-    samples, expected, found = qlib_frames("_ts"), {}, {}
+    samples, expected, result = qlib_frames("_ts"), {}, {}
     reference = Reference(**sizes, **TRAIN, n_jobs=0)
     reference.fit(samples, expected, save_path=str(tmp_path / "x.pt"))
-    ts.ALSTM(**sizes, **TRAIN).fit(samples, found)
+    ts.ALSTM(**sizes, **TRAIN).fit(samples, result)
     for name in ("train", "valid"):
-        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
+        np.testing.assert_allclose(result[name], expected[name], rtol=1e-5)
     plain = {}
     ts.ALSTM(**{**sizes, "metric": "loss"}, **TRAIN).fit(samples, plain)
-    assert plain == found  # the same number by another name
+    assert plain == result  # the same number by another name
 
 
 def test_any_segment_is_predicted_as_by_the_reference(tmp_path):
@@ -84,5 +84,5 @@ def test_any_segment_is_predicted_as_by_the_reference(tmp_path):
     reference.fitted = model.fitted = True
     for segment in ("valid", "test", "train"):
         expected = reference.predict(samples, segment=segment)
-        found = model.predict(samples, segment=segment)
-        pd.testing.assert_series_equal(found, expected, rtol=1e-4, atol=1e-6, check_names=False)
+        result = model.predict(samples, segment=segment)
+        pd.testing.assert_series_equal(result, expected, rtol=1e-4, atol=1e-6, check_names=False)

@@ -1,4 +1,4 @@
-"""ALSTMModel beside the same layers of torch called one by one, by every way that a network of torch's is used."""
+"""ALSTMModel compared with the same torch layers called one by one, in every way that a torch network is used."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def case(rnn_type: str = "GRU", dtype: torch.dtype = torch.float64, rows: int = 
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Shapes of what goes into `attention_pool`."""
+    """Records the shapes of the inputs of `attention_pool`."""
     from qfast.nn import alstm
 
     seen: list[tuple[int, ...]] = []
@@ -48,9 +48,9 @@ def test_predictions_and_gradients_are_those_of_the_layers(rnn_type: str, dtype:
     net, x = case(rnn_type, dtype)
     exact, wide = copy.deepcopy(net).double(), x.double().requires_grad_()
     x.requires_grad_()
-    found, expected = net(x), plainly(exact, wide)
-    assert (found - expected).norm() <= bound * expected.norm()
-    found.square().sum().backward()
+    result, expected = net(x), plainly(exact, wide)
+    assert (result - expected).norm() <= bound * expected.norm()
+    result.square().sum().backward()
     expected.square().sum().backward()
     pairs = [(x, wide), *zip(net.parameters(), exact.parameters(), strict=True)]
     for ours, theirs in pairs:
@@ -98,8 +98,8 @@ def test_windows_of_consecutive_rows_map_each_row_once(rnn_type: str, spacing: i
     inner = alstm.tanh
     monkeypatch.setattr(alstm, "tanh", lambda z: (seen.append(z.shape[:-1].numel()), inner(z))[1])
     with torch.no_grad():
-        found, expected = net(windows), net(windows.contiguous())
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+        result, expected = net(windows), net(windows.contiguous())
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-13)
     if _backend.native is not None:
         assert seen == [60, 41 * 20]
     one, same_row = windows[:1], rows[:1].unsqueeze(0).expand(6, 4, 5)
@@ -110,7 +110,7 @@ def test_windows_of_consecutive_rows_map_each_row_once(rnn_type: str, spacing: i
 
 @torch.no_grad()
 def test_changed_parts_are_called_as_they_are() -> None:
-    """Other names, another container, a hook that looks across steps, a score for each unit: as plain torch does it."""
+    """Other names, another container, a hook that mixes steps, a score for each unit: the result is plain torch's."""
 
     class Doubled(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
@@ -133,8 +133,8 @@ def test_changed_parts_are_called_as_they_are() -> None:
             outputs = net.rnn.hidden_size if change == "scores" else 1
             net.att_net.att_fc_out = nn.Linear(width, outputs, bias=change == "bias").double()
         expected = plainly(net, windows.contiguous())
-        for given in (windows, windows.contiguous()):
-            torch.testing.assert_close(net(given), expected, rtol=1e-10, atol=1e-12)
+        for arguments in (windows, windows.contiguous()):
+            torch.testing.assert_close(net(arguments), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_windows_of_consecutive_rows_have_gradients() -> None:
@@ -148,7 +148,7 @@ def test_windows_of_consecutive_rows_have_gradients() -> None:
 
 
 def test_a_head_that_looks_across_steps_gets_whole_windows() -> None:
-    """Whoever puts another layer in front may mean the window."""
+    """A replaced layer may use the whole window."""
 
     class Centred(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -267,10 +267,10 @@ def test_transforms(rnn_type: str) -> None:
     along = torch.randn_like(x)
     expected = torch.func.jvp(lambda x: plainly(net, x), (x,), (along,))[1]
     torch.testing.assert_close(torch.func.jvp(net, (x,), (along,))[1], expected, rtol=1e-10, atol=1e-13)
-    found = torch.func.grad(lambda p: functional_call(net, p, (x,)).square().sum())(dict(net.named_parameters()))
+    result = torch.func.grad(lambda p: functional_call(net, p, (x,)).square().sum())(dict(net.named_parameters()))
     plainly(net, x).square().sum().backward()
     for name, parameter in net.named_parameters():
-        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(result[name], parameter.grad, rtol=1e-10, atol=1e-12)
     others = [copy.deepcopy(net) for _ in range(2)]
     parameters, buffers = torch.func.stack_module_state(others)
     ensemble = torch.vmap(lambda p, b: functional_call(net, (p, b), (x,)))(parameters, buffers)
@@ -280,8 +280,8 @@ def test_transforms(rnn_type: str) -> None:
 def test_autocast() -> None:
     net, x = case(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = net(x)
-    assert (found.float() - plainly(net, x)).norm() <= 0.05 * plainly(net, x).norm() + 0.02
+        result = net(x)
+    assert (result.float() - plainly(net, x)).norm() <= 0.05 * plainly(net, x).norm() + 0.02
 
 
 def test_dynamic_quantisation() -> None:
@@ -290,9 +290,9 @@ def test_dynamic_quantisation() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         small = torch.ao.quantization.quantize_dynamic(net, {nn.GRU, nn.Linear}, dtype=torch.qint8)
-        found = small(x)
+        result = small(x)
     assert type(small.att_net.att_fc_in) is not nn.Linear
-    assert (found - net(x)).norm() <= 0.1 * net(x).norm() + 0.02
+    assert (result - net(x)).norm() <= 0.1 * net(x).norm() + 0.02
 
 
 def test_it_is_copied_and_pickled_after_a_forward() -> None:
@@ -302,7 +302,7 @@ def test_it_is_copied_and_pickled_after_a_forward() -> None:
         assert torch.equal(other(x), expected)
 
 
-# ---------------------------------------------------------------- the reference
+# ---------------------------------------------------------------- compared with Qlib
 @pytest.mark.parametrize("suffix", ["", "_ts"])
 @pytest.mark.parametrize("rnn_type", ["GRU", "lstm", "RNN"])
 @pytest.mark.parametrize("sizes", [(6, 64, 2), (20, 5, 1)], ids=str)
@@ -320,12 +320,12 @@ def test_the_references_weights_names_and_numbers(suffix: str, rnn_type: str, si
     assert list(net.state_dict()) == list(expected)
     assert all(torch.equal(value, expected[key]) for key, value in net.state_dict().items())
     x = torch.randn(21, 12, sizes[0], dtype=torch.float64)
-    given = x if suffix else x.transpose(1, 2).reshape(21, -1)
+    arguments = x if suffix else x.transpose(1, 2).reshape(21, -1)
     reference.double().load_state_dict(net.double().state_dict())
-    found, numbers = net(given), reference(given)
-    assert (found - numbers).norm() <= 1e-12 * numbers.norm()
-    assert net(given[:1]).shape == reference(given[:1]).shape == (1,)
-    found.square().sum().backward()
+    result, numbers = net(arguments), reference(arguments)
+    assert (result - numbers).norm() <= 1e-12 * numbers.norm()
+    assert net(arguments[:1]).shape == reference(arguments[:1]).shape == (1,)
+    result.square().sum().backward()
     numbers.square().sum().backward()
     for ours, other in zip(net.parameters(), reference.parameters(), strict=True):
         assert (ours.grad - other.grad).norm() <= 1e-12 * other.grad.norm()

@@ -1,4 +1,4 @@
-"""The portfolio simulation: against pyqlib's on the same scores, and by hand."""
+"""The portfolio simulation compared with pyqlib's on the same scores, and computed by hand."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ START, END = "2020-02-03", "2020-06-10"
 
 
 def scores(root: Path, seed: int = 0) -> pd.Series:
-    """Scores with holes, of days and of single stocks, that know a little of what comes."""
+    """Scores that predict returns weakly, with missing days and missing stocks."""
     rng = np.random.default_rng(seed)
     panel = read_prices(provider_uri=root).panel
     close = pd.Series(panel.column("close").astype(float), panel.index(np.arange(panel.n_rows)))
-    found = close.groupby(level="instrument").pct_change(fill_method=None).fillna(0) * 3
-    found += rng.standard_normal(len(found))
-    days = found.index.get_level_values("datetime")
-    keep = (rng.random(len(found)) < 0.95) & (days != days.unique()[50])
-    return found[keep].astype(np.float32).rename("score")
+    result = close.groupby(level="instrument").pct_change(fill_method=None).fillna(0) * 3
+    result += rng.standard_normal(len(result))
+    days = result.index.get_level_values("datetime")
+    keep = (rng.random(len(result)) < 0.95) & (days != days.unique()[50])
+    return result[keep].astype(np.float32).rename("score")
 
 
 def ours(root: Path, score: pd.Series, strategy: TopkDropout, exchange: Exchange, account: float = 1e6):
@@ -78,21 +78,21 @@ def test_report_equals_qlib(tmp_path, region, strategy, rules, factor):
     report, positions = metrics["1day"]
     orders = indicators["1day"][0].astype(float)
     exchange = Exchange(**rules, trade_unit={"cn": 100, "us": 1}[region])
-    found, _ = ours(root, score, TopkDropout(**strategy), exchange)
-    assert found.report.index.tolist() == report.index.tolist()
-    assert found.report["turnover"].sum() > 0.5
+    result, _ = ours(root, score, TopkDropout(**strategy), exchange)
+    assert result.report.index.tolist() == report.index.tolist()
+    assert result.report["turnover"].sum() > 0.5
     for column in report:
-        np.testing.assert_allclose(found.report[column], report[column], rtol=1e-6, atol=1e-9, err_msg=column)
+        np.testing.assert_allclose(result.report[column], report[column], rtol=1e-6, atol=1e-9, err_msg=column)
     for column in ("ffr", "deal_amount", "value", "count"):
-        np.testing.assert_allclose(found.indicators[column], orders[column], rtol=1e-6, err_msg=column)
-    np.testing.assert_allclose(found.orders()["value"], indicator_analysis(orders)["value"], rtol=1e-6)
+        np.testing.assert_allclose(result.indicators[column], orders[column], rtol=1e-6, err_msg=column)
+    np.testing.assert_allclose(result.orders()["value"], indicator_analysis(orders)["value"], rtol=1e-6)
     excess = report["return"] - report["bench"]
     for name, series in {"without": excess, "with": excess - report["cost"]}.items():
         expected = reference_risk(series, freq="day")["risk"]
-        np.testing.assert_allclose(found.risk().loc[f"excess_return_{name}_cost"]["risk"], expected, rtol=1e-5)
+        np.testing.assert_allclose(result.risk().loc[f"excess_return_{name}_cost"]["risk"], expected, rtol=1e-5)
     for day in report.index[::9]:
         held = {k: v for k, v in positions[day].position.items() if isinstance(v, dict)}
-        mine = found.positions.loc[day] if held else None
+        mine = result.positions.loc[day] if held else None
         assert held == {} or sorted(held) == sorted(mine.index)
         for code, facts in held.items():
             for name in ("amount", "price", "weight", "count_day"):
@@ -100,7 +100,7 @@ def test_report_equals_qlib(tmp_path, region, strategy, rules, factor):
 
 
 def test_two_days_by_hand():
-    """Ten of money, half into each of two stocks; one doubles; the worse is sold for the third."""
+    """10 in cash is split between two stocks. One doubles, and the worse one is sold for a third."""
     days = pd.bdate_range("2024-01-01", periods=4)
     frame = pd.DataFrame(
         [(d, s, p) for d, row in zip(days, ([1, 1, 1], [1, 2, 1], [2, 2, 1], [2, 2, 4]), strict=True)
@@ -114,28 +114,28 @@ def test_two_days_by_hand():
     exchange = Exchange(open_cost=0.0, close_cost=0.5, min_cost=0.0)
     market, notes = Market.of(read_prices(frame), exchange, days[1], None)
     assert notes == ["the prices have no (whole) column factor, so they count as adjusted: no round lots"]
-    found = backtest(score, market, TopkDropout(2, 1, risk_degree=1.0), exchange, account=10, day_before=days[0])
-    held = found.positions["amount"].unstack()
+    result = backtest(score, market, TopkDropout(2, 1, risk_degree=1.0), exchange, account=10, day_before=days[0])
+    held = result.positions["amount"].unstack()
     assert held.loc[days[1]].to_dict() == pytest.approx({"A": 5.0, "B": 2.5, "C": np.nan}, nan_ok=True)
     # the score of day 2 prefers C to B: B's 2.5 shares go at 2 less half, and 2.5 buys 2.5 / 4 shares of C
     assert held.loc[days[3]].to_dict() == pytest.approx({"A": 5.0, "B": np.nan, "C": 0.625}, nan_ok=True)
-    assert found.report["account"].tolist() == pytest.approx([10.0, 15.0, 12.5])
-    assert found.report["return"].tolist() == pytest.approx([0.0, 0.5, 0.0])
-    assert found.report["cost"].tolist() == pytest.approx([0.0, 0.0, 2.5 / 15])
-    assert found.report["bench"].isna().all()
-    assert found.indicators["count"].tolist() == [2.0, 0.0, 2.0]
+    assert result.report["account"].tolist() == pytest.approx([10.0, 15.0, 12.5])
+    assert result.report["return"].tolist() == pytest.approx([0.0, 0.5, 0.0])
+    assert result.report["cost"].tolist() == pytest.approx([0.0, 0.0, 2.5 / 15])
+    assert result.report["bench"].isna().all()
+    assert result.indicators["count"].tolist() == [2.0, 0.0, 2.0]
 
 
 def test_nothing_is_dropped_where_none_may_be():
-    """The reference takes the last n_drop of a list, which for 0 is all of it, and sells everything every day."""
+    """Qlib slices the last n_drop entries of a list. For 0 that is the whole list, so it sells everything every day."""
     frame = synthetic.prices(6, 20)
     market, _ = Market.of(read_prices(frame), Exchange(min_cost=0.0), None, None)
     rng = np.random.default_rng(0)
     index = pd.MultiIndex.from_product([market.days, market.instruments], names=["datetime", "instrument"])
-    found = backtest(
+    result = backtest(
         pd.Series(rng.standard_normal(len(index)), index), market, TopkDropout(3, 0), Exchange(min_cost=0.0)
     )
-    held = found.positions["amount"].unstack().notna()
+    held = result.positions["amount"].unstack().notna()
     assert (held.sum(axis=1) == 3).all()
     assert (held == held.iloc[0]).all(axis=None)
 
@@ -151,10 +151,10 @@ def test_nothing_is_traded_without_scores_or_prices():
     with pytest.raises(DataError, match=r"no day from .* follows a day with scores"):
         backtest(old, market, TopkDropout(2, 1), exchange)
     unknown = pd.Series(1.0, pd.MultiIndex.from_product([panel.datetimes, ["ZZ"]], names=["datetime", "instrument"]))
-    found = backtest(unknown, market, TopkDropout(2, 1), exchange, account=100)
-    assert (found.report["account"] == 100).all()
-    assert len(found.positions) == 0
-    assert np.isnan(found.metrics()["1day.ffr"])
+    result = backtest(unknown, market, TopkDropout(2, 1), exchange, account=100)
+    assert (result.report["account"] == 100).all()
+    assert len(result.positions) == 0
+    assert np.isnan(result.metrics()["1day.ffr"])
     with pytest.raises(DataError, match="no trading day from 2099"):
         Market.of(read_prices(frame), exchange, "2099-01-01", None)
     with pytest.raises(ConfigError, match="account must be an amount of money, got 0"):
@@ -178,11 +178,11 @@ def test_a_price_that_is_none_spoils_nothing(price):
     broken.loc[here, ["open", "high", "low", "close"]] = price
     market, notes = Market.of(read_prices(broken), exchange, None, None)
     assert "1 closing prices are infinite, zero or negative" in notes[0]
-    found = backtest(score, market, TopkDropout(2, 1), exchange)
-    assert np.isfinite(found.report["account"]).all()
-    assert (day, bought) not in found.positions.index
-    before = found.report.index < day
-    pd.testing.assert_frame_equal(found.report[before], whole.report[before])
+    result = backtest(score, market, TopkDropout(2, 1), exchange)
+    assert np.isfinite(result.report["account"]).all()
+    assert (day, bought) not in result.positions.index
+    before = result.report.index < day
+    pd.testing.assert_frame_equal(result.report[before], whole.report[before])
 
 
 def test_scores_that_are_refused():
@@ -204,21 +204,21 @@ def test_what_has_to_be_said_of_the_benchmark(tmp_path):
     handler = FactorHandler(["$close"], "all", provider_uri=root, learn_processors=[])
     config = {"strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 2, "n_drop": 1}},
               "backtest": {"start_time": START, "end_time": END, "account": 1e6, "benchmark": None}}  # fmt: skip
-    found = PortfolioPlan(config).run(scores(root), handler)
-    assert found.notes == ["no benchmark was asked for: excess returns and their risk are empty"]
+    result = PortfolioPlan(config).run(scores(root), handler)
+    assert result.notes == ["no benchmark was asked for: excess returns and their risk are empty"]
     config["backtest"]["benchmark"] = ["S09", "NOPE"]
-    found = PortfolioPlan(config).run(scores(root), handler)
-    assert found.notes == ["the prices have no NOPE: the benchmark is the mean return of the others"]
+    result = PortfolioPlan(config).run(scores(root), handler)
+    assert result.notes == ["the prices have no NOPE: the benchmark is the mean return of the others"]
     config["backtest"]["exchange_kwargs"] = {"deal_price": "settle"}
     with pytest.raises(ConfigError, match="the prices have no settle, which deal_price"):
         PortfolioPlan(config).check_prices(handler)
 
 
 def test_risk_of_compounding_by_sums():
-    found = risk_analysis(pd.Series([0.01, -0.03, 0.02, 0.01]))["risk"]
-    assert found["annualized_return"] == pytest.approx(0.0025 * 238)
-    assert found["max_drawdown"] == pytest.approx(-0.03)
-    assert found["information_ratio"] == pytest.approx(found["mean"] / found["std"] * 238**0.5)
+    result = risk_analysis(pd.Series([0.01, -0.03, 0.02, 0.01]))["risk"]
+    assert result["annualized_return"] == pytest.approx(0.0025 * 238)
+    assert result["max_drawdown"] == pytest.approx(-0.03)
+    assert result["information_ratio"] == pytest.approx(result["mean"] / result["std"] * 238**0.5)
 
 
 @pytest.mark.parametrize(
@@ -286,12 +286,12 @@ def test_plan_over_a_store_reads_the_benchmark_beside_the_market(tmp_path):
     score = score[score.index.get_level_values("instrument").isin(["S01", "S02", "S03", "S04"])]
     config = {"strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 2, "n_drop": 1}},
               "backtest": {"start_time": START, "end_time": END, "account": 1e6, "benchmark": "S09"}}  # fmt: skip
-    found = PortfolioPlan(config).run(score, handler)
+    result = PortfolioPlan(config).run(score, handler)
     close = read_prices(provider_uri=root, instruments=["S09"]).panel
     change = pd.Series(close.column("close"), close.datetimes[close.date_codes]).pct_change(fill_method=None).fillna(0)
-    np.testing.assert_allclose(found.backtest.report["bench"], change.reindex(found.backtest.report.index), rtol=1e-4)
-    assert found.notes == []
+    np.testing.assert_allclose(result.backtest.report["bench"], change.reindex(result.backtest.report.index), rtol=1e-4)
+    assert result.notes == []
     config["backtest"] = {**config["backtest"], "benchmark": "SH000300", "start_time": None, "end_time": None}
-    found = PortfolioPlan(config).run(score, handler)
-    assert "no benchmark SH000300: the mean return of all instruments" in found.notes[0]
-    assert found.backtest.report.index[0] == score.index.get_level_values("datetime").min()
+    result = PortfolioPlan(config).run(score, handler)
+    assert "no benchmark SH000300: the mean return of all instruments" in result.notes[0]
+    assert result.backtest.report.index[0] == score.index.get_level_values("datetime").min()

@@ -85,11 +85,11 @@ def of_factors(*texts: str) -> list[str]:
 
 
 def with_gaps(prices: pd.DataFrame) -> pd.DataFrame:
-    """A twentieth of the rows suspended, a twentieth without any volume."""
-    found, rng = prices.copy(), np.random.default_rng(3)
-    found[rng.random(len(found)) < 0.05] = np.nan
-    found.loc[rng.random(len(found)) < 0.05, "volume"] = 0.0
-    return found
+    """Suspends 5% of the rows and removes the volume of another 5%."""
+    result, rng = prices.copy(), np.random.default_rng(3)
+    result[rng.random(len(result)) < 0.05] = np.nan
+    result.loc[rng.random(len(result)) < 0.05, "volume"] = 0.0
+    return result
 
 
 LOOKS_AHEAD = {
@@ -128,7 +128,7 @@ def next_row(values: np.ndarray) -> np.ndarray:
     "sees", [lambda x: np.isnan(next_row(x)).astype(float), lambda x: np.sign(next_row(x))], ids=["missing", "zero"]
 )
 def test_what_an_operator_hides_of_its_reach_is_seen_by_the_holes(prices, sees):
-    """Only whether there is a value tomorrow, or a volume: random factors on the future do not touch that."""
+    """The leak is whether a value or a volume exists tomorrow. Random changes of future values do not affect that."""
     register_function("Peeks", sees)
     try:
         report = check(DEMO, with_gaps(prices), of_factors("$close / Ref($close, 5)", "Peeks($volume)"))
@@ -138,7 +138,7 @@ def test_what_an_operator_hides_of_its_reach_is_seen_by_the_holes(prices, sees):
 
 
 def test_the_future_is_changed_after_several_days(prices):
-    """A leak in the first days of the segment alone, which one cut in its middle does not meet."""
+    """A leak in the first days of the segment, which a single cut in the middle of the segment would miss."""
     days = prices.index.get_level_values("datetime").unique().sort_values()
     scored = days[days >= "2020-01-01"]
 
@@ -178,7 +178,7 @@ def test_a_mask_of_an_instrument_outside_the_market(tmp_path):
 
 @pytest.mark.parametrize(("end", "level"), [("null", "ok"), ("2019-06-30", "note")])
 def test_train_alone_is_cut_where_nothing_is_fitted(prices, end, level):
-    """What lies in the fit window may move with it: no leak."""
+    """Values inside the fit window may depend on it; that is not a leak."""
     only = [f"{SEGMENTS}={{train: [2018-01-01, 2019-06-30]}}", f"{HANDLER}.end_time={end}", "task.record=[]"]
     report = check(DEMO, prices, [*SHORT, *only])
     assert report.ok, report.lines()
@@ -191,9 +191,9 @@ def test_features_since_the_first_day_are_named(prices):
     report = check(DEMO, prices, of_factors("EMA($close, 5) / $close", "$close / Mean($close, 0)", "Mean($close, 5)"))
     assert report.ok, report.lines()
     assert levels(report, "invariance") == ["ok", "note"]
-    found = text(report, "invariance")
+    result = text(report, "invariance")
     assert (
-        "2 feature(s) depend on the first day of the data: EMA($close, 5) / $close, $close / Mean($close, 0)" in found
+        "2 feature(s) depend on the first day of the data: EMA($close, 5) / $close, $close / Mean($close, 0)" in result
     )
 
 
@@ -218,7 +218,7 @@ def test_dropped_raw_data_is_an_error_and_does_not_hide_a_leak(prices, tmp_path)
 
 
 class Peek(Processor):
-    """Takes the next row's value: the leak that nobody sees in a table."""
+    """Reads the value of the next row, a leak that is invisible in a table."""
 
     def _apply(self, panel, space):
         values = np.roll(panel.values("feature"), -1, axis=0)
@@ -226,14 +226,14 @@ class Peek(Processor):
 
 
 class Breaks(Processor):
-    """Fails in a way that nobody foresaw, but only on a sample."""
+    """Raises an unexpected error, but only on a sample."""
 
     def _apply(self, panel, space):
         raise KeyError("of its own")
 
 
 def check_with(processor, prices):
-    """The report on the demo with a processor of one's own."""
+    """The report on the demo with a custom processor."""
     PROCESSORS.add(processor, modules=("tests",))
     steps = f"{HANDLER}.infer_processors=[{{class: {processor.__name__}}}, {{class: Fillna}}]"
     try:

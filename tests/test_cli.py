@@ -1,4 +1,4 @@
-"""The command line: what it prints, where, and with which exit status."""
+"""The command line: its output on both streams and its exit status."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workflow files: reading, templates, base files, --set, and every way to get one wrong."""
+"""Workflow files: reading, templates, base files, --set, and error messages."""
 
 from __future__ import annotations
 
@@ -189,10 +189,10 @@ def test_a_set_changes_its_own_path_only(tree, value):
     every = list(paths(config, ()))
     target = every[abs(value) % len(every)]
     apply_set(config, ".".join(map(str, target)) + f"={value}")
-    found = config
+    result = config
     for key in target:
-        found = found[key]
-    assert found == value
+        result = result[key]
+    assert result == value
     assert {p for p in every if p[: len(target)] != target} <= set(paths(config, ()))
 
 

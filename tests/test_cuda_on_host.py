@@ -1,4 +1,4 @@
-"""What tools/cuda_on_host.py makes of CUDA sources, and that it sees what it is for."""
+"""tools/cuda_on_host.py: its translation of CUDA sources, and the errors that it detects."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def tool():
 
 
 def test_launches_and_shared_memory_become_cpp(tool):
-    given = """
+    arguments = """
     extern __shared__ double shared_memory[];
     __shared__ int32_t any;
     if (x) sum_kernel<Word, true><<<grid_for(n, 4), kBlock, bytes, scope.stream()>>>(job, pair(a, b));
@@ -36,14 +36,14 @@ def test_launches_and_shared_memory_become_cpp(tool):
     });
     STABLE_TORCH_LIBRARY_IMPL(qfast, CUDA, m) {}
     """
-    found = tool.as_host_code(given)
-    assert "double* const shared_memory = cuda_on_host::shared_memory<double>();" in found
-    assert "static int32_t any;" in found
+    result = tool.as_host_code(arguments)
+    assert "double* const shared_memory = cuda_on_host::shared_memory<double>();" in result
+    assert "static int32_t any;" in result
     launch = "cuda_on_host::launch(grid_for(n, 4), kBlock, bytes, [&] { sum_kernel<Word, true>(job, pair(a, b)); });"
-    assert "if (x) " in found
-    assert launch in found
-    assert "cuda_on_host::launch(1, 32, 0, [&] { scatter<decltype(zero)>(to); });" in found
-    assert "(qfast, CPU, m)" in found
+    assert "if (x) " in result
+    assert launch in result
+    assert "cuda_on_host::launch(1, 32, 0, [&] { scatter<decltype(zero)>(to); });" in result
+    assert "(qfast, CPU, m)" in result
 
 
 PROGRAM = """

@@ -1,4 +1,4 @@
-"""DatasetH and TSDatasetH beside the reference's, over the reference's own handler where it is installed."""
+"""DatasetH and TSDatasetH compared with Qlib's, over Qlib's handler where it is installed."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from support.qlib import qfast_dataset, qlib_dataset
 def test_flat_frames_equal_the_reference(data_key, col_set):
     frame = gappy_frame()
     expected = qlib_dataset("DatasetH", frame).prepare(["train", "test"], col_set=col_set, data_key=data_key)
-    found = qfast_dataset(DatasetH, frame).prepare(["train", "test"], col_set=col_set, data_key=data_key)
-    for a, b in zip(found, expected, strict=True):
+    result = qfast_dataset(DatasetH, frame).prepare(["train", "test"], col_set=col_set, data_key=data_key)
+    for a, b in zip(result, expected, strict=True):
         assert len(a) > 0
         pd.testing.assert_frame_equal(a, b, check_dtype=False, check_column_type=False, rtol=1e-6)
 
@@ -34,14 +34,14 @@ def test_rolling_samples_equal_the_reference(data_key, step_len, segment):
     frame = gappy_frame()
     groups = ["feature", "label"]
     expected = qlib_dataset("TSDatasetH", frame, step_len=step_len).prepare(segment, col_set=groups, data_key=data_key)
-    found = qfast_dataset(TSDatasetH, frame, step_len=step_len).prepare(segment, col_set=groups, data_key=data_key)
-    assert len(found) == len(expected) > 0
-    pd.testing.assert_index_equal(found.get_index(), expected.get_index(), exact=False)
-    every = list(range(len(found)))
+    result = qfast_dataset(TSDatasetH, frame, step_len=step_len).prepare(segment, col_set=groups, data_key=data_key)
+    assert len(result) == len(expected) > 0
+    pd.testing.assert_index_equal(result.get_index(), expected.get_index(), exact=False)
+    every = list(range(len(result)))
     for fill in ("none", "ffill", "ffill+bfill"):
-        found.config(fillna_type=fill)
+        result.config(fillna_type=fill)
         expected.config(fillna_type=fill)
-        np.testing.assert_allclose(found[every], expected[every], rtol=1e-6, equal_nan=True)
+        np.testing.assert_allclose(result[every], expected[every], rtol=1e-6, equal_nan=True)
 
 
 def test_flt_col_chooses_the_samples():
@@ -50,13 +50,13 @@ def test_flt_col_chooses_the_samples():
     frame[("universe", "member")] = (rng.random(len(frame)) > 0.4).astype(np.float32)
     handler = DataHandlerLP.from_frame(frame)
     dataset = TSDatasetH(handler=handler, segments=SEGMENTS, step_len=5, flt_col="universe")
-    found = dataset.prepare("train", col_set=["feature", "label"])
+    result = dataset.prepare("train", col_set=["feature", "label"])
     member = frame[("universe", "member")].loc["2020-01-01":"2020-02-14"]
-    assert len(found) == int(member.sum()) < len(member)
+    assert len(result) == int(member.sum()) < len(member)
     windows = dataset.windows("train", "learn")
-    assert len(windows) == len(found)
-    found.config(fillna_type="ffill+bfill")
-    np.testing.assert_array_equal(windows.batch(torch.arange(3)).numpy(), found[[0, 1, 2]][:, :, :2])
+    assert len(windows) == len(result)
+    result.config(fillna_type="ffill+bfill")
+    np.testing.assert_array_equal(windows.batch(torch.arange(3)).numpy(), result[[0, 1, 2]][:, :, :2])
 
 
 def test_window_sets_show_what_the_samplers_show():
@@ -87,8 +87,8 @@ def test_intraday_timestamps_and_time_zones_work():
     assert len(day) == len(everything) == len(frame)  # 40 half hours fit in one day, and a bare date covers it
     zoned = frame.copy()
     zoned.index = zoned.index.set_levels(zoned.index.levels[0].tz_localize("Asia/Shanghai"), level=0)
-    found = TSDatasetH(handler=zoned, segments={"part": ("2020-01-01 10:00", None)}, step_len=4).prepare("part")
-    stamps = found.get_index().get_level_values("datetime")
+    result = TSDatasetH(handler=zoned, segments={"part": ("2020-01-01 10:00", None)}, step_len=4).prepare("part")
+    stamps = result.get_index().get_level_values("datetime")
     assert stamps.min() == pd.Timestamp("2020-01-01 10:00", tz="Asia/Shanghai")
 
 

@@ -1,4 +1,4 @@
-"""Run the examples of the documents from top to bottom (Python examples with one epoch) and check their links."""
+"""Runs the examples of the documents from top to bottom (Python examples with one epoch) and checks their links."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_batches_of_qlib_look_ahead_and_true_days_do_not(compat):
 
 @pytest.mark.slow
 def test_readme(reader):
-    """The Python examples only: the commands install software or need a reader's own files."""
+    """Runs the Python examples only. The commands install software or need files of the reader."""
     prices = synthetic.prices(6, 1_310, start="2013-02-08", late=0.0, delisted=0.0, holes=0.0)
     dates = prices.index.get_level_values("datetime").unique()
     assert pd.Timestamp("2018-02-07") in dates

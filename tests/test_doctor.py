@@ -1,4 +1,4 @@
-"""qfast doctor, and how QFAST_BACKEND and QFAST_ISA decide what is loaded (each in a process of its own)."""
+"""qfast doctor, and the effect of QFAST_BACKEND and QFAST_ISA (each in a new process)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_main_prints_and_returns_zero(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_a_wrong_operator_is_found(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The self-test compares with the twin, so a twin that disagrees must turn the doctor red."""
+    """The self-test compares with plain torch, so a wrong plain-torch version must make the doctor fail."""
     from qfast.ops import window_gather
 
     right = window_gather._gather_windows_twin

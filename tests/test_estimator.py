@@ -1,4 +1,4 @@
-"""The training loop: what it refuses, what it repairs, what survives an interruption."""
+"""The training loop: errors, repairs, callbacks, weights and checkpoints."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_score_over_all_validation_samples_is_the_plain_mean():
 
 def test_early_stopping_keeps_the_best_weights():
     class Scripted(ts.LSTM):
-        """Validation scores by script: best at epoch 1, then never again."""
+        """Has scripted validation scores, the best at epoch 1."""
 
         def score_segment(self, windows, segment):
             if segment == "valid":

@@ -1,4 +1,4 @@
-"""Every model trained on a GPU, beside itself on the CPU."""
+"""Every model trained on a GPU, compared with itself on the CPU."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DEVICE = "cuda"
 
 @pytest.fixture(params=_backend.LAYERS)
 def layers(request, monkeypatch):
-    """Whose layers the networks take on a GPU."""
+    """The layers that networks use on a GPU: qfast's or torch's."""
     monkeypatch.setattr(_backend, "cuda_layers", request.param)
     return request.param
 

@@ -1,4 +1,4 @@
-"""Expressions against pandas, and messages that point at the mistake."""
+"""Expressions compared with pandas, and error messages that point at the mistake."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def price_panel(seed: int = 0, n_days: int = 12) -> Panel:
 
 
 class Column:
-    """The same expressions by pandas: Python evaluates the text, Ref shifts within the instrument."""
+    """The same expressions by pandas. Python evaluates the text; Ref shifts within an instrument."""
 
     def __init__(self, series: pd.Series) -> None:
         self.s = series
@@ -184,8 +184,8 @@ def test_of_a_long_text_the_place_is_shown():
 
 def test_line_breaks_of_any_kind():
     panel = price_panel()
-    found = evaluate("Mean($close,\r\n\t5) /\n$close", panel)
-    np.testing.assert_array_equal(found, evaluate("Mean($close, 5) / $close", panel))
+    result = evaluate("Mean($close,\r\n\t5) /\n$close", panel)
+    np.testing.assert_array_equal(result, evaluate("Mean($close, 5) / $close", panel))
 
 
 def test_other_refusals():

@@ -1,4 +1,4 @@
-"""Factors against pandas, instrument by instrument, and against pyqlib's own engine."""
+"""Factors compared with pandas, instrument by instrument, and with pyqlib's engine."""
 
 from __future__ import annotations
 
@@ -98,18 +98,18 @@ def test_every_operator_equals_pandas(text):
     "text", [t for t in [*ELEMENTWISE, *ROLLING] if not any(w in t for w in ("Slope", "Rs", "Resi"))]
 )
 def test_infinite_and_zero_prices(text):
-    """The line's operators are left out: the reference's running sums are NaN ever after an infinite value."""
+    """Without the functions of a fitted line: Qlib's running sums are NaN forever after an infinite value."""
     panel = price_panel(2, specials=True)
     assert_same(panel, text, evaluate(text, panel))
 
 
 def test_a_line_forgets_an_infinite_value():
     panel = price_panel(2, specials=True)
-    found = evaluate("Slope($close, 5)", panel)
+    result = evaluate("Slope($close, 5)", panel)
     last = pd.Series(np.isinf(panel.column("close"))).groupby(panel.instrument_codes).rolling(5, min_periods=1).max()
     touched = last.to_numpy() > 0
-    assert np.isnan(found[touched]).all()
-    assert np.isfinite(found[~touched]).mean() > 0.9
+    assert np.isnan(result[touched]).all()
+    assert np.isfinite(result[~touched]).mean() > 0.9
 
 
 leaves = st.sampled_from(["$close", "$open", "$volume", "$high"])
@@ -134,7 +134,7 @@ def grow(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
 @given(texts=st.lists(st.recursive(leaves, grow, max_leaves=5), min_size=1, max_size=5), seed=st.integers(0, 20))
 @pytest.mark.filterwarnings("ignore")
 def test_expressions_together_equal_each_alone(texts, seed):
-    """Sharing what they have in common changes no bit, nor does the number of instruments in a pass."""
+    """Neither shared subexpressions nor the number of instruments in a pass changes a bit."""
     panel = price_panel(seed, 30)
     together = evaluate_all(texts, panel)
     for place, text in enumerate(texts):
@@ -179,7 +179,8 @@ def test_another_instruments_series():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("market", ["all", "mixed"])
 def test_what_another_instrument_was_equals_qlib(tmp_path, market):
-    """Windows and shifts over a Mask see the other's days, also before the listing of who asks (BBB, EEE)."""
+    """Windows and shifts over a Mask see the other instrument's days, also before the instrument's own listing (BBB,
+    EEE)."""
     qlib = pytest.importorskip("qlib", reason="pyqlib is not installed")
     root = write_store(tmp_path / "store")
     qlib.init(provider_uri=str(root), region="us", kernels=1, logging_level=logging.ERROR)
@@ -197,7 +198,7 @@ def test_what_another_instrument_was_equals_qlib(tmp_path, market):
     for start, end in (("2020-02-26", "2020-05-20"), ("2020-06-10", "2020-06-16")):  # with the first days of BBB, EEE
         theirs = D.features(D.instruments(market), texts, start, end).swaplevel().sort_index()
         ours = through_the_handler(root, texts, market, start_time=start, end_time=end)
-        theirs = theirs.reindex(ours.index)  # the reference adds the other's days where who asks has none
+        theirs = theirs.reindex(ours.index)  # Qlib adds days of the other instrument that this one lacks
         for text in texts:
             expected = theirs[text].to_numpy(np.float32)
             np.testing.assert_allclose(ours[text], expected, rtol=2e-5, atol=1e-6, err_msg=text)
@@ -282,7 +283,7 @@ def test_an_unknown_field_is_told_what_the_store_has(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_ema_over_all_equals_qlib():
-    """Of series with holes and infinite values, at their beginning too."""
+    """Series with holes and infinite values, also at the beginning."""
     pytest.importorskip("qlib", reason="pyqlib is not installed")
     from qlib.data.base import Feature
     from qlib.data.ops import EMA
@@ -307,7 +308,7 @@ def through_the_handler(root: Path, texts: list[str], market: str = "all", **tim
 
 @pytest.mark.filterwarnings("ignore")
 def test_files_of_different_length_equal_pandas(tmp_path):
-    """Fields whose files begin and end at different days, by what pandas makes of their union."""
+    """Fields whose files begin and end on different days, compared with pandas over the union of the days."""
     root = write_store(tmp_path / "store")
     texts = [*ELEMENTWISE, *ROLLING]
     ours = through_the_handler(root, texts)
@@ -320,7 +321,7 @@ def test_files_of_different_length_equal_pandas(tmp_path):
             try:
                 expected = by_pandas(text, series)
             except (ValueError, TypeError, IndexError):
-                continue  # as the reference refuses what pandas does: series of unequal length compared, empty ones
+                continue  # Qlib raises pandas' errors: comparisons of unequal lengths, empty series
             compared += 1
             expected = expected.set_axis(prices.panel.datetimes[expected.index]).reindex(mine.index).to_numpy()
             np.testing.assert_allclose(mine[text], expected, rtol=2e-5, atol=1e-6, err_msg=f"{code} {text}")
@@ -345,6 +346,6 @@ def test_every_operator_equals_qlib(tmp_path, market):
     assert ours.index.tolist() == theirs.index.tolist()
     for text in alone:
         mine, reference = ours[text].to_numpy(), theirs[text].to_numpy(np.float32)
-        if text.startswith("Delta"):  # the reference reads one row too few for it: NaN on the first day asked for
+        if text.startswith("Delta"):  # Qlib reads one row too few: NaN on the first requested day
             mine = np.where(ours.index.get_level_values("datetime") == pd.Timestamp(start), reference, mine)
         np.testing.assert_allclose(mine, reference, rtol=2e-5, atol=1e-6, equal_nan=True, err_msg=text)

@@ -1,4 +1,4 @@
-"""GATModel beside pyqlib's own and beside the plain formula; what else can be done with the network."""
+"""GATModel compared with pyqlib's and with the formula, and under torch's transforms and compilers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DAYS = torch.tensor([0, 3, 3, 4, 20])
 
 
 def dense(net: GATModel, x: Tensor) -> Tensor:
-    """One day by torch's layers and the formula as it stands in the docstring."""
+    """One day by torch's layers and the formula of the docstring."""
     hidden = net.rnn(x)[0][:, -1]
     z = net.transformation(hidden)
     a_key, a_query = net.a[:, 0].chunk(2)
@@ -37,11 +37,11 @@ def case(base: str, dtype=torch.float64, rows: int = 20) -> tuple[GATModel, Tens
 
 def reference(suffix: str, base: str, **sizes) -> nn.Module:
     pytest.importorskip("qlib", reason="pyqlib is the oracle; install qfast-models[qlib]")
-    found = importlib.import_module(f"qlib.contrib.model.pytorch_gats{suffix}")
-    return found.GATModel(base_model=base, **sizes)
+    result = importlib.import_module(f"qlib.contrib.model.pytorch_gats{suffix}")
+    return result.GATModel(base_model=base, **sizes)
 
 
-# ---------------------------------------------------------------- beside the reference
+# ---------------------------------------------------------------- compared with Qlib
 @pytest.mark.parametrize("suffix", ["", "_ts"])
 @bases
 def test_the_references_initial_weights_and_generator(base, suffix):
@@ -50,17 +50,17 @@ def test_the_references_initial_weights_and_generator(base, suffix):
     expected = reference(suffix, base, **sizes).state_dict()
     after = torch.get_rng_state()
     torch.manual_seed(3)
-    found = GATModel(base_model=base, **sizes).state_dict()
+    result = GATModel(base_model=base, **sizes).state_dict()
     assert torch.equal(torch.get_rng_state(), after)
-    assert list(found) == list(expected)
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert list(result) == list(expected)
+    assert all(torch.equal(result[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize("stocks", [2, 7, 300])
 @pytest.mark.parametrize("suffix", ["", "_ts"])
 @bases
 def test_the_references_outputs_and_gradients(base, suffix, stocks):
-    """The oracle is the reference in float64; its own float32 says what cancellation costs."""
+    """Qlib's network in float64 is exact. Its float32 errors show the cost of cancellation."""
     torch.manual_seed(0)
     theirs = reference(suffix, base, d_feat=6, hidden_size=64)
     for p in (theirs.a, *theirs.rnn.parameters()):  # states as wide as trained ones, scores on both sides of the bend
@@ -71,13 +71,13 @@ def test_the_references_outputs_and_gradients(base, suffix, stocks):
     expected = results(theirs, x, along, torch.float64, flat=not suffix)
     for flat in (True, False):  # either layout
         for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-            found = results(ours, x, along, dtype, flat)
+            result = results(ours, x, along, dtype, flat)
             usual = results(theirs, x, along, dtype, flat=not suffix)
             for name, value in expected.items():
                 # All keys of a day may rise together: of the bias only what crosses the bend has a gradient.
                 scale = expected["transformation.weight" if name == "transformation.bias" else name].norm()
                 allowed = max(tolerance * scale, 4 * (usual[name] - value).norm())
-                assert (found[name] - value).norm() <= allowed, (name, dtype)
+                assert (result[name] - value).norm() <= allowed, (name, dtype)
 
 
 def results(net: nn.Module, x: Tensor, along: Tensor, dtype: torch.dtype, flat: bool) -> dict[str, Tensor]:
@@ -106,9 +106,9 @@ def test_a_spoilt_day_spoils_no_other(base):
     net, x = case(base)
     spoilt = x.clone()
     spoilt[2, 1, 1] = torch.nan
-    found, expected = net(spoilt, DAYS), net(x, DAYS)
-    assert found[:3].isnan().all()
-    torch.testing.assert_close(found[3:], expected[3:], rtol=0, atol=0)
+    result, expected = net(spoilt, DAYS), net(x, DAYS)
+    assert result[:3].isnan().all()
+    torch.testing.assert_close(result[3:], expected[3:], rtol=0, atol=0)
 
 
 @bases
@@ -139,7 +139,7 @@ def test_wrong_arguments_are_named():
 # ---------------------------------------------------------------- copies, transforms, compilers
 @bases
 def test_it_is_copied_and_pickled_after_a_forward(base):
-    """The reference keeps a tensor of the graph on the module, so that deepcopy fails."""
+    """Qlib's module stores a tensor of the autograd graph, so deepcopy fails."""
     net, x = case(base)
     expected = net(x, DAYS)
     for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
@@ -149,10 +149,10 @@ def test_it_is_copied_and_pickled_after_a_forward(base):
 @bases
 def test_functional_gradients(base):
     net, x = case(base)
-    found = torch.func.grad(lambda p: functional_call(net, p, (x, DAYS)).square().sum())(dict(net.named_parameters()))
+    result = torch.func.grad(lambda p: functional_call(net, p, (x, DAYS)).square().sum())(dict(net.named_parameters()))
     net(x, DAYS).square().sum().backward()
     for name, parameter in net.named_parameters():
-        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(result[name], parameter.grad, rtol=1e-9, atol=1e-12)
 
 
 @bases
@@ -160,8 +160,8 @@ def test_directional_derivatives(base):
     net, x = case(base)
     along, step = torch.randn_like(x), 1e-6
     slope = (net(x + step * along, DAYS) - net(x - step * along, DAYS)) / (2 * step)
-    found = torch.func.jvp(lambda x: net(x, DAYS), (x,), (along,))[1]
-    torch.testing.assert_close(found, slope, rtol=1e-6, atol=1e-8)
+    result = torch.func.jvp(lambda x: net(x, DAYS), (x,), (along,))[1]
+    torch.testing.assert_close(result, slope, rtol=1e-6, atol=1e-8)
 
 
 @bases
@@ -199,10 +199,10 @@ def test_half_precision(base: str) -> None:
     network, x, days = GATModel(d_feat=6, hidden_size=16, base_model=base), torch.randn(9, 60), torch.tensor([0, 4, 9])
     expected = network(x, days)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = network(x, days)
-    found.float().sum().backward()
+        result = network(x, days)
+    result.float().sum().backward()
     assert all(bool(torch.isfinite(p.grad).all()) for p in network.parameters())
-    torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.05)
+    torch.testing.assert_close(result.float(), expected, rtol=0.1, atol=0.05)
     narrow = network.bfloat16()(x.bfloat16(), days)
     assert narrow.dtype == torch.bfloat16
     torch.testing.assert_close(narrow.float(), expected, rtol=0.1, atol=0.05)

@@ -1,4 +1,4 @@
-"""GATs: batches that are days, scoring by stretches of days, what survives an interruption, attention to look at."""
+"""GATs: batches of one day, scoring several days at once, unusual days, and tables of attention."""
 
 from __future__ import annotations
 
@@ -85,13 +85,13 @@ def test_the_references_batches_mix_dates_and_are_there_on_request():
 def test_predictions_stand_in_the_order_of_the_other_models_under_their_own_date():
     dataset = rolling()
     model = ts.GATs(**SMALL).fit(dataset)
-    found = model.predict(dataset)
+    result = model.predict(dataset)
     other = ts.LSTM(**{**SMALL, "n_epochs": 1, "batch_size": 32}).fit(dataset).predict(dataset)
-    assert found.index.equals(other.index)
-    assert not found.index.get_level_values(0).is_monotonic_increasing
+    assert result.index.equals(other.index)
+    assert not result.index.get_level_values(0).is_monotonic_increasing
     windows = dataset.windows("test", "infer")
     with torch.no_grad():
-        for date, part in found.groupby(level=0):
+        for date, part in result.groupby(level=0):
             samples = torch.from_numpy(np.flatnonzero(windows.keys().get_level_values(0) == date))
             expected = model.network(windows.batch(samples))
             np.testing.assert_allclose(part.to_numpy(), expected.numpy(), rtol=1e-4, atol=1e-6)
@@ -102,8 +102,8 @@ def test_the_rows_order_does_not_matter(kind):
     frame = frame_for(kind)
     model = kind(**SMALL).fit(dataset_for(kind, frame=frame))
     shuffled = frame.sample(frac=1.0, random_state=3)
-    found = model.predict(dataset_for(kind, frame=shuffled))
-    pd.testing.assert_series_equal(found, model.predict(dataset_for(kind, frame=frame)))
+    result = model.predict(dataset_for(kind, frame=shuffled))
+    pd.testing.assert_series_equal(result, model.predict(dataset_for(kind, frame=frame)))
 
 
 @both
@@ -143,9 +143,9 @@ def test_a_day_with_one_stock(kind, compat):
     dataset = dataset_for(kind, frame=frame)
     model = kind(**SMALL, compat=compat).fit(dataset)
     assert np.isfinite(model.history_[["train", "valid", "train_loss"]].to_numpy()).all()
-    found = model.predict(dataset)
-    assert found.notna().all()
-    assert len(found.loc["2020-03-20"]) == 1
+    result = model.predict(dataset)
+    assert result.notna().all()
+    assert len(result.loc["2020-03-20"]) == 1
 
 
 @both
@@ -186,7 +186,7 @@ def test_days_without_labels(kind):
         steps[compat] = len(seen.steps) // 3
         if compat is None:
             assert np.isfinite(model.history_[["train", "valid", "valid_all", "train_loss"]].to_numpy()).all()
-        elif kind is GATs:  # with the time-series model the reference's batches are no days
+        elif kind is GATs:  # the batches of Qlib's time-series model are not days
             assert model.history_[["train", "valid"]].isna().all(axis=None)
     assert steps["qlib"] == steps[None] + 2 if kind is GATs else steps["qlib"] >= steps[None]
     unlabelled = frame.drop(index=["2020-01-09", "2020-01-10"], level=0)
@@ -224,7 +224,7 @@ def test_a_gpu_gives_the_cpus_numbers(kind, compat):
 
 @pytest.mark.parametrize("base", ["GRU", "LSTM"])
 def test_what_only_the_other_stocks_of_the_day_tell_is_learnt(base):
-    """The label is the market's move, which shows in the others' features and hardly in one's own."""
+    """The label is the market's move, which is visible in the features of the other stocks."""
     rng = np.random.default_rng(0)
     frame = make_frame(160, 30, 3, holes=0.05)
     dates = frame.index.get_level_values(0)
@@ -237,8 +237,8 @@ def test_what_only_the_other_stocks_of_the_day_tell_is_learnt(base):
     model = ts.GATs(**{**SMALL, "n_epochs": 12}, base_model=base).fit(dataset)
     alone = ts.LSTM(**{**SMALL, "n_epochs": 12, "batch_size": 64}).fit(dataset)
     label = frame[("label", "LABEL0")]
-    found, expected = (m.predict(dataset).corr(label) for m in (model, alone))
-    assert found > 0.75 > 0.6 > expected
+    result, expected = (m.predict(dataset).corr(label) for m in (model, alone))
+    assert result > 0.75 > 0.6 > expected
 
 
 # ---------------------------------------------------------------- attention
@@ -368,15 +368,15 @@ def test_a_stock_with_nan_is_left_out_of_its_day(kind, caplog):
     date, stock = whole.index[-1]
     spoilt = frame.copy()
     spoilt.loc[(date, stock), spoilt.columns[0]] = np.nan
-    found = model.predict(dataset_for(kind, frame=spoilt))
-    gone = found.index[found.isna()]
+    result = model.predict(dataset_for(kind, frame=spoilt))
+    gone = result.index[result.isna()]
     assert list(gone) == [(date, stock)]  # the last date: no later window holds it
     assert "1 of" in caplog.text
     alone = dataset_for(kind, frame=frame.drop((date, stock)))
     rest = [key for key in whole.index if key[0] == date and key[1] != stock]
-    np.testing.assert_allclose(found[rest], model.predict(alone)[rest], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(result[rest], model.predict(alone)[rest], rtol=1e-5, atol=1e-6)
     others = [key for key in whole.index if key[0] != date]
-    np.testing.assert_allclose(found[others], whole[others], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(result[others], whole[others], rtol=1e-5, atol=1e-6)
     table = model.attention(dataset_for(kind, frame=spoilt), date, top=3)
     assert stock not in set(table["instrument"]) | set(table["neighbour"])
     assert np.isfinite(table["weight"]).all()

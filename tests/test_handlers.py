@@ -1,4 +1,4 @@
-"""Handlers: the flow of the three panels, fetch like the reference, Alpha360 bit for bit."""
+"""Handlers: the three panels, fetch compared with Qlib's, and Alpha360 bit for bit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RAW = {"infer_processors": [], "learn_processors": []}
 
 
 def bits(values: np.ndarray) -> np.ndarray:
-    """float32 as integers, every NaN the same."""
+    """float32 bits as integers, with one value for all NaN."""
     values = np.where(np.isnan(values), np.float32(np.nan), values).astype(np.float32)
     return values.view(np.int32)
 
@@ -89,7 +89,7 @@ def test_fetch_equals_qlib(qlib_handler, selector, level, col_set):
     frame = hostile_frame(3)
     mine = DataHandlerLP(frame).fetch(selector, level, col_set)
     reference = qlib_handler(frame).fetch(selector, level, col_set)
-    if isinstance(reference, pd.Series):  # one key of level None: the reference gives the row itself
+    if isinstance(reference, pd.Series):  # one key of level None: Qlib returns the row itself
         np.testing.assert_array_equal(mine.to_numpy()[0], reference.to_numpy())
         return
     assert mine.index.tolist() == reference.index.tolist()
@@ -377,7 +377,7 @@ def test_build_handler_maps_the_references_names():
 
 
 def test_owned_features_need_no_second_block():
-    """The features of Alpha360 are normalised where they stand."""
+    """The features of Alpha360 are normalised in place."""
     frame = synthetic.prices(3, 70)
     handler = Alpha360(data=frame, infer_processors=INFER[1:], learn_processors=LEARN)
     assert handler._raw is None

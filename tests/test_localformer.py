@@ -1,4 +1,4 @@
-"""What Localformer has beyond Transformer: convolutions between the layers and a GRU on top."""
+"""The parts of Localformer that Transformer lacks: convolutions between the layers and a GRU on top."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in ("window_conv", "run_layer", "gru"):
         inner = getattr(localformer, name)
 
-        def counted(*given: object, name: str = name, inner: Callable = inner, **options: object) -> object:
+        def counted(*arguments: object, name: str = name, inner: Callable = inner, **options: object) -> object:
             calls.append(name)
-            return inner(*given, **options)
+            return inner(*arguments, **options)
 
         monkeypatch.setattr(localformer, name, counted)
     return calls
 
 
 def by_hand(net: Localformer, x: Tensor) -> Tensor:
-    """The sums of the definition, step by step; the layers and the GRU's cell are torch's."""
+    """The definition step by step, with torch's layers and GRU cell."""
     values = net.feature_layer(x) + net.pos_encoder.pe[: x.shape[1], 0]
     for layer, conv in zip(net.transformer_encoder.layers, net.transformer_encoder.conv, strict=True):
         padded = nn.functional.pad(values, (0, 0, 1, 1))
@@ -125,7 +125,7 @@ def _other_convolution(net: Localformer) -> None:
 
 
 def _rnn_hook(net: Localformer) -> None:
-    net.rnn.register_forward_pre_hook(lambda module, given: (given[0] * 2,))
+    net.rnn.register_forward_pre_hook(lambda module, arguments: (arguments[0] * 2,))
 
 
 def _lstm(net: Localformer) -> None:
@@ -153,21 +153,21 @@ def test_changed_networks_are_computed_as_they_are(change: Callable, seen: list[
     seen.clear()
     torch.manual_seed(4)
     change(net)
-    found = net(x)
+    result = net(x)
     assert seen == []
-    assert not torch.allclose(found, before, rtol=1e-9)  # the change counts
-    torch.testing.assert_close(found, plainly(net, x), rtol=1e-11, atol=1e-12)
+    assert not torch.allclose(result, before, rtol=1e-9)  # the change counts
+    torch.testing.assert_close(result, plainly(net, x), rtol=1e-11, atol=1e-12)
 
 
 def test_parts_that_are_replaced_by_the_same_kind_count(seen: list[str]) -> None:
-    """Five taps, a wider GRU of one layer: the operators compute what is there."""
+    """Five taps or a wider GRU of one layer: the operators use the new layers."""
     net, x = case(Localformer)
     torch.manual_seed(4)
     net.transformer_encoder.conv[0] = nn.Conv1d(8, 8, 5, padding=2).double()
     net.rnn, net.decoder_layer = nn.GRU(8, 12).double(), nn.Linear(12, 1).double()
     exact = copy.deepcopy(net)
-    found, expected = net(x), plainly(exact, x)
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+    result, expected = net(x), plainly(exact, x)
+    torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-12)
     assert len(seen) == 5 * NATIVE
-    of_ours, of_theirs = gradients(net, found), gradients(exact, expected)
+    of_ours, of_theirs = gradients(net, result), gradients(exact, expected)
     assert all(relative_error(of_ours[name], value) < 1e-11 for name, value in of_theirs.items())

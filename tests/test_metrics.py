@@ -1,4 +1,4 @@
-"""Metrics against scipy and pandas day by day, and against pyqlib where it is installed."""
+"""Metrics compared with scipy and pandas day by day, and with pyqlib where it is installed."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ def test_daily_ic_equals_scipy_on_each_day(ties):
 def test_equal_to_the_reference(ties):
     alpha = pytest.importorskip("qlib.contrib.eva.alpha")
     score, label = market(n_stocks=40, seed=3, ties=ties)
-    label = label.drop(label.index[:90])  # different indices: outer join as in the reference
+    label = label.drop(label.index[:90])  # different indices: outer join as in Qlib
     ours, theirs = daily_ic(score, label), alpha.calc_ic(score, label)
     for mine, other in zip(ours, theirs, strict=True):
         pd.testing.assert_series_equal(mine, other, check_names=False, check_freq=False, rtol=1e-12, atol=1e-14)
     mine, other = long_short_return(score, label), alpha.calc_long_short_return(score, label)
     for a, b in zip(mine, other, strict=True):
         pd.testing.assert_series_equal(a, b, check_names=False, check_freq=False, rtol=1e-12, atol=1e-16)
-    found = ic_summary(*ours)
+    result = ic_summary(*ours)
     ic, ric = theirs
     expected = [ic.mean(), ic.mean() / ic.std(), ric.mean(), ric.mean() / ric.std()]
-    assert list(found.values()) == pytest.approx(expected, rel=1e-12)
+    assert list(result.values()) == pytest.approx(expected, rel=1e-12)
 
 
 def test_row_order_and_level_order_do_not_matter():
@@ -98,9 +98,9 @@ def test_empty_series_give_empty_results():
 
 
 def test_one_day_has_no_ratio():
-    found = ic_summary(*daily_ic(*market(n_days=1)))
-    assert np.isfinite(found["IC"])
-    assert np.isnan(found["ICIR"])
+    result = ic_summary(*daily_ic(*market(n_days=1)))
+    assert np.isfinite(result["IC"])
+    assert np.isnan(result["ICIR"])
 
 
 def test_too_few_instruments_for_a_side_give_nan():
@@ -111,9 +111,9 @@ def test_too_few_instruments_for_a_side_give_nan():
 
 def test_long_short_summary_annualises():
     daily = pd.Series([0.01, -0.02, 0.03])
-    found = long_short_summary(daily, daily * 2, ann_scaler=100)
-    assert found["Long-Short Ann Return"] == pytest.approx(100 * daily.mean())
-    assert found["Long-Avg Ann Sharpe"] == pytest.approx(10 * daily.mean() / daily.std())
+    result = long_short_summary(daily, daily * 2, ann_scaler=100)
+    assert result["Long-Short Ann Return"] == pytest.approx(100 * daily.mean())
+    assert result["Long-Avg Ann Sharpe"] == pytest.approx(10 * daily.mean() / daily.std())
 
 
 def test_wrong_index_is_named():

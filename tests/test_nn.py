@@ -1,4 +1,4 @@
-"""What else can be done with a network of qfast.nn: torch's transforms, compilers, quantisation, other layers."""
+"""Networks of qfast.nn under torch's transforms, compilers and quantisation, and with replaced layers."""
 
 from __future__ import annotations
 
@@ -43,28 +43,28 @@ def test_directional_derivatives_are_those_of_torchs_layer(network):
     for frozen in (False, True):
         net.requires_grad_(not frozen)
         with torch.autograd.forward_ad.dual_level():
-            found = torch.autograd.forward_ad.unpack_dual(net(torch.autograd.forward_ad.make_dual(x, along))).tangent
-            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
+            result = torch.autograd.forward_ad.unpack_dual(net(torch.autograd.forward_ad.make_dual(x, along))).tangent
+            torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-13)
 
 
 @networks
 def test_directional_derivatives_in_float32(network):
-    """torch's own LSTM has none there."""
+    """torch's LSTM does not support float32 here."""
     net, x, along = case(network, torch.float32)
     wide = copy.deepcopy(net).double()
     expected = torch.func.jvp(lambda x: by_torch(wide, x), (x.double(),), (along.double(),))[1]
-    found = torch.func.jvp(net, (x,), (along,))[1].double()
-    assert (found - expected).norm() <= 1e-5 * expected.norm()
+    result = torch.func.jvp(net, (x,), (along,))[1].double()
+    assert (result - expected).norm() <= 1e-5 * expected.norm()
 
 
 @networks
 def test_functional_gradients_are_those_of_torchs_layer(network):
     net, x, _ = case(network)
     parameters = dict(net.named_parameters())
-    found = torch.func.grad(lambda p: functional_call(net, p, (x,)).square().sum())(parameters)
+    result = torch.func.grad(lambda p: functional_call(net, p, (x,)).square().sum())(parameters)
     by_torch(net, x).square().sum().backward()
     for name, parameter in net.named_parameters():
-        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(result[name], parameter.grad, rtol=1e-10, atol=1e-12)
 
 
 @networks
@@ -72,8 +72,8 @@ def test_an_ensemble_under_vmap(network):
     _, x, _ = case(network)
     nets = [network(5, 9, 2).double() for _ in range(3)]
     parameters, buffers = torch.func.stack_module_state(nets)
-    found = torch.vmap(lambda p, b: functional_call(nets[0], (p, b), (x,)))(parameters, buffers)
-    torch.testing.assert_close(found, torch.stack([by_torch(net, x) for net in nets]), rtol=1e-12, atol=1e-12)
+    result = torch.vmap(lambda p, b: functional_call(nets[0], (p, b), (x,)))(parameters, buffers)
+    torch.testing.assert_close(result, torch.stack([by_torch(net, x) for net in nets]), rtol=1e-12, atol=1e-12)
 
 
 @networks
@@ -115,9 +115,9 @@ def test_dynamic_quantisation(network):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         small = torch.ao.quantization.quantize_dynamic(net, {nn.LSTM, nn.GRU}, dtype=torch.qint8)
-        found = small(x)
+        result = small(x)
     assert type(small.rnn) is not type(net.rnn)
-    assert (found - net(x)).norm() <= 0.05 * net(x).norm()
+    assert (result - net(x)).norm() <= 0.05 * net(x).norm()
 
 
 OTHERS = {
@@ -177,7 +177,7 @@ NETWORKS = {
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_sizes_of_numpy_and_a_flat_batch_of_none(name: str) -> None:
-    """Sizes as a search over hyper-parameters gives them; a segment's last batch may be empty."""
+    """Sizes may be NumPy integers, as in hyper-parameter searches, and a batch may be empty."""
     network = getattr(qfast.nn, name)(d_feat=np.int64(6), num_layers=np.int64(2), **NETWORKS[name]).eval()
     assert network(torch.zeros(3, 120)).shape == (3,)
     assert network(torch.zeros(0, 120)).shape == (0,)

@@ -1,4 +1,4 @@
-"""The tables of operator cases: each follows the protocol, and each operator computes what its definition does.
+"""The tables of operator cases: each follows the protocol, and each operator equals its definition.
 
 A new operator needs a table in tests/support and a row in `TABLES`. Its own test file then adds tolerances for
 float32 and what is special to it.

@@ -1,4 +1,4 @@
-"""Attention over the stocks of a day: its numbers, beside the dense softmax in float64."""
+"""Attention over the stocks of a day: values and gradients compared with the dense softmax in float64."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def assert_dense(
 
 @pytest.mark.parametrize("slope", [0.0, 0.01, 1.0])
 def test_the_oracles_are_the_definition(slope: float) -> None:
-    """What the tests below compare with, against torch's own gradients of the softmax."""
+    """Compares the oracles of the tests below with torch's gradients of the softmax."""
     offsets = offsets_of([3, 0, 300])
     *tensors, grad = attention_inputs(303, 4)
     plain = results(lambda *t: dense(*t, offsets, slope), tensors, grad)
@@ -83,8 +83,8 @@ def test_the_oracles_are_the_definition(slope: float) -> None:
 
 def check_case(case: AttentionCase) -> None:
     tensors, grad = case.inputs(F32), case.grad(F32)
-    found = operator_case.results(case.operator, tensors, grad=grad)
-    check_accuracy(found, *expected(case), OF_TERMS)
+    result = operator_case.results(case.operator, tensors, grad=grad)
+    check_accuracy(result, *expected(case), OF_TERMS)
 
 
 @pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda case: case.name)
@@ -101,7 +101,10 @@ def test_float32_is_no_worse_than_the_dense_softmax_at_5000(case: AttentionCase,
 @pytest.mark.parametrize("scale", [0.1, 3.0, 60.0])
 @pytest.mark.parametrize("n", [1, 2, 7, 300, 1500])
 def test_graph_attention_in_float32(n: int, scale: float, isa: str) -> None:
-    """Scores to rounding; the rest no worse than the dense softmax of the same float32 scores."""
+    """Scores are equal up to rounding.
+
+    The rest is no less accurate than the dense softmax of the same float32 scores.
+    """
     offsets = offsets_of([n] * max(1, 400 // n))
     hidden, weight, bias, grad = graph_inputs(int(offsets[-1]), 64, torch.float32)
     weight = weight * scale
@@ -111,8 +114,8 @@ def test_graph_attention_in_float32(n: int, scale: float, isa: str) -> None:
     assert not Exact([wide], [terms]).misses([scores], ROUNDING)
     of_dense = results(lambda *t: dense(*t, offsets), (*scores, hidden), grad)
     exact = exact_graph(hidden, weight, grad, scores, offsets)
-    found = results(lambda *t: graph_attention(*t, offsets), (hidden, weight, bias), grad)
-    check_accuracy(found, exact, errors(chain_graph(of_dense, hidden, weight, grad), exact.values), [ROUNDING] * 4)
+    result = results(lambda *t: graph_attention(*t, offsets), (hidden, weight, bias), grad)
+    check_accuracy(result, exact, errors(chain_graph(of_dense, hidden, weight, grad), exact.values), [ROUNDING] * 4)
 
 
 # ---------------------------------------------------------------- shapes
@@ -148,14 +151,14 @@ def test_heads(slope: float, dtype: torch.dtype, isa: str) -> None:
 def test_hardly_any_rows(sizes: list[int], heads: int | None, dtype: torch.dtype) -> None:
     n = sum(sizes)
     query, key, value, grad = attention_inputs(n, 4, dtype, heads=heads)
-    found = results(lambda *t: additive_attention(*t, offsets_of(sizes)), (query, key, value), grad)
-    torch.testing.assert_close(found[0], value)
-    torch.testing.assert_close(found[3], grad)
-    for of_score in found[1:3]:
+    result = results(lambda *t: additive_attention(*t, offsets_of(sizes)), (query, key, value), grad)
+    torch.testing.assert_close(result[0], value)
+    torch.testing.assert_close(result[3], grad)
+    for of_score in result[1:3]:
         torch.testing.assert_close(of_score, torch.zeros_like(of_score), atol=1e-6, rtol=0)
     hidden, weight, bias, grad = graph_inputs(n, 4, dtype)
-    found = results(lambda *t: graph_attention(*t, offsets_of(sizes)), (hidden, weight, bias), grad)
-    torch.testing.assert_close(found[:2], [2 * hidden, 2 * grad])
+    result = results(lambda *t: graph_attention(*t, offsets_of(sizes)), (hidden, weight, bias), grad)
+    torch.testing.assert_close(result[:2], [2 * hidden, 2 * grad])
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -166,12 +169,12 @@ def test_strides_do_not_matter(view: str, dtype: torch.dtype, isa: str) -> None:
         plain = results(lambda *t, call=call: call(*t, offsets), tensors, grad)
         viewed = [VIEWS[view](t) for t in (*tensors, grad)]
         assert all(torch.equal(a, b) for a, b in zip(viewed, (*tensors, grad), strict=True))
-        found = results(lambda *t, call=call: call(*t, offsets), viewed[:-1], viewed[-1])
-        assert all(same_bits(a, b) for a, b in zip(found, plain, strict=True))
+        result = results(lambda *t, call=call: call(*t, offsets), viewed[:-1], viewed[-1])
+        assert all(same_bits(a, b) for a, b in zip(result, plain, strict=True))
 
 
 def test_expanded_inputs_and_gradients(isa: str) -> None:
-    """Zero strides: one value for every row, one key for all, and the gradient that `sum` sends back."""
+    """Zero strides: one value for every row, one key for all, and the expanded gradient of `sum`."""
     query, key, value, _ = attention_inputs(130, 6)
     query, key, value = (t.detach().requires_grad_() for t in (query, key[:1], value[:1]))
     additive_attention(query, key.expand(130), value.expand(130, 6)).sum().backward()
@@ -181,7 +184,7 @@ def test_expanded_inputs_and_gradients(isa: str) -> None:
 
 
 def test_graph_attention_is_its_three_parts(isa: str) -> None:
-    """Several days, and gradients only where one is wanted."""
+    """Several days, with gradients of all tensors and of one tensor alone."""
     offsets = offsets_of([300, 1, 0, 77])
     hidden, weight, bias, grad = graph_inputs(378, 33)
     whole = results(lambda *t: graph_attention(*t, offsets), (hidden, weight, bias), grad)
@@ -228,9 +231,9 @@ def test_any_days_equal_the_dense_softmax(sizes, width, heads, slope, scale, see
     offsets = offsets_of(sizes)
     query, key, value, grad = attention_inputs(sum(sizes), width, seed=seed, heads=heads)
     tensors = query * scale, key * scale, value
-    found = results(lambda *t: additive_attention(*t, offsets, slope), tensors, grad)
+    result = results(lambda *t: additive_attention(*t, offsets, slope), tensors, grad)
     wanted = results(lambda *t: dense(*t, offsets, slope), tensors, grad)
-    for a, b in zip(found, wanted, strict=True):
+    for a, b in zip(result, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
@@ -296,7 +299,7 @@ def test_the_same_bits_come_again_whatever_the_threads(sizes: list[int], graph: 
 
 
 def test_a_long_day_on_any_threads(isa: str) -> None:
-    """50,000 rows: block sums keep float32 near the exact result, where one running sum drifts to 1e-5."""
+    """50,000 rows. Block sums keep float32 near the exact result; a single running sum drifts to 1e-5."""
     *tensors, grad = attention_inputs(50_000 if NATIVE else 3000, 8, torch.float32)
     first = on_threads(1, lambda: results(additive_attention, tensors, grad))
     exact = sorted_oracle(*tensors, grad)
@@ -338,7 +341,7 @@ for row in chosen.tolist():
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak of memory as Linux gives it")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_million_rows_in_one_day(threads: int) -> None:
-    """Under 2 GB beside the inputs (512 MB, and as much for the gradient given), and right to 2e-6."""
+    """Needs less than 2 GB beyond the inputs (512 MB, and as much for the incoming gradient); accurate to 2e-6."""
     tests = Path(__file__).parent
     code = f"import sys; sys.path.insert(0, {str(tests.parent / 'bench')!r})" + MILLION
     code = code.format(tests=str(tests), threads=threads)

@@ -1,7 +1,7 @@
-"""Attention over the stocks of a day on a GPU: the CUDA kernels beside the dense softmax in float64.
+"""Attention over the stocks of a day on a GPU: the CUDA kernels compared with the dense softmax in float64.
 
-There are three ways through the kernels (additive_attention_launch.cuh): pair by pair for few short days, a block
-a day, and launches over all days together where one is long. Most tests come for each.
+There are three implementations (additive_attention_launch.cuh): pair by pair for few short days, one block
+per day, and launches over all days for long days. Most tests run for each of them.
 """
 
 from __future__ import annotations
@@ -62,26 +62,26 @@ WAY = "QFAST_CUDA_ATTENTION"
 
 @pytest.fixture(params=["auto", "block"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few short days go pair by pair unless a block a day is asked for."""
+    """The implementation to test. Few short days are computed pair by pair unless one block per day is requested."""
     monkeypatch.setenv(WAY, request.param)
 
 
 @pytest.fixture(params=["short-days", "short-days-in-blocks", "a-long-day"])
 def beside(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Days that stand beside those of a test."""
+    """Days that are added to those of a test."""
     monkeypatch.setenv(WAY, "block" if request.param == "short-days-in-blocks" else "auto")
     return [LONG] if request.param == "a-long-day" else []
 
 
 def on_gpu(call: Callable[..., Tensor], tensors: list[Tensor], grad: Tensor) -> list[Tensor]:
-    """Result and gradients of `call`, computed on the GPU and brought back."""
+    """Result and gradients of `call`, computed on the GPU and copied to the CPU."""
     return [t.cpu() for t in results(call, [t.to(DEVICE) for t in tensors], grad.to(DEVICE))]
 
 
 def check(inputs: list[Tensor], offsets: Tensor | None, slope: float = 0.01, limit: float = 1e-13) -> None:
     *tensors, grad = inputs
-    found = on_gpu(lambda *t: additive_attention(*t, offsets, slope), tensors, grad)
-    assert not exact_attention(*inputs, offsets, slope).misses(found, limit)
+    result = on_gpu(lambda *t: additive_attention(*t, offsets, slope), tensors, grad)
+    assert not exact_attention(*inputs, offsets, slope).misses(result, limit)
 
 
 def check_graph(inputs: list[Tensor], offsets: Tensor | None, slope: float = 0.01, limit: float = 1e-13) -> None:
@@ -108,15 +108,15 @@ def test_the_kernels_serve_and_not_the_twins() -> None:
 @pytest.mark.usefixtures("way")
 def test_float32_is_no_worse_than_the_dense_softmax(case: AttentionCase) -> None:
     tensors, grad = case.inputs(F32), case.grad(F32)
-    found = on_gpu(lambda *t: additive_attention(*t, case.offsets, case.slope), tensors, grad)
-    check_accuracy(found, *expected(case), OF_TERMS)
+    result = on_gpu(lambda *t: additive_attention(*t, case.offsets, case.slope), tensors, grad)
+    check_accuracy(result, *expected(case), OF_TERMS)
 
 
 @pytest.mark.parametrize("scale", [0.1, 3.0, 60.0])
 @pytest.mark.parametrize("n", [1, 7, 300, LONG])
 @pytest.mark.usefixtures("way")
 def test_graph_attention_in_float32(n: int, scale: float) -> None:
-    """No worse than the dense softmax of the same float32 scores."""
+    """No less accurate than the dense softmax of the same float32 scores."""
     offsets = offsets_of([n] * max(1, 400 // n))
     hidden, weight, bias, grad = graph_inputs(int(offsets[-1]), 64, torch.float32)
     weight = weight * scale
@@ -124,13 +124,13 @@ def test_graph_attention_in_float32(n: int, scale: float) -> None:
     scores = OPS.graph_attention(*given_scores, offsets.to(DEVICE), n, 0.01, False)[1].cpu()
     of_dense = results(lambda *t: dense(*t, offsets), (*scores, hidden), grad)
     exact = exact_graph(hidden, weight, grad, scores, offsets)
-    found = on_gpu(lambda *t: graph_attention(*t, offsets), [hidden, weight, bias], grad)
-    check_accuracy(found, exact, errors(chain_graph(of_dense, hidden, weight, grad), exact.values), [2e-7] * 4)
+    result = on_gpu(lambda *t: graph_attention(*t, offsets), [hidden, weight, bias], grad)
+    check_accuracy(result, exact, errors(chain_graph(of_dense, hidden, weight, grad), exact.values), [2e-7] * 4)
 
 
 # ---------------------------------------------------------------- where the gradient of the scores is 0
 def noise_inputs(side: str, n: int, common: float, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """All scores on one side of the bend, values with something in common."""
+    """All scores on one side of the bend, and values with a common part."""
     query, key = randn(n, seed=1) + SIDES[side], randn(n, seed=2)
     value, grad = randn(n, 64, seed=3) + common, randn(n, 64, seed=4) + 0.5
     return [t.to(dtype) for t in (query, key, value, grad)]
@@ -145,10 +145,10 @@ def test_keys_are_not_pushed_together(
     sizes = [*sizes, *beside]
     *tensors, grad = noise_inputs(side, sum(sizes), common, dtype)
     _, of_query, of_key, _ = on_gpu(lambda *t: additive_attention(*t, offsets_of(sizes)), tensors, grad)
-    for found in of_key.double().split(sizes):
+    for result in of_key.double().split(sizes):
         # the sum of n numbers rounded to float32; in float64 the sum itself is rounded
         bound = 1e-7 if dtype == torch.float32 else 1e-12
-        assert abs(float(found.sum())) <= bound * float(found.abs().sum()) + 1e-12
+        assert abs(float(result.sum())) <= bound * float(result.abs().sum()) + 1e-12
     if side == "above":
         assert not of_query.any()  # every score has the slope 1, so a row's common part does not matter at all
 
@@ -160,9 +160,9 @@ def test_a_bias_without_effect_gets_no_gradient(side: str, n: int) -> None:
     hidden = randn(n, 64, seed=1, dtype=torch.float32) * 0.1 + 0.5
     weight, grad = randn(2, 64, seed=2, dtype=torch.float32) * 0.1, randn(n, 64, seed=3, dtype=torch.float32)
     tensors = [hidden, weight, torch.tensor([SIDES[side] * 2, 0.0])]
-    *_, found = on_gpu(graph_attention, tensors, grad)
+    *_, result = on_gpu(graph_attention, tensors, grad)
     *_, noise = results(dense_graph, tensors, grad)
-    assert float(found.norm()) <= float(noise.norm()) / 10
+    assert float(result.norm()) <= float(noise.norm()) / 10
 
 
 @pytest.mark.parametrize("common", [1.0, 30.0, 100.0])
@@ -172,8 +172,8 @@ def test_what_the_values_have_in_common_costs_less_than_in_the_dense_softmax(com
     tensors = [randn(n, seed=1), randn(n, seed=2), randn(n, 64, seed=3) + common]
     tensors, grad = [t.float() for t in tensors], randn(n, 64, seed=4, dtype=torch.float32)
     exact = results(dense, [t.double() for t in tensors], grad.double())
-    found, theirs = on_gpu(additive_attention, tensors, grad), results(dense, tensors, grad)
-    for ours, plain, true in zip(found[1:3], theirs[1:3], exact[1:3], strict=True):
+    result, theirs = on_gpu(additive_attention, tensors, grad), results(dense, tensors, grad)
+    for ours, plain, true in zip(result[1:3], theirs[1:3], exact[1:3], strict=True):
         assert (ours - true).norm() <= (plain - true).norm()
 
 
@@ -207,13 +207,13 @@ def test_heads(slope: float, dtype: torch.dtype, beside: list[int]) -> None:
 def test_hardly_any_rows(sizes: list[int], heads: int | None, dtype: torch.dtype) -> None:
     n = sum(sizes)
     *tensors, grad = attention_inputs(n, 4, dtype, heads=heads)
-    found = on_gpu(lambda *t: additive_attention(*t, offsets_of(sizes)), tensors, grad)
-    torch.testing.assert_close(found[0], tensors[2])
-    torch.testing.assert_close(found[3], grad)
+    result = on_gpu(lambda *t: additive_attention(*t, offsets_of(sizes)), tensors, grad)
+    torch.testing.assert_close(result[0], tensors[2])
+    torch.testing.assert_close(result[3], grad)
     hidden, weight, bias, grad = graph_inputs(n, 4, dtype)
-    found = on_gpu(lambda *t: graph_attention(*t, offsets_of(sizes)), [hidden, weight, bias], grad)
-    torch.testing.assert_close(found[:2], [2 * hidden, 2 * grad])
-    assert [t.shape for t in found[2:]] == [(2, 4), (2,)]
+    result = on_gpu(lambda *t: graph_attention(*t, offsets_of(sizes)), [hidden, weight, bias], grad)
+    torch.testing.assert_close(result[:2], [2 * hidden, 2 * grad])
+    assert [t.shape for t in result[2:]] == [(2, 4), (2,)]
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -224,8 +224,8 @@ def test_strides_do_not_matter(view: str, dtype: torch.dtype, beside: list[int])
         tensors = [t.to(DEVICE) for t in make(sum(sizes), 17, dtype)]
         plain = results(lambda *t, call=call: call(*t, offsets), tensors[:-1], tensors[-1])
         viewed = [VIEWS[view](t) for t in tensors]
-        found = results(lambda *t, call=call: call(*t, offsets), viewed[:-1], viewed[-1])
-        assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+        result = results(lambda *t, call=call: call(*t, offsets), viewed[:-1], viewed[-1])
+        assert all(torch.equal(a, b) for a, b in zip(result, plain, strict=True))
 
 
 uneven = st.lists(st.one_of(st.sampled_from([0, 1]), st.integers(2, 40), st.just(300)), min_size=1, max_size=12)
@@ -267,7 +267,7 @@ def test_any_days_equal_the_dense_softmax(sizes, long, width, heads, slope, scal
 def test_which_calls_go_pair_by_pair(
     days: list[int], width: int, asked: str, pairs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only those keep no orders."""
+    """Only the pair-by-pair implementation saves no orders."""
     monkeypatch.setenv(WAY, asked)
     query, key, value, _ = attention_inputs(sum(days), width, torch.float32, heads=1)
     given_days = offsets_of(days).to(DEVICE), max(days), 0.01
@@ -291,9 +291,9 @@ def test_thousands_of_uneven_days(beside: list[int]) -> None:
 def test_thousands_of_days_of_one_row() -> None:
     n = 70_000  # more than a grid's second axis would take
     *tensors, grad = attention_inputs(n, 3, torch.float32)
-    found = on_gpu(lambda *t: additive_attention(*t, offsets_of([1] * n)), tensors, grad)
-    torch.testing.assert_close(found[0], tensors[2])
-    torch.testing.assert_close(found[3], grad)
+    result = on_gpu(lambda *t: additive_attention(*t, offsets_of([1] * n)), tensors, grad)
+    torch.testing.assert_close(result[0], tensors[2])
+    torch.testing.assert_close(result[3], grad)
 
 
 # ---------------------------------------------------------------- gradients, schemas, what is not finite
@@ -321,15 +321,15 @@ def test_opcheck(sizes: list[int] | None) -> None:
         leaves = [t.clone().requires_grad_() for t in tensors]
         torch.library.opcheck(getattr(OPS, name), (*leaves, *days, True))
         torch.library.opcheck(getattr(OPS, name), (*tensors, *days, False))
-        kept = getattr(OPS, name)(*tensors, *days, True)
-        grad = randn(*kept[0].shape).to(DEVICE)
-        torch.library.opcheck(getattr(OPS, f"{name}_backward"), (grad, *tensors[:again], *days, *kept))
+        saved = getattr(OPS, name)(*tensors, *days, True)
+        grad = randn(*saved[0].shape).to(DEVICE)
+        torch.library.opcheck(getattr(OPS, f"{name}_backward"), (grad, *tensors[:again], *days, *saved))
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.01, 1.0])
 @pytest.mark.parametrize("what", SPOILED)
 def test_what_is_not_finite_spreads_as_in_the_dense_softmax(what: str, slope: float, beside: list[int]) -> None:
-    """Forward and backward, place by place; the other days, and the other heads, keep their bits."""
+    """Forward and backward, element by element. The bits of other days and other heads do not change."""
     sizes = [*DAY_SIZES, *beside]
     inputs, clean = day_inputs(), day_inputs()
     SPOILED[what](inputs)
@@ -341,15 +341,15 @@ def test_what_is_not_finite_spreads_as_in_the_dense_softmax(what: str, slope: fl
     def ours(*tensors: Tensor) -> Tensor:
         return additive_attention(*tensors, offsets_of(sizes), slope)
 
-    found, before = (on_gpu(ours, of[:-1], of[-1]) for of in (heads, untouched))
+    result, before = (on_gpu(ours, of[:-1], of[-1]) for of in (heads, untouched))
     day = [t[SPOILED_DAY] for t in spoiled]
     wanted = results(lambda *t: dense(*t, None, slope), day[:-1], day[-1])
-    there = [t[0, SPOILED_DAY] for t in found]
+    there = [t[0, SPOILED_DAY] for t in result]
     if what in INFINITE_TERMS:
         torch.testing.assert_close(there[0], wanted[0], rtol=1e-9, atol=1e-11, equal_nan=True)
         there, wanted = ([torch.where(t.isfinite(), t, torch.nan) for t in of] for of in (there, wanted))
     torch.testing.assert_close(there, wanted, rtol=1e-9, atol=1e-11, equal_nan=True)
-    for a, b in zip(found, before, strict=True):
+    for a, b in zip(result, before, strict=True):
         assert torch.equal(a[1], b[1])
         assert torch.equal(a[0, : SPOILED_DAY.start], b[0, : SPOILED_DAY.start])
         assert torch.equal(a[0, SPOILED_DAY.stop :], b[0, SPOILED_DAY.stop :])
@@ -357,7 +357,7 @@ def test_what_is_not_finite_spreads_as_in_the_dense_softmax(what: str, slope: fl
 
 # ---------------------------------------------------------------- repeats, streams, graphs
 def direct_inputs(sizes: list[int], width: int = 64) -> tuple[list[Tensor], list[Tensor], Tensor, tuple]:
-    """Inputs of either operator itself, a gradient, and the days, all on the GPU."""
+    """Inputs of either raw operator, a gradient, and the days, all on the GPU."""
     n = sum(sizes)
     query, key = randn(2, 1, n, dtype=torch.float32).to(DEVICE)
     hidden, weight, bias, grad = (t.to(DEVICE) for t in graph_inputs(n, width, torch.float32))
@@ -366,11 +366,11 @@ def direct_inputs(sizes: list[int], width: int = 64) -> tuple[list[Tensor], list
 
 
 def both_ways(attention: list[Tensor], graph: list[Tensor], grad: Tensor, days: tuple) -> list[Tensor]:
-    """Everything that the four operators return."""
-    kept = OPS.additive_attention(*attention, *days, True)
-    found = [*kept, *OPS.additive_attention_backward(grad[None], *attention, *days, *kept)]
-    kept = OPS.graph_attention(*graph, *days, True)
-    return [*found, *kept, *OPS.graph_attention_backward(grad, *graph[:2], *days, *kept)]
+    """All results of the four operators."""
+    saved = OPS.additive_attention(*attention, *days, True)
+    result = [*saved, *OPS.additive_attention_backward(grad[None], *attention, *days, *saved)]
+    saved = OPS.graph_attention(*graph, *days, True)
+    return [*result, *saved, *OPS.graph_attention_backward(grad, *graph[:2], *days, *saved)]
 
 
 @needs_gpu
@@ -401,7 +401,7 @@ def test_nothing_waits_for_the_device(beside: list[int]) -> None:
 
 @needs_gpu
 def test_a_cuda_graph_captures_all_four_operators(beside: list[int]) -> None:
-    """Replayed on new numbers in the same memory, the offsets' too."""
+    """The graph is replayed on new values, including new offsets, in the same memory."""
     sizes, other = [300, 0, 7, *beside], [5, 290, 12, *beside]
     inputs, changed = direct_inputs(sizes), direct_inputs(other)
     longest = max(*sizes, *other)
@@ -414,7 +414,7 @@ def test_a_cuda_graph_captures_all_four_operators(beside: list[int]) -> None:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = both_ways(*inputs)
+        result = both_ways(*inputs)
     for given_now in (inputs, changed):
         wanted = both_ways(*given_now)
         static = [*inputs[0], *inputs[1], inputs[2], inputs[3][0]]
@@ -423,7 +423,7 @@ def test_a_cuda_graph_captures_all_four_operators(beside: list[int]) -> None:
             a.copy_(b)
         graph.replay()
         torch.cuda.synchronize()
-        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(result, wanted, strict=True))
 
 
 @needs_gpu
@@ -440,16 +440,16 @@ def test_a_training_step_is_captured() -> None:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = step()
+        result = step()
     graph.replay()
     torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(result, wanted, strict=True))
 
 
 # ---------------------------------------------------------------- size
 @needs_gpu
 def test_a_million_rows_in_one_day() -> None:
-    """In at most 2 GB beside its inputs; block sums keep float32 near the exact result."""
+    """Needs at most 2 GB beyond the inputs. Block sums keep float32 near the exact result."""
     *tensors, grad = attention_inputs(1_000_000, 64, torch.float32)
     leaves = [t.to(DEVICE).requires_grad_() for t in tensors]
     on_device = grad.to(DEVICE)
@@ -460,16 +460,16 @@ def test_a_million_rows_in_one_day() -> None:
     out.backward(on_device)
     extra = torch.cuda.max_memory_allocated() - before
     assert extra <= 2 << 30, f"{extra / 2**20:.0f} MB"
-    found = [t.cpu() for t in (out.detach(), *(leaf.grad for leaf in leaves))]
+    result = [t.cpu() for t in (out.detach(), *(leaf.grad for leaf in leaves))]
     exact = sorted_oracle(*tensors, grad)
-    for i, (error, wanted) in enumerate(zip(errors(found, exact), exact, strict=True)):
+    for i, (error, wanted) in enumerate(zip(errors(result, exact), exact, strict=True)):
         assert error <= 1e-6 * float(wanted.norm()), (i, error / float(wanted.norm()))
 
 
 @needs_gpu
 @pytest.mark.slow
 def test_more_than_two_to_the_31_numbers() -> None:
-    """The last columns of a matrix whose positions do not fit into 32 bits, beside themselves alone."""
+    """The last columns of a matrix with more than 2^31 elements, compared with the same columns alone."""
     n, width = 4_300_000, 512
     if torch.cuda.get_device_properties(0).total_memory < 64 << 30:
         pytest.skip("needs 64 GB on the GPU")
@@ -477,14 +477,14 @@ def test_more_than_two_to_the_31_numbers() -> None:
     query, key = torch.randn(2, 1, n, generator=rng, device=DEVICE)
     value, grad = (torch.randn(1, n, width, generator=rng, device=DEVICE) for _ in range(2))
     days = None, n, 0.01
-    kept = OPS.additive_attention(query, key, value, *days, True)
-    found = OPS.additive_attention_backward(grad, query, key, value, *days, *kept)
+    saved = OPS.additive_attention(query, key, value, *days, True)
+    result = OPS.additive_attention_backward(grad, query, key, value, *days, *saved)
     last, of_last = (t[..., -4:].contiguous() for t in (value, grad))
     few = OPS.additive_attention(query, key, last, *days, True)
     alone = OPS.additive_attention_backward(of_last, query, key, last, *days, *few)
-    torch.testing.assert_close(kept[0][..., -4:], few[0])
-    torch.testing.assert_close(found[2][..., -4:], alone[2])
-    assert all(torch.isfinite(t).all() for t in found[:2])
+    torch.testing.assert_close(saved[0][..., -4:], few[0])
+    torch.testing.assert_close(result[2][..., -4:], alone[2])
+    assert all(torch.isfinite(t).all() for t in result[:2])
 
 
 # ---------------------------------------------------------------- refusals
@@ -501,9 +501,9 @@ def test_refusals_of_the_kernels() -> None:
         OPS.additive_attention(attention[0][:, :8], *attention[1:], offsets, longest, slope, False)
     with pytest.raises(ValueError, match=r"weight: expected shape \(2, 3\), got \(3, 2\)"):
         OPS.graph_attention(graph[0], graph[1].t(), graph[2], offsets, longest, slope, False)
-    kept = OPS.graph_attention(*graph, offsets, longest, slope, False)
+    saved = OPS.graph_attention(*graph, offsets, longest, slope, False)
     with pytest.raises(ValueError, match=r"share: expected shape \(1, 9, 3\), got \(1, 0, 3\)"):
-        OPS.graph_attention_backward(grad, *graph[:2], offsets, longest, slope, *kept)
+        OPS.graph_attention_backward(grad, *graph[:2], offsets, longest, slope, *saved)
 
 
 @needs_gpu
@@ -512,6 +512,6 @@ def test_offsets_that_nobody_has_looked_at_touch_no_other_memory() -> None:
     for wrong in ([0, 10], [0, 7, 3, 9], [-1, 9], [0, 8], [9, 0]):
         both_ways(attention, graph, grad, (torch.tensor(wrong, device=DEVICE), 9, 0.01))
     long = direct_inputs([LONG], 3)
-    found = both_ways(*long[:3], (torch.tensor([0, 2 * LONG, LONG], device=DEVICE), LONG, 0.01))
-    assert torch.isnan(found[0]).all()
+    result = both_ways(*long[:3], (torch.tensor([0, 2 * LONG, LONG], device=DEVICE), LONG, 0.01))
+    assert torch.isnan(result[0]).all()
     torch.cuda.synchronize()

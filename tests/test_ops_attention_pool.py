@@ -1,4 +1,4 @@
-"""Attention over time beside the same computed step by step in float64: values, gradients, dropout, threads, memory."""
+"""Attention over time compared with plain torch in float64: values, gradients, dropout, threads, memory."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ NATIVE = _backend.native is not None
 NAMES = ("h", "weight", "bias", "score")
 
 
-def close(found: Tensor, expected: Tensor, bound: float) -> None:
-    assert found.shape == expected.shape
-    error, size = (found.double() - expected).norm(), expected.norm()
+def close(result: Tensor, expected: Tensor, bound: float) -> None:
+    assert result.shape == expected.shape
+    error, size = (result.double() - expected).norm(), expected.norm()
     assert error <= bound * size + 1e-14, (float(error), float(size))
 
 
-def same(found: Tensor, expected: Tensor) -> None:
-    """Bit by bit; plain torch's own products depend on the strides."""
+def same(result: Tensor, expected: Tensor) -> None:
+    """Asserts bitwise equality, or closeness in plain torch, whose products depend on the strides."""
     if NATIVE:
-        assert torch.equal(found, expected)
+        assert torch.equal(result, expected)
     else:
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(result, expected)
 
 
 # ---------------------------------------------------------------- values and gradients
 @pytest.mark.parametrize("case", ATTENTION_POOL_CASES, ids=lambda case: case.name)
 def test_float64_equals_torch(case: AttentionPoolCase, isa: str) -> None:
     inputs, grad = case.inputs(), case.grad()
-    for found, expected in zip(
+    for result, expected in zip(
         results(case.operator, inputs, grad=grad), results(case.reference, inputs, grad=grad), strict=True
     ):
-        close(found, expected, 1e-12)
+        close(result, expected, 1e-12)
 
 
 @pytest.mark.parametrize("case", ATTENTION_POOL_CASES, ids=lambda case: case.name)
@@ -52,9 +52,9 @@ def test_float32_is_no_less_accurate_than_torch(case: AttentionPoolCase, isa: st
     inputs, grad = case.inputs(torch.float32), case.grad(torch.float32)
     exact = results(case.reference, [t.double() for t in inputs], grad=grad.double())
     theirs = results(case.reference, inputs, grad=grad)
-    for found, plain, expected in zip(results(case.operator, inputs, grad=grad), theirs, exact, strict=True):
-        close(found, expected, 1e-5)
-        assert (found - expected).norm() <= 3 * (plain - expected).norm() + 3e-7 * expected.norm() + 1e-9
+    for result, plain, expected in zip(results(case.operator, inputs, grad=grad), theirs, exact, strict=True):
+        close(result, expected, 1e-5)
+        assert (result - expected).norm() <= 3 * (plain - expected).norm() + 3e-7 * expected.norm() + 1e-9
 
 
 @settings(max_examples=40, deadline=None)
@@ -69,9 +69,9 @@ def test_any_shape(batch: int, steps: int, hidden: int, width: int, wide: bool) 
     expected = results(case.reference, [t.double() for t in inputs], grad=grad.double())
     out, *gradients = results(case.operator, inputs, grad=grad)
     close(out, expected[0], bound)
-    for found, true in zip(gradients, expected[1:], strict=True):
-        # a single step has no gradient but that of the mean, the reference leaves rounding there
-        assert (found.double() - true).norm() <= bound * true.norm() + 1e-6 * (0 if wide else 1) + 1e-12
+    for result, true in zip(gradients, expected[1:], strict=True):
+        # a single step has only the gradient of the mean; plain torch leaves rounding noise
+        assert (result.double() - true).norm() <= bound * true.norm() + 1e-6 * (0 if wide else 1) + 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -95,9 +95,9 @@ def test_strides(view: str, dtype: torch.dtype, isa: str) -> None:
     assert not h.is_contiguous()
     leaves = [t.detach().clone().requires_grad_() for t in inputs[1:]]
     out = attention_pool(h, *leaves)
-    found = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+    result = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
     expected = results(case.operator, [h.contiguous(), *inputs[1:]], grad=grad)
-    for ours, dense in zip(found, [expected[0], *expected[2:]], strict=True):
+    for ours, dense in zip(result, [expected[0], *expected[2:]], strict=True):
         same(ours, dense)
     odd = inputs[1].t().contiguous().t(), torch.stack((inputs[2],) * 2, 1)[:, 0], inputs[3].view(1, -1)
     same(attention_pool(h, *odd), out.detach())
@@ -109,9 +109,9 @@ def test_gradients_by_finite_differences(isa: str) -> None:
     leaves = [t.requires_grad_() for t in inputs]
     assert torch.autograd.gradcheck(attention_pool, leaves)
 
-    def dropped(*given: Tensor) -> Tensor:
+    def dropped(*arguments: Tensor) -> Tensor:
         torch.manual_seed(3)
-        return attention_pool(*given, dropout=0.4, training=True)
+        return attention_pool(*arguments, dropout=0.4, training=True)
 
     assert torch.autograd.gradcheck(dropped, leaves)
 
@@ -137,14 +137,14 @@ def test_one_step_is_its_own_mean_and_moves_no_weight(isa: str) -> None:
 
 @pytest.mark.parametrize(("common", "times"), [(10.0, 1.5), (1000.0, 100.0)])
 def test_what_the_steps_have_in_common_costs_less_than_in_torch(common: float, times: float, isa: str) -> None:
-    """Scores do not depend on it, and Adam would make whole steps of what rounding leaves."""
+    """Scores do not depend on the common part, and Adam would turn the rounding noise into full steps."""
     case = AttentionPoolCase(40, 20, 64, 32)
     inputs, grad = case.inputs(torch.float32), case.grad(torch.float32)
     inputs[0] += common
     inputs[1] /= common
     exact = results(case.reference, [t.double() for t in inputs], grad=grad.double())
-    found, theirs = results(case.operator, inputs, grad=grad), results(case.reference, inputs, grad=grad)
-    for ours, plain, true in zip(found[2:], theirs[2:], exact[2:], strict=True):
+    result, theirs = results(case.operator, inputs, grad=grad), results(case.reference, inputs, grad=grad)
+    for ours, plain, true in zip(result[2:], theirs[2:], exact[2:], strict=True):
         assert (ours - true).norm() <= (plain - true).norm() / times
 
 
@@ -154,8 +154,8 @@ def test_large_scores_saturate_as_in_torch(isa: str) -> None:
     inputs[1] *= 100
     inputs[3] *= 100
     exact = results(case.reference, [t.double() for t in inputs], grad=grad.double())
-    found, theirs = results(case.operator, inputs, grad=grad), results(case.reference, inputs, grad=grad)
-    for ours, plain, true in zip(found, theirs, exact, strict=True):
+    result, theirs = results(case.operator, inputs, grad=grad), results(case.reference, inputs, grad=grad)
+    for ours, plain, true in zip(result, theirs, exact, strict=True):
         assert torch.isfinite(ours).all()
         assert (ours - true).norm() <= 3 * (plain - true).norm() + 1e-6 * true.norm()
 
@@ -165,10 +165,10 @@ def test_what_is_not_finite_spreads_as_in_torch_and_stays_in_its_row(value: floa
     case = AttentionPoolCase(11, 6, 19, 9)
     inputs, grad = case.inputs(), case.grad()
     inputs[0][4, 2, 3] = value
-    found, expected = attention_pool(*inputs), case.reference(inputs)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
-    assert torch.isfinite(found[[*range(4), *range(5, 11)]]).all()
-    assert not torch.isfinite(found[4]).all()
+    result, expected = attention_pool(*inputs), case.reference(inputs)
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
+    assert torch.isfinite(result[[*range(4), *range(5, 11)]]).all()
+    assert not torch.isfinite(result[4]).all()
     of_h = results(case.operator, inputs, grad=grad)[1]
     assert torch.isfinite(of_h[[*range(4), *range(5, 11)]]).all()
 
@@ -194,7 +194,7 @@ def test_the_same_bits_every_time_and_with_any_number_of_threads(dtype: torch.dt
 
 # ---------------------------------------------------------------- dropout
 def mask_of(seed: int, batch: int, steps: int, width: int, dropout: float) -> Tensor:
-    """By the words of the definition, one element at a time."""
+    """The mask of the definition, one element at a time."""
     mask = torch.zeros(batch, steps, width, dtype=torch.float64)
     key = torch.tensor([seed])
     for b in range(batch):
@@ -214,8 +214,8 @@ def test_dropout_is_that_of_the_definition(isa: str) -> None:
     expected = results(partial(case.reference, mask=mask), inputs, grad=grad)
     close(out, expected[0], 1e-12)
     gradients = torch.ops.qfast.attention_pool_backward(grad, *inputs, 0.3, seed, attention, out)
-    for found, true in zip(gradients, expected[1:], strict=True):
-        close(found, true, 1e-12)
+    for result, true in zip(gradients, expected[1:], strict=True):
+        close(result, true, 1e-12)
 
 
 def test_dropout_in_float32_drops_the_same_and_whatever_the_rest_of_the_batch(isa: str) -> None:
@@ -299,8 +299,8 @@ def test_compiled(dynamic: bool) -> None:
 
 def test_exported() -> None:
     class Pool(torch.nn.Module):
-        def forward(self, *given: Tensor) -> Tensor:
-            return attention_pool(*given)
+        def forward(self, *arguments: Tensor) -> Tensor:
+            return attention_pool(*arguments)
 
     case = AttentionPoolCase(5, 4, 6, 3)
     inputs = case.inputs()
@@ -313,8 +313,8 @@ def test_autocast_leaves_float32_alone() -> None:
     inputs = case.inputs(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(attention_pool(*inputs), attention_pool(*inputs).float())
-        found = attention_pool(*inputs)
-    assert torch.equal(found, attention_pool(*inputs))
+        result = attention_pool(*inputs)
+    assert torch.equal(result, attention_pool(*inputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -322,9 +322,9 @@ def test_half_precisions_are_computed_in_float32(dtype: torch.dtype) -> None:
     case = AttentionPoolCase(5, 4, 6, 3)
     inputs = case.inputs(dtype)
     expected = attention_pool(*(t.float() for t in inputs)).to(dtype)
-    found = attention_pool(*inputs)
-    assert found.dtype == dtype
-    assert torch.equal(found, expected)
+    result = attention_pool(*inputs)
+    assert result.dtype == dtype
+    assert torch.equal(result, expected)
 
 
 def test_meta_tensors_have_shapes() -> None:

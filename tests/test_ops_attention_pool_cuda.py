@@ -1,4 +1,4 @@
-"""Attention over time on a GPU: the CUDA kernels beside the definition in float64."""
+"""Attention over time on a GPU: the CUDA kernels compared with the definition in float64."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def draw(rng: torch.Generator, *shape: int) -> Tensor:
 
 
 def inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 12345678901) -> tuple[list[Tensor], Tensor]:
-    """h, weight, bias, score, and a gradient of the result; float64 holds the numbers of float32."""
+    """h, weight, bias, score and a gradient of the result; float64 inputs hold float32 numbers."""
     rng = torch.Generator().manual_seed(case.batch + 7 * case.steps + case.hidden)
     batch, steps, hidden, width = case[:4]
     h = {
@@ -79,7 +79,7 @@ def both_ways(tensors: list[Tensor], grad: Tensor, dropout: float, seed: Tensor 
 
 
 def by_definition(case: Case, dtype: torch.dtype, seed: int = 12345678901) -> list[Tensor]:
-    """By autograd through the steps of plain torch, on the CPU."""
+    """The definition in plain torch on the CPU, with gradients by autograd."""
     tensors, grad = inputs(case, dtype, "cpu")
     leaves = [part.requires_grad_() for part in tensors]
     pooled, attention = MODULE._pool(*leaves, case.dropout, seed_for(case, "cpu", seed))
@@ -90,9 +90,9 @@ def on_gpu(case: Case, dtype: torch.dtype, seed: int = 12345678901) -> list[Tens
     return both_ways(*inputs(case, dtype, DEVICE), case.dropout, seed_for(case, DEVICE, seed))
 
 
-def relative(found: Tensor, exact: Tensor) -> float:
-    assert found.shape == exact.shape
-    error, size = float((found.cpu().double() - exact).norm()), float(exact.norm())
+def relative(result: Tensor, exact: Tensor) -> float:
+    assert result.shape == exact.shape
+    error, size = float((result.cpu().double() - exact).norm()), float(exact.norm())
     return error / size if size > 1e-12 else error
 
 
@@ -108,18 +108,18 @@ def test_the_kernels_serve_and_not_the_twins() -> None:
 # ---------------------------------------------------------------- accuracy
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_float64(case: Case) -> None:
-    found, exact = on_gpu(case, F64), by_definition(case, F64)
-    assert [error for error in map(relative, found, exact) if not error <= 1e-12] == []
+    result, exact = on_gpu(case, F64), by_definition(case, F64)
+    assert [error for error in map(relative, result, exact) if not error <= 1e-12] == []
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_float32_beside_plain_torch(case: Case) -> None:
-    """Within five times what plain torch is off from float64 on the CPU, or a few roundings."""
-    found, plain, exact = on_gpu(case, F32), by_definition(case, F32), by_definition(case, F64)
-    for number, (ours, theirs, true) in enumerate(zip(found, plain, exact, strict=True)):
+    """The error is at most five times that of plain torch in float32 on the CPU, or a few roundings."""
+    result, plain, exact = on_gpu(case, F32), by_definition(case, F32), by_definition(case, F64)
+    for number, (ours, theirs, true) in enumerate(zip(result, plain, exact, strict=True)):
         error = relative(ours, true)
         assert error <= max(5 * relative(theirs, true), 2e-6), (number, error)
-    assert relative(found[0], exact[0]) <= 1e-5
+    assert relative(result[0], exact[0]) <= 1e-5
 
 
 @settings(max_examples=60, deadline=None)
@@ -144,7 +144,10 @@ def test_layouts_do_not_change_a_bit(layout: str) -> None:
 
 
 def test_one_step_moves_no_score() -> None:
-    """All attention is on it, and gradients that are 0 are exactly 0: Adam makes whole steps of rounding."""
+    """A single step gets all the attention.
+
+    Zero gradients are exactly 0, because Adam turns rounding noise into full steps.
+    """
     (h, *others), grad = inputs(Case(50, 1, 33, 16), F32, DEVICE)
     pooled, attention, grad_h, *of_weights = both_ways([h, *others], grad, 0.0, None)
     assert torch.equal(pooled, h[:, 0])
@@ -192,8 +195,8 @@ def test_autocast_casts_nothing_inside() -> None:
     tensors, grad = inputs(Case(20, 9, 33, 16), F32, DEVICE)
     plain = both_ways(tensors, grad, 0.0, None)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        found = both_ways(tensors, grad, 0.0, None)
-    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+        result = both_ways(tensors, grad, 0.0, None)
+    assert all(torch.equal(a, b) for a, b in zip(result, plain, strict=True))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -201,12 +204,12 @@ def test_what_is_not_finite_stays_in_its_window(value: float) -> None:
     tensors, grad = inputs(Case(30, 9, 33, 16), F64, DEVICE)
     clean = both_ways(tensors, grad, 0.0, None)
     tensors[0][13, 2, 4] = value
-    found = both_ways(tensors, grad, 0.0, None)
+    result = both_ways(tensors, grad, 0.0, None)
     others = [i for i in range(30) if i != 13]
     for number in (0, 1, 2):
-        assert torch.equal(found[number][others], clean[number][others])
+        assert torch.equal(result[number][others], clean[number][others])
     exact = MODULE._pool(*[part.cpu() for part in tensors], 0.0, None)
-    for ours, true in zip(found, exact, strict=False):
+    for ours, true in zip(result, exact, strict=False):
         torch.testing.assert_close(ours.cpu(), true, rtol=1e-11, atol=1e-12, equal_nan=True)
 
 
@@ -234,7 +237,7 @@ def test_nothing_waits_for_the_device() -> None:
 
 @needs_gpu
 def test_a_cuda_graph_captures_both_operators() -> None:
-    """Replayed on new numbers in the same memory, the seed's too."""
+    """The graph is replayed on new values, including a new seed, in the same memory."""
     tensors, grad = inputs(Case(70, 9, 33, 16), F32, DEVICE)
     seed = torch.tensor([3], device=DEVICE)
     side = torch.cuda.Stream()
@@ -244,13 +247,13 @@ def test_a_cuda_graph_captures_both_operators() -> None:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = both_ways(tensors, grad, 0.2, seed)
+        result = both_ways(tensors, grad, 0.2, seed)
     for number in (3, 4):
         seed.fill_(number)
         tensors[0].mul_(0.5)
         graph.replay()
         torch.cuda.synchronize()
-        for a, b in zip(found, both_ways(tensors, grad, 0.2, seed), strict=True):
+        for a, b in zip(result, both_ways(tensors, grad, 0.2, seed), strict=True):
             torch.testing.assert_close(a, b)  # cuBLAS has other workspaces under capture
 
 

@@ -1,4 +1,4 @@
-"""Attention over the stocks of a day: values that are not finite, gradients, torch's transforms, refusals."""
+"""Attention over the stocks of a day: non-finite values, gradients, torch's transforms, error messages."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from support.tensors import randn
 @pytest.mark.parametrize("slope", [0.0, 0.01, 1.0])
 @pytest.mark.parametrize("what", SPOILED)
 def test_what_is_not_finite_spreads_as_in_the_dense_softmax(what: str, slope: float, isa: str) -> None:
-    """Forward and backward, place by place; the other days keep their bits."""
+    """Forward and backward, element by element. The bits of other days do not change."""
     offsets = offsets_of(DAY_SIZES)
     clean, inputs = day_inputs(), day_inputs()
     SPOILED[what](inputs)
-    found, wanted, untouched = (
+    result, wanted, untouched = (
         results(lambda *t, call=call: call(*t, offsets, slope), [of[n] for n in INPUT_NAMES], of["grad"])
         for call, of in ((additive_attention, inputs), (dense, inputs), (additive_attention, clean))
     )
     if what in INFINITE_TERMS:
-        torch.testing.assert_close(found[0], wanted[0], rtol=1e-9, atol=1e-11, equal_nan=True)
-        found, wanted = ([torch.where(t.isfinite(), t, NAN) for t in of] for of in (found, wanted))
-    for a, b, c in zip(found, wanted, untouched, strict=True):
+        torch.testing.assert_close(result[0], wanted[0], rtol=1e-9, atol=1e-11, equal_nan=True)
+        result, wanted = ([torch.where(t.isfinite(), t, NAN) for t in of] for of in (result, wanted))
+    for a, b, c in zip(result, wanted, untouched, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, equal_nan=True)
         for other in (slice(0, SPOILED_DAY.start), slice(SPOILED_DAY.stop, None)):
             assert same_bits(a[other], c[other])
@@ -66,38 +66,38 @@ def test_what_the_docstring_says_of_values_that_are_not_finite(isa: str) -> None
     assert columns.all(0).tolist() == [False, False, True, False, False]
     assert columns.sum() == 150
     inputs = day_inputs()
-    kept = torch.arange(150) != 7
-    without = additive_attention(*(inputs[n][SPOILED_DAY][kept] for n in INPUT_NAMES))
-    torch.testing.assert_close(attend("key -inf")[kept], without)
+    saved = torch.arange(150) != 7
+    without = additive_attention(*(inputs[n][SPOILED_DAY][saved] for n in INPUT_NAMES))
+    torch.testing.assert_close(attend("key -inf")[saved], without)
 
 
 def test_what_is_not_finite_stays_in_its_head(isa: str) -> None:
     clean, inputs = day_inputs(heads=3), day_inputs(heads=3)
     inputs["key"][1, 50] = NAN
-    found, wanted = (
+    result, wanted = (
         results(lambda *t: additive_attention(*t, offsets_of(DAY_SIZES)), [of[n] for n in INPUT_NAMES], of["grad"])
         for of in (inputs, clean)
     )
-    for a, b in zip(found, wanted, strict=True):
+    for a, b in zip(result, wanted, strict=True):
         assert same_bits(a[[0, 2]], b[[0, 2]])
         assert torch.isnan(a[1, SPOILED_DAY]).any()
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_a_hidden_state_that_is_not_finite(value: float, isa: str) -> None:
-    """Its row gives a score to every stock of the day, and the day alone becomes what the dense softmax gives."""
+    """Its row scores every stock of the day. Only that day changes, and it equals the dense softmax."""
     offsets = offsets_of(DAY_SIZES)
     hidden, weight, bias, grad = randn(244, 5), randn(2, 5, seed=1), randn(2, seed=2), randn(244, 5, seed=3)
     clean = graph_attention(hidden, weight, bias, offsets)
     hidden[SPOILED_DAY][7, 2] = value
-    found, wanted = (
+    result, wanted = (
         results(lambda *t, call=call: call(*t, offsets), (hidden, weight, bias), grad)
         for call in (graph_attention, dense_graph)
     )
-    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11, equal_nan=True)
-    assert torch.isnan(found[0][SPOILED_DAY]).any()
+    torch.testing.assert_close(result, wanted, rtol=1e-9, atol=1e-11, equal_nan=True)
+    assert torch.isnan(result[0][SPOILED_DAY]).any()
     for other in (slice(0, SPOILED_DAY.start), slice(SPOILED_DAY.stop, None)):
-        assert same_bits(found[0][other], clean[other])
+        assert same_bits(result[0][other], clean[other])
 
 
 # ---------------------------------------------------------------- gradients, schemas
@@ -119,10 +119,13 @@ def test_gradients_by_finite_differences(sizes: list[int], slope: float, isa: st
 
 
 def test_a_score_of_zero_takes_the_lower_slope(isa: str) -> None:
-    """As torch's LeakyReLU: two keys at the bend, so that the derivatives on either side of it differ."""
+    """Two keys are exactly at the bend, where the one-sided derivatives differ.
+
+    torch's LeakyReLU has the lower slope there.
+    """
     query, key, value = torch.zeros(3), torch.tensor([0.0, 0.0, 1.0]), torch.tensor([[1.0], [2.0], [5.0]])
-    found, wanted = (results(call, (query, key, value), torch.ones(3, 1)) for call in (additive_attention, dense))
-    torch.testing.assert_close(found, wanted)
+    result, wanted = (results(call, (query, key, value), torch.ones(3, 1)) for call in (additive_attention, dense))
+    torch.testing.assert_close(result, wanted)
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -137,10 +140,10 @@ def test_opcheck(sizes: list[int] | None, keep: bool) -> None:
     torch.library.opcheck(ops.graph_attention, (*graph, *days, keep))
     if keep:
         plain, hidden = [t.detach() for t in attention], [t.detach() for t in graph]
-        kept = ops.additive_attention(*plain, *days, True)
-        torch.library.opcheck(ops.additive_attention_backward, (randn(*kept[0].shape), *plain, *days, *kept))
-        kept = ops.graph_attention(*hidden, *days, True)
-        torch.library.opcheck(ops.graph_attention_backward, (randn(*kept[0].shape), *hidden[:2], *days, *kept))
+        saved = ops.additive_attention(*plain, *days, True)
+        torch.library.opcheck(ops.additive_attention_backward, (randn(*saved[0].shape), *plain, *days, *saved))
+        saved = ops.graph_attention(*hidden, *days, True)
+        torch.library.opcheck(ops.graph_attention_backward, (randn(*saved[0].shape), *hidden[:2], *days, *saved))
 
 
 def test_double_backward_is_refused_by_name() -> None:
@@ -151,10 +154,10 @@ def test_double_backward_is_refused_by_name() -> None:
 
 
 def test_what_is_kept_has_no_gradient_and_needs_keep() -> None:
-    kept = torch.ops.qfast.additive_attention(*small_inputs(), None, 9, 0.01, True)
-    assert [t.requires_grad for t in kept] == [True, False, False, False]
-    kept = torch.ops.qfast.graph_attention(*graph_small(), None, 9, 0.01, True)
-    assert [t.requires_grad for t in kept] == [True, False, False, False, False]
+    saved = torch.ops.qfast.additive_attention(*small_inputs(), None, 9, 0.01, True)
+    assert [t.requires_grad for t in saved] == [True, False, False, False]
+    saved = torch.ops.qfast.graph_attention(*graph_small(), None, 9, 0.01, True)
+    assert [t.requires_grad for t in saved] == [True, False, False, False, False]
     with pytest.raises(ValueError, match="keep: must be True if a gradient is needed"):
         torch.ops.qfast.additive_attention(*small_inputs(), None, 9, 0.01, False)
     with pytest.raises(ValueError, match="keep: must be True if a gradient is needed"):
@@ -209,11 +212,11 @@ def test_compiled(which: str, dynamic: bool) -> None:
         tensors = [t.detach() for t in make()]
         shape = tensors[2].shape if which == "additive" else tensors[0].shape
         days = offsets_of(sizes)
-        found, wanted = (
+        result, wanted = (
             results(lambda *t, f=f, days=days: f(*t, days, 0.3), tensors, randn(*shape, seed=5))
             for f in (compiled, definition)
         )
-        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(result, wanted, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(compiled(*tensors), definition(*tensors))
     torch.compiler.reset()
 
@@ -223,10 +226,10 @@ def test_autocast_leaves_float32_alone(which: str) -> None:
     call, _, make = BOTH[which]
     tensors = [t.detach().float() for t in make()]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = call(*tensors)
-    assert found.dtype == torch.float32
+        result = call(*tensors)
+    assert result.dtype == torch.float32
     # the twin's matrix products are torch's, which autocast computes in bfloat16
-    torch.testing.assert_close(found, call(*tensors), rtol=0, atol=0 if NATIVE else 2e-2)
+    torch.testing.assert_close(result, call(*tensors), rtol=0, atol=0 if NATIVE else 2e-2)
 
 
 @pytest.mark.parametrize("which", BOTH)
@@ -235,10 +238,10 @@ def test_half_precisions_are_computed_in_float32(which: str, dtype: torch.dtype)
     call, _, make = BOTH[which]
     narrow = [t.detach().to(dtype).requires_grad_() for t in make()]
     wide = [t.detach().float().requires_grad_() for t in narrow]
-    found, expected = call(*narrow), call(*wide)
-    found.float().sum().backward()
+    result, expected = call(*narrow), call(*wide)
+    result.float().sum().backward()
     expected.to(dtype).float().sum().backward()
-    assert torch.equal(found, expected.to(dtype))
+    assert torch.equal(result, expected.to(dtype))
     for ours, theirs in zip(narrow, wide, strict=True):
         assert torch.equal(ours.grad, theirs.grad.to(dtype))
 
@@ -320,7 +323,7 @@ def test_refusals_of_offsets(which: str) -> None:
 
 @pytest.mark.skipif(not NATIVE, reason="the checks of the kernels themselves")
 def test_the_kernels_refuse_offsets_that_would_read_beyond_the_rows() -> None:
-    """Behind torch.compile nothing in Python has looked at the numbers of `offsets`."""
+    """After torch.compile no Python code checks the values of `offsets`."""
     tensors = [t.detach() for t in small_inputs()]
     for bad in ([0, 10], [0, 7, 3, 9], [-1, 9], [0, 8]):
         with pytest.raises(ValueError, match=r"offsets: must (run from|not fall)"):

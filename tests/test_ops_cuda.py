@@ -1,6 +1,6 @@
-"""What holds for all CUDA operators alike: another stream, another GPU, half a gather in a graph.
+"""All CUDA operators on another stream, on another GPU, and partly in a CUDA graph.
 
-The calls are those of `tools/gpu_kernels.py`, which compute-sanitizer looks at.
+The calls are those of `tools/gpu_kernels.py`, which compute-sanitizer checks.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ def calls():
 
 
 def results(calls, device, dtype=torch.float32):
-    """All results and gradients on a device, dropout masks drawn alike."""
+    """All results and gradients on a device, with the same dropout masks."""
     cases, both_ways = calls
     out = []
     for call, tensors in cases:
         torch.manual_seed(7)
-        found = both_ways(call, tensors, torch.device(device), dtype)
-        out.append([part.nan_to_num(nan=7.0) for part in found])  # a gather's missing rows are NaN
+        result = both_ways(call, tensors, torch.device(device), dtype)
+        out.append([part.nan_to_num(nan=7.0) for part in result])  # a gather's missing rows are NaN
     return out
 
 
-def require_same(found, expected):
-    for number, (some, others) in enumerate(zip(found, expected, strict=True)):
+def require_same(result, expected):
+    for number, (some, others) in enumerate(zip(result, expected, strict=True)):
         for one, other in zip(some, others, strict=True):
             assert torch.equal(one.cpu(), other.cpu()), number
 
@@ -74,9 +74,9 @@ def test_another_stream_gives_the_same_bits(calls):
     for _ in range(20):  # an operator that used the default stream would wait for this, or read too early
         busy = busy @ busy / 4096
     with torch.cuda.stream(stream):
-        found = results(calls, GPU)
+        result = results(calls, GPU)
     stream.synchronize()
-    require_same(found, expected)
+    require_same(result, expected)
 
 
 @needs_gpu
@@ -94,8 +94,8 @@ def test_a_gather_is_captured():
 
     def once():
         x = panel.detach().requires_grad_()
-        found = ops.gather_windows(x, rows)
-        return found, *torch.autograd.grad(found, x, grad)
+        result = ops.gather_windows(x, rows)
+        return result, *torch.autograd.grad(result, x, grad)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

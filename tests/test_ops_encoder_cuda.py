@@ -1,6 +1,6 @@
-"""Feed-forward block and encoder layer on a GPU: the CUDA kernels beside their definition in float64.
+"""Feed-forward block and encoder layer on a GPU: the CUDA kernels compared with the definition in float64.
 
-Sizes go through every form (feed_forward_launch.cuh, encoder_layer_launch.cuh): results in one or two 64s of
+Sizes cover every form (feed_forward_launch.cuh, encoder_layer_launch.cuh): results in one or two 64s of
 columns, blocks too wide for shared memory, hidden in parts of 32 MB, windows in parts of 256 MB, all queries of a head
 at once or some, keys in shared memory or not.
 """
@@ -69,7 +69,7 @@ def named(parts: object) -> str:
 
 
 def moved(tensor: Tensor, device: str) -> Tensor:
-    """On the device with the same strides."""
+    """A copy on the device with the same strides."""
     whole = tensor.new_empty(0).set_(tensor.untyped_storage()).to(device)
     return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
@@ -96,17 +96,17 @@ def both_ways(
     seed: Tensor | None,
     grad: Tensor | None = None,
 ) -> list[Tensor]:
-    """Result and gradients, by the raw operators; `grad` None is one from the host."""
+    """Result and gradients of the raw operators; by default the gradient is drawn on the host."""
     if isinstance(case, BlockCase):
-        found = OPS.feed_forward(*tensors, dropout, seed)
-        entering = gradient_like(found) if grad is None else grad
-        return [found, *OPS.feed_forward_backward(entering, *tensors[:4], dropout, seed, True)]
+        result = OPS.feed_forward(*tensors, dropout, seed)
+        entering = gradient_like(result) if grad is None else grad
+        return [result, *OPS.feed_forward_backward(entering, *tensors[:4], dropout, seed, True)]
     x, *weights = tensors
-    found, *kept = OPS.encoder_layer(x, weights, case.heads, case.eps, dropout, seed, case.last, True)
-    entering = gradient_like(found) if grad is None else grad
-    rest = (x, weights, case.heads, dropout, seed, case.last, *kept, True)
+    result, *saved = OPS.encoder_layer(x, weights, case.heads, case.eps, dropout, seed, case.last, True)
+    entering = gradient_like(result) if grad is None else grad
+    rest = (x, weights, case.heads, dropout, seed, case.last, *saved, True)
     of_x, of_weights = OPS.encoder_layer_backward(entering, *rest)
-    return [found, of_x, *of_weights]
+    return [result, of_x, *of_weights]
 
 
 def on_gpu(case: BlockCase | LayerCase, dtype: torch.dtype, dropout: float = 0.0, seed: int = SEED) -> list[Tensor]:
@@ -116,7 +116,7 @@ def on_gpu(case: BlockCase | LayerCase, dtype: torch.dtype, dropout: float = 0.0
 def by_definition(
     case: BlockCase | LayerCase, dtype: torch.dtype, dropout: float = 0.0, seed: int = SEED
 ) -> list[Tensor]:
-    """By torch's autograd on the CPU."""
+    """The definition on the CPU, with gradients by autograd."""
     if isinstance(case, BlockCase):
         call = partial(block_of_masks, dropout=dropout, seed=seed) if dropout else case.reference
     else:
@@ -124,8 +124,8 @@ def by_definition(
     return results(call, given_to(case, dtype, "cpu"))
 
 
-def to_cpu(found: list[Tensor]) -> list[Tensor]:
-    return [part.cpu() for part in found]
+def to_cpu(result: list[Tensor]) -> list[Tensor]:
+    return [part.cpu() for part in result]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -147,11 +147,11 @@ def test_float64(case: BlockCase | LayerCase, dropout: float) -> None:
 
 @pytest.mark.parametrize(("case", "dropout"), [*BLOCKS, *BOTH_FORMS], ids=named)
 def test_float32_beside_plain_torch(case: BlockCase | LayerCase, dropout: float) -> None:
-    """Within five times what plain torch is off from float64 on the CPU, or a few roundings, and 2e-5 always."""
+    """The error is at most five times that of plain torch in float32, or a few roundings; always below 2e-5."""
     exact, plain = (by_definition(case, dtype, dropout) for dtype in (F64, F32))
-    found = to_cpu(on_gpu(case, F32, dropout))
-    assert errors_above(found, exact, 2e-5) == []
-    for number, (ours, theirs, true) in enumerate(zip(found, plain, exact, strict=True)):
+    result = to_cpu(on_gpu(case, F32, dropout))
+    assert errors_above(result, exact, 2e-5) == []
+    for number, (ours, theirs, true) in enumerate(zip(result, plain, exact, strict=True)):
         error = relative_error(ours, true)
         assert error <= max(5 * relative_error(theirs, true), 2e-6), (number, error)
 
@@ -161,8 +161,8 @@ def test_the_public_function_with_autograd(last: bool) -> None:
     case = LayerCase(11, 9, 24, 3, 50, last)
     there = [part.requires_grad_() for part in given_to(case, F64, DEVICE)]
     ours = encoder_layer(there[0], there[1:], heads=3, last_step=last)
-    found = [ours.detach(), *torch.autograd.grad(ours, there, gradient_like(ours.detach()))]
-    assert errors_above(to_cpu(found), by_definition(case, F64), 1e-12) == []
+    result = [ours.detach(), *torch.autograd.grad(ours, there, gradient_like(ours.detach()))]
+    assert errors_above(to_cpu(result), by_definition(case, F64), 1e-12) == []
 
 
 @settings(max_examples=60, deadline=None)
@@ -187,8 +187,8 @@ def test_any_block(case: BlockCase, dropout: float) -> None:
     st.sampled_from([0.0, 0.3, 1.0]),
 )  # fmt: skip
 def test_any_layer_in_any_layout(case: LayerCase, dropout: float) -> None:
-    found, exact = to_cpu(on_gpu(case, F64, dropout)), by_definition(case, F64, dropout)
-    for ours, true in zip(found, exact, strict=True):  # few features: large scales of the norm
+    result, exact = to_cpu(on_gpu(case, F64, dropout)), by_definition(case, F64, dropout)
+    for ours, true in zip(result, exact, strict=True):  # few features: large scales of the norm
         torch.testing.assert_close(ours, true, rtol=1e-8, atol=1e-8)
 
 
@@ -197,25 +197,25 @@ def test_any_layer_in_any_layout(case: LayerCase, dropout: float) -> None:
 def test_layouts_do_not_change_a_bit(layout: str, last: bool) -> None:
     case = LayerCase(20, 9, 24, 3, 50, last, layout)
     x, *weights = given_to(case, F32, DEVICE)
-    strided, easy = (both_ways(case, [given, *weights], 0.0, None) for given in (x, x.contiguous()))
+    strided, easy = (both_ways(case, [inputs, *weights], 0.0, None) for inputs in (x, x.contiguous()))
     assert all(torch.equal(a, b) for a, b in zip(strided, easy, strict=True))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_the_last_step_is_that_of_the_full_form(dropout: float) -> None:
     x, *weights = given_to(LayerCase(50, 21, 64, 2, 300), F64, DEVICE)
-    given = (x, weights, 2, 1e-5, dropout, seed_for(dropout, DEVICE))
-    full, last = OPS.encoder_layer(*given, False, False)[0], OPS.encoder_layer(*given, True, False)[0]
+    inputs = (x, weights, 2, 1e-5, dropout, seed_for(dropout, DEVICE))
+    full, last = OPS.encoder_layer(*inputs, False, False)[0], OPS.encoder_layer(*inputs, True, False)[0]
     torch.testing.assert_close(last, full[:, -1], rtol=1e-12, atol=1e-12)
 
 
 def test_only_what_is_asked_is_made() -> None:
     x, *weights = given_to(LayerCase(7, 6, 8, 2, 20), F64, DEVICE)
-    given = x, weights, 2
-    kept, none = (OPS.encoder_layer(*given, 1e-5, 0.0, None, False, keep) for keep in (True, False))
-    assert torch.equal(kept[0], none[0])
+    inputs = x, weights, 2
+    saved, none = (OPS.encoder_layer(*inputs, 1e-5, 0.0, None, False, keep) for keep in (True, False))
+    assert torch.equal(saved[0], none[0])
     assert [tuple(part.shape) for part in none[1:]] == [(2, 0, 6, 8), (2, 0, 6)]
-    rest = gradient_like(kept[0]), *given, 0.0, None, False, *kept[1:]
+    rest = gradient_like(saved[0]), *inputs, 0.0, None, False, *saved[1:]
     whole, part = (OPS.encoder_layer_backward(*rest, wanted) for wanted in (True, False))
     assert tuple(part[0].shape) == (0, 6, 8)
     assert all(torch.equal(a, b) for a, b in zip(whole[1], part[1], strict=True))
@@ -227,19 +227,19 @@ def test_only_what_is_asked_is_made() -> None:
 
 
 def test_a_batch_in_parts() -> None:
-    """Windows in two parts, and the hidden of each in several."""
+    """The windows are processed in two parts, and the hidden values of each in several."""
     case = LayerCase(2100, 20, 64, 4, 600)
     assert errors_above(to_cpu(on_gpu(case, F64, 0.2)), by_definition(case, F64, 0.2), 1e-12) == []
 
 
 def test_attention_that_is_all_on_one_step() -> None:
-    """Weights of the attention's products times 100."""
+    """The weights of queries, keys and values are multiplied by 100."""
     case = LayerCase(9, 12, 16, 2, 20)
     exact = results(case.reference, case.inputs(F64, 100.0))
     for dtype, limit in ((F32, 1e-2), (F64, 1e-10)):
-        found = both_ways(case, [part.to(DEVICE) for part in case.inputs(dtype, 100.0)], 0.0, None)
-        assert all(part.isfinite().all() for part in found)
-        assert errors_above(to_cpu(found), exact, limit) == []
+        result = both_ways(case, [part.to(DEVICE) for part in case.inputs(dtype, 100.0)], 0.0, None)
+        assert all(part.isfinite().all() for part in result)
+        assert errors_above(to_cpu(result), exact, limit) == []
 
 
 # ---------------------------------------------------------------- dropout
@@ -297,9 +297,9 @@ def test_opcheck(dropout: float) -> None:
         torch.library.opcheck(OPS.encoder_layer, (x, weights, *forward, False))
         leaves = [part.clone().requires_grad_() for part in weights]
         torch.library.opcheck(OPS.encoder_layer, (x.clone().requires_grad_(), leaves, *forward, True))
-        out, *kept = OPS.encoder_layer(x, weights, *forward, True)
+        out, *saved = OPS.encoder_layer(x, weights, *forward, True)
         for wanted in (False, True):
-            rest = x, weights, case.heads, dropout, seed, case.last, *kept, wanted
+            rest = x, weights, case.heads, dropout, seed, case.last, *saved, wanted
             torch.library.opcheck(OPS.encoder_layer_backward, (gradient_like(out), *rest))
 
 
@@ -308,8 +308,8 @@ def test_autocast_casts_nothing_inside(hidden: int) -> None:
     for case in (LayerCase(9, 6, 24, 3, hidden), BlockCase((70,), 140, hidden, 140)):
         plain = on_gpu(case, F32)
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
-            found = on_gpu(case, F32)
-        assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+            result = on_gpu(case, F32)
+        assert all(torch.equal(a, b) for a, b in zip(result, plain, strict=True))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -319,11 +319,11 @@ def test_what_is_not_finite_stays_in_its_window(value: float, last: bool) -> Non
     tensors = given_to(case, F64, DEVICE)
     clean = both_ways(case, tensors, 0.2, seed)
     tensors[0][13, 2, 4] = value
-    found = both_ways(case, tensors, 0.2, seed)
+    result = both_ways(case, tensors, 0.2, seed)
     others = [i for i in range(30) if i != 13]
     for number in (0, 1):  # the result, the gradient of x
-        assert torch.equal(found[number][others], clean[number][others])
-    assert found[0][13].isnan().all()
+        assert torch.equal(result[number][others], clean[number][others])
+    assert result[0][13].isnan().all()
 
 
 @pytest.mark.parametrize("width", [24, 140])
@@ -332,11 +332,11 @@ def test_what_is_not_finite_stays_in_its_row(width: int) -> None:
     tensors = given_to(case, F64, DEVICE)
     clean = both_ways(case, tensors, 0.0, None)
     tensors[0][13, 2] = torch.nan
-    found = both_ways(case, tensors, 0.0, None)
+    result = both_ways(case, tensors, 0.0, None)
     others = [i for i in range(70) if i != 13]
     for number in (0, 1):
-        assert torch.equal(found[number][others], clean[number][others])
-    assert found[0][13].isnan().all()
+        assert torch.equal(result[number][others], clean[number][others])
+    assert result[0][13].isnan().all()
 
 
 # ---------------------------------------------------------------- repeats, graphs, memory, size
@@ -374,7 +374,7 @@ def test_nothing_waits_for_the_device(case: BlockCase | LayerCase) -> None:
 @needs_gpu
 @pytest.mark.parametrize("case", GRAPHED, ids=named)
 def test_a_cuda_graph_captures_it(case: BlockCase | LayerCase) -> None:
-    """Replayed on new numbers in the same memory, the seed's too."""
+    """The graph is replayed on new values, including a new seed, in the same memory."""
     tensors, seed = given_to(case, F32, DEVICE), torch.tensor([3], device=DEVICE)
     grad = gradient_like(both_ways(case, tensors, 0.2, seed)[0])
     side = torch.cuda.Stream()
@@ -384,18 +384,18 @@ def test_a_cuda_graph_captures_it(case: BlockCase | LayerCase) -> None:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = both_ways(case, tensors, 0.2, seed, grad)
+        result = both_ways(case, tensors, 0.2, seed, grad)
     for number in (3, 4):
         seed.fill_(number)
         tensors[0].mul_(0.5)
         graph.replay()
         torch.cuda.synchronize()
-        for a, b in zip(found, both_ways(case, tensors, 0.2, seed, grad), strict=True):
+        for a, b in zip(result, both_ways(case, tensors, 0.2, seed, grad), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # cuBLAS has other workspaces under capture
 
 
 def peak_bytes(hidden: int) -> int:
-    """Of a forward and a backward pass, beside what there was before; weights and their gradients taken off."""
+    """Peak memory of a forward and a backward pass, without the memory before, the weights and their gradients."""
     case = LayerCase(1000, 20, 64, 2, hidden)
     tensors = given_to(case, F32, DEVICE)
     both_ways(case, tensors, 0.0, None)  # cuBLAS' workspace
@@ -442,9 +442,9 @@ def test_refusals_of_the_kernels() -> None:
         OPS.encoder_layer(x, weights[1:], *rest)
     with pytest.raises(ValueError, match="x: expected at least one step"):
         OPS.encoder_layer(x[:, :0], weights, *rest)
-    kept = OPS.encoder_layer(x, weights, *rest)[1:]
+    saved = OPS.encoder_layer(x, weights, *rest)[1:]
     with pytest.raises(ValueError, match=r"normalised: expected shape \(2, 3, 5, 4\), got \(2, 0, 5, 4\)"):
-        OPS.encoder_layer_backward(x, x, weights, 2, 0.0, None, False, *kept, True)
+        OPS.encoder_layer_backward(x, x, weights, 2, 0.0, None, False, *saved, True)
     tensors = given_to(BlockCase((5,), 4, 9, 3), F32, DEVICE)
     with pytest.raises(ValueError, match=r"bias_in: expected shape \(9\), got \(8,\)"):
         OPS.feed_forward(*tensors[:2], tensors[2][1:], *tensors[3:], 0.0, None)

@@ -1,4 +1,4 @@
-"""The encoder layer beside torch.nn.TransformerEncoderLayer in float64: values, gradients, strides, threads, bits."""
+"""The encoder layer compared with torch.nn.TransformerEncoderLayer in float64."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from support.tensors import LAYOUTS
 def check(case: LayerCase) -> None:
     """float64 to 1e-12; float32 to 2e-5, and within 2 (gradients 3) times torch's own float32 error.
 
-    The gradient of the keys' bias is 0, whatever it is rounding alone: judged beside that of the queries' bias.
+    The gradient of the key bias is rounding noise and is compared with the gradient of the query bias.
     """
     exact, of_torch = exact_results(case)
     for dtype, limits in (
         (F64, [1e-12] * 14),
         (F32, [min(2e-5, max(2 * of_torch[0], 5e-7)), *(min(2e-5, max(3 * e, 1e-6)) for e in of_torch[1:])]),
     ):
-        found = results(case.operator, case.inputs(dtype))
-        for name, ours, true, limit in zip(["out", "x", *NAMES], found, exact, limits, strict=True):
+        result = results(case.operator, case.inputs(dtype))
+        for name, ours, true, limit in zip(["out", "x", *NAMES], result, exact, limits, strict=True):
             at, width = true, case.width
             if case.steps == 1 and name.startswith("in_proj"):  # one step: a weight of 1 whatever queries and keys are
                 assert not ours[: 2 * width].any()
@@ -77,15 +77,15 @@ def test_the_parameters_of_a_layer_stand_in_the_order_that_is_wanted() -> None:
 def test_any_shape(batch: int, steps: int, head: int, heads: int, hidden: int, last: bool, layout: str) -> None:
     case = LayerCase(batch, steps, head * heads, heads, hidden, last, layout)
     tensors = case.inputs()
-    found, exact = (results(of, tensors) for of in (case.operator, case.reference))
+    result, exact = (results(of, tensors) for of in (case.operator, case.reference))
     if case.width == 1:  # a norm of one feature is its bias: everything before is 0, and rounding in torch
-        found, exact = [found[0], *found[9:]], [exact[0], *exact[9:]]
-        assert errors_above(found[:1], exact[:1], 1e-12) == []
+        result, exact = [result[0], *result[9:]], [exact[0], *exact[9:]]
+        assert errors_above(result[:1], exact[:1], 1e-12) == []
         return
     # the gradients of queries and keys are small where the weights do not depend on them
     size = max(float(part.norm()) for part in exact[1:])
     limit = 1e-12 if case.width >= 8 else 1e-9  # a few features may have a variance near eps, which magnifies rounding
-    for ours, true in zip(found, exact, strict=True):
+    for ours, true in zip(result, exact, strict=True):
         assert float((ours - true).norm()) <= limit * (float(true.norm()) + 0.1 * size)
 
 
@@ -102,11 +102,11 @@ def test_gradients_of_any_part_alone(last: bool, isa: str) -> None:
     tensors = case.inputs()
     whole = results(case.operator, tensors)[1:]
     for which, expected in enumerate(whole):
-        given = [t.detach() for t in tensors]
-        given[which].requires_grad_()
-        out = case.operator(given)
+        inputs = [t.detach() for t in tensors]
+        inputs[which].requires_grad_()
+        out = case.operator(inputs)
         grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(F64)
-        assert relative_error(torch.autograd.grad(out, given[which], grad)[0], expected) < 1e-13
+        assert relative_error(torch.autograd.grad(out, inputs[which], grad)[0], expected) < 1e-13
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -124,15 +124,15 @@ def test_without_a_gradient_nothing_is_kept_and_the_values_are_the_same(last: bo
     case = LayerCase(30, 6, 20, 2, 33, last)
     tensors = case.inputs()
     x, weights = tensors[0], tensors[1:]
-    kept = torch.ops.qfast.encoder_layer(x, weights, 2, 1e-5, 0.0, None, last, True)
+    saved = torch.ops.qfast.encoder_layer(x, weights, 2, 1e-5, 0.0, None, last, True)
     bare = torch.ops.qfast.encoder_layer(x, weights, 2, 1e-5, 0.0, None, last, False)
     rows = 1 if last else 6
-    assert [tuple(part.shape) for part in kept[1:]] == [(2, 30, rows, 20), (2, 30, rows)]
+    assert [tuple(part.shape) for part in saved[1:]] == [(2, 30, rows, 20), (2, 30, rows)]
     assert [tuple(part.shape) for part in bare[1:]] == [(2, 0, rows, 20), (2, 0, rows)]
-    assert torch.equal(bare[0], kept[0])
+    assert torch.equal(bare[0], saved[0])
     with torch.no_grad():
-        assert torch.equal(case.operator(tensors), kept[0])
-    assert relative_error(kept[0], case.reference(tensors)) < 1e-13
+        assert torch.equal(case.operator(tensors), saved[0])
+    assert relative_error(saved[0], case.reference(tensors)) < 1e-13
 
 
 def test_kernels_agree_with_plain_torch(isa: str) -> None:
@@ -156,11 +156,11 @@ def test_incoming_gradients_of_any_strides(last: bool, isa: str) -> None:
         lambda out: out[..., ::2].square(),
         lambda out: out[:0].sum() + out[2:5].sum(),
     ):
-        found, exact = (
+        result, exact = (
             results(lambda t, of=of, view=view: view(of(t)), case.inputs()) for of in (case.operator, case.reference)
         )
         size = max(float(part.norm()) for part in exact[1:])
-        for ours, true in zip(found, exact, strict=True):
+        for ours, true in zip(result, exact, strict=True):
             assert float((ours - true).norm()) <= 1e-12 * float(true.norm()) + 1e-13 * size
 
 
@@ -199,13 +199,13 @@ def test_a_window_does_not_see_which_others_stand_beside_it(dtype: torch.dtype, 
 # ---------------------------------------------------------------- numbers at the ends
 @pytest.mark.parametrize("last", [False, True])
 def test_weights_that_saturate(last: bool, isa: str) -> None:
-    """Queries and keys a hundred times as large: one key takes all, and scores far beyond what exp holds."""
+    """Queries and keys are multiplied by 100: one key gets all the attention, and scores exceed the range of exp."""
     case = LayerCase(13, 9, 20, 2, 33, last)
     exact = results(case.reference, case.inputs(scale=100))
-    found = results(case.operator, case.inputs(scale=100))
-    assert errors_above(found[:1], exact[:1], 1e-11) == []
+    result = results(case.operator, case.inputs(scale=100))
+    assert errors_above(result[:1], exact[:1], 1e-11) == []
     size = float(exact[2].norm())
-    for ours, true in zip(found[1:], exact[1:], strict=True):
+    for ours, true in zip(result[1:], exact[1:], strict=True):
         assert float((ours - true).norm()) <= 1e-9 * float(true.norm()) + 1e-12 * size
     narrow = results(case.operator, case.inputs(F32, scale=1e4))
     assert all(torch.isfinite(part).all() for part in narrow)
@@ -219,10 +219,10 @@ def test_what_is_not_finite_stays_in_its_window(last: bool, what: float, isa: st
         tensors = case.inputs(F32)
         clean = results(case.operator, tensors)
         tensors[0][window, 2, 7] = what
-        found, others = results(case.operator, tensors), torch.arange(batch) != window
-        torch.testing.assert_close(found[0], case.reference(tensors), equal_nan=True, rtol=1e-4, atol=1e-5)
-        assert not torch.isfinite(found[0][window]).any()
-        for ours, before in zip(found[:2], clean[:2], strict=True):
+        result, others = results(case.operator, tensors), torch.arange(batch) != window
+        torch.testing.assert_close(result[0], case.reference(tensors), equal_nan=True, rtol=1e-4, atol=1e-5)
+        assert not torch.isfinite(result[0][window]).any()
+        for ours, before in zip(result[:2], clean[:2], strict=True):
             if KERNELS:
                 assert torch.equal(ours[others], before[others])
             assert torch.isfinite(ours[others]).all()
@@ -237,36 +237,36 @@ def test_nan_hidden_values_pass_as_in_torch(isa: str) -> None:
 
 
 def test_features_that_are_all_alike_are_scaled_by_eps(isa: str) -> None:
-    """Variance 0: the norm divides by the root of eps alone, as torch's."""
+    """With variance 0 the norm divides by the square root of eps, like torch's."""
     case = LayerCase(4, 3, 16, 2, 10)
     for dtype, limit in ((F64, 1e-9), (F32, 1e-2)):
         x, *weights = case.inputs(dtype)
         x, weights[2] = torch.full_like(x, 3.0), torch.zeros_like(weights[2])
         weights[3] = torch.zeros_like(weights[3])
-        found, exact = (of([x, *weights]) for of in (case.operator, case.reference))
-        assert torch.isfinite(found).all()
-        assert relative_error(found, exact) <= limit
+        result, exact = (of([x, *weights]) for of in (case.operator, case.reference))
+        assert torch.isfinite(result).all()
+        assert relative_error(result, exact) <= limit
 
 
 @pytest.mark.parametrize("common", [10.0, 1000.0])
 def test_a_level_that_all_features_share_costs_no_more_than_in_torch(common: float, isa: str) -> None:
-    """The mean is taken off before the squares."""
+    """The mean is subtracted before squaring."""
     case = LayerCase(40, 6, 24, 3, 33)
-    given = case.inputs(F32)
-    given[0] = given[0] + common
-    given[1] = given[1] / common
-    given[6] = given[6] + 20  # no hidden value near 0: rounding would decide which side of it
-    exact = results(case.reference, [t.double() for t in given])
-    found, theirs = (results(of, given) for of in (case.operator, case.reference))
-    for ours, plain, true in zip(found, theirs, exact, strict=True):
+    inputs = case.inputs(F32)
+    inputs[0] = inputs[0] + common
+    inputs[1] = inputs[1] / common
+    inputs[6] = inputs[6] + 20  # no hidden value near 0: rounding would decide which side of it
+    exact = results(case.reference, [t.double() for t in inputs])
+    result, theirs = (results(of, inputs) for of in (case.operator, case.reference))
+    for ours, plain, true in zip(result, theirs, exact, strict=True):
         assert float((ours - true).norm()) <= 3 * float((plain - true).norm()) + 1e-6 * float(true.norm())
 
 
 def test_a_single_feature_is_normalised_to_nothing(isa: str) -> None:
     case = LayerCase(5, 4, 1, 1, 3)
     tensors = case.inputs()
-    found, *grads = results(case.operator, tensors)
-    assert torch.equal(found, tensors[-1].expand(5, 4, 1))
+    result, *grads = results(case.operator, tensors)
+    assert torch.equal(result, tensors[-1].expand(5, 4, 1))
     assert not any(part.any() for part in grads[:-1])
 
 
@@ -274,9 +274,9 @@ def test_a_single_feature_is_normalised_to_nothing(isa: str) -> None:
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("common", [0.0, 5.0, 50.0])
 def test_what_has_no_gradient_gets_no_more_than_torch_leaves(common: float, last: bool, isa: str) -> None:
-    """Adam makes whole steps of what rounding leaves.
+    """Adam turns rounding noise into full steps.
 
-    The same number on all keys of a query changes no weight, and what all features of a bias share is taken off by the
+    Adding a number to all keys of a query changes no weight, and the next norm subtracts the common part of a bias.
     norm behind it.
     """
     case = LayerCase(60, 20, 64, 2, 64, last)

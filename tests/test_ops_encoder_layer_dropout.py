@@ -1,4 +1,4 @@
-"""Dropout of the encoder layer: whose mask stands where, that it is random, and what the backward makes of it."""
+"""Dropout of the encoder layer: the masks of the definition, their distribution, and the backward pass."""
 
 from __future__ import annotations
 
@@ -27,16 +27,19 @@ BY_NAME = {case.name: case for case in CASES}
 
 
 def seeded(case: LayerCase, tensors: list[Tensor], dropout: float, seed: int) -> list[Tensor]:
-    """Result and gradients with a given seed in place of one drawn from torch's generator."""
+    """Result and gradients with the given seed instead of one drawn from torch's generator."""
     out, *_, gradients = raw_gradients(case, tensors, dropout, seed)
     return [out, *gradients]
 
 
-def far_apart(found: list[Tensor], exact: list[Tensor], limit: float) -> list[tuple[str, float]]:
-    """By relative norm, or of gradients that vanish beside the largest of them: what is dropped may leave none."""
+def far_apart(result: list[Tensor], exact: list[Tensor], limit: float) -> list[tuple[str, float]]:
+    """Whether the relative errors are large.
+
+    Vanishing gradients are compared with the largest one, since dropout may leave none.
+    """
     size = max(float(part.norm()) for part in exact[1:])
     misses = []
-    for name, ours, true in zip(["out", "x", *NAMES], found, exact, strict=True):
+    for name, ours, true in zip(["out", "x", *NAMES], result, exact, strict=True):
         error = float((ours.double() - true).norm())
         if error > limit * float(true.norm()) + 1e-2 * limit * size:
             misses.append((name, error))
@@ -46,12 +49,12 @@ def far_apart(found: list[Tensor], exact: list[Tensor], limit: float) -> list[tu
 # ---------------------------------------------------------------- the masks are those that are defined
 @pytest.mark.parametrize("case", BY_NAME)
 def test_the_masks_are_those_of_the_definition(case: str, isa: str) -> None:
-    """All four places at once, forward and backward, in float64."""
-    given = BY_NAME[case]
-    number, tensors = CASES.index(given), given.inputs()
+    """All four masks at once, forward and backward, in float64."""
+    inputs = BY_NAME[case]
+    number, tensors = CASES.index(inputs), inputs.inputs()
     seed, dropout = SEEDS[number % len(SEEDS)], (0.1, 0.5, 0.9)[number % 3]
-    exact = results(partial(layer_of_masks, given, dropout=dropout, seed=seed), tensors)
-    assert far_apart(seeded(given, tensors, dropout, seed), exact, 1e-12) == []
+    exact = results(partial(layer_of_masks, inputs, dropout=dropout, seed=seed), tensors)
+    assert far_apart(seeded(inputs, tensors, dropout, seed), exact, 1e-12) == []
 
 
 @pytest.mark.parametrize("dropout", [1e-9, 1.0])
@@ -59,14 +62,14 @@ def test_the_masks_are_those_of_the_definition(case: str, isa: str) -> None:
 def test_nearly_nothing_and_everything_dropped(last: bool, dropout: float, isa: str) -> None:
     case = LayerCase(9, 6, 12, 3, 17, last)
     tensors = case.inputs()
-    found = seeded(case, tensors, dropout, 5)
+    result = seeded(case, tensors, dropout, 5)
     exact = results(partial(layer_of_masks, case, dropout=dropout, seed=5), tensors)
-    assert far_apart(found, exact, 1e-12) == []
-    assert all(torch.isfinite(part).all() for part in found)
+    assert far_apart(result, exact, 1e-12) == []
+    assert all(torch.isfinite(part).all() for part in result)
     if dropout == 1:  # both norms of the residual alone; nothing of the attention and the block has a gradient
-        assert not any(part.any() for part in found[2:10])
+        assert not any(part.any() for part in result[2:10])
     else:
-        assert errors_above(found[:1], [case.reference(tensors)], 1e-8) == []
+        assert errors_above(result[:1], [case.reference(tensors)], 1e-8) == []
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 6, 7, 8, 21])
@@ -89,10 +92,10 @@ def test_all_64_bits_of_the_seed_count(last: bool, isa: str) -> None:
     case = LayerCase(9, 5, 12, 2, 20, last)
     tensors = case.inputs()
     for seed in SEEDS:
-        found = seeded(case, tensors, 0.4, seed)[0]
-        assert relative_error(found, layer_of_masks(case, tensors, 0.4, seed)) < 1e-13
+        result = seeded(case, tensors, 0.4, seed)[0]
+        assert relative_error(result, layer_of_masks(case, tensors, 0.4, seed)) < 1e-13
         for other in {seed ^ 1, (seed ^ 1 << 62)} - {seed}:
-            assert relative_error(seeded(case, tensors, 0.4, other)[0], found) > 0.01
+            assert relative_error(seeded(case, tensors, 0.4, other)[0], result) > 0.01
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -104,7 +107,7 @@ def test_float32_drops_the_same_elements(last: bool, isa: str) -> None:
 
 @pytest.mark.parametrize("last", [False, True])
 def test_a_window_is_dropped_by_its_number_whatever_the_others(last: bool, isa: str) -> None:
-    """However the batch is cut into tiles: the first windows of a batch are those of a shorter one."""
+    """The mask depends on the number of the window, not on the tiles: a shorter batch has the same first windows."""
     x, *weights = LayerCase(200, 5, 16, 2, 40, last).inputs()
     whole = seeded(LayerCase(200, 5, 16, 2, 40, last), [x, *weights], 0.5, 11)[0]
     for count in (1, 2, 5, 24, 97):
@@ -128,37 +131,37 @@ def test_kernels_keep_what_plain_torch_keeps(last: bool, isa: str) -> None:
 
 # ---------------------------------------------------------------- it is random
 def before_the_norms(changes: dict[str, Tensor], batch: int, steps: int, width: int, p: float) -> Tensor:
-    """What both norms are given [2, B, T, D] less the mean of each row, of a layer of zeros but for `changes`.
+    """Inputs of both norms [2, B, T, D] without the mean of each row, for a layer of zeros except for `changes`.
 
-    An eps of 1e12 makes the norms divide by a million, whatever they are given; the second one's share of the first is
-    nothing.
+    An eps of 1e12 makes the norms divide by a million, whatever their inputs; the influence of the first on the second
+    is nothing.
     """
     sizes = ((3 * width, width), (3 * width,), (width, width), (width,), (8, width), (8,), (width, 8))
     weights = dict(zip(NAMES, [torch.zeros(size) for size in (*sizes, *[(width,)] * 5)], strict=True))
     weights.update(changes)
     x, seed = torch.zeros(batch, steps, width), draw_seed(torch.device("cpu"))
-    given = (x, list(weights.values()), 2, 1e12, p, seed, False, True)
-    return torch.ops.qfast.encoder_layer(*given)[1] * 1e6
+    inputs = (x, list(weights.values()), 2, 1e12, p, seed, False, True)
+    return torch.ops.qfast.encoder_layer(*inputs)[1] * 1e6
 
 
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.8])
 @pytest.mark.parametrize("place", ["out_proj.bias", "linear2.bias"])
 def test_rate_and_scale_after_the_attention_and_the_block(place: str, p: float, isa: str) -> None:
-    """Features of +1 and -1: 1 / (1 - p) where kept, 0 where dropped, less a mean that says nothing."""
+    """Features of +1 and -1: 1 / (1 - p) or 0, minus an irrelevant mean."""
     torch.manual_seed(1)
     sign = torch.ones(256)
     sign[1::2] = -1
-    found = before_the_norms({place: sign}, 30, 10, 256, p)[NAMES.index(place) // 4]
-    dropped = 0.5 * (found.max(2, keepdim=True).values + found.min(2, keepdim=True).values)  # in the middle of both
-    values = (found - dropped) * sign
-    kept = values > 0.5
-    torch.testing.assert_close(values, kept / (1 - p), rtol=1e-4, atol=1e-4)
-    assert abs(float(kept.double().mean()) - (1 - p)) < 5 * (p * (1 - p) / kept.numel()) ** 0.5
+    result = before_the_norms({place: sign}, 30, 10, 256, p)[NAMES.index(place) // 4]
+    dropped = 0.5 * (result.max(2, keepdim=True).values + result.min(2, keepdim=True).values)  # in the middle of both
+    values = (result - dropped) * sign
+    saved = values > 0.5
+    torch.testing.assert_close(values, saved / (1 - p), rtol=1e-4, atol=1e-4)
+    assert abs(float(saved.double().mean()) - (1 - p)) < 5 * (p * (1 - p) / saved.numel()) ** 0.5
 
 
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.8])
 def test_rate_and_scale_of_the_attention_weights(p: float, isa: str) -> None:
-    """Values of 1 and equal weights: each head counts the keys that its query keeps."""
+    """Values of 1 and equal weights: each head counts the keys that are not dropped for its query."""
     torch.manual_seed(1)
     steps, width = 32, 256
     sign = torch.ones(width)
@@ -203,13 +206,13 @@ def test_nothing_is_drawn_where_nothing_is_dropped(isa: str) -> None:
 
 
 def test_on_average_it_is_the_layer_of_torch(isa: str) -> None:
-    """Means over many windows that are all alike: torch's own dropout has the same, up to a few standard errors."""
+    """Means over many identical windows equal those of torch's dropout within a few standard errors."""
     count = 4000
     x, *weights = LayerCase(1, 5, 8, 2, 20).inputs(F32)
     layer = torch.nn.TransformerEncoderLayer(8, 2, 20, 0.3, batch_first=True)
     with torch.no_grad():
-        for own, given in zip(layer.parameters(), weights, strict=True):
-            own.copy_(given)
+        for own, inputs in zip(layer.parameters(), weights, strict=True):
+            own.copy_(inputs)
         torch.manual_seed(0)
         many = x.expand(count, 5, 8)
         theirs, ours = layer(many), encoder_layer(many, weights, heads=2, dropout=0.3, training=True)
@@ -228,7 +231,7 @@ def test_gradients_by_finite_differences_under_one_mask(last: bool, isa: str) ->
 
 @pytest.mark.parametrize("last", [False, True])
 def test_the_public_function_differentiates_the_masks_it_drew(last: bool, isa: str) -> None:
-    """Two calls in flight, their backwards in the other order: each has its own seed."""
+    """Two calls are made before their backward passes, which run in the opposite order. Each has its own seed."""
     case = LayerCase(20, 5, 16, 2, 40, last)
     tensors = case.inputs()
     leaves = [[t.detach().requires_grad_() for t in tensors] for _ in range(2)]
@@ -249,6 +252,6 @@ def test_under_transforms_the_masks_are_the_same(isa: str) -> None:
     x, *weights = case.inputs()
     expected = operator_under(3, case, [x, *weights])
     along = torch.zeros_like(x)
-    found, tangent = torch.func.jvp(lambda x: operator_under(3, case, [x, *weights]), (x,), (along,))
-    assert relative_error(found, expected) < 1e-13
+    result, tangent = torch.func.jvp(lambda x: operator_under(3, case, [x, *weights]), (x,), (along,))
+    assert relative_error(result, expected) < 1e-13
     assert not tangent.any()

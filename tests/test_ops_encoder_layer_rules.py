@@ -1,4 +1,4 @@
-"""The encoder layer beside torch's machinery: schemas, refusals, compile, export, transforms, halves, memory."""
+"""The encoder layer in torch: schemas, error messages, compile, export, transforms, half precision, memory."""
 
 from __future__ import annotations
 
@@ -23,27 +23,28 @@ SMALL = LayerCase(4, 3, 8, 2, 6)
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize(("batch", "dropout"), [(0, 0.0), (5, 0.0), (5, 0.3)])
 def test_opcheck(batch: int, dropout: float, last: bool) -> None:
-    """Schemas, fakes and gradients, of the forward with and without what is kept, and of the backward."""
+    """Schemas, fakes and gradients of the forward operator, with and without saved tensors, and of the backward
+    operator."""
     x, *weights = LayerCase(batch, 3, 8, 2, 6, last).inputs()
     seed = torch.tensor([3]) if dropout else None
     rest = (2, 1e-5, dropout, seed, last)
     torch.library.opcheck(torch.ops.qfast.encoder_layer, (x, weights, *rest, False))
     leaves = [t.detach().requires_grad_() for t in (x, *weights)]
     torch.library.opcheck(torch.ops.qfast.encoder_layer, (leaves[0], leaves[1:], *rest, True))
-    out, *kept = torch.ops.qfast.encoder_layer(x, weights, *rest, True)
+    out, *saved = torch.ops.qfast.encoder_layer(x, weights, *rest, True)
     for wanted in (True, False):
-        given = (out, x, weights, 2, dropout, seed, last, *kept, wanted)
-        torch.library.opcheck(torch.ops.qfast.encoder_layer_backward, given)
+        inputs = (out, x, weights, 2, dropout, seed, last, *saved, wanted)
+        torch.library.opcheck(torch.ops.qfast.encoder_layer_backward, inputs)
 
 
 @pytest.mark.parametrize("last", [False, True])
 def test_shapes_on_the_meta_device(last: bool) -> None:
-    """More elements than 32 bits count."""
+    """The result has more than 2^32 elements."""
     weights = [t.to("meta") for t in LayerCase(1, 1, 64, 2, 2048).inputs()[1:]]
     x = torch.empty(2**20, 60, 64, device="meta", dtype=F64)
-    found = encoder_layer(x, weights, heads=2, last_step=last)
-    assert found.shape == ((2**20, 64) if last else (2**20, 60, 64))
-    assert found.device.type == "meta"
+    result = encoder_layer(x, weights, heads=2, last_step=last)
+    assert result.shape == ((2**20, 64) if last else (2**20, 60, 64))
+    assert result.device.type == "meta"
 
 
 # ---------------------------------------------------------------- refusals
@@ -98,11 +99,11 @@ def test_refusals(change: dict[str, Any], error: type[Exception], message: str) 
 
 @pytest.mark.skipif(not KERNELS, reason="plain torch has its own words")
 def test_the_raw_operators_refuse_what_would_read_beyond_their_memory() -> None:
-    """Behind torch.compile nothing in Python has looked at the arguments."""
+    """After torch.compile no Python code checks the arguments."""
     x, *weights = SMALL.inputs()
     forward, backward = torch.ops.qfast.encoder_layer, torch.ops.qfast.encoder_layer_backward
     rest = (2, 1e-5, 0.0, None, False)
-    for given, match in (
+    for inputs, match in (
         ((x[0], weights, *rest), r"x: expected .*\[B, T, D\]"),
         ((x.long(), weights, *rest), "x: expected dtype float32 or float64"),
         ((x[:, :0], weights, *rest), "x: expected at least one step"),
@@ -118,16 +119,16 @@ def test_the_raw_operators_refuse_what_would_read_beyond_their_memory() -> None:
         ((x, weights, 2, 1e-5, 1.5, torch.tensor([1]), False), "dropout"),
     ):
         with pytest.raises((RuntimeError, ValueError), match=f"encoder_layer: .*{match}|{match}"):
-            forward(*given, False)
+            forward(*inputs, False)
     out, normalised, scales = forward(x, weights, *rest, True)
-    for grad, kept, match in (
+    for grad, saved, match in (
         (out[:2], (normalised, scales), "grad: expected shape"),
         (out[:, -1], (normalised, scales), "grad: expected shape"),
         (out, (normalised[:, :2], scales), "normalised: expected shape"),
         (out, (normalised, scales[:1]), "scales: expected shape"),
     ):
         with pytest.raises((RuntimeError, ValueError), match=f"encoder_layer_backward: {match}"):
-            backward(grad, x, weights, 2, 0.0, None, False, *kept, True)
+            backward(grad, x, weights, 2, 0.0, None, False, *saved, True)
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -220,9 +221,9 @@ def test_an_ensemble_by_vmap_over_weights() -> None:
     members = [SMALL.inputs(seed=i) for i in range(3)]
     x = members[0][0]
     stacked = [torch.stack(same) for same in zip(*(m[1:] for m in members), strict=True)]
-    found = torch.vmap(lambda *weights: SMALL.operator([x, *weights]))(*stacked)
+    result = torch.vmap(lambda *weights: SMALL.operator([x, *weights]))(*stacked)
     expected = torch.stack([SMALL.reference([x, *m[1:]]) for m in members])
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
 
 
 # ---------------------------------------------------------------- compile and export
@@ -245,7 +246,7 @@ def test_compiled_whole(dynamic: bool, last: bool) -> None:
 
 
 def test_compiled_with_dropout() -> None:
-    """Every call draws its own seed, from torch's generator; gradients are those of the masks drawn."""
+    """Every call draws a new seed from torch's generator. Gradients use the masks of their call."""
     torch.compiler.reset()
     compiled = torch.compile(
         lambda x, *weights: encoder_layer(x, list(weights), heads=2, dropout=0.5, training=True),
@@ -290,10 +291,10 @@ def test_halves_are_computed_in_float32(half: torch.dtype) -> None:
     case = LayerCase(9, 6, 16, 2, 30)
     tensors = case.inputs(half)
     expected = case.operator([t.float() for t in tensors]).to(half)
-    for given in (tensors, [tensors[0], *(t.float() for t in tensors[1:])]):
-        found = case.operator(given)
-        assert found.dtype == half
-        assert torch.equal(found, expected)
+    for inputs in (tensors, [tensors[0], *(t.float() for t in tensors[1:])]):
+        result = case.operator(inputs)
+        assert result.dtype == half
+        assert torch.equal(result, expected)
     narrow, wide = (results(lambda t: case.operator(t), [t.to(d) for t in tensors]) for d in (half, F32))
     assert all(part.dtype == half for part in narrow)
     assert errors_above(narrow, wide, 3e-2 if half == torch.bfloat16 else 4e-3) == []
@@ -304,8 +305,8 @@ def test_autocast_leaves_the_operator_in_float32() -> None:
     tensors = case.inputs(F32)
     expected = results(lambda t: case.operator(t), tensors)
     with torch.autocast("cpu", torch.bfloat16):
-        found = results(lambda t: case.operator(t), tensors)
-    for ours, plain in zip(found, expected, strict=True):
+        result = results(lambda t: case.operator(t), tensors)
+    for ours, plain in zip(result, expected, strict=True):
         assert ours.dtype == F32
         assert torch.equal(ours, plain)
 

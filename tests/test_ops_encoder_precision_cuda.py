@@ -1,7 +1,7 @@
-"""Precisions of the feed-forward block on a GPU, by itself and in an encoder layer, beside float64.
+"""Precisions of the feed-forward block on a GPU, alone and in an encoder layer, compared with float64.
 
-A hidden value that is rounded to the other side of its ReLU has no gradient, so where gradients are compared the biases
-keep hidden values away from zero.
+A hidden value that is rounded to the other side of its ReLU loses its gradient. Where gradients are compared, the
+biases keep hidden values away from zero.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ def away_from_zero(case: BlockCase) -> list[Tensor]:
 
 
 def both_ways(tensors: list[Tensor], dropout: float, name: str = "ieee") -> list[Tensor]:
-    *given, grad = tensors
+    *inputs, grad = tensors
     seed, number = seed_for(dropout), NAMES.index(name)
-    out = OPS.feed_forward(*given, dropout, seed, number)
-    return [out, *OPS.feed_forward_backward(grad, *given[:4], dropout, seed, True, number)]
+    out = OPS.feed_forward(*inputs, dropout, seed, number)
+    return [out, *OPS.feed_forward_backward(grad, *inputs[:4], dropout, seed, True, number)]
 
 
-def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
-    return [relative_error(ours.cpu(), true.cpu()) for ours, true in zip(found, exact, strict=True)]
+def errors(result: list[Tensor], exact: list[Tensor]) -> list[float]:
+    return [relative_error(ours.cpu(), true.cpu()) for ours, true in zip(result, exact, strict=True)]
 
 
 @pytest.mark.parametrize(("case", "dropout"), BLOCKS, ids=str)
@@ -91,8 +91,8 @@ def test_errors_of_a_layer(last: bool) -> None:
 def test_dropout_takes_the_same_hidden_values(name: str, dropout: float) -> None:
     rows, hidden = 300, 70
     x, w1, _, _, _ = (part.to(DEVICE) for part in BlockCase((rows,), 20, hidden, 3).inputs(F32))
-    given = x, w1, torch.full((hidden,), 99.0, device=DEVICE), torch.eye(hidden, device=DEVICE), x.new_zeros(hidden)
-    ours, theirs = (OPS.feed_forward(*given, dropout, seed_for(dropout), NAMES.index(n)) != 0 for n in (name, "ieee"))
+    inputs = x, w1, torch.full((hidden,), 99.0, device=DEVICE), torch.eye(hidden, device=DEVICE), x.new_zeros(hidden)
+    ours, theirs = (OPS.feed_forward(*inputs, dropout, seed_for(dropout), NAMES.index(n)) != 0 for n in (name, "ieee"))
     assert torch.equal(ours, theirs)
 
 
@@ -111,13 +111,13 @@ def test_what_is_not_finite_stays_in_its_row(name: str, value: float) -> None:
     tensors = [part.float() for part in away_from_zero(BlockCase((150,), 20, 70, 33))]
     clean = both_ways(tensors, 0.2, name)
     tensors[0][37, 3] = value
-    found = both_ways(tensors, 0.2, name)
+    result = both_ways(tensors, 0.2, name)
     others = [i for i in range(150) if i != 37]
     for number in (0, 1):  # the result, the gradient of x
-        assert torch.equal(found[number][others], clean[number][others])
-    assert not found[0][37].isfinite().any()
+        assert torch.equal(result[number][others], clean[number][others])
+    assert not result[0][37].isfinite().any()
     if value != value:
-        assert found[0][37].isnan().all()
+        assert result[0][37].isnan().all()
 
 
 @pytest.mark.parametrize("name", FAST)
@@ -136,9 +136,9 @@ def test_the_backward_has_the_precision_of_its_forward() -> None:
     with using_precision("bf16"):
         out = feed_forward(*leaves)
     with using_precision("ieee"):
-        found = torch.autograd.grad(out, leaves, grad)
+        result = torch.autograd.grad(out, leaves, grad)
     expected = both_ways([part.detach() for part in (*leaves, grad)], 0.0, "bf16")
-    assert all(torch.equal(a, b) for a, b in zip((out.detach(), *found), expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip((out.detach(), *result), expected, strict=True))
 
 
 @needs_gpu
@@ -152,11 +152,11 @@ def test_a_cuda_graph_captures_it(name: str) -> None:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = both_ways(tensors, 0.0, name)
+        result = both_ways(tensors, 0.0, name)
     tensors[0].mul_(0.5)
     graph.replay()
     torch.cuda.synchronize()
-    for a, b in zip(found, both_ways(tensors, 0.0, name), strict=True):
+    for a, b in zip(result, both_ways(tensors, 0.0, name), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # cuBLAS has other workspaces under capture
 
 

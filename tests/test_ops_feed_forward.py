@@ -1,4 +1,5 @@
-"""The feed-forward block beside Linear, ReLU, Linear in float64: values, gradients, dropout, bits, refusals, memory."""
+"""The feed-forward block compared with Linear, ReLU, Linear in float64: values, gradients, dropout, bits, errors,
+memory."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from support.operator_case import F32, F64, errors_above, exact_results, relativ
 
 
 def seeded(tensors: list[Tensor], dropout: float, seed: int) -> list[Tensor]:
-    """Result and gradients of the raw operators, from the gradient that `results` hands in."""
+    """Result and gradients of the raw operators, for the incoming gradient that `results` uses."""
     rows, (w1, b1, w2, b2), number = tensors[0].flatten(0, -2), tensors[1:], torch.tensor([seed])
     out = torch.ops.qfast.feed_forward(rows, w1, b1, w2, b2, dropout, number)
     shape = (*tensors[0].shape[:-1], len(w2))
@@ -36,9 +37,9 @@ def test_values_and_gradients_are_those_of_torchs_layers(case: BlockCase, isa: s
     exact, of_torch = exact_results(case)
     assert errors_above(results(case.operator, case.inputs()), exact, 1e-12) == []
     narrow = results(case.operator, case.inputs(F32))
-    for i, (found, true, plain) in enumerate(zip(narrow, exact, of_torch, strict=True)):
+    for i, (result, true, plain) in enumerate(zip(narrow, exact, of_torch, strict=True)):
         limit = max(2 * plain, 5e-7) if i == 0 else max(3 * plain, 1e-6)
-        assert relative_error(found, true) <= min(limit, 2e-5), (i, relative_error(found, true), plain)
+        assert relative_error(result, true) <= min(limit, 2e-5), (i, relative_error(result, true), plain)
 
 
 @settings(deadline=None, max_examples=40)
@@ -73,8 +74,8 @@ def test_parameters_and_incoming_gradients_of_any_strides(isa: str) -> None:
     tensors = case.inputs()
     odd = [t.t().contiguous().t() if t.dim() == 2 else torch.stack((t, t), 1)[:, 0] for t in tensors[1:]]
     for view in (lambda out: out.transpose(0, 1), lambda out: out[..., ::2], lambda out: out[:, :1].expand(9, 3, 6)):
-        found = results(lambda t, view=view: view(feed_forward(*t)), [tensors[0], *odd])
-        assert errors_above(found, results(lambda t, view=view: view(case.reference(t)), tensors), 1e-12) == []
+        result = results(lambda t, view=view: view(feed_forward(*t)), [tensors[0], *odd])
+        assert errors_above(result, results(lambda t, view=view: view(case.reference(t)), tensors), 1e-12) == []
 
 
 def test_kernels_agree_with_plain_torch(isa: str) -> None:
@@ -115,10 +116,10 @@ def test_what_is_not_finite_spreads_as_in_torch_and_stays_in_its_row(value: floa
     tensors = case.inputs(F32)
     clean = results(case.operator, tensors)
     tensors[0][7, 3] = value
-    found, others = results(case.operator, tensors), torch.arange(60) != 7
-    torch.testing.assert_close(found[0], case.reference(tensors), equal_nan=True, rtol=1e-4, atol=1e-5)
-    assert not torch.isfinite(found[0][7]).any()
-    for ours, before in zip(found[:2], clean[:2], strict=True):
+    result, others = results(case.operator, tensors), torch.arange(60) != 7
+    torch.testing.assert_close(result[0], case.reference(tensors), equal_nan=True, rtol=1e-4, atol=1e-5)
+    assert not torch.isfinite(result[0][7]).any()
+    for ours, before in zip(result[:2], clean[:2], strict=True):
         if KERNELS:
             assert torch.equal(ours[others], before[others])
         assert torch.isfinite(ours[others]).all()
@@ -128,8 +129,8 @@ def test_nan_hidden_values_and_their_gradients_pass_as_in_torch(isa: str) -> Non
     case = BlockCase((5,), 8, 6, 4)
     tensors = case.inputs()
     tensors[2][2] = torch.nan
-    found, exact = results(case.operator, tensors), results(case.reference, tensors)
-    for ours, plain in zip(found, exact, strict=True):
+    result, exact = results(case.operator, tensors), results(case.reference, tensors)
+    for ours, plain in zip(result, exact, strict=True):
         torch.testing.assert_close(ours, plain, equal_nan=True, rtol=1e-12, atol=1e-12)
 
 
@@ -167,15 +168,15 @@ def test_float32_drops_the_same_and_whatever_the_other_rows(isa: str) -> None:
 
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.8])
 def test_rate_and_scale(p: float, isa: str) -> None:
-    """Hidden values of 1 handed on as they are: the mask itself shows, five standard errors from p."""
+    """Hidden values of 1 pass unchanged, so the result is the mask. Its rate is within five standard errors of p."""
     width = 128
     eye, zero = torch.eye(width), torch.zeros(width)
     torch.manual_seed(1)
-    found = feed_forward(torch.ones(400, width), eye, zero, eye, zero, dropout=p, training=True)
-    kept = found != 0
-    torch.testing.assert_close(found[kept], torch.full((int(kept.sum()),), 1 / (1 - p)))
-    assert abs(float(kept.double().mean()) - (1 - p)) < 5 * (p * (1 - p) / found.numel()) ** 0.5
-    rates = kept.double().mean(0), kept.double().mean(1)  # no column and no row apart from the others
+    result = feed_forward(torch.ones(400, width), eye, zero, eye, zero, dropout=p, training=True)
+    saved = result != 0
+    torch.testing.assert_close(result[saved], torch.full((int(saved.sum()),), 1 / (1 - p)))
+    assert abs(float(saved.double().mean()) - (1 - p)) < 5 * (p * (1 - p) / result.numel()) ** 0.5
+    rates = saved.double().mean(0), saved.double().mean(1)  # no column and no row apart from the others
     assert all(float((rate - (1 - p)).abs().max()) < 6 * (p * (1 - p) / 128) ** 0.5 for rate in rates)
 
 
@@ -197,9 +198,9 @@ def test_dropout_follows_the_generator_and_training(isa: str) -> None:
 
 
 def test_gradients_by_finite_differences_under_one_mask(isa: str) -> None:
-    def dropped(*given: Tensor) -> Tensor:
+    def dropped(*inputs: Tensor) -> Tensor:
         torch.manual_seed(3)
-        return feed_forward(*given, dropout=0.4, training=True)
+        return feed_forward(*inputs, dropout=0.4, training=True)
 
     assert torch.autograd.gradcheck(dropped, [t.requires_grad_() for t in BlockCase((5,), 3, 7, 2).inputs()])
 
@@ -213,8 +214,8 @@ def test_opcheck(rows: int, dropout: float) -> None:
     torch.library.opcheck(torch.ops.qfast.feed_forward, (*leaves, dropout, seed))
     plain = [t.detach() for t in leaves[:4]]
     for wanted in (True, False):
-        given = (torch.ones(rows, 3, dtype=F64), *plain, dropout, seed, wanted)
-        torch.library.opcheck(torch.ops.qfast.feed_forward_backward, given)
+        inputs = (torch.ones(rows, 3, dtype=F64), *plain, dropout, seed, wanted)
+        torch.library.opcheck(torch.ops.qfast.feed_forward_backward, inputs)
 
 
 def test_double_backward_is_refused_by_name() -> None:
@@ -252,15 +253,15 @@ def test_compiled(dynamic: bool) -> None:
     for rows in (5, 6):
         case = BlockCase((rows, 2), 4, 6, 3)
         tensors = case.inputs()
-        found = results(lambda t: compiled(*t), tensors)
-        assert errors_above(found, results(case.operator, tensors), 1e-13) == []
+        result = results(lambda t: compiled(*t), tensors)
+        assert errors_above(result, results(case.operator, tensors), 1e-13) == []
     torch.compiler.reset()
 
 
 def test_exported() -> None:
     class Network(torch.nn.Module):
-        def forward(self, *given: Tensor) -> Tensor:
-            return feed_forward(*given)
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return feed_forward(*inputs)
 
     case = BlockCase((5, 2), 4, 6, 3)
     tensors = case.inputs()
@@ -274,8 +275,8 @@ def test_autocast_leaves_float32_alone() -> None:
     tensors = case.inputs(F32)
     expected = results(case.operator, tensors)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = results(case.operator, tensors)
-    assert all(torch.equal(ours, plain) for ours, plain in zip(found, expected, strict=True))
+        result = results(case.operator, tensors)
+    assert all(torch.equal(ours, plain) for ours, plain in zip(result, expected, strict=True))
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
@@ -284,9 +285,9 @@ def test_halves_are_computed_in_float32(half: torch.dtype) -> None:
     tensors = case.inputs(half)
     expected = feed_forward(*(t.float() for t in tensors)).to(half)
     for parts in (tensors, [tensors[0], *(t.float() for t in tensors[1:])]):
-        found = feed_forward(*parts)
-        assert found.dtype == half
-        assert torch.equal(found, expected)
+        result = feed_forward(*parts)
+        assert result.dtype == half
+        assert torch.equal(result, expected)
 
 
 def test_meta_tensors_have_shapes() -> None:
@@ -372,5 +373,5 @@ def test_the_hidden_values_are_never_all_in_memory() -> None:
 def test_a_layers_own_block() -> None:
     layer = torch.nn.TransformerEncoderLayer(12, 2, 40, dropout=0.0, batch_first=True)
     x = torch.randn(4, 5, 12)
-    found = feed_forward(x, layer.linear1.weight, layer.linear1.bias, layer.linear2.weight, layer.linear2.bias)
-    torch.testing.assert_close(found, layer._ff_block(x))
+    result = feed_forward(x, layer.linear1.weight, layer.linear1.bias, layer.linear2.weight, layer.linear2.bias)
+    torch.testing.assert_close(result, layer._ff_block(x))

@@ -1,4 +1,4 @@
-"""LSTM and GRU operators: values and gradients beside torch's own layers in float64, by relative norm."""
+"""LSTM and GRU operators: values and gradients compared with torch's layers in float64, by relative norm."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from support.tensors import LAYOUTS, laid_out
 # ---------------------------------------------------------------- values and gradients
 @pytest.mark.parametrize("case", RECURRENT_CASES, ids=lambda case: case.name)
 def test_values_and_gradients_are_those_of_torchs_layers(case: RecurrentCase, isa: str) -> None:
-    """float64 to 1e-12; float32 to 1e-5, and beside torch's own float32 within 2 (gradients 3) times its
-    error, or 5e-7 (1e-6, plain torch 2e-6), whichever is more: sums of hundreds of products round more than the cells
-    do, and in plain torch a gradient of a weight is one sum over all rows and steps."""
+    """float64 to 1e-12. float32 to 1e-5, and within 2 (gradients 3) times torch's float32
+    error or 5e-7 (1e-6, plain torch 2e-6), whichever is larger. Sums of hundreds of products round more than the cells
+    do, and in plain torch a weight gradient is one sum over all rows and steps."""
     exact, of_torch = exact_results(case)
     assert errors_above(results(case.operator, case.inputs()), exact, 1e-12) == []
     narrow, n = results(case.operator, case.inputs(F32)), case.n_outputs
     floor = 1e-6 if _backend.native is not None else 2e-6
-    for i, (found, true, plain) in enumerate(zip(narrow, exact, of_torch, strict=True)):
+    for i, (result, true, plain) in enumerate(zip(narrow, exact, of_torch, strict=True)):
         limit = max(2 * plain, 5e-7) if i < n else max(3 * plain, floor)
-        assert relative_error(found, true) <= min(limit, 1e-5), (i, relative_error(found, true), plain)
+        assert relative_error(result, true) <= min(limit, 1e-5), (i, relative_error(result, true), plain)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("all_steps", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_without_a_gradient(name: str, all_steps: bool, layout: str, isa: str) -> None:
-    """Where windows follow each other the kernels share what their rows have in common: the same up to rounding."""
+    """For consecutive windows the kernels share the products of common rows. The results are equal up to rounding."""
     for batch, steps, features, hidden in (
         (1, 5, 3, 4),
         (2, 2, 3, 4),
@@ -50,8 +50,8 @@ def test_without_a_gradient(name: str, all_steps: bool, layout: str, isa: str) -
             case = RecurrentCase(name, batch, steps, features, hidden, 2, all_steps, state, layout)
             inputs = case.inputs()
             with torch.no_grad():
-                found = case.operator(inputs, all_steps=all_steps)
-            assert errors_above(found, case.reference(inputs, all_steps=all_steps), 1e-12) == []
+                result = case.operator(inputs, all_steps=all_steps)
+            assert errors_above(result, case.reference(inputs, all_steps=all_steps), 1e-12) == []
 
 
 @pytest.mark.parametrize("used", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)], ids=str)
@@ -63,11 +63,11 @@ def test_any_of_the_results_may_be_used(name: str, used: tuple[int, ...], isa: s
     for all_steps in (False, True):
         case = RecurrentCase(name, 5, 4, 3, 9, 2, state=True)
         inputs = case.inputs()
-        found, exact = (
+        result, exact = (
             results(partial(of, all_steps=all_steps), inputs, used=list(map(bool, used)))
             for of in (case.operator, case.reference)
         )
-        assert errors_above(found, exact, 1e-12) == []
+        assert errors_above(result, exact, 1e-12) == []
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -79,9 +79,9 @@ def test_gradients_of_any_part_alone(name: str, isa: str) -> None:
     for which, expected in enumerate(whole):
         tensors = [t.detach() for t in inputs]
         tensors[which].requires_grad_()
-        found = case.operator(tensors)
+        result = case.operator(tensors)
         rng.manual_seed(9)
-        total = sum((part * torch.randn(part.shape, generator=rng).to(part.dtype)).sum() for part in found)
+        total = sum((part * torch.randn(part.shape, generator=rng).to(part.dtype)).sum() for part in result)
         assert relative_error(torch.autograd.grad(total, tensors[which])[0], expected) < 1e-13
 
 
@@ -96,8 +96,8 @@ def test_gradients_of_any_part_alone(name: str, isa: str) -> None:
 def test_any_shape(name: str, sizes: tuple[int, ...], all_steps: bool, state: bool, layout: str) -> None:
     case = RecurrentCase(name, *sizes, all_steps, state, "plain" if sizes[1] == 0 else layout)
     inputs = case.inputs()
-    found, exact = (results(partial(of, all_steps=all_steps), inputs) for of in (case.operator, case.reference))
-    assert errors_above(found, exact, 1e-12) == []
+    result, exact = (results(partial(of, all_steps=all_steps), inputs) for of in (case.operator, case.reference))
+    assert errors_above(result, exact, 1e-12) == []
 
 
 @pytest.mark.parametrize("all_steps", [False, True])
@@ -111,20 +111,23 @@ def test_gradients_by_finite_differences(name: str, all_steps: bool) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_kernels_agree_with_plain_torch(name: str, isa: str) -> None:
-    """What is kept and what comes of it too, with dropout; keeping changes no bit of the results."""
+    """Also the saved tensors and the gradients computed from them, with dropout.
+
+    Saving changes no bit of the results.
+    """
     self_test(name, torch.device("cpu"))
     cell, case = CELLS[name], RecurrentCase(name, 30, 6, 5, 33, 2, state=True)
     inputs = case.inputs()
     n, seed = 1 + len(cell.state_names), torch.tensor([77])
     for all_steps in (False, True):
         args = case.raw(inputs, 0.3, seed, all_steps)
-        found = getattr(torch.ops.qfast, name)(*args, True)
+        result = getattr(torch.ops.qfast, name)(*args, True)
         expected = forward_twin(cell, inputs.x, inputs.weights, inputs.state, 0.3, seed, all_steps, True)
-        assert errors_above(found, expected, 1e-13) == []
+        assert errors_above(result, expected, 1e-13) == []
         bare = getattr(torch.ops.qfast, name)(*args, False)
-        assert all(torch.equal(a, b) for a, b in zip(bare[:n], found[:n], strict=True))
-        grads = [*found[:n]]
-        *front, of_weights = getattr(torch.ops.qfast, f"{name}_backward")(*grads, *args, *found[n:], True, True)
+        assert all(torch.equal(a, b) for a, b in zip(bare[:n], result[:n], strict=True))
+        grads = [*result[:n]]
+        *front, of_weights = getattr(torch.ops.qfast, f"{name}_backward")(*grads, *args, *result[n:], True, True)
         rest = (inputs.x, inputs.weights, inputs.state, 0.3, seed, all_steps, *expected[n:], True, True)
         *twin_front, twin_weights = backward_twin(cell, grads[0], grads[1:], *rest)
         assert errors_above([*front, *of_weights], [*twin_front, *twin_weights], 1e-12) == []
@@ -144,15 +147,15 @@ def test_the_same_bits_again_and_for_any_number_of_threads(name: str, dtype: tor
     try:
         for case in cases:
             inputs = case.inputs(dtype)
-            found = {}
+            result = {}
             for run, threads in enumerate((1, 1, 2, 3, 2)):
                 torch.set_num_threads(threads)
                 torch.manual_seed(4)
-                found[run] = results(partial(case.operator, dropout=0.2, training=True), inputs)
+                result[run] = results(partial(case.operator, dropout=0.2, training=True), inputs)
                 with torch.no_grad():
-                    found[run] += case.operator(inputs)
+                    result[run] += case.operator(inputs)
             for again in (1, 2, 3, 4):
-                assert [torch.equal(a, b) for a, b in zip(found[0], found[again], strict=True)].count(False) == 0
+                assert [torch.equal(a, b) for a, b in zip(result[0], result[again], strict=True)].count(False) == 0
     finally:
         torch.set_num_threads(before)
 
@@ -160,13 +163,13 @@ def test_the_same_bits_again_and_for_any_number_of_threads(name: str, dtype: tor
 # ---------------------------------------------------------------- numbers at the ends
 @pytest.mark.parametrize("name", NAMES)
 def test_saturated_gates(name: str, isa: str) -> None:
-    """Weights a hundred times as large: gates are 0, 1 and -1, and most gradients vanish."""
+    """Weights are multiplied by 100: gates are 0, 1 and -1, and most gradients vanish."""
     case = RecurrentCase(name, 13, 9, 6, 20, 2, all_steps=True, state=True)
     exact = results(partial(case.reference, all_steps=True), case.inputs(scale=100))
-    found = results(partial(case.operator, all_steps=True), case.inputs(scale=100))
+    result = results(partial(case.operator, all_steps=True), case.inputs(scale=100))
     n = case.n_outputs
-    assert errors_above(found[:n], exact[:n], 1e-12) == []
-    assert errors_above(found[n:], exact[n:], 1e-9) == []
+    assert errors_above(result[:n], exact[:n], 1e-12) == []
+    assert errors_above(result[n:], exact[n:], 1e-9) == []
     narrow = results(partial(case.operator, all_steps=True), case.inputs(F32, scale=1e4))
     assert all(torch.isfinite(part).all() for part in narrow)
 
@@ -179,14 +182,14 @@ def test_what_is_not_finite_stays_in_its_row(name: str, what: float, isa: str) -
         inputs = case.inputs(F32)
         clean = results(partial(case.operator, all_steps=True), inputs)
         inputs.x[row, 1, 2] = what
-        found = results(partial(case.operator, all_steps=True), inputs)
+        result = results(partial(case.operator, all_steps=True), inputs)
         exact = case.reference(inputs, all_steps=True)
         n, others = len(exact), torch.arange(batch) != row
-        for a, b in zip(found[:n], exact, strict=True):
+        for a, b in zip(result[:n], exact, strict=True):
             torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-4, atol=1e-5)
-        assert torch.equal(found[0][others], clean[0][others])
-        assert torch.equal(found[0][row, 0], clean[0][row, 0])  # what came before it
-        assert torch.equal(found[n][others], clean[n][others])  # the gradient of x
+        assert torch.equal(result[0][others], clean[0][others])
+        assert torch.equal(result[0][row, 0], clean[0][row, 0])  # what came before it
+        assert torch.equal(result[n][others], clean[n][others])  # the gradient of x
         with torch.no_grad():
             bare = case.operator(inputs, all_steps=True)
         torch.testing.assert_close(bare, list(exact), equal_nan=True, rtol=1e-4, atol=1e-5)
@@ -194,20 +197,20 @@ def test_what_is_not_finite_stays_in_its_row(name: str, what: float, isa: str) -
 
 @pytest.mark.parametrize("name", NAMES)
 def test_windows_with_a_row_of_nan(name: str, isa: str) -> None:
-    """Only the windows that hold the row see it, also where the products of rows are shared."""
+    """Only windows that contain the row are affected, also where the products of rows are shared."""
     rng = torch.Generator().manual_seed(0)
     x = laid_out(rng, "windows", 60, 10, 4, F64)
     case = RecurrentCase(name, 60, 10, 4, 16, 2)
     inputs = case.inputs()
     x[0, 9] = torch.nan
     with torch.no_grad():
-        found = case.operator([x, *inputs.weights])[0]
-    assert torch.isnan(found).all(1).tolist() == [True] * 10 + [False] * 50
-    assert not torch.isnan(found[10:]).any()
+        result = case.operator([x, *inputs.weights])[0]
+    assert torch.isnan(result).all(1).tolist() == [True] * 10 + [False] * 50
+    assert not torch.isnan(result[10:]).any()
 
 
 def test_a_gradient_that_is_zero_is_zero(isa: str) -> None:
-    """One step from nothing: the forget gate and what multiplies the state before do not count."""
+    """One step from a zero state: the forget gate and the recurrent weights have no influence."""
     case = RecurrentCase("lstm", 9, 1, 4, 18)
     inputs = case.inputs(F32)
     of_ih, of_hh, *of_bias = results(case.operator, inputs)[4:]
@@ -220,7 +223,7 @@ def test_a_gradient_that_is_zero_is_zero(isa: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_biases_that_only_matter_together_get_the_same_gradient(name: str, isa: str) -> None:
-    """b_ih and b_hh are added wherever no reset gate stands between: Adam must not part them by rounding."""
+    """b_ih and b_hh are added except at the reset gate. Adam must not separate them by rounding noise."""
     case = RecurrentCase(name, 300, 20, 6, 33)
     *_, of_ih, of_hh = results(case.operator, case.inputs(F32))
     same = 4 * 33 if name == "lstm" else 2 * 33
@@ -229,7 +232,7 @@ def test_biases_that_only_matter_together_get_the_same_gradient(name: str, isa: 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_that_cancel_are_as_accurate_as_torchs(name: str, isa: str) -> None:
-    """Two halves of a batch with opposite gradients: what rounding leaves of zero is no more than torch leaves."""
+    """Two halves of a batch have opposite gradients. The rounding noise of the sum is at most about that of torch."""
     case = RecurrentCase(name, 200, 12, 6, 32)
     inputs = case.inputs(F32)
     x = torch.cat([inputs.x, inputs.x])
@@ -259,13 +262,13 @@ def test_strides_beyond_2_to_the_31(name: str) -> None:
     case = RecurrentCase(name, 3, 4, 5, 9)
     inputs = case.inputs(F32)
     x.copy_(inputs.x)
-    found, expected = (results(case.operator, [at, *inputs.weights]) for at in (x, inputs.x))
-    assert errors_above(found, expected, 1e-6) == []
+    result, expected = (results(case.operator, [at, *inputs.weights]) for at in (x, inputs.x))
+    assert errors_above(result, expected, 1e-6) == []
 
 
 # ---------------------------------------------------------------- activations
 def activations(x: Tensor, hidden: int) -> tuple[Tensor, Tensor]:
-    """Sigmoid and tanh of x as the cell computes them: gates of one LSTM step whose pre-activations are x."""
+    """Sigmoid and tanh of x from the gates of one LSTM step with pre-activations x."""
     eye = torch.eye(hidden, dtype=x.dtype).repeat(4, 1)
     zeros = torch.zeros(4 * hidden, hidden, dtype=x.dtype)
     weights = [eye, zeros, zeros[:, 0].clone(), zeros[:, 0].clone()]
@@ -273,11 +276,11 @@ def activations(x: Tensor, hidden: int) -> tuple[Tensor, Tensor]:
     return gates[0, 0, :, 0].reshape(-1), gates[0, 0, :, 2].reshape(-1)
 
 
-def ulps(found: Tensor, exact: np.ndarray) -> float:
-    """Largest error in units of the last place of the exact result, of the smallest normal number near zero."""
-    narrow = found.numpy().dtype
+def ulps(result: Tensor, exact: np.ndarray) -> float:
+    """Largest error in units of the last place of the exact result, or of the smallest normal number near zero."""
+    narrow = result.numpy().dtype
     place = np.spacing(np.maximum(np.abs(exact), np.finfo(narrow).tiny).astype(narrow)).astype(np.longdouble)
-    return float(np.max(np.abs(found.numpy().astype(np.longdouble) - exact) / place))
+    return float(np.max(np.abs(result.numpy().astype(np.longdouble) - exact) / place))
 
 
 @pytest.mark.skipif(not NATIVE, reason="plain torch's activations are torch's")

@@ -1,6 +1,6 @@
-"""LSTM and GRU stacks on a GPU: the CUDA kernels beside the definition in float64.
+"""LSTM and GRU stacks on a GPU: the CUDA kernels compared with the definition in float64.
 
-Sizes go through every form of the kernels (recurrent_launch.cuh): weights in registers up to 64 units of float32,
+Sizes cover every form of the kernels (recurrent_launch.cuh): weights in registers up to 64 units of float32,
 beyond that in shared memory up to about 110, else in L2; tiles of 8 rows, or 16 from 2,112 rows on.
 """
 
@@ -124,25 +124,25 @@ def both_ways(cell: Cell, arguments: Given) -> list[Tensor]:
     """Output, states, gradients of x, of the initial state and of the weights, by the raw operators."""
     ops, n = torch.ops.qfast, 1 + len(cell.state_names)
     flat = arguments.flat(cell)
-    found = getattr(ops, cell.name)(*flat, True)
-    back = getattr(ops, f"{cell.name}_backward")(*gradients_like(found[:n]), *flat, *found[n:], True, True)
-    return [*found[:n], *back[:-1], *back[-1]]
+    result = getattr(ops, cell.name)(*flat, True)
+    back = getattr(ops, f"{cell.name}_backward")(*gradients_like(result[:n]), *flat, *result[n:], True, True)
+    return [*result[:n], *back[:-1], *back[-1]]
 
 
 def by_definition(cell: Cell, arguments: Given) -> list[Tensor]:
-    n, given = 1 + len(cell.state_names), arguments[:3]
+    n, inputs = 1 + len(cell.state_names), arguments[:3]
     dropout, seed, all_steps = arguments[3:]
-    found = forward_twin(cell, *given, dropout, seed, all_steps, True)
-    grads = gradients_like(list(found[:n]))
-    kept = found[n], found[n + 1]
-    back = backward_twin(cell, grads[0], grads[1:], *given, dropout, seed, all_steps, *kept, True, True)
-    return [*found[:n], *back[:-1], *back[-1]]
+    result = forward_twin(cell, *inputs, dropout, seed, all_steps, True)
+    grads = gradients_like(list(result[:n]))
+    saved = result[n], result[n + 1]
+    back = backward_twin(cell, grads[0], grads[1:], *inputs, dropout, seed, all_steps, *saved, True, True)
+    return [*result[:n], *back[:-1], *back[-1]]
 
 
-def relative(found: Tensor, exact: Tensor) -> float:
-    assert found.shape == exact.shape
-    found, exact = found.detach().cpu().double(), exact.detach()
-    error, size = float((found - exact).norm()), float(exact.norm())
+def relative(result: Tensor, exact: Tensor) -> float:
+    assert result.shape == exact.shape
+    result, exact = result.detach().cpu().double(), exact.detach()
+    error, size = float((result - exact).norm()), float(exact.norm())
     return error / size if size > 1e-12 else error  # after 250 steps little is left of the initial state
 
 
@@ -169,17 +169,17 @@ def test_the_kernels_serve_and_not_the_twins(cell: Cell) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_float64(cell: Cell, case: Case) -> None:
     exact = by_definition(cell, arguments(cell, case, F64, "cpu"))
-    found = both_ways(cell, arguments(cell, case, F64, DEVICE))
-    assert [error for error in map(relative, found, exact) if not error <= 1e-12] == []
+    result = both_ways(cell, arguments(cell, case, F64, DEVICE))
+    assert [error for error in map(relative, result, exact) if not error <= 1e-12] == []
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_float32_beside_plain_torch(cell: Cell, case: Case) -> None:
-    """Within five times what plain torch is off from float64 on the CPU, or a few roundings, and 1e-5 always."""
+    """The error is at most five times that of plain torch in float32, or a few roundings; always below 1e-5."""
     exact = by_definition(cell, arguments(cell, case, F64, "cpu"))
     plain = by_definition(cell, arguments(cell, case, F32, "cpu"))
-    found = both_ways(cell, arguments(cell, case, F32, DEVICE))
-    for number, (ours, theirs, true) in enumerate(zip(found, plain, exact, strict=True)):
+    result = both_ways(cell, arguments(cell, case, F32, DEVICE))
+    for number, (ours, theirs, true) in enumerate(zip(result, plain, exact, strict=True)):
         error = relative(ours, true)
         assert error <= 1e-5, (number, error)
         assert error <= max(5 * relative(theirs, true), 2e-6), (number, error)
@@ -200,8 +200,8 @@ def test_beside_torchs_own_layers(name: str, all_steps: bool) -> None:
     there = [leaf.detach().to(DEVICE).requires_grad_() for leaf in leaves]
     layers = [there[1 + at : 5 + at] for at in (0, 4)]
     ours = CALLS[name](there[0], layers, all_steps=all_steps)[0]
-    found = [ours, *torch.autograd.grad(ours, there, grad.to(DEVICE))]
-    assert [error for error in map(relative, found, expected) if not error <= 1e-12] == []
+    result = [ours, *torch.autograd.grad(ours, there, grad.to(DEVICE))]
+    assert [error for error in map(relative, result, expected) if not error <= 1e-12] == []
 
 
 @settings(max_examples=60, deadline=None)
@@ -218,41 +218,41 @@ def test_beside_torchs_own_layers(name: str, all_steps: bool) -> None:
 def test_any_stack_in_any_layout(name: str, case: Case, dtype: torch.dtype) -> None:
     cell, limit = CELLS[name], 1e-5 if dtype == F32 else 1e-12
     exact = by_definition(cell, arguments(cell, case, F64, "cpu"))
-    found = both_ways(cell, arguments(cell, case, dtype, DEVICE))
-    assert [error for error in map(relative, found, exact) if not error <= limit] == []
+    result = both_ways(cell, arguments(cell, case, dtype, DEVICE))
+    assert [error for error in map(relative, result, exact) if not error <= limit] == []
 
 
 @long_on_host
 def test_a_batch_in_parts(cell: Cell) -> None:
-    """Products of 256 MB at a time: here two parts, the second one short."""
+    """The products are computed 256 MB at a time; here that makes two parts, the second one short."""
     case = Case(1100, 62, 3, 130, 2, True, True, 0.2)
     exact = by_definition(cell, arguments(cell, case, F64, "cpu"))
-    found = both_ways(cell, arguments(cell, case, F64, DEVICE))
-    assert [error for error in map(relative, found, exact) if not error <= 1e-12] == []
+    result = both_ways(cell, arguments(cell, case, F64, DEVICE))
+    assert [error for error in map(relative, result, exact) if not error <= 1e-12] == []
 
 
 def test_gates_that_are_full_or_shut(cell: Cell, hidden: int) -> None:
-    """Weights times 100. Two steps: over more of them such a network multiplies any rounding."""
+    """Weights are multiplied by 100. More than two steps would amplify any rounding error."""
     case = Case(9, 2, 5, hidden, 1, True, True)
     exact = by_definition(cell, arguments(cell, case, F64, "cpu", scale=100.0))
     for dtype, limit in ((F32, 1e-3), (F64, 1e-11)):
-        found = both_ways(cell, arguments(cell, case, dtype, DEVICE, scale=100.0))
-        assert all(ours.isfinite().all() for ours in found)
-        assert [error for error in map(relative, found, exact) if not error <= limit] == []
+        result = both_ways(cell, arguments(cell, case, dtype, DEVICE, scale=100.0))
+        assert all(ours.isfinite().all() for ours in result)
+        assert [error for error in map(relative, result, exact) if not error <= limit] == []
 
 
 def test_only_some_gradients_are_wanted(cell: Cell) -> None:
-    """None for a gradient that does not come in; nothing made for what is not asked."""
-    given = arguments(cell, Case(7, 6, 4, 20, 2, False, True), F64, DEVICE)
-    ops, n, flat = torch.ops.qfast, 1 + len(cell.state_names), given.flat(cell)
-    found = getattr(ops, cell.name)(*flat, True)
-    grads = gradients_like(found[:n])
+    """An absent incoming gradient is None, and gradients that are not requested are not computed."""
+    inputs = arguments(cell, Case(7, 6, 4, 20, 2, False, True), F64, DEVICE)
+    ops, n, flat = torch.ops.qfast, 1 + len(cell.state_names), inputs.flat(cell)
+    result = getattr(ops, cell.name)(*flat, True)
+    grads = gradients_like(result[:n])
     for wanted in range(n):
         some = [grad if i == wanted else None for i, grad in enumerate(grads)]
         zeros = [grad if i == wanted else torch.zeros_like(grad) for i, grad in enumerate(grads)]
         backward = getattr(ops, f"{cell.name}_backward")
-        whole = backward(*zeros, *flat, *found[n:], True, True)
-        part = backward(*some, *flat, *found[n:], False, False)
+        whole = backward(*zeros, *flat, *result[n:], True, True)
+        part = backward(*some, *flat, *result[n:], False, False)
         assert [len(t) for t in part[:-1]] == [0] * n
         for a, b in zip(part[-1], whole[-1], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
@@ -265,17 +265,17 @@ def test_the_mask_is_that_of_the_definition(cell: Cell, seed: int, dropout: floa
     """Word b % 4 of the counter (unit, step, layer, b // 4): the same elements as on the CPU."""
     case = Case(27, 5, 4, hidden, 3, True, False, dropout)
     exact = by_definition(cell, arguments(cell, case, F64, "cpu", seed))
-    found = both_ways(cell, arguments(cell, case, F64, DEVICE, seed))
-    assert [error for error in map(relative, found, exact) if not error <= 1e-12] == []
+    result = both_ways(cell, arguments(cell, case, F64, DEVICE, seed))
+    assert [error for error in map(relative, result, exact) if not error <= 1e-12] == []
 
 
 def test_manual_seed_makes_it_repeat(cell: Cell, hidden: int) -> None:
-    given = arguments(cell, Case(40, 6, 4, hidden, 2), F32, DEVICE)
-    layers = [given.weights[at : at + 4] for at in (0, 4)]
+    inputs = arguments(cell, Case(40, 6, 4, hidden, 2), F32, DEVICE)
+    layers = [inputs.weights[at : at + 4] for at in (0, 4)]
 
     def once(seed: int) -> Tensor:
         torch.manual_seed(seed)
-        return CALLS[cell.name](given.x, layers, dropout=0.3, training=True)[0]
+        return CALLS[cell.name](inputs.x, layers, dropout=0.3, training=True)[0]
 
     assert torch.equal(once(5), once(5))
     assert not torch.equal(once(5), once(6))
@@ -284,70 +284,70 @@ def test_manual_seed_makes_it_repeat(cell: Cell, hidden: int) -> None:
 # ---------------------------------------------------------------- schemas, autocast, what is not finite
 @pytest.mark.parametrize("case", [Case(0, 3, 2, 5, 2, True, True), Case(3, 4, 2, 9, 2, False, False, 0.4)], ids=str)
 def test_opcheck(cell: Cell, case: Case) -> None:
-    given, ops, n = arguments(cell, case, F64, DEVICE), torch.ops.qfast, 1 + len(cell.state_names)
-    flat = given.flat(cell)
+    inputs, ops, n = arguments(cell, case, F64, DEVICE), torch.ops.qfast, 1 + len(cell.state_names)
+    flat = inputs.flat(cell)
     forward, backward = getattr(ops, cell.name), getattr(ops, f"{cell.name}_backward")
     torch.library.opcheck(forward, (*flat, False))
-    leaves = [part.clone().requires_grad_() for part in given.weights]
-    torch.library.opcheck(forward, (given.x.clone().requires_grad_(), leaves, *flat[2:], True))
-    found = forward(*flat, True)
-    grads = gradients_like(found[:n])
+    leaves = [part.clone().requires_grad_() for part in inputs.weights]
+    torch.library.opcheck(forward, (inputs.x.clone().requires_grad_(), leaves, *flat[2:], True))
+    result = forward(*flat, True)
+    grads = gradients_like(result[:n])
     for wanted in (False, True):
-        torch.library.opcheck(backward, (*grads, *flat, *found[n:], wanted, wanted))
+        torch.library.opcheck(backward, (*grads, *flat, *result[n:], wanted, wanted))
 
 
 def test_gradients_by_finite_differences(cell: Cell) -> None:
-    given = arguments(cell, Case(3, 4, 2, 5, 2, True, True), F64, DEVICE)
-    leaves = [part.requires_grad_() for part in (given.x, *given.weights)]
+    inputs = arguments(cell, Case(3, 4, 2, 5, 2, True, True), F64, DEVICE)
+    leaves = [part.requires_grad_() for part in (inputs.x, *inputs.weights)]
     call = CALLS[cell.name]
     assert torch.autograd.gradcheck(lambda x, *w: call(x, [w[:4], w[4:]], all_steps=True)[0], leaves)
 
 
 def test_autocast_casts_nothing_inside(cell: Cell, hidden: int) -> None:
-    given = arguments(cell, Case(9, 6, 5, hidden, 2, False, True), F32, DEVICE)
-    plain = both_ways(cell, given)
+    inputs = arguments(cell, Case(9, 6, 5, hidden, 2, False, True), F32, DEVICE)
+    plain = both_ways(cell, inputs)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        found = both_ways(cell, given)
-    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+        result = both_ways(cell, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(result, plain, strict=True))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_stays_in_its_row(cell: Cell, value: float, hidden: int) -> None:
-    given = arguments(cell, Case(30, 7, 5, hidden, 2, True), F32, DEVICE)
-    clean = both_ways(cell, given)
-    given.x[13, 2, 4] = value
-    found = both_ways(cell, given)
-    exact = by_definition(cell, Given(given.x.cpu(), [w.cpu() for w in given.weights], *given[2:]))
+    inputs = arguments(cell, Case(30, 7, 5, hidden, 2, True), F32, DEVICE)
+    clean = both_ways(cell, inputs)
+    inputs.x[13, 2, 4] = value
+    result = both_ways(cell, inputs)
+    exact = by_definition(cell, Given(inputs.x.cpu(), [w.cpu() for w in inputs.weights], *inputs[2:]))
     others = [i for i in range(30) if i != 13]
-    assert torch.equal(found[0][others], clean[0][others])
-    assert torch.equal(found[1 + len(cell.state_names)][others], clean[1 + len(cell.state_names)][others])
-    assert torch.equal(found[0].isnan().cpu(), exact[0].isnan())
+    assert torch.equal(result[0][others], clean[0][others])
+    assert torch.equal(result[1 + len(cell.state_names)][others], clean[1 + len(cell.state_names)][others])
+    assert torch.equal(result[0].isnan().cpu(), exact[0].isnan())
 
 
 # ---------------------------------------------------------------- repeats, streams, graphs
 @long_on_host
 def test_the_same_bits_come_again(cell: Cell, hidden: int) -> None:
-    given = arguments(cell, Case(1500, 9, 6, hidden, 2, True, True, 0.2), F32, DEVICE)
-    first = both_ways(cell, given)
+    inputs = arguments(cell, Case(1500, 9, 6, hidden, 2, True, True, 0.2), F32, DEVICE)
+    first = both_ways(cell, inputs)
     for _ in range(5):
-        assert all(torch.equal(a, b) for a, b in zip(both_ways(cell, given), first, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(both_ways(cell, inputs), first, strict=True))
 
 
 def test_without_keep_the_bits_are_the_same(cell: Cell, hidden: int) -> None:
     flat = arguments(cell, Case(50, 9, 6, hidden, 2, True, True, 0.2), F32, DEVICE).flat(cell)
     run, n = getattr(torch.ops.qfast, cell.name), 1 + len(cell.state_names)
-    for kept, plain in zip(run(*flat, True)[:n], run(*flat, False)[:n], strict=True):
-        assert torch.equal(kept, plain)
+    for saved, plain in zip(run(*flat, True)[:n], run(*flat, False)[:n], strict=True):
+        assert torch.equal(saved, plain)
 
 
 @needs_gpu
 def test_nothing_waits_for_the_device(cell: Cell, hidden: int) -> None:
-    given = arguments(cell, Case(70, 9, 6, hidden, 2, True, True, 0.2), F32, DEVICE)
-    flat, ops, n = given.flat(cell), torch.ops.qfast, 1 + len(cell.state_names)
+    inputs = arguments(cell, Case(70, 9, 6, hidden, 2, True, True, 0.2), F32, DEVICE)
+    flat, ops, n = inputs.flat(cell), torch.ops.qfast, 1 + len(cell.state_names)
 
     def once() -> None:
-        found = getattr(ops, cell.name)(*flat, True)
-        getattr(ops, f"{cell.name}_backward")(*found[:n], *flat, *found[n:], True, True)
+        result = getattr(ops, cell.name)(*flat, True)
+        getattr(ops, f"{cell.name}_backward")(*result[:n], *flat, *result[n:], True, True)
 
     once()
     torch.cuda.synchronize()
@@ -360,45 +360,45 @@ def test_nothing_waits_for_the_device(cell: Cell, hidden: int) -> None:
 
 @needs_gpu
 def test_a_cuda_graph_captures_both_operators(cell: Cell, hidden: int) -> None:
-    """Replayed on new numbers in the same memory, the seed's too."""
+    """The graph is replayed on new values, including a new seed, in the same memory."""
     case, n = Case(70, 9, 6, hidden, 2, True, True, 0.2), 1 + len(cell.state_names)
-    given, fresh = (arguments(cell, case, F32, DEVICE, seed) for seed in (1, 2))
+    inputs, fresh = (arguments(cell, case, F32, DEVICE, seed) for seed in (1, 2))
     fresh.x.mul_(0.5)
 
-    def once(given: Given) -> list[Tensor]:
-        flat = given.flat(cell)
-        found = getattr(torch.ops.qfast, cell.name)(*flat, True)
-        back = getattr(torch.ops.qfast, f"{cell.name}_backward")(*found[:n], *flat, *found[n:], True, True)
-        return [*found, *back[:-1], *back[-1]]
+    def once(inputs: Given) -> list[Tensor]:
+        flat = inputs.flat(cell)
+        result = getattr(torch.ops.qfast, cell.name)(*flat, True)
+        back = getattr(torch.ops.qfast, f"{cell.name}_backward")(*result[:n], *flat, *result[n:], True, True)
+        return [*result, *back[:-1], *back[-1]]
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        once(given)
+        once(inputs)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = once(given)
+        result = once(inputs)
     for numbers in (None, fresh):
         if numbers is not None:
-            for to, new in ((given.x, numbers.x), (given.seed, numbers.seed)):
+            for to, new in ((inputs.x, numbers.x), (inputs.seed, numbers.seed)):
                 to.copy_(new)  # type: ignore[union-attr,arg-type]
         graph.replay()
         torch.cuda.synchronize()
-        for a, b in zip(found, once(given), strict=True):
+        for a, b in zip(result, once(inputs), strict=True):
             torch.testing.assert_close(a, b)  # cuBLAS has other workspaces under capture
 
 
 # ---------------------------------------------------------------- size
 @needs_gpu
 def test_memory_of_a_training_step() -> None:
-    """2 x 64 units, T = 20, 5,000 rows: 250 MB are kept, gradients and what lies between beside it within 250 MB."""
-    given = arguments(LSTM, Case(5000, 20, 20, 64, 2), F32, DEVICE)
-    leaves = [part.requires_grad_() for part in given.weights]
+    """2 x 64 units, T = 20, 5,000 rows: 250 MB of saved tensors, and at most 250 MB of gradients and intermediates."""
+    inputs = arguments(LSTM, Case(5000, 20, 20, 64, 2), F32, DEVICE)
+    leaves = [part.requires_grad_() for part in inputs.weights]
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    lstm(given.x, [leaves[:4], leaves[4:]])[0].sum().backward()
+    lstm(inputs.x, [leaves[:4], leaves[4:]])[0].sum().backward()
     extra = torch.cuda.max_memory_allocated() - before
     assert extra <= 500 << 20, f"{extra / 2**20:.0f} MB"
 
@@ -406,28 +406,28 @@ def test_memory_of_a_training_step() -> None:
 @needs_gpu
 @pytest.mark.slow
 def test_more_than_two_to_the_31_elements() -> None:
-    """The last rows of a batch whose kept gates do not fit into 32 bits, beside themselves alone."""
+    """The last rows of a batch with more than 2^31 saved gate values, compared with the same rows alone."""
     if torch.cuda.get_device_properties(0).total_memory < 64 << 30:
         pytest.skip("needs 64 GB on the GPU")
-    given = arguments(GRU, Case(300_000, 30, 1, 64, 1, True), F32, DEVICE)
-    whole = torch.ops.qfast.gru(*given.flat(GRU), True)
+    inputs = arguments(GRU, Case(300_000, 30, 1, 64, 1, True), F32, DEVICE)
+    whole = torch.ops.qfast.gru(*inputs.flat(GRU), True)
     assert whole[2].numel() > 2**31
-    few = torch.ops.qfast.gru(given.x[-5:], *given.flat(GRU)[1:], True)
+    few = torch.ops.qfast.gru(inputs.x[-5:], *inputs.flat(GRU)[1:], True)
     torch.testing.assert_close(whole[0][-5:], few[0])
     grad = torch.zeros_like(whole[0])
     grad[-5:] = 1.0
-    found = torch.ops.qfast.gru_backward(grad, None, *given.flat(GRU), *whole[2:], True, False)
-    alone = torch.ops.qfast.gru_backward(grad[-5:], None, given.x[-5:], *given.flat(GRU)[1:], *few[2:], True, False)
-    torch.testing.assert_close(found[0][-5:], alone[0])
-    assert not found[0][:-5].any()
-    for a, b in zip(found[2], alone[2], strict=True):
+    result = torch.ops.qfast.gru_backward(grad, None, *inputs.flat(GRU), *whole[2:], True, False)
+    alone = torch.ops.qfast.gru_backward(grad[-5:], None, inputs.x[-5:], *inputs.flat(GRU)[1:], *few[2:], True, False)
+    torch.testing.assert_close(result[0][-5:], alone[0])
+    assert not result[0][:-5].any()
+    for a, b in zip(result[2], alone[2], strict=True):
         torch.testing.assert_close(a, b)
 
 
 # ---------------------------------------------------------------- refusals
 def test_refusals_of_the_kernels() -> None:
-    given = arguments(LSTM, Case(3, 4, 2, 5, 2, False, True), F32, DEVICE)
-    x, weights, h0, c0 = given.flat(LSTM)[:4]
+    inputs = arguments(LSTM, Case(3, 4, 2, 5, 2, False, True), F32, DEVICE)
+    x, weights, h0, c0 = inputs.flat(LSTM)[:4]
     run = torch.ops.qfast.lstm
     with pytest.raises(ValueError, match="seed: expected one int64 on the device of x"):
         run(x, weights, h0, c0, 0.5, None, False, False)
@@ -439,10 +439,10 @@ def test_refusals_of_the_kernels() -> None:
         run(x, [*weights[:5], weights[4][:, :2], *weights[6:]], h0, c0, 0.0, None, False, False)
     with pytest.raises(ValueError, match=r"h0: expected shape \(2, 3, 5\), got \(1, 3, 5\)"):
         run(x, weights, h0[:1], c0, 0.0, None, False, False)
-    found = run(x, weights, h0, c0, 0.0, None, False, True)
+    result = run(x, weights, h0, c0, 0.0, None, False, True)
     with pytest.raises(ValueError, match="gates: expected shape"):
         torch.ops.qfast.lstm_backward(
-            None, None, None, x, weights, h0, c0, 0.0, None, False, found[3][:, :-1], found[4], True, True
+            None, None, None, x, weights, h0, c0, 0.0, None, False, result[3][:, :-1], result[4], True, True
         )
     wide = arguments(LSTM, Case(1, 1, 1, 5000), F32, DEVICE).flat(LSTM)
     with pytest.raises(ValueError, match="units do not fit into this GPU's shared memory"):
@@ -451,8 +451,8 @@ def test_refusals_of_the_kernels() -> None:
 
 @needs_gpu
 def test_tensors_of_another_device_are_refused() -> None:
-    given = arguments(LSTM, Case(3, 4, 2, 5, 2, False, True), F32, DEVICE)
-    x, weights, h0, c0 = given.flat(LSTM)[:4]
+    inputs = arguments(LSTM, Case(3, 4, 2, 5, 2, False, True), F32, DEVICE)
+    x, weights, h0, c0 = inputs.flat(LSTM)[:4]
     with pytest.raises(ValueError, match="weight_ih: expected the device of x, got another"):
         torch.ops.qfast.lstm(x, [weights[0].cpu(), *weights[1:]], h0, c0, 0.0, None, False, False)
     with pytest.raises(ValueError, match="seed: expected the device of x, got another"):

@@ -1,4 +1,4 @@
-"""LSTM and GRU operators beside torch's machinery: schemas, refusals, compile, export, transforms, autocast, halves."""
+"""LSTM and GRU operators in torch: schemas, error messages, compile, export, transforms, autocast, half precision."""
 
 from __future__ import annotations
 
@@ -29,40 +29,40 @@ def layers_of(module: nn.RNNBase) -> list[list[Tensor]]:
 @pytest.mark.parametrize("all_steps", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name: str, all_steps: bool) -> None:
-    """Schemas, fakes and gradients, with and without a state, dropout and what the backward needs."""
+    """Schemas, fakes and gradients, with and without a state, dropout and saved tensors."""
     run = getattr(torch.ops.qfast, name)
     back = getattr(torch.ops.qfast, f"{name}_backward")
     state, dropout = (True, 0.3) if all_steps else (False, 0.0)
     case = RecurrentCase(name, 5, 3, 2, 9, 2, all_steps, state)
-    given = case.inputs()
+    inputs = case.inputs()
     seed = torch.tensor([3]) if dropout else None
-    plain = case.raw(given, dropout, seed, all_steps)
-    n, leaves = case.n_outputs, [t.detach().requires_grad_() for t in given]
+    plain = case.raw(inputs, dropout, seed, all_steps)
+    n, leaves = case.n_outputs, [t.detach().requires_grad_() for t in inputs]
     torch.library.opcheck(run, (*plain, False))
     torch.library.opcheck(run, (*case.raw(leaves, dropout, seed, all_steps), True))
-    found = run(*plain, True)
+    result = run(*plain, True)
     used = (True, False, True) if all_steps else (True, True, True)
-    grads = [part if take else None for part, take in zip(found[:n], used, strict=False)]
-    torch.library.opcheck(back, (*grads, *plain, *found[n:], all_steps, state))
+    grads = [part if take else None for part, take in zip(result[:n], used, strict=False)]
+    torch.library.opcheck(back, (*grads, *plain, *result[n:], all_steps, state))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_shapes_on_the_meta_device(name: str) -> None:
-    """More elements than 32 bits count."""
+    """The result has more than 2^32 elements."""
     case = RecurrentCase(name, 1, 1, 6, 64, 2)
     weights = [t.to("meta") for t in case.inputs().weights]
-    given = [torch.empty(2**20, 250, 6, device="meta", dtype=torch.float64), *weights]
-    output, *states = case.operator(given, all_steps=True)
+    inputs = [torch.empty(2**20, 250, 6, device="meta", dtype=torch.float64), *weights]
+    output, *states = case.operator(inputs, all_steps=True)
     assert output.shape == (2**20, 250, 64)
     assert all(part.shape == (2, 2**20, 64) and part.device.type == "meta" for part in states)
 
 
 # ---------------------------------------------------------------- refusals
 def refusals(name: str) -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
-    given, call = RecurrentCase(name, 4, 3, 2, 5, 2, state=True).inputs(), PUBLIC[name]
-    x, layers, g = given.x, given.layers, CELLS[name].gates * 5
-    state = tuple(given.state) if name == "lstm" else given.state[0]
-    short = (given.state[0], given.state[1][:1]) if name == "lstm" else given.state[0][:1]
+    inputs, call = RecurrentCase(name, 4, 3, 2, 5, 2, state=True).inputs(), PUBLIC[name]
+    x, layers, g = inputs.x, inputs.layers, CELLS[name].gates * 5
+    state = tuple(inputs.state) if name == "lstm" else inputs.state[0]
+    short = (inputs.state[0], inputs.state[1][:1]) if name == "lstm" else inputs.state[0][:1]
     swapped = [[layers[0][1], layers[0][0], *layers[0][2:]], layers[1]]
     return {
         "no tensor": (lambda: call([1.0], layers), DataError, "x: expected a tensor, got list"),
@@ -141,18 +141,18 @@ def test_refusals(name: str, what: str) -> None:
 
 def test_an_lstm_wants_both_states() -> None:
     case = RecurrentCase("lstm", 4, 3, 2, 5, state=True)
-    given = case.inputs()
+    inputs = case.inputs()
     with pytest.raises(DataError, match=r"initial_state: expected a pair \(h, c\), got Tensor"):
-        lstm(given.x, given.layers, initial_state=given.state[0])
+        lstm(inputs.x, inputs.layers, initial_state=inputs.state[0])
 
 
 @pytest.mark.skipif(not NATIVE, reason="plain torch has its own words")
 @pytest.mark.parametrize("name", NAMES)
 def test_the_raw_operators_refuse_what_does_not_fit(name: str) -> None:
-    """Behind torch.compile nothing in Python has looked at the arguments."""
+    """After torch.compile no Python code checks the arguments."""
     case = RecurrentCase(name, 4, 3, 2, 5, 2, state=True)
-    given = case.inputs()
-    run, (x, weights, *rest) = getattr(torch.ops.qfast, name), case.raw(given)
+    inputs = case.inputs()
+    run, (x, weights, *rest) = getattr(torch.ops.qfast, name), case.raw(inputs)
     for change, match in (
         ((x[0], weights, *rest), r"x: expected .*\[B, T, F\]"),
         ((x.long(), weights, *rest), "x: .*(float32|float64|floating)"),
@@ -172,8 +172,8 @@ def test_the_raw_operators_refuse_what_does_not_fit(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_double_backward_is_refused_and_what_is_kept_has_no_gradient(name: str) -> None:
     case = RecurrentCase(name, 2, 3, 2, 4, 2)
-    given = case.inputs()
-    leaves = case.split([t.detach().requires_grad_() for t in given])
+    inputs = case.inputs()
+    leaves = case.split([t.detach().requires_grad_() for t in inputs])
     match = f"{name}: double backward .* Remedy: torch.nn.{name.upper()}.*torch.func.grad"
     for call in (
         lambda: case.operator(leaves)[0],
@@ -182,8 +182,8 @@ def test_double_backward_is_refused_and_what_is_kept_has_no_gradient(name: str) 
         (grad,) = torch.autograd.grad(call().sum(), leaves.x, create_graph=True)
         with pytest.raises((NotImplementedError, RuntimeError), match=match):
             grad.sum().backward()
-    kept = getattr(torch.ops.qfast, name)(*case.raw(leaves), True)[case.n_outputs :]
-    assert not any(part.requires_grad for part in kept)
+    saved = getattr(torch.ops.qfast, name)(*case.raw(leaves), True)[case.n_outputs :]
+    assert not any(part.requires_grad for part in saved)
     with pytest.raises(DataError, match="keep: must be True"):
         getattr(torch.ops.qfast, name)(*case.raw(leaves), False)
 
@@ -192,10 +192,10 @@ def test_double_backward_is_refused_and_what_is_kept_has_no_gradient(name: str) 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_frozen_layer_and_data_without_gradient(name: str, isa: str) -> None:
     case = RecurrentCase(name, 7, 4, 3, 9, 2)
-    given = case.inputs()
-    whole = results(lambda g: case.operator(g)[:1], given)[2:]
-    leaves = [w.detach().requires_grad_(i >= 4) for i, w in enumerate(given.weights)]
-    output = case.operator([given.x, *leaves])[0]
+    inputs = case.inputs()
+    whole = results(lambda g: case.operator(g)[:1], inputs)[2:]
+    leaves = [w.detach().requires_grad_(i >= 4) for i, w in enumerate(inputs.weights)]
+    output = case.operator([inputs.x, *leaves])[0]
     rng = torch.Generator().manual_seed(9)
     (output * torch.randn(output.shape, generator=rng).double()).sum().backward()
     assert all(w.grad is None for w in leaves[:4])
@@ -205,9 +205,9 @@ def test_a_frozen_layer_and_data_without_gradient(name: str, isa: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_backward_twice_over_one_graph_adds_up(name: str, isa: str) -> None:
     case = RecurrentCase(name, 7, 4, 3, 9, 2)
-    given = case.inputs()
-    leaves = [w.detach().requires_grad_() for w in given.weights]
-    total = case.operator([given.x, *leaves])[0].square().sum()
+    inputs = case.inputs()
+    leaves = [w.detach().requires_grad_() for w in inputs.weights]
+    total = case.operator([inputs.x, *leaves])[0].square().sum()
     total.backward(retain_graph=True)
     once = [w.grad.clone() for w in leaves]
     total.backward()
@@ -219,9 +219,9 @@ def test_backward_twice_over_one_graph_adds_up(name: str, isa: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_changed_in_place_before_the_backward_are_noticed(name: str) -> None:
     case = RecurrentCase(name, 7, 4, 3, 9)
-    given = case.inputs()
-    leaves = [w.detach().requires_grad_() for w in given.weights]
-    total = case.operator([given.x, *leaves])[0].sum()
+    inputs = case.inputs()
+    leaves = [w.detach().requires_grad_() for w in inputs.weights]
+    total = case.operator([inputs.x, *leaves])[0].sum()
     with torch.no_grad():
         leaves[1].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -230,33 +230,33 @@ def test_weights_changed_in_place_before_the_backward_are_noticed(name: str) -> 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_of_any_strides(name: str, isa: str) -> None:
-    """Expanded and transposed gradients, as sum() and views hand them down."""
+    """Expanded and transposed gradients, as sum() and views produce them."""
     case = RecurrentCase(name, 7, 4, 3, 9, 2)
-    given = case.inputs()
+    inputs = case.inputs()
     for call in (
         lambda of, g: [of(g, all_steps=True)[0].transpose(0, 2).contiguous().sum().expand(3).sum()],
         lambda of, g: [of(g, all_steps=True)[0][:, 1:3, ::2]],
         lambda of, g: [of(g)[0].t()],
         lambda of, g: [of(g)[1][:, ::2].permute(2, 0, 1)],
     ):
-        found, exact = (
-            results(lambda g, of=of, call=call: call(of, g), given) for of in (case.operator, case.reference)
+        result, exact = (
+            results(lambda g, of=of, call=call: call(of, g), inputs) for of in (case.operator, case.reference)
         )
-        assert errors_above(found, exact, 1e-12) == []
+        assert errors_above(result, exact, 1e-12) == []
 
 
 # ---------------------------------------------------------------- torch's transforms
 @pytest.mark.parametrize("name", NAMES)
 def test_transforms_are_those_of_torchs_layer(name: str) -> None:
     case = RecurrentCase(name, 3, 3, 2, 4, 2)
-    given = case.inputs()
-    x, along = given.x, torch.randn(3, 3, 2, generator=torch.Generator().manual_seed(1)).double()
+    inputs = case.inputs()
+    x, along = inputs.x, torch.randn(3, 3, 2, generator=torch.Generator().manual_seed(1)).double()
 
     def ours(x: Tensor) -> Tensor:
-        return case.operator([x, *given.weights])[0]
+        return case.operator([x, *inputs.weights])[0]
 
     def theirs(x: Tensor) -> Tensor:
-        return case.reference([x, *given.weights])[0]
+        return case.reference([x, *inputs.weights])[0]
 
     close = {"rtol": 1e-11, "atol": 1e-12}
     expected = torch.func.jvp(theirs, (x,), (along,))[1]
@@ -276,8 +276,8 @@ def test_transforms_are_those_of_torchs_layer(name: str) -> None:
         torch.autograd.functional.hessian(lambda x: theirs(x).square().sum(), x),
         **close,
     )
-    found = torch.vmap(ours)(torch.stack([x, along]))
-    torch.testing.assert_close(found, torch.stack([theirs(x), theirs(along)]), **close)
+    result = torch.vmap(ours)(torch.stack([x, along]))
+    torch.testing.assert_close(result, torch.stack([theirs(x), theirs(along)]), **close)
     each = torch.vmap(torch.func.grad(energy), in_dims=0)(torch.stack([x, along]))
     leaf = x.clone().requires_grad_()
     torch.testing.assert_close(each[0], torch.autograd.grad(theirs(leaf).square().sum(), leaf)[0], **close)
@@ -285,16 +285,16 @@ def test_transforms_are_those_of_torchs_layer(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_ensemble_by_vmap_over_weights(name: str) -> None:
-    """torch's own layers have no rule for it."""
+    """torch's layers do not support this."""
     case = RecurrentCase(name, 5, 4, 3, 7)
     members = [case.inputs(seed=i) for i in range(3)]
     x = members[0].x
     stacked = [torch.stack(same).requires_grad_() for same in zip(*(m.weights for m in members), strict=True)]
-    found = torch.vmap(lambda *weights: case.operator([x, *weights])[0])(*stacked)
+    result = torch.vmap(lambda *weights: case.operator([x, *weights])[0])(*stacked)
     leaves = [[w.detach().requires_grad_() for w in m.weights] for m in members]
     expected = torch.stack([case.reference([x, *ws])[0] for ws in leaves])
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    found.square().sum().backward()
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+    result.square().sum().backward()
     expected.square().sum().backward()
     for i, weight in enumerate(stacked):
         assert errors_above([weight.grad], [torch.stack([ws[i].grad for ws in leaves])], 1e-11) == []
@@ -311,28 +311,28 @@ def test_compiled_whole(name: str, dynamic: bool) -> None:
     )
     for batch in (6, 9):
         again = replace(case, batch=batch).inputs()
-        found = results(lambda g: compiled(*g), again)
+        result = results(lambda g: compiled(*g), again)
         exact = results(lambda g: case.operator(g, all_steps=True), again)
-        assert errors_above(found, exact, 1e-13) == []
+        assert errors_above(result, exact, 1e-13) == []
         with torch.no_grad():
-            assert errors_above(compiled(*again), exact[: len(found) - len(again)], 1e-13) == []
+            assert errors_above(compiled(*again), exact[: len(result) - len(again)], 1e-13) == []
     torch.compiler.reset()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_with_dropout(name: str) -> None:
-    """Every call draws its own seed, from torch's generator."""
+    """Every call draws a new seed from torch's generator."""
     case = RecurrentCase(name, 6, 5, 3, 8, 2)
-    given = case.inputs()
+    inputs = case.inputs()
     torch.compiler.reset()
     compiled = torch.compile(
         lambda *t: case.operator(t, dropout=0.5, training=True)[0], backend="aot_eager", fullgraph=True
     )
     torch.manual_seed(2)
-    first, second = compiled(*given), compiled(*given)
+    first, second = compiled(*inputs), compiled(*inputs)
     assert not torch.equal(first, second)
     torch.manual_seed(2)
-    assert torch.equal(compiled(*given), first)
+    assert torch.equal(compiled(*inputs), first)
     torch.compiler.reset()
 
 
@@ -360,13 +360,13 @@ def test_exported(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_halves_are_computed_in_float32(name: str, half: torch.dtype) -> None:
     case = RecurrentCase(name, 9, 6, 4, 16, 2, state=True)
-    given = case.inputs().to(half)
-    found, exact = case.operator(given, all_steps=True), case.reference(given.to(F32), all_steps=True)
-    for ours, true in zip(found, exact, strict=True):
+    inputs = case.inputs().to(half)
+    result, exact = case.operator(inputs, all_steps=True), case.reference(inputs.to(F32), all_steps=True)
+    for ours, true in zip(result, exact, strict=True):
         assert ours.dtype == half
         torch.testing.assert_close(ours, true.to(half), rtol=2e-2 if half == torch.bfloat16 else 2e-3, atol=1e-3)
-    grads = results(case.operator, given)
-    wide = results(lambda g: case.operator(g), given.to(F32))
+    grads = results(case.operator, inputs)
+    wide = results(lambda g: case.operator(g), inputs.to(F32))
     limit = 2e-2 if half == torch.bfloat16 else 2e-3
     assert all(part.dtype == half for part in grads)
     assert errors_above(grads, wide, limit) == []
@@ -375,11 +375,11 @@ def test_halves_are_computed_in_float32(name: str, half: torch.dtype) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_autocast_leaves_the_operator_in_float32(name: str) -> None:
     case = RecurrentCase(name, 9, 6, 4, 16, 2)
-    given = case.inputs(F32)
-    expected = case.operator(given)
+    inputs = case.inputs(F32)
+    expected = case.operator(inputs)
     with torch.autocast("cpu", torch.bfloat16):
-        found = case.operator(given)
-    for ours, plain in zip(found, expected, strict=True):
+        result = case.operator(inputs)
+    for ours, plain in zip(result, expected, strict=True):
         assert ours.dtype == F32
         assert torch.equal(ours, plain)
 
@@ -394,7 +394,7 @@ def test_networks_train_alike_through_the_operator_and_through_torchs_layer(netw
     of = network.operator
     monkeypatch.setattr(network, "operator", staticmethod(lambda *a, **k: used.append(1) or of(*a, **k)))
     model(x).square().sum().backward()
-    found = [p.grad.clone() for p in model.parameters()]
+    result = [p.grad.clone() for p in model.parameters()]
     assert len(used) == NATIVE
     model.zero_grad()
     calls: list[int] = []
@@ -402,4 +402,4 @@ def test_networks_train_alike_through_the_operator_and_through_torchs_layer(netw
     model(x).square().sum().backward()
     handle.remove()
     assert calls == [1]
-    assert errors_above(found, [p.grad for p in model.parameters()], 1e-11) == []
+    assert errors_above(result, [p.grad for p in model.parameters()], 1e-11) == []

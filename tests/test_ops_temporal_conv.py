@@ -1,4 +1,4 @@
-"""Temporal convolution stacks against the definition in float64: shapes, strides, threads, what is kept."""
+"""Temporal convolution stacks compared with the definition in float64: shapes, strides, threads, saved tensors."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ F64 = torch.float64
 # ---------------------------------------------------------------- accuracy
 @pytest.mark.parametrize("case", STACK_CASES, ids=lambda case: case.name)
 def test_float32_beside_plain_torch(case: StackCase, isa: str) -> None:
-    """Within three times what plain torch in float32 is off from float64, or a few roundings, and 1e-5 always."""
+    """The error is at most three times that of plain torch in float32, or a few roundings; always below 1e-5."""
     exact = expected(case)
     (x, blocks), grad = case.split(case.inputs(F32, exact.seed)), case.grad(F32, exact.seed)
-    found = results(case.call, x, blocks, grad)
-    assert found[0].dtype == torch.float32
-    for number, (ours, true, theirs) in enumerate(zip(found, exact.values, exact.of_plain, strict=True)):
+    result = results(case.call, x, blocks, grad)
+    assert result[0].dtype == torch.float32
+    for number, (ours, true, theirs) in enumerate(zip(result, exact.values, exact.of_plain, strict=True)):
         error = relative_error(ours, true)
         assert error <= 1e-5
         assert error <= max(3 * theirs, 2e-6 if number else 5e-7), (number, error, theirs)
     with torch.no_grad():
-        assert same_bits(case.call(x, blocks), found[0])  # nothing is kept, and the numbers are the same
+        assert same_bits(case.call(x, blocks), result[0])  # nothing is kept, and the numbers are the same
 
 
 @pytest.mark.parametrize("case", STACK_CASES, ids=lambda case: case.name)
@@ -55,8 +55,8 @@ def test_float64(case: StackCase, isa: str) -> None:
     exact = expected(case)
     (x, blocks), grad = case.split(case.inputs(F32, exact.seed)), case.grad(F32, exact.seed)
     wide = like(blocks, [part.double() for part in flat(blocks)])
-    found = results(case.call, x.double(), wide, grad.double())
-    assert stack_errors_above(found, exact.values, 1e-12) == []
+    result = results(case.call, x.double(), wide, grad.double())
+    assert stack_errors_above(result, exact.values, 1e-12) == []
 
 
 def test_one_block_at_all_steps(isa: str) -> None:
@@ -98,7 +98,7 @@ def test_any_stack_in_any_layout(drawn: tuple[StackCase, str, float]) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("all_steps", [False, True])
 def test_layouts(layout: str, all_steps: bool, isa: str) -> None:
-    """Where x lies does not change a bit; its gradient comes back wherever it lies."""
+    """The layout of x changes no bit of the result, and its gradient is correct for every layout."""
     x, blocks = randn(7, 6, 11, dtype=torch.float32), stack(6, [9, 9], 3, dtype=torch.float32)
     grad = randn(7, 9, 11, seed=1, dtype=torch.float32) if all_steps else randn(7, 9, seed=1, dtype=torch.float32)
     easy, moved = (
@@ -120,13 +120,13 @@ def test_gradients_in_any_layout_and_repeated_inputs(isa: str) -> None:
         grad.permute(1, 2, 0).contiguous().permute(2, 0, 1),
         torch.stack([grad, grad + 1], 3).flatten(2)[:, :, ::2],
     ):
-        found = results(call, x, blocks, strange)
-        assert all(same_bits(a, b) for a, b in zip(found, exact, strict=True))
+        result = results(call, x, blocks, strange)
+        assert all(same_bits(a, b) for a, b in zip(result, exact, strict=True))
     ones = torch.ones(1, 1, 1, dtype=F64)
-    found = results(call, x, blocks, ones.expand_as(grad))  # what sum() sends back: strides 0
+    result = results(call, x, blocks, ones.expand_as(grad))  # what sum() sends back: strides 0
     assert (
         stack_errors_above(
-            found, results(lambda *t: oracle(*t, all_steps=True), x, blocks, torch.ones_like(grad)), 1e-12
+            result, results(lambda *t: oracle(*t, all_steps=True), x, blocks, torch.ones_like(grad)), 1e-12
         )
         == []
     )
@@ -148,8 +148,8 @@ def test_weights_in_any_layout(isa: str) -> None:
 
     moved = like(blocks, [strange(part) for part in flat(blocks)])
     assert not any(part.is_contiguous() for part in flat(moved))
-    found = results(temporal_conv_net, x, moved, grad)
-    assert all(same_bits(a, b) for a, b in zip(found, exact, strict=True))
+    result = results(temporal_conv_net, x, moved, grad)
+    assert all(same_bits(a, b) for a, b in zip(result, exact, strict=True))
     ones = torch.ones(1, dtype=F64).expand(5)
     repeated = [block._replace(bias1=ones, bias2=ones) for block in blocks]
     assert relative_error(temporal_conv_net(x, repeated), oracle(x, repeated)) < 1e-13
@@ -158,8 +158,8 @@ def test_weights_in_any_layout(isa: str) -> None:
 def test_inference_mode(isa: str) -> None:
     x, blocks = randn(6, 4, 9), stack(4, [5, 5], 3)
     with torch.inference_mode():
-        found = temporal_conv_net(x, blocks, dropout=0.5)
-    assert same_bits(found, temporal_conv_net(x, blocks))
+        result = temporal_conv_net(x, blocks, dropout=0.5)
+    assert same_bits(result, temporal_conv_net(x, blocks))
 
 
 # ---------------------------------------------------------------- windows of consecutive rows
@@ -183,7 +183,10 @@ def test_inference_mode(isa: str) -> None:
 def test_windows_of_consecutive_rows(
     rows: int, steps: int, kernel: int, channels: tuple[int, ...], all_steps: bool, dtype: torch.dtype, isa: str
 ) -> None:
-    """rows.unfold without a gradient may share what windows have in common: the numbers are those of copies."""
+    """rows.unfold without a gradient may share the work of overlapping windows.
+
+    The values equal those of copied windows.
+    """
     series = randn(rows, 9, dtype=dtype)[:, 2:7]
     windows = series.unfold(0, steps, 1)
     blocks = stack(5, channels, kernel, dtype=dtype)
@@ -204,19 +207,19 @@ def test_any_stack_over_consecutive_rows(drawn: tuple[StackCase, str, float], wi
     blocks = case.split(case.inputs())[1]
     x = series.unfold(0, case.steps, 1)
     with torch.no_grad():
-        found = case.call(x, blocks)
-    assert relative_error(found, oracle(x, blocks, case.dilations, all_steps=case.all_steps)) < 1e-12
+        result = case.call(x, blocks)
+    assert relative_error(result, oracle(x, blocks, case.dilations, all_steps=case.all_steps)) < 1e-12
 
 
 def test_gradients_of_windows_of_consecutive_rows(isa: str) -> None:
-    """Overlapping memory is read only; each row of the series gets the sum over its windows."""
+    """Overlapping memory is only read. The gradient of each row of the series is the sum over its windows."""
     series, blocks = randn(30, 4), stack(4, [6, 6], 3)
     grad = randn(22, 6, seed=1)
-    found, exact = (
+    result, exact = (
         results(lambda s, blocks, of=of: of(s.unfold(0, 9, 1), blocks), series, blocks, grad)
         for of in (temporal_conv_net, oracle)
     )
-    assert stack_errors_above(found, exact, 1e-12) == []
+    assert stack_errors_above(result, exact, 1e-12) == []
 
 
 def test_strides_that_are_nearly_those_of_consecutive_rows(isa: str) -> None:
@@ -289,7 +292,7 @@ def test_a_row_is_the_same_alone_and_among_others(isa: str) -> None:
 
 @pytest.mark.parametrize("all_steps", [False, True])
 def test_only_the_cone_is_kept(all_steps: bool) -> None:
-    """Elements kept for the backward, and none without it."""
+    """The number of elements saved for the backward pass; none are saved without one."""
     channels, x = (16, 16, 24), randn(10, 60, 5)
     blocks = stack(5, channels, 3, norm=False)
     weights = flat(blocks)
@@ -306,21 +309,21 @@ def test_only_the_cone_is_kept(all_steps: bool) -> None:
 
 
 def test_steps_outside_the_cone_get_no_gradient(isa: str) -> None:
-    """Exactly 0, and so do taps that only ever read what stands before the window."""
+    """Their gradients are exactly 0, and so are those of taps that only read the padding before the window."""
     x, blocks = randn(8, 4, 60), stack(4, [12] * 3, 3, norm=False)
-    found = results(temporal_conv_net, x, blocks, randn(8, 12, seed=1))
+    result = results(temporal_conv_net, x, blocks, randn(8, 12, seed=1))
     seen = temporal_conv_net.plan(60, 3, 3).blocks[0].input
-    assert found[1].abs().amax((0, 1)).nonzero().flatten().tolist() == list(seen)
-    found = results(temporal_conv_net, x[:, :, :3], blocks, randn(8, 12, seed=1))
+    assert result[1].abs().amax((0, 1)).nonzero().flatten().tolist() == list(seen)
+    result = results(temporal_conv_net, x[:, :, :3], blocks, randn(8, 12, seed=1))
     exact = results(oracle, x[:, :, :3], blocks, randn(8, 12, seed=1))
-    for ours, true in zip(found, exact, strict=True):
+    for ours, true in zip(result, exact, strict=True):
         assert torch.equal(ours == 0, true == 0)
     assert any((grad == 0).any() and grad.dim() == 3 for grad in exact[2:])
 
 
 # ---------------------------------------------------------------- what has no effect gets no push
 def test_channels_that_are_off_get_exactly_nothing(isa: str) -> None:
-    """A gradient that is 0 must be 0: Adam makes whole steps of what rounding leaves."""
+    """A gradient that is 0 must be 0: Adam turns rounding noise into full steps."""
     x, grad = randn(50, 6, 14, dtype=torch.float32), randn(50, 20, seed=1, dtype=torch.float32)
     off, on = [3, 7, 19], [i for i in range(20) if i not in (3, 7, 19)]
     for norm in (True, False):
@@ -334,10 +337,10 @@ def test_channels_that_are_off_get_exactly_nothing(isa: str) -> None:
 
 
 def test_a_longer_vector_of_the_same_direction_is_no_descent(isa: str) -> None:
-    """weight = g v / |v| does not change with the length of v, so the gradient of v has nothing along v."""
+    """weight = g v / |v| does not depend on the length of v, so the gradient of v is orthogonal to v."""
     x, blocks = randn(300, 6, 14, dtype=torch.float32), stack(6, [20, 20], 3, dtype=torch.float32)
-    found = results(temporal_conv_net, x, blocks, randn(300, 20, seed=1, dtype=torch.float32) + 0.5)
-    grads = like(blocks, found[2:])
+    result = results(temporal_conv_net, x, blocks, randn(300, 20, seed=1, dtype=torch.float32) + 0.5)
+    grads = like(blocks, result[2:])
     for block, grad in zip(blocks, grads, strict=True):
         for v, of_v in ((block.weight_v1, grad.weight_v1), (block.weight_v2, grad.weight_v2)):
             v, of_v = v.double().flatten(1), of_v.double().flatten(1)
@@ -347,17 +350,17 @@ def test_a_longer_vector_of_the_same_direction_is_no_descent(isa: str) -> None:
 
 
 def test_sums_over_many_rows_stay_accurate(isa: str) -> None:
-    """Gradients that are sums of 80,000 terms of one sign, and of the same without their mean, which cancel."""
+    """Gradients that are sums of 80,000 terms of one sign, and of the same terms without their mean."""
     x, blocks = randn(4000, 6, 20, dtype=torch.float32) + 0.5, stack(6, [16], 3, norm=False, dtype=torch.float32)
     blocks = [blocks[0]._replace(bias1=blocks[0].bias1 + 8, bias2=blocks[0].bias2 + 30)]  # all ReLUs open
     wide = like(blocks, [part.double() for part in flat(blocks)])
     grad = randn(4000, 16, 20, seed=1, dtype=torch.float32) + 1
     limit = 1e-6 if NATIVE else 1e-5
     for given_grad in (grad, grad - grad.mean((0, 2), keepdim=True)):
-        found = results(lambda *t: temporal_conv_net(*t, all_steps=True), x, blocks, given_grad)[2:]
+        result = results(lambda *t: temporal_conv_net(*t, all_steps=True), x, blocks, given_grad)[2:]
         exact = results(lambda *t: oracle(*t, all_steps=True), x.double(), wide, given_grad.double())[2:]
         sizes = results(lambda *t: oracle(*t, all_steps=True), x.double(), wide, grad.double())[2:]
-        shares = [float((a - b).norm() / c.norm()) for a, b, c in zip(found, exact, sizes, strict=True)]
+        shares = [float((a - b).norm() / c.norm()) for a, b, c in zip(result, exact, sizes, strict=True)]
         assert max(shares) < limit
 
 
@@ -375,7 +378,7 @@ def test_rows_beyond_two_to_the_31_elements(isa: str) -> None:
 
 
 def test_the_mask_of_the_oracle_scales() -> None:
-    """The oracle's own dropout, which the property-based test relies on."""
-    found = philox_mask(5, 40, 30, 50, 3, 0.25)
-    assert set(found.unique().tolist()) == {0.0, 1 / 0.75}
-    assert abs(float(found.mean()) - 1) < 0.01
+    """The dropout of the oracle, which the property-based test relies on."""
+    result = philox_mask(5, 40, 30, 50, 3, 0.25)
+    assert set(result.unique().tolist()) == {0.0, 1 / 0.75}
+    assert abs(float(result.mean()) - 1) < 0.01

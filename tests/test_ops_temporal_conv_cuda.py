@@ -1,7 +1,7 @@
-"""Temporal convolution stacks on a GPU: the CUDA kernels beside the definition in float64.
+"""Temporal convolution stacks on a GPU: the CUDA kernels compared with the definition in float64.
 
-Narrow stacks go through shared memory in one launch, wide ones through memory in a launch a convolution
-(csrc/temporal_conv/temporal_conv.cu); NARROW and WIDE go either way.
+Narrow stacks run in one launch in shared memory, wide ones in one launch per convolution in global memory
+(csrc/temporal_conv/temporal_conv.cu). NARROW and WIDE are examples of both.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def all_steps(request: pytest.FixtureRequest) -> bool:
 
 
 def on_gpu(call: Callable[..., Tensor], x: Tensor, blocks: Blocks, grad: Tensor) -> list[Tensor]:
-    """Result and gradients of `call`, computed on the GPU and brought back."""
+    """Result and gradients of `call`, computed on the GPU and copied to the CPU."""
     there = like(blocks, [part.to(DEVICE) for part in flat(blocks)])
     return [t.cpu() for t in results(call, x.to(DEVICE), there, grad.to(DEVICE))]
 
@@ -74,21 +74,21 @@ def test_the_kernels_serve_and_not_the_twins() -> None:
 # ---------------------------------------------------------------- accuracy
 @pytest.mark.parametrize("case", STACK_CASES, ids=lambda case: case.name)
 def test_float32_beside_plain_torch(case: StackCase) -> None:
-    """Within five times what plain torch is off from float64, or a few roundings, and 1e-5 always.
+    """The error is at most five times that of plain torch in float32, or a few roundings; always below 1e-5.
 
-    On the CPU it is three times: there a sum runs in several accumulators, here in one thread.
+    On the CPU the factor is three: there a sum has several accumulators, here one thread adds all terms.
     """
     exact = expected(case)
     (x, blocks), grad = case.split(case.inputs(F32, exact.seed)), case.grad(F32, exact.seed)
-    found = on_gpu(case.call, x, blocks, grad)
-    assert found[0].dtype == torch.float32
-    for number, (ours, true, theirs) in enumerate(zip(found, exact.values, exact.of_plain, strict=True)):
+    result = on_gpu(case.call, x, blocks, grad)
+    assert result[0].dtype == torch.float32
+    for number, (ours, true, theirs) in enumerate(zip(result, exact.values, exact.of_plain, strict=True)):
         error = relative_error(ours, true)
         assert error <= 1e-5
         assert error <= max(5 * theirs, 2e-6 if number else 5e-7), (number, error, theirs)
     with torch.no_grad():  # nothing is kept, and the bits are the same
         there = like(blocks, [part.to(DEVICE) for part in flat(blocks)])
-        assert torch.equal(case.call(x.to(DEVICE), there).cpu(), found[0])
+        assert torch.equal(case.call(x.to(DEVICE), there).cpu(), result[0])
 
 
 @pytest.mark.parametrize("case", STACK_CASES, ids=lambda case: case.name)
@@ -145,7 +145,7 @@ def test_gradients_of_any_strides_and_repeated_rows(channels: list[int]) -> None
 
 @pytest.mark.parametrize("batch", [0, 1, 3, 5, 63, 64, 65, 1100, 5000])
 def test_tiles_of_rows(batch: int, channels: list[int]) -> None:
-    """Tiles of 4 to 64 rows, the last of them short; without rows all gradients are 0."""
+    """Tiles of 4 to 64 rows, the last one short. Without rows all gradients are 0."""
     x, blocks = randn(batch, 4, 7), stack(4, channels, 3)
     grad = grad_for(batch, channels[-1], 7, False)
     assert stack_errors_above(on_gpu(temporal_conv_net, x, blocks, grad), results(oracle, x, blocks, grad), 1e-12) == []
@@ -161,15 +161,15 @@ def test_a_row_has_the_same_bits_alone_and_among_others(channels: list[int]) -> 
 
 # ---------------------------------------------------------------- dropout
 class _WithSeed:
-    """The operator with a given seed in place of one drawn from torch's generator; blocks without normalisation."""
+    """The operator with the given seed instead of one drawn from torch's generator; blocks without normalisation."""
 
     def __init__(self, seed: int, dropout: float, all_steps: bool) -> None:
         self.seed, self.dropout, self.all_steps = seed, dropout, all_steps
 
     def __call__(self, x: Tensor, blocks: Blocks) -> Tensor:
         seed, dilations = torch.tensor([self.seed], device=x.device), [2**i for i in range(len(blocks))]
-        given = (x.transpose(1, 2), flat(blocks), dilations, self.dropout, seed, self.all_steps)
-        out = OPS.temporal_conv_net(*given, x.requires_grad)[0]
+        inputs = (x.transpose(1, 2), flat(blocks), dilations, self.dropout, seed, self.all_steps)
+        out = OPS.temporal_conv_net(*inputs, x.requires_grad)[0]
         return out.transpose(1, 2) if self.all_steps else out
 
     def expected(self, x: Tensor, blocks: Blocks) -> Tensor:
@@ -222,15 +222,15 @@ def test_opcheck(batch: int, dropout: float, all_steps: bool) -> None:
     leaves = [part.clone().requires_grad_() for part in weights]
     torch.library.opcheck(OPS.temporal_conv_net, (x.clone().requires_grad_(), leaves, *rest, True))
     torch.library.opcheck(OPS.temporal_conv_net, (x, weights, *rest, False))
-    kept = OPS.temporal_conv_net(x, weights, *rest, True)
-    grad = randn(*kept[0].shape).to(DEVICE)
+    saved = OPS.temporal_conv_net(x, weights, *rest, True)
+    grad = randn(*saved[0].shape).to(DEVICE)
     for input_grad in (False, True):
-        torch.library.opcheck(OPS.temporal_conv_net_backward, (grad, x, weights, *rest, *kept, input_grad))
+        torch.library.opcheck(OPS.temporal_conv_net_backward, (grad, x, weights, *rest, *saved, input_grad))
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_what_is_not_finite_spreads_as_in_plain_torch(value: float, channels: list[int], all_steps: bool) -> None:
-    """Place by place, result and gradients; the other rows keep their bits."""
+    """Result and gradients, element by element. The bits of other rows do not change."""
     x, blocks = randn(30, 5, 12), stack(5, channels, 3, norm=False)
     grad = grad_for(30, channels[-1], 12, all_steps)
 
@@ -239,13 +239,13 @@ def test_what_is_not_finite_spreads_as_in_plain_torch(value: float, channels: li
 
     clean = on_gpu(ours, x, blocks, grad)
     x[13, 2, -1] = value
-    found = on_gpu(ours, x, blocks, grad)
+    result = on_gpu(ours, x, blocks, grad)
     exact = results(lambda *t: oracle(*t, all_steps=all_steps), x, blocks, grad)
-    for a, b in zip(found, exact, strict=True):
+    for a, b in zip(result, exact, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11, equal_nan=True)
     others = [i for i in range(30) if i != 13]
     for number in (0, 1):
-        assert torch.equal(found[number][others], clean[number][others])
+        assert torch.equal(result[number][others], clean[number][others])
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
@@ -255,13 +255,13 @@ def test_steps_that_cannot_be_seen_may_hold_anything(value: float, channels: lis
     clean = on_gpu(lambda *t: temporal_conv_net(*t, dilations=[5, 5]), x, blocks, grad)
     outside = [t for t in range(30) if t not in temporal_conv_net.plan(30, 3, [5, 5]).blocks[0].input]
     x[:, :, outside] = value
-    found = on_gpu(lambda *t: temporal_conv_net(*t, dilations=[5, 5]), x, blocks, grad)
-    assert all(torch.equal(a, b) for a, b in zip(found, clean, strict=True))
-    assert not found[1][:, :, outside].any()
+    result = on_gpu(lambda *t: temporal_conv_net(*t, dilations=[5, 5]), x, blocks, grad)
+    assert all(torch.equal(a, b) for a, b in zip(result, clean, strict=True))
+    assert not result[1][:, :, outside].any()
 
 
 def test_channels_that_are_off_get_exactly_nothing() -> None:
-    """A gradient that is 0 must be 0: Adam makes whole steps of what rounding leaves."""
+    """A gradient that is 0 must be 0: Adam turns rounding noise into full steps."""
     x, grad = randn(50, 6, 14, dtype=torch.float32), randn(50, 20, seed=1, dtype=torch.float32)
     blocks = stack(6, [20, 20], 3, dtype=torch.float32)
     off = [3, 7, 19]
@@ -271,13 +271,13 @@ def test_channels_that_are_off_get_exactly_nothing() -> None:
 
 
 def test_sums_over_many_rows_stay_accurate() -> None:
-    """What all rows have in common does not drown in the sums of the weights' gradients."""
+    """A common part of all rows costs no accuracy in the sums of the weight gradients."""
     x, blocks = randn(60_000, 3, 5, dtype=torch.float32) + 1, stack(3, [9], 3, norm=False, dtype=torch.float32)
     grad = randn(60_000, 9, seed=1, dtype=torch.float32) + 1
-    found = on_gpu(temporal_conv_net, x, blocks, grad)
+    result = on_gpu(temporal_conv_net, x, blocks, grad)
     wide = like(blocks, [part.double() for part in flat(blocks)])
     exact = results(oracle, x.double(), wide, grad.double())
-    assert [error for error in map(relative_error, found[2:], exact[2:]) if error > 2e-5] == []
+    assert [error for error in map(relative_error, result[2:], exact[2:]) if error > 2e-5] == []
 
 
 # ---------------------------------------------------------------- repeats, streams, graphs
@@ -290,10 +290,10 @@ def direct_inputs(channels: list[int], batch: int, seed: int = 0) -> tuple[Tenso
 
 
 def both_ways(x: Tensor, weights: list[Tensor], grad: Tensor, seed: Tensor) -> list[Tensor]:
-    given = x, weights, [1, 2, 4], 0.2, seed, False
-    kept = OPS.temporal_conv_net(*given, True)
-    of_x, grads = OPS.temporal_conv_net_backward(grad, *given, *kept, True)
-    return [*kept, of_x, *grads]
+    inputs = x, weights, [1, 2, 4], 0.2, seed, False
+    saved = OPS.temporal_conv_net(*inputs, True)
+    of_x, grads = OPS.temporal_conv_net_backward(grad, *inputs, *saved, True)
+    return [*saved, of_x, *grads]
 
 
 @needs_gpu
@@ -324,7 +324,7 @@ def test_nothing_waits_for_the_device(channels: list[int]) -> None:
 
 @needs_gpu
 def test_a_cuda_graph_captures_both_operators(channels: list[int]) -> None:
-    """Replayed on new numbers in the same memory, the seed's too."""
+    """The graph is replayed on new values, including a new seed, in the same memory."""
     inputs, changed = direct_inputs(channels, 70), direct_inputs(channels, 70, seed=8)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -333,7 +333,7 @@ def test_a_cuda_graph_captures_both_operators(channels: list[int]) -> None:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = both_ways(*inputs)
+        result = both_ways(*inputs)
     static, fresh = ([of[0], *of[1], *of[2:]] for of in (inputs, changed))
     for numbers in ([t.clone() for t in static], fresh):
         for a, b in zip(static, numbers, strict=True):
@@ -341,13 +341,13 @@ def test_a_cuda_graph_captures_both_operators(channels: list[int]) -> None:
         graph.replay()
         torch.cuda.synchronize()
         wanted = both_ways(numbers[0], numbers[1:-2], *numbers[-2:])
-        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(result, wanted, strict=True))
 
 
 # ---------------------------------------------------------------- size
 @needs_gpu
 def test_memory_of_a_training_step() -> None:
-    """T = 60, kernel 3, 5 x 128 channels, 2,000 rows: what is kept, gradients of it and sums, within 512 MB."""
+    """T = 60, kernel 3, 5 x 128 channels, 2,000 rows: saved tensors, their gradients and sums within 512 MB."""
     blocks = stack(6, [128] * 5, 3, norm=False, dtype=torch.float32)
     parts = [part.to(DEVICE).requires_grad_() for part in flat(blocks)]
     x = torch.randn(2000, 6, 60, device=DEVICE)
@@ -362,23 +362,23 @@ def test_memory_of_a_training_step() -> None:
 @needs_gpu
 @pytest.mark.slow
 def test_more_than_two_to_the_31_elements() -> None:
-    """The last rows of a batch whose kept activations do not fit into 32 bits, beside themselves alone."""
+    """The last rows of a batch with more than 2^31 saved activations, compared with the same rows alone."""
     if torch.cuda.get_device_properties(0).total_memory < 64 << 30:
         pytest.skip("needs 64 GB on the GPU")
     weights = [part.float().to(DEVICE) for part in flat(stack(1, [64], 2, norm=False))]
     x = torch.randn(1_200_000, 30, 1, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE)
-    given = weights, [1], 0.0, None, True
-    whole = OPS.temporal_conv_net(x, *given, True)
+    inputs = weights, [1], 0.0, None, True
+    whole = OPS.temporal_conv_net(x, *inputs, True)
     assert whole[1].numel() > 2**31
-    few = OPS.temporal_conv_net(x[-5:], *given, True)
+    few = OPS.temporal_conv_net(x[-5:], *inputs, True)
     assert torch.equal(whole[0][-5:], few[0])
     grad = torch.zeros_like(whole[0])
     grad[-5:] = 1.0
-    found = OPS.temporal_conv_net_backward(grad, x, *given, *whole, True)
-    alone = OPS.temporal_conv_net_backward(grad[-5:], x[-5:], *given, *few, True)
-    assert torch.equal(found[0][-5:], alone[0])
-    assert not found[0][:-5].any()
-    for a, b in zip(found[1], alone[1], strict=True):
+    result = OPS.temporal_conv_net_backward(grad, x, *inputs, *whole, True)
+    alone = OPS.temporal_conv_net_backward(grad[-5:], x[-5:], *inputs, *few, True)
+    assert torch.equal(result[0][-5:], alone[0])
+    assert not result[0][:-5].any()
+    for a, b in zip(result[1], alone[1], strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -396,9 +396,9 @@ def test_refusals_of_the_kernels() -> None:
         OPS.temporal_conv_net(x, [weights[0].cpu(), *weights[1:]], [1, 2, 4], 0.0, None, False, False)
     with pytest.raises(ValueError, match="dilations: expected one for each of 3 blocks, got 2"):
         OPS.temporal_conv_net(x, weights, [1, 2], 0.0, None, False, False)
-    given = x, weights, [1, 2, 4], 0.0, None, False
-    out, activations, signs = OPS.temporal_conv_net(*given, True)
+    inputs = x, weights, [1, 2, 4], 0.0, None, False
+    out, activations, signs = OPS.temporal_conv_net(*inputs, True)
     with pytest.raises(ValueError, match="grad: expected the shape and dtype of the output"):
-        OPS.temporal_conv_net_backward(grad[:2], *given, out, activations, signs, True)
+        OPS.temporal_conv_net_backward(grad[:2], *inputs, out, activations, signs, True)
     with pytest.raises(ValueError, match="activations: expected those of a forward pass with keep"):
-        OPS.temporal_conv_net_backward(grad, *given, out, activations[:-1], signs, True)
+        OPS.temporal_conv_net_backward(grad, *inputs, out, activations[:-1], signs, True)

@@ -1,4 +1,4 @@
-"""Dropout of temporal convolution stacks: whose mask it is, that it is random, and what the backward makes of it."""
+"""Dropout of temporal convolution stacks: the masks of the definition, their distribution, and the backward pass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.tensors import SEEDS, philox_mask, philox_words, randn
 
 
 class _WithSeed:
-    """The operator with a given seed in place of one drawn from torch's generator."""
+    """The operator with the given seed instead of one drawn from torch's generator."""
 
     def __init__(self, seed: int, dropout: float, all_steps: bool = False, dilations: list[int] | None = None) -> None:
         self.seed, self.dropout, self.all_steps = torch.tensor([seed]), dropout, all_steps
@@ -25,8 +25,8 @@ class _WithSeed:
     def __call__(self, x: Tensor, blocks: list[BlockWeights]) -> Tensor:
         """Blocks without weight normalisation."""
         dilations = self.dilations or [2**i for i in range(len(blocks))]
-        given = (x.transpose(1, 2), flat(blocks), dilations, self.dropout, self.seed, self.all_steps)
-        out = torch.ops.qfast.temporal_conv_net(*given, torch.is_grad_enabled() and x.requires_grad)[0]
+        inputs = (x.transpose(1, 2), flat(blocks), dilations, self.dropout, self.seed, self.all_steps)
+        out = torch.ops.qfast.temporal_conv_net(*inputs, torch.is_grad_enabled() and x.requires_grad)[0]
         return out.transpose(1, 2) if self.all_steps else out
 
     def expected(self, x: Tensor, blocks: list[BlockWeights]) -> Tensor:
@@ -72,7 +72,7 @@ def test_long_windows_and_wide_layers(isa: str) -> None:
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 24, 25, 97])
 def test_a_row_is_dropped_by_its_number_whatever_the_others(rows: int, isa: str) -> None:
-    """However the batch is cut into tiles: the first rows of a batch are those of a shorter one."""
+    """The mask depends on the number of the row, not on the tiles: a shorter batch has the same first rows."""
     x, blocks = randn(200, 4, 9), stack(4, [16, 16], 3, norm=False)
     call = _WithSeed(11, 0.5)
     assert relative_error(call(x[:rows], blocks), call(x, blocks)[:rows]) < 1e-13
@@ -94,7 +94,7 @@ def test_windows_of_consecutive_rows_share_nothing_under_dropout(isa: str) -> No
 
 # ---------------------------------------------------------------- it is random
 def dropped_both(p: float, batch: int, channels: int, steps: int, seed: int) -> Tensor:
-    """What becomes of ones behind the two dropouts of a block that otherwise hands them on."""
+    """The ones that remain after the two dropouts of a block that otherwise passes them through."""
     eye = torch.eye(channels, dtype=torch.float64).unsqueeze(2)
     block = BlockWeights(eye, None, torch.zeros(channels).double(), eye, None, torch.zeros(channels).double())
     x = torch.ones(batch, channels, steps, dtype=torch.float64)
@@ -104,17 +104,18 @@ def dropped_both(p: float, batch: int, channels: int, steps: int, seed: int) -> 
 
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.5, 0.8])
 def test_rate_and_scale_of_the_operator(p: float) -> None:
-    """Kept with (1 - p)^2 by both dropouts of a block, and then scaled by its inverse: five standard errors."""
-    found = dropped_both(p, 60, 50, 40, seed=17)
+    """A one survives both dropouts of a block with probability (1 - p)^2 and is scaled by the inverse; five standard
+    errors."""
+    result = dropped_both(p, 60, 50, 40, seed=17)
     keep = (1 - p) ** 2
-    assert set((found * keep).round(decimals=12).unique().tolist()) == {0.0, 1.0}
-    rate = float((found > 0).double().mean())
-    assert abs(rate - keep) < 5 * (keep * (1 - keep) / found.numel()) ** 0.5
-    assert abs(float(found.mean()) - 1) < 5 * ((1 / keep - 1) / found.numel()) ** 0.5
+    assert set((result * keep).round(decimals=12).unique().tolist()) == {0.0, 1.0}
+    rate = float((result > 0).double().mean())
+    assert abs(rate - keep) < 5 * (keep * (1 - keep) / result.numel()) ** 0.5
+    assert abs(float(result.mean()) - 1) < 5 * ((1 / keep - 1) / result.numel()) ** 0.5
 
 
 def neighbours() -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Masks of 120,000 elements beside those of the next row, channel, step, convolution, seed."""
+    """Masks of 120,000 elements and those of the next row, channel, step, convolution and seed."""
     shape, p = (50, 40, 60), 0.3
     whole = philox_mask(17, *shape, 4, p)
     for axis, name in enumerate(("row", "channel", "step")):
@@ -129,7 +130,8 @@ def neighbours() -> Iterator[tuple[str, Tensor, Tensor]]:
 
 @pytest.mark.parametrize(("a", "b"), [pytest.param(a, b, id=name) for name, a, b in neighbours()])
 def test_elements_are_independent(a: Tensor, b: Tensor) -> None:
-    """The definition's masks, which the operator was held to above: no correlation beyond five standard errors."""
+    """The masks of the definition, which the tests above compare with the operator's: no correlation beyond five
+    standard errors."""
     x, y = ((m > 0).double() - 0.7 for m in (a, b))
     if torch.equal(x, y.transpose(1, 2)):  # the same elements twice: each pair only once, none with itself
         x, y = (m.triu(1) for m in (x, y))
@@ -192,15 +194,15 @@ def test_nothing_is_drawn_where_nothing_is_dropped(isa: str) -> None:
 
 @pytest.mark.parametrize("all_steps", [False, True])
 def test_all_dropped(all_steps: bool, isa: str) -> None:
-    """Only what goes beside the blocks is left, and no convolution gets a gradient."""
+    """Only the residual path remains, and no convolution gets a gradient."""
     x, blocks = randn(6, 4, 9), stack(4, [5, 5], 3, norm=False)
     grad = randn(6, 5, 9, seed=1) if all_steps else randn(6, 5, seed=1)
-    found = results(
+    result = results(
         lambda x, b: temporal_conv_net(x, b, dropout=1.0, training=True, all_steps=all_steps), x, blocks, grad
     )
     beside = torch.nn.functional.conv1d(x, blocks[0].downsample_weight, blocks[0].downsample_bias).relu()
-    assert relative_error(found[0], beside if all_steps else beside[:, :, -1]) < 1e-14
-    grads = like(blocks, found[2:])
+    assert relative_error(result[0], beside if all_steps else beside[:, :, -1]) < 1e-14
+    grads = like(blocks, result[2:])
     for block in grads:
         for part in block[:6]:
             assert part is None or not part.any()
@@ -217,7 +219,7 @@ def test_gradients_by_finite_differences_under_one_mask(all_steps: bool, isa: st
 
 
 def test_the_public_function_differentiates_the_mask_it_drew(isa: str) -> None:
-    """Two calls in flight, their backwards in the other order: each has its own seed."""
+    """Two calls are made before their backward passes, which run in the opposite order. Each has its own seed."""
     x, blocks = randn(20, 4, 9), stack(4, [16, 16], 3)
     grad = randn(20, 16, seed=1)
     leaves = [[t.clone().requires_grad_() for t in (x, *flat(blocks))] for _ in range(2)]
@@ -232,12 +234,12 @@ def test_the_public_function_differentiates_the_mask_it_drew(isa: str) -> None:
 
 
 def test_dropout_keeps_the_expected_result() -> None:
-    """Of positive numbers no ReLU bends anything: the mean over many masks is the result without."""
+    """With positive values no ReLU is active, so the mean over many masks is the result without dropout."""
     block = stack(3, [4], 2, norm=False)[0]
     positive = BlockWeights(*(None if part is None else part.abs() for part in block))
     x = randn(1, 3, 5).abs().expand(40_000, 3, 5)
     torch.manual_seed(1)
-    found = temporal_conv_net(x, [positive], dropout=0.3, training=True)
+    result = temporal_conv_net(x, [positive], dropout=0.3, training=True)
     exact = temporal_conv_net(x[:1], [positive])
-    error = found.std(0) / len(found) ** 0.5
-    assert ((found.mean(0) - exact[0]).abs() < 5 * error).all()
+    error = result.std(0) / len(result) ** 0.5
+    assert ((result.mean(0) - exact[0]).abs() < 5 * error).all()

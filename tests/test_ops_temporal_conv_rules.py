@@ -1,4 +1,4 @@
-"""Temporal convolution stacks: values that are not finite, gradients, torch's transforms, refusals."""
+"""Temporal convolution stacks: non-finite values, gradients, torch's transforms, error messages."""
 
 from __future__ import annotations
 
@@ -21,49 +21,49 @@ OPS = torch.ops.qfast
 @pytest.mark.parametrize("all_steps", [False, True])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_what_is_not_finite_spreads_as_in_plain_torch(value: float, all_steps: bool, isa: str) -> None:
-    """Place by place, result and gradients; the other rows keep their bits."""
+    """Result and gradients, element by element. The bits of other rows do not change."""
     x, blocks = randn(30, 5, 12), stack(5, [9, 9, 7], 3, norm=False)
     grad = randn(30, 7, 12, seed=1) if all_steps else randn(30, 7, seed=1)
     clean = results(lambda *t: temporal_conv_net(*t, all_steps=all_steps), x, blocks, grad)
     x[13, 2, -1] = value  # the last step: only what the last step sees of it, in any implementation
-    found, exact = (
+    result, exact = (
         results(lambda *t, of=of: of(*t, all_steps=all_steps), x, blocks, grad) for of in (temporal_conv_net, oracle)
     )
-    for a, b in zip(found, exact, strict=True):
+    for a, b in zip(result, exact, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11, equal_nan=True)
-    assert not found[0][13].isfinite().all()
+    assert not result[0][13].isfinite().all()
     others = [i for i in range(30) if i != 13]
     for number in (0, 1):
-        assert same_bits(found[number][others], clean[number][others])
+        assert same_bits(result[number][others], clean[number][others])
 
 
 @pytest.mark.parametrize("all_steps", [False, True])
 @pytest.mark.parametrize("value", [NAN, INF])
 def test_a_gradient_that_is_not_finite(value: float, all_steps: bool, isa: str) -> None:
-    """It passes where the ReLUs are open and nowhere else, and stays in its row of the gradient of x."""
+    """It passes only where the ReLUs are open, and stays in its row of the gradient of x."""
     x, blocks = randn(30, 5, 12), stack(5, [9, 7], 3, norm=False)
     out = oracle(x, blocks, all_steps=all_steps)
     grad = randn(*out.shape, seed=1)
     where = (13, *(out[13] > 0).nonzero()[0].tolist())
     clean = results(lambda *t: temporal_conv_net(*t, all_steps=all_steps), x, blocks, grad)
     grad[where] = value
-    found, exact = (
+    result, exact = (
         results(lambda *t, of=of: of(*t, all_steps=all_steps), x, blocks, grad) for of in (temporal_conv_net, oracle)
     )
-    assert found[1][13].isnan().any() or found[1][13].isinf().any()
+    assert result[1][13].isnan().any() or result[1][13].isinf().any()
     others = [i for i in range(30) if i != 13]
-    assert same_bits(found[1][others], clean[1][others])
-    for a, b in zip(found[2:], exact[2:], strict=True):
+    assert same_bits(result[1][others], clean[1][others])
+    for a, b in zip(result[2:], exact[2:], strict=True):
         assert bool(a.isfinite().all()) == bool(b.isfinite().all())
     closed = (13, *(out[13] <= 0).nonzero()[0].tolist())
     grad[where], grad[closed] = 1.0, value
-    found = results(lambda *t: temporal_conv_net(*t, all_steps=all_steps), x, blocks, grad)
-    assert all(part.isfinite().all() for part in found)
+    result = results(lambda *t: temporal_conv_net(*t, all_steps=all_steps), x, blocks, grad)
+    assert all(part.isfinite().all() for part in result)
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
 def test_steps_that_cannot_be_seen_may_hold_anything(value: float, isa: str) -> None:
-    """In a window longer than the receptive field, or between taps: what is outside the cone is not read."""
+    """Steps outside the receptive field or between taps are not read."""
     for steps, dilations in ((30, [1, 2]), (30, [5, 5])):
         blocks = stack(5, [9, 9], 3, norm=False)
         plan = temporal_conv_net.plan(steps, 3, dilations)
@@ -72,15 +72,15 @@ def test_steps_that_cannot_be_seen_may_hold_anything(value: float, isa: str) -> 
         outside = [t for t in range(steps) if t not in plan.blocks[0].input]
         assert outside
         x[:, :, outside] = value
-        found = results(lambda x, b, d=dilations: temporal_conv_net(x, b, dilations=d), x, blocks, grad)
-        assert all(same_bits(a, b) for a, b in zip(found, clean, strict=True))
-        assert not found[1][:, :, outside].any()
+        result = results(lambda x, b, d=dilations: temporal_conv_net(x, b, dilations=d), x, blocks, grad)
+        assert all(same_bits(a, b) for a, b in zip(result, clean, strict=True))
+        assert not result[1][:, :, outside].any()
 
 
 @pytest.mark.skipif(not NATIVE, reason="plain torch multiplies the padding")
 @pytest.mark.parametrize("all_steps", [False, True])
 def test_taps_before_the_window_may_hold_anything(all_steps: bool, isa: str) -> None:
-    """There is no product of a weight and a zero of the padding: an infinite weight there changes nothing."""
+    """Weights are not multiplied by the zeros of the padding, so an infinite weight there has no effect."""
     x, blocks = randn(4, 5, 3), stack(5, [9], 7, norm=False)
     out = temporal_conv_net(x, blocks, all_steps=all_steps)
     for v in (blocks[0].weight_v1, blocks[0].weight_v2):
@@ -90,14 +90,14 @@ def test_taps_before_the_window_may_hold_anything(all_steps: bool, isa: str) -> 
 
 @pytest.mark.parametrize("where", ["weight_v1", "bias1", "weight_v2", "bias2", "downsample_weight", "downsample_bias"])
 def test_a_weight_that_is_nan(where: str, isa: str) -> None:
-    """Its channel is NaN in every row, and what follows from it."""
+    """Its channel is NaN in every row, and so are values that depend on it."""
     x, blocks = randn(20, 5, 12), stack(5, [9], 3, norm=False)
     part = getattr(blocks[0], where)
     part[4] = NAN
-    found, exact = (results(of, x, blocks, randn(20, 9, seed=1)) for of in (temporal_conv_net, oracle))
-    assert torch.equal(found[0].isnan(), exact[0].isnan())
-    assert found[0].isnan().all(0).sum() == (1 if where in ("weight_v2", "bias2") or where[0] == "d" else 9)
-    torch.testing.assert_close(found[0], exact[0], rtol=1e-11, atol=1e-11, equal_nan=True)
+    result, exact = (results(of, x, blocks, randn(20, 9, seed=1)) for of in (temporal_conv_net, oracle))
+    assert torch.equal(result[0].isnan(), exact[0].isnan())
+    assert result[0].isnan().all(0).sum() == (1 if where in ("weight_v2", "bias2") or where[0] == "d" else 9)
+    torch.testing.assert_close(result[0], exact[0], rtol=1e-11, atol=1e-11, equal_nan=True)
 
 
 # ---------------------------------------------------------------- gradients, schemas
@@ -107,7 +107,7 @@ def small(norm: bool = True, channels: tuple[int, ...] = (4, 3)) -> tuple[Tensor
 
 
 def of_parts(blocks: list[BlockWeights], **settings: object) -> Callable[..., Tensor]:
-    """A function of x and the tensors of `blocks`, for tools that take tensors."""
+    """A function of x and the tensors of `blocks`, for tools that accept tensors."""
     return lambda x, *parts: temporal_conv_net(x, like(blocks, parts), **settings)
 
 
@@ -119,7 +119,7 @@ def test_gradients_by_finite_differences(all_steps: bool, norm: bool, isa: str) 
 
 
 def test_any_set_of_tensors_may_want_a_gradient(isa: str) -> None:
-    """What wants none gets none, and what wants one gets the same."""
+    """Tensors that require no gradient get none; the gradients of the others are the same."""
     x, blocks = small()
     tensors = [x, *flat(blocks)]
     full = results(temporal_conv_net, x, blocks, randn(3, 3, seed=1))[1:]
@@ -141,10 +141,10 @@ def test_opcheck(batch: int, all_steps: bool, dropout: float) -> None:
         leaves = [t.detach().requires_grad_(keep) for t in (steps, *flat(blocks))]
         torch.library.opcheck(OPS.temporal_conv_net, (leaves[0], leaves[1:], [1, 2], dropout, seed, all_steps, keep))
     weights = [t.detach() for t in flat(blocks)]
-    given = (steps, weights, [1, 2], dropout, seed, all_steps)
-    kept = OPS.temporal_conv_net(*given, True)
+    inputs = (steps, weights, [1, 2], dropout, seed, all_steps)
+    saved = OPS.temporal_conv_net(*inputs, True)
     for input_grad in (True, False):
-        back = (randn(*kept[0].shape), *given, *kept, input_grad)
+        back = (randn(*saved[0].shape), *inputs, *saved, input_grad)
         torch.library.opcheck(OPS.temporal_conv_net_backward, back)
         assert OPS.temporal_conv_net_backward(*back)[0].shape[0] == (batch if input_grad else 0)
 
@@ -159,14 +159,14 @@ def test_double_backward_is_refused_by_name() -> None:
 
 def test_what_is_kept_has_no_gradient_and_needs_keep() -> None:
     x, blocks = small(norm=False)
-    given = (x.transpose(1, 2), flat(blocks), [1, 2], 0.0, None, False)
-    assert [t.requires_grad for t in OPS.temporal_conv_net(*given, True)] == [True, False, False]
+    inputs = (x.transpose(1, 2), flat(blocks), [1, 2], 0.0, None, False)
+    assert [t.requires_grad for t in OPS.temporal_conv_net(*inputs, True)] == [True, False, False]
     with pytest.raises(ValueError, match="keep: must be True if a gradient is needed"):
-        OPS.temporal_conv_net(*given, False)
+        OPS.temporal_conv_net(*inputs, False)
 
 
 def test_the_result_and_the_inputs_are_guarded_against_changes_in_place() -> None:
-    """What the backward reads must be what the forward saw: torch says so."""
+    """torch raises an error if a tensor that the backward pass reads has been changed since the forward pass."""
     for change in (lambda x, out: out.mul_(2), lambda x, out: x.add_(1)):
         leaf, blocks = small()
         x = leaf * 1
@@ -217,21 +217,21 @@ def test_compiled(all_steps: bool, dynamic: bool) -> None:
     for batch in (3, 5):
         x = randn(batch, 2, 7, seed=batch)
         grad = randn(batch, 3, 7, seed=5) if all_steps else randn(batch, 3, seed=5)
-        found, exact = (
+        result, exact = (
             results(call, x, blocks, grad)
             for call in (
                 lambda x, blocks: compiled(x, *flat(blocks)),
                 lambda x, blocks: oracle(x, blocks, all_steps=all_steps),
             )
         )
-        assert stack_errors_above(found, exact, 1e-12) == []
+        assert stack_errors_above(result, exact, 1e-12) == []
         parts = [part.detach() for part in flat(blocks)]
         torch.testing.assert_close(compiled(x, *parts), temporal_conv_net(x, blocks, all_steps=all_steps))
     torch.compiler.reset()
 
 
 def test_compiled_with_dropout() -> None:
-    """The seed is drawn at every call, as outside."""
+    """Every call draws a new seed, as without torch.compile."""
     blocks = small()[1]
     compiled = torch.compile(of_parts(blocks, dropout=0.5, training=True), backend="aot_eager", fullgraph=True)
     x, parts = randn(50, 2, 7), [part.detach() for part in flat(blocks)]
@@ -246,10 +246,10 @@ def test_compiled_with_dropout() -> None:
 def test_autocast_leaves_float32_alone(isa: str) -> None:
     x, blocks = randn(5, 4, 9, dtype=torch.float32), stack(4, [8, 8], 3, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = temporal_conv_net(x, blocks)
-    assert found.dtype == torch.float32
+        result = temporal_conv_net(x, blocks)
+    assert result.dtype == torch.float32
     # the twin's convolutions are torch's, which autocast computes in bfloat16
-    torch.testing.assert_close(found, temporal_conv_net(x, blocks), rtol=0, atol=0 if NATIVE else 5e-2)
+    torch.testing.assert_close(result, temporal_conv_net(x, blocks), rtol=0, atol=0 if NATIVE else 5e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -257,12 +257,12 @@ def test_half_precisions_are_computed_in_float32(dtype: torch.dtype) -> None:
     x, blocks = randn(6, 3, 9).to(dtype), stack(3, [5, 5], 3, dtype=dtype)
     wide = like(blocks, [part.float() for part in flat(blocks)])
     grad = randn(6, 5, seed=1).to(dtype)
-    found, exact = (
+    result, exact = (
         results(temporal_conv_net, x, blocks, grad),
         results(temporal_conv_net, x.float(), wide, grad.float()),
     )
-    assert all(a.dtype == dtype for a in found)
-    for a, b in zip(found, exact, strict=True):
+    assert all(a.dtype == dtype for a in result)
+    for a, b in zip(result, exact, strict=True):
         assert torch.equal(a, b.to(dtype))
 
 
@@ -279,7 +279,7 @@ def test_meta_tensors_have_shapes() -> None:
 
 
 def test_a_stack_in_pieces_is_the_stack(isa: str) -> None:
-    """Blocks one after the other at all steps, beside all at once at the last step."""
+    """Blocks called one by one at all steps, compared with the whole stack at the last step."""
     x, blocks = randn(9, 4, 20), stack(4, [6, 6, 11], 3)
     y = x
     for number, block in enumerate(blocks):
@@ -360,7 +360,7 @@ def test_a_1x1_convolution_is_refused_where_widths_are_equal() -> None:
 
 @pytest.mark.skipif(not NATIVE, reason="the checks of the kernels themselves")
 def test_the_kernels_refuse_what_would_read_beyond_their_memory() -> None:
-    """Behind torch.compile nothing in Python has looked at the arguments of the raw operators."""
+    """After torch.compile no Python code checks the arguments of the raw operators."""
     x, blocks = randn(3, 7, 2), stack(2, [4, 3], 3, norm=False)
     weights = flat(blocks)
 
@@ -386,12 +386,12 @@ def test_the_kernels_refuse_what_would_read_beyond_their_memory() -> None:
         with pytest.raises((ValueError, RuntimeError), match=r"temporal_conv_net|weights|dilations|seed|dropout|x:"):
             bad()
     out, activations, signs = forward(x, weights, [1, 2])
-    given = (x, weights, [1, 2], 0.0, None, False)
+    inputs = (x, weights, [1, 2], 0.0, None, False)
     for bad in (
-        (out[:2], *given, out, activations, signs, True),
-        (out, *given, out[:, :2], activations, signs, True),
-        (out, *given, out, activations[:-1], signs, True),
-        (out, *given, out, activations, signs[:-1], True),
+        (out[:2], *inputs, out, activations, signs, True),
+        (out, *inputs, out[:, :2], activations, signs, True),
+        (out, *inputs, out, activations[:-1], signs, True),
+        (out, *inputs, out, activations, signs[:-1], True),
     ):
         with pytest.raises((ValueError, RuntimeError), match=r"temporal_conv_net|grad|output|activations|signs"):
             OPS.temporal_conv_net_backward(*bad)

@@ -1,4 +1,4 @@
-"""Convolution over the steps of windows beside torch's conv1d in float64: values, gradients, bits, refusals."""
+"""Convolution over the steps of windows compared with torch's conv1d in float64: values, gradients, bits, errors."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ cases = pytest.mark.parametrize(
 def test_values_and_gradients_are_those_of_torchs_convolution(case: WindowConvCase, isa: str) -> None:
     """float64 to 1e-12; float32 to 2e-5, and within three times torch's own float32 error."""
     true, of_torch = exact_results(case)
-    found = results(case.operator, case.inputs())
-    assert [part.shape for part in found] == [part.shape for part in true]
-    assert errors_above(found, true, 1e-12) == []
+    result = results(case.operator, case.inputs())
+    assert [part.shape for part in result] == [part.shape for part in true]
+    assert errors_above(result, true, 1e-12) == []
     for a, b, own in zip(results(case.operator, case.inputs(F32)), true, of_torch, strict=True):
         assert relative_error(a, b) <= min(2e-5, max(3 * own, 1e-6))
 
@@ -50,8 +50,8 @@ def test_parameters_and_incoming_gradients_of_any_strides(isa: str) -> None:
     tensors = case.inputs()
     odd = [tensors[0], tensors[1].permute(2, 1, 0).contiguous().permute(2, 1, 0), tensors[2].repeat_interleave(2)[::2]]
     for view in (lambda y: y.transpose(0, 1), lambda y: y[..., ::2], lambda y: y[:, :1].expand(6, 3, 4)):
-        found = results(lambda t, view=view: view(window_conv(*t)), odd)
-        assert errors_above(found, results(lambda t, view=view: view(case.reference(t)), tensors), 1e-12) == []
+        result = results(lambda t, view=view: view(window_conv(*t)), odd)
+        assert errors_above(result, results(lambda t, view=view: view(case.reference(t)), tensors), 1e-12) == []
 
 
 @settings(deadline=None, max_examples=40)
@@ -124,15 +124,15 @@ def test_what_is_not_finite_reaches_its_neighbouring_steps_alone(value: float, i
     tensors = case.inputs(F32)
     clean = results(case.operator, tensors)
     tensors[0][4, 7, 2] = value
-    found = results(case.operator, tensors)
+    result = results(case.operator, tensors)
     touched = torch.zeros(9, 8, dtype=torch.bool)
     touched[4, 6:] = True
-    assert not torch.isfinite(found[0][touched]).any()
-    assert torch.equal(found[0][~touched], clean[0][~touched])
-    assert torch.equal(found[1], clean[1])  # of x, which is linear in it
-    assert torch.equal(found[2][:, [0, 1, 3, 4]], clean[2][:, [0, 1, 3, 4]])
-    assert not torch.isfinite(found[2][:, 2, 1:]).any()  # its step and the one before it are there
-    assert torch.equal(found[3], clean[3])
+    assert not torch.isfinite(result[0][touched]).any()
+    assert torch.equal(result[0][~touched], clean[0][~touched])
+    assert torch.equal(result[1], clean[1])  # of x, which is linear in it
+    assert torch.equal(result[2][:, [0, 1, 3, 4]], clean[2][:, [0, 1, 3, 4]])
+    assert not torch.isfinite(result[2][:, 2, 1:]).any()  # its step and the one before it are there
+    assert torch.equal(result[3], clean[3])
 
 
 def test_a_gradient_that_is_not_finite_stays_in_its_window(isa: str) -> None:
@@ -140,11 +140,11 @@ def test_a_gradient_that_is_not_finite_stays_in_its_window(isa: str) -> None:
     grad = torch.ones(9, 8, 4)
     clean = torch.ops.qfast.window_conv_backward(grad, x, weight, True)[0]
     grad[4, 0, 1] = torch.nan
-    found = torch.ops.qfast.window_conv_backward(grad, x, weight, True)[0]
+    result = torch.ops.qfast.window_conv_backward(grad, x, weight, True)[0]
     touched = torch.zeros(9, 8, dtype=torch.bool)
     touched[4, :2] = True
-    assert found[touched].isnan().all()
-    assert torch.equal(found[~touched], clean[~touched])
+    assert result[touched].isnan().all()
+    assert torch.equal(result[~touched], clean[~touched])
 
 
 # ---------------------------------------------------------------- torch around it
@@ -199,8 +199,8 @@ def test_compiled(dynamic: bool) -> None:
 
 def test_exported() -> None:
     class Network(torch.nn.Module):
-        def forward(self, *given: Tensor) -> Tensor:
-            return window_conv(*given)
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return window_conv(*inputs)
 
     case = WindowConvCase(5, 4, 3, 2, 3)
     tensors = case.inputs()
@@ -213,8 +213,8 @@ def test_autocast_leaves_float32_alone() -> None:
     case = WindowConvCase(5, 4, 3, 2, 3)
     tensors = case.inputs(F32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = window_conv(*tensors)
-    assert torch.equal(found, window_conv(*tensors))
+        result = window_conv(*tensors)
+    assert torch.equal(result, window_conv(*tensors))
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
@@ -223,9 +223,9 @@ def test_halves_are_computed_in_float32(half: torch.dtype) -> None:
     tensors = case.inputs(half)
     expected = window_conv(*(t.float() for t in tensors)).to(half)
     for parts in (tensors, [tensors[0], *(t.float() for t in tensors[1:])]):
-        found = window_conv(*parts)
-        assert found.dtype == half
-        assert torch.equal(found, expected)
+        result = window_conv(*parts)
+        assert result.dtype == half
+        assert torch.equal(result, expected)
 
 
 def test_meta_tensors_have_shapes() -> None:

@@ -1,4 +1,4 @@
-"""The rolling-window gather: against a slow oracle written from its definition, twins, gradients, pyqlib."""
+"""The rolling-window gather compared with a slow oracle, plain torch and pyqlib; its gradients."""
 
 from __future__ import annotations
 
@@ -58,16 +58,16 @@ def inputs(case: GatherCase, device: torch.device, dtype: torch.dtype = torch.fl
     return case.panel(device, dtype, rows), index, case.last_row(device, rows)
 
 
-def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """A gather copies: values must be the same bits, NaN where NaN is expected."""
-    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+def assert_same(result: torch.Tensor, expected: torch.Tensor) -> None:
+    """Asserts bitwise equality, with NaN in the same places."""
+    torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
 
 
 # ---------------------------------------------------------------- a slow oracle, from the definition alone
 def oracle_rows(
     instruments: np.ndarray, dates: np.ndarray, live: np.ndarray, last_row: list[int], steps: int, fill: str, first: int
 ) -> list[list[int]]:
-    """Windows cell by cell over (instrument, date rank), without any of the tables."""
+    """Windows computed cell by cell over (instrument, date rank), without the tables."""
     ranks = {int(d): k for k, d in enumerate(sorted(set(dates[live].tolist())))}
     at = {(int(i), ranks[int(d)]): r for r, (i, d) in enumerate(zip(instruments, dates, strict=True)) if live[r]}
     windows = []
@@ -93,10 +93,10 @@ def test_rows_follow_the_definition(case: GatherCase, device: torch.device) -> N
     codes = market_codes(case.instruments, case.dates, holes=case.holes)
     _, index, last = inputs(case, device)
     expected = oracle_rows(*codes, last.tolist(), case.steps, case.fill, case.first_position)
-    found = window_rows(index, last, case.steps, fill=case.fill, first_position=case.first_position)
-    assert found.dtype == torch.int64
-    assert found.device.type == device.type
-    assert torch.equal(found.cpu(), torch.tensor(expected, dtype=torch.int64).reshape(case.windows, case.steps))
+    result = window_rows(index, last, case.steps, fill=case.fill, first_position=case.first_position)
+    assert result.dtype == torch.int64
+    assert result.device.type == device.type
+    assert torch.equal(result.cpu(), torch.tensor(expected, dtype=torch.int64).reshape(case.windows, case.steps))
 
 
 @cases
@@ -105,9 +105,9 @@ def test_values_are_those_of_the_rows(case: GatherCase, dtype: torch.dtype, devi
     panel, index, last = inputs(case, device, dtype)
     rows = _window_rows_twin(*index, last, case.steps, case.fill_code, case.first_position)
     expected = _gather_windows_twin(panel, rows, *case.column_range, case.transposed)
-    found = gather_windows(panel, index, last, case.steps, **case.options())
-    assert found.is_contiguous()
-    assert_same(found, expected)
+    result = gather_windows(panel, index, last, case.steps, **case.options())
+    assert result.is_contiguous()
+    assert_same(result, expected)
     for row_dtype in (torch.int32, torch.int64):
         explicit = gather_windows(panel, rows.to(row_dtype), columns=case.columns, layout=case.layout)
         assert_same(explicit, expected)
@@ -143,15 +143,15 @@ def test_panels_of_any_stride(device: torch.device) -> None:
 def test_empty_panel(fill: str, device: torch.device) -> None:
     index = build_window_index([], []).to(device)
     none = torch.full((3,), -1, device=device)
-    found = gather_windows(torch.empty(0, 4, device=device), index, none, 5, fill=fill)
-    assert found.shape == (3, 5, 4)
-    assert torch.isnan(found).all()
+    result = gather_windows(torch.empty(0, 4, device=device), index, none, 5, fill=fill)
+    assert result.shape == (3, 5, 4)
+    assert torch.isnan(result).all()
     rows = torch.full((2, 5), -1, device=device)
     assert torch.isnan(gather_windows(torch.empty(0, 4, device=device), rows)).all()
 
 
 def test_hand_made_tables_stay_inside_the_arrays(device: torch.device) -> None:
-    """Tables that contradict each other give some rows of the panel or none, and never a wild read."""
+    """Contradictory tables select some rows of the panel or none. They never cause an out-of-bounds read."""
     bad = torch.tensor([9, 9, -7, 2**30, 5, 5], dtype=torch.int32, device=device)
     index = WindowIndex(bad, bad.flip(0).contiguous(), bad)
     panel = torch.randn(6, 3, device=device)
@@ -178,8 +178,8 @@ def test_index_tables_follow_their_definition(dead: float) -> None:
         ):  # fmt: skip
             run += 1
         assert index.run[r] == run
-    for found, twin in zip(index, _build_index_twin(instruments, dates, live), strict=True):
-        assert np.array_equal(found.numpy(), twin)
+    for result, twin in zip(index, _build_index_twin(instruments, dates, live), strict=True):
+        assert np.array_equal(result.numpy(), twin)
 
 
 def test_index_takes_any_integer_arrays_and_changes_none() -> None:
@@ -190,8 +190,8 @@ def test_index_takes_any_integer_arrays_and_changes_none() -> None:
         (instruments.astype(np.uint8), strided),
         (instruments.tolist(), pd.Series(dates)),
     ):
-        found = build_window_index(given_instruments, given_dates, live.tolist())
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        result = build_window_index(given_instruments, given_dates, live.tolist())
+        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
 BAD_CODES = {
@@ -284,7 +284,7 @@ def test_rows_outside_the_panel_are_named(value: int) -> None:
 
 
 def test_twins_refuse_what_the_kernels_refuse() -> None:
-    """The same calls in a process without native code (argument checks must not depend on the tier)."""
+    """Runs the same calls in a process without native code. Argument checks must not depend on the tier."""
     environment = {**os.environ, "QFAST_BACKEND": "torch"}
     names = "test_wrong_arguments_are_named or test_rows_outside or test_gradient"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", names]
@@ -295,21 +295,21 @@ def test_twins_refuse_what_the_kernels_refuse() -> None:
 # ---------------------------------------------------------------- gradients
 @cases
 def test_gradient_is_the_sum_over_windows(case: GatherCase, device: torch.device) -> None:
-    """Against a float64 sum in plain torch, by relative norm; exact where the twin adds in the same order."""
+    """Compared with a float64 sum in plain torch by relative norm; exact where plain torch adds in the same order."""
     panel, index, last = inputs(case, device)
     panel = panel.detach().requires_grad_()
     out = gather_windows(panel, index, last, case.steps, **case.options())
     seed = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(device)
-    (found,) = torch.autograd.grad(out, panel, seed)
+    (result,) = torch.autograd.grad(out, panel, seed)
     rows = _window_rows_twin(*index, last, case.steps, case.fill_code, case.first_position)
     size = (*panel.shape, case.column_range[0], case.transposed)
     exact = _gather_windows_backward_twin(seed.double(), rows, *size)
-    assert found.dtype == panel.dtype
-    assert torch.linalg.norm(found.double() - exact) <= 1e-6 * torch.linalg.norm(exact)
+    assert result.dtype == panel.dtype
+    assert torch.linalg.norm(result.double() - exact) <= 1e-6 * torch.linalg.norm(exact)
 
 
 def test_gradient_of_an_expanded_gradient(device: torch.device) -> None:
-    """`sum().backward()` hands over a gradient of stride zero."""
+    """The gradient of `sum()` has strides of zero."""
     panel, index, last = inputs(GATHER_CASES[0], device)
     panel = panel.detach().requires_grad_()
     gather_windows(panel, index, last, 4, fill="none").nansum().backward()
@@ -369,8 +369,8 @@ def test_forward_mode_and_transforms_are_those_of_indexing(layout: str, device: 
             assert torch.equal(torch.autograd.forward_ad.unpack_dual(dual).tangent, expected)
         leaf = panel.clone().requires_grad_()
         (backward,) = torch.autograd.grad(gather(leaf).square().sum(), leaf)
-        found = torch.func.grad(lambda p, gather=gather: gather(p).square().sum())(panel)
-        torch.testing.assert_close(found, backward, rtol=1e-12, atol=1e-12)
+        result = torch.func.grad(lambda p, gather=gather: gather(p).square().sum())(panel)
+        torch.testing.assert_close(result, backward, rtol=1e-12, atol=1e-12)
         assert torch.equal(torch.vmap(gather)(torch.stack([panel, along])), torch.stack([gather(panel), expected]))
     twice = torch.func.hessian(lambda p: gather_windows(p, index, last[:2], 3).pow(2).sum())(panel)
     counts = torch.bincount(window_rows(index, last[:2], 3).flatten(), minlength=len(panel)).double()
@@ -381,9 +381,9 @@ def test_vmap_over_windows(device: torch.device) -> None:
     panel, index, _ = arguments()
     panel, index = panel.to(device), index.to(device)
     last = torch.tensor([[1, -1], [2, 0]], device=device)
-    found = torch.vmap(lambda r: gather_windows(panel, index, r, 2))(last)
+    result = torch.vmap(lambda r: gather_windows(panel, index, r, 2))(last)
     expected = torch.stack([gather_windows(panel, index, r, 2) for r in last])
-    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
     if device.type == "cpu":
         for row in (-2, len(panel)):
             with pytest.raises(IndexError, match=f"index {len(panel)} is out of bounds"):
@@ -445,32 +445,32 @@ def test_compiles_without_a_graph_break(device: torch.device) -> None:
 # ---------------------------------------------------------------- sizes
 @pytest.mark.slow
 def test_more_than_2_31_elements(device: torch.device) -> None:
-    """Offsets beyond 2^31 elements: a panel of zero pages (mapped, never touched) with a few rows written."""
+    """Offsets beyond 2^31 elements: a panel of zero pages, mapped but never touched, except for a few rows."""
     rows, columns = 40_000_000, 60  # 2.4e9 elements, 9.6 GB of address space
     panel = torch.zeros(rows, columns, device=device) if device.type == "cuda" else lazy_zeros(rows, columns)
     picked = torch.tensor([0, rows // 2, rows - 3, rows - 2, rows - 1])
     panel[picked] = torch.arange(5 * columns, dtype=torch.float32, device=device).reshape(5, columns)
-    found = gather_windows(panel, torch.tensor([[rows - 3, rows - 2, rows - 1], [0, rows // 2, -1]], device=device))
+    result = gather_windows(panel, torch.tensor([[rows - 3, rows - 2, rows - 1], [0, rows // 2, -1]], device=device))
     expected = torch.arange(5 * columns, dtype=torch.float32, device=device).reshape(5, columns)
-    assert torch.equal(found[0], expected[2:])
-    assert torch.equal(found[1, :2], expected[:2])
-    assert torch.isnan(found[1, 2]).all()
+    assert torch.equal(result[0], expected[2:])
+    assert torch.equal(result[1, :2], expected[:2])
+    assert torch.isnan(result[1, 2]).all()
 
 
 @pytest.mark.slow
 def test_a_row_stride_beyond_2_31_elements(device: torch.device) -> None:
-    """The second row of this panel lies 2^31 + 64 elements behind the first."""
+    """The row stride of this panel is 2^31 + 64 elements."""
     stride = 2**31 + 64
     flat = torch.zeros(stride + 8, device=device) if device.type == "cuda" else lazy_zeros(1, stride + 8)[0]
     flat[:8], flat[stride : stride + 8] = 1.0, 2.0
     panel = flat.as_strided((2, 8), (stride, 1))
     index = build_window_index([0, 0], [0, 1]).to(device)
-    found = gather_windows(panel, index, torch.tensor([1], device=device), 2)
-    assert found[0, :, 3].tolist() == [1.0, 2.0]
+    result = gather_windows(panel, index, torch.tensor([1], device=device), 2)
+    assert result[0, :, 3].tolist() == [1.0, 2.0]
 
 
 def lazy_zeros(rows: int, columns: int) -> torch.Tensor:
-    """Zeros from an anonymous map: pages cost memory only once written."""
+    """Zeros in an anonymous map, whose pages need memory only after a write."""
     return torch.from_numpy(np.zeros((rows, columns), dtype=np.float32))
 
 
@@ -489,14 +489,14 @@ def test_properties(data: st.DataObject, seed: int, fill: str) -> None:
     expected = oracle_rows(*codes, last, steps, fill, first)
     panel = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
     wanted = torch.tensor(last, dtype=torch.int64)
-    found = gather_windows(panel, index, wanted, steps, fill=fill, first_position=first)
+    result = gather_windows(panel, index, wanted, steps, fill=fill, first_position=first)
     padded = torch.cat([panel, torch.full((1, width), torch.nan)])
-    assert_same(found, padded[torch.tensor(expected, dtype=torch.int64).reshape(len(last), steps)])
+    assert_same(result, padded[torch.tensor(expected, dtype=torch.int64).reshape(len(last), steps)])
     transposed = gather_windows(panel, index, wanted, steps, fill=fill, first_position=first, layout="BDT")
-    assert_same(transposed, found.transpose(1, 2).contiguous())
+    assert_same(transposed, result.transpose(1, 2).contiguous())
 
 
-# ---------------------------------------------------------------- the reference's own sampler
+# ---------------------------------------------------------------- Qlib's sampler
 @pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("steps", [1, 5, 20])
 def test_windows_are_those_of_the_reference(fill: str, steps: int) -> None:
@@ -513,6 +513,6 @@ def test_windows_are_those_of_the_reference(fill: str, steps: int) -> None:
     index = build_window_index(instruments, dates)  # codes are (instrument, date) ascending, as the sampler sorts
     last = torch.from_numpy(np.flatnonzero((days[dates] >= start) & (days[dates] <= end)))
     assert len(sampler) == len(last)
-    found = gather_windows(torch.from_numpy(values), index, last, steps, fill=fill)
+    result = gather_windows(torch.from_numpy(values), index, last, steps, fill=fill)
     expected = np.stack([sampler[i] for i in range(len(sampler))])
-    assert_same(found, torch.from_numpy(expected))
+    assert_same(result, torch.from_numpy(expected))

@@ -1,4 +1,4 @@
-"""Clipping and Adam's step in one call: beside torch's own, in float64, with odd values, and as an optimiser."""
+"""Clipping and Adam's step in one call: compared with torch's, in float64, with unusual values, and as an optimiser."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def give_gradients(params, step, scale=2.0):
 
 
 def run(optimizer, params, steps, limit=3.0, first=0):
-    """Steps with the same gradients for everyone; torch's own Adam clips before."""
+    """Runs steps with the same gradients for all optimisers. Gradients are clipped before torch's Adam."""
     for step in range(first, first + steps):
         give_gradients(params, step)
         if not isinstance(optimizer, ClippedAdam):
@@ -62,7 +62,7 @@ def same(ours, theirs):
 
 
 def is_exact(isa):
-    """Whether ours rounds as torch does here: both with FMA."""
+    """Whether qfast rounds like torch on this machine: both use FMA."""
     return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and isa in ("avx2", "avx512", "plain torch")
 
 
@@ -110,7 +110,7 @@ def test_any_network(sizes, steps, lr, beta1, beta2, eps, weight_decay, limit, w
 
 @pytest.mark.parametrize("kind", [{}, {"foreach": True}, {"fused": True}])
 def test_errors_are_not_larger_than_torchs(isa, kind):
-    """Both beside float64, over many steps."""
+    """Both are compared with float64 over many steps."""
     ours, theirs, exact = parameters(), parameters(), parameters(dtype=torch.float64)
     for p, e in zip(ours, exact, strict=True):
         e.data.copy_(p.data)
@@ -281,7 +281,7 @@ def test_what_the_operator_does_not_serve_is_torchs(monkeypatch, settings, dtype
 
 @pytest.mark.skipif(not NATIVE, reason="plain torch is always torch's own step")
 def test_groups_and_missing_gradients(monkeypatch):
-    """Groups have settings of their own; a parameter without a gradient stays; mixed dtypes are torch's."""
+    """Groups have separate settings, parameters without a gradient do not change, mixed dtypes use torch's step."""
     calls = count_operator(monkeypatch)
     ours, theirs = parameters(), parameters()
     make = lambda ps: [{"params": ps[:3], "lr": 0.3, "weight_decay": 0.1}, {"params": ps[3:]}]  # noqa: E731
@@ -311,7 +311,7 @@ def test_groups_and_missing_gradients(monkeypatch):
 
 
 def test_states_exchange_with_torchs():
-    """Three steps here, three there, in either order: as six of one kind."""
+    """Three steps of each optimiser, in either order, equal six steps of one."""
     for kind in ({"fused": True}, {}, {"foreach": True}):
         for ours_first in (True, False):
             whole, params = parameters(), parameters()
@@ -336,9 +336,9 @@ def test_state_dict_is_torchs():
     ours, theirs = parameters(), parameters()
     mine, other = ClippedAdam(ours, lr=0.1, limit=1.0), torch.optim.Adam(theirs, lr=0.1, fused=True)
     run(mine, ours, 1), run(other, theirs, 1)
-    found, expected = mine.state_dict(), other.state_dict()
-    assert found["param_groups"] == expected["param_groups"]
-    assert [list(s) for s in found["state"].values()] == [list(s) for s in expected["state"].values()]
+    result, expected = mine.state_dict(), other.state_dict()
+    assert result["param_groups"] == expected["param_groups"]
+    assert [list(s) for s in result["state"].values()] == [list(s) for s in expected["state"].values()]
 
 
 @pytest.mark.parametrize(
@@ -413,7 +413,7 @@ def test_sparse_gradients_are_refused_as_torch_does():
 # ---------------------------------------------------------------- in the training loop
 @pytest.mark.parametrize("name", ["adam", "gd"])
 def test_estimators_clip_whatever_the_optimizer(name):
-    """Labels that make gradients large; a callback sees them clipped."""
+    """The labels make gradients large. A callback sees them clipped."""
     largest = []
 
     class Look(Callback):

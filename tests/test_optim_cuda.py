@@ -1,4 +1,4 @@
-"""ClippedAdam on a GPU: beside torch's fused Adam there, many tensors, odd addresses, streams and graphs."""
+"""ClippedAdam on a GPU: compared with torch's fused Adam, many tensors, unaligned addresses, streams and graphs."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_two_optimisers_on_two_streams():
 
 
 def test_states_of_a_cpu_and_copies():
-    """Where torch kept the number of steps on the CPU, it goes to the parameter's device."""
+    """A step count that torch stores on the CPU is moved to the parameter's device."""
     theirs, ours = parameters(device="cpu"), parameters()
     other = torch.optim.Adam(theirs, lr=1e-2)
     run(other, theirs, 2)

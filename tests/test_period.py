@@ -1,4 +1,4 @@
-"""Whole periods scored by LSTM, GRU and ALSTM: views of the panel where windows follow each other, the same numbers."""
+"""Whole periods scored by LSTM, GRU and ALSTM. Consecutive windows are views of the panel; scores are unchanged."""
 
 from __future__ import annotations
 
@@ -61,16 +61,16 @@ def one_by_one(model: RecurrentTimeSeriesEstimator, windows: WindowSet, size: in
     return torch.cat([model.network.eval()(x) for x in parts])
 
 
-def assert_near(found: Tensor | pd.Series, expected: Tensor) -> None:
-    """Relative to how far predictions lie apart: what they have in common would hide a wrong one."""
-    found = found if isinstance(found, Tensor) else torch.tensor(found.to_numpy())
+def assert_near(result: Tensor | pd.Series, expected: Tensor) -> None:
+    """Tolerance relative to the spread of the predictions; a common part would hide a wrong one."""
+    result = result if isinstance(result, Tensor) else torch.tensor(result.to_numpy())
     spread = (expected - expected.mean()).norm()
     assert spread > 0.05 * expected.norm()
-    assert (found - expected).norm() <= 1e-5 * spread
+    assert (result - expected).norm() <= 1e-5 * spread
 
 
 class Calls:
-    """How many windows each call of the network had, and whether they were a view of the panel."""
+    """Records the number of windows of each network call, and whether they were a view of the panel."""
 
     def __init__(self, model: RecurrentTimeSeriesEstimator) -> None:
         self.sizes: list[tuple[int, bool]] = []
@@ -85,7 +85,7 @@ class Calls:
 
 
 def windows_in_stretches(frame: pd.DataFrame, first_day: int = 0, end: int | None = None) -> int:
-    """Counted day by day: windows without a missing day, two or more that follow each other."""
+    """Counts, day by day, windows without a missing day that are in runs of two or more."""
     there = frame[("label", "LABEL0")].unstack().notna()
     whole = (there.rolling(STEP_LEN).sum() == STEP_LEN).iloc[first_day:end]
     return int((whole & (whole.shift(1, fill_value=False) | whole.shift(-1, fill_value=False))).to_numpy().sum())
@@ -113,9 +113,9 @@ def test_predictions_are_those_of_gathered_windows(kind, panel, batch_size, alwa
     dataset, model = dataset_of(frame, first_day), built(kind, batch_size=batch_size)
     windows = scored(dataset)
     expected, calls = one_by_one(model, windows), Calls(model)
-    found = model.predict(dataset)
-    assert found.index.equals(windows.keys())
-    assert_near(found, expected)
+    result = model.predict(dataset)
+    assert result.index.equals(windows.keys())
+    assert_near(result, expected)
     assert sum(size for size, _ in calls.sizes) == len(windows)
     assert max(size for size, _ in calls.sizes) <= batch_size
     in_views = windows_in_stretches(frame, first_day)
@@ -130,11 +130,11 @@ def test_a_nan_stays_in_the_windows_that_hold_it(always_views):
     wrong = FULL.copy()
     wrong.loc[(FULL.index.get_level_values(0).unique()[30], "S002"), ("feature", "F1")] = np.nan
     model = built(ts.ALSTM)
-    clean, found = model.predict(dataset_of(FULL)), model.predict(dataset_of(wrong))
-    touched = found.isna()
+    clean, result = model.predict(dataset_of(FULL)), model.predict(dataset_of(wrong))
+    touched = result.isna()
     assert touched.sum() == STEP_LEN
-    assert set(found.index[touched].get_level_values(1)) == {"S002"}
-    pd.testing.assert_series_equal(found[~touched], clean[~touched], rtol=1e-5, atol=1e-6)
+    assert set(result.index[touched].get_level_values(1)) == {"S002"}
+    pd.testing.assert_series_equal(result[~touched], clean[~touched], rtol=1e-5, atol=1e-6)
 
 
 @kinds
@@ -159,11 +159,11 @@ def test_windows_of_one_step_have_nothing_in_common(kind):
     model = built(kind, batch_size=40)
     windows = scored(dataset)
     expected, calls = one_by_one(model, windows), Calls(model)
-    found = model.predict(dataset)
+    result = model.predict(dataset)
     sizes = [size for size, _ in calls.sizes]
     assert sizes == [40] * (len(windows) // 40) + [len(windows) % 40]  # no calls beyond those of whole batches
-    assert found.index.equals(windows.keys())
-    assert_near(found, expected)
+    assert result.index.equals(windows.keys())
+    assert_near(result, expected)
 
 
 # ---------------------------------------------------------------- scores
@@ -237,7 +237,9 @@ def test_a_hook_is_called_for_every_window(kind, part, always_views):
     dataset = dataset_of(make_frame(60, 6, 3, holes=0.05))
     windows = scored(dataset)
     expected, model, seen = one_by_one(built(kind), windows), built(kind), []
-    model.network.get_submodule(part).register_forward_hook(lambda _module, given, _out: seen.append(len(given[0])))
+    model.network.get_submodule(part).register_forward_hook(
+        lambda _module, arguments, _out: seen.append(len(arguments[0]))
+    )
     calls = Calls(model)
     assert_near(model.predict(dataset), expected)
     assert sum(seen) == len(windows)
@@ -247,7 +249,7 @@ def test_a_hook_is_called_for_every_window(kind, part, always_views):
 @pytest.mark.parametrize("change", ["pruned", "replaced"])
 @kinds
 def test_a_changed_layer_is_scored_too(kind, change):
-    """Whatever stands in the place of `rnn`: how long a stretch must be is told by the sizes, not by its weights."""
+    """Any module may replace `rnn`: the length of a run depends on the sizes, not on its weights."""
     dataset, model = dataset_of(make_frame(40, 3, 3)), built(kind)
     if change == "pruned":
         torch.nn.utils.prune.l1_unstructured(model.network.rnn, "weight_ih_l0", 0.5)

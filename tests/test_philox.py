@@ -1,4 +1,4 @@
-"""Philox 4x32-10 in plain torch and in C++, against the published vectors and an evaluation in 64-bit arithmetic."""
+"""Philox 4x32-10 in plain torch and in C++, compared with the published vectors and with 64-bit arithmetic."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def numbers(text: str) -> list[int]:
 
 
 def seed_of(low: int, high: int) -> int:
-    """The key as the signed 64-bit number that torch holds."""
+    """The key as torch's signed 64-bit number."""
     return (low | high << 32) - (1 << 64 if high >> 31 else 0)
 
 
@@ -62,7 +62,7 @@ def test_counters_broadcast() -> None:
 
 
 def test_rounds_change_every_bit() -> None:
-    """Flipping any bit of counter or key flips about half of the 128 bits: 10 rounds reach everywhere."""
+    """Flipping any bit of counter or key flips about half of the 128 bits."""
     base, seed = [3, 1, 4, 1], 0x5DEECE66D
     words = np.array(in_torch(seed, base))
     for bit in range(192):
@@ -111,7 +111,7 @@ int main() {
 
 
 def test_the_header_that_kernels_share(tmp_path: Path) -> None:
-    """csrc/philox.h alone: what every CPU instruction set and CUDA include."""
+    """csrc/philox.h alone, which every CPU instruction set and CUDA include."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
@@ -123,5 +123,5 @@ def test_the_header_that_kernels_share(tmp_path: Path) -> None:
     counters = [[int(w) for w in rng.integers(0, 2**32, 4)] for _ in seeds]
     given_to = "\n".join(f"{seed} {' '.join(map(str, c))}" for seed, c in zip(seeds, counters, strict=True))
     printed = subprocess.run([str(tmp_path / "run")], input=given_to, capture_output=True, text=True, check=True).stdout
-    found = [[int(word) for word in line.split()] for line in printed.splitlines()]
-    assert found == [[int(w) for w in philox_words(s, c)] for s, c in zip(seeds, counters, strict=True)]
+    result = [[int(word) for word in line.split()] for line in printed.splitlines()]
+    assert result == [[int(w) for w in philox_words(s, c)] for s, c in zip(seeds, counters, strict=True)]

@@ -1,4 +1,4 @@
-"""qfast.precision: what is chosen, by whom, and that nothing on the CPU depends on it."""
+"""qfast.precision: the sources of the setting and their order. Nothing on the CPU depends on it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_torchs_setting_is_followed_until_another_is_made() -> None:
 
 
 def test_torchs_newer_setting_is_followed_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside which torch refuses to name the older one."""
+    """While it is set, torch refuses to read the older setting."""
 
     def refuse() -> str:
         raise RuntimeError("a mix of the legacy and new APIs")
@@ -78,14 +78,14 @@ def test_only_float32_on_a_gpu_has_a_choice() -> None:
 def test_nothing_on_the_cpu_depends_on_it() -> None:
     block, layer = BlockCase((37,), 20, 130, 9), LayerCase(5, 7, 24, 3, 70)
 
-    def found() -> list[torch.Tensor]:
+    def result() -> list[torch.Tensor]:
         of_block = results(lambda t: feed_forward(*t), block.inputs(torch.float32))
         return of_block + results(lambda t: layer.operator(t), layer.inputs(torch.float32))
 
-    expected = found()
+    expected = result()
     for name in NAMES:
         with using_precision(name):
-            assert all(torch.equal(a, b) for a, b in zip(found(), expected, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(result(), expected, strict=True))
 
 
 @pytest.mark.parametrize("number", range(len(NAMES)))
@@ -93,9 +93,11 @@ def test_cpu_operators_take_the_number_and_do_as_ever(number: int) -> None:
     tensors = [part.requires_grad_() for part in BlockCase((5,), 4, 9, 3).inputs(torch.float64)]
     torch.library.opcheck(torch.ops.qfast.feed_forward, (*tensors, 0.0, None, number))
     x, *weights = (part.requires_grad_() for part in LayerCase(3, 5, 4, 2, 6).inputs(torch.float64))
-    given = x, weights, 2, 1e-5, 0.0, None, False, True
-    torch.library.opcheck(torch.ops.qfast.encoder_layer, (*given, number))
-    assert torch.equal(torch.ops.qfast.encoder_layer(*given, number)[0], torch.ops.qfast.encoder_layer(*given)[0])
+    arguments = x, weights, 2, 1e-5, 0.0, None, False, True
+    torch.library.opcheck(torch.ops.qfast.encoder_layer, (*arguments, number))
+    assert torch.equal(
+        torch.ops.qfast.encoder_layer(*arguments, number)[0], torch.ops.qfast.encoder_layer(*arguments)[0]
+    )
 
 
 def test_torch_compile_reads_it_and_sees_it_change() -> None:

@@ -1,4 +1,4 @@
-"""Where the base of GATs comes from: files, run folders, or pre-training in the same program."""
+"""The base of GATs: weight files, run folders, or pre-training in the same program."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_the_base_is_read_from(kind, form, state, tmp_path, caplog):
 
 @both
 def test_more_and_less_than_a_base(kind, state, tmp_path, caplog):
-    """All of the recurrent layers must be there; the output layer may be missing; the rest is named."""
+    """All recurrent layers must be present, the output layer may be missing, and the rest is listed."""
     more = {
         **{k: v for k, v in state.items() if k.startswith("rnn.")},
         "head.weight": torch.ones(3),
@@ -168,8 +168,8 @@ def test_the_base_is_drawn_again_at_the_first_fit_only_unless_compat(kind):
         built = weights(model)
         first = weights(model.fit(dataset_for(kind)))
         second = weights(model.fit(dataset_for(kind)))
-        kept = [k for k in built if not k.startswith(("rnn.", "fc_out."))]
-        assert all(torch.equal(built[k], second[k]) for k in kept)
+        saved = [k for k in built if not k.startswith(("rnn.", "fc_out."))]
+        assert all(torch.equal(built[k], second[k]) for k in saved)
         assert not torch.equal(built["rnn.weight_hh_l0"], first["rnn.weight_hh_l0"])
         assert torch.equal(first["rnn.weight_hh_l0"], second["rnn.weight_hh_l0"]) == (compat is None)
 
@@ -181,13 +181,13 @@ def test_loaded_weights_are_where_a_fit_begins(kind, tmp_path):
     assert same(weights(model), weights(done))
 
 
-# ---------------------------------------------------------------- beside the reference
+# ---------------------------------------------------------------- compared with Qlib
 @pytest.mark.parametrize("name", ["LSTM", "GRU"])
 @pytest.mark.parametrize("suffix", ["", "_ts"])
 def test_training_from_the_references_file_follows_the_reference(name, suffix, tmp_path):
     pytest.importorskip("qlib", reason="pyqlib is the oracle; install qfast-models[qlib]")
     dataset, jobs = qlib_frames(suffix), {"n_jobs": 0} if suffix else {}
-    sizes = {"d_feat": 3, "hidden_size": 8} if suffix else {}  # the reference's flat base has its default sizes
+    sizes = {"d_feat": 3, "hidden_size": 8} if suffix else {}  # Qlib's flat base has its default sizes
     base = qlib_model(name, name.lower(), suffix)(**sizes, **jobs, n_epochs=1, batch_size=16, seed=2)
     base.fit(dataset, {}, save_path=str(tmp_path / "base.pkl"))
     arguments = {**sizes, "n_epochs": 2, "lr": 1e-4, "base_model": name, "model_path": tmp_path / "base.pkl", "seed": 4}
@@ -197,8 +197,8 @@ def test_training_from_the_references_file_follows_the_reference(name, suffix, t
     model = (ts.GATs if suffix else GATs)(**arguments, compat="qlib").fit(dataset)
     for segment in ("train", "valid"):
         np.testing.assert_allclose(model.evals_result_[segment], expected[segment], rtol=1e-5)
-    found = model.predict(dataset)
-    pd.testing.assert_series_equal(found, reference.predict(dataset), rtol=1e-4, atol=1e-5, check_names=False)
+    result = model.predict(dataset)
+    pd.testing.assert_series_equal(result, reference.predict(dataset), rtol=1e-4, atol=1e-5, check_names=False)
 
 
 # ---------------------------------------------------------------- pre-training
@@ -263,7 +263,7 @@ def test_a_file_and_pretraining_exclude_each_other(kind, state, tmp_path):
 
 @both
 def test_pretraining_pays(kind):
-    """The signal is one that the base can learn: the first epoch after knows it. (Before that epoch the score is bad:
+    """The base can learn the signal, so the first epoch of GATs starts from it. (Before that epoch the score is bad:
     the layer between base and output is still random.)"""
     frame = make_frame(120, 12, 12 if kind is GATs else 3, holes=0.05)
     frame[("label", "LABEL0")] = frame[("feature", "F1")] * 0.9 + 0.1 * frame[("label", "LABEL0")]
@@ -287,8 +287,8 @@ def test_broken_off_and_resumed_anywhere_it_ends_as_unbroken(kind, compat, stage
         model = kind(**arguments)
         at = {name: [StopAt(2, "batch")] if stop == name else [] for name in folders}
         if "fit" not in resume:
-            given = {"checkpoint_dir": folders["pretrain"], "resume": "pretrain" in resume}
-            model.pretrain(dataset_for(kind), **training, **given, callbacks=at["pretrain"])
+            inputs = {"checkpoint_dir": folders["pretrain"], "resume": "pretrain" in resume}
+            model.pretrain(dataset_for(kind), **training, **inputs, callbacks=at["pretrain"])
         if stop == "between":
             raise KeyboardInterrupt
         return model.fit(dataset_for(kind), checkpoint_dir=folders["fit"], resume="fit" in resume, callbacks=at["fit"])

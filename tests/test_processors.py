@@ -1,4 +1,4 @@
-"""Processors against pyqlib's own on hostile frames, and what they refuse."""
+"""Processors compared with pyqlib's on irregular frames, and their error messages."""
 
 from __future__ import annotations
 
@@ -300,7 +300,7 @@ def fitted_step(name: str, kwargs: dict) -> P.Processor:
 
 
 def fresh_step(name: str, kwargs: dict) -> P.Processor:
-    """The same processor as scoring builds it: without a fit window to fall back on."""
+    """The processor as scoring builds it, without a fit window."""
     return P.build_processor(
         {"class": name, "kwargs": {**kwargs, "fit_start_time": None, "fit_end_time": None}}, inject=False
     )
@@ -315,11 +315,11 @@ def test_a_loaded_state_does_to_new_data_what_the_fitted_step_does(name, kwargs,
     loaded.load_state(safetensors.numpy.load_file(tmp_path / "state.safetensors"))
     assert loaded.frozen
     new = Panel.from_frame(hostile_frame(9, n_days=11, n_stocks=8))
-    expected, found = step(new), loaded(new)
+    expected, result = step(new), loaded(new)
     changed = [g for g in new.blocks if expected.values(g) is not new.values(g)]
     assert "feature" in changed, "the case must do something"
     for group in new.blocks:
-        np.testing.assert_array_equal(found.values(group), expected.values(group))
+        np.testing.assert_array_equal(result.values(group), expected.values(group))
     for key, array in step.state().items():
         np.testing.assert_array_equal(loaded.state()[key], array)
 
@@ -334,9 +334,9 @@ def test_a_frozen_step_is_not_fitted_again(name, kwargs):
     refitted = P.build_processor({"class": name, "kwargs": kwargs})
     new = Panel.from_frame(other)
     refit = P.run_processors(new, [refitted], stage="infer", space=P.Workspace())
-    kept = P.run_processors(new, [loaded], stage="infer", space=P.Workspace())
-    np.testing.assert_array_equal(kept.values("feature"), step(new).values("feature"))
-    assert not np.array_equal(kept.values("feature"), refit.values("feature"), equal_nan=True)
+    saved = P.run_processors(new, [loaded], stage="infer", space=P.Workspace())
+    np.testing.assert_array_equal(saved.values("feature"), step(new).values("feature"))
+    assert not np.array_equal(saved.values("feature"), refit.values("feature"), equal_nan=True)
     handler = DataHandlerLP(other, infer_processors=[loaded])
     np.testing.assert_array_equal(handler.panel("infer").values("feature"), step(new).values("feature"))
 

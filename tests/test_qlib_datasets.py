@@ -1,4 +1,4 @@
-"""The one-line change of a Qlib user: Qlib builds our models from its configuration and hands them its own datasets."""
+"""The one-line change of a Qlib user: Qlib builds qfast's models and fits them to its own datasets."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_float32_sampler_is_used_as_it_is():
     dataset = qlib_dataset("TSDatasetH", gappy_frame(), step_len=5)
 
     class Kept:
-        """Keeps the sampler that was handed out, so that its memory can be compared."""
+        """Stores the returned sampler, so the test can compare its memory."""
 
         step_len = 5
 
@@ -54,13 +54,13 @@ def test_a_float32_sampler_is_used_as_it_is():
             self.sampler = dataset.prepare(*args, **kwargs, dtype="float32")
             return self.sampler
 
-    kept = Kept()
-    windows = windows_of(kept, "train", "learn")
-    assert windows.features.data_ptr() == kept.sampler.data_arr.ctypes.data
-    kept.sampler.config(fillna_type="ffill+bfill")
+    saved = Kept()
+    windows = windows_of(saved, "train", "learn")
+    assert windows.features.data_ptr() == saved.sampler.data_arr.ctypes.data
+    saved.sampler.config(fillna_type="ffill+bfill")
     order = torch.randperm(len(windows))[:50]
-    assert torch.equal(windows.batch(order), torch.from_numpy(kept.sampler[order.numpy()][:, :, :-1]))
-    pd.testing.assert_index_equal(windows.keys(), kept.sampler.get_index())
+    assert torch.equal(windows.batch(order), torch.from_numpy(saved.sampler[order.numpy()][:, :, :-1]))
+    pd.testing.assert_index_equal(windows.keys(), saved.sampler.get_index())
 
 
 def test_a_gru_is_trained_without_a_valid_segment_of_qlibs_dataset():
@@ -98,7 +98,7 @@ def test_a_qlib_reweighter_sees_the_sampler():
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_gats_on_qlibs_rolling_dataset_follows_the_reference(dtype, tmp_path):
-    """With float64 labels, as CSRankNorm leaves them, the reference's loss is float64 too."""
+    """CSRankNorm returns float64 labels, with which Qlib's loss is float64 too."""
     from qlib.contrib.model.pytorch_gats_ts import GATs as Reference
 
     frame = gappy_frame()
@@ -110,9 +110,9 @@ def test_gats_on_qlibs_rolling_dataset_follows_the_reference(dtype, tmp_path):
     model = ts.GATs(**arguments, compat="qlib").fit(qlib_dataset("TSDatasetH", frame, step_len=5))
     for name in ("train", "valid"):
         assert model.evals_result_[name] == pytest.approx(expected[name], rel=1e-6)
-    found = model.predict(qlib_dataset("TSDatasetH", frame, step_len=5))
+    result = model.predict(qlib_dataset("TSDatasetH", frame, step_len=5))
     wanted = reference.predict(qlib_dataset("TSDatasetH", frame, step_len=5))
-    pd.testing.assert_series_equal(found, wanted, rtol=1e-4, atol=1e-5, check_names=False)
+    pd.testing.assert_series_equal(result, wanted, rtol=1e-4, atol=1e-5, check_names=False)
 
 
 @pytest.mark.parametrize("kind", [GATs, ts.GATs])
@@ -120,8 +120,8 @@ def test_attention_on_qlibs_datasets(kind):
     name, own, step = ("DatasetH", DatasetH, {}) if kind is GATs else ("TSDatasetH", TSDatasetH, {"step_len": 5})
     frame = gappy_frame()
     model = kind(**SMALL, d_feat=2 if kind is GATs else 4).fit(qlib_dataset(name, frame, **step))
-    found = model.attention(qlib_dataset(name, frame, **step), "2020-03-20", top=3)
+    result = model.attention(qlib_dataset(name, frame, **step), "2020-03-20", top=3)
     pd.testing.assert_frame_equal(
-        found, model.attention(qfast_dataset(own, frame, **step), "2020-03-20", top=3), rtol=1e-4
+        result, model.attention(qfast_dataset(own, frame, **step), "2020-03-20", top=3), rtol=1e-4
     )
     assert model.pretrain(qlib_dataset(name, frame, **step), n_epochs=1, batch_size=32).fitted

@@ -76,7 +76,7 @@ task:
 
 
 def write_workflow(folder: Path, module: str = "qlib.contrib.model.pytorch_lstm_ts") -> Path:
-    """A workflow file over a store of 25 stocks; the store has what the factors need."""
+    """A workflow file over a store of 25 stocks with the fields of the factors."""
     root = write_market(folder / "store")
     for stock in (root / "features").iterdir():
         for field in ("high", "low", "vwap"):
@@ -119,7 +119,7 @@ def test_the_engine_takes_what_only_qlib_has(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")
 def test_three_ways_give_the_same_numbers(tmp_path, monkeypatch):
-    """pyqlib alone, pyqlib with our model, and qfast without pyqlib: IC and portfolio."""
+    """IC and portfolio of pyqlib alone, pyqlib with qfast's model, and qfast without pyqlib."""
     pytest.importorskip("qlib", reason="pyqlib is not installed")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.chdir(tmp_path)
@@ -165,12 +165,12 @@ def test_what_is_exported_without_qlib_and_without_pyarrow(tmp_path, monkeypatch
     run(file, output=tmp_path / "csv")
     monkeypatch.undo()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    found = export_artifacts(tmp_path / "csv", tmp_path / "there")
+    result = export_artifacts(tmp_path / "csv", tmp_path / "there")
     for name in ARTIFACTS:
-        table = pd.read_pickle(found / name)
+        table = pd.read_pickle(result / name)
         dated = name.split("/")[-1] not in ("port_analysis_1day.pkl", "indicator_analysis_1day.pkl")
         assert isinstance(table.index.get_level_values(0)[0], pd.Timestamp) is dated
-    positions = pd.read_pickle(found / "portfolio_analysis" / "positions_normal_1day.pkl")
+    positions = pd.read_pickle(result / "portfolio_analysis" / "positions_normal_1day.pkl")
     last = positions[max(positions)]
     worth = last.pop("cash") + sum(row["amount"] * row["price"] for name, row in last.items() if name[0] == "S")
     assert worth == pytest.approx(last["now_account_value"], rel=1e-6)

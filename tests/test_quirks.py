@@ -1,4 +1,4 @@
-"""One test behind each line of docs/parity.md, and one that no line goes without."""
+"""One test for each line of docs/parity.md, and one test that every line has a test."""
 
 from __future__ import annotations
 
@@ -147,11 +147,11 @@ def test_quirk_default_alpha360_processors_fill_labels():
 
 
 def test_quirk_processor_dictionaries_are_left_alone():
-    given = [{"class": "ZScoreNorm", "kwargs": {"fields_group": "feature", "fit_end_time": "2020-01-20"}}]
-    before = copy.deepcopy(given)
+    arguments = [{"class": "ZScoreNorm", "kwargs": {"fields_group": "feature", "fit_end_time": "2020-01-20"}}]
+    before = copy.deepcopy(arguments)
     frame = make_frame(60, 5, 2, holes=0.0)
-    handler = DataHandlerLP(frame, infer_processors=given, fit_start_time="2020-01-01", fit_end_time="2020-03-01")
-    assert given == before
+    handler = DataHandlerLP(frame, infer_processors=arguments, fit_start_time="2020-01-01", fit_end_time="2020-03-01")
+    assert arguments == before
     early = handler.fetch(slice("2020-01-01", "2020-01-20"), col_set="feature")
     np.testing.assert_allclose(early.mean(), 0.0, atol=1e-5)  # the value given won
 
@@ -171,10 +171,10 @@ def test_quirk_nothing_shared_between_fits(tmp_path, monkeypatch):
 @parametrize_estimators()
 def test_quirk_empty_prediction(kind):
     model = small_model(kind, n_epochs=1).fit(dataset_for(kind))
-    found = model.predict(dataset_for(kind), slice("2031-01-01", "2031-12-31"))
-    assert len(found) == 0
-    assert found.index.names == ["datetime", "instrument"]
-    assert found.dtype == np.float32
+    result = model.predict(dataset_for(kind), slice("2031-01-01", "2031-12-31"))
+    assert len(result) == 0
+    assert result.index.names == ["datetime", "instrument"]
+    assert result.dtype == np.float32
 
 
 def test_quirk_yaml_floats(tmp_path):
@@ -204,7 +204,7 @@ def test_quirk_base_of_the_models_own_size(kind, base):
 @parametrize_estimators([GATs, ts.GATs])
 def test_quirk_weights_of_samples_in_every_model(kind):
     class FirstHalf:
-        """Stocks that count nothing pull nothing."""
+        """Stocks with weight 0 have no influence."""
 
         def reweight(self, samples):
             index = samples.index if hasattr(samples, "index") else samples.get_index()
@@ -214,12 +214,12 @@ def test_quirk_weights_of_samples_in_every_model(kind):
     other = frame.copy()
     rest = other.index.get_level_values("instrument") >= "S005"
     other.loc[rest, ("label", "LABEL0")] = 7.0
-    found = [small_model(kind).fit(dataset_for(kind, frame=f), reweighter=FirstHalf()) for f in (frame, other)]
-    assert same(weights_after_training(found[0]), weights_after_training(found[1]))
+    result = [small_model(kind).fit(dataset_for(kind, frame=f), reweighter=FirstHalf()) for f in (frame, other)]
+    assert same(weights_after_training(result[0]), weights_after_training(result[1]))
     plain = small_model(kind).fit(dataset_for(kind, frame=frame))
-    assert not same(weights_after_training(plain), weights_after_training(found[0]))
+    assert not same(weights_after_training(plain), weights_after_training(result[0]))
 
 
 def weights_after_training(model) -> dict[str, torch.Tensor]:
-    """Of the last epoch, whichever was best."""
+    """Adam's moments after the last epoch, whichever epoch was best."""
     return {"moments": torch.cat([s["exp_avg"].flatten() for s in model.train_optimizer.state.values()])}

@@ -1,4 +1,4 @@
-"""Every model beside pyqlib's own: same weights, same batches, same scores, same predictions."""
+"""Every model compared with pyqlib's: the same weights, batches, scores and predictions."""
 
 from __future__ import annotations
 
@@ -39,10 +39,12 @@ def sizes(name: str, d_feat: int = 3, width: int = 8, num_layers: int = 2) -> di
 
 
 def training(name: str, suffix: str) -> dict[str, float]:
-    """TCN without dropout: the masks are our own. GATs in small steps: Adam makes whole ones of gradients that are
-    nothing but rounding (a bias under the softmax), and of large steps two equal implementations part after a while.
-    Transformer and Localformer likewise: the bias of the keys has no gradient but rounding.
-    The reference's flat GATs can only be trained in its default sizes, which its base always has."""
+    """TCN has no dropout, because qfast's masks differ.
+
+    GATs has small steps: Adam turns gradients that are pure rounding noise (a bias under the softmax) into full steps,
+    and with large steps two equal implementations diverge. Transformer and Localformer likewise: the gradient of the
+    key bias is rounding noise. Qlib's flat GATs can only be trained with the default sizes, which its base always has.
+    """
     if name == "TCN":
         return {**sizes(name), **TRAIN, "dropout": 0.0, "lr": 1e-3}
     if name in ENCODERS:
@@ -76,15 +78,13 @@ def test_positional_arguments_stand_in_the_references_order(name, module, suffix
     import inspect
 
     expected = list(inspect.signature(qlib_model(name, module, suffix)).parameters.values())[:-1]
-    found = list(inspect.signature(ours(name, suffix)).parameters.values())[:-1]
-    assert [(p.name, p.default) for p in found] == [(p.name, p.default) for p in expected]
+    result = list(inspect.signature(ours(name, suffix)).parameters.values())[:-1]
+    assert [(p.name, p.default) for p in result] == [(p.name, p.default) for p in expected]
 
 
 @pytest.mark.parametrize(("name", "module", "suffix"), CASES, ids=IDS)
 def test_batches_scores_and_predictions_follow_the_reference(name, module, suffix, monkeypatch, tmp_path):
-    data = qlib_frames(
-        suffix, step_len=3 if name == "TCN" else 5
-    )  # else the reference's time-series TCN cannot predict
+    data = qlib_frames(suffix, step_len=3 if name == "TCN" else 5)  # otherwise Qlib's time-series TCN cannot predict
     arguments = {**training(name, suffix), "seed": 3}
     reference = qlib_model(name, module, suffix)(**arguments, **({"n_jobs": 0} if suffix else {}))
     seen: dict[str, list[torch.Tensor]] = {"ours": [], "theirs": []}
@@ -111,16 +111,16 @@ def test_batches_scores_and_predictions_follow_the_reference(name, module, suffi
 
     model = ours(name, suffix)(**arguments, compat="qlib" if name in ("GATs", "TCN") else None)
     spy(model, "ours")
-    found: dict[str, list[float]] = {"kept": [1.0]}
-    model.fit(data, found, save_path=tmp_path / "ours.pt")
+    result: dict[str, list[float]] = {"kept": [1.0]}
+    model.fit(data, result, save_path=tmp_path / "ours.pt")
     prediction = model.predict(data)
 
     assert len(seen["ours"]) == len(seen["theirs"]) > 6
     for a, b in zip(seen["ours"], seen["theirs"], strict=True):
         assert torch.equal(a, b)  # the same samples in the same batches, bit for bit
-    assert found["kept"] == [1.0]
+    assert result["kept"] == [1.0]
     for segment in ("train", "valid"):
-        np.testing.assert_allclose(found[segment], expected[segment], rtol=1e-5)
+        np.testing.assert_allclose(result[segment], expected[segment], rtol=1e-5)
     pd.testing.assert_series_equal(prediction, expected_prediction, rtol=1e-4, atol=1e-5, check_names=False)
     assert prediction.dtype == np.float32
     assert prediction.name is None
@@ -142,13 +142,13 @@ def test_weights_copied_in_give_the_references_numbers(name, module, suffix):
     x = torch.randn(33, 20, 6)
     steps_last = x.transpose(1, 2)
     x = steps_last if name == "TCN" else x
-    given = x if suffix else steps_last.reshape(33, -1)
+    arguments = x if suffix else steps_last.reshape(33, -1)
     network.eval()
     with torch.no_grad():
-        expected = network(given)
-        torch.testing.assert_close(model.network.eval()(given), expected, rtol=1e-6, atol=1e-6)
+        expected = network(arguments)
+        torch.testing.assert_close(model.network.eval()(arguments), expected, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(model.network(x), expected, rtol=1e-6, atol=1e-6)
-        assert model.network(given[:1]).shape == (1,)
+        assert model.network(arguments[:1]).shape == (1,)
 
 
 @pytest.mark.parametrize(("name", "module"), [("LSTM", "lstm"), ("GRU", "gru"), ("ALSTM", "alstm")])
@@ -163,58 +163,58 @@ def test_sample_weights_follow_the_reference(name, module, tmp_path):
             return np.linspace(0.1, 2.0, len(data))
 
     data = qlib_frames("_ts")
-    expected, found = {}, {}
+    expected, result = {}, {}
     reference = qlib_model(name, module, "_ts")(**SIZES, **TRAIN, seed=3, n_jobs=0)
     reference.fit(data, expected, save_path=str(tmp_path / "x.pt"), reweighter=ByRank())
-    ours(name, "_ts")(**SIZES, **TRAIN, seed=3).fit(data, found, reweighter=ByRank())
-    np.testing.assert_allclose(found["valid"], expected["valid"], rtol=1e-5)
+    ours(name, "_ts")(**SIZES, **TRAIN, seed=3).fit(data, result, reweighter=ByRank())
+    np.testing.assert_allclose(result["valid"], expected["valid"], rtol=1e-5)
     unweighted: dict[str, list[float]] = {}
     ours(name, "_ts")(**SIZES, **TRAIN, seed=3).fit(data, unweighted)
-    assert not np.allclose(found["valid"], unweighted["valid"], rtol=1e-5)
+    assert not np.allclose(result["valid"], unweighted["valid"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("suffix", ["", "_ts"])
 def test_fitting_twice_continues_weights_and_optimiser(suffix, tmp_path):
     data = qlib_frames(suffix)
-    expected, found = {}, {}
+    expected, result = {}, {}
     reference = qlib_model("LSTM", "lstm", suffix)(**SIZES, **TRAIN, seed=3, **({"n_jobs": 0} if suffix else {}))
     for _ in range(2):
         reference.fit(data, expected, save_path=str(tmp_path / "x.pt"))
     model = ours("LSTM", suffix)(**SIZES, **TRAIN, seed=3)
     for _ in range(2):
-        model.fit(data, found)
-    np.testing.assert_allclose(found["valid"], expected["valid"], rtol=1e-5)
+        model.fit(data, result)
+    np.testing.assert_allclose(result["valid"], expected["valid"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "ALSTM"])
 def test_dropout_draws_interleave_as_in_the_reference(name, tmp_path):
-    """With compat="qlib"; otherwise the masks are the operator's, drawn by counter."""
+    """With compat="qlib". Otherwise the operator draws its masks by counter."""
     data = qlib_frames("_ts")
-    expected, found = {}, {}
+    expected, result = {}, {}
     qlib_model(name, name.lower(), "_ts")(**SIZES, **TRAIN, dropout=0.3, seed=3, n_jobs=0).fit(
         data, expected, save_path=str(tmp_path / "x.pt")
     )
-    ours(name, "_ts")(**SIZES, **TRAIN, dropout=0.3, seed=3, compat="qlib").fit(data, found)
-    np.testing.assert_allclose(found["valid"], expected["valid"], rtol=1e-5)
+    ours(name, "_ts")(**SIZES, **TRAIN, dropout=0.3, seed=3, compat="qlib").fit(data, result)
+    np.testing.assert_allclose(result["valid"], expected["valid"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_time_series_tcn_trains_as_the_reference_at_any_step_len(dtype, tmp_path):
-    """The loss has the label's precision; predictions beside the reference's network on transposed windows."""
+    """The loss has the label's precision. Predictions are compared with Qlib's network on transposed windows."""
     frame = make_frame(70, 9, 3, holes=0.15, dtype=dtype)
     data = QlibFrames(frame, step_len=7)
     arguments = {**training("TCN", "_ts"), "kernel_size": 3, "num_layers": 3, "seed": 3}
-    expected, found = {}, {}
+    expected, result = {}, {}
     reference = qlib_model("TCN", "tcn", "_ts")(**arguments, n_jobs=0)
     reference.fit(data, expected, save_path=str(tmp_path / "reference.pkl"))
     model = ours("TCN", "_ts")(**arguments)
     seen = []
     inner = model.loss_fn
-    model.loss_fn = lambda *given: seen.append(given[0].dtype) or inner(*given)
-    model.fit(data, found)
+    model.loss_fn = lambda *inputs: seen.append(inputs[0].dtype) or inner(*inputs)
+    model.fit(data, result)
     assert set(seen) == {torch.from_numpy(np.zeros(1, dtype)).dtype}
     for segment in ("train", "valid"):
-        np.testing.assert_allclose(found[segment], expected[segment], rtol=1e-5)
+        np.testing.assert_allclose(result[segment], expected[segment], rtol=1e-5)
     windows = data.prepare("test")
     windows.config(fillna_type="ffill+bfill")
     x = torch.from_numpy(windows[list(range(len(windows)))][:, :, :-1]).float().transpose(1, 2)

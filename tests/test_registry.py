@@ -1,4 +1,4 @@
-"""The registry builds what is registered, from copies of the caller's mappings, and nothing else."""
+"""The registry builds registered classes only, from copies of the caller's mappings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plots are images, the page stands alone, and nothing in it is taken for markup."""
+"""Plots are images, the page is self-contained, and its text is escaped."""
 
 from __future__ import annotations
 

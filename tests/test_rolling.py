@@ -1,4 +1,4 @@
-"""Rolling statistics of instruments' rows against pandas, which is what the reference computes with."""
+"""Rolling statistics of the rows of instruments compared with pandas, which Qlib uses."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def bounds(*lengths: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def both(kind: str, x: np.ndarray, rows: tuple[np.ndarray, np.ndarray], windows: list[int], y=None, parameter=0.0):  # type: ignore[no-untyped-def]
-    found = rolling(kind, x, *rows, windows, other=y, parameter=parameter)
+    result = rolling(kind, x, *rows, windows, other=y, parameter=parameter)
     wide = None if y is None else y.astype(np.float64)
-    return found, _pandas_rolling(kind, x.astype(np.float64), wide, *rows, np.asarray(windows), parameter)
+    return result, _pandas_rolling(kind, x.astype(np.float64), wide, *rows, np.asarray(windows), parameter)
 
 
 def options(kind: str) -> dict[str, object]:
     return {"windows": [1] if kind == "ema" else WINDOWS, "parameter": {"quantile": 0.8, "ema": 0.1}.get(kind, 0.0)}
 
 
-def assert_same(found: np.ndarray, expected: np.ndarray, rtol: float = 1e-9, atol: float = 1e-9) -> None:
-    np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
-    np.testing.assert_allclose(found, expected, rtol=rtol, atol=atol)
+def assert_same(result: np.ndarray, expected: np.ndarray, rtol: float = 1e-9, atol: float = 1e-9) -> None:
+    np.testing.assert_array_equal(np.isnan(result), np.isnan(expected))
+    np.testing.assert_allclose(result, expected, rtol=rtol, atol=atol)
 
 
 @needs_native
@@ -63,7 +63,7 @@ def test_pairs_as_pandas(kind: str) -> None:
 @needs_native
 @pytest.mark.parametrize("kind", SINGLE)
 def test_values_that_repeat(kind: str) -> None:
-    """Ties, and stretches without any change."""
+    """Ties and runs of equal values."""
     x = np.repeat(np.random.default_rng(4).integers(1, 4, 60), 7) * 0.1
     assert_same(*both(kind, x, bounds(len(x)), **options(kind)), rtol=1e-6, atol=1e-12)
 
@@ -83,25 +83,25 @@ def test_an_infinite_value_is_gone_with_its_window(kind: str) -> None:
     x[70] = np.inf
     with_hole = x.copy()
     with_hole[70] = np.nan
-    found, expected = (rolling(kind, part, *bounds(200), **options(kind)) for part in (x, with_hole))
-    if kind in ("slope", "rsquare", "resi"):  # NaN while it is there, as in the reference
+    result, expected = (rolling(kind, part, *bounds(200), **options(kind)) for part in (x, with_hole))
+    if kind in ("slope", "rsquare", "resi"):  # NaN while the value is in the window, as in Qlib
         for w, window in enumerate(WINDOWS):
-            assert np.isnan(found[w, 70 : 70 + window]).all()
-            np.testing.assert_allclose(np.delete(found[w], range(70, 70 + window)),
+            assert np.isnan(result[w, 70 : 70 + window]).all()
+            np.testing.assert_allclose(np.delete(result[w], range(70, 70 + window)),
                                        np.delete(expected[w], range(70, 70 + window)))  # fmt: skip
     else:
-        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(result, expected)
 
 
 @needs_native
 def test_nothing_drifts() -> None:
-    """A value of 1e12 that has left the window leaves no trace, as it does in pandas' running sums."""
+    """A value of 1e12 leaves no trace once it is outside the window, unlike in pandas' running sums."""
     x = series(6, 400, 0.0, level=1.0)
     spiked = x.copy()
     spiked[100] = 1e12
     for kind in ("mean", "std", "slope", "resi"):
-        found, expected = (rolling(kind, part, *bounds(400), [20]) for part in (spiked, x))
-        np.testing.assert_array_equal(found[:, 121:], expected[:, 121:])
+        result, expected = (rolling(kind, part, *bounds(400), [20]) for part in (spiked, x))
+        np.testing.assert_array_equal(result[:, 121:], expected[:, 121:])
 
 
 def test_instruments_do_not_meet() -> None:
@@ -144,13 +144,13 @@ def test_threads_change_no_bit() -> None:
     torch = pytest.importorskip("torch")
     x, rows, before = series(9, 4000), bounds(*[400] * 10), torch.get_num_threads()
     try:
-        found = []
+        result = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append([rolling(kind, x, *rows, **options(kind)) for kind in SINGLE])
+            result.append([rolling(kind, x, *rows, **options(kind)) for kind in SINGLE])
     finally:
         torch.set_num_threads(before)
-    for one, two in zip(*found, strict=True):
+    for one, two in zip(*result, strict=True):
         np.testing.assert_array_equal(one, two)
 
 

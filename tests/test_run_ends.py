@@ -1,4 +1,4 @@
-"""Runs that end badly or meet each other, and new data that is too short: what is refused, said and left behind."""
+"""Runs that fail or collide, and new data that is too short: errors, logs and remaining files."""
 
 from __future__ import annotations
 

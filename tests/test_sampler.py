@@ -1,4 +1,4 @@
-"""TSDataSampler: the reference's own sampler is the oracle wherever pyqlib is installed."""
+"""TSDataSampler compared with Qlib's sampler where pyqlib is installed."""
 
 from __future__ import annotations
 

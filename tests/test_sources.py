@@ -1,4 +1,4 @@
-"""Prices from every kind of source give the same panel, and every damage has its own message."""
+"""Every kind of price source yields the same panel, and every kind of damage has its own message."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def prices() -> pd.DataFrame:
 
 
 def expected(prices: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Per instrument: prices on every calendar date from its first to its last row."""
+    """Prices of each instrument on every calendar date from its first to its last row."""
     calendar = prices.index.get_level_values(0).unique().sort_values()
     parts = {}
     for code, part in prices.groupby(level="instrument"):

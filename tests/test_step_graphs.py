@@ -1,6 +1,6 @@
-"""Recorded training steps, with a recorder that knows the CPU: what it repeats are torch's operations, not Python.
+"""Recorded training steps on the CPU, with a recorder that replays torch's operations instead of running Python.
 
-It stands for CUDA graphs in what matters here: recording leaves nothing behind, a replay runs no Python, reads and
+It behaves like a CUDA graph: recording has no side effects, a replay runs no Python, reads and
 writes the memory of the recorded step, and cannot hand a number to the host.
 """
 
@@ -33,7 +33,7 @@ def tensors_of(tree) -> list[torch.Tensor]:
 
 
 class Tape(TorchDispatchMode):
-    """Every operation with the tensors it was given and gave; what is written to is put back at the end."""
+    """Records every operation with its inputs and outputs. Tensors that it writes are restored at the end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,9 +45,9 @@ class Tape(TorchDispatchMode):
         name = str(func)
         if name.startswith(TO_THE_HOST):
             raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
-        for argument, given in zip(func._schema.arguments, args, strict=False):
+        for argument, arguments in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                for tensor in tensors_of(given):
+                for tensor in tensors_of(arguments):
                     self.before.setdefault(id(tensor), (tensor, tensor.detach().clone()))
         out = func(*args, **kwargs)
         self.played.append((func, args, kwargs, out))
@@ -57,9 +57,9 @@ class Tape(TorchDispatchMode):
         with torch.no_grad():
             for func, args, kwargs, out in self.played:
                 again = func(*args, **kwargs)
-                for kept, fresh in zip(tensors_of(out), tensors_of(again), strict=True):
-                    if kept.data_ptr() != fresh.data_ptr():
-                        kept.copy_(fresh)
+                for saved, fresh in zip(tensors_of(out), tensors_of(again), strict=True):
+                    if saved.data_ptr() != fresh.data_ptr():
+                        saved.copy_(fresh)
 
 
 class TapeRecorder:
@@ -212,7 +212,7 @@ class Gradients(Callback):
 
 @parametrize_estimators([ts.GATs, LSTM])
 def test_a_callback_sees_the_gradients_of_its_step(kind, recorder):
-    """Also where days of different sizes take turns."""
+    """Also where days of different sizes alternate."""
     seen = []
     for on in (False, True):
         seen.append(Gradients())
@@ -251,7 +251,7 @@ def test_a_step_that_waits_is_not_recorded(monkeypatch, caplog):
 
 
 class Curious(ts.LSTM):
-    """A loss of a user's own that looks at the numbers."""
+    """A custom loss that reads values on the host."""
 
     def loss_fn(self, prediction, label, weight):
         loss = super().loss_fn(prediction, label, weight)

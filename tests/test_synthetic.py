@@ -1,4 +1,4 @@
-"""Synthetic markets: the planted signal has the strength that is written on the tin."""
+"""Synthetic markets: the planted signal has the documented strength."""
 
 from __future__ import annotations
 

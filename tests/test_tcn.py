@@ -1,4 +1,4 @@
-"""TCN estimators: fit, predict and files; windows that follow each other are scored as views and lose nothing by it."""
+"""TCN estimators: consecutive windows are scored as views without a change in the scores."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_data_of_another_width_is_named():
 # ---------------------------------------------------------------- windows that follow each other
 @pytest.fixture
 def always_views(monkeypatch):
-    """Views from two windows on: the networks here are too small for them to be worth it."""
+    """Uses views from two consecutive windows on, because the networks here are too small for the usual threshold."""
     monkeypatch.setattr(_tcn, "CALL_COST", 0)
     monkeypatch.setattr(_tcn, "MIN_CONSECUTIVE", 2)
 
@@ -48,7 +48,7 @@ def one_by_one(model, windows: WindowSet) -> np.ndarray:
 
 
 class Calls:
-    """How many windows each call of the network had, and whether they were a view of the panel."""
+    """Records the number of windows of each network call, and whether they were a view of the panel."""
 
     def __init__(self, model) -> None:
         self.sizes: list[tuple[int, bool]] = []
@@ -70,13 +70,13 @@ def test_predictions_are_those_of_the_windows_one_by_one(holes, batch_size, alwa
     model._params["batch_size"] = batch_size
     windows = dataset.windows("test", "infer", with_label=False)
     calls = Calls(model)
-    found = model.predict(dataset)
-    assert found.index.equals(windows.keys())
+    result = model.predict(dataset)
+    assert result.index.equals(windows.keys())
     assert sum(size for size, _ in calls.sizes) == len(windows)
     assert max(size for size, _ in calls.sizes) <= batch_size
     share = calls.viewed() / len(windows)
     assert share == 1.0 if holes == 0.0 else 0.0 < share < 1.0
-    np.testing.assert_allclose(found.to_numpy(), one_by_one(model, windows), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(result.to_numpy(), one_by_one(model, windows), rtol=1e-5, atol=1e-6)
 
 
 def test_scores_of_shuffled_training_batches_stay_their_own(always_views, monkeypatch):
@@ -104,12 +104,12 @@ def test_a_nan_stays_in_the_windows_that_hold_it(always_views):
     dates = frame.index.get_level_values(0).unique()
     wrong = frame.copy()
     wrong.loc[(dates[60], "S002"), ("feature", "F1")] = np.nan
-    found = model.predict(rolling(wrong))
-    touched = found.isna()
+    result = model.predict(rolling(wrong))
+    touched = result.isna()
     assert 0 < touched.sum() <= 5
-    assert set(found.index[touched].get_level_values(1)) == {"S002"}
-    assert set(found.index[touched].get_level_values(0)) <= set(dates[60:65])
-    pd.testing.assert_series_equal(found[~touched], clean[~touched], rtol=1e-5, atol=1e-6)
+    assert set(result.index[touched].get_level_values(1)) == {"S002"}
+    assert set(result.index[touched].get_level_values(0)) <= set(dates[60:65])
+    pd.testing.assert_series_equal(result[~touched], clean[~touched], rtol=1e-5, atol=1e-6)
 
 
 def test_a_stage_that_was_overridden_sees_every_sample(always_views):
@@ -118,9 +118,9 @@ def test_a_stage_that_was_overridden_sees_every_sample(always_views):
             return super().run_network(windows, samples, offsets) + 100.0
 
     dataset = rolling()
-    found = Shifted(**{**SMALL, "n_epochs": 0}).fit(dataset).predict(dataset)
+    result = Shifted(**{**SMALL, "n_epochs": 0}).fit(dataset).predict(dataset)
     expected = ts.TCN(**{**SMALL, "n_epochs": 0}).fit(dataset).predict(dataset)
-    pd.testing.assert_series_equal(found - 100.0, expected, atol=1e-4)
+    pd.testing.assert_series_equal(result - 100.0, expected, atol=1e-4)
 
 
 def test_flat_samples_in_a_time_series_model(always_views):
@@ -168,7 +168,7 @@ def test_stretches_are_all_windows_of_which_there_is_a_view(seed, holes, step_le
         assert windows.view(torch.tensor(free[first : first + fewest])) is None
 
 
-# ---------------------------------------------------------------- the reference's predictions
+# ---------------------------------------------------------------- Qlib's predictions
 def test_quirk_time_series_tcn_transposes_in_predict():
     frame, square = make_frame(70, 9, 3), {**SMALL, "n_epochs": 1}
     dataset = TSDatasetH(handler=frame, segments=SEGMENTS, step_len=3)
@@ -179,10 +179,10 @@ def test_quirk_time_series_tcn_transposes_in_predict():
     assert same(weights(as_reference), weights(model))
     with torch.no_grad():
         expected = model.network.eval()(windows.batch(torch.arange(len(windows))))
-    found = as_reference.predict(dataset)
-    np.testing.assert_allclose(found.to_numpy(), expected.numpy(), rtol=1e-5, atol=1e-6)
-    assert np.abs(found.corr(model.predict(dataset))) < 0.9
-    pd.testing.assert_series_equal(as_reference(dataset), found)
+    result = as_reference.predict(dataset)
+    np.testing.assert_allclose(result.to_numpy(), expected.numpy(), rtol=1e-5, atol=1e-6)
+    assert np.abs(result.corr(model.predict(dataset))) < 0.9
+    pd.testing.assert_series_equal(as_reference(dataset), result)
     for name in ("train", "valid"):  # training and scores are transposed
         assert as_reference.evals_result_[name] == pytest.approx(model.evals_result_[name], rel=1e-6)
     long = ts.TCN(**square, compat="qlib").fit(rolling())

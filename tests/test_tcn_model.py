@@ -1,4 +1,4 @@
-"""TCNModel and TemporalConvNet beside pyqlib's own and beside their own modules called one by one."""
+"""TCNModel and TemporalConvNet compared with pyqlib's and with their modules called one by one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def case(dtype: torch.dtype = torch.float64, rows: int = 9, **changed) -> tuple[
 
 
 def module_by_module(net: TCNModel, x: Tensor) -> Tensor:
-    """The same modules without the operator."""
+    """The network from its modules, without the operator."""
     for block in net.tcn.network:
         beside = x if block.downsample is None else block.downsample(x)
         x = (block.net(x) + beside).relu()
@@ -46,11 +46,11 @@ def gradients(net: nn.Module, x: Tensor, along: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(net(x), [x, *net.parameters()], along))
 
 
-def error(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
+def error(result: Tensor, expected: Tensor) -> float:
+    return float((result.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
 
 
-# ---------------------------------------------------------------- beside the reference
+# ---------------------------------------------------------------- compared with Qlib
 @pytest.mark.parametrize("suffix", ["", "_ts"])
 @pytest.mark.parametrize("channels", [[4], [5, 5], [8, 3, 3, 8]])
 def test_the_references_initial_weights_and_generator(channels, suffix):
@@ -61,9 +61,9 @@ def test_the_references_initial_weights_and_generator(channels, suffix):
     torch.manual_seed(3)
     ours = TCNModel(**sizes)
     assert torch.equal(torch.get_rng_state(), after)
-    expected, found = theirs.state_dict(), ours.state_dict()
-    assert list(found) == list(expected)
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    expected, result = theirs.state_dict(), ours.state_dict()
+    assert list(result) == list(expected)
+    assert all(torch.equal(result[key], expected[key]) for key in expected)
     assert [name for name, _ in ours.named_parameters()] == [name for name, _ in theirs.named_parameters()]
 
 
@@ -71,7 +71,7 @@ def test_the_references_initial_weights_and_generator(channels, suffix):
 @pytest.mark.parametrize("kernel", [2, 3, 5, 7])
 @pytest.mark.parametrize("steps", [1, 2, 5, 20, 60])
 def test_the_references_outputs_and_gradients(steps, kernel, channels):
-    """Beside the reference in float64, as its own float32 rounds too."""
+    """Compared with Qlib in float64, because Qlib's float32 rounds too."""
     torch.manual_seed(0)
     sizes = SIZES | {"num_channels": channels, "kernel_size": kernel}
     theirs, ours = reference(**sizes), TCNModel(**sizes)
@@ -79,10 +79,10 @@ def test_the_references_outputs_and_gradients(steps, kernel, channels):
     x, along = torch.randn(6, 4 * steps), torch.randn(6)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
         expected = gradients(theirs.double(), x.double(), along.double())
-        found = gradients(ours.to(dtype), x.to(dtype), along.to(dtype))
+        result = gradients(ours.to(dtype), x.to(dtype), along.to(dtype))
         assert error(ours(x.to(dtype)), theirs(x.double())) < tolerance
         whole = torch.cat([part.flatten() for part in expected]).norm()
-        for mine, other in zip(found, expected, strict=True):  # a part may be all rounding: beside the whole then
+        for mine, other in zip(result, expected, strict=True):  # a part may be all rounding: beside the whole then
             assert (mine - other).norm() < tolerance * max(other.norm(), whole / 100)
 
 
@@ -211,7 +211,7 @@ def test_old_and_new_names_that_differ_are_refused():
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pkl"])
 def test_weights_that_became_nan_are_read(tmp_path, suffix):
-    """NaN is not equal to NaN, but both names hold it."""
+    """NaN differs from NaN, but both names contain it."""
     net, _ = case(torch.float32)
     net.tcn.network[0].conv1.weight_v.data[0, 0, 0] = float("nan")
     save_weights(net, tmp_path / f"weights{suffix}")
@@ -271,7 +271,7 @@ def test_dropout_is_that_of_the_modules():
 def test_changed_modules_are_called():
     net, x = case()
     expected, seen = net(x), []
-    handle = net.tcn.network[1].relu2.register_forward_hook(lambda module, given, out: seen.append(out.shape))
+    handle = net.tcn.network[1].relu2.register_forward_hook(lambda module, arguments, out: seen.append(out.shape))
     assert error(net(x), expected) < 1e-12
     assert seen == [(9, 5, STEPS)]
     handle.remove()
@@ -302,9 +302,9 @@ def test_functional_gradients():
     def loss(values: dict[str, Tensor]) -> Tensor:
         return functional_call(net, values, (x,)).square().sum()
 
-    found = torch.func.grad(loss)(weights)
+    result = torch.func.grad(loss)(weights)
     expected = torch.autograd.grad(module_by_module(net, x).square().sum(), list(weights.values()))
-    assert all(error(found[name], other) < 1e-12 for name, other in zip(weights, expected, strict=True))
+    assert all(error(result[name], other) < 1e-12 for name, other in zip(weights, expected, strict=True))
     assert all(value is weights[name] for name, value in net.named_parameters())  # the network's own are back
     each = torch.func.vmap(lambda row: net(row.unsqueeze(0)))(x)
     assert error(each.squeeze(1), net(x)) < 1e-12
@@ -324,8 +324,8 @@ def test_compile_into_one_graph():
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     assert error(compiled(x), net(x)) < 1e-6
     along = torch.randn(9)
-    for found, expected in zip(gradients(compiled, x, along), gradients(net, x, along), strict=True):
-        assert error(found, expected) < 1e-5
+    for result, expected in zip(gradients(compiled, x, along), gradients(net, x, along), strict=True):
+        assert error(result, expected) < 1e-5
 
 
 def test_half_precision():

@@ -1,4 +1,4 @@
-"""Streams of temporal convolution networks: every score is the network's over all rows that an instrument has had."""
+"""Streams of temporal convolution networks: every score equals the network's over all rows of the instrument so far."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ F, N = 4, 5
 
 
 def network(kernel=3, channels=(6, 6, 5), output_size=1, *, dtype=torch.float64, seed=0) -> TCNModel:
-    """With biases and gains that matter."""
+    """A network with non-trivial biases and gains."""
     torch.manual_seed(seed)
     model = TCNModel(F, output_size, list(channels), kernel, dropout=0.5).to(dtype).eval()
     with torch.no_grad():
@@ -37,7 +37,7 @@ def history(days: int, count: int = N, *, dtype=torch.float64) -> Tensor:
 
 @torch.no_grad()
 def over_all_rows(model: TCNModel, x: Tensor) -> Tensor:
-    """[N, F, T] -> [N, T(, output_size)]: at each day what the network says of the rows so far."""
+    """[N, F, T] -> [N, T(, output_size)]: the network's output on each day for the rows so far."""
     scores = model.linear(model.tcn(x).transpose(1, 2))
     return scores.squeeze(2) if model.output_size == 1 else scores
 
@@ -46,9 +46,9 @@ def pushed(stream: TCNStream, x: Tensor, names=None) -> Tensor:
     return torch.stack([stream.push(x[:, :, day], names) for day in range(x.shape[2])], 1)
 
 
-def close(found: Tensor, expected: Tensor) -> None:
+def close(result: Tensor, expected: Tensor) -> None:
     assert expected.norm() > 0.01
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-12)
 
 
 # ---------------------------------------------------------------- the numbers
@@ -59,19 +59,19 @@ def test_every_days_score_is_the_networks_over_all_rows(kernel, channels, output
     model, x = network(kernel, channels, output_size), history(70)
     stream = model.stream()
     assert stream.receptive_field == temporal_conv_net.plan(70, kernel, len(channels)).receptive_field
-    found = pushed(stream, x)
-    assert found.shape == ((N, 70) if output_size == 1 else (N, 70, output_size))
-    close(found, over_all_rows(model, x))
-    close(found[:, 9], model(x[:, :, :10]).detach())
+    result = pushed(stream, x)
+    assert result.shape == ((N, 70) if output_size == 1 else (N, 70, output_size))
+    close(result, over_all_rows(model, x))
+    close(result[:, 9], model(x[:, :, :10]).detach())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_narrow_dtypes(dtype):
     model, x = network(dtype=dtype), history(40, dtype=dtype)
-    found = pushed(model.stream(), x)
-    assert found.dtype == dtype
+    result = pushed(model.stream(), x)
+    assert result.dtype == dtype
     expected = over_all_rows(model.double(), x.double())
-    error = (found - expected).norm() / expected.norm()
+    error = (result - expected).norm() / expected.norm()
     assert error < (2e-6 if dtype == torch.float32 else 0.4 * torch.finfo(dtype).eps)  # only the result is rounded
 
 
@@ -91,15 +91,15 @@ def test_nan_stays_with_its_instrument_and_is_forgotten():
     model, x = network(2, (6, 6)), history(30)
     clean = pushed(model.stream(), x)
     x[2, 1, 10] = torch.nan
-    found, reach = pushed(model.stream(), x), model.stream().receptive_field
-    assert found[2, 10 : 10 + reach].isnan().any()
-    found[2, 10 : 10 + reach] = clean[2, 10 : 10 + reach]
-    assert torch.equal(found, clean)
+    result, reach = pushed(model.stream(), x), model.stream().receptive_field
+    assert result[2, 10 : 10 + reach].isnan().any()
+    result[2, 10 : 10 + reach] = clean[2, 10 : 10 + reach]
+    assert torch.equal(result, clean)
 
 
 # ---------------------------------------------------------------- instruments
 def test_instruments_come_and_go_and_miss_days():
-    """Each one's scores are those of its own rows, whoever else is there, in whatever order."""
+    """The scores of an instrument depend on its own rows only, not on the other instruments or their order."""
     model, rng = network(), random.Random(0)
     stream, names = model.stream(), [f"S{i}" for i in range(9)]
     listed = {name: rng.randrange(25) for name in names}
@@ -121,7 +121,7 @@ def test_instruments_come_and_go_and_miss_days():
 def test_names_may_be_of_any_sequence():
     model, x = network(), history(12)
     expected, names = pushed(model.stream(), x), ["a", "b", "c", "d", "e"]
-    for given in (
+    for arguments in (
         names,
         tuple(names),
         np.array(names),
@@ -130,11 +130,11 @@ def test_names_may_be_of_any_sequence():
         pd.Series(names),
         iter(names),
     ):
-        found = model.stream()
-        found.push(x[:, :, 0], given)
-        assert found.instruments == names
-        assert {type(name) for name in found.instruments} == {str}
-        assert torch.equal(pushed(found, x[:, :, 1:], names), expected[:, 1:])
+        result = model.stream()
+        result.push(x[:, :, 0], arguments)
+        assert result.instruments == names
+        assert {type(name) for name in result.instruments} == {str}
+        assert torch.equal(pushed(result, x[:, :, 1:], names), expected[:, 1:])
     for numbers in (range(N), torch.arange(N), np.arange(N), list(np.arange(N))):
         stream = model.stream()
         first, second = stream.push(x[:, :, 0]), stream.push(x[:, :, 1], numbers)
@@ -151,9 +151,9 @@ def test_forgotten_instruments_begin_anew():
     assert stream.instruments == ["a", "c", "e"]
     assert {part.shape[1] for part in stream.state_dict()["inputs"]} == {3}
     staying = stream.push(x[[0, 2, 4], :, 20], ["a", "c", "e"])
-    found = pushed(stream, x[:, :, 21:], names)
-    close(torch.cat((staying.unsqueeze(1), found[[0, 2, 4]]), 1), over_all_rows(model, x)[[0, 2, 4], 20:])
-    close(found[[1, 3]], over_all_rows(model, x[:, :, 21:])[[1, 3]])
+    result = pushed(stream, x[:, :, 21:], names)
+    close(torch.cat((staying.unsqueeze(1), result[[0, 2, 4]]), 1), over_all_rows(model, x)[[0, 2, 4], 20:])
+    close(result[[1, 3]], over_all_rows(model, x[:, :, 21:])[[1, 3]])
 
 
 def test_no_rows():
@@ -162,8 +162,8 @@ def test_no_rows():
     assert stream.push(x[:0, :, 0]).shape == stream.push(x[:0, :, 0], []).shape == (0,)
     assert stream.warm_start(x[:0]).shape == (0,)
     assert network(output_size=3).stream().warm_start(x[:0]).shape == (0, 3)
-    found = [stream.push(x[:, :, 0], range(N)), stream.push(x[:0, :, 1], []), stream.push(x[:, :, 1], range(N))]
-    close(torch.stack(found[::2], 1), over_all_rows(model, x)[:, :2])
+    result = [stream.push(x[:, :, 0], range(N)), stream.push(x[:0, :, 1], []), stream.push(x[:, :, 1], range(N))]
+    close(torch.stack(result[::2], 1), over_all_rows(model, x)[:, :2])
 
 
 # ---------------------------------------------------------------- history in one go
@@ -180,18 +180,18 @@ def test_a_warm_start_is_what_pushing_would_have_been(days):
 
 
 def test_histories_of_several_lengths():
-    """What stands before an instrument's first row is not read, nor what no score depends on any more."""
+    """Neither the values before an instrument's first row nor those outside the receptive field are read."""
     model, x = network(), history(60)
     lengths = [50, 3, 29, 1, 31]
     stream = model.stream()
-    given = x[:, :, :50].clone()
-    for row, length in zip(given, lengths, strict=True):
+    arguments = x[:, :, :50].clone()
+    for row, length in zip(arguments, lengths, strict=True):
         row[:, : 50 - min(length, stream.receptive_field)] = torch.nan
-    first = stream.warm_start(given, list("abcde"), lengths)
+    first = stream.warm_start(arguments, list("abcde"), lengths)
     assert stream.seen.tolist() == lengths
-    found = torch.cat((first.unsqueeze(1), pushed(stream, x[:, :, 50:], list("abcde"))), 1)
+    result = torch.cat((first.unsqueeze(1), pushed(stream, x[:, :, 50:], list("abcde"))), 1)
     for row, length in enumerate(lengths):
-        close(found[row], over_all_rows(model, x[row : row + 1, :, 50 - length :])[0, -11:])
+        close(result[row], over_all_rows(model, x[row : row + 1, :, 50 - length :])[0, -11:])
 
 
 def test_a_warm_start_replaces_what_its_instruments_had_and_leaves_the_others():
@@ -200,10 +200,10 @@ def test_a_warm_start_replaces_what_its_instruments_had_and_leaves_the_others():
     pushed(stream, x[:, :, :20] + 1, names)
     stream.warm_start(x[[3, 1], :, :20], ["d", "b"], torch.tensor([20, 20]))
     assert sorted(stream.instruments) == names
-    found = pushed(stream, x[:, :, 20:], names)
-    close(found[[1, 3]], over_all_rows(model, x)[[1, 3], 20:])
+    result = pushed(stream, x[:, :, 20:], names)
+    close(result[[1, 3]], over_all_rows(model, x)[[1, 3], 20:])
     shifted = torch.cat((x[:, :, :20] + 1, x[:, :, 20:]), 2)
-    close(found[[0, 2, 4]], over_all_rows(model, shifted)[[0, 2, 4], 20:])
+    close(result[[0, 2, 4]], over_all_rows(model, shifted)[[0, 2, 4], 20:])
 
 
 # ---------------------------------------------------------------- saving, moving, interrupting
@@ -213,10 +213,10 @@ def test_saved_and_restored():
     pushed(stream, x[:, :, :30], list("abcde"))
     file = io.BytesIO()
     torch.save(stream.state_dict(), file)
-    kept = stream.state_dict()
+    saved = stream.state_dict()
     after = pushed(stream, x[:, :, 30:], list("abcde"))
     file.seek(0)
-    for state in (torch.load(file, weights_only=True), kept):  # a copy: the pushes since have not touched it
+    for state in (torch.load(file, weights_only=True), saved):  # a copy: the pushes since have not touched it
         restored = copy.deepcopy(model).stream()
         restored.push(x[:2, :, 0], ["other", "a"])
         restored.load_state_dict(state)
@@ -224,7 +224,7 @@ def test_saved_and_restored():
         assert torch.equal(pushed(restored, x[:, :, 30:], list("abcde")), after)
     copied = pickle.loads(pickle.dumps(restored))
     assert torch.equal(copied.push(x[:, :, 0], list("edcba")), restored.push(x[:, :, 0], list("edcba")))
-    assert torch.equal(kept["seen"], torch.full((N,), 30))  # nor have those of the restored ones
+    assert torch.equal(saved["seen"], torch.full((N,), 30))  # nor have those of the restored ones
 
 
 def test_states_that_do_not_fit_are_refused():
@@ -271,24 +271,24 @@ def interrupt_in(patch: pytest.MonkeyPatch, number: int) -> None:
     """Ctrl-C in a convolution."""
     addmm, calls = torch.addmm, itertools.count()
 
-    def interrupted(*given):
+    def interrupted(*arguments):
         if next(calls) == number:
             raise KeyboardInterrupt
-        return addmm(*given)
+        return addmm(*arguments)
 
     patch.setattr(torch, "addmm", interrupted)
 
 
 def test_an_interrupted_push_can_be_repeated(monkeypatch):
     model, x = network(), history(40)
-    stream, found = model.stream(), []
+    stream, result = model.stream(), []
     for day in range(40):
         with monkeypatch.context() as patch:
             interrupt_in(patch, day % 6)
             with pytest.raises(KeyboardInterrupt):
                 stream.push(x[:, :, day])
-        found.append(stream.push(x[:, :, day]))
-    close(torch.stack(found, 1), over_all_rows(model, x))
+        result.append(stream.push(x[:, :, day]))
+    close(torch.stack(result, 1), over_all_rows(model, x))
 
 
 def test_an_interrupted_warm_start_changes_nothing(monkeypatch):
@@ -336,12 +336,12 @@ def test_another_device():
 def test_on_a_gpu_and_back():
     model, x = network(), history(60)
     stream = model.stream()
-    found = [pushed(stream, x[:, :, :20])]
-    found.append(pushed(stream.to("cuda"), x[:, :, 20:40].cuda()).cpu())
+    result = [pushed(stream, x[:, :, :20])]
+    result.append(pushed(stream.to("cuda"), x[:, :, 20:40].cuda()).cpu())
     restored = model.stream()
     restored.load_state_dict(stream.state_dict())
-    found.append(pushed(restored, x[:, :, 40:]))
-    close(torch.cat(found, 1), over_all_rows(model, x))
+    result.append(pushed(restored, x[:, :, 40:]))
+    close(torch.cat(result, 1), over_all_rows(model, x))
     on_gpu = copy.deepcopy(model).cuda().stream()
     on_gpu.load_state_dict(restored.state_dict())
     assert on_gpu.device.type == "cuda"

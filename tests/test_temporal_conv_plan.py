@@ -1,4 +1,4 @@
-"""The cone of a temporal convolution stack: against what gradients reach, in Python and in the kernels' header."""
+"""The cone of a temporal convolution stack, in Python and in the kernels' header, compared with gradients."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def of(stack: Stack) -> Plan:
 
 
 def reached(stack: Stack) -> list[tuple[list[int], list[int], list[int]]]:
-    """Steps of each block's input, middle and output with a gradient, where all numbers are above 0."""
+    """Steps of each block's input, middle and output that have a gradient, if all values are positive."""
     steps, blocks, all_steps = stack
     x = torch.ones(1, 1, steps, dtype=torch.float64, requires_grad=True)
     states: list[list[Tensor]] = []
@@ -94,7 +94,7 @@ def test_multiply_adds(stack: Stack, features: int, widths: list[int]) -> None:
 
 
 def test_the_references_settings() -> None:
-    """The work that its Alpha158 and Alpha360 settings need of what the module computes."""
+    """The share of the module's work that Qlib's Alpha158 and Alpha360 settings need."""
     for steps, kernel, features, width, expected in ((20, 7, 20, 32, (5.3, 15.4)), (60, 3, 6, 128, (4.8, 5.9))):
         plan = temporal_conv_net.plan(steps, kernel, 5)
         needed, dense, padded = plan.multiply_adds(features, [width] * 5)
@@ -189,7 +189,7 @@ HEADER_STACKS: list[Stack] = [
 
 
 def tables(stack: Stack) -> list[str]:
-    """What the program prints, from the plan in Python."""
+    """The expected output of the program, from the plan in Python."""
     steps, _, all_steps = stack
     lines: list[str] = []
     for number, block in enumerate(of(stack).blocks):

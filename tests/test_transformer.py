@@ -1,4 +1,4 @@
-"""Transformer and Localformer beside the same layers of torch called one by one, by every way a network is used."""
+"""Transformer and Localformer compared with the same torch layers called one by one, in every way a network is used."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ both = pytest.mark.parametrize("kind", [Transformer, Localformer], ids=lambda ki
 
 
 def positions(steps: int, width: int) -> Tensor:
-    """Of the paper, element by element, in float64."""
+    """The positional encoding of the paper, element by element, in float64."""
     rows = [
         [(math.cos if d % 2 else math.sin)(t / 10000 ** ((d - d % 2) / width)) for d in range(width)]
         for t in range(steps)
@@ -38,7 +38,7 @@ def positions(steps: int, width: int) -> Tensor:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """One entry per call of the operator: whether it was asked for the last step alone."""
+    """One entry per call of the operator: whether only the last step was requested."""
     calls: list[bool] = []
     inner = transformer.encoder_layer
 
@@ -67,7 +67,7 @@ def test_predictions_and_gradients_are_those_of_the_layers(kind: type, sizes: tu
     expected = plainly(exact, x.double())
     true = {"": expected.detach(), **gradients(exact, expected)}
 
-    def found(call: Callable[[Network, Tensor], Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    def result(call: Callable[[Network, Tensor], Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         of = copy.deepcopy(net).to(dtype)
         out = call(of, x.to(dtype))
         return {"": out.detach(), **gradients(of, out)}
@@ -75,7 +75,7 @@ def test_predictions_and_gradients_are_those_of_the_layers(kind: type, sizes: tu
     def ours(net: Network, x: Tensor) -> Tensor:
         return net(x)
 
-    wide, narrow, torchs = found(ours, F64), found(ours, F32), found(plainly, F32)
+    wide, narrow, torchs = result(ours, F64), result(ours, F32), result(plainly, F32)
     assert list(wide) == list(narrow) == list(true)
     for name, value in true.items():
         assert relative_error(wide[name], value) < 1e-11, name
@@ -135,16 +135,16 @@ def test_a_window_that_is_not_finite_stays_alone(kind: type) -> None:
     net, x = case(kind)
     clean = net(x)
     x[3, 2, 1] = torch.nan
-    found = net(x)
-    assert found[3].isnan()
+    result = net(x)
+    assert result[3].isnan()
     rest = torch.arange(len(x)) != 3
-    torch.testing.assert_close(found[rest], clean[rest], rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(result[rest], clean[rest], rtol=1e-12, atol=1e-13)
 
 
 # ---------------------------------------------------------------- what is there and not used
 @both
 def test_the_layer_that_is_copied_takes_no_part(kind: type) -> None:
-    """It is in the reference's files, so it is in ours."""
+    """Qlib's files contain it, so qfast's do too."""
     net, x = case(kind)
     expected = net(x).detach()
     net(x).sum().backward()
@@ -191,7 +191,7 @@ def test_wrong_sizes_are_named(kind: type, wrong: dict[str, float], message: str
 @both
 def test_wrong_data_is_named(kind: type) -> None:
     net, x = case(kind)
-    for given, message in (
+    for arguments, message in (
         (x[..., :4], r"x has 4 features .* built with d_feat=5\. Remedy: d_feat=4"),
         (x.flatten(1)[:, :33], "x has 33 columns, which is not a multiple of d_feat=5"),
         (x[0, 0], "x must be .*, got 1 axes"),
@@ -203,7 +203,7 @@ def test_wrong_data_is_named(kind: type) -> None:
     ):
         for way in (net, net.to_reference()):
             with pytest.raises(DataError, match=message):
-                way(given)
+                way(arguments)
 
 
 @both
@@ -235,16 +235,16 @@ def test_dropout_counts_in_training_only_and_repeats_with_the_seed(kind: type) -
 @both
 @pytest.mark.parametrize("dropout", [0.1, 0.5])
 def test_training_draws_as_torchs_layers_do(kind: type, dropout: float) -> None:
-    """One window many times: every copy has masks of its own. Mean, spread and tails are those of torch's masks."""
+    """Many copies of one window have different masks. Mean, spread and tails equal those of torch's masks."""
     net, x = case(kind, F32, rows=1, dropout=dropout)
     many = x[:, :4].expand(3000, 4, 5)
     with torch.no_grad():
-        found, expected = net(many).double(), net.to_reference()(many).double()
+        result, expected = net(many).double(), net.to_reference()(many).double()
     spread = float(expected.std())
-    assert float(found.std()) == pytest.approx(spread, rel=0.1)
-    assert abs(float(found.mean() - expected.mean())) < 5 * spread * (2 / 3000) ** 0.5
+    assert float(result.std()) == pytest.approx(spread, rel=0.1)
+    assert abs(float(result.mean() - expected.mean())) < 5 * spread * (2 / 3000) ** 0.5
     marks = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=F64)
-    shares = (expected.quantile(marks)[:, None] > found).double().mean(1)
+    shares = (expected.quantile(marks)[:, None] > result).double().mean(1)
     assert torch.all((shares - marks).abs() < 0.06)
 
 
@@ -264,7 +264,7 @@ def _with_hook(net: Network, layer: nn.TransformerEncoderLayer) -> None:
 
 
 def _with_inner_hook(net: Network, layer: nn.TransformerEncoderLayer) -> None:
-    layer.linear1.register_forward_pre_hook(lambda module, given: (given[0] * 2,))
+    layer.linear1.register_forward_pre_hook(lambda module, arguments: (arguments[0] * 2,))
 
 
 def _gelu(net: Network, layer: nn.TransformerEncoderLayer) -> None:
@@ -307,8 +307,8 @@ def _batch_first(net: Network, layer: nn.TransformerEncoderLayer) -> None:
 
 def _own_layer(net: Network, layer: nn.TransformerEncoderLayer) -> None:
     class Doubled(nn.TransformerEncoderLayer):
-        def forward(self, *given: Tensor, **options: object) -> Tensor:
-            return 2 * super().forward(*given, **options)
+        def forward(self, *arguments: Tensor, **options: object) -> Tensor:
+            return 2 * super().forward(*arguments, **options)
 
     layer.__class__ = Doubled
 
@@ -326,26 +326,26 @@ def test_changed_networks_are_computed_as_they_are(kind: type, change: Callable,
     before = net(x)
     seen.clear()
     change(net, net.transformer_encoder.layers[1])
-    found = net(x)
+    result = net(x)
     assert seen == []
-    assert not torch.allclose(found, before, rtol=1e-9)  # the change counts
-    torch.testing.assert_close(found, plainly(net, x), rtol=1e-11, atol=1e-12)
+    assert not torch.allclose(result, before, rtol=1e-9)  # the change counts
+    torch.testing.assert_close(result, plainly(net, x), rtol=1e-11, atol=1e-12)
 
 
 @both
 def test_a_hook_on_the_whole_encoder_is_called(kind: type, seen: list[bool]) -> None:
     net, x = case(kind)
     net.transformer_encoder.register_forward_hook(lambda module, _, out: out * 0)
-    found = net(x)
+    result = net(x)
     assert seen == []
-    torch.testing.assert_close(found, found[:1].expand(12), rtol=1e-12, atol=1e-12)  # nothing of the data arrives
+    torch.testing.assert_close(result, result[:1].expand(12), rtol=1e-12, atol=1e-12)  # nothing of the data arrives
 
 
 def test_a_norm_after_the_encoder_is_applied(seen: list[bool]) -> None:
     net, x = case(Transformer)
     net.transformer_encoder.norm = nn.LayerNorm(8, elementwise_affine=False).double()
     read: list[Tensor] = []
-    net.decoder_layer.register_forward_hook(lambda module, given, out: read.append(given[0]))
+    net.decoder_layer.register_forward_hook(lambda module, arguments, out: read.append(arguments[0]))
     net(x)
     assert seen == []
     torch.testing.assert_close(read[0].mean(1), torch.zeros(12, dtype=F64))
@@ -353,7 +353,7 @@ def test_a_norm_after_the_encoder_is_applied(seen: list[bool]) -> None:
 
 @both
 def test_layers_that_are_replaced_by_the_same_kind_count(kind: type, seen: list[bool]) -> None:
-    """A wider block, other heads, another number of layers: the operator computes what is there."""
+    """A wider block, other heads or another number of layers: the operator uses the new layers."""
     net, x = case(kind)
     torch.manual_seed(4)
     net.transformer_encoder.layers[0] = nn.TransformerEncoderLayer(8, 4, 30, dropout=0.0, layer_norm_eps=0.1).double()
@@ -376,10 +376,10 @@ def test_modes_that_differ_within_a_layer_are_kept(kind: type, part: str, seen: 
     for layer in net.transformer_encoder.layers:
         getattr(layer, part).eval()
     torch.manual_seed(2)
-    found = net(x)
+    result = net(x)
     assert seen == []
     torch.manual_seed(2)
-    torch.testing.assert_close(found, net.to_reference()(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(result, net.to_reference()(x), rtol=1e-5, atol=1e-6)
 
 
 @both
@@ -392,7 +392,7 @@ def test_shares_that_differ_within_a_layer_are_kept(kind: type, seen: list[bool]
 
 @both
 def test_layers_in_modes_of_their_own(kind: type, seen: list[bool]) -> None:
-    """All of a layer in eval is a mode that the operator has."""
+    """The operator supports a layer that is entirely in eval mode."""
     net, x = case(kind, dropout=0.5)
     net.transformer_encoder.eval()
     if kind is Localformer:
@@ -416,7 +416,7 @@ def test_trace_script_and_export_hold_torchs_operations_only(kind: type) -> None
 
 @both
 def test_export_of_any_batch_and_a_file(kind: type) -> None:
-    """As exporters to other formats take it: eval mode, batch left open, saved and read."""
+    """As exporters to other formats use it: eval mode, dynamic batch, saved and loaded."""
     net, x = case(kind, F32)
     plain = net.eval().to_reference()
     assert "qfast" not in str(torch.export.export(plain, (x,)).graph)
@@ -451,9 +451,9 @@ def test_transforms(kind: type) -> None:
         expected = torch.func.jvp(lambda x: plainly(net, x), (x,), (along,))[1]
     torch.testing.assert_close(torch.func.jvp(net, (x,), (along,))[1], expected, rtol=1e-9, atol=1e-12)
     used = {name: p for name, p in net.named_parameters() if not name.startswith("encoder_layer.")}
-    found = torch.func.grad(lambda p: functional_call(net, p, (x,)).pow(2).sum())(used)
+    result = torch.func.grad(lambda p: functional_call(net, p, (x,)).pow(2).sum())(used)
     for name, value in gradients(net, plainly(net, x)).items():
-        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(result[name], value, rtol=1e-9, atol=1e-12)
     windows = torch.stack((x, along))
     torch.testing.assert_close(torch.vmap(net)(windows), torch.stack((net(x), net(along))), rtol=1e-11, atol=1e-12)
     parameters, buffers = torch.func.stack_module_state([copy.deepcopy(net) for _ in range(2)])
@@ -463,15 +463,15 @@ def test_transforms(kind: type) -> None:
 
 @both
 def test_gradients_of_gradients(kind: type) -> None:
-    """By torch.func, and by `backward` on torch's own layers (with the attention that has one)."""
+    """By torch.func, and by `backward` through torch's layers with an attention that supports it."""
     net, x = case(kind, rows=2)
     leaf = x.clone().requires_grad_()
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         (first,) = torch.autograd.grad(net.to_reference()(leaf).pow(2).sum(), leaf, create_graph=True)
         (expected,) = torch.autograd.grad(first.pow(2).sum(), leaf)
     slope = torch.func.grad(lambda x: net(x).pow(2).sum())
-    found = torch.func.grad(lambda x: slope(x).pow(2).sum())(x)
-    assert relative_error(found, expected) < 1e-10
+    result = torch.func.grad(lambda x: slope(x).pow(2).sum())(x)
+    assert relative_error(result, expected) < 1e-10
     if NATIVE:
         (first,) = torch.autograd.grad(net(leaf).pow(2).sum(), leaf, create_graph=True)
         with pytest.raises(NotImplementedError, match=r"double backward is not supported"):
@@ -483,8 +483,8 @@ def test_autocast_and_halves(kind: type) -> None:
     net, x = case(kind, F32)
     expected = plainly(net, x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = net(x)
-    assert (found.float() - expected).norm() <= 0.05 * expected.norm() + 0.05
+        result = net(x)
+    assert (result.float() - expected).norm() <= 0.05 * expected.norm() + 0.05
     half = copy.deepcopy(net).bfloat16()(x.bfloat16())
     assert half.dtype == torch.bfloat16
     assert (half.float() - expected).norm() <= 0.1 * expected.norm() + 0.1
@@ -513,7 +513,7 @@ def test_it_is_copied_and_pickled_after_a_forward(kind: type) -> None:
     assert torch.equal(net(x), expected)  # weights of its own
 
 
-# ---------------------------------------------------------------- the reference
+# ---------------------------------------------------------------- compared with Qlib
 @pytest.mark.parametrize("suffix", ["", "_ts"])
 @pytest.mark.parametrize("sizes", [(6, 8, 4, 2), (20, 16, 2, 1), (5, 12, 1, 3)], ids=str)
 @both
@@ -530,12 +530,12 @@ def test_the_references_weights_names_and_numbers(kind: type, suffix: str, sizes
     assert all(torch.equal(value, expected[key]) for key, value in net.state_dict().items())
     assert [name for name, _ in net.named_parameters()] == [name for name, _ in reference.named_parameters()]
     x = torch.randn(11, 12, sizes[0], dtype=F64)
-    given = x if suffix else x.transpose(1, 2).reshape(11, -1)
+    arguments = x if suffix else x.transpose(1, 2).reshape(11, -1)
     reference.double().load_state_dict(net.double().state_dict())
-    found, numbers = net(given), reference(given)
-    assert relative_error(found, numbers) < 1e-12
-    assert net(given[:1]).shape == (1,)
-    of_ours, of_theirs = gradients(net, found), gradients(reference, numbers)
+    result, numbers = net(arguments), reference(arguments)
+    assert relative_error(result, numbers) < 1e-12
+    assert net(arguments[:1]).shape == (1,)
+    of_ours, of_theirs = gradients(net, result), gradients(reference, numbers)
     assert list(of_ours) == list(of_theirs)
     for name, value in of_theirs.items():
         assert relative_error(of_ours[name], value) < 1e-11, name

@@ -1,4 +1,4 @@
-"""Transformer and Localformer estimators at work: the reference's numbers, files, interruptions, workflows."""
+"""Transformer and Localformer estimators: weight decay, Qlib's dropout masks, and weight files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ONE_EPOCH = {**SMALL, "n_epochs": 1}
 
 
 def reference(kind: type, **arguments):
-    """The reference's own model."""
+    """Qlib's model."""
     pytest.importorskip("qlib", reason="pyqlib is the oracle; install qfast-models[qlib]")
     stem, suffix = kind.__name__.removesuffix("Model").lower(), "" if kind in FLAT else "_ts"
     module = importlib.import_module(f"qlib.contrib.model.pytorch_{stem}{suffix}")
@@ -29,7 +29,7 @@ def reference(kind: type, **arguments):
 
 
 def samples(kind: type):
-    """Of the same rows for either."""
+    """The same data for both models."""
     pytest.importorskip("qlib", reason="pyqlib is the oracle; install qfast-models[qlib]")
     from support.qlib import qlib_frames
 
@@ -51,16 +51,16 @@ def test_the_decay_goes_into_the_optimiser_and_leaves_unused_weights_alone(kind)
     assert not same(after, weights(kind(**SIZES, reg=0.0).fit(dataset_for(kind))))
 
 
-# ---------------------------------------------------------------- beside the reference
+# ---------------------------------------------------------------- compared with Qlib
 @all_kinds
 def test_large_weight_decay_follows_the_reference(kind, tmp_path):
     arguments = {**SMALL, "reg": 0.3, "optimizer": "gd", "lr": 0.02}
-    expected, found = {}, {}
+    expected, result = {}, {}
     theirs = reference(kind, **arguments)
     theirs.fit(samples(kind), expected, save_path=str(tmp_path / "x.pt"))
-    model = kind(**arguments).fit(samples(kind), found)
+    model = kind(**arguments).fit(samples(kind), result)
     for name in ("train", "valid"):
-        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
+        np.testing.assert_allclose(result[name], expected[name], rtol=1e-5)
     of_theirs = theirs.model.state_dict()
     for key, value in weights(model).items():
         torch.testing.assert_close(value, of_theirs[key], rtol=1e-4, atol=1e-6)
@@ -69,12 +69,12 @@ def test_large_weight_decay_follows_the_reference(kind, tmp_path):
 @all_kinds
 def test_compat_draws_the_references_masks(kind, tmp_path):
     arguments = {**SMALL, "dropout": 0.3, "num_layers": 2, "nhead": 4}
-    expected, found, own = {}, {}, {}
+    expected, result, own = {}, {}, {}
     theirs = reference(kind, **arguments)
     theirs.fit(samples(kind), expected, save_path=str(tmp_path / "x.pt"))
-    model = kind(**arguments, compat="qlib").fit(samples(kind), found)
+    model = kind(**arguments, compat="qlib").fit(samples(kind), result)
     for name in ("train", "valid"):
-        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
+        np.testing.assert_allclose(result[name], expected[name], rtol=1e-5)
     prediction = theirs.predict(samples(kind))
     pd.testing.assert_series_equal(model.predict(samples(kind)), prediction, rtol=1e-4, atol=1e-5, check_names=False)
     kind(**arguments).fit(samples(kind), own)

@@ -1,4 +1,4 @@
-"""Whole runs: the folder, the scores, resuming, new data, and every way a run can end badly."""
+"""Whole runs: the folder, the scores, resuming, new data, and failures."""
 
 from __future__ import annotations
 
@@ -56,20 +56,20 @@ def test_folder_holds_every_file_and_no_other(case):
 
 def test_manifest_says_what_was_run(case):
     _, data, path, _ = case
-    found = manifest(path)
-    assert found["status"] == "finished"
-    assert found["error"] is None
-    assert found["started"] <= found["ended"]
-    assert (found["seed"], found["seed_drawn"], found["device"]) == (3, False, "cpu")
-    assert found["data"]["source"] == str(data.resolve())
-    assert (found["data"]["instruments"], found["data"]["first"], found["data"]["last"]) == (
+    result = manifest(path)
+    assert result["status"] == "finished"
+    assert result["error"] is None
+    assert result["started"] <= result["ended"]
+    assert (result["seed"], result["seed_drawn"], result["device"]) == (3, False, "cpu")
+    assert result["data"]["source"] == str(data.resolve())
+    assert (result["data"]["instruments"], result["data"]["first"], result["data"]["last"]) == (
         12,
         "2020-01-01",
         "2020-03-10",
     )
-    assert set(found["versions"]) >= {"qfast", "torch", "numpy", "pandas", "python"}
-    assert "PortAnaRecord" in found["notes"][0]
-    assert found["tiers"]["cpu"]["tier"] in ("cpu", "torch")
+    assert set(result["versions"]) >= {"qfast", "torch", "numpy", "pandas", "python"}
+    assert "PortAnaRecord" in result["notes"][0]
+    assert result["tiers"]["cpu"]["tier"] in ("cpu", "torch")
 
 
 def test_metrics_are_those_of_the_written_scores(case):
@@ -135,9 +135,9 @@ def test_resolved_config_runs_again_to_the_same_scores(case, tmp_path):
 
 def test_a_drawn_seed_is_written_down(case, tmp_path):
     first = run(case[0], case[1], ["task.model.kwargs.n_epochs=1"], output=tmp_path / "a")
-    found = manifest(first.path)
-    assert found["seed_drawn"] is True
-    again = run(case[0], case[1], ["task.model.kwargs.n_epochs=1"], output=tmp_path / "b", seed=found["seed"])
+    result = manifest(first.path)
+    assert result["seed_drawn"] is True
+    again = run(case[0], case[1], ["task.model.kwargs.n_epochs=1"], output=tmp_path / "b", seed=result["seed"])
     pd.testing.assert_frame_equal(read_frame(first.path, "pred"), read_frame(again.path, "pred"))
 
 
@@ -291,9 +291,9 @@ def test_full_disk_leaves_a_folder_that_says_so_and_can_be_resumed(case, tmp_pat
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(QfastError, match=r"no space left on the disk while writing to '.*full'; .* qfast run --resume"):
         run(case[0], case[1], output=path, seed=3)
-    found = manifest(path)
-    assert found["status"] == "failed"
-    assert "space" in found["error"]
+    result = manifest(path)
+    assert result["status"] == "failed"
+    assert "space" in result["error"]
     assert not (path / name).exists()
     assert {f.name for f in path.iterdir()} <= FILES, "temporary files stayed"
     monkeypatch.setattr(os, "replace", real)
@@ -524,7 +524,7 @@ def test_scores_of_a_day_do_not_depend_on_the_period_asked_for(price_case):
 
 @pytest.mark.parametrize("rolling", [False, True], ids=["flat", "ts"])
 def test_features_without_end_are_those_of_training(tmp_path, rolling):
-    """EMA and windows of 0 rows know of the first day, which is not the first one of what is scored."""
+    """EMA and windows of 0 rows depend on the first day of the data, which is not the first scored day."""
     prices = demo_prices(n_instruments=12, n_days=560)
     features = "['EMA($close, 20) / $close', 'Mean($volume, 0) / $volume']"
     sets = [
@@ -539,13 +539,13 @@ def test_features_without_end_are_those_of_training(tmp_path, rolling):
     own = run(DEMO, prices, sets, output=tmp_path / "run", seed=1)
     scores = read_frame(own.path, "pred")["score"]
     dates = scores.index.get_level_values("datetime").unique()
-    for found in (
+    for result in (
         predict(own.path, prices, date=dates[-3].date()),
         predict(own.path, prices, start=dates[-9].date(), end=dates[-2].date()),
         predict(own.path, prices, date="latest"),
     ):
-        np.testing.assert_allclose(found, scores.reindex(found.index), rtol=1e-5, atol=1e-7)
-        assert found.attrs["notes"] == []
+        np.testing.assert_allclose(result, scores.reindex(result.index), rtol=1e-5, atol=1e-7)
+        assert result.attrs["notes"] == []
     later = prices[prices.index.get_level_values("datetime") >= "2018-09-03"]
     notes = predict(own.path, later).attrs["notes"]
     assert any("the data begins on 2018-09-03, training on 2018-06-01" in note for note in notes)
@@ -571,12 +571,12 @@ def test_one_date_can_be_asked_for(price_case, tmp_path):
     assert predict(path, frame, date="latest").attrs["notes"] == []
     today = frame[frame["datetime"] == dates[-1]].assign(datetime=dates[-1] + pd.Timedelta(days=1))
     empty = today.assign(open=np.nan, high=np.nan, low=np.nan, close=np.nan)
-    found = predict(path, pd.concat([frame, empty]), date="latest")
-    assert set(found.index.get_level_values("datetime")) == {dates[-1]}
-    assert "the newest day of the data, holds no value" in found.attrs["notes"][0]
-    found = predict(path, pd.concat([frame, today.iloc[:2]]), date="latest")
-    assert len(found) == 2
-    assert "only 2 instruments have values, 21 on the days before" in found.attrs["notes"][0]
+    result = predict(path, pd.concat([frame, empty]), date="latest")
+    assert set(result.index.get_level_values("datetime")) == {dates[-1]}
+    assert "the newest day of the data, holds no value" in result.attrs["notes"][0]
+    result = predict(path, pd.concat([frame, today.iloc[:2]]), date="latest")
+    assert len(result) == 2
+    assert "only 2 instruments have values, 21 on the days before" in result.attrs["notes"][0]
     with pytest.raises(ConfigError, match="--date latest is one date; leave --start and --end out"):
         predict(path, prices, date="latest", start="2019-01-01")
     with pytest.raises(ConfigError, match="--date: expected a date such as"):

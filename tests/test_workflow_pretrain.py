@@ -1,4 +1,4 @@
-"""Pre-training in workflow files: the `pretrain:` block, `model_path`, and runs that break off in either stage."""
+"""Pre-training in workflow files: the `pretrain:` block, `model_path`, and runs interrupted in either stage."""
 
 from __future__ import annotations
 
@@ -92,11 +92,11 @@ def test_both_stages_leave_their_files(case):
 
 def test_what_was_pretrained_and_taken_is_said(case, capsys):
     path, _ = case
-    found = manifest(path)
-    assert found["pretrain"]["model"].endswith(".LSTM")
-    assert found["pretrain"]["arguments"] == {"n_epochs": 3, "lr": 5e-3, "batch_size": 64}
-    assert (found["pretrain"]["epochs"], found["pretrain"]["best_epoch"] in (0, 1, 2)) == (3, True)
-    assert set(weights(path / "pretrain" / "best.safetensors")) <= set(found["pretrained"]["taken"])
+    result = manifest(path)
+    assert result["pretrain"]["model"].endswith(".LSTM")
+    assert result["pretrain"]["arguments"] == {"n_epochs": 3, "lr": 5e-3, "batch_size": 64}
+    assert (result["pretrain"]["epochs"], result["pretrain"]["best_epoch"] in (0, 1, 2)) == (3, True)
+    assert set(weights(path / "pretrain" / "best.safetensors")) <= set(result["pretrained"]["taken"])
     page = (path / "report.html").read_text()
     assert cli.main(["info", str(path)]) == 0
     shown = capsys.readouterr().out
@@ -305,8 +305,8 @@ def test_a_weight_file_is_found_as_the_references_files_name_it(files, base, tmp
     monkeypatch.chdir(tmp_path / "examples")
     here = run(files[0], files[1], sets, output=tmp_path / "here", seed=3)
     for result in (above, here):
-        found = load_config(result.path / "config.yaml").values["task"]["model"]["kwargs"]["model_path"]
-        assert found == str(lstm / "x.pkl")
+        computed = load_config(result.path / "config.yaml").values["task"]["model"]["kwargs"]["model_path"]
+        assert computed == str(lstm / "x.pkl")
         assert str(lstm / "x.pkl") in json.dumps(manifest(result.path)["pretrained"])
     pd.testing.assert_frame_equal(read_frame(above.path, "pred"), read_frame(here.path, "pred"))
 

@@ -1,1 +1,1 @@
-"""What several test files share: frames, fits, stores, workflows, and the cases of each operator."""
+"""Helpers shared by several test files: frames, fits, stores, workflows, and the cases of each operator."""

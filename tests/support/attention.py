@@ -1,4 +1,4 @@
-"""Inputs and oracles of the attention tests: the dense softmax, and a sorted float64 form for days too long for it."""
+"""Cases of attention over the stocks of a day: the dense softmax, and a sorted float64 form for long days."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ def offsets_of(sizes: Sequence[int]) -> Tensor:
     return torch.tensor([0, *np.cumsum(sizes)], dtype=torch.int64)
 
 
-def same_bits(found: Tensor, expected: Tensor) -> bool:
-    """Equal bit for bit where kernels serve, to rounding where the twin does."""
+def same_bits(result: Tensor, expected: Tensor) -> bool:
+    """Whether the tensors are bitwise equal, or equal to rounding if plain torch computed them."""
     if NATIVE:
-        return torch.equal(found, expected)
-    return torch.allclose(found, expected, rtol=1e-4 if found.dtype == torch.float32 else 1e-11, atol=1e-6)
+        return torch.equal(result, expected)
+    return torch.allclose(result, expected, rtol=1e-4 if result.dtype == torch.float32 else 1e-11, atol=1e-6)
 
 
 def results(call: Callable[..., Tensor], tensors: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
-    """What call(*tensors) returns, and the gradients of `tensors` for the gradient `grad` of the result."""
+    """The result of call(*tensors), then the gradients of `tensors` for the gradient `grad` of the result."""
     return operator_case.results(lambda leaves: call(*leaves), tensors, grad=grad)
 
 
 def dense(
     query: Tensor, key: Tensor, value: Tensor, offsets: Tensor | None = None, negative_slope: float = 0.01
 ) -> Tensor:
-    """The definition, day by day, in the dtype of its inputs; any leading axes."""
+    """The definition, day by day, in the dtype of the inputs; any leading axes."""
     bounds = [0, query.shape[-1]] if offsets is None else offsets.tolist()
     days = []
     for begin, end in pairwise(bounds):
@@ -60,32 +60,34 @@ def dense_graph(
 # ---------------------------------------------------------------- exact results
 @dataclass(frozen=True)
 class Exact:
-    """float64 result and gradients, and for each the sums of the absolute values of the terms it adds up.
+    """float64 result and gradients, and for each the sum of the absolute values of its terms.
 
-    Where terms cancel, rounding must be judged against these: a query whose weights all lie on one side of the bend
+    Where terms cancel, rounding must be compared with these sums. A query whose scores are all on one side of the bend
     has a gradient that is the difference of nearly equal numbers.
     """
 
     values: list[Tensor]
     terms: list[Tensor]
 
-    def misses(self, found: Sequence[Tensor], limit: float) -> list[tuple[int, float]]:
-        """Which of `found` are further off than `limit` times their terms, and by how many times the terms."""
-        shares = [e / max(float(t.norm()), 1e-300) for e, t in zip(errors(found, self.values), self.terms, strict=True)]
+    def misses(self, result: Sequence[Tensor], limit: float) -> list[tuple[int, float]]:
+        """Index and error, in multiples of the terms, of every result whose error exceeds `limit` times its terms."""
+        shares = [
+            e / max(float(t.norm()), 1e-300) for e, t in zip(errors(result, self.values), self.terms, strict=True)
+        ]
         return [(i, share) for i, share in enumerate(shares) if not share <= limit]
 
 
-def errors(found: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
+def errors(result: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
     """Norms of the differences."""
-    for a, b in zip(found, exact, strict=True):
+    for a, b in zip(result, exact, strict=True):
         assert a.shape == b.shape, (a.shape, b.shape)
-    return [float((a.double() - b).norm()) for a, b in zip(found, exact, strict=True)]
+    return [float((a.double() - b).norm()) for a, b in zip(result, exact, strict=True)]
 
 
 def exact_attention(
     query: Tensor, key: Tensor, value: Tensor, grad: Tensor, offsets: Tensor | None = None, slope: float = 0.01
 ) -> Exact:
-    """Of out, query, key and value, by the dense softmax in float64, some rows at a time; any leading axes."""
+    """Result and gradients of query, key and value by the dense softmax in float64, some rows at a time."""
     query, key, value, grad = (t.detach().double() for t in (query, key, value, grad))
     values, terms = ([torch.zeros_like(t) for t in (value, query, key, value)] for _ in range(2))
     bounds = [0, query.shape[-1]] if offsets is None else offsets.tolist()
@@ -107,7 +109,8 @@ def exact_attention(
 
 
 def chain_graph(attention: Sequence[Tensor], hidden: Tensor, weight: Tensor, grad: Tensor) -> list[Tensor]:
-    """Result of hidden + attention(scores of hidden), and gradients of hidden, weight and bias, from attention's."""
+    """hidden + attention(scores of hidden) and the gradients of hidden, weight and bias, from attention's result and
+    gradients."""
     out, of_query, of_key, of_value = attention
     of_scores = torch.stack([of_query, of_key])
     return [hidden + out, grad + of_value + of_scores.t() @ weight, of_scores @ hidden, of_scores.sum(1)]
@@ -116,7 +119,7 @@ def chain_graph(attention: Sequence[Tensor], hidden: Tensor, weight: Tensor, gra
 def exact_graph(
     hidden: Tensor, weight: Tensor, grad: Tensor, scores: Tensor, offsets: Tensor | None = None, slope: float = 0.01
 ) -> Exact:
-    """As `exact_attention`, of graph_attention's out, hidden, weight and bias, given the scores [2, N]."""
+    """Like `exact_attention`, for the result, hidden, weight and bias of graph_attention with scores [2, N]."""
     attention = exact_attention(*scores, hidden, grad, offsets, slope)
     hidden, weight, grad = (t.detach().double() for t in (hidden, weight, grad))
     return Exact(
@@ -139,7 +142,7 @@ SCALES = (0.1, 3, 60, 1e4)
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """Days of `n` rows; short ones come in numbers, so that no error is small or large by luck."""
+    """Days of `n` rows. Short days are repeated, so no error is small or large by chance."""
 
     n: int
     scale: float
@@ -202,7 +205,7 @@ def expected(case: AttentionCase) -> tuple[Exact, list[float]]:
 
 # ---------------------------------------------------------------- days of many rows
 def sorted_oracle(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, slope: float = 0.01) -> list[Tensor]:
-    """Result and gradients of one day by running sums over sorted scores, in float64; scores must be moderate."""
+    """Result and gradients of one day by running sums over sorted scores in float64. Scores must be moderate."""
     s, t, v, g = (x.detach().double().numpy() for x in (query, key, value, grad))
     by_key, by_query = np.argsort(t, kind="stable"), np.argsort(s, kind="stable")
     top = t.max()
@@ -214,7 +217,7 @@ def sorted_oracle(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, slope
     of_upper, of_lower = np.exp(c - peak), np.exp(slope * c - peak)
 
     def upwards(x: np.ndarray, order: np.ndarray, first: np.ndarray) -> np.ndarray:
-        """Sum of x over what stands at or behind `first`."""
+        """Sums of x from position `first` to the end."""
         return np.append(np.cumsum(x[order][::-1])[::-1], 0.0)[first]
 
     def downwards(x: np.ndarray, order: np.ndarray, first: np.ndarray) -> np.ndarray:
@@ -267,15 +270,17 @@ def attention_inputs(n: int, width: int, dtype=torch.float64, seed: int = 0, hea
 
 
 def graph_inputs(n: int, width: int, dtype=torch.float64, seed: int = 0) -> list[Tensor]:
-    """hidden, weight, bias and a gradient of the result; scores of about normal size."""
+    """hidden, weight, bias and a gradient of the result; the scores are about standard normal."""
     weight, bias = randn(2, width, seed=seed) / width**0.5, randn(2, seed=seed + 1)
     return [randn(n, width, seed=seed, dtype=dtype), weight.to(dtype), bias.to(dtype), randn(n, width, dtype=dtype)]
 
 
-def check_accuracy(found: Sequence[Tensor], exact: Exact, of_dense: Sequence[float], of_terms: Sequence[float]) -> None:
+def check_accuracy(
+    result: Sequence[Tensor], exact: Exact, of_dense: Sequence[float], of_terms: Sequence[float]
+) -> None:
     if not NATIVE:
         of_terms = [ROUNDING] * 4
-    each = zip(errors(found, exact.values), of_dense, exact.values, exact.terms, of_terms, strict=True)
+    each = zip(errors(result, exact.values), of_dense, exact.values, exact.terms, of_terms, strict=True)
     for i, (error, theirs, value, terms, share) in enumerate(each):
         allowed = max(TIMES_DENSE * theirs, ROUNDING * float(value.norm()), share * float(terms.norm()))
         assert error <= allowed, (i, error, theirs, float(value.norm()), float(terms.norm()))

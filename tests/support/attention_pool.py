@@ -1,4 +1,4 @@
-"""Cases of attention over time, computed step by step in plain torch."""
+"""Cases of attention over time, defined in plain torch."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class AttentionPoolCase:
         return [part.to(F32).to(dtype) for part in (h, weight, bias, score, grad)]
 
     def reference(self, tensors: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
-        """By torch's operations, one after the other; `mask` [B, T, A] is that of the dropout."""
+        """The definition in torch's operations; `mask` [B, T, A] is the dropout mask."""
         h, weight, bias, score = tensors
         projected = functional.linear(h, weight, bias)
         if mask is not None:

@@ -1,4 +1,4 @@
-"""Where the tests of CUDA operators run: on a GPU, or their kernels as host code (tools/cuda_on_host.py)."""
+"""Device of the CUDA operator tests: a GPU, or the CPU with kernels built as host code (tools/cuda_on_host.py)."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class LayerCase:
         return {"heads": self.heads, "eps": self.eps, "last_step": self.last}
 
     def inputs(self, dtype: torch.dtype = F64, scale: float = 1.0, seed: int = 0) -> list[Tensor]:
-        """x and the twelve parameters in torch's order; `scale` multiplies those of the attention's products."""
+        """x and the twelve parameters in torch's order; `scale` multiplies the weights of queries, keys and values."""
         rng, width, hidden = torch.Generator().manual_seed(seed), self.width, self.hidden
 
         def randn(rows: int, columns: int, by: float = 1.0) -> list[Tensor]:
@@ -66,7 +66,7 @@ class LayerCase:
         ]
 
     def reference(self, tensors: Sequence[Tensor]) -> Tensor:
-        """By torch.nn.TransformerEncoderLayer, in training mode: without its own shortcuts."""
+        """torch.nn.TransformerEncoderLayer in training mode, which has no fast path."""
         with torch.device("meta"):
             layer = nn.TransformerEncoderLayer(
                 self.width,
@@ -88,7 +88,7 @@ class LayerCase:
 
 
 def layer_of_masks(case: LayerCase, tensors: Sequence[Tensor], dropout: float, seed: int) -> Tensor:
-    """One operation of torch's after the other, with the masks of the rule where torch's layer has its dropout."""
+    """The layer from torch's operations, with qfast's masks in the places of torch's dropout."""
     x, in_weight, in_bias, out, out_bias, w1, b1, w2, b2, *norms = tensors
     (batch, steps, width), heads = x.shape, case.heads
 
@@ -114,13 +114,13 @@ def layer_of_masks(case: LayerCase, tensors: Sequence[Tensor], dropout: float, s
 def raw_gradients(
     case: LayerCase, tensors: Sequence[Tensor], dropout: float, seed: int, input_grad: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Of the raw operators: what they return and keep, and the gradients from the one that `results` hands in."""
+    """Results, saved tensors and gradients of the raw operators, for the incoming gradient that `results` uses."""
     x, weights, number = tensors[0], list(tensors[1:]), torch.tensor([seed])
-    out, *kept = torch.ops.qfast.encoder_layer(x, weights, case.heads, case.eps, dropout, number, case.last, True)
+    out, *saved = torch.ops.qfast.encoder_layer(x, weights, case.heads, case.eps, dropout, number, case.last, True)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out.dtype)
-    rest = (case.heads, dropout, number, case.last, *kept, input_grad)
+    rest = (case.heads, dropout, number, case.last, *saved, input_grad)
     of_x, of_weights = torch.ops.qfast.encoder_layer_backward(grad, x, weights, *rest)
-    return out, *kept, [of_x, *of_weights]
+    return out, *saved, [of_x, *of_weights]
 
 
 # ---------------------------------------------------------------- the feed-forward block
@@ -140,7 +140,7 @@ class BlockCase:
         return f"N{lead}-D{self.width}-M{self.hidden}-O{self.out}" + f"-{self.layout}" * (self.layout != "plain")
 
     def inputs(self, dtype: torch.dtype = F64, scale: float = 1.0, seed: int = 0) -> list[Tensor]:
-        """x and weight and bias of both layers."""
+        """x, then weight and bias of both layers."""
         rng = torch.Generator().manual_seed(seed)
         if self.layout == "plain":
             x = torch.randn(*self.lead, self.width, generator=rng).to(dtype)
@@ -161,7 +161,7 @@ class BlockCase:
 
 
 def block_of_masks(tensors: Sequence[Tensor], dropout: float, seed: int) -> Tensor:
-    """With the mask of the rule on the hidden values."""
+    """The block with qfast's dropout mask on the hidden values."""
     x, weight_in, bias_in, weight_out, bias_out = tensors
     hidden = functional.linear(x, weight_in, bias_in).relu()
     rows = hidden.flatten(0, -2)

@@ -1,4 +1,4 @@
-"""Small estimators of every kind, what they are fitted to, and comparisons of fits."""
+"""Small estimators of every kind, their datasets, and comparisons of fits."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class StopAt(Callback):
 
 
 def device_model(kind: type, device: str, **changes):
-    """An estimator without dropout for comparisons of devices and of ways to run a step."""
+    """An estimator without dropout, for comparisons of devices and of eager with recorded steps."""
     arguments = small_arguments(kind, n_epochs=2, lr=1e-3, seed=3, num_layers=2, dropout=0.0)
     for name, value in {"kernel_size": 5, "nhead": 4}.items():
         if name in arguments:

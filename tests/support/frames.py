@@ -60,7 +60,7 @@ FIT_WINDOW = {"fit_start_time": "2024-01-02", "fit_end_time": "2024-01-05"}
 
 
 def hostile_frame(seed: int, n_days: int = 7, n_stocks: int = 5, label: str = "LABEL0") -> pd.DataFrame:
-    """Frame on a grid of quarters: sums are exact, ties and constant days happen; NaN, ±inf, short days."""
+    """Multiples of 1/4, whose sums are exact, with ties, constant days, NaN, ±inf and short days."""
     rng = np.random.default_rng(seed)
     dates = pd.date_range("2024-01-01", periods=n_days)
     index = pd.MultiIndex.from_product([dates, [f"S{i}" for i in range(n_stocks)]], names=["datetime", "instrument"])

@@ -1,8 +1,8 @@
-"""The one shape that every table of operator cases has, and what the tests compute from a case.
+"""The protocol that all tables of operator cases follow, and the computations shared by their tests.
 
 A case fixes the sizes, the layout in memory and the settings of one call of an operator. The operator and its
 definition in plain torch accept the same list of tensors and return the same results, so one function,
-`results`, yields the values and gradients of both, and `exact_results` what they are compared with.
+`results`, computes the values and gradients of both. `exact_results` computes the expected ones.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class OperatorCase(Protocol):
 
     @property
     def name(self) -> str:
-        """The test id: sizes under the axis letters of the project, then whatever differs from the defaults."""
+        """The test id: sizes with the axis letters of the project, then the settings that are not defaults."""
         ...
 
     def inputs(self, dtype: torch.dtype = F64) -> Sequence[Tensor]:

@@ -65,10 +65,10 @@ def line(name: str):
             return np.corrcoef(x[known], values[known])[0, 1] ** 2
 
     def rolling(x: S, n: int) -> S:
-        found = x.s.astype(float).rolling(n or len(x.s), min_periods=0).apply(of, raw=True)
+        result = x.s.astype(float).rolling(n or len(x.s), min_periods=0).apply(of, raw=True)
         if name == "rsquare" and n:
-            found[np.isclose(x.rolled(n).std(), 0, atol=FLAT)] = np.nan
-        return S(found)
+            result[np.isclose(x.rolled(n).std(), 0, atol=FLAT)] = np.nan
+        return S(result)
 
     return rolling
 
@@ -95,11 +95,11 @@ def ema(x: S, n: float) -> S:
 
 
 def corr(x: S, y: S, n: int) -> S:
-    found = x.rolled(n).corr(y.s)
+    result = x.rolled(n).corr(y.s)
     if n:
         flat = [np.isclose(side.rolled(n).std(), 0, atol=FLAT) for side in (x, y)]
-        found[flat[0] | flat[1]] = np.nan
-    return S(found)
+        result[flat[0] | flat[1]] = np.nan
+    return S(result)
 
 
 SCOPE = {
@@ -128,5 +128,5 @@ SCOPE = {
 
 def by_pandas(text: str, series: dict[str, pd.Series]) -> pd.Series:
     with np.errstate(all="ignore"):
-        found = eval(text.replace("$", "_"), SCOPE, {f"_{k}": S(v) for k, v in series.items()})
-        return found.s.astype(np.float32)
+        result = eval(text.replace("$", "_"), SCOPE, {f"_{k}": S(v) for k, v in series.items()})
+        return result.s.astype(np.float32)

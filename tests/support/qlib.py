@@ -35,7 +35,7 @@ TRAIN = {"n_epochs": 3, "batch_size": 16, "lr": 0.01}
 
 
 class QlibFrames:
-    """What a reference model asks of a dataset, over one frame: flat frames or the reference's sampler."""
+    """The part of a dataset that Qlib's models use, over one frame: flat frames or Qlib's sampler."""
 
     segments: ClassVar[dict[str, tuple[str, str]]] = {
         "train": ("2020-01-01", "2020-02-14"),

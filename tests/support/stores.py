@@ -11,7 +11,7 @@ FIELDS = ("close", "open", "high", "low", "vwap", "volume")
 
 
 def write_store(root: Path, *, seed: int = 0, n_days: int = 120, freq: str = "day") -> Path:
-    """A hostile little store.
+    """A small store with every irregularity that Qlib's files can have.
 
     Late listing, early end, suspensions stored as NaN, a field whose file is shorter than the others, a
     field without a file, a code that is a Windows device name, a code without any file, zero volume and a
@@ -81,7 +81,7 @@ def read_series(root: Path, code: str, field: str, freq: str = "day") -> pd.Seri
 
 
 def alpha360(root: Path, code: str, label_field: str = "close", freq: str = "day") -> pd.DataFrame:
-    """Raw Alpha360 columns and label of one instrument over calendar positions, written out with pandas."""
+    """Raw Alpha360 columns and label of one instrument over calendar positions, computed with pandas."""
     series = {field: read_series(root, code, field, freq) for field in FIELDS}
     with np.errstate(all="ignore"):
         columns = {}

@@ -1,4 +1,4 @@
-"""Inputs and the oracle of the temporal convolution tests: tap by tap in float64, dropout from Philox in NumPy."""
+"""Cases of temporal convolution stacks, defined tap by tap, with dropout masks from Philox in NumPy."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def stack(
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> Blocks:
-    """Random blocks whose activations keep their size from block to block; every fourth gain is negative."""
+    """Random blocks whose activations have about the same size in every block. Every fourth gain is negative."""
     kernels = [kernel] * len(channels) if isinstance(kernel, int) else kernel
     blocks, before = [], features
     for number, (width, size) in enumerate(zip(channels, kernels, strict=True)):
@@ -58,13 +58,13 @@ def flat(blocks: Blocks) -> list[Tensor]:
 
 def like(blocks: Blocks, parts: Sequence[Tensor]) -> Blocks:
     """`parts`, as `flat` orders them, in the places of the tensors of `blocks`."""
-    given = iter(parts)
-    return [BlockWeights(*(None if part is None else next(given) for part in block)) for block in blocks]
+    inputs = iter(parts)
+    return [BlockWeights(*(None if part is None else next(inputs) for part in block)) for block in blocks]
 
 
 # ---------------------------------------------------------------- the oracle
 def causal(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
-    """[B, C_in, T] -> [B, C, T]: tap by tap, each adding the input of so many steps before."""
+    """[B, C_in, T] -> [B, C, T]. Each tap adds the input of an earlier step."""
     steps, kernel = x.shape[2], weight.shape[2]
     out = bias.view(1, -1, 1).expand(len(x), len(bias), steps)
     for tap in range(kernel):
@@ -90,7 +90,7 @@ def oracle(
     note: list[Tensor] | None = None,
     convolution: Callable[..., Tensor] = causal,
 ) -> Tensor:
-    """The definition, all steps of it, in the dtype of its inputs. `note` collects what goes into the ReLUs."""
+    """The definition in the dtype of its inputs. `note` collects the inputs of the ReLUs."""
     for number, block in enumerate(blocks):
         dilation = 2**number if dilations is None else dilations[number]
         y = x
@@ -112,7 +112,7 @@ def oracle(
 
 
 def plain(x: Tensor, blocks: Blocks, dilations: Sequence[int] | None = None, *, all_steps: bool = False) -> Tensor:
-    """What one would write in torch: its conv1d over zeros put before the window."""
+    """The obvious torch code: conv1d over the window padded with zeros in front."""
 
     def conv1d(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
         dilation = min(dilation, x.shape[2])  # beyond the window every distance is the same
@@ -123,37 +123,37 @@ def plain(x: Tensor, blocks: Blocks, dilations: Sequence[int] | None = None, *, 
 
 
 def results(call: Callable[..., Tensor], x: Tensor, blocks: Blocks, grad: Tensor) -> list[Tensor]:
-    """What call(x, blocks) returns, and the gradients of x and of the weights as `flat` orders them."""
+    """The result of call(x, blocks), then the gradients of x and of the weights in the order of `flat`."""
     return operator_case.results(
         lambda tensors: call(tensors[0], like(blocks, tensors[1:])), [x, *flat(blocks)], grad=grad
     )
 
 
-def stack_errors_above(found: Sequence[Tensor], exact: Sequence[Tensor], limit: float) -> list[tuple[int, float]]:
-    """Which of `found` (a result and its gradients) are further off than `limit`, and how far.
+def stack_errors_above(result: Sequence[Tensor], exact: Sequence[Tensor], limit: float) -> list[tuple[int, float]]:
+    """Index and error of every tensor of `results` (a result and its gradients) whose error exceeds `limit`.
 
-    By relative norm; of gradients that are small beside the others, relative to a thousandth of the largest: along
-    weight_v that of a normalised weight is 0 but for rounding.
+    Errors are relative norms. Errors of small gradients are relative to a thousandth of the largest gradient: along
+    weight_v the gradient of a normalised weight is rounding noise.
     """
     least = 1e-3 * max((float(t.double().norm()) for t in exact[1:]), default=0.0)
     errors = [
         relative_error(a, b) * min(1.0, float(b.norm()) / max(least, 1e-300)) if number else relative_error(a, b)
-        for number, (a, b) in enumerate(zip(found, exact, strict=True))
+        for number, (a, b) in enumerate(zip(result, exact, strict=True))
     ]
     return [(i, error) for i, error in enumerate(errors) if not error <= limit]
 
 
-def same_bits(found: Tensor, expected: Tensor) -> bool:
-    """Equal bit for bit where kernels serve, to rounding where the twin does."""
+def same_bits(result: Tensor, expected: Tensor) -> bool:
+    """Whether the tensors are bitwise equal, or equal to rounding if plain torch computed them."""
     if NATIVE:
-        return torch.equal(found, expected)
-    return relative_error(found, expected) < (1e-5 if found.dtype == torch.float32 else 1e-12)
+        return torch.equal(result, expected)
+    return relative_error(result, expected) < (1e-5 if result.dtype == torch.float32 else 1e-12)
 
 
 # ---------------------------------------------------------------- the accuracy table
 @dataclass(frozen=True)
 class StackCase:
-    """One stack. `dilations` None: 1, 2, 4, ..."""
+    """Sizes of one stack. `dilations` None means 1, 2, 4, ..."""
 
     steps: int
     kernel: int | tuple[int, ...]
@@ -187,15 +187,15 @@ class StackCase:
         return tensors[0], like(self._blocks(1), tensors[1:])
 
     def reference(self, tensors: Sequence[Tensor], **settings: object) -> Tensor:
-        """Tap by tap, see `oracle`."""
+        """The definition, tap by tap."""
         return oracle(*self.split(tensors), self.dilations, all_steps=self.all_steps, **settings)
 
     def plain(self, tensors: Sequence[Tensor]) -> Tensor:
-        """By torch's conv1d, see `plain`."""
+        """The same stack by torch's conv1d."""
         return plain(*self.split(tensors), self.dilations, all_steps=self.all_steps)
 
     def call(self, x: Tensor, blocks: Blocks, **settings: object) -> Tensor:
-        """The public function."""
+        """The public function with the settings of this case."""
         return temporal_conv_net(x, blocks, dilations=self.dilations, all_steps=self.all_steps, **settings)
 
     def operator(self, tensors: Sequence[Tensor], **settings: object) -> Tensor:
@@ -206,7 +206,7 @@ class StackCase:
 
 
 STACK_CASES = [
-    # the two settings of the reference, with few rows
+    # Qlib's two settings, with few rows
     StackCase(20, 7, (32,) * 5, 20, 13),
     StackCase(60, 3, (128,) * 5, 6, 5),
     # time: the window shorter and longer than the receptive field, one step, and far beyond
@@ -256,10 +256,10 @@ class Exact:
 
 @cache
 def expected(case: StackCase) -> Exact:
-    """Of the first seed where nothing that goes into a ReLU is so near 0 that float32 may see the other sign.
+    """Exact results for the first seed with no ReLU input so near 0 that float32 may compute the other sign.
 
-    Which side of 0 decides over the gradient: there the float32 and the float64 gradient differ rightly. Sums of two
-    zeros, of a row that two ReLUs cut off, are 0 in both.
+    The sign decides the gradient, so float32 and float64 gradients would rightly differ there. Sums of two
+    zeros, from a row that two ReLUs cut off, are 0 in both.
     """
     for seed in range(1, 40):
         tensors, grad = case.inputs(F64, seed), case.grad(F64, seed)

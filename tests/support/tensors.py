@@ -41,7 +41,7 @@ def laid_out(rng: torch.Generator, layout: str, batch: int, steps: int, features
 
 
 def philox_words(seed: int, counter: Sequence[np.ndarray | int]) -> list[np.ndarray]:
-    """Philox 4x32-10 in 64-bit arithmetic: the words of each counter, as they broadcast."""
+    """Philox 4x32-10 in 64-bit arithmetic: the four words of each counter. Counters broadcast."""
     low = np.uint64(0xFFFFFFFF)
     key = [np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32 & 0xFFFFFFFF)]
     c = [np.asarray(word, dtype=np.uint64) for word in counter]
@@ -57,8 +57,8 @@ def philox_mask(seed: int, batch: int, channels: int, steps: int, convolution: i
     """float64 [B, C, T]: 0 where dropped, otherwise 1 / (1 - dropout)."""
     groups, c, t = np.ogrid[: (batch + 3) // 4, :channels, :steps]
     words = np.stack(philox_words(seed, (c, t, convolution, groups)), 1).reshape(-1, channels, steps)[:batch]
-    kept = words >= round(dropout * 2**32)
-    return torch.from_numpy(kept * (0.0 if dropout == 1 else 1 / (1 - dropout)))
+    saved = words >= round(dropout * 2**32)
+    return torch.from_numpy(saved * (0.0 if dropout == 1 else 1 / (1 - dropout)))
 
 
 SEEDS = [0, 1, -1, 2**31, 2**32, 2**63 - 1, -(2**63), 0x9E3779B97F4A7C15 - 2**64]

@@ -1,4 +1,4 @@
-"""Transformer and Localformer networks, and the same layers of torch called one by one."""
+"""Small Transformer and Localformer networks, and the same networks from torch's layers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def case(kind: type, dtype: torch.dtype = F64, rows: int = 12, dropout: float = 
 
 
 def plainly(net: Network, x: Tensor) -> Tensor:
-    """Torch's layers, which take [T, B, D], one after the other."""
+    """The network from torch's layers, which accept [T, B, D]."""
     encoder = net.transformer_encoder
     steps = net.feature_layer(x).transpose(0, 1)
     steps = steps + net.pos_encoder.pe[: len(steps)]
@@ -38,7 +38,7 @@ def plainly(net: Network, x: Tensor) -> Tensor:
 
 
 def gradients(net: Network, out: Tensor) -> dict[str, Tensor]:
-    """Of all parameters that take part."""
+    """Gradients of all parameters that influence the result."""
     net.zero_grad()
     out.pow(2).sum().backward()
     return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}

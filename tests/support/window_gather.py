@@ -1,7 +1,7 @@
-"""One table of operator cases: forward, gradient, opcheck and benches all read it.
+"""Cases of the rolling-window gather.
 
 A case names the shape in the project's axis letters (R panel rows, D columns, B windows, T steps) and
-builds its inputs seeded, on any device, as slices of larger buffers so that strides are never the easy ones.
+builds seeded inputs on any device, as slices of larger buffers, so strides are never trivial.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["GATHER_CASES", "GatherCase", "market_codes"]
 def market_codes(
     instruments: int, dates: int, *, holes: float = 0.15, dead: float = 0.1, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes of a market with late listings, delistings, suspensions, and rows a processor dropped."""
+    """Codes of a market with late listings, delistings, suspensions, and rows that a processor dropped."""
     rng = np.random.default_rng(seed)
     date, instrument = np.meshgrid(np.arange(dates), np.arange(instruments))
     first = rng.integers(0, max(dates // 3, 1), instruments)[:, None]
@@ -34,7 +34,7 @@ def market_codes(
 
 @dataclass(frozen=True)
 class GatherCase:
-    """Arguments of one gather. `columns` None takes all; `row_dtype` is that of the row numbers."""
+    """Arguments of one gather. `columns` None means all; `row_dtype` is the dtype of the row numbers."""
 
     name: str
     instruments: int = 6
@@ -54,24 +54,24 @@ class GatherCase:
         return build_window_index(*market_codes(self.instruments, self.dates, holes=self.holes)).to(device)
 
     def panel(self, device: torch.device, dtype: torch.dtype, rows: int) -> torch.Tensor:
-        """[R, D] with a row stride beyond D and NaN in one column, as real panels have."""
+        """[R, D] with a row stride beyond D, as panels have."""
         generator = torch.Generator().manual_seed(1)
         buffer = torch.randn(rows, self.columns_all + self.padding, generator=generator, dtype=dtype)
         return buffer.to(device)[:, self.padding // 2 : self.padding // 2 + self.columns_all]
 
     def last_row(self, device: torch.device, rows: int) -> torch.Tensor:
-        """[B] rows in random order, with repeats, and -1 now and then."""
+        """[B] rows in random order, with repeats and some -1."""
         generator = torch.Generator().manual_seed(2)
         last = torch.randint(-1, rows, (self.windows,), generator=generator)
         return last.to(device=device, dtype=self.row_dtype)
 
     def inputs(self, dtype: torch.dtype = F64) -> list[torch.Tensor]:
-        """The panel. Row numbers and tables are integers, which have no gradient."""
+        """The panel. Row numbers and tables are integers and have no gradient."""
         cpu = torch.device("cpu")
         return [self.panel(cpu, F32, len(self.index(cpu).position)).to(dtype)]
 
     def reference(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Row numbers first, then a plain index of the panel."""
+        """Computes the row numbers and indexes the panel with them."""
         (panel,) = tensors
         index, last = self.index(panel.device), self.last_row(panel.device, len(panel))
         rows = window_rows(index, last, self.steps, fill=self.fill, first_position=self.first_position)

@@ -1,4 +1,4 @@
-"""A small complete workflow over factors of one's own: a file, its data, seconds to train."""
+"""A small complete workflow over custom factors: a file and its data, trained in seconds."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ task:
 
 
 def factors(n_days: int = 70, n_stocks: int = 12, seed: int = 0) -> pd.DataFrame:
-    """Six factors, the first of which carries the label; the last two dates have no label yet."""
+    """Six factors, one of which carries the label. The last two dates have no label yet."""
     rng = np.random.default_rng(seed)
     index = pd.MultiIndex.from_product(
         [pd.date_range("2020-01-01", periods=n_days), [f"S{i:02d}" for i in range(n_stocks)]],
