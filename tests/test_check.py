@@ -104,10 +104,10 @@ def test_an_expression_that_looks_ahead_is_an_error_that_names_it(prices, case):
     expression, rows = LOOKS_AHEAD[case]
     report = check(DEMO, with_gaps(prices), of_factors("$close / Ref($close, 5)", expression))
     assert levels(report, "look-ahead")[:2] == ["error", "error"]  # by what it says, by what it does
-    found = text(report, "look-ahead")
-    assert f"{rows} row(s), {expression!r}" in found
-    assert "1 feature(s) look ahead" in found
-    assert f"1 feature(s) of earlier days change: {expression}" in found
+    result = text(report, "look-ahead")
+    assert f"{rows} row(s), {expression!r}" in result
+    assert "1 feature(s) look ahead" in result
+    assert f"1 feature(s) of earlier days change: {expression}" in result
 
 
 def test_the_proof_counts_shifts_and_not_the_rows_on_the_way(prices):
