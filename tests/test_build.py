@@ -1,4 +1,4 @@
-"""The build: what the libraries link against, how setup.py chooses, the pure-Python install."""
+"""The build: libraries that the extension links, the choices of setup.py, and the pure-Python installation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tool(*command: str) -> str:
 
 
 def copy_sources(to: Path) -> Path:
-    """The source tree without what a build leaves behind."""
+    """The source tree without build products."""
     to.mkdir()
     names = ("pyproject.toml", "setup.py", "README.md", "csrc", "qfast")
     skip = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
@@ -65,8 +65,8 @@ def test_no_library_of_cuda_is_needed(library: Path) -> None:
 
 
 def macros_of_later_torches() -> set[str]:
-    """What torch's headers define, one way or another, only since a release after the one that we build for."""
-    found: set[str] = set()
+    """Macros that torch's headers define only since a release later than the target of the build."""
+    result: set[str] = set()
     for header in Path(torch.__file__).parent.joinpath("include", "torch", "csrc", "stable").rglob("*.h"):
         conditions: list[bool] = []
         for line in header.read_text().splitlines():
@@ -75,13 +75,13 @@ def macros_of_later_torches() -> set[str]:
             elif re.match(r"#\s*endif", line):
                 conditions.pop()
             elif any(conditions) and (define := re.match(r"#\s*define\s+(\w+)", line)):
-                found.add(define[1])
-    return found
+                result.add(define[1])
+    return result
 
 
 @from_source
 def test_no_macro_of_a_later_torch() -> None:
-    """With that, the sources would not compile against torch 2.10, whatever the target says."""
+    """With such a macro the sources would not compile against torch 2.10, whatever the target."""
     later = macros_of_later_torches()
     if torch.__version__ >= "2.13":
         assert "STABLE_TORCH_ERROR_CODE_CHECK" in later

@@ -23,12 +23,12 @@ kinds = pytest.mark.parametrize("kind", [ts.LSTM, ts.GRU, ts.ALSTM], ids=lambda 
 
 @pytest.fixture
 def always_views(monkeypatch):
-    """Views from two windows on: the periods here are too short for those of their own length."""
+    """Uses views from two consecutive windows on, because the periods here are short."""
     monkeypatch.setattr(RecurrentTimeSeriesEstimator, "min_consecutive", lambda *_: 2)
 
 
 def built(kind: type, **arguments) -> RecurrentTimeSeriesEstimator:
-    """With weights so large that what stands in a window decides, not the biases."""
+    """A model with weights so large that the values of a window matter, not the biases."""
     model = kind(**{**SMALL, **arguments})
     with torch.no_grad():
         for parameter in model.network.parameters():
@@ -55,7 +55,7 @@ def scored(dataset: TSDatasetH) -> WindowSet:
 
 @torch.no_grad()
 def one_by_one(model: RecurrentTimeSeriesEstimator, windows: WindowSet, size: int = 50) -> Tensor:
-    """The network on gathered windows, in batches of samples that follow each other."""
+    """The network on gathered windows, in batches of consecutive samples."""
     parts = [windows.batch(samples) for samples in torch.arange(len(windows)).split(size)]
     assert all(x.untyped_storage().data_ptr() != windows.features.untyped_storage().data_ptr() for x in parts)
     return torch.cat([model.network.eval()(x) for x in parts])
@@ -139,7 +139,7 @@ def test_a_nan_stays_in_the_windows_that_hold_it(always_views):
 
 @kinds
 def test_a_call_of_their_own_is_for_at_least_min_consecutive(kind):
-    """One window fewer than it takes, and they are gathered together with the rest."""
+    """With one window fewer they are gathered with the rest."""
     fewest = built(kind).min_consecutive(3, STEP_LEN)
     assert 10 < fewest < 400
     first_day = STEP_LEN + 3
