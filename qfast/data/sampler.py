@@ -177,7 +177,7 @@ class TSDataSampler:
         )
 
     def _history_rows(self) -> np.ndarray:
-        """Live rows that the window of at least one sample can contain: the sample's row and up to T - 1 live rows before it."""
+        """Live rows that windows can contain: the row of each sample and up to T - 1 live rows before it."""
         live_rows = self.panel.live_rows()
         codes = self.panel.instrument_codes[live_rows]
         numbers = np.arange(len(live_rows))
