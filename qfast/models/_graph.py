@@ -145,7 +145,7 @@ class GraphEstimator(Estimator):
         """Set the initial weights of the base model at the first fit; with compat="qlib" at every fit, as Qlib does.
 
         New weights are drawn even if `model_path` replaces them, because Qlib's random generators advance in the same
-        way. Weights from `pretrain` are always kept.
+        way. Weights from `pretrain` are never replaced.
         """
         if self.base_is_trained_ or (self.base_is_set_ and self._params["compat"] != "qlib"):
             return
