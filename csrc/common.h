@@ -1,5 +1,5 @@
-// What every operator's host side needs: argument checks that name the argument, what was expected and
-// what came; dtype dispatch; parallel_for. Host only: kernels get plain pointers and sizes.
+// Host utilities of all operators: argument checks whose messages name the argument, the expected value and
+// the actual value; dtype dispatch; parallel_for. Host only: kernels receive plain pointers and sizes.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -17,7 +18,8 @@ namespace qfast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The dispatcher hands std::invalid_argument to Python as ValueError and std::out_of_range as IndexError.
+// Concatenates the parts of an error message. The dispatcher raises std::invalid_argument as ValueError in
+// Python, and std::out_of_range as IndexError.
 template <class... Parts>
 std::string message(const Parts&... parts) {
   std::ostringstream text;
@@ -38,6 +40,18 @@ inline std::string shape_text(const Tensor& tensor) {
   for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];
   text << (sizes.size() == 1 ? ",)" : ")");
   return text.str();
+}
+
+inline std::string device_text(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "cpu";
+  return tensor.is_cuda() ? message("cuda:", tensor.get_device_index()) : "another device";
+}
+
+// For example "int64 of shape (1,) on cpu", or "None".
+inline std::string tensor_text(const std::optional<Tensor>& tensor) {
+  if (!tensor) return "None";
+  return message(torch::headeronly::toString(tensor->scalar_type()), " of shape ", shape_text(*tensor),
+                 " on ", device_text(*tensor));
 }
 
 inline void check_dims(const char* op, const char* name, const Tensor& tensor, int64_t dims,
@@ -62,26 +76,28 @@ inline void check_same_device(const char* op, const char* name, const Tensor& te
                               const char* first_name) {
   const bool same = tensor.is_cuda() == first.is_cuda() && tensor.is_cpu() == first.is_cpu() &&
                     tensor.get_device_index() == first.get_device_index();
-  QFAST_CHECK(same, op, ": ", name, ": expected the device of ", first_name, ", got another.");
+  QFAST_CHECK(same, op, ": ", name, ": expected the device of ", first_name, ", ", device_text(first),
+              ", got ", device_text(tensor), ".");
 }
 
-// `x` is the tensor that says dtype and device.
+// Checks that a tensor has this shape and the dtype and device of `x`.
 inline void check_shaped(const char* op, const char* name, const Tensor& tensor, const Tensor& x,
                          std::initializer_list<int64_t> shape) {
   check_same_device(op, name, tensor, x, "x");
-  QFAST_CHECK(tensor.scalar_type() == x.scalar_type(), op, ": ", name, ": expected the dtype of x, got ",
+  QFAST_CHECK(tensor.scalar_type() == x.scalar_type(), op, ": ", name, ": expected the dtype of x, ",
+              torch::headeronly::toString(x.scalar_type()), ", got ",
               torch::headeronly::toString(tensor.scalar_type()), ".");
   bool same = tensor.dim() == static_cast<int64_t>(shape.size());
-  std::ostringstream wanted;
+  std::ostringstream expected;
   int64_t axis = 0;
   for (const int64_t size : shape) {
-    wanted << (axis ? ", " : "") << size;
+    expected << (axis ? ", " : "") << size;
     same = same && tensor.size(axis++) == size;
   }
-  QFAST_CHECK(same, op, ": ", name, ": expected shape (", wanted.str(), "), got ", shape_text(tensor), ".");
+  QFAST_CHECK(same, op, ": ", name, ": expected shape (", expected.str(), "), got ", shape_text(tensor), ".");
 }
 
-// Calls body(float{}) or body(double{}); the dtype has been checked.
+// Calls body(float{}) or body(double{}). The caller has checked that the dtype is one of the two.
 template <class Body>
 void dispatch_floating(ScalarType type, const Body& body) {
   if (type == ScalarType::Float) {
@@ -93,7 +109,8 @@ void dispatch_floating(ScalarType type, const Body& body) {
 
 inline int64_t rounded_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
-// Runs body(begin, end) on torch's own thread pool. The body must not throw: it runs across a C boundary.
+// Runs body(begin, end) on torch's thread pool. The body must not throw, because it is called through a C
+// interface.
 template <class Body>
 void parallel_for(int64_t count, int64_t grain, const Body& body) {
   if (count > 0) torch::stable::parallel_for(0, count, grain < 1 ? 1 : grain, body);

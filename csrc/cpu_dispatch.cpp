@@ -5,7 +5,8 @@
 
 namespace qfast {
 
-// Declares the kernels of an instruction set and makes their table. Their definitions: *_kernels.cpp.
+// Declares the kernels of an instruction set and defines their table. The files *_kernels*.cpp define the
+// kernels.
 #define QFAST_DECLARE_REAL(name, ...) \
   template <class Real>               \
   void name(__VA_ARGS__);
@@ -62,15 +63,15 @@ std::vector<std::string> available_isas() {
 }
 
 void select_isa(const std::string& name) {
-  std::string allowed;
+  std::string names;
   for (const CpuKernels* kernels : usable_kernels()) {
     if (name == kernels->isa) {
       chosen().store(kernels, std::memory_order_release);
       return;
     }
-    allowed += (allowed.empty() ? "" : ", ") + std::string(kernels->isa);
+    names += (names.empty() ? "" : ", ") + std::string(kernels->isa);
   }
-  throw std::invalid_argument("instruction set '" + name + "' is not usable here; allowed: " + allowed + ".");
+  throw std::invalid_argument("instruction set '" + name + "' is not usable here; allowed: " + names + ".");
 }
 
 }  // namespace qfast

@@ -1,4 +1,5 @@
-// One build, any CPU: the kernels are compiled once per instruction set and chosen at run time by cpuid.
+// Chooses the CPU kernels at run time. They are compiled once per instruction set, so one build runs on any
+// CPU.
 #pragma once
 
 #include <string>
@@ -24,10 +25,10 @@ struct CpuKernels {
 };
 #undef QFAST_FIELD
 
-// The kernels of the best instruction set this CPU has, or of the one selected.
+// Returns the kernels of the selected instruction set, by default the best one of this CPU.
 const CpuKernels& cpu_kernels();
 
-// Its kernels for one element type: cpu_kernels<float>().lstm_forward.
+// Returns the kernels for one element type, for example cpu_kernels<float>().lstm_forward.
 template <class Real>
 const RealKernels<Real>& cpu_kernels() {
   if constexpr (std::is_same_v<Real, float>) {
@@ -37,10 +38,11 @@ const RealKernels<Real>& cpu_kernels() {
   }
 }
 
-// Instruction sets usable here, best first; "baseline" is always among them.
+// Returns the instruction sets of this CPU, best first. The last one is "baseline".
 std::vector<std::string> available_isas();
 
-// Use `name` from now on, for tests. Throws std::invalid_argument if it is not among available_isas().
+// Selects an instruction set, for tests. Throws std::invalid_argument if available_isas() does not contain
+// it.
 void select_isa(const std::string& name);
 
 }  // namespace qfast

@@ -18,7 +18,7 @@
   template decltype(kernel<float>) kernel<float>; \
   template decltype(kernel<double>) kernel<double>;
 
-// setuptools has no flags for a single file, hence pragmas.
+// Pragmas select the instruction set, because setuptools has no compiler flags for single files.
 #if defined(QFAST_AVX512)
 #define QFAST_ISA isa_avx512
 #define QFAST_VECTOR_BYTES 64
@@ -38,7 +38,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #endif
-#else  // whatever the compiler's default target is, SSE2 on x86-64
+#else  // the default target of the compiler, SSE2 on x86-64
 #define QFAST_ISA isa_baseline
 #define QFAST_VECTOR_BYTES 16
 #endif

@@ -1,4 +1,4 @@
-// Closes what cpu_isa_begin.h opens.
+// Closes the namespace and the region that cpu_isa_begin.h opens.
 #pragma once
 
 }  // namespace qfast::QFAST_ISA

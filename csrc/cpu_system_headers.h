@@ -1,4 +1,4 @@
-// All system headers that kernels may need, read before any target pragma (see cpu_isa_begin.h).
+// All system headers of the kernels, included before any target pragma (see cpu_isa_begin.h).
 #pragma once
 
 #include <cmath>

@@ -1,4 +1,4 @@
-// Fresh tensors and equal shares of work for the CPU operators. Host only.
+// New tensors, scratch memory and the division of work among threads, for the CPU operators. Host only.
 #pragma once
 
 #include <algorithm>
@@ -10,8 +10,9 @@
 
 namespace qfast {
 
-constexpr int64_t kHugeBytes = 4 << 20;  // of a tensor: from here huge pages pay
+constexpr int64_t kHugeBytes = 4 << 20;  // tensors of at least this size use huge pages
 
+// A new tensor with the device and, unless `dtype` is set, the dtype of `like`. Its elements are not set.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape,
                     std::optional<ScalarType> dtype = std::nullopt) {
   Tensor out = torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
@@ -21,7 +22,7 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape,
   return out;
 }
 
-// body(worker, begin, end) for equal shares of [0, count), one for each thread.
+// Calls body(worker, begin, end) for equal shares of [0, count), one for each thread.
 template <class Body>
 void share(int64_t count, const Body& body) {
   const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), count);
@@ -34,7 +35,7 @@ inline int64_t worker_count(int64_t count) {
   return std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), count));
 }
 
-// Memory of a worker. Some kernels read zeros from columns that they never write.
+// Scratch memory of a thread. Some kernels read columns that they never write, and need zeros in them.
 struct Scratch {
   int64_t elements;
   bool zeros = false;
@@ -43,13 +44,13 @@ struct Scratch {
 // Calls body(begin, end, scratch) for equal shares of [0, count), one for each thread.
 template <class Element, class Body>
 void share_with_scratch(const Tensor& like, int64_t count, Scratch scratch, const Body& body) {
-  const int64_t each = rounded_up(scratch.elements, 16);
-  const Tensor memory = empty(like, {worker_count(count) * each});
+  const int64_t scratch_elements = rounded_up(scratch.elements, 16);
+  const Tensor memory = empty(like, {worker_count(count) * scratch_elements});
   Element* const space = memory.mutable_data_ptr<Element>();
   share(count, [&](int64_t worker, int64_t begin, int64_t end) {
-    Element* const own = space + worker * each;
-    if (scratch.zeros) std::fill(own, own + each, Element(0));
-    body(begin, end, own);
+    Element* const thread_scratch = space + worker * scratch_elements;
+    if (scratch.zeros) std::fill(thread_scratch, thread_scratch + scratch_elements, Element(0));
+    body(begin, end, thread_scratch);
   });
 }
 

@@ -1,5 +1,5 @@
-// What every CUDA operator's host side needs: device guard, torch's current stream, launch check.
-// The library is linked against libtorch's stable ABI only and carries its own static CUDA runtime.
+// Host utilities of all CUDA operators: device guard, torch's current stream, grid size and device check. The
+// library links only libtorch's stable ABI and contains its own static CUDA runtime.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,7 +14,7 @@ namespace qfast {
 
 constexpr int kWarp = 32;
 
-// Makes the tensor's device current for the guard's lifetime and gives torch's stream on it.
+// Makes the tensor's device current for the lifetime of the object and returns torch's stream on it.
 class CudaScope {
  public:
   explicit CudaScope(const Tensor& tensor) : guard_(tensor.get_device_index()) {
@@ -29,7 +29,8 @@ class CudaScope {
   cudaStream_t stream_;
 };
 
-// Blocks for `tasks` tasks at `per_block` each. The grid is capped, so kernels stride over their tasks.
+// Number of thread blocks for `tasks` tasks, `per_block` each. The number is limited, so kernels must loop
+// over their tasks.
 inline unsigned int grid_for(int64_t tasks, int64_t per_block) {
   const int64_t blocks = (tasks + per_block - 1) / per_block;
   constexpr int64_t kMost = 1 << 20;

@@ -1,5 +1,5 @@
-// The device as operators' host code uses it where kernels come in several launches: memory that lives as
-// long as the call, and launches on torch's stream.
+// A CUDA device for the length of a call, for operators with several launches: memory that is freed after the
+// call, and launches on torch's stream.
 #pragma once
 
 #include <vector>
@@ -18,21 +18,22 @@ class CudaDevice {
   }
 
   size_t shared_limit() const { return static_cast<size_t>(shared_limit_); }
-  bool has_tensor_cores() const { return major_ >= 8; }  // for tf32 and bf16
+  bool has_tensor_cores() const { return major_ >= 8; }  // with tf32 and bf16
   cudaStream_t stream() const { return scope_.stream(); }
 
+  // Allocates `count` elements, freed when this object is destroyed.
   template <class T>
   T* take(int64_t count) {
     const int64_t shape[] = {count * static_cast<int64_t>(sizeof(T))};
-    held_.push_back(torch::stable::new_empty(like_, {shape, 1}, ScalarType::Byte));
-    return static_cast<T*>(held_.back().mutable_data_ptr());
+    buffers_.push_back(torch::stable::new_empty(like_, {shape, 1}, ScalarType::Byte));
+    return static_cast<T*>(buffers_.back().mutable_data_ptr());
   }
 
   template <class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), unsigned int blocks, int threads, size_t shared,
               const Arguments&... arguments) {
-    constexpr size_t kUnasked = 48 << 10;
-    if (shared > kUnasked) {
+    constexpr size_t kDefaultShared = 48 << 10;  // a kernel must request more than this
+    if (shared > kDefaultShared) {
       STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                           cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           static_cast<int>(shared)));
@@ -45,7 +46,8 @@ class CudaDevice {
   CudaScope scope_;
   const Tensor& like_;
   int shared_limit_ = 0, major_ = 0;
-  std::vector<Tensor> held_;  // goes back to torch's allocator, which reuses it on this stream in order
+  std::vector<Tensor>
+      buffers_;  // freed to torch's allocator, which reuses memory in the order of this stream
 };
 
 }  // namespace qfast

@@ -1,5 +1,6 @@
-// Matrix products and sums over rows by torch's own kernels (cuBLAS), into given memory. Forms with an `out`
-// are not for autocast to cast. In float32 they are exact unless torch.backends.cuda.matmul allows TF32.
+// Matrix products and sums over rows by torch's kernels (cuBLAS), into existing memory. Autocast does not
+// change functions with an `out` argument. Products use IEEE float32 unless torch.backends.cuda.matmul allows
+// TF32.
 #pragma once
 
 #include <array>
@@ -10,16 +11,18 @@
 namespace qfast {
 namespace {
 
+// A new tensor with the dtype and device of `like`. Its elements are not set.
 inline Tensor room(const Tensor& like, std::initializer_list<int64_t> shape) {
   return torch::stable::new_empty(like, {shape.begin(), shape.size()});
 }
 
-// A view wherever the strides allow one.
+// The tensor as a matrix: a view if the strides allow it, else a copy.
 inline Tensor as_matrix(const Tensor& tensor, int64_t rows, int64_t columns) {
   const int64_t shape[] = {rows, columns};
   return torch::stable::reshape(tensor, {shape, 2});
 }
 
+// The transposed matrix, a view.
 inline Tensor turned(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
 
 // out = a b

@@ -1,4 +1,5 @@
-// What the kernels know of a call's dropout. The mask is a function of the seed and of an element's place.
+// Dropout of a call, as the CPU kernels read it. The mask is a function of the seed and of the position of an
+// element.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +9,8 @@ namespace qfast {
 struct DropoutRule {
   bool active;
   uint64_t seed;
-  uint32_t threshold;  // an element is kept if its random word is at least this
-  double scale;        // of what is kept; 0 drops all
+  uint32_t threshold;  // an element is not dropped if its random word is at least this
+  double scale;        // factor of the other elements; 0 drops all
 };
 
 }  // namespace qfast

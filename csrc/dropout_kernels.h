@@ -1,5 +1,5 @@
-// Dropout by counters: each lane of a vector runs Philox for its own element (philox.h), four rows at a time.
-// Included inside the namespace of the instruction set.
+// Dropout with counters: each lane of a vector runs Philox (philox.h) for one element of four rows. This file
+// is included inside the namespace of an instruction set.
 #pragma once
 
 #include "matrix_tiles.h"
@@ -11,11 +11,11 @@ typedef uint32_t word_vector __attribute__((vector_size(QFAST_VECTOR_BYTES)));
 typedef uint64_t double_words __attribute__((vector_size(QFAST_VECTOR_BYTES)));
 constexpr int64_t kWordLanes = QFAST_VECTOR_BYTES / 4;
 
-// High and low halves of the 32 x 32 bit products.
+// Computes the high and low halves of the 64-bit products of 32-bit words.
 QFAST_ALWAYS_INLINE void multiply_words(word_vector x, uint32_t by, word_vector* high, word_vector* low) {
 #if QFAST_VECTOR_BYTES == 64
   const __m512i factor = _mm512_set1_epi32(static_cast<int32_t>(by));
-  // maskz: gcc 12 warns about what the plain form leaves undefined
+  // GCC 12 warns about undefined values in the form without maskz.
   const auto even = (double_words)_mm512_maskz_mul_epu32(0xFF, (__m512i)x, factor);
   const auto odd = (double_words)_mm512_maskz_mul_epu32(0xFF, (__m512i)((double_words)x >> 32), factor);
   *high = (word_vector)_mm512_mask_mov_epi32((__m512i)(even >> 32), 0xAAAA, (__m512i)odd);
@@ -35,7 +35,7 @@ QFAST_ALWAYS_INLINE void multiply_words(word_vector x, uint32_t by, word_vector*
 #endif
 }
 
-// philox() of the counters (channel + lane, position, convolution, group).
+// Computes philox() of the counters (channel + lane, position, convolution, group) in every lane.
 QFAST_ALWAYS_INLINE void philox_lanes(uint64_t seed, uint32_t channel, uint32_t position,
                                       uint32_t convolution, uint32_t group, word_vector words[4]) {
   word_vector lane;
@@ -58,31 +58,31 @@ QFAST_ALWAYS_INLINE void philox_lanes(uint64_t seed, uint32_t channel, uint32_t 
   words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
 }
 
-// values[lane] *= the scale where the lane's word is kept, 0 where it is not.
+// Multiplies values[lane] by the scale, or by 0 if the word of the lane is below the threshold.
 template <class Element>
-QFAST_ALWAYS_INLINE void scale_kept(const DropoutRule& rule, word_vector words, Element* values,
-                                    int64_t lanes) {
-  const auto kept = words >= rule.threshold;
+QFAST_ALWAYS_INLINE void scale_or_drop(const DropoutRule& rule, word_vector words, Element* values,
+                                       int64_t lanes) {
+  const auto passes = words >= rule.threshold;
   if constexpr (sizeof(Element) == 4) {
     const Vector<Element> factor =
-        kept ? Vector<Element>{} + static_cast<Element>(rule.scale) : Vector<Element>{};
+        passes ? Vector<Element>{} + static_cast<Element>(rule.scale) : Vector<Element>{};
     if (lanes == kWordLanes) {
       store<Element>(values, load<Element>(values, kWordLanes) * factor, kWordLanes);
     } else {
       store<Element>(values, load<Element>(values, lanes) * factor, lanes);
     }
   } else {
-    for (int64_t lane = 0; lane < lanes; ++lane) values[lane] *= kept[lane] ? rule.scale : 0;
+    for (int64_t lane = 0; lane < lanes; ++lane) values[lane] *= passes[lane] ? rule.scale : 0;
   }
 }
 
-// Where the elements [rows, columns] of a slot stand in the whole batch.
+// Position of elements [rows, columns] in the batch.
 struct Place {
-  int64_t first_row, first_channel;  // the row divides by 4: a random word of a group belongs to each row
+  int64_t first_row, first_channel;  // first_row is a multiple of 4, because four rows share a counter
   int32_t convolution, position;
 };
 
-// Drops elements of values [rows, columns], `stride` apart.
+// Applies dropout to values [rows, columns] with row stride `stride`.
 template <class Element>
 static void drop(const DropoutRule& rule, const Place& place, int64_t rows, int64_t columns, Element* values,
                  int64_t stride) {
@@ -96,7 +96,7 @@ static void drop(const DropoutRule& rule, const Place& place, int64_t rows, int6
       const int64_t lanes = smaller(kWordLanes, columns - j);
 #pragma GCC unroll 4
       for (int64_t i = 0; i < 4; ++i)
-        if (i < group_rows) scale_kept<Element>(rule, words[i], values + (row + i) * stride + j, lanes);
+        if (i < group_rows) scale_or_drop<Element>(rule, words[i], values + (row + i) * stride + j, lanes);
     }
   }
 }

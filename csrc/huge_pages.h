@@ -9,8 +9,8 @@
 
 namespace qfast {
 
-// A large result is fresh memory each time, and faulting it in by 4 KB pages can take longer than filling
-// it. Asks for huge pages; where the kernel has none to give nothing changes.
+// Requests huge pages for a range of memory. A large result is new memory in every call, and page faults for
+// 4 KB pages can need more time than the computation. If the kernel has no huge pages, nothing changes.
 inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 2u << 20;

@@ -1,5 +1,5 @@
-// The innermost loop of convolutions and recurrent layers: a tile of a sum of small matrix products, held in
-// registers. Included inside the namespace of the instruction set.
+// The innermost loop of all matrix products on the CPU: a tile of sums of products, in registers. This file
+// is included inside the namespace of an instruction set.
 #pragma once
 
 #include "activations/activations.h"
@@ -14,7 +14,7 @@ constexpr int kPanelVectors = 4;  // 32 registers: 6 x 4 sums, 4 columns, 1 broa
 constexpr int kPanelVectors = 2;  // 16 registers: 6 x 2 sums, 2 columns, 1 broadcast
 #endif
 
-// Rows of the sums that fill the registers beside the columns.
+// Rows of sums that fill the registers not used for columns.
 template <int Vectors>
 constexpr int kTileRows = kPanelVectors == 4 ? (Vectors == 4   ? 6
                                                 : Vectors == 3 ? 8
@@ -39,7 +39,7 @@ QFAST_ALWAYS_INLINE void add(Sums<Element, Rows, Vectors>& sums, const Sums<Elem
 template <int First, int Count, class Element, int Rows, int Vectors>
 QFAST_ALWAYS_INLINE void add_columns(Sums<Element, Rows, Vectors>& sums, const Element* a, int64_t a_row,
                                      int64_t a_step, const Element* b, int64_t b_step, int64_t count) {
-  // One pointer to four rows each: the others are reached by a scaled index.
+  // One pointer for four rows. The addressing modes of x86 reach the other three rows by a scaled index.
   constexpr int kPointers = (Rows + 3) / 4;
   const Element* base[kPointers];
 #pragma GCC unroll 8
@@ -66,7 +66,8 @@ QFAST_ALWAYS_INLINE void add_product(Sums<Element, Rows, Vectors>& sums, const E
   add_columns<0, Vectors>(sums, a, a_row, a_step, b, b_step, count);
 }
 
-// body.template operator()<Rows>(first) for tiles that cover [0, count) with as many rows as fit.
+// Calls body.template operator()<Rows>(first row) for tiles that cover [0, count), with the largest tiles
+// that fit.
 template <int Full, class Body>
 QFAST_ALWAYS_INLINE void for_row_tiles(int64_t count, const Body& body) {
   int64_t row = 0;
@@ -80,7 +81,7 @@ QFAST_ALWAYS_INLINE void for_row_tiles(int64_t count, const Body& body) {
   for (; row < count; ++row) body.template operator()<1>(row);
 }
 
-// body.template operator()<Vectors>() for the width of a panel.
+// Calls body.template operator()<Vectors>() with the number of vectors of a panel.
 template <class Element, class Body>
 QFAST_ALWAYS_INLINE void for_panel_width(int64_t width, const Body& body) {
   switch (width / kLanes<Element>) {
@@ -97,7 +98,7 @@ QFAST_ALWAYS_INLINE void for_panel_width(int64_t width, const Body& body) {
   }
 }
 
-// body(column, lanes) for vectors that cover `columns`.
+// Calls body(first column, lanes) for vectors that cover `columns` columns.
 template <class Element, class Body>
 QFAST_ALWAYS_INLINE void for_vectors(int64_t columns, const Body& body) {
   int64_t j = 0;
@@ -105,8 +106,8 @@ QFAST_ALWAYS_INLINE void for_vectors(int64_t columns, const Body& body) {
   if (j < columns) body(j, columns - j);
 }
 
-// body(v, lanes) for the vectors of a panel of which `columns` exist. Two straight runs, one of whole
-// vectors, compile in a fraction of the time that a branch for each vector of each row takes.
+// Calls body(v, lanes) for the vectors of a panel with `columns` columns. Two loops, one of them for whole
+// vectors only, compile in a fraction of the time of one loop with a branch for each vector of each row.
 template <class Element, int Vectors, class Body>
 QFAST_ALWAYS_INLINE void for_panel_vectors(int64_t columns, const Body& body) {
   if (columns >= Vectors * kLanes<Element>) {

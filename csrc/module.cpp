@@ -1,5 +1,5 @@
-// The Python module qfast._C: build facts and helpers that face NumPy. Importing it also registers every
-// CPU operator of this library with torch (the STABLE_TORCH_LIBRARY_IMPL blocks).
+// The Python module qfast._C: facts about the build, and functions on NumPy arrays. Importing it also
+// registers all CPU operators with torch (the STABLE_TORCH_LIBRARY_IMPL blocks).
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -27,8 +27,8 @@ std::tuple<Array<int32_t>, Array<int32_t>, Array<int32_t>> window_index(
     const Array<int32_t>& instruments, const Array<int32_t>& dates, const std::optional<Array<bool>>& live) {
   const py::ssize_t rows = dates.size();
   QFAST_CHECK(instruments.size() == rows && (!live || live->size() == rows),
-              "window_index: expected arrays of one length, got ", instruments.size(), ", ", rows, " and ",
-              live ? live->size() : rows, ".");
+              "window_index: instruments, dates and live: expected equal lengths, got ", instruments.size(),
+              ", ", rows, " and ", live ? live->size() : rows, ".");
   Array<int32_t> position(rows), back(rows), run(rows);
   {
     const py::gil_scoped_release unlocked;
@@ -38,7 +38,7 @@ std::tuple<Array<int32_t>, Array<int32_t>, Array<int32_t>> window_index(
   return {position, back, run};
 }
 
-// [windows, rows], NaN outside the instruments' rows.
+// Returns rolling statistics [windows, rows]. Rows that belong to no instrument are NaN.
 Array<double> rolling(const std::string& kind, const Array<double>& x, const std::optional<Array<double>>& y,
                       const Array<int64_t>& start, const Array<int64_t>& stop, const Array<int64_t>& windows,
                       double parameter) {
@@ -84,13 +84,13 @@ std::map<std::string, std::string> build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native CPU library of qfast.";
-  m.def("build_info", &build_info, "Compiler, torch and CUDA facts of this build.");
-  m.def("isa", [] { return std::string(qfast::cpu_kernels().isa); }, "Instruction set in use.");
-  m.def("available_isas", &qfast::available_isas, "Instruction sets usable on this CPU, best first.");
-  m.def("select_isa", &qfast::select_isa, py::arg("name"), "Use one of available_isas() from now on.");
+  m.def("build_info", &build_info, "Versions of the compiler, torch and CUDA of this build.");
+  m.def("isa", [] { return std::string(qfast::cpu_kernels().isa); }, "The selected instruction set.");
+  m.def("available_isas", &qfast::available_isas, "Instruction sets of this CPU, best first.");
+  m.def("select_isa", &qfast::select_isa, py::arg("name"), "Select one of available_isas().");
   m.def("window_index", &window_index, py::arg("instruments").noconvert(), py::arg("dates").noconvert(),
-        py::arg("live").noconvert().none(true), "Tables position, back, run of a sorted panel.");
+        py::arg("live").noconvert().none(true), "The tables position, back and run of a sorted panel.");
   m.def("rolling", &rolling, py::arg("kind"), py::arg("x").noconvert(), py::arg("y").noconvert().none(true),
         py::arg("start").noconvert(), py::arg("stop").noconvert(), py::arg("windows").noconvert(),
-        py::arg("parameter"), "Rolling statistics over instruments' rows, [windows, rows].");
+        py::arg("parameter"), "Rolling statistics over the rows of each instrument, [windows, rows].");
 }

@@ -1,4 +1,4 @@
-// Products of packed panels, which several operators share.
+// Products with packed matrices, for one instruction set. Several operators share them.
 #include "panels.h"
 
 #include "cpu_isa_begin.h"
@@ -7,6 +7,7 @@
 
 namespace {
 
+// Completes a vector of sums and writes it to the target.
 template <Finish Kind, class Element, class Lanes>
 QFAST_ALWAYS_INLINE void finish(const Target<Element>& target, Vector<Element> sum, int64_t row,
                                 int64_t column, Lanes lanes) {

@@ -1,35 +1,36 @@
-// Products of small matrices: rows of a tile times panels, with what becomes of the sums done while they are
-// in registers. Included inside the namespace of the instruction set.
+// Products of a tile of rows with a packed matrix. The results are completed (bias, ReLU, ...) while they are
+// in registers. It is compiled once per instruction set; cpu_isa_begin.h lists the language features that it
+// may use.
 //
-// A panel (rows x at most four vectors) stays in the first-level cache while the rows of the tile go by, six
-// or more at a time. Bound by multiply-adds: 24 to a loop of 4 vector loads and 6 broadcasts.
+// A panel (rows x at most four vectors) stays in the first-level cache while it is multiplied with all rows
+// of the tile, six or more together. Bound by multiply-adds: 24 for 4 vector loads and 6 broadcasts.
 #pragma once
 
 #include "matrix_tiles.h"
 
 enum class Finish { kPut, kAdd, kRelu, kGate };
 
-// Where the sums go, [row][column], and what is done on the way. kPut: + bias, if there is one. kAdd: to what
-// stands there. kRelu: max(0, + bias). kGate: times `scale` where `gate` is not 0 or less, else 0.
+// The target [row][column] of the sums. kPut writes sum + bias (bias may be null). kAdd adds the sum to the
+// target. kRelu writes max(0, sum + bias). kGate writes sum * scale, or 0 if `gate` is 0 or less.
 template <class Element>
 struct Target {
   Element* to;
   int64_t stride;
   const Element* bias;  // padded to whole panels
-  const Element* gate;  // as `to`
+  const Element* gate;  // same layout as `to`
   Element scale;
 };
 
-// left x right, rows [0, rows): left(i, k) at left[i * left_row + k * left_step]. Columns beyond the last are
-// neither read nor written in the target.
-// Compiled in panel_kernels.cpp, once for all operators.
+// Multiplies left x right for rows [0, rows). left(i, k) is at left[i * left_row + k * left_step]. Columns of
+// the target beyond the last one are neither read nor written. panel_kernels.cpp compiles it once for all
+// operators.
 template <Finish Kind, class Element>
 void multiply(const PanelMatrix<Element>& right, const Element* left, int64_t left_row, int64_t left_step,
               int64_t rows, const Target<Element>& target);
 
 namespace {
 
-// As a tree: the lanes one after the other would wait for each other.
+// Adds the lanes as a tree, because each addition of a sequential sum would wait for the previous one.
 template <class Element>
 QFAST_ALWAYS_INLINE Element sum_of_lanes(Vector<Element> values) {
   Element part[kLanes<Element>];
@@ -41,7 +42,7 @@ QFAST_ALWAYS_INLINE Element sum_of_lanes(Vector<Element> values) {
   return part[0];
 }
 
-// NaN is passed over.
+// The largest lane. NaN is ignored.
 template <class Element>
 QFAST_ALWAYS_INLINE Element most_of_lanes(Vector<Element> values) {
   Element part[kLanes<Element>];
@@ -62,17 +63,17 @@ QFAST_ALWAYS_INLINE Element dot(const Element* a, const Element* b, int64_t colu
   return sum_of_lanes<Element>(total);
 }
 
-// Rows that stand `step` apart as the right side of a product.
+// Rows with stride `step` as the right operand of a product, in place.
 template <class Element>
 QFAST_ALWAYS_INLINE PanelMatrix<Element> in_place(const Element* data, int64_t rows, int64_t columns,
                                                   int64_t step) {
   const int64_t most = kPanelVectors * kLanes<Element>, count = (columns + most - 1) / most;
-  const int64_t each = (columns + count - 1) / count;
-  const int64_t width = (each + kLanes<Element> - 1) / kLanes<Element> * kLanes<Element>;
+  const int64_t panel_columns = (columns + count - 1) / count;
+  const int64_t width = (panel_columns + kLanes<Element> - 1) / kLanes<Element> * kLanes<Element>;
   return {rows, columns, width, count, step, width, data};
 }
 
-// to[j] += sum of the rows' element j
+// to[j] += sum over rows of element j
 template <class Element>
 static void add_rows(const Element* from, int64_t stride, int64_t rows, int64_t columns, Element* to) {
   for_vectors<Element>(columns, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
@@ -82,8 +83,7 @@ static void add_rows(const Element* from, int64_t stride, int64_t rows, int64_t 
   });
 }
 
-// ---------------------------------------------------------------- the block alone
-// to[row][0 : columns] from rows of any strides.
+// Copies rows of any strides to to[row][0 : columns].
 template <class Element>
 static void copy_strided(const Element* from, int64_t row_stride, int64_t column_stride, int64_t rows,
                          int64_t columns, Element* to, int64_t to_stride) {

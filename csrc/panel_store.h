@@ -1,4 +1,4 @@
-// Weights packed for the CPU kernels, for the length of a call. Host only.
+// Weights packed for the CPU kernels, and gradients copied from padded sums. Host only.
 #pragma once
 
 #include <algorithm>
@@ -11,6 +11,7 @@
 
 namespace qfast {
 
+// Packs matrices and vectors and owns the packed copies for the length of a call.
 template <class Element>
 class PanelStore {
  public:
@@ -20,19 +21,19 @@ class PanelStore {
     return {columns, cpu_kernels().vector_bytes, static_cast<int64_t>(sizeof(Element))};
   }
 
-  // The rows [first, first + columns) of a linear layer's weight as the right side of x . weight^T.
+  // Packs rows [first, first + columns) of the weight of a linear layer as the right operand of x . weight^T.
   PanelMatrix<Element> linear(const Tensor& weight, int64_t first, int64_t columns) {
     const int64_t rows = weight.size(1);
     return pack(weight.const_data_ptr<Element>() + first * rows, rows, columns, 1, rows);
   }
 
-  // The same rows as the right side of grad . weight.
+  // Packs the same rows as the right operand of grad . weight.
   PanelMatrix<Element> turned(const Tensor& weight, int64_t first, int64_t rows) {
     const int64_t columns = weight.size(1);
     return pack(weight.const_data_ptr<Element>() + first * columns, rows, columns, columns, 1);
   }
 
-  // Elements of a vector, zeros up to whole panels.
+  // Copies a vector, padded with zeros to whole panels.
   const Element* vector(const Element* from, int64_t columns) {
     Element* const to = zeros(cut(columns).padded());
     if (columns > 0) std::memcpy(to, from, sizeof(Element) * columns);
@@ -40,8 +41,8 @@ class PanelStore {
   }
 
  private:
-  // Element (k, j) from from[k * row_stride + j * column_stride]. A square at a time: both sides then stay in
-  // the first-level cache.
+  // Packs the matrix with element (k, j) at from[k * row_stride + j * column_stride]. It copies square
+  // blocks, because both sides then stay in the first-level cache.
   PanelMatrix<Element> pack(const Element* from, int64_t rows, int64_t columns, int64_t row_stride,
                             int64_t column_stride) {
     constexpr int64_t kSquare = 16;
@@ -58,19 +59,19 @@ class PanelStore {
   }
 
   Element* zeros(int64_t elements) {
-    held_.push_back(empty(like_, {std::max<int64_t>(elements, 1)}));
-    Element* const to = held_.back().template mutable_data_ptr<Element>();
+    buffers_.push_back(empty(like_, {std::max<int64_t>(elements, 1)}));
+    Element* const to = buffers_.back().template mutable_data_ptr<Element>();
     std::fill(to, to + elements, Element(0));
     return to;
   }
 
   Tensor like_;
-  std::vector<Tensor> held_;
+  std::vector<Tensor> buffers_;
 };
 
-// [rows, columns] out of rows that stand `stride` apart.
+// Returns a tensor [rows, columns] copied from rows with stride `stride`.
 template <class Element>
-Tensor taken(const Tensor& like, const Element* from, int64_t rows, int64_t columns, int64_t stride) {
+Tensor copied(const Tensor& like, const Element* from, int64_t rows, int64_t columns, int64_t stride) {
   const Tensor out = empty(like, {rows, columns});
   Element* const to = out.mutable_data_ptr<Element>();
   for (int64_t row = 0; columns > 0 && row < rows; ++row)
@@ -78,9 +79,10 @@ Tensor taken(const Tensor& like, const Element* from, int64_t rows, int64_t colu
   return out;
 }
 
-// [columns, rows] likewise: turned over.
+// Returns the transposed tensor [columns, rows].
 template <class Element>
-Tensor taken_turned(const Tensor& like, const Element* from, int64_t rows, int64_t columns, int64_t stride) {
+Tensor copied_transposed(const Tensor& like, const Element* from, int64_t rows, int64_t columns,
+                         int64_t stride) {
   constexpr int64_t kSquare = 16;
   const Tensor out = empty(like, {columns, rows});
   Element* const to = out.mutable_data_ptr<Element>();
@@ -91,8 +93,9 @@ Tensor taken_turned(const Tensor& like, const Element* from, int64_t rows, int64
   return out;
 }
 
+// Returns a tensor [columns] copied from a vector.
 template <class Element>
-Tensor taken_vector(const Tensor& like, const Element* from, int64_t columns) {
+Tensor copied_vector(const Tensor& like, const Element* from, int64_t columns) {
   const Tensor out = empty(like, {columns});
   if (columns > 0) std::memcpy(out.mutable_data_ptr<Element>(), from, sizeof(Element) * columns);
   return out;

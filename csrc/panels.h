@@ -1,6 +1,8 @@
-// The right side of a matrix product, as the CPU kernels read it, and scratch memory cut into buffers. Shared
-// by host code and the instruction sets: hence no library template, and always inlined, or a function could
-// be linked from a unit of another instruction set.
+// The right operand of a matrix product, as the CPU kernels read it, and scratch memory divided into buffers.
+//
+// Host code and all instruction sets share this file. It therefore uses no library template, and its
+// functions are always inlined: otherwise the linker could choose a function that was compiled for another
+// instruction set.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +11,10 @@
 
 namespace qfast {
 
-// A matrix [rows, columns] whose columns are cut into `count` panels of `width`, whole vectors. Element
-// (k, j) stands at data[j / width * apart + k * step + j % width]. Packed: a panel is a matrix of its own,
-// zeros beyond the last column. In place: rows side by side, followed by anything that may be read.
+// A matrix [rows, columns] whose columns are divided into `count` panels of `width` columns, a multiple of a
+// vector. Element (k, j) is at data[j / width * apart + k * step + j % width]. In a packed matrix, each panel
+// is contiguous, with zeros beyond the last column. A matrix may also be used in place: the memory after the
+// last column is then read, but its values are not used.
 template <class Element>
 struct PanelMatrix {
   int64_t rows, columns, width, count, step, apart;
@@ -19,20 +22,21 @@ struct PanelMatrix {
 
   QFAST_SHARED_INLINE int64_t padded() const { return width * count; }
 
-  // PanelMatrix [first, first + number) of it, as far as there are so many.
+  // Panels [first, first + number), or those of them that exist.
   QFAST_SHARED_INLINE PanelMatrix some(int64_t first, int64_t number) const {
-    const int64_t taken = number < count - first ? number : count - first;
-    const int64_t left = columns - first * width, most = taken * width;
-    return {rows, left < most ? left : most, width, taken, step, apart, data + first * apart};
+    const int64_t panels = number < count - first ? number : count - first;
+    const int64_t left = columns - first * width, most = panels * width;
+    return {rows, left < most ? left : most, width, panels, step, apart, data + first * apart};
   }
 
-  // Rows [first, first + number) of it.
+  // Rows [first, first + number).
   QFAST_SHARED_INLINE PanelMatrix rows_from(int64_t first, int64_t number) const {
     return {number, columns, width, count, step, apart, data + first * step};
   }
 };
 
-// How columns are cut: panels of equal width, at most what the registers hold.
+// Number and width of the panels for some columns: panels of equal width, at most as wide as the registers
+// allow.
 struct PanelCut {
   int64_t width, count;
 
@@ -45,7 +49,8 @@ struct PanelCut {
   QFAST_SHARED_INLINE int64_t padded() const { return width * count; }
 };
 
-// Buffers one after the other, each on a cache line of its own. Without memory it counts.
+// Divides memory into consecutive buffers that start on cache lines. If `base` is null, it only counts the
+// elements.
 template <class Element>
 struct Carving {
   Element* base;

@@ -1,5 +1,5 @@
-// Philox 4x32-10 (Salmon et al. 2011), once for host and device. Included inside the namespace of the
-// instruction set (or of the device) that compiles it, so it uses nothing but the language.
+// The random number generator Philox 4x32-10 (Salmon et al. 2011), shared by CPU and CUDA. This file is
+// included inside the namespace of an instruction set or of the device, so it uses only the language.
 #pragma once
 
 struct PhiloxWords {
@@ -10,6 +10,7 @@ constexpr uint32_t kPhiloxMultiply0 = 0xD2511F53u, kPhiloxMultiply1 = 0xCD9E8D57
 constexpr uint32_t kPhiloxStep0 = 0x9E3779B9u, kPhiloxStep1 = 0xBB67AE85u;
 constexpr int kPhiloxRounds = 10;
 
+// Returns the four random words of a seed and four counters.
 QFAST_DEVICE_INLINE PhiloxWords philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < kPhiloxRounds; ++round) {

@@ -1,11 +1,11 @@
-// Vectors of the instruction set being compiled, as compiler vector extensions (GCC and clang, any CPU).
-// Included inside the namespace of the instruction set.
+// Copies with the vectors of the instruction set being compiled, through the vector extensions of GCC and
+// clang. This file is included inside the namespace of an instruction set.
 #pragma once
 
 namespace {
 
 typedef unsigned char vector_bytes __attribute__((vector_size(QFAST_VECTOR_BYTES), aligned(1), may_alias));
-// Elements of either type read and written as plain words of their size.
+// Elements read and written as unsigned words of their size.
 typedef uint32_t word32 __attribute__((may_alias));
 typedef uint64_t word64 __attribute__((may_alias));
 typedef unsigned char bytes_16 __attribute__((vector_size(16), aligned(1), may_alias));
@@ -19,13 +19,13 @@ static inline void move_16(unsigned char* to, const unsigned char* from) {
   *reinterpret_cast<bytes_16*>(to) = *reinterpret_cast<const bytes_16*>(from);
 }
 
-// Asks for a cache line in the second level. In the first, the window being copied, its copy and the window
-// ahead would push each other out (measured: a third slower for windows of 12 KB).
+// Prefetches a cache line to the second-level cache. In the first level, the window being copied, its copy
+// and the next window would evict each other (measured: a third slower for windows of 12 KB).
 static inline void will_read(const unsigned char* line) { __builtin_prefetch(line, 0, 2); }
 
-// Copies `bytes` (a multiple of 4) and asks for as many bytes at `ahead`, which will be read soon, line by
-// line as it goes: a burst of requests would stall. The last vector overlaps the one before it instead of a
-// scalar tail.
+// Copies `bytes` bytes, a multiple of 4, and prefetches as many bytes at `ahead`, which will be read soon. It
+// prefetches line by line during the copy, because a burst of prefetches would stall. The last vector
+// overlaps the one before it, so there is no scalar remainder.
 static inline void copy_bytes(unsigned char* to, const unsigned char* from, int64_t bytes,
                               const unsigned char* ahead) {
   constexpr int64_t wide = QFAST_VECTOR_BYTES;
@@ -46,7 +46,8 @@ static inline void copy_bytes(unsigned char* to, const unsigned char* from, int6
   }
 }
 
-// As copy_bytes, writing whole cache lines around the caches: for output that is larger than they are.
+// The same as copy_bytes, with non-temporal stores of whole cache lines, for output that is larger than the
+// caches.
 static inline void stream_bytes(unsigned char* to, const unsigned char* from, int64_t bytes,
                                 const unsigned char* ahead) {
 #if defined(__x86_64__)
@@ -67,6 +68,7 @@ static inline void stream_bytes(unsigned char* to, const unsigned char* from, in
 #endif
 }
 
+// Orders the non-temporal stores before later stores.
 static inline void finish_stream() {
 #if defined(__x86_64__)
   _mm_sfence();

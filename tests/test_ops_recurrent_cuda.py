@@ -453,7 +453,7 @@ def test_refusals_of_the_kernels() -> None:
 def test_tensors_of_another_device_are_refused() -> None:
     inputs = arguments(LSTM, Case(3, 4, 2, 5, 2, False, True), F32, DEVICE)
     x, weights, h0, c0 = inputs.flat(LSTM)[:4]
-    with pytest.raises(ValueError, match="weight_ih: expected the device of x, got another"):
+    with pytest.raises(ValueError, match="weight_ih: expected the device of x"):
         torch.ops.qfast.lstm(x, [weights[0].cpu(), *weights[1:]], h0, c0, 0.0, None, False, False)
-    with pytest.raises(ValueError, match="seed: expected the device of x, got another"):
+    with pytest.raises(ValueError, match="seed: expected the device of x"):
         torch.ops.qfast.lstm(x, weights, h0, c0, 0.5, torch.tensor([3]), False, False)

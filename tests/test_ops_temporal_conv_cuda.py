@@ -388,11 +388,11 @@ def test_refusals_of_the_kernels() -> None:
     x, weights, grad, seed = direct_inputs(NARROW, 3)
     with pytest.raises(ValueError, match="seed: expected one int64 on the device of x"):
         OPS.temporal_conv_net(x, weights, [1, 2, 4], 0.5, None, False, False)
-    with pytest.raises(ValueError, match="seed: expected the device of x, got another"):
+    with pytest.raises(ValueError, match="seed: expected the device of x"):
         OPS.temporal_conv_net(x, weights, [1, 2, 4], 0.5, seed.cpu(), False, False)
     with pytest.raises(ValueError, match=r"dropout: expected 0 to 1, got 1\.5"):
         OPS.temporal_conv_net(x, weights, [1, 2, 4], 1.5, seed, False, False)
-    with pytest.raises(ValueError, match="first weight: expected the device of x, got another"):
+    with pytest.raises(ValueError, match="first weight: expected the device of x"):
         OPS.temporal_conv_net(x, [weights[0].cpu(), *weights[1:]], [1, 2, 4], 0.0, None, False, False)
     with pytest.raises(ValueError, match="dilations: expected one for each of 3 blocks, got 2"):
         OPS.temporal_conv_net(x, weights, [1, 2], 0.0, None, False, False)

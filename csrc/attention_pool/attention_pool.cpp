@@ -105,9 +105,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_pool_backward_cpu(
                                                   Element* part) { kernel(job, begin, end, scratch, part); });
     const Element* const total = sums.const_data_ptr<Element>();
     const int64_t wide = job.turned.padded(), narrow = job.entering.padded();
-    gradients = {grad_h, taken<Element>(h, total, width, job.hidden, wide),
-                 taken_vector<Element>(h, total + width * wide, width),
-                 taken_vector<Element>(h, total + width * wide + narrow, width)};
+    gradients = {grad_h, copied<Element>(h, total, width, job.hidden, wide),
+                 copied_vector<Element>(h, total + width * wide, width),
+                 copied_vector<Element>(h, total + width * wide + narrow, width)};
   });
   return *gradients;
 }

@@ -52,15 +52,15 @@ class Encoder {
     const auto sums = EncoderSums<Element>::carve(job, space);
     const int64_t D = job.width, M = job.net.entering.columns, padded = job.padded;
     const auto vector = [&](const Element* from, int64_t columns) {
-      return taken_vector<Element>(like, from, columns);
+      return copied_vector<Element>(like, from, columns);
     };
-    return {taken<Element>(like, sums.in, 3 * D, D, padded),
+    return {copied<Element>(like, sums.in, 3 * D, D, padded),
             vector(sums.in_bias, 3 * D),
-            taken<Element>(like, sums.out, D, D, padded),
+            copied<Element>(like, sums.out, D, D, padded),
             vector(sums.out_bias, D),
-            taken<Element>(like, sums.net.entering, M, D, padded),
+            copied<Element>(like, sums.net.entering, M, D, padded),
             vector(sums.net.entering_bias, M),
-            taken_turned<Element>(like, sums.net.leaving, M, D, padded),
+            copied_transposed<Element>(like, sums.net.leaving, M, D, padded),
             vector(sums.net.leaving_bias, D),
             vector(sums.norm1_weight, D),
             vector(sums.norm1_bias, D),

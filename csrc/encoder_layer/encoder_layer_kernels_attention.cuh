@@ -160,8 +160,8 @@ struct Head {
   // Results are all steps, or the last one: that is alone in its four, at its own place among them.
   QFAST_DEVICE_INLINE Four<T> scales(int64_t quad, int64_t s) const {
     const int64_t query_step = job.steps - job.results + first + quad * kQuad;
-    const Four<T> kept = kept_scales<T>(job.dropout, seed, s, job.first_window + window,
-                                        kHeadPlace + static_cast<uint32_t>(number), query_step / kQuad);
+    const Four<T> kept = drawn_scales<T>(job.dropout, seed, s, job.first_window + window,
+                                         kHeadPlace + static_cast<uint32_t>(number), query_step / kQuad);
     const int at = static_cast<int>(query_step % kQuad);
     const T low = at & 1 ? kept.of[1] : kept.of[0], high = at & 1 ? kept.of[3] : kept.of[2];
     return at == 0 ? kept : Four<T>{{at & 2 ? high : low, T(0), T(0), T(0)}};

@@ -102,10 +102,10 @@ Gradients feed_forward_backward_cpu(const Tensor& grad, const Tensor& x, const T
                               });
     Carving<Element> space{total.mutable_data_ptr<Element>()};
     const Sums sums = Sums::carve(job.net, job.padded_in, job.padded_out, space);
-    result = {grad_x, taken<Element>(x, sums.entering, hidden, x.size(1), job.padded_in),
-              taken_vector<Element>(x, sums.entering_bias, hidden),
-              taken_turned<Element>(x, sums.leaving, hidden, out, job.padded_out),
-              taken_vector<Element>(x, sums.leaving_bias, out)};
+    result = {grad_x, copied<Element>(x, sums.entering, hidden, x.size(1), job.padded_in),
+              copied_vector<Element>(x, sums.entering_bias, hidden),
+              copied_transposed<Element>(x, sums.leaving, hidden, out, job.padded_out),
+              copied_vector<Element>(x, sums.leaving_bias, out)};
   });
   return *result;
 }

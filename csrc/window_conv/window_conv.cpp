@@ -128,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor> window_conv_backward_cpu(const Tensor& grad, 
                               });
     Carving<Element> space{total.mutable_data_ptr<Element>()};
     const Sums sums = Sums::carve(job, space);
-    gradients = {grad_x, weight_gradient(x, job, sums.weight), taken_vector<Element>(x, sums.bias, job.out)};
+    gradients = {grad_x, weight_gradient(x, job, sums.weight), copied_vector<Element>(x, sums.bias, job.out)};
   });
   return *gradients;
 }
