@@ -125,7 +125,8 @@ def test_links_lead_to_files(document):
     assert [link for link in links if not (ROOT / document).parent.joinpath(link).exists()] == []
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if name != "docs/developing.md"])
 def test_source_paths_exist(document):
+    """tests/test_developing.py checks docs/developing.md, whose paths have placeholders."""
     paths = set(SOURCE_PATH.findall((ROOT / document).read_text()))
     assert sorted(path for path in paths if not any(ROOT.glob(path.rstrip("/")))) == []

@@ -15,8 +15,8 @@ from __future__ import annotations
 import re
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,11 +104,24 @@ def traced_chain(call: Callable[[], object], wanted: Callable[[str], bool] = lam
 
 # ---------------------------------------------------------------- C++
 class Function(NamedTuple):
-    """A C++ function: where it is, the identifiers that it calls, the kernels that it fetches from the table."""
+    """A C++ function on the host side of an operator.
+
+    Attributes
+    ----------
+    file : str
+        Relative to the project's root.
+    calls : frozenset of str
+        Identifiers that its body calls.
+    kernels : tuple of str
+        Kernels that its body fetches from the table.
+    only_chooses : bool
+        It returns one of those kernels and is not on the way that the data takes.
+    """
 
     file: str
     calls: frozenset[str]
     kernels: tuple[str, ...]
+    only_chooses: bool
 
 
 DEFINITION = re.compile(
@@ -117,15 +130,17 @@ DEFINITION = re.compile(
     re.MULTILINE,
 )
 REGISTRATION = re.compile(r"m\.impl\(\s*\"(\w+)\",\s*TORCH_BOX\(&?(\w+)")
-KERNEL = re.compile(r"cpu_kernels(?:<[\w()]+>)?\(\)\.(\w+)|\bkernels\.(\w+)\(|&CpuKernels::(\w+)")
+KERNEL = re.compile(r"cpu_kernels(?:<[\w()]+>)?\(\)\.(?!vector_bytes|isa)(\w+)|\bkernels\.(\w+)\(")
+KERNEL_DEFINITION = re.compile(r"^(?:inline |static )*void (\w+)\(", re.MULTILINE)
+CHOICE = re.compile(r"return [^;]*cpu_kernels")
 
 
 def enclosed(text: str, opening: int) -> str:
     """The text from an opening brace or parenthesis to the one that closes it."""
-    brackets = {text[opening]: 1, {"{": "}", "(": ")"}[text[opening]]: -1}
+    depths = {text[opening]: 1, {"{": "}", "(": ")"}[text[opening]]: -1}
     depth = 0
     for at in range(opening, len(text)):
-        depth += brackets.get(text[at], 0)
+        depth += depths.get(text[at], 0)
         if depth == 0:
             return text[opening : at + 1]
     return text[opening:]
@@ -136,59 +151,58 @@ def without_comments(text: str) -> str:
 
 
 @cache
-def functions() -> dict[str, list[Function]]:
-    """Every function that the host side of the CPU library defines, by name."""
-    found: dict[str, list[Function]] = {}
-    for path in sorted([*SOURCES.rglob("*.cpp"), *SOURCES.rglob("*.h")]):
+def host_functions(folder: Path) -> dict[str, Function]:
+    """The functions of an operator's folder that are no kernels, by name."""
+    functions = {}
+    for path in sorted([*folder.glob("*.cpp"), *folder.glob("*.h")]):
         if "kernels" in path.stem:
             continue
         text = without_comments(path.read_text())
         for match in DEFINITION.finditer(text):
             body = enclosed(text, match.end() - 1)
-            kernels = tuple(next(filter(None, groups)) for groups in KERNEL.findall(body))
-            calls = frozenset(re.findall(r"(\w+)(?:<[\w:, ()]*>)?[({]", body))
-            found.setdefault(match[1], []).append(Function(str(path.relative_to(ROOT)), calls, kernels))
-    return found
+            function = Function(
+                file=str(path.relative_to(ROOT)),
+                calls=frozenset(re.findall(r"(\w+)(?:<[\w:, ()]*>)?[({]", body)),
+                kernels=tuple(first or second for first, second in KERNEL.findall(body)),
+                only_chooses=CHOICE.search(body) is not None,
+            )
+            functions.setdefault(match[1], function)  # of two with one name, that of the .cpp
+    return functions
 
 
-@cache
-def registered() -> dict[str, Hop]:
-    """The C++ function behind each operator on the CPU."""
-    return {
-        operator: Hop(function, str(path.relative_to(ROOT)))
-        for path in sorted(SOURCES.rglob("*.cpp"))
-        for operator, function in REGISTRATION.findall(path.read_text())
-    }
+def registration(operator: str) -> tuple[str, Path]:
+    """The C++ function that is registered for an operator on the CPU, and its file."""
+    for path in sorted(SOURCES.rglob("*.cpp")):
+        for name, function in REGISTRATION.findall(path.read_text()):
+            if name == operator:
+                return function, path
+    raise LookupError(f"csrc registers no CPU function for the operator {operator!r}")
 
 
-@cache
-def kernel_files() -> dict[str, str]:
-    """The header that defines each kernel."""
-    files = {}
-    for path in sorted(SOURCES.rglob("*.h")):
-        for name in re.findall(r"^(?:inline |static )*void (\w+)\(", path.read_text(), re.MULTILINE):
-            files.setdefault(name, str(path.relative_to(ROOT)))
-    return files
+def kernel_hop(kernels: tuple[str, ...], operator: str, folder: Path) -> Hop:
+    """The kernel that serves the operator, where a function chooses among several, with the file that defines it."""
+    kernel = next((name for name in kernels if name.startswith(operator)), kernels[0])
+    for path in sorted(folder.glob("*.h")):
+        if kernel in KERNEL_DEFINITION.findall(path.read_text()):
+            return Hop(kernel, str(path.relative_to(ROOT)))
+    raise LookupError(f"no header in {folder.relative_to(ROOT)} defines {kernel!r}")
 
 
 def native_chain(operator: str) -> list[Hop]:
-    """Hops from the dispatcher to the kernel of an operator."""
-    if operator not in registered():
-        raise LookupError(f"csrc registers no CPU function for the operator {operator!r}")
-    start = registered()[operator]
-    queue: deque[list[Hop]] = deque([[start]])
-    visited = {start.function}
-    while queue:
-        path = queue.popleft()
-        for function in functions().get(path[-1].function, []):
-            if function.file.split("/")[:2] != start.file.split("/")[:2] and function.file != path[-1].file:
-                continue  # a function of that name of another operator
-            if function.kernels:
-                kernel = function.kernels[0]
-                return [*path, Hop(kernel, kernel_files().get(kernel, "csrc"))]
-            for name in sorted(function.calls & functions().keys() - visited):
-                visited.add(name)
-                queue.append([*path, Hop(name, functions()[name][0].file)])
+    """Hops from the dispatcher to the kernel of an operator: the shortest path of calls."""
+    entry, file = registration(operator)
+    functions = host_functions(file.parent)
+    paths = deque([[entry]])
+    visited = {entry}
+    while paths:
+        path = paths.popleft()
+        function = functions[path[-1]]
+        if function.kernels:
+            hops = [Hop(name, functions[name].file) for name in path if not functions[name].only_chooses]
+            return [*hops, kernel_hop(function.kernels, operator, file.parent)]
+        for name in sorted(function.calls & functions.keys() - visited):
+            visited.add(name)
+            paths.append([*path, name])
     raise LookupError(f"the sources of {operator!r} do not reach a kernel of cpu_kernels()")
 
 
@@ -210,35 +224,39 @@ def fit_chain() -> list[Hop]:
     return traced_chain(lambda: model.fit(dataset), lambda name: name.startswith("gather"))
 
 
-def calls() -> Iterator[tuple[str, Callable[[], object]]]:
-    """A call of every operator that has a kernel of its own."""
+def operator_calls() -> dict[str, Callable[[], object]]:
+    """A call of each operator that has a CPU kernel, forward only."""
     from qfast import nn, ops
-    from qfast.training.optim import ClippedAdam
 
-    x = torch.randn(8, 5, 4)
-    panel, scores = torch.randn(40, 4), torch.randn(8)
+    windows, rows = torch.randn(8, 5, 4), torch.randn(8)
     index = ops.build_window_index([0] * 40, list(range(40)))
-    weight = torch.nn.Parameter(torch.randn(3))
-    weight.grad = torch.randn(3)
-    yield "gather_windows", lambda: ops.gather_windows(panel, index, torch.tensor([9, 20]), 5)
-    yield "additive_attention", lambda: ops.additive_attention(scores, scores, torch.randn(8, 4))
-    yield "lstm", lambda: nn.LSTMModel(d_feat=4).rnn(x)
-    yield "gru", lambda: nn.GRUModel(d_feat=4).rnn(x)
-    yield "attention_pool", lambda: nn.ALSTMModel(d_feat=4)(x)
-    yield "temporal_conv_net", lambda: nn.TCNModel(4, 1, [8] * 2, 3, 0.0)(x.transpose(1, 2))
-    yield "encoder_layer", lambda: nn.Transformer(d_feat=4)(x)
-    yield "window_conv", lambda: nn.Localformer(d_feat=4)(x)
-    yield "tanh", lambda: ops.tanh(x)
-    yield "clipped_adam", lambda: ClippedAdam([weight]).step()
+    layers = [(torch.randn(12, 4), torch.randn(12, 3), torch.randn(12), torch.randn(12))]
+    gates = [(torch.randn(9, 4), torch.randn(9, 3), torch.randn(9), torch.randn(9))]
+    return {
+        "gather_windows": lambda: ops.gather_windows(torch.randn(40, 4), index, torch.tensor([9, 20]), 5),
+        "additive_attention": lambda: ops.additive_attention(rows, rows, torch.randn(8, 4)),
+        "lstm": lambda: ops.lstm(windows, layers),
+        "gru": lambda: ops.gru(windows, gates),
+        "attention_pool": lambda: nn.ALSTMModel(d_feat=4)(windows),
+        "temporal_conv_net": lambda: nn.TCNModel(4, 1, [8] * 2, 3, 0.0)(windows.transpose(1, 2)),
+        "encoder_layer": lambda: nn.Transformer(d_feat=4)(windows),
+        "window_conv": lambda: nn.Localformer(d_feat=4)(windows),
+        "tanh": lambda: ops.tanh(windows),
+    }
+
+
+def is_operator(operator: str, name: str) -> bool:
+    """Whether the dispatched name belongs to the operator: some have names for variants of the same work."""
+    return name.startswith(operator.split("_")[0])
 
 
 def operator_chains() -> dict[str, list[Hop]]:
-    """From the public function of each operator, the first in qfast/ops, to its CPU kernel."""
+    """From the public function of each operator to its CPU kernel, under the operator's name."""
     chains = {}
-    for operator, call in calls():
-        hops = traced_chain(call, lambda name, operator=operator: operator.split("_")[0] in name)
-        first = next(i for i, hop in enumerate(hops) if hop.file.startswith(("qfast/ops", "csrc")))
-        chains[operator] = hops[first:]
+    for operator, call in operator_calls().items():
+        hops = traced_chain(call, partial(is_operator, operator))
+        public = next(i for i, hop in enumerate(hops) if hop.file.startswith("qfast/ops/"))
+        chains[operator] = hops[public:]
     return chains
 
 

@@ -70,7 +70,7 @@ class Chunk:
     begin, end : int
         Instrument codes.
     bounds : int64 [N + 1]
-        Panel rows bounds[i] to bounds[i + 1] - 1 belong to instrument i.
+        Panel rows bounds[i] to bounds[i + 1] - 1 are those of instrument i.
     """
 
     def __init__(
@@ -242,8 +242,8 @@ class Chunk:
             inputs = [_not_nan(inputs[0])]
         if function not in ("Corr", "Rsquare"):
             return self._sweep(STATISTIC_OF[function], parameter, [longest], inputs)[longest]
-        # Qlib does not apply its rule that a standard deviation of at most 2e-5 means NaN here. The kernels of corr and
-        # rsquare contain the rule, so they cannot be used.
+        # Qlib's rule that a standard deviation of at most 2e-5 gives NaN does not apply here, and the kernels of corr
+        # and rsquare contain it.
         x, y = inputs if function == "Corr" else (replace(inputs[0], values=self.rows.astype(np.float64)), inputs[0])
         finite = np.isfinite(x.values) & np.isfinite(y.values)
         pair = [replace(side, values=np.where(finite, side.values, np.nan)) for side in (x, y)]

@@ -198,7 +198,7 @@ def looks_back_without_end(node: Node) -> bool:
 
 
 def _rolling_kind(node: Call) -> tuple[StepKind, Any, float]:
-    """(kind, window, parameter) of a rolling call; see `qfast.data.rolling.rolling` for the parameter."""
+    """(kind, window, parameter) of a rolling call; the parameter is that of `qfast.data.rolling.rolling`."""
     window = node.settings[0]
     if node.function == "EMA" or 0 < window < 1:
         if window == 0:

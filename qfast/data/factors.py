@@ -111,7 +111,7 @@ def evaluate_all(
     Returns
     -------
     float32 [M, C]
-        Like in Qlib, fields are float32, numbers do not widen them, and windows are computed in float64.
+        Types are those of Qlib: fields are float32, numbers do not widen them, windows are computed in float64.
 
     Raises
     ------

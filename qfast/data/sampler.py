@@ -94,7 +94,7 @@ class TSDataSampler:
         self.fillna_type = fillna_type
         self.groups = list(self.panel.blocks) if groups is None else list(groups)
         if self.panel.n_live == 0:
-            raise DataError(f"TSDataSampler: the data has no rows ({self.panel.n_rows} rows, all dropped).")
+            raise DataError("TSDataSampler: the data has no rows.")
         if window_index is None:
             window_index = build_window_index(self.panel.instrument_codes, self.panel.date_codes, self.panel.live)
         self.window_index = window_index
@@ -177,7 +177,7 @@ class TSDataSampler:
         )
 
     def _history_rows(self) -> np.ndarray:
-        """Live rows that windows can contain: the row of each sample and up to T - 1 live rows before it."""
+        """Live rows that the window of at least one sample can contain: its own and up to T - 1 live rows before it."""
         live_rows = self.panel.live_rows()
         codes = self.panel.instrument_codes[live_rows]
         numbers = np.arange(len(live_rows))

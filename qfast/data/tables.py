@@ -193,7 +193,7 @@ def _find(columns: Iterable[str], accepted: Sequence[str]) -> str | None:
 def _column(frame: pd.DataFrame, column: str | None, name: str) -> pd.Series:
     values: Any = frame[column]
     if isinstance(values, pd.DataFrame):
-        raise DataError(f"{name}: column {column!r} must be unique, but occurs {values.shape[1]} times.")
+        raise DataError(f"{name}: column {column!r} must occur once, but occurs {values.shape[1]} times.")
     assert isinstance(values, pd.Series)
     return values
 

@@ -259,6 +259,5 @@ class _WindowViews(WindowSet):
     """A `WindowSet` whose `batch` copies only windows without a view."""
 
     def batch(self, samples: Tensor) -> Tensor:
-        """Features of samples as in `WindowSet.batch`, without a copy if `view` returns them."""
         x = self.view(samples)
         return super().batch(samples) if x is None else x

@@ -161,7 +161,7 @@ def price_windows(prices: Prices, rows: np.ndarray, names: Sequence[str], window
     Returns
     -------
     float32 [B, F * T]
-        Field by field, with time ascending; NaN where the price is missing.
+        Field by field, with time ascending; NaN where there is no price.
 
     Examples
     --------

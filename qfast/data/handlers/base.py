@@ -39,7 +39,7 @@ class DataHandlerLP:
     drop_raw : bool
         Discard the raw data and reuse its memory.
     fit_start_time, fit_end_time : date-like, optional
-        Period from which processors learn their statistics, both inclusive, unless a processor defines another period.
+        Period from which processors learn their statistics, both inclusive, unless a processor has its own.
 
     Raises
     ------
@@ -192,8 +192,7 @@ class DataHandlerLP:
         """The raw panel with at least the column groups `groups`; None: all groups."""
         if self._raw is None:
             raise RawDataDroppedError(
-                f"{type(self).__name__}: the raw data was dropped (drop_raw=True). Remedy: build the handler with "
-                "drop_raw=False."
+                "the raw data was dropped (drop_raw=True). Remedy: build the handler with drop_raw=False."
             )
         return self._raw
 
@@ -305,7 +304,7 @@ def _as_panel(source: object) -> Panel:
         return Panel.from_frame(source)
     if isinstance(source, Mapping):
         if not source:
-            raise DataError(f"source must contain at least one column group, got {source!r}.")
+            raise DataError("source must contain at least one column group, got an empty mapping.")
         for group, frame in source.items():
             if not isinstance(frame, (pd.DataFrame, pd.Series)):
                 raise DataError(f"column group {group!r} must be a DataFrame, got {type(frame).__name__}.")

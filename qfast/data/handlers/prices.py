@@ -47,7 +47,7 @@ class PriceHandler(DataHandlerLP):
     label_names: list[str]
     """Names of the label columns."""
     mask_prices: dict[str, Prices]
-    """Prices of the instruments that `Mask` names and `prices` lacks, by name."""
+    """Prices of the instruments that `Mask` names and the handler's own prices lack, by name."""
 
     LABEL: tuple[list[str], list[str]] = (["Ref($close, -2)/Ref($close, -1) - 1"], ["LABEL0"])
 
@@ -69,7 +69,7 @@ class PriceHandler(DataHandlerLP):
         vwap: str | None,
         unavailable: Mapping[str, object],
     ) -> None:
-        """The part of the constructor that all subclasses share. Call it after the features are defined."""
+        """The part of the constructor that all subclasses share, called once the features are known."""
         for name, value in unavailable.items():
             if value:
                 raise ConfigError(f"{type(self).__name__}: {name} is not available, got {shown(value)}.")
@@ -101,22 +101,19 @@ class PriceHandler(DataHandlerLP):
             store = data
         self._store = None if store is None else (store, vwap)
         self._prices = read(instruments)
-        texts = [*self._feature_texts(), *self.label_expressions]
-        self.mask_prices = other_prices(texts, self._prices.panel, lambda name: read([name]))
-        self._compute()
-
-    def _compute(self) -> None:
-        """Compute raw features and label from the prices, and run the processors."""
-        self._rows = self._prices.panel.rows_between(self.start_time, self.end_time)
+        self.mask_prices = other_prices(
+            [*self._feature_texts(), *self.label_expressions], self._prices.panel, lambda name: read([name])
+        )
+        self._rows = self._prices.panel.rows_between(start_time, end_time)
         self._report_missing_fields()
         self._labels = self._label_panel()
         raw = self._with_features(self._labels)
-        space = Workspace(raw.blocks if self.drop_raw else ["feature"])
+        space = Workspace(raw.blocks if drop_raw else ["feature"])
         self._process(raw, space)
-        if self.drop_raw:
-            del self._prices, self._labels
-        elif "feature" not in space.overwritten:
+        if not drop_raw and "feature" not in space.overwritten:
             self._raw = raw  # no processor changed the features, so "infer" shares their memory
+        if drop_raw:
+            del self._prices, self._labels
 
     # ---------------------------------------------------------------- the features of a subclass
     @abstractmethod
@@ -216,7 +213,7 @@ class PriceHandler(DataHandlerLP):
 
     @property
     def lookahead(self) -> int:
-        """Number of later rows that the features of a row read; 0 if the features use no later prices."""
+        """Number of later rows that the features of a row read; 0 if the features are known on that row's day."""
         return self._feature_reach()[1]
 
     @property

@@ -83,7 +83,7 @@ class Processor:
         Raises
         ------
         DataError
-            The arrays belong to another processor.
+            The arrays are not those of this processor.
         """
         if state:
             raise DataError(f"{type(self).__name__} learns nothing, but the saved state has {sorted(state)}.")
