@@ -5,8 +5,6 @@ The kernel is in csrc/activations/activations.h. Where no kernel is loaded, torc
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -69,16 +67,16 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(output)
 
 
-def _backward(ctx: Any, grad: Tensor) -> Tensor:
+def _gradient(ctx, grad):  # type: ignore[no-untyped-def]
     (output,) = ctx.saved_tensors
     return torch.ops.aten.tanh_backward(grad, output)
 
 
-torch.library.register_autograd("qfast::tanh", _backward, setup_context=_save)
+torch.library.register_autograd("qfast::tanh", _gradient, setup_context=_save)
 
 
 def self_test(device: torch.device) -> None:

@@ -16,6 +16,9 @@ from qfast.ops.philox import dropout_mask
 __all__ = ["GRU", "LSTM", "Cell", "backward_twin", "empty_saved", "forward_twin"]
 
 
+Tensors = tuple[Tensor, ...]
+
+
 # ---------------------------------------------------------------- cells
 # torch.func transforms use them too, so they modify nothing in place.
 class Cell(NamedTuple):
@@ -38,18 +41,20 @@ class Cell(NamedTuple):
     name: str
     gates: int
     state_names: tuple[str, ...]
-    step: Callable[[Tensor, Tensor, Sequence[Tensor]], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
-    step_backward: Callable[..., tuple[Tensor, Tensor, tuple[Tensor, ...]]]
+    step: Callable[[Tensor, Tensor, Tensors], tuple[Tensors, Tensors]]
+    step_backward: Callable[[Tensors, Tensors, Tensor, Tensor], tuple[Tensor, Tensor, Tensors]]
 
 
-def _lstm_step(from_input: Tensor, from_hidden: Tensor, state: Sequence[Tensor]) -> Any:
+def _lstm_step(from_input: Tensor, from_hidden: Tensor, state: Tensors) -> tuple[Tensors, Tensors]:
     i, f, g, o = (from_input + from_hidden).chunk(4, 1)
     i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
     cell = f * state[1] + i * g
     return (o * cell.tanh(), cell), (i, f, g, o)
 
 
-def _lstm_step_backward(grads: Sequence[Tensor], gates: Sequence[Tensor], before: Tensor, after: Tensor) -> Any:
+def _lstm_step_backward(
+    grads: Tensors, gates: Tensors, before: Tensor, after: Tensor
+) -> tuple[Tensor, Tensor, Tensors]:
     (grad_h, grad_cell), (i, f, g, o), tanh_cell = grads, gates, after.tanh()
     grad_cell = grad_cell + grad_h * o * (1 - tanh_cell**2)
     parts = (
@@ -62,14 +67,14 @@ def _lstm_step_backward(grads: Sequence[Tensor], gates: Sequence[Tensor], before
     return grad_gates, grad_gates, (torch.zeros_like(grad_h), grad_cell * f)
 
 
-def _gru_step(from_input: Tensor, from_hidden: Tensor, state: Sequence[Tensor]) -> Any:
+def _gru_step(from_input: Tensor, from_hidden: Tensor, state: Tensors) -> tuple[Tensors, Tensors]:
     (x_r, x_z, x_n), (h_r, h_z, reset) = from_input.chunk(3, 1), from_hidden.chunk(3, 1)
     r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
     n = (x_n + r * reset).tanh()
     return (n + z * (state[0] - n),), (n, r, z, reset)
 
 
-def _gru_step_backward(grads: Sequence[Tensor], gates: Sequence[Tensor], before: Tensor, after: Tensor) -> Any:
+def _gru_step_backward(grads: Tensors, gates: Tensors, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensors]:
     (grad_h,), (n, r, z, reset) = grads, gates
     grad_n = grad_h * (1 - z) * (1 - n * n)
     grad_r, grad_z = grad_n * reset * (r - r * r), grad_h * (before - n) * (z - z * z)
@@ -171,17 +176,17 @@ def backward_twin(
     for number in range(len(layers) - 1, -1, -1):
         w_ih, w_hh, *_ = layers[number]
         initial = _initial(cell, x, weights, state, number)
-        grads: Sequence[Tensor] = [zero if part is None else part[number] for part in grad_state]
+        grads: Tensors = tuple(zero if part is None else part[number] for part in grad_state)
         if number == len(layers) - 1 and not all_steps and grad_output is not None:
-            grads = [grads[0] + grad_output, *grads[1:]]
+            grads = (grads[0] + grad_output, *grads[1:])
         grad_input, grad_hidden = x.new_zeros((batch, steps, len(w_ih))), x.new_zeros((batch, steps, len(w_ih)))
         for t in range(steps - 1, -1, -1):
             if grad_steps is not None:
-                grads = [grads[0] + grad_steps[:, t], *grads[1:]]
+                grads = (grads[0] + grad_steps[:, t], *grads[1:])
             before = carried[number, t - 1] if t else initial[-1]
             activations = gates[number, t].unbind(1), before, carried[number, t]
             grad_input[:, t], grad_hidden[:, t], grads = cell.step_backward(grads, *activations)
-            grads = [grads[0] + grad_hidden[:, t] @ w_hh, *grads[1:]]
+            grads = (grads[0] + grad_hidden[:, t] @ w_hh, *grads[1:])
         grad_states.append(grads)
         layer_input, mask = x, None
         if number:
