@@ -188,7 +188,7 @@ def test_workflow_pipeline_equals_qlib(tmp_path):
         np.testing.assert_allclose(mine, other.to_numpy(np.float32), rtol=2e-4, atol=2e-5)
 
 
-def test_handlers_of_ones_own():
+def test_custom_handlers():
     class Mine(Alpha158):
         def get_feature_config(self):
             return ["$close / Ref($close, 5)"], ["BACK5"]
@@ -279,7 +279,7 @@ def test_other_data_rows_or_factors_are_another_file(tmp_path):
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_a_damaged_file_is_said_and_computed_again(tmp_path, caplog):
+def test_a_damaged_file_is_logged_and_recomputed(tmp_path, caplog):
     frame = synthetic.prices(4, 60)
     first = cached(tmp_path, frame)
     (file,) = tmp_path.iterdir()
@@ -295,7 +295,7 @@ def test_a_damaged_file_is_said_and_computed_again(tmp_path, caplog):
         assert len(file.read_bytes()) == len(whole)
 
 
-def test_damage_anywhere_gives_no_wrong_value(tmp_path):
+def test_damage_anywhere_never_yields_a_wrong_value(tmp_path):
     """Also in the header of the file, which no page checksum covers."""
     texts, values = ["$close", "$open"], np.arange(20, dtype=np.float32).reshape(10, 2)
     cache = FactorCache(tmp_path)
@@ -343,7 +343,7 @@ def test_two_processes_fill_one_cache(tmp_path):
     np.testing.assert_array_equal(cache.read(key, texts, len(expected)), expected)
 
 
-def test_operators_of_ones_own_are_not_kept(tmp_path):
+def test_factors_with_custom_functions_are_not_cached(tmp_path):
     register_function("Twice", lambda x: 2 * x)
     try:
         FactorHandler(["Twice($close)"], data=synthetic.prices(3, 20), cache=tmp_path, **RAW)

@@ -37,7 +37,7 @@ def test_quirk_rnn_type_is_built(kind, caplog):
 
 
 @both
-def test_compat_builds_a_gru_as_the_reference_does(kind, caplog):
+def test_compat_builds_a_gru_like_qlib(kind, caplog):
     with caplog.at_level(logging.INFO, logger="qfast"):
         model = kind(**SMALL, rnn_type="LSTM", compat="qlib")
     assert "rnn_type='LSTM' has no effect with compat='qlib': a GRU is built" in caplog.text
@@ -73,7 +73,7 @@ def test_the_metric_mse_is_that_of_the_reference(tmp_path):
     assert plain == result  # the same number by another name
 
 
-def test_any_segment_is_predicted_as_by_the_reference(tmp_path):
+def test_any_segment_is_predicted_like_qlib(tmp_path):
     pytest.importorskip("qlib", reason="pyqlib is the oracle; install qfast-models[qlib]")
     from qlib.contrib.model.pytorch_alstm_ts import ALSTM as Reference
 

@@ -58,7 +58,7 @@ def test_predictions_and_gradients_are_those_of_the_layers(rnn_type: str, dtype:
 
 
 @pytest.mark.parametrize("rnn_type", ["GRU", "LSTM"])
-def test_the_operators_are_what_computes(rnn_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_network_calls_the_operators(rnn_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if _backend.native is None:
         pytest.skip("no native library")
     seen = counted(monkeypatch)
@@ -232,7 +232,7 @@ def test_another_type_is_refused(rnn_type: object) -> None:
     ("wrong", "message"),
     [({"hidden_size": 0}, "hidden_size"), ({"d_feat": 2.5}, "d_feat"), ({"dropout": 2.0}, "dropout must be in")],
 )
-def test_wrong_sizes_are_named(wrong: dict[str, float], message: str) -> None:
+def test_wrong_sizes_are_reported(wrong: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ALSTMModel(**wrong)  # type: ignore[arg-type]
 
@@ -306,7 +306,7 @@ def test_it_is_copied_and_pickled_after_a_forward() -> None:
 @pytest.mark.parametrize("suffix", ["", "_ts"])
 @pytest.mark.parametrize("rnn_type", ["GRU", "lstm", "RNN"])
 @pytest.mark.parametrize("sizes", [(6, 64, 2), (20, 5, 1)], ids=str)
-def test_the_references_weights_names_and_numbers(suffix: str, rnn_type: str, sizes: tuple[int, int, int]) -> None:
+def test_weights_names_and_values_equal_qlib(suffix: str, rnn_type: str, sizes: tuple[int, int, int]) -> None:
     import importlib
 
     pytest.importorskip("qlib", reason="pyqlib is the oracle; install qfast-models[qlib]")

@@ -162,7 +162,7 @@ def test_nothing_is_traded_without_scores_or_prices():
 
 
 @pytest.mark.parametrize("price", [0.0, np.inf, -1.0])
-def test_a_price_that_is_none_spoils_nothing(price):
+def test_a_missing_price_has_no_other_effect(price):
     frame = synthetic.prices(n_instruments=6, n_days=30)
     panel = load_prices(frame)
     exchange = Exchange(trade_unit=None)
@@ -199,7 +199,7 @@ def test_scores_that_are_refused():
             backtest(wrong, market, TopkDropout(2, 1), Exchange())
 
 
-def test_what_has_to_be_said_of_the_benchmark(tmp_path):
+def test_notes_about_the_benchmark(tmp_path):
     root = write_market(tmp_path / "store")
     handler = FactorHandler(["$close"], "all", provider_uri=root, learn_processors=[])
     config = {"strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 2, "n_drop": 1}},
@@ -270,7 +270,7 @@ def test_configurations_that_are_refused(changes, message):
         PortAnaRecord({**good, **changes})
 
 
-def test_the_reference_default_is_a_plan():
+def test_qlibs_default_is_a_plan():
     plan = PortAnaRecord().plan
     assert (plan.strategy.topk, plan.strategy.n_drop, plan.benchmark) == (50, 5, "SH000300")
     assert plan.exchange("cn").trade_unit == 100
@@ -279,7 +279,7 @@ def test_the_reference_default_is_a_plan():
             PortAnaRecord(**{name: value})
 
 
-def test_plan_over_a_store_reads_the_benchmark_beside_the_market(tmp_path):
+def test_plan_over_a_store_reads_the_benchmark_with_the_market(tmp_path):
     root = write_market(tmp_path / "store")
     handler = FactorHandler(["$close"], ["S01", "S02", "S03", "S04"], provider_uri=root, learn_processors=[])
     score = scores(root)

@@ -131,7 +131,7 @@ def test_setup_reports_that_a_cpu_only_torch_cannot_load_the_cuda_library(tmp_pa
 
 @from_source
 @pytest.mark.skipif(not shutil.which("ninja", path=TOOLS) or not shutil.which("c++"), reason="needs ninja and c++")
-def test_a_second_build_makes_anew_what_changed(tmp_path: Path) -> None:
+def test_a_second_build_recompiles_changed_files(tmp_path: Path) -> None:
     """Each build has another temporary folder, as in pip's editable installs."""
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
@@ -172,7 +172,7 @@ def test_a_second_build_makes_anew_what_changed(tmp_path: Path) -> None:
 
 @from_source
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="needs tomllib")
-def test_bootstrap_installs_what_a_build_needs() -> None:
+def test_bootstrap_installs_the_build_requirements() -> None:
     import tomllib
 
     spec = importlib.util.spec_from_file_location("bootstrap", ROOT / "bootstrap.py")

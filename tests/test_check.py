@@ -58,7 +58,7 @@ def test_a_clean_workflow_passes(prices):
 
 
 @pytest.mark.parametrize("kind", ["flat", "gats", "ts"])
-def test_every_kind_of_model_is_the_same_whatever_is_asked_for(prices, kind):
+def test_every_model_has_the_same_report_for_any_arguments(prices, kind):
     sets = {
         "flat": ["task.model.class=TransformerModel", "task.model.kwargs={d_feat: 6, d_model: 8, n_epochs: 1}"],
         "gats": ["task.model.class=GATs", "task.model.kwargs={d_feat: 6, hidden_size: 4, n_epochs: 1}"],
@@ -127,7 +127,7 @@ def next_row(values: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     "sees", [lambda x: np.isnan(next_row(x)).astype(float), lambda x: np.sign(next_row(x))], ids=["missing", "zero"]
 )
-def test_what_an_operator_hides_of_its_reach_is_seen_by_the_holes(prices, sees):
+def test_an_undeclared_reach_is_detected_by_missing_values(prices, sees):
     """The leak is whether a value or a volume exists tomorrow. Random changes of future values do not affect that."""
     register_function("Peeks", sees)
     try:
@@ -187,7 +187,7 @@ def test_train_alone_is_cut_where_nothing_is_fitted(prices, end, level):
         assert "processors are fitted up to 2019-06-28, close to the end of the data" in text(report, "look-ahead")
 
 
-def test_features_since_the_first_day_are_named(prices):
+def test_features_since_the_first_day_are_reported(prices):
     report = check(DEMO, prices, of_factors("EMA($close, 5) / $close", "$close / Mean($close, 0)", "Mean($close, 5)"))
     assert report.ok, report.lines()
     assert levels(report, "invariance") == ["ok", "note"]
@@ -300,7 +300,7 @@ def test_a_benchmark_of_the_prices_needs_no_note(prices):
     assert not any("benchmark" in f.text for f in report.findings)
 
 
-def test_segments_that_overlap_or_are_empty_are_named(prices):
+def test_overlapping_or_empty_segments_are_reported(prices):
     report = check(DEMO, prices, [*SHORT, "task.dataset.kwargs.segments.valid=[2019-06-01, 2019-12-31]"])
     assert "valid overlaps train, so the model is evaluated on its training data" in text(report, "segments")
     report = check(DEMO, prices, [*SHORT, "task.dataset.kwargs.segments.test=[2031-01-01, null]"])
@@ -308,7 +308,7 @@ def test_segments_that_overlap_or_are_empty_are_named(prices):
     assert not report.ok
 
 
-def test_missing_and_constant_columns_are_named(tmp_path):
+def test_missing_and_constant_columns_are_reported(tmp_path):
     config, _ = write_case(tmp_path)
     frame = factors()
     frame["f1"] = 1.0

@@ -112,14 +112,14 @@ def test_wrong_usage_is_status_2(capsys):
 
 
 @pytest.mark.parametrize("status", [0, 1])
-def test_doctor_gives_its_own_status(monkeypatch, status):
+def test_doctor_sets_the_exit_status(monkeypatch, status):
     from qfast import doctor
 
     monkeypatch.setattr(doctor, "main", lambda: status)
     assert cli.main(["doctor"]) == status
 
 
-def test_no_log_handler_stays_behind(case, tmp_path):
+def test_no_log_handler_remains(case, tmp_path):
     config, data, _ = case
     logger = logging.getLogger("qfast")
     before = list(logger.handlers), logger.level

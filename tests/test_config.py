@@ -64,7 +64,7 @@ def test_base_file_is_merged_under(write, tmp_path, monkeypatch):
     assert values["shown"] == "{{ HOME }}"  # the base is not rendered
 
 
-def test_merging_equals_the_reference():
+def test_merging_equals_qlib():
     data = pytest.importorskip("qlib.utils.data")
     base = {"a": {"b": {"c": 1, "d": [1]}, "e": 2}, "f": 3, "g": {"h": 4}}
     over = {"a": {"b": {"c": "__DROP__", "x": {"y": 1}}}, "f": {"z": 1}, "g": "__DROP__", "new": 5, "no": "__DROP__"}
@@ -177,7 +177,7 @@ def test_wrong_sets_name_the_nearest_path(write, text, message):
     ),
     st.integers(),
 )
-def test_a_set_changes_its_own_path_only(tree, value):
+def test_a_set_option_changes_its_path_only(tree, value):
     config = {"root": tree}
 
     def paths(item, path):
@@ -296,7 +296,7 @@ def test_each_wrong_value_is_refused_by_name(write, sets, message):
         checked(write(TEXT), *sets)
 
 
-def test_misspelt_keys_are_named(write):
+def test_misspelt_keys_are_reported(write):
     with pytest.raises(ConfigError, match=r"task: is missing. Did you mean to write it where 'taks' stands\?"):
         checked(write("taks: {}\n"))
     text = TEXT.replace("    module_path: qlib.contrib.model.pytorch_lstm\n", "    modul_path: x\n")
@@ -361,6 +361,6 @@ def test_dates(value, expected):
 
 
 @pytest.mark.parametrize("value", [True, 20161231, 3.5, "soon", "NaT", [1]])
-def test_what_is_no_date(value):
+def test_invalid_dates(value):
     with pytest.raises(ValueError, match=r"expected a date such as 2016-12-31"):
         normal_date(value)

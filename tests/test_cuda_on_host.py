@@ -83,7 +83,7 @@ __global__ void kernel(const float* in, float* out) {
     ],
     ids=["right", "none", "not all threads", "not all lanes", "lane alone"],
 )
-def test_what_is_wrong_shows(tool, tmp_path, barrier, status, said):
+def test_errors_are_detected(tool, tmp_path, barrier, status, said):
     source = tmp_path / "program.cpp"
     source.write_text(PROGRAM % KERNEL.replace("BARRIER", barrier))
     program = tmp_path / "program"

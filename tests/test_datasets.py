@@ -18,7 +18,7 @@ from support.qlib import qfast_dataset, qlib_dataset
 
 @pytest.mark.parametrize("data_key", ["infer", "learn", "raw"])
 @pytest.mark.parametrize("col_set", ["feature", "label", ["feature", "label"], "__all"])
-def test_flat_frames_equal_the_reference(data_key, col_set):
+def test_flat_frames_equal_qlib(data_key, col_set):
     frame = gappy_frame()
     expected = qlib_dataset("DatasetH", frame).prepare(["train", "test"], col_set=col_set, data_key=data_key)
     result = qfast_dataset(DatasetH, frame).prepare(["train", "test"], col_set=col_set, data_key=data_key)
@@ -59,7 +59,7 @@ def test_flt_col_chooses_the_samples():
     np.testing.assert_array_equal(windows.batch(torch.arange(3)).numpy(), result[[0, 1, 2]][:, :, :2])
 
 
-def test_window_sets_show_what_the_samplers_show():
+def test_window_sets_equal_the_samplers():
     frame = gappy_frame()
     dataset = qfast_dataset(TSDatasetH, frame, step_len=6)
     sampler = dataset.prepare("valid", col_set=["feature", "label"], data_key="learn")

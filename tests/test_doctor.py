@@ -113,6 +113,6 @@ def test_isa_override() -> None:
 
 
 @needs_native
-def test_select_isa_names_what_is_allowed() -> None:
+def test_select_isa_lists_the_allowed_values() -> None:
     with pytest.raises(ValueError, match=r"instruction set 'mmx' is not usable here; allowed: .*baseline"):
         _backend.native.select_isa("mmx")

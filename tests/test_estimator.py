@@ -202,7 +202,7 @@ def test_features_in_another_order_are_refused():
         model.predict(flat(frame[frame.columns[::-1]]))
 
 
-def test_labels_too_large_for_a_first_step_are_named():
+def test_labels_too_large_for_a_first_step_are_reported():
     frame = make_frame(70, 9, 3)
     frame[("label", "LABEL0")] = np.float32(1e30)
     with pytest.raises(DataError, match=r"at batch 1 of epoch 0.*no step has been made yet"):
@@ -267,7 +267,7 @@ def test_a_gpu_asked_for_and_not_there_is_refused():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
-def test_a_gpu_number_that_cannot_be_had_is_said(caplog):
+def test_an_unavailable_gpu_number_is_logged(caplog):
     assert LSTM(GPU=3).device.type == "cpu"
     assert "GPU=3 was requested but no GPU is available" in caplog.text
     caplog.clear()
@@ -276,7 +276,7 @@ def test_a_gpu_number_that_cannot_be_had_is_said(caplog):
     assert caplog.text == ""
 
 
-def test_wrong_input_shapes_are_named():
+def test_wrong_input_shapes_are_reported():
     network = LSTM(d_feat=6).network
     with pytest.raises(DataError, match=r"x has 20 features .* built with d_feat=6. Remedy: d_feat=20"):
         network(torch.zeros(2, 5, 20))

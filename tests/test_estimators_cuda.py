@@ -143,7 +143,7 @@ def test_weights_of_a_gpu_are_read_without_one(kind, tmp_path):
 
 
 @parametrize_estimators([LSTM, ts.LSTM])
-def test_training_goes_on_from_a_checkpoint_of_the_other_device(kind, tmp_path):
+def test_training_resumes_from_a_checkpoint_of_the_other_device(kind, tmp_path):
     for first, second in ((DEVICE, "cpu"), ("cpu", DEVICE)):
         folder = tmp_path / first
         device_model(kind, first, n_epochs=1).fit(dataset_for(kind), checkpoint_dir=folder)
@@ -152,7 +152,7 @@ def test_training_goes_on_from_a_checkpoint_of_the_other_device(kind, tmp_path):
         np.testing.assert_allclose(resumed.history_["valid"], whole.history_["valid"], rtol=1e-3)
 
 
-def test_what_does_not_fit_is_said_with_remedies():
+def test_too_little_memory_is_reported_with_remedies():
     model = device_model(ts.LSTM, DEVICE, hidden_size=512, batch_size=400)
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory

@@ -178,7 +178,7 @@ def test_another_instruments_series():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("market", ["all", "mixed"])
-def test_what_another_instrument_was_equals_qlib(tmp_path, market):
+def test_masks_of_another_instrument_equal_qlib(tmp_path, market):
     """Windows and shifts over a Mask see the other instrument's days, also before the instrument's own listing (BBB,
     EEE)."""
     qlib = pytest.importorskip("qlib", reason="pyqlib is not installed")
@@ -209,7 +209,7 @@ def test_one_mask_is_computed_once():
     assert len(Graph(texts, price_panel(3, 40), {}, frozenset(), None, {}).masks) == 1
 
 
-def test_operators_of_ones_own():
+def test_custom_functions():
     panel = price_panel(4, 20)
     register_function("Range", lambda high, low, scale: (high - low) * scale, series=2, settings=1)
     register_function("Fresh", lambda x, n: np.arange(len(x)) >= n, settings=1, reach=lambda n: (n, 0))
@@ -268,7 +268,7 @@ def test_registering_refuses(arguments, message):
 
 
 # ---------------------------------------------------------------- stores, and pyqlib as the oracle
-def test_an_unknown_field_is_told_what_the_store_has(tmp_path):
+def test_an_unknown_field_lists_the_fields_of_the_store(tmp_path):
     root = write_store(tmp_path / "store")
     for source in ({"provider_uri": root}, {"provider_uri": {"day": str(root)}}, {"data": root}):
         with pytest.raises(DataError, match=r"no column 'opne'; it has \[.*'close'.*'open'.*\]. Did you mean 'open'"):

@@ -59,7 +59,7 @@ def test_the_references_initial_weights_and_generator(base, suffix):
 @pytest.mark.parametrize("stocks", [2, 7, 300])
 @pytest.mark.parametrize("suffix", ["", "_ts"])
 @bases
-def test_the_references_outputs_and_gradients(base, suffix, stocks):
+def test_outputs_and_gradients_equal_qlib(base, suffix, stocks):
     """Qlib's network in float64 is exact. Its float32 errors show the cost of cancellation."""
     torch.manual_seed(0)
     theirs = reference(suffix, base, d_feat=6, hidden_size=64)
@@ -102,7 +102,7 @@ def test_days_in_one_call_are_the_days_alone(base, dtype):
 
 
 @bases
-def test_a_spoilt_day_spoils_no_other(base):
+def test_a_non_finite_day_affects_no_other(base):
     net, x = case(base)
     spoilt = x.clone()
     spoilt[2, 1, 1] = torch.nan

@@ -61,7 +61,7 @@ def test_every_training_batch_is_all_stocks_of_one_date(kind):
 
 
 @both
-def test_days_stay_in_order_where_asked(kind):
+def test_shuffle_days_false_keeps_the_order(kind):
     dataset = dataset_for(kind)
     model = kind(**SMALL, shuffle_days=False)
     seen = Seen(model, dataset)
@@ -82,7 +82,7 @@ def test_the_references_batches_mix_dates_and_are_there_on_request():
 
 
 # ---------------------------------------------------------------- scoring and predicting
-def test_predictions_stand_in_the_order_of_the_other_models_under_their_own_date():
+def test_predictions_have_the_order_and_dates_of_other_models():
     dataset = rolling()
     model = ts.GATs(**SMALL).fit(dataset)
     result = model.predict(dataset)
@@ -223,7 +223,7 @@ def test_a_gpu_gives_the_cpus_numbers(kind, compat):
 
 
 @pytest.mark.parametrize("base", ["GRU", "LSTM"])
-def test_what_only_the_other_stocks_of_the_day_tell_is_learnt(base):
+def test_a_signal_in_the_other_stocks_of_the_day_is_learnt(base):
     """The label is the market's move, which is visible in the features of the other stocks."""
     rng = np.random.default_rng(0)
     frame = make_frame(160, 30, 3, holes=0.05)
@@ -296,7 +296,7 @@ def test_attention_of_few_stocks_of_a_large_market_stays_small(monkeypatch):
 
 
 @both
-def test_attention_names_what_is_not_there(kind):
+def test_attention_reports_missing_dates_and_stocks(kind):
     model, dataset = fitted(kind)
     with pytest.raises(NotFittedError, match="not fitted yet"):
         kind(**SMALL).attention(dataset, "2020-03-16")
@@ -343,7 +343,7 @@ def test_a_picture_of_many_stocks_shows_some_and_says_so(tmp_path):
 
 
 @both
-def test_memory_that_is_not_there_is_named(kind):
+def test_too_little_memory_is_reported(kind):
     model = kind(**SMALL)
 
     def full(*args, **kwargs):
@@ -387,7 +387,7 @@ def test_a_stock_with_nan_is_left_out_of_its_day(kind, caplog):
 
 
 @both
-def test_a_date_that_is_none_is_named(kind):
+def test_an_invalid_date_is_reported(kind):
     dataset = dataset_for(kind)
     model = kind(**{**SMALL, "n_epochs": 1}).fit(dataset)
     for wrong in ("zzz", None):

@@ -294,7 +294,7 @@ def test_default_pipeline_equals_qlib(tmp_path):
         np.testing.assert_allclose(mine, reference_frame, rtol=2e-5, atol=2e-6, equal_nan=True)
 
 
-def test_default_processors_fill_labels_as_in_the_reference(tmp_path):
+def test_default_processors_fill_labels_like_qlib(tmp_path):
     root = write_store(tmp_path / "store")
     handler = Alpha360("all", provider_uri=root, fit_start_time="2020-01-01", fit_end_time="2020-03-01")
     assert np.isnan(handler.panel("raw").values("label")).any()
@@ -319,7 +319,7 @@ def test_raw_features_are_computed_again_and_labels_are_not(tmp_path):
         dropped.fetch(data_key="raw")
 
 
-def test_missing_vwap_is_said_and_can_be_replaced(caplog):
+def test_missing_vwap_is_logged_and_can_be_replaced(caplog):
     frame = synthetic.prices(3, 70).drop(columns="vwap")
     with caplog.at_level(logging.INFO, logger="qfast"):
         handler = Alpha360("csi300", data=frame, **RAW)
@@ -365,7 +365,7 @@ def test_alpha360_refuses(kwargs, error, message):
         Alpha360(**{**RAW, **kwargs})
 
 
-def test_build_handler_maps_the_references_names():
+def test_build_handler_maps_qlibs_names():
     spec = {"class": "Alpha360", "module_path": "qlib.contrib.data.handler", "kwargs": {**RAW, "instruments": "csi300"}}
     handler = build_handler(spec, data=synthetic.prices(3, 70))
     assert isinstance(handler, Alpha360)

@@ -79,7 +79,7 @@ def test_the_convolutions_begin_alike_and_learn_apart() -> None:
     assert relative_error(of[names[0]], of[names[1]]) > 0.1
 
 
-def test_dropout_lies_between_the_layers_of_the_gru() -> None:
+def test_dropout_is_between_the_layers_of_the_gru() -> None:
     assert Localformer(num_layers=3, dropout=0.3).rnn.dropout == 0.3
     assert Localformer(num_layers=1, dropout=0.3).rnn.dropout == 0.0
     net, x = case(Localformer, F32, dropout=0.5)

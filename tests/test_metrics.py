@@ -41,7 +41,7 @@ def test_daily_ic_equals_scipy_on_each_day(ties):
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_equal_to_the_reference(ties):
+def test_metrics_equal_qlib(ties):
     alpha = pytest.importorskip("qlib.contrib.eva.alpha")
     score, label = market(n_stocks=40, seed=3, ties=ties)
     label = label.drop(label.index[:90])  # different indices: outer join as in Qlib
@@ -65,7 +65,7 @@ def test_row_order_and_level_order_do_not_matter():
         pd.testing.assert_series_equal(a, b, check_freq=False, rtol=1e-12)
 
 
-def test_days_that_have_no_correlation_are_nan_and_left_out_of_the_means():
+def test_days_without_a_correlation_are_nan_and_excluded_from_the_means():
     score, label = market(n_days=6)
     day = score.index.levels[0]
     score.loc[day[0]] = np.float32(0.1)  # constant: the mean of equal floats need not be that float
@@ -116,7 +116,7 @@ def test_long_short_summary_annualises():
     assert result["Long-Avg Ann Sharpe"] == pytest.approx(10 * daily.mean() / daily.std())
 
 
-def test_wrong_index_is_named():
+def test_a_wrong_index_is_reported():
     score, label = market()
     with pytest.raises(DataError, match=r"score must be indexed by \(datetime, instrument\), got RangeIndex"):
         daily_ic(score.reset_index(drop=True), label)

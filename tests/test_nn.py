@@ -158,7 +158,7 @@ def test_a_layer_of_another_class_in_place_of_rnn(network):
 
 
 @networks
-def test_other_dtypes_of_x_and_weights_are_named(network):
+def test_other_dtypes_of_x_and_weights_are_reported(network):
     net, x, _ = case(network)
     with pytest.raises(
         DataError, match=r"x is torch.float32 but .* weights are torch.float64. Remedy: x.to\(torch.float64"

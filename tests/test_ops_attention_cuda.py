@@ -168,7 +168,7 @@ def test_a_bias_without_effect_gets_no_gradient(side: str, n: int) -> None:
 @pytest.mark.parametrize("common", [1.0, 30.0, 100.0])
 @pytest.mark.parametrize("n", [400, LONG])
 @pytest.mark.usefixtures("way")
-def test_what_the_values_have_in_common_costs_less_than_in_the_dense_softmax(common: float, n: int) -> None:
+def test_a_common_part_of_the_values_costs_less_than_in_the_dense_softmax(common: float, n: int) -> None:
     tensors = [randn(n, seed=1), randn(n, seed=2), randn(n, 64, seed=3) + common]
     tensors, grad = [t.float() for t in tensors], randn(n, 64, seed=4, dtype=torch.float32)
     exact = results(dense, [t.double() for t in tensors], grad.double())
@@ -275,7 +275,7 @@ def test_which_calls_go_pair_by_pair(
     assert bool(orders.any()) == (not pairs)
 
 
-def test_a_way_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(WAY, "fast")
     with pytest.raises(ValueError, match="QFAST_CUDA_ATTENTION is 'fast', allowed: auto, dense, block, passes"):
         check(attention_inputs(3, 2), None)
@@ -328,7 +328,7 @@ def test_opcheck(sizes: list[int] | None) -> None:
 
 @pytest.mark.parametrize("slope", [0.0, 0.01, 1.0])
 @pytest.mark.parametrize("what", SPOILED)
-def test_what_is_not_finite_spreads_as_in_the_dense_softmax(what: str, slope: float, beside: list[int]) -> None:
+def test_non_finite_values_spread_as_in_the_dense_softmax(what: str, slope: float, beside: list[int]) -> None:
     """Forward and backward, element by element. The bits of other days and other heads do not change."""
     sizes = [*DAY_SIZES, *beside]
     inputs, clean = day_inputs(), day_inputs()
@@ -507,7 +507,7 @@ def test_refusals_of_the_kernels() -> None:
 
 
 @needs_gpu
-def test_offsets_that_nobody_has_looked_at_touch_no_other_memory() -> None:
+def test_unchecked_offsets_touch_no_other_memory() -> None:
     attention, graph, grad, _ = direct_inputs([9], 3)
     for wrong in ([0, 10], [0, 7, 3, 9], [-1, 9], [0, 8], [9, 0]):
         both_ways(attention, graph, grad, (torch.tensor(wrong, device=DEVICE), 9, 0.01))

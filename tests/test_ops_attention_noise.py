@@ -38,7 +38,7 @@ def test_a_bias_without_effect_gets_no_gradient(side: str, isa: str) -> None:
 
 
 @pytest.mark.parametrize("common", [1.0, 30.0])
-def test_what_the_values_have_in_common_costs_less_than_in_the_dense_softmax(common: float, isa: str) -> None:
+def test_a_common_part_of_the_values_costs_less_than_in_the_dense_softmax(common: float, isa: str) -> None:
     tensors = [randn(400, seed=1), randn(400, seed=2), randn(400, 64, seed=3) + common]
     tensors, grad = [t.float() for t in tensors], randn(400, 64, seed=4, dtype=torch.float32)
     exact = results(dense, [t.double() for t in tensors], grad.double())

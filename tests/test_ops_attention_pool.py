@@ -117,7 +117,7 @@ def test_gradients_by_finite_differences(isa: str) -> None:
 
 
 @pytest.mark.parametrize("which", NAMES)
-def test_any_one_tensor_may_want_a_gradient(which: str, isa: str) -> None:
+def test_any_one_tensor_may_require_a_gradient(which: str, isa: str) -> None:
     case = AttentionPoolCase(6, 5, 9, 4)
     inputs, grad = case.inputs(), case.grad()
     expected = results(case.operator, inputs, grad=grad)[1 + NAMES.index(which)]
@@ -136,7 +136,7 @@ def test_one_step_is_its_own_mean_and_moves_no_weight(isa: str) -> None:
 
 
 @pytest.mark.parametrize(("common", "times"), [(10.0, 1.5), (1000.0, 100.0)])
-def test_what_the_steps_have_in_common_costs_less_than_in_torch(common: float, times: float, isa: str) -> None:
+def test_a_common_part_of_the_steps_costs_less_than_in_torch(common: float, times: float, isa: str) -> None:
     """Scores do not depend on the common part, and Adam would turn the rounding noise into full steps."""
     case = AttentionPoolCase(40, 20, 64, 32)
     inputs, grad = case.inputs(torch.float32), case.grad(torch.float32)
@@ -161,7 +161,7 @@ def test_large_scores_saturate_as_in_torch(isa: str) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_spreads_as_in_torch_and_stays_in_its_row(value: float, isa: str) -> None:
+def test_non_finite_values_spread_as_in_torch_and_stay_in_their_row(value: float, isa: str) -> None:
     case = AttentionPoolCase(11, 6, 19, 9)
     inputs, grad = case.inputs(), case.grad()
     inputs[0][4, 2, 3] = value
@@ -359,7 +359,7 @@ def test_refusals(change: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.skipif(not NATIVE, reason="the checks of the kernels themselves")
-def test_the_kernels_refuse_what_would_read_beyond_their_memory() -> None:
+def test_the_kernels_reject_out_of_bounds_arguments() -> None:
     case = AttentionPoolCase(3, 4, 6, 2)
     inputs, grad = case.inputs(), case.grad()
     forward, backward = torch.ops.qfast.attention_pool, torch.ops.qfast.attention_pool_backward
@@ -380,7 +380,7 @@ def test_the_kernels_refuse_what_would_read_beyond_their_memory() -> None:
 
 # ---------------------------------------------------------------- memory
 @pytest.mark.skipif(not NATIVE or sys.platform != "linux", reason="the kernels' own use of memory, read from Linux")
-def test_nothing_of_the_size_of_the_scores_layer_is_kept() -> None:
+def test_nothing_of_the_size_of_the_scores_layer_is_saved() -> None:
     program = (
         "import resource, torch, qfast.ops as ops\n"
         "h = torch.randn(4000, 50, 8, requires_grad=True)\n"

@@ -113,7 +113,7 @@ def test_float64(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_float32_beside_plain_torch(case: Case) -> None:
+def test_float32_compared_with_plain_torch(case: Case) -> None:
     """The error is at most five times that of plain torch in float32 on the CPU, or a few roundings."""
     result, plain, exact = on_gpu(case, F32), by_definition(case, F32), by_definition(case, F64)
     for number, (ours, theirs, true) in enumerate(zip(result, plain, exact, strict=True)):
@@ -200,7 +200,7 @@ def test_autocast_casts_nothing_inside() -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_stays_in_its_window(value: float) -> None:
+def test_non_finite_values_stay_in_their_window(value: float) -> None:
     tensors, grad = inputs(Case(30, 9, 33, 16), F64, DEVICE)
     clean = both_ways(tensors, grad, 0.0, None)
     tensors[0][13, 2, 4] = value

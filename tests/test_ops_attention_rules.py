@@ -30,7 +30,7 @@ from support.tensors import randn
 
 @pytest.mark.parametrize("slope", [0.0, 0.01, 1.0])
 @pytest.mark.parametrize("what", SPOILED)
-def test_what_is_not_finite_spreads_as_in_the_dense_softmax(what: str, slope: float, isa: str) -> None:
+def test_non_finite_values_spread_as_in_the_dense_softmax(what: str, slope: float, isa: str) -> None:
     """Forward and backward, element by element. The bits of other days do not change."""
     offsets = offsets_of(DAY_SIZES)
     clean, inputs = day_inputs(), day_inputs()
@@ -48,7 +48,7 @@ def test_what_is_not_finite_spreads_as_in_the_dense_softmax(what: str, slope: fl
             assert same_bits(a[other], c[other])
 
 
-def test_what_the_docstring_says_of_values_that_are_not_finite(isa: str) -> None:
+def test_the_docstring_on_non_finite_values(isa: str) -> None:
     offsets = offsets_of(DAY_SIZES)
 
     def attend(what: str, slope: float = 0.01) -> Tensor:
@@ -71,7 +71,7 @@ def test_what_the_docstring_says_of_values_that_are_not_finite(isa: str) -> None
     torch.testing.assert_close(attend("key -inf")[saved], without)
 
 
-def test_what_is_not_finite_stays_in_its_head(isa: str) -> None:
+def test_non_finite_values_stay_in_their_head(isa: str) -> None:
     clean, inputs = day_inputs(heads=3), day_inputs(heads=3)
     inputs["key"][1, 50] = NAN
     result, wanted = (
@@ -153,7 +153,7 @@ def test_double_backward_is_refused_by_name() -> None:
             grad.sum().backward()
 
 
-def test_what_is_kept_has_no_gradient_and_needs_keep() -> None:
+def test_saved_tensors_have_no_gradient_and_need_keep() -> None:
     saved = torch.ops.qfast.additive_attention(*small_inputs(), None, 9, 0.01, True)
     assert [t.requires_grad for t in saved] == [True, False, False, False]
     saved = torch.ops.qfast.graph_attention(*graph_small(), None, 9, 0.01, True)
@@ -322,7 +322,7 @@ def test_refusals_of_offsets(which: str) -> None:
 
 
 @pytest.mark.skipif(not NATIVE, reason="the checks of the kernels themselves")
-def test_the_kernels_refuse_offsets_that_would_read_beyond_the_rows() -> None:
+def test_the_kernels_reject_offsets_beyond_the_rows() -> None:
     """After torch.compile no Python code checks the values of `offsets`."""
     tensors = [t.detach() for t in small_inputs()]
     for bad in ([0, 10], [0, 7, 3, 9], [-1, 9], [0, 8]):

@@ -146,7 +146,7 @@ def test_float64(case: BlockCase | LayerCase, dropout: float) -> None:
 
 
 @pytest.mark.parametrize(("case", "dropout"), [*BLOCKS, *BOTH_FORMS], ids=named)
-def test_float32_beside_plain_torch(case: BlockCase | LayerCase, dropout: float) -> None:
+def test_float32_compared_with_plain_torch(case: BlockCase | LayerCase, dropout: float) -> None:
     """The error is at most five times that of plain torch in float32, or a few roundings; always below 2e-5."""
     exact, plain = (by_definition(case, dtype, dropout) for dtype in (F64, F32))
     result = to_cpu(on_gpu(case, F32, dropout))
@@ -209,7 +209,7 @@ def test_the_last_step_is_that_of_the_full_form(dropout: float) -> None:
     torch.testing.assert_close(last, full[:, -1], rtol=1e-12, atol=1e-12)
 
 
-def test_only_what_is_asked_is_made() -> None:
+def test_only_requested_gradients_are_computed() -> None:
     x, *weights = given_to(LayerCase(7, 6, 8, 2, 20), F64, DEVICE)
     inputs = x, weights, 2
     saved, none = (OPS.encoder_layer(*inputs, 1e-5, 0.0, None, False, keep) for keep in (True, False))
@@ -314,7 +314,7 @@ def test_autocast_casts_nothing_inside(hidden: int) -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("last", [False, True])
-def test_what_is_not_finite_stays_in_its_window(value: float, last: bool) -> None:
+def test_non_finite_values_stay_in_their_window(value: float, last: bool) -> None:
     case, seed = LayerCase(30, 9, 24, 3, 70, last), torch.tensor([SEED], device=DEVICE)
     tensors = given_to(case, F64, DEVICE)
     clean = both_ways(case, tensors, 0.2, seed)
@@ -327,7 +327,7 @@ def test_what_is_not_finite_stays_in_its_window(value: float, last: bool) -> Non
 
 
 @pytest.mark.parametrize("width", [24, 140])
-def test_what_is_not_finite_stays_in_its_row(width: int) -> None:
+def test_non_finite_values_stay_in_their_row(width: int) -> None:
     case = BlockCase((70,), width, 50, 9)
     tensors = given_to(case, F64, DEVICE)
     clean = both_ways(case, tensors, 0.0, None)

@@ -55,7 +55,7 @@ def test_the_last_step_alone_is_that_of_all_steps(steps: int, isa: str) -> None:
     assert errors_above(results(last.operator, tensors), whole, 1e-13) == []
 
 
-def test_the_parameters_of_a_layer_stand_in_the_order_that_is_wanted() -> None:
+def test_the_parameters_of_a_torch_layer_are_in_the_expected_order() -> None:
     layer = torch.nn.TransformerEncoderLayer(12, 3, 20, dropout=0.0, batch_first=True).double()
     x = torch.randn(4, 5, 12, dtype=F64)
     torch.testing.assert_close(encoder_layer(x, list(layer.parameters()), heads=3), layer(x), rtol=1e-12, atol=1e-12)
@@ -110,7 +110,7 @@ def test_gradients_of_any_part_alone(last: bool, isa: str) -> None:
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_data_that_wants_no_gradient_gets_none(last: bool, isa: str) -> None:
+def test_data_that_requires_no_gradient_gets_none(last: bool, isa: str) -> None:
     case = LayerCase(9, 4, 12, 3, 17, last)
     tensors = case.inputs()
     *_, whole = raw_gradients(case, tensors, 0.0, 1)
@@ -120,7 +120,7 @@ def test_data_that_wants_no_gradient_gets_none(last: bool, isa: str) -> None:
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_without_a_gradient_nothing_is_kept_and_the_values_are_the_same(last: bool, isa: str) -> None:
+def test_without_a_gradient_nothing_is_saved_and_the_values_are_the_same(last: bool, isa: str) -> None:
     case = LayerCase(30, 6, 20, 2, 33, last)
     tensors = case.inputs()
     x, weights = tensors[0], tensors[1:]
@@ -188,7 +188,7 @@ def test_the_same_bits_again_and_for_any_number_of_threads(dtype: torch.dtype, l
 @pytest.mark.skipif(not KERNELS, reason="plain torch's products depend on the number of rows")
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
-def test_a_window_does_not_see_which_others_stand_beside_it(dtype: torch.dtype, last: bool, isa: str) -> None:
+def test_a_window_does_not_depend_on_the_other_windows(dtype: torch.dtype, last: bool, isa: str) -> None:
     case = LayerCase(200, 7, 24, 3, 70, last)
     x, *weights = case.inputs(dtype)
     whole = case.operator([x, *weights])
@@ -213,7 +213,7 @@ def test_weights_that_saturate(last: bool, isa: str) -> None:
 
 @pytest.mark.parametrize("what", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("last", [False, True])
-def test_what_is_not_finite_stays_in_its_window(last: bool, what: float, isa: str) -> None:
+def test_non_finite_values_stay_in_their_window(last: bool, what: float, isa: str) -> None:
     for batch, window in ((1, 0), (9, 4), (61, 0), (61, 60)):
         case = LayerCase(batch, 5, 12, 3, 20, last)
         tensors = case.inputs(F32)
@@ -273,7 +273,7 @@ def test_a_single_feature_is_normalised_to_nothing(isa: str) -> None:
 # ---------------------------------------------------------------- directions without a gradient
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("common", [0.0, 5.0, 50.0])
-def test_what_has_no_gradient_gets_no_more_than_torch_leaves(common: float, last: bool, isa: str) -> None:
+def test_zero_gradients_have_no_more_rounding_noise_than_in_torch(common: float, last: bool, isa: str) -> None:
     """Adam turns rounding noise into full steps.
 
     Adding a number to all keys of a query changes no weight, and the next norm subtracts the common part of a bias.

@@ -118,7 +118,7 @@ def test_a_window_is_dropped_by_its_number_whatever_the_others(last: bool, isa: 
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_kernels_keep_what_plain_torch_keeps(last: bool, isa: str) -> None:
+def test_kernels_save_the_same_tensors_as_plain_torch(last: bool, isa: str) -> None:
     case = LayerCase(30, 7, 20, 2, 50, last)
     tensors, seed = case.inputs(), torch.tensor([77])
     out, normalised, scales, gradients = raw_gradients(case, tensors, 0.3, 77)

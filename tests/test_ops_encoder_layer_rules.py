@@ -98,7 +98,7 @@ def test_refusals(change: dict[str, Any], error: type[Exception], message: str) 
 
 
 @pytest.mark.skipif(not KERNELS, reason="plain torch has its own words")
-def test_the_raw_operators_refuse_what_would_read_beyond_their_memory() -> None:
+def test_the_raw_operators_reject_out_of_bounds_arguments() -> None:
     """After torch.compile no Python code checks the arguments."""
     x, *weights = SMALL.inputs()
     forward, backward = torch.ops.qfast.encoder_layer, torch.ops.qfast.encoder_layer_backward
@@ -132,7 +132,7 @@ def test_the_raw_operators_refuse_what_would_read_beyond_their_memory() -> None:
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_double_backward_is_refused_and_what_is_kept_has_no_gradient(last: bool) -> None:
+def test_double_backward_is_refused_and_saved_tensors_have_no_gradient(last: bool) -> None:
     case = LayerCase(2, 3, 8, 2, 6, last)
     x, *weights = [t.requires_grad_() for t in case.inputs()]
     raw = (x, weights, 2, 1e-5, 0.0, None, last)
@@ -342,7 +342,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     ],
     ids=["all steps", "last step", "long windows"],
 )
-def test_neither_hidden_values_nor_attention_weights_are_kept(sizes: dict[str, Any], limit: float) -> None:
+def test_neither_hidden_values_nor_attention_weights_are_saved(sizes: dict[str, Any], limit: float) -> None:
     ran = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(**sizes)], capture_output=True, text=True, check=True, timeout=120
     )

@@ -107,7 +107,7 @@ def test_the_same_bits_come_again(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_stays_in_its_row(name: str, value: float) -> None:
+def test_non_finite_values_stay_in_their_row(name: str, value: float) -> None:
     tensors = [part.float() for part in away_from_zero(BlockCase((150,), 20, 70, 33))]
     clean = both_ways(tensors, 0.2, name)
     tensors[0][37, 3] = value

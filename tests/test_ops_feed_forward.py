@@ -82,7 +82,7 @@ def test_kernels_agree_with_plain_torch(isa: str) -> None:
     self_test(torch.device("cpu"))
 
 
-def test_data_that_wants_no_gradient_gets_none(isa: str) -> None:
+def test_data_that_requires_no_gradient_gets_none(isa: str) -> None:
     case = BlockCase((9,), 12, 33, 5)
     tensors = case.inputs()
     grad = torch.ones(9, 5, dtype=F64)
@@ -111,7 +111,7 @@ def test_the_same_bits_again_and_for_any_number_of_threads(dtype: torch.dtype, i
 
 # ---------------------------------------------------------------- numbers at the ends
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_spreads_as_in_torch_and_stays_in_its_row(value: float, isa: str) -> None:
+def test_non_finite_values_spread_as_in_torch_and_stay_in_their_row(value: float, isa: str) -> None:
     case = BlockCase((60,), 12, 33, 6)
     tensors = case.inputs(F32)
     clean = results(case.operator, tensors)
@@ -334,7 +334,7 @@ def test_refusals(change: dict[str, Any], error: type[Exception], message: str) 
 
 
 @pytest.mark.skipif(not KERNELS, reason="the checks of the kernels themselves")
-def test_the_kernels_refuse_what_would_read_beyond_their_memory() -> None:
+def test_the_kernels_reject_out_of_bounds_arguments() -> None:
     x, w1, b1, w2, b2 = BlockCase((3,), 4, 6, 2).inputs()
     forward, backward = torch.ops.qfast.feed_forward, torch.ops.qfast.feed_forward_backward
     for arguments, message in (
@@ -370,7 +370,7 @@ def test_the_hidden_values_are_never_all_in_memory() -> None:
     assert float(ran.stdout) < 40  # MiB; [N, M] alone takes 234
 
 
-def test_a_layers_own_block() -> None:
+def test_the_block_of_a_torch_layer() -> None:
     layer = torch.nn.TransformerEncoderLayer(12, 2, 40, dropout=0.0, batch_first=True)
     x = torch.randn(4, 5, 12)
     result = feed_forward(x, layer.linear1.weight, layer.linear1.bias, layer.linear2.weight, layer.linear2.bias)

@@ -176,7 +176,7 @@ def test_saturated_gates(name: str, isa: str) -> None:
 
 @pytest.mark.parametrize("what", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_not_finite_stays_in_its_row(name: str, what: float, isa: str) -> None:
+def test_non_finite_values_stay_in_their_row(name: str, what: float, isa: str) -> None:
     for batch, row, layout in ((1, 0, "plain"), (9, 4, "plain"), (61, 0, "features first"), (61, 60, "plain")):
         case = RecurrentCase(name, batch, 4, 3, 20, 2, all_steps=True, layout=layout)
         inputs = case.inputs(F32)

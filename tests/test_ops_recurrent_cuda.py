@@ -174,7 +174,7 @@ def test_float64(cell: Cell, case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_float32_beside_plain_torch(cell: Cell, case: Case) -> None:
+def test_float32_compared_with_plain_torch(cell: Cell, case: Case) -> None:
     """The error is at most five times that of plain torch in float32, or a few roundings; always below 1e-5."""
     exact = by_definition(cell, arguments(cell, case, F64, "cpu"))
     plain = by_definition(cell, arguments(cell, case, F32, "cpu"))
@@ -187,7 +187,7 @@ def test_float32_beside_plain_torch(cell: Cell, case: Case) -> None:
 
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize("all_steps", [False, True])
-def test_beside_torchs_own_layers(name: str, all_steps: bool) -> None:
+def test_compared_with_torchs_layers(name: str, all_steps: bool) -> None:
     """The public functions with autograd, against torch.nn on the CPU."""
     torch.manual_seed(0)
     module = {"lstm": nn.LSTM, "gru": nn.GRU}[name](6, 32, 2, batch_first=True).double()
@@ -312,7 +312,7 @@ def test_autocast_casts_nothing_inside(cell: Cell, hidden: int) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_stays_in_its_row(cell: Cell, value: float, hidden: int) -> None:
+def test_non_finite_values_stay_in_their_row(cell: Cell, value: float, hidden: int) -> None:
     inputs = arguments(cell, Case(30, 7, 5, hidden, 2, True), F32, DEVICE)
     clean = both_ways(cell, inputs)
     inputs.x[13, 2, 4] = value

@@ -84,7 +84,7 @@ def test_a_row_is_dropped_by_its_number_whatever_the_others(name: str, rows: int
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_windows_of_consecutive_rows_each_have_their_own_mask(name: str, isa: str) -> None:
+def test_windows_of_consecutive_rows_have_different_masks(name: str, isa: str) -> None:
     case = RecurrentCase(name, 60, 9, 4, 9, 2, layout="windows")
     inputs = case.inputs()
     with torch.no_grad():

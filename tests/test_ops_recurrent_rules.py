@@ -148,7 +148,7 @@ def test_an_lstm_wants_both_states() -> None:
 
 @pytest.mark.skipif(not NATIVE, reason="plain torch has its own words")
 @pytest.mark.parametrize("name", NAMES)
-def test_the_raw_operators_refuse_what_does_not_fit(name: str) -> None:
+def test_the_raw_operators_reject_wrong_arguments(name: str) -> None:
     """After torch.compile no Python code checks the arguments."""
     case = RecurrentCase(name, 4, 3, 2, 5, 2, state=True)
     inputs = case.inputs()
@@ -170,7 +170,7 @@ def test_the_raw_operators_refuse_what_does_not_fit(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_double_backward_is_refused_and_what_is_kept_has_no_gradient(name: str) -> None:
+def test_double_backward_is_refused_and_saved_tensors_have_no_gradient(name: str) -> None:
     case = RecurrentCase(name, 2, 3, 2, 4, 2)
     inputs = case.inputs()
     leaves = case.split([t.detach().requires_grad_() for t in inputs])

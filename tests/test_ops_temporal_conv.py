@@ -36,7 +36,7 @@ F64 = torch.float64
 
 # ---------------------------------------------------------------- accuracy
 @pytest.mark.parametrize("case", STACK_CASES, ids=lambda case: case.name)
-def test_float32_beside_plain_torch(case: StackCase, isa: str) -> None:
+def test_float32_compared_with_plain_torch(case: StackCase, isa: str) -> None:
     """The error is at most three times that of plain torch in float32, or a few roundings; always below 1e-5."""
     exact = expected(case)
     (x, blocks), grad = case.split(case.inputs(F32, exact.seed)), case.grad(F32, exact.seed)
@@ -291,7 +291,7 @@ def test_a_row_is_the_same_alone_and_among_others(isa: str) -> None:
 
 
 @pytest.mark.parametrize("all_steps", [False, True])
-def test_only_the_cone_is_kept(all_steps: bool) -> None:
+def test_only_the_cone_is_saved(all_steps: bool) -> None:
     """The number of elements saved for the backward pass; none are saved without one."""
     channels, x = (16, 16, 24), randn(10, 60, 5)
     blocks = stack(5, channels, 3, norm=False)
@@ -336,7 +336,7 @@ def test_channels_that_are_off_get_exactly_nothing(isa: str) -> None:
         assert norm or not grads.weight_v2[:, off].any()
 
 
-def test_a_longer_vector_of_the_same_direction_is_no_descent(isa: str) -> None:
+def test_the_gradient_of_v_is_orthogonal_to_v(isa: str) -> None:
     """weight = g v / |v| does not depend on the length of v, so the gradient of v is orthogonal to v."""
     x, blocks = randn(300, 6, 14, dtype=torch.float32), stack(6, [20, 20], 3, dtype=torch.float32)
     result = results(temporal_conv_net, x, blocks, randn(300, 20, seed=1, dtype=torch.float32) + 0.5)

@@ -73,7 +73,7 @@ def test_the_kernels_serve_and_not_the_twins() -> None:
 
 # ---------------------------------------------------------------- accuracy
 @pytest.mark.parametrize("case", STACK_CASES, ids=lambda case: case.name)
-def test_float32_beside_plain_torch(case: StackCase) -> None:
+def test_float32_compared_with_plain_torch(case: StackCase) -> None:
     """The error is at most five times that of plain torch in float32, or a few roundings; always below 1e-5.
 
     On the CPU the factor is three: there a sum has several accumulators, here one thread adds all terms.
@@ -200,7 +200,7 @@ def test_manual_seed_makes_it_repeat(channels: list[int]) -> None:
     assert not torch.equal(once(5), once(6))
 
 
-def test_the_oracle_drops_what_it_should() -> None:
+def test_the_dropout_rate_of_the_oracle() -> None:
     assert abs(float((philox_mask(1, 64, 32, 20, 0, 0.3) == 0).double().mean()) - 0.3) < 0.02
 
 
@@ -229,7 +229,7 @@ def test_opcheck(batch: int, dropout: float, all_steps: bool) -> None:
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-def test_what_is_not_finite_spreads_as_in_plain_torch(value: float, channels: list[int], all_steps: bool) -> None:
+def test_non_finite_values_spread_as_in_plain_torch(value: float, channels: list[int], all_steps: bool) -> None:
     """Result and gradients, element by element. The bits of other rows do not change."""
     x, blocks = randn(30, 5, 12), stack(5, channels, 3, norm=False)
     grad = grad_for(30, channels[-1], 12, all_steps)

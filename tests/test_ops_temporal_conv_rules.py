@@ -20,7 +20,7 @@ OPS = torch.ops.qfast
 # ---------------------------------------------------------------- values that are not finite
 @pytest.mark.parametrize("all_steps", [False, True])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-def test_what_is_not_finite_spreads_as_in_plain_torch(value: float, all_steps: bool, isa: str) -> None:
+def test_non_finite_values_spread_as_in_plain_torch(value: float, all_steps: bool, isa: str) -> None:
     """Result and gradients, element by element. The bits of other rows do not change."""
     x, blocks = randn(30, 5, 12), stack(5, [9, 9, 7], 3, norm=False)
     grad = randn(30, 7, 12, seed=1) if all_steps else randn(30, 7, seed=1)
@@ -118,7 +118,7 @@ def test_gradients_by_finite_differences(all_steps: bool, norm: bool, isa: str) 
     assert torch.autograd.gradcheck(of_parts(blocks, all_steps=all_steps), (x, *flat(blocks)))
 
 
-def test_any_set_of_tensors_may_want_a_gradient(isa: str) -> None:
+def test_any_set_of_tensors_may_require_a_gradient(isa: str) -> None:
     """Tensors that require no gradient get none; the gradients of the others are the same."""
     x, blocks = small()
     tensors = [x, *flat(blocks)]
@@ -157,7 +157,7 @@ def test_double_backward_is_refused_by_name() -> None:
             grad.sum().backward()
 
 
-def test_what_is_kept_has_no_gradient_and_needs_keep() -> None:
+def test_saved_tensors_have_no_gradient_and_need_keep() -> None:
     x, blocks = small(norm=False)
     inputs = (x.transpose(1, 2), flat(blocks), [1, 2], 0.0, None, False)
     assert [t.requires_grad for t in OPS.temporal_conv_net(*inputs, True)] == [True, False, False]
@@ -359,7 +359,7 @@ def test_a_1x1_convolution_is_refused_where_widths_are_equal() -> None:
 
 
 @pytest.mark.skipif(not NATIVE, reason="the checks of the kernels themselves")
-def test_the_kernels_refuse_what_would_read_beyond_their_memory() -> None:
+def test_the_kernels_reject_out_of_bounds_arguments() -> None:
     """After torch.compile no Python code checks the arguments of the raw operators."""
     x, blocks = randn(3, 7, 2), stack(2, [4, 3], 3, norm=False)
     weights = flat(blocks)

@@ -81,7 +81,7 @@ def test_gradients_of_any_part_alone(isa: str) -> None:
         assert relative_error(leaves[which].grad, expected) < 1e-13
 
 
-def test_data_that_wants_no_gradient_gets_none(isa: str) -> None:
+def test_data_that_requires_no_gradient_gets_none(isa: str) -> None:
     x, weight, _ = WindowConvCase(5, 7, 6, 4, 3).inputs()
     grad = torch.ones(5, 7, 4, dtype=F64)
     whole, without = (torch.ops.qfast.window_conv_backward(grad, x, weight, wanted) for wanted in (True, False))
@@ -119,7 +119,7 @@ def test_a_window_does_not_depend_on_its_neighbours(isa: str) -> None:
 
 # ---------------------------------------------------------------- numbers at the ends
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_reaches_its_neighbouring_steps_alone(value: float, isa: str) -> None:
+def test_non_finite_values_reach_neighbouring_steps_only(value: float, isa: str) -> None:
     case = WindowConvCase(9, 8, 5, 4, 3)
     tensors = case.inputs(F32)
     clean = results(case.operator, tensors)
@@ -260,7 +260,7 @@ def test_refusals(change: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.skipif(not KERNELS, reason="the checks of the kernels themselves")
-def test_the_kernels_refuse_what_would_read_beyond_their_memory() -> None:
+def test_the_kernels_reject_out_of_bounds_arguments() -> None:
     x, weight, bias = WindowConvCase(3, 4, 5, 2, 3).inputs()
     for arguments, message in (
         ((x[0], weight, bias), r"x: expected .*\[B, T, D\]"),

@@ -113,7 +113,7 @@ def test_values_are_those_of_the_rows(case: GatherCase, dtype: torch.dtype, devi
         assert_same(explicit, expected)
 
 
-def test_nan_inside_a_row_is_kept(device: torch.device) -> None:
+def test_nan_inside_a_row_is_copied(device: torch.device) -> None:
     panel = torch.arange(12.0, device=device).reshape(6, 2)
     panel[2, 1] = torch.nan
     index = build_window_index([0] * 6, range(6)).to(device)
@@ -272,7 +272,7 @@ def test_wrong_arguments_are_named(call, match: str) -> None:
 
 @pytest.mark.skipif(bool(ON_HOST), reason="CUDA kernels read such rows as NaN")
 @pytest.mark.parametrize("value", [-2, 4, 2**40])
-def test_rows_outside_the_panel_are_named(value: int) -> None:
+def test_rows_outside_the_panel_are_reported(value: int) -> None:
     panel, index, _ = arguments()
     last = torch.tensor([0, 3, value])
     with pytest.raises(IndexError, match=rf"last_row\[2\] is {value}, outside the panel's rows 0\.\.3"):
@@ -499,7 +499,7 @@ def test_properties(data: st.DataObject, seed: int, fill: str) -> None:
 # ---------------------------------------------------------------- Qlib's sampler
 @pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("steps", [1, 5, 20])
-def test_windows_are_those_of_the_reference(fill: str, steps: int) -> None:
+def test_windows_equal_qlib(fill: str, steps: int) -> None:
     reference = pytest.importorskip("qlib.data.dataset", reason="pyqlib (extra qlib) is not installed")
     instruments, dates, _ = market_codes(12, 60, holes=0.2, seed=7)
     days = pd.date_range("2021-03-01", periods=60)

@@ -183,7 +183,7 @@ def test_any_strides(isa):
             assert torch.equal(p.grad, q.grad)
 
 
-def test_operator_stands_beside_its_twin(isa):
+def test_the_operator_equals_plain_torch(isa):
     self_test(torch.device("cpu"))
     lists = [[p.detach() for p in parameters(dtype=torch.float64, seed=i)] for i in range(4)]
     lists[3] = [part.square() for part in lists[3]]
@@ -268,7 +268,7 @@ def count_operator(monkeypatch):
         ({}, torch.bfloat16),
     ],
 )
-def test_what_the_operator_does_not_serve_is_torchs(monkeypatch, settings, dtype):
+def test_unsupported_parameters_use_torchs_adam(monkeypatch, settings, dtype):
     calls = count_operator(monkeypatch)
     ours, theirs = parameters(dtype=dtype), parameters(dtype=dtype)
     mine = ClippedAdam(ours, lr=0.1, **settings)

@@ -39,7 +39,7 @@ def run(optimizer, params, steps):
         optimizer.step()
 
 
-def test_the_kernel_stands_beside_its_twin():
+def test_the_kernel_equals_plain_torch():
     self_test(torch.device(GPU))
 
 

@@ -138,7 +138,7 @@ def test_a_nan_stays_in_the_windows_that_hold_it(always_views):
 
 
 @kinds
-def test_a_call_of_their_own_is_for_at_least_min_consecutive(kind):
+def test_a_separate_call_needs_at_least_min_consecutive_windows(kind):
     """With one window fewer they are gathered with the rest."""
     fewest = built(kind).min_consecutive(3, STEP_LEN)
     assert 10 < fewest < 400
@@ -206,7 +206,7 @@ def test_a_fit_scores_as_without_views(kind, always_views, monkeypatch):
 
 # ---------------------------------------------------------------- where there are no views
 @kinds
-def test_the_reference_s_numbers_are_computed_without_views(kind, always_views):
+def test_compat_computes_without_views(kind, always_views):
     dataset, model = dataset_of(FULL), built(kind, compat="qlib", batch_size=40)
     expected, calls = one_by_one(model, scored(dataset)), Calls(model)
     assert_near(model.predict(dataset), expected)

@@ -46,7 +46,7 @@ def test_torchs_newer_setting_is_followed_as_well(monkeypatch: pytest.MonkeyPatc
     monkeypatch.undo()  # before the settings are put back
 
 
-def test_a_block_puts_back_what_was_there() -> None:
+def test_a_block_restores_the_previous_setting() -> None:
     set_precision("tf32")
     with using_precision("bf16"):
         assert precision() == "bf16"

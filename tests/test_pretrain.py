@@ -140,7 +140,7 @@ def test_a_file_that_does_not_fit_is_refused_before_anything_else(kind, name, tm
 
 
 @both
-def test_a_file_that_is_not_there_yet_is_looked_for_by_fit(kind, state, tmp_path):
+def test_a_missing_file_is_searched_again_by_fit(kind, state, tmp_path):
     path = tmp_path / "later.pkl"
     model = kind(**NO_EPOCH, model_path=str(path))
     before = weights(model)
@@ -154,7 +154,7 @@ def test_a_file_that_is_not_there_yet_is_looked_for_by_fit(kind, state, tmp_path
 
 
 @both
-def test_a_checkpoint_of_a_fit_is_not_taken_for_weights(kind, tmp_path):
+def test_a_checkpoint_of_a_fit_is_not_accepted_as_weights(kind, tmp_path):
     base_of(kind)(**{**SMALL, "n_epochs": 1}, batch_size=64).fit(dataset_for(kind), checkpoint_dir=tmp_path)
     with pytest.raises(CheckpointError, match=r"For a training checkpoint, use the best.safetensors in"):
         kind(**SMALL, **BASE, model_path=tmp_path / "last.safetensors")
@@ -184,7 +184,7 @@ def test_loaded_weights_are_where_a_fit_begins(kind, tmp_path):
 # ---------------------------------------------------------------- compared with Qlib
 @pytest.mark.parametrize("name", ["LSTM", "GRU"])
 @pytest.mark.parametrize("suffix", ["", "_ts"])
-def test_training_from_the_references_file_follows_the_reference(name, suffix, tmp_path):
+def test_training_from_qlibs_file_follows_qlib(name, suffix, tmp_path):
     pytest.importorskip("qlib", reason="pyqlib is the oracle; install qfast-models[qlib]")
     dataset, jobs = qlib_frames(suffix), {"n_jobs": 0} if suffix else {}
     sizes = {"d_feat": 3, "hidden_size": 8} if suffix else {}  # Qlib's flat base has its default sizes
@@ -205,7 +205,7 @@ def test_training_from_the_references_file_follows_the_reference(name, suffix, t
 @pytest.mark.parametrize("name", ["LSTM", "GRU"])
 @both
 @pytest.mark.parametrize("compat", [None, "qlib"])
-def test_pretraining_is_the_base_models_own_training(kind, name, compat):
+def test_pretraining_equals_training_the_base_model(kind, name, compat):
     model = kind(**SMALL, base_model=name, compat=compat)
     built = weights(model)
     base = model.pretrain(dataset_for(kind), **TRAINING)
@@ -246,7 +246,7 @@ def test_pretraining_takes_the_base_models_defaults_and_arguments(kind):
     ],
 )
 @both
-def test_wrong_pretraining_arguments_are_named(kind, training, message):
+def test_wrong_pretraining_arguments_are_reported(kind, training, message):
     model = kind(**SMALL)
     before = weights(model)
     with pytest.raises(ConfigError, match=message):
@@ -306,7 +306,7 @@ def test_broken_off_and_resumed_anywhere_it_ends_as_unbroken(kind, compat, stage
 
 
 @both
-def test_a_resumed_fit_needs_the_file_no_more(kind, state, tmp_path):
+def test_a_resumed_fit_does_not_need_the_file(kind, state, tmp_path):
     path = tmp_path / "w.pkl"
     torch.save(state, path)
     arguments = {**SMALL, **BASE, "model_path": path}

@@ -151,7 +151,7 @@ def test_equals_definition_and_ignores_dead_rows(name, seed, dead):
         np.testing.assert_allclose(ours[live, j], expected, rtol=2e-5, atol=2e-6, equal_nan=True)
 
 
-def test_blocks_that_nobody_owns_are_never_changed():
+def test_shared_blocks_are_never_changed():
     panel = Panel.from_frame(hostile_frame(1))
     before = {g: b.values.copy() for g, b in panel.blocks.items()}
     for name, kwargs in CASES:
@@ -186,7 +186,7 @@ def test_one_column_by_group_and_name():
     assert (after[np.isnan(before[:, 1]), 1] == 7).all()
 
 
-def test_tanh_goes_by_name_not_by_group():
+def test_tanh_selects_columns_by_name_not_by_group():
     panel = Panel.from_frame(hostile_frame(4, label="Ref($close, -1)"))
     np.testing.assert_allclose(P.TanhProcess()(panel).values("label"), np.tanh(panel.values("label") - 1))
 
@@ -200,7 +200,7 @@ def test_config_moves_the_fit_window():
         step.config(fit_end="2024-01-01")
 
 
-def test_columns_without_a_value_stay_nan_and_are_named(caplog):
+def test_columns_without_a_value_stay_nan_and_are_logged(caplog):
     frame = hostile_frame(5)
     frame[("feature", "x3")] = np.float32(np.nan)
     panel = Panel.from_frame(frame)
@@ -307,7 +307,7 @@ def fresh_step(name: str, kwargs: dict) -> P.Processor:
 
 
 @pytest.mark.parametrize(("name", "kwargs"), FITTED, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v)))
-def test_a_loaded_state_does_to_new_data_what_the_fitted_step_does(name, kwargs, tmp_path):
+def test_a_loaded_state_transforms_new_data_like_the_fitted_step(name, kwargs, tmp_path):
     step = fitted_step(name, kwargs)
     safetensors.numpy.save_file(step.state(), tmp_path / "state.safetensors")
     loaded = fresh_step(name, kwargs)
@@ -361,7 +361,7 @@ def test_a_state_that_does_not_fit_is_refused_by_name(name, part):
         loaded(Panel.from_frame(hostile_frame(0)))
 
 
-def test_a_step_without_statistics_has_an_empty_state_and_takes_no_other():
+def test_a_step_without_statistics_accepts_only_an_empty_state():
     for name, kwargs in LEARN_NOTHING:
         step = P.build_processor({"class": name, "kwargs": kwargs})
         assert step.state() == {}

@@ -97,7 +97,7 @@ def test_a_qlib_reweighter_sees_the_sampler():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_gats_on_qlibs_rolling_dataset_follows_the_reference(dtype, tmp_path):
+def test_gats_on_qlibs_rolling_dataset_follows_qlib(dtype, tmp_path):
     """CSRankNorm returns float64 labels, with which Qlib's loss is float64 too."""
     from qlib.contrib.model.pytorch_gats_ts import GATs as Reference
 

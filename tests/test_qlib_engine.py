@@ -86,7 +86,7 @@ def write_workflow(folder: Path, module: str = "qlib.contrib.model.pytorch_lstm_
     return file
 
 
-def test_our_model_takes_the_references_place():
+def test_qfasts_model_replaces_qlibs():
     spec = {"model": {"class": "GATs", "module_path": "qlib.contrib.model.pytorch_gats", "kwargs": {"d_feat": 6}}}
     task = with_qfast_model({**spec, "dataset": 1})
     assert task == {"model": {**spec["model"], "module_path": "qfast.models"}, "dataset": 1}
@@ -95,7 +95,7 @@ def test_our_model_takes_the_references_place():
         with_qfast_model({"model": {"class": "LGBModel", "module_path": "qlib.contrib.model.gbdt"}})
 
 
-def test_the_engine_is_named_and_its_limits(tmp_path, capsys):
+def test_the_engine_and_its_limits_are_reported(tmp_path, capsys):
     file = write_workflow(tmp_path)
     assert main(["run", str(file), "--engine", "qlb"]) == 2
     assert "--engine must be qfast or qlib, got 'qlb'" in capsys.readouterr().err
@@ -104,7 +104,7 @@ def test_the_engine_is_named_and_its_limits(tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_engine_takes_what_only_qlib_has(tmp_path, monkeypatch):
+def test_the_engine_accepts_classes_that_only_qlib_has(tmp_path, monkeypatch):
     pytest.importorskip("qlib", reason="pyqlib is not installed")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.chdir(tmp_path)
@@ -159,7 +159,7 @@ def test_three_ways_give_the_same_numbers(tmp_path, monkeypatch):
         assert mine[day].get_stock_weight_dict() == pytest.approx(position.get_stock_weight_dict(), rel=1e-3)
 
 
-def test_what_is_exported_without_qlib_and_without_pyarrow(tmp_path, monkeypatch):
+def test_export_without_qlib_and_without_pyarrow(tmp_path, monkeypatch):
     file = write_workflow(tmp_path)
     monkeypatch.setattr(folder, "_has_pyarrow", lambda: False)
     run(file, output=tmp_path / "csv")
@@ -176,7 +176,7 @@ def test_what_is_exported_without_qlib_and_without_pyarrow(tmp_path, monkeypatch
     assert worth == pytest.approx(last["now_account_value"], rel=1e-6)
 
 
-def test_what_cannot_be_exported(tmp_path, capsys):
+def test_export_errors(tmp_path, capsys):
     file = write_workflow(tmp_path)
     done = run(file, sets=["task.record=[SignalRecord]"], output=tmp_path / "run").path
     (tmp_path / "taken").write_text("")

@@ -60,7 +60,7 @@ def ours(name: str, suffix: str) -> type:
 
 
 @pytest.mark.parametrize(("name", "module", "suffix"), CASES, ids=IDS)
-def test_same_seed_gives_the_same_weights_and_leaves_the_generators_alike(name, module, suffix):
+def test_the_same_seed_yields_the_same_weights_and_generator_states(name, module, suffix):
     reference = qlib_model(name, module, suffix)(**sizes(name), seed=7)
     after = torch.get_rng_state(), np.random.get_state()
     model = ours(name, suffix)(**sizes(name), seed=7)
@@ -74,7 +74,7 @@ def test_same_seed_gives_the_same_weights_and_leaves_the_generators_alike(name, 
 
 
 @pytest.mark.parametrize(("name", "module", "suffix"), CASES, ids=IDS)
-def test_positional_arguments_stand_in_the_references_order(name, module, suffix):
+def test_positional_arguments_have_qlibs_order(name, module, suffix):
     import inspect
 
     expected = list(inspect.signature(qlib_model(name, module, suffix)).parameters.values())[:-1]
@@ -133,7 +133,7 @@ def test_batches_scores_and_predictions_follow_the_reference(name, module, suffi
 
 
 @pytest.mark.parametrize(("name", "module", "suffix"), CASES, ids=IDS)
-def test_weights_copied_in_give_the_references_numbers(name, module, suffix):
+def test_copied_weights_have_qlibs_predictions(name, module, suffix):
     own = sizes(name, d_feat=6, width=64)
     reference = qlib_model(name, module, suffix)(**own)
     network = getattr(reference, NETWORK[module + suffix])
@@ -152,7 +152,7 @@ def test_weights_copied_in_give_the_references_numbers(name, module, suffix):
 
 
 @pytest.mark.parametrize(("name", "module"), [("LSTM", "lstm"), ("GRU", "gru"), ("ALSTM", "alstm")])
-def test_sample_weights_follow_the_reference(name, module, tmp_path):
+def test_sample_weights_follow_qlib(name, module, tmp_path):
     from qlib.data.dataset.weight import Reweighter
 
     class ByRank(Reweighter):
@@ -187,7 +187,7 @@ def test_fitting_twice_continues_weights_and_optimiser(suffix, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "ALSTM"])
-def test_dropout_draws_interleave_as_in_the_reference(name, tmp_path):
+def test_dropout_draws_interleave_as_in_qlib(name, tmp_path):
     """With compat="qlib". Otherwise the operator draws its masks by counter."""
     data = qlib_frames("_ts")
     expected, result = {}, {}
@@ -199,7 +199,7 @@ def test_dropout_draws_interleave_as_in_the_reference(name, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_time_series_tcn_trains_as_the_reference_at_any_step_len(dtype, tmp_path):
+def test_time_series_tcn_trains_like_qlib_at_any_step_len(dtype, tmp_path):
     """The loss has the label's precision. Predictions are compared with Qlib's network on transposed windows."""
     frame = make_frame(70, 9, 3, holes=0.15, dtype=dtype)
     data = QlibFrames(frame, step_len=7)

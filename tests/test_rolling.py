@@ -68,7 +68,7 @@ def test_values_that_repeat(kind: str) -> None:
     assert_same(*both(kind, x, bounds(len(x)), **options(kind)), rtol=1e-6, atol=1e-12)
 
 
-def test_what_is_constant_has_no_spread() -> None:
+def test_constant_values_have_no_spread() -> None:
     x = np.full(50, 0.1)
     rows = bounds(50)
     assert np.all(rolling("std", x, *rows, [5, 20])[:, 1:] == 0)

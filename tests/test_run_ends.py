@@ -61,7 +61,7 @@ def test_an_interrupt_while_data_loads_can_be_resumed(case, tmp_path, monkeypatc
     pd.testing.assert_frame_equal(read_frame(path, "pred"), read_frame(case[2], "pred"))
 
 
-def test_a_frame_in_memory_has_to_be_given_again(case, tmp_path, monkeypatch, caplog):
+def test_a_frame_in_memory_must_be_passed_again(case, tmp_path, monkeypatch, caplog):
     path = tmp_path / "r"
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "qfast"):
         patch.setattr(run_module, "raw_labels", interrupted)
@@ -120,7 +120,7 @@ needs_locks = pytest.mark.skipif(files_module.fcntl is None, reason="this platfo
 
 
 @needs_locks
-def test_a_run_that_is_alive_cannot_be_resumed(case, tmp_path):
+def test_a_running_run_cannot_be_resumed(case, tmp_path):
     path = tmp_path / "run"
     command = [sys.executable, "-m", "qfast.cli", "run", str(case[0]), "--data", str(case[1]), "-o", str(path), "-q"]
     process = subprocess.Popen(
@@ -191,7 +191,7 @@ def test_sweep_removes_our_temporary_files_and_no_others(tmp_path):
     assert sorted(f for f in tmp_path.iterdir() if f.is_file()) == sorted(others)
 
 
-def test_what_atomic_write_leaves_when_killed_is_what_sweep_finds(tmp_path):
+def test_sweep_removes_the_files_of_a_killed_atomic_write(tmp_path):
     seen = []
 
     def write(file):
@@ -222,7 +222,7 @@ def test_written_files_have_the_mode_that_the_umask_gives(tmp_path):
 
 # ---------------------------------------------------------------- arguments, checked before work
 @pytest.mark.parametrize("seed", [-1, 2**32])
-def test_a_seed_out_of_range_is_named(case, tmp_path, capsys, seed):
+def test_a_seed_out_of_range_is_reported(case, tmp_path, capsys, seed):
     command = ["run", str(case[0]), "--data", str(case[1]), "-o", str(tmp_path / "r")]
     assert cli.main([*command, "--seed", str(seed)]) == 2
     assert f"must be from 0 to 4294967295, got {seed}" in capsys.readouterr().err
@@ -231,7 +231,7 @@ def test_a_seed_out_of_range_is_named(case, tmp_path, capsys, seed):
         run(case[0], case[1], ["task.model.kwargs.seed=-5"], output=tmp_path / "r")
 
 
-def test_the_greatest_seed_is_taken(case, tmp_path):
+def test_the_greatest_seed_is_accepted(case, tmp_path):
     assert run(case[0], case[1], ONE_EPOCH, output=tmp_path / "r", seed=2**32 - 1).report.exists()
 
 
@@ -282,7 +282,7 @@ def test_scoring_without_any_whole_history_is_refused(price_case, n_days):
         predict(path, last_days(prices, n_days))
 
 
-def test_dates_that_lack_history_are_named(price_case, caplog, tmp_path, capsys):
+def test_dates_without_enough_history_are_reported(price_case, caplog, tmp_path, capsys):
     prices, path = price_case
     recent = last_days(prices, 62)
     dates = recent.index.get_level_values("datetime").unique().sort_values()
@@ -300,7 +300,7 @@ def test_dates_that_lack_history_are_named(price_case, caplog, tmp_path, capsys)
     assert "too little history" not in "".join(capsys.readouterr())
 
 
-def test_history_before_the_start_counts_and_new_listings_are_no_lack(price_case, caplog):
+def test_history_before_the_start_counts_and_new_listings_are_accepted(price_case, caplog):
     prices, path = price_case
     dates = prices.index.get_level_values("datetime").unique().sort_values()
     cut = prices.drop(index=[key for key in prices.index if key[0] < dates[-5] and key[1] == prices.index[0][1]])
@@ -312,7 +312,7 @@ def test_history_before_the_start_counts_and_new_listings_are_no_lack(price_case
     assert scores.attrs["notes"] == []
 
 
-def test_empty_rows_before_the_first_price_are_no_history(price_case):
+def test_empty_rows_before_the_first_price_do_not_count_as_history(price_case):
     prices, path = price_case
     recent = last_days(prices, 80).copy()
     dates = recent.index.get_level_values("datetime")

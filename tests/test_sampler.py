@@ -34,7 +34,7 @@ def test_equals_reference_on_every_sample(fill, step_len, bounds):
 
 
 @pytest.mark.parametrize("fill", FILLS)
-def test_date_and_instrument_pairs_equal_reference_even_where_no_row_exists(fill):
+def test_date_and_instrument_pairs_equal_qlib_even_without_a_row(fill):
     frame = make_frame(n_dates=15, n_instruments=4, holes=0.4)
     ours = TSDataSampler(frame, None, None, step_len=4, fillna_type=fill)
     theirs = reference_sampler(frame, None, None, step_len=4, fillna_type=fill)
@@ -69,7 +69,7 @@ def test_frame_order_does_not_matter_and_the_callers_frame_is_untouched():
     np.testing.assert_array_equal(ours[every], TSDataSampler(frame, None, None, 5)[every])
 
 
-def test_dtype_follows_the_frame_unless_asked():
+def test_dtype_follows_the_frame_by_default():
     assert TSDataSampler(make_frame(dtype=np.float64), None, None, 3)[0].dtype == np.float64
     assert TSDataSampler(make_frame(), None, None, 3)[0].dtype == np.float32
     assert TSDataSampler(make_frame(), None, None, 3, dtype=np.float64)[0].dtype == np.float64

@@ -125,7 +125,7 @@ def test_instruments_and_times_are_restricted(prices):
     assert all("2015-01-05" <= str(d.date()) <= "2015-01-09" or d.month == 2 for d in live)
 
 
-def test_text_columns_are_left_out_and_said(prices, caplog):
+def test_text_columns_are_excluded_and_logged(prices, caplog):
     table = prices.reset_index().assign(sector="tech")
     with caplog.at_level(logging.INFO, logger="qfast"):
         panel = load_prices(table)
@@ -231,7 +231,7 @@ def test_arguments_refused(kwargs, message):
 
 
 # ---------------------------------------------------------------- Qlib's binary store
-def test_store_holds_what_its_files_hold(tmp_path):
+def test_a_store_has_the_values_of_its_files(tmp_path):
     root = write_store(tmp_path / "store")
     panel, extents = read_prices(provider_uri=root)
     assert panel.instruments.tolist() == ["AAA", "BBB", "CCC", "CON", "DDD", "EEE"]
@@ -260,7 +260,7 @@ def test_store_market_spans(tmp_path):
     assert listed.live is None
 
 
-def test_store_reads_only_what_is_needed(tmp_path):
+def test_a_store_reads_only_the_needed_files(tmp_path):
     root = write_store(tmp_path / "store")
     bounds = {"start_time": "2020-02-15", "end_time": "2020-03-13"}
     panel, _ = read_prices(provider_uri=root, wanted=["close"], margin=(4, 2), **bounds)

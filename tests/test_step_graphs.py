@@ -121,7 +121,7 @@ def test_plain_gradient_descent_is_recorded_as_well(recorder):
     assert recorder.replayed > 0
 
 
-def test_a_resumed_fit_goes_on_with_recorded_steps(recorder, tmp_path):
+def test_a_resumed_fit_uses_recorded_steps(recorder, tmp_path):
     whole = device_model(ts.LSTM, "cpu", n_epochs=3, dropout=0.3, cuda_graphs=True).fit(rolling())
     device_model(ts.LSTM, "cpu", n_epochs=1, dropout=0.3).fit(rolling(), checkpoint_dir=tmp_path)
     resumed = device_model(ts.LSTM, "cpu", n_epochs=3, dropout=0.3, cuda_graphs=True)
@@ -193,7 +193,7 @@ def other_state(estimator, batch) -> None:
     ],
     ids=["lr", "freezing", "weights", "mode", "optimizer state"],
 )
-def test_what_a_callback_changes_is_not_lost(callback, recorder):
+def test_changes_by_a_callback_take_effect(callback, recorder):
     pair = []
     for on in (False, True):
         model = device_model(ts.LSTM, "cpu", n_epochs=3, dropout=0.4, cuda_graphs=on)

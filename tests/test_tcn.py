@@ -26,7 +26,7 @@ both = pytest.mark.parametrize("kind", [TCN, ts.TCN], ids=["flat", "ts"])
 
 
 # ---------------------------------------------------------------- arguments
-def test_data_of_another_width_is_named():
+def test_data_of_another_width_is_reported():
     with pytest.raises(DataError, match=r"the data has 3 features per step, .* d_feat=6. Remedy: d_feat=3"):
         ts.TCN(**{**SMALL, "d_feat": 6}).fit(rolling())
     with pytest.raises(DataError, match=r"the data has 12 columns, which is not a multiple of d_feat=5"):
@@ -79,7 +79,7 @@ def test_predictions_are_those_of_the_windows_one_by_one(holes, batch_size, alwa
     np.testing.assert_allclose(result.to_numpy(), one_by_one(model, windows), rtol=1e-5, atol=1e-6)
 
 
-def test_scores_of_shuffled_training_batches_stay_their_own(always_views, monkeypatch):
+def test_scores_of_shuffled_training_batches_keep_their_order(always_views, monkeypatch):
     frame = make_frame(70, 9, 3, holes=0.05)
     model = ts.TCN(**SMALL)
     calls = Calls(model)
@@ -131,7 +131,7 @@ def test_flat_samples_in_a_time_series_model(always_views):
     np.testing.assert_allclose(model.predict(flat()).to_numpy(), expected.numpy(), rtol=1e-5, atol=1e-6)
 
 
-def test_a_call_of_their_own_is_for_windows_that_are_worth_it():
+def test_the_smallest_run_of_windows_with_a_separate_call():
     wide, narrow = ts.TCN(n_chans=128, num_layers=5), ts.TCN(n_chans=4, num_layers=1)
     assert wide.min_consecutive(6, 60) < 50
     assert narrow.min_consecutive(6, 5) > 10_000

@@ -70,7 +70,7 @@ def test_the_references_initial_weights_and_generator(channels, suffix):
 @pytest.mark.parametrize("channels", [[1], [7, 7], [16] * 5, [33, 16], [16, 33, 1]], ids=str)
 @pytest.mark.parametrize("kernel", [2, 3, 5, 7])
 @pytest.mark.parametrize("steps", [1, 2, 5, 20, 60])
-def test_the_references_outputs_and_gradients(steps, kernel, channels):
+def test_outputs_and_gradients_equal_qlib(steps, kernel, channels):
     """Compared with Qlib in float64, because Qlib's float32 rounds too."""
     torch.manual_seed(0)
     sizes = SIZES | {"num_channels": channels, "kernel_size": kernel}
@@ -86,7 +86,7 @@ def test_the_references_outputs_and_gradients(steps, kernel, channels):
             assert (mine - other).norm() < tolerance * max(other.norm(), whole / 100)
 
 
-def test_all_steps_as_the_reference():
+def test_all_steps_equal_qlib():
     torch.manual_seed(0)
     theirs = reference(**SIZES).tcn
     ours = TemporalConvNet(4, [5, 5, 3], 3, 0.0)
@@ -95,7 +95,7 @@ def test_all_steps_as_the_reference():
     assert error(ours(x), theirs(x)) < 1e-6
 
 
-def test_the_reference_reads_our_weights():
+def test_qlib_reads_qfasts_weights():
     ours, x = case(torch.float32)
     theirs = reference(**SIZES)
     theirs.load_state_dict(ours.state_dict())

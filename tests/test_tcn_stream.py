@@ -168,7 +168,7 @@ def test_no_rows():
 
 # ---------------------------------------------------------------- history in one go
 @pytest.mark.parametrize("days", [1, 4, 29, 30, 50])
-def test_a_warm_start_is_what_pushing_would_have_been(days):
+def test_a_warm_start_equals_pushing_every_row(days):
     model, x = network(), history(days + 9)
     stream, other = model.stream(), model.stream()
     assert stream.receptive_field == 29
@@ -194,7 +194,7 @@ def test_histories_of_several_lengths():
         close(result[row], over_all_rows(model, x[row : row + 1, :, 50 - length :])[0, -11:])
 
 
-def test_a_warm_start_replaces_what_its_instruments_had_and_leaves_the_others():
+def test_a_warm_start_replaces_the_state_of_its_instruments_only():
     model, x = network(), history(40)
     stream, names = model.stream(), list("abcde")
     pushed(stream, x[:, :, :20] + 1, names)
@@ -347,7 +347,7 @@ def test_on_a_gpu_and_back():
     assert on_gpu.device.type == "cuda"
 
 
-def test_memory_is_what_it_says():
+def test_the_reported_memory_is_correct():
     model, x = network(3, (6, 6, 5), dtype=torch.float32), history(2, dtype=torch.float32)
     stream = model.stream()
     floats = 3 * (4 + 6) + 5 * (6 + 6) + 9 * (6 + 5)  # ((k - 1) d + 1) (C_in + C) of each block

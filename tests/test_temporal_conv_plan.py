@@ -93,7 +93,7 @@ def test_multiply_adds(stack: Stack, features: int, widths: list[int]) -> None:
     assert needed <= dense <= padded
 
 
-def test_the_references_settings() -> None:
+def test_qlibs_settings() -> None:
     """The share of the module's work that Qlib's Alpha158 and Alpha360 settings need."""
     for steps, kernel, features, width, expected in ((20, 7, 20, 32, (5.3, 15.4)), (60, 3, 6, 128, (4.8, 5.9))):
         plan = temporal_conv_net.plan(steps, kernel, 5)

@@ -84,7 +84,7 @@ def test_predictions_and_gradients_are_those_of_the_layers(kind: type, sizes: tu
 
 @both
 @pytest.mark.parametrize("layers", [1, 3])
-def test_the_operators_are_what_computes(kind: type, layers: int, seen: list[bool]) -> None:
+def test_the_network_calls_the_operators(kind: type, layers: int, seen: list[bool]) -> None:
     if not NATIVE:
         pytest.skip("no native library")
     kind(5, 8, 2, layers, 0.1)(torch.randn(4, 7, 5))
@@ -131,7 +131,7 @@ def test_positions_are_those_of_the_paper() -> None:
 
 
 @both
-def test_a_window_that_is_not_finite_stays_alone(kind: type) -> None:
+def test_a_non_finite_window_affects_no_other(kind: type) -> None:
     net, x = case(kind)
     clean = net(x)
     x[3, 2, 1] = torch.nan
@@ -143,7 +143,7 @@ def test_a_window_that_is_not_finite_stays_alone(kind: type) -> None:
 
 # ---------------------------------------------------------------- what is there and not used
 @both
-def test_the_layer_that_is_copied_takes_no_part(kind: type) -> None:
+def test_the_template_layer_has_no_influence(kind: type) -> None:
     """Qlib's files contain it, so qfast's do too."""
     net, x = case(kind)
     expected = net(x).detach()
@@ -158,7 +158,7 @@ def test_the_layer_that_is_copied_takes_no_part(kind: type) -> None:
 
 
 @both
-def test_an_optimiser_leaves_what_has_no_gradient_alone(kind: type) -> None:
+def test_an_optimiser_does_not_change_unused_parameters(kind: type) -> None:
     net, x = case(kind)
     before = copy.deepcopy(net.encoder_layer.state_dict())
     adam = torch.optim.Adam(net.parameters(), weight_decay=0.1)
@@ -183,7 +183,7 @@ def test_an_optimiser_leaves_what_has_no_gradient_alone(kind: type) -> None:
         ({"dropout": math.nan}, r"dropout must be in \[0, 1\], got nan"),
     ],
 )
-def test_wrong_sizes_are_named(kind: type, wrong: dict[str, float], message: str) -> None:
+def test_wrong_sizes_are_reported(kind: type, wrong: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         kind(**wrong)
 
@@ -371,7 +371,7 @@ def test_the_first_and_last_layers_may_be_anything(kind: type) -> None:
 
 @both
 @pytest.mark.parametrize("part", ["dropout", "dropout1", "dropout2", "self_attn", "norm1"])
-def test_modes_that_differ_within_a_layer_are_kept(kind: type, part: str, seen: list[bool]) -> None:
+def test_different_modes_within_a_layer_are_respected(kind: type, part: str, seen: list[bool]) -> None:
     net, x = case(kind, F32, dropout=0.5)
     for layer in net.transformer_encoder.layers:
         getattr(layer, part).eval()
@@ -383,7 +383,7 @@ def test_modes_that_differ_within_a_layer_are_kept(kind: type, part: str, seen: 
 
 
 @both
-def test_shares_that_differ_within_a_layer_are_kept(kind: type, seen: list[bool]) -> None:
+def test_different_dropout_rates_within_a_layer_are_respected(kind: type, seen: list[bool]) -> None:
     net, x = case(kind, dropout=0.5)
     net.transformer_encoder.layers[0].dropout1.p = 0.1
     net(x)
@@ -391,7 +391,7 @@ def test_shares_that_differ_within_a_layer_are_kept(kind: type, seen: list[bool]
 
 
 @both
-def test_layers_in_modes_of_their_own(kind: type, seen: list[bool]) -> None:
+def test_layers_in_different_modes(kind: type, seen: list[bool]) -> None:
     """The operator supports a layer that is entirely in eval mode."""
     net, x = case(kind, dropout=0.5)
     net.transformer_encoder.eval()
@@ -517,7 +517,7 @@ def test_it_is_copied_and_pickled_after_a_forward(kind: type) -> None:
 @pytest.mark.parametrize("suffix", ["", "_ts"])
 @pytest.mark.parametrize("sizes", [(6, 8, 4, 2), (20, 16, 2, 1), (5, 12, 1, 3)], ids=str)
 @both
-def test_the_references_weights_names_and_numbers(kind: type, suffix: str, sizes: tuple[int, ...]) -> None:
+def test_weights_names_and_values_equal_qlib(kind: type, suffix: str, sizes: tuple[int, ...]) -> None:
     pytest.importorskip("qlib", reason="pyqlib is the oracle; install qfast-models[qlib]")
     theirs = importlib.import_module(f"qlib.contrib.model.pytorch_{kind.__name__.lower()}{suffix}").Transformer
     torch.manual_seed(5)
@@ -542,7 +542,7 @@ def test_the_references_weights_names_and_numbers(kind: type, suffix: str, sizes
 
 
 @both
-def test_the_references_defaults(kind: type) -> None:
+def test_qlibs_defaults(kind: type) -> None:
     import inspect
 
     pytest.importorskip("qlib", reason="pyqlib is the oracle; install qfast-models[qlib]")

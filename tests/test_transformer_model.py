@@ -53,7 +53,7 @@ def test_the_decay_goes_into_the_optimiser_and_leaves_unused_weights_alone(kind)
 
 # ---------------------------------------------------------------- compared with Qlib
 @all_kinds
-def test_large_weight_decay_follows_the_reference(kind, tmp_path):
+def test_large_weight_decay_follows_qlib(kind, tmp_path):
     arguments = {**SMALL, "reg": 0.3, "optimizer": "gd", "lr": 0.02}
     expected, result = {}, {}
     theirs = reference(kind, **arguments)
@@ -67,7 +67,7 @@ def test_large_weight_decay_follows_the_reference(kind, tmp_path):
 
 
 @all_kinds
-def test_compat_draws_the_references_masks(kind, tmp_path):
+def test_compat_draws_qlibs_masks(kind, tmp_path):
     arguments = {**SMALL, "dropout": 0.3, "num_layers": 2, "nhead": 4}
     expected, result, own = {}, {}, {}
     theirs = reference(kind, **arguments)

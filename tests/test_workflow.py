@@ -47,14 +47,14 @@ def manifest(path):
 
 
 # ---------------------------------------------------------------- what a run leaves
-def test_folder_holds_every_file_and_no_other(case):
+def test_the_folder_has_every_file_and_no_other(case):
     assert {f.name for f in case[2].iterdir()} == FILES
     assert {f.name for f in (case[2] / "plots").iterdir()} == {"loss.png", "cumulative_ic.png", "score_groups.png"}
     modes = {f.stat().st_mode & 0o777 for f in case[2].iterdir() if f.is_file()}
     assert len(modes) <= 2, "files of one run should be readable by the same people"
 
 
-def test_manifest_says_what_was_run(case):
+def test_the_manifest_describes_the_run(case):
     _, data, path, _ = case
     result = manifest(path)
     assert result["status"] == "finished"
@@ -120,7 +120,7 @@ def test_report_and_history(case):
     assert {"train", "valid", "train_loss"} <= set(history)
 
 
-def test_a_backtest_without_prices_is_said_to_be_left_out(case, tmp_path, caplog):
+def test_a_backtest_without_prices_is_skipped_and_logged(case, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "qfast"):
         run(case[0], case[1], ["task.model.kwargs.n_epochs=1"], output=tmp_path / "r")
     assert "was skipped: the backtest needs prices, and DataHandlerLP has none" in caplog.text
@@ -184,7 +184,7 @@ def test_dropped_raw_data_is_noticed_before_training(case, tmp_path):
     assert not (tmp_path / "r" / "history.csv").exists()
 
 
-def test_a_frame_in_memory_is_taken_and_left_alone(case, tmp_path):
+def test_a_frame_in_memory_is_accepted_and_not_changed(case, tmp_path):
     frame = factors()
     before = frame.copy()
     run(case[0], frame, ["task.model.kwargs.n_epochs=1"], output=tmp_path / "r")
@@ -434,12 +434,12 @@ def test_predict_refuses_other_columns(case):
         predict(case[2], factors()[["label"]])
 
 
-def test_predict_goes_by_column_names_not_by_their_order(case):
+def test_predict_selects_columns_by_name(case):
     frame = factors().drop(columns="label")
     np.testing.assert_array_equal(predict(case[2], frame[frame.columns[::-1]]), predict(case[2], frame))
 
 
-def test_predict_refuses_what_is_no_run(case, tmp_path):
+def test_predict_rejects_other_folders(case, tmp_path):
     with pytest.raises(ConfigError, match=r"run folder '.*none' does not exist"):
         predict(tmp_path / "none", case[1])
     with pytest.raises(ConfigError, match=r"is no run folder"):
@@ -512,7 +512,7 @@ def test_prices_that_lack_a_column_of_training_are_refused(price_case):
         predict(path, prices.assign(volume=np.nan))
 
 
-def test_scores_of_a_day_do_not_depend_on_the_period_asked_for(price_case):
+def test_scores_of_a_day_do_not_depend_on_the_requested_period(price_case):
     prices, path = price_case
     every = predict(path, prices)
     some = predict(path, prices, start="2019-12-02", end="2019-12-20")
@@ -558,7 +558,7 @@ def test_the_manifest_tells_the_time_of_each_stage(price_case):
     assert f"data {seconds['data']:.1f}, training" in (price_case[1] / "report.html").read_text()
 
 
-def test_one_date_can_be_asked_for(price_case, tmp_path):
+def test_a_single_date_can_be_scored(price_case, tmp_path):
     prices, path = price_case
     dates = prices.index.get_level_values("datetime").unique().sort_values()
     every = predict(path, prices)

@@ -90,7 +90,7 @@ def test_both_stages_leave_their_files(case):
     assert (len(history(path / "pretrain")), len(history(path))) == (3, 3)
 
 
-def test_what_was_pretrained_and_taken_is_said(case, capsys):
+def test_pretraining_and_loaded_weights_are_logged(case, capsys):
     path, _ = case
     result = manifest(path)
     assert result["pretrain"]["model"].endswith(".LSTM")
@@ -113,7 +113,7 @@ def test_the_model_starts_from_the_base(case, files, tmp_path):
     assert not torch.equal(weights(case[0] / "best.safetensors")["fc_out.weight"], taken["fc_out.weight"])
 
 
-def test_the_run_is_what_the_python_calls_are(case, files):
+def test_the_run_equals_the_python_calls(case, files):
     from qfast.registry import MODELS
 
     workflow = check_workflow(load_config(case[0] / "config.yaml").values)
@@ -125,7 +125,7 @@ def test_the_run_is_what_the_python_calls_are(case, files):
     np.testing.assert_array_equal(model.predict(dataset, "test").sort_index(), expected)
 
 
-def test_an_empty_block_means_the_bases_own_defaults(files, tmp_path):
+def test_an_empty_block_means_the_defaults_of_the_base(files, tmp_path):
     class Stop(Callback):
         def on_epoch_end(self, estimator) -> None:
             seen.append(estimator.get_params())
@@ -237,7 +237,7 @@ def test_full_disk_in_pretraining_can_be_resumed(case, files, tmp_path, monkeypa
     same_run(path, case[0])
 
 
-def test_a_truncated_checkpoint_of_the_first_stage_is_named(files, tmp_path):
+def test_a_truncated_checkpoint_of_the_first_stage_is_reported(files, tmp_path):
     path = tmp_path / "broken"
     with pytest.raises(KeyboardInterrupt):
         run(*files, BLOCK, output=path, seed=3, callbacks=[InterruptStage("pretrain", 1)])
@@ -292,7 +292,7 @@ def test_a_block_is_typed_as_its_estimator_declares(files):
 
 
 # ---------------------------------------------------------------- model_path
-def test_a_weight_file_is_found_as_the_references_files_name_it(files, base, tmp_path, monkeypatch):
+def test_a_weight_file_is_found_by_the_path_in_qlibs_files(files, base, tmp_path, monkeypatch):
     """Qlib's examples/benchmarks/GATs/x.yaml says benchmarks/LSTM/x.pkl, relative to examples."""
     gats, lstm = tmp_path / "examples" / "benchmarks" / "GATs", tmp_path / "examples" / "benchmarks" / "LSTM"
     gats.mkdir(parents=True)
@@ -345,7 +345,7 @@ def test_a_file_that_fits_nothing_is_refused_before_data_is_loaded(files, tmp_pa
     assert not (tmp_path / "r").exists()
 
 
-def test_what_is_no_path_is_refused_by_the_model(files, tmp_path):
+def test_the_model_rejects_an_invalid_path(files, tmp_path):
     for value in ("5", "[a]", "{a: 1}"):
         with pytest.raises(ConfigError, match=r"model_path must be a path or None, got"):
             run(*files, [*GATS, f"{PATH}={value}"], output=tmp_path / "r")
@@ -389,7 +389,7 @@ def test_scoring_needs_no_weight_file(files, base, tmp_path):
     np.testing.assert_allclose(predict(path, files[1]).reindex(pred.index), pred, rtol=1e-6)
 
 
-def test_the_workflow_file_beside_resume_is_compared_by_where_its_path_leads(files, base, tmp_path, monkeypatch):
+def test_the_workflow_file_of_a_resumed_run_is_compared_by_resolved_path(files, base, tmp_path, monkeypatch):
     shutil.copy(base / "best.safetensors", tmp_path / "w.safetensors")
     monkeypatch.chdir(tmp_path)
     sets = [*GATS, ONE_EPOCH]
