@@ -59,7 +59,11 @@ def make_dataset(provider_uri: str) -> tuple[Any, pd.Series]:
     begin, end = SEGMENTS["train"]
     feature = {"fields_group": "feature"}
     handler = Alpha158(
-        instruments="all", start_time=begin, end_time=SEGMENTS["test"][1], fit_start_time=begin, fit_end_time=end,
+        instruments="all",
+        start_time=begin,
+        end_time=SEGMENTS["test"][1],
+        fit_start_time=begin,
+        fit_end_time=end,
         infer_processors=[
             {"class": "FilterCol", "kwargs": {**feature, "col_list": COLUMNS}},
             {"class": "RobustZScoreNorm", "kwargs": {**feature, "clip_outlier": True}},
@@ -67,7 +71,7 @@ def make_dataset(provider_uri: str) -> tuple[Any, pd.Series]:
         ],
         learn_processors=["DropnaLabel", {"class": "CSRankNorm", "kwargs": {"fields_group": "label"}}],
         label=["Ref($close, -2) / Ref($close, -1) - 1"],
-    )  # fmt: skip
+    )
     return TSDatasetH(handler=handler, segments=SEGMENTS, step_len=20), handler.fetch(
         slice(*SEGMENTS["test"]), col_set="label", data_key="raw"
     ).iloc[:, 0]

@@ -53,17 +53,34 @@ def test_names_and_order():
     texts, names = alpha158_factors()
     assert len(texts) == len(names) == len(set(names)) == 158
     assert names[:13] == [
-        "KMID", "KLEN", "KMID2", "KUP", "KUP2", "KLOW", "KLOW2", "KSFT", "KSFT2", "OPEN0", "HIGH0", "LOW0", "VWAP0",
-    ]  # fmt: skip
+        "KMID",
+        "KLEN",
+        "KMID2",
+        "KUP",
+        "KUP2",
+        "KLOW",
+        "KLOW2",
+        "KSFT",
+        "KSFT2",
+        "OPEN0",
+        "HIGH0",
+        "LOW0",
+        "VWAP0",
+    ]
     assert names[13:] == [f"{family}{d}" for family in ROLLING for d in (5, 10, 20, 30, 60)]
 
 
 CONFIGS = [
-    None, {"kbar": {}}, {"price": {}}, {"volume": {}}, {"rolling": {}}, {"volume": {"windows": [0, 3]}},
+    None,
+    {"kbar": {}},
+    {"price": {}},
+    {"volume": {}},
+    {"rolling": {}},
+    {"volume": {"windows": [0, 3]}},
     {"price": {"windows": [0, 1, 7], "feature": ["CLOSE", "HIGH"]}, "kbar": {}},
     {"rolling": {"windows": [3, 8], "include": ["ROC", "LOW", "VSUMD", "CORD"]}},
     {"rolling": {"windows": [4], "exclude": ["RANK", "LOW", "CORR"]}},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -170,7 +187,10 @@ def test_workflow_pipeline_equals_qlib(tmp_path):
     qlib.init(provider_uri=str(root), region="us", kernels=1, logging_level=logging.ERROR)
     columns = ["RESI5", "WVMA5", "RSQR5", "KLEN", "CORR5", "CORD5", "ROC60", "STD5", "KLOW"]
     kwargs = {
-        "start_time": "2020-01-20", "end_time": END, "fit_start_time": "2020-01-20", "fit_end_time": "2020-04-15",
+        "start_time": "2020-01-20",
+        "end_time": END,
+        "fit_start_time": "2020-01-20",
+        "fit_end_time": "2020-04-15",
         "infer_processors": [
             {"class": "FilterCol", "kwargs": {"fields_group": "feature", "col_list": columns}},
             {"class": "RobustZScoreNorm", "kwargs": {"fields_group": "feature", "clip_outlier": True}},
@@ -178,7 +198,7 @@ def test_workflow_pipeline_equals_qlib(tmp_path):
         ],
         "learn_processors": ["DropnaLabel", {"class": "CSRankNorm", "kwargs": {"fields_group": "label"}}],
         "label": ["Ref($close, -2) / Ref($close, -1) - 1"],
-    }  # fmt: skip
+    }
     ours, theirs = Alpha158("all", provider_uri=root, **kwargs), Reference("all", **kwargs)
     for key in ("raw", "infer", "learn"):
         mine, other = ours.fetch(col_set="__all", data_key=key), theirs.fetch(col_set="__all", data_key=key)

@@ -68,13 +68,22 @@ def test_report_equals_qlib(tmp_path, region, strategy, rules, factor):
     strategy = {"topk": 8, "n_drop": 2, **strategy}
     rules = {"limit_threshold": 0.05, "open_cost": 0.0005, "close_cost": 0.0015, "min_cost": 5, **rules}
     metrics, indicators = reference(
-        start_time=START, end_time=END,
-        strategy={"class": "TopkDropoutStrategy", "module_path": "qlib.contrib.strategy",
-                  "kwargs": {"signal": score.to_frame(), **strategy}},
-        executor={"class": "SimulatorExecutor", "module_path": "qlib.backtest.executor",
-                  "kwargs": {"time_per_step": "day", "generate_portfolio_metrics": True}},
-        account=1e6, benchmark=pd.Series(0.001, pd.bdate_range(START, END)), exchange_kwargs=dict(rules),
-    )  # fmt: skip
+        start_time=START,
+        end_time=END,
+        strategy={
+            "class": "TopkDropoutStrategy",
+            "module_path": "qlib.contrib.strategy",
+            "kwargs": {"signal": score.to_frame(), **strategy},
+        },
+        executor={
+            "class": "SimulatorExecutor",
+            "module_path": "qlib.backtest.executor",
+            "kwargs": {"time_per_step": "day", "generate_portfolio_metrics": True},
+        },
+        account=1e6,
+        benchmark=pd.Series(0.001, pd.bdate_range(START, END)),
+        exchange_kwargs=dict(rules),
+    )
     report, positions = metrics["1day"]
     orders = indicators["1day"][0].astype(float)
     exchange = Exchange(**rules, trade_unit={"cn": 100, "us": 1}[region])
@@ -103,10 +112,13 @@ def test_two_days_by_hand():
     """10 in cash is split between two stocks. One doubles, and the worse one is sold for a third."""
     days = pd.bdate_range("2024-01-01", periods=4)
     frame = pd.DataFrame(
-        [(d, s, p) for d, row in zip(days, ([1, 1, 1], [1, 2, 1], [2, 2, 1], [2, 2, 4]), strict=True)
-         for s, p in zip("ABC", map(float, row), strict=True)],
+        [
+            (d, s, p)
+            for d, row in zip(days, ([1, 1, 1], [1, 2, 1], [2, 2, 1], [2, 2, 4]), strict=True)
+            for s, p in zip("ABC", map(float, row), strict=True)
+        ],
         columns=["datetime", "instrument", "close"],
-    )  # fmt: skip
+    )
     score = pd.Series(
         [3.0, 2.0, 1.0, 3.0, 1.0, 2.0],
         pd.MultiIndex.from_product([days[[0, 2]], list("ABC")], names=["datetime", "instrument"]),
@@ -202,8 +214,10 @@ def test_scores_that_are_refused():
 def test_notes_about_the_benchmark(tmp_path):
     root = write_market(tmp_path / "store")
     handler = FactorHandler(["$close"], "all", provider_uri=root, learn_processors=[])
-    config = {"strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 2, "n_drop": 1}},
-              "backtest": {"start_time": START, "end_time": END, "account": 1e6, "benchmark": None}}  # fmt: skip
+    config = {
+        "strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 2, "n_drop": 1}},
+        "backtest": {"start_time": START, "end_time": END, "account": 1e6, "benchmark": None},
+    }
     result = PortfolioPlan(config).run(scores(root), handler)
     assert result.notes == ["no benchmark was asked for: excess returns and their risk are empty"]
     config["backtest"]["benchmark"] = ["S09", "NOPE"]
@@ -228,10 +242,14 @@ def test_risk_of_compounding_by_sums():
         ({"strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 5}}}, "TopkDropoutStrategy needs n_drop"),
         ({"strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 5, "n_dorp": 1}}}, "Did you mean 'n_drop'"),
         ({"strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 0, "n_drop": 1}}}, "topk must be a whole"),
-        ({"strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 5, "n_drop": 1, "method_buy": "random"}}},
-         "method_buy must be 'top'"),
-        ({"strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 5, "n_drop": 1, "signal": "x.pkl"}}},
-         "signal must be <PRED>"),
+        (
+            {"strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 5, "n_drop": 1, "method_buy": "random"}}},
+            "method_buy must be 'top'",
+        ),
+        (
+            {"strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 5, "n_drop": 1, "signal": "x.pkl"}}},
+            "signal must be <PRED>",
+        ),
         ({"backtest": {"acount": 1}}, "Did you mean 'account'"),
         ({"backtest": {"exchange_kwargs": {"volume_threshold": 1}}}, "has no 'volume_threshold'"),
         ({"backtest": {"exchange_kwargs": {"open_cost": -1}}}, "open_cost must be a number from 0"),
@@ -239,8 +257,10 @@ def test_risk_of_compounding_by_sums():
         ({"backtest": {"account": {"cash": 5}}}, "account must be an amount of money"),
         ({"backtest": {"exchange_kwargs": {"deal_price": "$close +"}}}, "does not parse"),
         ({"executor": {"class": "NestedExecutor"}}, "executor 'NestedExecutor' is not available"),
-        ({"executor": {"class": "SimulatorExecutor", "kwargs": {"time_per_step": "30min"}}},
-         "time_per_step must be 'day', got '30min'"),
+        (
+            {"executor": {"class": "SimulatorExecutor", "kwargs": {"time_per_step": "30min"}}},
+            "time_per_step must be 'day', got '30min'",
+        ),
         ({"executor": {"class": "SimulatorExecutor", "kwargs": {"settle_type": "cash"}}}, "settle_type must be 'None'"),
         ({"executor": {"class": "SimulatorExecutor", "kwargs": {"trade_type": "parallel"}}}, "must be 'serial'"),
         ({"executor": {"class": "SimulatorExecutor", "kwargs": {"verbos": True}}}, "Did you mean 'verbose'"),
@@ -256,13 +276,17 @@ def test_risk_of_compounding_by_sums():
         ({"backtest": {"start_time": 20170101}}, "start_time: expected a date .* got the int 20170101"),
         ({"backtest": {"start_time": "2017-02-01", "end_time": "2017-01-01"}}, "2017-02-01 lies after end_time"),
         ({"strategy": {"class": "TopkDropoutStrategy", "kwargs": [1]}}, r"kwargs must be a mapping, got \[1\]"),
-        ({"strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 5, "n_drop": 1, "risk_degree": "0.9"}}},
-         "risk_degree must be a number in"),
-        ({"strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 5, "n_drop": 1, "only_tradable": "no"}}},
-         "only_tradable must be true or false, got 'no'"),
+        (
+            {"strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 5, "n_drop": 1, "risk_degree": "0.9"}}},
+            "risk_degree must be a number in",
+        ),
+        (
+            {"strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 5, "n_drop": 1, "only_tradable": "no"}}},
+            "only_tradable must be true or false, got 'no'",
+        ),
         ({"portfolio": {}}, "config has no 'portfolio'"),
     ],
-)  # fmt: skip
+)
 def test_configurations_that_are_refused(changes, message):
     good = {"strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 5, "n_drop": 1}}, "backtest": {}}
     PortfolioPlan(good)
@@ -284,8 +308,10 @@ def test_plan_over_a_store_reads_the_benchmark_with_the_market(tmp_path):
     handler = FactorHandler(["$close"], ["S01", "S02", "S03", "S04"], provider_uri=root, learn_processors=[])
     score = scores(root)
     score = score[score.index.get_level_values("instrument").isin(["S01", "S02", "S03", "S04"])]
-    config = {"strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 2, "n_drop": 1}},
-              "backtest": {"start_time": START, "end_time": END, "account": 1e6, "benchmark": "S09"}}  # fmt: skip
+    config = {
+        "strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 2, "n_drop": 1}},
+        "backtest": {"start_time": START, "end_time": END, "account": 1e6, "benchmark": "S09"},
+    }
     result = PortfolioPlan(config).run(score, handler)
     close = read_prices(provider_uri=root, instruments=["S09"]).panel
     change = pd.Series(close.column("close"), close.datetimes[close.date_codes]).pct_change(fill_method=None).fillna(0)

@@ -62,9 +62,14 @@ def test_every_model_has_the_same_report_for_any_arguments(prices, kind):
     sets = {
         "flat": ["task.model.class=TransformerModel", "task.model.kwargs={d_feat: 6, d_model: 8, n_epochs: 1}"],
         "gats": ["task.model.class=GATs", "task.model.kwargs={d_feat: 6, hidden_size: 4, n_epochs: 1}"],
-        "ts": ["task.model.module_path=qfast.models.ts", "task.model.kwargs.d_feat=360", *SHORT,
-               "task.dataset.class=TSDatasetH", "task.dataset.kwargs.step_len=5"],
-    }  # fmt: skip
+        "ts": [
+            "task.model.module_path=qfast.models.ts",
+            "task.model.kwargs.d_feat=360",
+            *SHORT,
+            "task.dataset.class=TSDatasetH",
+            "task.dataset.kwargs.step_len=5",
+        ],
+    }
     report = check(DEMO, prices, sets[kind])
     assert report.ok, report.lines()
 
@@ -79,9 +84,11 @@ def test_a_fit_window_in_the_future_is_found_both_ways(prices):
 def of_factors(*texts: str) -> list[str]:
     """Changes to the demo that make expressions its features."""
     return [
-        *SHORT, "task.dataset.kwargs.handler.class=FactorHandler", f"task.model.kwargs.d_feat={len(texts)}",
+        *SHORT,
+        "task.dataset.kwargs.handler.class=FactorHandler",
+        f"task.model.kwargs.d_feat={len(texts)}",
         f"{HANDLER}.features={[text.replace(chr(39), chr(34)) for text in texts]}",
-    ]  # fmt: skip
+    ]
 
 
 def with_gaps(prices: pd.DataFrame) -> pd.DataFrame:
@@ -166,10 +173,13 @@ def test_a_mask_of_an_instrument_outside_the_market(tmp_path):
     root = write_store(tmp_path, n_days=400)
     changes = [
         *of_factors("$close / Mask($close, 'CCC')", "Mean($close, 5) / $close"),
-        f"{HANDLER}.instruments=mixed", f"{HANDLER}.start_time=2020-01-01", f"{HANDLER}.fit_start_time=2020-01-01",
-        f"{HANDLER}.fit_end_time=2020-12-31", "task.record=[]",
+        f"{HANDLER}.instruments=mixed",
+        f"{HANDLER}.start_time=2020-01-01",
+        f"{HANDLER}.fit_start_time=2020-01-01",
+        f"{HANDLER}.fit_end_time=2020-12-31",
+        "task.record=[]",
         f"{SEGMENTS}={{train: [2020-01-01, 2020-12-31], valid: [2021-01-01, 2021-02-28], test: [2021-03-01, null]}}",
-    ]  # fmt: skip
+    ]
     report = check(DEMO, str(root), changes)
     assert report.ok, report.lines()
     assert levels(report, "look-ahead") == ["ok"] * 3

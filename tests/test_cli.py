@@ -42,10 +42,21 @@ def test_no_arguments_give_help(capsys):
 def test_run_prints_the_metrics_and_the_report(case, tmp_path, capsys):
     config, data, _ = case
     status = cli.main(
-        ["run", str(config), "--data", str(data), "--output", str(tmp_path / "r"),
-         "--set", "task.model.kwargs.n_epochs=1",
-         "--set", "task.model.kwargs.lr=1e-3", "--device", "cpu"]
-    )  # fmt: skip
+        [
+            "run",
+            str(config),
+            "--data",
+            str(data),
+            "--output",
+            str(tmp_path / "r"),
+            "--set",
+            "task.model.kwargs.n_epochs=1",
+            "--set",
+            "task.model.kwargs.lr=1e-3",
+            "--device",
+            "cpu",
+        ]
+    )
     shown = capsys.readouterr()
     assert status == 0
     assert "Rank ICIR" in shown.out
@@ -144,10 +155,12 @@ def test_a_signal_leaves_a_folder_that_can_be_resumed(case, tmp_path, number):
     command = [sys.executable, "-m", "qfast.cli", "run", str(config), "--data", str(data), "-o", str(path)]
     process = subprocess.Popen(
         [*command, "--set", "task.model.kwargs.n_epochs=100000", "--set", "task.model.kwargs.early_stop=100000"],
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         # a shell's background job, which the suite may run in, hands SIGINT down ignored
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    )
     deadline = time.monotonic() + 60
     while not (path / "last.safetensors").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)

@@ -290,7 +290,7 @@ def test_all_problems_come_at_once_with_their_paths(write):
         (["task.record.1.kwargs.label_col=1"], r"record.1.kwargs: SigAnaRecord: label_col must be 0"),
         (["qlib_init={region: mars}"], r"qlib_init.region: expected 'cn', 'us' or 'tw', got 'mars'"),
     ],
-)  # fmt: skip
+)
 def test_each_wrong_value_is_refused_by_name(write, sets, message):
     with pytest.raises(ConfigError, match=message):
         checked(write(TEXT), *sets)
@@ -331,8 +331,10 @@ def test_values_get_the_declared_type(write):
     workflow = checked(write(TEXT), "task.model.kwargs.lr='1e-4'", "task.model.kwargs.n_epochs='7'")
     assert workflow.task.model.kwargs["lr"] == 1e-4
     assert workflow.task.model.kwargs["n_epochs"] == 7
-    sets = ["task.record.1.kwargs={ana_long_short: no, ann_scaler: '252'}",
-            "task.dataset.kwargs.handler.kwargs.drop_raw=no"]  # fmt: skip
+    sets = [
+        "task.record.1.kwargs={ana_long_short: no, ann_scaler: '252'}",
+        "task.dataset.kwargs.handler.kwargs.drop_raw=no",
+    ]
     task = checked(write(TEXT), *sets).task
     assert task.record[1].kwargs == {"ana_long_short": False, "ann_scaler": 252.0}
     assert task.dataset.kwargs.handler.kwargs.model_extra["drop_raw"] is False

@@ -136,8 +136,11 @@ def test_weights_of_a_gpu_are_read_without_one(kind, tmp_path):
     model.save_weights(tmp_path / "w.safetensors")
     done = subprocess.run(
         [sys.executable, "-c", LOAD, estimator_name(kind), str(tmp_path / "w.safetensors"), os.path.dirname(__file__)],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     total = float(model.predict(dataset_for(kind), "test").sum())
     assert float(done.stdout.split()[-1]) == pytest.approx(total, rel=1e-3, abs=1e-4)
 

@@ -23,35 +23,89 @@ from support.pandas_factors import by_pandas
 from support.stores import FIELDS, read_series, write_store
 
 ELEMENTWISE = [
-    "Abs($close - $open)", "Sign($close - $open)", "Log($volume)", "Power($close, 2)", "$close ** 0.5",
+    "Abs($close - $open)",
+    "Sign($close - $open)",
+    "Log($volume)",
+    "Power($close, 2)",
+    "$close ** 0.5",
     "2 ** ($close / 20)",
-    "Greater($close, $open)", "Less($close, 20)", "If($close > $open, $high, $low)", "If($close > $open, 1, 0)",
-    "Not($close > $open) * 1", "($close > $open) & ($volume > 10)", "Or($close >= $open, $high <= $low) + 0",
-    "And($close == $open, $vwap != $close) + 0", "Gt($close, 20)", "Ge($close, $open)", "Lt($close, $open)",
-    "Le($close, 20)", "Eq($volume, 0)", "Ne($volume, 0)", "Add($close, Sub($open, Mul($high, Div($low, 2))))",
-    "Delta($close, 3)", "Delta($close > $open, 2)", "Ref($close, 3)", "Ref($close > $open, 1)", "-$close",
+    "Greater($close, $open)",
+    "Less($close, 20)",
+    "If($close > $open, $high, $low)",
+    "If($close > $open, 1, 0)",
+    "Not($close > $open) * 1",
+    "($close > $open) & ($volume > 10)",
+    "Or($close >= $open, $high <= $low) + 0",
+    "And($close == $open, $vwap != $close) + 0",
+    "Gt($close, 20)",
+    "Ge($close, $open)",
+    "Lt($close, $open)",
+    "Le($close, 20)",
+    "Eq($volume, 0)",
+    "Ne($volume, 0)",
+    "Add($close, Sub($open, Mul($high, Div($low, 2))))",
+    "Delta($close, 3)",
+    "Delta($close > $open, 2)",
+    "Ref($close, 3)",
+    "Ref($close > $open, 1)",
+    "-$close",
     "1 / $volume",
-]  # fmt: skip
+]
 WINDOWED = [
-    "Mean", "Sum", "Std", "Var", "Max", "Min", "Med", "Mad", "Rank", "Count", "IdxMax", "IdxMin", "WMA", "Slope",
-    "Rsquare", "Resi", "EMA", "Skew", "Kurt",
-]  # fmt: skip
+    "Mean",
+    "Sum",
+    "Std",
+    "Var",
+    "Max",
+    "Min",
+    "Med",
+    "Mad",
+    "Rank",
+    "Count",
+    "IdxMax",
+    "IdxMin",
+    "WMA",
+    "Slope",
+    "Rsquare",
+    "Resi",
+    "EMA",
+    "Skew",
+    "Kurt",
+]
 ROLLING = [
     *(f"{name}($close, {n})" for name in WINDOWED for n in (4, 7, 60)),
     *(f"Quantile($close, {n}, {q})" for n in (1, 5, 30) for q in (0, 0.2, 0.8, 1)),
-    "Mean($close, 1)", "Std($close, 1)", "Std($close, 2)", "Max($open, 1)", "Slope($close, 2)", "WMA($volume, 3)",
+    "Mean($close, 1)",
+    "Std($close, 1)",
+    "Std($close, 2)",
+    "Max($open, 1)",
+    "Slope($close, 2)",
+    "WMA($volume, 3)",
     *(f"{name}($close, $volume, {n})" for name in ("Corr", "Cov") for n in (2, 5, 30)),
-    "Mean($close > Ref($close, 1), 5)", "Count($volume / 0, 5)", "IdxMax(Ref($high, 2), 10)",
+    "Mean($close > Ref($close, 1), 5)",
+    "Count($volume / 0, 5)",
+    "IdxMax(Ref($high, 2), 10)",
     "Mean(Mean($close, 3), 4)",
     "Std(Abs($close / Ref($close, 1) - 1) * $volume, 5)",
     "Corr($close / Ref($close, 1), Log($volume / Ref($volume, 1) + 1), 20)",
-    "Sum(If($close > $open, $volume, -$volume), 5)", "Mean(Ref($close, -2), 5)", "Max($close, 5) - Min($close, 5)",
-]  # fmt: skip
+    "Sum(If($close > $open, $volume, -$volume), 5)",
+    "Mean(Ref($close, -2), 5)",
+    "Max($close, 5) - Min($close, 5)",
+]
 MEMORY = [
-    *(f"{name}($close, 0)" for name in WINDOWED), "Ref($close, 0)", "Delta($close, 0)", "Quantile($close, 0, 0.3)",
-    "Corr($close, $volume, 0)", "Cov($close, $open, 0)", "Mean($close, 0.2)", "Max($close, 0.5)", "EMA($close, 0.1)",
-    "EMA($close / $open, 12) - EMA($close / $open, 26)", "EMA($close, 0)", "EMA(1 / $volume, 0)",
-]  # fmt: skip
+    *(f"{name}($close, 0)" for name in WINDOWED),
+    "Ref($close, 0)",
+    "Delta($close, 0)",
+    "Quantile($close, 0, 0.3)",
+    "Corr($close, $volume, 0)",
+    "Cov($close, $open, 0)",
+    "Mean($close, 0.2)",
+    "Max($close, 0.5)",
+    "EMA($close, 0.1)",
+    "EMA($close / $open, 12) - EMA($close / $open, 26)",
+    "EMA($close, 0)",
+    "EMA(1 / $volume, 0)",
+]
 
 
 # ---------------------------------------------------------------- against pandas
@@ -187,11 +241,22 @@ def test_masks_of_another_instrument_equal_qlib(tmp_path, market):
     from qlib.data import D
 
     forms = [
-        "Ref({m}, 1)", "Ref({m}, -3)", "Ref({m}, 0)", "Mean({m}, 5)", "Std({m} / 2 + 1, 7)", "Mean({m} > 20, 4)",
-        "Mean(Ref({m}, 2), 4)", "Corr({m}, Ref({m}, 1), 6)", "Abs(Mean({m}, 3)) + 1", "EMA({m}, 5)", "Mean({m}, 0)",
-        "If({m} > 20, 1, 0)", "{m} == {m}", "Mask(Mean(Mask($close, 'AAA'), 3), '{who}')",
+        "Ref({m}, 1)",
+        "Ref({m}, -3)",
+        "Ref({m}, 0)",
+        "Mean({m}, 5)",
+        "Std({m} / 2 + 1, 7)",
+        "Mean({m} > 20, 4)",
+        "Mean(Ref({m}, 2), 4)",
+        "Corr({m}, Ref({m}, 1), 6)",
+        "Abs(Mean({m}, 3)) + 1",
+        "EMA({m}, 5)",
+        "Mean({m}, 0)",
+        "If({m} > 20, 1, 0)",
+        "{m} == {m}",
+        "Mask(Mean(Mask($close, 'AAA'), 3), '{who}')",
         "Mask(Mean($close, 0) / Mask(EMA($close, 9), 'BBB'), '{who}')",
-    ]  # fmt: skip
+    ]
     masks = {who: f"Mask($close, '{who}')" for who in ("AAA", "BBB", "CCC")}
     texts = [form.format(m=mask, who=who) for who, mask in masks.items() for form in forms]
     texts.append("Mean($close, 60)")  # more days are read than an EMA begins with

@@ -58,9 +58,12 @@ def qlib_handler():
 def test_three_panels_equal_qlib(qlib_handler, process_type, drop_raw):
     frame = hostile_frame(3, n_days=9).replace([np.inf, -np.inf], np.nan)
     kwargs = {
-        "infer_processors": INFER, "learn_processors": LEARN, "process_type": process_type, "drop_raw": drop_raw,
+        "infer_processors": INFER,
+        "learn_processors": LEARN,
+        "process_type": process_type,
+        "drop_raw": drop_raw,
         "shared_processors": [{"class": "ZScoreNorm", "kwargs": {**FIT_WINDOW, "fields_group": "feature"}}],
-    }  # fmt: skip
+    }
     untouched = frame.copy()
     ours, theirs = DataHandlerLP(frame, **kwargs), qlib_handler(frame, **kwargs)
     pd.testing.assert_frame_equal(frame, untouched)
@@ -75,12 +78,18 @@ def test_three_panels_equal_qlib(qlib_handler, process_type, drop_raw):
 
 
 SELECTORS = [
-    (slice(None), "datetime"), (slice("2024-01-02", "2024-01-04"), "datetime"), (("2024-01-03", None), "datetime"),
+    (slice(None), "datetime"),
+    (slice("2024-01-02", "2024-01-04"), "datetime"),
+    (("2024-01-03", None), "datetime"),
     (slice(pd.Timestamp("2024-01-02"), pd.Timestamp("2030-01-01")), "datetime"),
-    (pd.Timestamp("2024-01-04"), "datetime"), ("2024-01-04", "datetime"), ("2024-01", "datetime"),
-    ("S1", "instrument"), (slice("S1", "S3"), "instrument"), (slice("S1", "S3"), 1),
+    (pd.Timestamp("2024-01-04"), "datetime"),
+    ("2024-01-04", "datetime"),
+    ("2024-01", "datetime"),
+    ("S1", "instrument"),
+    (slice("S1", "S3"), "instrument"),
+    (slice("S1", "S3"), 1),
     ((pd.Timestamp("2024-01-07"), "S1"), None),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("col_set", ["__all", "__raw", "feature", "label", ["label", "feature"], ["feature"]], ids=str)

@@ -141,9 +141,19 @@ def _both_directions(net: Localformer) -> None:
 
 
 CHANGES = [
-    _conv_hook, _padding_mode, _dilation, _groups, _no_bias, _even_taps, _same_by_name, _other_convolution, _rnn_hook,
-    _lstm, _no_rnn_bias, _both_directions,
-]  # fmt: skip
+    _conv_hook,
+    _padding_mode,
+    _dilation,
+    _groups,
+    _no_bias,
+    _even_taps,
+    _same_by_name,
+    _other_convolution,
+    _rnn_hook,
+    _lstm,
+    _no_rnn_bias,
+    _both_directions,
+]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)

@@ -59,9 +59,12 @@ def test_float32_is_no_less_accurate_than_torch(case: AttentionPoolCase, isa: st
 
 @settings(max_examples=40, deadline=None)
 @given(
-    batch=st.integers(0, 40), steps=st.integers(1, 40), hidden=st.integers(1, 70), width=st.integers(0, 70),
+    batch=st.integers(0, 40),
+    steps=st.integers(1, 40),
+    hidden=st.integers(1, 70),
+    width=st.integers(0, 70),
     wide=st.booleans(),
-)  # fmt: skip
+)
 def test_any_shape(batch: int, steps: int, hidden: int, width: int, wide: bool) -> None:
     dtype, bound = (torch.float64, 1e-11) if wide else (torch.float32, 2e-5)
     case = AttentionPoolCase(batch, steps, hidden, width)
@@ -222,8 +225,9 @@ def test_dropout_in_float32_drops_the_same_and_whatever_the_rest_of_the_batch(is
     case = AttentionPoolCase(23, 5, 9, 18)
     inputs = case.inputs()
     seed = torch.tensor([99])
-    whole, narrow = (torch.ops.qfast.attention_pool(*(t.to(d) for t in inputs), 0.3, seed)[0]
-                     for d in (torch.float64, torch.float32))  # fmt: skip
+    whole, narrow = (
+        torch.ops.qfast.attention_pool(*(t.to(d) for t in inputs), 0.3, seed)[0] for d in (torch.float64, torch.float32)
+    )
     close(narrow, whole, 1e-5)
     part = torch.ops.qfast.attention_pool(inputs[0][:5], *inputs[1:], 0.3, seed)[0]
     assert torch.equal(part, whole[:5])
@@ -352,8 +356,11 @@ def test_meta_tensors_have_shapes() -> None:
 )
 def test_refusals(change: dict[str, Any], message: str) -> None:
     arguments = {
-        "h": torch.zeros(2, 3, 4), "weight": torch.zeros(2, 4), "bias": torch.zeros(2), "score": torch.zeros(2),
-    }  # fmt: skip
+        "h": torch.zeros(2, 3, 4),
+        "weight": torch.zeros(2, 4),
+        "bias": torch.zeros(2),
+        "score": torch.zeros(2),
+    }
     with pytest.raises(ValueError, match=message):
         attention_pool(**{**arguments, **change})
 

@@ -126,10 +126,14 @@ def test_float32_compared_with_plain_torch(case: Case) -> None:
 @given(
     st.builds(
         Case,
-        st.integers(0, 40), st.integers(1, 70), st.integers(1, 70), st.integers(0, 40),
-        st.sampled_from([0.0, 0.3, 1.0]), st.sampled_from(LAYOUTS),
+        st.integers(0, 40),
+        st.integers(1, 70),
+        st.integers(1, 70),
+        st.integers(0, 40),
+        st.sampled_from([0.0, 0.3, 1.0]),
+        st.sampled_from(LAYOUTS),
     )
-)  # fmt: skip
+)
 def test_any_shape_in_any_layout(case: Case) -> None:
     for ours, true in zip(on_gpu(case, F64), by_definition(case, F64), strict=True):
         torch.testing.assert_close(ours.cpu(), true, rtol=1e-10, atol=1e-11)

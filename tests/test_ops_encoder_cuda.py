@@ -169,10 +169,13 @@ def test_the_public_function_with_autograd(last: bool) -> None:
 @given(
     st.builds(
         lambda rows, *sizes: BlockCase((rows,), *sizes),
-        st.integers(0, 300), st.integers(1, 140), st.integers(1, 140), st.integers(1, 140),
+        st.integers(0, 300),
+        st.integers(1, 140),
+        st.integers(1, 140),
+        st.integers(1, 140),
     ),
     st.sampled_from([0.0, 0.3, 1.0]),
-)  # fmt: skip
+)
 def test_any_block(case: BlockCase, dropout: float) -> None:
     assert errors_above(to_cpu(on_gpu(case, F64, dropout)), by_definition(case, F64, dropout), 1e-12) == []
 
@@ -181,11 +184,16 @@ def test_any_block(case: BlockCase, dropout: float) -> None:
 @given(
     st.builds(
         lambda batch, steps, heads, width, *rest: LayerCase(batch, steps, heads * width, heads, *rest),
-        st.integers(0, 13), st.integers(1, 70), st.integers(1, 6), st.integers(2, 20), st.integers(1, 70),
-        st.booleans(), st.sampled_from(LAYOUTS),
+        st.integers(0, 13),
+        st.integers(1, 70),
+        st.integers(1, 6),
+        st.integers(2, 20),
+        st.integers(1, 70),
+        st.booleans(),
+        st.sampled_from(LAYOUTS),
     ),
     st.sampled_from([0.0, 0.3, 1.0]),
-)  # fmt: skip
+)
 def test_any_layer_in_any_layout(case: LayerCase, dropout: float) -> None:
     result, exact = to_cpu(on_gpu(case, F64, dropout)), by_definition(case, F64, dropout)
     for ours, true in zip(result, exact, strict=True):  # few features: large scales of the norm

@@ -76,9 +76,10 @@ def test_nearly_nothing_and_everything_dropped(last: bool, dropout: float, isa: 
 def test_the_last_step_alone_has_the_masks_it_has_among_all(steps: int, isa: str) -> None:
     case, last = LayerCase(11, steps, 24, 3, 70), LayerCase(11, steps, 24, 3, 70, True)
     tensors = case.inputs()
-    whole, alone = (results(call, tensors) for call in (
-        lambda t: operator_under(13, case, t)[:, -1], lambda t: operator_under(13, last, t)
-    ))  # fmt: skip
+    whole, alone = (
+        results(call, tensors)
+        for call in (lambda t: operator_under(13, case, t)[:, -1], lambda t: operator_under(13, last, t))
+    )
     assert errors_above(alone, whole, 1e-13) == []
 
 

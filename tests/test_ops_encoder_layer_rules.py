@@ -233,8 +233,10 @@ def test_compiled_whole(dynamic: bool, last: bool) -> None:
     torch.compiler.reset()
     compiled = torch.compile(
         lambda x, *weights: encoder_layer(x, list(weights), heads=2, last_step=last),
-        backend="aot_eager", fullgraph=True, dynamic=dynamic,
-    )  # fmt: skip
+        backend="aot_eager",
+        fullgraph=True,
+        dynamic=dynamic,
+    )
     for batch in (6, 9):
         case = LayerCase(batch, 5, 8, 2, 10, last)
         tensors = case.inputs()
@@ -250,8 +252,9 @@ def test_compiled_with_dropout() -> None:
     torch.compiler.reset()
     compiled = torch.compile(
         lambda x, *weights: encoder_layer(x, list(weights), heads=2, dropout=0.5, training=True),
-        backend="aot_eager", fullgraph=True,
-    )  # fmt: skip
+        backend="aot_eager",
+        fullgraph=True,
+    )
     tensors = SMALL.inputs()
     torch.manual_seed(2)
     first, second = compiled(*tensors), compiled(*tensors)

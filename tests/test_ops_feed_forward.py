@@ -325,9 +325,12 @@ def test_meta_tensors_have_shapes() -> None:
 )
 def test_refusals(change: dict[str, Any], error: type[Exception], message: str) -> None:
     arguments = {
-        "x": torch.zeros(2, 4), "weight_in": torch.zeros(5, 4), "bias_in": torch.zeros(5),
-        "weight_out": torch.zeros(3, 5), "bias_out": torch.zeros(3),
-    }  # fmt: skip
+        "x": torch.zeros(2, 4),
+        "weight_in": torch.zeros(5, 4),
+        "bias_in": torch.zeros(5),
+        "weight_out": torch.zeros(3, 5),
+        "bias_out": torch.zeros(3),
+    }
     with pytest.raises(error, match=f"feed_forward: {message}"):
         feed_forward(**{**arguments, **change})
     assert issubclass(error, ValueError)

@@ -209,12 +209,18 @@ def test_compared_with_torchs_layers(name: str, all_steps: bool) -> None:
     st.sampled_from(list(CELLS)),
     st.builds(
         Case,
-        st.integers(0, 40), st.integers(0, 8), st.integers(1, 9), st.integers(1, 70), st.integers(1, 3),
-        st.booleans(), st.booleans(), st.sampled_from([0.0, 0.3, 1.0]),
+        st.integers(0, 40),
+        st.integers(0, 8),
+        st.integers(1, 9),
+        st.integers(1, 70),
+        st.integers(1, 3),
+        st.booleans(),
+        st.booleans(),
+        st.sampled_from([0.0, 0.3, 1.0]),
         st.sampled_from(["plain", "windows", "features first", "steps of a larger tensor", "repeated"]),
     ),
     st.sampled_from([F32, F64]),
-)  # fmt: skip
+)
 def test_any_stack_in_any_layout(name: str, case: Case, dtype: torch.dtype) -> None:
     cell, limit = CELLS[name], 1e-5 if dtype == F32 else 1e-12
     exact = by_definition(cell, arguments(cell, case, F64, "cpu"))

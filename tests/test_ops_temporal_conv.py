@@ -267,8 +267,10 @@ def test_the_same_bits_come_again_whatever_the_threads(batch: int, all_steps: bo
         torch.manual_seed(4)
         return results(
             lambda x, blocks: temporal_conv_net(x, blocks, dropout=0.2, training=True, all_steps=all_steps),
-            x, blocks, grad,
-        )  # fmt: skip
+            x,
+            blocks,
+            grad,
+        )
 
     first = on_threads(1, once)
     for threads in (2, 3):

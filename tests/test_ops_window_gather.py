@@ -173,9 +173,12 @@ def test_index_tables_follow_their_definition(dead: float) -> None:
         assert index.back[r] == (r - before[-1] if before else 0)
         run = 0
         while (
-            live[r] and r - run - 1 >= 0 and live[r - run - 1] and instruments[r - run - 1] == instruments[r]
+            live[r]
+            and r - run - 1 >= 0
+            and live[r - run - 1]
+            and instruments[r - run - 1] == instruments[r]
             and ranks[dates[r - run - 1]] == ranks[dates[r]] - run - 1
-        ):  # fmt: skip
+        ):
             run += 1
         assert index.run[r] == run
     for result, twin in zip(index, _build_index_twin(instruments, dates, live), strict=True):

@@ -20,11 +20,20 @@ from qfast.workflow.run import run
 from support.stores import write_market
 
 ARTIFACTS = [
-    "pred.pkl", "label.pkl", "sig_analysis/ic.pkl", "sig_analysis/ric.pkl",
-    *(f"portfolio_analysis/{name}.pkl" for name in (
-        "report_normal_1day", "indicators_normal_1day", "port_analysis_1day", "indicator_analysis_1day",
-    )),
-]  # fmt: skip
+    "pred.pkl",
+    "label.pkl",
+    "sig_analysis/ic.pkl",
+    "sig_analysis/ric.pkl",
+    *(
+        f"portfolio_analysis/{name}.pkl"
+        for name in (
+            "report_normal_1day",
+            "indicators_normal_1day",
+            "port_analysis_1day",
+            "indicator_analysis_1day",
+        )
+    ),
+]
 TEXT = """
 qlib_init: {provider_uri: PLACE, region: us, kernels: 1}
 experiment_name: small

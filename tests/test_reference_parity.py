@@ -17,20 +17,40 @@ from support.qlib import TRAIN, QlibFrames, qlib_frames, qlib_model
 pytest.importorskip("qlib", reason="pyqlib is the oracle; install qfast-models[qlib]")
 
 CASES = [
-    ("LSTM", "lstm", ""), ("GRU", "gru", ""), ("ALSTM", "alstm", ""), ("GATs", "gats", ""), ("TCN", "tcn", ""),
-    ("LSTM", "lstm", "_ts"), ("GRU", "gru", "_ts"), ("ALSTM", "alstm", "_ts"), ("GATs", "gats", "_ts"),
-    ("TCN", "tcn", "_ts"), ("TransformerModel", "transformer", ""), ("LocalformerModel", "localformer", ""),
-    ("TransformerModel", "transformer", "_ts"), ("LocalformerModel", "localformer", "_ts"),
-]  # fmt: skip
+    ("LSTM", "lstm", ""),
+    ("GRU", "gru", ""),
+    ("ALSTM", "alstm", ""),
+    ("GATs", "gats", ""),
+    ("TCN", "tcn", ""),
+    ("LSTM", "lstm", "_ts"),
+    ("GRU", "gru", "_ts"),
+    ("ALSTM", "alstm", "_ts"),
+    ("GATs", "gats", "_ts"),
+    ("TCN", "tcn", "_ts"),
+    ("TransformerModel", "transformer", ""),
+    ("LocalformerModel", "localformer", ""),
+    ("TransformerModel", "transformer", "_ts"),
+    ("LocalformerModel", "localformer", "_ts"),
+]
 ENCODERS = ("TransformerModel", "LocalformerModel")
 IDS = [f"{name}{suffix}" for name, _, suffix in CASES]
 SIZES = {"d_feat": 3, "hidden_size": 8, "num_layers": 2}
 NETWORK = {
-    "lstm": "lstm_model", "gru": "gru_model", "alstm": "ALSTM_model", "gats": "GAT_model", "tcn": "tcn_model",
-    "lstm_ts": "LSTM_model", "gru_ts": "GRU_model", "alstm_ts": "ALSTM_model", "gats_ts": "GAT_model",
-    "tcn_ts": "TCN_model", "transformer": "model", "localformer": "model", "transformer_ts": "model",
+    "lstm": "lstm_model",
+    "gru": "gru_model",
+    "alstm": "ALSTM_model",
+    "gats": "GAT_model",
+    "tcn": "tcn_model",
+    "lstm_ts": "LSTM_model",
+    "gru_ts": "GRU_model",
+    "alstm_ts": "ALSTM_model",
+    "gats_ts": "GAT_model",
+    "tcn_ts": "TCN_model",
+    "transformer": "model",
+    "localformer": "model",
+    "transformer_ts": "model",
     "localformer_ts": "model",
-}  # fmt: skip
+}
 
 
 def sizes(name: str, d_feat: int = 3, width: int = 8, num_layers: int = 2) -> dict[str, int]:

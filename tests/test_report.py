@@ -50,11 +50,16 @@ def test_score_groups_are_those_of_each_day():
 
 def page(**changes) -> str:
     values = {
-        "title": "demo: LSTM", "subtitle": "12 instruments",
+        "title": "demo: LSTM",
+        "subtitle": "12 instruments",
         "metrics": {"test": {"IC": 0.0412, "ICIR": float("nan"), "days": 10.0}},
-        "facts": {"Seed": 7}, "plots": {"loss": PNG}, "config": "task: {}", "notes": ["PortAnaRecord was left out"],
-        "newest": pd.Series([0.3, 0.1, np.nan], ["A", "B", "C"]), "newest_date": "2020-01-02",
-    }  # fmt: skip
+        "facts": {"Seed": 7},
+        "plots": {"loss": PNG},
+        "config": "task: {}",
+        "notes": ["PortAnaRecord was left out"],
+        "newest": pd.Series([0.3, 0.1, np.nan], ["A", "B", "C"]),
+        "newest_date": "2020-01-02",
+    }
     return render_html(Report(**{**values, **changes}))
 
 

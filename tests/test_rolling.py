@@ -87,8 +87,9 @@ def test_an_infinite_value_is_gone_with_its_window(kind: str) -> None:
     if kind in ("slope", "rsquare", "resi"):  # NaN while the value is in the window, as in Qlib
         for w, window in enumerate(WINDOWS):
             assert np.isnan(result[w, 70 : 70 + window]).all()
-            np.testing.assert_allclose(np.delete(result[w], range(70, 70 + window)),
-                                       np.delete(expected[w], range(70, 70 + window)))  # fmt: skip
+            np.testing.assert_allclose(
+                np.delete(result[w], range(70, 70 + window)), np.delete(expected[w], range(70, 70 + window))
+            )
     else:
         np.testing.assert_array_equal(result, expected)
 

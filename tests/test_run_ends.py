@@ -125,8 +125,10 @@ def test_a_running_run_cannot_be_resumed(case, tmp_path):
     command = [sys.executable, "-m", "qfast.cli", "run", str(case[0]), "--data", str(case[1]), "-o", str(path), "-q"]
     process = subprocess.Popen(
         [*command, "--set", "task.model.kwargs.n_epochs=100000", "--set", "task.model.kwargs.early_stop=100000"],
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     try:
         deadline = time.monotonic() + 60
         while not (path / "last.safetensors").exists() and time.monotonic() < deadline and process.poll() is None:
@@ -323,9 +325,12 @@ def test_empty_rows_before_the_first_price_do_not_count_as_history(price_case):
 
 def test_rolling_windows_need_history_and_flat_samples_do_not(case, tmp_path, caplog):
     sets = [
-        *ONE_EPOCH, "task.model.kwargs.d_feat=6", "task.model.module_path=qlib.contrib.model.pytorch_lstm_ts",
-        "task.dataset.class=TSDatasetH", "task.dataset.kwargs.step_len=5",
-    ]  # fmt: skip
+        *ONE_EPOCH,
+        "task.model.kwargs.d_feat=6",
+        "task.model.module_path=qlib.contrib.model.pytorch_lstm_ts",
+        "task.dataset.class=TSDatasetH",
+        "task.dataset.kwargs.step_len=5",
+    ]
     result = run(case[0], case[1], sets, output=tmp_path / "ts", seed=1)
     assert json.loads((tmp_path / "ts" / "model.json").read_text())["short_history"] == pytest.approx(4 / 36)
     frame = factors().drop(columns="label")

@@ -61,8 +61,15 @@ def test_csv_parquet_folder_and_frame_agree(tmp_path, prices):
         part.drop(columns="instrument").to_parquet(tmp_path / "parquet" / f"{code}.parquet")
     shuffled.astype({"instrument": "category"}).to_parquet(tmp_path / "all.parquet")
     before = shuffled.copy()
-    for source in (prices, prices.swaplevel(), shuffled, flat.set_index("datetime"), tmp_path / "all.parquet",
-                   str(tmp_path / "parquet"), load_prices(prices)):  # fmt: skip
+    for source in (
+        prices,
+        prices.swaplevel(),
+        shuffled,
+        flat.set_index("datetime"),
+        tmp_path / "all.parquet",
+        str(tmp_path / "parquet"),
+        load_prices(prices),
+    ):
         assert_holds(load_prices(source), prices)
     for source in (tmp_path / "all.csv", tmp_path / "all.csv.gz", tmp_path / "csv"):
         assert_holds(load_prices(source), prices, rtol=1e-6)

@@ -19,9 +19,15 @@ from support.fits import dataset_for, same, weights
 from support.frames import SEGMENTS, flat, make_frame, rolling
 
 SMALL = {
-    "d_feat": 3, "n_chans": 8, "kernel_size": 2, "num_layers": 2, "n_epochs": 3, "batch_size": 32,
-    "lr": 0.01, "seed": 1,
-}  # fmt: skip
+    "d_feat": 3,
+    "n_chans": 8,
+    "kernel_size": 2,
+    "num_layers": 2,
+    "n_epochs": 3,
+    "batch_size": 32,
+    "lr": 0.01,
+    "seed": 1,
+}
 both = pytest.mark.parametrize("kind", [TCN, ts.TCN], ids=["flat", "ts"])
 
 
@@ -139,9 +145,12 @@ def test_the_smallest_run_of_windows_with_a_separate_call():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    seed=st.integers(0, 2**16), holes=st.sampled_from([0.0, 0.1, 0.6]), step_len=st.integers(1, 9),
-    first_position=st.integers(0, 12), fewest=st.integers(2, 12),
-)  # fmt: skip
+    seed=st.integers(0, 2**16),
+    holes=st.sampled_from([0.0, 0.1, 0.6]),
+    step_len=st.integers(1, 9),
+    first_position=st.integers(0, 12),
+    fewest=st.integers(2, 12),
+)
 def test_stretches_are_all_windows_of_which_there_is_a_view(seed, holes, step_len, first_position, fewest):
     dataset = TSDatasetH(
         handler=make_frame(24, 4, 2, seed=seed, holes=holes), segments={"all": (None, None)}, step_len=step_len

@@ -196,11 +196,16 @@ def tables(stack: Stack) -> list[str]:
         inputs = list(range(steps)) if number == 0 else list(block.input)
         outputs = list(block.output)
         assert not all_steps or outputs == list(range(steps))
-        lines += [f"{name}{''.join(f' {p}' for p in list_)}" for name, list_ in (
-            ("input", inputs), ("between", block.between), ("output", outputs),
-            ("residual", [inputs.index(p) for p in outputs]),
-            ("residual_of", [outputs.index(p) if p in outputs else -1 for p in inputs]),
-        )]  # fmt: skip
+        lines += [
+            f"{name}{''.join(f' {p}' for p in list_)}"
+            for name, list_ in (
+                ("input", inputs),
+                ("between", block.between),
+                ("output", outputs),
+                ("residual", [inputs.index(p) for p in outputs]),
+                ("residual_of", [outputs.index(p) if p in outputs else -1 for p in inputs]),
+            )
+        ]
         for name, read, written in (("first", inputs, block.between), ("second", block.between, outputs)):
             taps = [(tap, (block.kernel_size - 1 - tap) * block.dilation) for tap in range(block.kernel_size)]
             reads = [

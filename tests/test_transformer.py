@@ -314,9 +314,19 @@ def _own_layer(net: Network, layer: nn.TransformerEncoderLayer) -> None:
 
 
 CHANGES = [
-    _with_hook, _with_inner_hook, _gelu, _norm_first, _other_eps, _no_norm, _no_bias,
-    _zero_attention, _weight_norm, _other_linear, _batch_first, _own_layer,
-]  # fmt: skip
+    _with_hook,
+    _with_inner_hook,
+    _gelu,
+    _norm_first,
+    _other_eps,
+    _no_norm,
+    _no_bias,
+    _zero_attention,
+    _weight_norm,
+    _other_linear,
+    _batch_first,
+    _own_layer,
+]
 
 
 @both

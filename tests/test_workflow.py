@@ -143,10 +143,13 @@ def test_a_drawn_seed_is_written_down(case, tmp_path):
 
 def test_time_series_dataset(case, tmp_path):
     sets = [
-        "task.model.module_path=qlib.contrib.model.pytorch_gru_ts", "task.model.class=GRU",
+        "task.model.module_path=qlib.contrib.model.pytorch_gru_ts",
+        "task.model.class=GRU",
         "task.model.kwargs.d_feat=6",
-        "task.model.kwargs.n_jobs=20", "task.dataset.class=TSDatasetH", "task.dataset.kwargs.step_len=5",
-    ]  # fmt: skip
+        "task.model.kwargs.n_jobs=20",
+        "task.dataset.class=TSDatasetH",
+        "task.dataset.kwargs.step_len=5",
+    ]
     result = run(case[0], case[1], sets, output=tmp_path / "ts", seed=1)
     scores = predict(result.path, case[1], start="2020-02-21")
     pred = read_frame(result.path, "pred")
@@ -587,9 +590,13 @@ def test_the_portfolio_of_a_run_is_that_of_its_scores(price_case):
     prices, path = price_case
     folder = path / "portfolio_analysis"
     assert {f.name for f in folder.iterdir()} == {
-        "report_normal_1day.parquet", "positions_normal_1day.parquet", "indicators_normal_1day.parquet",
-        "port_analysis_1day.parquet", "indicator_analysis_1day.parquet", "metrics.json",
-    }  # fmt: skip
+        "report_normal_1day.parquet",
+        "positions_normal_1day.parquet",
+        "indicators_normal_1day.parquet",
+        "port_analysis_1day.parquet",
+        "indicator_analysis_1day.parquet",
+        "metrics.json",
+    }
     pred = read_frame(path, "pred")
     score = pred.loc[pred["segment"] == "test", "score"]
     exchange = Exchange(open_cost=0.0005, close_cost=0.0015, min_cost=0, limit_threshold=0.095)

@@ -28,9 +28,10 @@ from qfast.workflow.validation import check_workflow
 from support.workflows import FILES, Interrupt, write_case
 
 GATS = [
-    "task.model.class=GATs", "task.model.module_path=qlib.contrib.model.pytorch_gats",
+    "task.model.class=GATs",
+    "task.model.module_path=qlib.contrib.model.pytorch_gats",
     "task.model.kwargs.base_model=LSTM",
-]  # fmt: skip
+]
 BLOCK = [*GATS, "task.pretrain={n_epochs: 3, lr: 5e-3, batch_size: 64}"]
 ONE_EPOCH = "task.model.kwargs.n_epochs=1"
 PATH = "task.model.kwargs.model_path"
@@ -154,10 +155,14 @@ def test_without_a_block_nothing_is_pretrained(files, tmp_path):
 
 def test_rolling_windows(files, tmp_path):
     sets = [
-        "task.model.class=GATs", "task.model.module_path=qlib.contrib.model.pytorch_gats_ts",
-        "task.model.kwargs.d_feat=6", "task.dataset.class=TSDatasetH", "task.dataset.kwargs.step_len=5", ONE_EPOCH,
+        "task.model.class=GATs",
+        "task.model.module_path=qlib.contrib.model.pytorch_gats_ts",
+        "task.model.kwargs.d_feat=6",
+        "task.dataset.class=TSDatasetH",
+        "task.dataset.kwargs.step_len=5",
+        ONE_EPOCH,
         "task.pretrain={n_epochs: 1, n_jobs: 4, early_stop: 2}",
-    ]  # fmt: skip
+    ]
     path = run(*files, sets, output=tmp_path / "ts", seed=1).path
     assert manifest(path)["pretrain"]["model"] == "qfast.models.ts.GRU"
     scores = predict(path, files[1], start="2020-02-21")
@@ -278,7 +283,7 @@ def test_a_resumed_run_keeps_its_block_but_may_pretrain_longer(case, files, tmp_
             r"task.pretrain: .* task.model.kwargs.model_path is 'weights.pkl'; .* Remedy: --set .*model_path=null",
         ),
     ],
-)  # fmt: skip
+)
 def test_wrong_blocks_are_refused_by_name_before_data_is_loaded(files, tmp_path, monkeypatch, sets, message):
     monkeypatch.setattr(run_module, "build_dataset", never)
     with pytest.raises(ConfigError, match=message):

@@ -195,8 +195,11 @@ LAYER_CASES = [
     LayerCase(1, 1, 8, 4, 7),
     *(LayerCase(b, 7, 16, 2, 64, last=b % 2 == 0) for b in (1, 2, 3, 5, 13, 100)),
     *(LayerCase(5, t, 24, 3, 64, last=last) for t in (1, 2, 3, 20, 60, 130) for last in (False, True)),
-    *(LayerCase(6, 7, d, heads, 50, last=last) for d, heads in ((8, 4), (10, 5), (36, 6), (64, 2), (72, 8), (128, 1))
-      for last in (False, True)),
+    *(
+        LayerCase(6, 7, d, heads, 50, last=last)
+        for d, heads in ((8, 4), (10, 5), (36, 6), (64, 2), (72, 8), (128, 1))
+        for last in (False, True)
+    ),
     LayerCase(3, 4, 64, 64, 40),
     LayerCase(2, 3, 512, 8, 100),
     LayerCase(2, 3, 512, 2, 100, last=True),
@@ -204,18 +207,36 @@ LAYER_CASES = [
     # the models' own sizes, with few windows
     LayerCase(26, 20, 64, 2, 2048),
     LayerCase(26, 20, 64, 2, 2048, last=True),
-    *(LayerCase(14, 6, 12, 3, last=last, layout=layout) for layout in LAYOUTS if layout != "plain"
-      for last in (False, True)),
+    *(
+        LayerCase(14, 6, 12, 3, last=last, layout=layout)
+        for layout in LAYOUTS
+        if layout != "plain"
+        for last in (False, True)
+    ),
     LayerCase(9, 6, 12, 3, eps=1e-2),
     LayerCase(9, 6, 12, 3, eps=1e-2, last=True),
-]  # fmt: skip
+]
 
 
 LONG_LAYER_CASES = [
-    *(LayerCase(b, t, d, h, m, last=last) for b, t, d, h, m in (
-        (100, 20, 64, 2, 2048), (13, 60, 64, 4, 2048), (3, 512, 64, 2, 256), (2, 300, 128, 8, 100),
-        (5, 20, 512, 8, 2048), (1000, 2, 8, 4, 64), (300, 3, 36, 6, 256),
-    ) for last in (False, True)),
-    *(LayerCase(4, 33, d, h, 70, last=last) for d in (8, 16, 24, 36, 64, 72, 128, 250) for h in range(1, d + 1)
-      if d % h == 0 for last in (False, True)),
-]  # fmt: skip
+    *(
+        LayerCase(b, t, d, h, m, last=last)
+        for b, t, d, h, m in (
+            (100, 20, 64, 2, 2048),
+            (13, 60, 64, 4, 2048),
+            (3, 512, 64, 2, 256),
+            (2, 300, 128, 8, 100),
+            (5, 20, 512, 8, 2048),
+            (1000, 2, 8, 4, 64),
+            (300, 3, 36, 6, 256),
+        )
+        for last in (False, True)
+    ),
+    *(
+        LayerCase(4, 33, d, h, 70, last=last)
+        for d in (8, 16, 24, 36, 64, 72, 128, 250)
+        for h in range(1, d + 1)
+        if d % h == 0
+        for last in (False, True)
+    ),
+]

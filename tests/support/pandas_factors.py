@@ -27,10 +27,20 @@ def ufunc(name: str):
 
 
 for _method, _name in {
-    "add": "add", "sub": "subtract", "mul": "multiply", "truediv": "divide", "pow": "power", "gt": "greater",
-    "ge": "greater_equal", "lt": "less", "le": "less_equal", "eq": "equal", "ne": "not_equal", "and": "bitwise_and",
+    "add": "add",
+    "sub": "subtract",
+    "mul": "multiply",
+    "truediv": "divide",
+    "pow": "power",
+    "gt": "greater",
+    "ge": "greater_equal",
+    "lt": "less",
+    "le": "less_equal",
+    "eq": "equal",
+    "ne": "not_equal",
+    "and": "bitwise_and",
     "or": "bitwise_or",
-}.items():  # fmt: skip
+}.items():
     setattr(S, f"__{_method}__", ufunc(_name))
     if _method in ("add", "sub", "mul", "truediv", "pow"):
         setattr(S, f"__r{_method}__", lambda a, b, name=_name: ufunc(name)(b, a))
@@ -103,27 +113,59 @@ def corr(x: S, y: S, n: int) -> S:
 
 
 SCOPE = {
-    **{n: ufunc(u) for n, u in {
-        "Abs": "abs", "Log": "log", "Not": "bitwise_not", "Power": "power", "Add": "add", "Sub": "subtract",
-        "Mul": "multiply", "Div": "divide", "Greater": "maximum", "Less": "minimum", "Gt": "greater",
-        "Ge": "greater_equal", "Lt": "less", "Le": "less_equal", "Eq": "equal", "Ne": "not_equal",
-        "And": "bitwise_and", "Or": "bitwise_or",
-    }.items()},
+    **{
+        n: ufunc(u)
+        for n, u in {
+            "Abs": "abs",
+            "Log": "log",
+            "Not": "bitwise_not",
+            "Power": "power",
+            "Add": "add",
+            "Sub": "subtract",
+            "Mul": "multiply",
+            "Div": "divide",
+            "Greater": "maximum",
+            "Less": "minimum",
+            "Gt": "greater",
+            "Ge": "greater_equal",
+            "Lt": "less",
+            "Le": "less_equal",
+            "Eq": "equal",
+            "Ne": "not_equal",
+            "And": "bitwise_and",
+            "Or": "bitwise_or",
+        }.items()
+    },
     "Sign": lambda x: S(np.sign(x.s.astype(np.float32))),
     "If": lambda c, a, b: S(pd.Series(np.where(c.s, plain(a), plain(b)), index=c.s.index)),
     "Ref": lambda x, n: S(x.s.shift(n) if n else pd.Series(x.s.iloc[0], index=x.s.index)),
     "Delta": lambda x, n: S(x.s - (x.s.shift(n) if n else x.s.iloc[0])),
-    **{n: by_method(m) for n, m in {
-        "Mean": "mean", "Sum": "sum", "Std": "std", "Var": "var", "Max": "max", "Min": "min", "Med": "median",
-        "Count": "count", "Skew": "skew", "Kurt": "kurt",
-    }.items()},
+    **{
+        n: by_method(m)
+        for n, m in {
+            "Mean": "mean",
+            "Sum": "sum",
+            "Std": "std",
+            "Var": "var",
+            "Max": "max",
+            "Min": "min",
+            "Med": "median",
+            "Count": "count",
+            "Skew": "skew",
+            "Kurt": "kurt",
+        }.items()
+    },
     "Rank": by_method("rank", pct=True),
     "Quantile": lambda x, n, q: S(x.rolled(n).quantile(q)),
-    "IdxMax": by_apply(lambda v: v.argmax() + 1), "IdxMin": by_apply(lambda v: v.argmin() + 1),
-    "Mad": by_apply(mad), "WMA": by_apply(wma), "EMA": ema,
+    "IdxMax": by_apply(lambda v: v.argmax() + 1),
+    "IdxMin": by_apply(lambda v: v.argmin() + 1),
+    "Mad": by_apply(mad),
+    "WMA": by_apply(wma),
+    "EMA": ema,
     **{n: line(n.lower()) for n in ("Slope", "Rsquare", "Resi")},
-    "Corr": corr, "Cov": lambda x, y, n: S(x.rolled(n).cov(y.s)),
-}  # fmt: skip
+    "Corr": corr,
+    "Cov": lambda x, y, n: S(x.rolled(n).cov(y.s)),
+}
 
 
 def by_pandas(text: str, series: dict[str, pd.Series]) -> pd.Series:

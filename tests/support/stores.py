@@ -24,9 +24,13 @@ def write_store(root: Path, *, seed: int = 0, n_days: int = 120, freq: str = "da
         (root / part).mkdir(parents=True)
     (root / "calendars" / f"{freq}.txt").write_text("\n".join(calendar.strftime(stamp)) + "\n")
     stored = {
-        "AAA": (0, n_days), "BBB": (n_days // 3, n_days), "CCC": (0, n_days // 2), "CON": (5, n_days - 5),
-        "DDD": (0, n_days), "EEE": (n_days - 3, n_days),
-    }  # fmt: skip
+        "AAA": (0, n_days),
+        "BBB": (n_days // 3, n_days),
+        "CCC": (0, n_days // 2),
+        "CON": (5, n_days - 5),
+        "DDD": (0, n_days),
+        "EEE": (n_days - 3, n_days),
+    }
     for code, (first, stop) in stored.items():
         folder = root / "features" / ("_qlib_con" if code == "CON" else code.lower())
         folder.mkdir()
@@ -65,8 +69,10 @@ def write_store(root: Path, *, seed: int = 0, n_days: int = 120, freq: str = "da
 
 def minutes(n: int) -> pd.DatetimeIndex:
     """Calendar of 5-minute bars, 12 a day."""
-    days = [pd.date_range(d + pd.Timedelta(hours=9, minutes=30), periods=12, freq="5min") for d in
-            pd.bdate_range("2020-01-01", periods=-(-n // 12))]  # fmt: skip
+    days = [
+        pd.date_range(d + pd.Timedelta(hours=9, minutes=30), periods=12, freq="5min")
+        for d in pd.bdate_range("2020-01-01", periods=-(-n // 12))
+    ]
     return pd.DatetimeIndex(np.concatenate([d.to_numpy() for d in days]))[:n]
 
 

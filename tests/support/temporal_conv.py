@@ -242,7 +242,7 @@ STACK_CASES = [
     # no weight normalisation
     StackCase(20, 7, (32,) * 5, 20, 6, norm=False),
     StackCase(12, 3, (16, 8), 8, 5, norm=False, all_steps=True),
-]  # fmt: skip
+]
 
 
 @dataclass(frozen=True)
@@ -282,9 +282,15 @@ def stacks(draw: st.DrawFn) -> tuple[StackCase, str, float]:
     kernels = tuple(draw(st.lists(st.integers(1, 9), min_size=depth, max_size=depth)))
     dilations = draw(st.none() | st.lists(st.integers(1, 12), min_size=depth, max_size=depth).map(tuple))
     case = StackCase(
-        draw(st.integers(1, 30)), kernels, widths, draw(st.sampled_from([widths[0], 1, 2, 3, 5, 20])),
-        draw(st.integers(0, 30)), draw(st.booleans()), draw(st.booleans()), dilations,
-    )  # fmt: skip
+        draw(st.integers(1, 30)),
+        kernels,
+        widths,
+        draw(st.sampled_from([widths[0], 1, 2, 3, 5, 20])),
+        draw(st.integers(0, 30)),
+        draw(st.booleans()),
+        draw(st.booleans()),
+        dilations,
+    )
     return case, draw(st.sampled_from(sorted(LAYOUTS))), draw(st.sampled_from([0.0, 0.0, 0.3, 0.9]))
 
 

@@ -75,9 +75,20 @@ def write_case(folder: Path) -> tuple[Path, Path]:
 
 
 FILES = {
-    "config.yaml", "manifest.json", "history.csv", "best.safetensors", "last.safetensors", "model.json",
-    "processors.safetensors", "pred.parquet", "label.parquet", "metrics.json", "daily.csv", "plots", "report.html",
-}  # fmt: skip
+    "config.yaml",
+    "manifest.json",
+    "history.csv",
+    "best.safetensors",
+    "last.safetensors",
+    "model.json",
+    "processors.safetensors",
+    "pred.parquet",
+    "label.parquet",
+    "metrics.json",
+    "daily.csv",
+    "plots",
+    "report.html",
+}
 
 
 class Interrupt(Callback):
