@@ -93,7 +93,7 @@ def captured(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]
     return graph.replay
 
 
-def both_ways(call: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Callable[[], Any]:
+def forward_and_backward(call: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Callable[[], Any]:
     arguments = [tensor.detach().requires_grad_() for tensor in tensors]
     return lambda: torch.autograd.grad(call(*arguments).square().sum(), arguments)
 
@@ -119,11 +119,11 @@ def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def attention(device: torch.device, small: bool) -> Iterator[Case]:
     for n in (300, 1000) if small else (300, 1000, 5000, 100_000):
         arguments = [torch.randn(n, device=device), torch.randn(n, device=device), torch.randn(n, 64, device=device)]
-        baseline = both_ways(dense, arguments) if n <= 5000 else None
+        baseline = forward_and_backward(dense, arguments) if n <= 5000 else None
         moved = 4.0 * n * (2 + 64) * 3  # read, written, and their gradients read
         yield Case(
             f"attention over {n} stocks, 64 wide, both ways",
-            both_ways(lambda q, k, v: ops.additive_attention(q, k, v), arguments),
+            forward_and_backward(lambda q, k, v: ops.additive_attention(q, k, v), arguments),
             baseline,
             moved,
         )
@@ -163,7 +163,13 @@ def _recurrent_pair(operator: Any, kind: Any, gates: int, x: Tensor) -> Iterator
     name = f"{kind.__name__}, {x.shape[0]} x {x.shape[1]}, {layers} layers of {hidden}"
     yield Case(f"{name}, forward", lambda: ours(x, *weights), lambda: forward(x), 0, products)
     arguments = [x, *weights]
-    yield Case(f"{name}, both ways", both_ways(ours, arguments), both_ways(theirs, arguments), 0, 3 * products)
+    yield Case(
+        f"{name}, both ways",
+        forward_and_backward(ours, arguments),
+        forward_and_backward(theirs, arguments),
+        0,
+        3 * products,
+    )
 
 
 def convolutions(device: torch.device, small: bool) -> Iterator[Case]:
@@ -198,7 +204,11 @@ def encoders(device: torch.device, small: bool) -> Iterator[Case]:
         products = batch * steps * (4 * 64 * 64 + 2 * 64 * 2048 + 2 * steps * 64)
         name = f"encoder layer, {batch} x {steps}, 64 wide, feed-forward 2,048"
         yield Case(
-            f"{name}, both ways", both_ways(ours, [x, *weights]), both_ways(theirs, [x, *weights]), 0, 3.0 * products
+            f"{name}, both ways",
+            forward_and_backward(ours, [x, *weights]),
+            forward_and_backward(theirs, [x, *weights]),
+            0,
+            3.0 * products,
         )
         yield from _precisions(x.flatten(0, 1), weights[4:8])
 
@@ -370,7 +380,7 @@ def ways(clock: Clock, small: bool) -> None:
             calls = []
             for name in names:
                 os.environ[variable] = name
-                calls.append(captured(both_ways(attend, tensors), clock.device))
+                calls.append(captured(forward_and_backward(attend, tensors), clock.device))
             times = " | ".join(f"{time * 1e3:,.0f} us" for time in clock.medians(calls))
             print(f"| {days} | {n} | {times} |", flush=True)
     os.environ.pop(variable) if before is None else os.environ.update({variable: before})
@@ -379,7 +389,7 @@ def ways(clock: Clock, small: bool) -> None:
 # ---------------------------------------------------------------- scaling
 def attention_call(n: int, device: torch.device) -> Callable[[], Any]:
     arguments = [torch.randn(n, device=device), torch.randn(n, device=device), torch.randn(n, 64, device=device)]
-    return both_ways(lambda q, k, v: ops.additive_attention(q, k, v), arguments)
+    return forward_and_backward(lambda q, k, v: ops.additive_attention(q, k, v), arguments)
 
 
 def lstm_call(batch: int, steps: int, device: torch.device) -> Callable[[], Any]:

@@ -12,7 +12,7 @@ import torch
 
 from qfast.errors import ConfigError
 from qfast.models import ALSTM, ts
-from support.fits import SMALL, dataset_for, same, weights
+from support.fits import SMALL, dataset_for, same_weights, weights
 from support.qlib import TRAIN, qlib_frames
 
 both = pytest.mark.parametrize("kind", [ALSTM, ts.ALSTM], ids=["flat", "ts"])
@@ -41,7 +41,7 @@ def test_compat_builds_a_gru_like_qlib(kind, caplog):
     with caplog.at_level(logging.INFO, logger="qfast"):
         model = kind(**SMALL, rnn_type="LSTM", compat="qlib")
     assert "rnn_type='LSTM' has no effect with compat='qlib': a GRU is built" in caplog.text
-    assert same(weights(model), weights(kind(**SMALL)))
+    assert same_weights(weights(model), weights(kind(**SMALL)))
     assert type(kind(**SMALL, rnn_type="nonsense", compat="qlib").network.rnn) is torch.nn.GRU
     with pytest.raises(ConfigError, match=r"rnn_type must be one of \['GRU', 'LSTM', 'RNN'\], got 'nonsense'"):
         kind(**SMALL, rnn_type="nonsense")
@@ -52,7 +52,7 @@ def test_torchs_plain_layer_trains_too(kind):
     model = kind(**SMALL, rnn_type="RNN")
     before = weights(model)
     model.fit(dataset_for(kind))
-    assert not same(weights(model), before)
+    assert not same_weights(weights(model), before)
     assert model.predict(dataset_for(kind)).notna().all()
 
 

@@ -20,13 +20,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::U
 types = pytest.mark.parametrize("rnn_type", ["GRU", "LSTM", "RNN"])
 
 
-def plainly(net: ALSTMModel, x: Tensor) -> Tensor:
+def by_torch_layers(net: ALSTMModel, x: Tensor) -> Tensor:
     steps = net.rnn(net.net(x))[0]
     pooled = (steps * net.att_net(steps)).sum(1)
     return net.fc_out(torch.cat((steps[:, -1], pooled), 1))[..., 0]
 
 
-def case(rnn_type: str = "GRU", dtype: torch.dtype = torch.float64, rows: int = 40) -> tuple[ALSTMModel, Tensor]:
+def small_network(
+    rnn_type: str = "GRU", dtype: torch.dtype = torch.float64, rows: int = 40
+) -> tuple[ALSTMModel, Tensor]:
     torch.manual_seed(0)
     return ALSTMModel(5, 9, 2, rnn_type=rnn_type).to(dtype), torch.randn(rows, 7, 5, dtype=dtype)
 
@@ -45,10 +47,10 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 @types
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_predictions_and_gradients_are_those_of_the_layers(rnn_type: str, dtype: torch.dtype, bound: float) -> None:
-    net, x = case(rnn_type, dtype)
+    net, x = small_network(rnn_type, dtype)
     exact, wide = copy.deepcopy(net).double(), x.double().requires_grad_()
     x.requires_grad_()
-    result, expected = net(x), plainly(exact, wide)
+    result, expected = net(x), by_torch_layers(exact, wide)
     assert (result - expected).norm() <= bound * expected.norm()
     result.square().sum().backward()
     expected.square().sum().backward()
@@ -62,7 +64,7 @@ def test_the_network_calls_the_operators(rnn_type: str, monkeypatch: pytest.Monk
     if _backend.native is None:
         pytest.skip("no native library")
     seen = counted(monkeypatch)
-    net, x = case(rnn_type)
+    net, x = small_network(rnn_type)
     net(x)
     assert seen == [(40, 7, 9)]
 
@@ -77,11 +79,11 @@ def test_sizes(rnn_type: str, sizes: tuple[int, int, int]) -> None:
             continue  # torch's own layer is asked
         assert net(x).shape == (batch,)
         if batch:
-            torch.testing.assert_close(net(x), plainly(net, x), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(net(x), by_torch_layers(net, x), rtol=1e-12, atol=1e-12)
 
 
 def test_flat_windows_are_read_feature_by_feature() -> None:
-    net, x = case()
+    net, x = small_network()
     assert torch.equal(net(x.transpose(1, 2).reshape(40, -1)), net(x.transpose(1, 2).contiguous().transpose(1, 2)))
     with pytest.raises(DataError, match=r"built with d_feat=5\. Remedy: d_feat=4"):
         net(x[..., :4])
@@ -91,7 +93,7 @@ def test_flat_windows_are_read_feature_by_feature() -> None:
 @pytest.mark.parametrize("rnn_type", ["GRU", "LSTM"])
 @pytest.mark.parametrize("spacing", [1, 3])
 def test_windows_of_consecutive_rows_map_each_row_once(rnn_type: str, spacing: int, monkeypatch) -> None:
-    net, _ = case(rnn_type)
+    net, _ = small_network(rnn_type)
     rows = torch.randn(60, 5 * spacing, dtype=torch.float64)[:, ::spacing]
     windows = rows.unfold(0, 20, 1).transpose(1, 2)
     seen: list[int] = []
@@ -121,7 +123,7 @@ def test_changed_parts_are_called_as_they_are() -> None:
 
     windows = torch.randn(30, 5, dtype=torch.float64).unfold(0, 8, 1).transpose(1, 2)
     for change in ("names", "container", "hook", "scores", "bias"):
-        net, _ = case()
+        net, _ = small_network()
         if change == "names":
             net.net, net.att_net = nn.Sequential(*net.net), nn.Sequential(*net.att_net)
         elif change == "container":
@@ -132,18 +134,18 @@ def test_changed_parts_are_called_as_they_are() -> None:
             width = net.att_net.att_fc_out.in_features
             outputs = net.rnn.hidden_size if change == "scores" else 1
             net.att_net.att_fc_out = nn.Linear(width, outputs, bias=change == "bias").double()
-        expected = plainly(net, windows.contiguous())
+        expected = by_torch_layers(net, windows.contiguous())
         for arguments in (windows, windows.contiguous()):
             torch.testing.assert_close(net(arguments), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_windows_of_consecutive_rows_have_gradients() -> None:
-    net, _ = case()
+    net, _ = small_network()
     rows = torch.randn(30, 5, dtype=torch.float64, requires_grad=True)
-    for function in (net, lambda x: plainly(net, x)):
+    for function in (net, lambda x: by_torch_layers(net, x)):
         function(rows.unfold(0, 8, 1).transpose(1, 2)).square().sum().backward()
     other = rows.detach().clone().requires_grad_()
-    plainly(net, other.unfold(0, 8, 1).transpose(1, 2)).square().sum().backward()
+    by_torch_layers(net, other.unfold(0, 8, 1).transpose(1, 2)).square().sum().backward()
     torch.testing.assert_close(rows.grad, 2 * other.grad, rtol=1e-10, atol=1e-12)
 
 
@@ -154,21 +156,21 @@ def test_a_head_that_looks_across_steps_gets_whole_windows() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x - x.mean(1, keepdim=True)
 
-    net, _ = case()
+    net, _ = small_network()
     net.net.append(Centred())
     windows = torch.randn(30, 5, dtype=torch.float64).unfold(0, 8, 1).transpose(1, 2)
     with torch.no_grad():
-        torch.testing.assert_close(net(windows), plainly(net, windows), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(net(windows), by_torch_layers(net, windows), rtol=1e-12, atol=1e-12)
 
 
 # ---------------------------------------------------------------- changed parts
 @pytest.mark.parametrize("part", ["att_fc_in", "att_act", "att_net"])
 def test_hooks_inside_the_attention_are_called(part: str) -> None:
-    net, x = case()
+    net, x = small_network()
     called = []
     module = net.att_net if part == "att_net" else getattr(net.att_net, part)
     handle = module.register_forward_hook(lambda *_: called.append(part))
-    torch.testing.assert_close(net(x), plainly(net, x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(net(x), by_torch_layers(net, x), rtol=1e-12, atol=1e-12)
     assert called == [part, part]
     handle.remove()
     net(x)
@@ -176,23 +178,23 @@ def test_hooks_inside_the_attention_are_called(part: str) -> None:
 
 
 def test_an_exchanged_activation_is_called() -> None:
-    net, x = case()
+    net, x = small_network()
     before = net(x)
     net.att_net.att_act = nn.ReLU()
     assert not torch.allclose(net(x), before)
-    torch.testing.assert_close(net(x), plainly(net, x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(net(x), by_torch_layers(net, x), rtol=1e-12, atol=1e-12)
 
 
 def test_an_attention_without_bias_is_computed() -> None:
-    net, x = case()
+    net, x = small_network()
     net.att_net.att_fc_in = nn.Linear(9, 4, bias=False).double()
-    torch.testing.assert_close(net(x), plainly(net, x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(net(x), by_torch_layers(net, x), rtol=1e-12, atol=1e-12)
 
 
 def test_an_exchanged_output_with_bias_and_a_wider_attention_are_computed() -> None:
-    net, x = case()
+    net, x = small_network()
     net.att_net.att_fc_in, net.att_net.att_fc_out = nn.Linear(9, 11).double(), nn.Linear(11, 1).double()
-    torch.testing.assert_close(net(x), plainly(net, x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(net(x), by_torch_layers(net, x), rtol=1e-12, atol=1e-12)
 
 
 # ---------------------------------------------------------------- dropout
@@ -206,7 +208,7 @@ def test_dropout_counts_in_training_only_and_follows_the_generator() -> None:
     assert not torch.equal(first, second)
     net.eval()
     assert torch.equal(net(x), net(x))
-    torch.testing.assert_close(net(x), plainly(net, x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(net(x), by_torch_layers(net, x), rtol=1e-5, atol=1e-6)
     net.train()
     net.att_net.eval()
     assert torch.equal(net(x), net(x))
@@ -240,8 +242,8 @@ def test_wrong_sizes_are_reported(wrong: dict[str, float], message: str) -> None
 # ---------------------------------------------------------------- torch around it
 @types
 def test_trace_script_and_export_hold_torchs_operations_only(rnn_type: str) -> None:
-    net, x = case(rnn_type)
-    expected = plainly(net, x)
+    net, x = small_network(rnn_type)
+    expected = by_torch_layers(net, x)
     for made in (torch.jit.trace(net, (x,)), torch.jit.script(net)):
         torch.testing.assert_close(made(x), expected, rtol=1e-12, atol=1e-12)
         assert "qfast::" not in str(made.inlined_graph)
@@ -252,7 +254,7 @@ def test_trace_script_and_export_hold_torchs_operations_only(rnn_type: str) -> N
 
 @torch._dynamo.config.patch(allow_rnn=True)
 def test_compile_into_one_graph() -> None:
-    net, x = case("GRU")
+    net, x = small_network("GRU")
     compiled = torch.compile(copy.deepcopy(net), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), net(x), rtol=1e-12, atol=1e-12)
     compiled(x).sum().backward()
@@ -263,29 +265,29 @@ def test_compile_into_one_graph() -> None:
 
 @pytest.mark.parametrize("rnn_type", ["GRU", "LSTM"])
 def test_transforms(rnn_type: str) -> None:
-    net, x = case(rnn_type)
+    net, x = small_network(rnn_type)
     along = torch.randn_like(x)
-    expected = torch.func.jvp(lambda x: plainly(net, x), (x,), (along,))[1]
+    expected = torch.func.jvp(lambda x: by_torch_layers(net, x), (x,), (along,))[1]
     torch.testing.assert_close(torch.func.jvp(net, (x,), (along,))[1], expected, rtol=1e-10, atol=1e-13)
     result = torch.func.grad(lambda p: functional_call(net, p, (x,)).square().sum())(dict(net.named_parameters()))
-    plainly(net, x).square().sum().backward()
+    by_torch_layers(net, x).square().sum().backward()
     for name, parameter in net.named_parameters():
         torch.testing.assert_close(result[name], parameter.grad, rtol=1e-10, atol=1e-12)
     others = [copy.deepcopy(net) for _ in range(2)]
     parameters, buffers = torch.func.stack_module_state(others)
     ensemble = torch.vmap(lambda p, b: functional_call(net, (p, b), (x,)))(parameters, buffers)
-    torch.testing.assert_close(ensemble, torch.stack([plainly(net, x)] * 2), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ensemble, torch.stack([by_torch_layers(net, x)] * 2), rtol=1e-12, atol=1e-12)
 
 
 def test_autocast() -> None:
-    net, x = case(dtype=torch.float32)
+    net, x = small_network(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result = net(x)
-    assert (result.float() - plainly(net, x)).norm() <= 0.05 * plainly(net, x).norm() + 0.02
+    assert (result.float() - by_torch_layers(net, x)).norm() <= 0.05 * by_torch_layers(net, x).norm() + 0.02
 
 
 def test_dynamic_quantisation() -> None:
-    net, x = case(dtype=torch.float32)
+    net, x = small_network(dtype=torch.float32)
     net.eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -296,7 +298,7 @@ def test_dynamic_quantisation() -> None:
 
 
 def test_it_is_copied_and_pickled_after_a_forward() -> None:
-    net, x = case()
+    net, x = small_network()
     expected = net(x)
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         assert torch.equal(other(x), expected)

@@ -14,7 +14,7 @@ from qfast.data import DatasetH
 from qfast.errors import BackendError, CheckpointError, ConfigError, DataError, NotFittedError, QfastError
 from qfast.models import GRU, LSTM, ts
 from qfast.training.callbacks import Callback
-from support.fits import SMALL, StopAt, same, weights
+from support.fits import SMALL, StopAt, same_weights, weights
 from support.frames import SEGMENTS, flat, make_frame, rolling
 
 
@@ -55,7 +55,7 @@ def test_early_stopping_keeps_the_best_weights():
     model = Scripted(**{**SMALL, "n_epochs": 50, "early_stop": 2}).fit(rolling(), callbacks=[Keep()])
     assert len(model.history_) == 4  # 1 + early_stop epochs after the best one would be the third
     assert model.best_epoch_ == 1
-    assert same(weights(model), seen[1])
+    assert same_weights(weights(model), seen[1])
 
 
 # ---------------------------------------------------------------- predicting
@@ -110,7 +110,7 @@ def test_nan_in_features_stops_before_training_and_names_column_and_share():
         r"2020-01-0\d 00:00:00, 'S00\d'",
     ):
         model.fit(rolling(frame))
-    assert same(weights(model), before)
+    assert same_weights(weights(model), before)
 
 
 def test_a_nan_only_in_history_is_found_too():
@@ -174,7 +174,7 @@ def test_without_a_validation_segment_the_last_weights_stay(kind):
     model = kind(**SMALL)
     before = weights(model)
     model.fit(flat(segments={"train": SEGMENTS["train"]}))
-    assert not same(weights(model), before)
+    assert not same_weights(weights(model), before)
     assert "valid" not in model.history_
     assert model.best_epoch_ is None
 
@@ -255,7 +255,7 @@ def test_weights_stay_with_their_samples_where_rows_are_left_out():
     with_gaps = GRU(**SMALL).fit(flat(frame), reweighter=ByDate())
     without = GRU(**SMALL).fit(flat(frame.dropna()), reweighter=ByDate())
     assert with_gaps.evals_result_ == without.evals_result_
-    assert same(weights(with_gaps), weights(without))
+    assert same_weights(weights(with_gaps), weights(without))
 
 
 # ---------------------------------------------------------------- arguments

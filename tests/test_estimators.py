@@ -32,7 +32,7 @@ from support.fits import (
     is_time_series,
     laid_out_flat,
     parametrize_estimators,
-    same,
+    same_weights,
     small_arguments,
     small_model,
     weights,
@@ -277,7 +277,7 @@ def test_get_params_rebuild_the_model(kind, caplog):
         name: value for name, value in arguments.items() if name not in ("seed", "device")
     }
     assert str(again.device) == "cpu" or "device" not in arguments
-    assert same(weights(again), weights(model))
+    assert same_weights(weights(again), weights(model))
     assert getattr(again, NETWORK_ATTRIBUTES[kind]) is again.network
 
 
@@ -306,7 +306,7 @@ def test_an_interrupted_fit_resumes_to_the_unbroken_result(kind, moment, tmp_pat
     resumed = kind(**arguments).fit(dataset_for(kind), checkpoint_dir=tmp_path, resume=True)
     assert len(resumed.history_) == 5
     assert resumed.evals_result_ == unbroken.evals_result_
-    assert same(weights(resumed), weights(unbroken))
+    assert same_weights(weights(resumed), weights(unbroken))
     assert [path.name for path in tmp_path.iterdir()] == ["last.safetensors"]
     for model in (resumed, unbroken):  # a further fit continues both alike
         np.random.seed(5)
@@ -323,7 +323,7 @@ def test_a_fitted_model_is_pickled_and_copied(kind):
     for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
         pd.testing.assert_series_equal(again.predict(dataset_for(kind)), expected)
         again.fit(dataset_for(kind))  # training continues in the copy alone
-        assert not same(weights(again), weights(model))
+        assert not same_weights(weights(again), weights(model))
 
 
 # ---------------------------------------------------------------- workflow files

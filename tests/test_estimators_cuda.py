@@ -17,7 +17,7 @@ from qfast.errors import DataError
 from qfast.models import LSTM, ts
 from qfast.training import step_graphs
 from qfast.training.callbacks import Callback
-from support.fits import dataset_for, device_model, estimator_name, parametrize_estimators, states_equal
+from support.fits import assert_states_equal, dataset_for, device_model, estimator_name, parametrize_estimators
 from support.frames import rolling
 
 pytestmark = [
@@ -48,7 +48,7 @@ def test_a_gpu_trains_to_the_cpus_numbers(kind, layers):
 
 @parametrize_estimators()
 def test_a_gpu_trains_the_same_twice_with_dropout(kind, layers):
-    states_equal(*(device_model(kind, DEVICE, dropout=0.4).fit(dataset_for(kind)) for _ in range(2)))
+    assert_states_equal(*(device_model(kind, DEVICE, dropout=0.4).fit(dataset_for(kind)) for _ in range(2)))
 
 
 # ---------------------------------------------------------------- steps as CUDA graphs
@@ -74,7 +74,7 @@ def test_recorded_steps_train_to_the_same_bits(kind, dropout, layers, recorded):
         device_model(kind, DEVICE, dropout=dropout, cuda_graphs=on, n_epochs=3).fit(dataset_for(kind))
         for on in (False, True)
     )
-    states_equal(plain, graphs)
+    assert_states_equal(plain, graphs)
     assert recorded
     assert len(recorded) == len(set(recorded))
 
@@ -85,7 +85,7 @@ def test_recorded_steps_follow_the_learning_rate(recorded):
             for group in estimator.train_optimizer.param_groups:
                 group["lr"] *= 0.5
 
-    states_equal(
+    assert_states_equal(
         *(
             device_model(ts.LSTM, DEVICE, n_epochs=3, cuda_graphs=on).fit(rolling(), callbacks=[Halve()])
             for on in (False, True)
@@ -102,7 +102,7 @@ def test_a_step_that_waits_is_launched_kernel_by_kernel(caplog):
 
     kwargs = {"d_feat": 3, "hidden_size": 8, "n_epochs": 2, "batch_size": 32, "seed": 1, "device": DEVICE}
     pair = [Curious(**kwargs, cuda_graphs=on).fit(rolling()) for on in (False, True)]
-    states_equal(*pair)
+    assert_states_equal(*pair)
     assert "not as CUDA graphs: they synchronize with the host" in caplog.text
 
 

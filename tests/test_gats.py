@@ -13,7 +13,7 @@ from qfast.errors import ConfigError, DataError, NotFittedError
 from qfast.models import GATs, attention, ts
 from qfast.nn.recurrent import as_windows
 from qfast.training.callbacks import Callback
-from support.fits import dataset_for, frame_for, same, weights
+from support.fits import dataset_for, frame_for, same_weights, weights
 from support.frames import make_frame, rolling
 
 SMALL = {"d_feat": 3, "hidden_size": 8, "n_epochs": 3, "lr": 0.01, "seed": 1}
@@ -154,7 +154,7 @@ def test_one_stock_in_all(kind):
     model = kind(**SMALL)
     before = weights(model)
     assert model.fit(dataset).predict(dataset).notna().all()
-    assert not same(weights(model), before)
+    assert not same_weights(weights(model), before)
 
 
 @both
@@ -192,7 +192,7 @@ def test_days_without_labels(kind):
     unlabelled = frame.drop(index=["2020-01-09", "2020-01-10"], level=0)
     if kind is GATs:  # leaving the days out of the data is the same: no step, no pull on Adam's means
         other = GATs(**SMALL, shuffle_days=False).fit(dataset_for(kind, frame=unlabelled))
-        assert same(weights(kind(**SMALL, shuffle_days=False).fit(dataset)), weights(other))
+        assert same_weights(weights(kind(**SMALL, shuffle_days=False).fit(dataset)), weights(other))
 
 
 # ---------------------------------------------------------------- arguments

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qfast.nn import Localformer, localformer
 from support.operator_case import relative_error
-from support.transformer import F32, F64, NATIVE, case, gradients, plainly
+from support.transformer import F32, F64, NATIVE, by_torch_layers, gradients, small_network
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -55,7 +55,7 @@ def by_hand(net: Localformer, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_the_definition(steps: int) -> None:
-    net, _ = case(Localformer)
+    net, _ = small_network(Localformer)
     x = torch.randn(6, steps, 5, dtype=F64)
     torch.testing.assert_close(net(x), by_hand(net, x), rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(net.to_reference()(x), by_hand(net, x), rtol=1e-11, atol=1e-12)
@@ -64,13 +64,13 @@ def test_the_definition(steps: int) -> None:
 def test_one_operator_after_the_other(seen: list[str]) -> None:
     if not NATIVE:
         pytest.skip("no native library")
-    net, x = case(Localformer)
+    net, x = small_network(Localformer)
     net(x)
     assert seen == ["window_conv", "run_layer", "window_conv", "run_layer", "gru"]
 
 
 def test_the_convolutions_begin_alike_and_learn_apart() -> None:
-    net, x = case(Localformer)
+    net, x = small_network(Localformer)
     first, second = net.transformer_encoder.conv
     assert torch.equal(first.weight, second.weight)
     assert first.weight is not second.weight
@@ -82,13 +82,13 @@ def test_the_convolutions_begin_alike_and_learn_apart() -> None:
 def test_dropout_is_between_the_layers_of_the_gru() -> None:
     assert Localformer(num_layers=3, dropout=0.3).rnn.dropout == 0.3
     assert Localformer(num_layers=1, dropout=0.3).rnn.dropout == 0.0
-    net, x = case(Localformer, F32, dropout=0.5)
+    net, x = small_network(Localformer, F32, dropout=0.5)
     net.transformer_encoder.eval()
     torch.manual_seed(1)
     first, second = net(x), net(x)
     assert not torch.allclose(first, second)
     net.rnn.eval()
-    torch.testing.assert_close(net(x), plainly(net, x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(net(x), by_torch_layers(net, x), rtol=1e-5, atol=1e-6)
 
 
 # ---------------------------------------------------------------- changed networks
@@ -158,7 +158,7 @@ CHANGES = [
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_changed_networks_are_computed_as_they_are(change: Callable, seen: list[str]) -> None:
-    net, x = case(Localformer)
+    net, x = small_network(Localformer)
     before = net(x)
     seen.clear()
     torch.manual_seed(4)
@@ -166,17 +166,17 @@ def test_changed_networks_are_computed_as_they_are(change: Callable, seen: list[
     result = net(x)
     assert seen == []
     assert not torch.allclose(result, before, rtol=1e-9)  # the change counts
-    torch.testing.assert_close(result, plainly(net, x), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(result, by_torch_layers(net, x), rtol=1e-11, atol=1e-12)
 
 
 def test_parts_that_are_replaced_by_the_same_kind_count(seen: list[str]) -> None:
     """Five taps or a wider GRU of one layer: the operators use the new layers."""
-    net, x = case(Localformer)
+    net, x = small_network(Localformer)
     torch.manual_seed(4)
     net.transformer_encoder.conv[0] = nn.Conv1d(8, 8, 5, padding=2).double()
     net.rnn, net.decoder_layer = nn.GRU(8, 12).double(), nn.Linear(12, 1).double()
     exact = copy.deepcopy(net)
-    result, expected = net(x), plainly(exact, x)
+    result, expected = net(x), by_torch_layers(exact, x)
     torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-12)
     assert len(seen) == 5 * NATIVE
     of_ours, of_theirs = gradients(net, result), gradients(exact, expected)

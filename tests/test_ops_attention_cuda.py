@@ -365,7 +365,7 @@ def direct_inputs(sizes: list[int], width: int = 64) -> tuple[list[Tensor], list
     return [query, key, hidden[None].clone()], [hidden, weight, bias], grad, days
 
 
-def both_ways(attention: list[Tensor], graph: list[Tensor], grad: Tensor, days: tuple) -> list[Tensor]:
+def forward_and_backward(attention: list[Tensor], graph: list[Tensor], grad: Tensor, days: tuple) -> list[Tensor]:
     """All results of the four operators."""
     saved = OPS.additive_attention(*attention, *days, True)
     result = [*saved, *OPS.additive_attention_backward(grad[None], *attention, *days, *saved)]
@@ -376,13 +376,13 @@ def both_ways(attention: list[Tensor], graph: list[Tensor], grad: Tensor, days: 
 @needs_gpu
 def test_the_same_bits_come_again(beside: list[int]) -> None:
     inputs = direct_inputs([1, 700, 0, 40, 900, 3, *beside])
-    first = both_ways(*inputs)
+    first = forward_and_backward(*inputs)
     side = torch.cuda.Stream()
     for _ in range(5):
-        assert all(torch.equal(a, b) for a, b in zip(both_ways(*inputs), first, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(forward_and_backward(*inputs), first, strict=True))
         with torch.cuda.stream(side):
             side.wait_stream(torch.cuda.default_stream())
-            again = both_ways(*inputs)
+            again = forward_and_backward(*inputs)
         side.synchronize()
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
@@ -390,11 +390,11 @@ def test_the_same_bits_come_again(beside: list[int]) -> None:
 @needs_gpu
 def test_nothing_waits_for_the_device(beside: list[int]) -> None:
     inputs = direct_inputs([300, 0, 7, *beside])
-    both_ways(*inputs)
+    forward_and_backward(*inputs)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        both_ways(*inputs)
+        forward_and_backward(*inputs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -410,13 +410,13 @@ def test_a_cuda_graph_captures_all_four_operators(beside: list[int]) -> None:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        both_ways(*inputs)
+        forward_and_backward(*inputs)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = both_ways(*inputs)
+        result = forward_and_backward(*inputs)
     for given_now in (inputs, changed):
-        wanted = both_ways(*given_now)
+        wanted = forward_and_backward(*given_now)
         static = [*inputs[0], *inputs[1], inputs[2], inputs[3][0]]
         fresh = [*given_now[0], *given_now[1], given_now[2], given_now[3][0]]
         for a, b in zip(static, [t.clone() for t in fresh], strict=True):
@@ -510,8 +510,8 @@ def test_refusals_of_the_kernels() -> None:
 def test_unchecked_offsets_touch_no_other_memory() -> None:
     attention, graph, grad, _ = direct_inputs([9], 3)
     for wrong in ([0, 10], [0, 7, 3, 9], [-1, 9], [0, 8], [9, 0]):
-        both_ways(attention, graph, grad, (torch.tensor(wrong, device=DEVICE), 9, 0.01))
+        forward_and_backward(attention, graph, grad, (torch.tensor(wrong, device=DEVICE), 9, 0.01))
     long = direct_inputs([LONG], 3)
-    result = both_ways(*long[:3], (torch.tensor([0, 2 * LONG, LONG], device=DEVICE), LONG, 0.01))
+    result = forward_and_backward(*long[:3], (torch.tensor([0, 2 * LONG, LONG], device=DEVICE), LONG, 0.01))
     assert torch.isnan(result[0]).all()
     torch.cuda.synchronize()

@@ -68,7 +68,7 @@ def seed_for(case: Case, device: str, seed: int = 12345678901) -> Tensor | None:
     return torch.tensor([seed], device=device) if case.dropout else None
 
 
-def both_ways(tensors: list[Tensor], grad: Tensor, dropout: float, seed: Tensor | None) -> list[Tensor]:
+def forward_and_backward(tensors: list[Tensor], grad: Tensor, dropout: float, seed: Tensor | None) -> list[Tensor]:
     """Result, attention and the four gradients, by the raw operators."""
     pooled, attention = OPS.attention_pool(*tensors, dropout, seed)
     return [
@@ -87,7 +87,7 @@ def by_definition(case: Case, dtype: torch.dtype, seed: int = 12345678901) -> li
 
 
 def on_gpu(case: Case, dtype: torch.dtype, seed: int = 12345678901) -> list[Tensor]:
-    return both_ways(*inputs(case, dtype, DEVICE), case.dropout, seed_for(case, DEVICE, seed))
+    return forward_and_backward(*inputs(case, dtype, DEVICE), case.dropout, seed_for(case, DEVICE, seed))
 
 
 def relative(result: Tensor, exact: Tensor) -> float:
@@ -142,8 +142,8 @@ def test_any_shape_in_any_layout(case: Case) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_do_not_change_a_bit(layout: str) -> None:
     (h, *others), grad = inputs(Case(20, 9, 33, 16, 0.0, layout), F32, DEVICE)
-    moved = both_ways([h, *others], grad, 0.0, None)
-    easy = both_ways([h.contiguous(), *others], grad, 0.0, None)
+    moved = forward_and_backward([h, *others], grad, 0.0, None)
+    easy = forward_and_backward([h.contiguous(), *others], grad, 0.0, None)
     assert all(torch.equal(a, b) for a, b in zip(moved, easy, strict=True))
 
 
@@ -153,7 +153,7 @@ def test_one_step_moves_no_score() -> None:
     Zero gradients are exactly 0, because Adam turns rounding noise into full steps.
     """
     (h, *others), grad = inputs(Case(50, 1, 33, 16), F32, DEVICE)
-    pooled, attention, grad_h, *of_weights = both_ways([h, *others], grad, 0.0, None)
+    pooled, attention, grad_h, *of_weights = forward_and_backward([h, *others], grad, 0.0, None)
     assert torch.equal(pooled, h[:, 0])
     assert attention.eq(1).all()
     assert torch.equal(grad_h[:, 0], grad)
@@ -197,18 +197,18 @@ def test_opcheck(case: Case) -> None:
 
 def test_autocast_casts_nothing_inside() -> None:
     tensors, grad = inputs(Case(20, 9, 33, 16), F32, DEVICE)
-    plain = both_ways(tensors, grad, 0.0, None)
+    plain = forward_and_backward(tensors, grad, 0.0, None)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        result = both_ways(tensors, grad, 0.0, None)
+        result = forward_and_backward(tensors, grad, 0.0, None)
     assert all(torch.equal(a, b) for a, b in zip(result, plain, strict=True))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_non_finite_values_stay_in_their_window(value: float) -> None:
     tensors, grad = inputs(Case(30, 9, 33, 16), F64, DEVICE)
-    clean = both_ways(tensors, grad, 0.0, None)
+    clean = forward_and_backward(tensors, grad, 0.0, None)
     tensors[0][13, 2, 4] = value
-    result = both_ways(tensors, grad, 0.0, None)
+    result = forward_and_backward(tensors, grad, 0.0, None)
     others = [i for i in range(30) if i != 13]
     for number in (0, 1, 2):
         assert torch.equal(result[number][others], clean[number][others])
@@ -221,20 +221,22 @@ def test_non_finite_values_stay_in_their_window(value: float) -> None:
 def test_the_same_bits_come_again() -> None:
     tensors, grad = inputs(Case(1500, 20, 64, 32), F32, DEVICE)
     seed = torch.tensor([3], device=DEVICE)
-    first = both_ways(tensors, grad, 0.2, seed)
+    first = forward_and_backward(tensors, grad, 0.2, seed)
     for _ in range(5):
-        assert all(torch.equal(a, b) for a, b in zip(both_ways(tensors, grad, 0.2, seed), first, strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(forward_and_backward(tensors, grad, 0.2, seed), first, strict=True)
+        )
 
 
 @needs_gpu
 def test_nothing_waits_for_the_device() -> None:
     tensors, grad = inputs(Case(70, 9, 33, 16), F32, DEVICE)
     seed = torch.tensor([3], device=DEVICE)
-    both_ways(tensors, grad, 0.2, seed)
+    forward_and_backward(tensors, grad, 0.2, seed)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        both_ways(tensors, grad, 0.2, seed)
+        forward_and_backward(tensors, grad, 0.2, seed)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -247,17 +249,17 @@ def test_a_cuda_graph_captures_both_operators() -> None:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        both_ways(tensors, grad, 0.2, seed)
+        forward_and_backward(tensors, grad, 0.2, seed)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = both_ways(tensors, grad, 0.2, seed)
+        result = forward_and_backward(tensors, grad, 0.2, seed)
     for number in (3, 4):
         seed.fill_(number)
         tensors[0].mul_(0.5)
         graph.replay()
         torch.cuda.synchronize()
-        for a, b in zip(result, both_ways(tensors, grad, 0.2, seed), strict=True):
+        for a, b in zip(result, forward_and_backward(tensors, grad, 0.2, seed), strict=True):
             torch.testing.assert_close(a, b)  # cuBLAS has other workspaces under capture
 
 

@@ -35,16 +35,16 @@ def kernels():
 @pytest.fixture(scope="module")
 def calls():
     torch.manual_seed(0)
-    return list(kernels().operators()), kernels().both_ways
+    return list(kernels().operators()), kernels().forward_and_backward
 
 
 def results(calls, device, dtype=torch.float32):
     """All results and gradients on a device, with the same dropout masks."""
-    cases, both_ways = calls
+    cases, forward_and_backward = calls
     out = []
     for call, tensors in cases:
         torch.manual_seed(7)
-        result = both_ways(call, tensors, torch.device(device), dtype)
+        result = forward_and_backward(call, tensors, torch.device(device), dtype)
         out.append([part.nan_to_num(nan=7.0) for part in result])  # a gather's missing rows are NaN
     return out
 

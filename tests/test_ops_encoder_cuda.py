@@ -89,7 +89,7 @@ def gradient_like(out: Tensor) -> Tensor:
     return torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out)
 
 
-def both_ways(
+def forward_and_backward(
     case: BlockCase | LayerCase,
     tensors: list[Tensor],
     dropout: float,
@@ -110,7 +110,7 @@ def both_ways(
 
 
 def on_gpu(case: BlockCase | LayerCase, dtype: torch.dtype, dropout: float = 0.0, seed: int = SEED) -> list[Tensor]:
-    return both_ways(case, given_to(case, dtype, DEVICE), dropout, seed_for(dropout, DEVICE, seed))
+    return forward_and_backward(case, given_to(case, dtype, DEVICE), dropout, seed_for(dropout, DEVICE, seed))
 
 
 def by_definition(
@@ -205,7 +205,7 @@ def test_any_layer_in_any_layout(case: LayerCase, dropout: float) -> None:
 def test_layouts_do_not_change_a_bit(layout: str, last: bool) -> None:
     case = LayerCase(20, 9, 24, 3, 50, last, layout)
     x, *weights = given_to(case, F32, DEVICE)
-    strided, easy = (both_ways(case, [inputs, *weights], 0.0, None) for inputs in (x, x.contiguous()))
+    strided, easy = (forward_and_backward(case, [inputs, *weights], 0.0, None) for inputs in (x, x.contiguous()))
     assert all(torch.equal(a, b) for a, b in zip(strided, easy, strict=True))
 
 
@@ -245,7 +245,7 @@ def test_attention_that_is_all_on_one_step() -> None:
     case = LayerCase(9, 12, 16, 2, 20)
     exact = results(case.reference, case.inputs(F64, 100.0))
     for dtype, limit in ((F32, 1e-2), (F64, 1e-10)):
-        result = both_ways(case, [part.to(DEVICE) for part in case.inputs(dtype, 100.0)], 0.0, None)
+        result = forward_and_backward(case, [part.to(DEVICE) for part in case.inputs(dtype, 100.0)], 0.0, None)
         assert all(part.isfinite().all() for part in result)
         assert errors_above(to_cpu(result), exact, limit) == []
 
@@ -325,9 +325,9 @@ def test_autocast_casts_nothing_inside(hidden: int) -> None:
 def test_non_finite_values_stay_in_their_window(value: float, last: bool) -> None:
     case, seed = LayerCase(30, 9, 24, 3, 70, last), torch.tensor([SEED], device=DEVICE)
     tensors = given_to(case, F64, DEVICE)
-    clean = both_ways(case, tensors, 0.2, seed)
+    clean = forward_and_backward(case, tensors, 0.2, seed)
     tensors[0][13, 2, 4] = value
-    result = both_ways(case, tensors, 0.2, seed)
+    result = forward_and_backward(case, tensors, 0.2, seed)
     others = [i for i in range(30) if i != 13]
     for number in (0, 1):  # the result, the gradient of x
         assert torch.equal(result[number][others], clean[number][others])
@@ -338,9 +338,9 @@ def test_non_finite_values_stay_in_their_window(value: float, last: bool) -> Non
 def test_non_finite_values_stay_in_their_row(width: int) -> None:
     case = BlockCase((70,), width, 50, 9)
     tensors = given_to(case, F64, DEVICE)
-    clean = both_ways(case, tensors, 0.0, None)
+    clean = forward_and_backward(case, tensors, 0.0, None)
     tensors[0][13, 2] = torch.nan
-    result = both_ways(case, tensors, 0.0, None)
+    result = forward_and_backward(case, tensors, 0.0, None)
     others = [i for i in range(70) if i != 13]
     for number in (0, 1):
         assert torch.equal(result[number][others], clean[number][others])
@@ -370,11 +370,11 @@ GRAPHED = [
 @pytest.mark.parametrize("case", GRAPHED, ids=named)
 def test_nothing_waits_for_the_device(case: BlockCase | LayerCase) -> None:
     tensors, seed = given_to(case, F32, DEVICE), torch.tensor([3], device=DEVICE)
-    grad = gradient_like(both_ways(case, tensors, 0.2, seed)[0])
+    grad = gradient_like(forward_and_backward(case, tensors, 0.2, seed)[0])
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        both_ways(case, tensors, 0.2, seed, grad)
+        forward_and_backward(case, tensors, 0.2, seed, grad)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -384,21 +384,21 @@ def test_nothing_waits_for_the_device(case: BlockCase | LayerCase) -> None:
 def test_a_cuda_graph_captures_it(case: BlockCase | LayerCase) -> None:
     """The graph is replayed on new values, including a new seed, in the same memory."""
     tensors, seed = given_to(case, F32, DEVICE), torch.tensor([3], device=DEVICE)
-    grad = gradient_like(both_ways(case, tensors, 0.2, seed)[0])
+    grad = gradient_like(forward_and_backward(case, tensors, 0.2, seed)[0])
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        both_ways(case, tensors, 0.2, seed, grad)
+        forward_and_backward(case, tensors, 0.2, seed, grad)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = both_ways(case, tensors, 0.2, seed, grad)
+        result = forward_and_backward(case, tensors, 0.2, seed, grad)
     for number in (3, 4):
         seed.fill_(number)
         tensors[0].mul_(0.5)
         graph.replay()
         torch.cuda.synchronize()
-        for a, b in zip(result, both_ways(case, tensors, 0.2, seed, grad), strict=True):
+        for a, b in zip(result, forward_and_backward(case, tensors, 0.2, seed, grad), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # cuBLAS has other workspaces under capture
 
 
@@ -406,12 +406,12 @@ def peak_bytes(hidden: int) -> int:
     """Peak memory of a forward and a backward pass, without the memory before, the weights and their gradients."""
     case = LayerCase(1000, 20, 64, 2, hidden)
     tensors = given_to(case, F32, DEVICE)
-    both_ways(case, tensors, 0.0, None)  # cuBLAS' workspace
+    forward_and_backward(case, tensors, 0.0, None)  # cuBLAS' workspace
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    both_ways(case, tensors, 0.0, None)
+    forward_and_backward(case, tensors, 0.0, None)
     of_weights = sum(part.numel() * part.element_size() for part in tensors[1:])
     return torch.cuda.max_memory_allocated() - before - 5 * of_weights  # packed, gradients, those of a part
 

@@ -48,7 +48,7 @@ def away_from_zero(case: BlockCase) -> list[Tensor]:
     return [part.float().double() for part in (x, w1, b1, w2, 0.1 * b2, grad)]
 
 
-def both_ways(tensors: list[Tensor], dropout: float, name: str = "ieee") -> list[Tensor]:
+def forward_and_backward(tensors: list[Tensor], dropout: float, name: str = "ieee") -> list[Tensor]:
     *inputs, grad = tensors
     seed, number = seed_for(dropout), NAMES.index(name)
     out = OPS.feed_forward(*inputs, dropout, seed, number)
@@ -63,11 +63,13 @@ def errors(result: list[Tensor], exact: list[Tensor]) -> list[float]:
 def test_errors_of_the_block(case: BlockCase, dropout: float) -> None:
     exact = away_from_zero(case)
     narrow = [part.float() for part in exact]
-    true, plain = both_ways(exact, dropout), both_ways(narrow, dropout)
-    for ours, theirs in zip(errors(both_ways(narrow, dropout, "3xtf32"), true), errors(plain, true), strict=True):
+    true, plain = forward_and_backward(exact, dropout), forward_and_backward(narrow, dropout)
+    for ours, theirs in zip(
+        errors(forward_and_backward(narrow, dropout, "3xtf32"), true), errors(plain, true), strict=True
+    ):
         assert ours <= max(2 * theirs, 5e-7)
     for name, limit in LIMITS.items():
-        assert max(errors(both_ways(narrow, dropout, name), true)) <= limit, name
+        assert max(errors(forward_and_backward(narrow, dropout, name), true)) <= limit, name
 
 
 @needs_gpu  # host code is given no precision by the networks' side
@@ -100,18 +102,18 @@ def test_dropout_takes_the_same_hidden_values(name: str, dropout: float) -> None
 def test_the_same_bits_come_again(name: str) -> None:
     for case in (BlockCase((9000,), 64, 512, 64), BlockCase((70,), 20, 2048, 100)):
         tensors = [part.float() for part in away_from_zero(case)]
-        first = both_ways(tensors, 0.2, name)
+        first = forward_and_backward(tensors, 0.2, name)
         for _ in range(3):
-            assert all(torch.equal(a, b) for a, b in zip(both_ways(tensors, 0.2, name), first, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(forward_and_backward(tensors, 0.2, name), first, strict=True))
 
 
 @pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_non_finite_values_stay_in_their_row(name: str, value: float) -> None:
     tensors = [part.float() for part in away_from_zero(BlockCase((150,), 20, 70, 33))]
-    clean = both_ways(tensors, 0.2, name)
+    clean = forward_and_backward(tensors, 0.2, name)
     tensors[0][37, 3] = value
-    result = both_ways(tensors, 0.2, name)
+    result = forward_and_backward(tensors, 0.2, name)
     others = [i for i in range(150) if i != 37]
     for number in (0, 1):  # the result, the gradient of x
         assert torch.equal(result[number][others], clean[number][others])
@@ -137,7 +139,7 @@ def test_the_backward_has_the_precision_of_its_forward() -> None:
         out = feed_forward(*leaves)
     with using_precision("ieee"):
         result = torch.autograd.grad(out, leaves, grad)
-    expected = both_ways([part.detach() for part in (*leaves, grad)], 0.0, "bf16")
+    expected = forward_and_backward([part.detach() for part in (*leaves, grad)], 0.0, "bf16")
     assert all(torch.equal(a, b) for a, b in zip((out.detach(), *result), expected, strict=True))
 
 
@@ -148,21 +150,24 @@ def test_a_cuda_graph_captures_it(name: str) -> None:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        both_ways(tensors, 0.0, name)
+        forward_and_backward(tensors, 0.0, name)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = both_ways(tensors, 0.0, name)
+        result = forward_and_backward(tensors, 0.0, name)
     tensors[0].mul_(0.5)
     graph.replay()
     torch.cuda.synchronize()
-    for a, b in zip(result, both_ways(tensors, 0.0, name), strict=True):
+    for a, b in zip(result, forward_and_backward(tensors, 0.0, name), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # cuBLAS has other workspaces under capture
 
 
 def test_float64_has_no_choice_and_other_numbers_are_refused() -> None:
     tensors = away_from_zero(BlockCase((37,), 20, 70, 9))
-    assert all(torch.equal(a, b) for a, b in zip(both_ways(tensors, 0.0, "bf16"), both_ways(tensors, 0.0), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(forward_and_backward(tensors, 0.0, "bf16"), forward_and_backward(tensors, 0.0), strict=True)
+    )
     for number in (-1, 4):
         with pytest.raises(ValueError, match=r"feed_forward: precision: expected 0 \(ieee\)"):
             OPS.feed_forward(*tensors[:5], 0.0, None, number)

@@ -120,7 +120,7 @@ def gradients_like(values: list[Tensor]) -> list[Tensor]:
     return [draw(rng, *value.shape).float().to(value.device, value.dtype) for value in values]
 
 
-def both_ways(cell: Cell, arguments: Given) -> list[Tensor]:
+def forward_and_backward(cell: Cell, arguments: Given) -> list[Tensor]:
     """Output, states, gradients of x, of the initial state and of the weights, by the raw operators."""
     ops, n = torch.ops.qfast, 1 + len(cell.state_names)
     flat = arguments.flat(cell)
@@ -169,7 +169,7 @@ def test_the_kernels_serve_and_not_the_twins(cell: Cell) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_float64(cell: Cell, case: Case) -> None:
     exact = by_definition(cell, arguments(cell, case, F64, "cpu"))
-    result = both_ways(cell, arguments(cell, case, F64, DEVICE))
+    result = forward_and_backward(cell, arguments(cell, case, F64, DEVICE))
     assert [error for error in map(relative, result, exact) if not error <= 1e-12] == []
 
 
@@ -178,7 +178,7 @@ def test_float32_compared_with_plain_torch(cell: Cell, case: Case) -> None:
     """The error is at most five times that of plain torch in float32, or a few roundings; always below 1e-5."""
     exact = by_definition(cell, arguments(cell, case, F64, "cpu"))
     plain = by_definition(cell, arguments(cell, case, F32, "cpu"))
-    result = both_ways(cell, arguments(cell, case, F32, DEVICE))
+    result = forward_and_backward(cell, arguments(cell, case, F32, DEVICE))
     for number, (ours, theirs, true) in enumerate(zip(result, plain, exact, strict=True)):
         error = relative(ours, true)
         assert error <= 1e-5, (number, error)
@@ -224,7 +224,7 @@ def test_compared_with_torchs_layers(name: str, all_steps: bool) -> None:
 def test_any_stack_in_any_layout(name: str, case: Case, dtype: torch.dtype) -> None:
     cell, limit = CELLS[name], 1e-5 if dtype == F32 else 1e-12
     exact = by_definition(cell, arguments(cell, case, F64, "cpu"))
-    result = both_ways(cell, arguments(cell, case, dtype, DEVICE))
+    result = forward_and_backward(cell, arguments(cell, case, dtype, DEVICE))
     assert [error for error in map(relative, result, exact) if not error <= limit] == []
 
 
@@ -233,7 +233,7 @@ def test_a_batch_in_parts(cell: Cell) -> None:
     """The products are computed 256 MB at a time; here that makes two parts, the second one short."""
     case = Case(1100, 62, 3, 130, 2, True, True, 0.2)
     exact = by_definition(cell, arguments(cell, case, F64, "cpu"))
-    result = both_ways(cell, arguments(cell, case, F64, DEVICE))
+    result = forward_and_backward(cell, arguments(cell, case, F64, DEVICE))
     assert [error for error in map(relative, result, exact) if not error <= 1e-12] == []
 
 
@@ -242,7 +242,7 @@ def test_gates_that_are_full_or_shut(cell: Cell, hidden: int) -> None:
     case = Case(9, 2, 5, hidden, 1, True, True)
     exact = by_definition(cell, arguments(cell, case, F64, "cpu", scale=100.0))
     for dtype, limit in ((F32, 1e-3), (F64, 1e-11)):
-        result = both_ways(cell, arguments(cell, case, dtype, DEVICE, scale=100.0))
+        result = forward_and_backward(cell, arguments(cell, case, dtype, DEVICE, scale=100.0))
         assert all(ours.isfinite().all() for ours in result)
         assert [error for error in map(relative, result, exact) if not error <= limit] == []
 
@@ -271,7 +271,7 @@ def test_the_mask_is_that_of_the_definition(cell: Cell, seed: int, dropout: floa
     """Word b % 4 of the counter (unit, step, layer, b // 4): the same elements as on the CPU."""
     case = Case(27, 5, 4, hidden, 3, True, False, dropout)
     exact = by_definition(cell, arguments(cell, case, F64, "cpu", seed))
-    result = both_ways(cell, arguments(cell, case, F64, DEVICE, seed))
+    result = forward_and_backward(cell, arguments(cell, case, F64, DEVICE, seed))
     assert [error for error in map(relative, result, exact) if not error <= 1e-12] == []
 
 
@@ -311,18 +311,18 @@ def test_gradients_by_finite_differences(cell: Cell) -> None:
 
 def test_autocast_casts_nothing_inside(cell: Cell, hidden: int) -> None:
     inputs = arguments(cell, Case(9, 6, 5, hidden, 2, False, True), F32, DEVICE)
-    plain = both_ways(cell, inputs)
+    plain = forward_and_backward(cell, inputs)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        result = both_ways(cell, inputs)
+        result = forward_and_backward(cell, inputs)
     assert all(torch.equal(a, b) for a, b in zip(result, plain, strict=True))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_non_finite_values_stay_in_their_row(cell: Cell, value: float, hidden: int) -> None:
     inputs = arguments(cell, Case(30, 7, 5, hidden, 2, True), F32, DEVICE)
-    clean = both_ways(cell, inputs)
+    clean = forward_and_backward(cell, inputs)
     inputs.x[13, 2, 4] = value
-    result = both_ways(cell, inputs)
+    result = forward_and_backward(cell, inputs)
     exact = by_definition(cell, Given(inputs.x.cpu(), [w.cpu() for w in inputs.weights], *inputs[2:]))
     others = [i for i in range(30) if i != 13]
     assert torch.equal(result[0][others], clean[0][others])
@@ -334,9 +334,9 @@ def test_non_finite_values_stay_in_their_row(cell: Cell, value: float, hidden: i
 @long_on_host
 def test_the_same_bits_come_again(cell: Cell, hidden: int) -> None:
     inputs = arguments(cell, Case(1500, 9, 6, hidden, 2, True, True, 0.2), F32, DEVICE)
-    first = both_ways(cell, inputs)
+    first = forward_and_backward(cell, inputs)
     for _ in range(5):
-        assert all(torch.equal(a, b) for a, b in zip(both_ways(cell, inputs), first, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(forward_and_backward(cell, inputs), first, strict=True))
 
 
 def test_without_keep_the_bits_are_the_same(cell: Cell, hidden: int) -> None:

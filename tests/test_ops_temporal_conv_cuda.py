@@ -289,7 +289,7 @@ def direct_inputs(channels: list[int], batch: int, seed: int = 0) -> tuple[Tenso
     return tensors[0], tensors[1:-1], tensors[-1], torch.tensor([seed + 1], device=DEVICE)
 
 
-def both_ways(x: Tensor, weights: list[Tensor], grad: Tensor, seed: Tensor) -> list[Tensor]:
+def forward_and_backward(x: Tensor, weights: list[Tensor], grad: Tensor, seed: Tensor) -> list[Tensor]:
     inputs = x, weights, [1, 2, 4], 0.2, seed, False
     saved = OPS.temporal_conv_net(*inputs, True)
     of_x, grads = OPS.temporal_conv_net_backward(grad, *inputs, *saved, True)
@@ -299,13 +299,13 @@ def both_ways(x: Tensor, weights: list[Tensor], grad: Tensor, seed: Tensor) -> l
 @needs_gpu
 def test_the_same_bits_come_again(channels: list[int]) -> None:
     inputs = direct_inputs(channels, 1500)
-    first = both_ways(*inputs)
+    first = forward_and_backward(*inputs)
     side = torch.cuda.Stream()
     for _ in range(5):
-        assert all(torch.equal(a, b) for a, b in zip(both_ways(*inputs), first, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(forward_and_backward(*inputs), first, strict=True))
         with torch.cuda.stream(side):
             side.wait_stream(torch.cuda.default_stream())
-            again = both_ways(*inputs)
+            again = forward_and_backward(*inputs)
         side.synchronize()
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
@@ -313,11 +313,11 @@ def test_the_same_bits_come_again(channels: list[int]) -> None:
 @needs_gpu
 def test_nothing_waits_for_the_device(channels: list[int]) -> None:
     inputs = direct_inputs(channels, 70)
-    both_ways(*inputs)
+    forward_and_backward(*inputs)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        both_ways(*inputs)
+        forward_and_backward(*inputs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -329,18 +329,18 @@ def test_a_cuda_graph_captures_both_operators(channels: list[int]) -> None:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        both_ways(*inputs)
+        forward_and_backward(*inputs)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = both_ways(*inputs)
+        result = forward_and_backward(*inputs)
     static, fresh = ([of[0], *of[1], *of[2:]] for of in (inputs, changed))
     for numbers in ([t.clone() for t in static], fresh):
         for a, b in zip(static, numbers, strict=True):
             a.copy_(b)
         graph.replay()
         torch.cuda.synchronize()
-        wanted = both_ways(numbers[0], numbers[1:-2], *numbers[-2:])
+        wanted = forward_and_backward(numbers[0], numbers[1:-2], *numbers[-2:])
         assert all(torch.equal(a, b) for a, b in zip(result, wanted, strict=True))
 
 

@@ -349,7 +349,7 @@ def test_a_result_beyond_memory_says_how_large_it_would_be(device: torch.device)
         gather_windows(panel, index, last.repeat(10**6), 2**31 - 1)
 
 
-def both_ways(index: WindowIndex, last: torch.Tensor, **options) -> list:
+def forward_and_backward(index: WindowIndex, last: torch.Tensor, **options) -> list:
     rows = window_rows(index, last, 3)
     return [lambda p: gather_windows(p, index, last, 3, **options), lambda p: gather_windows(p, rows, **options)]
 
@@ -360,7 +360,7 @@ def test_forward_mode_and_transforms_are_those_of_indexing(layout: str, device: 
     _, index, _ = inputs(GATHER_CASES[0], device)
     panel, along = torch.randn(2, len(index.position), 4, dtype=torch.float64, device=device)
     last = torch.nonzero(index.position >= 0).flatten()[::5]
-    for gather in both_ways(index, last, columns=(1, 3), layout=layout):
+    for gather in forward_and_backward(index, last, columns=(1, 3), layout=layout):
         expected = gather(along)
         assert expected.norm() > 1
         assert not expected.isnan().any()

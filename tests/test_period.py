@@ -13,7 +13,7 @@ from qfast.data import TSDatasetH
 from qfast.data.windows import WindowSet
 from qfast.models import ts
 from qfast.models._recurrent import RecurrentTimeSeriesEstimator
-from support.fits import same, weights
+from support.fits import same_weights, weights
 from support.frames import make_frame
 
 SMALL = {"d_feat": 3, "hidden_size": 8, "batch_size": 4096, "lr": 0.01, "seed": 1, "device": "cpu"}
@@ -201,7 +201,7 @@ def test_a_fit_scores_as_without_views(kind, always_views, monkeypatch):
     assert viewed == [2 * in_views, 0]  # also of the tail that the training batches leave out
     for name in ("train", "valid", "valid_all"):
         np.testing.assert_allclose(fits[0].history_[name], fits[1].history_[name], rtol=1e-6)
-    assert same(weights(fits[0]), weights(fits[1]))  # training batches are gathered either way
+    assert same_weights(weights(fits[0]), weights(fits[1]))  # training batches are gathered either way
 
 
 # ---------------------------------------------------------------- where there are no views

@@ -16,7 +16,7 @@ import torch
 from qfast.errors import CheckpointError, ConfigError, NotFittedError
 from qfast.models import GATs, ts
 from qfast.nn import GRUModel, LSTMModel
-from support.fits import StopAt, dataset_for, same, weights
+from support.fits import StopAt, dataset_for, same_weights, weights
 from support.frames import flat, make_frame, rolling
 from support.qlib import qlib_frames, qlib_model
 
@@ -57,7 +57,7 @@ def test_the_base_is_read_from(kind, form, state, tmp_path, caplog):
         model = kind(**NO_EPOCH, model_path=path)
         assert model.pretrained_ == {}
         model.fit(dataset_for(kind))
-    assert same(parts(weights(model)), state)
+    assert same_weights(parts(weights(model)), state)
     file = path / "best.safetensors" if path.is_dir() else path
     assert model.pretrained_ == {"source": str(file), "taken": sorted(state), "not_taken": [], "absent": []}
     said = next(r.message for r in caplog.records if r.message.startswith("base model from"))
@@ -90,7 +90,7 @@ def test_another_gats_gives_its_base(kind, tmp_path):
         dataset_for(kind), save_path=tmp_path / "gats.safetensors"
     )
     model = kind(**NO_EPOCH, model_path=tmp_path / "gats.safetensors").fit(dataset_for(kind))
-    assert same(parts(weights(model)), parts(weights(other)))
+    assert same_weights(parts(weights(model)), parts(weights(other)))
     assert not torch.equal(model.network.a, other.network.a)
     assert "transformation.weight" in model.pretrained_["not_taken"]
 
@@ -146,11 +146,11 @@ def test_a_missing_file_is_searched_again_by_fit(kind, state, tmp_path):
     before = weights(model)
     with pytest.raises(CheckpointError, match=re.escape(f"weight file {path} does not exist")):
         model.fit(dataset_for(kind))
-    assert same(weights(model), before)
+    assert same_weights(weights(model), before)
     with pytest.raises(NotFittedError, match="not fitted"):
         model.predict(dataset_for(kind))
     torch.save(state, path)
-    assert same(parts(weights(model.fit(dataset_for(kind)))), state)
+    assert same_weights(parts(weights(model.fit(dataset_for(kind)))), state)
 
 
 @both
@@ -178,7 +178,7 @@ def test_the_base_is_drawn_again_at_the_first_fit_only_unless_compat(kind):
 def test_loaded_weights_are_where_a_fit_begins(kind, tmp_path):
     done = kind(**SMALL, **BASE).fit(dataset_for(kind), save_path=tmp_path / "w.safetensors")
     model = kind(**NO_EPOCH).load_weights(tmp_path / "w.safetensors").fit(dataset_for(kind))
-    assert same(weights(model), weights(done))
+    assert same_weights(weights(model), weights(done))
 
 
 # ---------------------------------------------------------------- compared with Qlib
@@ -212,12 +212,12 @@ def test_pretraining_equals_training_the_base_model(kind, name, compat):
     alone = base_of(kind, name)(d_feat=3, hidden_size=8, seed=1, compat=compat, **TRAINING).fit(dataset_for(kind))
     assert type(base) is base_of(kind, name)
     assert base.evals_result_ == alone.evals_result_
-    assert same(parts(weights(model)), weights(alone))
+    assert same_weights(parts(weights(model)), weights(alone))
     assert all(torch.equal(built[k], v) for k, v in weights(model).items() if not k.startswith(("rnn.", "fc_out.")))
     assert model.pretrained_["source"] == f"pre-training of {name}"
     assert model.pretrained_["taken"] == sorted(weights(alone))
     model._params["n_epochs"] = 0
-    assert same(parts(weights(model.fit(dataset_for(kind)))), weights(alone))  # the fit does not draw it again
+    assert same_weights(parts(weights(model.fit(dataset_for(kind)))), weights(alone))  # the fit does not draw it again
 
 
 @both
@@ -251,7 +251,7 @@ def test_wrong_pretraining_arguments_are_reported(kind, training, message):
     before = weights(model)
     with pytest.raises(ConfigError, match=message):
         model.pretrain(dataset_for(kind), **training)
-    assert same(weights(model), before)
+    assert same_weights(weights(model), before)
 
 
 @both
@@ -300,7 +300,7 @@ def test_broken_off_and_resumed_anywhere_it_ends_as_unbroken(kind, compat, stage
     torch.manual_seed(99)
     resumed = run(resume=("fit",) if stage == "fit" else ("pretrain",))
     assert resumed.evals_result_ == unbroken.evals_result_
-    assert same(weights(resumed), weights(unbroken))
+    assert same_weights(weights(resumed), weights(unbroken))
     assert resumed.pretrained_ == unbroken.pretrained_ != {}
     assert resumed.base_is_trained_
 
@@ -315,7 +315,7 @@ def test_a_resumed_fit_does_not_need_the_file(kind, state, tmp_path):
         kind(**arguments).fit(dataset_for(kind), callbacks=[StopAt(1, "batch")], checkpoint_dir=tmp_path)
     path.unlink()
     resumed = kind(**arguments).fit(dataset_for(kind), checkpoint_dir=tmp_path, resume=True)
-    assert same(weights(resumed), weights(unbroken))
+    assert same_weights(weights(resumed), weights(unbroken))
     assert resumed.pretrained_ == unbroken.pretrained_
 
 
@@ -326,7 +326,7 @@ def test_pretraining_a_fitted_model_begins_its_optimiser_anew(kind):
     twin = copy.deepcopy(model)
     model.pretrain(dataset_for(kind), **TRAINING)
     assert not model.train_optimizer.state
-    assert not same(parts(weights(model)), parts(weights(twin)))
+    assert not same_weights(parts(weights(model)), parts(weights(twin)))
     model.fit(dataset_for(kind))
     assert model.train_optimizer.state
 

@@ -17,7 +17,16 @@ from qfast.data.handlers import Alpha360, DataHandlerLP
 from qfast.errors import ConfigError, DataError
 from qfast.models import GRU, LSTM, TCN, GATs, LocalformerModel, TransformerModel, ts
 from qfast.workflow.config import load_config
-from support.fits import ESTIMATORS, SMALL, dataset_for, frame_for, parametrize_estimators, same, small_model, weights
+from support.fits import (
+    ESTIMATORS,
+    SMALL,
+    dataset_for,
+    frame_for,
+    parametrize_estimators,
+    same_weights,
+    small_model,
+    weights,
+)
 from support.frames import SEGMENTS, make_frame, rolling
 
 ENCODERS = [TransformerModel, LocalformerModel, ts.TransformerModel, ts.LocalformerModel]
@@ -50,7 +59,7 @@ def test_quirk_batches_of_one(kind):
     model = small_model(kind, n_epochs=1, batch_size=1)
     before = weights(model)
     model.fit(dataset_for(kind, frame=frame_for(kind, 70, 1)))
-    assert not same(weights(model), before)
+    assert not same_weights(weights(model), before)
 
 
 @parametrize_estimators(ROWS)
@@ -58,7 +67,7 @@ def test_quirk_no_best_epoch(kind):
     model = small_model(kind, n_epochs=0)
     before = weights(model)
     model.fit(dataset_for(kind))
-    assert same(weights(model), before)
+    assert same_weights(weights(model), before)
     assert len(model.history_) == 0
     large = {"n_epochs": 1, "batch_size": 8192}
     assert small_model(kind, **large).fit(dataset_for(kind)).best_epoch_ == 0
@@ -72,7 +81,7 @@ def test_quirk_no_validation_segment(kind):
     model.fit(dataset_for(kind, segments={"train": SEGMENTS["train"]}))
     again = small_model(kind)
     before = weights(again)
-    assert not same(weights(model), before)
+    assert not same_weights(weights(model), before)
     assert len(model.history_) == SMALL["n_epochs"]
 
 
@@ -215,9 +224,9 @@ def test_quirk_weights_of_samples_in_every_model(kind):
     rest = other.index.get_level_values("instrument") >= "S005"
     other.loc[rest, ("label", "LABEL0")] = 7.0
     result = [small_model(kind).fit(dataset_for(kind, frame=f), reweighter=FirstHalf()) for f in (frame, other)]
-    assert same(weights_after_training(result[0]), weights_after_training(result[1]))
+    assert same_weights(weights_after_training(result[0]), weights_after_training(result[1]))
     plain = small_model(kind).fit(dataset_for(kind, frame=frame))
-    assert not same(weights_after_training(plain), weights_after_training(result[0]))
+    assert not same_weights(weights_after_training(plain), weights_after_training(result[0]))
 
 
 def weights_after_training(model) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ from qfast.precision import using_precision
 from qfast.training import step_graphs
 from qfast.training.callbacks import Callback
 from qfast.training.step_graphs import GraphedStep, fingerprint
-from support.fits import dataset_for, device_model, parametrize_estimators, states_equal
+from support.fits import assert_states_equal, dataset_for, device_model, parametrize_estimators
 from support.frames import flat, rolling
 
 TO_THE_HOST = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero", "aten.unique")
@@ -109,7 +109,7 @@ def test_recorded_steps_train_to_the_same_bits(kind, dropout, recorder):
     plain = device_model(kind, "cpu", dropout=dropout).fit(dataset_for(kind))
     assert recorder.recorded == 0
     model = device_model(kind, "cpu", dropout=dropout, cuda_graphs=True).fit(dataset_for(kind))
-    states_equal(model, plain)
+    assert_states_equal(model, plain)
     assert recorder.replayed > recorder.recorded > 0
     sizes = 1 if not issubclass(kind, GATs | ts.GATs) else recorder.recorded  # days differ in size
     assert recorder.recorded == recorder.tried == sizes
@@ -117,7 +117,7 @@ def test_recorded_steps_train_to_the_same_bits(kind, dropout, recorder):
 
 def test_plain_gradient_descent_is_recorded_as_well(recorder):
     pair = [device_model(GRU, "cpu", optimizer="gd", cuda_graphs=on).fit(flat()) for on in (False, True)]
-    states_equal(*pair)
+    assert_states_equal(*pair)
     assert recorder.replayed > 0
 
 
@@ -126,7 +126,7 @@ def test_a_resumed_fit_uses_recorded_steps(recorder, tmp_path):
     device_model(ts.LSTM, "cpu", n_epochs=1, dropout=0.3).fit(rolling(), checkpoint_dir=tmp_path)
     resumed = device_model(ts.LSTM, "cpu", n_epochs=3, dropout=0.3, cuda_graphs=True)
     resumed.fit(rolling(), checkpoint_dir=tmp_path, resume=True)
-    states_equal(resumed, whole)
+    assert_states_equal(resumed, whole)
 
 
 def test_sample_weights_are_recorded(recorder):
@@ -135,7 +135,7 @@ def test_sample_weights_are_recorded(recorder):
             return np.linspace(0.1, 2.0, len(samples))
 
     pair = [device_model(ts.LSTM, "cpu", cuda_graphs=on).fit(rolling(), reweighter=Growing()) for on in (False, True)]
-    states_equal(*pair)
+    assert_states_equal(*pair)
     assert recorder.replayed > 0
 
 
@@ -198,7 +198,7 @@ def test_changes_by_a_callback_take_effect(callback, recorder):
     for on in (False, True):
         model = device_model(ts.LSTM, "cpu", n_epochs=3, dropout=0.4, cuda_graphs=on)
         pair.append(model.fit(rolling(), callbacks=[callback()]))
-    states_equal(*pair)
+    assert_states_equal(*pair)
     assert recorder.recorded > 1
 
 
@@ -241,7 +241,7 @@ def test_a_step_that_waits_is_not_recorded(monkeypatch, caplog):
     plain = device_model(LSTM, "cpu").fit(flat())
     with caplog.at_level(logging.WARNING, "qfast"):
         model = device_model(LSTM, "cpu", cuda_graphs=True).fit(flat())
-    states_equal(model, plain)
+    assert_states_equal(model, plain)
     assert made.recorded == 0
     assert made.tried == 1
     warning = (
@@ -263,7 +263,7 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is_written(recorder, caplog):
     plain = Curious(**kwargs).fit(rolling())
     with caplog.at_level(logging.WARNING, "qfast"):
         model = Curious(**kwargs, cuda_graphs=True).fit(rolling())
-    states_equal(model, plain)
+    assert_states_equal(model, plain)
     assert recorder.replayed == 0
     assert sum("not as CUDA graphs: operation not permitted" in r.message for r in caplog.records) == 1
 

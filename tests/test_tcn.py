@@ -15,7 +15,7 @@ from qfast.data import TSDatasetH
 from qfast.data.windows import WindowSet
 from qfast.errors import DataError
 from qfast.models import TCN, _tcn, ts
-from support.fits import dataset_for, same, weights
+from support.fits import dataset_for, same_weights, weights
 from support.frames import SEGMENTS, flat, make_frame, rolling
 
 SMALL = {
@@ -99,7 +99,7 @@ def test_scores_of_shuffled_training_batches_keep_their_order(always_views, monk
     assert calls.viewed() == 0
     for name in ("train", "valid", "valid_all"):
         np.testing.assert_allclose(model.history_[name], plain.history_[name], rtol=1e-6)
-    assert same(weights(model), weights(plain))  # training batches are gathered either way
+    assert same_weights(weights(model), weights(plain))  # training batches are gathered either way
 
 
 def test_a_nan_stays_in_the_windows_that_hold_it(always_views):
@@ -185,7 +185,7 @@ def test_quirk_time_series_tcn_transposes_in_predict():
     model = ts.TCN(**square).fit(dataset)
     np.testing.assert_allclose(model.predict(dataset).to_numpy(), one_by_one(model, windows), rtol=1e-5, atol=1e-6)
     as_reference = ts.TCN(**square, compat="qlib").fit(dataset)
-    assert same(weights(as_reference), weights(model))
+    assert same_weights(weights(as_reference), weights(model))
     with torch.no_grad():
         expected = model.network.eval()(windows.batch(torch.arange(len(windows))))
     result = as_reference.predict(dataset)

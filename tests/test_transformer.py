@@ -19,7 +19,7 @@ from torch.func import functional_call
 from qfast.errors import ConfigError, DataError
 from qfast.nn import Localformer, Transformer, transformer
 from support.operator_case import relative_error
-from support.transformer import F32, F64, NATIVE, Network, case, gradients, plainly
+from support.transformer import F32, F64, NATIVE, Network, by_torch_layers, gradients, small_network
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::torch.jit.TracerWarning"
@@ -64,7 +64,7 @@ def test_predictions_and_gradients_are_those_of_the_layers(kind: type, sizes: tu
     torch.manual_seed(3)
     net = kind(*build, 0.0)
     exact, x = copy.deepcopy(net).double(), torch.randn(9, steps, build[0])
-    expected = plainly(exact, x.double())
+    expected = by_torch_layers(exact, x.double())
     true = {"": expected.detach(), **gradients(exact, expected)}
 
     def result(call: Callable[[Network, Tensor], Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -75,7 +75,7 @@ def test_predictions_and_gradients_are_those_of_the_layers(kind: type, sizes: tu
     def ours(net: Network, x: Tensor) -> Tensor:
         return net(x)
 
-    wide, narrow, torchs = result(ours, F64), result(ours, F32), result(plainly, F32)
+    wide, narrow, torchs = result(ours, F64), result(ours, F32), result(by_torch_layers, F32)
     assert list(wide) == list(narrow) == list(true)
     for name, value in true.items():
         assert relative_error(wide[name], value) < 1e-11, name
@@ -94,9 +94,9 @@ def test_the_network_calls_the_operators(kind: type, layers: int, seen: list[boo
 
 @both
 def test_gradients_of_the_data(kind: type) -> None:
-    net, x = case(kind)
+    net, x = small_network(kind)
     leaves = [x.clone().requires_grad_() for _ in range(2)]
-    for leaf, out in zip(leaves, (net(leaves[0]), plainly(net, leaves[1])), strict=True):
+    for leaf, out in zip(leaves, (net(leaves[0]), by_torch_layers(net, leaves[1])), strict=True):
         out.pow(2).sum().backward()
         assert leaf.grad is not None
     assert relative_error(leaves[0].grad, leaves[1].grad) < 1e-12
@@ -104,8 +104,8 @@ def test_gradients_of_the_data(kind: type) -> None:
 
 @both
 def test_any_batch_and_the_shape_of_one(kind: type) -> None:
-    net, x = case(kind)
-    expected = plainly(net, x)
+    net, x = small_network(kind)
+    expected = by_torch_layers(net, x)
     for rows in (0, 1, 5):
         assert net(x[:rows]).shape == (rows,)
         torch.testing.assert_close(net(x[:rows]), expected[:rows], rtol=1e-11, atol=1e-12)
@@ -116,7 +116,7 @@ def test_any_batch_and_the_shape_of_one(kind: type) -> None:
 
 @both
 def test_flat_windows_are_read_feature_by_feature(kind: type) -> None:
-    net, x = case(kind)
+    net, x = small_network(kind)
     torch.testing.assert_close(net(x.transpose(1, 2).flatten(1)), net(x), rtol=1e-13, atol=1e-14)
     time_first = x.transpose(0, 1).contiguous().transpose(0, 1)
     torch.testing.assert_close(net(time_first), net(x), rtol=1e-13, atol=1e-14)
@@ -132,7 +132,7 @@ def test_positions_are_those_of_the_paper() -> None:
 
 @both
 def test_a_non_finite_window_affects_no_other(kind: type) -> None:
-    net, x = case(kind)
+    net, x = small_network(kind)
     clean = net(x)
     x[3, 2, 1] = torch.nan
     result = net(x)
@@ -145,7 +145,7 @@ def test_a_non_finite_window_affects_no_other(kind: type) -> None:
 @both
 def test_the_template_layer_has_no_influence(kind: type) -> None:
     """Qlib's files contain it, so qfast's do too."""
-    net, x = case(kind)
+    net, x = small_network(kind)
     expected = net(x).detach()
     net(x).sum().backward()
     unused = [name for name, p in net.named_parameters() if p.grad is None]
@@ -159,7 +159,7 @@ def test_the_template_layer_has_no_influence(kind: type) -> None:
 
 @both
 def test_an_optimiser_does_not_change_unused_parameters(kind: type) -> None:
-    net, x = case(kind)
+    net, x = small_network(kind)
     before = copy.deepcopy(net.encoder_layer.state_dict())
     adam = torch.optim.Adam(net.parameters(), weight_decay=0.1)
     net(x).sum().backward()
@@ -190,7 +190,7 @@ def test_wrong_sizes_are_reported(kind: type, wrong: dict[str, float], message: 
 
 @both
 def test_wrong_data_is_named(kind: type) -> None:
-    net, x = case(kind)
+    net, x = small_network(kind)
     for arguments, message in (
         (x[..., :4], r"x has 4 features .* built with d_feat=5\. Remedy: d_feat=4"),
         (x.flatten(1)[:, :33], "x has 33 columns, which is not a multiple of d_feat=5"),
@@ -210,16 +210,16 @@ def test_wrong_data_is_named(kind: type) -> None:
 def test_a_thousand_steps(kind: type) -> None:
     torch.manual_seed(0)
     net, x = kind(2, 2, 1, 1, 0.0).double(), torch.randn(2, 1000, 2, dtype=F64)
-    torch.testing.assert_close(net(x), plainly(net, x), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(net(x), by_torch_layers(net, x), rtol=1e-10, atol=1e-12)
 
 
 # ---------------------------------------------------------------- dropout
 @both
 def test_dropout_counts_in_training_only_and_repeats_with_the_seed(kind: type) -> None:
-    net, x = case(kind, F32, dropout=0.4)
+    net, x = small_network(kind, F32, dropout=0.4)
     state = torch.get_rng_state()
     net.eval()
-    torch.testing.assert_close(net(x), plainly(net, x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(net(x), by_torch_layers(net, x), rtol=1e-5, atol=1e-6)
     assert torch.equal(torch.get_rng_state(), state)
     net.train()
     torch.manual_seed(8)
@@ -236,7 +236,7 @@ def test_dropout_counts_in_training_only_and_repeats_with_the_seed(kind: type) -
 @pytest.mark.parametrize("dropout", [0.1, 0.5])
 def test_training_draws_as_torchs_layers_do(kind: type, dropout: float) -> None:
     """Many copies of one window have different masks. Mean, spread and tails equal those of torch's masks."""
-    net, x = case(kind, F32, rows=1, dropout=dropout)
+    net, x = small_network(kind, F32, rows=1, dropout=dropout)
     many = x[:, :4].expand(3000, 4, 5)
     with torch.no_grad():
         result, expected = net(many).double(), net.to_reference()(many).double()
@@ -250,9 +250,9 @@ def test_training_draws_as_torchs_layers_do(kind: type, dropout: float) -> None:
 
 @both
 def test_everything_dropped(kind: type) -> None:
-    net, x = case(kind, dropout=1.0)
+    net, x = small_network(kind, dropout=1.0)
     net.eval()
-    torch.testing.assert_close(net(x), plainly(net, x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(net(x), by_torch_layers(net, x), rtol=1e-12, atol=1e-12)
     net.train()
     torch.testing.assert_close(net(x), net.to_reference()(x), rtol=1e-11, atol=1e-12)
     assert all(torch.isfinite(g).all() for g in gradients(net, net(x)).values())
@@ -332,19 +332,19 @@ CHANGES = [
 @both
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_changed_networks_are_computed_as_they_are(kind: type, change: Callable, seen: list[bool]) -> None:
-    net, x = case(kind)
+    net, x = small_network(kind)
     before = net(x)
     seen.clear()
     change(net, net.transformer_encoder.layers[1])
     result = net(x)
     assert seen == []
     assert not torch.allclose(result, before, rtol=1e-9)  # the change counts
-    torch.testing.assert_close(result, plainly(net, x), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(result, by_torch_layers(net, x), rtol=1e-11, atol=1e-12)
 
 
 @both
 def test_a_hook_on_the_whole_encoder_is_called(kind: type, seen: list[bool]) -> None:
-    net, x = case(kind)
+    net, x = small_network(kind)
     net.transformer_encoder.register_forward_hook(lambda module, _, out: out * 0)
     result = net(x)
     assert seen == []
@@ -352,7 +352,7 @@ def test_a_hook_on_the_whole_encoder_is_called(kind: type, seen: list[bool]) -> 
 
 
 def test_a_norm_after_the_encoder_is_applied(seen: list[bool]) -> None:
-    net, x = case(Transformer)
+    net, x = small_network(Transformer)
     net.transformer_encoder.norm = nn.LayerNorm(8, elementwise_affine=False).double()
     read: list[Tensor] = []
     net.decoder_layer.register_forward_hook(lambda module, arguments, out: read.append(arguments[0]))
@@ -364,25 +364,25 @@ def test_a_norm_after_the_encoder_is_applied(seen: list[bool]) -> None:
 @both
 def test_layers_that_are_replaced_by_the_same_kind_count(kind: type, seen: list[bool]) -> None:
     """A wider block, other heads or another number of layers: the operator uses the new layers."""
-    net, x = case(kind)
+    net, x = small_network(kind)
     torch.manual_seed(4)
     net.transformer_encoder.layers[0] = nn.TransformerEncoderLayer(8, 4, 30, dropout=0.0, layer_norm_eps=0.1).double()
-    torch.testing.assert_close(net(x), plainly(net, x), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(net(x), by_torch_layers(net, x), rtol=1e-11, atol=1e-12)
     assert len(seen) == 2 * NATIVE
 
 
 @both
 def test_the_first_and_last_layers_may_be_anything(kind: type) -> None:
-    net, x = case(kind)
+    net, x = small_network(kind)
     net.feature_layer = nn.Sequential(net.feature_layer, nn.Tanh())
     net.decoder_layer = nn.Sequential(nn.Tanh(), net.decoder_layer)
-    torch.testing.assert_close(net(x), plainly(net, x), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(net(x), by_torch_layers(net, x), rtol=1e-11, atol=1e-12)
 
 
 @both
 @pytest.mark.parametrize("part", ["dropout", "dropout1", "dropout2", "self_attn", "norm1"])
 def test_different_modes_within_a_layer_are_respected(kind: type, part: str, seen: list[bool]) -> None:
-    net, x = case(kind, F32, dropout=0.5)
+    net, x = small_network(kind, F32, dropout=0.5)
     for layer in net.transformer_encoder.layers:
         getattr(layer, part).eval()
     torch.manual_seed(2)
@@ -394,7 +394,7 @@ def test_different_modes_within_a_layer_are_respected(kind: type, part: str, see
 
 @both
 def test_different_dropout_rates_within_a_layer_are_respected(kind: type, seen: list[bool]) -> None:
-    net, x = case(kind, dropout=0.5)
+    net, x = small_network(kind, dropout=0.5)
     net.transformer_encoder.layers[0].dropout1.p = 0.1
     net(x)
     assert seen == []
@@ -403,19 +403,19 @@ def test_different_dropout_rates_within_a_layer_are_respected(kind: type, seen: 
 @both
 def test_layers_in_different_modes(kind: type, seen: list[bool]) -> None:
     """The operator supports a layer that is entirely in eval mode."""
-    net, x = case(kind, dropout=0.5)
+    net, x = small_network(kind, dropout=0.5)
     net.transformer_encoder.eval()
     if kind is Localformer:
         net.rnn.eval()
-    torch.testing.assert_close(net(x), plainly(net, x), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(net(x), by_torch_layers(net, x), rtol=1e-11, atol=1e-12)
     assert len(seen) == 2 * NATIVE
 
 
 # ---------------------------------------------------------------- torch around it
 @both
 def test_trace_script_and_export_hold_torchs_operations_only(kind: type) -> None:
-    net, x = case(kind)
-    expected = plainly(net, x)
+    net, x = small_network(kind)
+    expected = by_torch_layers(net, x)
     for made in (torch.jit.trace(net, (x,)), torch.jit.script(net)):
         torch.testing.assert_close(made(x), expected, rtol=1e-12, atol=1e-12)
         assert "qfast::" not in str(made.inlined_graph)
@@ -427,7 +427,7 @@ def test_trace_script_and_export_hold_torchs_operations_only(kind: type) -> None
 @both
 def test_export_of_any_batch_and_a_file(kind: type) -> None:
     """As exporters to other formats use it: eval mode, dynamic batch, saved and loaded."""
-    net, x = case(kind, F32)
+    net, x = small_network(kind, F32)
     plain = net.eval().to_reference()
     assert "qfast" not in str(torch.export.export(plain, (x,)).graph)
     open_batch = {"x": {0: torch.export.Dim("batch", min=2, max=4096)}}
@@ -442,7 +442,7 @@ def test_export_of_any_batch_and_a_file(kind: type) -> None:
 @both
 @torch._dynamo.config.patch(allow_rnn=True)
 def test_compile_into_one_graph(kind: type) -> None:
-    net, x = case(kind)
+    net, x = small_network(kind)
     compiled = torch.compile(copy.deepcopy(net), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), net(x), rtol=1e-12, atol=1e-12)
     expected = gradients(net, net(x))
@@ -455,26 +455,26 @@ def test_compile_into_one_graph(kind: type) -> None:
 
 @both
 def test_transforms(kind: type) -> None:
-    net, x = case(kind, rows=4)
+    net, x = small_network(kind, rows=4)
     along = torch.randn_like(x)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # torch's own has no forward mode
-        expected = torch.func.jvp(lambda x: plainly(net, x), (x,), (along,))[1]
+        expected = torch.func.jvp(lambda x: by_torch_layers(net, x), (x,), (along,))[1]
     torch.testing.assert_close(torch.func.jvp(net, (x,), (along,))[1], expected, rtol=1e-9, atol=1e-12)
     used = {name: p for name, p in net.named_parameters() if not name.startswith("encoder_layer.")}
     result = torch.func.grad(lambda p: functional_call(net, p, (x,)).pow(2).sum())(used)
-    for name, value in gradients(net, plainly(net, x)).items():
+    for name, value in gradients(net, by_torch_layers(net, x)).items():
         torch.testing.assert_close(result[name], value, rtol=1e-9, atol=1e-12)
     windows = torch.stack((x, along))
     torch.testing.assert_close(torch.vmap(net)(windows), torch.stack((net(x), net(along))), rtol=1e-11, atol=1e-12)
     parameters, buffers = torch.func.stack_module_state([copy.deepcopy(net) for _ in range(2)])
     ensemble = torch.vmap(lambda p, b: functional_call(net, (p, b), (x,)))(parameters, buffers)
-    torch.testing.assert_close(ensemble, torch.stack([plainly(net, x)] * 2), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(ensemble, torch.stack([by_torch_layers(net, x)] * 2), rtol=1e-11, atol=1e-12)
 
 
 @both
 def test_gradients_of_gradients(kind: type) -> None:
     """By torch.func, and by `backward` through torch's layers with an attention that supports it."""
-    net, x = case(kind, rows=2)
+    net, x = small_network(kind, rows=2)
     leaf = x.clone().requires_grad_()
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         (first,) = torch.autograd.grad(net.to_reference()(leaf).pow(2).sum(), leaf, create_graph=True)
@@ -490,8 +490,8 @@ def test_gradients_of_gradients(kind: type) -> None:
 
 @both
 def test_autocast_and_halves(kind: type) -> None:
-    net, x = case(kind, F32)
-    expected = plainly(net, x)
+    net, x = small_network(kind, F32)
+    expected = by_torch_layers(net, x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result = net(x)
     assert (result.float() - expected).norm() <= 0.05 * expected.norm() + 0.05
@@ -502,7 +502,7 @@ def test_autocast_and_halves(kind: type) -> None:
 
 @both
 def test_dynamic_quantisation(kind: type) -> None:
-    net, x = case(kind, F32)
+    net, x = small_network(kind, F32)
     net.eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -513,7 +513,7 @@ def test_dynamic_quantisation(kind: type) -> None:
 
 @both
 def test_it_is_copied_and_pickled_after_a_forward(kind: type) -> None:
-    net, x = case(kind)
+    net, x = small_network(kind)
     expected = net(x)
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         assert torch.equal(other(x), expected)

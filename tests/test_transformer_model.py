@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qfast.models import LocalformerModel, TransformerModel, ts
-from support.fits import dataset_for, parametrize_estimators, same, weights
+from support.fits import dataset_for, parametrize_estimators, same_weights, weights
 
 FLAT = [TransformerModel, LocalformerModel]
 ROLLING = [ts.TransformerModel, ts.LocalformerModel]
@@ -48,7 +48,7 @@ def test_the_decay_goes_into_the_optimiser_and_leaves_unused_weights_alone(kind)
     assert len(unused) == 13
     assert all(before[key].equal(after[key]) for key in unused)
     assert not before["decoder_layer.weight"].equal(after["decoder_layer.weight"])
-    assert not same(after, weights(kind(**SIZES, reg=0.0).fit(dataset_for(kind))))
+    assert not same_weights(after, weights(kind(**SIZES, reg=0.0).fit(dataset_for(kind))))
 
 
 # ---------------------------------------------------------------- compared with Qlib
@@ -92,7 +92,7 @@ def test_weight_files_travel_both_ways(kind, name, tmp_path):
     theirs = reference(kind, **{**SMALL, "seed": 5})
     torch.save(theirs.model.state_dict(), tmp_path / "theirs.pkl")
     model.load_weights(tmp_path / "theirs.pkl")
-    assert same(weights(model), theirs.model.state_dict())
+    assert same_weights(weights(model), theirs.model.state_dict())
     if name.endswith("pkl"):
         theirs.model.load_state_dict(torch.load(tmp_path / name, weights_only=True))
-        assert same(theirs.model.state_dict(), weights(again))
+        assert same_weights(theirs.model.state_dict(), weights(again))

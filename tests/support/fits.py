@@ -78,7 +78,7 @@ def weights(model) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in model.network.state_dict().items()}
 
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+def same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -106,7 +106,7 @@ def device_model(kind: type, device: str, **changes):
     return kind(**{**arguments, **changes}, device=device)
 
 
-def states_equal(a, b) -> None:
+def assert_states_equal(a, b) -> None:
     for key, value in a.network.state_dict().items():
         assert torch.equal(value, b.network.state_dict()[key]), key
     for ours, theirs in zip(a.train_optimizer.state.values(), b.train_optimizer.state.values(), strict=True):

@@ -16,12 +16,12 @@ Network = Transformer | Localformer
 NATIVE = _backend.native is not None
 
 
-def case(kind: type, dtype: torch.dtype = F64, rows: int = 12, dropout: float = 0.0) -> tuple[Network, Tensor]:
+def small_network(kind: type, dtype: torch.dtype = F64, rows: int = 12, dropout: float = 0.0) -> tuple[Network, Tensor]:
     torch.manual_seed(0)
     return kind(5, 8, 2, 2, dropout).to(dtype), torch.randn(rows, 7, 5, dtype=dtype)
 
 
-def plainly(net: Network, x: Tensor) -> Tensor:
+def by_torch_layers(net: Network, x: Tensor) -> Tensor:
     """The network from torch's layers, which accept [T, B, D]."""
     encoder = net.transformer_encoder
     steps = net.feature_layer(x).transpose(0, 1)
