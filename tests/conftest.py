@@ -16,8 +16,8 @@ pytest.register_assert_rewrite("support")
 
 from support.frames import make_frame  # noqa: E402
 
-# The tensors here are tiny: a second thread only waits, and two test runs on one machine starve each other.
-# Tests about threads set their own number.
+# The tensors here are tiny: a second thread only waits, and slows down other test runs on the machine.
+# Tests of threads set the number themselves.
 torch.set_num_threads(1)
 
 

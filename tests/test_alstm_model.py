@@ -76,7 +76,7 @@ def test_sizes(rnn_type: str, sizes: tuple[int, int, int]) -> None:
     for batch, steps in ((1, 1), (2, 9), (0, 4)):
         x = torch.randn(batch, steps, sizes[0], dtype=torch.float64)
         if batch == 0 and rnn_type == "RNN":
-            continue  # torch's own layer is asked
+            continue  # torch's layer decides
         assert net(x).shape == (batch,)
         if batch:
             torch.testing.assert_close(net(x), by_torch_layers(net, x), rtol=1e-12, atol=1e-12)

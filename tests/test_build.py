@@ -20,7 +20,7 @@ from qfast import _backend
 ROOT = Path(__file__).parents[1]
 LIBRARIES = _backend._library_files("_C") + _backend._library_files("_cuda")
 from_source = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
-TOOLS = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # ninja may be a package beside Python
+TOOLS = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # ninja may be installed next to Python
 needs_nm = pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm and readelf (binutils)")
 # Everything of torch that a library may use: the C functions of the stable ABI.
 STABLE = re.compile(r"^(aoti_torch_|torch_[a-z0-9_]+$)")
@@ -100,7 +100,7 @@ def test_no_macro_of_a_later_torch() -> None:
 )
 def test_setup_refuses_cuda_by_request(environment: dict[str, str], message: str) -> None:
     if "CUDA_HOME" in environment and Path("/usr/local/cuda/bin/nvcc").exists():
-        pytest.skip("a toolkit stands in /usr/local/cuda")
+        pytest.skip("there is a toolkit in /usr/local/cuda")
     command = [sys.executable, "setup.py", "--version"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
     assert done.returncode != 0

@@ -249,8 +249,8 @@ def check_with(processor, prices):
     try:
         return check(DEMO, prices, [*SHORT, steps])
     finally:
-        for known in [key for key, value in vars(PROCESSORS).items() if isinstance(value, dict)]:
-            vars(PROCESSORS)[known].pop(processor.__name__, None)
+        for group in [key for key, value in vars(PROCESSORS).items() if isinstance(value, dict)]:
+            vars(PROCESSORS)[group].pop(processor.__name__, None)
 
 
 def test_a_processor_that_looks_ahead_is_found(prices):
@@ -275,7 +275,7 @@ def test_an_error_that_nobody_foresaw_is_a_finding(prices, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (f"{BACKTEST}.exchange_kwargs.deal_price=settle", "the prices have no settle"),
         (
@@ -289,11 +289,11 @@ def test_an_error_that_nobody_foresaw_is_a_finding(prices, monkeypatch):
         ),
     ],
 )
-def test_a_backtest_that_cannot_be_is_an_error(prices, change, said):
+def test_a_backtest_that_cannot_be_is_an_error(prices, change, message):
     report = check(DEMO, prices, [*SHORT, change], experiments=False)
     assert not report.ok
     assert levels(report, "portfolio") == ["error"]
-    assert said in text(report, "portfolio")
+    assert message in text(report, "portfolio")
 
 
 @pytest.mark.parametrize(

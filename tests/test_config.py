@@ -57,7 +57,7 @@ def test_template_sees_environment_variables_and_nothing_else(write, monkeypatch
 def test_base_file_is_merged_under(write, tmp_path, monkeypatch):
     write("market: a\ntask: {model: {kwargs: {x: 1, y: 2}}, extra: [1, 2]}\nshown: '{{ HOME }}'\n", "base.yaml")
     file = write("BASE_CONFIG_PATH: base.yaml\ntask: {model: {kwargs: {x: 9, y: __DROP__}}, extra: [3]}\n")
-    monkeypatch.chdir(tmp_path.parent)  # then it is looked up beside the workflow file
+    monkeypatch.chdir(tmp_path.parent)  # then it is searched next to the workflow file
     values = load_config(file).values
     assert values["task"] == {"model": {"kwargs": {"x": 9}}, "extra": [3]}
     assert values["market"] == "a"

@@ -73,7 +73,7 @@ __global__ void kernel(const float* in, float* out) {
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("barrier", "status", "said"),
+    ("barrier", "status", "message"),
     [
         ("__syncthreads();", 0, ""),
         ("", 3, ""),
@@ -83,7 +83,7 @@ __global__ void kernel(const float* in, float* out) {
     ],
     ids=["right", "none", "not all threads", "not all lanes", "lane alone"],
 )
-def test_errors_are_detected(tool, tmp_path, barrier, status, said):
+def test_errors_are_detected(tool, tmp_path, barrier, status, message):
     source = tmp_path / "program.cpp"
     source.write_text(PROGRAM % KERNEL.replace("BARRIER", barrier))
     program = tmp_path / "program"
@@ -92,4 +92,4 @@ def test_errors_are_detected(tool, tmp_path, barrier, status, said):
     subprocess.run([*command, f"-I{sysconfig.get_paths()['include']}"], check=True)
     done = subprocess.run([str(program)], capture_output=True, text=True)
     assert done.returncode == status
-    assert said in done.stderr
+    assert message in done.stderr

@@ -294,8 +294,8 @@ def test_weights_survive_a_file(kind, name, tmp_path):
 @parametrize_estimators()
 @pytest.mark.parametrize("moment", ["batch", "checkpoint"])
 def test_an_interrupted_fit_resumes_to_the_unbroken_result(kind, moment, tmp_path):
-    own = {name: value for name, value in OWN_ARGUMENTS.get(kind, {}).items() if name in ("rnn_type", "base_model")}
-    arguments = small_arguments(kind, n_epochs=5, dropout=0.3, **own)
+    extra = {name: value for name, value in OWN_ARGUMENTS.get(kind, {}).items() if name in ("rnn_type", "base_model")}
+    arguments = small_arguments(kind, n_epochs=5, dropout=0.3, **extra)
     unbroken = kind(**arguments).fit(dataset_for(kind))
     broken = kind(**arguments)
     with pytest.raises(KeyboardInterrupt):
@@ -317,8 +317,8 @@ def test_an_interrupted_fit_resumes_to_the_unbroken_result(kind, moment, tmp_pat
 
 @parametrize_estimators()
 def test_a_fitted_model_is_pickled_and_copied(kind):
-    own = {"rnn_type": "LSTM"} if kind in ATTENTIVE else {}
-    model = small_model(kind, **own).fit(dataset_for(kind))
+    extra = {"rnn_type": "LSTM"} if kind in ATTENTIVE else {}
+    model = small_model(kind, **extra).fit(dataset_for(kind))
     expected = model.predict(dataset_for(kind))
     for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
         pd.testing.assert_series_equal(again.predict(dataset_for(kind)), expected)
@@ -346,16 +346,16 @@ WORKFLOWS = [
 
 
 @pytest.mark.parametrize(
-    ("kind", "module", "network", "own"),
+    ("kind", "module", "network", "extra"),
     WORKFLOWS,
-    ids=["-".join([estimator_name(kind), own.get("rnn_type", "")]).strip("-") for kind, _, _, own in WORKFLOWS],
+    ids=["-".join([estimator_name(kind), extra.get("rnn_type", "")]).strip("-") for kind, _, _, extra in WORKFLOWS],
 )
-def test_a_workflow_file_of_qlib(kind, module, network, own, tmp_path):
+def test_a_workflow_file_of_qlib(kind, module, network, extra, tmp_path):
     """Runs with Qlib's class and module; the run is scored again from its folder."""
     config, path = write_case(tmp_path)
     config.write_text(TEXT.replace("hidden_size: 4, num_layers: 1", network))
     module = f"task.model.module_path=qlib.contrib.model.pytorch_{module}"
-    changes = [f"task.model.class={kind.__name__}", *(f"task.model.kwargs.{name}={own[name]}" for name in own)]
+    changes = [f"task.model.class={kind.__name__}", *(f"task.model.kwargs.{name}={extra[name]}" for name in extra)]
     if is_time_series(kind):
         changes += [
             f"{module}_ts",
@@ -369,7 +369,7 @@ def test_a_workflow_file_of_qlib(kind, module, network, own, tmp_path):
     run(config, path, changes, output=tmp_path / "run", seed=1)
     saved = json.dumps(json.loads((tmp_path / "run" / "model.json").read_text()))
     assert kind.__name__ in saved
-    assert all(str(value) in saved for value in own.values())
+    assert all(str(value) in saved for value in extra.values())
     scores = predict(tmp_path / "run", path)
     assert len(scores) > 0
     assert scores.notna().all()

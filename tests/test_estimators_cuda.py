@@ -165,7 +165,7 @@ def test_too_little_memory_is_reported_with_remedies():
             model.fit(rolling())
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    model.fit(rolling())  # nothing is left behind that stands in the way
+    model.fit(rolling())  # the failed fit leaves no memory allocated
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")

@@ -240,7 +240,7 @@ def test_alpha360_of_a_store_equals_qlib(tmp_path):
             ours = Alpha360(market, start, end, provider_uri=root, **RAW).fetch(col_set="__raw", data_key="raw")
             assert_bit_equal(ours, theirs)
     codes = ["BBB", "AAA"]
-    # the second looks past the close's own file on days that only the open has
+    # the second reads days outside the close's file that only the open has
     for label in (["($close - Ref($open, 3)) / Ref($close, -5) ** 2"], ["Ref($close, -1) / $open - 1"]):
         theirs = reference.Alpha360(codes, "2020-02-15", "2020-05-01", label=label, **RAW).fetch(data_key="raw")
         ours = Alpha360(codes, "2020-02-15", "2020-05-01", label=label, provider_uri=root, **RAW).fetch(data_key="raw")

@@ -36,11 +36,11 @@ def by_hand(net: Localformer, x: Tensor) -> Tensor:
     values = net.feature_layer(x) + net.pos_encoder.pe[: x.shape[1], 0]
     for layer, conv in zip(net.transformer_encoder.layers, net.transformer_encoder.conv, strict=True):
         padded = nn.functional.pad(values, (0, 0, 1, 1))
-        beside = conv.bias + sum(
+        convolved = conv.bias + sum(
             padded[:, k : k + x.shape[1]] @ conv.weight[:, :, k].t() for k in range(conv.weight.shape[2])
         )
-        values = layer((values + beside).transpose(0, 1)).transpose(0, 1)
-    values = values + beside  # the last convolution once more
+        values = layer((values + convolved).transpose(0, 1)).transpose(0, 1)
+    values = values + convolved  # the last convolution is added once more
     for i in range(net.rnn.num_layers):
         cell = nn.GRUCell(values.shape[2], values.shape[2]).double()
         for name, p in cell.named_parameters():

@@ -30,7 +30,7 @@ TABLES: dict[str, Sequence[OperatorCase]] = {
     "temporal_conv_net": STACK_CASES,
     "window_conv": WINDOW_CONV_CASES,
 }
-# A tenth of each table: the operators' own files run all of it.
+# A tenth of each table. The operators' test files run all of it.
 SAMPLE = [pytest.param(case, id=f"{name}-{case.name}") for name, table in TABLES.items() for case in table[::10]]
 
 

@@ -67,7 +67,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.fixture(params=["short-days", "short-days-in-blocks", "a-long-day"])
-def beside(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def extra_days(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Days that are added to those of a test."""
     monkeypatch.setenv(WAY, "block" if request.param == "short-days-in-blocks" else "auto")
     return [LONG] if request.param == "a-long-day" else []
@@ -140,9 +140,9 @@ def noise_inputs(side: str, n: int, common: float, dtype: torch.dtype = torch.fl
 @pytest.mark.parametrize("sizes", [[37], [300], [2000], [64, 1, 500]], ids=str)
 @pytest.mark.parametrize("common", [0.0, 10.0, 100.0])
 def test_keys_are_not_pushed_together(
-    side: str, sizes: list[int], common: float, dtype: torch.dtype, beside: list[int]
+    side: str, sizes: list[int], common: float, dtype: torch.dtype, extra_days: list[int]
 ) -> None:
-    sizes = [*sizes, *beside]
+    sizes = [*sizes, *extra_days]
     *tensors, grad = noise_inputs(side, sum(sizes), common, dtype)
     _, of_query, of_key, _ = on_gpu(lambda *t: additive_attention(*t, offsets_of(sizes)), tensors, grad)
     for result in of_key.double().split(sizes):
@@ -179,8 +179,8 @@ def test_a_common_part_of_the_values_costs_less_than_in_the_dense_softmax(common
 
 # ---------------------------------------------------------------- shapes
 @pytest.mark.parametrize("width", [1, 2, 3, 8, 17, 31, 32, 33, 64, 65, 130, 512])
-def test_any_width(width: int, dtype: torch.dtype, beside: list[int]) -> None:
-    sizes = [1, 0, 200, 29, *beside]
+def test_any_width(width: int, dtype: torch.dtype, extra_days: list[int]) -> None:
+    sizes = [1, 0, 200, 29, *extra_days]
     limit = 1e-6 if dtype == torch.float32 else 1e-13
     check(attention_inputs(sum(sizes), width, dtype), offsets_of(sizes), limit=limit)
     check_graph(graph_inputs(sum(sizes), width, dtype), offsets_of(sizes), limit=limit)
@@ -195,8 +195,8 @@ def test_any_length_of_a_day(n: int) -> None:
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.01, 0.3, 1.0])
-def test_heads(slope: float, dtype: torch.dtype, beside: list[int]) -> None:
-    sizes = [40, 0, 1, 150, *beside]
+def test_heads(slope: float, dtype: torch.dtype, extra_days: list[int]) -> None:
+    sizes = [40, 0, 1, 150, *extra_days]
     limit = 1e-6 if dtype == torch.float32 else 1e-13
     check(attention_inputs(sum(sizes), 9, dtype, heads=3), offsets_of(sizes), slope, limit)
 
@@ -217,8 +217,8 @@ def test_hardly_any_rows(sizes: list[int], heads: int | None, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_strides_do_not_matter(view: str, dtype: torch.dtype, beside: list[int]) -> None:
-    sizes = [3, 140, 0, 1, *beside]
+def test_strides_do_not_matter(view: str, dtype: torch.dtype, extra_days: list[int]) -> None:
+    sizes = [3, 140, 0, 1, *extra_days]
     offsets = offsets_of(sizes)
     for make, call in ((attention_inputs, additive_attention), (graph_inputs, graph_attention)):
         tensors = [t.to(DEVICE) for t in make(sum(sizes), 17, dtype)]
@@ -281,8 +281,8 @@ def test_an_unknown_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
         check(attention_inputs(3, 2), None)
 
 
-def test_thousands_of_uneven_days(beside: list[int]) -> None:
-    sizes = [*(np.random.default_rng(0).geometric(0.02, 3000) - 1).tolist(), *beside]
+def test_thousands_of_uneven_days(extra_days: list[int]) -> None:
+    sizes = [*(np.random.default_rng(0).geometric(0.02, 3000) - 1).tolist(), *extra_days]
     assert sizes.count(0) > 30
     offsets = offsets_of(sizes)
     check(attention_inputs(sum(sizes), 8, torch.float32), offsets, limit=1e-6)
@@ -328,12 +328,12 @@ def test_opcheck(sizes: list[int] | None) -> None:
 
 @pytest.mark.parametrize("slope", [0.0, 0.01, 1.0])
 @pytest.mark.parametrize("what", SPOILED)
-def test_non_finite_values_spread_as_in_the_dense_softmax(what: str, slope: float, beside: list[int]) -> None:
+def test_non_finite_values_spread_as_in_the_dense_softmax(what: str, slope: float, extra_days: list[int]) -> None:
     """Forward and backward, element by element. The bits of other days and other heads do not change."""
-    sizes = [*DAY_SIZES, *beside]
+    sizes = [*DAY_SIZES, *extra_days]
     inputs, clean = day_inputs(), day_inputs()
     SPOILED[what](inputs)
-    more = dict(zip((*INPUT_NAMES, "grad"), attention_inputs(sum(beside), 5), strict=True))
+    more = dict(zip((*INPUT_NAMES, "grad"), attention_inputs(sum(extra_days), 5), strict=True))
     spoiled, plain = ([torch.cat([of[n], more[n]]) for n in (*INPUT_NAMES, "grad")] for of in (inputs, clean))
     heads = [torch.stack([a, b]) for a, b in zip(spoiled, plain, strict=True)]
     untouched = [torch.stack([b, b]) for b in plain]
@@ -374,8 +374,8 @@ def forward_and_backward(attention: list[Tensor], graph: list[Tensor], grad: Ten
 
 
 @needs_gpu
-def test_the_same_bits_come_again(beside: list[int]) -> None:
-    inputs = direct_inputs([1, 700, 0, 40, 900, 3, *beside])
+def test_the_same_bits_come_again(extra_days: list[int]) -> None:
+    inputs = direct_inputs([1, 700, 0, 40, 900, 3, *extra_days])
     first = forward_and_backward(*inputs)
     side = torch.cuda.Stream()
     for _ in range(5):
@@ -388,8 +388,8 @@ def test_the_same_bits_come_again(beside: list[int]) -> None:
 
 
 @needs_gpu
-def test_nothing_waits_for_the_device(beside: list[int]) -> None:
-    inputs = direct_inputs([300, 0, 7, *beside])
+def test_nothing_waits_for_the_device(extra_days: list[int]) -> None:
+    inputs = direct_inputs([300, 0, 7, *extra_days])
     forward_and_backward(*inputs)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -400,9 +400,9 @@ def test_nothing_waits_for_the_device(beside: list[int]) -> None:
 
 
 @needs_gpu
-def test_a_cuda_graph_captures_all_four_operators(beside: list[int]) -> None:
+def test_a_cuda_graph_captures_all_four_operators(extra_days: list[int]) -> None:
     """The graph is replayed on new values, including new offsets, in the same memory."""
-    sizes, other = [300, 0, 7, *beside], [5, 290, 12, *beside]
+    sizes, other = [300, 0, 7, *extra_days], [5, 290, 12, *extra_days]
     inputs, changed = direct_inputs(sizes), direct_inputs(other)
     longest = max(*sizes, *other)
     inputs, changed = ((*of[:3], (of[3][0], longest, 0.01)) for of in (inputs, changed))

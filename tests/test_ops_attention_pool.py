@@ -386,7 +386,7 @@ def test_the_kernels_reject_out_of_bounds_arguments() -> None:
 
 
 # ---------------------------------------------------------------- memory
-@pytest.mark.skipif(not NATIVE or sys.platform != "linux", reason="the kernels' own use of memory, read from Linux")
+@pytest.mark.skipif(not NATIVE or sys.platform != "linux", reason="memory use of the kernels, read from Linux")
 def test_nothing_of_the_size_of_the_scores_layer_is_saved() -> None:
     program = (
         "import resource, torch, qfast.ops as ops\n"

@@ -17,7 +17,7 @@ from support.tensors import LAYOUTS
 
 
 def check(case: LayerCase) -> None:
-    """float64 to 1e-12; float32 to 2e-5, and within 2 (gradients 3) times torch's own float32 error.
+    """float64 to 1e-12; float32 to 2e-5, and within 2 (gradients 3) times torch's float32 error.
 
     The gradient of the key bias is rounding noise and is compared with the gradient of the query bias.
     """
@@ -165,7 +165,7 @@ def test_incoming_gradients_of_any_strides(last: bool, isa: str) -> None:
 
 
 # ---------------------------------------------------------------- the same bits
-@pytest.mark.skipif(not KERNELS, reason="plain torch promises no bits")
+@pytest.mark.skipif(not KERNELS, reason="plain torch does not guarantee equal bits")
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 def test_the_same_bits_again_and_for_any_number_of_threads(dtype: torch.dtype, last: bool, isa: str) -> None:

@@ -212,8 +212,8 @@ def test_on_average_it_is_the_layer_of_torch(isa: str) -> None:
     x, *weights = LayerCase(1, 5, 8, 2, 20).inputs(F32)
     layer = torch.nn.TransformerEncoderLayer(8, 2, 20, 0.3, batch_first=True)
     with torch.no_grad():
-        for own, inputs in zip(layer.parameters(), weights, strict=True):
-            own.copy_(inputs)
+        for parameter, inputs in zip(layer.parameters(), weights, strict=True):
+            parameter.copy_(inputs)
         torch.manual_seed(0)
         many = x.expand(count, 5, 8)
         theirs, ours = layer(many), encoder_layer(many, weights, heads=2, dropout=0.3, training=True)

@@ -97,7 +97,7 @@ def test_refusals(change: dict[str, Any], error: type[Exception], message: str) 
     assert issubclass(error, ValueError)
 
 
-@pytest.mark.skipif(not KERNELS, reason="plain torch has its own words")
+@pytest.mark.skipif(not KERNELS, reason="plain torch has other messages")
 def test_the_raw_operators_reject_out_of_bounds_arguments() -> None:
     """After torch.compile no Python code checks the arguments."""
     x, *weights = SMALL.inputs()
@@ -196,7 +196,7 @@ def test_transforms_are_those_of_torchs_layer(last: bool) -> None:
             return case.reference([x, *weights])
 
     close = {"rtol": 1e-10, "atol": 1e-11}
-    jacobian = torch.autograd.functional.jacobian(theirs, x)  # torch's layer has no forward mode of its own
+    jacobian = torch.autograd.functional.jacobian(theirs, x)  # torch's layer has no forward mode
     slope = (jacobian * along).sum((-1, -2, -3))
     torch.testing.assert_close(torch.func.jvp(ours, (x,), (along,))[1], slope, **close)
     forward_ad = torch.autograd.forward_ad
@@ -332,7 +332,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
-@pytest.mark.skipif(not KERNELS or sys.platform != "linux", reason="the kernels' own use of memory, read from Linux")
+@pytest.mark.skipif(not KERNELS or sys.platform != "linux", reason="memory use of the kernels, read from Linux")
 @pytest.mark.parametrize(
     ("sizes", "limit"),
     [

@@ -33,7 +33,7 @@ def seeded(tensors: list[Tensor], dropout: float, seed: int) -> list[Tensor]:
 # ---------------------------------------------------------------- values and gradients
 @pytest.mark.parametrize("case", BLOCK_CASES, ids=lambda case: case.name)
 def test_values_and_gradients_are_those_of_torchs_layers(case: BlockCase, isa: str) -> None:
-    """float64 to 1e-12; float32 to 2e-5, and within 2 (gradients 3) times torch's own float32 error."""
+    """float64 to 1e-12; float32 to 2e-5, and within 2 (gradients 3) times torch's float32 error."""
     exact, of_torch = exact_results(case)
     assert errors_above(results(case.operator, case.inputs()), exact, 1e-12) == []
     narrow = results(case.operator, case.inputs(F32))
@@ -94,7 +94,7 @@ def test_data_that_requires_no_gradient_gets_none(isa: str) -> None:
 
 
 # ---------------------------------------------------------------- the same bits
-@pytest.mark.skipif(not KERNELS, reason="plain torch promises no bits")
+@pytest.mark.skipif(not KERNELS, reason="plain torch does not guarantee equal bits")
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 def test_the_same_bits_again_and_for_any_number_of_threads(dtype: torch.dtype, isa: str) -> None:
     before, tensors, runs = torch.get_num_threads(), BlockCase((1500,), 20, 150, 9).inputs(dtype), []
@@ -176,7 +176,7 @@ def test_rate_and_scale(p: float, isa: str) -> None:
     saved = result != 0
     torch.testing.assert_close(result[saved], torch.full((int(saved.sum()),), 1 / (1 - p)))
     assert abs(float(saved.double().mean()) - (1 - p)) < 5 * (p * (1 - p) / result.numel()) ** 0.5
-    rates = saved.double().mean(0), saved.double().mean(1)  # no column and no row apart from the others
+    rates = saved.double().mean(0), saved.double().mean(1)  # no column and no row differs from the others
     assert all(float((rate - (1 - p)).abs().max()) < 6 * (p * (1 - p) / 128) ** 0.5 for rate in rates)
 
 
@@ -357,7 +357,7 @@ def test_the_kernels_reject_out_of_bounds_arguments() -> None:
 
 
 # ---------------------------------------------------------------- memory
-@pytest.mark.skipif(not KERNELS or sys.platform != "linux", reason="the kernels' own use of memory, read from Linux")
+@pytest.mark.skipif(not KERNELS or sys.platform != "linux", reason="memory use of the kernels, read from Linux")
 def test_the_hidden_values_are_never_all_in_memory() -> None:
     program = (
         "import resource, torch, qfast.ops as ops\n"

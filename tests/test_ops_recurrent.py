@@ -134,7 +134,7 @@ def test_kernels_agree_with_plain_torch(name: str, isa: str) -> None:
 
 
 # ---------------------------------------------------------------- the same bits
-@pytest.mark.skipif(not NATIVE, reason="plain torch promises no bits")
+@pytest.mark.skipif(not NATIVE, reason="plain torch does not guarantee equal bits")
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_bits_again_and_for_any_number_of_threads(name: str, dtype: torch.dtype, isa: str) -> None:

@@ -146,7 +146,7 @@ def test_an_lstm_wants_both_states() -> None:
         lstm(inputs.x, inputs.layers, initial_state=inputs.state[0])
 
 
-@pytest.mark.skipif(not NATIVE, reason="plain torch has its own words")
+@pytest.mark.skipif(not NATIVE, reason="plain torch has other messages")
 @pytest.mark.parametrize("name", NAMES)
 def test_the_raw_operators_reject_wrong_arguments(name: str) -> None:
     """After torch.compile no Python code checks the arguments."""

@@ -201,9 +201,9 @@ def test_windows_of_consecutive_rows(
 
 @settings(max_examples=60, deadline=None)
 @given(stacks(), st.integers(1, 70), st.integers(0, 3))
-def test_any_stack_over_consecutive_rows(drawn: tuple[StackCase, str, float], windows: int, beside: int) -> None:
+def test_any_stack_over_consecutive_rows(drawn: tuple[StackCase, str, float], windows: int, extra_columns: int) -> None:
     case, *_ = drawn
-    series = randn(windows + case.steps - 1, case.features + beside)[:, : case.features]
+    series = randn(windows + case.steps - 1, case.features + extra_columns)[:, : case.features]
     blocks = case.split(case.inputs())[1]
     x = series.unfold(0, case.steps, 1)
     with torch.no_grad():
@@ -366,7 +366,7 @@ def test_sums_over_many_rows_stay_accurate(isa: str) -> None:
         assert max(shares) < limit
 
 
-# ---------------------------------------------------------------- far apart in memory
+# ---------------------------------------------------------------- large strides
 @pytest.mark.slow
 def test_rows_beyond_two_to_the_31_elements(isa: str) -> None:
     """Offsets are 64 bits wide. The memory between the rows is never touched."""

@@ -200,8 +200,8 @@ def test_all_dropped(all_steps: bool, isa: str) -> None:
     result = results(
         lambda x, b: temporal_conv_net(x, b, dropout=1.0, training=True, all_steps=all_steps), x, blocks, grad
     )
-    beside = torch.nn.functional.conv1d(x, blocks[0].downsample_weight, blocks[0].downsample_bias).relu()
-    assert relative_error(result[0], beside if all_steps else beside[:, :, -1]) < 1e-14
+    residual = torch.nn.functional.conv1d(x, blocks[0].downsample_weight, blocks[0].downsample_bias).relu()
+    assert relative_error(result[0], residual if all_steps else residual[:, :, -1]) < 1e-14
     grads = like(blocks, result[2:])
     for block in grads:
         for part in block[:6]:

@@ -29,13 +29,13 @@ cases = pytest.mark.parametrize(
 # ---------------------------------------------------------------- values and gradients
 @cases
 def test_values_and_gradients_are_those_of_torchs_convolution(case: WindowConvCase, isa: str) -> None:
-    """float64 to 1e-12; float32 to 2e-5, and within three times torch's own float32 error."""
+    """float64 to 1e-12; float32 to 2e-5, and within three times torch's float32 error."""
     true, of_torch = exact_results(case)
     result = results(case.operator, case.inputs())
     assert [part.shape for part in result] == [part.shape for part in true]
     assert errors_above(result, true, 1e-12) == []
-    for a, b, own in zip(results(case.operator, case.inputs(F32)), true, of_torch, strict=True):
-        assert relative_error(a, b) <= min(2e-5, max(3 * own, 1e-6))
+    for a, b, torch_error in zip(results(case.operator, case.inputs(F32)), true, of_torch, strict=True):
+        assert relative_error(a, b) <= min(2e-5, max(3 * torch_error, 1e-6))
 
 
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
@@ -94,7 +94,7 @@ def test_kernels_agree_with_plain_torch(isa: str) -> None:
 
 
 # ---------------------------------------------------------------- the same bits
-@pytest.mark.skipif(not KERNELS, reason="plain torch promises no bits")
+@pytest.mark.skipif(not KERNELS, reason="plain torch does not guarantee equal bits")
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 def test_the_same_bits_again_and_for_any_number_of_threads(dtype: torch.dtype, isa: str) -> None:
     case = WindowConvCase(230, 20, 21, 19, 3)
@@ -109,7 +109,7 @@ def test_the_same_bits_again_and_for_any_number_of_threads(dtype: torch.dtype, i
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
 
-@pytest.mark.skipif(not KERNELS, reason="plain torch promises no bits")
+@pytest.mark.skipif(not KERNELS, reason="plain torch does not guarantee equal bits")
 def test_a_window_does_not_depend_on_its_neighbours(isa: str) -> None:
     x, weight, bias = WindowConvCase(50, 9, 11, 13, 5).inputs(F32)
     together = window_conv(x, weight, bias)

@@ -343,7 +343,7 @@ def test_gradient_refuses_a_second_order() -> None:
 
 def test_a_result_beyond_memory_says_how_large_it_would_be(device: torch.device) -> None:
     if _backend.native is None or device.type != "cpu":
-        pytest.skip("plain torch and CUDA refuse in their own words")
+        pytest.skip("plain torch and CUDA have other messages")
     panel, index, last = arguments()
     with pytest.raises(torch.OutOfMemoryError, match=r"no memory for \d+ windows of 2147483647 steps .* GiB"):
         gather_windows(panel, index, last.repeat(10**6), 2**31 - 1)
@@ -417,7 +417,7 @@ def test_bits_do_not_depend_on_threads() -> None:
         assert torch.equal(back, results[0][1])
 
 
-# ---------------------------------------------------------------- torch's own view of the operators
+# ---------------------------------------------------------------- checks by torch
 @pytest.mark.parametrize("layout", [False, True], ids=["BTD", "BDT"])
 def test_opcheck(layout: bool, device: torch.device) -> None:
     """Only windows without missing rows: opcheck compares outputs without letting NaN equal NaN."""

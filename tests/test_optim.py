@@ -66,7 +66,7 @@ def is_exact(isa):
     return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and isa in ("avx2", "avx512", "plain torch")
 
 
-# ---------------------------------------------------------------- beside torch's own
+# ---------------------------------------------------------------- compared with torch
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.3, 0.8), (0.0, 0.0)])
@@ -256,7 +256,7 @@ def count_operator(monkeypatch):
     return calls
 
 
-@pytest.mark.skipif(not NATIVE, reason="plain torch is always torch's own step")
+@pytest.mark.skipif(not NATIVE, reason="plain torch always runs torch's step")
 @pytest.mark.parametrize(
     ("settings", "dtype"),
     [
@@ -279,7 +279,7 @@ def test_unsupported_parameters_use_torchs_adam(monkeypatch, settings, dtype):
     assert not calls
 
 
-@pytest.mark.skipif(not NATIVE, reason="plain torch is always torch's own step")
+@pytest.mark.skipif(not NATIVE, reason="plain torch always runs torch's step")
 def test_groups_and_missing_gradients(monkeypatch):
     """Groups have separate settings, parameters without a gradient do not change, mixed dtypes use torch's step."""
     calls = count_operator(monkeypatch)

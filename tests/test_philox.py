@@ -44,7 +44,9 @@ def in_torch(seed: int, counter: list[int]) -> list[int]:
 def test_published_vectors(counter: str, key: str, words: str) -> None:
     seed = seed_of(*numbers(key))
     assert in_torch(seed, numbers(counter)) == numbers(words)
-    assert [int(word) for word in philox_words(seed, numbers(counter))] == numbers(words)  # the tests' own
+    assert [int(word) for word in philox_words(seed, numbers(counter))] == numbers(
+        words
+    )  # the implementation of the tests
 
 
 @given(WORD, WORD, WORD, WORD, WORD, WORD)

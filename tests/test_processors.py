@@ -105,15 +105,15 @@ def test_robust_norm_is_bit_equal_to_qlib():
 def reference(name: str, x: np.ndarray, days: np.ndarray, fit: np.ndarray) -> np.ndarray:
     """One column [R] by the definition in float64, a slow loop over days."""
     x = x.astype(np.float64)
-    known = x[fit & ~np.isnan(x)]
+    valid = x[fit & ~np.isnan(x)]
     out = x.copy()
     if name == "RobustZScoreNorm":
-        med = np.median(known)
-        return np.clip((x - med) / ((np.median(abs(known - med)) + 1e-12) * 1.4826), -3, 3)
+        med = np.median(valid)
+        return np.clip((x - med) / ((np.median(abs(valid - med)) + 1e-12) * 1.4826), -3, 3)
     if name == "ZScoreNorm":
-        return x if known.std() == 0 else (x - known.mean()) / known.std()
+        return x if valid.std() == 0 else (x - valid.mean()) / valid.std()
     if name == "MinMaxNorm":
-        return x if known.min() == known.max() else (x - known.min()) / (known.max() - known.min())
+        return x if valid.min() == valid.max() else (x - valid.min()) / (valid.max() - valid.min())
     for day in np.unique(days):
         at = days == day
         part = x[at]

@@ -29,16 +29,20 @@ def test_built_by_qlib_and_fitted_on_its_datasets(module, kind):
     if kind == "GATs":  # small steps: Adam makes whole ones of gradients that are rounding only (docs/parity.md)
         arguments["lr"] = 1e-4
     model = init_instance_by_config({"class": kind, "module_path": module, "kwargs": arguments})
-    name, own, step = ("TSDatasetH", TSDatasetH, {"step_len": 5}) if rolling else ("DatasetH", DatasetH, {})
+    name, qfast_class, step = ("TSDatasetH", TSDatasetH, {"step_len": 5}) if rolling else ("DatasetH", DatasetH, {})
     scores: dict[str, list[float]] = {}
     model.fit(qlib_dataset(name, frame, **step), scores)
     prediction = model.predict(qlib_dataset(name, frame, **step), segment="test")
     again = type(model)(**arguments)
     own_scores: dict[str, list[float]] = {}
-    again.fit(qfast_dataset(own, frame, **step), own_scores)
+    again.fit(qfast_dataset(qfast_class, frame, **step), own_scores)
     assert scores["valid"] == pytest.approx(own_scores["valid"], rel=1e-5)
     pd.testing.assert_series_equal(
-        prediction, again.predict(qfast_dataset(own, frame, **step)), rtol=1e-4, atol=1e-5, check_index_type=False
+        prediction,
+        again.predict(qfast_dataset(qfast_class, frame, **step)),
+        rtol=1e-4,
+        atol=1e-5,
+        check_index_type=False,
     )
 
 
@@ -117,11 +121,13 @@ def test_gats_on_qlibs_rolling_dataset_follows_qlib(dtype, tmp_path):
 
 @pytest.mark.parametrize("kind", [GATs, ts.GATs])
 def test_attention_on_qlibs_datasets(kind):
-    name, own, step = ("DatasetH", DatasetH, {}) if kind is GATs else ("TSDatasetH", TSDatasetH, {"step_len": 5})
+    name, qfast_class, step = (
+        ("DatasetH", DatasetH, {}) if kind is GATs else ("TSDatasetH", TSDatasetH, {"step_len": 5})
+    )
     frame = gappy_frame()
     model = kind(**SMALL, d_feat=2 if kind is GATs else 4).fit(qlib_dataset(name, frame, **step))
     result = model.attention(qlib_dataset(name, frame, **step), "2020-03-20", top=3)
     pd.testing.assert_frame_equal(
-        result, model.attention(qfast_dataset(own, frame, **step), "2020-03-20", top=3), rtol=1e-4
+        result, model.attention(qfast_dataset(qfast_class, frame, **step), "2020-03-20", top=3), rtol=1e-4
     )
     assert model.pretrain(qlib_dataset(name, frame, **step), n_epochs=1, batch_size=32).fitted

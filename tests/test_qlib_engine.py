@@ -140,16 +140,16 @@ def test_three_ways_give_the_same_numbers(tmp_path, monkeypatch):
 
     recorder = task_train(load_config(file).values["task"], experiment_name="alone")
     alone = recorder.list_metrics()
-    own = run(file, output=tmp_path / "run")
+    outcome = run(file, output=tmp_path / "run")
     logging.getLogger("qlib").setLevel(logging.ERROR)
     assert len(alone) == 17
     for name, value in alone.items():
         assert with_ours[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
-        mine = own.portfolio[name] if name in own.portfolio else own.metrics["test"][name]
+        mine = outcome.portfolio[name] if name in outcome.portfolio else outcome.metrics["test"][name]
         assert mine == pytest.approx(value, rel=1e-4, abs=1e-6), name
-    assert json.loads((own.path / "portfolio_analysis" / "metrics.json").read_text()) == own.portfolio
+    assert json.loads((outcome.path / "portfolio_analysis" / "metrics.json").read_text()) == outcome.portfolio
 
-    exported = export_artifacts(own.path)
+    exported = export_artifacts(outcome.path)
     assert json.loads((exported / "metrics.json").read_text()) == pytest.approx(alone, rel=1e-4, abs=1e-6)
     for name in ARTIFACTS:
         mine, theirs = pd.read_pickle(exported / name), recorder.load_object(name)

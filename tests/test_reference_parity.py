@@ -71,8 +71,8 @@ def training(name: str, suffix: str) -> dict[str, float]:
         return {**sizes(name), **TRAIN, "nhead": 4, "lr": 1e-3}
     if name != "GATs":
         return {**SIZES, **TRAIN}
-    own = SIZES if suffix else {"d_feat": 6, "hidden_size": 64, "num_layers": 2}
-    return {**own, **TRAIN, "lr": 1e-4}
+    network_sizes = SIZES if suffix else {"d_feat": 6, "hidden_size": 64, "num_layers": 2}
+    return {**network_sizes, **TRAIN, "lr": 1e-4}
 
 
 def ours(name: str, suffix: str) -> type:
@@ -154,10 +154,10 @@ def test_batches_scores_and_predictions_follow_the_reference(name, module, suffi
 
 @pytest.mark.parametrize(("name", "module", "suffix"), CASES, ids=IDS)
 def test_copied_weights_have_qlibs_predictions(name, module, suffix):
-    own = sizes(name, d_feat=6, width=64)
-    reference = qlib_model(name, module, suffix)(**own)
+    network_sizes = sizes(name, d_feat=6, width=64)
+    reference = qlib_model(name, module, suffix)(**network_sizes)
     network = getattr(reference, NETWORK[module + suffix])
-    model = ours(name, suffix)(**own)
+    model = ours(name, suffix)(**network_sizes)
     model.network.load_state_dict(network.state_dict())
     x = torch.randn(33, 20, 6)
     steps_last = x.transpose(1, 2)

@@ -36,8 +36,8 @@ def case(dtype: torch.dtype = torch.float64, rows: int = 9, **changed) -> tuple[
 def module_by_module(net: TCNModel, x: Tensor) -> Tensor:
     """The network from its modules, without the operator."""
     for block in net.tcn.network:
-        beside = x if block.downsample is None else block.downsample(x)
-        x = (block.net(x) + beside).relu()
+        residual = x if block.downsample is None else block.downsample(x)
+        x = (block.net(x) + residual).relu()
     return net.linear(x[:, :, -1]).squeeze(-1)
 
 
@@ -82,7 +82,9 @@ def test_outputs_and_gradients_equal_qlib(steps, kernel, channels):
         result = gradients(ours.to(dtype), x.to(dtype), along.to(dtype))
         assert error(ours(x.to(dtype)), theirs(x.double())) < tolerance
         whole = torch.cat([part.flatten() for part in expected]).norm()
-        for mine, other in zip(result, expected, strict=True):  # a part may be all rounding: beside the whole then
+        for mine, other in zip(
+            result, expected, strict=True
+        ):  # a part may be pure rounding noise: then compared with the whole
             assert (mine - other).norm() < tolerance * max(other.norm(), whole / 100)
 
 
@@ -305,7 +307,9 @@ def test_functional_gradients():
     result = torch.func.grad(loss)(weights)
     expected = torch.autograd.grad(module_by_module(net, x).square().sum(), list(weights.values()))
     assert all(error(result[name], other) < 1e-12 for name, other in zip(weights, expected, strict=True))
-    assert all(value is weights[name] for name, value in net.named_parameters())  # the network's own are back
+    assert all(
+        value is weights[name] for name, value in net.named_parameters()
+    )  # the network's parameters are restored
     each = torch.func.vmap(lambda row: net(row.unsqueeze(0)))(x)
     assert error(each.squeeze(1), net(x)) < 1e-12
 

@@ -59,7 +59,7 @@ LARGE = [(20, 64, 2, 2, 60), (6, 128, 4, 3, 30), (3, 36, 3, 4, 130)]
 @both
 @pytest.mark.parametrize("sizes", [*SIZES, *(pytest.param(s, marks=pytest.mark.slow) for s in LARGE)], ids=str)
 def test_predictions_and_gradients_are_those_of_the_layers(kind: type, sizes: tuple[int, ...]) -> None:
-    """In float64 to 1e-11, in float32 to 2e-5 (or three times torch's own error)."""
+    """In float64 to 1e-11, in float32 to 2e-5 (or three times torch's error)."""
     *build, steps = sizes
     torch.manual_seed(3)
     net = kind(*build, 0.0)
@@ -457,7 +457,7 @@ def test_compile_into_one_graph(kind: type) -> None:
 def test_transforms(kind: type) -> None:
     net, x = small_network(kind, rows=4)
     along = torch.randn_like(x)
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # torch's own has no forward mode
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # torch's operator has no forward mode
         expected = torch.func.jvp(lambda x: by_torch_layers(net, x), (x,), (along,))[1]
     torch.testing.assert_close(torch.func.jvp(net, (x,), (along,))[1], expected, rtol=1e-9, atol=1e-12)
     used = {name: p for name, p in net.named_parameters() if not name.startswith("encoder_layer.")}
@@ -520,7 +520,7 @@ def test_it_is_copied_and_pickled_after_a_forward(kind: type) -> None:
     plain = net.to_reference()
     torch.testing.assert_close(plain(x), expected, rtol=1e-12, atol=1e-12)
     plain.feature_layer.weight.data.zero_()
-    assert torch.equal(net(x), expected)  # weights of its own
+    assert torch.equal(net(x), expected)  # a separate copy of the weights
 
 
 # ---------------------------------------------------------------- compared with Qlib

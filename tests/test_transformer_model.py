@@ -69,7 +69,7 @@ def test_large_weight_decay_follows_qlib(kind, tmp_path):
 @all_kinds
 def test_compat_draws_qlibs_masks(kind, tmp_path):
     arguments = {**SMALL, "dropout": 0.3, "num_layers": 2, "nhead": 4}
-    expected, result, own = {}, {}, {}
+    expected, result, without_compat = {}, {}, {}
     theirs = reference(kind, **arguments)
     theirs.fit(samples(kind), expected, save_path=str(tmp_path / "x.pt"))
     model = kind(**arguments, compat="qlib").fit(samples(kind), result)
@@ -77,9 +77,9 @@ def test_compat_draws_qlibs_masks(kind, tmp_path):
         np.testing.assert_allclose(result[name], expected[name], rtol=1e-5)
     prediction = theirs.predict(samples(kind))
     pd.testing.assert_series_equal(model.predict(samples(kind)), prediction, rtol=1e-4, atol=1e-5, check_names=False)
-    kind(**arguments).fit(samples(kind), own)
-    if torch._C._dispatch_has_kernel_for_dispatch_key("qfast::encoder_layer", "CPU"):  # masks of our own
-        assert not np.allclose(own["valid"], expected["valid"], rtol=1e-6)
+    kind(**arguments).fit(samples(kind), without_compat)
+    if torch._C._dispatch_has_kernel_for_dispatch_key("qfast::encoder_layer", "CPU"):  # qfast's masks
+        assert not np.allclose(without_compat["valid"], expected["valid"], rtol=1e-6)
 
 
 @all_kinds

@@ -477,7 +477,7 @@ def test_predict_refuses_weights_and_states_of_another_run(case, copied):
         predict(copied, case[1])
 
 
-# ---------------------------------------------------------------- prices, from the demo's own workflow
+# ---------------------------------------------------------------- prices, with the demo's workflow
 @pytest.fixture(scope="module")
 def price_case(tmp_path_factory):
     """(prices, finished run) of the demo's workflow, cut short."""
@@ -539,25 +539,25 @@ def test_features_without_end_are_those_of_training(tmp_path, rolling):
         "task.dataset.kwargs.handler.kwargs.start_time=2018-06-01",
         "task.model.kwargs={d_feat: 2, hidden_size: 4, num_layers: 1, n_epochs: 1}",
     ]
-    own = run(DEMO, prices, sets, output=tmp_path / "run", seed=1)
-    scores = read_frame(own.path, "pred")["score"]
+    finished = run(DEMO, prices, sets, output=tmp_path / "run", seed=1)
+    scores = read_frame(finished.path, "pred")["score"]
     dates = scores.index.get_level_values("datetime").unique()
     for result in (
-        predict(own.path, prices, date=dates[-3].date()),
-        predict(own.path, prices, start=dates[-9].date(), end=dates[-2].date()),
-        predict(own.path, prices, date="latest"),
+        predict(finished.path, prices, date=dates[-3].date()),
+        predict(finished.path, prices, start=dates[-9].date(), end=dates[-2].date()),
+        predict(finished.path, prices, date="latest"),
     ):
         np.testing.assert_allclose(result, scores.reindex(result.index), rtol=1e-5, atol=1e-7)
         assert result.attrs["notes"] == []
     later = prices[prices.index.get_level_values("datetime") >= "2018-09-03"]
-    notes = predict(own.path, later).attrs["notes"]
+    notes = predict(finished.path, later).attrs["notes"]
     assert any("the data begins on 2018-09-03, training on 2018-06-01" in note for note in notes)
 
 
 def test_the_manifest_tells_the_time_of_each_stage(price_case):
     seconds = manifest(price_case[1])["seconds"]
     assert list(seconds) == ["data", "training", "scores", "portfolio"]
-    assert all(0 < taken < 600 for taken in seconds.values())
+    assert all(0 < elapsed < 600 for elapsed in seconds.values())
     assert f"data {seconds['data']:.1f}, training" in (price_case[1] / "report.html").read_text()
 
 

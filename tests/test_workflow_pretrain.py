@@ -109,9 +109,12 @@ def test_pretraining_and_loaded_weights_are_logged(case, capsys):
 
 def test_the_model_starts_from_the_base(case, files, tmp_path):
     run(*files, [*BLOCK, "task.model.kwargs.n_epochs=0"], output=tmp_path / "r", seed=3)
-    taken, trained = weights(tmp_path / "r" / "pretrain" / "best.safetensors"), weights(tmp_path / "r/best.safetensors")
-    assert all(torch.equal(trained[name], value) for name, value in taken.items())
-    assert not torch.equal(weights(case[0] / "best.safetensors")["fc_out.weight"], taken["fc_out.weight"])
+    base_weights, trained = (
+        weights(tmp_path / "r" / "pretrain" / "best.safetensors"),
+        weights(tmp_path / "r/best.safetensors"),
+    )
+    assert all(torch.equal(trained[name], value) for name, value in base_weights.items())
+    assert not torch.equal(weights(case[0] / "best.safetensors")["fc_out.weight"], base_weights["fc_out.weight"])
 
 
 def test_the_run_equals_the_python_calls(case, files):

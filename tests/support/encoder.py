@@ -1,4 +1,4 @@
-"""Cases of the encoder layer and of the feed-forward block, defined by torch's own modules."""
+"""Cases of the encoder layer and of the feed-forward block, defined by torch's modules."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ LAYER_CASES = [
     LayerCase(2, 3, 512, 8, 100),
     LayerCase(2, 3, 512, 2, 100, last=True),
     *(LayerCase(7, 5, 20, 2, m, last=m % 2 == 0) for m in (1, 7, 64, 100, 256, 2048)),
-    # the models' own sizes, with few windows
+    # the models' sizes, with few windows
     LayerCase(26, 20, 64, 2, 2048),
     LayerCase(26, 20, 64, 2, 2048, last=True),
     *(

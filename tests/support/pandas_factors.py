@@ -63,16 +63,16 @@ def by_apply(function):
 def line(name: str):
     def of(values: np.ndarray) -> float:
         x = np.arange(1.0, len(values) + 1)
-        known = ~np.isnan(values)
-        if known.sum() < 2 or (name == "resi" and not known[-1]):
+        valid = ~np.isnan(values)
+        if valid.sum() < 2 or (name == "resi" and not valid[-1]):
             return np.nan
-        slope, intercept = np.polyfit(x[known], values[known], 1)
+        slope, intercept = np.polyfit(x[valid], values[valid], 1)
         if name == "slope":
             return slope
         if name == "resi":
             return values[-1] - (slope * x[-1] + intercept)
         with np.errstate(all="ignore"):
-            return np.corrcoef(x[known], values[known])[0, 1] ** 2
+            return np.corrcoef(x[valid], values[valid])[0, 1] ** 2
 
     def rolling(x: S, n: int) -> S:
         result = x.s.astype(float).rolling(n or len(x.s), min_periods=0).apply(of, raw=True)
@@ -84,8 +84,8 @@ def line(name: str):
 
 
 def mad(values: np.ndarray) -> float:
-    known = values[~np.isnan(values)]
-    return np.mean(np.abs(known - known.mean()))
+    valid = values[~np.isnan(values)]
+    return np.mean(np.abs(valid - valid.mean()))
 
 
 def wma(values: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""Cases of the LSTM and GRU operators, defined by torch's own layers.
+"""Cases of the LSTM and GRU operators, defined by torch's layers.
 
 Inputs are float32 numbers in either dtype, so both dtypes compute from the same values.
 """
@@ -160,7 +160,7 @@ def cases_of(cell: str) -> list[RecurrentCase]:
         # time
         *(case(5, t, 6, 16, 2, state=True) for t in (2, 3, 20, 60)),
         case(3, 250, 6, 8, 2, all_steps=True),
-        # the models' own sizes, with few rows
+        # the models' sizes, with few rows
         case(26, 20, 20, 64, 2),
         case(9, 60, 6, 64, 2),
         case(11, 20, 158, 64, 1, all_steps=True),

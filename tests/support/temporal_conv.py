@@ -44,8 +44,8 @@ def stack(
         ]
         signs = torch.where(torch.arange(width) % 4 == 3, -1.0, 1.0).view(-1, 1, 1)
         g1, g2 = (gain * signs for gain in gains) if norm else (None, None)
-        beside = (randn(width, before, 1, seed=at + 2) * before**-0.5, randn(width, seed=at + 3) * 0.1)
-        down = beside if before != width else (None, None)
+        projection = (randn(width, before, 1, seed=at + 2) * before**-0.5, randn(width, seed=at + 3) * 0.1)
+        down = projection if before != width else (None, None)
         parts = (v1, g1, randn(width, seed=at + 4) * 0.3, v2, g2, randn(width, seed=at + 5) * 0.3, *down)
         blocks.append(BlockWeights(*(None if part is None else part.to(dtype) for part in parts)))
         before = width
@@ -298,7 +298,7 @@ def nan_like(x: Tensor) -> Tensor:
     return torch.full_like(x, torch.nan)
 
 
-# Of [B, F, T]; each makes the same numbers lie differently in memory, with NaN between them.
+# Of [B, F, T]; each lays the same numbers out differently in memory, with NaN between them.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "features first": lambda x: x.contiguous(),
     "windows of rows": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),

@@ -30,10 +30,10 @@ def by_torch_layers(net: Network, x: Tensor) -> Tensor:
         if isinstance(net, Transformer):
             steps = layer(steps)
         else:
-            beside = encoder.conv[i](steps.permute(1, 2, 0)).permute(2, 0, 1)
-            steps = layer(steps + beside)
+            convolved = encoder.conv[i](steps.permute(1, 2, 0)).permute(2, 0, 1)
+            steps = layer(steps + convolved)
     if not isinstance(net, Transformer):
-        steps = net.rnn(steps + beside)[0]
+        steps = net.rnn(steps + convolved)[0]
     return net.decoder_layer(steps[-1])[:, 0]
 
 

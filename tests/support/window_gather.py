@@ -48,7 +48,7 @@ class GatherCase:
     layout: str = "BTD"
     row_dtype: torch.dtype = torch.int64
     holes: float = 0.15
-    padding: int = 3  # columns of the buffer beside the panel
+    padding: int = 3  # columns of the buffer outside the panel
 
     def index(self, device: torch.device) -> WindowIndex:
         return build_window_index(*market_codes(self.instruments, self.dates, holes=self.holes)).to(device)
