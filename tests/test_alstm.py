@@ -70,7 +70,7 @@ def test_the_metric_mse_is_that_of_the_reference(tmp_path):
         np.testing.assert_allclose(result[name], expected[name], rtol=1e-5)
     plain = {}
     ts.ALSTM(**{**sizes, "metric": "loss"}, **TRAIN).fit(samples, plain)
-    assert plain == result  # the same number by another name
+    assert plain == result  # "loss" and "mse" are the same metric
 
 
 def test_any_segment_is_predicted_like_qlib(tmp_path):

@@ -89,7 +89,7 @@ def test_flat_windows_are_read_feature_by_feature() -> None:
         net(x[..., :4])
 
 
-# ---------------------------------------------------------------- rows once
+# ---------------------------------------------------------------- duplicate rows
 @pytest.mark.parametrize("rnn_type", ["GRU", "LSTM"])
 @pytest.mark.parametrize("spacing", [1, 3])
 def test_windows_of_consecutive_rows_map_each_row_once(rnn_type: str, spacing: int, monkeypatch) -> None:
@@ -239,7 +239,7 @@ def test_wrong_sizes_are_reported(wrong: dict[str, float], message: str) -> None
         ALSTMModel(**wrong)  # type: ignore[arg-type]
 
 
-# ---------------------------------------------------------------- torch around it
+# ---------------------------------------------------------------- in torch: compile, export, transforms
 @types
 def test_trace_script_and_export_hold_torchs_operations_only(rnn_type: str) -> None:
     net, x = small_network(rnn_type)

@@ -129,7 +129,7 @@ def test_two_days_by_hand():
     result = backtest(score, market, TopkDropout(2, 1, risk_degree=1.0), exchange, account=10, day_before=days[0])
     held = result.positions["amount"].unstack()
     assert held.loc[days[1]].to_dict() == pytest.approx({"A": 5.0, "B": 2.5, "C": np.nan}, nan_ok=True)
-    # the score of day 2 prefers C to B: B's 2.5 shares go at 2 less half, and 2.5 buys 2.5 / 4 shares of C
+    # the score of day 2 prefers C to B: 2.5 shares of B are sold at 2 minus half, and 2.5 buys 2.5 / 4 shares of C
     assert held.loc[days[3]].to_dict() == pytest.approx({"A": 5.0, "B": np.nan, "C": 0.625}, nan_ok=True)
     assert result.report["account"].tolist() == pytest.approx([10.0, 15.0, 12.5])
     assert result.report["return"].tolist() == pytest.approx([0.0, 0.5, 0.0])

@@ -22,7 +22,7 @@ LIBRARIES = _backend._library_files("_C") + _backend._library_files("_cuda")
 from_source = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
 TOOLS = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # ninja may be installed next to Python
 needs_nm = pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm and readelf (binutils)")
-# Everything of torch that a library may use: the C functions of the stable ABI.
+# All symbols of torch that a library may use: the C functions of the stable ABI.
 STABLE = re.compile(r"^(aoti_torch_|torch_[a-z0-9_]+$)")
 
 
@@ -60,7 +60,7 @@ def test_no_library_of_cuda_is_needed(library: Path) -> None:
     needed = re.findall(r"NEEDED.*\[(.+)\]", tool("readelf", "-d", str(library)))
     assert not [name for name in needed if "cuda" in name or "python" in name or "c10" in name]
     if library.name.startswith("_cuda"):
-        assert "libtorch.so" in needed  # it brings in libtorch_cuda.so where there is one
+        assert "libtorch.so" in needed  # it loads libtorch_cuda.so if there is one
         assert "PyInit" not in tool("nm", "-D", str(library))
 
 
@@ -140,7 +140,7 @@ def test_a_second_build_recompiles_changed_files(tmp_path: Path) -> None:
         "csrc/one.cpp": '#include "a.h"\nint one() { return a; }',
         "csrc/two.cpp": "int two() { return 2; }",
         "csrc/sum/sum_kernels.h": "static int sum() { return 3; }",
-        # compiled once for each instruction set: no function may be defined in two units
+        # compiled once per instruction set, so no function may be defined in two units
         "csrc/sum/sum_kernels.cpp": '#include "sum/sum_kernels.h"\nstatic int unit = sum();',
         "qfast/__init__.py": "",
     }

@@ -110,7 +110,7 @@ LOOKS_AHEAD = {
 def test_an_expression_that_looks_ahead_is_an_error_that_names_it(prices, case):
     expression, rows = LOOKS_AHEAD[case]
     report = check(DEMO, with_gaps(prices), of_factors("$close / Ref($close, 5)", expression))
-    assert levels(report, "look-ahead")[:2] == ["error", "error"]  # by what it says, by what it does
+    assert levels(report, "look-ahead")[:2] == ["error", "error"]  # by its declaration, by its behaviour
     result = text(report, "look-ahead")
     assert f"{rows} row(s), {expression!r}" in result
     assert "1 feature(s) look ahead" in result
@@ -163,7 +163,7 @@ def test_the_future_is_changed_after_several_days(prices):
 def test_a_mask_of_an_instrument_is_checked_with_that_instrument(tmp_path):
     many = demo_prices(n_instruments=130, n_days=540)
     names = sorted(many.index.get_level_values("instrument").unique())
-    assert len(names) > 120  # every third is in the sample
+    assert len(names) > 120  # the sample has every third one
     report = check(DEMO, many, of_factors(f"$close / Mask($close, '{names[1]}')", "Mean($close, 5) / $close"))
     assert report.ok, report.lines()
     assert levels(report, "look-ahead") == ["ok"] * 3

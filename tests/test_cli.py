@@ -158,7 +158,7 @@ def test_a_signal_leaves_a_folder_that_can_be_resumed(case, tmp_path, number):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        # a shell's background job, which the suite may run in, hands SIGINT down ignored
+        # child processes of a shell's background job inherit an ignored SIGINT
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60

@@ -30,7 +30,7 @@ def test_inner_loops_and_what_is_in_them():
     code = tool.read_code(LISTING)
     assert list(code) == ["_Z6kernelv"]
     assert len(code["_Z6kernelv"]) == 10
-    (loop,) = tool.inner_loops(code["_Z6kernelv"])  # neither the outer one nor the branch to itself
+    (loop,) = tool.inner_loops(code["_Z6kernelv"])  # neither the outer loop nor the branch to itself
     assert (loop.first, loop.last, len(loop.body)) == (0x10, 0x50, 5)
     assert loop.count("FFMA") == 2
     assert (loop.widths("LDS"), loop.widths("LDG"), loop.widths("STG")) == ("1x128", "1x64", "-")

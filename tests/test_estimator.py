@@ -68,7 +68,7 @@ def test_predict_takes_any_segment_and_remainders_of_one():
     assert prediction.index.names == ["datetime", "instrument"]
     assert not prediction.isna().any()
     part = model.predict(dataset, slice("2020-03-20", "2020-03-25"))
-    pd.testing.assert_series_equal(part, prediction.reindex(part.index), rtol=1e-5)  # same score whatever the segment
+    pd.testing.assert_series_equal(part, prediction.reindex(part.index), rtol=1e-5)  # the same score for every segment
     assert len(model.predict(dataset, slice("2031-01-01", None))) == 0
 
 
@@ -121,7 +121,7 @@ def test_a_nan_only_in_history_is_found_too():
     frame[("feature", "F2")] = values
     with pytest.raises(DataError, match="'F2': 1 of"):
         ts.LSTM(**SMALL).fit(rolling(frame, {"train": (start, None)}))
-    values[27], values[20] = 0.0, np.nan  # out of every window's reach
+    values[27], values[20] = 0.0, np.nan  # outside every window
     frame[("feature", "F2")] = values
     ts.LSTM(**{**SMALL, "n_epochs": 1}).fit(rolling(frame, {"train": (start, None)}))
 
@@ -263,7 +263,7 @@ def test_weights_stay_with_their_samples_where_rows_are_left_out():
 def test_a_gpu_asked_for_and_not_there_is_refused():
     with pytest.raises(BackendError, match=r"device='cuda' was requested but this torch .* detects no GPU"):
         LSTM(device="cuda")
-    assert LSTM(GPU=0).device.type == "cpu"  # the default asks for a GPU only if there is one
+    assert LSTM(GPU=0).device.type == "cpu"  # the default uses a GPU only if there is one
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")

@@ -45,11 +45,11 @@ ATTENTIVE = [ALSTM, ts.ALSTM]
 GRAPHS = [GATs, ts.GATs]
 CONVOLUTIONS = [TCN, ts.TCN]
 ENCODERS = [TransformerModel, ts.TransformerModel, LocalformerModel, ts.LocalformerModel]
-ROWS = [kind for kind in ESTIMATORS if kind not in GRAPHS]  # whose batches are rows, not days
+ROWS = [kind for kind in ESTIMATORS if kind not in GRAPHS]  # their batches are rows, not days
 
 
 # ---------------------------------------------------------------- learning
-# What differs from `small_arguments`, and the least correlation of predictions with the planted labels.
+# Changes to `small_arguments`, and the least correlation of predictions with the planted labels.
 LEARNING = [
     *((kind, {"n_epochs": 15}, 0.9) for kind in RECURRENT),
     *((kind, {"n_epochs": 10, "lr": 0.02, "dropout": 0.05, "rnn_type": "LSTM"}, 0.9) for kind in ATTENTIVE),

@@ -104,7 +104,7 @@ def test_fields_and_reach():
     assert reach("Ref($close, -2)/Ref($close, -1) - 1") == (0, 2)
     assert reach("Ref(Ref($close, 3) - $open, 2) + Ref($close, -4)") == (5, 4)
     assert reach("Ref(Ref($close, 2), -1)") == (2, 1)
-    assert reach("EMA($close, 1e-300)") == (10**9 - 1, 0)  # no weight is ever forgotten
+    assert reach("EMA($close, 1e-300)") == (10**9 - 1, 0)  # no weight ever becomes 0
 
 
 def test_optional_fields_are_nan():

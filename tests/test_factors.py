@@ -108,7 +108,7 @@ MEMORY = [
 ]
 
 
-# ---------------------------------------------------------------- against pandas
+# ---------------------------------------------------------------- compared with pandas
 def price_panel(seed: int = 0, n_days: int = 80, names: str = "ABC", specials: bool = False) -> Panel:
     """Prices with holes, flat stretches, zero volume and instruments of different lengths."""
     rng = np.random.default_rng(seed)
@@ -259,7 +259,7 @@ def test_masks_of_another_instrument_equal_qlib(tmp_path, market):
     ]
     masks = {who: f"Mask($close, '{who}')" for who in ("AAA", "BBB", "CCC")}
     texts = [form.format(m=mask, who=who) for who, mask in masks.items() for form in forms]
-    texts.append("Mean($close, 60)")  # more days are read than an EMA begins with
+    texts.append("Mean($close, 60)")  # more days are read than an EMA needs at its start
     for start, end in (("2020-02-26", "2020-05-20"), ("2020-06-10", "2020-06-16")):  # with the first days of BBB, EEE
         theirs = D.features(D.instruments(market), texts, start, end).swaplevel().sort_index()
         ours = through_the_handler(root, texts, market, start_time=start, end_time=end)
@@ -289,7 +289,7 @@ def test_custom_functions():
         register_function("Range", lambda x: x[:-1])
         with pytest.raises(ConfigError, match=r"'Range' failed for \w+: ValueError: expected one value for each row"):
             evaluate("Range($high)", panel)
-        register_function("Range", np.ndarray.fill, settings=1)  # writes to what it is given
+        register_function("Range", np.ndarray.fill, settings=1)  # modifies its argument
         before = panel.values("price").copy()
         with pytest.raises(ConfigError, match=r"function 'Range' failed for .*read-only") as caught:
             evaluate("$high - Range($low, 0)", panel)
@@ -401,7 +401,7 @@ def test_every_operator_equals_qlib(tmp_path, market):
     qlib.init(provider_uri=str(root), region="us", kernels=1, logging_level=logging.ERROR)
     from qlib.data import D
 
-    # The reference raises where an operator meets series of unequal length, which the test above has, for a negated
+    # Qlib raises an error for series of unequal length, which the test above has, for a negated
     # field, and for Delta(x, 0) of an instrument without rows.
     alone = [t for t in [*ELEMENTWISE, *ROLLING, *MEMORY] if len(set(fields(t))) == 1 and "-$" not in t]
     alone.remove("Delta($close, 0)")

@@ -74,7 +74,7 @@ def test_outputs_and_gradients_equal_qlib(base, suffix, stocks):
             result = results(ours, x, along, dtype, flat)
             usual = results(theirs, x, along, dtype, flat=not suffix)
             for name, value in expected.items():
-                # All keys of a day may rise together: of the bias only what crosses the bend has a gradient.
+                # Adding a number to all keys has an effect only on scores that cross the bend.
                 scale = expected["transformation.weight" if name == "transformation.bias" else name].norm()
                 allowed = max(tolerance * scale, 4 * (usual[name] - value).norm())
                 assert (result[name] - value).norm() <= allowed, (name, dtype)

@@ -53,7 +53,7 @@ def test_every_training_batch_is_all_stocks_of_one_date(kind):
     first, second = ([step[0][0] for step in seen.steps[k * n_days : (k + 1) * n_days]] for k in (0, 1))
     assert sorted(first) == sorted(second) == sorted(days.unique())
     assert first != second != sorted(second)
-    # the draws are NumPy's, one shuffle of the days a pass
+    # NumPy draws one shuffle of the days per pass
     np.random.seed(1)
     order = np.arange(n_days)
     np.random.shuffle(order)
@@ -190,7 +190,7 @@ def test_days_without_labels(kind):
             assert model.history_[["train", "valid"]].isna().all(axis=None)
     assert steps["qlib"] == steps[None] + 2 if kind is GATs else steps["qlib"] >= steps[None]
     unlabelled = frame.drop(index=["2020-01-09", "2020-01-10"], level=0)
-    if kind is GATs:  # leaving the days out of the data is the same: no step, no pull on Adam's means
+    if kind is GATs:  # removing the days from the data has the same effect: no step, no change in Adam's averages
         other = GATs(**SMALL, shuffle_days=False).fit(dataset_for(kind, frame=unlabelled))
         assert same_weights(weights(kind(**SMALL, shuffle_days=False).fit(dataset)), weights(other))
 
@@ -358,7 +358,7 @@ def test_too_little_memory_is_reported(kind):
         other.fit(rolling())
 
 
-# ---------------------------------------------------------------- windows that are not finite
+# ---------------------------------------------------------------- non-finite windows
 @both
 def test_a_stock_with_nan_is_left_out_of_its_day(kind, caplog):
     frame = frame_for(kind)

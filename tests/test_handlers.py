@@ -51,7 +51,7 @@ def qlib_handler():
     return build
 
 
-# ---------------------------------------------------------------- the flow, against pyqlib
+# ---------------------------------------------------------------- the panels, compared with pyqlib
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("process_type", ["append", "independent"])
 @pytest.mark.parametrize("drop_raw", [False, True])

@@ -18,7 +18,7 @@ from qfast.nn import GRUModel, LSTMModel
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 networks = pytest.mark.parametrize("network", [LSTMModel, GRUModel])
-ROWS = 300  # enough for the operator to be the faster way
+ROWS = 300  # large enough for the operator to be faster
 
 
 def by_torch(net: nn.Module, x: Tensor) -> Tensor:

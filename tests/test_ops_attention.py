@@ -179,7 +179,7 @@ def test_expanded_inputs_and_gradients(isa: str) -> None:
     query, key, value = (t.detach().requires_grad_() for t in (query, key[:1], value[:1]))
     additive_attention(query, key.expand(130), value.expand(130, 6)).sum().backward()
     torch.testing.assert_close(value.grad, torch.full((1, 6), 130.0, dtype=torch.float64))
-    for score in (query, key):  # every weight is 1/130 of the same value: nothing depends on the scores
+    for score in (query, key):  # all values are equal, so the result does not depend on the scores
         assert float(score.grad.abs().max()) < 1e-12
 
 
@@ -211,7 +211,7 @@ def test_gradients_only_where_one_is_wanted(isa: str) -> None:
         additive_attention(*leaves).backward(grad)
         assert [t.grad is not None for t in leaves] == [i == wanted for i in range(3)]
         assert torch.equal(leaves[wanted].grad, whole[1 + wanted])
-    assert torch.equal(additive_attention(*tensors), whole[0])  # nothing kept, the same result
+    assert torch.equal(additive_attention(*tensors), whole[0])  # nothing is saved, the same result
 
 
 # ---------------------------------------------------------------- any days

@@ -48,7 +48,7 @@ from support.operator_case import F32
 from support.tensors import randn
 
 pytestmark = needs_kernels
-LONG = 2500  # rows of a day that no block takes
+LONG = 2500  # too many rows per day for one block
 OPS = torch.ops.qfast
 
 
@@ -289,14 +289,14 @@ def test_thousands_of_uneven_days(extra_days: list[int]) -> None:
 
 
 def test_thousands_of_days_of_one_row() -> None:
-    n = 70_000  # more than a grid's second axis would take
+    n = 70_000  # more days than the second axis of a grid allows
     *tensors, grad = attention_inputs(n, 3, torch.float32)
     result = on_gpu(lambda *t: additive_attention(*t, offsets_of([1] * n)), tensors, grad)
     torch.testing.assert_close(result[0], tensors[2])
     torch.testing.assert_close(result[3], grad)
 
 
-# ---------------------------------------------------------------- gradients, schemas, what is not finite
+# ---------------------------------------------------------------- gradients, schemas, non-finite values
 @pytest.mark.parametrize("slope", [0.0, 0.01, 1.0])
 @pytest.mark.usefixtures("way")
 def test_gradients_by_finite_differences(slope: float) -> None:

@@ -20,7 +20,7 @@ def test_keys_are_not_pushed_together(side: str, sizes: list[int], common: float
     days = offsets_of(sizes)
     _, of_query, of_key, _ = results(lambda *t: additive_attention(*t, days), [query, key, value], grad)
     for result in of_key.double().split(sizes):
-        # the sum of n numbers rounded to float32; the dense softmax leaves a hundred times as much
+        # the sum of n numbers rounded to float32; that of the dense softmax is a hundred times as large
         assert abs(float(result.sum())) <= (1e-7 if NATIVE else 1e-4) * float(result.abs().sum()) + 1e-12
     if NATIVE and side == "above":
         assert not of_query.any()  # every score has the slope 1, so a row's common part does not matter at all

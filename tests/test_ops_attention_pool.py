@@ -243,10 +243,10 @@ def test_dropout_follows_the_generator_and_training(isa: str) -> None:
     assert not torch.equal(first, second)
     assert torch.equal(attention_pool(*inputs, dropout=0.5), attention_pool(*inputs))
     everything = attention_pool(*inputs, dropout=1.0, training=True)
-    torch.testing.assert_close(everything, inputs[0].mean(1))  # scores that are all alike
+    torch.testing.assert_close(everything, inputs[0].mean(1))  # all scores are equal
 
 
-# ---------------------------------------------------------------- torch around it
+# ---------------------------------------------------------------- in torch: compile, export, transforms
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("batch", [0, 5])
 def test_opcheck(batch: int, dropout: float) -> None:
@@ -398,4 +398,4 @@ def test_nothing_of_the_size_of_the_scores_layer_is_saved() -> None:
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)\n"
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
-    assert float(ran.stdout) < 60  # MiB; [B, T, A] alone takes 195
+    assert float(ran.stdout) < 60  # MiB; [B, T, A] alone needs 195

@@ -17,7 +17,7 @@ from support.devices import DEVICE, needs_gpu, needs_kernels
 pytestmark = needs_kernels
 F32, F64 = torch.float32, torch.float64
 OPS = torch.ops.qfast
-MODULE = importlib.import_module("qfast.ops.attention_pool")  # the package has the function under that name
+MODULE = importlib.import_module("qfast.ops.attention_pool")  # the package exports the function under that name
 
 
 class Case(NamedTuple):
@@ -180,7 +180,7 @@ def test_manual_seed_makes_it_repeat() -> None:
     assert not torch.equal(once(5), once(6))
 
 
-# ---------------------------------------------------------------- gradients, schemas, what is not finite
+# ---------------------------------------------------------------- gradients, schemas, non-finite values
 def test_gradients_by_finite_differences() -> None:
     tensors, _ = inputs(Case(3, 5, 4, 2), F64, DEVICE)
     assert torch.autograd.gradcheck(attention_pool, [part.requires_grad_() for part in tensors])
@@ -260,7 +260,7 @@ def test_a_cuda_graph_captures_both_operators() -> None:
         graph.replay()
         torch.cuda.synchronize()
         for a, b in zip(result, forward_and_backward(tensors, grad, 0.2, seed), strict=True):
-            torch.testing.assert_close(a, b)  # cuBLAS has other workspaces under capture
+            torch.testing.assert_close(a, b)  # cuBLAS uses other workspaces during capture
 
 
 @needs_gpu

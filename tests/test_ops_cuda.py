@@ -71,7 +71,7 @@ def test_another_stream_gives_the_same_bits(calls):
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     busy = torch.randn(4096, 4096, device=GPU)
-    for _ in range(20):  # an operator that used the default stream would wait for this, or read too early
+    for _ in range(20):  # an operator on the default stream would wait for this, or read too early
         busy = busy @ busy / 4096
     with torch.cuda.stream(stream):
         result = results(calls, GPU)
@@ -82,7 +82,7 @@ def test_another_stream_gives_the_same_bits(calls):
 @needs_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 def test_another_gpu_gives_the_same_bits(calls):
-    with torch.cuda.device(0):  # the operators go where their tensors are, not where the current device is
+    with torch.cuda.device(0):  # operators run on the device of their tensors, not on the current device
         require_same(results(calls, "cuda:1"), results(calls, "cuda:0"))
 
 

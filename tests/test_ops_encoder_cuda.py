@@ -276,7 +276,7 @@ def test_manual_seed_makes_it_repeat() -> None:
     assert not any(torch.equal(a, b) for a, b in zip(once(5), once(6), strict=True))
 
 
-# ---------------------------------------------------------------- gradients, schemas, what is not finite
+# ---------------------------------------------------------------- gradients, schemas, non-finite values
 def test_gradients_by_finite_differences() -> None:
     leaves = [part.requires_grad_() for part in given_to(BlockCase((5,), 4, 9, 3), F64, DEVICE)]
     assert torch.autograd.gradcheck(feed_forward, leaves)
@@ -399,7 +399,7 @@ def test_a_cuda_graph_captures_it(case: BlockCase | LayerCase) -> None:
         graph.replay()
         torch.cuda.synchronize()
         for a, b in zip(result, forward_and_backward(case, tensors, 0.2, seed, grad), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # cuBLAS has other workspaces under capture
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # cuBLAS uses other workspaces during capture
 
 
 def peak_bytes(hidden: int) -> int:
@@ -413,7 +413,7 @@ def peak_bytes(hidden: int) -> int:
     torch.cuda.reset_peak_memory_stats()
     forward_and_backward(case, tensors, 0.0, None)
     of_weights = sum(part.numel() * part.element_size() for part in tensors[1:])
-    return torch.cuda.max_memory_allocated() - before - 5 * of_weights  # packed, gradients, those of a part
+    return torch.cuda.max_memory_allocated() - before - 5 * of_weights  # packed weights, gradients, gradients of a part
 
 
 def test_memory_does_not_grow_with_the_hidden() -> None:

@@ -29,7 +29,9 @@ def check(case: LayerCase) -> None:
         result = results(case.operator, case.inputs(dtype))
         for name, ours, true, limit in zip(["out", "x", *NAMES], result, exact, limits, strict=True):
             at, width = true, case.width
-            if case.steps == 1 and name.startswith("in_proj"):  # one step: a weight of 1 whatever queries and keys are
+            if case.steps == 1 and name.startswith(
+                "in_proj"
+            ):  # with one step the attention weight is 1 for any queries and keys
                 assert not ours[: 2 * width].any()
                 ours, at = ours[2 * width :], at[2 * width :]
             assert relative_error(ours, at) <= limit, (dtype, name, relative_error(ours, at), limit)
@@ -78,13 +80,15 @@ def test_any_shape(batch: int, steps: int, head: int, heads: int, hidden: int, l
     case = LayerCase(batch, steps, head * heads, heads, hidden, last, layout)
     tensors = case.inputs()
     result, exact = (results(of, tensors) for of in (case.operator, case.reference))
-    if case.width == 1:  # a norm of one feature is its bias: everything before is 0, and rounding in torch
+    if case.width == 1:  # a norm of one feature returns its bias: everything before it is 0, in torch rounding noise
         result, exact = [result[0], *result[9:]], [exact[0], *exact[9:]]
         assert errors_above(result[:1], exact[:1], 1e-12) == []
         return
-    # the gradients of queries and keys are small where the weights do not depend on them
+    # the gradients of queries and keys are small where the attention weights hardly depend on them
     size = max(float(part.norm()) for part in exact[1:])
-    limit = 1e-12 if case.width >= 8 else 1e-9  # a few features may have a variance near eps, which magnifies rounding
+    limit = (
+        1e-12 if case.width >= 8 else 1e-9
+    )  # with few features the variance may be near eps, which amplifies rounding
     for ours, true in zip(result, exact, strict=True):
         assert float((ours - true).norm()) <= limit * (float(true.norm()) + 0.1 * size)
 
@@ -196,7 +200,7 @@ def test_a_window_does_not_depend_on_the_other_windows(dtype: torch.dtype, last:
         assert relative_error(case.operator([x[part], *weights]), whole[part]) <= (1e-14 if dtype == F64 else 1e-6)
 
 
-# ---------------------------------------------------------------- numbers at the ends
+# ---------------------------------------------------------------- extreme values
 @pytest.mark.parametrize("last", [False, True])
 def test_weights_that_saturate(last: bool, isa: str) -> None:
     """Queries and keys are multiplied by 100: one key gets all the attention, and scores exceed the range of exp."""
@@ -231,7 +235,7 @@ def test_non_finite_values_stay_in_their_window(last: bool, what: float, isa: st
 def test_nan_hidden_values_pass_as_in_torch(isa: str) -> None:
     case = LayerCase(3, 4, 8, 2, 6)
     tensors = case.inputs()
-    tensors[5][2] = torch.nan  # a row of linear1.weight: a relu that made 0 of it would hide it
+    tensors[5][2] = torch.nan  # a row of linear1.weight; a ReLU that returned 0 would hide it
     assert torch.isnan(case.operator(tensors)).all()
     assert torch.isnan(case.reference(tensors)).all()
 
@@ -255,7 +259,7 @@ def test_a_level_that_all_features_share_costs_no_more_than_in_torch(common: flo
     inputs = case.inputs(F32)
     inputs[0] = inputs[0] + common
     inputs[1] = inputs[1] / common
-    inputs[6] = inputs[6] + 20  # no hidden value near 0: rounding would decide which side of it
+    inputs[6] = inputs[6] + 20  # no hidden value near 0, where rounding would decide its sign
     exact = results(case.reference, [t.double() for t in inputs])
     result, theirs = (results(of, inputs) for of in (case.operator, case.reference))
     for ours, plain, true in zip(result, theirs, exact, strict=True):

@@ -46,7 +46,7 @@ def far_apart(result: list[Tensor], exact: list[Tensor], limit: float) -> list[t
     return misses
 
 
-# ---------------------------------------------------------------- the masks are those that are defined
+# ---------------------------------------------------------------- the masks of the definition
 @pytest.mark.parametrize("case", BY_NAME)
 def test_the_masks_are_those_of_the_definition(case: str, isa: str) -> None:
     """All four masks at once, forward and backward, in float64."""
@@ -66,7 +66,7 @@ def test_nearly_nothing_and_everything_dropped(last: bool, dropout: float, isa: 
     exact = results(partial(layer_of_masks, case, dropout=dropout, seed=5), tensors)
     assert far_apart(result, exact, 1e-12) == []
     assert all(torch.isfinite(part).all() for part in result)
-    if dropout == 1:  # both norms of the residual alone; nothing of the attention and the block has a gradient
+    if dropout == 1:  # only the residual passes both norms; attention and block have no gradient
         assert not any(part.any() for part in result[2:10])
     else:
         assert errors_above(result[:1], [case.reference(tensors)], 1e-8) == []
@@ -130,7 +130,7 @@ def test_kernels_save_the_same_tensors_as_plain_torch(last: bool, isa: str) -> N
     assert far_apart([out, *gradients], [expected[0], of_x, *of_weights], 1e-12) == []
 
 
-# ---------------------------------------------------------------- it is random
+# ---------------------------------------------------------------- distribution of the masks
 def before_the_norms(changes: dict[str, Tensor], batch: int, steps: int, width: int, p: float) -> Tensor:
     """Inputs of both norms [2, B, T, D] without the mean of each row, for a layer of zeros except for `changes`.
 
@@ -169,13 +169,13 @@ def test_rate_and_scale_of_the_attention_weights(p: float, isa: str) -> None:
     sign[1::2] = -1
     values = {"in_proj_bias": torch.tensor([0.0, 0.0, 1.0]).repeat_interleave(width), "out_proj.weight": sign.diag()}
     heads = before_the_norms(values, 50, steps, width, p)[0].unflatten(2, (2, width // 2))
-    size = (heads.max(3).values - heads.min(3).values) / 2  # what is kept after the attention, of either sign
+    size = (heads.max(3).values - heads.min(3).values) / 2  # the values that remain after the attention, of either sign
     counts = size.double() * steps * (1 - p) ** 2
     torch.testing.assert_close(counts, counts.round(), rtol=0, atol=1e-2)
     rows, spread = counts.numel(), steps * p * (1 - p)
     assert abs(float(counts.mean()) - steps * (1 - p)) < 5 * (spread / rows) ** 0.5
     assert abs(float(counts.var()) / spread - 1) < 6 * (2 / rows) ** 0.5
-    together = torch.corrcoef(counts.flatten(0, 1).t())[0, 1]  # the heads' masks have nothing to do with each other
+    together = torch.corrcoef(counts.flatten(0, 1).t())[0, 1]  # the masks of the heads are independent
     assert abs(float(together)) < 5 / (rows / 2) ** 0.5
 
 
@@ -190,7 +190,7 @@ def test_manual_seed_makes_it_repeat(last: bool, isa: str) -> None:
     torch.manual_seed(5)
     seed = int(draw_seed(torch.device("cpu")))
     assert relative_error(first, layer_of_masks(case, tensors, 0.5, seed)) < 1e-13
-    torch.manual_seed(5)  # the same draw, whether a gradient is wanted or not
+    torch.manual_seed(5)  # the same draw with and without gradients
     wanted = case.operator([t.detach().requires_grad_() for t in tensors], dropout=0.5, training=True)
     assert relative_error(wanted.detach(), first) < 1e-13
 

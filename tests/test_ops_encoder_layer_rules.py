@@ -145,7 +145,7 @@ def test_double_backward_is_refused_and_saved_tensors_have_no_gradient(last: boo
         torch.ops.qfast.encoder_layer(*raw, False)
 
 
-# ---------------------------------------------------------------- ordinary backward
+# ---------------------------------------------------------------- backward pass
 @pytest.mark.parametrize("last", [False, True])
 def test_frozen_parameters_and_data_without_gradient(last: bool, isa: str) -> None:
     case = LayerCase(7, 4, 12, 3, 9, last)
@@ -192,7 +192,7 @@ def test_transforms_are_those_of_torchs_layer(last: bool) -> None:
         return case.operator([x, *weights])
 
     def theirs(x: Tensor) -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH):  # the only one of torch's attentions with a second derivative
+        with sdpa_kernel(SDPBackend.MATH):  # the only attention of torch with a second derivative
             return case.reference([x, *weights])
 
     close = {"rtol": 1e-10, "atol": 1e-11}
@@ -288,7 +288,7 @@ def test_exported() -> None:
     assert "qfast.encoder_layer" in str(program.graph)
 
 
-# ---------------------------------------------------------------- other precisions
+# ---------------------------------------------------------------- half precision and autocast
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
 def test_halves_are_computed_in_float32(half: torch.dtype) -> None:
     case = LayerCase(9, 6, 16, 2, 30)
@@ -336,11 +336,11 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 @pytest.mark.parametrize(
     ("sizes", "limit"),
     [
-        # MiB: x takes 15, what both norms keep twice that, result and gradients as much again; the hidden alone 1,875
+        # MiB: x needs 15, saved tensors of both norms 30, result and gradients 30; the hidden values alone 1,875
         ({"batch": 4000, "steps": 60, "hidden": 2048, "last": False}, 125),
         # the gradient of x, 15, and little else
         ({"batch": 4000, "steps": 60, "hidden": 2048, "last": True}, 40),
-        # one window's attention weights take 7 a head, those of all 230
+        # the attention weights of one window need 7 per head, those of all windows 230
         ({"batch": 20, "steps": 1200, "hidden": 8, "last": False}, 60),
     ],
     ids=["all steps", "last step", "long windows"],

@@ -21,7 +21,7 @@ OPS = torch.ops.qfast
 FAST = NAMES[1:]
 LIMITS = {"tf32": 2e-3, "bf16": 2e-2}  # of the relative norm
 
-# All forms: results in one or two 64s of columns, several tiles, several blocks a tile, rests of everything.
+# All forms: results in one or two 64s of columns, several tiles, several blocks per tile, remainders.
 BLOCKS = [
     (BlockCase((1,), 1, 1, 1), 0.0),
     (BlockCase((3,), 7, 33, 5), 0.3),
@@ -72,7 +72,7 @@ def test_errors_of_the_block(case: BlockCase, dropout: float) -> None:
         assert max(errors(forward_and_backward(narrow, dropout, name), true)) <= limit, name
 
 
-@needs_gpu  # host code is given no precision by the networks' side
+@needs_gpu  # for host code the networks pass no precision
 @pytest.mark.parametrize("last", [False, True])
 def test_errors_of_a_layer(last: bool) -> None:
     case = LayerCase(50, 9, 64, 2, 300, last)
@@ -85,7 +85,7 @@ def test_errors_of_a_layer(last: bool) -> None:
 
     assert error("3xtf32") <= max(2 * error("ieee"), 5e-7)
     for name, limit in LIMITS.items():
-        assert 1e-6 < error(name) <= limit, name  # it is computed otherwise
+        assert 1e-6 < error(name) <= limit, name  # float32 is computed differently
 
 
 @pytest.mark.parametrize("name", FAST)
@@ -131,7 +131,7 @@ def test_rows_do_not_depend_on_their_tile(name: str) -> None:
         assert torch.equal(OPS.feed_forward(x[first:last], *weights, 0.0, None, number), whole[first:last])
 
 
-@needs_gpu  # host code is given no precision by the networks' side
+@needs_gpu  # for host code the networks pass no precision
 def test_the_backward_has_the_precision_of_its_forward() -> None:
     x, *weights, grad = (part.float() for part in away_from_zero(BlockCase((150,), 20, 70, 33)))
     leaves = [part.requires_grad_() for part in (x, *weights)]
@@ -159,7 +159,7 @@ def test_a_cuda_graph_captures_it(name: str) -> None:
     graph.replay()
     torch.cuda.synchronize()
     for a, b in zip(result, forward_and_backward(tensors, 0.0, name), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # cuBLAS has other workspaces under capture
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # cuBLAS uses other workspaces during capture
 
 
 def test_float64_has_no_choice_and_other_numbers_are_refused() -> None:

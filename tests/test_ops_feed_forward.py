@@ -109,7 +109,7 @@ def test_the_same_bits_again_and_for_any_number_of_threads(dtype: torch.dtype, i
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
 
-# ---------------------------------------------------------------- numbers at the ends
+# ---------------------------------------------------------------- extreme values
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_non_finite_values_spread_as_in_torch_and_stay_in_their_row(value: float, isa: str) -> None:
     case = BlockCase((60,), 12, 33, 6)
@@ -205,7 +205,7 @@ def test_gradients_by_finite_differences_under_one_mask(isa: str) -> None:
     assert torch.autograd.gradcheck(dropped, [t.requires_grad_() for t in BlockCase((5,), 3, 7, 2).inputs()])
 
 
-# ---------------------------------------------------------------- torch around it
+# ---------------------------------------------------------------- in torch: compile, export, transforms
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("rows", [0, 5])
 def test_opcheck(rows: int, dropout: float) -> None:
@@ -292,7 +292,7 @@ def test_halves_are_computed_in_float32(half: torch.dtype) -> None:
 
 def test_meta_tensors_have_shapes() -> None:
     weights = [t.to("meta") for t in BlockCase((1,), 64, 2048, 3).inputs()[1:]]
-    x = torch.empty(2**16, 2**16, 64, device="meta", dtype=F64)  # more rows than 32 bits count
+    x = torch.empty(2**16, 2**16, 64, device="meta", dtype=F64)  # more rows than a 32-bit integer can count
     assert feed_forward(x, *weights).shape == (2**16, 2**16, 3)
 
 
@@ -370,7 +370,7 @@ def test_the_hidden_values_are_never_all_in_memory() -> None:
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)\n"
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
-    assert float(ran.stdout) < 40  # MiB; [N, M] alone takes 234
+    assert float(ran.stdout) < 40  # MiB; [N, M] alone needs 234
 
 
 def test_the_block_of_a_torch_layer() -> None:

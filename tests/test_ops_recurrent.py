@@ -160,7 +160,7 @@ def test_the_same_bits_again_and_for_any_number_of_threads(name: str, dtype: tor
         torch.set_num_threads(before)
 
 
-# ---------------------------------------------------------------- numbers at the ends
+# ---------------------------------------------------------------- extreme values
 @pytest.mark.parametrize("name", NAMES)
 def test_saturated_gates(name: str, isa: str) -> None:
     """Weights are multiplied by 100: gates are 0, 1 and -1, and most gradients vanish."""
@@ -188,7 +188,7 @@ def test_non_finite_values_stay_in_their_row(name: str, what: float, isa: str) -
         for a, b in zip(result[:n], exact, strict=True):
             torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-4, atol=1e-5)
         assert torch.equal(result[0][others], clean[0][others])
-        assert torch.equal(result[0][row, 0], clean[0][row, 0])  # what came before it
+        assert torch.equal(result[0][row, 0], clean[0][row, 0])  # the step before it
         assert torch.equal(result[n][others], clean[n][others])  # the gradient of x
         with torch.no_grad():
             bare = case.operator(inputs, all_steps=True)
@@ -284,7 +284,7 @@ def ulps(result: Tensor, exact: np.ndarray) -> float:
 
 
 @pytest.mark.skipif(not NATIVE, reason="plain torch's activations are torch's")
-@pytest.mark.parametrize("hidden", [1, 16])  # what is left of a vector; whole vectors
+@pytest.mark.parametrize("hidden", [1, 16])  # the remainder of a vector; whole vectors
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 def test_activations_within_three_ulp(dtype: torch.dtype, hidden: int, isa: str) -> None:
     """Over all magnitudes where the results are normal numbers."""

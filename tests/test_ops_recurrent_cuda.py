@@ -143,7 +143,7 @@ def relative(result: Tensor, exact: Tensor) -> float:
     assert result.shape == exact.shape
     result, exact = result.detach().cpu().double(), exact.detach()
     error, size = float((result - exact).norm()), float(exact.norm())
-    return error / size if size > 1e-12 else error  # after 250 steps little is left of the initial state
+    return error / size if size > 1e-12 else error  # after 250 steps the influence of the initial state is small
 
 
 @pytest.fixture(params=CELLS)
@@ -287,7 +287,7 @@ def test_manual_seed_makes_it_repeat(cell: Cell, hidden: int) -> None:
     assert not torch.equal(once(5), once(6))
 
 
-# ---------------------------------------------------------------- schemas, autocast, what is not finite
+# ---------------------------------------------------------------- schemas, autocast, non-finite values
 @pytest.mark.parametrize("case", [Case(0, 3, 2, 5, 2, True, True), Case(3, 4, 2, 9, 2, False, False, 0.4)], ids=str)
 def test_opcheck(cell: Cell, case: Case) -> None:
     inputs, ops, n = arguments(cell, case, F64, DEVICE), torch.ops.qfast, 1 + len(cell.state_names)
@@ -392,7 +392,7 @@ def test_a_cuda_graph_captures_both_operators(cell: Cell, hidden: int) -> None:
         graph.replay()
         torch.cuda.synchronize()
         for a, b in zip(result, once(inputs), strict=True):
-            torch.testing.assert_close(a, b)  # cuBLAS has other workspaces under capture
+            torch.testing.assert_close(a, b)  # cuBLAS uses other workspaces during capture
 
 
 # ---------------------------------------------------------------- size

@@ -31,7 +31,7 @@ def seeded(
     return list(out[: case.n_outputs])
 
 
-# ---------------------------------------------------------------- the mask is the one that is defined
+# ---------------------------------------------------------------- the mask of the definition
 @pytest.mark.parametrize("dropout", [1e-9, 0.1, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_mask_is_that_of_the_definition(name: str, dropout: float, isa: str) -> None:
@@ -91,7 +91,7 @@ def test_windows_of_consecutive_rows_have_different_masks(name: str, isa: str) -
         assert errors_above(seeded(case, inputs, 0.5, 3), case.reference(inputs, dropout=0.5, seed=3), 1e-13) == []
 
 
-# ---------------------------------------------------------------- it is random
+# ---------------------------------------------------------------- distribution of the masks
 def test_the_plain_form_draws_the_same_mask() -> None:
     for batch, steps, hidden, layer, p in ((5, 3, 7, 0, 0.3), (16, 1, 1, 2, 0.9), (1, 9, 20, 1, 1.0)):
         like = torch.zeros(batch, steps, hidden, dtype=torch.float64)
@@ -134,7 +134,7 @@ def test_manual_seed_makes_it_repeat(name: str, isa: str) -> None:
     seed = int(draw_seed(inputs.x.device))
     assert relative_error(first, case.reference(inputs, dropout=0.5, seed=seed)[0]) < 1e-13
     leaves = [w.detach().requires_grad_() for w in inputs.weights]
-    torch.manual_seed(5)  # the same draw, whether a gradient is wanted or not
+    torch.manual_seed(5)  # the same draw with and without gradients
     wanted = case.operator([inputs.x, *leaves], dropout=0.5, training=True)[0]
     assert torch.equal(wanted, first) if NATIVE else relative_error(wanted, first) < 1e-13
 
@@ -149,7 +149,7 @@ def test_nothing_is_drawn_where_nothing_is_dropped(name: str, isa: str) -> None:
     assert torch.equal(case.operator(inputs, dropout=0.0, training=True)[0], plain)
     assert torch.equal(
         one_layer.operator(single, dropout=0.5, training=True)[0], one_layer.operator(single)[0]
-    )  # no second
+    )  # no second layer
     assert torch.equal(torch.get_rng_state(), state)
     case.operator(inputs, dropout=0.5, training=True)
     assert not torch.equal(torch.get_rng_state(), state)

@@ -188,7 +188,7 @@ def test_double_backward_is_refused_and_saved_tensors_have_no_gradient(name: str
         getattr(torch.ops.qfast, name)(*case.raw(leaves), False)
 
 
-# ---------------------------------------------------------------- ordinary backward
+# ---------------------------------------------------------------- backward pass
 @pytest.mark.parametrize("name", NAMES)
 def test_a_frozen_layer_and_data_without_gradient(name: str, isa: str) -> None:
     case = RecurrentCase(name, 7, 4, 3, 9, 2)
@@ -355,7 +355,7 @@ def test_exported(name: str) -> None:
     assert f"qfast.{name}" in str(program.graph)
 
 
-# ---------------------------------------------------------------- other precisions
+# ---------------------------------------------------------------- half precision and autocast
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_halves_are_computed_in_float32(name: str, half: torch.dtype) -> None:

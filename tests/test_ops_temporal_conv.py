@@ -47,7 +47,7 @@ def test_float32_compared_with_plain_torch(case: StackCase, isa: str) -> None:
         assert error <= 1e-5
         assert error <= max(3 * theirs, 2e-6 if number else 5e-7), (number, error, theirs)
     with torch.no_grad():
-        assert same_bits(case.call(x, blocks), result[0])  # nothing is kept, and the numbers are the same
+        assert same_bits(case.call(x, blocks), result[0])  # nothing is saved, and the values are the same
 
 
 @pytest.mark.parametrize("case", STACK_CASES, ids=lambda case: case.name)
@@ -123,7 +123,7 @@ def test_gradients_in_any_layout_and_repeated_inputs(isa: str) -> None:
         result = results(call, x, blocks, strange)
         assert all(same_bits(a, b) for a, b in zip(result, exact, strict=True))
     ones = torch.ones(1, 1, 1, dtype=F64)
-    result = results(call, x, blocks, ones.expand_as(grad))  # what sum() sends back: strides 0
+    result = results(call, x, blocks, ones.expand_as(grad))  # the gradient of sum(), with strides of 0
     assert (
         stack_errors_above(
             result, results(lambda *t: oracle(*t, all_steps=True), x, blocks, torch.ones_like(grad)), 1e-12
@@ -176,7 +176,7 @@ def test_inference_mode(isa: str) -> None:
         (90, 20, 7, (12, 12, 12)),
         (333, 7, 2, (9, 17)),
         (600, 20, 3, (8, 8)),
-        (50, 30, 2, (8, 8)),  # longer than the receptive field: every position but the first ones is shared
+        (50, 30, 2, (8, 8)),  # longer than the receptive field: all positions except the first ones are shared
         (100, 12, 1, (8, 4)),
     ],
 )
@@ -245,7 +245,7 @@ def test_a_row_that_is_nan_reaches_the_windows_that_can_see_it(rows: int, isa: s
     torch.testing.assert_close(spoiled[whole], clean[whole], rtol=1e-12, atol=1e-12)
 
 
-# ---------------------------------------------------------------- bits, threads, what is kept
+# ---------------------------------------------------------------- bits, threads, saved tensors
 def on_threads(threads: int, call: Callable[[], list[Tensor]]) -> list[Tensor]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -323,7 +323,7 @@ def test_steps_outside_the_cone_get_no_gradient(isa: str) -> None:
     assert any((grad == 0).any() and grad.dim() == 3 for grad in exact[2:])
 
 
-# ---------------------------------------------------------------- what has no effect gets no push
+# ---------------------------------------------------------------- parameters without influence
 def test_channels_that_are_off_get_exactly_nothing(isa: str) -> None:
     """A gradient that is 0 must be 0: Adam turns rounding noise into full steps."""
     x, grad = randn(50, 6, 14, dtype=torch.float32), randn(50, 20, seed=1, dtype=torch.float32)

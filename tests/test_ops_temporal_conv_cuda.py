@@ -86,7 +86,7 @@ def test_float32_compared_with_plain_torch(case: StackCase) -> None:
         error = relative_error(ours, true)
         assert error <= 1e-5
         assert error <= max(5 * theirs, 2e-6 if number else 5e-7), (number, error, theirs)
-    with torch.no_grad():  # nothing is kept, and the bits are the same
+    with torch.no_grad():  # nothing is saved, and the bits are the same
         there = like(blocks, [part.to(DEVICE) for part in flat(blocks)])
         assert torch.equal(case.call(x.to(DEVICE), there).cpu(), result[0])
 
@@ -135,7 +135,7 @@ def test_gradients_of_any_strides_and_repeated_rows(channels: list[int]) -> None
     def call(x: Tensor, blocks: Blocks) -> Tensor:
         return temporal_conv_net(x, blocks, all_steps=True)
 
-    ones = torch.ones(1, 1, 1, dtype=x.dtype).expand(6, channels[-1], 9)  # what sum() sends back
+    ones = torch.ones(1, 1, 1, dtype=x.dtype).expand(6, channels[-1], 9)  # the gradient of sum()
     exact = results(lambda *t: oracle(*t, all_steps=True), x, blocks, ones.contiguous())
     assert stack_errors_above(on_gpu(call, x, blocks, ones), exact, 1e-12) == []
     windows = randn(40, 4).unfold(0, 9, 1)
@@ -204,7 +204,7 @@ def test_the_dropout_rate_of_the_oracle() -> None:
     assert abs(float((philox_mask(1, 64, 32, 20, 0, 0.3) == 0).double().mean()) - 0.3) < 0.02
 
 
-# ---------------------------------------------------------------- gradients, schemas, what is not finite
+# ---------------------------------------------------------------- gradients, schemas, non-finite values
 def test_gradients_by_finite_differences(all_steps: bool) -> None:
     x, blocks = randn(3, 2, 7).to(DEVICE).requires_grad_(), stack(2, [4, 3], 3)
     parts = [part.to(DEVICE).requires_grad_() for part in flat(blocks)]

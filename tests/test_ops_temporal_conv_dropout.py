@@ -34,7 +34,7 @@ class _WithSeed:
         return oracle(x, blocks, self.dilations, **settings)
 
 
-# ---------------------------------------------------------------- the mask is the one that is defined
+# ---------------------------------------------------------------- the mask of the definition
 @pytest.mark.parametrize("all_steps", [False, True])
 @pytest.mark.parametrize("dropout", [1e-9, 0.1, 0.5, 0.9, 1.0])
 def test_the_mask_is_that_of_the_definition(dropout: float, all_steps: bool, isa: str) -> None:
@@ -92,7 +92,7 @@ def test_windows_of_consecutive_rows_share_nothing_under_dropout(isa: str) -> No
         assert relative_error(call(windows, blocks), call.expected(windows, blocks)) < 1e-13
 
 
-# ---------------------------------------------------------------- it is random
+# ---------------------------------------------------------------- distribution of the masks
 def dropped_both(p: float, batch: int, channels: int, steps: int, seed: int) -> Tensor:
     """The ones that remain after the two dropouts of a block that otherwise passes them through."""
     eye = torch.eye(channels, dtype=torch.float64).unsqueeze(2)
@@ -133,7 +133,7 @@ def test_elements_are_independent(a: Tensor, b: Tensor) -> None:
     """The masks of the definition, which the tests above compare with the operator's: no correlation beyond five
     standard errors."""
     x, y = ((m > 0).double() - 0.7 for m in (a, b))
-    if torch.equal(x, y.transpose(1, 2)):  # the same elements twice: each pair only once, none with itself
+    if torch.equal(x, y.transpose(1, 2)):  # overlapping elements: each pair counts once, and none with itself
         x, y = (m.triu(1) for m in (x, y))
     correlation = float((x * y).sum() / (0.3 * 0.7))
     count = int((x * y != 0).sum())
@@ -166,7 +166,7 @@ def test_manual_seed_makes_it_repeat(isa: str) -> None:
     seed = int(draw_seed(x.device))
     assert relative_error(first, oracle(x, blocks, dropout=0.5, seed=seed)) < 1e-13
     torch.manual_seed(5)
-    with torch.no_grad():  # the same draw, whether a gradient is wanted or not
+    with torch.no_grad():  # the same draw with and without gradients
         assert same_bits(temporal_conv_net(x, blocks, dropout=0.5, training=True), first)
     torch.manual_seed(5)
     block = blocks[:1]

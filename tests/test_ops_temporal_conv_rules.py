@@ -17,7 +17,7 @@ INF, NAN = torch.inf, torch.nan
 OPS = torch.ops.qfast
 
 
-# ---------------------------------------------------------------- values that are not finite
+# ---------------------------------------------------------------- non-finite values
 @pytest.mark.parametrize("all_steps", [False, True])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_non_finite_values_spread_as_in_plain_torch(value: float, all_steps: bool, isa: str) -> None:
@@ -323,7 +323,7 @@ def test_refusals_of_settings() -> None:
         temporal_block(x, blocks[0], dilation=0)
 
 
-# Of the second block, which takes 4 channels to 3: what becomes of one of its tensors, and what is said of it.
+# A wrong tensor of the second block, which maps 4 channels to 3, and the error message.
 WEIGHTS_REFUSED: dict[str, tuple[str, Callable[[Tensor], object], str]] = {
     "two axes": ("weight_v1", lambda w: w[0], r"expected shape \[C, 4, k\], got \(4, 3\)"),
     "no taps": ("weight_v1", lambda w: w[:, :, :0], r"expected shape \[C, 4, k\], got \(3, 4, 0\)"),

@@ -117,7 +117,7 @@ def test_a_window_does_not_depend_on_its_neighbours(isa: str) -> None:
     assert torch.equal(window_conv(x.flip(0), weight, bias), together.flip(0))
 
 
-# ---------------------------------------------------------------- numbers at the ends
+# ---------------------------------------------------------------- extreme values
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_non_finite_values_reach_neighbouring_steps_only(value: float, isa: str) -> None:
     case = WindowConvCase(9, 8, 5, 4, 3)
@@ -129,9 +129,9 @@ def test_non_finite_values_reach_neighbouring_steps_only(value: float, isa: str)
     touched[4, 6:] = True
     assert not torch.isfinite(result[0][touched]).any()
     assert torch.equal(result[0][~touched], clean[0][~touched])
-    assert torch.equal(result[1], clean[1])  # of x, which is linear in it
+    assert torch.equal(result[1], clean[1])  # the gradient of x, which is linear in the incoming gradient
     assert torch.equal(result[2][:, [0, 1, 3, 4]], clean[2][:, [0, 1, 3, 4]])
-    assert not torch.isfinite(result[2][:, 2, 1:]).any()  # its step and the one before it are there
+    assert not torch.isfinite(result[2][:, 2, 1:]).any()  # its step and the one before it are inside the window
     assert torch.equal(result[3], clean[3])
 
 
@@ -147,7 +147,7 @@ def test_a_gradient_that_is_not_finite_stays_in_its_window(isa: str) -> None:
     assert torch.equal(result[~touched], clean[~touched])
 
 
-# ---------------------------------------------------------------- torch around it
+# ---------------------------------------------------------------- in torch: compile, export, transforms
 @pytest.mark.parametrize("shape", [(3, 4, 3, 2, 3), (0, 4, 3, 2, 3), (2, 1, 3, 2, 5)], ids=str)
 def test_opcheck(shape: tuple[int, ...]) -> None:
     leaves = [t.requires_grad_() for t in WindowConvCase(*shape).inputs()]
@@ -230,7 +230,7 @@ def test_halves_are_computed_in_float32(half: torch.dtype) -> None:
 
 def test_meta_tensors_have_shapes() -> None:
     _, weight, bias = (t.to("meta") for t in WindowConvCase(1, 1, 64, 3, 3).inputs())
-    x = torch.empty(2**20, 2**12, 64, device="meta", dtype=F64)  # more rows than 32 bits count
+    x = torch.empty(2**20, 2**12, 64, device="meta", dtype=F64)  # more rows than a 32-bit integer can count
     assert window_conv(x, weight, bias).shape == (2**20, 2**12, 3)
 
 

@@ -63,7 +63,7 @@ def assert_same(result: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
 
 
-# ---------------------------------------------------------------- a slow oracle, from the definition alone
+# ---------------------------------------------------------------- a slow oracle, from the definition
 def oracle_rows(
     instruments: np.ndarray, dates: np.ndarray, live: np.ndarray, last_row: list[int], steps: int, fill: str, first: int
 ) -> list[list[int]]:
@@ -213,7 +213,7 @@ BAD_CODES = {
 def test_index_refuses_bad_codes(instruments: list, dates: list, match: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=match):
         build_window_index(instruments, dates)
-    monkeypatch.setattr(_backend, "native", None)  # the twin says the same
+    monkeypatch.setattr(_backend, "native", None)  # plain torch has the same message
     with pytest.raises(DataError, match=match):
         build_window_index(instruments, dates)
 

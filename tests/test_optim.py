@@ -295,7 +295,7 @@ def test_groups_and_missing_gradients(monkeypatch):
             give_gradients(params, step)
             params[2].grad = params[4].grad = None
             if step == 1:
-                params[0].grad = None  # its step falls behind the others'
+                params[0].grad = None  # its step count is behind that of the others
             if optimizer is other:
                 clip_grad_value_(params, 3.0)
             optimizer.step()
@@ -357,7 +357,7 @@ def test_copies_go_on_alike(copied):
 @pytest.mark.parametrize("settings", [{}, {"amsgrad": True}], ids=["operator", "torch"])
 def test_hooks_are_called_once(settings):
     params = parameters()
-    torch.optim.Adam(params)  # torch wraps a class's step in hooks when the first of it is made
+    torch.optim.Adam(params)  # torch wraps the step of a class in hooks when the first instance is created
     optimizer, seen = ClippedAdam(params, lr=0.1, **settings), []
     optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
     optimizer.register_step_post_hook(lambda *_: seen.append("after"))

@@ -120,7 +120,7 @@ def test_predictions_are_those_of_gathered_windows(kind, panel, batch_size, alwa
     assert max(size for size, _ in calls.sizes) <= batch_size
     in_views = windows_in_stretches(frame, first_day)
     assert in_views > 0
-    if batch_size == 4096:  # smaller ones can hold nothing but windows left over that happen to follow each other
+    if batch_size == 4096:  # smaller batches may consist of leftover windows that happen to be consecutive
         assert calls.viewed() == in_views
     else:
         assert in_views <= calls.viewed() <= in_views + 2 * batch_size
@@ -155,7 +155,7 @@ def test_a_separate_call_needs_at_least_min_consecutive_windows(kind):
 
 @kinds
 def test_windows_of_one_step_have_nothing_in_common(kind):
-    dataset = dataset_of(make_frame(60, 6, 3, holes=0.05), 20, step_len=1)  # an instrument is no whole batch
+    dataset = dataset_of(make_frame(60, 6, 3, holes=0.05), 20, step_len=1)  # an instrument does not fill a batch
     model = built(kind, batch_size=40)
     windows = scored(dataset)
     expected, calls = one_by_one(model, windows), Calls(model)
@@ -174,7 +174,7 @@ def test_a_shuffled_training_score_is_that_of_its_batches(kind, always_views):
     model = built(kind, batch_size=64)
     torch.manual_seed(5)
     batches = model.batches(windows, "train_score")
-    assert 0 < len(windows) - len(batches.order) < 64  # a tail that was drawn and left out
+    assert 0 < len(windows) - len(batches.order) < 64  # the remainder that the last batch leaves out
     expected = one_by_one(model, windows)
     losses = [(expected[s].double() - windows.label[s].double()).square().mean() for s in batches]
     calls = Calls(model)
@@ -198,13 +198,13 @@ def test_a_fit_scores_as_without_views(kind, always_views, monkeypatch):
         fits.append(model.fit(TSDatasetH(handler=frame, segments=segments, step_len=STEP_LEN)))
         viewed.append(calls.viewed())
     in_views = windows_in_stretches(frame, 0, 40) + windows_in_stretches(frame, 40)
-    assert viewed == [2 * in_views, 0]  # also of the tail that the training batches leave out
+    assert viewed == [2 * in_views, 0]  # also for the remainder that the training batches leave out
     for name in ("train", "valid", "valid_all"):
         np.testing.assert_allclose(fits[0].history_[name], fits[1].history_[name], rtol=1e-6)
     assert same_weights(weights(fits[0]), weights(fits[1]))  # training batches are gathered either way
 
 
-# ---------------------------------------------------------------- where there are no views
+# ---------------------------------------------------------------- without views
 @kinds
 def test_compat_computes_without_views(kind, always_views):
     dataset, model = dataset_of(FULL), built(kind, compat="qlib", batch_size=40)

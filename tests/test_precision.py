@@ -43,7 +43,7 @@ def test_torchs_newer_setting_is_followed_as_well(monkeypatch: pytest.MonkeyPatc
     for theirs, ours in (("ieee", "ieee"), ("tf32", "tf32"), ("none", "ieee")):
         monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision=theirs))
         assert precision() == ours
-    monkeypatch.undo()  # before the settings are put back
+    monkeypatch.undo()  # before the settings are restored
 
 
 def test_a_block_restores_the_previous_setting() -> None:

@@ -217,7 +217,9 @@ def test_pretraining_equals_training_the_base_model(kind, name, compat):
     assert model.pretrained_["source"] == f"pre-training of {name}"
     assert model.pretrained_["taken"] == sorted(weights(alone))
     model._params["n_epochs"] = 0
-    assert same_weights(parts(weights(model.fit(dataset_for(kind)))), weights(alone))  # the fit does not draw it again
+    assert same_weights(
+        parts(weights(model.fit(dataset_for(kind)))), weights(alone)
+    )  # fit does not initialise it again
 
 
 @both

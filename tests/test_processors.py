@@ -101,7 +101,7 @@ def test_robust_norm_is_bit_equal_to_qlib():
     np.testing.assert_array_equal(ours, theirs)
 
 
-# ---------------------------------------------------------------- against plain arithmetic, without pyqlib
+# ---------------------------------------------------------------- compared with plain arithmetic, without pyqlib
 def reference(name: str, x: np.ndarray, days: np.ndarray, fit: np.ndarray) -> np.ndarray:
     """One column [R] by the definition in float64, a slow loop over days."""
     x = x.astype(np.float64)
@@ -139,7 +139,7 @@ def test_equals_definition_and_ignores_dead_rows(name, seed, dead):
     panel = Panel.from_frame(frame)
     live = np.random.default_rng(seed).random(panel.n_rows) >= dead
     panel = panel.keep(live)
-    dates = panel.datetimes[panel.date_codes]  # a date may have lost all its rows: codes do not tell the day
+    dates = panel.datetimes[panel.date_codes]  # a date may have lost all its rows, so codes are not dates
     fit = live & (dates >= FIT_WINDOW["fit_start_time"]) & (dates <= FIT_WINDOW["fit_end_time"])
     values = panel.values("feature")
     if any(not np.isfinite(values[fit, j]).any() for j in range(values.shape[1])):
@@ -288,7 +288,7 @@ def test_losing_every_row_is_an_error():
         P.run_processors(Panel.from_frame(frame), [P.DropnaProcessor("feature")], stage="infer", space=P.Workspace())
 
 
-# ---------------------------------------------------------------- what was learnt, saved and loaded again
+# ---------------------------------------------------------------- fitted state, saved and loaded
 FITTED = [(name, kwargs) for name, kwargs in CASES if "fit_start_time" in kwargs]
 LEARN_NOTHING = [(name, kwargs) for name, kwargs in CASES if "fit_start_time" not in kwargs]
 

@@ -26,7 +26,7 @@ def test_built_by_qlib_and_fitted_on_its_datasets(module, kind):
     rolling = module.endswith("ts")
     d_feat = 4 if rolling else 2
     arguments = {**SMALL, "d_feat": d_feat}
-    if kind == "GATs":  # small steps: Adam makes whole ones of gradients that are rounding only (docs/parity.md)
+    if kind == "GATs":  # small steps: Adam turns rounding noise into full steps (docs/parity.md)
         arguments["lr"] = 1e-4
     model = init_instance_by_config({"class": kind, "module_path": module, "kwargs": arguments})
     name, qfast_class, step = ("TSDatasetH", TSDatasetH, {"step_len": 5}) if rolling else ("DatasetH", DatasetH, {})

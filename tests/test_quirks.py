@@ -30,7 +30,7 @@ from support.fits import (
 from support.frames import SEGMENTS, make_frame, rolling
 
 ENCODERS = [TransformerModel, LocalformerModel, ts.TransformerModel, ts.LocalformerModel]
-ROWS = [kind for kind in ESTIMATORS if not issubclass(kind, GATs | ts.GATs)]  # whose batches are rows, not days
+ROWS = [kind for kind in ESTIMATORS if not issubclass(kind, GATs | ts.GATs)]  # their batches are rows, not days
 TESTS = Path(__file__).parent
 
 

@@ -146,7 +146,7 @@ def test_batches_scores_and_predictions_follow_the_reference(name, module, suffi
     assert prediction.name is None
     assert torch.equal(torch.get_rng_state(), after[0])
     assert np.array_equal(np.random.get_state()[1], after[1])
-    # files travel: our weights load in theirs, and the other way round
+    # files are exchangeable: qfast's weights load in Qlib, and Qlib's in qfast
     torch.save(torch.load(tmp_path / "ours.pt", weights_only=True), tmp_path / "copy.pt")
     getattr(reference, NETWORK[module + suffix]).load_state_dict(torch.load(tmp_path / "copy.pt", weights_only=True))
     model.load_weights(tmp_path / "reference.pt")

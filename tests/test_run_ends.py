@@ -222,7 +222,7 @@ def test_written_files_have_the_mode_that_the_umask_gives(tmp_path):
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
 
 
-# ---------------------------------------------------------------- arguments, checked before work
+# ---------------------------------------------------------------- arguments, checked before any work
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_a_seed_out_of_range_is_reported(case, tmp_path, capsys, seed):
     command = ["run", str(case[0]), "--data", str(case[1]), "-o", str(tmp_path / "r")]

@@ -139,7 +139,7 @@ def test_sample_weights_are_recorded(recorder):
     assert recorder.replayed > 0
 
 
-# ---------------------------------------------------------------- what changes while a fit runs
+# ---------------------------------------------------------------- changes during a fit
 class EachEpoch(Callback):
     def __init__(self, change) -> None:
         self.change = change

@@ -39,7 +39,7 @@ def test_data_of_another_width_is_reported():
         TCN(**{**SMALL, "d_feat": 5}).fit(flat())
 
 
-# ---------------------------------------------------------------- windows that follow each other
+# ---------------------------------------------------------------- consecutive windows
 @pytest.fixture
 def always_views(monkeypatch):
     """Uses views from two consecutive windows on, because the networks here are too small for the usual threshold."""
@@ -91,7 +91,7 @@ def test_scores_of_shuffled_training_batches_keep_their_order(always_views, monk
     calls = Calls(model)
     model.fit(rolling(frame))
     scored = sum(len(rolling(frame).windows(name, "learn")) for name in ("train", "valid"))
-    assert calls.viewed() > 0.6 * scored * SMALL["n_epochs"]  # also where the batches leave a tail out
+    assert calls.viewed() > 0.6 * scored * SMALL["n_epochs"]  # also where the batches leave out a remainder
     monkeypatch.setattr(ts.TCN, "_uses_views", lambda *_: False)
     plain = ts.TCN(**SMALL)
     calls = Calls(plain)
@@ -170,7 +170,7 @@ def test_stretches_are_all_windows_of_which_there_is_a_view(seed, holes, step_le
         assert torch.equal(view, windows.batch(part))
         assert view.untyped_storage().data_ptr() == windows.features.untyped_storage().data_ptr()
         assert len(part) >= fewest
-    # nothing that could be in one is left out: `fewest` windows that follow each other and are not held give no view
+    # no run of at least `fewest` consecutive windows is left out
     rows = windows.rows.sort()
     free = [int(s) for s in rows.indices if int(s) not in set(held)]
     for first in range(len(free) - fewest + 1):

@@ -244,7 +244,7 @@ def test_files_hold_both_names(tmp_path, suffix):
     assert other.tcn.network[0].net[0].weight_v is other.tcn.network[0].conv1.weight_v
 
 
-# ---------------------------------------------------------------- what else can be done with the network
+# ---------------------------------------------------------------- transforms, compilers, copies
 def test_it_is_copied_and_pickled_after_a_forward():
     net, x = case()
     expected = net(x)

@@ -166,7 +166,7 @@ def test_no_rows():
     close(torch.stack(result[::2], 1), over_all_rows(model, x)[:, :2])
 
 
-# ---------------------------------------------------------------- history in one go
+# ---------------------------------------------------------------- warm start
 @pytest.mark.parametrize("days", [1, 4, 29, 30, 50])
 def test_a_warm_start_equals_pushing_every_row(days):
     model, x = network(), history(days + 9)
@@ -216,7 +216,7 @@ def test_saved_and_restored():
     saved = stream.state_dict()
     after = pushed(stream, x[:, :, 30:], list("abcde"))
     file.seek(0)
-    for state in (torch.load(file, weights_only=True), saved):  # a copy: the pushes since have not touched it
+    for state in (torch.load(file, weights_only=True), saved):  # a copy, which later pushes do not change
         restored = copy.deepcopy(model).stream()
         restored.push(x[:2, :, 0], ["other", "a"])
         restored.load_state_dict(state)
@@ -224,7 +224,7 @@ def test_saved_and_restored():
         assert torch.equal(pushed(restored, x[:, :, 30:], list("abcde")), after)
     copied = pickle.loads(pickle.dumps(restored))
     assert torch.equal(copied.push(x[:, :, 0], list("edcba")), restored.push(x[:, :, 0], list("edcba")))
-    assert torch.equal(saved["seen"], torch.full((N,), 30))  # nor have those of the restored ones
+    assert torch.equal(saved["seen"], torch.full((N,), 30))  # pushes to the restored streams do not change it either
 
 
 def test_states_that_do_not_fit_are_refused():
@@ -359,7 +359,7 @@ def test_the_reported_memory_is_correct():
     assert len(stream) == N
 
 
-# ---------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------- error messages
 def test_models_that_cannot_stream():
     model = network()
     with pytest.raises(ConfigError, match=r"model is in training mode.*Remedy: model\.eval\(\)"):

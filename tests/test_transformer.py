@@ -51,7 +51,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 # ---------------------------------------------------------------- numbers
-# Of two features a norm leaves a sign: gradients through it are nothing but rounding.
+# With two features a norm returns only their sign, so gradients through it are rounding noise.
 SIZES = [(1, 4, 1, 1, 1), (6, 8, 4, 2, 1), (6, 8, 8, 3, 2), (20, 16, 1, 4, 5), (3, 10, 5, 2, 13), (6, 64, 2, 2, 20)]
 LARGE = [(20, 64, 2, 2, 60), (6, 128, 4, 3, 30), (3, 36, 3, 4, 130)]
 
@@ -88,7 +88,7 @@ def test_the_network_calls_the_operators(kind: type, layers: int, seen: list[boo
     if not NATIVE:
         pytest.skip("no native library")
     kind(5, 8, 2, layers, 0.1)(torch.randn(4, 7, 5))
-    last = kind is Transformer  # the other's GRU reads every step
+    last = kind is Transformer  # Localformer's GRU reads every step
     assert seen == [*[False] * (layers - 1), last]
 
 
@@ -141,7 +141,7 @@ def test_a_non_finite_window_affects_no_other(kind: type) -> None:
     torch.testing.assert_close(result[rest], clean[rest], rtol=1e-12, atol=1e-13)
 
 
-# ---------------------------------------------------------------- what is there and not used
+# ---------------------------------------------------------------- unused parameters
 @both
 def test_the_template_layer_has_no_influence(kind: type) -> None:
     """Qlib's files contain it, so qfast's do too."""
@@ -348,7 +348,7 @@ def test_a_hook_on_the_whole_encoder_is_called(kind: type, seen: list[bool]) -> 
     net.transformer_encoder.register_forward_hook(lambda module, _, out: out * 0)
     result = net(x)
     assert seen == []
-    torch.testing.assert_close(result, result[:1].expand(12), rtol=1e-12, atol=1e-12)  # nothing of the data arrives
+    torch.testing.assert_close(result, result[:1].expand(12), rtol=1e-12, atol=1e-12)  # the data has no influence
 
 
 def test_a_norm_after_the_encoder_is_applied(seen: list[bool]) -> None:
@@ -411,7 +411,7 @@ def test_layers_in_different_modes(kind: type, seen: list[bool]) -> None:
     assert len(seen) == 2 * NATIVE
 
 
-# ---------------------------------------------------------------- torch around it
+# ---------------------------------------------------------------- in torch: compile, export, transforms
 @both
 def test_trace_script_and_export_hold_torchs_operations_only(kind: type) -> None:
     net, x = small_network(kind)

@@ -46,7 +46,7 @@ def manifest(path):
     return json.loads((path / "manifest.json").read_text())
 
 
-# ---------------------------------------------------------------- what a run leaves
+# ---------------------------------------------------------------- files of a run
 def test_the_folder_has_every_file_and_no_other(case):
     assert {f.name for f in case[2].iterdir()} == FILES
     assert {f.name for f in (case[2] / "plots").iterdir()} == {"loss.png", "cumulative_ic.png", "score_groups.png"}
@@ -246,7 +246,7 @@ def test_tables_without_pyarrow_become_csv(tmp_path, monkeypatch):
         write_frame(tmp_path / "t.xlsx", frame)
 
 
-# ---------------------------------------------------------------- ends that are no good ones
+# ---------------------------------------------------------------- failures
 def test_ctrl_c_then_resume_equals_an_unbroken_run(case, tmp_path, caplog):
     path = tmp_path / "broken"
     with pytest.raises(KeyboardInterrupt), caplog.at_level(logging.WARNING, "qfast"):
@@ -391,7 +391,7 @@ def test_predict_repeats_the_scores_of_the_run(case):
 def test_predict_needs_no_label_and_fits_nothing(case):
     frame = factors().drop(columns="label")
     expected = predict(case[2], case[1], start="2020-03-01")
-    # Other rows, among them wild ones, must not move the scores of these dates.
+    # Other rows, including extreme ones, must not change the scores of these dates.
     wild = frame.copy()
     wild.loc[wild.index.get_level_values(0) < "2020-03-01"] *= 1000
     np.testing.assert_array_equal(predict(case[2], wild, start="2020-03-01"), expected)
@@ -610,7 +610,7 @@ def test_the_portfolio_of_a_run_is_that_of_its_scores(price_case):
         np.testing.assert_allclose(report[column], expected.report[column], rtol=1e-9)
     mean = prices.groupby(level="instrument")["close"].pct_change(fill_method=None).groupby(level="datetime").mean()
     alike = np.isclose(report["bench"], mean.reindex(report.index), rtol=1e-3, atol=1e-6)
-    assert alike.mean() > 0.9  # pandas goes back over holes, a day's return does not
+    assert alike.mean() > 0.9  # pandas fills holes with earlier values; a day's return does not
     metrics = json.loads((folder / "metrics.json").read_text())
     assert len(metrics) == 13
     excess = report["return"] - report["bench"] - report["cost"]

@@ -82,7 +82,7 @@ def same_run(path, other):
             assert torch.equal(value, weights(other / stage / "best.safetensors")[name])
 
 
-# ---------------------------------------------------------------- what a block does
+# ---------------------------------------------------------------- the pretrain block
 def test_both_stages_leave_their_files(case):
     path, _ = case
     assert {f.name for f in path.iterdir()} == {*FILES, "pretrain"}
@@ -173,7 +173,7 @@ def test_rolling_windows(files, tmp_path):
     np.testing.assert_allclose(scores.reindex(pred.index), pred, rtol=1e-5, atol=1e-7)
 
 
-# ---------------------------------------------------------------- ends that are no good ones
+# ---------------------------------------------------------------- failures
 class InterruptStage(Interrupt):
     """Ctrl-C in the middle of an epoch of one of the two stages."""
 

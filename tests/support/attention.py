@@ -17,7 +17,7 @@ from support import operator_case
 from support.operator_case import F32, F64
 from support.tensors import randn
 
-# Whether kernels serve CPU tensors here. Without them the twin does, whose bits are those of torch's matrix products.
+# Whether there are kernels for CPU tensors. Plain torch's bits depend on torch's matrix products.
 NATIVE = torch._C._dispatch_has_kernel_for_dispatch_key("qfast::additive_attention", "CPU")
 
 
@@ -131,7 +131,7 @@ def exact_graph(
 # ---------------------------------------------------------------- the accuracy table
 PATTERNS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "random": lambda q, k: (q, k),
-    # a handful of values: many keys alike and many scores of exactly 0
+    # few distinct values: many equal keys and many scores of exactly 0
     "ties": lambda q, k: ((q * 2).round() / 2, (k * 2).round() / 2),
     "equal keys": lambda q, k: (q, k[..., :1].expand_as(k)),
     "all negative": lambda q, k: (-q.abs(), -k.abs() - 0.01),
@@ -210,7 +210,7 @@ def sorted_oracle(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, slope
     by_key, by_query = np.argsort(t, kind="stable"), np.argsort(s, kind="stable")
     top = t.max()
     upper, lower = np.exp(t - top), np.exp(slope * (t - top))
-    first_key = np.searchsorted(t[by_key], -s, side="right")  # the first key whose score is above 0
+    first_key = np.searchsorted(t[by_key], -s, side="right")  # the first key with a score above 0
     first_query = np.searchsorted(s[by_query], -t, side="right")
     c = s + top
     peak = np.maximum(c, slope * c)
@@ -252,13 +252,13 @@ def sorted_oracle(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, slope
     return [torch.from_numpy(x) for x in (out, *gradients)]
 
 
-# How far off float32 may be, for the result and the gradients of query, key and value: as far as the larger of three.
-TIMES_DENSE = 1.5  # times the dense float32 softmax: rounding at other places, either is nearer now and then
-ROUNDING = 2e-7  # of the exact norm: float32 rounds to 6e-8, and a result is a few roundings away
-# ... of the terms summed. Result and gradient of the values have none that cancel; the query's is summed over the
-# lighter side of the bend alone, so only underflow is left. The key's is a difference of two sums over all queries,
-# around a centre that takes most of what they share off them; the dense softmax, which takes the differences before
-# it sums, keeps digits of the little that is left where one key has all the weight.
+# Tolerances of float32 for the result and the gradients of query, key and value: the largest of three.
+TIMES_DENSE = 1.5  # times the error of the dense float32 softmax, which rounds at other places and is sometimes better
+ROUNDING = 2e-7  # of the exact norm: float32 rounds to 6e-8, and a result has a few roundings
+# ... of the sum of terms. Result and value gradient have no terms that cancel. The query gradient sums over the
+# lighter side of the bend, so only underflow remains. The key gradient is a difference of two sums over all queries,
+# around a centre that removes most of their common part. The dense softmax subtracts before
+# it sums and so retains more digits where one key has all the weight.
 OF_TERMS = (0.0, 1e-12, 8e-9, 0.0)
 
 
@@ -295,11 +295,11 @@ VIEWS = {
 }
 
 
-# All scores on either side of the bend: a number added to all keys then changes nothing.
+# All scores are on one side of the bend, so adding a number to all keys has no effect.
 SIDES = {"above": 9.0, "below": -9.0}
 INF, NAN = torch.inf, torch.nan
 INPUT_NAMES = ("query", "key", "value")
-DAY_SIZES = [4, 150, 0, 90]  # the second day is the one that is spoiled
+DAY_SIZES = [4, 150, 0, 90]  # the second day has the non-finite values
 SPOILED_DAY = slice(4, 154)
 
 
@@ -340,5 +340,5 @@ SPOILED = {
 }
 
 
-# The gradients of these are sums with infinities of either sign: infinite or NaN by the order of the sum.
+# These gradients are sums with infinities of both signs: infinite or NaN, depending on the order.
 INFINITE_TERMS = ("value inf", "value -inf", "values of both infinities", "grad inf")

@@ -19,6 +19,6 @@ _kernels = pytest.mark.skipif(
     not _backend.status()["cuda"]["loaded"], reason=f"qfast._cuda: {_backend.status()['cuda']['reason']}"
 )
 
-needs_gpu = _device  # of a test that says something about the device itself
+needs_gpu = _device  # for tests of the device itself
 long_on_host = pytest.mark.skipif(bool(ON_HOST) and not os.environ.get("QFAST_HOST_ALL"), reason="minutes as host code")
 needs_kernels = [pytest.mark.gpu] if ON_HOST else [pytest.mark.gpu, _device, _kernels]

@@ -13,7 +13,7 @@ from qfast.ops import encoder_layer, feed_forward
 from support.operator_case import F64
 from support.tensors import LAYOUTS, laid_out, philox_mask
 
-# Whether kernels serve CPU tensors here. The twin's bits are those of torch's matrix products.
+# Whether there are kernels for CPU tensors. Plain torch's bits depend on torch's matrix products.
 KERNELS = torch._C._dispatch_has_kernel_for_dispatch_key("qfast::encoder_layer", "CPU")
 PARAMETERS = [name for name, _ in nn.TransformerEncoderLayer(2, 1, 3).named_parameters()]
 NAMES = [name.removeprefix("self_attn.") for name in PARAMETERS]
@@ -77,7 +77,7 @@ class LayerCase:
                 batch_first=True,
                 dtype=tensors[0].dtype,
             )
-        if self.batch == 0:  # torch's attention refuses
+        if self.batch == 0:  # torch's attention raises an error
             out = tensors[0] * sum(part.sum() for part in tensors[1:])
         else:
             out = torch.func.functional_call(layer, dict(zip(PARAMETERS, tensors[1:], strict=True)), tensors[0])
@@ -101,7 +101,7 @@ def layer_of_masks(case: LayerCase, tensors: Sequence[Tensor], dropout: float, s
         for part in functional.linear(x, in_weight, in_bias).chunk(3, 2)
     )
     attention = (query @ key.mT / (width // heads) ** 0.5).softmax(3)
-    # the query is the batch of that mask, the window its step and the key its channel
+    # in this mask the query is the batch, the window the step and the key the channel
     drawn = [philox_mask(seed, steps, steps, batch, 3 + head, dropout).permute(2, 0, 1) for head in range(heads)]
     mixed = ((attention * torch.stack(drawn, 1).to(x.dtype)) @ value).transpose(1, 2).reshape(x.shape)
     y = x + drop(functional.linear(mixed, out, out_bias), 0)

@@ -106,7 +106,7 @@ class RecurrentCase:
                 h = h * mask.to(h.dtype)
             begin = [part[number : number + 1] for part in arguments.state]
             begin = begin or [h.new_zeros((1, batch, hidden)) for _ in cell.state_names]
-            if h.shape[1] == 0:  # torch's layer refuses
+            if h.shape[1] == 0:  # torch's layer raises an error
                 h, end = h.new_zeros((batch, 0, hidden)), begin
             elif cell is LSTM:
                 h, *end = torch.lstm(h, begin, layer, True, 1, 0.0, False, False, True)
@@ -146,7 +146,7 @@ class RecurrentCase:
 def cases_of(cell: str) -> list[RecurrentCase]:
     case = partial(RecurrentCase, cell)
     return [
-        # nothing, one, and every remainder of the tiles of rows
+        # no rows, one row, and every remainder of the tiles
         case(0, 3, 2, 4, 2, state=True),
         case(0, 3, 2, 4, 2, all_steps=True),
         case(3, 0, 2, 5, 2, state=True),

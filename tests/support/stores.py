@@ -49,7 +49,7 @@ def write_store(root: Path, *, seed: int = 0, n_days: int = 120, freq: str = "da
             begin = first
             if code == "DDD" and field in ("open", "volume"):  # files that cover fewer days than the close
                 values, begin = values[7:-4], first + 7
-            if code == "BBB" and field == "close":  # rows whose close is not stored, before and after it is
+            if code == "BBB" and field == "close":  # rows before and after the stored close
                 values, begin = values[3:-2], first + 3
             if code == "DDD" and field == "close":
                 values[30] = 0

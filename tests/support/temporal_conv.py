@@ -16,7 +16,7 @@ from support import operator_case
 from support.operator_case import F32, F64, relative_error
 from support.tensors import philox_mask, randn
 
-# Whether kernels serve CPU tensors here. Without them the twin does, whose bits are those of torch's convolutions.
+# Whether there are kernels for CPU tensors. Plain torch's bits depend on torch's convolutions.
 NATIVE = torch._C._dispatch_has_kernel_for_dispatch_key("qfast::temporal_conv_net", "CPU")
 
 Blocks = list[BlockWeights]
@@ -115,7 +115,7 @@ def plain(x: Tensor, blocks: Blocks, dilations: Sequence[int] | None = None, *, 
     """The obvious torch code: conv1d over the window padded with zeros in front."""
 
     def conv1d(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
-        dilation = min(dilation, x.shape[2])  # beyond the window every distance is the same
+        dilation = min(dilation, x.shape[2])  # all dilations beyond the window have the same effect
         before = (weight.shape[2] - 1) * dilation
         return functional.conv1d(functional.pad(x, (before, 0)), weight, bias, dilation=dilation)
 
@@ -209,7 +209,7 @@ STACK_CASES = [
     # Qlib's two settings, with few rows
     StackCase(20, 7, (32,) * 5, 20, 13),
     StackCase(60, 3, (128,) * 5, 6, 5),
-    # time: the window shorter and longer than the receptive field, one step, and far beyond
+    # time: windows shorter and longer than the receptive field, one step, and very long ones
     *(StackCase(T, 3, (16, 16), 5, 7) for T in (1, 2, 3, 5, 12, 13, 14, 61, 250)),
     *(StackCase(T, 3, (16, 16), 5, 7, all_steps=True) for T in (1, 2, 13, 61)),
     StackCase(250, 9, (24,), 3, 3, all_steps=True),
@@ -223,7 +223,7 @@ STACK_CASES = [
     StackCase(5, 3, (256, 256), 256, 4),
     StackCase(7, 3, (1, 40, 3, 66, 2), 5, 6),
     StackCase(7, 3, (40, 1, 3), 158, 6, all_steps=True),
-    # rows: every remainder of the tiles of rows, and none
+    # rows: none, and every remainder of the tiles
     *(StackCase(8, 3, (16, 16), 4, b) for b in (0, 1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 17, 23, 24, 25, 47, 49, 100)),
     *(StackCase(8, 3, (16, 16), 4, b, all_steps=True) for b in (0, 1, 5, 100)),
     StackCase(6, 2, (8,), 3, 1000),
@@ -298,7 +298,7 @@ def nan_like(x: Tensor) -> Tensor:
     return torch.full_like(x, torch.nan)
 
 
-# Of [B, F, T]; each lays the same numbers out differently in memory, with NaN between them.
+# Layouts of [B, F, T]: the same numbers at different places in memory, with NaN between them.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "features first": lambda x: x.contiguous(),
     "windows of rows": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),

@@ -132,6 +132,6 @@ GATHER_CASES = [
         for p in (0, 5)
     ),
     GatherCase("wide", columns_all=158, windows=64, steps=20, padding=1),
-    GatherCase("wide-streamed", columns_all=160, windows=1800, steps=20, padding=0),  # 23 MB: around the caches
+    GatherCase("wide-streamed", columns_all=160, windows=1800, steps=20, padding=0),  # 23 MB: larger than the caches
     GatherCase("wide-streamed-columns", columns_all=170, windows=1800, steps=20, columns=(3, 161)),
 ]
