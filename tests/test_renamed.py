@@ -7,9 +7,11 @@ import sys
 import warnings
 
 import pytest
+import torch
 
 import qfast
 from qfast._renamed import RENAMED_MODULES, install, renamed_names
+from qfast.models import LSTM
 from qfast.training.optim import ClippedAdam
 
 
@@ -52,6 +54,20 @@ def test_pickle_of_an_earlier_release(forgotten):
     text = pickle.dumps(ClippedAdam, protocol=0).replace(b"qfast.training.optim", b"qfast.optim")
     with pytest.warns(DeprecationWarning, match=r"qfast\.optim has been renamed"):
         assert pickle.loads(text) is ClippedAdam
+
+
+def test_pickled_estimator_of_an_earlier_release(forgotten):
+    model = LSTM(d_feat=3, hidden_size=4, seed=0)
+    text = pickle.dumps(model, protocol=2)
+    for new, old in ((b"qfast.training.base\n", b"qfast.estimator\n"), (b"qfast.training.optim\n", b"qfast.optim\n")):
+        assert new in text
+        text = text.replace(new, old)
+    with pytest.warns(DeprecationWarning, match=r"qfast\.(estimator|optim) has been renamed") as caught:
+        loaded = pickle.loads(text)
+    assert len(caught) == 2
+    assert type(loaded) is LSTM
+    assert type(loaded.train_optimizer) is ClippedAdam
+    assert torch.equal(loaded.network.fc_out.weight, model.network.fc_out.weight)
 
 
 def test_an_unknown_module_is_still_an_import_error():
