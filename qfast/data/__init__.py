@@ -1,4 +1,17 @@
-"""Panels, datasets, handlers, processors and sources: from prices to batches."""
+"""From prices to batches: sources, panels, factors, handlers, processors and datasets.
+
+    load_prices                     read prices from files, folders, frames or a Qlib store
+    Panel                           the table of all (instrument, datetime) rows
+    Alpha158, Alpha360, ...         handlers: features and label computed from prices, and processors
+    FactorHandler                   a handler with your own factor expressions
+    DataHandlerLP                   a handler over given columns
+    DatasetH, TSDatasetH            named segments of a handler's data: rows, or windows
+    TSDataSampler                   windows by number or by (datetime, instrument)
+    Dataset, Handler, HandlerDataset  the types that models and workflows accept
+
+Submodules: `qfast.data.factors` evaluates factor expressions, `qfast.data.processors` contains the processors, and
+`qfast.data.synthetic` generates markets for tests.
+"""
 
 from qfast.data.dataset import DatasetH, TSDataSampler, TSDatasetH
 from qfast.data.handlers import Alpha158, Alpha158vwap, Alpha360, Alpha360vwap, DataHandlerLP, FactorHandler

@@ -73,7 +73,7 @@ class Dataset(Protocol):
         Returns
         -------
         DataFrame or TSDataSampler
-            A frame indexed (datetime, instrument) with one sample per row, or a sampler of rolling windows.
+            A frame indexed (datetime, instrument) with one sample per row, or a sampler of windows.
         """
 
 
