@@ -67,17 +67,19 @@ QFAST_ALWAYS_INLINE void add_product(Sums<Element, Rows, Vectors>& sums, const E
 }
 
 // Calls body.template operator()<Rows>(first row) for tiles that cover [0, count), with the largest tiles
-// that fit.
-template <int Full, class Body>
+// that fit. Without kManySizes, the rows after the last full tile are computed one by one, which saves code.
+template <int Full, bool kManySizes = true, class Body>
 QFAST_ALWAYS_INLINE void for_row_tiles(int64_t count, const Body& body) {
   int64_t row = 0;
   for (; row + Full <= count; row += Full) body.template operator()<Full>(row);
-  if constexpr (Full > 12)
+  if constexpr (Full > 12 && kManySizes)
     for (; row + 12 <= count; row += 12) body.template operator()<12>(row);
-  if constexpr (Full > 6)
+  if constexpr (Full > 6 && kManySizes)
     for (; row + 6 <= count; row += 6) body.template operator()<6>(row);
-  for (; row + 4 <= count; row += 4) body.template operator()<4>(row);
-  for (; row + 2 <= count; row += 2) body.template operator()<2>(row);
+  if constexpr (Full > 4 && kManySizes)
+    for (; row + 4 <= count; row += 4) body.template operator()<4>(row);
+  if constexpr (Full > 2 && kManySizes)
+    for (; row + 2 <= count; row += 2) body.template operator()<2>(row);
   for (; row < count; ++row) body.template operator()<1>(row);
 }
 

@@ -144,7 +144,7 @@ static void project_rows(const RecurrentLayer<Element>& layer, int64_t blocks, c
   constexpr int64_t lanes = kLanes<Element>;
   for (int64_t block = 0; block < blocks; ++block) {
     const Element* const weight = layer.input_weight + block * layer.features * Cell::kGates * lanes;
-    for_row_tiles<kCellRows>(rows, [&]<int Rows>(int64_t row) __attribute__((always_inline)) {
+    for_row_tiles<kCellRows, !Long>(rows, [&]<int Rows>(int64_t row) __attribute__((always_inline)) {
       Sums<Element, Rows, 4> sums;
 #pragma GCC unroll 6
       for (int i = 0; i < Rows; ++i)
@@ -197,23 +197,32 @@ static LayerStep<Element> layer_step(const RecurrentJob<Element>& job, const For
   const int64_t H = job.hidden, at = (l * job.steps + t) * job.batch + first;
   const bool top = l + 1 == job.layer_count;
   LayerStep<Element> step{};
-  step.hidden = H, step.stride = job.stride, step.features = layer.features;
+  step.hidden = H;
+  step.stride = job.stride;
+  step.features = layer.features;
   step.input = job.x.data + first * job.x.row_stride + t * job.x.step_stride;
-  step.input_row = job.x.row_stride, step.input_feature = job.x.feature_stride;
+  step.input_row = job.x.row_stride;
+  step.input_feature = job.x.feature_stride;
   step.start = layer.bias;
   if (l > 0) {
     step.input = job.dropout.active ? tile.dropped(l - 1) : tile.h(l - 1, t);
-    step.input_row = job.stride, step.input_feature = 1;
+    step.input_row = job.stride;
+    step.input_feature = 1;
   } else if (job.rolling) {
-    step.features = 0, step.start_row = job.blocks * 4 * kLanes<Element>;
+    step.features = 0;
+    step.start_row = job.blocks * 4 * kLanes<Element>;
     step.start = tile.projected(job.layer_count) + t * step.start_row;
   }
-  step.input_weight = layer.input_weight, step.hidden_weight = layer.hidden_weight;
+  step.input_weight = layer.input_weight;
+  step.hidden_weight = layer.hidden_weight;
   step.h_before = t == 0 && job.first_h == nullptr ? nullptr : tile.h(l, t - 1);
   step.h = tile.h(l, t);
   step.carried_before = Cell::kCarriesOutput ? tile.h(l, t - 1) : tile.cell(l);
   step.carried = Cell::kCarriesOutput ? step.h : tile.cell(l);
-  if (job.gates != nullptr) step.gates = job.gates + at * 4 * H, step.saved_carried = job.carried + at * H;
+  if (job.gates != nullptr) {
+    step.gates = job.gates + at * 4 * H;
+    step.saved_carried = job.carried + at * H;
+  }
   step.streamed = job.streamed;
   if (top && job.output.data != nullptr) {
     step.output = job.output.data + first * job.output.row_stride + t * job.output.step_stride;
@@ -245,7 +254,7 @@ static void forward_tile(const RecurrentJob<Element>& job, int64_t first, int64_
     for (int64_t l = 0; l < job.layer_count; ++l) {
       const LayerStep<Element> step = layer_step<Cell, Element>(job, tile, first, rows, l, t);
       for (int64_t block = 0; block < job.blocks; ++block)
-        for_row_tiles<kCellRows>(
+        for_row_tiles<kCellRows, !Long>(
             rows, [&]<int Rows>(int64_t row) { step_cells<Long, Cell, Element, Rows>(step, block, row); });
       if (!job.dropout.active || l + 1 == job.layer_count) continue;
       __builtin_memcpy(tile.dropped(l), step.h, sizeof(Element) * rows * job.stride);
