@@ -14,6 +14,7 @@
 #include "common.h"
 #include "cpu_dispatch.h"
 #include "huge_pages.h"
+#include "panels.h"
 
 namespace qfast {
 
@@ -26,25 +27,22 @@ constexpr int64_t kPastCachesBytes = 16 << 20;
 class Arena {
  public:
   void allocate() {
-    const std::size_t bytes = used_ + kLine;
+    const int64_t used = carving_.used, bytes = used + kLine;
     memory_ = std::make_unique_for_overwrite<std::byte[]>(bytes);
     const auto address = reinterpret_cast<uintptr_t>(memory_.get());
-    begin_ = reinterpret_cast<std::byte*>((address + kLine - 1) / kLine * kLine);
-    if (bytes >= static_cast<std::size_t>(kHugeBytes)) advise_huge_pages(begin_, used_);
-    used_ = 0;
+    carving_ = {reinterpret_cast<std::byte*>((address + kLine - 1) / kLine * kLine)};
+    if (bytes >= kHugeBytes) advise_huge_pages(carving_.base, used);
   }
 
   template <class T>
   void take(T*& part, int64_t count) {
-    part = begin_ == nullptr ? nullptr : reinterpret_cast<T*>(begin_ + used_);
-    used_ += (sizeof(T) * count + kLine - 1) / kLine * kLine;
+    part = reinterpret_cast<T*>(carving_.take(static_cast<int64_t>(sizeof(T)) * count));
   }
 
  private:
-  static constexpr std::size_t kLine = 64;
+  static constexpr int64_t kLine = 64;
   std::unique_ptr<std::byte[]> memory_;
-  std::byte* begin_ = nullptr;
-  std::size_t used_ = 0;
+  Carving<std::byte> carving_{nullptr};
 };
 
 // What the computation of one day needs, for up to `rows` rows; every array is [rows] unless it says more.
