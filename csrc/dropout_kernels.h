@@ -55,7 +55,10 @@ QFAST_ALWAYS_INLINE void philox_lanes(uint64_t seed, uint32_t channel, uint32_t 
     key0 += kPhiloxStep0;
     key1 += kPhiloxStep1;
   }
-  words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
+  words[0] = c0;
+  words[1] = c1;
+  words[2] = c2;
+  words[3] = c3;
 }
 
 // Multiplies values[lane] by the scale, or by 0 if the word of the lane is below the threshold.

@@ -26,7 +26,10 @@ void run_adam(const AdamLists& lists, const AdamNumbers& numbers) {
   std::vector<AdamTensor<Element>> tensors;
   std::vector<AdamCorrection<Element>> corrections;
   std::vector<int64_t> first_unit{0};
-  quartets.reserve(count), tensors.reserve(count), corrections.reserve(count), first_unit.reserve(count + 1);
+  quartets.reserve(count);
+  tensors.reserve(count);
+  corrections.reserve(count);
+  first_unit.reserve(count + 1);
   // Make the copies first. If they run out of memory, no tensor has been changed yet.
   for (size_t i = 0; i < count; ++i) quartets.emplace_back(lists, i);
   double last_step = -1;

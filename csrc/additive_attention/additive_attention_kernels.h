@@ -89,7 +89,10 @@ QFAST_ALWAYS_INLINE void each_panel(int64_t width, const Body& body) {
   const int64_t vectors = (width + kLanes<Element> - 1) / kLanes<Element>;
   int64_t v = 0;
   for (; v + 4 <= vectors; v += 4) body(Panel<Element, 4, true>(v, width), v == 0);
-  if (v + 2 <= vectors) body(Panel<Element, 2, true>(v, width), v == 0), v += 2;
+  if (v + 2 <= vectors) {
+    body(Panel<Element, 2, true>(v, width), v == 0);
+    v += 2;
+  }
   if (v < vectors) body(Panel<Element, 1, true>(v, width), v == 0);
 }
 

@@ -85,8 +85,10 @@ QFAST_DEVICE void sort_day(const Day<T>& day) {
         const int32_t row = rows[a], other = rows[b];
         if (side == 0 ? first < second : first > second) continue;
         if (first == second && row < other) continue;
-        scores[a] = second, scores[b] = first;
-        rows[a] = other, rows[b] = row;
+        scores[a] = second;
+        scores[b] = first;
+        rows[a] = other;
+        rows[b] = row;
       }
       __syncthreads();
     }

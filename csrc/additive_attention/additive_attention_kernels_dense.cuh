@@ -132,7 +132,10 @@ QFAST_DEVICE T load_keys(const Part<T>& part, const T* key, T slope) {
     top = higher > top ? higher : top;
     least = lower < least ? lower : least;
   }
-  if (lane == 0) part.parts[warp] = top, part.parts[warps + warp] = least;
+  if (lane == 0) {
+    part.parts[warp] = top;
+    part.parts[warps + warp] = least;
+  }
   __syncthreads();
   for (int w = 0; w < warps; ++w) {
     const T higher = part.parts[w], lower = part.parts[warps + w];
@@ -184,10 +187,16 @@ QFAST_DEVICE void sum_scalar_pairs(const Part<T>& part) {
     }
     above = lanes.sum(above);
     below = lanes.sum(below);
-    if (kBackward) delta_above = lanes.sum(delta_above), delta_below = lanes.sum(delta_below);
+    if (kBackward) {
+      delta_above = lanes.sum(delta_above);
+      delta_below = lanes.sum(delta_below);
+    }
     if (lanes.lane != 0) continue;
     double* const sums = part.sums + r * kSums;
-    sums[0] = above, sums[1] = below, sums[2] = delta_above, sums[3] = delta_below;
+    sums[0] = above;
+    sums[1] = below;
+    sums[2] = delta_above;
+    sums[3] = delta_below;
   }
 }
 
@@ -404,8 +413,10 @@ __global__ void __launch_bounds__(kDenseThreads<T>, 1)
       part.share_below[threadIdx.x] = of.below;
       double* const to = scratch.scalars + part.first + part.row + threadIdx.x;
       if (part.column == 0) {
-        to[0] = -(of.above * sums[2]), to[io.total] = -(of.below * sums[3]);
-        to[2 * io.total] = of.above * sums[0], to[3 * io.total] = of.below * sums[1];
+        to[0] = -(of.above * sums[2]);
+        to[io.total] = -(of.below * sums[3]);
+        to[2 * io.total] = of.above * sums[0];
+        to[3 * io.total] = of.below * sums[1];
       }
     }
     __syncthreads();
@@ -454,10 +465,16 @@ __global__ void __launch_bounds__(kThreads)
     excess = lanes.sum(excess);
     mass = lanes.sum(mass);
     __syncthreads();  // the day before is done with the sums
-    if (lanes.lane == 0) sums[0][warp] = excess, sums[1][warp] = mass;
+    if (lanes.lane == 0) {
+      sums[0][warp] = excess;
+      sums[1][warp] = mass;
+    }
     __syncthreads();
     excess = mass = 0;
-    for (int w = 0; w < kThreads / kLanes; ++w) excess += sums[0][w], mass += sums[1][w];
+    for (int w = 0; w < kThreads / kLanes; ++w) {
+      excess += sums[0][w];
+      mass += sums[1][w];
+    }
     for (int j = threadIdx.x; j < part.count; j += blockDim.x) {
       finish_key(io, part.first + j, excess / mass);
     }

@@ -28,11 +28,16 @@ class Pool {
       : h_(given.h.stride(2) == 1 ? given.h : torch::stable::contiguous(given.h)),
         weight_(torch::stable::contiguous(given.weight)),
         store_(given.h) {
-    job.batch = h_.size(0), job.steps = h_.size(1), job.hidden = h_.size(2), job.width = weight_.size(0);
+    job.batch = h_.size(0);
+    job.steps = h_.size(1);
+    job.hidden = h_.size(2);
+    job.width = weight_.size(0);
     job.h = h_.const_data_ptr<Element>();
-    job.row_stride = h_.stride(0), job.step_stride = h_.stride(1);
+    job.row_stride = h_.stride(0);
+    job.step_stride = h_.stride(1);
     job.entering = store_.linear(weight_, 0, job.width);
-    job.bias = padded(given.bias), job.score = padded(given.score);
+    job.bias = padded(given.bias);
+    job.score = padded(given.score);
     job.dropout = dropout_rule(given.op, dropout, seed);
     // Fixed by the sizes, so that sums of gradients have the same order with any number of threads.
     const int64_t wanted = rounded_up((kPoolRows + job.steps - 1) / job.steps, 4);
@@ -67,7 +72,8 @@ std::tuple<Tensor, Tensor> attention_pool_cpu(const Tensor& h, const Tensor& wei
     using Element = decltype(zero);
     Pool<Element> pool(given, dropout, seed);
     auto& job = pool.job;
-    job.pooled = pooled.mutable_data_ptr<Element>(), job.attention = attention.mutable_data_ptr<Element>();
+    job.pooled = pooled.mutable_data_ptr<Element>();
+    job.attention = attention.mutable_data_ptr<Element>();
     const auto kernel = cpu_kernels<Element>().attention_pool_forward;
     share_with_scratch<Element>(
         h, pool.tiles(), {PoolSizes<Element>::forward(job), true},
@@ -96,7 +102,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_pool_backward_cpu(
     const Tensor entering = torch::stable::contiguous(grad), kept = torch::stable::contiguous(attention),
                  result = torch::stable::contiguous(pooled);
     job.grad = entering.const_data_ptr<Element>();
-    job.attention = kept.mutable_data_ptr<Element>(), job.pooled = result.mutable_data_ptr<Element>();
+    job.attention = kept.mutable_data_ptr<Element>();
+    job.pooled = result.mutable_data_ptr<Element>();
     job.grad_h = grad_h.mutable_data_ptr<Element>();
     const auto kernel = cpu_kernels<Element>().attention_pool_backward;
     const Tensor sums = sum_in_parts<Element>(h, pool.tiles(), {PoolSizes<Element>::backward(job), true},

@@ -36,11 +36,16 @@ struct Pool {
   template <class T>
   PoolData<T> data(const Dropout& dropout, const Tensor& attention, const Tensor& pooled) const {
     PoolData<T> made{};
-    made.batch = h.size(0), made.steps = h.size(1), made.hidden = h.size(2), made.width = weight.size(0);
+    made.batch = h.size(0);
+    made.steps = h.size(1);
+    made.hidden = h.size(2);
+    made.width = weight.size(0);
     made.h = h.const_data_ptr<T>();
     made.products = products.mutable_data_ptr<T>();
-    made.bias = bias.const_data_ptr<T>(), made.score = score.const_data_ptr<T>();
-    made.attention = attention.mutable_data_ptr<T>(), made.pooled = pooled.mutable_data_ptr<T>();
+    made.bias = bias.const_data_ptr<T>();
+    made.score = score.const_data_ptr<T>();
+    made.attention = attention.mutable_data_ptr<T>();
+    made.pooled = pooled.mutable_data_ptr<T>();
     made.dropout = dropout;
     return made;
   }
@@ -87,7 +92,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_pool_backward_cuda(
     using T = decltype(zero);
     PoolData<T> job = pool.data<T>(rule, shares, means);
     job.grad = held_grad.const_data_ptr<T>();
-    job.along = along.mutable_data_ptr<T>(), job.weighted = weighted.mutable_data_ptr<T>();
+    job.along = along.mutable_data_ptr<T>();
+    job.weighted = weighted.mutable_data_ptr<T>();
     job.grad_h = grad_h.mutable_data_ptr<T>();
     if (batch > 0)
       device.launch(attention_pool_backward_kernel<T>, grid_for(batch, kWindows), kThreads, 0, job);

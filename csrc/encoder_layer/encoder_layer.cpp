@@ -23,10 +23,15 @@ class Encoder {
           bool last_step, bool backward)
       : store_(x) {
     for (const Tensor& weight : weights) weights_.push_back(torch::stable::contiguous(weight));
-    job.batch = x.size(0), job.steps = x.size(1), job.width = x.size(2), job.heads = heads;
+    job.batch = x.size(0);
+    job.steps = x.size(1);
+    job.width = x.size(2);
+    job.heads = heads;
     job.results = last_step ? 1 : job.steps;
     job.x = x.const_data_ptr<Element>();
-    job.x_window = x.stride(0), job.x_step = x.stride(1), job.x_column = x.stride(2);
+    job.x_window = x.stride(0);
+    job.x_step = x.stride(1);
+    job.x_column = x.stride(2);
     job.dropout = dropout;
     cut();
     pack(backward);
@@ -72,7 +77,8 @@ class Encoder {
   // Fixed by the sizes and the instruction set, whatever the number of threads.
   void cut() {
     const bool drops = job.dropout.active;
-    job.padded = store_.cut(job.width).padded(), job.padded_pair = store_.cut(2 * job.width).padded();
+    job.padded = store_.cut(job.width).padded();
+    job.padded_pair = store_.cut(2 * job.width).padded();
     job.padded_steps = store_.cut(job.steps).padded();
     job.padded_head = store_.cut(job.width / job.heads).padded();
     job.group_windows = windows_of(kGroupRows, job.steps, drops);
@@ -83,13 +89,17 @@ class Encoder {
     const int64_t D = job.width;
     const Tensor &in = weights_[kInWeight], &out = weights_[kOutWeight];
     const Element* const in_bias = data(kInBias);
-    job.query = store_.linear(in, 0, D), job.key_value = store_.linear(in, D, 2 * D);
-    job.query_bias = store_.vector(in_bias, D), job.key_value_bias = store_.vector(in_bias + D, 2 * D);
+    job.query = store_.linear(in, 0, D);
+    job.key_value = store_.linear(in, D, 2 * D);
+    job.query_bias = store_.vector(in_bias, D);
+    job.key_value_bias = store_.vector(in_bias + D, 2 * D);
     if (backward) {
-      job.query_turned = store_.turned(in, 0, D), job.key_value_turned = store_.turned(in, D, 2 * D);
+      job.query_turned = store_.turned(in, 0, D);
+      job.key_value_turned = store_.turned(in, D, 2 * D);
       job.out_turned = store_.turned(out, 0, D);
     } else {
-      job.out = store_.linear(out, 0, D), job.out_bias = store_.vector(data(kOutBias), D);
+      job.out = store_.linear(out, 0, D);
+      job.out_bias = store_.vector(data(kOutBias), D);
     }
     job.norm1_weight = store_.vector(data(kNorm1Weight), D);
     job.norm1_bias = store_.vector(data(kNorm1Bias), D);
@@ -164,7 +174,8 @@ std::tuple<Tensor, std::vector<Tensor>> encoder_layer_backward_cpu(const Tensor&
     Encoder<Element> encoder(x, weights, heads, rule, last_step, true);
     auto& job = encoder.job;
     job.grad = entering.const_data_ptr<Element>();
-    job.normalised = kept.mutable_data_ptr<Element>(), job.scales = kept_scales.mutable_data_ptr<Element>();
+    job.normalised = kept.mutable_data_ptr<Element>();
+    job.scales = kept_scales.mutable_data_ptr<Element>();
     if (input_grad) job.grad_x = grad_x.mutable_data_ptr<Element>();
     const auto kernel = cpu_kernels<Element>().encoder_layer_backward;
     const Tensor total =

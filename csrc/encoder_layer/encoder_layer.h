@@ -53,12 +53,16 @@ struct EncoderGroup {
     const int64_t pair = rows * job.padded_pair + job.padded_head;
     const int64_t times = backward ? 1 : 0;
     EncoderGroup group;
-    group.x = space.take(rows * job.padded), group.query = space.take(wide);
-    group.key_value = space.take(pair), group.mixed = space.take(wide);
-    group.turned = space.take(job.width / job.heads * job.padded_steps), group.scores = space.take(cells);
+    group.x = space.take(rows * job.padded);
+    group.query = space.take(wide);
+    group.key_value = space.take(pair);
+    group.mixed = space.take(wide);
+    group.turned = space.take(job.width / job.heads * job.padded_steps);
+    group.scores = space.take(cells);
     group.mask = space.take(job.dropout.active ? cells : 0);
     group.dropped = job.dropout.active ? space.take(cells) : group.scores;
-    group.grad_mixed = space.take(times * wide), group.grad_query = space.take(times * wide);
+    group.grad_mixed = space.take(times * wide);
+    group.grad_query = space.take(times * wide);
     group.grad_key_value = space.take(times * pair);
     group.grad_scores = space.take(times * cells);
     group.grad_x = space.take(times * rows * job.padded);
@@ -80,8 +84,9 @@ struct EncoderTile {
                                                Carving<Element>& space) {
     const int64_t elements = job.tile_windows * job.results * job.padded;
     EncoderTile tile;
-    tile.entering = space.take(elements), tile.leaving = space.take(backward ? 0 : elements);
-    tile.grad_first = space.take(backward ? elements : 0),
+    tile.entering = space.take(elements);
+    tile.leaving = space.take(backward ? 0 : elements);
+    tile.grad_first = space.take(backward ? elements : 0);
     tile.grad_second = space.take(backward ? elements : 0);
     tile.norm_sums = space.take(2 * job.padded);
     tile.group = EncoderGroup<Element>::carve(job, backward, space);
@@ -99,10 +104,14 @@ struct EncoderSums {
 
   QFAST_SHARED_INLINE static EncoderSums carve(const EncoderJob<Element>& job, Carving<Element>& space) {
     EncoderSums sums;
-    sums.in = space.take(3 * job.width * job.padded), sums.in_bias = space.take(3 * job.width);
-    sums.out = space.take(job.width * job.padded), sums.out_bias = space.take(job.width);
-    sums.norm1_weight = space.take(job.width), sums.norm1_bias = space.take(job.width);
-    sums.norm2_weight = space.take(job.width), sums.norm2_bias = space.take(job.width);
+    sums.in = space.take(3 * job.width * job.padded);
+    sums.in_bias = space.take(3 * job.width);
+    sums.out = space.take(job.width * job.padded);
+    sums.out_bias = space.take(job.width);
+    sums.norm1_weight = space.take(job.width);
+    sums.norm1_bias = space.take(job.width);
+    sums.norm2_weight = space.take(job.width);
+    sums.norm2_bias = space.take(job.width);
     sums.net = FeedForwardSums<Element>::carve(job.net, job.padded, job.padded, space);
     return sums;
   }

@@ -82,7 +82,8 @@ static void normalise_backward(const Element* from, int64_t from_stride, const E
     for_vectors<Element>(width, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
       const Vector<Element> own = load<Element>(grad + j, lanes), value = load<Element>(x + j, lanes);
       const Vector<Element> weighted = own * load<Element>(weight + j, lanes);
-      sum += weighted, along += weighted * value;
+      sum += weighted;
+      along += weighted * value;
       store<Element>(sums + j, load<Element>(sums + j, lanes) + own * value, lanes);
       store<Element>(sums + sums_stride + j, load<Element>(sums + sums_stride + j, lanes) + own, lanes);
     });
@@ -154,7 +155,10 @@ template <class Element>
 static void attention_block(const EncoderJob<Element>& job, const EncoderGroup<Element>& group,
                             const WindowRows& rows, Element* to) {
   project_group<Element>(job, group, rows);
-  for_heads<Element>(job, group, rows, [&](const Head<Element>& head) { head.weigh(), head.mix(); });
+  for_heads<Element>(job, group, rows, [&](const Head<Element>& head) {
+    head.weigh();
+    head.mix();
+  });
   const ResultRows<Element> results = result_rows<Element>(job, group.x, rows.windows);
   multiply<Finish::kPut, Element>(job.out, group.mixed, job.padded, 1, results.count,
                                   {to, job.padded, job.out_bias, nullptr, 0});
@@ -217,8 +221,11 @@ static void attention_block_backward(const EncoderJob<Element>& job, const Encod
   const ResultRows<Element> results = result_rows<Element>(job, group.x, rows.windows);
   multiply<Finish::kPut, Element>(job.out_turned, after, padded, 1, results.count,
                                   {group.grad_mixed, padded, nullptr, nullptr, 0});
-  for_heads<Element>(job, group, rows,
-                     [&](const Head<Element>& head) { head.weigh(), head.mix(), head.backward(); });
+  for_heads<Element>(job, group, rows, [&](const Head<Element>& head) {
+    head.weigh();
+    head.mix();
+    head.backward();
+  });
   add_linear_gradients<Element>(after, padded, D, in_place<Element>(group.mixed, results.count, D, padded),
                                 sums.out, sums.out_bias);
   add_linear_gradients<Element>(group.grad_query, padded, D,

@@ -83,9 +83,11 @@ struct Head {
   QFAST_DEVICE_INLINE void place(T* shared, bool backward) {
     T* const all =
         job.weights == nullptr ? shared : job.weights + int64_t{blockIdx.x} * job.weights_elements(backward);
-    weights = all, grad_weights = all + job.together * job.steps;
+    weights = all;
+    grad_weights = all + job.together * job.steps;
     T* rows = job.weights == nullptr ? shared + job.weights_elements(backward) : shared;
-    query = rows, grad = rows + job.together * job.row_stride();
+    query = rows;
+    grad = rows + job.together * job.row_stride();
     rows += (backward ? 2 : 1) * job.together * job.row_stride();
     key = operand(job.key, 1, rows);
     value = operand(job.value, 2, rows + job.steps * job.row_stride());

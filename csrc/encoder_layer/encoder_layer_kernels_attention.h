@@ -62,7 +62,8 @@ struct Head {
   PanelMatrix<Element> turned(const Element* from, Element scale) const {
     PanelMatrix<Element> to = in_place<Element>(group.turned, width(), job.steps, 0);
     to.columns = to.padded();
-    to.step = to.width, to.apart = width() * to.width;
+    to.step = to.width;
+    to.apart = width() * to.width;
     for (int64_t s = 0; s < job.steps; ++s) {
       Element* const column = group.turned + s / to.width * to.apart + s % to.width;
       for (int64_t j = 0; j < width(); ++j) column[j * to.width] = scale * from[s * job.padded_pair + j];

@@ -29,11 +29,15 @@ FeedForwardJob<Element> job_of(const Tensor& x, const Block& block, PanelStore<E
                                const DropoutRule& dropout, bool backward) {
   FeedForwardJob<Element> job{};
   job.net = packed_feed_forward(store, block.weight_in, block.bias_in, block.weight_out, backward);
-  job.net.dropout = dropout, job.net.group_windows = windows_of(kGroupRows, 1, dropout.active);
-  job.rows = x.size(0), job.tile_rows = tile_windows(kTileRows, job.rows, 1, dropout.active);
-  job.padded_in = store.cut(x.size(1)).padded(),
+  job.net.dropout = dropout;
+  job.net.group_windows = windows_of(kGroupRows, 1, dropout.active);
+  job.rows = x.size(0);
+  job.tile_rows = tile_windows(kTileRows, job.rows, 1, dropout.active);
+  job.padded_in = store.cut(x.size(1)).padded();
   job.padded_out = store.cut(block.weight_out.size(0)).padded();
-  job.x = x.const_data_ptr<Element>(), job.x_row = x.stride(0), job.x_column = x.stride(1);
+  job.x = x.const_data_ptr<Element>();
+  job.x_row = x.stride(0);
+  job.x_column = x.stride(1);
   return job;
 }
 

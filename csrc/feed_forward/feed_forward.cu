@@ -36,7 +36,8 @@ struct Block {
     check_feed_forward(op, given, w1, b1, w2);
     dropout = device_dropout(op, "x", given, rate, seed);
     x = torch::stable::contiguous(given);
-    weight_in = torch::stable::contiguous(w1), bias_in = torch::stable::contiguous(b1);
+    weight_in = torch::stable::contiguous(w1);
+    bias_in = torch::stable::contiguous(b1);
     weight_out = torch::stable::contiguous(w2);
   }
   Rows rows() const { return {x.size(0), 1, 0, 0}; }

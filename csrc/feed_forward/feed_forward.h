@@ -37,8 +37,10 @@ struct FeedForwardSums {
                                                    int64_t padded_out, Carving<Element>& space) {
     const int64_t hidden = net.entering.columns;
     FeedForwardSums sums;
-    sums.entering = space.take(hidden * padded_in), sums.leaving = space.take(hidden * padded_out);
-    sums.entering_bias = space.take(hidden), sums.leaving_bias = space.take(padded_out);
+    sums.entering = space.take(hidden * padded_in);
+    sums.leaving = space.take(hidden * padded_out);
+    sums.entering_bias = space.take(hidden);
+    sums.leaving_bias = space.take(padded_out);
     return sums;
   }
 };
@@ -52,7 +54,8 @@ struct FeedForwardScratch {
                                                       bool backward, Carving<Element>& space) {
     const int64_t elements = net.group_windows * steps * net.slice_panels * net.entering.width;
     FeedForwardScratch scratch;
-    scratch.hidden = space.take(elements), scratch.grad_hidden = space.take(backward ? elements : 0);
+    scratch.hidden = space.take(elements);
+    scratch.grad_hidden = space.take(backward ? elements : 0);
     return scratch;
   }
 };
@@ -79,7 +82,8 @@ struct FeedForwardTile {
   QFAST_SHARED_INLINE static FeedForwardTile carve(const FeedForwardJob<Element>& job, bool backward,
                                                    Carving<Element>& space) {
     FeedForwardTile tile;
-    tile.x = space.take(job.tile_rows * job.padded_in), tile.y = space.take(job.tile_rows * job.padded_out);
+    tile.x = space.take(job.tile_rows * job.padded_in);
+    tile.y = space.take(job.tile_rows * job.padded_out);
     tile.grad_x = space.take(backward ? job.tile_rows * job.padded_in : 0);
     tile.hidden = FeedForwardScratch<Element>::carve(job.net, 1, backward, space);
     return tile;

@@ -83,7 +83,8 @@ template <int kRowQuads, int kColumnQuads, class T>
 QFAST_DEVICE_INLINE void add_products(const T* rows, const T* columns, int column_stride, int depth,
                                       T (&sums)[kRowQuads * kQuad][kColumnQuads * kQuad]) {
   const Thread me;
-  rows += me.quad * kQuad, columns += me.column * kQuad;
+  rows += me.quad * kQuad;
+  columns += me.column * kQuad;
 #pragma unroll 2
   for (int k = 0; k < depth; ++k) {
     Four<T> row[kRowQuads], column[kColumnQuads];
@@ -96,7 +97,8 @@ QFAST_DEVICE_INLINE void add_products(const T* rows, const T* columns, int colum
 #pragma unroll
       for (int c = 0; c < kColumnQuads * kQuad; ++c)
         sums[r][c] += row[r / kQuad].of[r % kQuad] * column[c / kQuad].of[c % kQuad];
-    rows += Tile<T>::kStride, columns += column_stride;
+    rows += Tile<T>::kStride;
+    columns += column_stride;
   }
 }
 
@@ -282,7 +284,8 @@ __global__ void __launch_bounds__(kTileThreads) feed_forward_hidden_kernel(FeedF
 #pragma unroll
         for (int j = 0; j < kQuad; ++j) {
           if (first_unit + j >= job.hidden) continue;
-          job.units[at + j] = units[r][j], job.grad_units[at + j] = grads[r][j];
+          job.units[at + j] = units[r][j];
+          job.grad_units[at + j] = grads[r][j];
         }
       }
     }

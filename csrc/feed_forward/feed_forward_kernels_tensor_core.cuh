@@ -208,7 +208,8 @@ struct RowChunk {
 #pragma unroll
       for (int i = 0; i < kRowFragments * 2 * 4; ++i) {
         const Split split(rows.of[i / 8][i / 4 % 2][i % 4]);
-        high.of[i / 8][i / 4 % 2][i % 4] = split.high, rest.of[i / 8][i / 4 % 2][i % 4] = split.rest;
+        high.of[i / 8][i / 4 % 2][i % 4] = split.high;
+        rest.of[i / 8][i / 4 % 2][i % 4] = split.rest;
       }
     }
   }
@@ -223,7 +224,8 @@ QFAST_DEVICE_INLINE void add_chunk(float (&sums)[kRowFragments][kCount][4], int 
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const Split split(columns.of[i]);
-      high[i / 2][i % 2] = split.high, rest[i / 2][i % 2] = split.rest;
+      high[i / 2][i % 2] = split.high;
+      rest[i / 2][i % 2] = split.rest;
     }
     float chunk[kRowFragments][4] = {};
 #pragma unroll
@@ -461,7 +463,8 @@ __global__ void __launch_bounds__(kTileThreads) feed_forward_hidden_tensor_kerne
 #pragma unroll
           for (int i = 0; i < kQuad; ++i) {
             if (first_unit + i >= net.hidden) continue;
-            net.units[at + i] = of_units[r].of[i], net.grad_units[at + i] = of_grads[r].of[i];
+            net.units[at + i] = of_units[r].of[i];
+            net.grad_units[at + i] = of_grads[r].of[i];
           }
         }
       }

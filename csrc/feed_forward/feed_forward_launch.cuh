@@ -71,7 +71,8 @@ class FeedForwardLaunches {
     job_.outputs = static_cast<int32_t>(weight_out.size(0));
     job_.slices = (job_.hidden + kUnits - 1) / kUnits;
     job_.padded = static_cast<int32_t>(rounded_up(job_.outputs, kTallRows));
-    job_.bias = bias_in.const_data_ptr<T>(), job_.dropout = dropout;
+    job_.bias = bias_in.const_data_ptr<T>();
+    job_.dropout = dropout;
     const bool narrow = backward || job_.outputs <= kWidest;
     if constexpr (kSingle) {
       tensor_.emplace(device, job_, weight_in.const_data_ptr<T>(), weight_out.const_data_ptr<T>(), precision,
@@ -99,8 +100,10 @@ class FeedForwardLaunches {
       return made;
     }
     FeedForwardData<T> job = job_;
-    job.rows = rows, job.splits = static_cast<int32_t>(splits);
-    job.x = x.const_data_ptr<T>(), job.sums = made.held.mutable_data_ptr<T>();
+    job.rows = rows;
+    job.splits = static_cast<int32_t>(splits);
+    job.x = x.const_data_ptr<T>();
+    job.sums = made.held.mutable_data_ptr<T>();
     if (launch_tensor(job, tiles)) return made;
     const auto kernel = job.padded > kTallRows ? feed_forward_kernel<T, 2> : feed_forward_kernel<T, 1>;
     device_.launch(kernel, grid_for(tiles * splits, 1), kTileThreads, shared_bytes(false), job);
@@ -196,16 +199,19 @@ class FeedForwardLaunches {
   void activate(const Tensor& x, const Tensor* grad, const Rows& rows) {
     const int64_t N = rows.count();
     if (!made_) {  // the first part is the largest
-      units_ = room(x, {N, job_.hidden}), made_ = true;
+      units_ = room(x, {N, job_.hidden});
+      made_ = true;
       if (grad != nullptr) grad_units_ = room(x, {N, job_.hidden});
     }
     FeedForwardData<T> job = job_;
-    job.rows = rows, job.units = units_.mutable_data_ptr<T>();
+    job.rows = rows;
+    job.units = units_.mutable_data_ptr<T>();
     if (grad != nullptr) job.grad_units = grad_units_.mutable_data_ptr<T>();
     if (in_tiles() && grad != nullptr) {
       const int64_t tiles = tiles_of(rows), splits = splits_for(tiles);
       job.splits = static_cast<int32_t>(splits);
-      job.x = x.const_data_ptr<T>(), job.grad = grad->const_data_ptr<T>();
+      job.x = x.const_data_ptr<T>();
+      job.grad = grad->const_data_ptr<T>();
       if (launch_tensor(job, tiles)) return;
       device_.launch(feed_forward_hidden_kernel<T>, grid_for(tiles * splits, 1), kTileThreads,
                      shared_bytes(true), job);

@@ -24,9 +24,14 @@ class TensorLaunches {
     job_.input_chunks = chunks_of(precision, net.inputs);
     job_.output_chunks = backward ? chunks_of(precision, net.outputs) : 0;
     SlicePacking packing{};
-    packing.entering = entering, packing.bias = net.bias, packing.leaving = leaving;
-    packing.inputs = net.inputs, packing.hidden = net.hidden, packing.outputs = net.outputs;
-    packing.slices = net.slices, packing.padded = net.padded;
+    packing.entering = entering;
+    packing.bias = net.bias;
+    packing.leaving = leaving;
+    packing.inputs = net.inputs;
+    packing.hidden = net.hidden;
+    packing.outputs = net.outputs;
+    packing.slices = net.slices;
+    packing.padded = net.padded;
     packing.backward = backward;
     packing.entering_words = job_.input_chunks * kUnits * kWords;
     packing.leaving_words =

@@ -91,8 +91,10 @@ Forward forward(const Inputs& inputs, bool keep) {
     auto& job = network.job;
     const int64_t L = job.layer_count, B = job.batch, T = job.steps, H = job.hidden,
                   saved_steps = keep ? T : 0;
-    out.last_h = empty(x, {L, B, H}), out.last_c = empty(x, {Cell::kStates == 2 ? L : 0, B, H});
-    out.gates = empty(x, {L, saved_steps, B, 4, H}), out.carried = empty(x, {L, saved_steps, B, H});
+    out.last_h = empty(x, {L, B, H});
+    out.last_c = empty(x, {Cell::kStates == 2 ? L : 0, B, H});
+    out.gates = empty(x, {L, saved_steps, B, 4, H});
+    out.carried = empty(x, {L, saved_steps, B, H});
     out.output = inputs.all_steps ? empty(x, {B, T, H}) : empty(x, {B, H});
     job.last_h = out.last_h.template mutable_data_ptr<Element>();
     job.last_c = out.last_c.template mutable_data_ptr<Element>();
@@ -167,9 +169,9 @@ Backward backward(const Inputs& inputs, const Results& results) {
     check_shaped(op, "kept", results.carried, x, {L, T, B, H});
     const Tensor contiguous_gates = torch::stable::contiguous(results.gates),
                  contiguous_carried = torch::stable::contiguous(results.carried);
-    job.gates = contiguous_gates.mutable_data_ptr<Element>(),
+    job.gates = contiguous_gates.mutable_data_ptr<Element>();
     job.carried = contiguous_carried.mutable_data_ptr<Element>();
-    job.grad_h = network.state(op, "grad_h", results.grad_h, x),
+    job.grad_h = network.state(op, "grad_h", results.grad_h, x);
     job.grad_c = network.state(op, "grad_c", results.grad_c, x);
     Tensor grad_output;
     if (results.grad_output && inputs.all_steps) {

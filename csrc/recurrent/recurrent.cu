@@ -135,11 +135,17 @@ void run_forward(const char* op, CudaDevice& device, const Tensor& x, const Netw
       const Products<T> products = input_products<T>(input, weights[0]);
       const bool last = l + 1 == L;
       ForwardLayer<T> layer{};
-      layer.first_row = first, layer.end_row = first + rows, layer.batch = B, layer.steps = steps;
-      layer.first_h = of_layer<T>(h0, l), layer.first_c = of_layer<T>(c0, l);
-      layer.last_h = of_layer<T>(out.last_h, l), layer.last_c = of_layer<T>(out.last_c, l);
+      layer.first_row = first;
+      layer.end_row = first + rows;
+      layer.batch = B;
+      layer.steps = steps;
+      layer.first_h = of_layer<T>(h0, l);
+      layer.first_c = of_layer<T>(c0, l);
+      layer.last_h = of_layer<T>(out.last_h, l);
+      layer.last_c = of_layer<T>(out.last_c, l);
       if (keep) {
-        layer.gates = of_layer<T>(out.gates, l), layer.carried = of_layer<T>(out.carried, l);
+        layer.gates = of_layer<T>(out.gates, l);
+        layer.carried = of_layer<T>(out.carried, l);
       }
       layer.products = products.steps;
       layer.number = static_cast<int32_t>(l);
@@ -234,10 +240,14 @@ BackwardLayer<T> backward_layer(const Network& network, const SavedInputs& saved
                                 const Backward& out, int64_t l) {
   const int64_t steps = network.steps, H = network.hidden;
   BackwardLayer<T> layer{};
-  layer.end_row = layer.batch = network.batch, layer.steps = steps;
-  layer.first_h = of_layer<T>(saved.first_h, l), layer.first_c = of_layer<T>(saved.first_c, l);
-  layer.gates = of_layer<T>(saved.gates, l), layer.carried = of_layer<T>(saved.carried, l);
-  layer.grad_h = of_layer<T>(saved.grad_h, l), layer.grad_c = of_layer<T>(saved.grad_c, l);
+  layer.end_row = layer.batch = network.batch;
+  layer.steps = steps;
+  layer.first_h = of_layer<T>(saved.first_h, l);
+  layer.first_c = of_layer<T>(saved.first_c, l);
+  layer.gates = of_layer<T>(saved.gates, l);
+  layer.carried = of_layer<T>(saved.carried, l);
+  layer.grad_h = of_layer<T>(saved.grad_h, l);
+  layer.grad_c = of_layer<T>(saved.grad_c, l);
   layer.number = static_cast<int32_t>(l);
   if (l + 1 < network.layers) {
     layer.dropout = network.dropout;
@@ -250,7 +260,8 @@ BackwardLayer<T> backward_layer(const Network& network, const SavedInputs& saved
   layer.of_input = buffers.of_input.mutable_data_ptr<T>();
   layer.of_hidden = buffers.of_hidden.mutable_data_ptr<T>();
   layer.before = buffers.before.mutable_data_ptr<T>();
-  layer.of_first_h = of_layer<T>(out.grad_h, l), layer.of_first_c = of_layer<T>(out.grad_c, l);
+  layer.of_first_h = of_layer<T>(out.grad_h, l);
+  layer.of_first_c = of_layer<T>(out.grad_c, l);
   return layer;
 }
 

@@ -272,7 +272,8 @@ static void backward_step(const RecurrentJob<Element>& job, const BackwardTile<E
   int64_t grad_above_stride = 0;
   if (l + 1 < job.layer_count) {
     if (job.dropout.active) pass_dropout<Cell>(job, tile, l, t);
-    grad_above = layer.grad_above, grad_above_stride = job.stride;
+    grad_above = layer.grad_above;
+    grad_above_stride = job.stride;
   } else if (job.grad_output.data != nullptr) {
     grad_above =
         job.grad_output.data + tile.first * job.grad_output.row_stride + t * job.grad_output.step_stride;

@@ -42,13 +42,17 @@ class RecurrentNetwork {
                    const MaybeTensor& seed)
       : lanes_(cpu_kernels().vector_bytes / static_cast<int64_t>(sizeof(Element))) {
     check_layers(op, x, weights, Cell::kGates);
-    job.batch = x.size(0), job.steps = x.size(1), job.hidden = weights[1].size(1);
+    job.batch = x.size(0);
+    job.steps = x.size(1);
+    job.hidden = weights[1].size(1);
     job.layer_count = static_cast<int64_t>(weights.size()) / 4;
     const int64_t H = job.hidden;
     for (const Tensor& weight : weights) weights_.push_back(torch::stable::contiguous(weight));
-    job.blocks = (H + lanes_ - 1) / lanes_, job.stride = job.blocks * lanes_;
+    job.blocks = (H + lanes_ - 1) / lanes_;
+    job.stride = job.blocks * lanes_;
     job.x = {x.const_data_ptr<Element>(), x.stride(0), x.stride(1), x.stride(2)};
-    job.first_h = state(op, "h0", first_h, x), job.first_c = state(op, "c0", first_c, x);
+    job.first_h = state(op, "h0", first_h, x);
+    job.first_c = state(op, "c0", first_c, x);
     job.dropout = dropout_rule(op, job.layer_count > 1 ? dropout : 0, seed);
     layers_.resize(job.layer_count);
     for (int64_t l = 0; l < job.layer_count; ++l) layers_[l].features = weights_[4 * l].size(1);
@@ -83,9 +87,12 @@ class RecurrentNetwork {
       layer.hidden_turned = turn(weights_[4 * l + 1], false, job.hidden_width);
       layer.input_width = panel_width(layer.features);
       if (l > 0 || input_grad) layer.input_turned = turn(weights_[4 * l], true, layer.input_width);
-      layer.input_sum = sum, sum += layer.features * Cell::kGates * job.stride;
-      layer.hidden_sum = sum, sum += job.hidden * Cell::kGates * job.stride;
-      layer.bias_sum = sum, sum += 4 * job.stride;
+      layer.input_sum = sum;
+      sum += layer.features * Cell::kGates * job.stride;
+      layer.hidden_sum = sum;
+      sum += job.hidden * Cell::kGates * job.stride;
+      layer.bias_sum = sum;
+      sum += 4 * job.stride;
     }
     sum_elements = sum;
     job.sum_stride = 4 * job.stride + 64 / static_cast<int64_t>(sizeof(Element));

@@ -39,7 +39,8 @@ static void prepare_rolling(const double* from, int64_t rows, bool infinite_is_m
   for (int64_t r = 0; r < rows; ++r) {
     const double x = from[r];
     const bool is_valid = x == x && !(infinite_is_missing && (x - x != 0));
-    value[r] = is_valid ? x : 0, valid[r] = is_valid ? 1 : 0;
+    value[r] = is_valid ? x : 0;
+    valid[r] = is_valid ? 1 : 0;
     if (is_valid && x - x == 0) latest = x;
     base[r] = latest;
   }
@@ -140,7 +141,8 @@ static void rolling_sums(const RollingStatsJob& job, const RollingBlock& block, 
       job, block, out,
       [&](int64_t r, int64_t k, int64_t lanes, Vector<double>* sums) __attribute__((always_inline)) {
         const Vector<double> value = load<double>(x.value + r - k, lanes);
-        sums[0] += load<double>(x.valid + r - k, lanes), sums[1] += value;
+        sums[0] += load<double>(x.valid + r - k, lanes);
+        sums[1] += value;
         if constexpr (Weighted) sums[2] += static_cast<double>(k) * value;
       },
       [&](int64_t r, int64_t window, int64_t, const Vector<double>(&sums)[kSums])
@@ -169,7 +171,9 @@ static void rolling_variances(const RollingStatsJob& job, const RollingBlock& bl
         const Vector<double> is_valid = load<double>(x.valid + r - k, lanes);
         const Vector<double> difference =
             is_valid * (load<double>(x.value + r - k, lanes) - load<double>(x.base + r, lanes));
-        sums[0] += is_valid, sums[1] += difference, sums[2] += difference * difference;
+        sums[0] += is_valid;
+        sums[1] += difference;
+        sums[2] += difference * difference;
       },
       [&](int64_t, int64_t, int64_t, const Vector<double>(&sums)[3]) __attribute__((always_inline)) {
         const auto& [n, sum, squares] = sums;
@@ -221,7 +225,9 @@ static void rolling_moments(const RollingStatsJob& job, const RollingBlock& bloc
             QFAST_BLOCK_LOOP(first) {
               const double deviation = valid[r - k] * (value[r - k] - base[r] - mean[r]),
                            square = deviation * deviation;
-              second[r] += square, third[r] += square * deviation, fourth[r] += square * square;
+              second[r] += square;
+              third[r] += square * deviation;
+              fourth[r] += square * square;
             }
           }
         }
@@ -246,8 +252,12 @@ static void rolling_regression(const RollingStatsJob& job, const RollingBlock& b
         const Vector<double> is_valid = load<double>(valid + r - k, lanes);
         const Vector<double> difference =
             is_valid * (load<double>(value + r - k, lanes) - load<double>(base + r, lanes));
-        sums[0] += is_valid, sums[1] -= back * is_valid, sums[2] += back * back * is_valid;
-        sums[3] += difference, sums[4] -= back * difference, sums[5] += difference * difference;
+        sums[0] += is_valid;
+        sums[1] -= back * is_valid;
+        sums[2] += back * back * is_valid;
+        sums[3] += difference;
+        sums[4] -= back * difference;
+        sums[5] += difference * difference;
       },
       [&](int64_t r, int64_t, int64_t lanes, const Vector<double>(&sums)[6]) __attribute__((always_inline)) {
         const auto& [n, sx, sxx, sy, sxy, syy] = sums;
@@ -283,10 +293,18 @@ static void rolling_pairs(const RollingStatsJob& job, const RollingBlock& block,
                              valid_xy = valid_x * valid_y;
         const Vector<double> p = valid_x * (at(x.value + r - k) - at(x.base + r));
         const Vector<double> q = valid_y * (at(y.value + r - k) - at(y.base + r));
-        sums[0] += valid_xy, sums[1] += valid_xy * p, sums[2] += valid_xy * q;
-        sums[3] += valid_xy * p * p, sums[4] += valid_xy * q * q, sums[5] += p * q;
-        sums[6] += valid_x, sums[7] += p, sums[8] += p * p;
-        sums[9] += valid_y, sums[10] += q, sums[11] += q * q;
+        sums[0] += valid_xy;
+        sums[1] += valid_xy * p;
+        sums[2] += valid_xy * q;
+        sums[3] += valid_xy * p * p;
+        sums[4] += valid_xy * q * q;
+        sums[5] += p * q;
+        sums[6] += valid_x;
+        sums[7] += p;
+        sums[8] += p * p;
+        sums[9] += valid_y;
+        sums[10] += q;
+        sums[11] += q * q;
       },
       [&](int64_t, int64_t, int64_t, const Vector<double>(&sums)[12]) __attribute__((always_inline)) {
         const auto& [n, sx, sy, sxx, syy, sxy, xn, xs, xq, yn, ys, yq] = sums;
@@ -343,8 +361,9 @@ static void rolling_ranks(const RollingStatsJob& job, const RollingBlock& block,
       [&](int64_t k, int64_t first) __attribute__((always_inline)) {
         QFAST_BLOCK_LOOP(first) {
           const double is_valid = valid[r - k], other = value[r - k];
-          n[r] += is_valid, less[r] += other < value[r] ? is_valid : 0,
-              equal[r] += other == value[r] ? is_valid : 0;
+          n[r] += is_valid;
+          less[r] += other < value[r] ? is_valid : 0;
+          equal[r] += other == value[r] ? is_valid : 0;
         }
       },
       [&](int64_t, int64_t w) __attribute__((always_inline)) {

@@ -46,13 +46,18 @@ Tensor by_taps(const Tensor& weight, bool turned) {
 template <class Element>
 WindowConvJob<Element> job_of(const Tensor& x, const Tensor& weight) {
   WindowConvJob<Element> job{};
-  job.batch = x.size(0), job.steps = x.size(1), job.in = x.size(2);
-  job.out = weight.size(0), job.taps = weight.size(2);
+  job.batch = x.size(0);
+  job.steps = x.size(1);
+  job.in = x.size(2);
+  job.out = weight.size(0);
+  job.taps = weight.size(2);
   job.padded_in = PanelStore<Element>::cut(job.in).padded();
   job.padded_out = PanelStore<Element>::cut(job.out).padded();
   job.tile_windows = std::max<int64_t>(1, kTileRows / std::max<int64_t>(job.steps, 1));
   job.x = x.const_data_ptr<Element>();
-  job.x_window = x.stride(0), job.x_step = x.stride(1), job.x_column = x.stride(2);
+  job.x_window = x.stride(0);
+  job.x_step = x.stride(1);
+  job.x_column = x.stride(2);
   return job;
 }
 

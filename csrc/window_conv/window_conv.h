@@ -38,7 +38,8 @@ struct WindowConvTile {
                                                   Carving<Element>& space) {
     const int64_t rows = job.tile_windows * job.rows_apart() + job.taps / 2;
     WindowConvTile tile;
-    tile.x = space.take(rows * job.padded_in), tile.grad = space.take(backward ? rows * job.padded_out : 0);
+    tile.x = space.take(rows * job.padded_in);
+    tile.grad = space.take(backward ? rows * job.padded_out : 0);
     return tile;
   }
 };
