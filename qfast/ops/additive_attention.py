@@ -7,6 +7,7 @@ additive_attention.cpp, and additive_attention.cu.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from typing import Any
@@ -175,9 +176,9 @@ def _widen(tensor: Tensor) -> Tensor:
     return tensor.float() if is_half(tensor) else tensor
 
 
-def _with_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _with_heads(*tensors: Tensor) -> Sequence[Tensor]:
     """Add an axis of one head, which the operator requires, unless the first tensor [heads, N] has one."""
-    return tensors if tensors[0].dim() == 2 else tuple(tensor.unsqueeze(0) for tensor in tensors)
+    return tensors if tensors[0].dim() == 2 else [tensor.unsqueeze(0) for tensor in tensors]
 
 
 # ---------------------------------------------------------------- argument checks
