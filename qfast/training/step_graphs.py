@@ -135,8 +135,8 @@ class CapturedStep(NamedTuple):
 class GraphedStep:
     """The training step of an estimator, captured once per batch size and replayed from then on.
 
-    Call it like a plain step: `step(samples)` takes sample numbers, int64 [B], and returns the detached loss, 0-d. The
-    next call with the same batch size overwrites that tensor. Calls belong in `with step.epoch():`.
+    Call it like a plain step, in `with step.epoch():`. `step(samples)` accepts sample numbers, int64 [B], and returns
+    the detached loss, 0-d. The next call with the same batch size overwrites that tensor.
 
     Parameters
     ----------
