@@ -22,6 +22,7 @@ NATIVE = torch._C._dispatch_has_kernel_for_dispatch_key("qfast::additive_attenti
 
 
 def offsets_of(sizes: Sequence[int]) -> Tensor:
+    """Offsets of days with these numbers of rows."""
     return torch.tensor([0, *np.cumsum(sizes)], dtype=torch.int64)
 
 

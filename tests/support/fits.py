@@ -75,10 +75,12 @@ def laid_out_flat(dataset: TSDatasetH) -> DatasetH:
 
 
 def weights(model) -> dict[str, torch.Tensor]:
+    """A copy of the network's state dict."""
     return {k: v.clone() for k, v in model.network.state_dict().items()}
 
 
 def same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether all tensors of `a` are bitwise equal to those of `b`."""
     return all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -107,6 +109,7 @@ def device_model(kind: type, device: str, **changes):
 
 
 def assert_states_equal(a, b) -> None:
+    """Asserts that two fitted models have bitwise equal weights, optimizer states and histories."""
     for key, value in a.network.state_dict().items():
         assert torch.equal(value, b.network.state_dict()[key]), key
     for ours, theirs in zip(a.train_optimizer.state.values(), b.train_optimizer.state.values(), strict=True):

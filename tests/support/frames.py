@@ -38,10 +38,12 @@ SEGMENTS = {
 
 
 def rolling(frame: pd.DataFrame | None = None, segments=SEGMENTS, **kwargs) -> TSDatasetH:
+    """Windows of 5 steps and 3 features, by default over a frame of 70 dates and 9 instruments."""
     return TSDatasetH(handler=make_frame(70, 9, 3) if frame is None else frame, segments=segments, step_len=5, **kwargs)
 
 
 def flat(frame: pd.DataFrame | None = None, segments=SEGMENTS) -> DatasetH:
+    """Rows of 12 columns, which are 3 features at 4 steps, by default over 70 dates and 9 instruments."""
     return DatasetH(handler=make_frame(70, 9, 12) if frame is None else frame, segments=segments)
 
 

@@ -169,6 +169,7 @@ SCOPE = {
 
 
 def by_pandas(text: str, series: dict[str, pd.Series]) -> pd.Series:
+    """The expression over the series of one instrument, as float32."""
     with np.errstate(all="ignore"):
         result = eval(text.replace("$", "_"), SCOPE, {f"_{k}": S(v) for k, v in series.items()})
         return result.s.astype(np.float32)

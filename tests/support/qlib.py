@@ -17,11 +17,13 @@ LEARN = [{"class": "DropnaLabel"}, {"class": "CSRankNorm", "kwargs": {"fields_gr
 
 
 def qfast_dataset(kind: type, frame: pd.DataFrame, **kwargs):
+    """qfast's dataset of class `kind` over `frame`, with the processors above."""
     handler = DataHandlerLP(frame, infer_processors=INFER, learn_processors=LEARN)
     return kind(handler=handler, segments=SEGMENTS, **kwargs)
 
 
 def qlib_dataset(kind: str, frame: pd.DataFrame, **kwargs):
+    """Qlib's dataset of class `kind` over the same frame and processors."""
     dataset = pytest.importorskip("qlib.data.dataset", reason="pyqlib is the oracle; install qfast-models[qlib]")
     from qlib.data.dataset.handler import DataHandlerLP as Handler
     from qlib.data.dataset.loader import StaticDataLoader
@@ -61,6 +63,7 @@ class QlibFrames:
 
 
 def qlib_frames(suffix: str, holes: float = 0.15, step_len: int = 5) -> QlibFrames:
+    """Rolling windows if `suffix` is "_ts", otherwise flat rows."""
     if suffix:
         return QlibFrames(make_frame(70, 9, 3, holes=holes), step_len=step_len)
     frame = make_frame(70, 9, 12, holes=holes)  # 12 columns: 3 features of 4 steps each
@@ -68,6 +71,7 @@ def qlib_frames(suffix: str, holes: float = 0.15, step_len: int = 5) -> QlibFram
 
 
 def qlib_model(name: str, module: str, suffix: str) -> type:
+    """Qlib's model class."""
     loaded = importlib.import_module(f"qlib.contrib.model.pytorch_{module}{suffix}")
     if hasattr(loaded, "R"):  # the flat GRU reports to a running experiment at the end of fit
         loaded.R = SimpleNamespace(get_recorder=lambda: SimpleNamespace(log_metrics=lambda **_: None))

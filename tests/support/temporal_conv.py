@@ -53,6 +53,7 @@ def stack(
 
 
 def flat(blocks: Blocks) -> list[Tensor]:
+    """All tensors of the blocks as one list."""
     return [part for block in blocks for part in block if part is not None]
 
 
@@ -76,6 +77,7 @@ def causal(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
 
 
 def weight_of(v: Tensor, g: Tensor | None) -> Tensor:
+    """The weight g v / |v|, or v if there is no normalisation."""
     return v if g is None else g * v / v.square().sum((1, 2), keepdim=True).sqrt()
 
 

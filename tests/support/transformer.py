@@ -17,6 +17,7 @@ NATIVE = _backend.native is not None
 
 
 def small_network(kind: type, dtype: torch.dtype = F64, rows: int = 12, dropout: float = 0.0) -> tuple[Network, Tensor]:
+    """A seeded network of 2 layers, 8 wide, and an input of 7 steps and 5 features."""
     torch.manual_seed(0)
     return kind(5, 8, 2, 2, dropout).to(dtype), torch.randn(rows, 7, 5, dtype=dtype)
 
