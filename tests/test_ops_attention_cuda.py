@@ -43,7 +43,7 @@ from support.attention import (
     results,
     sorted_oracle,
 )
-from support.devices import DEVICE, needs_gpu, needs_kernels
+from support.devices import DEVICE, assert_no_synchronization, needs_gpu, needs_kernels
 from support.operator_case import F32
 from support.tensors import randn
 
@@ -388,15 +388,9 @@ def test_the_same_bits_come_again(extra_days: list[int]) -> None:
 
 
 @needs_gpu
-def test_nothing_waits_for_the_device(extra_days: list[int]) -> None:
+def test_no_synchronization_with_the_host(extra_days: list[int]) -> None:
     inputs = direct_inputs([300, 0, 7, *extra_days])
-    forward_and_backward(*inputs)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        forward_and_backward(*inputs)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert_no_synchronization(lambda: forward_and_backward(*inputs))
 
 
 @needs_gpu

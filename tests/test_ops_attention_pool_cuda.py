@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qfast.ops import attention_pool
-from support.devices import DEVICE, needs_gpu, needs_kernels
+from support.devices import DEVICE, assert_no_synchronization, needs_gpu, needs_kernels
 
 pytestmark = needs_kernels
 F32, F64 = torch.float32, torch.float64
@@ -229,16 +229,10 @@ def test_the_same_bits_come_again() -> None:
 
 
 @needs_gpu
-def test_nothing_waits_for_the_device() -> None:
+def test_no_synchronization_with_the_host() -> None:
     tensors, grad = inputs(Case(70, 9, 33, 16), F32, DEVICE)
     seed = torch.tensor([3], device=DEVICE)
-    forward_and_backward(tensors, grad, 0.2, seed)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        forward_and_backward(tensors, grad, 0.2, seed)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert_no_synchronization(lambda: forward_and_backward(tensors, grad, 0.2, seed))
 
 
 @needs_gpu

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qfast.ops import encoder_layer, feed_forward
-from support.devices import DEVICE, needs_gpu, needs_kernels
+from support.devices import DEVICE, assert_no_synchronization, needs_gpu, needs_kernels
 from support.encoder import BlockCase, LayerCase, block_of_masks, layer_of_masks
 from support.operator_case import F32, F64, errors_above, relative_error, results
 from support.tensors import LAYOUTS
@@ -368,15 +368,10 @@ GRAPHED = [
 
 @needs_gpu
 @pytest.mark.parametrize("case", GRAPHED, ids=named)
-def test_nothing_waits_for_the_device(case: BlockCase | LayerCase) -> None:
+def test_no_synchronization_with_the_host(case: BlockCase | LayerCase) -> None:
     tensors, seed = given_to(case, F32, DEVICE), torch.tensor([3], device=DEVICE)
     grad = gradient_like(forward_and_backward(case, tensors, 0.2, seed)[0])
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        forward_and_backward(case, tensors, 0.2, seed, grad)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert_no_synchronization(lambda: forward_and_backward(case, tensors, 0.2, seed, grad))
 
 
 @needs_gpu

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qfast.ops import gru, lstm
 from qfast.ops.recurrent import self_test
 from qfast.ops.recurrent_twin import GRU, LSTM, Cell, backward_twin, forward_twin
-from support.devices import DEVICE, long_on_host, needs_gpu, needs_kernels
+from support.devices import DEVICE, assert_no_synchronization, long_on_host, needs_gpu, needs_kernels
 
 pytestmark = needs_kernels
 CELLS = {"lstm": LSTM, "gru": GRU}
@@ -347,7 +347,7 @@ def test_without_keep_the_bits_are_the_same(cell: Cell, hidden: int) -> None:
 
 
 @needs_gpu
-def test_nothing_waits_for_the_device(cell: Cell, hidden: int) -> None:
+def test_no_synchronization_with_the_host(cell: Cell, hidden: int) -> None:
     inputs = arguments(cell, Case(70, 9, 6, hidden, 2, True, True, 0.2), F32, DEVICE)
     flat, ops, n = inputs.flat(cell), torch.ops.qfast, 1 + len(cell.state_names)
 
@@ -355,13 +355,7 @@ def test_nothing_waits_for_the_device(cell: Cell, hidden: int) -> None:
         result = getattr(ops, cell.name)(*flat, True)
         getattr(ops, f"{cell.name}_backward")(*result[:n], *flat, *result[n:], True, True)
 
-    once()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        once()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert_no_synchronization(once)
 
 
 @needs_gpu

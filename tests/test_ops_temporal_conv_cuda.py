@@ -16,7 +16,7 @@ from torch import Tensor
 from qfast.ops import BlockWeights, temporal_conv_net
 from qfast.ops.philox import draw_seed
 from qfast.ops.temporal_conv import self_test
-from support.devices import DEVICE, needs_gpu, needs_kernels
+from support.devices import DEVICE, assert_no_synchronization, needs_gpu, needs_kernels
 from support.operator_case import F32, relative_error
 from support.temporal_conv import (
     LAYOUTS,
@@ -311,15 +311,9 @@ def test_the_same_bits_come_again(channels: list[int]) -> None:
 
 
 @needs_gpu
-def test_nothing_waits_for_the_device(channels: list[int]) -> None:
+def test_no_synchronization_with_the_host(channels: list[int]) -> None:
     inputs = direct_inputs(channels, 70)
-    forward_and_backward(*inputs)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        forward_and_backward(*inputs)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert_no_synchronization(lambda: forward_and_backward(*inputs))
 
 
 @needs_gpu

@@ -13,7 +13,7 @@ from qfast.data import TSDatasetH
 from qfast.data.windows import WindowSet
 from qfast.models import ts
 from qfast.models._recurrent import RecurrentTimeSeriesEstimator
-from support.fits import same_weights, weights
+from support.fits import NetworkCalls, same_weights, weights
 from support.frames import make_frame
 
 SMALL = {"d_feat": 3, "hidden_size": 8, "batch_size": 4096, "lr": 0.01, "seed": 1, "device": "cpu"}
@@ -69,21 +69,6 @@ def assert_near(result: Tensor | pd.Series, expected: Tensor) -> None:
     assert (result - expected).norm() <= 1e-5 * spread
 
 
-class Calls:
-    """Records the number of windows of each network call, and whether they were a view of the panel."""
-
-    def __init__(self, model: RecurrentTimeSeriesEstimator) -> None:
-        self.sizes: list[tuple[int, bool]] = []
-        model.network.register_forward_pre_hook(self.note)
-
-    def note(self, network, inputs):
-        x = inputs[0]
-        self.sizes.append((len(x), x.stride(0) == x.stride(1)))
-
-    def viewed(self) -> int:
-        return sum(size for size, is_view in self.sizes if is_view)
-
-
 def windows_in_stretches(frame: pd.DataFrame, first_day: int = 0, end: int | None = None) -> int:
     """Counts, day by day, windows without a missing day that are in runs of two or more."""
     there = frame[("label", "LABEL0")].unstack().notna()
@@ -112,7 +97,7 @@ def test_predictions_are_those_of_gathered_windows(kind, panel, batch_size, alwa
     frame, first_day = PANELS[panel]
     dataset, model = dataset_of(frame, first_day), built(kind, batch_size=batch_size)
     windows = scored(dataset)
-    expected, calls = one_by_one(model, windows), Calls(model)
+    expected, calls = one_by_one(model, windows), NetworkCalls(model, time_axis=1)
     result = model.predict(dataset)
     assert result.index.equals(windows.keys())
     assert_near(result, expected)
@@ -148,7 +133,7 @@ def test_a_separate_call_needs_at_least_min_consecutive_windows(kind):
         frame = without(frame, name, slice(first_day + fewest - 1, None))
     model = built(kind)
     windows = scored(dataset_of(frame, first_day))
-    expected, calls = one_by_one(model, windows), Calls(model)
+    expected, calls = one_by_one(model, windows), NetworkCalls(model, time_axis=1)
     assert_near(model.predict(dataset_of(frame, first_day)), expected)
     assert calls.sizes == [(fewest, True), (fewest, True), (2 * (fewest - 1), False)]
 
@@ -158,7 +143,7 @@ def test_windows_of_one_step_have_nothing_in_common(kind):
     dataset = dataset_of(make_frame(60, 6, 3, holes=0.05), 20, step_len=1)  # an instrument does not fill a batch
     model = built(kind, batch_size=40)
     windows = scored(dataset)
-    expected, calls = one_by_one(model, windows), Calls(model)
+    expected, calls = one_by_one(model, windows), NetworkCalls(model, time_axis=1)
     result = model.predict(dataset)
     sizes = [size for size, _ in calls.sizes]
     assert sizes == [40] * (len(windows) // 40) + [len(windows) % 40]  # no calls beyond those of whole batches
@@ -177,7 +162,7 @@ def test_a_shuffled_training_score_is_that_of_its_batches(kind, always_views):
     assert 0 < len(windows) - len(batches.order) < 64  # the remainder that the last batch leaves out
     expected = one_by_one(model, windows)
     losses = [(expected[s].double() - windows.label[s].double()).square().mean() for s in batches]
-    calls = Calls(model)
+    calls = NetworkCalls(model, time_axis=1)
     torch.manual_seed(5)
     score, _ = model.score_segment(windows, "train")
     assert score == pytest.approx(-float(torch.stack(losses).mean()), rel=1e-6)
@@ -194,7 +179,7 @@ def test_a_fit_scores_as_without_views(kind, always_views, monkeypatch):
         if not shares:
             monkeypatch.setattr(RecurrentTimeSeriesEstimator, "_uses_views", lambda *_: False)
         model = kind(**{**SMALL, "batch_size": 32, "n_epochs": 2})
-        calls = Calls(model)
+        calls = NetworkCalls(model, time_axis=1)
         fits.append(model.fit(TSDatasetH(handler=frame, segments=segments, step_len=STEP_LEN)))
         viewed.append(calls.viewed())
     in_views = windows_in_stretches(frame, 0, 40) + windows_in_stretches(frame, 40)
@@ -208,10 +193,10 @@ def test_a_fit_scores_as_without_views(kind, always_views, monkeypatch):
 @kinds
 def test_compat_computes_without_views(kind, always_views):
     dataset, model = dataset_of(FULL), built(kind, compat="qlib", batch_size=40)
-    expected, calls = one_by_one(model, scored(dataset)), Calls(model)
+    expected, calls = one_by_one(model, scored(dataset)), NetworkCalls(model, time_axis=1)
     assert_near(model.predict(dataset), expected)
     assert calls.sizes == [(40, False)] * 9
-    calls = Calls(ours := built(kind, batch_size=40))
+    calls = NetworkCalls(ours := built(kind, batch_size=40), time_axis=1)
     ours.predict(dataset)
     assert calls.viewed() == windows_in_stretches(FULL)  # and without compat with them
 
@@ -220,7 +205,7 @@ def test_compat_computes_without_views(kind, always_views):
 def test_no_views_with_gradients(kind, always_views):
     model, windows = built(kind), scored(dataset_of(FULL))
     batches = model.batches(windows, "predict")
-    calls = Calls(model)
+    calls = NetworkCalls(model, time_axis=1)
     out = model._predictions(windows, batches)
     assert calls.sizes == [(len(windows), False)]
     out.square().sum().backward()
@@ -240,7 +225,7 @@ def test_a_hook_is_called_for_every_window(kind, part, always_views):
     model.network.get_submodule(part).register_forward_hook(
         lambda _module, arguments, _out: seen.append(len(arguments[0]))
     )
-    calls = Calls(model)
+    calls = NetworkCalls(model, time_axis=1)
     assert_near(model.predict(dataset), expected)
     assert sum(seen) == len(windows)
     assert calls.viewed() > len(windows) / 2

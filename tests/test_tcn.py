@@ -15,7 +15,7 @@ from qfast.data import TSDatasetH
 from qfast.data.windows import WindowSet
 from qfast.errors import DataError
 from qfast.models import TCN, _tcn, ts
-from support.fits import dataset_for, same_weights, weights
+from support.fits import NetworkCalls, dataset_for, same_weights, weights
 from support.frames import SEGMENTS, flat, make_frame, rolling
 
 SMALL = {
@@ -53,21 +53,6 @@ def one_by_one(model, windows: WindowSet) -> np.ndarray:
         return model.network.eval()(windows.batch(torch.arange(len(windows))).transpose(1, 2)).numpy()
 
 
-class Calls:
-    """Records the number of windows of each network call, and whether they were a view of the panel."""
-
-    def __init__(self, model) -> None:
-        self.sizes: list[tuple[int, bool]] = []
-        model.network.register_forward_pre_hook(self.note)
-
-    def note(self, network, inputs):
-        x = inputs[0]
-        self.sizes.append((len(x), x.stride(0) == x.stride(2)))
-
-    def viewed(self) -> int:
-        return sum(size for size, is_view in self.sizes if is_view)
-
-
 @pytest.mark.parametrize("holes", [0.0, 0.05, 0.3])
 @pytest.mark.parametrize("batch_size", [7, 4096])
 def test_predictions_are_those_of_the_windows_one_by_one(holes, batch_size, always_views):
@@ -75,7 +60,7 @@ def test_predictions_are_those_of_the_windows_one_by_one(holes, batch_size, alwa
     model = ts.TCN(**{**SMALL, "n_epochs": 1}).fit(dataset)
     model._params["batch_size"] = batch_size
     windows = dataset.windows("test", "infer", with_label=False)
-    calls = Calls(model)
+    calls = NetworkCalls(model, time_axis=2)
     result = model.predict(dataset)
     assert result.index.equals(windows.keys())
     assert sum(size for size, _ in calls.sizes) == len(windows)
@@ -88,13 +73,13 @@ def test_predictions_are_those_of_the_windows_one_by_one(holes, batch_size, alwa
 def test_scores_of_shuffled_training_batches_keep_their_order(always_views, monkeypatch):
     frame = make_frame(70, 9, 3, holes=0.05)
     model = ts.TCN(**SMALL)
-    calls = Calls(model)
+    calls = NetworkCalls(model, time_axis=2)
     model.fit(rolling(frame))
     scored = sum(len(rolling(frame).windows(name, "learn")) for name in ("train", "valid"))
     assert calls.viewed() > 0.6 * scored * SMALL["n_epochs"]  # also where the batches leave out a remainder
     monkeypatch.setattr(ts.TCN, "_uses_views", lambda *_: False)
     plain = ts.TCN(**SMALL)
-    calls = Calls(plain)
+    calls = NetworkCalls(plain, time_axis=2)
     plain.fit(rolling(frame))
     assert calls.viewed() == 0
     for name in ("train", "valid", "valid_all"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -22,3 +23,14 @@ _kernels = pytest.mark.skipif(
 needs_gpu = _device  # for tests of the device itself
 long_on_host = pytest.mark.skipif(bool(ON_HOST) and not os.environ.get("QFAST_HOST_ALL"), reason="minutes as host code")
 needs_kernels = [pytest.mark.gpu] if ON_HOST else [pytest.mark.gpu, _device, _kernels]
+
+
+def assert_no_synchronization(call: Callable[[], object]) -> None:
+    """Asserts that `call` does not wait for the GPU. The first call, which may initialize libraries, is exempt."""
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -84,6 +84,25 @@ def same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool
     return all(torch.equal(a[k], b[k]) for k in a)
 
 
+class NetworkCalls:
+    """Records the number of windows of each network call, and whether they were a view of the panel.
+
+    `time_axis` is the axis of the steps in the network's input. In a view its stride is that of the windows.
+    """
+
+    def __init__(self, model, time_axis: int) -> None:
+        self.sizes: list[tuple[int, bool]] = []
+        self.time_axis = time_axis
+        model.network.register_forward_pre_hook(self._record)
+
+    def _record(self, network, inputs) -> None:
+        x = inputs[0]
+        self.sizes.append((len(x), x.stride(0) == x.stride(self.time_axis)))
+
+    def viewed(self) -> int:
+        return sum(size for size, is_view in self.sizes if is_view)
+
+
 class StopAt(Callback):
     """Ctrl-C at the end of an epoch, or in the middle of one."""
 
