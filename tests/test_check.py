@@ -117,7 +117,7 @@ def test_an_expression_that_looks_ahead_is_an_error_that_names_it(prices, case):
     assert f"1 feature(s) of earlier days change: {expression}" in result
 
 
-def test_the_proof_counts_shifts_and_not_the_rows_on_the_way(prices):
+def test_the_proof_counts_shifts_but_not_intermediate_rows(prices):
     past = "Ref(Ref($close, -2) / Ref($close, -1) - 1, 3)"  # the label of three days ago
     assert rows_ahead(parse(past)) == -1
     assert rows_ahead(parse("Mean(Delta(Mask($close, 'A'), -4), 10) + Ref($close, 2)")) == 4
@@ -187,7 +187,7 @@ def test_a_mask_of_an_instrument_outside_the_market(tmp_path):
 
 
 @pytest.mark.parametrize(("end", "level"), [("null", "ok"), ("2019-06-30", "note")])
-def test_train_alone_is_cut_where_nothing_is_fitted(prices, end, level):
+def test_only_train_is_cut_if_nothing_is_fitted(prices, end, level):
     """Values inside the fit window may depend on it; that is not a leak."""
     only = [f"{SEGMENTS}={{train: [2018-01-01, 2019-06-30]}}", f"{HANDLER}.end_time={end}", "task.record=[]"]
     report = check(DEMO, prices, [*SHORT, *only])
@@ -207,7 +207,7 @@ def test_features_since_the_first_day_are_reported(prices):
     )
 
 
-def test_an_operator_that_reads_more_than_it_says_gives_other_scores_on_less_data(prices):
+def test_an_operator_with_a_wrong_reach_changes_the_scores_on_less_data(prices):
     register_function("SoFar", lambda x: np.nancumsum(x) / np.arange(1, len(x) + 1))
     try:
         report = check(DEMO, prices, of_factors("SoFar($close) / $close", "Mean($close, 5) / $close"))
@@ -260,7 +260,7 @@ def test_a_processor_that_looks_ahead_is_found(prices):
     assert "scores differ, first" in text(report, "look-ahead")
 
 
-def test_an_error_that_nobody_foresaw_is_a_finding(prices, monkeypatch):
+def test_an_unexpected_error_is_a_finding(prices, monkeypatch):
     report = check_with(Breaks, prices)
     assert [f.level for f in report.findings] == ["ok", "error"]
     assert re.search(r"KeyError: 'of its own' \(raised by _apply, test_check.py line \d+\)", text(report, "data"))

@@ -134,7 +134,7 @@ def test_set_on_a_shared_mapping_replaces_it_everywhere(write):
     assert values["task"]["x"]["kwargs"] == values["task"]["y"] == {"a": 2}
 
 
-def test_anchors_of_a_base_file_still_hold_together_where_nothing_overrides_them(write):
+def test_anchors_of_a_base_file_stay_shared_unless_overridden(write):
     write("market: &m csi300\nh: {instruments: *m, other: *m}\n", "base.yaml")
     file = write("BASE_CONFIG_PATH: base.yaml\nh: {other: mine}\n")
     import os

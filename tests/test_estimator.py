@@ -59,7 +59,7 @@ def test_early_stopping_keeps_the_best_weights():
 
 
 # ---------------------------------------------------------------- predicting
-def test_predict_takes_any_segment_and_remainders_of_one():
+def test_predict_accepts_any_segment_and_a_last_batch_of_one():
     dataset = rolling()
     n = len(dataset.prepare("test"))
     model = ts.LSTM(**{**SMALL, "batch_size": n - 1}).fit(dataset)
@@ -243,7 +243,7 @@ def test_reweighter_is_checked():
             ts.LSTM(**SMALL).fit(rolling(), reweighter=Bad())
 
 
-def test_weights_stay_with_their_samples_where_rows_are_left_out():
+def test_weights_follow_their_samples_if_rows_are_left_out():
     class ByDate:
         def reweight(self, frame):
             return frame.index.get_level_values("datetime").day.to_numpy() / 31.0

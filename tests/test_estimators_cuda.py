@@ -106,7 +106,7 @@ def test_a_step_that_waits_is_launched_kernel_by_kernel(caplog):
     assert "not as CUDA graphs: they synchronize with the host" in caplog.text
 
 
-def test_a_recorded_fit_gives_its_memory_back():
+def test_a_recorded_fit_frees_its_memory():
     device_model(ts.TCN, DEVICE, cuda_graphs=True).fit(rolling())
     gc.collect()
     torch.cuda.empty_cache()
@@ -169,7 +169,7 @@ def test_too_little_memory_is_reported_with_remedies():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
-def test_the_second_gpu_gives_the_firsts_numbers():
+def test_the_second_gpu_equals_the_first():
     pair = [device_model(ts.LSTM, device).fit(rolling()) for device in ("cuda:0", "cuda:1")]
     assert next(pair[1].network.parameters()).device == torch.device("cuda:1")
     for key, value in pair[0].network.state_dict().items():

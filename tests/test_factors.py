@@ -197,7 +197,7 @@ def test_expressions_together_equal_each_alone(texts, seed):
     np.testing.assert_array_equal(evaluate_all(texts, panel, rows=some), together[some])
 
 
-def test_passes_over_a_few_instruments_change_nothing(monkeypatch):
+def test_passes_over_a_few_instruments_have_the_same_results(monkeypatch):
     panel = price_panel(5, 60, "ABCDEFG")
     texts = [*ELEMENTWISE, *ROLLING]
     whole = evaluate_all(texts, panel)

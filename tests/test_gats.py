@@ -209,7 +209,7 @@ def test_a_batch_size_is_taken_said_and_ignored(kind, caplog):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
 @pytest.mark.parametrize("compat", [None, "qlib"])
 @both
-def test_a_gpu_gives_the_cpus_numbers(kind, compat):
+def test_a_gpu_equals_the_cpu(kind, compat):
     gpu, cpu = (kind(**{**SMALL, "lr": 1e-4}, compat=compat, device=device) for device in ("cuda", "cpu"))
     for model in (gpu, cpu):
         np.random.seed(5)

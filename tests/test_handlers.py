@@ -122,7 +122,7 @@ def test_panels_share_what_no_step_changed():
     assert learn.n_live < learn.n_rows
 
 
-def test_independent_learn_data_never_sees_the_infer_steps():
+def test_independent_learn_data_skips_the_infer_processors():
     frame = hostile_frame(3)
     handler = DataHandlerLP(
         frame, infer_processors=["Fillna"], learn_processors=["DropnaLabel"], process_type="independent"

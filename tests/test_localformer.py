@@ -69,7 +69,7 @@ def test_one_operator_after_the_other(seen: list[str]) -> None:
     assert seen == ["window_conv", "run_layer", "window_conv", "run_layer", "gru"]
 
 
-def test_the_convolutions_begin_alike_and_learn_apart() -> None:
+def test_the_convolutions_start_equal_and_train_separately() -> None:
     net, x = small_network(Localformer)
     first, second = net.transformer_encoder.conv
     assert torch.equal(first.weight, second.weight)

@@ -89,7 +89,7 @@ def test_trace_and_script_keep_the_numbers(network):
 
 
 @networks
-def test_an_export_holds_torchs_operations_only(network):
+def test_an_export_has_torchs_operations_only(network):
     net, x, _ = case(network)
     program = torch.export.export(net, (x,))
     assert not [node for node in program.graph.nodes if "qfast" in str(node.target)]

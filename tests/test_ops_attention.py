@@ -203,7 +203,7 @@ def test_graph_attention_is_its_three_parts(isa: str) -> None:
         assert torch.equal(graph_attention(hidden, weight, bias, offsets), whole[0])
 
 
-def test_gradients_only_where_one_is_wanted(isa: str) -> None:
+def test_gradients_of_the_tensors_that_require_one(isa: str) -> None:
     *tensors, grad = attention_inputs(150, 5, torch.float32)
     whole = results(additive_attention, tensors, grad)
     for wanted in range(3):
@@ -285,7 +285,7 @@ def on_threads(threads: int, call: Callable[[], list[Tensor]]) -> list[Tensor]:
 
 @pytest.mark.parametrize("graph", [False, True], ids=["additive", "graph"])
 @pytest.mark.parametrize("sizes", [[3000], [1, 700, 0, 40, 900, 3]], ids=["one-day", "days"])
-def test_the_same_bits_come_again_whatever_the_threads(sizes: list[int], graph: bool, isa: str) -> None:
+def test_the_same_bits_for_any_number_of_threads(sizes: list[int], graph: bool, isa: str) -> None:
     make, call = (graph_inputs, graph_attention) if graph else (attention_inputs, additive_attention)
     *tensors, grad = make(sum(sizes), 64, torch.float32)
     offsets = offsets_of(sizes)

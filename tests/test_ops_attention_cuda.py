@@ -97,7 +97,7 @@ def test_self_test(name: str) -> None:
     self_test(name, torch.device(DEVICE))
 
 
-def test_the_kernels_serve_and_not_the_twins() -> None:
+def test_the_cuda_kernels_are_registered() -> None:
     for name in ("additive_attention", "graph_attention"):
         for operator in (name, f"{name}_backward"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qfast::{operator}", DEVICE.upper())

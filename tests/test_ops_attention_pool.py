@@ -129,7 +129,7 @@ def test_any_one_tensor_may_require_a_gradient(which: str, isa: str) -> None:
     assert torch.equal(inputs[NAMES.index(which)].grad, expected)
 
 
-def test_one_step_is_its_own_mean_and_moves_no_weight(isa: str) -> None:
+def test_one_step_is_its_own_mean_and_the_weights_have_no_gradient(isa: str) -> None:
     case = AttentionPoolCase(30, 1, 64, 32)
     inputs, grad = case.inputs(torch.float32), case.grad(torch.float32)
     out, of_h, *others = results(case.operator, inputs, grad=grad)
@@ -221,7 +221,7 @@ def test_dropout_is_that_of_the_definition(isa: str) -> None:
         close(result, true, 1e-12)
 
 
-def test_dropout_in_float32_drops_the_same_and_whatever_the_rest_of_the_batch(isa: str) -> None:
+def test_the_mask_depends_neither_on_the_dtype_nor_on_the_rest_of_the_batch(isa: str) -> None:
     case = AttentionPoolCase(23, 5, 9, 18)
     inputs = case.inputs()
     seed = torch.tensor([99])

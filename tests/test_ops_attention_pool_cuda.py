@@ -100,7 +100,7 @@ def test_self_test() -> None:
     MODULE.self_test(torch.device(DEVICE))
 
 
-def test_the_kernels_serve_and_not_the_twins() -> None:
+def test_the_cuda_kernels_are_registered() -> None:
     for name in ("attention_pool", "attention_pool_backward"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qfast::{name}", DEVICE.upper())
 
@@ -147,7 +147,7 @@ def test_layouts_do_not_change_a_bit(layout: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(moved, easy, strict=True))
 
 
-def test_one_step_moves_no_score() -> None:
+def test_with_one_step_scores_have_no_gradient() -> None:
     """A single step gets all the attention.
 
     Zero gradients are exactly 0, because Adam turns rounding noise into full steps.

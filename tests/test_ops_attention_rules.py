@@ -118,7 +118,7 @@ def test_gradients_by_finite_differences(sizes: list[int], slope: float, isa: st
     assert torch.autograd.gradcheck(lambda *t: graph_attention(*t, offsets, slope), graph_small())
 
 
-def test_a_score_of_zero_takes_the_lower_slope(isa: str) -> None:
+def test_a_score_of_zero_has_the_lower_slope(isa: str) -> None:
     """Two keys are exactly at the bend, where the one-sided derivatives differ.
 
     torch's LeakyReLU has the lower slope there.

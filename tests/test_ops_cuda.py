@@ -66,7 +66,7 @@ def test_float64_equals_the_cpu(calls):
 
 
 @needs_gpu
-def test_another_stream_gives_the_same_bits(calls):
+def test_another_stream_has_the_same_bits(calls):
     expected = results(calls, GPU)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
@@ -81,7 +81,7 @@ def test_another_stream_gives_the_same_bits(calls):
 
 @needs_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
-def test_another_gpu_gives_the_same_bits(calls):
+def test_another_gpu_has_the_same_bits(calls):
     with torch.cuda.device(0):  # operators run on the device of their tensors, not on the current device
         require_same(results(calls, "cuda:1"), results(calls, "cuda:0"))
 

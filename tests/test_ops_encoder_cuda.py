@@ -134,7 +134,7 @@ def test_self_test(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_kernels_serve_and_not_the_twins(name: str) -> None:
+def test_the_cuda_kernels_are_registered(name: str) -> None:
     for which in (name, f"{name}_backward"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qfast::{which}", DEVICE.upper())
 

@@ -240,7 +240,7 @@ def test_nan_hidden_values_pass_as_in_torch(isa: str) -> None:
     assert torch.isnan(case.reference(tensors)).all()
 
 
-def test_features_that_are_all_alike_are_scaled_by_eps(isa: str) -> None:
+def test_equal_features_are_scaled_by_eps(isa: str) -> None:
     """With variance 0 the norm divides by the square root of eps, like torch's."""
     case = LayerCase(4, 3, 16, 2, 10)
     for dtype, limit in ((F64, 1e-9), (F32, 1e-2)):
@@ -266,7 +266,7 @@ def test_a_level_that_all_features_share_costs_no_more_than_in_torch(common: flo
         assert float((ours - true).norm()) <= 3 * float((plain - true).norm()) + 1e-6 * float(true.norm())
 
 
-def test_a_single_feature_is_normalised_to_nothing(isa: str) -> None:
+def test_a_single_feature_is_normalised_to_zero(isa: str) -> None:
     case = LayerCase(5, 4, 1, 1, 3)
     tensors = case.inputs()
     result, *grads = results(case.operator, tensors)
@@ -296,7 +296,7 @@ def test_zero_gradients_have_no_more_rounding_noise_than_in_torch(common: float,
         assert ours <= max(2 * theirs, 1e-6)
 
 
-def test_one_step_moves_no_query_and_no_key(isa: str) -> None:
+def test_with_one_step_queries_and_keys_have_no_gradient(isa: str) -> None:
     case = LayerCase(30, 1, 24, 3, 40)
     _, _, of_in, of_bias, *_ = results(case.operator, case.inputs(F32))
     assert not of_in[: 2 * 24].any()

@@ -59,7 +59,7 @@ def test_the_masks_are_those_of_the_definition(case: str, isa: str) -> None:
 
 @pytest.mark.parametrize("dropout", [1e-9, 1.0])
 @pytest.mark.parametrize("last", [False, True])
-def test_nearly_nothing_and_everything_dropped(last: bool, dropout: float, isa: str) -> None:
+def test_dropout_near_zero_and_one(last: bool, dropout: float, isa: str) -> None:
     case = LayerCase(9, 6, 12, 3, 17, last)
     tensors = case.inputs()
     result = seeded(case, tensors, dropout, 5)
@@ -107,7 +107,7 @@ def test_float32_drops_the_same_elements(last: bool, isa: str) -> None:
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_a_window_is_dropped_by_its_number_whatever_the_others(last: bool, isa: str) -> None:
+def test_the_mask_of_a_window_does_not_depend_on_other_windows(last: bool, isa: str) -> None:
     """The mask depends on the number of the window, not on the tiles: a shorter batch has the same first windows."""
     x, *weights = LayerCase(200, 5, 16, 2, 40, last).inputs()
     whole = seeded(LayerCase(200, 5, 16, 2, 40, last), [x, *weights], 0.5, 11)[0]
@@ -195,7 +195,7 @@ def test_manual_seed_makes_it_repeat(last: bool, isa: str) -> None:
     assert relative_error(wanted.detach(), first) < 1e-13
 
 
-def test_nothing_is_drawn_where_nothing_is_dropped(isa: str) -> None:
+def test_no_seed_is_drawn_without_dropout(isa: str) -> None:
     case = LayerCase(20, 5, 16, 2, 40)
     tensors, state = case.inputs(), torch.get_rng_state()
     plain = case.operator(tensors)

@@ -90,7 +90,7 @@ def test_errors_of_a_layer(last: bool) -> None:
 
 @pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("dropout", [1e-9, 0.4, 1.0])
-def test_dropout_takes_the_same_hidden_values(name: str, dropout: float) -> None:
+def test_dropout_drops_the_same_hidden_values(name: str, dropout: float) -> None:
     rows, hidden = 300, 70
     x, w1, _, _, _ = (part.to(DEVICE) for part in BlockCase((rows,), 20, hidden, 3).inputs(F32))
     inputs = x, w1, torch.full((hidden,), 99.0, device=DEVICE), torch.eye(hidden, device=DEVICE), x.new_zeros(hidden)

@@ -157,7 +157,7 @@ def test_the_mask_is_that_of_the_definition(dropout: float, isa: str) -> None:
         assert errors_above(seeded(tensors, dropout, seed), exact, 1e-12) == []
 
 
-def test_float32_drops_the_same_and_whatever_the_other_rows(isa: str) -> None:
+def test_the_mask_depends_neither_on_the_dtype_nor_on_other_rows(isa: str) -> None:
     case = BlockCase((600,), 12, 70, 6)
     wide, narrow = (seeded(case.inputs(dtype), 0.3, 7) for dtype in (F64, F32))
     assert errors_above(narrow, wide, 1e-5) == []

@@ -160,7 +160,7 @@ def test_self_test(cell: Cell) -> None:
     self_test(cell.name, torch.device(DEVICE))
 
 
-def test_the_kernels_serve_and_not_the_twins(cell: Cell) -> None:
+def test_the_cuda_kernels_are_registered(cell: Cell) -> None:
     for name in (cell.name, f"{cell.name}_backward"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qfast::{name}", DEVICE.upper())
 
@@ -247,7 +247,7 @@ def test_gates_that_are_full_or_shut(cell: Cell, hidden: int) -> None:
         assert [error for error in map(relative, result, exact) if not error <= limit] == []
 
 
-def test_only_some_gradients_are_wanted(cell: Cell) -> None:
+def test_only_some_gradients_are_requested(cell: Cell) -> None:
     """An absent incoming gradient is None, and gradients that are not requested are not computed."""
     inputs = arguments(cell, Case(7, 6, 4, 20, 2, False, True), F64, DEVICE)
     ops, n, flat = torch.ops.qfast, 1 + len(cell.state_names), inputs.flat(cell)

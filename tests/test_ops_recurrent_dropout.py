@@ -73,7 +73,7 @@ def test_float32_drops_the_same_elements(name: str, isa: str) -> None:
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 24, 25, 97])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_row_is_dropped_by_its_number_whatever_the_others(name: str, rows: int, isa: str) -> None:
+def test_the_mask_of_a_row_does_not_depend_on_other_rows(name: str, rows: int, isa: str) -> None:
     """The mask depends on the number of the row, not on the tiles: a shorter batch has the same first rows."""
     case = RecurrentCase(name, 200, 4, 4, 16, 2)
     whole = case.inputs()
@@ -140,7 +140,7 @@ def test_manual_seed_makes_it_repeat(name: str, isa: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_is_drawn_where_nothing_is_dropped(name: str, isa: str) -> None:
+def test_no_seed_is_drawn_without_dropout(name: str, isa: str) -> None:
     case, one_layer = RecurrentCase(name, 20, 5, 4, 16, 2), RecurrentCase(name, 20, 5, 4, 16, 1)
     inputs, single = case.inputs(), one_layer.inputs()
     state = torch.get_rng_state()

@@ -139,7 +139,7 @@ def test_refusals(name: str, what: str) -> None:
     assert issubclass(error, ValueError)
 
 
-def test_an_lstm_wants_both_states() -> None:
+def test_an_lstm_needs_both_states() -> None:
     case = RecurrentCase("lstm", 4, 3, 2, 5, state=True)
     inputs = case.inputs()
     with pytest.raises(DataError, match=r"initial_state: expected a pair \(h, c\), got Tensor"):
@@ -386,7 +386,7 @@ def test_autocast_leaves_the_operator_in_float32(name: str) -> None:
 
 # ---------------------------------------------------------------- the networks
 @pytest.mark.parametrize("network", [LSTMModel, GRUModel])
-def test_networks_train_alike_through_the_operator_and_through_torchs_layer(network: Any, monkeypatch: Any) -> None:
+def test_networks_have_equal_gradients_with_the_operator_and_with_torchs_layer(network: Any, monkeypatch: Any) -> None:
     torch.manual_seed(0)
     model = network(d_feat=4, hidden_size=24, num_layers=2).double()
     x = torch.randn(64, 28, dtype=torch.float64)

@@ -68,7 +68,7 @@ def test_one_block_at_all_steps(isa: str) -> None:
         assert stack_errors_above(ours, exact, 1e-12) == []
 
 
-def test_a_window_longer_than_the_receptive_field_sees_no_further(isa: str) -> None:
+def test_steps_before_the_receptive_field_have_no_effect(isa: str) -> None:
     blocks = stack(4, [9, 9], 3)
     reach = temporal_conv_net.plan(50, 3, 2).receptive_field
     assert reach == 13
@@ -257,7 +257,7 @@ def on_threads(threads: int, call: Callable[[], list[Tensor]]) -> list[Tensor]:
 
 @pytest.mark.parametrize("all_steps", [False, True])
 @pytest.mark.parametrize("batch", [3, 130, 500])
-def test_the_same_bits_come_again_whatever_the_threads(batch: int, all_steps: bool, isa: str) -> None:
+def test_the_same_bits_for_any_number_of_threads(batch: int, all_steps: bool, isa: str) -> None:
     x = randn(batch, 6, 15, dtype=torch.float32)
     blocks = stack(6, [20, 20, 33], 3, dtype=torch.float32)
     grad = randn(batch, 33, 15, seed=1, dtype=torch.float32)
@@ -278,7 +278,7 @@ def test_the_same_bits_come_again_whatever_the_threads(batch: int, all_steps: bo
         assert [i for i, (a, b) in enumerate(zip(again, first, strict=True)) if not same_bits(a, b)] == [], threads
 
 
-def test_the_same_bits_for_windows_of_consecutive_rows_whatever_the_threads(isa: str) -> None:
+def test_the_same_bits_for_consecutive_windows_and_any_number_of_threads(isa: str) -> None:
     windows, blocks = randn(700, 6, dtype=torch.float32).unfold(0, 20, 1), stack(6, [24] * 3, 3, dtype=torch.float32)
     with torch.no_grad():
         first, *others = (on_threads(n, lambda: [temporal_conv_net(windows, blocks)])[0] for n in (1, 2, 3))
@@ -324,7 +324,7 @@ def test_steps_outside_the_cone_get_no_gradient(isa: str) -> None:
 
 
 # ---------------------------------------------------------------- parameters without influence
-def test_channels_that_are_off_get_exactly_nothing(isa: str) -> None:
+def test_inactive_channels_have_a_gradient_of_exactly_zero(isa: str) -> None:
     """A gradient that is 0 must be 0: Adam turns rounding noise into full steps."""
     x, grad = randn(50, 6, 14, dtype=torch.float32), randn(50, 20, seed=1, dtype=torch.float32)
     off, on = [3, 7, 19], [i for i in range(20) if i not in (3, 7, 19)]

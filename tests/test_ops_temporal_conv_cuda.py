@@ -66,7 +66,7 @@ def test_self_test() -> None:
     self_test(torch.device(DEVICE))
 
 
-def test_the_kernels_serve_and_not_the_twins() -> None:
+def test_the_cuda_kernels_are_registered() -> None:
     for name in ("temporal_conv_net", "temporal_conv_net_backward"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qfast::{name}", DEVICE.upper())
 
@@ -249,7 +249,7 @@ def test_non_finite_values_spread_as_in_plain_torch(value: float, channels: list
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
-def test_steps_that_cannot_be_seen_may_hold_anything(value: float, channels: list[int]) -> None:
+def test_unread_steps_may_have_any_value(value: float, channels: list[int]) -> None:
     blocks = stack(5, channels[:2], 3, norm=False)
     x, grad = randn(6, 5, 30), randn(6, channels[1], seed=1)
     clean = on_gpu(lambda *t: temporal_conv_net(*t, dilations=[5, 5]), x, blocks, grad)
@@ -260,7 +260,7 @@ def test_steps_that_cannot_be_seen_may_hold_anything(value: float, channels: lis
     assert not result[1][:, :, outside].any()
 
 
-def test_channels_that_are_off_get_exactly_nothing() -> None:
+def test_inactive_channels_have_a_gradient_of_exactly_zero() -> None:
     """A gradient that is 0 must be 0: Adam turns rounding noise into full steps."""
     x, grad = randn(50, 6, 14, dtype=torch.float32), randn(50, 20, seed=1, dtype=torch.float32)
     blocks = stack(6, [20, 20], 3, dtype=torch.float32)

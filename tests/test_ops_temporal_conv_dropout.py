@@ -71,7 +71,7 @@ def test_long_windows_and_wide_layers(isa: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 24, 25, 97])
-def test_a_row_is_dropped_by_its_number_whatever_the_others(rows: int, isa: str) -> None:
+def test_the_mask_of_a_row_does_not_depend_on_other_rows(rows: int, isa: str) -> None:
     """The mask depends on the number of the row, not on the tiles: a shorter batch has the same first rows."""
     x, blocks = randn(200, 4, 9), stack(4, [16, 16], 3, norm=False)
     call = _WithSeed(11, 0.5)
@@ -181,7 +181,7 @@ def _reseeded(call):
     return call()
 
 
-def test_nothing_is_drawn_where_nothing_is_dropped(isa: str) -> None:
+def test_no_seed_is_drawn_without_dropout(isa: str) -> None:
     x, blocks = randn(20, 4, 9), stack(4, [16, 16], 3)
     state = torch.get_rng_state()
     plain = temporal_conv_net(x, blocks)

@@ -62,7 +62,7 @@ def test_a_gradient_that_is_not_finite(value: float, all_steps: bool, isa: str) 
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
-def test_steps_that_cannot_be_seen_may_hold_anything(value: float, isa: str) -> None:
+def test_unread_steps_may_have_any_value(value: float, isa: str) -> None:
     """Steps outside the receptive field or between taps are not read."""
     for steps, dilations in ((30, [1, 2]), (30, [5, 5])):
         blocks = stack(5, [9, 9], 3, norm=False)
@@ -79,7 +79,7 @@ def test_steps_that_cannot_be_seen_may_hold_anything(value: float, isa: str) -> 
 
 @pytest.mark.skipif(not NATIVE, reason="plain torch multiplies the padding")
 @pytest.mark.parametrize("all_steps", [False, True])
-def test_taps_before_the_window_may_hold_anything(all_steps: bool, isa: str) -> None:
+def test_taps_before_the_window_may_have_any_value(all_steps: bool, isa: str) -> None:
     """Weights are not multiplied by the zeros of the padding, so an infinite weight there has no effect."""
     x, blocks = randn(4, 5, 3), stack(5, [9], 7, norm=False)
     out = temporal_conv_net(x, blocks, all_steps=all_steps)

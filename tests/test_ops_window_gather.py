@@ -185,7 +185,7 @@ def test_index_tables_follow_their_definition(dead: float) -> None:
         assert np.array_equal(result.numpy(), twin)
 
 
-def test_index_takes_any_integer_arrays_and_changes_none() -> None:
+def test_the_index_accepts_any_integer_arrays_and_changes_none() -> None:
     instruments, dates, live = market_codes(4, 12)
     expected = build_window_index(instruments, dates, live)
     strided = np.stack([dates.astype(np.int64), dates.astype(np.int64)], axis=1)[:, 0]
@@ -286,7 +286,7 @@ def test_rows_outside_the_panel_are_reported(value: int) -> None:
         gather_windows(panel, torch.tensor([[0, 1], [value, 2]]))
 
 
-def test_twins_refuse_what_the_kernels_refuse() -> None:
+def test_plain_torch_raises_the_same_errors_as_the_kernels() -> None:
     """Runs the same calls in a process without native code. Argument checks must not depend on the tier."""
     environment = {**os.environ, "QFAST_BACKEND": "torch"}
     names = "test_wrong_arguments_are_named or test_rows_outside or test_gradient"

@@ -344,7 +344,7 @@ def test_state_dict_is_torchs():
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
 )
-def test_copies_go_on_alike(copied):
+def test_copies_continue_equally(copied):
     params = parameters()
     optimizer = ClippedAdam(params, lr=0.1, limit=0.5)
     run(optimizer, params, 2)

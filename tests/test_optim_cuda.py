@@ -67,7 +67,7 @@ def test_float64_follows_the_cpu():
 
 
 @pytest.mark.parametrize("count", [75, 76, 77, 200])
-def test_as_many_tensors_as_wanted(count):
+def test_any_number_of_tensors(count):
     shapes = [(1 + 37 * i % 4001,) for i in range(count)]
     ours, theirs = parameters(shapes), parameters(shapes)
     mine = ClippedAdam(ours, lr=1e-2)

@@ -139,7 +139,7 @@ def test_a_separate_call_needs_at_least_min_consecutive_windows(kind):
 
 
 @kinds
-def test_windows_of_one_step_have_nothing_in_common(kind):
+def test_windows_of_one_step_share_no_rows(kind):
     dataset = dataset_of(make_frame(60, 6, 3, holes=0.05), 20, step_len=1)  # an instrument does not fill a batch
     model = built(kind, batch_size=40)
     windows = scored(dataset)

@@ -100,7 +100,7 @@ def test_cpu_operators_take_the_number_and_do_as_ever(number: int) -> None:
     )
 
 
-def test_torch_compile_reads_it_and_sees_it_change() -> None:
+def test_torch_compile_reads_the_setting_and_its_changes() -> None:
     @torch.compile(backend="eager", fullgraph=True)
     def chosen(x: torch.Tensor) -> torch.Tensor:
         return x + NAMES.index(module.precision())

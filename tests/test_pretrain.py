@@ -85,7 +85,7 @@ def test_more_and_less_than_a_base(kind, state, tmp_path, caplog):
 
 
 @both
-def test_another_gats_gives_its_base(kind, tmp_path):
+def test_the_base_of_another_gats_is_loaded(kind, tmp_path):
     other = kind(**{**SMALL, **BASE, "n_epochs": 1, "seed": 9}).fit(
         dataset_for(kind), save_path=tmp_path / "gats.safetensors"
     )
@@ -175,7 +175,7 @@ def test_the_base_is_drawn_again_at_the_first_fit_only_unless_compat(kind):
 
 
 @both
-def test_loaded_weights_are_where_a_fit_begins(kind, tmp_path):
+def test_a_fit_starts_from_loaded_weights(kind, tmp_path):
     done = kind(**SMALL, **BASE).fit(dataset_for(kind), save_path=tmp_path / "w.safetensors")
     model = kind(**NO_EPOCH).load_weights(tmp_path / "w.safetensors").fit(dataset_for(kind))
     assert same_weights(weights(model), weights(done))
@@ -223,7 +223,7 @@ def test_pretraining_equals_training_the_base_model(kind, name, compat):
 
 
 @both
-def test_pretraining_takes_the_base_models_defaults_and_arguments(kind):
+def test_pretraining_uses_the_base_models_defaults_and_arguments(kind):
     model = kind(**SMALL, dropout=0.5, compat="qlib", weight_decay=0.25)
     stop = SimpleNamespace(on_fit_start=lambda e: setattr(e, "stop_training", True))
     for moment in ("epoch_start", "batch_end", "valid_end", "epoch_end", "fit_end"):

@@ -212,7 +212,7 @@ def test_columns_without_a_value_stay_nan_and_are_logged(caplog):
 
 
 # ---------------------------------------------------------------- building
-def test_build_takes_instances_names_and_mappings():
+def test_build_accepts_instances_names_and_mappings():
     step = P.Fillna()
     assert P.build_processor(step) is step
     assert isinstance(P.build_processor("Fillna"), P.Fillna)

@@ -75,7 +75,7 @@ def test_a_gru_is_trained_without_a_valid_segment_of_qlibs_dataset():
     assert len(model.predict(dataset)) > 0
 
 
-def test_any_slice_of_qlibs_dataset_is_scored_alike():
+def test_any_slice_of_qlibs_dataset_has_the_same_scores():
     dataset = qlib_dataset("DatasetH", gappy_frame())
     model = LSTM(**SMALL, d_feat=2).fit(dataset)
     part = model.predict(dataset, slice("2020-03-20", "2020-03-25"))

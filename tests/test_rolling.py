@@ -95,7 +95,7 @@ def test_an_infinite_value_is_gone_with_its_window(kind: str) -> None:
 
 
 @needs_native
-def test_nothing_drifts() -> None:
+def test_running_sums_do_not_drift() -> None:
     """A value of 1e12 leaves no trace once it is outside the window, unlike in pandas' running sums."""
     x = series(6, 400, 0.0, level=1.0)
     spiked = x.copy()

@@ -74,7 +74,7 @@ def test_a_frame_in_memory_must_be_passed_again(case, tmp_path, monkeypatch, cap
     assert run(resume=path, data=factors()).report.exists()
 
 
-def test_a_folder_without_a_config_promises_nothing(tmp_path):
+def test_a_folder_without_a_config_is_not_a_run(tmp_path):
     folder = RunFolder.create(tmp_path / "r", "x")
     assert "--resume" not in folder.resume_hint()
     with pytest.raises(ConfigError, match=r"has no config.yaml: it ended before config.yaml was written, .* start it"):
@@ -158,7 +158,7 @@ def test_locks_end_with_their_block_and_leave_no_file(tmp_path):
 
 
 @needs_locks
-def test_a_lock_file_that_its_holder_removed_meanwhile_locks_nothing(tmp_path, monkeypatch):
+def test_a_removed_lock_file_locks_nothing(tmp_path, monkeypatch):
     real = files_module.fcntl.flock
     seen = []
 
@@ -181,7 +181,7 @@ def test_a_platform_without_locks_runs_all_the_same(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------- temporary files
-def test_sweep_removes_our_temporary_files_and_no_others(tmp_path):
+def test_sweep_removes_only_qfasts_temporary_files(tmp_path):
     (tmp_path / "plots").mkdir()
     of_safetensors = ".tmp4k4dCc"
     ours = [tmp_path / LEFTOVER, tmp_path / of_safetensors, tmp_path / "plots" / ".loss.png.00000000deadbeef.tmp"]

@@ -99,7 +99,7 @@ def test_smallest_markets(shape):
         assert frame.index.get_level_values(1).nunique() == shape[0]
 
 
-def test_a_market_of_the_usual_size_takes_about_a_second():
+def test_a_market_of_the_usual_size_needs_about_a_second():
     begin = time.process_time()
     frame = synthetic.factors(300, 2500, 20)
     assert len(frame) > 600_000

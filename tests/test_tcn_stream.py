@@ -75,7 +75,7 @@ def test_narrow_dtypes(dtype):
     assert error < (2e-6 if dtype == torch.float32 else 0.4 * torch.finfo(dtype).eps)  # only the result is rounded
 
 
-def test_windows_from_the_receptive_field_on_agree_and_shorter_ones_do_not():
+def test_windows_as_long_as_the_receptive_field_agree_and_shorter_ones_do_not():
     model, x = network(2, (6, 6)), history(30)
     reach = model.stream().receptive_field
     assert reach == 7

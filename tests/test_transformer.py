@@ -372,7 +372,7 @@ def test_layers_that_are_replaced_by_the_same_kind_count(kind: type, seen: list[
 
 
 @both
-def test_the_first_and_last_layers_may_be_anything(kind: type) -> None:
+def test_the_first_and_last_layers_may_be_replaced(kind: type) -> None:
     net, x = small_network(kind)
     net.feature_layer = nn.Sequential(net.feature_layer, nn.Tanh())
     net.decoder_layer = nn.Sequential(nn.Tanh(), net.decoder_layer)

@@ -398,7 +398,7 @@ def test_predict_needs_no_label_and_fits_nothing(case):
     np.testing.assert_array_equal(predict(case[2], frame.loc["2020-03-01":]), expected)
 
 
-def test_predict_takes_instruments_that_training_never_saw(case):
+def test_predict_accepts_new_instruments(case):
     frame = factors().drop(columns="label").rename(index=lambda name: f"new{name}", level="instrument")
     assert len(predict(case[2], frame, start="2020-03-10")) == 12
 
@@ -620,7 +620,7 @@ def test_the_portfolio_of_a_run_is_that_of_its_scores(price_case):
     assert "no benchmark MARKET: the mean return of all instruments" in page
 
 
-def test_prices_from_a_file_are_scored_alike(price_case, tmp_path):
+def test_prices_from_a_file_have_the_same_scores(price_case, tmp_path):
     prices, path = price_case
     prices.reset_index().to_csv(tmp_path / "prices.csv", index=False)
     from_file = predict(path, tmp_path / "prices.csv", start="2020-01-01")

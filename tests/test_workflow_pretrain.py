@@ -215,7 +215,7 @@ def test_ctrl_c_in_either_stage_then_resume_equals_an_unbroken_run(case, files, 
     }
 
 
-def test_an_early_stop_in_pretraining_holds_when_it_is_resumed(files, tmp_path):
+def test_an_early_stop_in_pretraining_persists_after_resuming(files, tmp_path):
     sets = [*GATS, ONE_EPOCH, "task.pretrain={n_epochs: 9, lr: 0.0, early_stop: 2}"]
     run(*files, sets, output=tmp_path / "whole", seed=3)
     with pytest.raises(KeyboardInterrupt):
@@ -319,7 +319,7 @@ def test_a_weight_file_is_found_by_the_path_in_qlibs_files(files, base, tmp_path
     pd.testing.assert_frame_equal(read_frame(above.path, "pred"), read_frame(here.path, "pred"))
 
 
-def test_a_run_folder_gives_its_best_weights(files, base, tmp_path, capsys):
+def test_a_run_folder_loads_its_best_weights(files, base, tmp_path, capsys):
     result = run(*files, [*GATS, f"{PATH}={base}", "task.model.kwargs.n_epochs=0"], output=tmp_path / "r", seed=3)
     trained = weights(result.path / "best.safetensors")
     for name, value in weights(base / "best.safetensors").items():
@@ -329,7 +329,7 @@ def test_a_run_folder_gives_its_best_weights(files, base, tmp_path, capsys):
     assert str(base) in (result.path / "report.html").read_text()
 
 
-def test_a_path_that_leads_nowhere_says_where_it_was_looked_for(files, tmp_path, monkeypatch):
+def test_a_missing_path_lists_the_searched_places(files, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "build_dataset", never)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as caught:
@@ -345,7 +345,7 @@ def test_a_path_that_leads_nowhere_says_where_it_was_looked_for(files, tmp_path,
     assert not (tmp_path / "r").exists()
 
 
-def test_a_file_that_fits_nothing_is_refused_before_data_is_loaded(files, tmp_path, monkeypatch):
+def test_an_unsuitable_file_is_refused_before_data_is_loaded(files, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "build_dataset", never)
     torch.save({"other.weight": torch.zeros(2)}, tmp_path / "x.pkl")
     with pytest.raises(CheckpointError, match=r"x.pkl"):
