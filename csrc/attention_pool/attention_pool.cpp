@@ -1,5 +1,5 @@
-// Attention over time on the CPU: buffers and threads. Schemas: qfast/ops/attention_pool.py; what is
-// computed: attention_pool_kernels.h.
+// Attention over time on the CPU: checks, buffers and threads. qfast/ops/attention_pool.py contains the
+// schemas, attention_pool_kernels.h the kernels.
 #include "attention_pool/attention_pool.h"
 
 #include <algorithm>
@@ -14,20 +14,20 @@
 namespace qfast {
 namespace {
 
-constexpr int64_t kPoolRows = 96;          // rows and steps of a tile, as far as the batch has them
-constexpr int64_t kPoolBytes = 256 << 10;  // what a block holds: well within a 1 MB cache
-constexpr int64_t kLeastSteps = 8;         // of a block
+constexpr int64_t kPoolRows = 96;          // rows times steps of a tile, if the batch has as many
+constexpr int64_t kPoolBytes = 256 << 10;  // buffers of a block, which fit easily in a cache of 1 MB
+constexpr int64_t kLeastSteps = 8;         // fewest steps of a block
 
-// Everything but the results of a call.
+// The job of a call, without its results, and the packed weights.
 template <class Element>
 class Pool {
  public:
   PoolJob<Element> job{};
 
-  Pool(const PoolTensors& given, double dropout, const std::optional<Tensor>& seed)
-      : h_(given.h.stride(2) == 1 ? given.h : torch::stable::contiguous(given.h)),
-        weight_(torch::stable::contiguous(given.weight)),
-        store_(given.h) {
+  Pool(const PoolTensors& tensors, double dropout, const std::optional<Tensor>& seed)
+      : h_(tensors.h.stride(2) == 1 ? tensors.h : torch::stable::contiguous(tensors.h)),
+        weight_(torch::stable::contiguous(tensors.weight)),
+        store_(tensors.h) {
     job.batch = h_.size(0);
     job.steps = h_.size(1);
     job.hidden = h_.size(2);
@@ -36,12 +36,13 @@ class Pool {
     job.row_stride = h_.stride(0);
     job.step_stride = h_.stride(1);
     job.entering = store_.linear(weight_, 0, job.width);
-    job.bias = padded(given.bias);
-    job.score = padded(given.score);
-    job.dropout = dropout_rule(given.op, dropout, seed);
-    // Fixed by the sizes, so that sums of gradients have the same order with any number of threads.
-    const int64_t wanted = rounded_up((kPoolRows + job.steps - 1) / job.steps, 4);
-    job.tile_rows = std::min(wanted, rounded_up(std::max<int64_t>(job.batch, 1), 4));
+    job.bias = padded(tensors.bias);
+    job.score = padded(tensors.score);
+    job.dropout = dropout_rule(tensors.op, dropout, seed);
+    // These sizes depend on the shapes only, so sums of gradients have the same order for any number of
+    // threads.
+    const int64_t rows = rounded_up((kPoolRows + job.steps - 1) / job.steps, 4);
+    job.tile_rows = std::min(rows, rounded_up(std::max<int64_t>(job.batch, 1), 4));
     const int64_t step_bytes =
         job.tile_rows * (job.hidden + 2 * job.width) * static_cast<int64_t>(sizeof(Element));
     job.block_steps = std::min(job.steps, std::max(kLeastSteps, kPoolBytes / step_bytes));
@@ -53,8 +54,8 @@ class Pool {
 
  private:
   const Element* padded(const Tensor& tensor) {
-    const Tensor held = torch::stable::contiguous(tensor);
-    return store_.vector(held.const_data_ptr<Element>(), job.width);
+    const Tensor contiguous = torch::stable::contiguous(tensor);
+    return store_.vector(contiguous.const_data_ptr<Element>(), job.width);
   }
 
   Tensor h_, weight_;
@@ -65,12 +66,12 @@ class Pool {
 std::tuple<Tensor, Tensor> attention_pool_cpu(const Tensor& h, const Tensor& weight, const Tensor& bias,
                                               const Tensor& score, double dropout,
                                               std::optional<Tensor> seed) {
-  const PoolTensors given{"attention_pool", h, weight, bias, score};
-  check_pool(given);
+  const PoolTensors tensors{"attention_pool", h, weight, bias, score};
+  check_pool(tensors);
   const Tensor pooled = empty(h, {h.size(0), h.size(2)}), attention = empty(h, {h.size(0), h.size(1)});
   dispatch_floating(h.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);
-    Pool<Element> pool(given, dropout, seed);
+    Pool<Element> pool(tensors, dropout, seed);
     auto& job = pool.job;
     job.pooled = pooled.mutable_data_ptr<Element>();
     job.attention = attention.mutable_data_ptr<Element>();
@@ -86,24 +87,25 @@ std::tuple<Tensor, Tensor> attention_pool_cpu(const Tensor& h, const Tensor& wei
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_pool_backward_cpu(
     const Tensor& grad, const Tensor& h, const Tensor& weight, const Tensor& bias, const Tensor& score,
     double dropout, std::optional<Tensor> seed, const Tensor& attention, const Tensor& pooled) {
-  const PoolTensors given{"attention_pool_backward", h, weight, bias, score};
-  check_pool(given);
-  check_pool_result(given.op, "grad", grad, h, h.size(2));
-  check_pool_result(given.op, "pooled", pooled, h, h.size(2));
-  check_pool_result(given.op, "attention", attention, h, h.size(1));
+  const PoolTensors tensors{"attention_pool_backward", h, weight, bias, score};
+  check_pool(tensors);
+  check_pool_result(tensors.op, "grad", grad, h, h.size(2));
+  check_pool_result(tensors.op, "pooled", pooled, h, h.size(2));
+  check_pool_result(tensors.op, "attention", attention, h, h.size(1));
   const int64_t width = weight.size(0);
   const Tensor grad_h = empty(h, {h.size(0), h.size(1), h.size(2)});
   std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor>> gradients;
   dispatch_floating(h.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);
-    Pool<Element> pool(given, dropout, seed);
+    Pool<Element> pool(tensors, dropout, seed);
     pool.prepare_backward();
     auto& job = pool.job;
-    const Tensor entering = torch::stable::contiguous(grad), kept = torch::stable::contiguous(attention),
-                 result = torch::stable::contiguous(pooled);
-    job.grad = entering.const_data_ptr<Element>();
-    job.attention = kept.mutable_data_ptr<Element>();
-    job.pooled = result.mutable_data_ptr<Element>();
+    const Tensor contiguous_grad = torch::stable::contiguous(grad),
+                 contiguous_attention = torch::stable::contiguous(attention),
+                 contiguous_pooled = torch::stable::contiguous(pooled);
+    job.grad = contiguous_grad.const_data_ptr<Element>();
+    job.attention = contiguous_attention.mutable_data_ptr<Element>();
+    job.pooled = contiguous_pooled.mutable_data_ptr<Element>();
     job.grad_h = grad_h.mutable_data_ptr<Element>();
     const auto kernel = cpu_kernels<Element>().attention_pool_backward;
     const Tensor sums = sum_in_parts<Element>(h, pool.tiles(), {PoolSizes<Element>::backward(job), true},

@@ -1,12 +1,15 @@
-// Attention over time on CUDA, forward and backward. Has never run on a GPU: the kernels are checked by
-// emulation on the host.
+// Attention over time on CUDA, forward and backward. qfast/ops/attention_pool.py contains the schemas. The
+// kernels have not run on a GPU; they are tested by emulation on the host.
 //
-// Forward: one matrix product of all steps with the weight (cuBLAS), then one launch, a warp a window, for
-// the tanh, the softmax over the steps and the weighted mean. Backward: the product again, one launch for its
-// gradients, products and sums with these over all windows for the weights and for h, and one launch for what
-// came through the mean. No atomics; results repeat bit for bit as far as cuBLAS' do. Nothing synchronises or
-// copies from the host, and all memory is torch's, so a CUDA graph can capture a call. Beside the results a
-// call holds [B, T, A], backward twice. Unmeasured. Schemas: qfast/ops/attention_pool.py.
+// Forward: cuBLAS multiplies all steps with the weight. One launch, where a warp owns a window, then computes
+// the tanh, the softmax over the steps and the weighted mean. Backward: cuBLAS computes the product again,
+// and one launch its gradients. cuBLAS then computes the gradients of the weights and of h, and one more
+// launch adds the gradient of h through the mean.
+//
+// There are no atomics. Results are reproducible bit for bit whenever those of cuBLAS are. A call does not
+// synchronize with the host, does not copy from it, and uses only memory from torch, so a CUDA graph can
+// capture it. Intermediate values are [B, T, A] in forward and twice that in backward. Forward saves only its
+// results. Not measured.
 #include <optional>
 #include <tuple>
 
@@ -18,15 +21,15 @@
 namespace qfast {
 namespace {
 
-// Contiguous, and the product of every step with the weight.
+// Contiguous arguments, and the products of all steps with the weight.
 struct Pool {
   Tensor h, weight, bias, score, products;
 
-  explicit Pool(const PoolTensors& given)
-      : h(torch::stable::contiguous(given.h)),
-        weight(torch::stable::contiguous(given.weight)),
-        bias(torch::stable::contiguous(given.bias)),
-        score(torch::stable::contiguous(given.score)),
+  explicit Pool(const PoolTensors& arguments)
+      : h(torch::stable::contiguous(arguments.h)),
+        weight(torch::stable::contiguous(arguments.weight)),
+        bias(torch::stable::contiguous(arguments.bias)),
+        score(torch::stable::contiguous(arguments.score)),
         products(room(h, {h.size(0) * h.size(1), weight.size(0)})) {
     multiply(products, rows(), turned(weight));
   }
@@ -35,33 +38,33 @@ struct Pool {
 
   template <class T>
   PoolData<T> data(const Dropout& dropout, const Tensor& attention, const Tensor& pooled) const {
-    PoolData<T> made{};
-    made.batch = h.size(0);
-    made.steps = h.size(1);
-    made.hidden = h.size(2);
-    made.width = weight.size(0);
-    made.h = h.const_data_ptr<T>();
-    made.products = products.mutable_data_ptr<T>();
-    made.bias = bias.const_data_ptr<T>();
-    made.score = score.const_data_ptr<T>();
-    made.attention = attention.mutable_data_ptr<T>();
-    made.pooled = pooled.mutable_data_ptr<T>();
-    made.dropout = dropout;
-    return made;
+    PoolData<T> data{};
+    data.batch = h.size(0);
+    data.steps = h.size(1);
+    data.hidden = h.size(2);
+    data.width = weight.size(0);
+    data.h = h.const_data_ptr<T>();
+    data.products = products.mutable_data_ptr<T>();
+    data.bias = bias.const_data_ptr<T>();
+    data.score = score.const_data_ptr<T>();
+    data.attention = attention.mutable_data_ptr<T>();
+    data.pooled = pooled.mutable_data_ptr<T>();
+    data.dropout = dropout;
+    return data;
   }
 };
 
 std::tuple<Tensor, Tensor> attention_pool_cuda(const Tensor& h, const Tensor& weight, const Tensor& bias,
                                                const Tensor& score, double dropout,
                                                std::optional<Tensor> seed) {
-  const PoolTensors given{"attention_pool", h, weight, bias, score};
-  check_cuda(given.op, "h", h);
+  const PoolTensors arguments{"attention_pool", h, weight, bias, score};
+  check_cuda(arguments.op, "h", h);
   CudaDevice device(h);
-  check_pool(given);
-  const Dropout rule = device_dropout(given.op, "h", h, dropout, seed);
+  check_pool(arguments);
+  const Dropout rule = device_dropout(arguments.op, "h", h, dropout, seed);
   const Tensor pooled = room(h, {h.size(0), h.size(2)}), attention = room(h, {h.size(0), h.size(1)});
   if (h.size(0) == 0) return {pooled, attention};
-  const Pool pool(given);
+  const Pool pool(arguments);
   dispatch_floating(h.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     device.launch(attention_pool_kernel<T>, grid_for(h.size(0), kWindows), kThreads, 0,
@@ -73,25 +76,26 @@ std::tuple<Tensor, Tensor> attention_pool_cuda(const Tensor& h, const Tensor& we
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_pool_backward_cuda(
     const Tensor& grad, const Tensor& h, const Tensor& weight, const Tensor& bias, const Tensor& score,
     double dropout, std::optional<Tensor> seed, const Tensor& attention, const Tensor& pooled) {
-  const PoolTensors given{"attention_pool_backward", h, weight, bias, score};
-  check_cuda(given.op, "h", h);
+  const PoolTensors arguments{"attention_pool_backward", h, weight, bias, score};
+  check_cuda(arguments.op, "h", h);
   CudaDevice device(h);
-  check_pool(given);
+  check_pool(arguments);
   const int64_t batch = h.size(0), steps = h.size(1), hidden = h.size(2), width = weight.size(0);
-  check_pool_result(given.op, "grad", grad, h, hidden);
-  check_pool_result(given.op, "attention", attention, h, steps);
-  check_pool_result(given.op, "pooled", pooled, h, hidden);
-  const Dropout rule = device_dropout(given.op, "h", h, dropout, seed);
-  const Tensor held_grad = torch::stable::contiguous(grad), shares = torch::stable::contiguous(attention);
-  const Tensor means = torch::stable::contiguous(pooled);
-  const Pool pool(given);
+  check_pool_result(arguments.op, "grad", grad, h, hidden);
+  check_pool_result(arguments.op, "attention", attention, h, steps);
+  check_pool_result(arguments.op, "pooled", pooled, h, hidden);
+  const Dropout rule = device_dropout(arguments.op, "h", h, dropout, seed);
+  const Tensor contiguous_grad = torch::stable::contiguous(grad),
+               contiguous_attention = torch::stable::contiguous(attention);
+  const Tensor contiguous_pooled = torch::stable::contiguous(pooled);
+  const Pool pool(arguments);
   const Tensor grad_h = room(h, {batch, steps, hidden}), grad_weight = room(h, {width, hidden});
   Tensor grad_bias = room(h, {width}), grad_score = room(h, {width});
   const Tensor along = room(h, {batch, steps}), weighted = room(h, {batch * steps, width});
   dispatch_floating(h.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    PoolData<T> job = pool.data<T>(rule, shares, means);
-    job.grad = held_grad.const_data_ptr<T>();
+    PoolData<T> job = pool.data<T>(rule, contiguous_attention, contiguous_pooled);
+    job.grad = contiguous_grad.const_data_ptr<T>();
     job.along = along.mutable_data_ptr<T>();
     job.weighted = weighted.mutable_data_ptr<T>();
     job.grad_h = grad_h.mutable_data_ptr<T>();

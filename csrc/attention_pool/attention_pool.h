@@ -1,7 +1,7 @@
-// Arguments of the kernels of attention over time, shared by host code and the CPU instruction sets.
+// Arguments of the kernels of attention over time. Shared by host code and all CPU instruction sets.
 //
-// The batch is cut into tiles of rows, and a tile's steps into blocks: what a block holds of each row and
-// step lies as [row][step][column], columns padded with zeros to whole panels.
+// The batch is divided into tiles of rows, and the steps of a tile into blocks. Buffers of a block are
+// [row][step][column], with columns padded with zeros to whole panels.
 #pragma once
 
 #include <cstdint>
@@ -14,20 +14,21 @@ namespace qfast {
 template <class Element>
 struct PoolJob {
   int64_t batch, steps, hidden, width;  // B, T, H and A, the width of the scores' hidden layer
-  int64_t tile_rows, block_steps;       // the rows divide by 4, which share a counter of the dropout
-  const Element* h;                     // features side by side
+  int64_t tile_rows, block_steps;  // tile_rows is a multiple of 4, because four rows share a dropout counter
+  const Element* h;                // its features are contiguous
   int64_t row_stride, step_stride;
   PanelMatrix<Element> entering;  // H rows, A columns
-  const Element *bias, *score;    // padded as the columns
+  const Element *bias, *score;    // padded like the columns
   DropoutRule dropout;
   Element *attention, *pooled;  // [B, T] and [B, H]
   // Backward only.
   PanelMatrix<Element> turned;  // A rows, H columns
-  const Element* grad;          // of pooled, [B, H]
+  const Element* grad;          // gradient of pooled, [B, H]
   Element* grad_h;              // [B, T, H]
 };
 
-// Elements of scratch of a tile, and of a part's sums: weight [A][padded H], then bias and score [padded A].
+// Numbers of elements: scratch of a tile, and sums of a part, which are weight [A][padded H] and then bias
+// and score [padded A].
 template <class Element>
 struct PoolSizes {
   static int64_t forward(const PoolJob<Element>& job) {

@@ -1,4 +1,4 @@
-// Checks of what attention over time is given, for CPU and CUDA. Host only.
+// Argument checks of attention over time, shared by CPU and CUDA. Host only.
 #pragma once
 
 #include "common.h"
@@ -10,8 +10,8 @@ struct PoolTensors {
   const Tensor &h, &weight, &bias, &score;
 };
 
-inline void check_pool(const PoolTensors& given) {
-  const auto& [op, h, weight, bias, score] = given;
+inline void check_pool(const PoolTensors& tensors) {
+  const auto& [op, h, weight, bias, score] = tensors;
   check_floating(op, "h", h);
   check_dims(op, "h", h, 3, "[B, T, H]");
   QFAST_CHECK(h.size(1) > 0 && h.size(2) > 0 && h.size(1) <= INT32_MAX, op,
@@ -38,8 +38,9 @@ inline void check_pool_result(const char* op, const char* name, const Tensor& te
                               int64_t columns) {
   const bool fits = tensor.dim() == 2 && tensor.size(0) == h.size(0) && tensor.size(1) == columns &&
                     tensor.scalar_type() == h.scalar_type();
-  QFAST_CHECK(fits, op, ": ", name, ": expected (", h.size(0), ", ", columns, ") in the dtype of h, got ",
-              shape_text(tensor), ".");
+  QFAST_CHECK(fits, op, ": ", name, ": expected shape (", h.size(0), ", ", columns, ") and the dtype of h, ",
+              torch::headeronly::toString(h.scalar_type()), ", got ", shape_text(tensor), " and ",
+              torch::headeronly::toString(tensor.scalar_type()), ".");
   check_same_device(op, name, tensor, h, "h");
 }
 

@@ -1,5 +1,9 @@
-// Attention over time on CUDA, device side: a warp takes one window. Products of all steps with the weight
-// come from outside (attention_pool.cu); a lane has every 32nd unit, feature or step.
+// Kernels of attention over time on CUDA: tanh, scores, softmax over the steps, weighted mean, and the
+// gradients. cuBLAS computes the products of all steps with the weight (attention_pool.cu).
+//
+// A warp owns a window, and a lane owns every 32nd unit, feature or step of it. Saved for backward: the
+// attention weights and the weighted mean. Bound by bytes: the products and h are read once in forward;
+// backward also writes the gradients of the products, and the activations times the gradients of the scores.
 #pragma once
 
 #include <cstdint>
@@ -11,23 +15,24 @@ namespace {
 
 constexpr int kLanes = 32;
 constexpr int kThreads = 256;
-constexpr int kWindows = kThreads / kLanes;  // of a block of threads
+constexpr int kWindows = kThreads / kLanes;  // windows of a thread block
 
 template <class T>
 struct PoolData {
   int64_t batch, steps, hidden, width;  // B, T, H, A
   const T* h;                           // [B, T, H]
-  T* products;                          // [B, T, A] with the weight; backward they become their gradients
+  T* products;                          // [B, T, A]; backward replaces them by their gradients
   const T *bias, *score;
-  T *attention, *pooled;  // [B, T], [B, H]; given, backward
+  T *attention, *pooled;  // [B, T], [B, H]; results of forward, arguments of backward
   Dropout dropout;
   // Backward only.
   const T* grad;        // [B, H]
-  T *along, *weighted;  // [B, T] scratch; [B, T, A]: what is summed for the gradient of score
+  T *along, *weighted;  // [B, T] scratch; [B, T, A] whose sum over B and T is the gradient of score
   T* grad_h;
 };
 
-// The same bits in all lanes: each adds the two halves of a pair, in whichever order.
+// Sum over the lanes. All lanes have the same bits, because each step adds the two values of a pair and
+// addition is commutative.
 template <class T>
 QFAST_DEVICE_INLINE T sum_of_warp(T value) {
 #pragma unroll
@@ -50,10 +55,10 @@ struct PoolWindow {
 
   QFAST_DEVICE_INLINE int64_t place(int64_t t) const { return row * job.steps + t; }
 
-  // 0 or the scale of the dropout, which stands between the linear layer and the tanh.
+  // Returns 0 or the dropout scale. Dropout is between the linear layer and the tanh.
   QFAST_DEVICE_INLINE T scale(int64_t t, int64_t unit) const {
     if (!job.dropout.active) return T(1);
-    constexpr uint32_t kCounter = 0x80000000u;  // where recurrent layers have their number
+    constexpr uint32_t kCounter = 0x80000000u;  // no recurrent layer has this number
     const PhiloxWords words = philox(seed, static_cast<uint32_t>(unit), static_cast<uint32_t>(t), kCounter,
                                      static_cast<uint32_t>(row / 4));
     const uint32_t low = row & 1 ? words.word[1] : words.word[0];
@@ -65,13 +70,14 @@ struct PoolWindow {
     return ::tanh((job.products[place(t) * job.width + unit] + job.bias[unit]) * scale);
   }
 
-  // Of a value that each lane has of its own step t0 + lane, calls body(step, value) for every step.
+  // Calls body(step, value) for the steps from t0. Lane l has the value of step t0 + l.
   template <class Body>
-  QFAST_DEVICE_INLINE void for_steps(int64_t t0, T own, const Body& body) const {
+  QFAST_DEVICE_INLINE void for_steps(int64_t t0, T value, const Body& body) const {
     const int count = static_cast<int>(job.steps - t0 < kLanes ? job.steps - t0 : kLanes);
-    for (int i = 0; i < count; ++i) body(t0 + i, __shfl_sync(~0u, own, i, kLanes));
+    for (int i = 0; i < count; ++i) body(t0 + i, __shfl_sync(~0u, value, i, kLanes));
   }
 
+  // Computes the attention weights.
   QFAST_DEVICE_INLINE void attend() const {
     T most = T(0);
     for (int64_t t = 0; t < job.steps; ++t) {
@@ -80,7 +86,7 @@ struct PoolWindow {
         sum += activated(t, unit, scale(t, unit)) * job.score[unit];
       sum = sum_of_warp(sum);
       most = t == 0 ? sum : larger_or_nan(most, sum);
-      if (t % kLanes == lane) job.attention[place(t)] = sum;  // only this lane reads it again
+      if (t % kLanes == lane) job.attention[place(t)] = sum;  // only this lane reads it back
     }
     T total = T(0);
     for (int64_t t = lane; t < job.steps; t += kLanes) {
@@ -92,24 +98,26 @@ struct PoolWindow {
     for (int64_t t = lane; t < job.steps; t += kLanes) job.attention[place(t)] /= total;
   }
 
-  QFAST_DEVICE_INLINE T own_attention(int64_t t) const {
+  QFAST_DEVICE_INLINE T attention_or_zero(int64_t t) const {
     return t < job.steps ? job.attention[place(t)] : T(0);
   }
 
+  // Computes the mean of h under the attention weights.
   QFAST_DEVICE_INLINE void pool() const {
     for (int64_t first = 0; first < job.hidden; first += kLanes) {
       const int64_t feature = first + lane;
       T sum = T(0);
       for (int64_t t0 = 0; t0 < job.steps; t0 += kLanes)
-        for_steps(t0, own_attention(t0 + lane), [&](int64_t t, T share) {
+        for_steps(t0, attention_or_zero(t0 + lane), [&](int64_t t, T share) {
           if (feature < job.hidden) sum += share * job.h[place(t) * job.hidden + feature];
         });
       if (feature < job.hidden) job.pooled[row * job.hidden + feature] = sum;
     }
   }
 
-  // Gradients of the products, and each unit's activations times the gradients of the scores. What the steps
-  // have in common is taken off first: it moves no score, but its rounding would.
+  // Computes the gradients of the products, and the activations times the gradients of the scores. It
+  // subtracts the mean of h first: a part that all steps share does not change the gradients of the scores,
+  // but its rounding would.
   QFAST_DEVICE_INLINE void backward() const {
     T total = T(0);
     for (int64_t t = 0; t < job.steps; ++t) {
@@ -122,21 +130,23 @@ struct PoolWindow {
       if (t % kLanes == lane) job.along[place(t)] = sum;
     }
     for (int64_t t0 = 0; t0 < job.steps; t0 += kLanes) {
-      const int64_t own = t0 + lane;
-      const T of_score = own < job.steps ? own_attention(own) * (job.along[place(own)] - total) : T(0);
-      for_steps(t0, of_score, [&](int64_t t, T grad) {
+      const int64_t step = t0 + lane;
+      const T score_grad =
+          step < job.steps ? attention_or_zero(step) * (job.along[place(step)] - total) : T(0);
+      for_steps(t0, score_grad, [&](int64_t t, T grad) {
         for (int64_t unit = lane; unit < job.width; unit += kLanes) {
-          const T kept = scale(t, unit), value = activated(t, unit, kept);
+          const T dropout_scale = scale(t, unit), value = activated(t, unit, dropout_scale);
           const int64_t at = place(t) * job.width + unit;
           job.weighted[at] = grad * value;
-          job.products[at] = grad * job.score[unit] * (1 - value * value) * kept;
+          job.products[at] = grad * job.score[unit] * (1 - value * value) * dropout_scale;
         }
       });
     }
   }
 };
 
-// body(window) for every window, each by a warp; no block-wide barrier inside.
+// Calls body(window) for all windows. A warp owns single windows, so the body contains no barrier of the
+// thread block.
 template <class T, class Body>
 QFAST_DEVICE_INLINE void for_windows(const PoolData<T>& job, const Body& body) {
   const int lane = static_cast<int>(threadIdx.x % kLanes);
@@ -146,6 +156,7 @@ QFAST_DEVICE_INLINE void for_windows(const PoolData<T>& job, const Body& body) {
     body(PoolWindow<T>{job, row, lane, seed});
 }
 
+// Forward: attention weights and weighted mean.
 template <class T>
 __global__ void __launch_bounds__(kThreads) attention_pool_kernel(PoolData<T> job) {
   for_windows(job, [](const PoolWindow<T>& window) {
@@ -154,12 +165,14 @@ __global__ void __launch_bounds__(kThreads) attention_pool_kernel(PoolData<T> jo
   });
 }
 
+// Backward: gradients of the products.
 template <class T>
 __global__ void __launch_bounds__(kThreads) attention_pool_backward_kernel(PoolData<T> job) {
   for_windows(job, [](const PoolWindow<T>& window) { window.backward(); });
 }
 
-// grad_h has what came through the scores; here what came through the weighted mean.
+// Adds the gradient through the weighted mean to grad_h, which contains the gradient through the scores. A
+// thread owns single elements.
 template <class T>
 __global__ void __launch_bounds__(kThreads) attention_pool_mean_backward_kernel(PoolData<T> job) {
   const int64_t count = job.batch * job.steps * job.hidden, stride = int64_t{gridDim.x} * blockDim.x;

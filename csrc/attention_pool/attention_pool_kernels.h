@@ -1,6 +1,11 @@
-// Attention over the steps of a window: scores . tanh(weight h + bias), their softmax, the mean of h under
-// it, and the gradients, for which the tanh is computed again. Included inside the namespace of the
-// instruction set.
+// Attention over the steps of a window: scores = score . tanh(weight h + bias), their softmax over the steps,
+// the mean of h under the softmax, and the gradients. It is compiled once per instruction set;
+// cpu_isa_begin.h lists the language features that it may use.
+//
+// A thread owns tiles of rows and computes the steps of a tile in blocks that fit in the second-level cache.
+// Saved for backward: the attention weights and the mean; the tanh is computed again. Bound by multiply-adds:
+// 2 A H flops per step in forward, three times as many in backward, plus one tanh per step and hidden unit of
+// the scores.
 #pragma once
 
 #include "dropout_kernels.h"
@@ -8,19 +13,20 @@
 
 namespace {
 
-// A part of a tile that is computed at once: `count` steps from `step`, of `rows` rows from `first`.
+// A block of a tile: `count` steps from `step` of `rows` rows from `first`.
 struct PoolBlock {
   int64_t first, rows, step, count;
 };
 
-// to[row] = from[row] . weight for rows `stride` apart; the results stand side by side.
+// to[row] = from[row] . weight for rows with stride `stride`. The rows of `to` are contiguous.
 template <class Element>
 QFAST_ALWAYS_INLINE void project(const PanelMatrix<Element>& weight, const Element* from, int64_t stride,
                                  int64_t rows, Element* to) {
   multiply<Finish::kPut, Element>(weight, from, stride, 1, rows, {to, weight.padded(), nullptr, nullptr, 0});
 }
 
-// values = tanh((values + bias) * mask) over a block; the mask, if there is dropout, is left in `mask`.
+// values = tanh((values + bias) * mask) over a block. If there is dropout, `mask` contains the mask
+// afterwards.
 template <class Element>
 static void activate(const PoolJob<Element>& job, const PoolBlock& block, Element* values, Element* mask) {
   const int64_t padded = job.entering.padded(), cells = block.rows * block.count;
@@ -42,6 +48,7 @@ static void activate(const PoolJob<Element>& job, const PoolBlock& block, Elemen
 }
 
 // ---------------------------------------------------------------- forward
+// Replaces a row of scores by its softmax.
 template <class Element>
 static void softmax(Element* scores, int64_t count) {
   Element most = scores[0];
@@ -77,6 +84,7 @@ static void weighted_sum(const Element* weights, const Element* h, int64_t strid
   });
 }
 
+// Computes the scores of a block, in job.attention.
 template <class Element>
 static void score_block(const PoolJob<Element>& job, const PoolBlock& block, Element* scratch) {
   const int64_t padded = job.entering.padded(), cells = block.rows * block.count;
@@ -96,8 +104,8 @@ static void score_block(const PoolJob<Element>& job, const PoolBlock& block, Ele
 }
 
 // ---------------------------------------------------------------- backward
-// Gradients of a row's scores. What the steps have in common is taken off first: it moves no score, but its
-// rounding would.
+// Computes the gradients of the scores of a row. It subtracts the mean of h first: a part that all steps
+// share does not change the gradients of the scores, but its rounding would.
 template <class Element>
 static void score_gradients(const PoolJob<Element>& job, int64_t row, Element* to) {
   const Element* const attention = job.attention + row * job.steps;
@@ -107,8 +115,8 @@ static void score_gradients(const PoolJob<Element>& job, int64_t row, Element* t
     const Element* const h = job.h + row * job.row_stride + t * job.step_stride;
     Vector<Element> total = {};
     for_vectors<Element>(job.hidden, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
-      const Vector<Element> apart = load<Element>(h + j, lanes) - load<Element>(pooled + j, lanes);
-      total += apart * load<Element>(grad + j, lanes);
+      const Vector<Element> difference = load<Element>(h + j, lanes) - load<Element>(pooled + j, lanes);
+      total += difference * load<Element>(grad + j, lanes);
     });
     to[t] = sum_of_lanes<Element>(total);
   }
@@ -116,15 +124,16 @@ static void score_gradients(const PoolJob<Element>& job, int64_t row, Element* t
   for (int64_t t = 0; t < job.steps; ++t) to[t] = attention[t] * (to[t] - mean);
 }
 
+// Backward of a block.
 template <class Element>
 struct PoolBackward {
   const PoolJob<Element>& job;
   const PoolBlock block;
-  Element *values, *mask, *rows;            // scratch: tanh, dropout, h and then its gradient
-  const Element* of_scores;                 // of the tile, [row][step]
-  Element *of_weight, *of_bias, *of_score;  // sums of the part
+  Element *values, *mask, *rows;                  // scratch: tanh, dropout mask, h and then its gradient
+  const Element* grad_scores;                     // gradients of the scores of the tile, [row][step]
+  Element *grad_weight, *grad_bias, *grad_score;  // sums of the gradients of the part
 
-  // h of the block, padded with zeros.
+  // Copies h of the block, padded with zeros.
   void copy_rows() const {
     const int64_t padded = job.turned.padded();
     for (int64_t row = 0; row < block.rows; ++row)
@@ -139,7 +148,7 @@ struct PoolBackward {
       }
   }
 
-  // From the tanh to the gradient of what goes into it, in place; adds those of bias and score.
+  // Replaces the tanh by the gradient of its input, and adds the gradients of bias and score.
   void through_tanh() const {
     const int64_t padded = job.entering.padded();
     const bool drops = job.dropout.active;
@@ -149,27 +158,29 @@ struct PoolBackward {
       for (int64_t row = 0; row < block.rows; ++row)
         for (int64_t s = 0; s < block.count; ++s) {
           const int64_t at = (row * block.count + s) * padded + j;
-          const Vector<Element> of_cell = splat(of_scores[row * job.steps + block.step + s]);
+          const Vector<Element> grad_cell = splat(grad_scores[row * job.steps + block.step + s]);
           const Vector<Element> y = load<Element>(values + at, kLanes<Element>);
-          Vector<Element> grad = of_cell * score * (Element(1) - y * y);
+          Vector<Element> grad = grad_cell * score * (Element(1) - y * y);
           if (drops) grad *= load<Element>(mask + at, kLanes<Element>);
-          score_sum += of_cell * y;
+          score_sum += grad_cell * y;
           bias_sum += grad;
           store<Element>(values + at, grad, kLanes<Element>);
         }
-      store<Element>(of_bias + j, load<Element>(of_bias + j, kLanes<Element>) + bias_sum, kLanes<Element>);
-      store<Element>(of_score + j, load<Element>(of_score + j, kLanes<Element>) + score_sum, kLanes<Element>);
+      store<Element>(grad_bias + j, load<Element>(grad_bias + j, kLanes<Element>) + bias_sum,
+                     kLanes<Element>);
+      store<Element>(grad_score + j, load<Element>(grad_score + j, kLanes<Element>) + score_sum,
+                     kLanes<Element>);
     }
   }
 
-  // of_weight += gradient^T . h
+  // grad_weight += gradient^T . h
   void weight_sums() const {
     const int64_t from = job.entering.padded(), to = job.turned.padded();
     multiply<Finish::kAdd, Element>(in_place<Element>(rows, block.rows * block.count, job.hidden, to), values,
-                                    1, from, job.width, {of_weight, to, nullptr, nullptr, 0});
+                                    1, from, job.width, {grad_weight, to, nullptr, nullptr, 0});
   }
 
-  // The gradient of h: by way of the scores, and as part of the mean.
+  // Computes the gradient of h, which is the sum of the gradients through the scores and through the mean.
   void input_gradient() const {
     const int64_t padded = job.turned.padded();
     project(job.turned, values, job.entering.padded(), block.rows * block.count, rows);
@@ -190,7 +201,7 @@ struct PoolBackward {
 
 }  // namespace
 
-// Tiles [begin, end).
+// Forward for tiles [begin, end).
 template <class Element>
 void attention_pool_forward(const PoolJob<Element>& job, int64_t begin, int64_t end, Element* scratch) {
   for (int64_t tile = begin; tile < end; ++tile) {
@@ -206,7 +217,7 @@ void attention_pool_forward(const PoolJob<Element>& job, int64_t begin, int64_t 
   }
 }
 
-// Tiles [begin, end), a part's.
+// Backward for tiles [begin, end), which belong to one part.
 template <class Element>
 void attention_pool_backward(const PoolJob<Element>& job, int64_t begin, int64_t end, Element* scratch,
                              Element* sums) {
@@ -215,16 +226,16 @@ void attention_pool_backward(const PoolJob<Element>& job, int64_t begin, int64_t
   const int64_t cells = job.tile_rows * job.block_steps;
   Element* const mask = scratch + cells * narrow;
   Element* const rows = mask + (job.dropout.active ? cells * narrow : 0);
-  Element* const of_scores = rows + cells * wide;
-  Element* const of_bias = sums + job.width * wide;
+  Element* const grad_scores = rows + cells * wide;
+  Element* const grad_bias = sums + job.width * wide;
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t first = tile * job.tile_rows, count = smaller(job.tile_rows, job.batch - first);
     for (int64_t row = 0; row < count; ++row)
-      score_gradients<Element>(job, first + row, of_scores + row * job.steps);
+      score_gradients<Element>(job, first + row, grad_scores + row * job.steps);
     for (int64_t step = 0; step < job.steps; step += job.block_steps) {
       const PoolBlock block{first, count, step, smaller(job.block_steps, job.steps - step)};
-      const PoolBackward<Element> pass{job,  block,   scratch,         mask, rows, of_scores,
-                                       sums, of_bias, of_bias + narrow};
+      const PoolBackward<Element> pass{job,  block,     scratch,           mask, rows, grad_scores,
+                                       sums, grad_bias, grad_bias + narrow};
       pass.copy_rows();
       project(job.entering, rows, wide, block.rows * block.count, scratch);
       activate(job, block, scratch, mask);
