@@ -122,7 +122,7 @@ class EncoderLaunches {
     const SumsOfUnits second = net_.forward(entering, rows);
     norm.place = kSecondPlace;
     norm.parts = second.parts;
-    norm.sums = second.held.const_data_ptr<T>();
+    norm.sums = second.partial.const_data_ptr<T>();
     norm.sums_bias = data(kLinear2Bias);
     norm.residual = entering.const_data_ptr<T>();
     norm.residual_window = R * D;

@@ -1,5 +1,5 @@
-// The feed-forward block on the CPU: buffers and threads. Schemas: qfast/ops/feed_forward.py; what is
-// computed: feed_forward_kernels.h.
+// The feed-forward block on the CPU: checks, buffers and threads. qfast/ops/feed_forward.py contains the
+// schemas, feed_forward_kernels.h the kernels.
 #include "feed_forward/feed_forward.h"
 
 #include <tuple>
@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kTileRows = 480;
 
+// The checked, contiguous parameters of a call.
 struct Block {
   const Tensor weight_in, bias_in, weight_out;
 
@@ -46,6 +47,7 @@ int64_t tiles_of(const FeedForwardJob<Element>& job) {
   return (job.rows + job.tile_rows - 1) / job.tile_rows;
 }
 
+// Elements of scratch of a tile.
 template <class Element>
 int64_t scratch_of(const FeedForwardJob<Element>& job, bool backward) {
   Carving<Element> space{nullptr};
@@ -87,13 +89,13 @@ Gradients feed_forward_backward_cpu(const Tensor& grad, const Tensor& x, const T
   check_shaped(op, "grad", grad, x, {x.size(0), out});
   const DropoutRule rule = dropout_rule(op, dropout, seed);
   const Tensor grad_x = empty(x, {input_grad ? x.size(0) : 0, x.size(1)});
-  const Tensor entering = torch::stable::contiguous(grad);
+  const Tensor contiguous_grad = torch::stable::contiguous(grad);
   std::optional<Gradients> result;
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);
     PanelStore<Element> store(x);
     auto job = job_of<Element>(x, block, store, rule, true);
-    job.grad = entering.const_data_ptr<Element>();
+    job.grad = contiguous_grad.const_data_ptr<Element>();
     if (input_grad) job.grad_x = grad_x.mutable_data_ptr<Element>();
     using Sums = FeedForwardSums<Element>;
     Carving<Element> counted{nullptr};

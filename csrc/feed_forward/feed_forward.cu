@@ -1,21 +1,24 @@
-// Linear, relu, dropout, linear on CUDA, forward and backward. Has never run on a GPU: the kernels are
-// checked by emulation on the host.
+// The feed-forward block on CUDA, forward and backward: linear, ReLU, dropout, linear.
+// qfast/ops/feed_forward.py contains the schemas. The kernels have not run on a GPU; they are tested by
+// emulation on the host.
 //
-// Forward, one launch: the hidden of a tile of rows goes through shared memory slice by slice
-// (feed_forward_kernels.cuh). Backward, in parts of the rows whose hidden is 32 MB, so that it stays in L2:
-// one launch computes it again, with its gradient; products with these are cuBLAS', which runs them at the
-// machine's limit, and the parts' weight gradients are added in order. Blocks whose tile does not fit into
-// shared memory (more than 128 results, or about that many inputs) take their hidden by cuBLAS too, in the
-// same parts. So memory beside the results does not depend on the size of the hidden.
+// Forward is one launch. The hidden activations of a tile of rows pass through shared memory in slices
+// (feed_forward_kernels.cuh). Nothing is saved for backward.
 //
-// float32 may be multiplied by tensor cores instead, as the caller says
-// (feed_forward_kernels_tensor_core.cuh): the two launches that make the hidden then do. cuBLAS' products are
-// not touched by that.
+// Backward divides the rows into parts whose hidden activations occupy 32 MB, which stay in L2. One launch
+// per part computes the hidden activations again, and their gradients. cuBLAS computes the products with them
+// at the limit of the device, and the weight gradients of the parts are added in order. If a tile does not
+// fit in shared memory (more than 128 results, or about as many inputs), cuBLAS computes the hidden
+// activations too, in the same parts. The memory of intermediate values therefore does not depend on the size
+// of the hidden layer.
 //
-// No atomics; results repeat bit for bit as far as cuBLAS' do (one stream, or CUBLAS_WORKSPACE_CONFIG set).
-// Nothing synchronises or copies from the host, and all memory is torch's, so a CUDA graph can capture a
-// call. What bounds it: multiply-adds, by FFMA unless told otherwise. Unmeasured. Schemas:
-// qfast/ops/feed_forward.py.
+// If the caller requests it, tensor cores multiply float32 in the two launches that compute the hidden
+// activations (feed_forward_kernels_tensor_core.cuh). This does not change the products of cuBLAS.
+//
+// There are no atomics. Results are reproducible bit for bit whenever those of cuBLAS are (one stream, or
+// CUBLAS_WORKSPACE_CONFIG set). A call does not synchronize with the host, does not copy from it, and uses
+// only memory from torch, so a CUDA graph can capture it. Bound by multiply-adds: FFMA, or tensor cores if
+// requested. Not measured.
 #include <optional>
 #include <tuple>
 
@@ -31,11 +34,11 @@ struct Block {
   Tensor x, weight_in, bias_in, weight_out;  // contiguous
   Dropout dropout;
 
-  Block(const char* op, const Tensor& given, const Tensor& w1, const Tensor& b1, const Tensor& w2,
-        double rate, const std::optional<Tensor>& seed) {
-    check_feed_forward(op, given, w1, b1, w2);
-    dropout = device_dropout(op, "x", given, rate, seed);
-    x = torch::stable::contiguous(given);
+  Block(const char* op, const Tensor& rows, const Tensor& w1, const Tensor& b1, const Tensor& w2, double rate,
+        const std::optional<Tensor>& seed) {
+    check_feed_forward(op, rows, w1, b1, w2);
+    dropout = device_dropout(op, "x", rows, rate, seed);
+    x = torch::stable::contiguous(rows);
     weight_in = torch::stable::contiguous(w1);
     bias_in = torch::stable::contiguous(b1);
     weight_out = torch::stable::contiguous(w2);
@@ -62,7 +65,7 @@ Tensor feed_forward_cuda(const Tensor& x, const Tensor& weight_in, const Tensor&
                                form);
     const SumsOfUnits sums = net.forward(block.x, block.rows());
     device.launch(feed_forward_join_kernel<T>, grid_for(N * O, kPlainThreads), kPlainThreads, 0,
-                  output.mutable_data_ptr<T>(), sums.held.const_data_ptr<T>(), sums.parts,
+                  output.mutable_data_ptr<T>(), sums.partial.const_data_ptr<T>(), sums.parts,
                   bias.const_data_ptr<T>(), N, O);
   });
   return output;
@@ -78,7 +81,7 @@ Gradients feed_forward_backward_cuda(const Tensor& grad, const Tensor& x, const 
   const Precision form = checked_precision(op, precision);
   const int64_t N = x.size(0);
   check_shaped(op, "grad", grad, x, {N, block.outputs()});
-  const Tensor entering = torch::stable::contiguous(grad);
+  const Tensor contiguous_grad = torch::stable::contiguous(grad);
   const Tensor grad_x = room(x, {input_grad ? N : 0, x.size(1)});
   const std::vector<Tensor> grads{torch::stable::empty_like(block.weight_in),
                                   torch::stable::empty_like(block.bias_in),
@@ -89,7 +92,7 @@ Gradients feed_forward_backward_cuda(const Tensor& grad, const Tensor& x, const 
     if (N > 0) {
       FeedForwardLaunches<T> net(device, block.weight_in, block.bias_in, block.weight_out, block.dropout,
                                  true, form);
-      net.backward(block.x, entering, block.rows(), input_grad ? &grad_x : nullptr, sums);
+      net.backward(block.x, contiguous_grad, block.rows(), input_grad ? &grad_x : nullptr, sums);
     }
     sums.finish();
   });

@@ -1,4 +1,7 @@
-// Arguments of the kernels of the feed-forward block, shared by host code and the CPU instruction sets.
+// Arguments of the kernels of the feed-forward block. Shared by host code and all CPU instruction sets.
+//
+// The rows are divided into tiles, and the hidden units into slices. The encoder layer uses the same block on
+// rows of whole windows.
 #pragma once
 
 #include <cstdint>
@@ -8,27 +11,27 @@
 
 namespace qfast {
 
-// The block itself: D wide rows, M hidden units, O wide results.
+// The block: rows of D inputs, M hidden units, rows of O results.
 template <class Element>
 struct FeedForward {
   PanelMatrix<Element> entering;         // D rows, M columns
   PanelMatrix<Element> leaving;          // M rows, O columns
-  const Element* entering_bias;          // padded as the panels
-  const Element* leaving_bias;           // likewise
-  PanelMatrix<Element> leaving_turned;   // O rows, M columns: backward only
-  PanelMatrix<Element> entering_turned;  // M rows, D columns: likewise
-  DropoutRule dropout;                   // of the hidden
-  int64_t slice_panels;                  // panels of the hidden that are computed at once
-  int64_t group_windows;  // windows whose rows are taken at once; divides by 4 if there is dropout
+  const Element* entering_bias;          // padded like the panels
+  const Element* leaving_bias;           // padded like the panels
+  PanelMatrix<Element> leaving_turned;   // O rows, M columns; backward only
+  PanelMatrix<Element> entering_turned;  // M rows, D columns; backward only
+  DropoutRule dropout;                   // dropout of the hidden activations
+  int64_t slice_panels;                  // panels of hidden units in a slice
+  int64_t group_windows;                 // windows in a group of rows; a multiple of 4 if there is dropout
 };
 
-// Rows of whole windows that follow each other, and which steps of the windows they are. A row that is no
-// part of a window is one of a single step.
+// Rows of consecutive whole windows. A window has `steps` rows, which are its steps from first_step. Rows
+// that do not belong to windows are windows of one step.
 struct WindowRows {
   int64_t first_window, windows, steps, first_step;
 };
 
-// Sums of a part's weight gradients: W1 [M][padded D], W2 turned over [M][padded O], b1 [M] and b2 [O].
+// Sums of the weight gradients of a part: W1 [M][padded D], transposed W2 [M][padded O], b1 [M] and b2 [O].
 template <class Element>
 struct FeedForwardSums {
   Element *entering, *leaving, *entering_bias, *leaving_bias;
@@ -45,7 +48,7 @@ struct FeedForwardSums {
   }
 };
 
-// The hidden of a slice of the rows of a group, and its gradient.
+// Hidden activations of a slice for a group of rows, and their gradients.
 template <class Element>
 struct FeedForwardScratch {
   Element *hidden, *grad_hidden;
@@ -60,7 +63,7 @@ struct FeedForwardScratch {
   }
 };
 
-// The block alone, over a batch of rows.
+// The block as an operator of its own, over a batch of rows.
 template <class Element>
 struct FeedForwardJob {
   int64_t rows, tile_rows;
@@ -69,14 +72,14 @@ struct FeedForwardJob {
   const Element* x;
   int64_t x_row, x_column;  // strides
   Element* output;          // [rows, O]
-  const Element* grad;      // of it; backward only
+  const Element* grad;      // gradient of the output; backward only
   Element* grad_x;          // [rows, D], or null
 };
 
 // Buffers of a tile.
 template <class Element>
 struct FeedForwardTile {
-  Element *x, *y, *grad_x;  // backward: y is the gradient
+  Element *x, *y, *grad_x;  // in backward, y is the gradient of the output
   FeedForwardScratch<Element> hidden;
 
   QFAST_SHARED_INLINE static FeedForwardTile carve(const FeedForwardJob<Element>& job, bool backward,

@@ -1,4 +1,4 @@
-// Checks of what the feed-forward block is given, for CPU and CUDA. Host only.
+// Argument checks of the feed-forward block, shared by CPU and CUDA. Host only.
 #pragma once
 
 #include "common.h"

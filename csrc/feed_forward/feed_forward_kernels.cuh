@@ -1,10 +1,15 @@
-// The feed-forward block on CUDA, device side: products through shared memory, with the hidden between them.
+// Kernels of the feed-forward block on CUDA: two products through shared memory, with the hidden activations
+// between them.
 //
-// A block of threads has a tile of 128 rows (64 of float64) and takes 32 hidden units after the other. Inputs
-// and hidden lie [feature][row] in shared memory, so a thread reads four rows or four columns in one load: 8
-// rows times 4 units for the hidden, then 8 rows times 8 results, whose sums stay in registers. Weights are
-// packed once a call (pack_kernel). Where there are few tiles, several blocks share one, each with some of
-// the hidden; their sums are added in order.
+// A thread block owns a tile of 128 rows (64 in float64) and computes slices of 32 hidden units, one after
+// the other. Inputs and hidden activations are [feature][row] in shared memory, so a thread reads four rows
+// or four columns in one load. A thread owns 8 rows and 4 units of a slice, then 8 rows and 8 results (or 16)
+// whose sums stay in registers. Weights are packed once per call (pack_kernel). If there are few tiles,
+// several thread blocks share a tile. Each computes some of the slices, and their sums are added in order.
+//
+// Forward saves nothing; the first kernel of backward writes the hidden activations and their gradients.
+// Bound by multiply-adds: 2 M (D + O) flops per row, forward and in the first kernel of backward. A slice of
+// the weights is read from L2 once per tile.
 #pragma once
 
 #include "cuda_rows.cuh"
@@ -13,42 +18,47 @@ namespace qfast {
 namespace {
 
 constexpr int kTileThreads = 128;
-constexpr int kColumnLanes = 8;                          // threads side by side along the columns
-constexpr int kTallRows = 64;                            // of all threads, at a quad each
-constexpr int kUnits = kColumnLanes * kQuad;             // of a slice of the hidden
-constexpr int kTileQuads = kTileThreads / kColumnLanes;  // quads of rows that lie side by side
+constexpr int kColumnLanes = 8;                          // adjacent threads along the columns
+constexpr int kTallRows = 64;                            // rows of all threads, a quad each
+constexpr int kUnits = kColumnLanes * kQuad;             // hidden units of a slice
+constexpr int kTileQuads = kTileThreads / kColumnLanes;  // quads of rows of all threads
 static_assert(kTileQuads * kQuad == kTallRows);
 
 template <class T>
 struct Tile {
-  static constexpr int kQuads = sizeof(T) == 4 ? 2 : 1;  // of a thread
+  static constexpr int kQuads = sizeof(T) == 4 ? 2 : 1;  // per thread
   static constexpr int kRows = kTallRows * kQuads;
-  static constexpr int kStride = kRows + kQuad;  // of a feature: neighbours begin in other banks
+  static constexpr int kStride = kRows + kQuad;  // adjacent features start in different banks
 };
 
 template <class T>
 struct FeedForwardData {
   Rows rows;
   int32_t inputs, hidden, outputs;  // D, M, O
-  int32_t slices, splits;           // of the hidden
-  int32_t padded;                   // results, to a multiple of 64; forward only
-  const T *x, *grad;                // [rows][D], and backward [rows][O]
-  const T *entering, *leaving;  // packed: [D][slices][32]; [slices * 32][padded], backward [O][slices][32]
-  const T* bias;                // [M]
-  T* sums;                      // [splits][rows][O]
-  T *units, *grad_units;        // [rows][M]; the second may be null
+  int32_t slices;                   // slices of 32 hidden units
+  int32_t splits;                   // thread blocks that share a tile, each with some of the slices
+  int32_t padded;                   // results, padded to a multiple of 64; forward only
+  const T *x, *grad;                // [rows][D] and, in backward, [rows][O]
+  // Packed W1 [D][slices][32] and W2 [slices * 32][padded], in backward [O][slices][32].
+  const T *entering, *leaving;
+  const T* bias;          // [M]
+  T* sums;                // [splits][rows][O]
+  T *units, *grad_units;  // [rows][M]; grad_units may be null
   Dropout dropout;
 };
 
-constexpr uint32_t kHiddenPlace = 1;  // in the counters of the dropout
+constexpr uint32_t kHiddenPlace = 1;  // the third dropout counter
 
+// Copies a matrix [rows, columns] of any strides to [padded_rows][padded_columns], padded with zeros.
 template <class T>
 struct Packing {
   const T* from;
   T* to;
   int64_t rows, columns, row_stride, column_stride;
   int64_t padded_rows, padded_columns;
-  bool spread;  // of 32 columns, the threads' first ones, then their second ones, ..
+  // Each 32 columns are the first column of the 8 threads, then their second column, and so on. A thread then
+  // reads its four columns in one load.
+  bool spread;
 };
 
 template <class T>
@@ -57,8 +67,8 @@ __global__ void __launch_bounds__(kPlainThreads) pack_kernel(Packing<T> job) {
     const int64_t row = i / job.padded_columns, place = i % job.padded_columns, in_slice = place % kUnits;
     const int64_t spread = place - in_slice + in_slice / kQuad + in_slice % kQuad * kColumnLanes;
     const int64_t column = job.spread ? spread : place;
-    const bool there = row < job.rows && column < job.columns;
-    job.to[i] = there ? job.from[row * job.row_stride + column * job.column_stride] : T(0);
+    const bool exists = row < job.rows && column < job.columns;
+    job.to[i] = exists ? job.from[row * job.row_stride + column * job.column_stride] : T(0);
   });
 }
 
@@ -73,12 +83,13 @@ QFAST_DEVICE_INLINE void put_four(T* to, const Four<T>& values) {
   *reinterpret_cast<Four<T>*>(to) = values;
 }
 
+// Position of the calling thread among the columns and the quads of rows of a tile.
 struct Thread {
   int column = static_cast<int>(threadIdx.x % kColumnLanes);
   int quad = static_cast<int>(threadIdx.x / kColumnLanes);
 };
 
-// sums[row][column] += rows[k][row] * columns[k][column], of the thread's own rows and columns.
+// sums[row][column] += rows[k][row] * columns[k][column] for the rows and columns of the calling thread.
 template <int kRowQuads, int kColumnQuads, class T>
 QFAST_DEVICE_INLINE void add_products(const T* rows, const T* columns, int column_stride, int depth,
                                       T (&sums)[kRowQuads * kQuad][kColumnQuads * kQuad]) {
@@ -102,7 +113,7 @@ QFAST_DEVICE_INLINE void add_products(const T* rows, const T* columns, int colum
   }
 }
 
-// Where the tile's rows stand in memory, or -1.
+// Computes the row in memory of each row of the tile, or -1 beyond the last one.
 template <class T>
 QFAST_DEVICE_INLINE void find_rows(int64_t* row_of, const Rows& rows, int64_t first_quad) {
   for (int p = static_cast<int>(threadIdx.x); p < Tile<T>::kRows; p += kTileThreads) {
@@ -111,7 +122,7 @@ QFAST_DEVICE_INLINE void find_rows(int64_t* row_of, const Rows& rows, int64_t fi
   }
 }
 
-// The tile's rows, turned over: [feature][row], zeros where there is none.
+// Copies the rows of the tile to shared memory, transposed to [feature][row], with zeros beyond the last row.
 template <class T>
 QFAST_DEVICE_INLINE void turn_rows(T* to, const T* from, const int64_t* row_of, int width) {
   for (int i = static_cast<int>(threadIdx.x); i < Tile<T>::kRows * width; i += kTileThreads) {
@@ -121,7 +132,7 @@ QFAST_DEVICE_INLINE void turn_rows(T* to, const T* from, const int64_t* row_of, 
   }
 }
 
-// `count` rows of `width` elements that divide by 4, `stride` apart.
+// Copies `count` rows of `width` elements with row stride `stride`. The width is a multiple of 4.
 template <class T>
 QFAST_DEVICE_INLINE void copy_rows(T* to, const T* from, int count, int width, int64_t stride) {
   const int fours = width / kQuad;
@@ -129,27 +140,29 @@ QFAST_DEVICE_INLINE void copy_rows(T* to, const T* from, int count, int width, i
     put_four(to + i * kQuad, four(from + i / fours * stride + i % fours * kQuad));
 }
 
-// relu as torch has it (NaN stays), then dropout.
+// ReLU with NaN passed through, like torch's, then dropout.
 template <class T>
 QFAST_DEVICE_INLINE T activated(T value, T scale) {
   return (value <= T(0) ? T(0) : value) * scale;
 }
 
+// Gradient of the sum before ReLU and dropout. `unit` is the value after them.
 template <class T>
 QFAST_DEVICE_INLINE T passed_back(T unit, T grad, T scale) {
   return unit <= T(0) ? T(0) : grad * scale;
 }
 
-// Of the thread's own rows.
+// Computes the dropout counters of the rows of the calling thread.
 template <class T>
-QFAST_DEVICE_INLINE void own_counters(QuadCounter (&counters)[Tile<T>::kQuads], const Rows& rows,
-                                      int64_t first_quad) {
+QFAST_DEVICE_INLINE void thread_counters(QuadCounter (&counters)[Tile<T>::kQuads], const Rows& rows,
+                                         int64_t first_quad) {
 #pragma unroll
   for (int q = 0; q < Tile<T>::kQuads; ++q)
     counters[q] = rows.counter(first_quad + q * kTileQuads + Thread().quad);
 }
 
-// body(first quad of the tile, first and last slice + 1, number of the split), tile by tile.
+// Calls body(first quad of the tile, first slice, last slice + 1, number of the split) for each tile of the
+// thread block.
 template <class T, class Body>
 QFAST_DEVICE_INLINE void for_tiles(const FeedForwardData<T>& job, const Body& body) {
   constexpr int kQuads = Tile<T>::kRows / kQuad;
@@ -162,7 +175,7 @@ QFAST_DEVICE_INLINE void for_tiles(const FeedForwardData<T>& job, const Body& bo
 }
 
 // ---------------------------------------------------------------- forward
-// Sums of W2 drop(relu(W1 x + b1)). kWide: 64s of results.
+// Computes the sums W2 drop(relu(W1 x + b1)) of the slices of a split. There are at most 64 * kWide results.
 template <class T, int kWide>
 __global__ void __launch_bounds__(kTileThreads) feed_forward_kernel(FeedForwardData<T> job) {
   using At = Tile<T>;
@@ -179,7 +192,7 @@ __global__ void __launch_bounds__(kTileThreads) feed_forward_kernel(FeedForwardD
     __syncthreads();
     find_rows<T>(row_of, job.rows, first_quad);
     QuadCounter counters[kQuads];
-    own_counters<T>(counters, job.rows, first_quad);
+    thread_counters<T>(counters, job.rows, first_quad);
     __syncthreads();
     turn_rows(x, job.x, row_of, job.inputs);
     T sums[kQuads * kQuad][kWide * 2 * kQuad] = {};
@@ -195,15 +208,15 @@ __global__ void __launch_bounds__(kTileThreads) feed_forward_kernel(FeedForwardD
       for (int j = 0; j < kQuad; ++j) {
         const int in_slice = me.column + j * kColumnLanes;
         const int64_t unit = first_unit + in_slice;
-        const bool there = unit < job.hidden;
-        const T bias = there ? job.bias[unit] : T(0);
+        const bool exists = unit < job.hidden;
+        const T bias = exists ? job.bias[unit] : T(0);
 #pragma unroll
         for (int q = 0; q < kQuads; ++q) {
           const Four<T> scales = scales_of<T>(job.dropout, seed, counters[q], unit, kHiddenPlace);
           Four<T> values;
 #pragma unroll
           for (int i = 0; i < kQuad; ++i)
-            values.of[i] = there ? activated(units[q * kQuad + i][j] + bias, scales.of[i]) : T(0);
+            values.of[i] = exists ? activated(units[q * kQuad + i][j] + bias, scales.of[i]) : T(0);
           put_four(hidden + in_slice * At::kStride + q * kTallRows + me.quad * kQuad, values);
         }
       }
@@ -225,7 +238,7 @@ __global__ void __launch_bounds__(kTileThreads) feed_forward_kernel(FeedForwardD
 }
 
 // ---------------------------------------------------------------- backward
-// The hidden after its dropout, and the gradient of the sums before its relu.
+// Computes the hidden activations after dropout, and the gradients of the sums before ReLU.
 template <class T>
 __global__ void __launch_bounds__(kTileThreads) feed_forward_hidden_kernel(FeedForwardData<T> job) {
   using At = Tile<T>;
@@ -243,7 +256,7 @@ __global__ void __launch_bounds__(kTileThreads) feed_forward_hidden_kernel(FeedF
     __syncthreads();
     find_rows<T>(row_of, job.rows, first_quad);
     QuadCounter counters[kQuads];
-    own_counters<T>(counters, job.rows, first_quad);
+    thread_counters<T>(counters, job.rows, first_quad);
     __syncthreads();
     turn_rows(x, job.x, row_of, job.inputs);
     turn_rows(grad, job.grad, row_of, job.outputs);
@@ -265,9 +278,9 @@ __global__ void __launch_bounds__(kTileThreads) feed_forward_hidden_kernel(FeedF
           const Four<T> scales = scales_of<T>(job.dropout, seed, counters[q], unit, kHiddenPlace);
 #pragma unroll
           for (int i = 0; i < kQuad; ++i) {
-            T &value = units[q * kQuad + i][j], &of = grads[q * kQuad + i][j];
+            T &value = units[q * kQuad + i][j], &grad_value = grads[q * kQuad + i][j];
             value = activated(value + job.bias[unit], scales.of[i]);
-            of = passed_back(value, of, scales.of[i]);
+            grad_value = passed_back(value, grad_value, scales.of[i]);
           }
         }
 #pragma unroll
@@ -293,7 +306,8 @@ __global__ void __launch_bounds__(kTileThreads) feed_forward_hidden_kernel(FeedF
 }
 
 // ---------------------------------------------------------------- blocks too wide for shared memory
-// Of products that came from outside: `units` W1 x, `grad_units` W2 turned over times the gradient.
+// Applies bias, ReLU and dropout to products from cuBLAS: `units` is W1 x, `grad_units` is W2^T times the
+// gradient. A thread owns a hidden unit of four rows.
 template <class T>
 __global__ void __launch_bounds__(kPlainThreads) feed_forward_activate_kernel(FeedForwardData<T> job) {
   const uint64_t seed = read_seed(job.dropout);
@@ -313,7 +327,7 @@ __global__ void __launch_bounds__(kPlainThreads) feed_forward_activate_kernel(Fe
   });
 }
 
-// Parts of the sums, in order, and the bias.
+// Adds the partial sums, in order, and the bias. A thread owns single elements of the result.
 template <class T>
 __global__ void __launch_bounds__(kPlainThreads)
     feed_forward_join_kernel(T* to, const T* sums, int64_t parts, const T* bias, int64_t rows,

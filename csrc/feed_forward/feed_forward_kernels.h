@@ -1,10 +1,13 @@
-// Linear, ReLU, dropout, linear over rows, and the gradients. Included inside the namespace of the
-// instruction set.
+// Linear, ReLU, dropout, linear over rows, and the gradients. It is compiled once per instruction set;
+// cpu_isa_begin.h lists the language features that it may use.
 //
-// The hidden [rows, M] never leaves the caches: a slice of its columns is computed for a group of the tile's
-// rows, multiplied on into the result, and gone. Slices are the outer loop, so that a slice of the weights is
-// read once a tile. The backward computes each slice again. Bound by multiply-adds: 2 M (D + O) flops a row
-// forward; backward 2 M (3 D + 2 O), a D less without a gradient of x.
+// A thread owns tiles of rows. The hidden activations [rows, M] stay in the caches: a slice of hidden units
+// is computed for a group of rows of the tile, multiplied into the results, and overwritten by the next.
+// Slices are the outer loop, so a slice of the weights is read once per tile. Nothing is saved: backward
+// computes each slice again.
+//
+// Bound by multiply-adds: 2 M (D + O) flops per row in forward, and 2 M (3 D + 2 O) in backward, or 2 M (2 D
+// + 2 O) without the gradient of x.
 #pragma once
 
 #include "dropout_kernels.h"
@@ -12,7 +15,7 @@
 
 namespace {
 
-// Drops elements of values [windows * steps][columns] as those of the whole batch.
+// Applies dropout to values [windows * steps][columns], with the mask of their position in the batch.
 template <class Element>
 static void drop_windows(const DropoutRule& rule, int32_t use, const WindowRows& rows, int64_t first_column,
                          int64_t columns, Element* values, int64_t stride) {
@@ -25,7 +28,7 @@ static void drop_windows(const DropoutRule& rule, int32_t use, const WindowRows&
 
 constexpr int32_t kHiddenDropout = 1;
 
-// body(rows of a group, the first's place in the tile).
+// Calls body(rows, offset of the first row in the tile) for each group of rows.
 template <class Body>
 QFAST_ALWAYS_INLINE void for_groups(const WindowRows& all, int64_t windows, const Body& body) {
   for (int64_t first = 0; first < all.windows; first += windows) {
@@ -35,7 +38,7 @@ QFAST_ALWAYS_INLINE void for_groups(const WindowRows& all, int64_t windows, cons
   }
 }
 
-// The hidden of a slice, after the dropout, [row][slice].
+// Computes the hidden activations of a slice after dropout, [row][slice].
 template <class Element>
 static void hidden_slice(const FeedForward<Element>& net, const WindowRows& rows, int64_t first_panel,
                          const Element* x, int64_t x_stride, Element* hidden) {
@@ -63,8 +66,8 @@ static void add_feed_forward(const FeedForward<Element>& net, const WindowRows& 
   }
 }
 
-// Adds the gradients of the weights to `sums`, and that of x to grad_x unless it is null. x and grad are
-// followed by what may be read as whole vectors.
+// Adds the gradients of the weights to `sums`, and the gradient of x to grad_x unless it is null. Whole
+// vectors may be read after the last columns of x and grad.
 template <class Element>
 static void add_feed_forward_gradients(const FeedForward<Element>& net, const WindowRows& all,
                                        const Element* x, int64_t x_stride, const Element* grad,
@@ -81,14 +84,14 @@ static void add_feed_forward_gradients(const FeedForward<Element>& net, const Wi
     const int64_t columns = turned.columns;
     for_groups(all, net.group_windows, [&](const WindowRows& rows, int64_t at) {
       const int64_t count = rows.windows * rows.steps;
-      const Element* const x_here = x + at * x_stride;
-      const Element* const grad_here = grad + at * grad_stride;
-      hidden_slice<Element>(net, rows, panel, x_here, x_stride, scratch.hidden);
-      multiply<Finish::kGate, Element>(turned, grad_here, grad_stride, 1, count,
+      const Element* const group_x = x + at * x_stride;
+      const Element* const group_grad = grad + at * grad_stride;
+      hidden_slice<Element>(net, rows, panel, group_x, x_stride, scratch.hidden);
+      multiply<Finish::kGate, Element>(turned, group_grad, grad_stride, 1, count,
                                        {scratch.grad_hidden, stride, nullptr, scratch.hidden, scale});
       add_rows<Element>(scratch.grad_hidden, stride, count, columns, sums.entering_bias + first);
-      const PanelMatrix<Element> x_right = in_place(x_here, count, in, x_stride);
-      const PanelMatrix<Element> grad_right = in_place(grad_here, count, out, grad_stride);
+      const PanelMatrix<Element> x_right = in_place(group_x, count, in, x_stride);
+      const PanelMatrix<Element> grad_right = in_place(group_grad, count, out, grad_stride);
       multiply<Finish::kAdd, Element>(
           grad_right, scratch.hidden, 1, stride, columns,
           {sums.leaving + first * grad_right.padded(), grad_right.padded(), nullptr, nullptr, 0});
@@ -105,7 +108,7 @@ static void add_feed_forward_gradients(const FeedForward<Element>& net, const Wi
 
 }  // namespace
 
-// Tiles [begin, end).
+// Forward for tiles [begin, end).
 template <class Element>
 void feed_forward(const FeedForwardJob<Element>& job, int64_t begin, int64_t end, Element* scratch) {
   Carving<Element> space{scratch};
@@ -123,7 +126,7 @@ void feed_forward(const FeedForwardJob<Element>& job, int64_t begin, int64_t end
   }
 }
 
-// Tiles [begin, end), a part's.
+// Backward for tiles [begin, end), which belong to one part.
 template <class Element>
 void feed_forward_backward(const FeedForwardJob<Element>& job, int64_t begin, int64_t end, Element* scratch,
                            Element* part) {

@@ -1,5 +1,5 @@
-// The feed-forward block on CUDA as both operators use it: which form it takes, its products and launches.
-// Host only.
+// Launches and cuBLAS products of the feed-forward block on CUDA, shared by the operators feed_forward and
+// encoder_layer. Chooses between tiles in shared memory, tensor cores and cuBLAS. Host only.
 #pragma once
 
 #include <algorithm>
@@ -15,17 +15,17 @@
 namespace qfast {
 namespace {
 
-constexpr int64_t kHiddenBytes = 32 << 20;  // of a part's hidden, where that goes to memory: it stays in L2
-constexpr int64_t kManyBlocks = 4 * 132;    // that keep a large device busy to the end
-constexpr int64_t kLeastSlices = 4;         // of a block
-constexpr int64_t kWidest = 128;            // results whose sums fit into registers
+constexpr int64_t kHiddenBytes = 32 << 20;  // hidden activations of a part, small enough to stay in L2
+constexpr int64_t kManyBlocks = 4 * 132;    // thread blocks that occupy a large device to the end
+constexpr int64_t kLeastSlices = 4;         // per thread block
+constexpr int64_t kWidest = 128;            // largest number of results whose sums fit in registers
 
-// Sums of gradients over parts of the rows, in the order of the parts.
+// Adds the gradients of the parts of the rows, in the order of the parts.
 class PartSums {
  public:
   PartSums(CudaDevice& device, std::vector<Tensor> totals) : device_(device), totals_(std::move(totals)) {}
 
-  // Where this part's go.
+  // Starts a part and returns the tensors for its gradients. The first part writes to the totals.
   const std::vector<Tensor>& open() {
     if (!any_) return totals_;
     if (parts_.empty())
@@ -33,6 +33,7 @@ class PartSums {
     return parts_;
   }
 
+  // Ends a part: adds its gradients to the totals.
   template <class T>
   void close() {
     for (size_t i = 0; i < totals_.size() && any_; ++i) {
@@ -43,6 +44,7 @@ class PartSums {
     any_ = true;
   }
 
+  // Sets the totals to zero if there was no part.
   void finish() {
     for (size_t i = 0; i < totals_.size() && !any_; ++i) torch::stable::zero_(totals_[i]);
   }
@@ -53,16 +55,16 @@ class PartSums {
   bool any_ = false;
 };
 
-// Of W2 drop(relu(W1 x + b1)), without b2.
+// Partial sums of W2 drop(relu(W1 x + b1)), one for each group of hidden units, without b2.
 struct SumsOfUnits {
-  Tensor held;  // [parts][rows][O]
+  Tensor partial;  // [parts][rows][O]
   int64_t parts;
 };
 
 template <class T>
 class FeedForwardLaunches {
  public:
-  // Weights contiguous.
+  // The weights are contiguous.
   FeedForwardLaunches(CudaDevice& device, const Tensor& weight_in, const Tensor& bias_in,
                       const Tensor& weight_out, const Dropout& dropout, bool backward, Precision precision)
       : device_(device), weight_in_(weight_in), weight_out_(weight_out) {
@@ -83,57 +85,59 @@ class FeedForwardLaunches {
     if (in_shared_) pack(backward);
   }
 
-  // Of rows [rows][D].
+  // Returns the partial sums for x [rows][D].
   SumsOfUnits forward(const Tensor& x, Rows rows) {
     rows = in_order(rows);
     const int64_t N = rows.count(), O = job_.outputs;
     const int64_t tiles = tiles_of(rows);
     const int64_t splits = in_tiles() ? splits_for(tiles) : 1;
-    const SumsOfUnits made{room(x, {splits * N, O}), splits};
-    if (N == 0) return made;
+    const SumsOfUnits result{room(x, {splits * N, O}), splits};
+    if (N == 0) return result;
     if (!in_tiles()) {
       for_parts(rows, [&](int64_t first, const Rows& part) {
         activate(rows_of(x, first, part.count()), nullptr, part);
-        multiply(rows_of(made.held, first, part.count()), rows_of(units_, 0, part.count()),
+        multiply(rows_of(result.partial, first, part.count()), rows_of(units_, 0, part.count()),
                  turned(weight_out_));
       });
-      return made;
+      return result;
     }
     FeedForwardData<T> job = job_;
     job.rows = rows;
     job.splits = static_cast<int32_t>(splits);
     job.x = x.const_data_ptr<T>();
-    job.sums = made.held.mutable_data_ptr<T>();
-    if (launch_tensor(job, tiles)) return made;
+    job.sums = result.partial.mutable_data_ptr<T>();
+    if (launch_tensor(job, tiles)) return result;
     const auto kernel = job.padded > kTallRows ? feed_forward_kernel<T, 2> : feed_forward_kernel<T, 1>;
     device_.launch(kernel, grid_for(tiles * splits, 1), kTileThreads, shared_bytes(false), job);
-    return made;
+    return result;
   }
 
-  // Adds to the sums of the gradients of W1, b1, W2 and b2; grad_x [rows][D] may be null.
+  // Adds the gradients of W1, b1, W2 and b2 to `sums`. Writes the gradient of x to grad_x [rows][D] unless it
+  // is null.
   void backward(const Tensor& x, const Tensor& grad, Rows rows, const Tensor* grad_x, PartSums& sums) {
     for_parts(in_order(rows), [&](int64_t first, const Rows& part) {
       const int64_t N = part.count();
-      const Tensor entering = rows_of(x, first, N), leaving = rows_of(grad, first, N);
-      activate(entering, &leaving, part);
-      const Tensor units = rows_of(units_, 0, N), grads = rows_of(grad_units_, 0, N);
-      const std::vector<Tensor>& to = sums.open();
-      Tensor of_bias_in = to[1], of_bias_out = to[3];
-      multiply(to[0], turned(grads), entering);
-      sum_rows(of_bias_in, grads);
-      multiply(to[2], turned(leaving), units);
-      sum_rows(of_bias_out, leaving);
+      const Tensor part_x = rows_of(x, first, N), part_grad = rows_of(grad, first, N);
+      activate(part_x, &part_grad, part);
+      const Tensor units = rows_of(units_, 0, N), grad_units = rows_of(grad_units_, 0, N);
+      const std::vector<Tensor>& grads = sums.open();
+      Tensor grad_bias_in = grads[1], grad_bias_out = grads[3];
+      multiply(grads[0], turned(grad_units), part_x);
+      sum_rows(grad_bias_in, grad_units);
+      multiply(grads[2], turned(part_grad), units);
+      sum_rows(grad_bias_out, part_grad);
       sums.close<T>();
-      if (grad_x != nullptr) multiply(rows_of(*grad_x, first, N), grads, weight_in_);
+      if (grad_x != nullptr) multiply(rows_of(*grad_x, first, N), grad_units, weight_in_);
     });
   }
 
  private:
   static constexpr bool kSingle = std::is_same_v<T, float>;
 
-  // Not by cuBLAS.
+  // Returns whether a kernel of this project computes the hidden activations, not cuBLAS.
   bool in_tiles() const { return in_shared_ || (tensor_ && tensor_->serve()); }
 
+  // Launches the tensor core kernel, if it is used, and returns whether it is.
   bool launch_tensor(const FeedForwardData<T>& job, int64_t tiles) {
     if constexpr (kSingle) {
       if (tensor_->serve()) {
@@ -149,7 +153,7 @@ class FeedForwardLaunches {
     return torch::stable::narrow(source, 0, first, count);
   }
 
-  // Only the dropout asks for windows.
+  // Only dropout depends on which window a row belongs to. Without it, every row is a window.
   Rows in_order(const Rows& rows) const { return job_.dropout.active ? rows : Rows{rows.count(), 1, 0, 0}; }
 
   static int64_t tiles_of(const Rows& rows) {
@@ -157,9 +161,11 @@ class FeedForwardLaunches {
     return (rows.quads() + kQuads - 1) / kQuads;
   }
 
+  // Number of thread blocks that share a tile, each with some of the slices. It is 1 if there are enough
+  // tiles.
   int64_t splits_for(int64_t tiles) const {
-    const int64_t wanted = (kManyBlocks + tiles - 1) / std::max<int64_t>(tiles, 1);
-    return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, job_.slices / kLeastSlices));
+    const int64_t splits = (kManyBlocks + tiles - 1) / std::max<int64_t>(tiles, 1);
+    return std::clamp<int64_t>(splits, 1, std::max<int64_t>(1, job_.slices / kLeastSlices));
   }
 
   size_t shared_bytes(bool backward) const {
@@ -169,6 +175,7 @@ class FeedForwardLaunches {
     return Tile<T>::kRows * sizeof(int64_t) + static_cast<size_t>(elements) * sizeof(T);
   }
 
+  // Packs W1 and W2 in the order in which the kernels read them.
   void pack(bool backward) {
     const int64_t D = job_.inputs, M = job_.hidden, O = job_.outputs, padded = int64_t{job_.slices} * kUnits;
     job_.entering = packed({weight_in_.const_data_ptr<T>(), nullptr, D, M, 1, D, D, padded, !backward});
@@ -184,7 +191,8 @@ class FeedForwardLaunches {
     return packing.to;
   }
 
-  // body(first row, rows of the part): whole groups of four windows.
+  // Calls body(first row, rows of the part) for each part. A part has a multiple of four windows, which share
+  // dropout counters.
   template <class Body>
   void for_parts(const Rows& rows, const Body& body) {
     const int64_t row_bytes = int64_t{job_.hidden} * static_cast<int64_t>(sizeof(T));
@@ -195,12 +203,13 @@ class FeedForwardLaunches {
                                     rows.first_window + first, rows.first_step});
   }
 
-  // The hidden of a part, and with a gradient its gradient, into units_ and grad_units_.
+  // Computes the hidden activations of a part in units_ and, if `grad` is not null, their gradients in
+  // grad_units_.
   void activate(const Tensor& x, const Tensor* grad, const Rows& rows) {
     const int64_t N = rows.count();
-    if (!made_) {  // the first part is the largest
+    if (!allocated_) {  // the first part is the largest
       units_ = room(x, {N, job_.hidden});
-      made_ = true;
+      allocated_ = true;
       if (grad != nullptr) grad_units_ = room(x, {N, job_.hidden});
     }
     FeedForwardData<T> job = job_;
@@ -227,7 +236,7 @@ class FeedForwardLaunches {
   Tensor weight_in_, weight_out_, units_, grad_units_;
   FeedForwardData<T> job_{};
   std::optional<TensorLaunches> tensor_;  // float32 only
-  bool in_shared_ = false, made_ = false;
+  bool in_shared_ = false, allocated_ = false;
 };
 
 }  // namespace

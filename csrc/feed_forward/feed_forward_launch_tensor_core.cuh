@@ -1,4 +1,5 @@
-// The feed-forward block on tensor cores: whether it fits, its weights and launches. Host only.
+// Launches of the feed-forward block on tensor cores: decides whether they can be used and packs the weights.
+// Host only.
 #pragma once
 
 #include "cuda_device.cuh"
@@ -7,16 +8,16 @@
 namespace qfast {
 namespace {
 
-inline Precision checked_precision(const char* op, int64_t given) {
-  QFAST_CHECK(given >= 0 && given <= static_cast<int64_t>(Precision::kBf16), op,
-              ": precision: expected 0 (ieee), 1 (3xtf32), 2 (tf32) or 3 (bf16), got ", given, ".");
-  return static_cast<Precision>(given);
+inline Precision checked_precision(const char* op, int64_t precision) {
+  QFAST_CHECK(precision >= 0 && precision <= static_cast<int64_t>(Precision::kBf16), op,
+              ": precision: expected 0 (ieee), 1 (3xtf32), 2 (tf32) or 3 (bf16), got ", precision, ".");
+  return static_cast<Precision>(precision);
 }
 
 class TensorLaunches {
  public:
-  // Packs the weights, contiguous [M][D] and [O][M], if this form serves: it does not before sm_80, for more
-  // results than registers hold, or for rows that do not fit into shared memory.
+  // Packs the weights, contiguous [M][D] and [O][M], if tensor cores can be used. They cannot before sm_80,
+  // for more results than the registers hold (`narrow` is false), or if the rows do not fit in shared memory.
   TensorLaunches(CudaDevice& device, const FeedForwardData<float>& net, const float* entering,
                  const float* leaving, Precision precision, bool backward, bool narrow)
       : device_(device), precision_(precision), backward_(backward) {
@@ -48,6 +49,7 @@ class TensorLaunches {
                   grid_for(words, kPlainThreads), kPlainThreads, 0, packing);
   }
 
+  // Returns whether tensor cores are used.
   bool serve() const { return serves_; }
 
   void launch(const FeedForwardData<float>& net, unsigned int blocks) {

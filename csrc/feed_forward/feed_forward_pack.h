@@ -1,4 +1,4 @@
-// The feed-forward block as its kernels want it: packed weights and how it is cut. Host only.
+// Packed weights of the feed-forward block, and the sizes of its tiles and groups. Host only.
 #pragma once
 
 #include "feed_forward/feed_forward.h"
@@ -6,24 +6,25 @@
 
 namespace qfast {
 
-constexpr int64_t kSliceColumns = 256;  // of the hidden, computed at once
-constexpr int64_t kGroupRows = 240;     // whole register tiles of any width
+constexpr int64_t kSliceColumns = 256;  // hidden units of a slice
+constexpr int64_t kGroupRows = 240;     // a multiple of the register tiles of all widths
 
-// Windows of `steps` rows each that are taken at once: about `rows` rows.
+// Number of windows of `steps` rows that have about `rows` rows together.
 inline int64_t windows_of(int64_t rows, int64_t steps, bool drops) {
   const int64_t windows = std::max<int64_t>(1, rows / steps);
-  return drops ? rounded_up(windows, 4) : windows;  // four share a random number of the dropout
+  return drops ? rounded_up(windows, 4) : windows;  // four windows share a dropout counter
 }
 
-// Windows of a tile: about `rows` rows, fewer where the batch would give fewer than 16 tiles. Fixed by the
-// sizes, so that sums have the same order with any number of threads.
+// Number of windows of a tile: about `rows` rows, or fewer if the batch would have fewer than 16 tiles. It
+// depends on the sizes only, so sums have the same order for any number of threads.
 inline int64_t tile_windows(int64_t rows, int64_t batch, int64_t steps, bool drops) {
   const int64_t group = windows_of(kGroupRows, steps, drops);
   const int64_t share = rounded_up((batch + kSumParts - 1) / kSumParts, group);
   return std::max(group, std::min(rounded_up(windows_of(rows, steps, drops), group), share));
 }
 
-// Weights are contiguous and live as long as the call.
+// Packs the weights, without the bias of the results. The weights are contiguous and live as long as the
+// call.
 template <class Element>
 FeedForward<Element> packed_feed_forward(PanelStore<Element>& store, const Tensor& weight_in,
                                          const Tensor& bias_in, const Tensor& weight_out, bool backward) {
