@@ -441,7 +441,7 @@ def test_refusals_of_the_kernels() -> None:
         OPS.encoder_layer(x, weights, 2, 1e-5, 1.5, None, False, False)
     with pytest.raises(ValueError, match="heads: expected a divisor of D = 4, got 3"):
         OPS.encoder_layer(x, weights, 3, *rest[1:])
-    with pytest.raises(ValueError, match="weights: expected 12, got 11"):
+    with pytest.raises(ValueError, match=r"weights: expected 12.*got 11"):
         OPS.encoder_layer(x, weights[1:], *rest)
     with pytest.raises(ValueError, match="x: expected at least one step"):
         OPS.encoder_layer(x[:, :0], weights, *rest)

@@ -1,5 +1,5 @@
-// A post-norm encoder layer on the CPU: buffers and threads. Schemas: qfast/ops/encoder_layer.py; what is
-// computed: encoder_layer_kernels.h.
+// A post-norm encoder layer on the CPU: checks, buffers and threads. qfast/ops/encoder_layer.py contains the
+// schemas, encoder_layer_kernels.h the kernels.
 #include "encoder_layer/encoder_layer.h"
 
 #include <tuple>
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kTileRows = 480;
 
-// Everything but the results of a call.
+// The job of a call, without its results, and the packed weights.
 template <class Element>
 class Encoder {
  public:
@@ -51,7 +51,7 @@ class Encoder {
     return space.used;
   }
 
-  // Gradients of the weights out of their sums.
+  // Returns the gradients of the weights, copied from their sums.
   std::vector<Tensor> gradients(const Tensor& like, Element* total) const {
     Carving<Element> space{total};
     const auto sums = EncoderSums<Element>::carve(job, space);
@@ -74,7 +74,8 @@ class Encoder {
   }
 
  private:
-  // Fixed by the sizes and the instruction set, whatever the number of threads.
+  // Chooses the sizes of tiles and groups. They depend on the shapes and the instruction set, not on the
+  // number of threads.
   void cut() {
     const bool drops = job.dropout.active;
     job.padded = store_.cut(job.width).padded();
@@ -127,9 +128,10 @@ std::tuple<Tensor, Tensor, Tensor> encoder_layer_cpu(const Tensor& x, std::vecto
   const char* const op = "encoder_layer";
   check_encoder_layer(op, x, weights, heads);
   const DropoutRule rule = dropout_rule(op, dropout, seed);
-  const int64_t B = x.size(0), D = x.size(2), results = last_step ? 1 : x.size(1), kept = keep ? B : 0;
+  const int64_t B = x.size(0), D = x.size(2), results = last_step ? 1 : x.size(1), saved_batch = keep ? B : 0;
   const Tensor output = last_step ? empty(x, {B, D}) : empty(x, {B, results, D});
-  const Tensor normalised = empty(x, {2, kept, results, D}), scales = empty(x, {2, kept, results});
+  const Tensor normalised = empty(x, {2, saved_batch, results, D}),
+               scales = empty(x, {2, saved_batch, results});
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);
     Encoder<Element> encoder(x, weights, heads, rule, last_step, false);
@@ -166,16 +168,17 @@ std::tuple<Tensor, std::vector<Tensor>> encoder_layer_backward_cpu(const Tensor&
   check_shaped(op, "normalised", normalised, x, {2, B, results, D});
   check_shaped(op, "scales", scales, x, {2, B, results});
   const Tensor grad_x = empty(x, {input_grad ? B : 0, T, D});
-  const Tensor entering = torch::stable::contiguous(grad), kept = torch::stable::contiguous(normalised),
-               kept_scales = torch::stable::contiguous(scales);
+  const Tensor contiguous_grad = torch::stable::contiguous(grad),
+               contiguous_normalised = torch::stable::contiguous(normalised),
+               contiguous_scales = torch::stable::contiguous(scales);
   std::vector<Tensor> gradients;
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);
     Encoder<Element> encoder(x, weights, heads, rule, last_step, true);
     auto& job = encoder.job;
-    job.grad = entering.const_data_ptr<Element>();
-    job.normalised = kept.mutable_data_ptr<Element>();
-    job.scales = kept_scales.mutable_data_ptr<Element>();
+    job.grad = contiguous_grad.const_data_ptr<Element>();
+    job.normalised = contiguous_normalised.mutable_data_ptr<Element>();
+    job.scales = contiguous_scales.mutable_data_ptr<Element>();
     if (input_grad) job.grad_x = grad_x.mutable_data_ptr<Element>();
     const auto kernel = cpu_kernels<Element>().encoder_layer_backward;
     const Tensor total =

@@ -1,18 +1,22 @@
-// One post-norm encoder layer on CUDA, forward and backward, of all steps or of the last one. Has never run
-// on a GPU: the kernels are checked by emulation on the host.
+// A post-norm encoder layer on CUDA, forward and backward, for all steps or for the last step only.
+// qfast/ops/encoder_layer.py contains the schemas. The kernels have not run on a GPU; they are tested by
+// emulation on the host.
 //
-// Projections are cuBLAS'; attention is one launch, a block of threads a head of a window
-// (encoder_layer_kernels_attention.cuh); dropout, residual and norm are one launch
-// (encoder_layer_kernels_norm.cuh), which also joins what the feed-forward block (feed_forward.cu) leaves.
-// For the last step alone there are keys and values of all steps, and everything else of one. Backward, all
-// but the norms' results is computed again from x. Windows are taken in parts of about 256 MB of intermediate
-// results; weight gradients of parts are added in order. Memory beside the results depends neither on the
-// batch nor on the size of the hidden.
+// cuBLAS computes the projections. Attention is one launch, where a thread block owns a head of a window
+// (encoder_layer_kernels_attention.cuh). Dropout, residual and norm are one launch
+// (encoder_layer_kernels_norm.cuh), which also adds the partial sums of the feed-forward block
+// (feed_forward.cu). For the last step only, keys and values are computed for all steps and everything else
+// for one step.
 //
-// No atomics; results repeat bit for bit as far as cuBLAS' do (one stream, or CUBLAS_WORKSPACE_CONFIG set).
-// Nothing synchronises or copies from the host, and all memory is torch's, so a CUDA graph can capture a
-// call. What bounds it: multiply-adds, above all of the feed-forward block, which may go to tensor cores.
-// Unmeasured. Schemas: qfast/ops/encoder_layer.py.
+// Saved for backward: the results of the norms before their weights, and their scales. Backward computes all
+// other intermediate values again from x. Windows are divided into parts with about 256 MB of intermediate
+// values, and the weight gradients of the parts are added in order. The memory of intermediate values
+// therefore depends neither on the batch nor on the size of the hidden layer.
+//
+// There are no atomics. Results are reproducible bit for bit whenever those of cuBLAS are (one stream, or
+// CUBLAS_WORKSPACE_CONFIG set). A call does not synchronize with the host, does not copy from it, and uses
+// only memory from torch, so a CUDA graph can capture it. Bound by multiply-adds, most of them in the
+// feed-forward block, which can use tensor cores. Not measured.
 #include <optional>
 #include <tuple>
 
@@ -28,20 +32,21 @@ std::tuple<Tensor, Tensor, Tensor> encoder_layer_cuda(const Tensor& x, std::vect
   const char* const op = "encoder_layer";
   check_cuda(op, "x", x);
   CudaDevice device(x);
-  const EncoderGiven given(op, x, weights, heads, dropout, seed, last_step);
+  const EncoderArguments arguments(op, x, weights, heads, dropout, seed, last_step);
   const Precision form = checked_precision(op, precision);
-  const int64_t B = given.batch(), D = given.width(), R = given.results, kept_batch = keep ? B : 0;
+  const int64_t B = arguments.batch(), D = arguments.width(), R = arguments.results;
+  const int64_t saved_batch = keep ? B : 0;
   const Tensor output = last_step ? room(x, {B, D}) : room(x, {B, R, D});
-  const Tensor normalised = room(x, {2, kept_batch, R, D}), scales = room(x, {2, kept_batch, R});
+  const Tensor normalised = room(x, {2, saved_batch, R, D}), scales = room(x, {2, saved_batch, R});
   if (B == 0) return {output, normalised, scales};
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    EncoderLaunches<T> launches(op, device, given, false, form);
-    EncoderKept<T> kept{};
-    if (keep) kept = {normalised.mutable_data_ptr<T>(), scales.mutable_data_ptr<T>()};
-    constexpr int64_t kMatrices = 8;  // [rows][D] of a part
+    EncoderLaunches<T> launches(op, device, arguments, false, form);
+    SavedNorms<T> saved{};
+    if (keep) saved = {normalised.mutable_data_ptr<T>(), scales.mutable_data_ptr<T>()};
+    constexpr int64_t kMatrices = 8;  // matrices [rows][D] of a part
     launches.for_parts(kMatrices, [&](int64_t first, int64_t windows) {
-      launches.forward(first, windows, eps, output.mutable_data_ptr<T>(), kept);
+      launches.forward(first, windows, eps, output.mutable_data_ptr<T>(), saved);
     });
   });
   return {output, normalised, scales};
@@ -54,9 +59,9 @@ std::tuple<Tensor, std::vector<Tensor>> encoder_layer_backward_cuda(
   const char* const op = "encoder_layer_backward";
   check_cuda(op, "x", x);
   CudaDevice device(x);
-  const EncoderGiven given(op, x, weights, heads, dropout, seed, last_step);
+  const EncoderArguments arguments(op, x, weights, heads, dropout, seed, last_step);
   const Precision form = checked_precision(op, precision);
-  const int64_t B = given.batch(), D = given.width(), R = given.results;
+  const int64_t B = arguments.batch(), D = arguments.width(), R = arguments.results;
   if (last_step) {
     check_shaped(op, "grad", grad, x, {B, D});
   } else {
@@ -64,23 +69,26 @@ std::tuple<Tensor, std::vector<Tensor>> encoder_layer_backward_cuda(
   }
   check_shaped(op, "normalised", normalised, x, {2, B, R, D});
   check_shaped(op, "scales", scales, x, {2, B, R});
-  const Tensor entering = as_matrix(torch::stable::contiguous(grad), B * R, D);
-  const Tensor held = torch::stable::contiguous(normalised), held_scales = torch::stable::contiguous(scales);
-  const Tensor grad_x = room(x, {input_grad ? B : 0, given.steps(), D});
-  std::vector<Tensor> grads, of_net, of_others;
-  for (size_t i = 0; i < given.weights.size(); ++i) {
-    grads.push_back(torch::stable::empty_like(given.weights[i]));
-    (i >= kLinear1Weight && i <= kLinear2Bias ? of_net : of_others).push_back(grads[i]);
+  const Tensor contiguous_grad = as_matrix(torch::stable::contiguous(grad), B * R, D);
+  const Tensor contiguous_normalised = torch::stable::contiguous(normalised),
+               contiguous_scales = torch::stable::contiguous(scales);
+  const Tensor grad_x = room(x, {input_grad ? B : 0, arguments.steps(), D});
+  std::vector<Tensor> grads, net_grads, other_grads;
+  for (size_t i = 0; i < arguments.weights.size(); ++i) {
+    grads.push_back(torch::stable::empty_like(arguments.weights[i]));
+    (i >= kLinear1Weight && i <= kLinear2Bias ? net_grads : other_grads).push_back(grads[i]);
   }
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    PartSums sums(device, of_others), net_sums(device, of_net);
+    PartSums sums(device, other_grads), net_sums(device, net_grads);
     if (B > 0) {
-      EncoderLaunches<T> launches(op, device, given, true, form);
-      const EncoderKept<T> kept{held.mutable_data_ptr<T>(), held_scales.mutable_data_ptr<T>()};
+      EncoderLaunches<T> launches(op, device, arguments, true, form);
+      const SavedNorms<T> saved{contiguous_normalised.mutable_data_ptr<T>(),
+                                contiguous_scales.mutable_data_ptr<T>()};
       constexpr int64_t kMatrices = 16;
       launches.for_parts(kMatrices, [&](int64_t first, int64_t windows) {
-        launches.backward(first, windows, entering, kept, input_grad ? &grad_x : nullptr, sums, net_sums);
+        launches.backward(first, windows, contiguous_grad, saved, input_grad ? &grad_x : nullptr, sums,
+                          net_sums);
       });
     }
     sums.finish();

@@ -1,7 +1,8 @@
-// Arguments of the kernels of a post-norm encoder layer, shared by host code and the CPU instruction sets.
+// Arguments of the kernels of a post-norm encoder layer. Shared by host code and all CPU instruction sets.
 //
-// A tile is some whole windows, a group some of these. Of each window the layer's result is wanted at all
-// steps, or at the last one alone: its `results`. Rows stand [window][step], `padded` elements apart.
+// A tile is a number of whole windows, and a group is a number of windows of a tile. Each window has results
+// at all steps, or at the last step only; `results` is their number. Rows are [window][step] with a stride of
+// `padded` elements.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +13,7 @@ namespace qfast {
 
 template <class Element>
 struct EncoderJob {
-  int64_t batch, steps, width, heads;  // B, T, D
+  int64_t batch, steps, width, heads;  // B, T, D, heads
   int64_t results;                     // T or 1
   int64_t tile_windows, group_windows;
   double eps;
@@ -22,34 +23,35 @@ struct EncoderJob {
   const Element* x;
   int64_t x_window, x_step, x_column;                                    // strides
   PanelMatrix<Element> query, key_value, out;                            // D, 2 D and D columns
-  const Element *query_bias, *key_value_bias, *out_bias;                 // padded as the panels
+  const Element *query_bias, *key_value_bias, *out_bias;                 // padded like the panels
   const Element *norm1_weight, *norm1_bias, *norm2_weight, *norm2_bias;  // padded
   Element* output;                                                       // [B, results, D]
-  Element *normalised, *scales;  // [2, B, results, D] and [2, B, results]; null: not kept
+  Element *normalised, *scales;  // [2, B, results, D] and [2, B, results] saved for backward, or null
   // Backward only.
-  const Element* grad;                                              // of the output
+  const Element* grad;                                              // gradient of the output
   PanelMatrix<Element> query_turned, key_value_turned, out_turned;  // D, 2 D and D rows
   Element* grad_x;                                                  // [B, T, D], or null
 
-  int64_t padded;                                  // D
-  int64_t padded_pair, padded_steps, padded_head;  // 2 D, T, D / heads
+  // D, 2 D, T and D / heads, padded to whole panels.
+  int64_t padded;
+  int64_t padded_pair, padded_steps, padded_head;
 };
 
-// What the attention of a group needs. Behind a buffer whose heads are read as matrices of their own there is
-// room for one more.
+// Buffers for the attention of a group. A buffer whose heads are read in place as matrices has room for one
+// more head at its end.
 template <class Element>
 struct EncoderGroup {
-  Element *x, *query, *key_value, *mixed;  // mixed: what the heads give, side by side
-  Element *turned, *scores;                // of one head: keys turned over, attention weights
-  // With dropout: the mask, and the weights after it.
+  Element *x, *query, *key_value, *mixed;  // mixed: the results of all heads
+  Element *turned, *scores;                // for one head: transposed keys, attention weights
+  // With dropout: the mask, and the weights after dropout.
   Element *mask, *dropped;
   // Backward only.
   Element *grad_mixed, *grad_query, *grad_key_value, *grad_scores, *grad_x;
 
   QFAST_SHARED_INLINE static EncoderGroup carve(const EncoderJob<Element>& job, bool backward,
                                                 Carving<Element>& space) {
-    const int64_t rows = job.group_windows * job.steps, wanted = job.group_windows * job.results;
-    const int64_t wide = wanted * job.padded + job.padded_head, cells = job.results * job.padded_steps;
+    const int64_t rows = job.group_windows * job.steps, result_rows = job.group_windows * job.results;
+    const int64_t wide = result_rows * job.padded + job.padded_head, cells = job.results * job.padded_steps;
     const int64_t pair = rows * job.padded_pair + job.padded_head;
     const int64_t times = backward ? 1 : 0;
     EncoderGroup group;
@@ -70,8 +72,9 @@ struct EncoderGroup {
   }
 };
 
-// Buffers of a tile, [windows * results][padded]. Forward: what enters and leaves the feed-forward block.
-// Backward: what enters it, and the gradients of the two sums before the norms, the second after its dropout.
+// Buffers of a tile, [windows * results][padded]. In forward they are the input and output of the
+// feed-forward block. In backward they are its input and the gradients of the two sums before the norms, the
+// second one after dropout.
 template <class Element>
 struct EncoderTile {
   Element *entering, *leaving;
@@ -95,10 +98,10 @@ struct EncoderTile {
   }
 };
 
-// Sums of a part's weight gradients. Matrices have rows of `padded` elements.
+// Sums of the weight gradients of a part. The rows of matrices have `padded` elements.
 template <class Element>
 struct EncoderSums {
-  Element *in, *in_bias, *out, *out_bias;  // [3 D] rows and elements, then [D]
+  Element *in, *in_bias, *out, *out_bias;  // `in` has 3 D rows, `out` has D rows
   Element *norm1_weight, *norm1_bias, *norm2_weight, *norm2_bias;
   FeedForwardSums<Element> net;
 

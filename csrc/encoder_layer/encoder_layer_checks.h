@@ -1,4 +1,4 @@
-// Checks of what an encoder layer is given, for CPU and CUDA. Host only.
+// Argument checks of an encoder layer, shared by CPU and CUDA. Host only.
 #pragma once
 
 #include <vector>
@@ -7,7 +7,7 @@
 
 namespace qfast {
 
-// The parameters of torch.nn.TransformerEncoderLayer, in its own order.
+// The parameters of torch.nn.TransformerEncoderLayer, in the same order.
 enum EncoderWeight {
   kInWeight,
   kInBias,
@@ -28,7 +28,8 @@ inline void check_encoder_layer(const char* op, const Tensor& x, const std::vect
                                 int64_t heads) {
   check_floating(op, "x", x);
   check_dims(op, "x", x, 3, "[B, T, D]");
-  QFAST_CHECK(weights.size() == kEncoderWeights, op, ": weights: expected 12, got ", weights.size(), ".");
+  QFAST_CHECK(weights.size() == kEncoderWeights, op, ": weights: expected 12 tensors, got ", weights.size(),
+              ".");
   const int64_t D = x.size(2);
   QFAST_CHECK(x.size(1) > 0 && x.size(1) <= INT32_MAX && D > 0, op,
               ": x: expected at least one step and one feature, and fewer than 2^31 steps, got ",
@@ -38,7 +39,8 @@ inline void check_encoder_layer(const char* op, const Tensor& x, const std::vect
               ".");
   check_dims(op, "linear1.weight", weights[kLinear1Weight], 2, "[M, D]");
   const int64_t M = weights[kLinear1Weight].size(0);
-  QFAST_CHECK(M > 0, op, ": linear1.weight: expected at least one hidden unit, got none.");
+  QFAST_CHECK(M > 0, op, ": linear1.weight: expected at least one hidden unit, got ",
+              shape_text(weights[kLinear1Weight]), ".");
   check_shaped(op, "in_proj_weight", weights[kInWeight], x, {3 * D, D});
   check_shaped(op, "in_proj_bias", weights[kInBias], x, {3 * D});
   check_shaped(op, "out_proj.weight", weights[kOutWeight], x, {D, D});

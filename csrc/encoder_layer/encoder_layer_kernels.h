@@ -1,12 +1,14 @@
-// A post-norm encoder layer over whole windows, and the gradients. Included inside the namespace of the
-// instruction set.
+// A post-norm encoder layer over whole windows, and the gradients. It is compiled once per instruction set;
+// cpu_isa_begin.h lists the language features that it may use.
 //
-// Attention goes by groups of windows that fit the second-level cache; the rows it leaves, normalised, wait
-// in the tile for the feed-forward block, which wants many rows for each slice of its weights. For the last
-// step alone a window leaves one row, so that a tile has many more windows. Kept for the backward: what the
-// norms gave before their weights, and their scales; everything else is computed again. Bound by
-// multiply-adds, of which the feed-forward block has 4 M D a row, the projections 8 D D (keys and values of
-// every row: 4 D D).
+// A thread owns tiles of whole windows. Attention is computed for groups of windows that fit in the
+// second-level cache. Its normalised results are collected in the tile for the feed-forward block, which
+// needs many rows for each slice of its weights. If only the last step has a result, a window contributes one
+// row, and a tile has many more windows.
+//
+// Saved for backward: the results of the norms before their weights, and their scales. Everything else is
+// computed again. Bound by multiply-adds: 4 M D flops per row in the feed-forward block, and 8 D D in the
+// projections, of which keys and values are 4 D D.
 #pragma once
 
 #include "encoder_layer/encoder_layer_kernels_attention.h"
@@ -14,7 +16,7 @@
 
 namespace {
 
-// Where the rows of a group's results stand in x and in the group's buffers.
+// The rows of a group that have results: their address in x, stride and number.
 template <class Element>
 struct ResultRows {
   const Element* x;
@@ -38,17 +40,18 @@ QFAST_ALWAYS_INLINE Element sum_of(const Element* values, int64_t columns) {
   return sum_of_lanes<Element>(total);
 }
 
-// Rows become (row - mean) / sqrt(variance + eps), kept if asked for, and then weight * that + bias.
+// Replaces rows by weight * normalised + bias, where normalised = (row - mean) / sqrt(variance + eps). Saves
+// normalised rows and scales unless they are null.
 template <class Element>
 static void normalise(Element* rows, int64_t stride, int64_t count, int64_t width, double eps,
-                      const Element* weight, const Element* bias, Element* kept, Element* scales) {
+                      const Element* weight, const Element* bias, Element* normalised, Element* scales) {
   for (int64_t row = 0; row < count; ++row) {
     Element* const at = rows + row * stride;
     const Element mean = sum_of<Element>(at, width) / static_cast<Element>(width);
     Vector<Element> squares = {};
     for_vectors<Element>(width, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
-      const Vector<Element> apart = load<Element>(at + j, lanes) - mean;
-      const Vector<Element> square = apart * apart;
+      const Vector<Element> difference = load<Element>(at + j, lanes) - mean;
+      const Vector<Element> square = difference * difference;
       if (lanes == kLanes<Element>) {
         squares += square;
       } else {
@@ -60,32 +63,34 @@ static void normalise(Element* rows, int64_t stride, int64_t count, int64_t widt
     if (scales != nullptr) scales[row] = scale;
     for_vectors<Element>(width, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
       const Vector<Element> value = (load<Element>(at + j, lanes) - mean) * scale;
-      if (kept != nullptr) store<Element>(kept + row * width + j, value, lanes);
+      if (normalised != nullptr) store<Element>(normalised + row * width + j, value, lanes);
       store<Element>(at + j, value * load<Element>(weight + j, lanes) + load<Element>(bias + j, lanes),
                      lanes);
     });
   }
 }
 
-// Gradients of rows before the norm out of those after it, `from` [row][from_stride]; adds those of weight
-// and bias, summed up in `sums` [2][sums_stride] first: an error that grows with the rows of a tile only.
+// Computes the gradients of the rows before the norm from those after it, `from` [row][from_stride]. Adds the
+// gradients of weight and bias, which are first summed in `sums` [2][sums_stride]: the rounding error then
+// grows with the rows of a tile only.
 template <class Element>
-static void normalise_backward(const Element* from, int64_t from_stride, const Element* kept,
+static void normalise_backward(const Element* from, int64_t from_stride, const Element* normalised,
                                const Element* scales, int64_t count, int64_t width, const Element* weight,
                                Element* to, int64_t to_stride, Element* sums, int64_t sums_stride,
                                Element* weight_sum, Element* bias_sum) {
   const Element share = 1 / static_cast<Element>(width);
   for (int64_t i = 0; i < 2 * sums_stride; ++i) sums[i] = 0;
   for (int64_t row = 0; row < count; ++row) {
-    const Element *const grad = from + row * from_stride, *const x = kept + row * width;
+    const Element *const grad = from + row * from_stride, *const x = normalised + row * width;
     Vector<Element> sum = {}, along = {};
     for_vectors<Element>(width, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
-      const Vector<Element> own = load<Element>(grad + j, lanes), value = load<Element>(x + j, lanes);
-      const Vector<Element> weighted = own * load<Element>(weight + j, lanes);
+      const Vector<Element> grad_value = load<Element>(grad + j, lanes), value = load<Element>(x + j, lanes);
+      const Vector<Element> weighted = grad_value * load<Element>(weight + j, lanes);
       sum += weighted;
       along += weighted * value;
-      store<Element>(sums + j, load<Element>(sums + j, lanes) + own * value, lanes);
-      store<Element>(sums + sums_stride + j, load<Element>(sums + sums_stride + j, lanes) + own, lanes);
+      store<Element>(sums + j, load<Element>(sums + j, lanes) + grad_value * value, lanes);
+      store<Element>(sums + sums_stride + j, load<Element>(sums + sums_stride + j, lanes) + grad_value,
+                     lanes);
     });
     const Element mean = sum_of_lanes<Element>(sum) * share, slope = sum_of_lanes<Element>(along) * share;
     for_vectors<Element>(width, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
@@ -110,15 +115,15 @@ static void add_to_rows(Element* to, int64_t stride, const Element* from, int64_
     });
 }
 
-// What is kept of norm `which`, from a window on.
+// Saved rows and scales of norm `which`, from a window on.
 template <class Element>
-struct KeptRows {
+struct SavedRows {
   Element *normalised, *scales;
 };
 
 template <class Element>
-QFAST_ALWAYS_INLINE KeptRows<Element> kept_rows(const EncoderJob<Element>& job, int64_t which,
-                                                int64_t window) {
+QFAST_ALWAYS_INLINE SavedRows<Element> saved_rows(const EncoderJob<Element>& job, int64_t which,
+                                                  int64_t window) {
   if (job.normalised == nullptr) return {nullptr, nullptr};
   const int64_t row = (which * job.batch + window) * job.results;
   return {job.normalised + row * job.width, job.scales + row};
@@ -128,7 +133,7 @@ QFAST_ALWAYS_INLINE KeptRows<Element> kept_rows(const EncoderJob<Element>& job, 
 constexpr int32_t kAttentionDropout = 0;
 constexpr int32_t kLeavingDropout = 2;
 
-// x of a group of windows, and queries, keys and values.
+// Copies x of a group of windows and computes queries, keys and values.
 template <class Element>
 static void project_group(const EncoderJob<Element>& job, const EncoderGroup<Element>& group,
                           const WindowRows& rows) {
@@ -142,7 +147,7 @@ static void project_group(const EncoderJob<Element>& job, const EncoderGroup<Ele
                                   {group.key_value, job.padded_pair, job.key_value_bias, nullptr, 0});
 }
 
-// body(a head of a window of the group)
+// Calls body(head) for all heads of all windows of the group.
 template <class Element, class Body>
 QFAST_ALWAYS_INLINE void for_heads(const EncoderJob<Element>& job, const EncoderGroup<Element>& group,
                                    const WindowRows& rows, const Body& body) {
@@ -151,6 +156,7 @@ QFAST_ALWAYS_INLINE void for_heads(const EncoderJob<Element>& job, const Encoder
       body(Head<Element>{job, group, rows.first_window + w, head, w});
 }
 
+// Attention, projection, dropout, residual and first norm of a group.
 template <class Element>
 static void attention_block(const EncoderJob<Element>& job, const EncoderGroup<Element>& group,
                             const WindowRows& rows, Element* to) {
@@ -164,9 +170,9 @@ static void attention_block(const EncoderJob<Element>& job, const EncoderGroup<E
                                   {to, job.padded, job.out_bias, nullptr, 0});
   drop_windows<Element>(job.dropout, kAttentionDropout, rows, 0, job.width, to, job.padded);
   add_to_rows<Element>(to, job.padded, results.x, results.x_stride, results.count, job.width);
-  const KeptRows<Element> kept = kept_rows<Element>(job, 0, rows.first_window);
+  const SavedRows<Element> saved = saved_rows<Element>(job, 0, rows.first_window);
   normalise<Element>(to, job.padded, results.count, job.width, job.eps, job.norm1_weight, job.norm1_bias,
-                     kept.normalised, kept.scales);
+                     saved.normalised, saved.scales);
 }
 
 template <class Element>
@@ -176,13 +182,13 @@ QFAST_ALWAYS_INLINE WindowRows windows_of_tile(const EncoderJob<Element>& job, i
 }
 
 // ---------------------------------------------------------------- backward
-// From the gradient of the output to that of what the first norm was given, in grad_first.
+// Computes the gradient of the input of the first norm, in tile.grad_first, from the gradient of the output.
 template <class Element>
 static void feed_forward_block_backward(const EncoderJob<Element>& job, const EncoderTile<Element>& tile,
                                         const WindowRows& all, const EncoderSums<Element>& sums) {
   const int64_t count = all.windows * all.steps, width = job.width, padded = job.padded;
-  const KeptRows<Element> first = kept_rows<Element>(job, 0, all.first_window);
-  const KeptRows<Element> second = kept_rows<Element>(job, 1, all.first_window);
+  const SavedRows<Element> first = saved_rows<Element>(job, 0, all.first_window);
+  const SavedRows<Element> second = saved_rows<Element>(job, 1, all.first_window);
   normalise_backward<Element>(job.grad + all.first_window * job.results * width, width, second.normalised,
                               second.scales, count, width, job.norm2_weight, tile.grad_first, padded,
                               tile.norm_sums, padded, sums.norm2_weight, sums.norm2_bias);
@@ -202,7 +208,7 @@ static void feed_forward_block_backward(const EncoderJob<Element>& job, const En
                               sums.norm1_weight, sums.norm1_bias);
 }
 
-// sum[j] += grad^T x of a linear layer with `columns` results, and its bias.
+// Adds the gradients of the weight, grad^T x, and of the bias of a linear layer with `columns` results.
 template <class Element>
 static void add_linear_gradients(const Element* grad, int64_t grad_stride, int64_t columns,
                                  const PanelMatrix<Element>& x, Element* weight, Element* bias) {
@@ -211,22 +217,23 @@ static void add_linear_gradients(const Element* grad, int64_t grad_stride, int64
   add_rows<Element>(grad, grad_stride, x.rows, columns, bias);
 }
 
-// Of a group; `grad_sum` is that of what the first norm was given, `after` the same after the dropout.
+// Computes the gradients of a group. `grad_sum` is the gradient of the input of the first norm, and `dropped`
+// is this gradient after dropout.
 template <class Element>
 static void attention_block_backward(const EncoderJob<Element>& job, const EncoderGroup<Element>& group,
-                                     const WindowRows& rows, const Element* grad_sum, const Element* after,
+                                     const WindowRows& rows, const Element* grad_sum, const Element* dropped,
                                      const EncoderSums<Element>& sums) {
   const int64_t D = job.width, padded = job.padded, all = rows.windows * job.steps;
   project_group<Element>(job, group, rows);
   const ResultRows<Element> results = result_rows<Element>(job, group.x, rows.windows);
-  multiply<Finish::kPut, Element>(job.out_turned, after, padded, 1, results.count,
+  multiply<Finish::kPut, Element>(job.out_turned, dropped, padded, 1, results.count,
                                   {group.grad_mixed, padded, nullptr, nullptr, 0});
   for_heads<Element>(job, group, rows, [&](const Head<Element>& head) {
     head.weigh();
     head.mix();
     head.backward();
   });
-  add_linear_gradients<Element>(after, padded, D, in_place<Element>(group.mixed, results.count, D, padded),
+  add_linear_gradients<Element>(dropped, padded, D, in_place<Element>(group.mixed, results.count, D, padded),
                                 sums.out, sums.out_bias);
   add_linear_gradients<Element>(group.grad_query, padded, D,
                                 in_place(results.x, results.count, D, results.x_stride), sums.in,
@@ -246,7 +253,7 @@ static void attention_block_backward(const EncoderJob<Element>& job, const Encod
 
 }  // namespace
 
-// Tiles [begin, end).
+// Forward for tiles [begin, end).
 template <class Element>
 void encoder_layer(const EncoderJob<Element>& job, int64_t begin, int64_t end, Element* scratch) {
   Carving<Element> space{scratch};
@@ -263,15 +270,15 @@ void encoder_layer(const EncoderJob<Element>& job, int64_t begin, int64_t end, E
                               tile.hidden.hidden);
     drop_windows<Element>(job.dropout, kLeavingDropout, all, 0, job.width, tile.leaving, job.padded);
     add_to_rows<Element>(tile.leaving, job.padded, tile.entering, job.padded, count, job.width);
-    const KeptRows<Element> kept = kept_rows<Element>(job, 1, all.first_window);
+    const SavedRows<Element> saved = saved_rows<Element>(job, 1, all.first_window);
     normalise<Element>(tile.leaving, job.padded, count, job.width, job.eps, job.norm2_weight, job.norm2_bias,
-                       kept.normalised, kept.scales);
+                       saved.normalised, saved.scales);
     copy_strided<Element>(tile.leaving, job.padded, 1, count, job.width,
                           job.output + all.first_window * job.results * job.width, job.width);
   }
 }
 
-// Tiles [begin, end), a part's.
+// Backward for tiles [begin, end), which belong to one part.
 template <class Element>
 void encoder_layer_backward(const EncoderJob<Element>& job, int64_t begin, int64_t end, Element* scratch,
                             Element* part) {

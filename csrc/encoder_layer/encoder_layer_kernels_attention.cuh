@@ -1,9 +1,14 @@
-// Self-attention over the steps of a window on CUDA, forward and backward: a block of threads takes one head
-// of one window. Keys and values go to shared memory where they fit, and as many queries at a time as their
-// weights leave room for (encoder_layer_launch.cuh). Projections come from outside, without their bias.
+// Self-attention over the steps of a window on CUDA, forward and backward. The caller computes the
+// projections, without their bias.
 //
-// A thread takes four queries and one key, or one feature: these share a counter of the dropout, and lie side
-// by side in shared memory. The backward computes the weights again.
+// A thread block owns one head of one window. It copies keys and values to shared memory if they fit, and
+// computes as many queries together as the remaining shared memory allows (encoder_layer_launch.cuh). A
+// thread owns four queries and one key, or four queries and one feature. Four queries share a dropout
+// counter, and their weights are adjacent in shared memory. Nothing is saved: backward computes the attention
+// weights again.
+//
+// Bound by shared memory, which is read once per multiply-add. There are 4 T D flops per row with a result in
+// forward and 12 T D in backward; at 20 steps that is 1% of the products of a layer.
 #pragma once
 
 #include "cuda_rows.cuh"
@@ -12,9 +17,9 @@ namespace qfast {
 namespace {
 
 constexpr int kHeadThreads = 128;
-constexpr uint32_t kHeadPlace = 3;  // first in the counters of the dropout
+constexpr uint32_t kHeadPlace = 3;  // third dropout counter of the first head; the next head has 4, and so on
 
-// Rows [window][step], `stride` apart, from this head's first window on; the head's columns at head * width.
+// Rows [window][step] with row stride `stride`. The columns of a head start at head * width.
 template <class T>
 struct HeadRows {
   T* data;
@@ -23,22 +28,23 @@ struct HeadRows {
 
 template <class T>
 struct Attention {
-  int64_t windows, steps, results;  // T; T or 1, the last of them
-  int64_t first_window;             // in the whole batch, for the dropout
-  int32_t heads, width;             // of a head
+  int64_t windows, steps, results;  // steps: T; results: T, or 1 for the last step
+  int64_t first_window;             // in the batch, for the dropout
+  int32_t heads, width;             // width of a head
   HeadRows<const T> query, key, value;
-  const T* bias;  // of the three projections, [3 D]
-  T scale;        // of the queries
+  const T* bias;  // bias of the three projections, [3 D]
+  T scale;        // factor of the queries
   Dropout dropout;
-  int32_t together;  // queries taken at a time, a multiple of 4
-  bool keys_shared;  // and values
-  T* weights;        // [blocks][weights_elements], or null: in shared memory
+  int32_t together;  // queries that are computed together, a multiple of 4
+  bool keys_shared;  // keys and values are in shared memory
+  T* weights;        // attention weights, [blocks][weights_elements], or null for shared memory
   T* mixed;          // [windows][results][D]
   // Backward only.
   const T* grad_mixed;
   HeadRows<T> grad_query, grad_key, grad_value;
 
-  __host__ __device__ int64_t row_stride() const { return width | 1; }  // odd: no two lanes in one bank
+  // Odd, so no two lanes read the same bank.
+  __host__ __device__ int64_t row_stride() const { return width | 1; }
   __host__ __device__ int64_t weights_elements(bool backward) const {
     return (backward ? 2 : 1) * together * steps;
   }
@@ -48,12 +54,12 @@ struct Attention {
   }
 };
 
-// Rows of one head, in shared memory or where the projection left them.
+// Keys or values of one head, in shared memory or in global memory.
 template <class T>
 struct Operand {
   const T* data;
   int64_t stride;
-  const T* bias;  // null: added already
+  const T* bias;  // null if the bias is already added
 
   QFAST_DEVICE_INLINE T at(int64_t row, int64_t column) const {
     const T value = data[row * stride + column];
@@ -61,7 +67,7 @@ struct Operand {
   }
 };
 
-// Of one window.
+// One head of one window.
 template <class T>
 struct Head {
   const Attention<T>& job;
@@ -69,9 +75,9 @@ struct Head {
   int32_t number;
   uint64_t seed;
   T *weights, *grad_weights;  // [four queries][key][query]
-  T *query, *grad;            // of the mixed values
+  T *query, *grad;            // queries, and gradients of the results of the head
   Operand<T> key, value;
-  int64_t first, count;  // queries taken at a time
+  int64_t first, count;  // queries that are computed together
 
   static QFAST_DEVICE_INLINE int64_t thread() { return threadIdx.x; }
   QFAST_DEVICE_INLINE int64_t quads() const { return (count + kQuad - 1) / kQuad; }
@@ -79,12 +85,12 @@ struct Head {
   QFAST_DEVICE_INLINE int64_t column() const { return int64_t{number} * job.width; }
   QFAST_DEVICE_INLINE int64_t result(int64_t q) const { return window * job.results + first + q; }
 
-  // Memory: weights, then rows. `backward` has two of each but for the keys and values.
+  // Divides the memory into weights and rows. In backward there are two of each, except for keys and values.
   QFAST_DEVICE_INLINE void place(T* shared, bool backward) {
-    T* const all =
+    T* const base =
         job.weights == nullptr ? shared : job.weights + int64_t{blockIdx.x} * job.weights_elements(backward);
-    weights = all;
-    grad_weights = all + job.together * job.steps;
+    weights = base;
+    grad_weights = base + job.together * job.steps;
     T* rows = job.weights == nullptr ? shared + job.weights_elements(backward) : shared;
     query = rows;
     grad = rows + job.together * job.row_stride();
@@ -93,6 +99,7 @@ struct Head {
     value = operand(job.value, 2, rows + job.steps * job.row_stride());
   }
 
+  // Returns keys or values, copied to shared memory if they fit.
   QFAST_DEVICE_INLINE Operand<T> operand(const HeadRows<const T>& from, int64_t projection, T* shared) const {
     const T* const data = from.data + window * job.steps * from.stride + column();
     const T* const bias = job.bias + projection * columns() + column();
@@ -104,14 +111,14 @@ struct Head {
     return {shared, job.row_stride(), nullptr};
   }
 
-  // Zeros beyond the last one.
+  // Loads the queries, scaled and with their bias, and zeros beyond the last one.
   QFAST_DEVICE_INLINE void load_queries() {
     const T* const from = job.query.data + column();
     for (int64_t i = thread(); i < quads() * kQuad * job.width; i += kHeadThreads) {
       const int64_t q = i / job.width, at = i % job.width;
-      T of = T(0);
-      if (q < count) of = (from[result(q) * job.query.stride + at] + job.bias[column() + at]) * job.scale;
-      query[q * job.row_stride() + at] = of;
+      T scaled = T(0);
+      if (q < count) scaled = (from[result(q) * job.query.stride + at] + job.bias[column() + at]) * job.scale;
+      query[q * job.row_stride() + at] = scaled;
     }
   }
   QFAST_DEVICE_INLINE void load_grads() {
@@ -122,20 +129,21 @@ struct Head {
     }
   }
 
-  // body(four queries, key) and body(four queries, feature), by all threads.
+  // Calls body(four queries, key) or body(four queries, feature) for all pairs. A thread owns single pairs.
   template <class Body>
   QFAST_DEVICE_INLINE void for_pairs(int64_t width, const Body& body) const {
     for (int64_t i = thread(); i < quads() * width; i += kHeadThreads) body(i / width, i % width);
   }
-  QFAST_DEVICE_INLINE Four<T>& four_of(T* all, int64_t quad, int64_t s) const {
-    return *reinterpret_cast<Four<T>*>(all + (quad * job.steps + s) * kQuad);
+  // The elements of four queries and key s of `matrix`, which is `weights` or `grad_weights`.
+  QFAST_DEVICE_INLINE Four<T>& four_of(T* matrix, int64_t quad, int64_t s) const {
+    return *reinterpret_cast<Four<T>*>(matrix + (quad * job.steps + s) * kQuad);
   }
-  // Of one query: the weight of key s is [s * 4].
-  QFAST_DEVICE_INLINE T* row_of(T* all, int64_t q) const {
-    return all + q / kQuad * job.steps * kQuad + q % kQuad;
+  // The row of a query of `matrix`. The element of key s is [s * 4].
+  QFAST_DEVICE_INLINE T* row_of(T* matrix, int64_t q) const {
+    return matrix + q / kQuad * job.steps * kQuad + q % kQuad;
   }
 
-  // Four rows of `rows` times row s of an operand.
+  // Products of four rows of `rows` with row s of an operand.
   QFAST_DEVICE_INLINE Four<T> dots(const T* rows, int64_t quad, const Operand<T>& with, int64_t s) const {
     const T* const from = rows + quad * kQuad * job.row_stride();
     Four<T> sums = {};
@@ -147,11 +155,11 @@ struct Head {
     return sums;
   }
 
-  // Rows of an operand, weighted for four queries.
-  QFAST_DEVICE_INLINE Four<T> mix(T* all, int64_t quad, const Operand<T>& rows, int64_t c) const {
+  // Sums of the rows of an operand, weighted by `matrix` for four queries, in column c.
+  QFAST_DEVICE_INLINE Four<T> mix(T* matrix, int64_t quad, const Operand<T>& rows, int64_t c) const {
     Four<T> sums = {};
     for (int64_t s = 0; s < job.steps; ++s) {
-      const Four<T> weight = four_of(all, quad, s);
+      const Four<T> weight = four_of(matrix, quad, s);
       const T other = rows.at(s, c);
 #pragma unroll
       for (int i = 0; i < kQuad; ++i) sums.of[i] += weight.of[i] * other;
@@ -159,35 +167,37 @@ struct Head {
     return sums;
   }
 
-  // Results are all steps, or the last one: that is alone in its four, at its own place among them.
+  // Dropout scales of four queries and key s. If only the last step has a result, its random word is the one
+  // of its position in the group of four steps, and the other three scales are 0.
   QFAST_DEVICE_INLINE Four<T> scales(int64_t quad, int64_t s) const {
     const int64_t query_step = job.steps - job.results + first + quad * kQuad;
-    const Four<T> kept = drawn_scales<T>(job.dropout, seed, s, job.first_window + window,
-                                         kHeadPlace + static_cast<uint32_t>(number), query_step / kQuad);
+    const Four<T> scale = drawn_scales<T>(job.dropout, seed, s, job.first_window + window,
+                                          kHeadPlace + static_cast<uint32_t>(number), query_step / kQuad);
     const int at = static_cast<int>(query_step % kQuad);
-    const T low = at & 1 ? kept.of[1] : kept.of[0], high = at & 1 ? kept.of[3] : kept.of[2];
-    return at == 0 ? kept : Four<T>{{at & 2 ? high : low, T(0), T(0), T(0)}};
+    const T low = at & 1 ? scale.of[1] : scale.of[0], high = at & 1 ? scale.of[3] : scale.of[2];
+    return at == 0 ? scale : Four<T>{{at & 2 ? high : low, T(0), T(0), T(0)}};
   }
 
+  // Applies dropout to the weights.
   QFAST_DEVICE_INLINE void drop() const {
     if (!job.dropout.active) return;
     for_pairs(job.steps, [&](int64_t quad, int64_t s) {
-      const Four<T> kept = scales(quad, s);
+      const Four<T> scale = scales(quad, s);
       Four<T>& weight = four_of(weights, quad, s);
 #pragma unroll
-      for (int i = 0; i < kQuad; ++i) weight.of[i] *= kept.of[i];
+      for (int i = 0; i < kQuad; ++i) weight.of[i] *= scale.of[i];
     });
     __syncthreads();
   }
 
-  // body(row of weights, row of their gradients), a warp a query.
+  // Calls body(query, row of weights, row of their gradients). A warp owns single queries.
   template <class Body>
   QFAST_DEVICE_INLINE void for_queries(int64_t queries, const Body& body) const {
     for (int64_t q = thread() / kLanes; q < queries; q += kHeadThreads / kLanes)
       body(q, row_of(weights, q), row_of(grad_weights, q));
   }
 
-  // The weights before their dropout.
+  // Computes the attention weights before dropout.
   QFAST_DEVICE_INLINE void attend() {
     for_pairs(job.steps,
               [&](int64_t quad, int64_t s) { four_of(weights, quad, s) = dots(query, quad, key, s); });
@@ -208,7 +218,7 @@ struct Head {
     __syncthreads();
   }
 
-  // body() for some queries at a time.
+  // Calls body() for each group of queries that are computed together.
   template <class Body>
   QFAST_DEVICE_INLINE void for_groups(const Body& body) {
     for (first = 0; first < job.results; first += job.together) {
@@ -238,15 +248,15 @@ struct Head {
     });
   }
 
-  // Gradients of the products of queries and keys, in place of those of the weights. Zeros beyond the last
-  // query, in the weights too.
+  // Computes the gradients of the products of queries and keys, in grad_weights. Beyond the last query, both
+  // these gradients and the weights are set to 0.
   QFAST_DEVICE_INLINE void attend_backward() {
     for_pairs(job.steps, [&](int64_t quad, int64_t s) {
       Four<T> grads = dots(grad, quad, value, s);
       if (job.dropout.active) {
-        const Four<T> kept = scales(quad, s);
+        const Four<T> scale = scales(quad, s);
 #pragma unroll
-        for (int i = 0; i < kQuad; ++i) grads.of[i] *= kept.of[i];
+        for (int i = 0; i < kQuad; ++i) grads.of[i] *= scale.of[i];
       }
       four_of(grad_weights, quad, s) = grads;
     });
@@ -265,24 +275,25 @@ struct Head {
     __syncthreads();
   }
 
-  // Every thread adds to what it has written itself.
+  // Adds the gradients of keys and values. A thread owns single elements, so no two threads write the same
+  // one.
   QFAST_DEVICE_INLINE void keys_backward() const {
     for (int64_t i = thread(); i < job.steps * job.width; i += kHeadThreads) {
       const int64_t s = i / job.width, c = i % job.width, row = window * job.steps + s;
-      T of_key = T(0), of_value = T(0);
+      T key_part = T(0), value_part = T(0);
       for (int64_t quad = 0; quad < quads(); ++quad) {
         const Four<T> grads = four_of(grad_weights, quad, s), dropped = four_of(weights, quad, s);
         const int64_t at = quad * kQuad * job.row_stride() + c;
 #pragma unroll
         for (int j = 0; j < kQuad; ++j) {
-          of_key += grads.of[j] * query[at + j * job.row_stride()];
-          of_value += dropped.of[j] * grad[at + j * job.row_stride()];
+          key_part += grads.of[j] * query[at + j * job.row_stride()];
+          value_part += dropped.of[j] * grad[at + j * job.row_stride()];
         }
       }
       T& key_sum = job.grad_key.data[row * job.grad_key.stride + column() + c];
       T& value_sum = job.grad_value.data[row * job.grad_value.stride + column() + c];
-      key_sum = first == 0 ? of_key : key_sum + of_key;
-      value_sum = first == 0 ? of_value : value_sum + of_value;
+      key_sum = first == 0 ? key_part : key_sum + key_part;
+      value_sum = first == 0 ? value_part : value_sum + value_part;
     }
   }
 
@@ -309,6 +320,7 @@ struct Head {
   }
 };
 
+// Attention forward, or its gradients. A thread block owns single heads of single windows.
 template <class T>
 __global__ void __launch_bounds__(kHeadThreads) attention_kernel(Attention<T> job, bool backward) {
   extern __shared__ double shared_memory[];

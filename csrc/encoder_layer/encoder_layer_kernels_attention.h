@@ -1,9 +1,10 @@
-// Attention of a window's steps to each other, one head at a time, and its gradients. Included inside the
-// namespace of the instruction set.
+// Self-attention over the steps of a window, and its gradients. It is compiled once per instruction set;
+// cpu_isa_begin.h lists the language features that it may use.
 //
-// Per head: scores [results, T] = q k^T / sqrt(D / heads), their softmax, dropout, times v. All of it stays
-// in the caches; nothing is kept, the backward computes the weights again. Bound by multiply-adds: 4 T D
-// flops a row with a result forward, 12 T D backward.
+// Each head computes scores [results, T] = q k^T / sqrt(D / heads), their softmax, dropout, and the product
+// with v. A thread computes one head of one window after the other, and all intermediate values stay in the
+// caches. Nothing is saved: backward computes the attention weights again. Bound by multiply-adds: 4 T D
+// flops per row with a result in forward, 12 T D in backward.
 #pragma once
 
 #include "dropout_kernels.h"
@@ -11,9 +12,9 @@
 
 namespace {
 
-constexpr int32_t kHeadDropout = 3;  // and the head's number
+constexpr int32_t kHeadDropout = 3;  // third dropout counter of head 0; head h has kHeadDropout + h
 
-// A row of scores and what stands beside it up to whole vectors becomes its softmax and zeros.
+// Replaces a row of scores by its softmax. The elements from `count` to `padded` become 0.
 template <class Element>
 static void padded_softmax(Element* scores, int64_t count, int64_t padded) {
   constexpr int64_t lanes = kLanes<Element>;
@@ -35,13 +36,13 @@ static void padded_softmax(Element* scores, int64_t count, int64_t padded) {
   for (int64_t s = count; s < padded; ++s) scores[s] = 0;
 }
 
-// One head of one window. Strides are those of the group's buffers.
+// One head of one window, in the buffers of a group.
 template <class Element>
 struct Head {
   const EncoderJob<Element>& job;
   const EncoderGroup<Element>& group;
-  int64_t window, head;  // of the batch
-  int64_t in_group;      // the window's place
+  int64_t window, head;  // number of the window in the batch; number of the head
+  int64_t in_group;      // number of the window in the group
 
   int64_t width() const { return job.width / job.heads; }
   int64_t at(int64_t rows) const { return in_group * rows; }
@@ -58,7 +59,8 @@ struct Head {
     return in_place(from, job.steps, width(), job.padded_pair);
   }
 
-  // Rows of keys or values as columns, times `scale`, and columns of zeros up to whole panels.
+  // Returns keys or values transposed and multiplied by `scale`. Columns beyond the last step, up to whole
+  // panels, keep the zeros of the scratch memory.
   PanelMatrix<Element> turned(const Element* from, Element scale) const {
     PanelMatrix<Element> to = in_place<Element>(group.turned, width(), job.steps, 0);
     to.columns = to.padded();
@@ -73,7 +75,8 @@ struct Head {
 
   Element scale() const { return static_cast<Element>(1 / __builtin_sqrt(static_cast<double>(width()))); }
 
-  // Attention weights, and after the dropout (the same if there is none).
+  // Computes the attention weights in group.scores, and after dropout in group.dropped (the same buffer
+  // without dropout).
   void weigh() const {
     const int64_t stride = job.padded_steps;
     multiply<Finish::kPut, Element>(turned(key_of(group.key_value), scale()), query_of(group.query),
@@ -85,7 +88,8 @@ struct Head {
     for (int64_t i = 0; i < job.results * stride; ++i) group.dropped[i] = group.scores[i] * group.mask[i];
   }
 
-  // Four steps share a random number, hence for the last step alone its group of four.
+  // Computes the dropout mask. Four steps share a counter. If only the last step has a result, its mask is
+  // that of its position in its group of four.
   void draw_mask() const {
     const int64_t stride = job.padded_steps, first = job.steps - job.results, inside = first % 4;
     const auto use = static_cast<int32_t>(kHeadDropout + head);
@@ -106,13 +110,13 @@ struct Head {
     }
   }
 
-  // weights x values into `mixed`
+  // Multiplies weights and values into group.mixed.
   void mix() const {
     multiply<Finish::kPut, Element>(pairs(value_of(group.key_value)), group.dropped, job.padded_steps, 1,
                                     job.results, {query_of(group.mixed), job.padded, nullptr, nullptr, 0});
   }
 
-  // Gradients of query, key and value out of that of `mixed`.
+  // Computes the gradients of queries, keys and values from group.grad_mixed.
   void backward() const {
     const int64_t stride = job.padded_steps;
     Element* const grad = query_of(group.grad_mixed);
@@ -127,7 +131,8 @@ struct Head {
                                     {key_of(group.grad_key_value), job.padded_pair, nullptr, nullptr, 0});
   }
 
-  // A row of the gradient of the weights becomes that of q . k. Both are 0 beyond the last step.
+  // Replaces a row of the gradients of the weights by the gradients of q . k. Both are 0 beyond the last
+  // step.
   void through_softmax(int64_t row) const {
     constexpr int64_t lanes = kLanes<Element>;
     Element* const grad = group.grad_scores + row;

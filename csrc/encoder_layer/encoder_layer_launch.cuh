@@ -1,4 +1,4 @@
-// An encoder layer on CUDA: its products and launches, for some whole windows at a time. Host only.
+// Launches and cuBLAS products of an encoder layer on CUDA, for a part of the windows at a time. Host only.
 #pragma once
 
 #include "encoder_layer/encoder_layer_checks.h"
@@ -9,13 +9,15 @@
 namespace qfast {
 namespace {
 
-constexpr int64_t kPartBytes = 256 << 20;  // of a part's intermediate results
-constexpr int64_t kManyQueries = 32;       // that are worth leaving keys in memory for
-constexpr unsigned int kLongHeads = 512;   // blocks, where weights of a head are in memory
-constexpr uint32_t kFirstPlace = 0,
-                   kSecondPlace = 2;  // of the sums before the norms, in the dropout's counters
+constexpr int64_t kPartBytes = 256 << 20;  // intermediate values of a part
+// Most queries computed together if keys and values stay in global memory.
+constexpr int64_t kManyQueries = 32;
+constexpr unsigned int kLongHeads = 512;  // thread blocks if the attention weights are in global memory
+// Dropout counters of the sums before the two norms.
+constexpr uint32_t kFirstPlace = 0, kSecondPlace = 2;
 
-// How many queries are taken at a time, and what goes to shared memory; false: nothing fits.
+// Chooses how many queries a thread block computes together, and whether keys, values and attention weights
+// are in shared memory. Prefers keys and values in shared memory. Returns false if nothing fits.
 template <class T>
 bool fit_attention(Attention<T>& job, bool backward, size_t limit) {
   const auto fits = [&] { return static_cast<size_t>(job.shared_elements(backward)) * sizeof(T) <= limit; };
@@ -28,13 +30,13 @@ bool fit_attention(Attention<T>& job, bool backward, size_t limit) {
       if (job.together == kQuad) break;
     }
   }
-  static T elsewhere;  // any address: the caller gives the memory
-  job.weights = &elsewhere;
+  static T placeholder;  // not null means global memory; the caller replaces the address
+  job.weights = &placeholder;
   return fits();
 }
 
-// What the projections give, or their gradients: in one matrix [rows][3 D], or, where only the last step
-// asks, queries [windows][D] beside keys and values [rows][2 D].
+// Queries, keys and values, or their gradients. If all steps have results, one matrix [rows][3 D] contains
+// all of them. For the last step only, queries are [windows][D], and keys and values are [rows][2 D].
 template <class T>
 struct Projected {
   Tensor query, pair;
@@ -52,19 +54,20 @@ struct Projected {
   HeadRows<T> value_rows() const { return {keys() + width, pair_width}; }
 };
 
-struct EncoderGiven {
+// The checked arguments of a call.
+struct EncoderArguments {
   Tensor x;                     // contiguous
-  std::vector<Tensor> weights;  // likewise
-  int64_t heads, results;       // T or 1
+  std::vector<Tensor> weights;  // contiguous
+  int64_t heads, results;       // results: T or 1
   Dropout dropout;
 
-  EncoderGiven(const char* op, const Tensor& given, const std::vector<Tensor>& weights_given,
-               int64_t heads_given, double rate, const std::optional<Tensor>& seed, bool last_step)
-      : heads(heads_given) {
-    check_encoder_layer(op, given, weights_given, heads);
-    dropout = device_dropout(op, "x", given, rate, seed);
-    x = torch::stable::contiguous(given);
-    for (const Tensor& weight : weights_given) weights.push_back(torch::stable::contiguous(weight));
+  EncoderArguments(const char* op, const Tensor& input, const std::vector<Tensor>& parameters,
+                   int64_t head_count, double rate, const std::optional<Tensor>& seed, bool last_step)
+      : heads(head_count) {
+    check_encoder_layer(op, input, parameters, heads);
+    dropout = device_dropout(op, "x", input, rate, seed);
+    x = torch::stable::contiguous(input);
+    for (const Tensor& weight : parameters) weights.push_back(torch::stable::contiguous(weight));
     results = last_step ? 1 : x.size(1);
   }
   int64_t batch() const { return x.size(0); }
@@ -74,33 +77,35 @@ struct EncoderGiven {
 };
 
 template <class T>
-struct EncoderKept {
-  T *normalised, *scales;  // [2][B][results][D], [2][B][results]; null: not kept
+struct SavedNorms {
+  T *normalised, *scales;  // [2][B][results][D], [2][B][results], or null if they are not saved
 };
 
 template <class T>
 class EncoderLaunches {
  public:
-  EncoderLaunches(const char* op, CudaDevice& device, const EncoderGiven& given, bool backward,
+  EncoderLaunches(const char* op, CudaDevice& device, const EncoderArguments& arguments, bool backward,
                   Precision precision)
       : op_(op),
         device_(device),
-        given_(given),
-        net_(device, given.weights[kLinear1Weight], given.weights[kLinear1Bias],
-             given.weights[kLinear2Weight], given.dropout, backward, precision) {}
+        arguments_(arguments),
+        net_(device, arguments.weights[kLinear1Weight], arguments.weights[kLinear1Bias],
+             arguments.weights[kLinear2Weight], arguments.dropout, backward, precision) {}
 
-  // body(first window, windows), by parts.
+  // Calls body(first window, windows) for each part. `matrices` is the number of intermediate matrices
+  // [rows][D].
   template <class Body>
   void for_parts(int64_t matrices, const Body& body) const {
-    const int64_t window_bytes = matrices * given_.steps() * given_.width() * static_cast<int64_t>(sizeof(T));
+    const int64_t window_bytes =
+        matrices * arguments_.steps() * arguments_.width() * static_cast<int64_t>(sizeof(T));
     const int64_t most = std::max<int64_t>(kPartBytes / window_bytes / kQuad, 1) * kQuad;
-    for (int64_t first = 0; first < given_.batch(); first += most)
-      body(first, std::min(most, given_.batch() - first));
+    for (int64_t first = 0; first < arguments_.batch(); first += most)
+      body(first, std::min(most, arguments_.batch() - first));
   }
 
-  void forward(int64_t first, int64_t windows, double eps, T* output, const EncoderKept<T>& kept) {
+  void forward(int64_t first, int64_t windows, double eps, T* output, const SavedNorms<T>& saved) {
     const Rows rows = rows_of(first, windows);
-    const int64_t D = given_.width(), R = given_.results;
+    const int64_t D = arguments_.width(), R = arguments_.results;
     const Projected<T> projected = project(first, windows);
     const Tensor mixed = matrix(rows), sums = matrix(rows), entering = matrix(rows);
     attend(attention(projected, first, windows, mixed), false);
@@ -108,35 +113,36 @@ class EncoderLaunches {
     Norm<T> norm{};
     norm.rows = rows;
     norm.width = D;
-    norm.dropout = given_.dropout;
+    norm.dropout = arguments_.dropout;
     norm.eps = static_cast<T>(eps);
     norm.place = kFirstPlace;
     norm.parts = 1;
     norm.sums = sums.const_data_ptr<T>();
     norm.sums_bias = data(kOutBias);
-    norm.residual = given_.x.const_data_ptr<T>() + ((first + 1) * given_.steps() - R) * D;
-    norm.residual_window = given_.steps() * D;
+    norm.residual = arguments_.x.const_data_ptr<T>() + ((first + 1) * arguments_.steps() - R) * D;
+    norm.residual_window = arguments_.steps() * D;
     norm.residual_step = D;
     norm.output = entering.mutable_data_ptr<T>();
-    norm_into(norm, 0, first, kept);
-    const SumsOfUnits second = net_.forward(entering, rows);
+    norm_into(norm, 0, first, saved);
+    const SumsOfUnits net_sums = net_.forward(entering, rows);
     norm.place = kSecondPlace;
-    norm.parts = second.parts;
-    norm.sums = second.partial.const_data_ptr<T>();
+    norm.parts = net_sums.parts;
+    norm.sums = net_sums.partial.const_data_ptr<T>();
     norm.sums_bias = data(kLinear2Bias);
     norm.residual = entering.const_data_ptr<T>();
     norm.residual_window = R * D;
     norm.output = output + first * R * D;
-    norm_into(norm, 1, first, kept);
+    norm_into(norm, 1, first, saved);
   }
 
-  // Sums: of all weights but the feed-forward block's, in their order, and of these.
-  void backward(int64_t first, int64_t windows, const Tensor& grad, const EncoderKept<T>& kept,
+  // Adds the weight gradients of the feed-forward block to net_sums, and those of the other weights, in their
+  // order, to `sums`. Writes the gradient of x to grad_x unless it is null.
+  void backward(int64_t first, int64_t windows, const Tensor& grad, const SavedNorms<T>& saved,
                 const Tensor* grad_x, PartSums& sums, PartSums& net_sums) {
     const Rows rows = rows_of(first, windows);
     const std::vector<Tensor>& to = sums.open();
-    const Tensor first_sum = matrix(rows), dropped = given_.dropout.active ? matrix(rows) : first_sum;
-    norms_backward(rows, first, grad, kept, first_sum, dropped, to, net_sums);
+    const Tensor first_sum = matrix(rows), dropped = arguments_.dropout.active ? matrix(rows) : first_sum;
+    norms_backward(rows, first, grad, saved, first_sum, dropped, to, net_sums);
 
     const Tensor mixed = matrix(rows), grad_mixed = matrix(rows);
     const Projected<T> projected = project(first, windows), grads = projection(windows);
@@ -155,9 +161,9 @@ class EncoderLaunches {
   }
 
  private:
-  const Tensor& weight(int number) const { return given_.weights[static_cast<size_t>(number)]; }
+  const Tensor& weight(int number) const { return arguments_.weights[static_cast<size_t>(number)]; }
   const T* data(int number) const { return weight(number).template const_data_ptr<T>(); }
-  Tensor matrix(const Rows& rows) const { return room(given_.x, {rows.count(), given_.width()}); }
+  Tensor matrix(const Rows& rows) const { return room(arguments_.x, {rows.count(), arguments_.width()}); }
   static void sum_into(const Tensor& out, const Tensor& matrix) {
     Tensor to = out;
     sum_rows(to, matrix);
@@ -168,49 +174,55 @@ class EncoderLaunches {
   }
 
   Rows rows_of(int64_t first, int64_t windows) const {
-    return {windows, given_.results, first, given_.steps() - given_.results};
+    return {windows, arguments_.results, first, arguments_.steps() - arguments_.results};
   }
   Tensor steps_of(int64_t first, int64_t windows) const {
-    return as_matrix(part_of(given_.x, first, windows), windows * given_.steps(), given_.width());
+    return as_matrix(part_of(arguments_.x, first, windows), windows * arguments_.steps(), arguments_.width());
   }
   Tensor last_steps_of(int64_t first, int64_t windows) const {
-    return torch::stable::select(part_of(given_.x, first, windows), 1, given_.steps() - 1);
+    return torch::stable::select(part_of(arguments_.x, first, windows), 1, arguments_.steps() - 1);
   }
 
+  // Allocates queries, keys and values.
   Projected<T> projection(int64_t windows) const {
-    return {given_.x, windows, given_.steps(), given_.width(), given_.last_step()};
+    return {arguments_.x, windows, arguments_.steps(), arguments_.width(), arguments_.last_step()};
   }
 
+  // Computes queries, keys and values, without their bias. `separate` is D if the queries have a product of
+  // their own, else 0.
   Projected<T> project(int64_t first, int64_t windows) const {
-    const Projected<T> made = projection(windows);
-    const int64_t D = given_.width(), own = 3 * D - made.pair_width;
-    multiply(made.pair, steps_of(first, windows), turned(part_of(weight(kInWeight), own, made.pair_width)));
-    if (own > 0)
-      multiply(made.query, last_steps_of(first, windows), turned(part_of(weight(kInWeight), 0, D)));
-    return made;
+    const Projected<T> projected = projection(windows);
+    const int64_t D = arguments_.width(), separate = 3 * D - projected.pair_width;
+    multiply(projected.pair, steps_of(first, windows),
+             turned(part_of(weight(kInWeight), separate, projected.pair_width)));
+    if (separate > 0)
+      multiply(projected.query, last_steps_of(first, windows), turned(part_of(weight(kInWeight), 0, D)));
+    return projected;
   }
 
   void projection_backward(int64_t first, int64_t windows, const Projected<T>& grads,
                            const std::vector<Tensor>& to) const {
-    const int64_t D = given_.width(), own = 3 * D - grads.pair_width;
-    multiply(part_of(to[kInWeight], own, grads.pair_width), turned(grads.pair), steps_of(first, windows));
-    sum_into(part_of(to[kInBias], own, grads.pair_width), grads.pair);
-    if (own == 0) return;
+    const int64_t D = arguments_.width(), separate = 3 * D - grads.pair_width;
+    multiply(part_of(to[kInWeight], separate, grads.pair_width), turned(grads.pair),
+             steps_of(first, windows));
+    sum_into(part_of(to[kInBias], separate, grads.pair_width), grads.pair);
+    if (separate == 0) return;
     multiply(part_of(to[kInWeight], 0, D), turned(grads.query), last_steps_of(first, windows));
     sum_into(part_of(to[kInBias], 0, D), grads.query);
   }
 
   void input_backward(int64_t first, int64_t windows, const Projected<T>& grads, const Tensor& residual,
                       const Tensor& grad_x) const {
-    const int64_t D = given_.width(), own = 3 * D - grads.pair_width, steps = given_.steps();
-    const Tensor of_part = part_of(grad_x, first, windows);
-    multiply(as_matrix(of_part, windows * steps, D), grads.pair,
-             part_of(weight(kInWeight), own, grads.pair_width));
-    const Tensor of_query = own > 0 ? room(given_.x, {windows, D}) : residual;
-    if (own > 0) multiply(of_query, grads.query, part_of(weight(kInWeight), 0, D));
-    device_.launch(encoder_input_kernel<T>, grid_for(windows * given_.results * D, kPlainThreads),
-                   kPlainThreads, 0, of_part.mutable_data_ptr<T>(), residual.const_data_ptr<T>(),
-                   own > 0 ? of_query.const_data_ptr<T>() : nullptr, windows, steps, given_.results, D);
+    const int64_t D = arguments_.width(), separate = 3 * D - grads.pair_width, steps = arguments_.steps();
+    const Tensor grad_part = part_of(grad_x, first, windows);
+    multiply(as_matrix(grad_part, windows * steps, D), grads.pair,
+             part_of(weight(kInWeight), separate, grads.pair_width));
+    const Tensor query_product = separate > 0 ? room(arguments_.x, {windows, D}) : residual;
+    if (separate > 0) multiply(query_product, grads.query, part_of(weight(kInWeight), 0, D));
+    device_.launch(encoder_input_kernel<T>, grid_for(windows * arguments_.results * D, kPlainThreads),
+                   kPlainThreads, 0, grad_part.mutable_data_ptr<T>(), residual.const_data_ptr<T>(),
+                   separate > 0 ? query_product.const_data_ptr<T>() : nullptr, windows, steps,
+                   arguments_.results, D);
   }
 
   Attention<T> attention(const Projected<T>& projected, int64_t first, int64_t windows,
@@ -218,96 +230,98 @@ class EncoderLaunches {
     const auto constant = [](const HeadRows<T>& rows) { return HeadRows<const T>{rows.data, rows.stride}; };
     Attention<T> job{};
     job.windows = windows;
-    job.steps = given_.steps();
-    job.results = given_.results;
+    job.steps = arguments_.steps();
+    job.results = arguments_.results;
     job.first_window = first;
-    job.heads = static_cast<int32_t>(given_.heads);
-    job.width = static_cast<int32_t>(given_.width() / given_.heads);
+    job.heads = static_cast<int32_t>(arguments_.heads);
+    job.width = static_cast<int32_t>(arguments_.width() / arguments_.heads);
     job.query = constant(projected.query_rows());
     job.key = constant(projected.key_rows());
     job.value = constant(projected.value_rows());
     job.bias = data(kInBias);
     job.scale = T(1) / std::sqrt(static_cast<T>(job.width));
-    job.dropout = given_.dropout;
+    job.dropout = arguments_.dropout;
     job.mixed = mixed.mutable_data_ptr<T>();
     return job;
   }
 
   void attend(Attention<T> job, bool backward) const {
-    QFAST_CHECK(
-        fit_attention(job, backward, device_.shared_limit()), op_, ": heads of ", job.width,
-        " features do not fit into this GPU's shared memory. Remedy: more heads, or QFAST_BACKEND=torch.");
+    QFAST_CHECK(fit_attention(job, backward, device_.shared_limit()), op_, ": heads of ", job.width,
+                " features do not fit in the shared memory of this GPU, ", device_.shared_limit(),
+                " bytes. Use more heads, or set QFAST_BACKEND=torch.");
     unsigned int blocks = grid_for(job.windows * job.heads, 1);
     Tensor weights;
     if (job.weights != nullptr) {
       blocks = std::min(blocks, kLongHeads);
-      weights = room(given_.x, {blocks * job.weights_elements(backward)});
+      weights = room(arguments_.x, {blocks * job.weights_elements(backward)});
       job.weights = weights.mutable_data_ptr<T>();
     }
     device_.launch(attention_kernel<T>, blocks, kHeadThreads,
                    static_cast<size_t>(job.shared_elements(backward)) * sizeof(T), job, backward);
   }
 
-  int64_t kept_at(int number, int64_t first) const {
-    return (number * given_.batch() + first) * given_.results;
+  // First saved row of norm `number`.
+  int64_t saved_row(int number, int64_t first) const {
+    return (number * arguments_.batch() + first) * arguments_.results;
   }
   unsigned int quad_blocks(const Rows& rows) const { return grid_for(rows.quads(), kPlainThreads / kLanes); }
 
-  void norm_into(Norm<T>& norm, int number, int64_t first, const EncoderKept<T>& kept) const {
+  void norm_into(Norm<T>& norm, int number, int64_t first, const SavedNorms<T>& saved) const {
     norm.weight = data(number == 0 ? kNorm1Weight : kNorm2Weight);
     norm.bias = data(number == 0 ? kNorm1Bias : kNorm2Bias);
-    if (kept.normalised != nullptr) {
-      norm.normalised = kept.normalised + kept_at(number, first) * given_.width();
-      norm.scales = kept.scales + kept_at(number, first);
+    if (saved.normalised != nullptr) {
+      norm.normalised = saved.normalised + saved_row(number, first) * arguments_.width();
+      norm.scales = saved.scales + saved_row(number, first);
     }
     device_.launch(norm_kernel<T>, quad_blocks(norm.rows), kPlainThreads, 0, norm);
   }
 
-  // From the gradient of the result to that of the first sum, and that after its dropout.
-  void norms_backward(const Rows& rows, int64_t first, const Tensor& grad, const EncoderKept<T>& kept,
+  // Computes the gradient of the input of the first norm in first_sum, and this gradient after dropout in
+  // `dropped`.
+  void norms_backward(const Rows& rows, int64_t first, const Tensor& grad, const SavedNorms<T>& saved,
                       const Tensor& first_sum, const Tensor& dropped, const std::vector<Tensor>& to,
                       PartSums& net_sums) {
-    const Tensor entering = matrix(rows), of_entering = matrix(rows), weighted = matrix(rows);
+    const Tensor entering = matrix(rows), grad_entering = matrix(rows), weighted = matrix(rows);
     const Tensor second_sum = matrix(rows),
-                 second_dropped = given_.dropout.active ? matrix(rows) : second_sum;
-    const Tensor leaving = part_of(grad, first * given_.results, rows.count());
-    const auto both = [&](int number) {
+                 second_dropped = arguments_.dropout.active ? matrix(rows) : second_sum;
+    const Tensor leaving = part_of(grad, first * arguments_.results, rows.count());
+    const auto norm_job = [&](int number) {
       NormBackward<T> job{};
       job.rows = rows;
-      job.width = given_.width();
-      job.dropout = given_.dropout;
+      job.width = arguments_.width();
+      job.dropout = arguments_.dropout;
       job.place = number == 0 ? kFirstPlace : kSecondPlace;
-      job.normalised = kept.normalised + kept_at(number, first) * given_.width();
-      job.scales = kept.scales + kept_at(number, first);
+      job.normalised = saved.normalised + saved_row(number, first) * arguments_.width();
+      job.scales = saved.scales + saved_row(number, first);
       job.weight = data(number == 0 ? kNorm1Weight : kNorm2Weight);
       job.weighted = weighted.mutable_data_ptr<T>();
       return job;
     };
-    NormBackward<T> second = both(1);
-    second.grad = leaving.const_data_ptr<T>();
-    second.before = second_sum.mutable_data_ptr<T>();
-    if (given_.dropout.active) second.dropped = second_dropped.mutable_data_ptr<T>();
-    second.first_normalised = kept.normalised + kept_at(0, first) * given_.width();
-    second.first_weight = data(kNorm1Weight);
-    second.first_bias = data(kNorm1Bias);
-    second.first = entering.mutable_data_ptr<T>();
-    device_.launch(norm_backward_kernel<T>, quad_blocks(rows), kPlainThreads, 0, second);
+    NormBackward<T> second_norm = norm_job(1);
+    second_norm.grad = leaving.const_data_ptr<T>();
+    second_norm.before = second_sum.mutable_data_ptr<T>();
+    if (arguments_.dropout.active) second_norm.dropped = second_dropped.mutable_data_ptr<T>();
+    second_norm.first_normalised = saved.normalised + saved_row(0, first) * arguments_.width();
+    second_norm.first_weight = data(kNorm1Weight);
+    second_norm.first_bias = data(kNorm1Bias);
+    second_norm.first = entering.mutable_data_ptr<T>();
+    device_.launch(norm_backward_kernel<T>, quad_blocks(rows), kPlainThreads, 0, second_norm);
     sum_into(to[kNorm2Weight - 4], weighted);
     sum_into(to[kNorm2Bias - 4], leaving);
-    net_.backward(entering, second_dropped, rows, &of_entering, net_sums);
-    NormBackward<T> one = both(0);
-    one.grad = second_sum.const_data_ptr<T>();
-    one.more = of_entering.mutable_data_ptr<T>();
-    one.before = first_sum.mutable_data_ptr<T>();
-    if (given_.dropout.active) one.dropped = dropped.mutable_data_ptr<T>();
-    device_.launch(norm_backward_kernel<T>, quad_blocks(rows), kPlainThreads, 0, one);
+    net_.backward(entering, second_dropped, rows, &grad_entering, net_sums);
+    NormBackward<T> first_norm = norm_job(0);
+    first_norm.grad = second_sum.const_data_ptr<T>();
+    first_norm.more = grad_entering.mutable_data_ptr<T>();
+    first_norm.before = first_sum.mutable_data_ptr<T>();
+    if (arguments_.dropout.active) first_norm.dropped = dropped.mutable_data_ptr<T>();
+    device_.launch(norm_backward_kernel<T>, quad_blocks(rows), kPlainThreads, 0, first_norm);
     sum_into(to[kNorm1Weight - 4], weighted);
-    sum_into(to[kNorm1Bias - 4], of_entering);
+    sum_into(to[kNorm1Bias - 4], grad_entering);
   }
 
   const char* op_;
   CudaDevice& device_;
-  const EncoderGiven& given_;
+  const EncoderArguments& arguments_;
   FeedForwardLaunches<T> net_;
 };
 
