@@ -29,7 +29,7 @@ template <Finish Kind, class Element>
 void multiply(const PanelMatrix<Element>& right, const Element* left, int64_t left_row, int64_t left_step,
               int64_t rows, const Target<Element>& target) {
   for (int64_t panel = 0; panel < right.count; ++panel) {
-    const Element* const data = right.data + panel * right.apart;
+    const Element* const data = right.data + panel * right.panel_stride;
     const int64_t column = panel * right.width, columns = right.columns - column;
     for_panel_width<Element>(right.width, [&]<int Vectors>() __attribute__((always_inline)) {
       for_row_tiles<kTileRows<Vectors>>(rows, [&]<int Rows>(int64_t row) __attribute__((always_inline)) {

@@ -12,12 +12,12 @@
 namespace qfast {
 
 // A matrix [rows, columns] whose columns are divided into `count` panels of `width` columns, a multiple of a
-// vector. Element (k, j) is at data[j / width * apart + k * step + j % width]. In a packed matrix, each panel
-// is contiguous, with zeros beyond the last column. A matrix may also be used in place: the memory after the
-// last column is then read, but its values are not used.
+// vector. Element (k, j) is at data[j / width * panel_stride + k * step + j % width]. In a packed matrix,
+// each panel is contiguous, with zeros beyond the last column. A matrix may also be used in place: the memory
+// after the last column is then read, but its values are not used.
 template <class Element>
 struct PanelMatrix {
-  int64_t rows, columns, width, count, step, apart;
+  int64_t rows, columns, width, count, step, panel_stride;
   const Element* data;
 
   QFAST_SHARED_INLINE int64_t padded() const { return width * count; }
@@ -26,12 +26,12 @@ struct PanelMatrix {
   QFAST_SHARED_INLINE PanelMatrix some(int64_t first, int64_t number) const {
     const int64_t panels = number < count - first ? number : count - first;
     const int64_t left = columns - first * width, most = panels * width;
-    return {rows, left < most ? left : most, width, panels, step, apart, data + first * apart};
+    return {rows, left < most ? left : most, width, panels, step, panel_stride, data + first * panel_stride};
   }
 
   // Rows [first, first + number).
   QFAST_SHARED_INLINE PanelMatrix rows_from(int64_t first, int64_t number) const {
-    return {number, columns, width, count, step, apart, data + first * step};
+    return {number, columns, width, count, step, panel_stride, data + first * step};
   }
 };
 

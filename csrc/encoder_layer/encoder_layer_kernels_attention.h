@@ -65,9 +65,9 @@ struct Head {
     PanelMatrix<Element> to = in_place<Element>(group.turned, width(), job.steps, 0);
     to.columns = to.padded();
     to.step = to.width;
-    to.apart = width() * to.width;
+    to.panel_stride = width() * to.width;
     for (int64_t s = 0; s < job.steps; ++s) {
-      Element* const column = group.turned + s / to.width * to.apart + s % to.width;
+      Element* const column = group.turned + s / to.width * to.panel_stride + s % to.width;
       for (int64_t j = 0; j < width(); ++j) column[j * to.width] = scale * from[s * job.padded_pair + j];
     }
     return to;
