@@ -1,6 +1,6 @@
-// The operators of additive attention on the CPU: arguments, results and the split of work. Threads take
-// whole days, or share the blocks of a day that is large (additive_attention_day.h); the sums are the same
-// either way. qfast/ops/additive_attention.py has the schemas and what is kept for the backward.
+// Additive and graph attention on the CPU: checks, results and the division of work.
+// qfast/ops/additive_attention.py contains the schemas and describes the saved tensors. A thread owns whole
+// days, or some blocks of a large day (additive_attention_day.h). The sums are the same in both cases.
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -13,8 +13,8 @@ namespace {
 
 using MaybeTensor = std::optional<Tensor>;
 
-constexpr int64_t kSharedRows = 16384;  // days from this size are shared by the threads
-constexpr int64_t kLeastRows = 512;     // of a task of whole days: with less, waking a thread does not pay
+constexpr int64_t kSharedRows = 16384;  // all threads share a day with at least this many rows
+constexpr int64_t kLeastRows = 512;     // rows of whole days for which it pays to wake a thread
 
 // ---------------------------------------------------------------- many days
 struct Days {
@@ -44,15 +44,16 @@ Days check_days(const char* op, const MaybeTensor& offsets, double slope, int64_
               rows, ", got ", days.offsets.front(), " to ", days.offsets.back(), ".");
   for (int64_t d = 0; d < days.count(); ++d) {
     const int64_t size = days.offsets[d + 1] - days.offsets[d];
-    QFAST_CHECK(size >= 0, op, ": offsets: must not fall, but day ", d, " has ", size, " rows.");
-    QFAST_CHECK(size < std::numeric_limits<int32_t>::max(), op, ": offsets: a day of ", size,
-                " rows is too long, below 2^31 is possible.");
+    QFAST_CHECK(size >= 0, op, ": offsets: must not decrease, but day ", d, " has ", size, " rows.");
+    QFAST_CHECK(size < std::numeric_limits<int32_t>::max(), op,
+                ": offsets: expected fewer than 2^31 - 1 rows per day, got ", size, " in day ", d, ".");
   }
   return days;
 }
 
-// Calls body(day, head, first row, rows) for every day that is not empty. Large days one after another with
-// all threads, the others in as many runs of about the same number of rows as there are threads.
+// Calls body(day, head, first row) for every day that is not empty. Large days are computed one after the
+// other by all threads. The other days are divided into as many runs as there are threads, with about the
+// same number of rows.
 template <class Element, class Body>
 void each_day(const Days& days, bool backward, const Body& body) {
   const int64_t threads = torch::stable::get_num_threads();
@@ -120,15 +121,16 @@ void attend_days(const Days& days, const Element* query, const Element* key, con
   });
 }
 
+// The tensors that forward saves for backward.
 template <class Element>
-struct Kept {
+struct Saved {
   const Element *out, *share, *share_weight;
   const int32_t* orders;
 };
 
 template <class Element>
 void attend_days_backward(const Days& days, const Element* grad, const Element* query, const Element* key,
-                          const Element* value, const Element* residual, const Kept<Element>& kept,
+                          const Element* value, const Element* residual, const Saved<Element>& saved,
                           Element* grad_query, Element* grad_key, Element* grad_value) {
   each_day<Element>(days, true, [&](Day<Element>& day, int64_t head, int64_t first) {
     const int64_t row = head * days.rows + first, at = row * days.width;
@@ -137,10 +139,10 @@ void attend_days_backward(const Days& days, const Element* grad, const Element* 
                               key + row,
                               value + at,
                               residual ? residual + at : nullptr,
-                              kept.out + at,
-                              kept.share + at,
-                              kept.share_weight + row,
-                              {kept.orders + row, kept.orders + days.heads * days.rows + row},
+                              saved.out + at,
+                              saved.share + at,
+                              saved.share_weight + row,
+                              {saved.orders + row, saved.orders + days.heads * days.rows + row},
                               grad_query + row,
                               grad_key + row,
                               grad_value + at});
@@ -161,14 +163,15 @@ void check_like(const char* op, const char* name, const Tensor& tensor, const Te
   bool fits = tensor.is_cpu() && first.is_cpu() && tensor.scalar_type() == type &&
               tensor.dim() == static_cast<int64_t>(shape.size());
   int64_t axis = 0;
-  std::ostringstream wanted;
+  std::ostringstream expected;
   for (const int64_t size : shape) {
-    wanted << (axis ? ", " : "") << size;
+    expected << (axis ? ", " : "") << size;
     fits = fits && tensor.size(axis) == size;
     ++axis;
   }
-  QFAST_CHECK(fits, op, ": ", name, ": expected shape (", wanted.str(),
-              ") with the dtype and device that go with it, got ", shape_text(tensor), ".");
+  QFAST_CHECK(fits, op, ": ", name, ": expected shape (", expected.str(), ") and dtype ",
+              torch::headeronly::toString(type), " on the CPU, got ", shape_text(tensor), " and ",
+              torch::headeronly::toString(tensor.scalar_type()), " on ", device_text(tensor), ".");
 }
 
 void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& first,
@@ -176,17 +179,18 @@ void check_like(const char* op, const char* name, const Tensor& tensor, const Te
   check_like(op, name, tensor, first, shape, first.scalar_type());
 }
 
-struct KeptTensors {
+// The tensors that forward saves for backward, without its result.
+struct SavedTensors {
   Tensor share, share_weight, orders;
 };
 
-KeptTensors empty_kept(const Tensor& like, int64_t heads, int64_t rows, int64_t width) {
+SavedTensors empty_saved(const Tensor& like, int64_t heads, int64_t rows, int64_t width) {
   return {empty(like, {heads, rows, width}), empty(like, {heads, rows}),
           empty(like, {2, heads, rows}, ScalarType::Int)};
 }
 
-KeptTensors check_kept(const char* op, const Tensor& like, const Days& days, const Tensor& share,
-                       const Tensor& share_weight, const Tensor& orders) {
+SavedTensors check_saved(const char* op, const Tensor& like, const Days& days, const Tensor& share,
+                         const Tensor& share_weight, const Tensor& orders) {
   check_like(op, "share", share, like, {days.heads, days.rows, days.width});
   check_like(op, "share_weight", share_weight, like, {days.heads, days.rows});
   check_like(op, "orders", orders, like, {2, days.heads, days.rows}, ScalarType::Int);
@@ -218,14 +222,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_cpu(const Tensor& 
   const Tensor q = torch::stable::contiguous(query), k = torch::stable::contiguous(key),
                v = torch::stable::contiguous(value);
   Tensor out = empty(v, {heads, rows, width});
-  const KeptTensors kept = empty_kept(v, heads, keep ? rows : 0, width);
+  const SavedTensors saved_tensors = empty_saved(v, heads, keep ? rows : 0, width);
   dispatch_floating(v.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);
     attend_days<Element>(days, data<Element>(q), data<Element>(k), data<Element>(v), nullptr,
-                         data<Element>(out), data<Element>(kept.share), data<Element>(kept.share_weight),
-                         order_data(kept.orders));
+                         data<Element>(out), data<Element>(saved_tensors.share),
+                         data<Element>(saved_tensors.share_weight), order_data(saved_tensors.orders));
   });
-  return {out, kept.share, kept.share_weight, kept.orders};
+  return {out, saved_tensors.share, saved_tensors.share_weight, saved_tensors.orders};
 }
 
 std::tuple<Tensor, Tensor, Tensor> additive_attention_backward_cpu(
@@ -241,7 +245,7 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_backward_cpu(
   check_like(op, "grad", grad, value, {heads, rows, width});
   check_like(op, "out", out, value, {heads, rows, width});
   const Days days = check_days(op, offsets, slope, heads, rows, width);
-  const KeptTensors kept = check_kept(op, value, days, share, share_weight, orders);
+  const SavedTensors saved_tensors = check_saved(op, value, days, share, share_weight, orders);
   const Tensor g = torch::stable::contiguous(grad), q = torch::stable::contiguous(query),
                k = torch::stable::contiguous(key), v = torch::stable::contiguous(value),
                o = torch::stable::contiguous(out);
@@ -249,10 +253,10 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_backward_cpu(
          grad_value = empty(v, {heads, rows, width});
   dispatch_floating(v.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);
-    const Kept<Element> held{data<Element>(o), data<Element>(kept.share), data<Element>(kept.share_weight),
-                             order_data(kept.orders)};
+    const Saved<Element> saved{data<Element>(o), data<Element>(saved_tensors.share),
+                               data<Element>(saved_tensors.share_weight), order_data(saved_tensors.orders)};
     attend_days_backward<Element>(days, data<Element>(g), data<Element>(q), data<Element>(k),
-                                  data<Element>(v), nullptr, held, data<Element>(grad_query),
+                                  data<Element>(v), nullptr, saved, data<Element>(grad_query),
                                   data<Element>(grad_key), data<Element>(grad_value));
   });
   return {grad_query, grad_key, grad_value};
@@ -273,7 +277,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> graph_attention_cpu(const Ten
   const Tensor h = torch::stable::contiguous(hidden), w = torch::stable::contiguous(weight),
                b = torch::stable::contiguous(bias);
   Tensor out = empty(h, {rows, width}), scores = empty(h, {2, rows});
-  const KeptTensors kept = empty_kept(h, 1, keep ? rows : 0, width);
+  const SavedTensors saved_tensors = empty_saved(h, 1, keep ? rows : 0, width);
   dispatch_floating(h.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);
     Element* const query = data<Element>(scores);
@@ -281,10 +285,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> graph_attention_cpu(const Ten
     const auto kernel = cpu_kernels<Element>().hidden_scores;
     parallel_for(rows, 2048, [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
     attend_days<Element>(days, query, query + rows, data<Element>(h), data<Element>(h), data<Element>(out),
-                         data<Element>(kept.share), data<Element>(kept.share_weight),
-                         order_data(kept.orders));
+                         data<Element>(saved_tensors.share), data<Element>(saved_tensors.share_weight),
+                         order_data(saved_tensors.orders));
   });
-  return {out, scores, kept.share, kept.share_weight, kept.orders};
+  return {out, scores, saved_tensors.share, saved_tensors.share_weight, saved_tensors.orders};
 }
 
 // sums[i] = sum over blocks of block_sums[block, i], in float64.
@@ -310,7 +314,7 @@ std::tuple<Tensor, Tensor, Tensor> graph_attention_backward_cpu(
   check_like(op, "out", out, hidden, {rows, width});
   check_like(op, "scores", scores, hidden, {2, rows});
   const Days days = check_days(op, offsets, slope, 1, rows, width);
-  const KeptTensors kept = check_kept(op, hidden, days, share, share_weight, orders);
+  const SavedTensors saved_tensors = check_saved(op, hidden, days, share, share_weight, orders);
   const Tensor g = torch::stable::contiguous(grad), h = torch::stable::contiguous(hidden),
                w = torch::stable::contiguous(weight), o = torch::stable::contiguous(out),
                s = torch::stable::contiguous(scores);
@@ -319,19 +323,19 @@ std::tuple<Tensor, Tensor, Tensor> graph_attention_backward_cpu(
          grad_weight = empty(h, {2, width}), grad_bias = empty(h, {2}), sums = empty(h, {blocks, 2, width});
   dispatch_floating(h.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);
-    const Kept<Element> held{data<Element>(o), data<Element>(kept.share), data<Element>(kept.share_weight),
-                             order_data(kept.orders)};
-    const Element *query = data<Element>(s), *of_hidden = data<Element>(h);
-    Element *of_query = data<Element>(grad_scores), *of_key = of_query + rows;
-    attend_days_backward<Element>(days, data<Element>(g), query, query + rows, of_hidden, of_hidden, held,
-                                  of_query, of_key, data<Element>(grad_hidden));
+    const Saved<Element> saved{data<Element>(o), data<Element>(saved_tensors.share),
+                               data<Element>(saved_tensors.share_weight), order_data(saved_tensors.orders)};
+    const Element *query = data<Element>(s), *hidden_data = data<Element>(h);
+    Element *grad_query = data<Element>(grad_scores), *grad_key = grad_query + rows;
+    attend_days_backward<Element>(days, data<Element>(g), query, query + rows, hidden_data, hidden_data,
+                                  saved, grad_query, grad_key, data<Element>(grad_hidden));
     const ScoresBackwardJob<Element> job{rows,
                                          width,
-                                         of_hidden,
+                                         hidden_data,
                                          data<Element>(w),
                                          data<Element>(g),
-                                         of_query,
-                                         of_key,
+                                         grad_query,
+                                         grad_key,
                                          data<Element>(grad_hidden),
                                          data<Element>(sums)};
     const auto kernel = cpu_kernels<Element>().hidden_scores_backward;
@@ -339,7 +343,7 @@ std::tuple<Tensor, Tensor, Tensor> graph_attention_backward_cpu(
     add_blocks<Element>(data<Element>(sums), blocks, 2 * width, data<Element>(grad_weight));
     for (int side = 0; side < 2; ++side) {
       double total = 0;
-      for (int64_t r = 0; r < rows; ++r) total += of_query[side * rows + r];
+      for (int64_t r = 0; r < rows; ++r) total += grad_query[side * rows + r];
       data<Element>(grad_bias)[side] = static_cast<Element>(total);
     }
   });

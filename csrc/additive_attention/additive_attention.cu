@@ -1,24 +1,28 @@
 // Additive and graph attention over the stocks of each day, on CUDA: out_i = sum over j of
 // softmax_j(LeakyReLU(query_i + key_j)) value_j, forward and backward, in N log N time and N H memory.
+// qfast/ops/additive_attention.py contains the schemas and describes the saved tensors.
 //
-// Few short days go pair by pair (additive_attention_kernels_dense.cuh). Otherwise keys and queries of a day
-// are sorted and merged into one list; two running sums over the list serve every row
-// (additive_attention_kernels.cuh). A block owns a day that fits into its shared memory, up to 2,048 rows;
-// with a longer day in the call, every pass is a launch over chunks of 128 items of all days
-// (additive_attention_kernels_days.cuh, in the order of additive_attention_launch.cuh). Saved for the
-// backward: the two sort orders, the smaller part of each row's sum and its weight. What bounds it: reading
-// [N, H] three times and writing it once, 16 H bytes a row in float32 (twice that in the backward), where
-// there are many rows, and the latency of the passes where there are few. No atomics; every sum has one fixed
-// order; nothing synchronises, and all memory is torch's, so a CUDA graph can capture a call. Nothing waits
-// to look at the numbers in `offsets` either, as Python does: where they are wrong no other memory is
-// touched, but results are NaN or undefined.
+// A few short days are computed pair by pair (additive_attention_kernels_dense.cuh). Otherwise the keys and
+// queries of a day are sorted and merged into one list, and two running sums over the list serve every row
+// (additive_attention_kernels.cuh). A thread block owns a day if all days fit in shared memory, up to 2,048
+// rows. If one day of the call is longer, every pass is a launch over chunks of 128 items of all days
+// (additive_attention_kernels_days.cuh, in the order of additive_attention_launch.cuh).
 //
-// Backward of the scores: around a center of each day, and the gradients of a day's keys sum to 0 before the
-// bend's slope, as on the CPU (additive_attention_kernels_gradients.cuh); a pass over the chunks and one over
-// the rows for it, 16 bytes of memory a row and, in float32, 4 for each 32 columns.
+// Saved for backward: the two sort orders, the smaller part of each row's sum, and its weight. With many rows
+// the operators are bound by bytes: they read [N, H] three times and write it once, 16 H bytes per row in
+// float32, and twice that in backward. With few rows they are bound by the latency of the passes.
 //
-// Schemas and what is kept: qfast/ops/additive_attention.py. Same order everywhere: checks, device guard,
-// allocation, empty return, dispatch, launches, each with its check.
+// There are no atomics, and every sum has a fixed order. A call does not synchronize with the host and uses
+// only memory from torch, so a CUDA graph can capture it. For the same reason the host does not check the
+// numbers in `offsets`, as Python does. If they are wrong, no other memory is accessed, but results are NaN
+// or undefined.
+//
+// The gradients of the scores are computed relative to a center of each day, and those of the keys of a day
+// sum to 0 before the slope of LeakyReLU, as on the CPU (additive_attention_kernels_gradients.cuh). This
+// needs one pass over the chunks, one over the rows, 16 bytes of memory per row and, in float32, 4 bytes per
+// row for each 32 columns.
+//
+// All functions have the same order: checks, device guard, allocation, return if empty, dispatch, launches.
 #include <cub/device/device_radix_sort.cuh>
 #include <optional>
 #include <tuple>
@@ -33,12 +37,14 @@ namespace {
 
 using MaybeTensor = std::optional<Tensor>;
 
-// ---------------------------------------------------------------- the device, as the launches need it
+// ---------------------------------------------------------------- device
+// A CudaDevice that can also sort.
 class SortingDevice : public CudaDevice {
  public:
   using CudaDevice::CudaDevice;
 
-  // Stable, by the lowest `bits`. Both arrays come with as much room again; returns where the numbers end up.
+  // Sorts words and numbers by the lowest `bits` bits of the words. The sort is stable. The second array of
+  // each pair is scratch of the same size. Returns the array that contains the sorted numbers.
   template <class Word>
   const uint32_t* sort(Word* (&words)[2], uint32_t* (&numbers)[2], int64_t count, int bits) {
     cub::DoubleBuffer<Word> keys(words[0], words[1]);
@@ -59,27 +65,27 @@ void check_shape(const char* op, const char* name, const Tensor& tensor, const T
   QFAST_CHECK(tensor.scalar_type() == like.scalar_type(), op, ": ", name, ": expected dtype ",
               torch::headeronly::toString(like.scalar_type()), ", got ",
               torch::headeronly::toString(tensor.scalar_type()), ".");
-  check_same_device(op, name, tensor, like, "the first argument");
+  check_same_device(op, name, tensor, like, "value or hidden");
   bool fits = tensor.dim() == static_cast<int64_t>(shape.size());
-  std::ostringstream wanted;
+  std::ostringstream expected;
   int axis = 0;
   for (const int64_t size : shape) {
-    wanted << (axis ? ", " : "") << size;
+    expected << (axis ? ", " : "") << size;
     fits = fits && tensor.size(axis) == size;
     ++axis;
   }
-  QFAST_CHECK(fits, op, ": ", name, ": expected shape (", wanted.str(), "), got ", shape_text(tensor), ".");
+  QFAST_CHECK(fits, op, ": ", name, ": expected shape (", expected.str(), "), got ", shape_text(tensor), ".");
 }
 
 Shape check_days(const char* op, const Tensor& like, const MaybeTensor& offsets, int64_t longest,
                  double slope, int64_t heads, int64_t rows, int64_t width) {
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
   check_floating(op, "value", like);
   check_cuda(op, "value", like);
   QFAST_CHECK(slope >= 0 && slope <= 1, op, ": negative_slope: expected 0 to 1, got ", slope, ".");
-  QFAST_CHECK(width > 0 && width <= kMost / 4, op, ": value: expected H from 1 to ", kMost / 4, ", got ",
+  QFAST_CHECK(width > 0 && width <= kLimit / 4, op, ": value: expected H from 1 to ", kLimit / 4, ", got ",
               width, ".");
-  QFAST_CHECK(rows < kMost, op, ": value: expected fewer than ", kMost, " rows, got ", rows, ".");
+  QFAST_CHECK(rows < kLimit, op, ": value: expected fewer than ", kLimit, " rows, got ", rows, ".");
   QFAST_CHECK(longest >= 0 && longest <= rows && (longest > 0 || rows == 0), op,
               ": longest: expected the rows of the longest day, 1 to ", rows, ", got ", longest, ".");
   Shape shape{{nullptr, 1, rows, nullptr}, heads, static_cast<int>(width)};
@@ -87,8 +93,8 @@ Shape check_days(const char* op, const Tensor& like, const MaybeTensor& offsets,
   check_dims(op, "offsets", *offsets, 1, "[D + 1]");
   check_same_device(op, "offsets", *offsets, like, "value");
   const int64_t days = offsets->size(0) - 1;
-  QFAST_CHECK(offsets->scalar_type() == ScalarType::Long && days >= 0 && days < kMost, op,
-              ": offsets: expected int64, 1 to ", kMost, " of them, got ", offsets->size(0), " of ",
+  QFAST_CHECK(offsets->scalar_type() == ScalarType::Long && days >= 0 && days < kLimit, op,
+              ": offsets: expected 1 to ", kLimit, " numbers of dtype int64, got ", offsets->size(0), " of ",
               torch::headeronly::toString(offsets->scalar_type()), ".");
   QFAST_CHECK(days > 0 || rows == 0, op, ": offsets: must run from 0 to N = ", rows,
               ", got only one number.");
@@ -113,39 +119,41 @@ Tensor room(const Tensor& like, std::initializer_list<int64_t> shape) {
   return torch::stable::new_empty(like, {shape.begin(), shape.size()});
 }
 
-struct Kept {
+// The tensors that forward saves for backward.
+struct Saved {
   Tensor share, share_weight, orders;
 };
 
-Kept empty_kept(const Tensor& like, const Shape& shape, bool keep) {
+Saved empty_saved(const Tensor& like, const Shape& shape, bool keep) {
   const int64_t rows = keep ? shape.days.rows : 0, orders[] = {2, shape.heads, rows};
   return {room(like, {shape.heads, rows, shape.width}), room(like, {shape.heads, rows}),
           torch::stable::new_empty(like, {orders, 3}, ScalarType::Int)};
 }
 
-void check_kept(const char* op, const Tensor& like, const Shape& shape, const Kept& kept) {
+void check_saved(const char* op, const Tensor& like, const Shape& shape, const Saved& saved) {
   const int64_t heads = shape.heads, rows = shape.days.rows;
-  check_shape(op, "share", kept.share, like, {heads, rows, shape.width});
-  check_shape(op, "share_weight", kept.share_weight, like, {heads, rows});
-  QFAST_CHECK(kept.orders.scalar_type() == ScalarType::Int && kept.orders.numel() == 2 * heads * rows, op,
-              ": orders: expected int32 [2, heads, N], got ", shape_text(kept.orders), ".");
-  check_same_device(op, "orders", kept.orders, like, "value");
+  check_shape(op, "share", saved.share, like, {heads, rows, shape.width});
+  check_shape(op, "share_weight", saved.share_weight, like, {heads, rows});
+  QFAST_CHECK(saved.orders.scalar_type() == ScalarType::Int && saved.orders.numel() == 2 * heads * rows, op,
+              ": orders: expected int32 [2, heads, N], got ", shape_text(saved.orders), " of ",
+              torch::headeronly::toString(saved.orders.scalar_type()), ".");
+  check_same_device(op, "orders", saved.orders, like, "value");
 }
 
-Kept contiguous(const Kept& kept) {
-  return {torch::stable::contiguous(kept.share), torch::stable::contiguous(kept.share_weight),
-          torch::stable::contiguous(kept.orders)};
+Saved contiguous(const Saved& saved) {
+  return {torch::stable::contiguous(saved.share), torch::stable::contiguous(saved.share_weight),
+          torch::stable::contiguous(saved.orders)};
 }
 
 template <class T>
 Forward<T> forward_io(const T* query, const T* key, const Tensor& value, const Tensor* residual,
-                      const Tensor& out, const Kept& kept, bool keep) {
+                      const Tensor& out, const Saved& saved, bool keep) {
   return {data<T>(value),
           residual != nullptr ? data<T>(*residual) : nullptr,
           out.mutable_data_ptr<T>(),
-          keep ? kept.share.mutable_data_ptr<T>() : nullptr,
-          keep ? kept.share_weight.mutable_data_ptr<T>() : nullptr,
-          keep ? kept.orders.mutable_data_ptr<int32_t>() : nullptr,
+          keep ? saved.share.mutable_data_ptr<T>() : nullptr,
+          keep ? saved.share_weight.mutable_data_ptr<T>() : nullptr,
+          keep ? saved.orders.mutable_data_ptr<int32_t>() : nullptr,
           query,
           key};
 }
@@ -162,20 +170,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_cuda(const Tensor&
   check_shape(op, "query", query, value, {value.size(0), value.size(1)});
   check_shape(op, "key", key, value, {value.size(0), value.size(1)});
   SortingDevice device(value);
-  const Tensor s = torch::stable::contiguous(query), t = torch::stable::contiguous(key);
+  const Tensor contiguous_query = torch::stable::contiguous(query),
+               contiguous_key = torch::stable::contiguous(key);
   const Tensor rows = torch::stable::contiguous(value);
   const MaybeTensor days = dense_offsets(offsets);
   shape.days.offsets = offsets_data(days);
   const Tensor out = room(value, {value.size(0), value.size(1), value.size(2)});
-  const Kept kept = empty_kept(value, shape, keep);
+  const Saved saved = empty_saved(value, shape, keep);
   if (out.numel() > 0) {
     dispatch_floating(value.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
-      const auto io = forward_io<T>(data<T>(s), data<T>(t), rows, nullptr, out, kept, keep);
+      const auto io =
+          forward_io<T>(data<T>(contiguous_query), data<T>(contiguous_key), rows, nullptr, out, saved, keep);
       attend(device, shape, longest, static_cast<T>(negative_slope), io);
     });
   }
-  return {out, kept.share, kept.share_weight, kept.orders};
+  return {out, saved.share, saved.share_weight, saved.orders};
 }
 
 std::tuple<Tensor, Tensor, Tensor> additive_attention_backward_cuda(
@@ -190,36 +200,32 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_backward_cuda(
     check_shape(op, name, *scores, value, {heads, n});
   for (const auto& [name, like] : {std::pair{"grad", &grad}, std::pair{"out", &out}})
     check_shape(op, name, *like, value, {heads, n, width});
-  check_kept(op, value, shape, {share, share_weight, orders});
+  check_saved(op, value, shape, {share, share_weight, orders});
   SortingDevice device(value);
-  const Tensor g = torch::stable::contiguous(grad), s = torch::stable::contiguous(query);
-  const Tensor t = torch::stable::contiguous(key), v = torch::stable::contiguous(value);
-  const Tensor result = torch::stable::contiguous(out);
-  const Kept kept = contiguous({share, share_weight, orders});
+  const Tensor contiguous_grad = torch::stable::contiguous(grad),
+               contiguous_query = torch::stable::contiguous(query);
+  const Tensor contiguous_key = torch::stable::contiguous(key),
+               contiguous_value = torch::stable::contiguous(value);
+  const Tensor contiguous_out = torch::stable::contiguous(out);
+  const Saved saved = contiguous({share, share_weight, orders});
   const MaybeTensor days = dense_offsets(offsets);
   shape.days.offsets = offsets_data(days);
-  const Tensor of_query = room(value, {heads, n}), of_key = room(value, {heads, n});
-  const Tensor of_value = room(value, {heads, n, width});
-  if (of_value.numel() > 0) {
+  const Tensor grad_query = room(value, {heads, n}), grad_key = room(value, {heads, n});
+  const Tensor grad_value = room(value, {heads, n, width});
+  if (grad_value.numel() > 0) {
     dispatch_floating(value.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
-      Backward<T> io{data<T>(g),
-                     data<T>(v),
-                     data<T>(result),
-                     nullptr,
-                     data<T>(kept.share),
-                     data<T>(kept.share_weight),
-                     data<int32_t>(kept.orders),
-                     data<T>(s),
-                     data<T>(t),
-                     of_query.mutable_data_ptr<T>(),
-                     of_key.mutable_data_ptr<T>(),
-                     of_value.mutable_data_ptr<T>(),
+      Backward<T> io{data<T>(contiguous_grad),       data<T>(contiguous_value),
+                     data<T>(contiguous_out),        nullptr,
+                     data<T>(saved.share),           data<T>(saved.share_weight),
+                     data<int32_t>(saved.orders),    data<T>(contiguous_query),
+                     data<T>(contiguous_key),        grad_query.mutable_data_ptr<T>(),
+                     grad_key.mutable_data_ptr<T>(), grad_value.mutable_data_ptr<T>(),
                      static_cast<T>(negative_slope)};
       attend_backward(device, shape, longest, io);
     });
   }
-  return {of_query, of_key, of_value};
+  return {grad_query, grad_key, grad_value};
 }
 
 // ---------------------------------------------------------------- graph attention
@@ -235,22 +241,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> graph_attention_cuda(const Te
   check_shape(op, "weight", weight, hidden, {2, width});
   check_shape(op, "bias", bias, hidden, {2});
   SortingDevice device(hidden);
-  const Tensor rows = torch::stable::contiguous(hidden), both = torch::stable::contiguous(weight);
-  const Tensor shift = torch::stable::contiguous(bias);
+  const Tensor rows = torch::stable::contiguous(hidden),
+               contiguous_weight = torch::stable::contiguous(weight);
+  const Tensor contiguous_bias = torch::stable::contiguous(bias);
   const MaybeTensor days = dense_offsets(offsets);
   shape.days.offsets = offsets_data(days);
   const Tensor out = room(hidden, {n, width}), scores = room(hidden, {2, n});
-  const Kept kept = empty_kept(hidden, shape, keep);
+  const Saved saved = empty_saved(hidden, shape, keep);
   if (out.numel() > 0) {
     dispatch_floating(hidden.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
-      T* const found = scores.mutable_data_ptr<T>();
-      score_hidden(device, Scoring<T>{data<T>(rows), data<T>(both), n, shape.width}, data<T>(shift), found);
-      const auto io = forward_io<T>(found, found + n, rows, &rows, out, kept, keep);
+      T* const score_data = scores.mutable_data_ptr<T>();
+      score_hidden(device, Scoring<T>{data<T>(rows), data<T>(contiguous_weight), n, shape.width},
+                   data<T>(contiguous_bias), score_data);
+      const auto io = forward_io<T>(score_data, score_data + n, rows, &rows, out, saved, keep);
       attend(device, shape, longest, static_cast<T>(negative_slope), io);
     });
   }
-  return {out, scores, kept.share, kept.share_weight, kept.orders};
+  return {out, scores, saved.share, saved.share_weight, saved.orders};
 }
 
 std::tuple<Tensor, Tensor, Tensor> graph_attention_backward_cuda(
@@ -265,45 +273,46 @@ std::tuple<Tensor, Tensor, Tensor> graph_attention_backward_cuda(
   check_shape(op, "scores", scores, hidden, {2, n});
   for (const auto& [name, like] : {std::pair{"grad", &grad}, std::pair{"out", &out}})
     check_shape(op, name, *like, hidden, {n, width});
-  check_kept(op, hidden, shape, {share, share_weight, orders});
+  check_saved(op, hidden, shape, {share, share_weight, orders});
   const int64_t weight_shape[] = {2, width}, bias_shape[] = {2};
-  Tensor of_hidden = room(hidden, {n, width});
+  Tensor grad_hidden = room(hidden, {n, width});
   if (n == 0) {
-    return {of_hidden, torch::stable::new_zeros(hidden, {weight_shape, 2}),
+    return {grad_hidden, torch::stable::new_zeros(hidden, {weight_shape, 2}),
             torch::stable::new_zeros(hidden, {bias_shape, 1})};
   }
   SortingDevice device(hidden);
-  const Tensor g = torch::stable::contiguous(grad), rows = torch::stable::contiguous(hidden);
-  const Tensor both = torch::stable::contiguous(weight), result = torch::stable::contiguous(out);
-  const Tensor st = torch::stable::contiguous(scores);
-  const Kept kept = contiguous({share, share_weight, orders});
+  const Tensor contiguous_grad = torch::stable::contiguous(grad), rows = torch::stable::contiguous(hidden);
+  const Tensor contiguous_weight = torch::stable::contiguous(weight),
+               contiguous_out = torch::stable::contiguous(out);
+  const Tensor contiguous_scores = torch::stable::contiguous(scores);
+  const Saved saved = contiguous({share, share_weight, orders});
   const MaybeTensor days = dense_offsets(offsets);
   shape.days.offsets = offsets_data(days);
-  const Tensor of_weight = room(hidden, {2, width}), of_bias = room(hidden, {2}),
-               of_scores = room(hidden, {2, n});
+  const Tensor grad_weight = room(hidden, {2, width}), grad_bias = room(hidden, {2}),
+               grad_scores = room(hidden, {2, n});
   dispatch_floating(hidden.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const T* query = data<T>(st);
-    T* const of_query = of_scores.mutable_data_ptr<T>();
-    Backward<T> io{data<T>(g),
+    const T* query = data<T>(contiguous_scores);
+    T* const grad_query = grad_scores.mutable_data_ptr<T>();
+    Backward<T> io{data<T>(contiguous_grad),
                    data<T>(rows),
-                   data<T>(result),
+                   data<T>(contiguous_out),
                    data<T>(rows),
-                   data<T>(kept.share),
-                   data<T>(kept.share_weight),
-                   data<int32_t>(kept.orders),
+                   data<T>(saved.share),
+                   data<T>(saved.share_weight),
+                   data<int32_t>(saved.orders),
                    query,
                    query + n,
-                   of_query,
-                   of_query + n,
-                   of_hidden.mutable_data_ptr<T>(),
+                   grad_query,
+                   grad_query + n,
+                   grad_hidden.mutable_data_ptr<T>(),
                    static_cast<T>(negative_slope)};
     attend_backward(device, shape, longest, io);
-    finish_hidden(device, Scoring<T>{data<T>(rows), data<T>(both), n, shape.width}, io.grad,
-                  static_cast<const T*>(of_query), static_cast<const T*>(of_query + n), io.grad_value,
-                  of_weight.mutable_data_ptr<T>(), of_bias.mutable_data_ptr<T>());
+    finish_hidden(device, Scoring<T>{data<T>(rows), data<T>(contiguous_weight), n, shape.width}, io.grad,
+                  static_cast<const T*>(grad_query), static_cast<const T*>(grad_query + n), io.grad_value,
+                  grad_weight.mutable_data_ptr<T>(), grad_bias.mutable_data_ptr<T>());
   });
-  return {of_hidden, of_weight, of_bias};
+  return {grad_hidden, grad_weight, grad_bias};
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
-// Additive attention over the rows of one day: sort keys and queries, sum weighted values from both ends of
-// the sorted keys, look the two sums up for each query; the backward does the same with keys and queries
-// changed over. docs/attention.md has the mathematics, additive_attention_kernels.h the passes over rows.
+// Additive attention over the rows of one day. Forward sorts keys and queries, sums the weighted values from
+// both ends of the sorted keys, and looks up the two sums for each query. Backward does the same with the
+// roles of keys and queries exchanged. docs/attention.md contains the mathematics,
+// additive_attention_kernels.h the passes over rows. Host only.
 #pragma once
 
 #include <algorithm>
@@ -18,12 +19,13 @@
 
 namespace qfast {
 
-constexpr int64_t kTaskLookups = 4 * kSumRows;  // most lookups of a task: they may all stand at one position
+// Most lookups of a task. The limit is needed because all lookups may have the same position.
+constexpr int64_t kTaskLookups = 4 * kSumRows;
 constexpr int64_t kHugeBytes = 4 << 20;
-constexpr int64_t kPastCachesBytes = 16 << 20;
+constexpr int64_t kPastCachesBytes = 16 << 20;  // results of this size are written with non-temporal stores
 
 // ---------------------------------------------------------------- memory
-// One piece of memory, handed out part by part; a first pass without memory counts what is needed.
+// One allocation that is divided into parts. Before allocate(), take() only counts the bytes.
 class Arena {
  public:
   void allocate() {
@@ -45,20 +47,20 @@ class Arena {
   Carving<std::byte> carving_{nullptr};
 };
 
-// What the computation of one day needs, for up to `rows` rows; every array is [rows] unless it says more.
+// Scratch of one day with up to `rows` rows. Arrays are [rows] unless their comment says otherwise.
 template <class Element>
 struct Workspace {
-  SortEntry<Element>* entries[2][2];     // keys, queries: the entries and the room to sort them into
-  int32_t* orders[2];                    // sorted position -> row: keys ascending, queries descending
+  SortEntry<Element>* entries[2][2];     // entries of keys and of queries, each with scratch for the sort
+  int32_t* orders[2];                    // row at each sorted position: keys ascending, queries descending
   Element *keys, *queries;               // the scores in these orders
-  Element *above, *below;                // weights of the sorted keys on either side of the bend, at most 1
-  Element *above_factor, *below_factor;  // of the sorted queries, divided by the row's sum of weights
+  Element *above, *below;                // weights of the sorted keys for scores above and below 0, at most 1
+  Element *above_factor, *below_factor;  // factors of the sorted queries, divided by the sum of weights
   Element* share_weight;                 // by sorted query
   Element *mean_dot, *share_dot;         // by row
   Element *prefix_dot, *suffix_dot;      // by sorted key
-  int32_t* position;                     // of each lookup
+  int32_t* position;                     // by lookup
   double *prefix, *suffix;               // [rows + 1]: running sums of scalars, up to and from each position
-  double *prefix_mass, *suffix_mass;     // [rows + 1], likewise
+  double *prefix_mass, *suffix_mass;     // [rows + 1]: running sums of weights
   Element* center;                       // [width]
   double* center_sum;                    // [width]
   Element *prefix_blocks, *suffix_blocks;  // [blocks + 1, width]
@@ -95,11 +97,12 @@ struct Workspace {
 };
 
 // ---------------------------------------------------------------- one day
+// Pointers to the rows of the day. share, share_weight and orders are null if nothing is saved.
 template <class Element>
-struct Forward {  // pointers to the day's rows
+struct Forward {
   const Element *query, *key, *value, *residual;
-  Element *out, *share, *share_weight;  // the last two null where nothing is kept
-  int32_t* orders[2];                   // null where nothing is kept
+  Element *out, *share, *share_weight;
+  int32_t* orders[2];
 };
 
 template <class Element>
@@ -178,6 +181,7 @@ class Day {
   static constexpr Element kNan = std::numeric_limits<Element>::quiet_NaN();
   static constexpr Element kInfinity = std::numeric_limits<Element>::infinity();
 
+  // Calls body(begin, end) for [0, count): with all threads if they share the day, else in one call.
   template <class Body>
   void each(int64_t count, int64_t grain, const Body& body) const {
     if (shared_) {
@@ -187,7 +191,8 @@ class Day {
     }
   }
 
-  // Whether rows are written around the caches: where they are too many to stay in them, and whole lines.
+  // Returns whether rows are written with non-temporal stores: if they do not fit in the caches and consist
+  // of whole cache lines.
   bool past_caches(std::initializer_list<const Element*> written) const {
     constexpr int64_t kLine = 64;
     const int64_t row = sizeof(Element) * width_;
@@ -195,12 +200,12 @@ class Day {
     return n_ * row >= kPastCachesBytes && row % kLine == 0 && std::ranges::all_of(written, on_lines);
   }
 
-  // Where a score is not a number its row has no place in the order. Last among the queries it disturbs no
-  // other, and -inf marks it: a query of -inf has no result either.
+  // A query that is not finite cannot be sorted. It becomes -inf, which sorts it after all other queries and
+  // marks it: a query of -inf has no result either.
   static Element sane(Element query) { return std::isfinite(query) ? query : -kInfinity; }
 
-  // False where the dense softmax is NaN in every row: a key NaN or +inf, no key above -inf, or -inf times a
-  // slope of 0.
+  // Returns false if the dense softmax is NaN in every row: a key is NaN or +inf, no key is above -inf, or a
+  // key of -inf is multiplied by a slope of 0.
   bool has_result(const Element* key) const {
     Element highest = -kInfinity, lowest = kInfinity;
     bool numbers = true;
@@ -212,6 +217,7 @@ class Day {
     return numbers && highest < kInfinity && highest > -kInfinity && (lowest > -kInfinity || slope_ > 0);
   }
 
+  // Sets all results to NaN.
   void spoil(const Forward<Element>& day) const {
     std::fill_n(day.out, n_ * width_, kNan);
     if (day.orders[0] == nullptr) return;
@@ -228,23 +234,23 @@ class Day {
     std::fill_n(day.grad_value, n_ * width_, kNan);
   }
 
-  // Side 0: keys ascending; side 1: queries descending.
+  // Sorts side 0, the keys, in ascending order, or side 1, the queries, in descending order.
   void sort(int64_t side, const Element* scores) {
     SortEntry<Element>* entries = w_.entries[side][0];
-    const SortBits<Element> turned = side == 0 ? 0 : ~SortBits<Element>(0);
+    const SortBits<Element> inversion = side == 0 ? 0 : ~SortBits<Element>(0);
     for (int64_t i = 0; i < n_; ++i) {
       const Element score = side == 0 ? scores[i] : sane(scores[i]);
-      entries[i] = {sort_bits(score) ^ turned, static_cast<int32_t>(i)};
+      entries[i] = {sort_bits(score) ^ inversion, static_cast<int32_t>(i)};
     }
     entries = radix_sort<Element>(entries, w_.entries[side][1], n_);
     Element* const sorted = side == 0 ? w_.keys : w_.queries;
     for (int64_t p = 0; p < n_; ++p) {
-      sorted[p] = sorted_value<Element>(entries[p].bits ^ turned);
+      sorted[p] = sorted_value<Element>(entries[p].bits ^ inversion);
       w_.orders[side][p] = entries[p].row;
     }
   }
 
-  // Weights of the sorted keys relative to the highest, and their running sums.
+  // Computes the weights of the sorted keys relative to the highest key, and their running sums.
   void weigh() {
     const Element highest = w_.keys[n_ - 1];
     const auto exp_of = cpu_kernels<Element>().exp_in_place;
@@ -263,8 +269,8 @@ class Day {
     }
   }
 
-  // For each sorted query: the first key with a score above 0, the factors of the two sums, and the share of
-  // the smaller (see the schema), also to `share_weight` by row if that is not null.
+  // Computes for each sorted query the first key with a score above 0, the factors of the two sums, and the
+  // weight of the smaller part. Also writes this weight to `share_weight`, by row, unless it is null.
   void place_queries(Element* share_weight) {
     int64_t at = 0;
     for (int64_t l = 0; l < n_; ++l) {
@@ -294,17 +300,17 @@ class Day {
     });
   }
 
-  // A row's weights sum to 1, so a vector taken off every value leaves the gradients of the scores as they
-  // are, and takes the rounding of what it has in common with them off. That is the mean result of rows taken
-  // evenly from the sorted queries: about the mean value where attention is spread, and the value that all
-  // look at where it is not.
+  // Computes the center of the day. The weights of a row sum to 1, so subtracting one vector from all values
+  // does not change the gradients of the scores, but removes the rounding of the part that the values share
+  // with this vector. The center is the mean result of rows at even distances among the sorted queries. It is
+  // near the mean value if attention is spread, and near the value that all rows attend to if it is not.
   void find_center(const Backward<Element>& day) {
-    const int64_t taken = std::min(n_, kSumRows);
+    const int64_t samples = std::min(n_, kSumRows);
     std::fill_n(w_.center_sum, width_, 0.0);
     int64_t rows = 0;
-    for (int64_t i = 0; i < taken; ++i) {
-      const int64_t l = i * n_ / taken;
-      if (!(w_.queries[l] > -kInfinity)) continue;  // without a result
+    for (int64_t i = 0; i < samples; ++i) {
+      const int64_t l = i * n_ / samples;
+      if (!(w_.queries[l] > -kInfinity)) continue;  // the row has no result
       const int64_t at = w_.orders[1][l] * width_;
       for (int64_t c = 0; c < width_; ++c)
         w_.center_sum[c] += day.out[at + c] - (day.residual != nullptr ? day.residual[at + c] : 0);
@@ -314,8 +320,8 @@ class Day {
       w_.center[c] = static_cast<Element>(w_.center_sum[c] / std::max<int64_t>(rows, 1));
   }
 
-  // The softmax of a row sums to 1, so the gradients of its scores sum to 0: those above the bend to minus
-  // those below it, and one of the two sums gives both.
+  // Computes the gradients of the queries. The weights of a row sum to 1, so the gradients of its scores sum
+  // to 0: the sum above 0 is minus the sum below 0, and one of them gives both.
   void grad_queries(const Backward<Element>& day) {
     const RowDotsJob<Element> job{width_,           day.grad,  day.out,     day.residual, day.share,
                                   day.share_weight, w_.center, w_.mean_dot, w_.share_dot};
@@ -327,7 +333,7 @@ class Day {
     });
   }
 
-  // For each sorted key: how many of the queries, descending, have a score above 0 with it.
+  // Computes for each sorted key how many of the sorted queries have a score above 0 with it.
   void place_keys() {
     int64_t at = 0;
     for (int64_t p = 0; p < n_; ++p) {
@@ -337,7 +343,8 @@ class Day {
     }
   }
 
-  // Running sums of the rows' mean gradients, as those of the gradients themselves, and of their weights.
+  // Computes the running sums of the mean gradients of the rows, weighted like the gradients, and of the
+  // weights.
   void sum_scalars() {
     w_.prefix[0] = w_.suffix[n_] = w_.prefix_mass[0] = w_.suffix_mass[n_] = 0;
     for (int64_t l = 0; l < n_; ++l) {
@@ -350,9 +357,11 @@ class Day {
     }
   }
 
-  // The gradients of all scores of the day sum to 0 before the bend's slope, row by row. What rounding leaves
-  // of that sum would push all keys the same way, step after step, where their true gradient is 0 (as long as
-  // all scores lie on one side of the bend); so it is spread over the rows' mean gradients, and gone.
+  // Computes the gradients of the keys. The gradients of all scores of a row, before the slope of LeakyReLU,
+  // sum to 0, and so do those of the keys of a day. Rounding leaves a sum that is not 0, the excess. If all
+  // scores have the same sign, the exact gradient of a shift of all keys is 0, and the excess would move all
+  // keys in one direction at every step of training. It is therefore subtracted from the mean gradients of
+  // the rows in proportion to their mass.
   void grad_keys(Element* grad_key) {
     double excess = 0, mass = 0;
     for (int64_t p = 0; p < n_; ++p) {
@@ -370,15 +379,15 @@ class Day {
     }
   }
 
-  // Sums of the blocks, then what lies before and behind each block, in float64: over many blocks a float32
-  // sum would drift.
+  // Computes the sums of the blocks, then the sums before and after each block. The latter are in float64,
+  // because the rounding error of a float32 sum would grow over many blocks.
   void sum_up(const RunningSums<Element>& sums) {
     const int64_t blocks = (n_ + kSumRows - 1) / kSumRows;
     const auto kernel = cpu_kernels<Element>().block_sums;
     each(blocks, 16, [&](int64_t begin, int64_t end) { kernel(sums, begin, end); });
-    const int64_t last = n_ / kSumRows;  // the block of the position behind the last row; it may be empty
-    for (Element* of : {w_.prefix_blocks, w_.suffix_blocks}) {
-      if (last == blocks) std::fill_n(of + last * width_, width_, Element(0));
+    const int64_t last = n_ / kSumRows;  // block of the position after the last row; it may be empty
+    for (Element* sums_of_blocks : {w_.prefix_blocks, w_.suffix_blocks}) {
+      if (last == blocks) std::fill_n(sums_of_blocks + last * width_, width_, Element(0));
     }
     constexpr int64_t kColumns = 16;
     for (int64_t first = 0; first < width_; first += kColumns) {
@@ -398,7 +407,7 @@ class Day {
     }
   }
 
-  // Groups of lookups that share a block; returns how many.
+  // Divides the lookups into tasks whose positions are in one block, and returns the number of tasks.
   int64_t split_lookups() {
     int64_t tasks = 0;
     for (int64_t begin = 0, end; begin < n_; begin = end) {

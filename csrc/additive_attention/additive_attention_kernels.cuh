@@ -1,15 +1,17 @@
-// Additive attention on CUDA, device side; additive_attention.cu says how the passes follow each other and
-// docs/attention.md derives them. Nothing here needs more of CUDA than threads, shared memory and shuffles.
+// Lists and running sums of additive attention on CUDA. docs/attention.md derives the passes, and
+// additive_attention_launch.cuh contains their order. The code uses only threads, shared memory and shuffles.
 //
-// Of every day and head there is one list of 2 n items, its keys ascending and its queries descending merged
-// so that a query stands before the keys with which its score is above 0. A query then reads the sum of the
-// keys before it, times `back`, and of those behind it, times `fore`; a key reads the sums of the queries in
-// the backward in the same way. An item counts with weight `fore` in the sums that run from the front, with
-// `back` in those from the rear. Chunks of 128 items are summed by themselves in the tensors' type; what lies
-// before and behind each is added up in float64. Every order is fixed, so results repeat bit for bit.
+// Every day of every head has one list of 2 n items: its keys in ascending order merged with its queries in
+// descending order, such that a query precedes the keys with which its score is above 0. A query reads the
+// sum of the keys before it, times `back`, and the sum of the keys after it, times `fore`. In backward a key
+// reads the sums of the queries in the same way. An item has weight `fore` in the sums from the front and
+// weight `back` in the sums from the rear.
 //
-// The gradients of the scores are those of values less a vector of the day, its center, and those of all keys
-// of a day sum to 0 before the bend's slope to the rounding of float64
+// A warp owns a chunk of 128 items. The sums of a chunk are in the tensors' type, and the sums before and
+// after each chunk are in float64. Every sum has a fixed order, so results are reproducible bit for bit.
+//
+// The gradients of the scores are those of the values minus a vector of the day, its center. The gradients of
+// all keys of a day, before the slope of LeakyReLU, sum to 0 within the rounding of float64
 // (additive_attention_kernels_gradients.cuh).
 #pragma once
 
@@ -23,19 +25,19 @@ namespace {
 constexpr int kChunk = 128;
 constexpr int kLanes = 32;
 constexpr int kRounds = kChunk / kLanes;
-constexpr int kCenterRows = 32;   // of a day, whose mean result is the center
-constexpr int kAhead = 8;         // rows asked for at once: enough to hide most of the way to memory
-constexpr int kThreads = 256;     // of a block, where days are in memory
-constexpr int kDayThreads = 512;  // of a block that owns a day, at most
+constexpr int kCenterRows = 32;   // rows of a day whose mean result is the center
+constexpr int kAhead = 8;         // rows that are loaded together, which hides most of the memory latency
+constexpr int kThreads = 256;     // threads of a block, if days are in global memory
+constexpr int kDayThreads = 512;  // most threads of a block that owns a day
 constexpr unsigned kWholeWarp = ~0u;
 
 #define QFAST_DEVICE __device__ __forceinline__
 
 // ---------------------------------------------------------------- days and their lists
 struct Days {
-  const int64_t* offsets;  // [count + 1]; null: all rows are one day
+  const int64_t* offsets;  // [count + 1], or null if all rows are one day
   int64_t count, rows;     // D, N
-  const int32_t* broken;   // not 0: `offsets` are no such thing, all rows are one day; may be null
+  const int32_t* broken;   // not 0 if `offsets` are invalid; all rows are then one day. May be null
 
   QFAST_DEVICE int64_t begin(int64_t d) const {
     const bool whole = offsets == nullptr || is_broken();
@@ -43,7 +45,8 @@ struct Days {
     return at < 0 ? 0 : at < rows ? at : rows;
   }
   QFAST_DEVICE bool is_broken() const { return broken != nullptr && *broken != 0; }
-  // The chunks of a day are numbered from here: as many as it needs or more, without a table of them.
+  // Number of the first chunk of a day. A day has as many numbers as it needs, or more, so no table is
+  // necessary.
   QFAST_DEVICE int64_t first_chunk(int64_t d) const { return 2 * begin(d) / kChunk + d; }
   __host__ __device__ int64_t chunks() const { return 2 * rows / kChunk + count; }
 
@@ -79,17 +82,17 @@ struct Shape {
 // One day of one head.
 template <class T>
 struct Day {
-  int64_t first;  // its first row in [heads * N]
-  int64_t count;  // n
-  T* scores;      // keys ascending, then, `queries` on, queries descending; infinities but no NaN
-  int32_t* rows;  // their rows, from the first of the day
-  int64_t queries;
-  int32_t* item;        // [2 n]: row of a key, ~row of a query
-  T *fore, *back;       // [2 n]
-  T* sums;              // [2, H, stride]: of chunks; then of all before (0), of all behind (1) each
-  double* scalar_sums;  // [4, stride]: the same of scalars, two kinds of them
+  int64_t first;    // its first row in [heads * N]
+  int64_t count;    // n
+  T* scores;        // keys ascending, then queries descending; they may be infinite but not NaN
+  int32_t* rows;    // rows of the scores, relative to the first row of the day
+  int64_t queries;  // offset of the queries in `scores` and `rows`
+  int32_t* item;    // [2 n]: row of a key, ~row of a query
+  T *fore, *back;   // [2 n]
+  T* sums;          // [2, H, stride]: sums of the chunks, replaced by the sums before (0) and after (1) each
+  double* scalar_sums;  // [4, stride]: the same for scalars, of two kinds
   int64_t stride;
-  T* center;  // [H], in the backward
+  T* center;  // [H], in backward
 
   QFAST_DEVICE T* sorted(int side) const { return scores + side * queries; }
   QFAST_DEVICE int32_t* sorted_rows(int side) const { return rows + side * queries; }
@@ -100,7 +103,7 @@ struct Day {
   }
 };
 
-// The same of all days, in memory.
+// The lists of all days in global memory.
 template <class T>
 struct Lists {
   T* scores;            // [2, heads, N]
@@ -109,7 +112,7 @@ struct Lists {
   T *fore, *back;       // [heads, 2 N]
   T* sums;              // [heads, 2, H, chunks]
   double* scalar_sums;  // [heads, 4, chunks]
-  T* centers;           // [heads, D, H]; null in the forward
+  T* centers;           // [heads, D, H], or null in forward
 
   QFAST_DEVICE Day<T> day(const Shape& shape, int64_t head, int64_t d) const {
     const int64_t begin = shape.days.begin(d), first = head * shape.days.rows + begin;
@@ -130,9 +133,9 @@ struct Lists {
   }
 };
 
-// Lanes of a warp that work together: one column each.
+// A group of lanes of a warp. Each lane owns a column.
 struct Lanes {
-  int lane, size;  // size: a power of two up to 32
+  int lane, size;  // size is a power of two, up to 32
   unsigned mask;
 
   QFAST_DEVICE explicit Lanes(int lanes) : lane(threadIdx.x % lanes), size(lanes), mask(kWholeWarp) {
@@ -143,7 +146,8 @@ struct Lanes {
     for (int step = size / 2; step > 0; step /= 2) value += __shfl_xor_sync(mask, value, step, size);
     return value;
   }
-  // Of two lanes or more: the sum of `first` in the lower half of them, of `second` in the upper.
+  // Returns the sum of `first` in the lower half of the lanes, and the sum of `second` in the upper half.
+  // Needs at least two lanes.
   template <class T>
   QFAST_DEVICE T sum_two(T first, T second) const {
     const bool upper = lane >= size / 2;
@@ -159,16 +163,16 @@ QFAST_DEVICE T infinity() {
   return std::numeric_limits<T>::infinity();
 }
 
-// A score that is not a number has no place in an order. A NaN key spoils its day as +inf does; a query that
-// is not finite spoils its own row only: last of all it disturbs no other, and -inf marks it. -0 becomes 0,
-// so that the two ways of sorting see the same ties.
+// Replaces scores that cannot be sorted. A NaN key makes its whole day NaN, like +inf. A query that is not
+// finite makes only its own row NaN: it becomes -inf, which sorts it after all others and marks it. -0
+// becomes 0, so both sorting algorithms have the same ties.
 template <class T>
 QFAST_DEVICE T sortable(int side, T score) {
   if (side == 0) return score == score ? score + T(0) : infinity<T>();
   return score - score == 0 ? score + T(0) : -infinity<T>();
 }
 
-// `top`, or NaN, which spreads to every row, where the dense softmax is NaN in every row.
+// Returns `top`, or NaN if the dense softmax is NaN in every row. The NaN propagates to every row.
 template <class T>
 QFAST_DEVICE T highest(T top, T least, T slope) {
   const bool sane = top < infinity<T>() && top > -infinity<T>() && (slope > 0 || least > -infinity<T>());
@@ -180,8 +184,8 @@ QFAST_DEVICE T highest(const Day<T>& day, T slope) {
   return highest(day.scores[day.count - 1], day.scores[0], slope);
 }
 
-// The exponential of a score is a product on either side of the bend: a key's factor above or below it, times
-// that of the query. `score` is sortable, `top` the highest key.
+// On either side of 0, the exponential of a score is a product: the factor of the key above or below 0, times
+// that of the query. `score` is sortable, `top` is the highest key.
 template <class T>
 struct Factors {
   T above, below;
@@ -194,20 +198,20 @@ QFAST_DEVICE Factors<T> key_factors(T score, T slope, T top) {
 
 template <class T>
 QFAST_DEVICE Factors<T> query_factors(T score, T slope, T top) {
-  const T most = score + top;  // its highest score
+  const T most = score + top;  // the highest score of the query
   const bool bent = most > 0 && slope < 1;
   const T below = bent ? exp((slope - 1) * most) : T(1);
   return {most > 0 ? T(1) : T(0), score == -infinity<T>() ? std::numeric_limits<T>::quiet_NaN() : below};
 }
 
 // ---------------------------------------------------------------- the list
-// Puts the key (side 0) or query (1) at sorted position p into the list. A thread owns one. `top` is the
-// highest key.
+// Writes the key (side 0) or query (side 1) at sorted position p to the list. A thread owns one item. `top`
+// is the highest key.
 template <class T>
 QFAST_DEVICE void place(const Day<T>& day, int side, int64_t p, T slope, T top) {
   const T score = day.sorted(side)[p];
   const T* others = day.sorted(1 - side);
-  int64_t low = 0, high = day.count;  // how many of the others stand before it
+  int64_t low = 0, high = day.count;  // limits of the number of items of the other side before it
   while (low < high) {
     const int64_t middle = (low + high) / 2;
     const bool above = side == 0 ? score > -others[middle] : others[middle] > -score;
@@ -219,16 +223,16 @@ QFAST_DEVICE void place(const Day<T>& day, int side, int64_t p, T slope, T top) 
   }
   const int64_t at = p + low;
   const int32_t row = day.sorted_rows(side)[p];
-  const Factors<T> of = side == 0 ? key_factors(score, slope, top) : query_factors(score, slope, top);
+  const Factors<T> factors = side == 0 ? key_factors(score, slope, top) : query_factors(score, slope, top);
   day.item[at] = side == 0 ? row : ~row;
-  day.fore[at] = side == 0 ? of.below : of.above;
-  day.back[at] = side == 0 ? of.above : of.below;
+  day.fore[at] = side == 0 ? factors.below : factors.above;
+  day.back[at] = side == 0 ? factors.above : factors.below;
 }
 
 // ---------------------------------------------------------------- sums of scalars
-// Forward: weights of the keys, which the queries read. Backward: weights of the queries, times their mean
-// gradients if `delta` is not null, which the keys read. `sums` is a kind of scalar_sums. A warp owns a
-// chunk.
+// In forward the scalars are the weights of the keys, and the queries read their sums. In backward they are
+// the weights of the queries, times their mean gradients if `delta` is not null, and the keys read their
+// sums. `sums` is one kind of scalar_sums. A warp owns a chunk.
 template <bool kBackward, class T>
 QFAST_DEVICE double scalar(const Day<T>& day, int64_t p, const T* weights, const T* delta) {
   const int32_t item = day.item[p];
@@ -252,14 +256,14 @@ QFAST_DEVICE void sum_scalars(const Day<T>& day, int64_t chunk, const T* delta, 
   sums[day.stride + chunk] = back;
 }
 
-// Both kinds that the backward needs.
+// Sums both kinds of scalars of the backward pass.
 template <class T>
 QFAST_DEVICE void sum_gradients(const Day<T>& day, int64_t chunk, const T* delta) {
   sum_scalars<true>(day, chunk, delta, day.scalar_sums);
   sum_scalars<true>(day, chunk, static_cast<const T*>(nullptr), day.scalar_sums + 2 * day.stride);
 }
 
-// Sum of this lane's value and those of the lanes before it (or behind it).
+// Sum of the values of this lane and of all lanes before it (from_front) or after it.
 QFAST_DEVICE double running_sum(double value, bool from_front) {
   const int lane = threadIdx.x % kLanes;
   for (int step = 1; step < kLanes; step *= 2) {
@@ -270,7 +274,7 @@ QFAST_DEVICE double running_sum(double value, bool from_front) {
   return value;
 }
 
-// Calls receive(position, row, sum before it, sum behind it) for the items of a chunk that read the sums.
+// Calls receive(position, row, sum before it, sum after it) for the items of a chunk that read the sums.
 template <bool kBackward, class T, class Receive>
 QFAST_DEVICE void read_scalars(const Day<T>& day, int64_t chunk, const T* delta, const double* sums,
                                const Receive& receive) {
@@ -279,8 +283,8 @@ QFAST_DEVICE void read_scalars(const Day<T>& day, int64_t chunk, const T* delta,
   double before[kRounds], carry = sums[chunk];
 #pragma unroll
   for (int u = 0; u < kRounds; ++u) {
-    const bool inside = u * kLanes + lane < count;
-    const double value = inside ? scalar<kBackward>(day, first + u * kLanes, day.fore, delta) : 0;
+    const bool exists = u * kLanes + lane < count;
+    const double value = exists ? scalar<kBackward>(day, first + u * kLanes, day.fore, delta) : 0;
     const double sum = running_sum(value, true);
     before[u] = carry + sum;
     carry += __shfl_sync(kWholeWarp, sum, kLanes - 1, kLanes);
@@ -289,24 +293,23 @@ QFAST_DEVICE void read_scalars(const Day<T>& day, int64_t chunk, const T* delta,
 #pragma unroll
   for (int u = kRounds - 1; u >= 0; --u) {
     const int64_t p = first + u * kLanes;
-    const bool inside = u * kLanes + lane < count;
-    const double value = inside ? scalar<kBackward>(day, p, day.back, delta) : 0;
+    const bool exists = u * kLanes + lane < count;
+    const double value = exists ? scalar<kBackward>(day, p, day.back, delta) : 0;
     const double sum = running_sum(value, false);
-    const int32_t item = inside ? day.item[p] : 0;
-    if (inside && (item < 0) != kBackward) receive(p, item < 0 ? ~item : item, before[u], carry + sum);
+    const int32_t item = exists ? day.item[p] : 0;
+    if (exists && (item < 0) != kBackward) receive(p, item < 0 ? ~item : item, before[u], carry + sum);
     carry += __shfl_sync(kWholeWarp, sum, 0, kLanes);
   }
 }
 
-// The smaller of a row's two parts, as a share of their sum; the part from below the bend is marked by its
-// sign.
+// The smaller of the two parts of a row, as a share of their sum. It is negative if it is the part below 0.
 template <class T>
 QFAST_DEVICE T smaller_share(double above, double below, double total) {
   const double part = above / total;
   return static_cast<T>(part <= 0.5 ? part : -(below / total));
 }
 
-// Divides the factors of the queries by their sums of weights and keeps the weight of the smaller part.
+// Divides the factors of the queries by the sums of their weights, and saves the weight of the smaller part.
 template <class T>
 QFAST_DEVICE void normalise(const Day<T>& day, int64_t chunk, T* share_weight) {
   read_scalars<false>(day, chunk, static_cast<const T*>(nullptr), day.scalar_sums,
@@ -320,22 +323,23 @@ QFAST_DEVICE void normalise(const Day<T>& day, int64_t chunk, T* share_weight) {
                       });
 }
 
-// Turns sums of `chunks` chunks into the sums of all before each or behind each. A warp owns one column.
+// Replaces the sums of `chunks` chunks by the sums of all chunks before each, or after each. A warp owns one
+// column.
 template <class T>
 QFAST_DEVICE void carry_sums(T* sums, int64_t chunks, bool from_front) {
   const int lane = threadIdx.x % kLanes;
   double carry = 0;
   for (int64_t i = lane; i - lane < chunks; i += kLanes) {
     const int64_t chunk = from_front ? i : chunks - 1 - i;
-    const bool inside = i < chunks;
-    const double sum = running_sum(inside ? static_cast<double>(sums[chunk]) : 0, true);
+    const bool exists = i < chunks;
+    const double sum = running_sum(exists ? static_cast<double>(sums[chunk]) : 0, true);
     const double before = __shfl_up_sync(kWholeWarp, sum, 1, kLanes);
-    if (inside) sums[chunk] = static_cast<T>(lane == 0 ? carry : carry + before);
+    if (exists) sums[chunk] = static_cast<T>(lane == 0 ? carry : carry + before);
     carry += __shfl_sync(kWholeWarp, sum, kLanes - 1, kLanes);
   }
 }
 
-// Array `part` of scalar_sums: even ones run from the front.
+// Carries array `part` of scalar_sums. Arrays with an even number run from the front.
 template <class T>
 QFAST_DEVICE void carry_scalars(const Day<T>& day, int part) {
   carry_sums(day.scalar_sums + part * day.stride, day.chunks(), part % 2 == 0);

@@ -1,11 +1,13 @@
-// Additive attention, pass by pass; see cpu_isa_begin.h for what may stand here and docs/attention.md for the
-// mathematics. Columns go in panels of up to four vectors whose sums stay in registers; a thread owns whole
-// blocks of sorted rows (block_sums) or whole groups of lookups (attend, attend_backward), so that every sum
-// has one fixed order.
+// Passes of additive attention on the CPU. docs/attention.md contains the mathematics. The file is compiled
+// once per instruction set; cpu_isa_begin.h lists the language features that it may use.
 //
-// A row of H elements is read three times (from memory, from memory, from the caches) and written once, or
-// twice where gradients are wanted, for about 10 H flops: bound by the caches for a few thousand rows and by
-// memory latency beyond, which is why rows are asked for ahead.
+// Columns are computed in panels of up to four vectors whose sums stay in registers. A thread owns whole
+// blocks of sorted rows (block_sums) or whole tasks of lookups (attend, attend_backward), so every sum has a
+// fixed order. Saved for backward: the sort orders, the smaller part of each row's sum, and its weight.
+//
+// A row of H elements is read three times (twice from memory, once from the caches) and written once, or
+// twice if gradients are needed, for about 10 H flops. The kernels are bound by the caches for a few thousand
+// rows. For more rows they are bound by memory latency, so they prefetch rows.
 #pragma once
 
 #include "matrix_tiles.h"
@@ -13,20 +15,21 @@
 
 namespace {
 
-// GCC takes a function that does nothing but prefetch for one without effect, and drops it unless it is
-// inlined before it looks.
+// GCC considers a function that only prefetches to have no effect, and removes its calls unless it is inlined
+// first.
 #define QFAST_INLINE_LAMBDA __attribute__((always_inline))
 
 constexpr int64_t kRowsAhead = 8;
 
-// W vectors of columns. The last vector of a row that is no multiple of a vector long overlaps the one before
-// it: the columns they share are computed twice, alike. A row shorter than a vector is loaded in part.
+// W vectors of columns. If the length of a row is not a multiple of a vector, the last vector overlaps the
+// one before it, and their common columns are computed twice with the same result. A row shorter than a
+// vector (kWhole is false) is one partial vector.
 template <class Element, int W, bool kWhole>
 struct Panel {
   static constexpr int vectors = W;
   int64_t at[W];
   int64_t count;
-  Integers<Element> fresh;  // lanes of the last vector that no vector before it has
+  Integers<Element> fresh;  // lanes of the last vector that no other vector contains
 
   Panel(int64_t first, int64_t width) : count(kWhole ? kLanes<Element> : width) {
     for (int w = 0; w < W; ++w) {
@@ -42,8 +45,8 @@ struct Panel {
   QFAST_INLINE_MEMBER void write(Element* row, int w, Vector<Element> value) const {
     store<Element>(row + at[w], value, kWhole ? kLanes<Element> : count);
   }
-  // Whole cache lines around the caches, where `past` says so: a row that will not be read soon need not be
-  // read before it is written.
+  // Uses non-temporal stores of whole cache lines if `past` is true: the processor then does not read a row
+  // before it is overwritten.
   QFAST_INLINE_MEMBER void write(Element* row, int w, Vector<Element> value, bool past) const {
 #if defined(__x86_64__)
     if (past) {
@@ -66,7 +69,7 @@ struct Panel {
 #pragma GCC unroll 4
     for (int w = 0; w < W; ++w) __builtin_prefetch(row + at[w], 1);
   }
-  // Sum of the products of W vectors, each column once.
+  // Sum of the products of W vectors. Each column is counted once.
   QFAST_INLINE_MEMBER Element sum(const Vector<Element> (&products)[W]) const {
     Vector<Element> total = (Vector<Element>)((Integers<Element>)products[W - 1] & fresh);
 #pragma GCC unroll 4
@@ -82,7 +85,7 @@ struct Panel {
   }
 };
 
-// body(panel, whether it is the first of the row).
+// Calls body(panel, whether it is the first panel) for the panels of a row.
 template <class Element, class Body>
 QFAST_ALWAYS_INLINE void each_panel(int64_t width, const Body& body) {
   if (width < kLanes<Element>) return body(Panel<Element, 1, false>(0, width), true);
@@ -96,28 +99,29 @@ QFAST_ALWAYS_INLINE void each_panel(int64_t width, const Body& body) {
   if (v < vectors) body(Panel<Element, 1, true>(v, width), v == 0);
 }
 
-// Calls emit(lookup, offset of its row, prefix part, suffix part) for the lookups of a task: sums of the
-// block up to and from each position, on top of the carries. The sums from the back are kept from the highest
-// position of the task down to the lowest and met again on the way up. The rows of the next block are asked
-// for on the way, one block ahead.
-template <class Element, class P, class Ask, class Emit>
+// Calls emit(lookup, offset of its row, prefix part, suffix part) for the lookups of a task. The parts are
+// the sums of the block before and from each position, plus the sums of the other blocks. The suffix sums are
+// stored from the highest position of the task down to the lowest, and read again in ascending order. Calls
+// prefetch_row(offset of a row) kRowsAhead lookups in advance, to prefetch it, and prefetches the rows of the
+// next block.
+template <class Element, class P, class Prefetch, class Emit>
 QFAST_ALWAYS_INLINE void each_lookup(const Lookups<Element>& job, const LookupTask& task, const P& panel,
-                                     const Ask& ask, const Emit& emit) {
+                                     const Prefetch& prefetch_row, const Emit& emit) {
   constexpr int W = P::vectors;
   const RunningSums<Element>& sums = job.sums;
   const int64_t first = task.block * kSumRows;
   const int64_t last = first + kSumRows < sums.count ? first + kSumRows : sums.count;
   const int64_t low = job.position[task.begin], high = job.position[task.end - 1];
   const auto row_at = [&](int64_t j) { return sums.rows + sums.order[j] * sums.width; };
-  const auto ask_ahead = [&](int64_t j) QFAST_INLINE_LAMBDA {
+  const auto prefetch_block = [&](int64_t j) QFAST_INLINE_LAMBDA {
     if (j + kSumRows < sums.count) panel.prefetch(row_at(j + kSumRows));
   };
-  Vector<Element> before[W], behind[W], local[W] = {};
+  Vector<Element> before[W], after[W], local[W] = {};
   Vector<Element> suffixes[kSumRows + 1][W];
 #pragma GCC unroll 4
   for (int w = 0; w < W; ++w) {
     before[w] = panel.read(sums.prefix_blocks + task.block * sums.width, w);
-    behind[w] = panel.read(sums.suffix_blocks + task.block * sums.width, w);
+    after[w] = panel.read(sums.suffix_blocks + task.block * sums.width, w);
   }
   int64_t j = last;
   const auto step_back = [&] {
@@ -127,43 +131,43 @@ QFAST_ALWAYS_INLINE void each_lookup(const Lookups<Element>& job, const LookupTa
     for (int w = 0; w < W; ++w) local[w] += weight * panel.read(row, w);
   };
   while (--j >= high) {
-    ask_ahead(j);
+    prefetch_block(j);
     step_back();
   }
 #pragma GCC unroll 4
-  for (int w = 0; w < W; ++w) suffixes[high - low][w] = behind[w] + local[w];
+  for (int w = 0; w < W; ++w) suffixes[high - low][w] = after[w] + local[w];
   for (; j >= low; --j) {
     step_back();
 #pragma GCC unroll 4
-    for (int w = 0; w < W; ++w) suffixes[j - low][w] = behind[w] + local[w];
+    for (int w = 0; w < W; ++w) suffixes[j - low][w] = after[w] + local[w];
   }
 #pragma GCC unroll 4
   for (int w = 0; w < W; ++w) local[w] = Vector<Element>{};
   j = first;
   for (int64_t l = task.begin; l < task.end; ++l) {
-    if (l + kRowsAhead < sums.count) ask(job.order[l + kRowsAhead] * sums.width);
+    if (l + kRowsAhead < sums.count) prefetch_row(job.order[l + kRowsAhead] * sums.width);
     for (; j < job.position[l]; ++j) {
-      ask_ahead(j);
+      prefetch_block(j);
       const Element* row = row_at(j);
       const Element weight = sums.prefix_weight[j];
 #pragma GCC unroll 4
       for (int w = 0; w < W; ++w) local[w] += weight * panel.read(row, w);
     }
     const Vector<Element>(&suffix)[W] = suffixes[job.position[l] - low];
-    Vector<Element> of_prefix[W], of_suffix[W];
+    Vector<Element> prefix_part[W], suffix_part[W];
 #pragma GCC unroll 4
     for (int w = 0; w < W; ++w) {
-      of_prefix[w] = job.prefix_factor[l] * (before[w] + local[w]);
-      of_suffix[w] = job.suffix_factor[l] * suffix[w];
+      prefix_part[w] = job.prefix_factor[l] * (before[w] + local[w]);
+      suffix_part[w] = job.suffix_factor[l] * suffix[w];
     }
-    emit(l, job.order[l] * sums.width, of_prefix, of_suffix);
+    emit(l, job.order[l] * sums.width, prefix_part, suffix_part);
   }
 }
 
 }  // namespace
 
-// ---------------------------------------------------------------- the two running sums
-// Sums of the blocks [begin, end), either weight.
+// ---------------------------------------------------------------- running sums
+// Computes the sums of blocks [begin, end) with both weights.
 template <class Element>
 void block_sums(const RunningSums<Element>& sums, int64_t begin, int64_t end) {
   each_panel<Element>(sums.width, [&](auto panel, bool) {
@@ -176,12 +180,12 @@ void block_sums(const RunningSums<Element>& sums, int64_t begin, int64_t end) {
         const int64_t ahead = j + kRowsAhead < sums.count ? j + kRowsAhead : j;
         panel.prefetch(sums.rows + sums.order[ahead] * sums.width);
         const Element* row = sums.rows + sums.order[j] * sums.width;
-        const Element of_prefix = sums.prefix_weight[j], of_suffix = sums.suffix_weight[j];
+        const Element prefix_part = sums.prefix_weight[j], suffix_part = sums.suffix_weight[j];
 #pragma GCC unroll 4
         for (int w = 0; w < W; ++w) {
           const Vector<Element> value = panel.read(row, w);
-          prefix[w] += of_prefix * value;
-          suffix[w] += of_suffix * value;
+          prefix[w] += prefix_part * value;
+          suffix[w] += suffix_part * value;
         }
       }
       for (int w = 0; w < W; ++w) {
@@ -192,6 +196,7 @@ void block_sums(const RunningSums<Element>& sums, int64_t begin, int64_t end) {
   });
 }
 
+// Computes the results of tasks [begin, end).
 template <class Element>
 void attend(const AttendJob<Element>& job, int64_t begin, int64_t end) {
   const Lookups<Element>& lookups = job.lookups;
@@ -205,10 +210,10 @@ void attend(const AttendJob<Element>& job, int64_t begin, int64_t end) {
             if (!job.past_caches && job.share != nullptr) panel.prefetch_to_write(job.share + at);
             if (job.residual != nullptr) panel.prefetch(job.residual + at);
           },
-          [&](int64_t l, int64_t at, const auto& of_prefix, const auto& of_suffix) {
+          [&](int64_t l, int64_t at, const auto& prefix_part, const auto& suffix_part) {
 #pragma GCC unroll 4
             for (int w = 0; w < W; ++w) {
-              Vector<Element> out = of_prefix[w] + of_suffix[w];
+              Vector<Element> out = prefix_part[w] + suffix_part[w];
               if (job.residual != nullptr) out += panel.read(job.residual + at, w);
               panel.write(job.out + at, w, out, job.past_caches);
             }
@@ -216,17 +221,18 @@ void attend(const AttendJob<Element>& job, int64_t begin, int64_t end) {
             const bool below = __builtin_signbit(job.share_weight[l]);
 #pragma GCC unroll 4
             for (int w = 0; w < W; ++w)
-              panel.write(job.share + at, w, below ? -of_prefix[w] : of_suffix[w], job.past_caches);
+              panel.write(job.share + at, w, below ? -prefix_part[w] : suffix_part[w], job.past_caches);
           });
     }
   });
   if (job.past_caches) finish_stream();
 }
 
+// Computes the gradients of the values of tasks [begin, end), and their products with the values.
 template <class Element>
 void attend_backward(const AttendBackwardJob<Element>& job, int64_t begin, int64_t end) {
   const Lookups<Element>& lookups = job.lookups;
-  each_panel<Element>(lookups.sums.width, [&](auto panel, bool opens) {
+  each_panel<Element>(lookups.sums.width, [&](auto panel, bool is_first) {
     constexpr int W = decltype(panel)::vectors;
     for (int64_t t = begin; t < end; ++t) {
       each_lookup(
@@ -235,27 +241,28 @@ void attend_backward(const AttendBackwardJob<Element>& job, int64_t begin, int64
             if (!job.past_caches) panel.prefetch_to_write(job.grad_value + at);
             panel.prefetch(job.value + at);
           },
-          [&](int64_t l, int64_t at, const auto& of_prefix, const auto& of_suffix) {
+          [&](int64_t l, int64_t at, const auto& prefix_part, const auto& suffix_part) {
             Vector<Element> prefix_products[W], suffix_products[W];
 #pragma GCC unroll 4
             for (int w = 0; w < W; ++w) {
-              panel.write(job.grad_value + at, w, of_prefix[w] + of_suffix[w], job.past_caches);
+              panel.write(job.grad_value + at, w, prefix_part[w] + suffix_part[w], job.past_caches);
               const Vector<Element> value = panel.read(job.value + at, w) - panel.read(job.center, w);
-              prefix_products[w] = value * of_prefix[w];
-              suffix_products[w] = value * of_suffix[w];
+              prefix_products[w] = value * prefix_part[w];
+              suffix_products[w] = value * suffix_part[w];
             }
-            job.prefix_dot[l] = (opens ? Element(0) : job.prefix_dot[l]) + panel.sum(prefix_products);
-            job.suffix_dot[l] = (opens ? Element(0) : job.suffix_dot[l]) + panel.sum(suffix_products);
+            job.prefix_dot[l] = (is_first ? Element(0) : job.prefix_dot[l]) + panel.sum(prefix_products);
+            job.suffix_dot[l] = (is_first ? Element(0) : job.suffix_dot[l]) + panel.sum(suffix_products);
           });
     }
   });
   if (job.past_caches) finish_stream();
 }
 
-// ---------------------------------------------------------------- passes over rows as they lie in memory
+// ---------------------------------------------------------------- passes over rows in memory order
+// Rows [begin, end) of RowDotsJob.
 template <class Element>
 void row_dots(const RowDotsJob<Element>& job, int64_t begin, int64_t end) {
-  each_panel<Element>(job.width, [&](auto panel, bool opens) {
+  each_panel<Element>(job.width, [&](auto panel, bool is_first) {
     constexpr int W = decltype(panel)::vectors;
     for (int64_t r = begin; r < end; ++r) {
       const int64_t at = r * job.width;
@@ -269,15 +276,16 @@ void row_dots(const RowDotsJob<Element>& job, int64_t begin, int64_t end) {
         mean_products[w] = grad * (mean - center);
         share_products[w] = grad * (panel.read(job.share + at, w) - job.share_weight[r] * center);
       }
-      job.mean_dot[r] = (opens ? Element(0) : job.mean_dot[r]) + panel.sum(mean_products);
-      job.share_dot[r] = (opens ? Element(0) : job.share_dot[r]) + panel.sum(share_products);
+      job.mean_dot[r] = (is_first ? Element(0) : job.mean_dot[r]) + panel.sum(mean_products);
+      job.share_dot[r] = (is_first ? Element(0) : job.share_dot[r]) + panel.sum(share_products);
     }
   });
 }
 
+// Rows [begin, end) of ScoresJob.
 template <class Element>
 void hidden_scores(const ScoresJob<Element>& job, int64_t begin, int64_t end) {
-  each_panel<Element>(job.width, [&](auto panel, bool opens) {
+  each_panel<Element>(job.width, [&](auto panel, bool is_first) {
     constexpr int W = decltype(panel)::vectors;
     for (int64_t r = begin; r < end; ++r) {
       Vector<Element> query[W], key[W];
@@ -288,13 +296,13 @@ void hidden_scores(const ScoresJob<Element>& job, int64_t begin, int64_t end) {
         key[w] = hidden * panel.read(job.weight + job.width, w);
       }
       Element* const scores[] = {job.scores + r, job.scores + job.rows + r};
-      *scores[0] = (opens ? job.bias[0] : *scores[0]) + panel.sum(query);
-      *scores[1] = (opens ? job.bias[1] : *scores[1]) + panel.sum(key);
+      *scores[0] = (is_first ? job.bias[0] : *scores[0]) + panel.sum(query);
+      *scores[1] = (is_first ? job.bias[1] : *scores[1]) + panel.sum(key);
     }
   });
 }
 
-// Blocks [begin, end) of kSumRows rows.
+// Blocks [begin, end) of kSumRows rows of ScoresBackwardJob.
 template <class Element>
 void hidden_scores_backward(const ScoresBackwardJob<Element>& job, int64_t begin, int64_t end) {
   each_panel<Element>(job.width, [&](auto panel, bool) {
@@ -310,17 +318,17 @@ void hidden_scores_backward(const ScoresBackwardJob<Element>& job, int64_t begin
       const int64_t first = block * kSumRows;
       const int64_t last = first + kSumRows < job.rows ? first + kSumRows : job.rows;
       for (int64_t r = first; r < last; ++r) {
-        const Element of_query = job.of_query[r], of_key = job.of_key[r];
+        const Element grad_query = job.grad_query[r], grad_key = job.grad_key[r];
 #pragma GCC unroll 4
         for (int w = 0; w < W; ++w) {
           const int64_t at = r * job.width;
           const Vector<Element> hidden = panel.read(job.hidden + at, w);
           Vector<Element> added =
-              panel.read(job.grad + at, w) + of_query * weights[0][w] + of_key * weights[1][w];
+              panel.read(job.grad + at, w) + grad_query * weights[0][w] + grad_key * weights[1][w];
           if (w == W - 1) added = (Vector<Element>)((Integers<Element>)added & panel.fresh);
           panel.write(job.grad_hidden + at, w, panel.read(job.grad_hidden + at, w) + added);
-          sums[0][w] += of_query * hidden;
-          sums[1][w] += of_key * hidden;
+          sums[0][w] += grad_query * hidden;
+          sums[1][w] += grad_key * hidden;
         }
       }
 #pragma GCC unroll 4

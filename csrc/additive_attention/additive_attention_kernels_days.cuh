@@ -1,7 +1,9 @@
-// Additive attention on CUDA: the kernels, and in which order they run. Two ways through the same passes:
-// a day that fits into shared memory belongs to one block, which sorts it and does everything in one launch;
-// if a day of the call does not fit, all days are sorted together in memory and each pass is a launch over
-// the chunks of all days, in the order of additive_attention_launch.cuh.
+// Kernels of additive attention on CUDA for long days, or for many of them.
+//
+// There are two ways through the same passes. If every day fits in shared memory, a thread block owns a day,
+// sorts it and runs all passes in one launch. Otherwise all days are sorted together in global memory, and
+// each pass is a launch over the chunks of all days, in the order of additive_attention_launch.cuh. Saved for
+// backward: the sort orders, the smaller part of each row's sum, and its weight.
 #pragma once
 
 #include "additive_attention/additive_attention_kernels_gradients.cuh"
@@ -9,19 +11,22 @@
 namespace qfast {
 namespace {
 
-constexpr int64_t kDayRows = 2048;  // of the longest day that a block takes: its sort grows with log^2
+// Most rows of a day that a thread block owns, because the time of its sort grows with n log^2 n.
+constexpr int64_t kDayRows = 2048;
 
-// Bound by latency: a day of 300 x 64 floats is 77 KB to read and as much to write, but its passes wait for
-// each other. Hundreds of days fill the device, and then the bytes bound it.
+// Sizes for one thread block per day. Bound by latency: a day of 300 x 64 floats has 77 KB to read and as
+// much to write, but each pass waits for the one before. Hundreds of days fill the device, which is then
+// bound by bytes.
 struct DayPlan {
   int64_t longest;
-  int threads, lanes, groups;  // lanes of a group; groups of columns
-  size_t bytes;                // of shared memory
+  int threads, lanes, groups;  // threads of a block; lanes of a group; groups of columns
+  size_t bytes;                // shared memory
 
   QFAST_DEVICE int64_t chunks() const { return (2 * longest + kChunk - 1) / kChunk; }
 };
 
-// Lanes that share a chunk: a warp, or fewer if there are fewer columns; two sums at once take two of them.
+// Number of lanes that share a chunk: a warp, or fewer if there are fewer columns. At least 2, for
+// Lanes::sum_two.
 inline int lanes_for(int width) {
   int lanes = 2;
   while (lanes < width && lanes < kLanes) lanes *= 2;
@@ -33,13 +38,14 @@ DayPlan plan_day(int64_t longest, int width) {
   DayPlan plan{longest, kDayThreads, lanes_for(width), 0, 0};
   plan.groups = (width + plan.lanes - 1) / plan.lanes;
   const int64_t chunks = (2 * longest + kChunk - 1) / kChunk;
-  const int64_t wanted = chunks * plan.groups * plan.lanes;
-  while (plan.threads > 64 && plan.threads / 2 >= wanted && plan.threads / 2 >= longest) plan.threads /= 2;
+  const int64_t useful = chunks * plan.groups * plan.lanes;
+  while (plan.threads > 64 && plan.threads / 2 >= useful && plan.threads / 2 >= longest) plan.threads /= 2;
   plan.bytes = 4 * chunks * sizeof(double) + (2 * chunks + 1) * width * sizeof(T) + 6 * longest * sizeof(T) +
                4 * longest * sizeof(int32_t);
   return plan;
 }
 
+// The lists of a day in shared memory.
 template <class T>
 QFAST_DEVICE Day<T> shared_day(const Shape& shape, const DayPlan& plan, int64_t head, int64_t d) {
   extern __shared__ double shared_memory[];
@@ -66,14 +72,15 @@ QFAST_DEVICE Day<T> shared_day(const Shape& shape, const DayPlan& plan, int64_t 
           center};
 }
 
-// Sorts both lists in place, ties by row. A bitonic network whose every comparison puts the smaller first, so
-// rows behind the last one, were there any, would never move.
+// Sorts keys and queries in place, with ties in the order of their rows. Every comparison of this bitonic
+// network moves the smaller element to the front, so no padding is needed beyond the last row: it would never
+// move.
 template <class T>
 QFAST_DEVICE void sort_day(const Day<T>& day) {
   const int count = static_cast<int>(day.count);
   for (int size = 2; size / 2 < count; size *= 2) {
     for (int step = size / 2; step > 0; step /= 2) {
-      int half = 1;  // pairs of one side, as if its rows were a power of two
+      int half = 1;  // pairs of one side, whose number of rows is rounded up to a power of two
       while (2 * half < count) half *= 2;
       for (int i = threadIdx.x; i < 2 * half; i += blockDim.x) {
         const int side = i >= half, pair = i & (half - 1), within = pair & (step - 1);
@@ -95,7 +102,7 @@ QFAST_DEVICE void sort_day(const Day<T>& day) {
   }
 }
 
-// From sorted scores to a list whose queries are normalised.
+// Builds the list from the sorted scores and normalises its queries.
 template <class T>
 QFAST_DEVICE void list_day(const Day<T>& day, T slope, T* share_weight) {
   const int warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
@@ -114,7 +121,7 @@ QFAST_DEVICE void list_day(const Day<T>& day, T slope, T* share_weight) {
   __syncthreads();
 }
 
-// Sums of the rows' chunks and what they become; of scalars too in the backward.
+// Sums the rows of the chunks and computes the results, or the gradients of the values in backward.
 template <bool kBackward, class T, class R, class Io>
 QFAST_DEVICE void attend_day(const Day<T>& day, const DayPlan& plan, int width, const T* rows, const Io& io) {
   const Lanes lanes(plan.lanes);
@@ -135,13 +142,14 @@ QFAST_DEVICE void attend_day(const Day<T>& day, const DayPlan& plan, int width, 
   }
 }
 
+// Forward. A thread block owns single days of single heads.
 template <class T>
 __global__ void __launch_bounds__(kDayThreads, 1)
     attend_day_kernel(const Shape shape, const DayPlan plan, const Forward<T> io, const T slope) {
   const int64_t total = shape.heads * shape.days.rows;
   for (int64_t i = blockIdx.x; i < shape.heads * shape.days.count; i += gridDim.x) {
     const Day<T> day = shared_day<T>(shape, plan, i / shape.days.count, i % shape.days.count);
-    __syncthreads();  // the day before is done with the shared memory
+    __syncthreads();  // the shared memory of the previous day is no longer read
     for (int64_t p = threadIdx.x; p < 2 * day.count; p += blockDim.x) {
       const int side = p >= day.count;
       const int64_t row = side ? p - day.count : p;
@@ -160,6 +168,7 @@ __global__ void __launch_bounds__(kDayThreads, 1)
   }
 }
 
+// Backward. A thread block owns single days of single heads.
 template <class T>
 __global__ void __launch_bounds__(kDayThreads, 1)
     attend_day_backward_kernel(const Shape shape, const DayPlan plan, const Backward<T> io) {
@@ -167,7 +176,7 @@ __global__ void __launch_bounds__(kDayThreads, 1)
   const int warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
   for (int64_t i = blockIdx.x; i < shape.heads * shape.days.count; i += gridDim.x) {
     const Day<T> day = shared_day<T>(shape, plan, i / shape.days.count, i % shape.days.count);
-    __syncthreads();  // the day before is done with the shared memory
+    __syncthreads();  // the shared memory of the previous day is no longer read
     for (int64_t p = threadIdx.x; p < 2 * day.count; p += blockDim.x) {
       const int side = p >= day.count;
       const int64_t at = side ? p - day.count : p;
@@ -198,7 +207,7 @@ __global__ void __launch_bounds__(kDayThreads, 1)
   }
 }
 
-// ---------------------------------------------------------------- days in memory, one launch a pass
+// ---------------------------------------------------------------- days in global memory, one launch per pass
 QFAST_DEVICE int64_t thread_number() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
 QFAST_DEVICE int64_t thread_count() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
 
@@ -213,8 +222,8 @@ struct SortBits<double> {
   using Word = uint64_t;
 };
 
-// Whether `offsets` do not run from 0 to N, ascending: what nobody has looked at must not lead beyond the
-// rows. One block.
+// Sets *broken to 1 unless `offsets` ascend from 0 to N. The host has not checked them, and invalid offsets
+// must not cause an access beyond the rows. One thread block.
 __global__ void check_offsets_kernel(const Days days, int32_t* broken) {
   __shared__ int32_t any;
   if (threadIdx.x == 0) any = days.offsets[0] != 0 || days.offsets[days.count] != days.rows;
@@ -226,8 +235,9 @@ __global__ void check_offsets_kernel(const Days days, int32_t* broken) {
   if (threadIdx.x == 0) *broken = any;
 }
 
-// What a radix sort reads: unsigned numbers in the order of the scores, of the queries turned round.
-// 2 x heads x N of them; a thread owns one.
+// Converts scores to unsigned numbers in the same order, for a radix sort. Those of the queries are inverted,
+// because queries are sorted in descending order. There are 2 x heads x N numbers, and a thread owns single
+// ones.
 template <class T>
 __global__ void sort_bits_kernel(const Shape shape, const T* key, const T* query,
                                  typename SortBits<T>::Word* bits, uint32_t* number) {
@@ -245,7 +255,8 @@ __global__ void sort_bits_kernel(const Shape shape, const T* key, const T* query
   }
 }
 
-// The side, head and day of each row in the order so far: a stable sort by these completes it.
+// Computes the side, head and day of each row in the order of the first sort. A stable sort by these
+// completes the order.
 __global__ void sort_days_kernel(const Shape shape, const uint32_t* number, uint32_t* day) {
   const int64_t rows = shape.days.rows, count = 2 * shape.heads * rows;
   for (int64_t i = thread_number(); i < count; i += thread_count()) {
@@ -254,7 +265,7 @@ __global__ void sort_days_kernel(const Shape shape, const uint32_t* number, uint
   }
 }
 
-// Heads [head, head + shape.heads) of orders [2, heads, N].
+// Writes heads [head, head + shape.heads) of orders [2, heads, N].
 __global__ void orders_kernel(const Shape shape, const uint32_t* number, int32_t* orders, int64_t head,
                               int64_t heads) {
   const int64_t rows = shape.days.rows, total = shape.heads * rows;
@@ -265,6 +276,7 @@ __global__ void orders_kernel(const Shape shape, const uint32_t* number, int32_t
   }
 }
 
+// Copies the scores in sorted order.
 template <class T>
 __global__ void sorted_scores_kernel(const Shape shape, const Lists<T> lists, const T* key, const T* query) {
   const int64_t rows = shape.days.rows, total = shape.heads * rows;
@@ -276,7 +288,8 @@ __global__ void sorted_scores_kernel(const Shape shape, const Lists<T> lists, co
   }
 }
 
-// Two binary searches a row, of neighbours in almost the same places: from the caches.
+// Builds the lists, with a binary search per key and per query. Adjacent threads search in almost the same
+// places, so the reads are served by the caches.
 template <class T>
 __global__ void place_kernel(const Shape shape, const Lists<T> lists, const T slope) {
   const int64_t rows = shape.days.rows, total = shape.heads * rows;
@@ -289,8 +302,8 @@ __global__ void place_kernel(const Shape shape, const Lists<T> lists, const T sl
   }
 }
 
-// Calls body(day, chunk of it, group of columns) for every chunk and group of columns that a team of `lanes`
-// threads owns; chunk numbers that no day uses are passed over.
+// Calls body(day, chunk, group of columns) for all chunks and groups of columns. A group of `lanes` threads
+// owns single chunks. Chunk numbers that no day uses are skipped.
 template <class T, class Body>
 QFAST_DEVICE void each_chunk(const Shape& shape, const Lists<T>& lists, int lanes, int groups,
                              const Body& body) {
@@ -374,8 +387,9 @@ __global__ void __launch_bounds__(kThreads) shift_kernel(const Shape shape, cons
   }
 }
 
-// Bytes bound: every summed row is read here and twice in walk_kernel (once more from the caches), every
-// reading row written once, twice with its share; 4 flops an element.
+// Sums the rows of each chunk. Bound by bytes: every summed row is read here and twice in walk_kernel (once
+// of them from the caches), and every reading row is written once, twice with its share. There are 4 flops
+// per element.
 template <bool kBackward, class T>
 __global__ void __launch_bounds__(kThreads)
     sum_columns_kernel(const Shape shape, const Lists<T> lists, int lanes, int groups, const T* rows) {
@@ -385,6 +399,7 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
+// Computes the results, or the gradients of the values, from the carried sums.
 template <bool kBackward, class T, class R, class Io>
 __global__ void __launch_bounds__(kThreads, 2)
     walk_kernel(const Shape shape, const Lists<T> lists, int lanes, int groups, const T* rows, const Io io) {
@@ -399,7 +414,8 @@ QFAST_DEVICE Day<T> day_of(const Shape& shape, const Lists<T>& lists, int64_t ro
   return lists.day(shape, row / shape.days.rows, shape.days.day_of_row(within));
 }
 
-// Bytes bound: the gradient, the result and the share are read once. A group of lanes owns a row.
+// Computes the gradients of the queries. A group of lanes owns a row. Bound by bytes: the gradient, the
+// result and the share are read once.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     query_gradient_kernel(const Shape shape, const Lists<T> lists, const Backward<T> io, int lanes) {

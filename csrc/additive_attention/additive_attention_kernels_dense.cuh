@@ -1,17 +1,20 @@
-// Additive attention over few short days on CUDA, pair by pair: N^2 H products instead of N log N passes.
+// Kernels of additive attention on CUDA for a few short days. They compute all pairs, N^2 H products instead
+// of N log N passes.
 //
-// A block that owns a whole day sorts it and walks over it on one multiprocessor while the others wait. With
-// few days in a call it is better to share a day: here a block owns 8 rows and 64 columns of a day and sums
-// over all of its rows, each counted in one of two sums by the side of the bend on which the pair lies. The
-// exponentials are products (key_factors, query_factors), so a pair costs a comparison and two selections for
-// all columns, and a column two multiply-adds. Forward, queries read values; backward, keys read gradients.
+// A thread block that owns a whole day uses one multiprocessor while the others idle. With few days in a call
+// it is faster to share a day. Here a thread block owns 8 rows and 64 columns of a day and sums over all rows
+// of the day. Each row is added to one of two sums, depending on the sign of the score of the pair. The
+// exponentials are products (key_factors, query_factors), so a pair costs one comparison and two selections
+// for all columns, and two multiply-adds per column. In forward the queries read values, in backward the keys
+// read gradients.
 //
-// A warp takes eight rows at a time, its lanes 4 x 4 elements of both sums: 32 multiply-adds for two loads of
-// 16 bytes from shared memory and one from L2. Bound by multiply-adds, 4 N^2 H flops forward and
-// as many backward (163 MFLOP for 800 x 64), and by L2, which is read N / 8 times over (20 MB). Saved for the
-// backward: what the other ways save, but no orders, which are 0. Sums of a warp are in the tensors' type, of
-// at most a sixteenth of a day; those of all warps and those of scalars are in float64. Every order is fixed,
-// so bits repeat.
+// A warp processes eight rows together, and a lane owns 4 x 4 elements of both sums: 32 multiply-adds for two
+// loads of 16 bytes from shared memory and one from L2. Bound by multiply-adds, 4 N^2 H flops in forward and
+// the same in backward (163 MFLOP for 800 x 64), and by L2, from which the rows are read N / 8 times (20 MB).
+//
+// Saved for backward: the same as in the other ways, except that the orders are not used and set to 0. The
+// sums of a warp cover at most a sixteenth of a day and are in the tensors' type. The sums over the warps and
+// those of scalars are in float64. Every sum has a fixed order, so results are reproducible bit for bit.
 #pragma once
 
 #include "additive_attention/additive_attention_kernels_gradients.cuh"
@@ -19,12 +22,12 @@
 namespace qfast {
 namespace {
 
-constexpr int kReaders = 8;                    // rows of a block that read the sums
-constexpr int kDenseColumns = 64;              // of a block
-constexpr int kTile = 4;                       // a lane owns kTile rows and as many columns
-constexpr int kTiles = kDenseColumns / kTile;  // lanes side by side
-constexpr int kPartRow = kDenseColumns + 4;    // the halves of a warp write beside each other
-constexpr int kSums = 4;                       // scalars of a reader: two kinds on either side of the bend
+constexpr int kReaders = 8;                    // rows of a thread block, which read the sums
+constexpr int kDenseColumns = 64;              // columns of a thread block
+constexpr int kTile = 4;                       // a lane owns kTile rows and kTile columns
+constexpr int kTiles = kDenseColumns / kTile;  // lanes along the columns
+constexpr int kPartRow = kDenseColumns + 4;    // padded: the two halves of a warp write to different banks
+constexpr int kSums = 4;                       // scalars of a reader: two kinds, above and below 0
 
 template <class T>
 constexpr int kDenseWarps = sizeof(T) == sizeof(float) ? 16 : 8;
@@ -32,10 +35,10 @@ template <class T>
 constexpr int kDenseThreads = kDenseWarps<T> * kLanes;
 
 struct DensePlan {
-  int longest, tiles;    // rows; tiles of kReaders rows, of the longest day
-  int groups;            // of kDenseColumns columns
-  uint32_t lists, days;  // days of all heads, of one
-  size_t bytes;          // of shared memory
+  int longest, tiles;    // rows of the longest day, and its tiles of kReaders rows
+  int groups;            // groups of kDenseColumns columns
+  uint32_t lists, days;  // days of all heads, and of one head
+  size_t bytes;          // shared memory
 
   __host__ __device__ uint32_t tasks() const { return lists * tiles * groups; }
   QFAST_DEVICE int room() const { return tiles * kReaders; }
@@ -50,39 +53,39 @@ DensePlan plan_dense(const Shape& shape, int64_t longest, int groups) {
                  static_cast<uint32_t>(shape.heads * days),
                  static_cast<uint32_t>(days),
                  0};
-  const int64_t of_a_warp = 2 * kReaders * (kAhead + kPartRow);
-  const int64_t numbers = kDenseWarps<T> * of_a_warp + 4 * tiles * kReaders + 4 * kReaders;
+  const int64_t warp_numbers = 2 * kReaders * (kAhead + kPartRow);
+  const int64_t numbers = kDenseWarps<T> * warp_numbers + 4 * tiles * kReaders + 4 * kReaders;
   plan.bytes = kReaders * kSums * sizeof(double) + static_cast<size_t>(numbers) * sizeof(T);
   return plan;
 }
 
-// What the backward finds on the way, besides what Backward has room for.
+// Scratch of backward, in addition to that of Backward.
 template <class T>
 struct DenseScratch {
   T *above, *below;  // [heads * N]: factors of the queries, normalised
   T* centers;        // [lists, H]
   T* tops;           // [lists]: highest keys
-  double* scalars;   // [kSums, heads * N]: of a key, gradient above and below the bend, then masses
+  double* scalars;   // [kSums, heads * N]: gradients of a key above and below 0, then its masses
 };
 
-// Four neighbours in shared memory, loaded as one.
+// Four adjacent elements, loaded together.
 template <class T>
 struct alignas(kTile * sizeof(T)) Tile {
   T of[kTile];
 };
 
-// ---------------------------------------------------------------- the part of a day that a block owns
+// ---------------------------------------------------------------- the part of a day of a thread block
 template <class T>
 struct Part {
-  int64_t list, first;               // which day of which head; its first row in [heads * N]
-  int count;                         // its rows
-  int row, column;                   // the first ones of the block, row from the first of the day
+  int64_t list, first;               // number of the day and head; first row of the day in [heads * N]
+  int count;                         // rows of the day
+  int row, column;                   // first row, relative to the day, and first column of the thread block
   double* sums;                      // [kReaders, kSums]
   T* weights;                        // [warps, 2, kAhead, kReaders]
-  T* parts;                          // [warps, 2, kReaders, kPartRow]; before that of whoever needs it
-  T *score, *above, *below, *delta;  // [room]: of the rows that are summed
-  T* reader;                         // [kReaders]: scores
-  T *share_above, *share_below;      // [kReaders]: what a reader's sums are multiplied by
+  T* parts;                          // [warps, 2, kReaders, kPartRow]; scratch before sum_pairs writes it
+  T *score, *above, *below, *delta;  // [room]: scores, factors and mean gradients of the summed rows
+  T* reader;                         // [kReaders]: scores of the readers
+  T *share_above, *share_below;      // [kReaders]: factors of the sums of a reader
   T* share_weight;                   // [kReaders]: smaller_share
 
   QFAST_DEVICE bool is_empty() const { return row >= count; }
@@ -115,7 +118,7 @@ QFAST_DEVICE Part<T> part_of(const Shape& shape, const DensePlan& plan, uint32_t
   return part;
 }
 
-// The keys of the day as what is summed; returns the highest. All threads call it.
+// Loads the keys of the day as the summed rows, and returns the highest key. All threads must call it.
 template <class T>
 QFAST_DEVICE T load_keys(const Part<T>& part, const T* key, T slope) {
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
@@ -144,13 +147,14 @@ QFAST_DEVICE T load_keys(const Part<T>& part, const T* key, T slope) {
   }
   top = highest(top, least, slope);
   for (int j = threadIdx.x; j < part.count; j += blockDim.x) {
-    const Factors<T> of = key_factors(part.score[j], slope, top);
-    part.above[j] = of.above;
-    part.below[j] = of.below;
+    const Factors<T> factors = key_factors(part.score[j], slope, top);
+    part.above[j] = factors.above;
+    part.below[j] = factors.below;
   }
   return top;
 }
 
+// Loads the scores of the readers.
 template <class T>
 QFAST_DEVICE void load_readers(const Part<T>& part, int side, const T* scores) {
   const int r = threadIdx.x;
@@ -159,10 +163,10 @@ QFAST_DEVICE void load_readers(const Part<T>& part, int side, const T* scores) {
 }
 
 // ---------------------------------------------------------------- sums over all rows
-// Of the factors, and in the backward of the factors times delta. A warp owns a reader.
+// Sums the factors and, in backward, the factors times delta. A warp owns a reader.
 template <bool kBackward, class T>
 QFAST_DEVICE void sum_scalar_pairs(const Part<T>& part) {
-  constexpr int kFew = 4;  // factors of a lane that are added up in their own type
+  constexpr int kFew = 4;  // factors that a lane adds in their own type before it adds to float64
   const Lanes lanes(kLanes);
   for (int r = threadIdx.x / kLanes; r < kReaders; r += blockDim.x / kLanes) {
     const T reader = part.reader[r];
@@ -174,13 +178,13 @@ QFAST_DEVICE void sum_scalar_pairs(const Part<T>& part) {
         const int j = first + u * kLanes;
         if (j >= part.count) break;
         const bool is_above = reader > -part.score[j];
-        const T of_above = part.above[j], of_below = part.below[j];
-        few_above += is_above ? of_above : T(0);
-        few_below += is_above ? T(0) : of_below;
+        const T factor_above = part.above[j], factor_below = part.below[j];
+        few_above += is_above ? factor_above : T(0);
+        few_below += is_above ? T(0) : factor_below;
         if (!kBackward) continue;
-        const double of_delta = static_cast<double>(is_above ? of_above : of_below) * part.delta[j];
-        delta_above += is_above ? of_delta : 0;
-        delta_below += is_above ? 0 : of_delta;
+        const double product = static_cast<double>(is_above ? factor_above : factor_below) * part.delta[j];
+        delta_above += is_above ? product : 0;
+        delta_below += is_above ? 0 : product;
       }
       above += few_above;
       below += few_below;
@@ -200,8 +204,8 @@ QFAST_DEVICE void sum_scalar_pairs(const Part<T>& part) {
   }
 }
 
-// Of rows [heads * N, H] times the factors. A warp owns every so-many-th kAhead rows; its sums are left in
-// part.parts.
+// Sums rows [heads * N, H] times the factors. The warps take turns with groups of kAhead rows, and each warp
+// writes its sums to part.parts.
 template <class T>
 QFAST_DEVICE void sum_pairs(const Part<T>& part, const T* rows, int width) {
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
@@ -209,7 +213,8 @@ QFAST_DEVICE void sum_pairs(const Part<T>& part, const T* rows, int width) {
   const bool aligned = width % kTile == 0 && reinterpret_cast<uintptr_t>(rows) % sizeof(Tile<T>) == 0;
   const bool whole = aligned && part.column + kDenseColumns <= width;
   T* const weights = part.weights + warp * 2 * kAhead * kReaders;
-  const int summed = lane % kAhead, pair = lane / kAhead * 2;  // a lane weighs one row for two readers
+  // A lane computes the weights of one row for two readers.
+  const int summed = lane % kAhead, pair = lane / kAhead * 2;
   const T readers[2] = {part.reader[pair], part.reader[pair + 1]};
   const T* row = rows + (part.first + warp * kAhead) * width + column;
   Tile<T> above[kTile] = {}, below[kTile] = {};
@@ -233,14 +238,14 @@ QFAST_DEVICE void sum_pairs(const Part<T>& part, const T* rows, int width) {
     row += static_cast<int64_t>(kDenseWarps<T> * kAhead) * width;
     const bool inside = j + summed < part.count;
     const T score = inside ? part.score[j + summed] : T(0);
-    const T of_above = inside ? part.above[j + summed] : T(0);
-    const T of_below = inside ? part.below[j + summed] : T(0);
+    const T factor_above = inside ? part.above[j + summed] : T(0);
+    const T factor_below = inside ? part.below[j + summed] : T(0);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const bool is_above = readers[i] > -score;
       T* const weight = weights + summed * kReaders + pair + i;
-      weight[0] = is_above ? of_above : T(0);
-      weight[kAhead * kReaders] = is_above ? T(0) : of_below;
+      weight[0] = is_above ? factor_above : T(0);
+      weight[kAhead * kReaders] = is_above ? T(0) : factor_below;
     }
     __syncwarp();
 #pragma unroll
@@ -257,31 +262,31 @@ QFAST_DEVICE void sum_pairs(const Part<T>& part, const T* rows, int width) {
         }
       }
     }
-    __syncwarp();  // all have read the weights, which now change
+    __syncwarp();  // all lanes have read the weights
   }
-  T* const mine = part.parts + (warp * 2 * kReaders + first_reader) * kPartRow + column - part.column;
+  T* const warp_parts = part.parts + (warp * 2 * kReaders + first_reader) * kPartRow + column - part.column;
 #pragma unroll
   for (int r = 0; r < kTile; ++r) {
-    *reinterpret_cast<Tile<T>*>(mine + r * kPartRow) = above[r];
-    *reinterpret_cast<Tile<T>*>(mine + (kReaders + r) * kPartRow) = below[r];
+    *reinterpret_cast<Tile<T>*>(warp_parts + r * kPartRow) = above[r];
+    *reinterpret_cast<Tile<T>*>(warp_parts + (kReaders + r) * kPartRow) = below[r];
   }
 }
 
-// A factor of 0 times infinity is NaN, and a row on the other side of the bend does not count: one sum again,
-// without those. Slow, and only where a number is not finite.
+// Computes one sum again, without the rows on the other side of 0. In sum_pairs these have a factor of 0, and
+// 0 times infinity is NaN. This is slow, but only needed if a sum is not finite.
 template <class T>
-QFAST_DEVICE T sum_again(const Part<T>& part, int r, bool wants_above, const T* rows, int width, int column) {
+QFAST_DEVICE T sum_again(const Part<T>& part, int r, bool sums_above, const T* rows, int width, int column) {
   double sum = 0;
   for (int j = 0; j < part.count; ++j) {
-    if ((part.reader[r] > -part.score[j]) != wants_above) continue;
+    if ((part.reader[r] > -part.score[j]) != sums_above) continue;
     const T x = rows[(part.first + j) * width + column];
-    sum += static_cast<double>(wants_above ? part.above[j] : part.below[j]) * x;
+    sum += static_cast<double>(sums_above ? part.above[j] : part.below[j]) * x;
   }
   return static_cast<T>(sum);
 }
 
-// Calls receive(r, column, whether there is such an element, sum above, sum below) for every element of the
-// block, by whole warps: 32 columns of a row.
+// Calls receive(r, column, whether the element exists, sum above, sum below) for all elements of the thread
+// block. A warp owns 32 columns of a row.
 template <class T, class Receive>
 QFAST_DEVICE void each_sum(const Part<T>& part, const T* rows, int width, const Receive& receive) {
   for (int i = threadIdx.x; i < kReaders * kDenseColumns; i += blockDim.x) {
@@ -304,6 +309,7 @@ QFAST_DEVICE void each_sum(const Part<T>& part, const T* rows, int width, const 
 }
 
 // ---------------------------------------------------------------- the kernels
+// Forward. A thread block owns kReaders queries of a day and kDenseColumns columns.
 template <class T>
 __global__ void __launch_bounds__(kDenseThreads<T>, 1)
     attend_dense_kernel(const Shape shape, const DensePlan plan, const Forward<T> io, const T slope) {
@@ -312,7 +318,7 @@ __global__ void __launch_bounds__(kDenseThreads<T>, 1)
   for (uint32_t task = blockIdx.x; task < plan.tasks(); task += gridDim.x) {
     const Part<T> part = part_of<T>(shape, plan, task);
     if (part.is_empty()) continue;
-    __syncthreads();  // the task before is done with the shared memory
+    __syncthreads();  // the shared memory of the previous task is no longer read
     load_readers(part, 1, io.query);
     const T top = load_keys(part, io.key, slope);
     __syncthreads();
@@ -322,11 +328,12 @@ __global__ void __launch_bounds__(kDenseThreads<T>, 1)
     if (threadIdx.x < kReaders) {
       const int r = threadIdx.x;
       const int64_t row = part.first + part.row + r;
-      const Factors<T> of = query_factors(part.reader[r], slope, top);
-      const double above = of.above * part.sums[r * kSums], below = of.below * part.sums[r * kSums + 1];
+      const Factors<T> factors = query_factors(part.reader[r], slope, top);
+      const double above = factors.above * part.sums[r * kSums],
+                   below = factors.below * part.sums[r * kSums + 1];
       const double sum = above + below;
-      part.share_above[r] = static_cast<T>(of.above / sum);
-      part.share_below[r] = static_cast<T>(of.below / sum);
+      part.share_above[r] = static_cast<T>(factors.above / sum);
+      part.share_below[r] = static_cast<T>(factors.below / sum);
       const T smaller = smaller_share<T>(above, below, sum);
       part.share_weight[r] = smaller;
       if (io.share != nullptr && part.has_row(r) && part.column == 0) {
@@ -346,8 +353,9 @@ __global__ void __launch_bounds__(kDenseThreads<T>, 1)
   }
 }
 
-// First of the backward: what keys will read of the queries, and the gradients of the queries. A block owns
-// kReaders queries of a day, all columns; the first of a day leaves its center and highest key to the others.
+// First kernel of backward. Computes the normalised factors of the queries, which the keys read later, and
+// the gradients of the queries. A thread block owns kReaders queries of a day and all columns. The first
+// thread block of a day writes its center and highest key for the next kernels.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     dense_queries_kernel(const Shape shape, const DensePlan plan, const Backward<T> io,
@@ -357,7 +365,7 @@ __global__ void __launch_bounds__(kThreads)
   for (uint32_t task = blockIdx.x; task < plan.tasks(); task += gridDim.x) {
     const Part<T> part = part_of<T>(shape, plan, task);
     if (part.is_empty()) continue;
-    __syncthreads();  // the task before is done with the shared memory
+    __syncthreads();  // the shared memory of the previous task is no longer read
     load_readers(part, 1, io.query);
     const T top = load_keys(part, io.key, io.slope);
     __syncthreads();
@@ -375,15 +383,16 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t row = part.first + part.row + r;
       query_gradient(io, row, width, lanes, center);
       if (lanes.lane != 0) continue;
-      const Factors<T> of = query_factors(part.reader[r], io.slope, top);
-      const double sum = of.above * part.sums[r * kSums] + of.below * part.sums[r * kSums + 1];
-      scratch.above[row] = static_cast<T>(of.above / sum);
-      scratch.below[row] = static_cast<T>(of.below / sum);
+      const Factors<T> factors = query_factors(part.reader[r], io.slope, top);
+      const double sum = factors.above * part.sums[r * kSums] + factors.below * part.sums[r * kSums + 1];
+      scratch.above[row] = static_cast<T>(factors.above / sum);
+      scratch.below[row] = static_cast<T>(factors.below / sum);
     }
   }
 }
 
-// Second: keys read the gradients of the results. Bounds and saved numbers: at the head.
+// Second kernel of backward. The keys read the gradients of the results. A thread block owns kReaders keys of
+// a day and kDenseColumns columns.
 template <class T>
 __global__ void __launch_bounds__(kDenseThreads<T>, 1)
     dense_keys_kernel(const Shape shape, const DensePlan plan, const Backward<T> io,
@@ -393,7 +402,7 @@ __global__ void __launch_bounds__(kDenseThreads<T>, 1)
   for (uint32_t task = blockIdx.x; task < plan.tasks(); task += gridDim.x) {
     const Part<T> part = part_of<T>(shape, plan, task);
     if (part.is_empty()) continue;
-    __syncthreads();  // the task before is done with the shared memory
+    __syncthreads();  // the shared memory of the previous task is no longer read
     load_readers(part, 0, io.key);
     for (int j = threadIdx.x; j < part.count; j += blockDim.x) {
       part.score[j] = sortable(1, io.query[part.first + j]);
@@ -407,16 +416,16 @@ __global__ void __launch_bounds__(kDenseThreads<T>, 1)
     __syncthreads();
     const T top = scratch.tops[part.list];
     if (threadIdx.x < kReaders && part.has_row(threadIdx.x)) {
-      const Factors<T> of = key_factors(part.reader[threadIdx.x], io.slope, top);
+      const Factors<T> factors = key_factors(part.reader[threadIdx.x], io.slope, top);
       const double* const sums = part.sums + threadIdx.x * kSums;
-      part.share_above[threadIdx.x] = of.above;
-      part.share_below[threadIdx.x] = of.below;
+      part.share_above[threadIdx.x] = factors.above;
+      part.share_below[threadIdx.x] = factors.below;
       double* const to = scratch.scalars + part.first + part.row + threadIdx.x;
       if (part.column == 0) {
-        to[0] = -(of.above * sums[2]);
-        to[io.total] = -(of.below * sums[3]);
-        to[2 * io.total] = of.above * sums[0];
-        to[3 * io.total] = of.below * sums[1];
+        to[0] = -(factors.above * sums[2]);
+        to[io.total] = -(factors.below * sums[3]);
+        to[2 * io.total] = factors.above * sums[0];
+        to[3 * io.total] = factors.below * sums[1];
       }
     }
     __syncthreads();
@@ -436,8 +445,8 @@ __global__ void __launch_bounds__(kDenseThreads<T>, 1)
   }
 }
 
-// Last: the gradients of the keys, which before the bend's slope sum to 0 (key_gradients and find_shift say
-// why). A block owns a day.
+// Last kernel of backward. Computes the gradients of the keys, whose sum before the slope of LeakyReLU is 0
+// (key_gradients and find_shift explain why). A thread block owns a day.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     dense_finish_kernel(const Shape shape, const DensePlan plan, const Backward<T> io,
@@ -450,21 +459,21 @@ __global__ void __launch_bounds__(kThreads)
     double excess = 0, mass = 0;
     for (int j = threadIdx.x; j < part.count; j += blockDim.x) {
       const int64_t row = part.first + j;
-      double of[kSums];
+      double scalars[kSums];
 #pragma unroll
-      for (int i = 0; i < kSums; ++i) of[i] = scratch.scalars[i * io.total + row];
+      for (int i = 0; i < kSums; ++i) scalars[i] = scratch.scalars[i * io.total + row];
       for (int g = 0; g < groups; ++g) {
-        of[0] += io.dots[2 * g * io.total + row];
-        of[1] += io.dots[(2 * g + 1) * io.total + row];
+        scalars[0] += io.dots[2 * g * io.total + row];
+        scalars[1] += io.dots[(2 * g + 1) * io.total + row];
       }
-      excess += of[0] + of[1];
-      mass += of[2] + of[3];
-      io.to_key[row] = of[0] + io.slope * of[1];
-      io.to_key[io.total + row] = of[2] + io.slope * of[3];
+      excess += scalars[0] + scalars[1];
+      mass += scalars[2] + scalars[3];
+      io.to_key[row] = scalars[0] + io.slope * scalars[1];
+      io.to_key[io.total + row] = scalars[2] + io.slope * scalars[3];
     }
     excess = lanes.sum(excess);
     mass = lanes.sum(mass);
-    __syncthreads();  // the day before is done with the sums
+    __syncthreads();  // the sums of the previous day are no longer read
     if (lanes.lane == 0) {
       sums[0][warp] = excess;
       sums[1][warp] = mass;

@@ -1,5 +1,9 @@
-// The gradients of the scores of additive attention on CUDA, device side: around a center of each day, and
-// with the sum of those of all keys of a day exactly 0 before the bend's slope. docs/attention.md says why.
+// Gradients of the scores of additive attention on CUDA. They are computed relative to a center of each day,
+// and the sum of the gradients of all keys of a day, before the slope of LeakyReLU, is exactly 0.
+// docs/attention.md explains why.
+//
+// A thread owns a column of a center, a group of lanes owns a query, and a warp owns a chunk of keys. Bound
+// by bytes: the gradient, the result and the share of a row are read once.
 #pragma once
 
 #include "additive_attention/additive_attention_kernels_rows.cuh"
@@ -7,22 +11,23 @@
 namespace qfast {
 namespace {
 
-// A row's weights sum to 1, so a vector taken off every value leaves the gradients of the scores as they are,
-// and takes off them the rounding of what the values have in common with it. That is the mean result of rows
-// taken evenly from the sorted queries: about the mean value where attention is spread, and the value that
-// all look at where it is not. Rows without a result (row_at: -1) are left out. A thread owns a column.
+// Returns the center of a day in one column. The weights of a row sum to 1, so subtracting one vector from
+// all values does not change the gradients of the scores, but removes the rounding of the part that the
+// values share with this vector. The center is the mean result of rows at even distances among the sorted
+// queries. It is near the mean value if attention is spread, and near the value that all rows attend to if it
+// is not. Rows without a result (row_at returns -1) are not used.
 template <class T, class RowAt>
 QFAST_DEVICE T center_of(const Backward<T>& io, int64_t first, int64_t count, int width, int column,
                          const RowAt& row_at) {
-  const int taken = count < kCenterRows ? static_cast<int>(count) : kCenterRows;
-  if (taken == 0) return 0;
+  const int samples = count < kCenterRows ? static_cast<int>(count) : kCenterRows;
+  if (samples == 0) return 0;
   double sum = 0;
   int rows = 0;
-  for (int r = 0; r < taken; r += kAhead) {
+  for (int r = 0; r < samples; r += kAhead) {
     T x[kAhead];
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
-      const int64_t row = r + u < taken ? row_at((r + u) * count / taken) : -1;
+      const int64_t row = r + u < samples ? row_at((r + u) * count / samples) : -1;
       const int64_t at = row >= 0 ? (first + row) * width + column : 0;
       x[u] = row < 0 ? T(0) : io.residual == nullptr ? io.out[at] : io.out[at] - io.residual[at];
       rows += row >= 0;
@@ -40,9 +45,9 @@ QFAST_DEVICE void find_center(const Day<T>& day, const Backward<T>& io, int widt
   });
 }
 
-// delta = grad . (attended - center), and the gradient of the query: a softmax's weights sum to 1, so the
-// gradients of a row's scores sum to 0, those above the bend to minus those below it, and the kept part gives
-// both.
+// Computes delta = grad . (attended - center) and the gradient of the query. The weights of a softmax sum to
+// 1, so the gradients of the scores of a row sum to 0: the sum above 0 is minus the sum below 0, and the
+// saved part gives both.
 template <class T>
 QFAST_DEVICE void query_gradient(const Backward<T>& io, int64_t row, int width, const Lanes& lanes,
                                  const T* center) {
@@ -61,11 +66,13 @@ QFAST_DEVICE void query_gradient(const Backward<T>& io, int64_t row, int width, 
   io.grad_query[row] = (1 - io.slope) * (part - mean * weight);
 }
 
-// The gradients of all scores of a row sum to 0 before the bend's slope, and so do those of the keys of a
-// day. What rounding leaves of that sum, the excess, would push all keys the same way, step after step, where
-// their true gradient is 0 (as long as all scores lie on one side of the bend); so it is spread over the
-// rows' mean gradients, and gone. Here: every key of the chunk, the excess, and the mass by which it is
-// divided, all in float64. A warp owns a chunk, and leaves both sums in place of those that it has read.
+// Computes the gradients of the keys of a chunk before their correction, and the sums for it, in float64.
+//
+// The gradients of all scores of a row sum to 0 before the slope of LeakyReLU, and so do those of the keys of
+// a day. Rounding leaves a sum that is not 0, the excess. If all scores have the same sign, the exact
+// gradient of a shift of all keys is 0, and the excess would move all keys in one direction at every step of
+// training. It is therefore subtracted from the mean gradients of the rows in proportion to their mass. A
+// warp owns a chunk, and writes the excess and the mass in place of the sums that it has read.
 template <class T>
 QFAST_DEVICE void key_gradients(const Day<T>& day, int64_t chunk, const Backward<T>& io, int groups) {
   double excess = 0, mass = 0;
@@ -94,7 +101,7 @@ QFAST_DEVICE void key_gradients(const Day<T>& day, int64_t chunk, const Backward
   day.scalar_sums[day.stride + chunk] = mass;
 }
 
-// By how much every mean gradient of the day is moved, left in scalar_sums[0]. A warp owns a day.
+// Computes the shift of all mean gradients of the day, excess / mass, in scalar_sums[0]. A warp owns a day.
 template <class T>
 QFAST_DEVICE void find_shift(const Day<T>& day) {
   const Lanes lanes(kLanes);
@@ -108,6 +115,7 @@ QFAST_DEVICE void find_shift(const Day<T>& day) {
   if (lanes.lane == 0 && day.count > 0) day.scalar_sums[0] = excess / mass;
 }
 
+// Computes the corrected gradient of a key.
 template <class T>
 QFAST_DEVICE void finish_key(const Backward<T>& io, int64_t row, double shift) {
   io.grad_key[row] = static_cast<T>(io.to_key[row] - shift * io.to_key[io.total + row]);

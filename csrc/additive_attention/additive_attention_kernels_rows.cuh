@@ -1,5 +1,10 @@
-// The sums of rows of additive attention on CUDA, device side: from the list of a day (additive_attention_
-// kernels.cuh) to results forward, and to the gradients of the values backward.
+// Running sums of rows of additive attention on CUDA. From the list of a day
+// (additive_attention_kernels.cuh), they compute the results in forward and the gradients of the values in
+// backward.
+//
+// A group of lanes owns a chunk of 128 items, and a lane owns one column of it. Bound by bytes: the summed
+// rows are read three times, once of them from the caches, and each reading row is written once, or twice
+// with its saved share. There are 10 flops per element.
 #pragma once
 
 #include "additive_attention/additive_attention_kernels.cuh"
@@ -7,8 +12,8 @@
 namespace qfast {
 namespace {
 
-// `rows` are the summed ones, [heads * N, H]: value forward, the gradient of the result backward. A group of
-// lanes owns a chunk, a lane one column of it; `column` may lie behind the last.
+// Sums the rows of a chunk. `rows` [heads * N, H] is `value` in forward and the gradient of the result in
+// backward. `column` may be beyond the last one.
 template <bool kBackward, class T>
 QFAST_DEVICE void sum_columns(const Day<T>& day, int64_t chunk, int width, int column, const T* rows) {
   if (column >= width) return;
@@ -37,29 +42,30 @@ QFAST_DEVICE void sum_columns(const Day<T>& day, int64_t chunk, int width, int c
   day.sums[(width + column) * day.stride + chunk] = rear;
 }
 
-// What the queries read becomes the result.
+// Arguments and results of forward.
 template <class T>
 struct Forward {
   const T* value;        // [heads * N, H]
   const T* residual;     // [heads * N, H] or null
   T* out;                // [heads * N, H]
-  T* share;              // [heads * N, H] or null: nothing is kept
+  T* share;              // [heads * N, H], or null if nothing is saved
   T* share_weight;       // [heads * N] or null
   int32_t* orders;       // [2, heads * N] or null
   const T *query, *key;  // [heads * N]
 };
 
+// Turns the two sums that a query reads into its result.
 template <class T>
 struct Receiver {
   const Forward<T>& io;
-  int64_t at;     // of column `column` of the day's first row
-  int64_t first;  // row
+  int64_t at;     // offset of column `column` of the first row of the day
+  int64_t first;  // first row of the day
   int width;
 
   QFAST_DEVICE Receiver(const Forward<T>& job, const Day<T>& day, int columns, int column)
       : io(job), at(day.first * columns + column), first(day.first), width(columns) {}
   QFAST_DEVICE T* stored(int32_t row) const { return io.out + at + static_cast<int64_t>(row) * width; }
-  QFAST_DEVICE T wanted(int32_t row) const {
+  QFAST_DEVICE T operand(int32_t row) const {
     return io.residual == nullptr ? T(0) : io.residual[at + static_cast<int64_t>(row) * width];
   }
   QFAST_DEVICE void receive(int32_t row, T below, T residual, T above, bool active, const Lanes&, int) const {
@@ -71,7 +77,7 @@ struct Receiver {
   }
 };
 
-// What the keys read becomes the gradient of the values, and with the values that of the keys.
+// Arguments and results of backward.
 template <class T>
 struct Backward {
   const T *grad, *value, *out;  // [heads * N, H]
@@ -82,13 +88,15 @@ struct Backward {
   T *grad_query, *grad_key;  // [heads * N]
   T* grad_value;             // [heads * N, H]
   T slope;
-  // Room for what is found on the way.
+  // Scratch.
   int64_t total = 0;         // heads * N
   T* delta = nullptr;        // [heads * N]: grad . (attended - center)
   T* dots = nullptr;         // [groups of columns, 2, heads * N]: grad_value's two parts . (value - center)
-  double* to_key = nullptr;  // [2, heads * N]: the gradient of a key, and its change with the mean gradients
+  double* to_key = nullptr;  // [2, heads * N]: gradient of a key, and its derivative by the shift
 };
 
+// Turns the two sums that a key reads into the gradient of its value, and into the products with the value
+// for the gradient of the key.
 template <class T>
 struct BackwardReceiver {
   const Backward<T>& io;
@@ -103,7 +111,7 @@ struct BackwardReceiver {
         width(columns),
         center(column < columns ? day.center[column] : T(0)) {}
   QFAST_DEVICE T* stored(int32_t row) const { return io.grad_value + at + static_cast<int64_t>(row) * width; }
-  QFAST_DEVICE T wanted(int32_t row) const {
+  QFAST_DEVICE T operand(int32_t row) const {
     return io.value[at + static_cast<int64_t>(row) * width] - center;
   }
   QFAST_DEVICE void receive(int32_t row, T above, T value, T below, bool active, const Lanes& lanes,
@@ -115,7 +123,8 @@ struct BackwardReceiver {
   }
 };
 
-// From the front: sums of the chunk up to each reading item, on top of the carry, stored in its row.
+// Runs from the front. Stores the sum of the items before each reading item, plus the carry, in the row of
+// this item.
 template <bool kBackward, class T, class R>
 QFAST_DEVICE void walk_up(const Day<T>& day, int64_t chunk, T carry, const T* rows, const R& receiver) {
   const int count = day.items(chunk), width = receiver.width;
@@ -143,7 +152,7 @@ QFAST_DEVICE void walk_up(const Day<T>& day, int64_t chunk, T carry, const T* ro
   }
 }
 
-// From the rear: the other sums, and with what was stored on the way up the row is complete.
+// Runs from the rear. Completes each row from the sum of the items after it and the value stored by walk_up.
 template <bool kBackward, class T, class R>
 QFAST_DEVICE void walk_down(const Day<T>& day, int64_t chunk, T carry, const T* rows, const R& receiver,
                             bool active, const Lanes& lanes, int group) {
@@ -152,7 +161,7 @@ QFAST_DEVICE void walk_down(const Day<T>& day, int64_t chunk, T carry, const T* 
   const T *fore = day.fore + chunk * kChunk, *back = day.back + chunk * kChunk;
   T sum = 0;
   for (int p = (count - 1) / kAhead * kAhead; p >= 0; p -= kAhead) {
-    T x[kAhead], wanted[kAhead];
+    T x[kAhead], operand[kAhead];
     int32_t it[kAhead];
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
@@ -160,7 +169,7 @@ QFAST_DEVICE void walk_down(const Day<T>& day, int64_t chunk, T carry, const T* 
       const bool read = active && p + u < count, summed = (it[u] < 0) == kBackward;
       const int32_t row = it[u] < 0 ? ~it[u] : it[u];
       x[u] = !read ? T(0) : summed ? rows[static_cast<int64_t>(row) * width] : *receiver.stored(row);
-      wanted[u] = read && !summed ? receiver.wanted(row) : T(0);
+      operand[u] = read && !summed ? receiver.operand(row) : T(0);
     }
 #pragma unroll
     for (int u = kAhead - 1; u >= 0; --u) {
@@ -169,12 +178,13 @@ QFAST_DEVICE void walk_down(const Day<T>& day, int64_t chunk, T carry, const T* 
         sum += back[p + u] * x[u];
       } else {
         const int32_t row = it[u] < 0 ? ~it[u] : it[u];
-        receiver.receive(row, x[u], wanted[u], fore[p + u] * (carry + sum), active, lanes, group);
+        receiver.receive(row, x[u], operand[u], fore[p + u] * (carry + sum), active, lanes, group);
       }
     }
   }
 }
 
+// Runs over a chunk in both directions, for the columns of a group.
 template <bool kBackward, class T, class R, class Io>
 QFAST_DEVICE void walk_columns(const Day<T>& day, int64_t chunk, int width, int group, const Lanes& lanes,
                                const T* rows, const Io& io) {

@@ -1,6 +1,7 @@
-// The order of the launches of additive and graph attention. `Device` has the stream, launches kernels, hands
-// out memory for the length of a call and sorts (additive_attention.cu: SortingDevice). No launch waits for
-// another on the host: sizes come from `longest` and the shapes, never from the device.
+// The launches of additive and graph attention, in order. `Device` launches kernels on a stream, allocates
+// memory for the length of a call, and sorts (SortingDevice in additive_attention.cu). The host never waits
+// for a launch, because all sizes follow from `longest` and the shapes, not from values on the device. Host
+// only.
 #pragma once
 
 #include <cstdlib>
@@ -16,11 +17,12 @@ namespace {
 
 inline unsigned int blocks_for(int64_t tasks, int64_t per_block) {
   const int64_t blocks = (tasks + per_block - 1) / per_block;
-  constexpr int64_t kMost = 1 << 20;  // kernels stride over what is more
+  constexpr int64_t kMost = 1 << 20;  // kernels loop over further tasks
   return static_cast<unsigned int>(blocks < 1 ? 1 : blocks < kMost ? blocks : kMost);
 }
 
-// ---------------------------------------------------------------- days in memory
+// ---------------------------------------------------------------- days in global memory
+// One launch per pass over all days, for days that do not fit in shared memory.
 template <class T>
 class Passes {
  public:
@@ -42,7 +44,7 @@ class Passes {
 
   int groups() const { return groups_; }
 
-  // The list of every day from its orders, its queries normalised.
+  // Builds the list of every day from its sort orders and normalises its queries.
   template <class Device>
   void list(Device& device, const T* key, const T* query, T* share_weight) const {
     const T* none = nullptr;
@@ -53,11 +55,13 @@ class Passes {
     device.launch(normalise_kernel<T>, chunks(), kThreads, 0, shape_, lists_, share_weight);
   }
 
+  // Computes the results.
   template <class Device>
   void attend(Device& device, const Forward<T>& io) const {
     columns<false, Receiver<T>>(device, io.value, io);
   }
 
+  // Computes the gradients.
   template <class Device>
   void attend(Device& device, const Backward<T>& io) const {
     const int64_t columns_of_days = shape_.heads * shape_.days.count * shape_.width;
@@ -99,8 +103,8 @@ class Passes {
   int64_t total_ = 0;
 };
 
-// orders [2, heads, N]: keys ascending and queries descending within each day. Two stable sorts, by score and
-// by day, of as many heads at a time as 32-bit numbers allow.
+// Computes orders [2, heads, N]: keys ascending and queries descending within each day. Sorts by score and
+// then, with a stable sort, by day. Each sort covers as many heads as 32-bit numbers allow.
 template <class T, class Device>
 void sort_scores(Device& device, const Shape& shape, const T* key, const T* query, int32_t* orders) {
   using Word = typename SortBits<T>::Word;
@@ -121,16 +125,16 @@ void sort_scores(Device& device, const Shape& shape, const T* key, const T* quer
     int day_bits = 1;
     while ((int64_t{1} << day_bits) < 2 * heads * shape.days.count) ++day_bits;
     uint32_t* days[2] = {reinterpret_cast<uint32_t*>(bits[0]), reinterpret_cast<uint32_t*>(bits[1])};
-    uint32_t* found[2] = {by_score == numbers[0] ? numbers[0] : numbers[1],
-                          by_score == numbers[0] ? numbers[1] : numbers[0]};
+    uint32_t* sorted[2] = {by_score == numbers[0] ? numbers[0] : numbers[1],
+                           by_score == numbers[0] ? numbers[1] : numbers[0]};
     device.launch(sort_days_kernel, blocks, kThreads, 0, part, by_score, days[0]);
-    const uint32_t* by_day = device.sort(days, found, count, day_bits);
+    const uint32_t* by_day = device.sort(days, sorted, count, day_bits);
     device.launch(orders_kernel, blocks, kThreads, 0, part, by_day, orders, head, shape.heads);
   }
 }
 
 // ---------------------------------------------------------------- the operators
-// Several days in memory: with offsets that nobody has looked at, every row becomes NaN.
+// Returns `shape` with a flag on the device that the offsets are invalid. Every row then becomes NaN.
 template <class Device>
 Shape checked(Device& device, Shape shape) {
   if (shape.days.offsets == nullptr) return shape;
@@ -140,21 +144,22 @@ Shape checked(Device& device, Shape shape) {
   return shape;
 }
 
-// Three ways through a call: pair by pair (additive_attention_kernels_dense.cuh), a block a day, or every
-// pass a launch over all days (both additive_attention_kernels_days.cuh). The bounds are reckoned, not
-// measured: a block takes a day of 1,000 rows in the time in which all multiprocessors take some ten of them
-// pair by pair.
+// A call is computed in one of three ways: pair by pair (additive_attention_kernels_dense.cuh), one thread
+// block per day, or one launch per pass over all days (both in additive_attention_kernels_days.cuh). The
+// limits are estimates, not measurements: a thread block needs as long for a day of 1,000 rows as all
+// multiprocessors need for about ten such days pair by pair.
 enum class Way { kDense, kBlock, kPasses };
 
-constexpr int64_t kDenseRows = 1024;     // of the longest day that is taken pair by pair
-constexpr int64_t kDenseTotal = 8192;    // rows of all days
-constexpr int kDenseWidth = 256;         // beyond it too much is done again for every group of columns
-constexpr int64_t kDenseForced = 2048;   // as kDenseRows, where the way is asked for
-constexpr int64_t kMostLists = 1 << 20;  // days of all heads: their tiles are counted in 32 bits
+constexpr int64_t kDenseRows = 1024;    // most rows of a day that is computed pair by pair
+constexpr int64_t kDenseTotal = 8192;   // most rows of all days
+constexpr int kDenseWidth = 256;        // most columns: each group of columns repeats the work on the scores
+constexpr int64_t kDenseForced = 2048;  // the same as kDenseRows if the user requests pair by pair
+// Most days of all heads, because their tiles are numbered in 32 bits.
+constexpr int64_t kMostLists = 1 << 20;
 
-// QFAST_CUDA_ATTENTION=dense, block or passes asks for a way where a call allows it, to measure and test
-// them. A forward and its backward go the same way, so it must not change in between.
-inline std::string asked_way() {
+// QFAST_CUDA_ATTENTION=dense, block or passes requests a way, if the call allows it, for measurements and
+// tests. Forward and backward must use the same way, so the variable must not change between them.
+inline std::string requested_way() {
   const char* const value = std::getenv("QFAST_CUDA_ATTENTION");
   const std::string way = value == nullptr ? "auto" : value;
   QFAST_CHECK(way == "auto" || way == "dense" || way == "block" || way == "passes",
@@ -164,14 +169,14 @@ inline std::string asked_way() {
 
 template <class T, class Device>
 Way way_of(const Device& device, const Shape& shape, int64_t longest) {
-  const std::string asked = asked_way();
+  const std::string requested = requested_way();
   const bool block = longest <= kDayRows && plan_day<T>(longest, shape.width).bytes <= device.shared_limit();
   const int64_t lists = shape.heads * shape.days.count;
   const bool dense = shape.width <= kDenseWidth && longest <= kDenseForced && lists <= kMostLists &&
                      plan_dense<T>(shape, longest, 1).bytes <= device.shared_limit();
-  if (asked == "dense" && dense) return Way::kDense;
-  if (asked == "block" && block) return Way::kBlock;
-  if (asked == "passes") return Way::kPasses;
+  if (requested == "dense" && dense) return Way::kDense;
+  if (requested == "block" && block) return Way::kBlock;
+  if (requested == "passes") return Way::kPasses;
   const bool few = longest <= kDenseRows && lists * longest <= kDenseTotal;
   return dense && few ? Way::kDense : block ? Way::kBlock : Way::kPasses;
 }
@@ -217,7 +222,7 @@ void attend_dense_backward(Device& device, const Shape& shape, int64_t longest, 
                 groups);
 }
 
-// `io` as it comes from outside: its room is taken here.
+// Computes the gradients. Allocates the scratch of `io`.
 template <class T, class Device>
 void attend_backward(Device& device, Shape shape, int64_t longest, Backward<T> io) {
   const int lanes = lanes_for(shape.width), groups = (shape.width + lanes - 1) / lanes;
@@ -242,7 +247,7 @@ void attend_backward(Device& device, Shape shape, int64_t longest, Backward<T> i
   passes.attend(device, io);
 }
 
-// scores [2, N] from hidden.
+// Computes scores [2, N] from hidden.
 template <class T, class Device>
 void score_hidden(Device& device, const Scoring<T>& job, const T* bias, T* scores) {
   const int lanes = lanes_for(job.width);
@@ -250,21 +255,23 @@ void score_hidden(Device& device, const Scoring<T>& job, const T* bias, T* score
   device.launch(hidden_scores_kernel<T>, blocks, kThreads, 0, job, bias, scores, lanes);
 }
 
-// What follows the backward of the attention: grad_hidden holds the gradient of the values and is completed.
+// Computes the gradients of hidden, weight and bias after the backward pass of the attention. On entry
+// grad_hidden contains the gradient of the values.
 template <class T, class Device>
-void finish_hidden(Device& device, const Scoring<T>& job, const T* grad, const T* of_query, const T* of_key,
-                   T* grad_hidden, T* grad_weight, T* grad_bias) {
-  constexpr int64_t kBlocks = 2048, kLeast = 64;  // enough for any device; few enough parts to add up
+void finish_hidden(Device& device, const Scoring<T>& job, const T* grad, const T* grad_query,
+                   const T* grad_key, T* grad_hidden, T* grad_weight, T* grad_bias) {
+  // Enough thread blocks for any device, and few enough partial sums.
+  constexpr int64_t kBlocks = 2048, kLeast = 64;
   const int lanes = lanes_for(job.width);
   int64_t per_block = (job.rows + kBlocks - 1) / kBlocks;
   if (per_block < kLeast) per_block = kLeast;
   const int64_t blocks = (job.rows + per_block - 1) / per_block;
   double* parts = device.template take<double>(blocks * 2 * (job.width + 1));
   device.launch(hidden_gradient_kernel<T>, static_cast<unsigned int>(blocks), kThreads, 0, job, grad,
-                of_query, of_key, grad_hidden, parts, per_block, lanes);
-  const double* const done = parts;
-  device.launch(add_parts_kernel<T>, blocks_for(2 * (job.width + 1), kThreads / kLanes), kThreads, 0, done,
-                blocks, job.width, grad_weight, grad_bias);
+                grad_query, grad_key, grad_hidden, parts, per_block, lanes);
+  const double* const finished_parts = parts;
+  device.launch(add_parts_kernel<T>, blocks_for(2 * (job.width + 1), kThreads / kLanes), kThreads, 0,
+                finished_parts, blocks, job.width, grad_weight, grad_bias);
 }
 
 }  // namespace

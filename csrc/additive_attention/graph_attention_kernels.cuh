@@ -1,5 +1,5 @@
-// What stands before and behind additive attention in graph attention on CUDA: the scores of the hidden
-// states, and the gradients of hidden, weight and bias.
+// Kernels of graph attention on CUDA that run before and after additive attention: the scores of the hidden
+// states, and the gradients of hidden, weight and bias. All of them are bound by bytes.
 #pragma once
 
 #include "additive_attention/additive_attention_kernels.cuh"
@@ -14,8 +14,8 @@ struct Scoring {
   int width;
 };
 
-// scores[s, i] = weight[s] . hidden[i] + bias[s]. A group of lanes owns a row.
-// Bytes bound: hidden read once; 4 H flops a row.
+// scores[s, i] = weight[s] . hidden[i] + bias[s]. A group of lanes owns a row. Bound by bytes: hidden is read
+// once, for 4 H flops per row.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     hidden_scores_kernel(const Scoring<T> job, const T* bias, T* scores, int lanes) {
@@ -37,13 +37,14 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// grad_hidden += grad + of_query weight[0] + of_key weight[1]; parts[b] = [2, H + 1] sums over the rows of
-// block b of of_query and of_key times [hidden, 1]. A block owns `per_block` rows, a group of lanes every
-// so-many-th of them, a lane one column after another, sums in float64: keys that sum to 0 do so here. Bytes
-// bound: three reads, one write of [N, H].
+// grad_hidden += grad + grad_query weight[0] + grad_key weight[1]. parts[b] [2, H + 1] are the sums over the
+// rows of thread block b of grad_query and grad_key times [hidden, 1]. A thread block owns `per_block` rows,
+// its groups of lanes take turns with the rows, and a lane owns one column of a group of columns. Sums are in
+// float64, so gradients of keys that sum to 0 also have a sum of 0 here. Bound by bytes: [N, H] is read three
+// times and written once.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    hidden_gradient_kernel(const Scoring<T> job, const T* grad, const T* of_query, const T* of_key,
+    hidden_gradient_kernel(const Scoring<T> job, const T* grad, const T* grad_query, const T* grad_key,
                            T* grad_hidden, double* parts, int64_t per_block, int lanes) {
   __shared__ double sums[2][kThreads];
   const int teams = static_cast<int>(blockDim.x) / lanes, team = static_cast<int>(threadIdx.x) / lanes;
@@ -55,9 +56,9 @@ __global__ void __launch_bounds__(kThreads)
     const int column = first + lane;
     double query = 0, key = 0;
     for (int64_t row = begin + team; row < end && column <= width; row += teams) {
-      const T q = of_query[row], k = of_key[row];
+      const T q = grad_query[row], k = grad_key[row];
       const int64_t at = row * width + column;
-      const T value = column < width ? job.hidden[at] : T(1);  // behind the last column: the bias
+      const T value = column < width ? job.hidden[at] : T(1);  // the column after the last one is the bias
       if (column < width)
         grad_hidden[at] += grad[at] + q * job.weight[column] + k * job.weight[width + column];
       query += q * value;
@@ -75,7 +76,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// grad_weight and grad_bias: the parts of all blocks, in float64. A warp owns one of the 2 (H + 1) sums.
+// Adds the sums of all thread blocks, in float64, to grad_weight and grad_bias. A warp owns one of the 2 (H +
+// 1) sums.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     add_parts_kernel(const double* parts, int64_t blocks, int width, T* grad_weight, T* grad_bias) {

@@ -1,5 +1,5 @@
-// Sorting scores of one day: least significant digit first, stable, so that equal scores keep their rows'
-// order and the result is the same every time.
+// Radix sort of the scores of one day, least significant digit first. The sort is stable: equal scores stay
+// in the order of their rows, so the result is always the same.
 #pragma once
 
 #include <array>
@@ -19,7 +19,8 @@ struct SortEntry {
   int32_t row;
 };
 
-// Unsigned numbers in the order of the floating ones (finite or infinite): negative ones upside down.
+// Converts a finite or infinite value to an unsigned number, in the same order. All bits of negative values
+// are inverted.
 template <class Element>
 SortBits<Element> sort_bits(Element value) {
   constexpr SortBits<Element> sign = SortBits<Element>(1) << (8 * sizeof(Element) - 1);
@@ -27,17 +28,18 @@ SortBits<Element> sort_bits(Element value) {
   return bits & sign ? ~bits : bits | sign;
 }
 
+// The inverse of sort_bits.
 template <class Element>
 Element sorted_value(SortBits<Element> bits) {
   constexpr SortBits<Element> sign = SortBits<Element>(1) << (8 * sizeof(Element) - 1);
   return std::bit_cast<Element>(bits & sign ? bits & ~sign : ~bits);
 }
 
-// Sorts `entries` ascending with the help of `other`, of the same size; returns where the result lies. Digits
-// that all entries share (often those of sign and exponent) cost nothing.
+// Sorts `entries` in ascending order. `other` is scratch of the same size. Returns the array that contains
+// the result. Digits that are equal in all entries (often those of sign and exponent) are skipped.
 template <class Element>
 SortEntry<Element>* radix_sort(SortEntry<Element>* entries, SortEntry<Element>* other, int64_t count) {
-  constexpr int64_t kInsertion = 48;  // below, counting digits costs more than the comparisons
+  constexpr int64_t kInsertion = 48;  // for fewer entries, insertion sort is faster than counting digits
   if (count <= kInsertion) {
     for (int64_t i = 1; i < count; ++i) {
       const SortEntry<Element> entry = entries[i];
