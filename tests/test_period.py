@@ -14,7 +14,7 @@ from qfast.data.windows import WindowSet
 from qfast.models import ts
 from qfast.models._recurrent import RecurrentTimeSeriesEstimator
 from support.fits import NetworkCalls, same_weights, weights
-from support.frames import make_frame
+from support.frames import make_frame, rolling
 
 SMALL = {"d_feat": 3, "hidden_size": 8, "batch_size": 4096, "lr": 0.01, "seed": 1, "device": "cpu"}
 STEP_LEN = 5
@@ -243,6 +243,20 @@ def test_a_changed_layer_is_scored_too(kind, change):
     assert_near(model.predict(dataset), one_by_one(model, scored(dataset)))
 
 
-def test_a_subclass_that_overrides_features_of_is_refused():
-    with pytest.raises(TypeError, match=r"Curious overrides features_of.*Remedy: override run_network"):
-        type("Curious", (ts.LSTM,), {"features_of": lambda self, windows, samples: windows.batch(samples)})
+def test_an_overridden_features_of_is_called_and_deprecated():
+    def doubled(self, windows, samples):
+        return 2 * super(kind, self).features_of(windows, samples)
+
+    with pytest.warns(DeprecationWarning, match=r"Doubling overrides features_of.*Override run_network instead"):
+        kind = type("Doubling", (ts.LSTM,), {"features_of": doubled})
+    dataset = rolling()
+    windows = dataset.windows("valid", "learn")
+    model, samples = kind(**SMALL), torch.arange(5)
+    model.network.eval()
+    expected = model.network(2 * windows.batch(samples))
+    assert torch.equal(model.run_network(windows, samples), expected)
+
+
+def test_features_of_is_refused_where_run_network_has_another_shape():
+    with pytest.raises(TypeError, match=r"Curious overrides features_of.*Override run_network instead"):
+        type("Curious", (ts.GATs,), {"features_of": lambda self, windows, samples: windows.batch(samples)})

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -125,11 +126,21 @@ class Estimator(BaseEstimator):
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        if "features_of" in cls.__dict__:
-            raise TypeError(
-                f"{cls.__name__} overrides features_of, which is no longer called. Remedy: override run_network, which "
-                "passes windows.batch(samples) to the network."
-            )
+        if "features_of" not in cls.__dict__ or "run_network" in cls.__dict__:
+            return
+        remedy = "Override run_network instead, which passes windows.batch(samples) to the network."
+        if cls.run_network is not Estimator.run_network:
+            raise TypeError(f"{cls.__name__} overrides features_of, which its run_network does not call. {remedy}")
+        warnings.warn(
+            f"{cls.__name__} overrides features_of, which will be removed in the next release. {remedy}",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        cls.run_network = _run_network_on_features_of  # type: ignore[method-assign]
+
+    def features_of(self, windows: WindowSet, samples: Tensor) -> Tensor:
+        """Deprecated: override `run_network`. The features of samples int64 [B], as `windows.batch` returns them."""
+        return windows.batch(samples)
 
     # ---------------------------------------------------------------- fit
     def fit(
@@ -508,3 +519,11 @@ class Estimator(BaseEstimator):
 
 def _log_text(record: dict[str, float]) -> str:
     return ", ".join(f"{k} {v:.2f}" if "seconds" in k else f"{k} {v:.6f}" for k, v in record.items())
+
+
+def _run_network_on_features_of(
+    self: Estimator, windows: WindowSet, samples: Tensor, offsets: Tensor | None = None
+) -> Tensor:
+    """`run_network` of subclasses that still override `features_of`."""
+    prediction: Tensor = self.network(self.features_of(windows, samples))
+    return prediction
