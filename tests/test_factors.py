@@ -342,7 +342,7 @@ def test_an_unknown_field_lists_the_fields_of_the_store(tmp_path):
     assert handler.price_fields() == sorted(FIELDS)
     frame = pd.DataFrame(price_panel().to_frame("price"))
     assert FactorHandler(["$close"], data=frame, learn_processors=[]).price_fields() == sorted(FIELDS)
-    with pytest.raises(DataError, match="given up"):
+    with pytest.raises(DataError, match="prices were dropped"):
         FactorHandler(["$close"], data=frame, learn_processors=[], drop_raw=True).price_fields()
 
 

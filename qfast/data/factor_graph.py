@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any
+from typing import Any, NamedTuple
 
 from qfast.data.expression import Call, Field, Node, Number, masked_last, parse, pointed, reach
 from qfast.data.expression_functions import FUNCTIONS
@@ -71,8 +70,7 @@ class StepKind(Enum):
     """A statistic over all rows so far (window, parameter)."""
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One node of the graph.
 
     Attributes
