@@ -280,7 +280,7 @@ def last_days(prices, n):
 @pytest.mark.parametrize("n_days", [1, 30, 59])
 def test_scoring_without_any_whole_history_is_refused(price_case, n_days):
     prices, path = price_case
-    with pytest.raises(DataError, match=rf"look at 60 days, and no row .* has more than {n_days} in the data. Remedy"):
+    with pytest.raises(DataError, match=rf"need 60 days, but no row .* has more than {n_days}. Remedy"):
         predict(path, last_days(prices, n_days))
 
 
@@ -290,16 +290,16 @@ def test_dates_without_enough_history_are_reported(price_case, caplog, tmp_path,
     dates = recent.index.get_level_values("datetime").unique().sort_values()
     with caplog.at_level(logging.WARNING, "qfast"):
         scores = predict(path, recent)
-    expected = f"too little history for 59 of the 62 dates scored ({dates[0]:%Y-%m-%d} to {dates[58]:%Y-%m-%d}; "
+    expected = f"the data begins too late for 59 of the 62 scored dates ({dates[0]:%Y-%m-%d} to {dates[58]:%Y-%m-%d}; "
     assert expected in caplog.text
-    assert "the features look at 60 days" in caplog.text
+    assert "the features need 60 days" in caplog.text
     assert scores.attrs["notes"][0].startswith(expected)
     recent.reset_index().to_csv(tmp_path / "recent.csv", index=False)
     command = ["predict", str(path), "--data", str(tmp_path / "recent.csv"), "--out", str(tmp_path / "s.parquet"), "-q"]
     assert cli.main(command) == 0
     assert f"warning: {expected}" in capsys.readouterr().out
     assert cli.main([*command, "--start", f"{dates[-1]:%Y-%m-%d}"]) == 0
-    assert "too little history" not in "".join(capsys.readouterr())
+    assert "begins too late" not in "".join(capsys.readouterr())
 
 
 def test_history_before_the_start_counts_and_new_listings_are_accepted(price_case, caplog):
@@ -310,7 +310,7 @@ def test_history_before_the_start_counts_and_new_listings_are_accepted(price_cas
         predict(path, prices, start=dates[-20])
         scores = predict(path, cut, start=dates[-5])  # one instrument listed five days ago
         predict(path, last_days(prices, 60), start=dates[-1])
-    assert "too little history" not in caplog.text
+    assert "begins too late" not in caplog.text
     assert scores.attrs["notes"] == []
 
 
@@ -319,7 +319,7 @@ def test_empty_rows_before_the_first_price_do_not_count_as_history(price_case):
     recent = last_days(prices, 80).copy()
     dates = recent.index.get_level_values("datetime")
     recent.loc[dates < dates.unique().sort_values()[-10]] = np.nan
-    with pytest.raises(DataError, match=r"has more than 10 in the data"):
+    with pytest.raises(DataError, match=r"has more than 10"):
         predict(path, recent)
 
 
@@ -334,11 +334,11 @@ def test_rolling_windows_need_history_and_flat_samples_do_not(case, tmp_path, ca
     result = run(case[0], case[1], sets, output=tmp_path / "ts", seed=1)
     assert json.loads((tmp_path / "ts" / "model.json").read_text())["short_history"] == pytest.approx(4 / 36)
     frame = factors().drop(columns="label")
-    with pytest.raises(DataError, match=r"one score look at 5 days, and no row .* has more than 4 in the data"):
+    with pytest.raises(DataError, match=r"one score need 5 days, but no row .* has more than 4"):
         predict(result.path, frame.loc["2020-03-07":])
     with caplog.at_level(logging.WARNING, "qfast"):
         predict(result.path, frame.loc["2020-03-06":], start="2020-03-10")
-        assert "too little" not in caplog.text
+        assert "too late" not in caplog.text
         predict(result.path, frame.loc["2020-03-06":], start="2020-03-08")
-    assert "too little history for 2 of the 3 dates scored (2020-03-08 to 2020-03-09; 24 rows)" in caplog.text
+    assert "the data begins too late for 2 of the 3 scored dates (2020-03-08 to 2020-03-09; 24 rows)" in caplog.text
     assert len(predict(case[2], frame.loc["2020-03-10":])) == 12

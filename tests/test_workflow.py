@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 
 import numpy as np
@@ -420,7 +421,7 @@ def test_codes_in_a_file_of_factors_keep_their_zeros_and_dates_are_checked(case,
 
 def test_predict_refuses_an_empty_period(case):
     with pytest.raises(
-        DataError, match=r"no row lies between start=2030-01-01 and end=None; the data has 2020-01-01 to 2020-03-10"
+        DataError, match=r"no row is between start=2030-01-01 and end=None; the data is from 2020-01-01 to 2020-03-10"
     ):
         predict(case[2], case[1], start="2030-01-01")
     with pytest.raises(ConfigError, match=r"--start: expected a date such as 2016-12-31 .* got 'soon'"):
@@ -429,9 +430,9 @@ def test_predict_refuses_an_empty_period(case):
 
 def test_predict_refuses_other_columns(case):
     frame = factors().drop(columns="label")
-    with pytest.raises(DataError, match=r"feature columns missing \(or empty\) \['f3'\], not known none"):
+    with pytest.raises(DataError, match=r"feature columns missing \(or empty\) \['f3'\], unexpected none"):
         predict(case[2], frame.drop(columns="f3"))
-    with pytest.raises(DataError, match=r"missing \(or empty\) none, not known \['f9'\]"):
+    with pytest.raises(DataError, match=r"missing \(or empty\) none, unexpected \['f9'\]"):
         predict(case[2], frame.assign(f9=1.0))
     with pytest.raises(DataError, match=r"no column group 'feature', only"):
         predict(case[2], factors()[["label"]])
@@ -509,7 +510,7 @@ def test_the_last_days_of_prices_are_enough_to_score_tomorrow(price_case):
 
 def test_prices_that_lack_a_column_of_training_are_refused(price_case):
     prices, path = price_case
-    with pytest.raises(DataError, match=r"price columns missing \(or empty\) \['vwap'\], not known none"):
+    with pytest.raises(DataError, match=r"price columns missing \(or empty\) \['vwap'\], unexpected none"):
         predict(path, prices.drop(columns="vwap"))
     with pytest.raises(DataError, match=r"missing \(or empty\) \['volume'\]"):
         predict(path, prices.assign(volume=np.nan))
@@ -551,7 +552,7 @@ def test_features_without_end_are_those_of_training(tmp_path, rolling):
         assert result.attrs["notes"] == []
     later = prices[prices.index.get_level_values("datetime") >= "2018-09-03"]
     notes = predict(finished.path, later).attrs["notes"]
-    assert any("the data begins on 2018-09-03, training on 2018-06-01" in note for note in notes)
+    assert any("the data begins on 2018-09-03, the training data on 2018-06-01" in note for note in notes)
 
 
 def test_the_manifest_tells_the_time_of_each_stage(price_case):
@@ -576,11 +577,11 @@ def test_a_single_date_can_be_scored(price_case, tmp_path):
     empty = today.assign(open=np.nan, high=np.nan, low=np.nan, close=np.nan)
     result = predict(path, pd.concat([frame, empty]), date="latest")
     assert set(result.index.get_level_values("datetime")) == {dates[-1]}
-    assert "the newest day of the data, holds no value" in result.attrs["notes"][0]
+    assert "has no values; scoring" in result.attrs["notes"][0]
     result = predict(path, pd.concat([frame, today.iloc[:2]]), date="latest")
     assert len(result) == 2
-    assert "only 2 instruments have values, 21 on the days before" in result.attrs["notes"][0]
-    with pytest.raises(ConfigError, match="--date latest is one date; leave --start and --end out"):
+    assert re.search("only 2 instruments have values on .*, compared with 21", result.attrs["notes"][0])
+    with pytest.raises(ConfigError, match="--date latest cannot be combined with --start"):
         predict(path, prices, date="latest", start="2019-01-01")
     with pytest.raises(ConfigError, match="--date: expected a date such as"):
         predict(path, prices, date="newest")

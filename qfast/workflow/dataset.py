@@ -1,4 +1,4 @@
-"""Where the data of a workflow comes from: building its dataset, and what the manifest says of it."""
+"""Where the data of a workflow comes from: its dataset, and the entry of the manifest about its source."""
 
 from __future__ import annotations
 
@@ -48,44 +48,68 @@ def require_data(data: DataInput | None, workflow: Workflow) -> None:
     uri = workflow.qlib_init.provider_uri
     if uri is None:
         raise ConfigError(f"qlib_init.provider_uri is missing, so there is no data. Remedy: {DATA_REMEDY}.")
-    for place in uri.values() if isinstance(uri, Mapping) else [uri]:
-        if not Path(place).expanduser().is_dir():
+    for folder in uri.values() if isinstance(uri, Mapping) else [uri]:
+        if not Path(folder).expanduser().is_dir():
             raise ConfigError(
-                f"qlib_init.provider_uri: the Qlib data folder {place!r} does not exist. Remedy: {DATA_REMEDY}."
+                f"qlib_init.provider_uri: the Qlib data folder {folder!r} does not exist. Remedy: {DATA_REMEDY}."
             )
 
 
 def build_dataset(workflow: Workflow, data: DataInput | None) -> HandlerDataset:
-    """The dataset of a workflow, over `data` where it is given, else over `qlib_init.provider_uri`."""
+    """Build the dataset of a workflow.
+
+    Parameters
+    ----------
+    workflow : Workflow
+    data : path, DataFrame, Panel or mapping of frames, optional
+        Default: the source that the handler's arguments specify, or else `qlib_init.provider_uri`.
+
+    Raises
+    ------
+    ConfigError
+        `data`, but the handler's class does not accept data.
+    DataError
+        The data cannot be read or is unsuitable for the handler.
+    """
     spec = workflow.task.dataset.given()
     handler_spec = spec["kwargs"].pop("handler")
-    own = handler_spec.setdefault("kwargs", {})
+    arguments = handler_spec.setdefault("kwargs", {})
     if data is not None:
-        own.update(source_arguments(handler_spec, data))
-    elif not any(own.get(name) is not None for name in SOURCE_ARGUMENTS):
-        own["provider_uri"] = workflow.qlib_init.provider_uri
+        arguments.update(source_arguments(handler_spec, data))
+    elif not any(arguments.get(name) is not None for name in SOURCE_ARGUMENTS):
+        arguments["provider_uri"] = workflow.qlib_init.provider_uri
     handler = registry.HANDLERS.build(handler_spec, path=HANDLER_PATH)
-    return registry.DATASETS.build({**spec, "kwargs": {**spec["kwargs"], "handler": handler}}, path="task.dataset")
+    kwargs = {**spec["kwargs"], "handler": handler}
+    dataset: HandlerDataset = registry.DATASETS.build({**spec, "kwargs": kwargs}, path="task.dataset")
+    return dataset
 
 
 def source_arguments(handler_spec: Mapping[str, Any], data: DataInput) -> dict[str, Any]:
-    """The arguments by which the handler's class is given `data`."""
+    """Arguments that pass `data` to the class of a handler.
+
+    Raises
+    ------
+    ConfigError
+        The class does not accept data.
+    """
     bare = {key: handler_spec[key] for key in ("class", "module_path") if key in handler_spec}
     factory, _ = registry.HANDLERS.resolve(bare, HANDLER_PATH)
-    taken = registry.parameters(factory)
-    if "data" in taken:
-        return {"data": data, "provider_uri": None} if "provider_uri" in taken else {"data": data}
-    if "source" in taken:
+    accepted = registry.parameters(factory)
+    if "data" in accepted:
+        return {"data": data, "provider_uri": None} if "provider_uri" in accepted else {"data": data}
+    if "source" in accepted:
         return {"source": _factor_frame(data)}
     name = getattr(factory, "__name__", factory)
-    raise ConfigError(f"{HANDLER_PATH}: {name} takes no data from outside; use Alpha360 or DataHandlerLP with --data.")
+    raise ConfigError(
+        f"{HANDLER_PATH}: {name} does not accept --data. Remedy: use Alpha158, Alpha360 or DataHandlerLP."
+    )
 
 
 def _factor_frame(data: DataInput) -> pd.DataFrame | Panel | Mapping[str, pd.DataFrame]:
-    """Features and labels of one's own: a Panel, a frame, or a Parquet or CSV file of one.
+    """Features and labels from a Panel, from frames, or from a Parquet or CSV file.
 
-    Two-level columns are (group, name). With single-level columns, names that begin with "label" are
-    labels and the others features.
+    Two-level columns are (group, name). Single-level columns whose names begin with "label" are labels, and the others
+    are features.
     """
     if isinstance(data, (Panel, Mapping)):
         return data
@@ -106,18 +130,25 @@ def _read_table(file: Path) -> pd.DataFrame:
 
 
 def data_source(data: DataInput | None, workflow: Workflow) -> dict[str, str]:
-    """Where the data comes from, known before it is read; `given` says what a resumed run has to do for it."""
+    """The source of the data, for the manifest; it is known before the data is read.
+
+    Returns
+    -------
+    dict
+        "source": a path or a description. "given": "path", "memory" (a resumed run must receive the data again) or
+        "config" (the workflow file specifies the source).
+    """
     if isinstance(data, (str, os.PathLike)):
         return {"source": str(Path(data).expanduser().resolve()), "given": "path"}
     if data is not None:
         return {"source": f"a {type(data).__name__} in memory", "given": "memory"}
-    own = workflow.task.dataset.kwargs.handler.kwargs.model_extra or {}
-    named = [own[name] for name in SOURCE_ARGUMENTS if own.get(name) is not None]
-    return {"source": str(named[0] if named else workflow.qlib_init.provider_uri), "given": "config"}
+    arguments = workflow.task.dataset.kwargs.handler.kwargs.model_extra or {}
+    sources = [arguments[name] for name in SOURCE_ARGUMENTS if arguments.get(name) is not None]
+    return {"source": str(sources[0] if sources else workflow.qlib_init.provider_uri), "given": "config"}
 
 
 def data_facts(handler: Handler, data: DataInput | None, workflow: Workflow) -> dict[str, Any]:
-    """What the manifest says of the data: source, hash, size, period."""
+    """The entry of the manifest about the data: source, content hash, size, period, name of the label."""
     panel = source_panel(handler)
     dates = panel.datetimes
     return {
@@ -132,8 +163,8 @@ def data_facts(handler: Handler, data: DataInput | None, workflow: Workflow) -> 
 
 
 def source_panel(handler: Handler) -> Panel:
+    """The prices of a handler, or else its factors before processing, if it has not discarded them."""
     prices = getattr(handler, "prices", None)
     if isinstance(prices, Panel):
         return prices
-    found: Panel = handler.panel("infer" if getattr(handler, "drop_raw", False) else "raw")
-    return found
+    return handler.panel("infer" if getattr(handler, "drop_raw", False) else "raw")

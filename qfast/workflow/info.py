@@ -1,4 +1,4 @@
-"""What `qfast info` prints of a run."""
+"""Summary of a run, for `qfast info`."""
 
 from __future__ import annotations
 
@@ -6,25 +6,40 @@ import json
 import os
 from typing import Any
 
-from qfast.workflow import folder as folders
 from qfast.workflow import pretraining
-from qfast.workflow.folder import RunFolder
+from qfast.workflow.folder import FINISHED, RunFolder
 
 __all__ = ["run_info"]
 
 
 def run_info(run_path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `qfast info` prints: status, data, model, metrics of a run."""
-    run_folder = RunFolder.open(run_path)
-    out = {
-        k: run_folder.manifest.get(k) for k in ("experiment", "status", "error", "started", "ended", "device", "seed")
-    }
-    out["data"] = run_folder.manifest.get("data", {})
-    if out["status"] != folders.FINISHED and "stage" in run_folder.manifest:
-        out["status"] = f"{out['status']} ({run_folder.manifest['stage']})"
-    out["pretraining"] = pretraining.facts(run_folder.manifest)
-    out["hint"] = run_folder.resume_hint()
-    out["notes"] = run_folder.manifest.get("notes", [])
-    metrics = run_folder / "metrics.json"
-    out["metrics"] = json.loads(metrics.read_text(encoding="utf-8")) if metrics.exists() else {}
-    return out
+    """Status, data, model and metrics of a run, finished or not.
+
+    Parameters
+    ----------
+    run_path : path
+        A run folder.
+
+    Returns
+    -------
+    dict
+        Keys "experiment", "status", "error", "started", "ended", "device", "seed", "data", "pretraining", "hint" (how
+        to resume), "notes" and "metrics" (segment -> metric -> value, empty if not available yet).
+
+    Raises
+    ------
+    ConfigError
+        `run_path` is not a run folder.
+    """
+    folder = RunFolder.open(run_path)
+    manifest = folder.manifest
+    info = {key: manifest.get(key) for key in ("experiment", "status", "error", "started", "ended", "device", "seed")}
+    info["data"] = manifest.get("data", {})
+    if info["status"] != FINISHED and "stage" in manifest:
+        info["status"] = f"{info['status']} ({manifest['stage']})"
+    info["pretraining"] = pretraining.facts(manifest)
+    info["hint"] = folder.resume_hint()
+    info["notes"] = manifest.get("notes", [])
+    metrics = folder / "metrics.json"
+    info["metrics"] = json.loads(metrics.read_text(encoding="utf-8")) if metrics.exists() else {}
+    return info

@@ -1,18 +1,17 @@
-"""Do the rows to be scored have the history that their features look back on?
+"""Do the rows to be scored have the earlier days that their features look back on?
 
-What lies before the first row of the data is missing in the features, and processors fill it with a constant,
-so that too short a file would be scored without a word, and wrongly.
+Features that look back beyond the first row of the data are missing, and processors replace missing values with a
+constant. Without this check, data that begins too late would be scored incorrectly and silently.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 
 from qfast._renamed import renamed_names
 from qfast.data.panel import Panel
-from qfast.dates import date_text
+from qfast.data.protocols import Handler, HandlerDataset
+from qfast.dates import DateLike, date_text
 from qfast.errors import DataError
 
 __all__ = ["check_lookback", "days_needed", "short_fraction"]
@@ -25,18 +24,18 @@ __getattr__ = renamed_names(
     },
 )
 
-# A date counts as short when more of its rows lack history than this, or than twice what training saw: stocks that
-# are new in the market have no history to give.
+# A date is reported if the fraction of its rows with too few earlier days exceeds both this value and twice the
+# fraction in the training data. New listings always lack earlier days.
 TOLERATED = 0.1
 
 
-def days_needed(dataset: Any) -> int:
-    """Days, its own included, that the features of one sample look at."""
+def days_needed(dataset: HandlerDataset) -> int:
+    """Number of days that the features of one sample depend on, including its own."""
     return int(getattr(dataset.handler, "lookback", 1)) + int(getattr(dataset, "step_len", 1)) - 1
 
 
-def short_fraction(dataset: Any, segment: str = "train") -> float:
-    """Share of a segment's rows whose instrument had fewer than `days_needed` days in the data."""
+def short_fraction(dataset: HandlerDataset, segment: str = "train") -> float:
+    """Fraction of the rows of a segment whose instrument has fewer than `days_needed` days of data up to that row."""
     panel = dataset.handler.panel("infer")
     rows = panel.rows_between(*dataset.segments[segment])
     needed = days_needed(dataset)
@@ -45,48 +44,55 @@ def short_fraction(dataset: Any, segment: str = "train") -> float:
     return float(np.mean(_days_available(dataset.handler, panel, rows) < needed))
 
 
-def check_lookback(dataset: Any, start: Any, end: Any, trained: float = 0.0) -> str | None:
-    """A sentence about the dates from `start` to `end` whose rows lack history; None if all is well.
+def check_lookback(
+    dataset: HandlerDataset, start: DateLike | None, end: DateLike | None, trained: float = 0.0
+) -> str | None:
+    """Describe the dates whose rows lack earlier days, for a warning.
 
     Parameters
     ----------
     dataset : DatasetH
-        Its handler holds the new data.
+        Dataset of the new data.
     start, end : date-like or None
-        The dates to be scored, both inclusive.
+        The dates to score, both inclusive.
     trained : float
         `short_fraction` of the training rows.
+
+    Returns
+    -------
+    str or None
+        None if all dates have enough earlier days.
 
     Raises
     ------
     DataError
-        Not one row has the history that the features need.
+        No row has as many days as the features need.
     """
     needed = days_needed(dataset)
-    panel: Panel = dataset.handler.panel("infer")
+    panel = dataset.handler.panel("infer")
     rows = panel.rows_between(start, end)
     if needed == 1 or not len(rows):
         return None
     days = _days_available(dataset.handler, panel, rows)
     short = days < needed
-    dates = panel.date_codes[rows]
-    size = len(panel.datetimes)
-    of_date = np.bincount(dates, minlength=size)
-    lacking = np.bincount(dates, weights=short, minlength=size)
-    reported = np.flatnonzero(lacking > max(TOLERATED, 2 * trained) * of_date)
+    codes = panel.date_codes[rows]
+    n_dates = len(panel.datetimes)
+    rows_of_date = np.bincount(codes, minlength=n_dates)
+    short_of_date = np.bincount(codes, weights=short, minlength=n_dates)
+    reported = np.flatnonzero(short_of_date > max(TOLERATED, 2 * trained) * rows_of_date)
     if short.all():
         raise DataError(
-            f"too little history: the features of one score look at {needed} days, and no row to be scored "
-            f"({_period(panel, np.flatnonzero(of_date))}) has more than {int(days.max())} in the data. Remedy: data "
-            f"that begins at least {needed - 1} trading days before the first date to be scored."
+            f"the data begins too late: the features of one score need {needed} days, but no row to be scored "
+            f"({_period(panel, np.flatnonzero(rows_of_date))}) has more than {int(days.max())}. Remedy: data that "
+            f"begins at least {needed - 1} trading days before the first date to score."
         )
     if not len(reported):
         return None
     return (
-        f"too little history for {len(reported)} of the {np.count_nonzero(of_date)} dates scored "
-        f"({_period(panel, reported)}; {int(lacking[reported].sum()):,} rows): the features look at {needed} days, and "
-        f"what lies before the data was filled in. These scores are not to be relied on. Remedy: data that begins at "
-        f"least {needed - 1} trading days earlier, or a later start."
+        f"the data begins too late for {len(reported)} of the {np.count_nonzero(rows_of_date)} scored dates "
+        f"({_period(panel, reported)}; {int(short_of_date[reported].sum()):,} rows): the features need {needed} days, "
+        f"and missing days were filled in, so these scores are unreliable. Remedy: data that begins at least "
+        f"{needed - 1} trading days earlier, or a later start."
     )
 
 
@@ -95,19 +101,19 @@ def _period(panel: Panel, date_codes: np.ndarray) -> str:
     return first if first == last else f"{first} to {last}"
 
 
-def _days_available(handler: Any, panel: Panel, rows: np.ndarray) -> np.ndarray:
-    """int64 days from the first one of the row's instrument in the data up to the row, both included.
+def _days_available(handler: Handler, panel: Panel, rows: np.ndarray) -> np.ndarray:
+    """Number of days, int64, from the first row of each row's instrument up to the row, including both.
 
-    Days without trading count: holes were in the training data as well.
+    Days without trading count, because the training data has such gaps, too.
     """
     source = getattr(handler, "prices", None)
     if not isinstance(source, Panel):
         source = panel
-    known = source.live_rows()
+    present = source.live_rows()
     if "price" in source.blocks:
-        known = known[np.isfinite(source.column("close", "price")[known])]
+        present = present[np.isfinite(source.column("close", "price")[present])]
     first = np.full(len(source.instruments), len(source.datetimes), dtype=np.int64)
-    np.minimum.at(first, source.instrument_codes[known], source.date_codes[known])
+    np.minimum.at(first, source.instrument_codes[present], source.date_codes[present])
     instruments = np.searchsorted(source.instruments, panel.instruments)[panel.instrument_codes[rows]]
     dates = source.datetimes.searchsorted(panel.datetimes)[panel.date_codes[rows]]
     return np.maximum(dates.astype(np.int64) - first[instruments] + 1, 0)

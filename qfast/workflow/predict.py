@@ -1,4 +1,4 @@
-"""Scores for new data from a finished run: saved weights, saved processors, nothing fitted again, no label needed."""
+"""Score new data with a finished run: saved weights and fitted processors; nothing is fitted again."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pandas as pd
 from qfast import registry
 from qfast._renamed import renamed_names
 from qfast.data.panel import Panel
-from qfast.dates import date_text, normal_date
-from qfast.errors import CheckpointError, ConfigError, DataError, some
-from qfast.workflow import folder as folders
-from qfast.workflow.dataset import source_arguments, source_panel
-from qfast.workflow.folder import RunFolder
+from qfast.data.protocols import Handler, HandlerDataset
+from qfast.dates import DateLike, date_text, normal_date
+from qfast.errors import ConfigError, DataError, some
+from qfast.workflow.dataset import DataInput, source_arguments, source_panel
+from qfast.workflow.folder import FINISHED, RunFolder
 from qfast.workflow.lookback import check_lookback
-from qfast.workflow.saved_model import FORMAT, MODEL, first_day, load_model, load_processors, source_columns
+from qfast.workflow.saved_model import first_day, load_facts, load_model, load_processors, source_columns
 from qfast.workflow.validation import register_all
 
 __all__ = ["predict"]
@@ -35,52 +35,52 @@ __getattr__ = renamed_names(
     },
 )
 
-
 log = logging.getLogger("qfast")
+
 LATEST = "latest"
-DAYS_LOOKED_AT = 20  # the newest ones, to tell what is usual
+RECENT_DAYS = 20  # of the data, which tell how many instruments a day usually has
 
 
 def predict(
     run_path: str | os.PathLike[str],
-    data: Any,
+    data: DataInput,
     *,
-    start: Any = None,
-    end: Any = None,
-    date: Any = None,
+    start: DateLike | None = None,
+    end: DateLike | None = None,
+    date: DateLike | None = None,
     device: str = "auto",
 ) -> pd.Series:
-    """Scores of a run's best weights for new data.
+    """Score new data with the best weights of a run.
 
     Parameters
     ----------
     run_path : path
-        A run folder; an interrupted one gives the best weights so far.
+        A run folder. An interrupted run scores with its best weights so far.
     data : path, DataFrame or Panel
-        Prices (or factors, if the model was trained on factors of the user's own) as for `run`. They
-        must reach far enough back for the features: 60 trading days for Alpha360.
+        Prices, or factors if the model was trained on factors, as for `run`. Labels are not needed. The data must begin
+        early enough for the features: 60 trading days before the first date to score for Alpha360.
     start, end : date-like, optional
-        Score only these dates, both inclusive. Rows before `start` still serve as history.
+        First and last date to score, both inclusive. Features still use earlier rows.
     date : date-like or "latest", optional
-        Score this date only, instead of `start` and `end`; "latest" is the newest one on which the data holds values.
+        The only date to score, instead of `start` and `end`. "latest" is the last date for which the data has values.
     device : str
         "auto", "cpu", "cuda", "cuda:1".
 
     Returns
     -------
     Series
-        float32 "score", sorted by (datetime, instrument). The newest date is included. `attrs["notes"]` lists
-        what was warned about: dates whose features look back beyond the data.
+        float32, name "score", sorted by (datetime, instrument). Includes the last date of the data, which has no label
+        yet. `attrs["notes"]` lists the warnings, for example about dates whose features look back beyond the data.
 
     Raises
     ------
     ConfigError
-        `run_path` is no run folder; both `date` and `start` or `end`.
+        `run_path` is not a run folder, or `date` is combined with `start` or `end`.
     CheckpointError
-        A file of the run is missing, truncated or does not fit.
+        A file of the run is missing, truncated or inconsistent.
     DataError
-        Columns that differ from training; no row between `start` and `end`; not one row with the history
-        that the features need.
+        The columns differ from those in training, no row is between `start` and `end`, or no row has as many days as
+        the features need.
 
     Examples
     --------
@@ -90,44 +90,29 @@ def predict(
     qfast.errors.ConfigError: run folder 'no/such/run' does not exist.
     """
     latest = isinstance(date, str) and date == LATEST
-    if date is not None and (start is not None or end is not None):
-        raise ConfigError(f"--date {date} is one date; leave --start and --end out, or the date.")
-    if date is not None and not latest:
-        start = end = _bound("date", date)
-    bounds = [_bound("start", start), _bound("end", end)]
+    bounds = _bounds(start, end, None if latest else date)
+    if latest and bounds != (None, None):
+        raise ConfigError(f"--date latest cannot be combined with --start {start} and --end {end}.")
     run_folder = RunFolder.open(run_path)
-    if run_folder.manifest["status"] != folders.FINISHED:
+    if run_folder.manifest["status"] != FINISHED:
         log.warning("run %s is %s; scoring with its best weights so far", run_path, run_folder.manifest["status"])
     register_all()
-    facts = run_folder.read_json(MODEL)
-    if facts.get("format") != FORMAT:
-        raise CheckpointError(f"{run_folder / MODEL} has format {facts.get('format')!r}; this version reads {FORMAT}.")
+    facts = load_facts(run_folder)
     model = load_model(run_folder, facts, device)
-    dataset_spec = facts["dataset"]
-    # A flat sample is one row, so rows before `start` are not needed; a rolling window reaches back.
-    flat = "step_len" not in registry.parameters(registry.DATASETS.resolve(dataset_spec["class"])[0])
-    handler = _scoring_handler(run_folder, facts, data, bounds if flat else [None, None])
-    notes = []
+    handler = _build_handler(run_folder, facts, data, bounds)
+    notes: list[str] = []
     if latest:
-        day, said = _newest_day(handler)
-        bounds = [day.isoformat()] * 2
-        notes += said
-    dataset_kwargs = {**dataset_spec["kwargs"], "handler": handler, "segments": {"new": bounds}}
-    dataset = registry.DATASETS.build({**dataset_spec, "kwargs": dataset_kwargs}, path="dataset")
-    note = check_lookback(dataset, bounds[0], bounds[1], facts.get("short_history", 0.0))
-    notes += [] if note is None else [note]
-    if facts.get("start") is not None and first_day(handler) > pd.Timestamp(facts["start"]):
-        notes.append(
-            f"the data begins on {date_text(first_day(handler))}, training on {facts['start']}: features that look "
-            "back without end (EMA, windows of 0 rows) are others than in training"
-        )
+        day, notes = _latest_day(handler)
+        bounds = (day.isoformat(), day.isoformat())
+    dataset = _build_dataset(facts, handler, bounds)
+    notes += _notes_on_earlier_days(facts, dataset, bounds)
     for note in notes:
         log.warning("%s", note)
     scores = model.predict(dataset, "new")
     if scores.empty:
         dates = handler.panel("infer").datetimes
         raise DataError(
-            f"no row lies between start={bounds[0]} and end={bounds[1]}; the data has {date_text(dates[0])} to "
+            f"no row is between start={bounds[0]} and end={bounds[1]}; the data is from {date_text(dates[0])} to "
             f"{date_text(dates[-1])}."
         )
     scores = scores.rename("score").sort_index()
@@ -135,83 +120,121 @@ def predict(
     return scores
 
 
-def _newest_day(handler: Any) -> tuple[pd.Timestamp, list[str]]:
-    """The newest day on which anything is known, and what has to be said of it."""
-    panel = source_panel(handler)
-    rows = panel.live_rows()
-    rows = rows[panel.date_codes[rows] > panel.date_codes[rows].max() - DAYS_LOOKED_AT]
-    if "price" in panel.blocks and "close" in panel.columns("price"):
-        known = np.isfinite(panel.column("close")[rows])
-    else:
-        known = np.isfinite(panel.values(next(iter(panel.blocks)))[rows]).any(axis=1)
-    counts = np.bincount(panel.date_codes[rows[known]], minlength=len(panel.datetimes))
-    last = int(panel.date_codes[rows].max())
-    day = int(np.flatnonzero(counts)[-1]) if known.any() else last
-    said = []
-    if day < last:
-        said.append(
-            f"{date_text(panel.datetimes[last])}, the newest day of the data, holds no value; "
-            f"{date_text(panel.datetimes[day])} is scored"
-        )
-    usual = float(np.median(counts[:day][counts[:day] > 0])) if counts[:day].any() else 0.0
-    if counts[day] < usual / 2:
-        said.append(
-            f"on {date_text(panel.datetimes[day])} only {counts[day]} instruments have values, {usual:.0f} on the days "
-            "before: is the day complete?"
-        )
-    return panel.datetimes[day], said
+# ---------------------------------------------------------------- dates
+TextBounds = tuple[str | None, str | None]
+"""First and last date as ISO text; None: unbounded."""
 
 
-def _bound(name: str, value: Any) -> str | None:
+def _bounds(start: DateLike | None, end: DateLike | None, date: DateLike | None) -> TextBounds:
+    if date is None:
+        return _date("start", start), _date("end", end)
+    if start is not None or end is not None:
+        raise ConfigError(f"--date {date} cannot be combined with --start {start} and --end {end}.")
+    return _date("date", date), _date("date", date)
+
+
+def _date(name: str, value: DateLike | None) -> str | None:
     try:
         return normal_date(value)
     except ValueError as error:
         raise ConfigError(f"--{name}: {error}.") from None
 
 
-def _scoring_handler(run_folder: RunFolder, facts: Mapping[str, Any], data: Any, bounds: Sequence[Any]) -> Any:
+def _latest_day(handler: Handler) -> tuple[pd.Timestamp, list[str]]:
+    """The last day on which the source has values, and notes if it is incomplete or not the last day of the data."""
+    panel = source_panel(handler)
+    rows = panel.live_rows()
+    rows = rows[panel.date_codes[rows] > panel.date_codes[rows].max() - RECENT_DAYS]
+    if "price" in panel.blocks and "close" in panel.columns("price"):
+        has_value = np.isfinite(panel.column("close")[rows])
+    else:
+        has_value = np.isfinite(panel.values(next(iter(panel.blocks)))[rows]).any(axis=1)
+    counts = np.bincount(panel.date_codes[rows[has_value]], minlength=len(panel.datetimes))
+    last = int(panel.date_codes[rows].max())
+    day = int(np.flatnonzero(counts)[-1]) if has_value.any() else last
+    notes = []
+    if day < last:
+        notes.append(
+            f"the last day of the data, {date_text(panel.datetimes[last])}, has no values; scoring "
+            f"{date_text(panel.datetimes[day])} instead"
+        )
+    usual = float(np.median(counts[:day][counts[:day] > 0])) if counts[:day].any() else 0.0
+    if counts[day] < usual / 2:
+        notes.append(
+            f"only {counts[day]} instruments have values on {date_text(panel.datetimes[day])}, compared with "
+            f"{usual:.0f} on the days before; the day may be incomplete"
+        )
+    return panel.datetimes[day], notes
+
+
+def _notes_on_earlier_days(facts: Mapping[str, Any], dataset: HandlerDataset, bounds: TextBounds) -> list[str]:
+    notes = []
+    lookback_note = check_lookback(dataset, *bounds, facts.get("short_history", 0.0))
+    if lookback_note is not None:
+        notes.append(lookback_note)
+    first = first_day(dataset.handler)
+    if facts.get("start") is not None and first > pd.Timestamp(facts["start"]):
+        notes.append(
+            f"the data begins on {date_text(first)}, the training data on {facts['start']}: features that depend on "
+            "the first day (EMA, windows over all earlier rows) differ from training"
+        )
+    return notes
+
+
+# ---------------------------------------------------------------- the dataset
+def _build_dataset(facts: Mapping[str, Any], handler: Handler, bounds: TextBounds) -> HandlerDataset:
+    spec = facts["dataset"]
+    kwargs = {**spec["kwargs"], "handler": handler, "segments": {"new": list(bounds)}}
+    dataset: HandlerDataset = registry.DATASETS.build({**spec, "kwargs": kwargs}, path="dataset")
+    return dataset
+
+
+def _build_handler(run_folder: RunFolder, facts: Mapping[str, Any], data: DataInput, bounds: TextBounds) -> Handler:
+    """Build the handler of the run over new data, with the fitted processors."""
     stages = load_processors(run_folder, facts["processors"])
     spec = facts["handler"]
-    own = {**spec["kwargs"], **source_arguments(spec, data)}
-    if "source" in own:
-        own["source"] = _feature_panel(own["source"], facts.get("raw_columns"))
+    arguments = {**spec["kwargs"], **source_arguments(spec, data)}
+    if "source" in arguments:
+        arguments["source"] = _feature_panel(arguments["source"], facts.get("raw_columns"))
     factory, _ = registry.HANDLERS.resolve({k: v for k, v in spec.items() if k != "kwargs"})
-    taken = registry.parameters(factory)
-    own |= {f"{stage}_processors": built for stage, built in stages.items() if f"{stage}_processors" in taken}
-    own["learn_processors"] = []
-    if "data" in own:  # features are computed for these dates only, from prices that reach further back
-        own["start_time"], own["end_time"] = bounds
-        if facts.get("start") is not None:  # or from where they were in training, which features such as EMA know of
-            own["start_time"] = facts["start"]
-    if "instruments" in taken:
-        own["instruments"] = "all" if "data" in own else None
-    handler = registry.HANDLERS.build({**spec, "kwargs": own}, path="model.json")
-    _require_columns(facts["columns"], list(handler.get_cols("feature", "infer")), "feature column")
+    accepted = registry.parameters(factory)
+    arguments |= {f"{stage}_processors": built for stage, built in stages.items() if f"{stage}_processors" in accepted}
+    arguments["learn_processors"] = []
+    if "data" in arguments:  # computes features for these dates only, from prices that begin earlier
+        # A flat sample is one row, so earlier rows are not needed. A rolling window contains earlier rows.
+        rolling = "step_len" in registry.parameters(registry.DATASETS.resolve(facts["dataset"]["class"])[0])
+        arguments["start_time"], arguments["end_time"] = (None, None) if rolling else bounds
+        if facts.get("start") is not None:  # features such as EMA must begin on the same day as in training
+            arguments["start_time"] = facts["start"]
+    if "instruments" in accepted:
+        arguments["instruments"] = "all" if "data" in arguments else None
+    handler: Handler = registry.HANDLERS.build({**spec, "kwargs": arguments}, path="model.json")
+    _require_columns(facts["columns"], handler.get_cols("feature", "infer"), "feature column")
     if facts.get("source_columns") is not None:
         _require_columns(facts["source_columns"], source_columns(handler) or [], "price column", extra_allowed=True)
     return handler
 
 
-def _feature_panel(source: Any, columns: Sequence[str] | None) -> Any:
-    """The factors in the order of training; their labels, if any, are left alone."""
+def _feature_panel(source: Panel | pd.DataFrame, columns: Sequence[str] | None) -> Panel:
+    """The factors in the column order of training. Labels are unused and may be present."""
     panel = source if isinstance(source, Panel) else Panel.from_frame(source)
     if "feature" not in panel.blocks:
         raise DataError(f"the data has no column group 'feature', only {sorted(panel.blocks)}.")
-    given = panel.columns("feature")
-    if columns is None or list(columns) == list(given):
+    present = panel.columns("feature")
+    if columns is None or list(columns) == list(present):
         return panel
-    _require_columns(columns, given, "feature column")
-    order = [given.index(name) for name in columns]
+    _require_columns(columns, present, "feature column")
+    order = [present.index(name) for name in columns]
     return panel.replace("feature", np.ascontiguousarray(panel.values("feature")[:, order]), columns)
 
 
-def _require_columns(trained: Sequence[str], given: Sequence[str], what: str, extra_allowed: bool = False) -> None:
-    missing = [c for c in trained if c not in given]
-    extra = [] if extra_allowed else [c for c in given if c not in trained]
+def _require_columns(trained: Sequence[str], present: Sequence[str], what: str, extra_allowed: bool = False) -> None:
+    missing = [name for name in trained if name not in present]
+    extra = [] if extra_allowed else [name for name in present if name not in trained]
     if missing or extra:
         raise DataError(
-            f"the data differs from what the model was trained on: {what}s missing (or empty) {_listed(missing)}, "
-            f"not known {_listed(extra)}. Remedy: give the same {what}s as in training."
+            f"the data differs from the training data: {what}s missing (or empty) {_listed(missing)}, unexpected "
+            f"{_listed(extra)}. Remedy: pass the {what}s of training."
         )
 
 

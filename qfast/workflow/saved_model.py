@@ -1,13 +1,13 @@
-"""The files that scoring needs besides the weights: model.json and processors.safetensors.
+"""The files that `predict` needs in addition to the weights: model.json and processors.safetensors.
 
-`save_scoring` writes what is needed beside the weights: `model.json` (classes, arguments, columns) and
-`processors.safetensors` (what the processors learnt). No code is loaded from the files.
+`model.json` contains the classes, their arguments and the columns of the data. `processors.safetensors` contains the
+statistics of the fitted processors. Neither contains code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,8 @@ import safetensors.numpy
 from qfast import registry
 from qfast.data.factors import depends_on_the_start
 from qfast.data.panel import Panel
+from qfast.data.processors import Processor
+from qfast.data.protocols import Handler, HandlerDataset
 from qfast.dates import date_text
 from qfast.errors import CheckpointError, DataError
 from qfast.files import atomic_write
@@ -23,23 +25,26 @@ from qfast.workflow.folder import BEST, RunFolder
 from qfast.workflow.lookback import short_fraction
 from qfast.workflow.schema import Workflow
 
-__all__ = ["MODEL", "first_day", "load_model", "load_processors", "save_scoring", "source_columns"]
+if TYPE_CHECKING:
+    from qfast.training.estimator import Estimator
 
+__all__ = ["first_day", "load_facts", "load_model", "load_processors", "save_scoring", "source_columns"]
 
 FORMAT = 1
 MODEL = "model.json"
 PROCESSORS = "processors.safetensors"
-NOT_SCORING = ("device", "progress", "cuda_graphs", "model_path")  # of a model's arguments: all weights are in BEST
-STAGES = ("shared", "infer")  # learn processors have no part in scoring
-# Of the training run only: scoring takes all rows of the new data and fits nothing.
-TRAINING_ONLY = (
-    "instruments", "start_time", "end_time", "fit_start_time", "fit_end_time", "data", "provider_uri", "source",
-    "shared_processors", "infer_processors", "learn_processors", "drop_raw", "filter_pipe", "cache",
-)  # fmt: skip
+# Arguments of a model that scoring does not need. Every weight is in BEST, so model_path is one of them.
+NOT_SCORING = ("device", "progress", "cuda_graphs", "model_path")
+STAGES = ("shared", "infer")  # learn processors do not affect scores
+# Arguments of a handler that concern training only: scoring uses all rows of the new data and fits nothing.
+TRAINING_ONLY = {
+    *("instruments", "start_time", "end_time", "fit_start_time", "fit_end_time", "data", "provider_uri", "source"),
+    *("shared_processors", "infer_processors", "learn_processors", "drop_raw", "filter_pipe", "cache"),
+}
 
 
-def save_scoring(run_folder: RunFolder, workflow: Workflow, model: Any, dataset: Any) -> None:
-    """Write model.json and processors.safetensors: all that `predict` needs besides the weights."""
+def save_scoring(run_folder: RunFolder, workflow: Workflow, model: Estimator, dataset: HandlerDataset) -> None:
+    """Write model.json and processors.safetensors."""
     handler = dataset.handler
     arrays: dict[str, np.ndarray] = {}
     stages: dict[str, list[dict[str, Any]]] = {}
@@ -50,7 +55,7 @@ def save_scoring(run_folder: RunFolder, workflow: Workflow, model: Any, dataset:
             arrays |= {f"{stage}.{position}.{name}": np.ascontiguousarray(value) for name, value in state.items()}
             stages[stage].append({"class": type(processor).__name__, "kwargs": _constructor_arguments(processor)})
     handler_spec = workflow.task.dataset.kwargs.handler.given()
-    kept = {k: v for k, v in handler_spec.get("kwargs", {}).items() if k not in TRAINING_ONLY}
+    handler_kwargs = {k: v for k, v in handler_spec.get("kwargs", {}).items() if k not in TRAINING_ONLY}
     dataset_spec = workflow.task.dataset.given()
     dataset_kwargs = {k: v for k, v in dataset_spec["kwargs"].items() if k not in ("handler", "segments")}
     parameters = {k: v for k, v in model.get_params().items() if k not in NOT_SCORING}
@@ -58,72 +63,105 @@ def save_scoring(run_folder: RunFolder, workflow: Workflow, model: Any, dataset:
         "format": FORMAT,
         "model": {**workflow.task.model.given(), "kwargs": parameters},
         "dataset": {**dataset_spec, "kwargs": dataset_kwargs},
-        "handler": {**handler_spec, "kwargs": kept},
+        "handler": {**handler_spec, "kwargs": handler_kwargs},
         "processors": stages,
         "columns": list(handler.get_cols("feature", "infer")),
         "raw_columns": _raw_columns(handler),
         "source_columns": source_columns(handler),
         "short_history": short_fraction(dataset),
-        "start": _start_that_counts(handler),
+        "start": _start_of_endless_features(handler),
     }
-    # A file without any array is not readable everywhere, hence the marker.
+    # Some readers reject a safetensors file without arrays, so the format is always one.
     arrays["format"] = np.array([FORMAT], dtype=np.int64)
     atomic_write(run_folder / PROCESSORS, lambda file: safetensors.numpy.save_file(arrays, file))
     run_folder.write_json(MODEL, facts)
 
 
-def source_columns(handler: Any) -> list[str] | None:
-    """Price columns that hold values; a column without any would turn into features without any."""
+def source_columns(handler: Handler) -> list[str] | None:
+    """Price columns that contain at least one value; None for a handler without prices."""
     prices = getattr(handler, "prices", None)
     if not isinstance(prices, Panel):
         return None
     return [c for c in prices.columns("price") if bool(np.isfinite(prices.column(c, "price")).any())]
 
 
-def _raw_columns(handler: Any) -> list[str] | None:
-    """Feature columns of factors of the user's own, before any processor."""
+def _raw_columns(handler: Handler) -> list[str] | None:
+    """Feature columns before processing, if the handler loads factors instead of computing them."""
     if isinstance(getattr(handler, "prices", None), Panel) or getattr(handler, "drop_raw", False):
         return None
     return [str(c) for c in handler.get_cols("feature", "raw")]
 
 
-def _start_that_counts(handler: Any) -> str | None:
-    """The first day of training, if features look back without end, as EMA does; else None."""
+def _start_of_endless_features(handler: Handler) -> str | None:
+    """The first day of the training data if a feature, such as EMA, depends on it; otherwise None."""
     if not any(depends_on_the_start(text) for text in getattr(handler, "feature_expressions", [])):
         return None
     return date_text(first_day(handler))
 
 
-def first_day(handler: Any) -> pd.Timestamp:
+def first_day(handler: Handler) -> pd.Timestamp:
+    """The first day of the processed data."""
     panel = handler.panel("infer")
     return panel.datetimes[int(panel.date_codes.min())]
 
 
-def _constructor_arguments(processor: Any) -> dict[str, Any]:
-    """Constructors of processors only store, so their arguments stand as attributes."""
-    out = {}
+def _constructor_arguments(processor: Processor) -> dict[str, object]:
+    """Arguments of the constructor, which every processor stores as attributes of the same names."""
+    arguments = {}
     for name in registry.parameters(type(processor)):
         value = getattr(processor, name)
-        out[name] = list(value) if isinstance(value, tuple) else value
-    return out
+        arguments[name] = list(value) if isinstance(value, tuple) else value
+    return arguments
 
 
-def load_model(run_folder: RunFolder, facts: Mapping[str, Any], device: str) -> Any:
+def load_facts(run_folder: RunFolder) -> dict[str, Any]:
+    """The content of model.json.
+
+    Raises
+    ------
+    CheckpointError
+        The file is missing, cannot be read, or has another format.
+    """
+    facts: dict[str, Any] = run_folder.read_json(MODEL)
+    if facts.get("format") != FORMAT:
+        raise CheckpointError(f"{run_folder / MODEL} has format {facts.get('format')!r}; this version reads {FORMAT}.")
+    return facts
+
+
+def load_model(run_folder: RunFolder, facts: Mapping[str, Any], device: str) -> Estimator:
+    """Build the model of model.json and load the best weights.
+
+    Raises
+    ------
+    CheckpointError
+        The weight file is missing, truncated or belongs to another model.
+    """
     spec = facts["model"]
     kwargs = {**spec["kwargs"], "device": device, "progress": False}
-    model = registry.MODELS.build({**spec, "kwargs": kwargs}, path="model.json")
+    model: Estimator = registry.MODELS.build({**spec, "kwargs": kwargs}, path=MODEL)
     return model.load_weights(run_folder / BEST)
 
 
-def load_processors(run_folder: RunFolder, stages: Mapping[str, Any]) -> dict[str, list[Any]]:
+def load_processors(
+    run_folder: RunFolder, stages: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> dict[str, list[Processor]]:
+    """Build the fitted processors of each stage, which are not fitted again.
+
+    Raises
+    ------
+    CheckpointError
+        processors.safetensors is missing, truncated or inconsistent with model.json.
+    """
     file = run_folder / PROCESSORS
     if not file.is_file():
-        raise CheckpointError(f"{str(file)!r} is missing; without it new data cannot be prepared as in training.")
+        raise CheckpointError(
+            f"{str(file)!r} is missing, so new data cannot be processed as in training. Remedy: run again."
+        )
     try:
         arrays = safetensors.numpy.load_file(file)
-    except Exception as error:  # the reader raises its own kinds for a damaged file
+    except Exception as error:  # safetensors has several exceptions for a damaged file
         raise CheckpointError(f"{str(file)!r} is not readable, it may be truncated ({error}).") from None
-    built: dict[str, list[Any]] = {}
+    built: dict[str, list[Processor]] = {}
     for stage, specs in stages.items():
         built[stage] = []
         for position, spec in enumerate(specs):
