@@ -70,7 +70,7 @@ def test_run_twice_into_one_folder(case, capsys):
     assert cli.main(["run", str(config), "--data", str(data), "-o", str(path)]) == 2
     shown = capsys.readouterr()
     assert shown.err.count("\n") == 1
-    assert "is there already and not empty" in shown.err
+    assert "exists and is not empty" in shown.err
     assert "Traceback" not in shown.err
 
 
@@ -93,7 +93,7 @@ def test_predict_without_out_writes_into_the_run(case, capsys):
 def test_predict_refuses_a_strange_suffix(case, tmp_path, capsys):
     _, data, path = case
     assert cli.main(["predict", str(path), "--data", str(data), "--out", str(tmp_path / "x.xlsx")]) == 2
-    assert "written as .parquet or .csv, got 'x.xlsx'" in capsys.readouterr().err
+    assert "must be .parquet or .csv, got 'x.xlsx'" in capsys.readouterr().err
 
 
 def test_info(case, capsys):

@@ -275,7 +275,7 @@ def test_all_problems_come_at_once_with_their_paths(write):
         ),
         (["task.model.class=LocalformerModel", model_path("gru")], r"model 'LocalformerModel' is not registered under"),
         (["task.model.class=Transformer", model_path("transformer")], r"unknown model class 'Transformer'"),
-        (["task.record.0.class=HFSignalRecord"], r"0.class: HFSignalRecord is not available in this version"),
+        (["task.record.0.class=HFSignalRecord"], r"0.class: HFSignalRecord is not available in qfast"),
         (["task.dataset.kwargs.handler=file://handler.pkl"], r"pickled objects are not read, got 'file://handler.pkl'"),
         (["task.model.kwargs=5"], r"task.model.kwargs: expected a mapping, got 5"),
         (["task.dataset.kwargs.segments={}"], r"segments: there is no 'train', only \[\]"),

@@ -190,10 +190,10 @@ def test_export_errors(tmp_path, capsys):
     done = run(file, sets=["task.record=[SignalRecord]"], output=tmp_path / "run").path
     (tmp_path / "taken").write_text("")
     assert main(["export", str(done), "--out", str(tmp_path / "taken")]) == 2
-    assert "taken' cannot be made" in capsys.readouterr().err
+    assert "taken' cannot be created" in capsys.readouterr().err
     assert main(["export", str(done)]) == 0
     assert not (done / "artifacts" / "portfolio_analysis" / "report_normal_1day.pkl").exists()
     manifest = json.loads((done / "manifest.json").read_text())
     (done / "manifest.json").write_text(json.dumps({**manifest, "status": "failed"}))
     assert main(["export", str(done)]) == 2
-    assert "is failed; only a finished run is exported" in capsys.readouterr().err
+    assert "is failed, but only a finished run can be exported" in capsys.readouterr().err

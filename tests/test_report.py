@@ -79,5 +79,5 @@ def test_values_are_escaped():
 
 def test_page_without_metrics_or_newest_scores():
     text = page(metrics={}, newest=None)
-    assert "Newest scores" not in text
+    assert "Scores of the last date" not in text
     assert 'class="card"' not in text

@@ -248,8 +248,8 @@ def test_predict_checks_its_target_before_it_scores(case, tmp_path, monkeypatch,
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder.csv").mkdir()
     for out, message in (
-        (tmp_path / "x.xlsx", "written as .parquet or .csv, got 'x.xlsx'"),
-        (tmp_path / "file" / "x.csv", "file' cannot be made"),
+        (tmp_path / "x.xlsx", "must be .parquet or .csv, got 'x.xlsx'"),
+        (tmp_path / "file" / "x.csv", "file' cannot be created"),
         (tmp_path / "folder.csv", "folder.csv' is a folder"),
     ):
         assert cli.main([*command, str(out)]) == 2
@@ -258,7 +258,7 @@ def test_predict_checks_its_target_before_it_scores(case, tmp_path, monkeypatch,
 
 def test_a_target_that_cannot_be_written_to(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(ConfigError, match=r"cannot be written to; give another one"):
+    with pytest.raises(ConfigError, match=r"is not writable. Remedy: pass another one"):
         check_table_target(tmp_path / "x.csv")
 
 

@@ -162,7 +162,7 @@ def test_a_segment_outside_the_data_has_no_metrics(case, tmp_path, caplog):
     sets = ["task.model.kwargs.n_epochs=1", "task.dataset.kwargs.segments.test=[2030-01-01, 2030-12-31]"]
     with caplog.at_level(logging.WARNING, "qfast"):
         result = run(case[0], case[1], sets, output=tmp_path / "r")
-    assert "segment 'test' (2030-01-01 to 2030-12-31) holds no rows" in caplog.text
+    assert "segment 'test' (2030-01-01 to 2030-12-31) contains no rows" in caplog.text
     assert np.isnan(result.metrics["test"]["IC"])
     assert json.loads((tmp_path / "r" / "metrics.json").read_text())["test"]["IC"] is None
     assert set(read_frame(tmp_path / "r", "pred")["segment"]) == {"valid", "newest"}
@@ -198,15 +198,15 @@ def test_a_frame_in_memory_is_accepted_and_not_changed(case, tmp_path):
 # ---------------------------------------------------------------- folders
 def test_an_existing_run_is_never_overwritten(case, tmp_path):
     with pytest.raises(
-        ConfigError, match=r"--output '.*run' is there already and not empty; a run is never overwritten.*--resume"
+        ConfigError, match=r"--output '.*run' exists and is not empty; a run is never overwritten.*--resume"
     ):
         run(case[0], case[1], output=case[2])
     (tmp_path / "empty").mkdir()
     run(case[0], case[1], ["task.model.kwargs.n_epochs=1"], output=tmp_path / "empty")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ConfigError, match=r"is there already and not empty"):
+    with pytest.raises(ConfigError, match=r"exists and is not empty"):
         run(case[0], case[1], output=tmp_path / "file")
-    with pytest.raises(ConfigError, match=r"cannot be made"):
+    with pytest.raises(ConfigError, match=r"cannot be created"):
         run(case[0], case[1], output=tmp_path / "file" / "below")
 
 
@@ -243,7 +243,7 @@ def test_tables_without_pyarrow_become_csv(tmp_path, monkeypatch):
     assert write_frame(tmp_path / "t.parquet", frame).name == "t.csv"
     back = read_frame(tmp_path, "t")
     pd.testing.assert_frame_equal(back.astype(np.float32), frame, check_index_type=False)
-    with pytest.raises(ConfigError, match=r"written as .parquet or .csv, got 't.xlsx'"):
+    with pytest.raises(ConfigError, match=r"must be .parquet or .csv, got 't.xlsx'"):
         write_frame(tmp_path / "t.xlsx", frame)
 
 
@@ -354,7 +354,7 @@ def test_resume_of_a_truncated_checkpoint(copied):
 def test_resume_needs_a_run(tmp_path):
     with pytest.raises(ConfigError, match=r"run folder '.*none' does not exist"):
         run(resume=tmp_path / "none")
-    with pytest.raises(ConfigError, match=r"is no run folder: it has no manifest.json"):
+    with pytest.raises(ConfigError, match=r"is not a run folder: it has no manifest.json"):
         run(resume=tmp_path)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ConfigError, match=r"manifest.json' cannot be read"):
@@ -446,7 +446,7 @@ def test_predict_selects_columns_by_name(case):
 def test_predict_rejects_other_folders(case, tmp_path):
     with pytest.raises(ConfigError, match=r"run folder '.*none' does not exist"):
         predict(tmp_path / "none", case[1])
-    with pytest.raises(ConfigError, match=r"is no run folder"):
+    with pytest.raises(ConfigError, match=r"is not a run folder"):
         predict(tmp_path, case[1])
 
 

@@ -264,7 +264,7 @@ def test_a_resumed_run_keeps_its_block_but_may_pretrain_longer(case, files, tmp_
     with pytest.raises(KeyboardInterrupt):
         run(*files, BLOCK, output=path, seed=3, callbacks=[InterruptStage("pretrain", 1)])
     for change in ("task.pretrain.lr=0.5", "task.pretrain=false"):
-        with pytest.raises(ConfigError, match=r"has begun, so .* cannot become .* Remedy: leave it as it was"):
+        with pytest.raises(ConfigError, match=r"has begun, so .* cannot become .* Remedy: restore the block"):
             run(resume=path, sets=[change])
     assert manifest(path)["status"] == "interrupted"
     run(resume=path, sets=["task.pretrain.n_epochs=4"])
@@ -340,7 +340,7 @@ def test_a_missing_path_lists_the_searched_places(files, tmp_path, monkeypatch):
         assert f"'{place / 'benchmarks' / 'LSTM' / 'none.pkl'}'" in text
     for remedy in (f"--set {PATH}=PATH", f"--set {PATH}=null", "`pretrain:` block"):
         assert remedy in text
-    with pytest.raises(ConfigError, match=r"looked at \['/no/such/file.pkl'\]"):
+    with pytest.raises(ConfigError, match=r"searched \['/no/such/file.pkl'\]"):
         run(*files, [*GATS, f"{PATH}=/no/such/file.pkl"], output=tmp_path / "r")
     assert not (tmp_path / "r").exists()
 
@@ -378,13 +378,13 @@ def test_a_resumed_run_finds_its_weight_file_from_anywhere(files, base, tmp_path
     pd.testing.assert_frame_equal(read_frame(path, "pred"), read_frame(whole, "pred"))
     (tmp_path / "a" / "w.safetensors").unlink()
     if epoch == 0:  # nothing is trained yet, so the file is still needed
-        with pytest.raises(ConfigError, match=r"a/w.safetensors' was not found; looked at \["):
+        with pytest.raises(ConfigError, match=r"a/w.safetensors' was not found; searched \["):
             run(resume=again)
         assert manifest(again)["status"] == "interrupted"
         return
     with caplog.at_level(logging.INFO, "qfast"):
         run(resume=again)
-    assert "w.safetensors is not there any more; the run's checkpoint holds what was taken" in caplog.text
+    assert "w.safetensors no longer exists; the checkpoint of the run contains the weights transferred" in caplog.text
     pd.testing.assert_frame_equal(read_frame(again, "pred"), read_frame(whole, "pred"))
     assert manifest(again)["pretrained"] == manifest(whole)["pretrained"]
 

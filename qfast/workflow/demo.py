@@ -1,4 +1,4 @@
-"""The whole job on a made-up market: `qfast demo`."""
+"""`qfast demo`: train, score and report on a synthetic market."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from qfast.workflow.run import RunResult, run
 
 __all__ = ["DEMO", "demo", "demo_prices"]
 
-DEMO = Path(__file__).with_name("demo.yaml")  # a complete workflow to copy from
+DEMO = Path(__file__).with_name("demo.yaml")  # a complete workflow file to copy
 START = "2018-01-01"
 
 
 def demo_prices(n_instruments: int = 120, n_days: int = 650, seed: int = 0) -> pd.DataFrame:
-    """Prices of a market with late listings, delistings and holes, and a planted daily IC of about 0.1.
+    """Prices of a synthetic market with late listings, delistings and gaps, and a planted daily IC of about 0.1.
 
     Parameters
     ----------
     n_instruments, n_days : int
-        At most N and D.
+        Number of instruments and of days.
     seed : int
 
     Returns
     -------
     DataFrame
-        Indexed (datetime, instrument), columns open, high, low, close, volume, vwap.
+        Indexed by (datetime, instrument), with columns open, high, low, close, volume and vwap.
 
     Examples
     --------
@@ -42,14 +42,18 @@ def demo_prices(n_instruments: int = 120, n_days: int = 650, seed: int = 0) -> p
 def demo(
     output: str | os.PathLike[str] | None = None, device: str | None = None, seed: int | None = 0, **options: Any
 ) -> RunResult:
-    """Run demo.yaml on `demo_prices`.
+    """Run the workflow file demo.yaml on `demo_prices()`.
 
     Parameters
     ----------
     output, device, seed
-        As in `qfast.workflow.run.run`.
+        As for `qfast.run`.
     **options
-        Further arguments of `run`.
+        Other arguments of `qfast.run`.
+
+    Returns
+    -------
+    RunResult
 
     Examples
     --------

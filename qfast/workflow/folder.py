@@ -1,4 +1,4 @@
-"""The run folder: every file appears whole or not at all, and the manifest says how the run stands."""
+"""The run folder: files are written atomically, and the manifest records the status of the run."""
 
 from __future__ import annotations
 
@@ -31,21 +31,23 @@ log = logging.getLogger("qfast")
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
 BEST = "best.safetensors"  # weights of the best epoch so far
-LAST = "last.safetensors"  # all that training needs to go on
+LAST = "last.safetensors"  # the state that training resumes from
 HISTORY = "history.csv"
 RESERVE = ".reserve"
-RESERVE_BYTES = 256 * 1024  # given back on a full disk, so that the manifest can still say what happened
+RESERVE_BYTES = 256 * 1024  # freed on a full disk, so the manifest can still be updated
 RUNNING, FINISHED, FAILED, INTERRUPTED = "running", "finished", "failed", "interrupted"
 
 
 class RunFolder:
-    """One run's files.
+    """The files of one run.
 
     Attributes
     ----------
     path : Path
     manifest : dict
-        What `manifest.json` holds; change it through `update`.
+        The content of `manifest.json`. Use `update` to change it.
+    running : bool
+        True if this process has created or restarted the run.
 
     Examples
     --------
@@ -60,26 +62,37 @@ class RunFolder:
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
-        self.running = False  # True once this process has started or restarted the run
+        self.running = False
 
     @classmethod
     def create(
         cls, output: str | os.PathLike[str] | None, experiment: str, config_text: str | None = None, **fields: Any
     ) -> RunFolder:
-        """A new folder: `output`, or runs/<experiment>-<UTC time>. An existing run is never overwritten.
+        """Create a folder, which never overwrites an existing run.
 
-        `config_text` goes into config.yaml, `fields` go into the manifest. The manifest comes last: a folder that
-        has one has all that resuming needs.
+        The manifest is written last, so a folder with a manifest contains everything that resuming needs.
+
+        Parameters
+        ----------
+        output : path or None
+            None: runs/<experiment>-<UTC time>.
+        experiment : str
+        config_text : str, optional
+            Content of config.yaml.
+        **fields
+            Fields of the manifest.
 
         Raises
         ------
         ConfigError
-            `output` is there and not empty, or cannot be made.
+            `output` exists and is not empty, or cannot be created.
         """
         try:
             path = _new_default(experiment) if output is None else _new_folder(Path(output))
         except OSError as error:
-            raise ConfigError(f"the run folder {str(output or 'runs')!r} cannot be made: {error.strerror}.") from None
+            raise ConfigError(
+                f"the run folder {str(output or 'runs')!r} cannot be created: {error.strerror}."
+            ) from None
         folder = cls(path, {"format": 1, "experiment": experiment, "status": RUNNING, "started": now(), "error": None})
         folder.running = True
         try:
@@ -87,7 +100,7 @@ class RunFolder:
             if config_text is not None:
                 folder.write_text(CONFIG, config_text)
             folder.update(**fields)
-        except BaseException:  # what is no run yet must not lie in the way of the next one
+        except BaseException:  # an incomplete folder must not block the next attempt
             for name in (MANIFEST, CONFIG, RESERVE):
                 (path / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
@@ -97,12 +110,12 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunFolder:
-        """The run in `path`.
+        """Open the run in `path`.
 
         Raises
         ------
         ConfigError
-            No such folder, or no run in it.
+            The folder does not exist or does not contain a run.
         """
         folder = Path(path)
         if not folder.is_dir():
@@ -111,7 +124,8 @@ class RunFolder:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ConfigError(
-                f"{str(path)!r} is no run folder: it has no {MANIFEST}. Give a folder that 'qfast run' has written."
+                f"{str(path)!r} is not a run folder: it has no {MANIFEST}. Remedy: pass a folder that 'qfast run' has "
+                "written."
             ) from None
         except (ValueError, OSError) as error:
             raise ConfigError(f"{str(folder / MANIFEST)!r} cannot be read: {error}.") from None
@@ -123,8 +137,8 @@ class RunFolder:
         return self.path / name
 
     # ---------------------------------------------------------------- writing
-    def update(self, **fields: Any) -> None:
-        """Set fields of the manifest and write it."""
+    def update(self, **fields: object) -> None:
+        """Set fields of the manifest and write it to the file."""
         self.manifest.update(fields)
         self.write_json(MANIFEST, self.manifest)
 
@@ -136,34 +150,43 @@ class RunFolder:
         self.update(status=RUNNING, error=None, resumed=now())
 
     def finish(self, status: str, error: str | None = None) -> None:
-        """Record the end of the run. On a full disk the reserved space is given back first."""
+        """Record the end of the run. The reserved disk space is freed first, in case the disk is full."""
         (self.path / RESERVE).unlink(missing_ok=True)
         self.update(status=status, error=error, ended=now())
 
     def resume_hint(self) -> str:
-        """How to go on with the run, or why that cannot be."""
+        """How to resume the run, or why that is impossible."""
         if not (self.path / CONFIG).is_file():
-            return f"it ended before {CONFIG} was written, so it cannot be resumed; start it again"
+            return f"it ended before {CONFIG} was written, so it cannot be resumed; start a new run"
         if self.manifest.get("data", {}).get("given") == "memory":
             source = self.manifest["data"]["source"]
-            return (
-                f"resume with: qfast.workflow.run.run(resume={str(self.path)!r}, data=...) and the same data ({source})"
-            )
+            return f"resume with: qfast.run(resume={str(self.path)!r}, data=...) and the same data ({source})"
         return f"resume with: qfast run --resume {shlex.quote(str(self.path))}"
 
-    def write_json(self, name: str, value: Any) -> None:
+    def write_json(self, name: str, value: object) -> None:
+        """Write a JSON file. NaN and infinity become null."""
         self.write_text(name, json.dumps(_jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
+        """Write a UTF-8 text file."""
         self.write_bytes(name, text.encode("utf-8"))
 
     def write_bytes(self, name: str, content: bytes) -> None:
+        """Write a binary file."""
         atomic_write(self.path / name, lambda file: file.write_bytes(content))
 
     def write_frame(self, stem: str, frame: pd.DataFrame) -> Path:
+        """Write a table as Parquet, or as CSV without pyarrow, and return its path."""
         return write_frame(self.path / f"{stem}.parquet", frame)
 
     def read_json(self, name: str) -> Any:
+        """Read a JSON file.
+
+        Raises
+        ------
+        CheckpointError
+            The file is missing or cannot be read.
+        """
         try:
             return json.loads((self.path / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -214,7 +237,24 @@ def _finish_quietly(folder: RunFolder, status: str, error: str) -> None:
 
 
 def write_frame(target: Path, frame: pd.DataFrame) -> Path:
-    """Write a Parquet file, or CSV where the name ends so or pyarrow is not installed; the path written."""
+    """Write a table as Parquet, or as CSV if the name ends in .csv or pyarrow is not installed.
+
+    Parameters
+    ----------
+    target : Path
+        Name with suffix .parquet or .csv.
+    frame : DataFrame
+
+    Returns
+    -------
+    Path
+        The written file.
+
+    Raises
+    ------
+    ConfigError
+        Another suffix.
+    """
     _require_table_suffix(target)
     if target.suffix == ".parquet" and not _has_pyarrow():
         target = target.with_suffix(".csv")
@@ -227,30 +267,31 @@ def write_frame(target: Path, frame: pd.DataFrame) -> Path:
 
 def _require_table_suffix(target: Path) -> None:
     if target.suffix not in (".parquet", ".csv"):
-        raise ConfigError(f"a table is written as .parquet or .csv, got {target.name!r}.")
+        raise ConfigError(f"the suffix of a table must be .parquet or .csv, got {target.name!r}.")
 
 
 def check_table_target(target: Path) -> None:
-    """Refuse a target that `write_frame` could not write, before there is work to lose; makes its folder.
+    """Check that `write_frame` can write to `target`, and create its folder.
 
     Raises
     ------
     ConfigError
-        Another suffix, a folder of that name, a parent that cannot be made or written to.
+        Another suffix than .parquet or .csv, an existing folder of that name, or a parent folder that cannot be created
+        or written to.
     """
     _require_table_suffix(target)
     if target.is_dir():
-        raise ConfigError(f"{str(target)!r} is a folder; give the name of a file in it.")
+        raise ConfigError(f"{str(target)!r} is a folder. Remedy: pass the name of a file in it.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"the folder {str(target.parent)!r} cannot be made: {error.strerror}.") from None
+        raise ConfigError(f"the folder {str(target.parent)!r} cannot be created: {error.strerror}.") from None
     if not os.access(target.parent, os.W_OK):
-        raise ConfigError(f"the folder {str(target.parent)!r} cannot be written to; give another one.")
+        raise ConfigError(f"the folder {str(target.parent)!r} is not writable. Remedy: pass another one.")
 
 
 def read_frame(folder: Path, stem: str) -> pd.DataFrame:
-    """Read what `write_frame` wrote as `stem`, indexed (datetime, instrument)."""
+    """Read the table `stem` that `write_frame` has written, indexed by (datetime, instrument)."""
     file = folder / f"{stem}.parquet"
     if file.exists():
         return pd.read_parquet(file)
@@ -259,18 +300,18 @@ def read_frame(folder: Path, stem: str) -> pd.DataFrame:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of the packages that the results depend on."""
+    installed = {"python": platform.python_version()}
     for name in ("qfast-models", "torch", "numpy", "pandas", "safetensors"):
         module = "qfast" if name == "qfast-models" else name
         try:
-            found[module] = packages.version(name)
+            installed[module] = packages.version(name)
         except packages.PackageNotFoundError:
-            found[module] = str(getattr(import_module(module), "__version__", "not installed"))
-    return found
+            installed[module] = str(getattr(import_module(module), "__version__", "not installed"))
+    return installed
 
 
-def environment() -> dict[str, Any]:
+def environment() -> dict[str, object]:
     """Versions, platform and command line, for the manifest."""
     return {
         "versions": versions(),
@@ -285,11 +326,11 @@ def environment() -> dict[str, Any]:
 def _new_default(experiment: str) -> Path:
     name = re.sub(r"[^\w.-]+", "_", experiment).strip("._") or "run"
     stamp = dt.datetime.now(dt.timezone.utc).strftime("%Y%m%d-%H%M%S")
-    return next(path for path in _numbered(Path("runs") / f"{name}-{stamp}") if _made(path))
+    return next(path for path in _numbered(Path("runs") / f"{name}-{stamp}") if _create(path))
 
 
-def _made(path: Path) -> bool:
-    """True if the folder is made by this call; another run of the same second may have it."""
+def _create(path: Path) -> bool:
+    """True if this call creates the folder; a run that started in the same second may already have created it."""
     try:
         path.mkdir(parents=True)
     except FileExistsError:
@@ -308,8 +349,8 @@ def _numbered(path: Path) -> Iterator[Path]:
 def _new_folder(path: Path) -> Path:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(
-            f"--output {str(path)!r} is there already and not empty; a run is never overwritten. Give another "
-            f"folder, or go on with an unfinished run by --resume {path}."
+            f"--output {str(path)!r} exists and is not empty; a run is never overwritten. Remedy: another folder, or "
+            f"--resume {path} to continue an unfinished run."
         )
     path.mkdir(parents=True, exist_ok=True)
     return path
@@ -324,11 +365,12 @@ def _has_pyarrow() -> bool:
 
 
 def now() -> str:
+    """The current UTC time as ISO text, to the second."""
     return dt.datetime.fromtimestamp(time.time(), dt.timezone.utc).isoformat(timespec="seconds")
 
 
-def _jsonable(value: Any) -> Any:
-    """JSON has no NaN: a missing number becomes null. NumPy scalars and paths become plain values."""
+def _jsonable(value: object) -> object:
+    """Replace NaN and infinity by None, which JSON can represent, and NumPy scalars and paths by plain values."""
     if isinstance(value, Mapping):
         return {str(key): _jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

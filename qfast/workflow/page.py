@@ -1,4 +1,4 @@
-"""The page that shows a run: a single HTML file that needs nothing else."""
+"""The report page of a run: a single HTML file with embedded styles and images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -18,43 +18,48 @@ __all__ = ["Report", "render_html"]
 
 
 METRICS = ("IC", "ICIR", "Rank IC", "Rank ICIR")
-LISTED = 10  # instruments shown at either end of the newest day's ranking
+LISTED = 10  # instruments with the highest and with the lowest scores of the last date
 
 
 @dataclass
 class Report:
-    """Everything the page shows; plain values only.
+    """The content of the page.
 
     Attributes
     ----------
     title, subtitle, intro : str
     metrics : mapping
-        Segment -> metric -> value (None or NaN: could not be computed).
+        Segment -> metric -> value. None and NaN are shown as a dash.
     facts : mapping
-        Label -> value, shown as a table ("Model", "Device", ...).
+        Heading -> value, shown as a table ("Model", "Device", ...).
     plots : mapping
         Caption -> PNG bytes.
+    config : str
+        The workflow as YAML text.
+    notes : sequence of str
+        Warnings shown at the top.
     newest : Series, optional
-        Scores of the newest date, indexed by instrument.
+        Scores of the last date, indexed by instrument.
+    newest_date : str, optional
     portfolio : DataFrame, optional
-        Risk of the backtest's excess returns: rows are analyses, columns measures.
+        Risk of the backtest's excess returns: rows are analyses, columns are measures.
     """
 
     title: str
     subtitle: str
     metrics: Mapping[str, Mapping[str, float | None]]
-    facts: Mapping[str, Any]
+    facts: Mapping[str, object]
     plots: Mapping[str, bytes]
     config: str
     notes: Sequence[str] = field(default_factory=list)
     intro: str = ""
     newest: pd.Series | None = None
-    newest_date: Any = None
+    newest_date: str | None = None
     portfolio: pd.DataFrame | None = None
 
 
 def render_html(report: Report) -> str:
-    """The whole page as text: styles and images are inside, every value is escaped."""
+    """Render the page as HTML text. Every value is escaped."""
     head = _text(report.title)
     parts = [
         f"<header><h1>{head}</h1><p>{_text(report.subtitle)}</p></header>",
@@ -63,8 +68,9 @@ def render_html(report: Report) -> str:
         *(f'<aside class="note">{_text(note)}</aside>' for note in report.notes),
         "<h2>Metrics</h2>",
         _metric_table(report.metrics),
-        '<p class="small">IC is the correlation of score and raw label over the instruments of a day, rank IC that of '
-        "their ranks; the table shows means over days, and ICIR = mean / standard deviation of the daily values.</p>",
+        '<p class="small">IC is the correlation of score and raw label across the instruments of a day. Rank IC is the '
+        "correlation of their ranks. The table shows means over days. ICIR is the mean of the daily values divided by "
+        "their standard deviation.</p>",
         *(
             f'<figure><img alt="plot: {_text(name.replace("_", " "))}" src="{_inline(png)}"></figure>'
             for name, png in report.plots.items()
@@ -77,11 +83,11 @@ def render_html(report: Report) -> str:
             _metric_table(
                 {n: {str(k).replace("_", " "): v for k, v in row.items()} for n, row in rows.items()}, "return"
             ),
-            '<p class="small">Daily returns beyond the benchmark, added up and not compounded; a year has 238 days. '
-            "The scores of a day are traded on the next.</p>",
+            '<p class="small">Daily excess returns over the benchmark, summed and not compounded. A year has 238 days. '
+            "The scores of a day are traded on the next day.</p>",
         ]
     if report.newest is not None and len(report.newest):
-        parts += [f"<h2>Newest scores ({_text(report.newest_date)})</h2>", _newest(report.newest)]
+        parts += [f"<h2>Scores of the last date ({_text(report.newest_date)})</h2>", _newest(report.newest)]
     parts += ["<h2>Run</h2>", _fact_table(report.facts)]
     parts += [f"<details><summary>Configuration</summary><pre>{_text(report.config)}</pre></details>"]
     return PAGE.replace("{title}", head).replace("{body}", "\n".join(parts))
@@ -118,7 +124,7 @@ def _newest(scores: pd.Series) -> str:
     return f"<section class='columns'>{''.join(blocks)}</section>"
 
 
-def _fact_table(facts: Mapping[str, Any]) -> str:
+def _fact_table(facts: Mapping[str, object]) -> str:
     rows = "".join(f"<tr><th>{_text(k)}</th><td>{_text(v)}</td></tr>" for k, v in facts.items())
     return f"<table class='facts'>{rows}</table>"
 
@@ -135,7 +141,7 @@ def _inline(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return html.escape(str(value))
 
 

@@ -25,9 +25,20 @@ QUANTILES = 5
 
 
 def loss_plot(history: pd.DataFrame, best_epoch: int | None, title: str = "Loss by epoch") -> bytes:
-    """PNG of the score per epoch, train and valid, with the chosen epoch marked.
+    """Plot the loss of train and valid by epoch, and mark the best epoch.
 
-    The scores are the reference's: minus the loss, averaged over batches, so higher is better.
+    Parameters
+    ----------
+    history : DataFrame
+        One row per epoch, with columns "train" and, if there is a validation segment, "valid". As in Qlib, they contain
+        minus the loss, averaged over batches.
+    best_epoch : int or None
+    title : str
+
+    Returns
+    -------
+    bytes
+        A PNG image.
     """
     figure, axes = _figure()
     for name in ("train", "valid"):
@@ -51,9 +62,9 @@ def loss_plot(history: pd.DataFrame, best_epoch: int | None, title: str = "Loss 
 
 
 def cumulative_plot(segments: Sequence[SegmentResult]) -> bytes:
-    """PNG of the running sums of daily IC and rank IC over time, one colour a segment.
+    """Plot the cumulative sums of daily IC and rank IC of each segment, as PNG bytes.
 
-    Each segment begins at zero; a steady slope means a steady signal.
+    Each segment begins at zero. A constant slope indicates a stable signal.
     """
     figure, axes = _figure(columns=2)
     for panel, kind, title in zip(axes, ("ic", "rank_ic"), ("Cumulative IC", "Cumulative rank IC"), strict=True):
@@ -68,14 +79,14 @@ def cumulative_plot(segments: Sequence[SegmentResult]) -> bytes:
                     linewidth=1.8,
                 )
         panel.axhline(0, color="#9ca3af", linewidth=0.8)
-        panel.set(title=title, ylabel="sum of daily values")
+        panel.set(title=title, ylabel="cumulative sum")
         panel.tick_params(axis="x", rotation=30)
         _legend(panel)
     return _png(figure)
 
 
 def quantile_plot(segments: Sequence[SegmentResult]) -> bytes:
-    """PNG of the mean label of five equal groups of each day's instruments, worst scored to best."""
+    """Plot the mean label of each day's instruments in five equal groups from lowest to highest score, as PNG bytes."""
     shown = [s for s in segments if s.name != "train"] or list(segments)
     figure, axes = _figure()
     width = 0.8 / max(len(shown), 1)
@@ -85,24 +96,26 @@ def quantile_plot(segments: Sequence[SegmentResult]) -> bytes:
         axes.bar(where, means, width * 0.92, color=_colour(segment.name, position), label=segment.name)
     axes.axhline(0, color="#6b7280", linewidth=0.8)
     axes.set_xticks(range(QUANTILES), ["lowest", "2", "3", "4", "highest"])
-    axes.set(xlabel="group of the day's scores", ylabel="mean label", title="Mean label by score group")
+    axes.set(xlabel="score group of the day", ylabel="mean label", title="Mean label by score group")
     _legend(axes)
     return _png(figure)
 
 
 def portfolio_plot(report: pd.DataFrame) -> bytes:
-    """PNG of a backtest: running sums of the portfolio's and the benchmark's returns, and of what it is ahead."""
+    """Plot the cumulative returns of the portfolio and the benchmark, and the excess return, as PNG bytes."""
     figure, axes = _figure(columns=2)
     returns = {
-        "portfolio": report["return"] - report["cost"], "without costs": report["return"], "benchmark": report["bench"],
-    }  # fmt: skip
+        "portfolio": report["return"] - report["cost"],
+        "without costs": report["return"],
+        "benchmark": report["bench"],
+    }
     colours = ("#1d4ed8", "#93c5fd", "#8a94a6")
     for (name, series), colour in zip(returns.items(), colours, strict=True):
         axes[0].plot(report.index, series.cumsum(), color=colour, label=name, linewidth=1.8)
     excess = (returns["portfolio"] - report["bench"]).cumsum()
-    axes[1].plot(report.index, excess, color="#1d4ed8", label="ahead, with costs", linewidth=1.8)
+    axes[1].plot(report.index, excess, color="#1d4ed8", label="excess return, with costs", linewidth=1.8)
     axes[1].fill_between(report.index, excess - excess.cummax(), 0, color="#d97706", alpha=0.35, label="drawdown")
-    for panel, title in zip(axes, ("Sum of returns", "Ahead of the benchmark"), strict=True):
+    for panel, title in zip(axes, ("Cumulative return", "Excess return over the benchmark"), strict=True):
         panel.axhline(0, color="#9ca3af", linewidth=0.8)
         panel.set(title=title)
         panel.tick_params(axis="x", rotation=30)
@@ -114,15 +127,15 @@ def _quantile_means(segment: SegmentResult) -> list[float]:
     frame = pd.DataFrame({"score": segment.score, "label": segment.label}).dropna()
     if frame.empty:
         return [math.nan] * QUANTILES
-    share = frame.groupby(level="datetime")["score"].rank(pct=True, method="first")
-    group = np.ceil(share.to_numpy() * QUANTILES).clip(1, QUANTILES)
+    rank = frame.groupby(level="datetime")["score"].rank(pct=True, method="first")
+    group = np.ceil(rank.to_numpy() * QUANTILES).clip(1, QUANTILES)
     daily = frame["label"].groupby([frame.index.get_level_values("datetime"), group]).mean()
     means = daily.groupby(level=1).mean()
     return [float(means.get(q, math.nan)) for q in range(1, QUANTILES + 1)]
 
 
 def _figure(columns: int = 1) -> tuple[Figure, Any]:
-    # The object interface: no global state, no display, no interactive backend.
+    # The object interface has no global state and needs no display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -142,7 +155,7 @@ def _legend(axes: Axes) -> None:
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=9)
     else:
-        axes.text(0.5, 0.5, "nothing to show", ha="center", va="center", transform=axes.transAxes, color="#6b7280")
+        axes.text(0.5, 0.5, "no data", ha="center", va="center", transform=axes.transAxes, color="#6b7280")
 
 
 def _colour(name: str, position: int) -> str:

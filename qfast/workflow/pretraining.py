@@ -1,7 +1,7 @@
-"""Pre-training in a workflow: where `model_path` leads, and the stage that a `pretrain:` block puts before the fit.
+"""Pre-training in a workflow: the path of `model_path`, and the stage of a `pretrain:` block before the fit.
 
-The stage has a folder of its own in the run folder, with the base model's history, best weights and checkpoint, so
-that a run that breaks off in either stage goes on in that one.
+The stage writes the history, best weights and checkpoint of the base model to the folder `pretrain` of the run, so an
+interrupted run resumes in the stage in which it ended.
 """
 
 from __future__ import annotations
@@ -10,17 +10,21 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import pandas as pd
 
 from qfast import registry
+from qfast.data.protocols import HandlerDataset
 from qfast.errors import ConfigError
 from qfast.files import atomic_write
 from qfast.training import checkpoint
 from qfast.training.callbacks import Callback
 from qfast.workflow.folder import BEST, HISTORY, LAST, RunFolder
 from qfast.workflow.schema import Spec, Workflow
+
+if TYPE_CHECKING:
+    from qfast.training.estimator import Estimator
 
 __all__ = ["SaveHistory", "absolute_model_path", "check_resumable", "history", "pretrain", "require_same_block"]
 
@@ -31,92 +35,92 @@ PATH_KEY = "task.model.kwargs.model_path"
 
 
 class SaveHistory(Callback):
-    """After every epoch: history.csv, and best.safetensors where the epoch is the best so far."""
+    """Writes history.csv after each epoch, and best.safetensors if the epoch is the best so far."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def on_epoch_end(self, estimator: Any) -> None:
+    def on_epoch_end(self, estimator: Estimator) -> None:
         self._write_history(estimator)
         if estimator.best_epoch_ in (None, estimator.epoch_):
             estimator.save_weights(self.folder / BEST)
 
-    def save_result(self, estimator: Any) -> None:
-        """The same for a fit that has ended, whether or not it ran an epoch."""
+    def save_result(self, estimator: Estimator) -> None:
+        """Write both files after a fit, even if it ran no epoch."""
         self._write_history(estimator)
         estimator.save_weights(self.folder / BEST)
 
-    def _write_history(self, estimator: Any) -> None:
+    def _write_history(self, estimator: Estimator) -> None:
         text = estimator.history_.to_csv()
         atomic_write(self.folder / HISTORY, lambda file: file.write_bytes(text.encode("utf-8")))
 
 
 class RecordTransfer(Callback):
-    """The manifest gets what a model took of its base's weights, and what not, before it is trained."""
+    """Records in the manifest which weights of the base model were transferred to the model, before training."""
 
     def __init__(self, run_folder: RunFolder) -> None:
         self.folder = run_folder
 
-    def on_fit_start(self, estimator: Any) -> None:
-        taken = getattr(estimator, "pretrained_", None)
-        if taken:
-            self.folder.update(pretrained=taken)
+    def on_fit_start(self, estimator: Estimator) -> None:
+        transfer = getattr(estimator, "pretrained_", None)
+        if transfer:
+            self.folder.update(pretrained=transfer)
 
 
 # ---------------------------------------------------------------- model_path
 def absolute_model_path(spec: Spec, file: Path, optional: bool = False) -> None:
-    """Turn the model's `model_path` into an absolute one, in place; a model without that argument is left alone.
+    """Make the model's `model_path` absolute, in place. Models without this argument are unchanged.
 
-    A relative path is looked up from the working directory, then from the workflow file's folder and each folder
-    above it: the reference's files name weights relative to its folder of examples, two levels up.
+    A relative path is searched in the working directory, then in the folder of the workflow file and in each folder
+    above it. Qlib's workflow files name weights relative to its folder of examples, two levels up.
 
     Parameters
     ----------
     spec : Spec
-        `task.model` of a checked workflow.
+        `task.model` of a workflow.
     file : Path
         The workflow file.
     optional : bool
-        Leave a path that leads nowhere as it is.
+        Leave `model_path` unchanged if the file does not exist.
 
     Raises
     ------
     ConfigError
-        It leads nowhere; the message lists where it was looked for, and the ways out.
+        The file does not exist. The message lists the searched paths and the remedies.
     """
-    given = spec.kwargs.get("model_path")
+    model_path = spec.kwargs.get("model_path")
     factory, _ = registry.MODELS.resolve({"class": spec.class_, "module_path": spec.module_path})
-    if not isinstance(given, (str, os.PathLike)) or "model_path" not in registry.parameters(factory):
-        return  # none, or one that the model itself refuses
-    places = [place.resolve() for place in _places(Path(os.fspath(given)).expanduser(), file)]
-    places = list(dict.fromkeys(places))
-    found = next((place for place in places if place.exists()), None)
-    if found is not None:
-        spec.kwargs["model_path"] = str(found)
+    if not isinstance(model_path, (str, os.PathLike)) or "model_path" not in registry.parameters(factory):
+        return  # no path, or one that the model itself rejects
+    candidates = [path.resolve() for path in _candidates(Path(os.fspath(model_path)).expanduser(), file)]
+    candidates = list(dict.fromkeys(candidates))
+    existing = next((path for path in candidates if path.exists()), None)
+    if existing is not None:
+        spec.kwargs["model_path"] = str(existing)
     elif not optional:
         base = spec.kwargs.get("base_model", "the base model")
         raise ConfigError(
-            f"{PATH_KEY}: {str(given)!r} was not found; looked at {[str(place) for place in places]}. Remedy: --set "
-            f"{PATH_KEY}=PATH with a weight file or a run folder of {base}; or --set {PATH_KEY}=null for random "
-            "initial weights; or both that and a `pretrain:` block (--set 'task.pretrain={}'), which trains "
-            f"{base} first."
+            f"{PATH_KEY}: {str(model_path)!r} was not found; searched {[str(path) for path in candidates]}. Remedy: "
+            f"--set {PATH_KEY}=PATH with a weight file or a run folder of {base}, or --set {PATH_KEY}=null for random "
+            f"initial weights. To train {base} first, add a `pretrain:` block: --set {PATH_KEY}=null "
+            "--set 'task.pretrain={}'."
         )
 
 
 def without_lost_file(spec: dict[str, Any]) -> dict[str, Any]:
-    """A model's description without a `model_path` that leads nowhere.
+    """Remove a `model_path` that does not exist from a model's description.
 
-    Only a run that goes on after its first whole epoch gets so far with one: its checkpoint holds every weight.
+    Only a run that resumes after its first complete epoch can have one. Its checkpoint contains every weight.
     """
     kwargs = spec.get("kwargs", {})
     file = kwargs.get("model_path")
     if not isinstance(file, str) or Path(file).exists():
         return spec
-    log.info("%s is not there any more; the run's checkpoint holds what was taken from it", file)
+    log.info("%s no longer exists; the checkpoint of the run contains the weights transferred from it", file)
     return {**spec, "kwargs": {**kwargs, "model_path": None}}
 
 
-def _places(path: Path, file: Path) -> Iterator[Path]:
+def _candidates(path: Path, file: Path) -> Iterator[Path]:
     yield path
     if not path.is_absolute():
         yield from (folder / path for folder in file.absolute().parents)
@@ -124,11 +128,26 @@ def _places(path: Path, file: Path) -> Iterator[Path]:
 
 # ---------------------------------------------------------------- the stage
 def pretrain(
-    run_folder: RunFolder, workflow: Workflow, model: Any, dataset: Any, resume: bool, callbacks: Sequence[Callback]
+    run_folder: RunFolder,
+    workflow: Workflow,
+    model: Estimator,
+    dataset: HandlerDataset,
+    resume: bool,
+    callbacks: Sequence[Callback],
 ) -> None:
-    """Train the model's base on `dataset` and take its weights; everything goes to the folder `pretrain/` of the run.
+    """Train the model's base and transfer its weights to the model, if the workflow has a `pretrain:` block.
 
-    With `resume` it goes on after its last whole epoch, or only takes the weights where none is left to run.
+    Parameters
+    ----------
+    run_folder : RunFolder
+        Files are written to its folder `pretrain`.
+    workflow : Workflow
+    model : Estimator
+        A model with a base.
+    dataset : DatasetH
+    resume : bool
+        Continue after the last complete epoch of the base. If all epochs are complete, only transfer the weights.
+    callbacks : sequence of Callback
     """
     arguments = workflow.task.pretrain
     if not isinstance(arguments, Mapping):
@@ -137,9 +156,11 @@ def pretrain(
     folder.mkdir(exist_ok=True)
     history = SaveHistory(folder)
     resume = resume and (folder / LAST).exists()
-    log.info("pre-training%s: %s", " goes on" if resume else "", folder)
+    log.info("pre-training%s: %s", " resumes" if resume else "", folder)
     run_folder.update(stage="pre-training")
-    base = model.pretrain(dataset, **arguments, callbacks=[*callbacks, history], checkpoint_dir=folder, resume=resume)
+    base = cast(Any, model).pretrain(
+        dataset, **arguments, callbacks=[*callbacks, history], checkpoint_dir=folder, resume=resume
+    )
     history.save_result(base)
     frame = base.history_
     run_folder.update(
@@ -155,19 +176,27 @@ def pretrain(
 
 
 def check_resumable(run_folder: RunFolder) -> None:
-    """Refuse a damaged checkpoint of the stage before anything in the folder changes."""
+    """Raise a CheckpointError for a damaged checkpoint of the stage, before anything in the folder changes."""
     file = run_folder / FOLDER / LAST
     if file.exists():
         checkpoint.read_tensors(file)
 
 
 def require_same_block(run_folder: RunFolder, task: Mapping[str, Any], now: dict[str, Any] | Literal[False]) -> None:
-    """A resumed run keeps the block of its own file's `task`; while the stage still runs, it may get more epochs.
+    """Check that a resumed run has its original `pretrain:` block. Until the stage ends, `n_epochs` may change.
+
+    Parameters
+    ----------
+    run_folder : RunFolder
+    task : mapping
+        Section `task` of the workflow file in the run folder.
+    now : dict or False
+        The block of the resumed run.
 
     Raises
     ------
     ConfigError
-        It differs in a way that the run can no longer follow.
+        The block has changed after the stage has begun or ended.
     """
     done = (run_folder / LAST).exists()
     if not done and not (run_folder / FOLDER / LAST).exists():
@@ -179,12 +208,12 @@ def require_same_block(run_folder: RunFolder, task: Mapping[str, Any], now: dict
     if changed or (before is False) != (now is False):
         raise ConfigError(
             f"task.pretrain: the pre-training of the run in {str(run_folder.path)!r} has {'ended' if done else 'begun'}"
-            f", so {before!r} cannot become {now!r}. Remedy: leave it as it was, or start a new run."
+            f", so {before!r} cannot become {now!r}. Remedy: restore the block, or start a new run."
         )
 
 
 def history(run_folder: RunFolder) -> tuple[pd.DataFrame, int | None] | None:
-    """History and best epoch of the stage; None if the run has no such stage."""
+    """Training history and best epoch of the stage; None if the run has no such stage."""
     done = run_folder.manifest.get("pretrain")
     if done is None:
         return None
@@ -192,21 +221,21 @@ def history(run_folder: RunFolder) -> tuple[pd.DataFrame, int | None] | None:
 
 
 def facts(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """What report and `qfast info` say of it, by heading; nothing for a model without a base."""
-    found = {}
+    """Lines of the report and of `qfast info`, by heading; empty for a model without a base."""
+    lines = {}
     done = manifest.get("pretrain")
     if done is not None:
         name, epochs = done["model"].rpartition(".")[2], done["epochs"]
-        found["Pretrained"] = f"{name}, {epochs} epochs, best {done['best_epoch']}, {done['seconds']:.1f} s of training"
+        lines["Pretrained"] = f"{name}, {epochs} epochs, best {done['best_epoch']}, {done['seconds']:.1f} s of training"
     base = manifest.get("pretrained")
     if base:
-        left = f"; left there {', '.join(base['not_taken'])}" if base["not_taken"] else ""
-        lacking = f"; lacking there {', '.join(base['absent'])}" if base["absent"] else ""
-        found["Base"] = f"{_grouped(base['taken'])} from {base['source']}{left}{lacking}"
-    return found
+        left = f"; unused: {', '.join(base['not_taken'])}" if base["not_taken"] else ""
+        lacking = f"; missing: {', '.join(base['absent'])}" if base["absent"] else ""
+        lines["Base"] = f"{_grouped(base['taken'])} from {base['source']}{left}{lacking}"
+    return lines
 
 
 def _grouped(keys: Sequence[str]) -> str:
-    """Keys of a state dict by their first part: "rnn.* (8), fc_out.* (2)"."""
+    """Group keys of a state dict by their first part: "rnn.* (8), fc_out.* (2)"."""
     parts = [key.split(".", 1)[0] for key in keys]
     return ", ".join(f"{part}.* ({parts.count(part)})" for part in dict.fromkeys(parts))

@@ -1,6 +1,6 @@
-"""What a run keeps besides its weights: scores, their analysis. Named and configured as in the reference.
+"""The records of a workflow, named and configured as in Qlib: further analysis of the scores.
 
-Scores, labels, IC and rank IC are always written; a record says how they are analysed further.
+A run always writes scores, labels, IC and rank IC. Records add to them.
 """
 
 from __future__ import annotations
@@ -29,22 +29,26 @@ MODULES = ("qlib.workflow.record_temp", "qfast.workflow.records", "qfast.workflo
 
 
 class Record:
-    """Base: adds to a segment's metrics, and says what it could not do."""
+    """Base class: adds metrics and daily series to those of a segment.
+
+    A class with a `notice` is accepted in workflow files, but not supported. The notice is logged and shown in the
+    report.
+    """
 
     notice: ClassVar[str] = ""
 
     def metrics(self, segment: SegmentResult) -> dict[str, float]:
-        """Further numbers of one segment."""
+        """Additional metrics of one segment, by name."""
         return {}
 
     def series(self, segment: SegmentResult) -> dict[str, pd.Series]:
-        """Further daily series of one segment, by name."""
+        """Additional daily series of one segment, by name."""
         return {}
 
 
 @dataclass
 class SignalRecord(Record):
-    """Scores and raw labels. `model` and `dataset` are accepted for the reference's sake."""
+    """Scores and raw labels, which a run always writes. The arguments exist for compatibility with Qlib."""
 
     model: Any = None
     dataset: Any = None
@@ -53,16 +57,25 @@ class SignalRecord(Record):
 
 @dataclass
 class SigAnaRecord(Record):
-    """IC, ICIR, rank IC, rank ICIR by segment; with `ana_long_short` also long-short returns.
+    """IC, ICIR, rank IC and rank ICIR of each segment; with `ana_long_short` also long-short returns.
 
     Parameters
     ----------
     ana_long_short : bool
-        Add return and Sharpe ratio of the best against the worst fifth, and of all instruments.
+        Add the return and Sharpe ratio of the best minus the worst fifth, and of all instruments.
     ann_scaler : float
-        Days of a year.
+        Number of trading days in a year.
     label_col : int
-        Must be 0: a model is trained on exactly one label.
+        Must be 0, because a model is trained on one label.
+    skip_existing, recorder
+        Ignored; for compatibility with Qlib.
+
+    Raises
+    ------
+    ConfigError
+        `label_col` is not 0, or `ann_scaler` is not positive.
+
+    Source: qlib/workflow/record_temp.py, SigAnaRecord.
     """
 
     ana_long_short: bool = False
@@ -73,58 +86,66 @@ class SigAnaRecord(Record):
 
     def __post_init__(self) -> None:
         if self.label_col != 0:
-            raise ConfigError(f"SigAnaRecord: label_col must be 0, the only label there is; got {self.label_col!r}.")
+            raise ConfigError(f"SigAnaRecord: label_col must be 0, the only label; got {self.label_col!r}.")
         if not self.ann_scaler > 0:
-            raise ConfigError(f"SigAnaRecord: ann_scaler, days of a year, must be positive, got {self.ann_scaler!r}.")
+            raise ConfigError(
+                f"SigAnaRecord: ann_scaler, the number of days in a year, must be positive, got {self.ann_scaler!r}."
+            )
 
     @staticmethod
     def check_arguments(kwargs: Mapping[str, Any]) -> None:
-        """Raise a ConfigError for what a workflow file cannot say."""
+        """Raise a ConfigError for invalid arguments of a workflow file."""
         SigAnaRecord(**kwargs)
 
     def metrics(self, segment: SegmentResult) -> dict[str, float]:
-        found = ic_summary(segment.ic, segment.rank_ic)
+        metrics = ic_summary(segment.ic, segment.rank_ic)
         if self.ana_long_short:
-            found |= long_short_summary(*long_short_return(segment.score, segment.label), ann_scaler=self.ann_scaler)
-        return found
+            metrics |= long_short_summary(*long_short_return(segment.score, segment.label), ann_scaler=self.ann_scaler)
+        return metrics
 
     def series(self, segment: SegmentResult) -> dict[str, pd.Series]:
-        out = {"ic": segment.ic, "rank_ic": segment.rank_ic}
+        series = {"ic": segment.ic, "rank_ic": segment.rank_ic}
         if self.ana_long_short:
-            out["long_short"], out["long_avg"] = long_short_return(segment.score, segment.label)
-        return out
+            series["long_short"], series["long_avg"] = long_short_return(segment.score, segment.label)
+        return series
 
 
 class PortAnaRecord(Record):
-    """A portfolio that follows the scores of the segment test: returns, costs, risk.
+    """Returns, costs and risk of a portfolio that trades on the scores of the segment test.
 
     Parameters
     ----------
     config : mapping, optional
-        The reference's, with "strategy" and "backtest"; see `qfast.workflow.portfolio.PortfolioPlan`.
-    risk_analysis_freq, indicator_analysis_freq : str, optional
-        Must be a day.
+        Qlib's configuration with "strategy" and "backtest", see `qfast.workflow.portfolio.PortfolioPlan`.
+    risk_analysis_freq, indicator_analysis_freq : str or list of str, optional
+        Must be "day" or "1day".
     indicator_analysis_method : str, optional
         Must be "mean".
+    skip_existing, recorder
+        Ignored; for compatibility with Qlib.
 
     Raises
     ------
     ConfigError
-        Something in the configuration that is not known or not available.
+        The configuration is invalid or not supported.
+
+    Source: qlib/workflow/record_temp.py, PortAnaRecord.
     """
 
     def __init__(
         self,
-        config: Any = None,
-        risk_analysis_freq: Any = None,
-        indicator_analysis_freq: Any = None,
+        config: Mapping[str, Any] | None = None,
+        risk_analysis_freq: object = None,
+        indicator_analysis_freq: object = None,
         indicator_analysis_method: str | None = None,
         skip_existing: bool = False,
-        recorder: Any = None,
+        recorder: object = None,
     ) -> None:
-        for name, freq in (
-            ("risk_analysis_freq", risk_analysis_freq), ("indicator_analysis_freq", indicator_analysis_freq),
-        ):  # fmt: skip
+        frequencies = {
+            "risk_analysis_freq": risk_analysis_freq,
+            "indicator_analysis_freq": indicator_analysis_freq,
+        }
+        for name, freq in frequencies.items():
             if freq not in (None, "day", "1day", ["day"], ["1day"]):
                 raise ConfigError(f"PortAnaRecord: {name} must be 'day', got {freq!r}.")
         if indicator_analysis_method not in (None, "mean"):
@@ -136,7 +157,7 @@ class PortAnaRecord(Record):
 
     @staticmethod
     def check_arguments(kwargs: Mapping[str, Any]) -> None:
-        """Raise a ConfigError for what a workflow file cannot say."""
+        """Raise a ConfigError for invalid arguments of a workflow file."""
         PortAnaRecord(**kwargs)
 
 
@@ -157,6 +178,6 @@ for _class in (SignalRecord, SigAnaRecord, PortAnaRecord):
 for _name in ("HFSignalRecord", "MultiPassPortAnaRecord", "ACRecordTemp", "MultiSegRecord"):
     RECORDS.unavailable(
         _name,
-        f"{_name} is not available in this version. Remedy: leave it out of task.record.",
+        f"{_name} is not available in qfast. Remedy: remove it from task.record, or use --engine qlib.",
         modules=("qlib.workflow.record_temp", "qlib.contrib.workflow.record_temp", "qlib.contrib.workflow"),
     )

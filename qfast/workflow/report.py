@@ -1,14 +1,15 @@
-"""The report of a run: its plots, its facts, and the page that shows them."""
+"""Write the report of a run: its plots, and a page with metrics, facts and plots."""
 
 from __future__ import annotations
 
 import shlex
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from qfast.data.protocols import HandlerDataset
 from qfast.dates import date_text
 from qfast.workflow import pretraining
 from qfast.workflow.config import dump_yaml
@@ -19,20 +20,38 @@ from qfast.workflow.portfolio import PortfolioResult
 from qfast.workflow.results import SegmentResult
 from qfast.workflow.schema import Workflow
 
+if TYPE_CHECKING:
+    from qfast.training.estimator import Estimator
+
 __all__ = ["write_report"]
 
 
 def write_report(
     run_folder: RunFolder,
     workflow: Workflow,
-    model: Any,
-    dataset: Any,
+    model: Estimator,
+    dataset: HandlerDataset,
     results: Mapping[str, SegmentResult],
-    metrics: Mapping[str, Any],
+    metrics: Mapping[str, Mapping[str, float]],
     started: float,
     portfolio: PortfolioResult | None = None,
 ) -> None:
-    """The plots and report.html; `started` (seconds since 1970) is when the run began."""
+    """Write `plots/` and `report.html`.
+
+    Parameters
+    ----------
+    run_folder : RunFolder
+    workflow : Workflow
+    model : Estimator
+    dataset : DatasetH
+    results : mapping
+        Result of `qfast.workflow.results.evaluate`.
+    metrics : mapping
+        Segment -> metric -> value.
+    started : float
+        Start of the run in seconds since 1970.
+    portfolio : PortfolioResult, optional
+    """
     shown = [r for name, r in results.items() if name != "newest"]
     before = pretraining.history(run_folder)
     plots = {} if before is None else {"pretrain_loss": loss_plot(*before, title="Pre-training: loss by epoch")}
@@ -69,12 +88,12 @@ def _last_date(score: pd.Series) -> pd.Timestamp:
     return dates.max() if len(dates) else pd.Timestamp.min
 
 
-def _intro(dataset: Any) -> str:
+def _intro(dataset: HandlerDataset) -> str:
     label = " and ".join(str(name) for name in dataset.handler.get_cols("label"))
-    chosen = " and chosen on valid" if "valid" in dataset.segments else ""
+    selection = ", and the best epoch was selected on valid" if "valid" in dataset.segments else ""
     return (
-        "On every date each instrument gets a score; a higher score predicts a higher label. The label is "
-        f"{label}. The weights were learnt on the segment train{chosen}."
+        "The model scores each instrument on every date. A higher score predicts a higher label. The label is "
+        f"{label}. The model was trained on the segment train{selection}."
     )
 
 
@@ -86,7 +105,7 @@ def _subtitle(run_folder: RunFolder) -> str:
     )
 
 
-def _facts(run_folder: RunFolder, workflow: Workflow, model: Any, started: float) -> dict[str, Any]:
+def _facts(run_folder: RunFolder, workflow: Workflow, model: Estimator, started: float) -> dict[str, object]:
     manifest = run_folder.manifest
     parameters = sum(p.numel() for p in model.network.parameters())
     history = model.history_
@@ -109,13 +128,13 @@ def _facts(run_folder: RunFolder, workflow: Workflow, model: Any, started: float
 
 
 def _stages(seconds: Mapping[str, float]) -> str:
-    return ", ".join(f"{stage} {taken:.1f}" for stage, taken in seconds.items())
+    return ", ".join(f"{stage} {wall_time:.1f}" for stage, wall_time in seconds.items())
 
 
 def _span(start: str | None, end: str | None) -> str:
-    return f"{start or 'the first date'} to {end or 'the newest date'}"
+    return f"{start or 'the first date'} to {end or 'the last date'}"
 
 
-def _tier_text(tiers: Mapping[str, Any], device: str) -> str:
+def _tier_text(tiers: Mapping[str, Mapping[str, str]], device: str) -> str:
     state = tiers.get("cuda" if device.startswith("cuda") else "cpu", {})
     return f"{state.get('tier', 'torch')} tier ({state.get('reason', 'unknown')})"
