@@ -125,7 +125,7 @@ def test_two_days_by_hand():
     )
     exchange = Exchange(open_cost=0.0, close_cost=0.5, min_cost=0.0)
     market, notes = Market.of(read_prices(frame), exchange, days[1], None)
-    assert notes == ["the prices have no (whole) column factor, so they count as adjusted: no round lots"]
+    assert notes == ["the prices have no complete column factor, so they are treated as adjusted, without round lots"]
     result = backtest(score, market, TopkDropout(2, 1, risk_degree=1.0), exchange, account=10, day_before=days[0])
     held = result.positions["amount"].unstack()
     assert held.loc[days[1]].to_dict() == pytest.approx({"A": 5.0, "B": 2.5, "C": np.nan}, nan_ok=True)
@@ -169,7 +169,7 @@ def test_nothing_is_traded_without_scores_or_prices():
     assert np.isnan(result.metrics()["1day.ffr"])
     with pytest.raises(DataError, match="no trading day from 2099"):
         Market.of(read_prices(frame), exchange, "2099-01-01", None)
-    with pytest.raises(ConfigError, match="account must be an amount of money, got 0"):
+    with pytest.raises(ConfigError, match="account must be a positive amount of money, got 0"):
         backtest(unknown, market, TopkDropout(2, 1), exchange, account=0)
 
 
@@ -203,7 +203,7 @@ def test_scores_that_are_refused():
     market, _ = Market.of(read_prices(frame), Exchange(), None, None)
     score = pd.Series(1.0, panel.index(np.arange(panel.n_rows)))
     for wrong, message in (
-        (pd.concat([score, score.iloc[:2]]), "2 row.s. whose .* occurs before, first .*2"),
+        (pd.concat([score, score.iloc[:2]]), "2 row.s. with a duplicate .*, first .*2"),
         (score.to_frame(), "must be a Series .* got a DataFrame"),
         (score.rename_axis([None, None]), "got a Series indexed by"),
     ):
@@ -219,7 +219,7 @@ def test_notes_about_the_benchmark(tmp_path):
         "backtest": {"start_time": START, "end_time": END, "account": 1e6, "benchmark": None},
     }
     result = PortfolioPlan(config).run(scores(root), handler)
-    assert result.notes == ["no benchmark was asked for: excess returns and their risk are empty"]
+    assert result.notes == ["without a benchmark, excess returns and their risk are empty"]
     config["backtest"]["benchmark"] = ["S09", "NOPE"]
     result = PortfolioPlan(config).run(scores(root), handler)
     assert result.notes == ["the prices have no NOPE: the benchmark is the mean return of the others"]
@@ -238,8 +238,8 @@ def test_risk_of_compounding_by_sums():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"strategy": {"class": "WeightStrategyBase"}}, "strategy 'WeightStrategyBase' is not available"),
-        ({"strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 5}}}, "TopkDropoutStrategy needs n_drop"),
+        ({"strategy": {"class": "WeightStrategyBase"}}, "strategy 'WeightStrategyBase' is not supported"),
+        ({"strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 5}}}, "TopkDropoutStrategy requires n_drop"),
         ({"strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 5, "n_dorp": 1}}}, "Did you mean 'n_drop'"),
         ({"strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 0, "n_drop": 1}}}, "topk must be a whole"),
         (
@@ -252,11 +252,11 @@ def test_risk_of_compounding_by_sums():
         ),
         ({"backtest": {"acount": 1}}, "Did you mean 'account'"),
         ({"backtest": {"exchange_kwargs": {"volume_threshold": 1}}}, "has no 'volume_threshold'"),
-        ({"backtest": {"exchange_kwargs": {"open_cost": -1}}}, "open_cost must be a number from 0"),
+        ({"backtest": {"exchange_kwargs": {"open_cost": -1}}}, "open_cost must be a number of at least 0"),
         ({"backtest": {"exchange_kwargs": {"limit_threshold": "x"}}}, "limit_threshold must be a number or"),
-        ({"backtest": {"account": {"cash": 5}}}, "account must be an amount of money"),
+        ({"backtest": {"account": {"cash": 5}}}, "account must be a positive amount of money"),
         ({"backtest": {"exchange_kwargs": {"deal_price": "$close +"}}}, "does not parse"),
-        ({"executor": {"class": "NestedExecutor"}}, "executor 'NestedExecutor' is not available"),
+        ({"executor": {"class": "NestedExecutor"}}, "executor 'NestedExecutor' is not supported"),
         (
             {"executor": {"class": "SimulatorExecutor", "kwargs": {"time_per_step": "30min"}}},
             "time_per_step must be 'day', got '30min'",
@@ -269,12 +269,12 @@ def test_risk_of_compounding_by_sums():
         ({"backtest": {"exchange_kwargs": {"codes": ["S01"]}}}, r"codes must be 'all', got \['S01'\]"),
         ({"backtest": {"exchange_kwargs": {"freq": "1min"}}}, "freq must be 'day', got '1min'"),
         ({"backtest": {"exchange_kwargs": {"deal_price": 3}}}, "deal_price must be a field or"),
-        ({"backtest": {"exchange_kwargs": {"trade_unit": "1"}}}, "trade_unit must be a whole number"),
+        ({"backtest": {"exchange_kwargs": {"trade_unit": "1"}}}, "trade_unit must be a positive whole number"),
         ({"backtest": {"pos_type": "InfPosition"}}, "pos_type must be 'Position', got 'InfPosition'"),
         ({"backtest": {"benchmark": 5}}, "benchmark must be an instrument, a list of them or null, got 5"),
         ({"backtest": {"start_time": "hello"}}, "start_time: expected a date .* got 'hello'"),
         ({"backtest": {"start_time": 20170101}}, "start_time: expected a date .* got the int 20170101"),
-        ({"backtest": {"start_time": "2017-02-01", "end_time": "2017-01-01"}}, "2017-02-01 lies after end_time"),
+        ({"backtest": {"start_time": "2017-02-01", "end_time": "2017-01-01"}}, "2017-02-01 is after end_time"),
         ({"strategy": {"class": "TopkDropoutStrategy", "kwargs": [1]}}, r"kwargs must be a mapping, got \[1\]"),
         (
             {"strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 5, "n_drop": 1, "risk_degree": "0.9"}}},

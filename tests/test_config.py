@@ -77,11 +77,11 @@ def test_merging_equals_qlib():
         ("a: [1\nb: 2\n", r"not YAML: line 2, column 2: while parsing a flow sequence"),
         ("a: 1\na: 2\n", r"line 2, column 1: .*duplicate key"),
         ("a: !!python/object/apply:os.system [ls]\n", r"not YAML: line 1.*could not determine a constructor"),
-        ("- 1\n", r"is a mapping with the keys \['qlib_init', 'task'\]; this one is a list"),
+        ("- 1\n", r"must be a mapping with the keys \['qlib_init', 'task'\]; this one is a list"),
         ("", r"this one is empty"),
         ("a: &x {b: *x}\n", r"the alias at 'a.b' contains itself|found undefined alias"),
         ("a: {{ b\n", r"template error on line"),
-        ("BASE_CONFIG_PATH: none.yaml\n", r"BASE_CONFIG_PATH 'none.yaml' was not found; looked at \["),
+        ("BASE_CONFIG_PATH: none.yaml\n", r"BASE_CONFIG_PATH 'none.yaml' was not found; searched \["),
         ("BASE_CONFIG_PATH: 3\n", r"BASE_CONFIG_PATH must be a path, got 3"),
     ],
 )
@@ -93,7 +93,7 @@ def test_unreadable_files_say_where(write, text, message):
 def test_missing_file_folder_and_binary(tmp_path):
     with pytest.raises(ConfigError, match=r"workflow file '.*none.yaml' does not exist \(looked in "):
         load_config(tmp_path / "none.yaml")
-    with pytest.raises(ConfigError, match=r"is a folder; give the YAML file itself"):
+    with pytest.raises(ConfigError, match=r"is a folder. Remedy: pass the YAML file"):
         load_config(tmp_path)
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00a")
     with pytest.raises(ConfigError, match=r"is not UTF-8 text"):
@@ -152,13 +152,13 @@ def test_anchors_of_a_base_file_stay_shared_unless_overridden(write):
     ("text", "message"),
     [
         ("n_epochs=3", r"no 'n_epochs' at the top level; .* Did you mean 'task.model.kwargs.n_epochs'\?"),
-        ("task.modle.kwargs.lr=1", r"no 'modle' at 'task'; known there: .* Did you mean 'task.model'\?"),
+        ("task.modle.kwargs.lr=1", r"no 'modle' at 'task'; known: .* Did you mean 'task.model'\?"),
         (
             "task.dataset.kwargs.segments.train.7=1",
             r"is a list of 2, so the next part must be a position from 0 to 1, got '7'",
         ),
         ("task.dataset.kwargs.segments.train.x=1", r"a position from 0 to 1, got 'x'"),
-        ("experiment_name.x=1", r"'experiment_name' is the value 'small' and has nothing below it"),
+        ("experiment_name.x=1", r"'experiment_name' is the value 'small', which has no items"),
         ("task.model.kwargs.lr", r"expected key=value"),
         ("=3", r"expected key=value"),
         ("task.model.kwargs.lr={", r"the value '\{' is not YAML"),
@@ -253,7 +253,7 @@ def test_all_problems_come_at_once_with_their_paths(write):
         "Did you mean 'n_epochs'?",
         "task.model.kwargs.hidden_size: expected a valid integer",
         "got 'abc'",
-        "task.dataset.kwargs.segments.valid: the start 2020-02-20 lies after the end 2020-02-06",
+        "task.dataset.kwargs.segments.valid: the start 2020-02-20 is after the end 2020-02-06",
         "task.dataset.kwargs.segments.test: expected a date such as 2016-12-31",
         "infer_processors.0.class: unknown processor class 'RobustZScoreNrom'",
         "Did you mean 'RobustZScoreNorm'?",
@@ -276,7 +276,10 @@ def test_all_problems_come_at_once_with_their_paths(write):
         (["task.model.class=LocalformerModel", model_path("gru")], r"model 'LocalformerModel' is not registered under"),
         (["task.model.class=Transformer", model_path("transformer")], r"unknown model class 'Transformer'"),
         (["task.record.0.class=HFSignalRecord"], r"0.class: HFSignalRecord is not available in qfast"),
-        (["task.dataset.kwargs.handler=file://handler.pkl"], r"pickled objects are not read, got 'file://handler.pkl'"),
+        (
+            ["task.dataset.kwargs.handler=file://handler.pkl"],
+            r"pickled objects are not supported, got 'file://handler.pkl'",
+        ),
         (["task.model.kwargs=5"], r"task.model.kwargs: expected a mapping, got 5"),
         (["task.dataset.kwargs.segments={}"], r"segments: there is no 'train', only \[\]"),
         (["task.dataset.kwargs.segments={trian: [2020-01-01, 2020-02-01]}"], r"there is no 'train', only \['trian'\]"),
@@ -297,7 +300,7 @@ def test_each_wrong_value_is_refused_by_name(write, sets, message):
 
 
 def test_misspelt_keys_are_reported(write):
-    with pytest.raises(ConfigError, match=r"task: is missing. Did you mean to write it where 'taks' stands\?"):
+    with pytest.raises(ConfigError, match=r"task: is missing. Did you mean to write it instead of 'taks'\?"):
         checked(write("taks: {}\n"))
     text = TEXT.replace("    module_path: qlib.contrib.model.pytorch_lstm\n", "    modul_path: x\n")
     with pytest.raises(ConfigError, match=r"task.model.modul_path: unknown key; .* Did you mean 'module_path'\?"):
@@ -318,13 +321,13 @@ def test_sys_is_accepted_but_not_obeyed(write, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "qfast"):
         checked(write(TEXT + f"sys: {{path: [{tmp_path}], rel_path: .}}\n"))
     assert sys.path == before
-    assert "is not put on the module search path" in caplog.text
+    assert "is not added to the module search path" in caplog.text
 
 
 def test_fitting_beyond_the_training_segment_is_warned_of(write, caplog):
     with caplog.at_level(logging.WARNING, "qfast"):
         checked(write(TEXT), "task.dataset.kwargs.handler.kwargs.fit_end_time=2020-03-01")
-    assert "fit_end_time 2020-03-01 lies after the end of the train segment 2020-02-05" in caplog.text
+    assert "fit_end_time 2020-03-01 is after the end of the train segment 2020-02-05" in caplog.text
 
 
 def test_values_get_the_declared_type(write):

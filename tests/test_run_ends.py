@@ -77,7 +77,9 @@ def test_a_frame_in_memory_must_be_passed_again(case, tmp_path, monkeypatch, cap
 def test_a_folder_without_a_config_is_not_a_run(tmp_path):
     folder = RunFolder.create(tmp_path / "r", "x")
     assert "--resume" not in folder.resume_hint()
-    with pytest.raises(ConfigError, match=r"has no config.yaml: it ended before config.yaml was written, .* start it"):
+    with pytest.raises(
+        ConfigError, match=r"has no config.yaml: it ended before config.yaml was written, .* start a new run"
+    ):
         run(resume=folder.path)
 
 

@@ -124,7 +124,7 @@ def test_report_and_history(case):
 def test_a_backtest_without_prices_is_skipped_and_logged(case, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "qfast"):
         run(case[0], case[1], ["task.model.kwargs.n_epochs=1"], output=tmp_path / "r")
-    assert "was skipped: the backtest needs prices, and DataHandlerLP has none" in caplog.text
+    assert "was skipped: the backtest needs prices, but DataHandlerLP has none" in caplog.text
     assert not (tmp_path / "r" / "portfolio_analysis").exists()
 
 

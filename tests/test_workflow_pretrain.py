@@ -277,7 +277,7 @@ def test_a_resumed_run_keeps_its_block_but_may_pretrain_longer(case, files, tmp_
     [
         ([*GATS, "task.pretrain={n_epoch: 3}"], r"task.pretrain.n_epoch: LSTM has no .* Did you mean 'n_epochs'\?"),
         ([*GATS, "task.pretrain={n_epochs: many}"], r"task.pretrain.n_epochs: expected a valid integer.* got 'many'"),
-        ([*GATS, "task.pretrain={hidden_size: 8}"], r"task.pretrain.hidden_size: .* the model's own"),
+        ([*GATS, "task.pretrain={hidden_size: 8}"], r"task.pretrain.hidden_size: .* the value of the model"),
         ([*GATS, "task.pretrain=null"], r"task.pretrain: expected a mapping .* write \{\} for its own defaults"),
         ([*GATS, "task.pretrain=[3]"], r"task.pretrain: expected a mapping .* got \[3\]"),
         (["task.pretrain={}"], r"task.pretrain: LSTM has no base model to pre-train, only \['GATs'\] have. Remedy"),

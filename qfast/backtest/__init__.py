@@ -1,8 +1,10 @@
-"""A portfolio that follows scores: Qlib's daily TopkDropout simulation, over arrays of all instruments.
+"""Simulate a portfolio that trades on daily scores, as Qlib's TopkDropout backtest does.
 
-Every evening the best instruments that are not held replace the worst that are; orders of a day are filled at that
-day's prices, with costs, price limits, suspensions and round lots. The state is one array per quantity over all
-instruments; only a day's few orders are gone through one by one, because each of them changes the cash.
+The scores of a day determine the orders of the next: the best instruments outside the portfolio replace the worst
+inside. Orders are filled at the prices of their day, with costs, price limits, suspensions and round lots.
+
+The state of the simulation is one array per quantity over all instruments. Only the few orders of a day are processed
+one by one, because each of them changes the cash.
 """
 
 from qfast.backtest.exchange import LIMITS, LOTS, MARKET_FIELDS, Exchange

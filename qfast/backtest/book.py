@@ -1,4 +1,4 @@
-"""Cash and holdings of a simulated account, and the record of each day."""
+"""Cash and positions of a simulated account, and the rows that each day adds to the tables of the backtest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qfast.backtest.result import Backtest
 
 __all__ = ["Book"]
 
-NOTHING = 1e-5  # a trade of a smaller value is none
+SMALLEST_TRADE = 1e-5  # trades of a smaller value are ignored
 
 
 class ReportRow(NamedTuple):
@@ -53,8 +53,30 @@ class HoldingRows(NamedTuple):
     count_day: np.ndarray
 
 
+class Fill(NamedTuple):
+    """The filled part of an order: shares (negative for a sale), their value, and the cost of the trade."""
+
+    shares: float
+    value: float
+    cost: float
+
+
+NO_FILL = Fill(0.0, 0.0, 0.0)
+
+
 class Book:
-    """Cash, holdings and what is recorded of them."""
+    """Cash and positions, and their records.
+
+    Attributes
+    ----------
+    cash : float
+    amount, price : ndarray
+        float64 [N]: shares in the portfolio, and their last price.
+    count : ndarray
+        int64 [N]: days since the purchase.
+    cost, turnover : float
+        Cumulative costs and traded value.
+    """
 
     def __init__(self, market: Market, exchange: Exchange, account: float) -> None:
         self.market, self.exchange, self.account = market, exchange, account
@@ -68,29 +90,38 @@ class Book:
         self._holdings: list[HoldingRows] = []
 
     def tradable(self, day: int, side: str | None) -> np.ndarray:
-        """bool [N]: what can be bought or sold that day; None: both."""
+        """bool [N]: instruments that can be traded on a side, "buy" or "sell"; None: on both sides."""
         market = self.market
         blocked = {"buy": market.no_buying[day], "sell": market.no_selling[day]}
         return ~(blocked[side] if side else blocked["buy"] | blocked["sell"])
 
     def rounded(self, day: int, i: int, amount: float) -> float:
-        """Shares in whole lots."""
+        """Round a number of shares down to whole lots."""
         factor, unit = self.market.factor, self.exchange.trade_unit
         if factor is None or unit is None or not np.isfinite(amount):
             return float(amount)
         return float((amount * factor[day, i] + 0.1) // unit * unit / factor[day, i])
 
-    def filled(self, day: int, i: int, amount: float, cash: float) -> tuple[float, float, float]:
-        """(shares, value, cost) of an order's filled part; a sale's shares are negative."""
+    def filled(self, day: int, i: int, amount: float, cash: float) -> Fill:
+        """The part of an order that can be filled with `cash`.
+
+        Parameters
+        ----------
+        day, i : int
+            Positions of the day and of the instrument in the market.
+        amount : float
+            Shares; negative for a sale.
+        cash : float
+        """
         rules, selling = self.exchange, amount < 0
         blocked = self.market.no_selling if selling else self.market.no_buying
         if blocked[day, i]:
-            return 0.0, 0.0, 0.0
+            return NO_FILL
         price = float((self.market.sell_price if selling else self.market.buy_price)[day, i])
         shares = abs(amount)
-        everything = self.market.volume[day, i] * price
-        share = 1.0 if not everything > 0 else (shares * price / everything) ** 2
-        ratio = (rules.close_cost if selling else rules.open_cost) + rules.impact_cost * share
+        traded = self.market.volume[day, i] * price  # by everyone
+        impact = 1.0 if not traded > 0 else (shares * price / traded) ** 2
+        ratio = (rules.close_cost if selling else rules.open_cost) + rules.impact_cost * impact
         value = shares * price
         cost = max(value * ratio, rules.min_cost)
         if selling:
@@ -105,18 +136,18 @@ class Book:
         else:
             shares = self.rounded(day, i, shares)
         value = shares * price
-        if not NOTHING < value < math.inf:  # nor NaN: one price that is none must not spoil the account
-            return 0.0, 0.0, 0.0
-        return math.copysign(shares, amount), value, max(value * ratio, rules.min_cost)
+        if not SMALLEST_TRADE < value < math.inf:  # NaN is not, either: one missing price must not spoil the account
+            return NO_FILL
+        return Fill(math.copysign(shares, amount), value, max(value * ratio, rules.min_cost))
 
     def trade(self, day: int, orders: Sequence[tuple[int, float]]) -> None:
-        """Fill a day's orders, take over its closing prices, write down how things stand."""
+        """Fill the orders of a day, update prices to its close, and record the day."""
         before = self._report[-1].account if self._report else self.account
         costs = values = shares = 0.0
         filled = []
-        for i, wanted in orders:
-            dealt, value, cost = self.filled(day, i, wanted, self.cash)
-            filled.append(dealt / wanted if wanted else math.nan)
+        for i, amount in orders:
+            dealt, value, cost = self.filled(day, i, amount, self.cash)
+            filled.append(dealt / amount if amount else math.nan)
             shares += abs(dealt)
             values += value
             if not value:
@@ -127,8 +158,8 @@ class Book:
             self.price[i] = (self.market.sell_price if dealt < 0 else self.market.buy_price)[day, i]
             self.count[i] = 0
         held = self.amount > 0
-        known = held & ~np.isnan(self.market.close[day])
-        self.price[known] = self.market.close[day, known]
+        priced = held & ~np.isnan(self.market.close[day])
+        self.price[priced] = self.market.close[day, priced]
         self.count[held] += 1
         self.cost += costs
         self.turnover += values

@@ -1,46 +1,49 @@
-"""Rules of trading: prices, costs, limits, round lots."""
+"""The rules of trading: deal prices, costs, price limits, round lots."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeGuard
 
 from qfast.data.expression import fields
 from qfast.errors import ConfigError
 
 __all__ = ["LIMITS", "LOTS", "MARKET_FIELDS", "Exchange", "is_number", "is_pair_of_texts"]
 
-LOTS = {"cn": 100, "us": 1, "tw": 1000}  # shares of a round lot, by the reference's regions
+LOTS = {"cn": 100, "us": 1, "tw": 1000}  # shares of a round lot by Qlib's region
 LIMITS = {"cn": 0.095, "us": None, "tw": 0.1}
 MARKET_FIELDS = ("close", "volume", "change", "factor")
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """Prices and rules of trading.
+    """Deal prices and rules of trading.
 
     Parameters
     ----------
     deal_price : str or (buy, sell)
-        Field or expression; "close" is "$close".
+        A price field or an expression. "close" means "$close".
     limit_threshold : float, None or (buy, sell)
-        A day's change from which nothing is bought (or, downwards, sold); None: no limit; two expressions: true where
-        buying, and where selling, is impossible.
+        Number: instruments whose daily change is at least this value cannot be bought, and those whose change is at
+        most minus this value cannot be sold. None: no limit. Two expressions: true where buying, and where selling, is
+        impossible.
     open_cost, close_cost : float
-        Shares of a purchase and of a sale.
+        Costs of a purchase and of a sale as fractions of their value.
     min_cost : float
-        Of a trade, in money.
+        Smallest cost of a trade, in money.
     impact_cost : float
-        Times the squared share of the day's volume, added to the cost ratio.
+        Market impact: this value times (trade value / value traded that day)^2 is added to the cost ratio.
     trade_unit : int or None
-        Shares of a round lot, used where the prices have a factor; None: none.
+        Shares of a round lot, which applies if the prices have a factor. None: no round lots.
 
     Raises
     ------
     ConfigError
-        A negative cost, a threshold or lot that is no number.
+        A cost is negative, or a price, limit or lot has another type.
+
+    Source: Exchange of pyqlib 0.9.7, qlib/backtest/exchange.py.
     """
 
     deal_price: str | Sequence[str] = "close"
@@ -55,7 +58,7 @@ class Exchange:
         for name in ("open_cost", "close_cost", "min_cost", "impact_cost"):
             value = getattr(self, name)
             if not is_number(value) or not 0 <= value < math.inf:
-                raise ConfigError(f"exchange: {name} must be a number from 0, got {value!r}.")
+                raise ConfigError(f"exchange: {name} must be a number of at least 0, got {value!r}.")
         pair = (self.deal_price, self.deal_price) if isinstance(self.deal_price, str) else self.deal_price
         if not is_pair_of_texts(pair):
             raise ConfigError(f"exchange: deal_price must be a field or (buy, sell), got {self.deal_price!r}.")
@@ -63,16 +66,16 @@ class Exchange:
         if limit is not None and not is_number(limit) and not is_pair_of_texts(limit):
             raise ConfigError(f"exchange: limit_threshold must be a number or (buy, sell), got {limit!r}.")
         if self.trade_unit is not None and not (is_number(self.trade_unit) and self.trade_unit > 0):
-            raise ConfigError(f"exchange: trade_unit must be a whole number from 1 or None, got {self.trade_unit!r}.")
+            raise ConfigError(f"exchange: trade_unit must be a positive whole number or None, got {self.trade_unit!r}.")
 
     def deal_texts(self) -> tuple[str, str]:
-        """Expressions of the buying and the selling price."""
+        """Expressions of the buying price and of the selling price."""
         pair = (self.deal_price, self.deal_price) if isinstance(self.deal_price, str) else tuple(self.deal_price)
         buy, sell = (text if "$" in text else f"${text}" for text in pair)
         return buy, sell
 
     def limit_texts(self) -> list[str]:
-        """Expressions of the limits, where they are given so."""
+        """Expressions of the limits; empty if `limit_threshold` is a number or None."""
         if self.limit_threshold is None or isinstance(self.limit_threshold, (int, float)):
             return []
         return list(self.limit_threshold)
@@ -83,9 +86,11 @@ class Exchange:
         return list(dict.fromkeys([*MARKET_FIELDS, *(field for text in texts for field in fields(text))]))
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
+    """True for an int or a float, but not for a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def is_pair_of_texts(value: Any) -> bool:
+def is_pair_of_texts(value: object) -> bool:
+    """True for a list or tuple of two strings."""
     return isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(part, str) for part in value)

@@ -10,21 +10,22 @@ import pandas as pd
 
 __all__ = ["YEAR", "Backtest", "risk_analysis"]
 
-YEAR = 238  # trading days, the reference's
+YEAR = 238  # trading days in a year, as in Qlib
 
 
 @dataclass(frozen=True)
 class Backtest:
-    """What a simulation gives.
+    """The tables of a simulation.
 
     Attributes
     ----------
     report : DataFrame
-        By day: account, return (before costs), total_turnover, turnover, total_cost, cost, value, cash, bench.
+        Columns by day: account, return (before costs), total_turnover, turnover, total_cost, cost, value, cash, bench.
+        Turnover and cost are fractions of the account of the day before, the totals are in money.
     positions : DataFrame
-        By (datetime, instrument), at the end of the day: amount, price, weight, count_day.
+        Columns by (datetime, instrument), at the end of the day: amount, price, weight, count_day.
     indicators : DataFrame
-        By day: ffr (share of the orders' amounts that was filled), pa, pos, deal_amount, value, count.
+        Columns by day: ffr (mean filled fraction of the orders), pa, pos, deal_amount, value, count.
     """
 
     report: pd.DataFrame
@@ -32,7 +33,7 @@ class Backtest:
     indicators: pd.DataFrame
 
     def risk(self) -> pd.DataFrame:
-        """Risk of the excess return over the benchmark, without and with costs; (analysis, measure) by "risk"."""
+        """Risk of the excess return over the benchmark, with and without costs: "risk" by (analysis, measure)."""
         excess = self.report["return"] - self.report["bench"]
         return pd.concat(
             {
@@ -42,36 +43,34 @@ class Backtest:
         )
 
     def orders(self) -> pd.DataFrame:
-        """Means of ffr, pa and pos over all orders; column "value"."""
+        """Means of ffr, pa and pos over all orders: column "value"."""
         weight = self.indicators["count"]
         parts = self.indicators[["ffr", "pa", "pos"]].mul(weight, axis=0).sum() / weight.sum()
         return parts.to_frame("value")
 
     def metrics(self) -> dict[str, float]:
-        """The numbers above under the reference's names, "1day.excess_return_with_cost.information_ratio", ..."""
+        """`risk` and `orders` under Qlib's names, for example "1day.excess_return_with_cost.information_ratio"."""
         risk, orders = self.risk()["risk"], self.orders()["value"]
-        found = {f"1day.{'.'.join(key)}": float(value) for key, value in zip(risk.index, risk, strict=True)}
-        return found | {f"1day.{name}": float(value) for name, value in orders.items()}
+        metrics = {f"1day.{'.'.join(key)}": float(value) for key, value in zip(risk.index, risk, strict=True)}
+        return metrics | {f"1day.{name}": float(value) for name, value in orders.items()}
 
 
 def risk_analysis(returns: pd.Series, year: int = YEAR) -> pd.DataFrame:
-    """Mean, deviation, annualised return, information ratio and largest drawdown of daily returns, added up.
+    """Mean, standard deviation, annualized return, information ratio and maximum drawdown of daily returns.
 
     Parameters
     ----------
     returns : Series
-        Daily, not compounded.
+        Daily returns. They are summed, not compounded.
     year : int
-        Days of a year.
+        Number of trading days in a year.
 
     Returns
     -------
     DataFrame
-        One column "risk".
+        Column "risk", indexed by measure.
 
-    Source
-    ------
-    risk_analysis of pyqlib 0.9.7, qlib/contrib/evaluate.py, mode "sum".
+    Source: risk_analysis of pyqlib 0.9.7, qlib/contrib/evaluate.py, mode "sum".
 
     Examples
     --------
@@ -83,7 +82,10 @@ def risk_analysis(returns: pd.Series, year: int = YEAR) -> pd.DataFrame:
     with np.errstate(all="ignore"):
         ratio = mean / deviation * math.sqrt(year)
     values = {
-        "mean": mean, "std": deviation, "annualized_return": mean * year, "information_ratio": ratio,
+        "mean": mean,
+        "std": deviation,
+        "annualized_return": mean * year,
+        "information_ratio": ratio,
         "max_drawdown": (total - total.cummax()).min(),
-    }  # fmt: skip
+    }
     return pd.Series(values).to_frame("risk")

@@ -1,10 +1,9 @@
-"""The daily simulation: scores of one day become orders of the next."""
+"""The daily simulation: the scores of a day determine the orders of the next day."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,34 +28,32 @@ def backtest(
     benchmark: pd.Series | None = None,
     day_before: pd.Timestamp | None = None,
 ) -> Backtest:
-    """Trade on scores: those of one day are acted on the next.
+    """Simulate trading on daily scores. The scores of a day determine the orders of the next day.
 
     Parameters
     ----------
     score : Series
-        By (datetime, instrument), in any order; higher is better.
+        Indexed by (datetime, instrument), in any order. Higher is better.
     market : Market
-        The days traded.
+        Prices of the trading days.
     strategy : TopkDropout
     exchange : Exchange
     account : float
-        Money at the start.
+        Initial amount of money.
     benchmark : Series, optional
-        Daily return by day; days it has not count as 0. None: no benchmark, NaN.
+        Daily returns by day. Missing days count as 0. Without a benchmark, its column is NaN.
     day_before : Timestamp, optional
-        The trading day before the first, whose scores are used on it.
+        The trading day before the first one, whose scores determine the first orders.
 
     Raises
     ------
     ConfigError
-        No money.
+        `account` is not a positive number.
     DataError
-        Not one day of the market follows a day with scores; scores that are no Series by (datetime, instrument), or
-        two of one instrument on one day.
+        No trading day follows a day with scores, `score` is not a Series indexed by (datetime, instrument), or its
+        index contains duplicates.
 
-    Source
-    ------
-    The daily backtest of pyqlib 0.9.7: TopkDropoutStrategy, SimulatorExecutor, Exchange, Account.
+    Source: the daily backtest of pyqlib 0.9.7, TopkDropoutStrategy, SimulatorExecutor, Exchange and Account.
     """
     check_account(account)
     signals = _signals(score, market, day_before)
@@ -71,36 +68,36 @@ def backtest(
     return book.result(benchmark)
 
 
-def check_account(account: Any) -> None:
-    """Raise a ConfigError for what is no amount of money."""
+def check_account(account: object) -> None:
+    """Raise a ConfigError if `account` is not a positive finite number."""
     if not is_number(account) or not 0 < account < math.inf:
-        raise ConfigError(f"backtest: account must be an amount of money, got {shown(account)}.")
+        raise ConfigError(f"backtest: account must be a positive amount of money, got {shown(account)}.")
 
 
 def _signals(score: pd.Series, market: Market, day_before: pd.Timestamp | None) -> list[np.ndarray | None]:
-    """For each day the scores of the day before, [2, n]: instrument codes and values; None where there are none."""
+    """For each day, the scores of the day before, float64 [2, n]: instrument codes and values. None without scores."""
     if not isinstance(score, pd.Series) or not {"datetime", "instrument"} <= set(score.index.names):
         raise DataError(
-            f"backtest: score must be a Series by (datetime, instrument), got a {type(score).__name__}"
+            f"backtest: score must be a Series indexed by (datetime, instrument), got a {type(score).__name__}"
             + (f" indexed by {list(score.index.names)}." if isinstance(score, (pd.Series, pd.DataFrame)) else ".")
         )
-    twice = score.index.duplicated()
-    if twice.any():
+    duplicate = score.index.duplicated()
+    if duplicate.any():
         raise DataError(
-            f"backtest: score has {int(twice.sum())} row(s) whose (datetime, instrument) occurs before, first "
-            f"{tuple(map(str, score.index[int(np.argmax(twice))]))}. Remedy: score[~score.index.duplicated()]."
+            f"backtest: score has {int(duplicate.sum())} row(s) with a duplicate (datetime, instrument), first "
+            f"{tuple(map(str, score.index[int(np.argmax(duplicate))]))}. Remedy: score[~score.index.duplicated()]."
         )
     days = score.index.get_level_values("datetime")
-    place = pd.Index(market.instruments).get_indexer(score.index.get_level_values("instrument"))
+    position = pd.Index(market.instruments).get_indexer(score.index.get_level_values("instrument"))
     values = score.to_numpy(dtype=np.float64)
     before = [day_before, *market.days[:-1]]
     codes = pd.DatetimeIndex([d for d in before if d is not None]).get_indexer(days)
-    out: list[np.ndarray | None] = [] if day_before is not None else [None]
-    # An instrument without prices cannot be traded, but it takes its rank all the same: codes from N on.
-    place = np.where(place < 0, len(market.instruments) + np.cumsum(place < 0), place)
-    order = np.lexsort((place, codes))
-    bounds = np.searchsorted(codes[order], np.arange(len(before) - len(out) + 1))
+    signals: list[np.ndarray | None] = [] if day_before is not None else [None]
+    # An instrument without prices cannot be traded, but it has a rank. Its code is at least N.
+    position = np.where(position < 0, len(market.instruments) + np.cumsum(position < 0), position)
+    order = np.lexsort((position, codes))
+    bounds = np.searchsorted(codes[order], np.arange(len(before) - len(signals) + 1))
     for low, high in itertools.pairwise(bounds):
-        some = order[low:high]
-        out.append(np.array([place[some], values[some]]) if len(some) else None)
-    return out
+        rows = order[low:high]
+        signals.append(np.array([position[rows], values[rows]]) if len(rows) else None)
+    return signals

@@ -1,4 +1,4 @@
-"""The TopkDropout strategy: which instruments a day's scores buy and sell."""
+"""The TopkDropout strategy: which instruments to buy and sell on the scores of a day."""
 
 from __future__ import annotations
 
@@ -17,24 +17,28 @@ __all__ = ["TopkDropout", "orders_of_day"]
 
 @dataclass(frozen=True)
 class TopkDropout:
-    """Hold `topk` instruments and replace up to `n_drop` of them a day.
+    """Keep `topk` instruments in the portfolio and replace up to `n_drop` of them each day.
 
     Parameters
     ----------
-    topk, n_drop : int
+    topk : int
+        Number of instruments in the portfolio, at least 1.
+    n_drop : int
+        Largest number of instruments to replace in a day, at least 0.
     hold_thresh : int
-        Days that an instrument is held at least.
+        Smallest number of days between the purchase and the sale of an instrument.
     only_tradable : bool
-        Rank only what can be traded that day.
+        Rank only instruments that can be traded that day.
     forbid_all_trade_at_limit : bool
-        At a limit neither buy nor sell; otherwise only not in the limit's direction.
+        True: neither buy nor sell an instrument at its price limit. False: only trades in the direction of the limit
+        are impossible.
     risk_degree : float
-        Share of the cash that is spent.
+        Fraction of the cash to spend, in (0, 1].
 
     Raises
     ------
     ConfigError
-        Numbers that make no sense.
+        An argument is out of range or has another type.
 
     Source
     ------
@@ -52,7 +56,9 @@ class TopkDropout:
         for name, least in (("topk", 1), ("n_drop", 0), ("hold_thresh", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(f"TopkDropoutStrategy: {name} must be a whole number from {least}, got {value!r}.")
+                raise ConfigError(
+                    f"TopkDropoutStrategy: {name} must be a whole number of at least {least}, got {value!r}."
+                )
         for name in ("only_tradable", "forbid_all_trade_at_limit"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"TopkDropoutStrategy: {name} must be true or false, got {getattr(self, name)!r}.")
@@ -61,14 +67,30 @@ class TopkDropout:
 
 
 def orders_of_day(book: Book, day: int, signal: np.ndarray, strategy: TopkDropout) -> list[tuple[int, float]]:
-    """A day's orders, sales first: (instrument, shares), negative for a sale."""
+    """The orders of a day, sales first.
+
+    Parameters
+    ----------
+    book : Book
+        Cash and positions before the orders.
+    day : int
+        Position of the day in the market.
+    signal : ndarray
+        float64 [2, n]: instrument codes and their scores.
+    strategy : TopkDropout
+
+    Returns
+    -------
+    list of (int, float)
+        Instrument code and number of shares, which is negative for a sale.
+    """
     codes, scores = signal[0].astype(np.int64), signal[1]
     held = np.flatnonzero(book.amount > 0)
     score_of = dict(zip(codes.tolist(), scores.tolist(), strict=True))
     tradable = book.tradable(day, None)
 
     def can_be_traded(some: np.ndarray) -> np.ndarray:
-        inside = some < len(tradable)
+        inside = some < len(tradable)  # codes from N on have no prices
         return inside & tradable[np.where(inside, some, 0)]
 
     last = _ranked(held, score_of)
@@ -89,8 +111,8 @@ def orders_of_day(book: Book, day: int, signal: np.ndarray, strategy: TopkDropou
     sold = [i for i in sorted(sell.tolist()) if may_sell[i] and book.count[i] >= strategy.hold_thresh]
     cash = book.cash
     for i in sold:
-        _, value, cost = book.filled(day, i, -book.amount[i], cash)
-        cash += value - cost
+        fill = book.filled(day, i, -book.amount[i], cash)
+        cash += fill.value - fill.cost
     each = cash * strategy.risk_degree / len(buy) if len(buy) else 0.0
     bought = [
         (i, book.rounded(day, i, each / book.market.buy_price[day, i]))
@@ -101,7 +123,7 @@ def orders_of_day(book: Book, day: int, signal: np.ndarray, strategy: TopkDropou
 
 
 def _ranked(codes: np.ndarray, score_of: Mapping[int, float]) -> np.ndarray:
-    """Codes from the best score to the worst; without a score last, equal ones in the order of their names."""
+    """Sort codes by descending score. Codes without a score are last, and ties are in the order of their names."""
     codes = np.sort(codes)
     scores = np.array([score_of.get(int(code), math.nan) for code in codes])
     return codes[np.argsort(-scores, kind="stable")]

@@ -1,8 +1,8 @@
-"""Reading a workflow file: the reference's YAML, its templates, its base files, and `--set` on top.
+"""Read a workflow file in Qlib's YAML format: templates, base files and `--set`.
 
-The text is rendered by Jinja2 with environment variables, read as YAML 1.2 (so that `lr: 1e-3` is a
-number and `yes` is text), merged over `BASE_CONFIG_PATH`, and changed by `--set key=value`. What comes
-out is plain data; `qfast.workflow.schema` checks it and nothing in it is ever imported or executed.
+Jinja2 renders the text with environment variables. The result is parsed as YAML 1.2 (`lr: 1e-3` is a number, `yes` is a
+string), merged over the file that `BASE_CONFIG_PATH` names, and changed by `--set key=value`. The output is plain data.
+`qfast.workflow.validation` checks it. Nothing in it is imported or executed.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class LoadedConfig:
     Attributes
     ----------
     values : dict
-        Rendered, merged and changed by `--set`.
+        The content after rendering, merging and `--set`.
     path : Path
-        The file it was read from.
+        The workflow file.
     """
 
     values: dict[str, Any]
@@ -62,18 +62,21 @@ def load_config(path: str | os.PathLike[str], sets: Sequence[str] = ()) -> Loade
     Parameters
     ----------
     path : path
-        The reference's YAML format. `{{ NAME }}` is replaced by the environment variable NAME (nothing
-        else is in reach of the template). `BASE_CONFIG_PATH` names a file, looked up from the working
-        directory and then from the workflow file's folder, that this one is merged over; the base
-        itself is neither rendered nor given a base of its own.
+        A file in Qlib's YAML format. `{{ NAME }}` is replaced by the environment variable NAME; templates can access
+        nothing else. `BASE_CONFIG_PATH` names a base file that this file is merged over. It is searched in the working
+        directory, then in the folder of the workflow file. Base files are not rendered and cannot have a base.
     sets : sequence of str
-        `"a.b.0.c=value"`, see `apply_set`; done in order, after the merge.
+        Changes `"a.b.0.c=value"`, see `apply_set`. They are applied in order after the merge.
+
+    Returns
+    -------
+    LoadedConfig
 
     Raises
     ------
     ConfigError
-        No such file, not UTF-8 text, a template or YAML error (with line and column), a document that is
-        not a mapping, a base file that is not found, a bad `--set`.
+        The file does not exist, is not UTF-8 text, or is not a mapping; a template or YAML error (with line and
+        column); a missing base file; or an invalid `--set`.
 
     Source: qlib/cli/run.py, qlib/utils/data.py (update_config).
 
@@ -98,33 +101,46 @@ def load_config(path: str | os.PathLike[str], sets: Sequence[str] = ()) -> Loade
 
 
 def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` merged into a copy of `base`: mappings key by key, anything else replaced.
+    """Merge `over` into a copy of `base`. Mappings are merged by key, and all other values are replaced.
 
-    The value `__DROP__` removes the key. Parts of `base` that one alias shares are one object in the
-    result as well, except along the keys that `over` changes.
+    The value `__DROP__` removes a key. Aliases of one YAML anchor in `base` remain one object in the result, except
+    along the keys that `over` changes.
+
+    Parameters
+    ----------
+    base, over : mapping
+        Not modified.
 
     Examples
     --------
     >>> deep_merge({"a": {"x": 1, "y": 2}, "b": 3}, {"a": {"x": 9, "y": "__DROP__"}})
     {'a': {'x': 9}, 'b': 3}
     """
-    out = copy.deepcopy(dict(base))
+    merged = copy.deepcopy(dict(base))
     for key, value in over.items():
         if isinstance(value, str) and value == DROP:
-            out.pop(key, None)
-        elif isinstance(out.get(key), dict) and isinstance(value, dict):
-            out[key] = deep_merge(out[key], value)
+            merged.pop(key, None)
+        elif isinstance(merged.get(key), dict) and isinstance(value, dict):
+            merged[key] = deep_merge(merged[key], value)
         else:
-            out[key] = value
-    return out
+            merged[key] = value
+    return merged
 
 
-def fill_placeholders(item: Any, objects: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
-    """A copy of `item` with placeholder texts replaced; nothing is changed in place.
+def fill_placeholders(item: object, objects: Mapping[str, object], config: Mapping[str, object]) -> Any:
+    """Copy plain data with placeholder strings replaced.
 
-    A text equal to a key of `objects` ("<MODEL>", "<DATASET>", "<PRED>") becomes that object. A text that
-    begins with "<a.b.0>" becomes that item of `config`; one that leads nowhere stays as it is, with a log
-    line. Text that only contains a placeholder further on is left alone.
+    A string equal to a key of `objects` is replaced by that object. A string that begins with "<a.b.0>" is replaced by
+    that item of `config`. If there is no such item, the string is unchanged and a message is logged. Placeholders at
+    other positions of a string are not replaced.
+
+    Parameters
+    ----------
+    item : dict, list, str or any other value
+        Not modified.
+    objects : mapping
+        Values of "<MODEL>", "<DATASET>" and "<PRED>".
+    config : mapping
 
     Source: qlib/utils/__init__.py, fill_placeholder.
 
@@ -144,18 +160,18 @@ def fill_placeholders(item: Any, objects: Mapping[str, Any], config: Mapping[str
     match = re.match(r"<([^<>]+)>", item)
     if match is None:
         return item
-    found: Any = config
+    value: Any = config
     try:
         for part in match[1].split("."):
-            found = found[int(part)] if isinstance(found, list) else found[part]
+            value = value[int(part)] if isinstance(value, list) else value[part]
     except (KeyError, ValueError, IndexError, TypeError):
-        log.info("%s looks like a placeholder, but the configuration has no such item; left as it is", item)
+        log.info("%s looks like a placeholder, but the configuration has no such item; it is not replaced", item)
         return item
-    return found
+    return value
 
 
-def dump_yaml(values: Any) -> str:
-    """YAML text of plain data, without anchors, in the order given.
+def dump_yaml(values: object) -> str:
+    """Format plain data as YAML text without anchors, in its order.
 
     Examples
     --------
@@ -177,7 +193,7 @@ def _read_text(file: Path, what: str) -> str:
     except FileNotFoundError:
         raise ConfigError(f"{what} {str(file)!r} does not exist (looked in {Path.cwd()}).") from None
     except IsADirectoryError:
-        raise ConfigError(f"{what} {str(file)!r} is a folder; give the YAML file itself.") from None
+        raise ConfigError(f"{what} {str(file)!r} is a folder. Remedy: pass the YAML file.") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{what} {str(file)!r} is not UTF-8 text: {error}") from None
     except OSError as error:
@@ -185,13 +201,13 @@ def _read_text(file: Path, what: str) -> str:
 
 
 def _render(text: str, file: Path) -> str:
-    # Sandboxed, because a template could otherwise reach Python's internals.
+    # Without the sandbox, a template could access Python's internals.
     environment = jinja2.sandbox.SandboxedEnvironment()
     try:
         names = jinja2.meta.find_undeclared_variables(environment.parse(text))
         missing = sorted(name for name in names if name not in os.environ)
         if missing:
-            log.warning("%s: environment variables %s are not set; they are rendered as nothing", file, missing)
+            log.warning("%s: environment variables %s are not set; they are rendered as empty text", file, missing)
         return environment.from_string(text).render({name: os.environ[name] for name in names if name in os.environ})
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(f"{file}: template error on line {error.lineno}: {error.message}") from None
@@ -200,7 +216,7 @@ def _render(text: str, file: Path) -> str:
 
 
 def _read_yaml(text: str, file: Path) -> tuple[dict[str, Any], AliasGroups]:
-    """Plain data of the one document in `text`, and the groups of paths that share an anchor."""
+    """Parse `text`; return its plain data and the groups of paths that are aliases of one anchor."""
     try:
         values = yaml_reader().load(text)
         node = yaml_reader().compose(text)
@@ -209,7 +225,7 @@ def _read_yaml(text: str, file: Path) -> tuple[dict[str, Any], AliasGroups]:
     if not isinstance(values, dict):
         kind = "empty" if values is None else f"a {type(values).__name__}"
         raise ConfigError(
-            f"{file}: a workflow file is a mapping with the keys {list(TOP_LEVEL[:2])}; this one is {kind}."
+            f"{file}: a workflow file must be a mapping with the keys {list(TOP_LEVEL[:2])}; this one is {kind}."
         )
     shared: dict[int, list[KeyPath]] = {}
     for path, ident in _node_paths(node, (), ()):
@@ -220,7 +236,7 @@ def _read_yaml(text: str, file: Path) -> tuple[dict[str, Any], AliasGroups]:
 
 
 def _node_paths(node: Any, path: KeyPath, above: tuple[int, ...]) -> Iterator[tuple[KeyPath, int | None]]:
-    """Every path below a YAML node with the identity of the node there; None for a node within itself."""
+    """Yield every path below a YAML node with the id of the node there, or None for a node that contains itself."""
     yield path, None if id(node) in above else id(node)
     if id(node) in above or node is None:
         return
@@ -233,28 +249,28 @@ def _node_paths(node: Any, path: KeyPath, above: tuple[int, ...]) -> Iterator[tu
             yield from _node_paths(value, (*path, position), inside)
 
 
-def _find_base(name: Any, file: Path) -> Path:
+def _find_base(name: object, file: Path) -> Path:
     if not isinstance(name, str):
         raise ConfigError(f"{file}: {BASE_KEY} must be a path, got {name!r}.")
-    places = [Path(name), file.absolute().parent / name]
-    for place in places:
-        if place.is_file():
-            return place
-    looked = list(dict.fromkeys(str(place.absolute()) for place in places))
-    raise ConfigError(f"{file}: {BASE_KEY} {name!r} was not found; looked at {looked}.")
+    candidates = [Path(name), file.absolute().parent / name]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    searched = list(dict.fromkeys(str(candidate.absolute()) for candidate in candidates))
+    raise ConfigError(f"{file}: {BASE_KEY} {name!r} was not found; searched {searched}.")
 
 
 def _not_overridden(group: list[KeyPath], over: Mapping[str, Any]) -> list[KeyPath]:
-    """The paths of a base file's anchor at which the file merged over it says nothing."""
+    """The paths of a base file's anchor that the file merged over it does not override."""
 
-    def said(path: KeyPath) -> bool:
-        found: Any = over
+    def overridden(path: KeyPath) -> bool:
+        value: Any = over
         for key in path:
-            if not isinstance(found, dict):
+            if not isinstance(value, dict):
                 return True
-            if key not in found:
+            if key not in value:
                 return False
-            found = found[key]
+            value = value[key]
         return True
 
-    return [path for path in group if not said(path)]
+    return [path for path in group if not overridden(path)]

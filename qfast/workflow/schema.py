@@ -31,16 +31,16 @@ __getattr__ = renamed_names(
 )
 
 
-def _segment(value: Any) -> Any:
+def _segment(value: object) -> list[str | None]:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         raise ValueError(f"expected [start, end], got {value!r}")
     start, end = (normal_date(v) for v in value)
     if start is not None and end is not None and pd.Timestamp(start) > pd.Timestamp(end):
-        raise ValueError(f"the start {start} lies after the end {end}")
+        raise ValueError(f"the start {start} is after the end {end}")
     return [start, end]
 
 
-def _none_to_empty(value: Any) -> Any:
+def _none_to_empty(value: object) -> object:
     return {} if value is None else value
 
 
@@ -53,7 +53,7 @@ class _Model(BaseModel):
 
 
 class Spec(_Model):
-    """An object to build: a class, the module path it is known under, its keyword arguments."""
+    """Description of an object: its class, a module path of the class, and keyword arguments."""
 
     class_: str = Field(alias="class", min_length=1)
     module_path: str | None = None
@@ -61,17 +61,21 @@ class Spec(_Model):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_text(cls, value: Any) -> Any:
+    def _from_text(cls, value: object) -> object:
         if isinstance(value, str) and value.startswith("file://"):
-            raise ValueError(f"pickled objects are not read, got {value!r}; describe the object by class and kwargs")
+            raise ValueError(
+                f"pickled objects are not supported, got {value!r}; describe the object by class and kwargs"
+            )
         return {"class": value} if isinstance(value, str) else value
 
     def given(self) -> dict[str, Any]:
-        """What the file says of the object, as a registry takes it."""
+        """The description as plain data, for a registry. Keys that the file omits are omitted."""
         return self.model_dump(by_alias=True, exclude_unset=True)
 
 
 class HandlerKwargs(_Model):
+    """Arguments of a handler: dates and processors are checked here, the others against the handler's signature."""
+
     model_config = ConfigDict(extra="allow")
     start_time: When = None
     end_time: When = None
@@ -83,36 +87,43 @@ class HandlerKwargs(_Model):
 
 
 class HandlerSpec(Spec):
+    """Description of a handler."""
+
     kwargs: Annotated[HandlerKwargs, BeforeValidator(_none_to_empty)] = HandlerKwargs()  # type: ignore[assignment]
 
 
 class DatasetKwargs(_Model):
+    """Arguments of a dataset: handler and segments, and others that are checked against the dataset's signature."""
+
     model_config = ConfigDict(extra="allow")
     handler: HandlerSpec
     segments: dict[str, Segment]
 
 
 class DatasetSpec(Spec):
+    """Description of a dataset."""
+
     kwargs: DatasetKwargs  # type: ignore[assignment]
 
 
-def as_list(value: Any) -> Any:
+def as_list(value: object) -> object:
+    """One description as a list of one; None as an empty list."""
     return [] if value is None else [value] if isinstance(value, (dict, str)) else value
 
 
-def _pretrain_block(value: Any) -> Any:
+def _pretrain_block(value: object) -> object:
     if value is False or isinstance(value, Mapping):
         return value
     raise ValueError(
         f"expected a mapping of training arguments of the base model such as {{n_epochs: 20}}, got {shown(value)}; "
-        "write {} for its own defaults, or leave the key out (or say false) to train without it"
+        "write {} for its defaults, or omit the key (or write false) to train without it"
     )
 
 
 class Task(_Model):
-    """The model, its data, and what to record; other keys are free, as in the reference.
+    """The model, its dataset and its records. As in Qlib, other keys are allowed.
 
-    `pretrain` is ours: training arguments of the model's base, which is then trained before the model.
+    `pretrain` is an extension of qfast: training arguments of the base model, which is trained before the model.
     """
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
@@ -123,18 +134,20 @@ class Task(_Model):
     pretrain: Annotated[dict[str, Any] | Literal[False], BeforeValidator(_pretrain_block)] = False
 
 
-def _lower(value: Any) -> Any:
+def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
 
 class QlibInit(_Model):
+    """Arguments of `qlib.init`. Only `provider_uri` and `region` have an effect."""
+
     model_config = ConfigDict(extra="allow")
     provider_uri: str | dict[str, str] | None = None
     region: Annotated[Literal["cn", "us", "tw"], BeforeValidator(_lower)] = "cn"
 
 
 class Workflow(_Model):
-    """A checked workflow file. Free top-level keys (market, anchors, ...) are kept as they came."""
+    """A checked workflow file. Other top-level keys (market, anchors, ...) are allowed and preserved."""
 
     model_config = ConfigDict(extra="allow")
     task: Task
@@ -142,11 +155,12 @@ class Workflow(_Model):
     experiment_name: str = "workflow"
 
     def resolved(self) -> dict[str, Any]:
-        """Plain data of what was given, dates as ISO text."""
-        return _plain(self.model_dump(by_alias=True, exclude_unset=True))
+        """The workflow as plain data, with dates as ISO text."""
+        values = self.model_dump(by_alias=True, exclude_unset=True)
+        return {name: _plain(value) for name, value in values.items()}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,7 +1,7 @@
 """Check a workflow file: its structure, its classes and their arguments.
 
-Every problem in a file is reported at once, each with the path of its key and, for a misspelt name, the
-nearest right one. Classes are looked up in `qfast.registry`; nothing is imported by name.
+One error reports all problems of a file, each with the path of its key and, for an unknown name, the most similar known
+one. Classes are looked up in `qfast.registry`; nothing is imported by name.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
-from pydantic import (
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from qfast import registry
 from qfast.errors import ConfigError, shown, suggest
@@ -27,24 +25,29 @@ __all__ = ["check_model", "check_workflow", "register_all"]
 
 log = logging.getLogger("qfast")
 PROCESSOR_LISTS = ("shared_processors", "infer_processors", "learn_processors")
-NETWORK_ARGUMENTS = ("d_feat", "hidden_size", "num_layers")  # of a base model: they are the model's own
+NETWORK_ARGUMENTS = ("d_feat", "hidden_size", "num_layers")  # a base model has those of its model
 PLAIN_TYPES = (int, float, str, bool, type(None))
 
 
 def check_workflow(values: Mapping[str, Any], source: str = "configuration") -> Workflow:
-    """Check plain data against the structure above and the signatures of the classes it names.
+    """Check plain data against the structure of a workflow and the signatures of the classes that it names.
 
     Parameters
     ----------
     values : mapping
-        As `qfast.workflow.config.load_config` gives it. Not changed.
+        The `values` of `qfast.workflow.config.load_config`. Not modified.
     source : str
-        The file's name, for the error message.
+        Name of the file, for the error message.
+
+    Returns
+    -------
+    Workflow
+        Arguments have the types that their classes declare: the string "1e-3" becomes 0.001.
 
     Raises
     ------
     ConfigError
-        One message with every problem found, each beginning with the path of its key.
+        One message with all problems, each with the path of its key.
 
     Examples
     --------
@@ -52,7 +55,7 @@ def check_workflow(values: Mapping[str, Any], source: str = "configuration") -> 
     Traceback (most recent call last):
     ...
     qfast.errors.ConfigError: configuration: 1 problem.
-      task: is missing. Did you mean to write it where 'taks' stands?
+      task: is missing. Did you mean to write it instead of 'taks'?
     """
     problems: dict[str, str] = {}  # by path, so that one key is not reported twice
     workflow: Workflow | None = None
@@ -76,31 +79,33 @@ def check_workflow(values: Mapping[str, Any], source: str = "configuration") -> 
     return workflow
 
 
-def check_model(spec: Any) -> dict[str, Any]:
-    """The arguments of a model's description, with the types that its class declares; all else of a file unchecked.
+def check_model(spec: object) -> dict[str, Any]:
+    """Check the description of a model alone and return its arguments with the types that its class declares.
 
     Raises
     ------
     ConfigError
-        No such model, arguments that it has not or that have another type.
+        The model is unknown, or an argument is unknown or has another type.
     """
     register_all()
     problems = list(_class_problems({"task": {"model": spec}}))
     if problems or not isinstance(spec, Mapping):
-        lines = [f"  {path}: {message}" for path, message in problems] or ["  task.model: expected a mapping."]
+        lines = [f"  {path}: {message}" for path, message in problems] or [
+            f"  task.model: expected a mapping, got {shown(spec)}."
+        ]
         raise ConfigError("\n".join(["the model cannot be built.", *lines]))
     return _coerced(_model_class(spec), spec.get("kwargs") or {})
 
 
-def _explain(item: Any, values: Any) -> tuple[str, str]:
-    """Path and sentence of one pydantic error."""
+def _explain(item: ErrorDetails, values: Mapping[str, Any]) -> tuple[str, str]:
+    """Path and message of one pydantic error."""
     location = [part for part in item["loc"] if part != "class_"]
     path = ".".join(str(part) for part in location) or "the file"
     kind, value = item["type"], item["input"]
     if kind == "missing":
-        there = _item(values, location[:-1])
-        near = suggest(location[-1], there) if isinstance(there, dict) else ""
-        hint = near.replace("Did you mean", "Did you mean to write it where").replace("?", " stands?")
+        parent = _item(values, location[:-1])
+        similar = suggest(location[-1], parent) if isinstance(parent, dict) else ""
+        hint = similar.replace("Did you mean", "Did you mean to write it instead of")
         return path, f"is missing.{hint}"
     if kind == "extra_forbidden":
         allowed = ["class", "module_path", "kwargs"]
@@ -116,14 +121,11 @@ def _explain(item: Any, values: Any) -> tuple[str, str]:
 def _segment_problems(workflow: Workflow) -> Iterator[tuple[str, str]]:
     segments = workflow.task.dataset.kwargs.segments
     if "train" not in segments:
-        yield (
-            "task.dataset.kwargs.segments",
-            f"there is no 'train', only {list(segments)}.",
-        )
+        yield "task.dataset.kwargs.segments", f"there is no 'train', only {list(segments)}."
 
 
 def _objects(values: Mapping[str, Any]) -> Iterator[tuple[registry.Registry, Any, str]]:
-    """(registry, description, path) of every object that the file describes, as far as it is well formed."""
+    """Yield (registry, description, path) of every object in the file whose parents are well formed."""
     register_all()
     task = values.get("task")
     if not isinstance(task, Mapping):
@@ -150,7 +152,7 @@ def _objects(values: Mapping[str, Any]) -> Iterator[tuple[registry.Registry, Any
 
 
 def register_all() -> None:
-    """Fill the registries; done late, because it imports torch and every model."""
+    """Fill the registries. This imports torch and every model, so it is done as late as possible."""
     import qfast.workflow.classes  # noqa: F401
 
 
@@ -159,13 +161,13 @@ def _class_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if isinstance(spec, str):
             spec = {"class": spec}
         if not isinstance(spec, Mapping) or not isinstance(spec.get("class"), str):
-            continue  # the structure check speaks of it
+            continue  # reported by the structure check
         bare = {key: spec[key] for key in ("class", "module_path") if isinstance(spec.get(key), str)}
         try:
             factory, _ = kind.resolve(bare)
         except ConfigError as error:
             yield f"{path}.class", str(error)
-            try:  # a wrong module path does not keep the arguments from being looked at
+            try:  # check the arguments despite a wrong module path
                 factory, _ = kind.resolve({"class": spec["class"]})
             except ConfigError:
                 continue
@@ -181,11 +183,11 @@ def _class_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                     yield f"{path}.kwargs", str(error)
 
 
-def _known_arguments(factory: Callable[..., Any]) -> tuple[str, ...] | None:
-    """Arguments of a class by name, with the options common to all estimators; None: it takes any name."""
-    taken = registry.parameters(factory)
-    named = tuple(n for n, p in taken.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
-    if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+def _argument_names(factory: Callable[..., Any]) -> tuple[str, ...] | None:
+    """Names of the arguments of a class, including the options of all estimators; None if it accepts any name."""
+    accepted = registry.parameters(factory)
+    named = tuple(n for n, p in accepted.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+    if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         return named
     options = getattr(factory, "options", None)
     return None if options is None else (*named, *options)
@@ -195,15 +197,19 @@ def _argument_problems(
     factory: Callable[..., Any], kwargs: Mapping[str, Any], path: str, without: Sequence[str] = ()
 ) -> Iterator[tuple[str, str]]:
     checks = _argument_types(factory)
-    known = _known_arguments(factory)
-    if known is not None:
-        known = tuple(name for name in known if name not in without)
+    allowed = _argument_names(factory)
+    if allowed is not None:
+        allowed = tuple(name for name in allowed if name not in without)
     for name, value in kwargs.items():
         if name in without:
-            yield f"{path}.{name}", f"is the model's own, the base is built with it: task.model.kwargs.{name}."
-        elif known is not None and name not in known:
+            yield (
+                f"{path}.{name}",
+                f"the base has the value of the model, got {value!r}. Remedy: set task.model.kwargs.{name}.",
+            )
+        elif allowed is not None and name not in allowed:
             title = getattr(factory, "__name__", "it")
-            yield f"{path}.{name}", f"{title} has no argument {name!r}; allowed: {list(known)}.{suggest(name, known)}"
+            hint = suggest(name, allowed)
+            yield f"{path}.{name}", f"{title} has no argument {name!r}; allowed: {list(allowed)}.{hint}"
         elif name in checks and not _is_placeholder(value):
             problem = _type_problem(checks[name], value)
             if problem:
@@ -211,7 +217,7 @@ def _argument_problems(
 
 
 def _pretrain_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What is wrong with `task.pretrain`: a model without a base, a weight file beside it, arguments."""
+    """Problems of `task.pretrain`: a model without a base, an additional weight file, invalid arguments."""
     block, spec = _item(values, ["task", "pretrain"]), _item(values, ["task", "model"])
     factory = _model_class(spec)
     if not isinstance(block, Mapping) or factory is None:
@@ -219,14 +225,14 @@ def _pretrain_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     title = getattr(factory, "__name__", "the model")
     if not hasattr(factory, "pretrain"):
         able = [name for name in registry.MODELS.names() if hasattr(_model_class({"class": name}), "pretrain")]
-        yield "task.pretrain", f"{title} has no base model to pre-train, only {able} have. Remedy: leave the block out."
+        yield "task.pretrain", f"{title} has no base model to pre-train, only {able} have. Remedy: remove the block."
         return
     file = _item(spec, ["kwargs", "model_path"])
     if file is not None:
         yield (
             "task.pretrain",
-            f"there is a weight file as well, task.model.kwargs.model_path is {file!r}; the base is either read or "
-            "trained. Remedy: --set task.model.kwargs.model_path=null, or --set task.pretrain=false.",
+            f"cannot be combined with task.model.kwargs.model_path {file!r}: the base is either loaded or trained. "
+            "Remedy: --set task.model.kwargs.model_path=null, or --set task.pretrain=false.",
         )
     base = _base_class(factory, spec)
     if base is not None:
@@ -234,7 +240,7 @@ def _pretrain_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _model_class(spec: Any) -> Any:
-    """The class that a model's description names; None where it names none."""
+    """The class that the description of a model names; None if it names no registered class."""
     try:
         bare = {"class": spec} if isinstance(spec, str) else {k: v for k, v in spec.items() if k != "kwargs"}
         return registry.MODELS.resolve(bare)[0]
@@ -242,13 +248,13 @@ def _model_class(spec: Any) -> Any:
         return None
 
 
-def _base_class(factory: Any, spec: Any) -> Any:
-    """The estimator that `pretrain` of a model would train; None for a `base_model` that there is not."""
-    asked = _item(spec, ["kwargs", "base_model"]) or registry.parameters(factory)["base_model"].default
-    return factory.base_estimators.get(asked) if isinstance(asked, str) else None
+def _base_class(factory: Any, spec: object) -> Any:
+    """The estimator that `pretrain` of a model trains; None for an unknown `base_model`."""
+    name = _item(spec, ["kwargs", "base_model"]) or registry.parameters(factory)["base_model"].default
+    return factory.base_estimators.get(name) if isinstance(name, str) else None
 
 
-def _type_problem(check: TypeAdapter[Any], value: Any) -> str:
+def _type_problem(check: TypeAdapter[Any], value: object) -> str:
     try:
         check.validate_python(value)
     except ValidationError as error:
@@ -258,16 +264,16 @@ def _type_problem(check: TypeAdapter[Any], value: Any) -> str:
 
 
 def _argument_types(factory: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
-    """Checks for the arguments of plain types (numbers, texts, switches, None and unions of them)."""
+    """Type checks of the arguments that are numbers, strings, booleans, None, literals, or unions of them."""
     target = factory.__init__ if inspect.isclass(factory) else factory
     try:
         hints = typing.get_type_hints(target)
-    except (NameError, TypeError, AttributeError):  # names that exist for the type checker only
+    except (NameError, TypeError, AttributeError):  # annotations that exist only for the type checker
         return {}
     return {name: TypeAdapter(hint) for name, hint in hints.items() if name != "return" and _is_plain(hint)}
 
 
-def _is_plain(hint: Any) -> bool:
+def _is_plain(hint: object) -> bool:
     origin = typing.get_origin(hint)
     if origin is typing.Literal:
         return True
@@ -277,13 +283,13 @@ def _is_plain(hint: Any) -> bool:
 
 
 def _coerce(workflow: Workflow) -> None:
-    """Give arguments the type that their class declares ("1e-3" in quotes becomes 0.001)."""
+    """Convert arguments to the types that their classes declare: the string "1e-3" becomes 0.001."""
     task = workflow.task
     handler = task.dataset.kwargs.handler
-    for kind, described in (
-        (registry.DATASETS, task.dataset), (registry.HANDLERS, handler), *((registry.RECORDS, r) for r in task.record),
-    ):  # fmt: skip
-        _coerce_object(kind, described)
+    _coerce_object(registry.DATASETS, task.dataset)
+    _coerce_object(registry.HANDLERS, handler)
+    for record in task.record:
+        _coerce_object(registry.RECORDS, record)
     spec = task.model.model_dump(by_alias=True)
     factory = _model_class(spec)
     task.model.kwargs = _coerced(factory, task.model.kwargs)
@@ -294,7 +300,7 @@ def _coerce(workflow: Workflow) -> None:
 
 def _coerce_object(kind: registry.Registry, spec: Spec) -> None:
     factory, _ = kind.resolve(spec.model_dump(by_alias=True, include={"class_", "module_path"}))
-    # Of a handler and a dataset some are fields of the structure above, and have their types.
+    # Some arguments of a handler and of a dataset are fields of the schema and already have their types.
     kwargs = spec.kwargs if isinstance(spec.kwargs, dict) else spec.kwargs.model_extra or {}
     kwargs.update(_coerced(factory, kwargs))
 
@@ -307,7 +313,7 @@ def _coerced(factory: Callable[..., Any], kwargs: Mapping[str, Any]) -> dict[str
     }
 
 
-def _is_placeholder(value: Any) -> bool:
+def _is_placeholder(value: object) -> bool:
     return isinstance(value, str) and value.startswith("<")
 
 
@@ -315,25 +321,26 @@ def _log_ignored(workflow: Workflow) -> None:
     extra = workflow.model_extra or {}
     if extra.get("sys"):
         log.warning(
-            "sys: %s is not put on the module search path: only registered classes are built, nothing is "
+            "sys: %s is not added to the module search path: only registered classes are built, nothing is "
             "imported by name",
             extra["sys"],
         )
     ignored = sorted(workflow.qlib_init.model_extra or {})
     if ignored:
-        log.info("qlib_init: %s have no meaning here and are ignored", ignored)
+        log.info("qlib_init: %s have no effect in qfast and are ignored", ignored)
     train_end = workflow.task.dataset.kwargs.segments["train"][1]
     fit_end = workflow.task.dataset.kwargs.handler.kwargs.fit_end_time
     if train_end and fit_end and pd.Timestamp(fit_end) > pd.Timestamp(train_end):
         log.warning(
-            "fit_end_time %s lies after the end of the train segment %s: the processors see data that the "
-            "model is judged on",
+            "fit_end_time %s is after the end of the train segment %s: the processors are fitted on data that the "
+            "model is evaluated on",
             fit_end,
             train_end,
         )
 
 
-def _item(values: Any, path: list[Any]) -> Any:
+def _item(values: Any, path: Sequence[str | int]) -> Any:
+    """The item at a path of plain data; None if there is none."""
     try:
         for key in path:
             values = values[key]
