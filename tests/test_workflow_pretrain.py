@@ -278,12 +278,12 @@ def test_a_resumed_run_keeps_its_block_but_may_pretrain_longer(case, files, tmp_
         ([*GATS, "task.pretrain={n_epoch: 3}"], r"task.pretrain.n_epoch: LSTM has no .* Did you mean 'n_epochs'\?"),
         ([*GATS, "task.pretrain={n_epochs: many}"], r"task.pretrain.n_epochs: expected a valid integer.* got 'many'"),
         ([*GATS, "task.pretrain={hidden_size: 8}"], r"task.pretrain.hidden_size: .* the value of the model"),
-        ([*GATS, "task.pretrain=null"], r"task.pretrain: expected a mapping .* write \{\} for its own defaults"),
+        ([*GATS, "task.pretrain=null"], r"task.pretrain: expected a mapping .* write \{\} for its defaults"),
         ([*GATS, "task.pretrain=[3]"], r"task.pretrain: expected a mapping .* got \[3\]"),
         (["task.pretrain={}"], r"task.pretrain: LSTM has no base model to pre-train, only \['GATs'\] have. Remedy"),
         (
             [*BLOCK, f"{PATH}=weights.pkl"],
-            r"task.pretrain: .* task.model.kwargs.model_path is 'weights.pkl'; .* Remedy: --set .*model_path=null",
+            r"pretrain: cannot be combined with task.model.kwargs.model_path 'weights.pkl'.* Remedy: --set .*path=null",
         ),
     ],
 )
