@@ -121,7 +121,7 @@ def test_the_run_equals_the_python_calls(case, files):
     from qfast.registry import MODELS
 
     workflow = check_workflow(load_config(case[0] / "config.yaml").values)
-    model = MODELS.build(workflow.task.model.given())
+    model = MODELS.build(workflow.task.model.description())
     dataset = build_dataset(workflow, files[1])
     model.pretrain(dataset, n_epochs=3, lr=5e-3, batch_size=64)
     model.fit(dataset)

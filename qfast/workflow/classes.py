@@ -1,4 +1,4 @@
-"""Which classes a workflow file may name: the reference's module paths and ours, side by side.
+"""The classes that a workflow file may name, under Qlib's module paths and under qfast's.
 
 Importing this module fills the registries. Handlers, processors and records register themselves.
 """

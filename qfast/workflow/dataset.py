@@ -71,7 +71,7 @@ def build_dataset(workflow: Workflow, data: DataInput | None) -> HandlerDataset:
     DataError
         The data cannot be read or is unsuitable for the handler.
     """
-    spec = workflow.task.dataset.given()
+    spec = workflow.task.dataset.description()
     handler_spec = spec["kwargs"].pop("handler")
     arguments = handler_spec.setdefault("kwargs", {})
     if data is not None:

@@ -109,11 +109,11 @@ def prepare(
         kwargs["seed"] = seed
     _require_seed(kwargs.get("seed"))
     seed_drawn = kwargs.get("seed") is None
-    if seed_drawn:  # and recorded, so that the run can be repeated
+    if seed_drawn:  # it is recorded, so the run can be repeated
         kwargs["seed"] = random.SystemRandom().randrange(2**31)
     require_data(data, workflow)
     source = str(config_path) if config_path is not None else str(file)
-    model = registry.MODELS.build(pretraining.without_lost_file(workflow.task.model.given()), path="task.model")
+    model = registry.MODELS.build(pretraining.without_lost_file(workflow.task.model.description()), path="task.model")
     return Job(workflow, model, source, data, kwargs["seed"], seed_drawn, resumed is not None, callbacks)
 
 

@@ -41,6 +41,7 @@ class SaveHistory(Callback):
         self.folder = folder
 
     def on_epoch_end(self, estimator: Estimator) -> None:
+        """Write the files of this epoch."""
         self._write_history(estimator)
         if estimator.best_epoch_ in (None, estimator.epoch_):
             estimator.save_weights(self.folder / BEST)
@@ -62,6 +63,7 @@ class RecordTransfer(Callback):
         self.folder = run_folder
 
     def on_fit_start(self, estimator: Estimator) -> None:
+        """Record the transferred weights, if any."""
         transfer = getattr(estimator, "pretrained_", None)
         if transfer:
             self.folder.update(pretrained=transfer)

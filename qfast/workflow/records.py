@@ -98,12 +98,14 @@ class SigAnaRecord(Record):
         SigAnaRecord(**kwargs)
 
     def metrics(self, segment: SegmentResult) -> dict[str, float]:
+        """IC, ICIR, Rank IC, Rank ICIR and, with `ana_long_short`, annualized long-short returns."""
         metrics = ic_summary(segment.ic, segment.rank_ic)
         if self.ana_long_short:
             metrics |= long_short_summary(*long_short_return(segment.score, segment.label), ann_scaler=self.ann_scaler)
         return metrics
 
     def series(self, segment: SegmentResult) -> dict[str, pd.Series]:
+        """Daily ic, rank_ic and, with `ana_long_short`, long_short and long_avg."""
         series = {"ic": segment.ic, "rank_ic": segment.rank_ic}
         if self.ana_long_short:
             series["long_short"], series["long_avg"] = long_short_return(segment.score, segment.label)
@@ -167,7 +169,7 @@ def build_records(workflow: Workflow, model: Estimator | None, dataset: HandlerD
     objects = {"<MODEL>": model, "<DATASET>": dataset, "<PRED>": "<PRED>"}
     task = workflow.resolved()["task"]
     return [
-        RECORDS.build(fill_placeholders(spec.given(), objects, task), path=f"task.record.{position}")
+        RECORDS.build(fill_placeholders(spec.description(), objects, task), path=f"task.record.{position}")
         for position, spec in enumerate(workflow.task.record)
     ]
 

@@ -229,7 +229,7 @@ def _train(job: Job, folder: RunFolder, dataset: HandlerDataset) -> None:
         pretraining.pretrain(folder, job.workflow, job.model, dataset, job.resumed, job.callbacks)
     reweighter = None
     if job.workflow.task.reweighter is not None:
-        reweighter = registry.REWEIGHTERS.build(job.workflow.task.reweighter.given(), path="task.reweighter")
+        reweighter = registry.REWEIGHTERS.build(job.workflow.task.reweighter.description(), path="task.reweighter")
     if job.resumed and not has_checkpoint and job.workflow.task.pretrain is False:
         log.warning("%s has no checkpoint; training starts from the beginning", folder.path)
     history = pretraining.SaveHistory(folder.path)

@@ -54,14 +54,14 @@ def save_scoring(run_folder: RunFolder, workflow: Workflow, model: Estimator, da
             state = processor.state()
             arrays |= {f"{stage}.{position}.{name}": np.ascontiguousarray(value) for name, value in state.items()}
             stages[stage].append({"class": type(processor).__name__, "kwargs": _constructor_arguments(processor)})
-    handler_spec = workflow.task.dataset.kwargs.handler.given()
+    handler_spec = workflow.task.dataset.kwargs.handler.description()
     handler_kwargs = {k: v for k, v in handler_spec.get("kwargs", {}).items() if k not in TRAINING_ONLY}
-    dataset_spec = workflow.task.dataset.given()
+    dataset_spec = workflow.task.dataset.description()
     dataset_kwargs = {k: v for k, v in dataset_spec["kwargs"].items() if k not in ("handler", "segments")}
     parameters = {k: v for k, v in model.get_params().items() if k not in NOT_SCORING}
     facts = {
         "format": FORMAT,
-        "model": {**workflow.task.model.given(), "kwargs": parameters},
+        "model": {**workflow.task.model.description(), "kwargs": parameters},
         "dataset": {**dataset_spec, "kwargs": dataset_kwargs},
         "handler": {**handler_spec, "kwargs": handler_kwargs},
         "processors": stages,

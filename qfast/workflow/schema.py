@@ -68,7 +68,7 @@ class Spec(_Model):
             )
         return {"class": value} if isinstance(value, str) else value
 
-    def given(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
         """The description as plain data, for a registry. Keys that the file omits are omitted."""
         return self.model_dump(by_alias=True, exclude_unset=True)
 

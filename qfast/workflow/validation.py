@@ -57,7 +57,7 @@ def check_workflow(values: Mapping[str, Any], source: str = "configuration") -> 
     qfast.errors.ConfigError: configuration: 1 problem.
       task: is missing. Did you mean to write it instead of 'taks'?
     """
-    problems: dict[str, str] = {}  # by path, so that one key is not reported twice
+    problems: dict[str, str] = {}  # by path, because a key may fail several checks
     workflow: Workflow | None = None
     try:
         workflow = Workflow.model_validate(dict(values))

@@ -102,7 +102,7 @@ def _joined(panel: Panel, others: Mapping[str, Prices]) -> Panel:
 
 
 def _handler_parameters(workflow: Workflow) -> Mapping[str, inspect.Parameter]:
-    spec = workflow.task.dataset.kwargs.handler.given()
+    spec = workflow.task.dataset.kwargs.handler.description()
     factory, _ = registry.HANDLERS.resolve({key: value for key, value in spec.items() if key != "kwargs"})
     return registry.parameters(factory)
 
@@ -127,7 +127,7 @@ def rebuild_dataset(
     **changes
         Replace arguments of the handler. Names that its class does not accept are ignored.
     """
-    spec = workflow.task.dataset.given()
+    spec = workflow.task.dataset.description()
     handler_spec = spec["kwargs"].pop("handler")
     accepted = _handler_parameters(workflow)
     arguments = {name: value for name, value in handler_spec.get("kwargs", {}).items() if name not in SOURCE_ARGUMENTS}
@@ -141,7 +141,7 @@ def rebuild_dataset(
 
 def build_model(workflow: Workflow, **changes: object) -> Estimator:
     """Build the model of the workflow with changed arguments."""
-    spec = workflow.task.model.given()
+    spec = workflow.task.model.description()
     kwargs = {**spec.get("kwargs", {}), **changes}
     model: Estimator = registry.MODELS.build({**spec, "kwargs": kwargs}, path="task.model")
     return model
