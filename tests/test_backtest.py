@@ -228,6 +228,33 @@ def test_notes_about_the_benchmark(tmp_path):
         PortfolioPlan(config).check_prices(handler)
 
 
+def test_any_handler_with_prices_is_traded(tmp_path):
+    class Wrapper:
+        """A handler of a user: it has prices and inherits nothing of qfast."""
+
+        def __init__(self, handler):
+            self.handler = handler
+
+        def panel(self, data_key="infer"):
+            return self.handler.panel(data_key)
+
+        def quotes(self, instruments, wanted, start_time, end_time):
+            return self.handler.quotes(instruments, wanted, start_time, end_time)
+
+    root = write_market(tmp_path / "store")
+    handler = FactorHandler(["$close"], "all", provider_uri=root, learn_processors=[])
+    config = {
+        "strategy": {"class": "TopkDropoutStrategy", "kwargs": {"topk": 2, "n_drop": 1}},
+        "backtest": {"start_time": START, "end_time": END, "account": 1e6, "benchmark": "S09"},
+    }
+    plan = PortfolioPlan(config)
+    plan.check_prices(Wrapper(handler))
+    expected = plan.run(scores(root), handler).backtest.report
+    pd.testing.assert_frame_equal(plan.run(scores(root), Wrapper(handler)).backtest.report, expected)
+    with pytest.raises(DataError, match="the backtest needs prices, but object has none"):
+        plan.run(scores(root), object())
+
+
 def test_risk_of_compounding_by_sums():
     result = risk_analysis(pd.Series([0.01, -0.03, 0.02, 0.01]))["risk"]
     assert result["annualized_return"] == pytest.approx(0.0025 * 238)

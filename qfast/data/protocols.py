@@ -8,7 +8,7 @@ these protocols; it only needs the members.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from qfast.dates import DateLike
 
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from qfast.data.panel import Panel
+    from qfast.data.prices import Prices
     from qfast.data.processors import Processor
 
-__all__ = ["Bounds", "Columns", "Dataset", "Handler", "HandlerDataset", "Segment", "Selector"]
+__all__ = ["Bounds", "Columns", "Dataset", "Handler", "HandlerDataset", "PricedHandler", "Segment", "Selector"]
 
 Bounds: TypeAlias = "tuple[DateLike | None, DateLike | None]"
 """(start, end) of a segment, both inclusive; None is unbounded."""
@@ -107,6 +108,24 @@ class Handler(Protocol):
 
     def get_cols(self, col_set: Columns = ..., data_key: str = ..., /) -> list[Any]:
         """Names of the columns that `fetch` returns."""
+
+
+@runtime_checkable
+class PricedHandler(Protocol):
+    """A handler that also has prices, which a backtest needs. `isinstance` looks for the two methods."""
+
+    def panel(self, data_key: str = ..., /) -> Panel:
+        """The panel of "raw", "infer" or "learn"."""
+
+    def quotes(
+        self,
+        instruments: Sequence[str],
+        fields: Sequence[str],
+        start_time: DateLike | None,
+        end_time: DateLike | None,
+        /,
+    ) -> Prices:
+        """Prices of any instruments of the source, from one day before `start_time`."""
 
 
 class HandlerDataset(Dataset, Protocol):

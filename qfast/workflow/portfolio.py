@@ -22,9 +22,8 @@ from qfast.backtest import (
     equal_weight_return,
 )
 from qfast.data.factors import evaluate_all
-from qfast.data.handlers.prices import PriceHandler
 from qfast.data.panel import Panel
-from qfast.data.protocols import Handler
+from qfast.data.protocols import Handler, PricedHandler
 from qfast.dates import DateLike, normal_date
 from qfast.errors import ConfigError, DataError, shown, some, suggest
 from qfast.registry import parameters
@@ -136,7 +135,7 @@ class PortfolioPlan:
 
         Parameters
         ----------
-        handler : PriceHandler or another handler
+        handler : PricedHandler or another handler
             A handler without prices is not checked.
         region : {"cn", "us", "tw"}
 
@@ -145,7 +144,7 @@ class PortfolioPlan:
         ConfigError
             The prices lack a field of `deal_price` or `limit_threshold`.
         """
-        if not isinstance(handler, PriceHandler):
+        if not isinstance(handler, PricedHandler):
             return
         exchange = self.exchange(region)
         names = [str(name) for name in handler.panel("infer").instruments[:SAMPLE]]
@@ -165,7 +164,7 @@ class PortfolioPlan:
         ----------
         score : Series
             Indexed by (datetime, instrument).
-        handler : PriceHandler
+        handler : PricedHandler
         region : {"cn", "us", "tw"}
 
         Raises
@@ -173,7 +172,7 @@ class PortfolioPlan:
         DataError
             The handler has no prices, or none in the period of the backtest.
         """
-        if not isinstance(handler, PriceHandler):
+        if not isinstance(handler, PricedHandler):
             raise DataError(f"the backtest needs prices, but {type(handler).__name__} has none.")
         exchange = self.exchange(region)
         days = score.index.get_level_values("datetime")
@@ -196,7 +195,7 @@ class PortfolioPlan:
         return PortfolioResult(result, [*notes, *bench_notes])
 
     def _benchmark(
-        self, handler: PriceHandler, panel: Panel, start: DateLike | None, end: DateLike | None
+        self, handler: PricedHandler, panel: Panel, start: DateLike | None, end: DateLike | None
     ) -> tuple[pd.Series | None, list[str]]:
         """Daily return of the benchmark, and notes about it."""
         if self.benchmark is None:
