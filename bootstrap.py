@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Set qfast up in .venv and use it: `python3 bootstrap.py demo` or `python3 bootstrap.py test`.
+"""Install qfast into .venv and run a command: `python3 bootstrap.py demo` or `python3 bootstrap.py test`.
 
-Needs Python 3.10 or newer and a C++20 compiler; nothing is installed outside .venv.
+Python 3.10 or newer and a C++20 compiler are required. Nothing is installed outside .venv. Each command builds qfast
+first and passes further arguments on:
 
-    demo    build, then train on a synthetic market and write a report
-    test    build, then run the test suite; further arguments go to pytest
-    qlib    install pyqlib beside it and run the tests that compare with it
-    check   lint, types and formatting, as continuous integration runs them
+    demo    run `qfast demo`, which trains on a synthetic market and writes a report
+    test    run the test suite with pytest
+    qlib    install pyqlib too, then run the test suite, including the tests that compare with Qlib
+    check   check lint, formatting and types, as continuous integration does (no further arguments)
 """
 
 from __future__ import annotations
@@ -26,38 +27,39 @@ CONSTRAINTS = ROOT / "requirements" / "constraints.txt"
 
 
 def run(*command: str | Path) -> None:
-    """Run a command in the project's folder; its failure ends ours with the same status."""
+    """Run a command in the project's folder. If it fails, exit with its status."""
     print("$", *command, flush=True)
-    path = os.pathsep.join([str(BIN), os.environ.get("PATH", os.defpath)])  # the build looks for ninja there
+    path = os.pathsep.join([str(BIN), os.environ.get("PATH", os.defpath)])  # where the build finds ninja
     status = subprocess.run([str(part) for part in command], cwd=ROOT, env={**os.environ, "PATH": path}).returncode
     if status:
         sys.exit(status)
 
 
-def install(*what: str) -> None:
-    """Install into .venv within the tested versions, building the C++ and CUDA extensions in place."""
-    # Python compiles modules when they are first imported; compiling all of torch takes half a minute.
-    run(BIN / "python", "-m", "pip", "install", "--quiet", "--no-compile", "--constraint", CONSTRAINTS, *what)
+def install(*requirements: str) -> None:
+    """Install requirements into .venv, limited to the tested versions."""
+    # --no-compile: compiling all of torch takes half a minute, and Python compiles a module at its first import.
+    run(BIN / "python", "-m", "pip", "install", "--quiet", "--no-compile", "--constraint", CONSTRAINTS, *requirements)
 
 
 def build_requirements() -> list[str]:
-    """What pyproject.toml asks for a build; Python 3.10 reads no TOML."""
+    """The build requirements in pyproject.toml, read with a regular expression because Python 3.10 has no tomllib."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    found = re.search(r"^\[build-system\]\nrequires = (\[.*\])$", text, re.MULTILINE)
-    if found is None:
+    match = re.search(r"^\[build-system\]\nrequires = (\[.*\])$", text, re.MULTILINE)
+    if match is None:
         sys.exit("pyproject.toml has no line `requires = [...]` right after [build-system]")
-    requirements: list[str] = json.loads(found[1])
+    requirements: list[str] = json.loads(match[1])
     return requirements
 
 
 def main(arguments: list[str]) -> None:
-    if sys.version_info < (3, 10):  # noqa: UP036 - whoever runs this may have any version
+    """Build qfast and run the command that the first argument names."""
+    if sys.version_info < (3, 10):  # noqa: UP036 - this file may be run with any version
         sys.exit(f"qfast needs Python 3.10 or newer; this is {sys.version.split()[0]}.")
     if not arguments or arguments[0] not in ("demo", "test", "qlib", "check"):
         sys.exit(__doc__)
     if not (BIN / "python").exists() and not (BIN / "python.exe").exists():
         venv.create(HOME, with_pip=True)
-    # Built without isolation: with the torch that is used, and beside the last build, of which ninja keeps what it can
+    # Without build isolation, the build uses the torch in .venv, and ninja compiles only what has changed.
     install(*build_requirements())
     extras = {"demo": "", "test": "[test]", "qlib": "[test]", "check": "[dev]"}[arguments[0]]
     install("--no-build-isolation", "--editable", f".{extras}")

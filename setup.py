@@ -1,4 +1,4 @@
-"""Builds qfast._C (CPU, always) and qfast._cuda (where nvcc is found); everything else is in pyproject.toml.
+"""Build qfast._C (CPU, always) and qfast._cuda (if nvcc is found). Everything else is in pyproject.toml.
 
 Environment variables:
 
@@ -25,12 +25,12 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-STABLE_ABI = "0x020a000000000000"  # LibTorch's stable ABI of torch 2.10: works with that torch and any later one
+STABLE_ABI = "0x020a000000000000"  # the stable ABI of torch 2.10, which later versions support too
 WARNINGS = ["-Wall", "-Wextra"]
 if os.environ.get("QFAST_WERROR", "0") != "0":
     WARNINGS.append("-Werror")
 
-# Instruction sets for which each *_kernels*.cpp is compiled. The file cpu_isa_begin.h says what they contain.
+# Instruction sets for which each *_kernels*.cpp is compiled. The file cpu_isa_begin.h defines them.
 ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
 INSTRUCTION_SETS = ["baseline", "avx2", "avx512"] if ON_X86 else ["baseline"]
 
@@ -71,17 +71,18 @@ def torch_can_load_cuda(cuda_home: str) -> bool:
 
 
 def files_in_csrc(pattern: str) -> list[str]:
+    """Sorted paths of the files below csrc whose names match the pattern."""
     return sorted(glob(f"csrc/**/{pattern}", recursive=True))
 
 
 def kernel_units(source: str) -> list[str]:
-    """Writes one file for each instruction set that includes `source`, a *_kernels*.cpp. Returns their paths."""
+    """Write one file per instruction set that includes `source`, a *_kernels*.cpp, and return the paths."""
     units = []
     for isa in INSTRUCTION_SETS:
         unit = Path("build", "units", source).with_suffix(f".{isa}.cpp")
         text = f'#define QFAST_{isa.upper()}\n#include "{Path(source).relative_to("csrc").as_posix()}"\n'
         unit.parent.mkdir(parents=True, exist_ok=True)
-        if not unit.exists() or unit.read_text() != text:  # a new time stamp would make ninja compile it again
+        if not unit.exists() or unit.read_text() != text:  # a new time stamp would make ninja recompile it
             unit.write_text(text)
         units.append(str(unit))
     return units
@@ -97,14 +98,14 @@ def compiled_sources(sources: list[str]) -> list[str]:
 
 
 def cuda_architectures(tools: str) -> str:
-    """The value for TORCH_CUDA_ARCH_LIST. PTX of the newest architecture serves later ones."""
+    """Value of TORCH_CUDA_ARCH_LIST. It includes PTX of the newest architecture, which later GPUs can run."""
     release = tuple(map(int, re.findall(r"release (\d+)\.(\d+)", tools)[-1]))
     supported = [arch for since, archs in ARCHITECTURES.items() if since <= release for arch in archs]
     return ";".join(supported) + "+PTX"
 
 
 def define_facts(toolkit: str, architectures: str, tools: str) -> list[tuple[str, str | None]]:
-    """Macros of every compilation. QFAST_TOOLS makes ninja compile again after a change that it does not see."""
+    """Macros for all sources. QFAST_TOOLS makes ninja recompile when torch, pybind11 or a compiler changes."""
     import pybind11
     import torch
 
@@ -118,7 +119,8 @@ def define_facts(toolkit: str, architectures: str, tools: str) -> list[tuple[str
 
 
 def extensions() -> list[Extension]:
-    cuda_home = find_cuda()  # first: reports a wrong QFAST_CUDA even where the packages below are missing
+    """The extension modules to build: qfast._C, and qfast._cuda if the CUDA toolkit and torch allow it."""
+    cuda_home = find_cuda()  # before the imports, so an invalid QFAST_CUDA is reported even if they fail
     import pybind11
     import torch
     from torch.utils import cpp_extension
@@ -126,10 +128,10 @@ def extensions() -> list[Extension]:
     toolkit = cuda_home or "none"
     if cuda_home and not torch_can_load_cuda(cuda_home):
         cuda_home, toolkit = None, "none, as torch is a CPU-only build"
-    system = [pybind11.get_include(), *cpp_extension.include_paths()]  # -isystem: their warnings are not ours
+    system = [pybind11.get_include(), *cpp_extension.include_paths()]  # -isystem suppresses warnings in these headers
     flags = ["-O3", "-std=c++20", f"-I{os.path.abspath('csrc')}"]
     flags += [flag for path in system for flag in ("-isystem", path)]
-    # Without errno and traps, sqrt compiles to vector instructions.
+    # Without errno and traps, the compiler can vectorize sqrt.
     only_cxx = ["-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", *WARNINGS]
     cxx = [*flags, *only_cxx]
     tools = subprocess.getoutput(f"{cpp_extension.get_cxx_compiler()} --version; {cuda_home}/bin/nvcc --version")
@@ -155,7 +157,7 @@ def extensions() -> list[Extension]:
     if "-Werror" in WARNINGS:
         nvcc += ["-Werror", "all-warnings"]
     cuda_macros: list[tuple[str, str | None]] = [("USE_CUDA", None)]
-    if torch.version.cuda is None:  # such a torch does not tell ninja which headers nvcc reads
+    if torch.version.cuda is None:  # a CPU-only torch does not track the headers that nvcc reads
         contents = b"".join(Path(header).read_bytes() for header in headers)
         cuda_macros.append(("QFAST_HEADERS", hashlib.sha256(contents).hexdigest()))
     cuda_library = Extension(
@@ -174,7 +176,7 @@ def extensions() -> list[Extension]:
 
 @contextlib.contextmanager
 def only_build_in(folder: str) -> Iterator[None]:
-    """Another build that starts at the same time waits, and then finds everything compiled."""
+    """Hold a lock on the folder. A concurrent build waits, and then has nothing left to compile."""
     try:
         import fcntl
     except ImportError:  # Windows: two builds at the same time are not protected from each other
@@ -186,9 +188,12 @@ def only_build_in(folder: str) -> Iterator[None]:
 
 
 def build_command() -> type:
+    """The class of the `build_ext` command, which needs torch."""
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
+        """Builds incrementally. If the CUDA library fails to build, only the CPU library is installed."""
+
         def build_extensions(self) -> None:
             try:
                 super().build_extensions()
@@ -200,16 +205,17 @@ def build_command() -> type:
                 super().build_extensions()
 
         def build_extension(self, ext: Extension) -> None:
-            # pip's own folder is deleted after each build. One folder a library: x.cpp and x.cu both become x.o.
+            # pip deletes its temporary folder after each build. Each library has its own folder, because x.cpp and x.cu
+            # both compile to x.o.
             self.build_temp = os.path.abspath(f"build/objects/{sys.implementation.cache_tag}/{ext.name}")
             os.makedirs(self.build_temp, exist_ok=True)
             with only_build_in(self.build_temp):
-                listed = ext.sources
-                ext.sources = compiled_sources(listed)
+                original_sources = ext.sources
+                ext.sources = compiled_sources(original_sources)
                 try:
                     super().build_extension(ext)
                 finally:
-                    ext.sources = listed
+                    ext.sources = original_sources
 
     return Build
 

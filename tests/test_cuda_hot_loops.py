@@ -1,4 +1,4 @@
-"""Loops that tools/cuda_hot_loops.py finds in a listing of machine code."""
+"""tools/cuda_hot_loops.py: the loops that it finds in a listing of machine code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LISTING = """
 """
 
 
-def test_inner_loops_and_what_is_in_them():
+def test_inner_loops_and_their_instructions():
     file = Path(__file__).parents[1] / "tools" / "cuda_hot_loops.py"
     spec = importlib.util.spec_from_file_location("cuda_hot_loops", file)
     tool = sys.modules["cuda_hot_loops"] = importlib.util.module_from_spec(spec)
@@ -34,4 +34,4 @@ def test_inner_loops_and_what_is_in_them():
     assert (loop.first, loop.last, len(loop.body)) == (0x10, 0x50, 5)
     assert loop.count("FFMA") == 2
     assert (loop.widths("LDS"), loop.widths("LDG"), loop.widths("STG")) == ("1x128", "1x64", "-")
-    assert tool.described(loop, "kernel").startswith("| kernel | 5 | 2 | 40% | 1.0 | 1x128 | 1x64 | - |")
+    assert tool.table_row(loop, "kernel").startswith("| kernel | 5 | 2 | 40% | 1.0 | 1x128 | 1x64 | - |")

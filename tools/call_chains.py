@@ -152,7 +152,7 @@ def without_comments(text: str) -> str:
 
 @cache
 def host_functions(folder: Path) -> dict[str, Function]:
-    """The functions of an operator's folder that are no kernels, by name."""
+    """The functions in an operator's folder that are not kernels, by name."""
     functions = {}
     for path in sorted([*folder.glob("*.cpp"), *folder.glob("*.h")]):
         if "kernels" in path.stem:
@@ -166,7 +166,7 @@ def host_functions(folder: Path) -> dict[str, Function]:
                 kernels=tuple(first or second for first, second in KERNEL.findall(body)),
                 only_chooses=CHOICE.search(body) is not None,
             )
-            functions.setdefault(match[1], function)  # of two with one name, that of the .cpp
+            functions.setdefault(match[1], function)  # if two have the same name, the one in the .cpp
     return functions
 
 
@@ -180,7 +180,7 @@ def registration(operator: str) -> tuple[str, Path]:
 
 
 def kernel_hop(kernels: tuple[str, ...], operator: str, folder: Path) -> Hop:
-    """The kernel that serves the operator, where a function chooses among several, with the file that defines it."""
+    """The kernel that implements an operator, for functions that choose among several, and its file."""
     kernel = next((name for name in kernels if name.startswith(operator)), kernels[0])
     for path in sorted(folder.glob("*.h")):
         if kernel in KERNEL_DEFINITION.findall(path.read_text()):

@@ -1,14 +1,25 @@
-"""What the inner loops of CUDA kernels are made of, out of their machine code. Needs no GPU.
+"""Count the instructions in the inner loops of CUDA kernels. Needs no GPU.
 
     QFAST_CUDA=1 pip install .                                            # builds qfast/_cuda*.so
     python tools/cuda_hot_loops.py PATH/_cuda*.so --arch sm_90 [--kernel recurrent_forward] [--all]
 
-Disassembled by cuobjdump (of the CUDA toolkit, on the PATH). A loop is what lies between a backward branch and its
-target and has no other loop within. For each kernel its loops with multiply-adds, longest first (`--all`: those
-without as well): instructions; multiply-adds on the FMA or tensor pipe, their share of all, and how many for a load;
-loads from shared memory by width; loads and stores of global memory (or of what may be either) by width; stores to
-shared memory; local memory (spills); shuffles; special functions; barriers. A loop that is unrolled as a whole does not
-show: `straight` counts what is outside of all loops.
+cuobjdump and c++filt must be on the PATH; cuobjdump, which disassembles the library, is part of the CUDA toolkit. An
+inner loop is the code from the target of a backward branch to the branch, if it contains no other loop. The program
+prints one row for each inner loop that has multiply-adds, the longest loop of each kernel first. `--all` adds the loops
+without multiply-adds. The row `straight` counts the instructions outside all inner loops, including fully unrolled
+loops. The columns are:
+
+    instructions    all instructions of the loop
+    FMA             multiply-adds of the FMA pipe and the tensor cores
+    share           share of the multiply-adds among the instructions
+    FMA/load        multiply-adds per load from shared or global memory
+    LDS             loads from shared memory, as count x width in bits
+    LDG, STG        loads from and stores to global memory (or generic addresses), as count x width in bits
+    STS             stores to shared memory
+    local           loads from and stores to local memory (spills)
+    SHFL            shuffles
+    MUFU            special functions, such as exp2 and reciprocals
+    BAR             barriers
 """
 
 from __future__ import annotations
@@ -32,28 +43,33 @@ __all__ = ["Instruction", "Loop", "inner_loops", "read_code"]
 
 @dataclass(frozen=True)
 class Instruction:
+    """One machine instruction."""
+
     address: int
-    name: str  # with its suffixes: LDS.128
-    target: int | None = None  # of a branch
+    name: str  # with suffixes, for example LDS.128
+    target: int | None = None  # address that a branch jumps to; None for all other instructions
 
 
 @dataclass(frozen=True)
 class Loop:
-    first: int
-    last: int
+    """The instructions from the target of a backward branch to the branch."""
+
+    first: int  # address of the first instruction
+    last: int  # address of the branch
     body: tuple[Instruction, ...]
 
     def count(self, *names: str) -> int:
-        return sum(one.name.split(".")[0] in names for one in self.body)
+        """Number of instructions with one of the names, whatever their suffixes."""
+        return sum(instruction.name.split(".")[0] in names for instruction in self.body)
 
     def widths(self, *names: str) -> str:
-        """As 4x128 + 2x32, in bits."""
-        found = Counter(width_of(one.name) for one in self.body if one.name.split(".")[0] in names)
-        return " + ".join(f"{count}x{width}" for width, count in sorted(found.items(), reverse=True)) or "-"
+        """Number of these instructions by width in bits, for example "4x128 + 2x32"."""
+        counts = Counter(width_of(each.name) for each in self.body if each.name.split(".")[0] in names)
+        return " + ".join(f"{count}x{width}" for width, count in sorted(counts.items(), reverse=True)) or "-"
 
 
 def width_of(name: str) -> int:
-    """Bits that a load or store moves for each thread."""
+    """Bits that a load or store moves per thread."""
     for part in name.split(".")[1:]:
         if part in ("64", "128"):
             return int(part)
@@ -63,50 +79,64 @@ def width_of(name: str) -> int:
 
 
 def read_code(text: str) -> dict[str, list[Instruction]]:
-    """Instructions of every function in cuobjdump's listing."""
-    found: dict[str, list[Instruction]] = {}
+    """The instructions of every function in a listing of `cuobjdump -sass`, by mangled name."""
+    functions: dict[str, list[Instruction]] = {}
     current: list[Instruction] = []
     for line in text.splitlines():
         if function := FUNCTION.search(line):
-            current = found.setdefault(function[1], [])
+            current = functions.setdefault(function[1], [])
         elif instruction := LINE.search(line):
-            name, rest = instruction[2], instruction[3]
-            jump = TARGET.search(rest.strip().rstrip("`()")) if name.startswith("BRA") else None
+            name, operands = instruction[2], instruction[3]
+            jump = TARGET.search(operands.strip().rstrip("`()")) if name.startswith("BRA") else None
             current.append(Instruction(int(instruction[1], 16), name, int(jump[1], 16) if jump else None))
-    return found
+    return functions
 
 
 def inner_loops(code: list[Instruction]) -> list[Loop]:
-    """Loops that have no other within, the longest first."""
+    """The loops that contain no other loop, longest first."""
     spans = sorted({(i.target, i.address) for i in code if i.target is not None and i.target < i.address})
     inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
     loops = [Loop(a, b, tuple(i for i in code if a <= i.address <= b)) for a, b in inner]
     return sorted(loops, key=lambda loop: len(loop.body), reverse=True)
 
 
-def described(loop: Loop, label: str) -> str:
-    fma, size, loads = loop.count(*MULTIPLY_ADDS), len(loop.body), loop.count("LDS", "LDSM", "LDG", "LD")
+def table_row(loop: Loop, label: str) -> str:
+    """The row of a Markdown table that describes a loop."""
+    fma = loop.count(*MULTIPLY_ADDS)
+    size = len(loop.body)
+    loads = loop.count("LDS", "LDSM", "LDG", "LD")
     cells = [
-        label, size, fma, f"{fma / size:.0%}", f"{fma / loads:.1f}" if loads else "-", loop.widths("LDS", "LDSM"),
-        loop.widths("LDG", "LD"), loop.widths("STG", "ST"), loop.count("STS"), loop.count("LDL", "STL"),
-        loop.count("SHFL"), loop.count("MUFU"), loop.count("BAR"),
-    ]  # fmt: skip
+        label,
+        size,
+        fma,
+        f"{fma / size:.0%}",
+        f"{fma / loads:.1f}" if loads else "-",
+        loop.widths("LDS", "LDSM"),
+        loop.widths("LDG", "LD"),
+        loop.widths("STG", "ST"),
+        loop.count("STS"),
+        loop.count("LDL", "STL"),
+        loop.count("SHFL"),
+        loop.count("MUFU"),
+        loop.count("BAR"),
+    ]
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def main() -> int:
+    """Print the table and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="a library, object or .cubin")
-    parser.add_argument("--arch", default="sm_90", help="of several in the file")
-    parser.add_argument("--kernel", default="", help="only those whose name has this")
-    parser.add_argument("--all", action="store_true", help="loops without multiply-adds too")
-    given = parser.parse_args()
+    parser.add_argument("file", type=Path, help="library, object file or .cubin")
+    parser.add_argument("--arch", default="sm_90", help="architecture to read (default: %(default)s)")
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this text")
+    parser.add_argument("--all", action="store_true", help="also print loops without multiply-adds")
+    options = parser.parse_args()
     for tool in ("cuobjdump", "c++filt"):
         if shutil.which(tool) is None:
-            print(f"{tool} is not on the PATH. Remedy: the CUDA toolkit's bin, and binutils.", file=sys.stderr)
+            print(f"{tool} is not on the PATH. cuobjdump is in the CUDA toolkit, c++filt in binutils.", file=sys.stderr)
             return 2
     listing = subprocess.run(
-        ["cuobjdump", "-sass", "-arch", given.arch, str(given.file)], capture_output=True, text=True, check=True
+        ["cuobjdump", "-sass", "-arch", options.arch, str(options.file)], capture_output=True, text=True, check=True
     )
     code = read_code(listing.stdout)
     plain = subprocess.run(["c++filt"], input="\n".join(code), capture_output=True, text=True, check=True)
@@ -116,15 +146,15 @@ def main() -> int:
     print("| --- " * 13 + "|")
     for name, instructions in zip(plain.stdout.splitlines(), code.values(), strict=True):
         short = re.sub(r"\(anonymous namespace\)::|qfast::|^void |\(.*$", "", name)
-        if given.kernel not in short or "cub::" in name:
+        if options.kernel not in short or "cub::" in name:
             continue
         loops = inner_loops(instructions)
-        covered = {one.address for loop in loops for one in loop.body}
-        rest = tuple(one for one in instructions if one.address not in covered)
-        print(described(Loop(0, 0, rest), f"{short}, straight"))
+        in_loops = {instruction.address for loop in loops for instruction in loop.body}
+        straight = tuple(instruction for instruction in instructions if instruction.address not in in_loops)
+        print(table_row(Loop(0, 0, straight), f"{short}, straight"))
         for loop in loops:
-            if given.all or loop.count(*MULTIPLY_ADDS):
-                print(described(loop, f"{short}, {loop.first:#x}"))
+            if options.all or loop.count(*MULTIPLY_ADDS):
+                print(table_row(loop, f"{short}, {loop.first:#x}"))
     return 0
 
 

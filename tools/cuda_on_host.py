@@ -1,12 +1,21 @@
-"""Runs the CUDA operators' tests without a GPU: their kernels, compiled as host code, serve tensors on the CPU.
+"""Run the tests of the CUDA operators without a GPU, with the kernels compiled as host code.
 
-    python tools/cuda_on_host.py [--sanitize] [--only recurrent,window_gather] [pytest's arguments...]
+    python tools/cuda_on_host.py [--sanitize] [--only recurrent,window_gather] [pytest arguments...]
 
-Each .cu is compiled by the C++ compiler against tools/cuda_on_host (threads are fibers in random order; see
-cuda_runtime.h there for what that shows and what not), with launches turned into calls. Objects stay in
-build/cuda_on_host and are made again when a source changes. Then pytest runs the tests of the kernels, those that
-need a real device left out. `--sanitize` builds with AddressSanitizer. QFAST_HOST_SEED sets the order of threads,
-QFAST_HOST_SHARED (bytes), QFAST_HOST_MULTIPROCESSORS and QFAST_HOST_GRID (blocks at most) the device.
+The C++ compiler compiles each .cu file against the headers in tools/cuda_on_host. Kernel launches become function
+calls, the threads of a block become fibers that run in random order, and the kernels are registered for CPU tensors.
+tools/cuda_on_host/cuda_runtime.h describes which errors this detects. Object files are cached in build/cuda_on_host and
+compiled again when a source changes. Then pytest runs the tests of the kernels, except tests that need a real GPU.
+
+Environment variables:
+
+    QFAST_HOST_SEED               seed of the random order of threads (1)
+    QFAST_HOST_SHARED             bytes of shared memory per block (227 KiB)
+    QFAST_HOST_MULTIPROCESSORS    multiprocessors of the device (132)
+    QFAST_HOST_GRID               largest number of blocks of kernels that loop over their tasks (3)
+    QFAST_HOST_ALL=1              also run the tests that take minutes as host code
+    MAX_JOBS                      files compiled at the same time (all cores)
+    CXX                           C++ compiler
 """
 
 from __future__ import annotations
@@ -22,17 +31,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STANDING_IN = Path(__file__).resolve().with_suffix("")
+REPLACEMENTS = Path(__file__).resolve().with_suffix("")  # each file here replaces the one of that name in csrc
 STABLE_ABI = "0x020a000000000000"
 TESTS = (
-    "test_ops_attention_cuda.py", "test_ops_attention_pool_cuda.py", "test_ops_encoder_cuda.py",
-    "test_ops_encoder_precision_cuda.py", "test_ops_recurrent_cuda.py", "test_ops_temporal_conv_cuda.py",
-    "test_ops_window_gather.py", "test_ops_cuda.py",
-)  # fmt: skip
+    "test_ops_attention_cuda.py",
+    "test_ops_attention_pool_cuda.py",
+    "test_ops_encoder_cuda.py",
+    "test_ops_encoder_precision_cuda.py",
+    "test_ops_recurrent_cuda.py",
+    "test_ops_temporal_conv_cuda.py",
+    "test_ops_window_gather.py",
+    "test_ops_cuda.py",
+)
 
 
 def as_host_code(text: str) -> str:
-    """A CUDA source with launches and shared memory as C++ knows them, registered for the CPU."""
+    """Translate a CUDA source to C++: launches, shared memory, and registration for the CPU instead of CUDA."""
     text = text.replace("(qfast, CUDA, m)", "(qfast, CPU, m)")
     text = re.sub(
         r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];",
@@ -46,6 +60,7 @@ def as_host_code(text: str) -> str:
 
 
 def _without_launch(text: str, at: int) -> str:
+    """Replace the kernel launch whose `<<<` is at index `at` by a call of cuda_on_host::launch."""
     begin = _kernel_begin(text, at)
     kernel = text[begin:at].strip()
     end = text.index(">>>", at)
@@ -57,7 +72,7 @@ def _without_launch(text: str, at: int) -> str:
 
 
 def _kernel_begin(text: str, at: int) -> int:
-    """Where the kernel's name begins, template arguments and all, that ends before `at`."""
+    """Index where the kernel's name starts; the name, with its template arguments, ends at index `at`."""
     place = len(text[:at].rstrip())
     if text[place - 1] == ">":
         depth = 0
@@ -72,7 +87,7 @@ def _kernel_begin(text: str, at: int) -> int:
 
 
 def _arguments(text: str) -> list[str]:
-    """Cut at the commas outside parentheses."""
+    """Split at the commas outside brackets."""
     parts, depth = [""], 0
     for letter in text:
         depth += (letter in "([{") - (letter in ")]}")
@@ -84,17 +99,17 @@ def _arguments(text: str) -> list[str]:
 
 
 def _closing(text: str, opening: int) -> int:
-    """Behind the parenthesis that closes the one at `opening`."""
+    """Index after the parenthesis that closes the one at index `opening`."""
     depth = 0
     for place in range(opening, len(text)):
         depth += (text[place] == "(") - (text[place] == ")")
         if depth == 0:
             return place + 1
-    raise ValueError("a parenthesis is not closed")
+    raise ValueError(f"the parenthesis at index {opening} is not closed")
 
 
 def build(sanitize: bool, only: set[str]) -> Path:
-    """The library of all kernels, or of those sources that `only` names."""
+    """Build the library of all kernels, or of the .cu files whose stems are in `only`, and return its path."""
     import pybind11
     from torch.utils import cpp_extension
 
@@ -103,35 +118,37 @@ def build(sanitize: bool, only: set[str]) -> Path:
     sources.mkdir(parents=True, exist_ok=True)
     for path in sorted((ROOT / "csrc").rglob("*.*")):
         place = path.relative_to(ROOT / "csrc")
-        other = STANDING_IN / place  # stands for it
+        replacement = REPLACEMENTS / place
         if path.suffix in (".h", ".cuh", ".cu"):
-            _write(sources / place, other.read_text() if other.exists() else as_host_code(path.read_text()))
-    shared = [*sources.rglob("*.h"), *sources.rglob("*.cuh"), *(p for p in STANDING_IN.rglob("*.*") if p.is_file())]
+            host_code = replacement.read_text() if replacement.exists() else as_host_code(path.read_text())
+            _write(sources / place, host_code)
+    shared = [*sources.rglob("*.h"), *sources.rglob("*.cuh"), *(p for p in REPLACEMENTS.rglob("*.*") if p.is_file())]
     system = [pybind11.get_include(), sysconfig.get_paths()["include"], *cpp_extension.include_paths()]
     flags = ["-std=c++20", "-O2", "-g1", "-fPIC", "-mfma", "-ffp-contract=fast"]
     flags += ["-Wno-unknown-pragmas", "-Wno-attributes"]
     if sanitize:
         flags += ["-fsanitize=address", "-fno-omit-frame-pointer"]
-    paths = [f"-I{sources}", f"-I{STANDING_IN}", *(part for path in system for part in ("-isystem", path))]
-    flags += ["-include", "cuda_runtime.h", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]  # nvcc includes it as well
+    paths = [f"-I{sources}", f"-I{REPLACEMENTS}", *(part for path in system for part in ("-isystem", path))]
+    flags += ["-include", "cuda_runtime.h", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]  # nvcc also includes cuda_runtime.h
     command = [cpp_extension.get_cxx_compiler(), *flags, *paths]
     facts = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(shared)) + repr(command).encode()).hexdigest()
 
     def compiled(source: Path) -> Path:
+        """The object file of a source, compiled unless it is in the cache."""
         key = hashlib.sha256(source.read_bytes() + facts.encode()).hexdigest()[:16]
-        made = folder / f"{source.stem}.{key}.o"
-        if not made.exists():
+        object_file = folder / f"{source.stem}.{key}.o"
+        if not object_file.exists():
             for old in folder.glob(f"{source.stem}.*.o"):
                 old.unlink()
-            part = made.with_suffix(".part")
+            part = object_file.with_suffix(".part")  # an interrupted compilation must not leave a partial object file
             subprocess.run([*command, "-x", "c++", "-c", str(source), "-o", str(part)], check=True)
-            part.rename(made)
-        return made
+            part.rename(object_file)
+        return object_file
 
-    wanted = [sources / p.relative_to(ROOT / "csrc") for p in sorted((ROOT / "csrc").rglob("*.cu"))]
-    wanted = [p for p in wanted if not only or p.stem in only]
+    kernels = [sources / p.relative_to(ROOT / "csrc") for p in sorted((ROOT / "csrc").rglob("*.cu"))]
+    kernels = [p for p in kernels if not only or p.stem in only]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        objects = list(pool.map(compiled, [*wanted, STANDING_IN / "switch.cpp"]))
+        objects = list(pool.map(compiled, [*kernels, REPLACEMENTS / "switch.cpp"]))
     library = folder / "kernels.so"
     torch_libraries = [part for path in cpp_extension.library_paths() for part in (f"-L{path}", f"-Wl,-rpath,{path}")]
     link = ["-shared", "-o", str(library), *map(str, objects), *torch_libraries, "-ltorch_cpu", "-lc10"]
@@ -140,27 +157,33 @@ def build(sanitize: bool, only: set[str]) -> Path:
 
 
 def _write(path: Path, text: str) -> None:
+    """Write a file unless it already has this text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
 
 
 def main() -> int:
+    """Build the library, run pytest with it, and return pytest's exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sanitize", action="store_true")
-    parser.add_argument("--only", default="", help="names of .cu files, without .cu")
-    given, rest = parser.parse_known_args()
-    library = build(given.sanitize, set(filter(None, given.only.split(","))))
+    parser.add_argument("--sanitize", action="store_true", help="build with AddressSanitizer")
+    parser.add_argument("--only", default="", help="comma-separated names of .cu files, without the suffix")
+    options, pytest_arguments = parser.parse_known_args()
+    library = build(options.sanitize, set(filter(None, options.only.split(","))))
     environment = {**os.environ, "QFAST_CUDA_ON_HOST": str(library), "QFAST_BACKEND": "torch"}
     environment.setdefault("OMP_NUM_THREADS", "1")
-    if given.sanitize:
+    if options.sanitize:
         compiler = os.environ.get("CXX", "g++")
-        names = ("libasan.so", "libstdc++.so")  # the second so that exceptions are found
-        found = [subprocess.check_output([compiler, f"-print-file-name={n}"], text=True).strip() for n in names]
-        environment |= {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
-    if not any(part.endswith(".py") or ".py::" in part for part in rest):
-        rest += [str(ROOT / "tests" / name) for name in TESTS]
-    return subprocess.run([sys.executable, "-m", "pytest", "-q", *rest], env=environment, cwd=ROOT).returncode
+        names = ("libasan.so", "libstdc++.so")  # AddressSanitizer finds __cxa_throw only if libstdc++ is loaded too
+        preloaded = [subprocess.check_output([compiler, f"-print-file-name={n}"], text=True).strip() for n in names]
+        environment |= {
+            "LD_PRELOAD": " ".join(preloaded),
+            "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        }
+    if not any(part.endswith(".py") or ".py::" in part for part in pytest_arguments):
+        pytest_arguments += [str(ROOT / "tests" / name) for name in TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", *pytest_arguments]
+    return subprocess.run(command, env=environment, cwd=ROOT).returncode
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Registers, spills and shared memory of every CUDA kernel, held against a committed table. Needs no GPU.
+"""Compare registers, spills and shared memory of every CUDA kernel with a committed table. Needs no GPU.
 
-    PIP_LOG=build.log NVCC_APPEND_FLAGS=-Xptxas=-v pip install .    # ptxas says what each kernel takes
-    python tools/cuda_resources.py build.log                        # exit status 1 if the table says otherwise
-    python tools/cuda_resources.py build.log --write                # after a change that was meant
+    PIP_LOG=build.log NVCC_APPEND_FLAGS=-Xptxas=-v pip install .    # ptxas logs the resources of each kernel
+    python tools/cuda_resources.py build.log                        # exit status 1 if they differ from the table
+    python tools/cuda_resources.py build.log --write                # writes the table, after an intended change
 
-pip appends to its log, so each build needs a new one. A kernel takes what the toolkit's ptxas gives it, so counts are
-compared for the release that wrote the table; under any other one only spills count. Spilled bytes are those of stores
-and loads together.
+pip appends to its log, so use a new log for each build. The counts depend on the release of ptxas. Under the release
+that wrote the table all counts must be equal. Under any other release only an increase of the spilled bytes is a
+difference. Spilled bytes are the sum of spill stores and spill loads.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ SHARED = re.compile(r"(\d+) bytes smem")
 COLUMNS = ("registers", "spilled", "stack", "shared")
 
 Kernel = tuple[str, str]  # (name, architecture)
-Counts = tuple[int, int, int, int]  # of COLUMNS
+Counts = tuple[int, int, int, int]  # in the order of COLUMNS
 
 
 def read_log(lines: Iterable[str]) -> dict[Kernel, Counts]:
-    """What ptxas -v says in the log of a build."""
-    found: dict[Kernel, Counts] = {}
+    """The counts that `ptxas -v` wrote into the log of a build, by mangled name and architecture."""
+    measured: dict[Kernel, Counts] = {}
     kernel: Kernel | None = None
     frame = spilled = 0
     for line in lines:
@@ -43,23 +43,24 @@ def read_log(lines: Iterable[str]) -> dict[Kernel, Counts]:
             frame, spilled = int(spills[1]), int(spills[2]) + int(spills[3])
         elif kernel and (used := USED.search(line)):
             shared = SHARED.search(line)
-            found[kernel] = int(used[1]), spilled, frame, int(shared[1]) if shared else 0
+            measured[kernel] = int(used[1]), spilled, frame, int(shared[1]) if shared else 0
             kernel = None
-    return found
+    return measured
 
 
-def demangled(found: dict[Kernel, Counts]) -> dict[Kernel, Counts]:
-    names = [name for name, _ in found]
+def demangled(measured: dict[Kernel, Counts]) -> dict[Kernel, Counts]:
+    """The counts of qfast's kernels by demangled name, without the kernels of CUB and of other architectures."""
+    names = [name for name, _ in measured]
     plain = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     return {
         (_short(name), arch): counts
-        for name, ((_, arch), counts) in zip(plain.splitlines(), found.items(), strict=True)
-        if arch in ARCHITECTURES and not name.startswith("void cub::")  # the toolkit's own
+        for name, ((_, arch), counts) in zip(plain.splitlines(), measured.items(), strict=True)
+        if arch in ARCHITECTURES and not name.startswith("void cub::")
     }
 
 
 def _short(name: str) -> str:
-    """Without return type, arguments and our own namespaces: kernel<template arguments>."""
+    """A kernel's name as kernel<template arguments>, without return type, arguments and qfast's namespaces."""
     name = re.sub(r"\(anonymous namespace\)::|qfast::", "", name).removeprefix("void ")
     depth = 0
     for place, letter in enumerate(name):
@@ -70,7 +71,7 @@ def _short(name: str) -> str:
 
 
 def read_table() -> tuple[str, dict[Kernel, Counts]]:
-    """(release of the toolkit, table)"""
+    """The toolkit release that wrote the committed table, and the table."""
     with TABLE.open(newline="") as file:
         release = next(file).removeprefix("# ptxas ").strip()
         table: dict[Kernel, Counts] = {}
@@ -80,58 +81,67 @@ def read_table() -> tuple[str, dict[Kernel, Counts]]:
         return release, table
 
 
-def write_table(release: str, found: dict[Kernel, Counts]) -> None:
+def write_table(release: str, measured: dict[Kernel, Counts]) -> None:
+    """Replace the committed table."""
     with TABLE.open("w", newline="") as file:
         file.write(f"# ptxas {release}\n")
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["kernel", "architecture", *COLUMNS])
-        rows.writerows([*kernel, *counts] for kernel, counts in sorted(found.items(), key=_order))
+        rows.writerows([*kernel, *counts] for kernel, counts in sorted(measured.items(), key=_order))
 
 
 def _order(item: tuple[Kernel, Counts]) -> tuple[str, int]:
+    """Sort key of a row: name, then architecture from oldest to newest."""
     name, arch = item[0]
     return name, ARCHITECTURES.index(arch)
 
 
 def toolkit() -> str:
+    """Release of the CUDA toolkit on the PATH, for example "13.0"."""
     text = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     release = re.search(r"release (\d+\.\d+)", text)
     return release[1] if release else "unknown"
 
 
-def differences(expected: dict[Kernel, Counts], found: dict[Kernel, Counts], same_release: bool) -> list[str]:
+def differences(expected: dict[Kernel, Counts], measured: dict[Kernel, Counts], same_release: bool) -> list[str]:
+    """One line for each difference between the table and the build."""
     lines = []
-    for kernel in sorted({*expected, *found}):
+    for kernel in sorted({*expected, *measured}):
         name = f"{kernel[0]} ({kernel[1]})"
-        if kernel not in found:
+        if kernel not in measured:
             lines.append(f"{name}: in the table, but not in the build")
         elif kernel not in expected:
             lines.append(f"{name}: not in the table")
         else:
-            for column, before, now in zip(COLUMNS, expected[kernel], found[kernel], strict=True):
+            for column, before, now in zip(COLUMNS, expected[kernel], measured[kernel], strict=True):
                 if before != now and (same_release or (column == "spilled" and now > before)):
-                    lines.append(f"{name}: {column} {now}, in the table {before}")
+                    lines.append(f"{name}: {column} {now}, {before} in the table")
     return lines
 
 
 def main() -> int:
+    """Compare or write the table and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("log", type=Path, help="log of a build with -Xptxas=-v")
-    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name} anew")
-    given = parser.parse_args()
-    with given.log.open(errors="replace") as file:
-        found = demangled(read_log(file))
-    if not found:
-        print(f"{given.log} says nothing of kernels for {', '.join(ARCHITECTURES)}.", file=sys.stderr)
+    parser.add_argument("--write", action="store_true", help=f"replace {TABLE.name}")
+    options = parser.parse_args()
+    with options.log.open(errors="replace") as file:
+        measured = demangled(read_log(file))
+    if not measured:
+        architectures = ", ".join(ARCHITECTURES)
+        print(f"{options.log} has no kernels for {architectures}. Remedy: build with -Xptxas=-v.", file=sys.stderr)
         return 1
     release = toolkit()
-    if given.write:
-        write_table(release, found)
-        print(f"{len(found)} rows: {TABLE}")
+    if options.write:
+        write_table(release, measured)
+        print(f"wrote {len(measured)} rows to {TABLE}")
         return 0
-    known, expected = read_table()
-    lines = differences(expected, found, same_release=known == release)
-    print("\n".join(lines) or f"{len(found)} rows of {TABLE.name} hold (ptxas {release}; table of {known})")
+    release_of_table, expected = read_table()
+    lines = differences(expected, measured, same_release=release_of_table == release)
+    print(
+        "\n".join(lines)
+        or f"{len(measured)} kernels agree with {TABLE.name} (ptxas {release}; table of {release_of_table})"
+    )
     return 1 if lines else 0
 
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in under ten minutes on a machine with nvcc and a CUDA build of torch:
+# Run every check that needs a GPU. Requires nvcc and a CUDA build of torch; takes less than ten minutes:
 #
 #     tools/gpu_check.sh [FOLDER]        # default: gpu_check
 #
-# Builds both libraries for this GPU, runs every test marked gpu (a process a file, a few at a time), and
-# compute-sanitizer's memcheck, racecheck and initcheck over small shapes of every kernel. FOLDER/results.txt says
-# what was seen and how each part ended; a log a part lies beside it. Exit status 1 if any part failed.
-# PYTHON chooses the interpreter, JOBS how many test files run at a time.
+# Builds both libraries for this GPU, runs every test marked gpu (one process per file, several at a time), and runs
+# every kernel on small shapes under compute-sanitizer's memcheck, racecheck and initcheck. FOLDER/results.txt describes
+# the machine and the outcome of each part; FOLDER also has one log per part. The exit status is 1 if any part failed.
+# PYTHON selects the interpreter, JOBS the number of test files that run at a time.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(mkdir -p "${1:-gpu_check}" && cd "${1:-gpu_check}" && pwd)
@@ -16,7 +16,7 @@ failed=0
 export QFAST_CUDA=1 MAX_JOBS=${MAX_JOBS:-$(nproc)} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=2
 
 say() { printf '%s\n' "$*" | tee -a "$results"; }
-# part NAME SECONDS COMMAND...: its log in NAME.log, a line in results.txt
+# part NAME SECONDS COMMAND...: run a command with a time limit, log to NAME.log, add a line to results.txt
 part() {
   local name=$1 limit=$2 began=$SECONDS status=0
   shift 2
@@ -45,7 +45,7 @@ nvidia-smi --query-gpu=driver_version --format=csv,noheader | tee -a "$results"
 TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')}
 export TORCH_CUDA_ARCH_LIST
 
-# In place, so that nothing has to be fetched and nothing is installed.
+# A build in place downloads and installs nothing.
 part build 300 "$python" setup.py build_ext --inplace || exit 1
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 part doctor 60 "$python" -m qfast.doctor || failed=1
@@ -57,24 +57,24 @@ for file in $files; do
 done
 while [ "$(jobs -rp | wc -l)" -gt 0 ]; do wait -n || failed=1; done
 
-# sanitize TOOL [FILTER...]
+# sanitize TOOL [FILTER...]: run the kernels under a tool of compute-sanitizer
 sanitize() {
   local tool=$1
   shift
-  # Torch's allocator hands out parts of larger blocks, in which a kernel could go astray unseen.
+  # Without caching, each tensor is its own allocation, so an access outside a tensor is detected.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "sanitizer_$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 9 "$@" \
     "$python" tools/gpu_kernels.py
 }
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck initcheck; do
     sanitize $tool --kernel-regex kns=qfast && continue
-    # Another release may call the filter of our own kernels otherwise: then all kernels are looked at.
+    # If this release does not support the filter for qfast's kernels, check all kernels.
     if ! grep -q 'SUMMARY' "$out/sanitizer_$tool.log"; then sanitize $tool && continue; fi
     failed=1
   done
 else
-  say "compute-sanitizer is not on the PATH: not run"
+  say "compute-sanitizer is not on the PATH and was not run"
   failed=1
 fi
-say "$([ $failed = 0 ] && echo 'all ok' || echo 'something failed: see the logs')  ${SECONDS} s"
+say "$([ $failed = 0 ] && echo 'all ok' || echo 'some parts failed, see the logs')  ${SECONDS} s"
 exit $failed

@@ -1,9 +1,9 @@
-"""Small shapes of every kernel, forward and backward, for compute-sanitizer; `tools/gpu_check.sh` runs it.
+"""Run every CUDA kernel forward and backward on small shapes, for compute-sanitizer. `tools/gpu_check.sh` calls this.
 
     compute-sanitizer --tool memcheck python tools/gpu_kernels.py [DEVICE]
 
-Results are compared in the tests; here each kernel has to run, at sizes with whole vectors, tiles and days as well
-as with rests of them.
+The tests compare the results; this program only has to run each kernel. The sizes include whole and partial vectors,
+tiles and days.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from qfast.doctor import self_tests
 from qfast.nn import ALSTMModel, GATModel, GRUModel, Localformer, LSTMModel, TCNModel, Transformer
 from qfast.precision import NAMES, using_precision
 
-LONG_DAY = 2100  # rows from which a day takes the kernels that sort in several blocks
+LONG_DAY = 2100  # rows; a day of this length uses the kernels that sort in several blocks
 
 
 def networks() -> Iterator[tuple[nn.Module, tuple[int, ...]]]:
-    """(network, shape of its windows)"""
+    """Pairs of a network and the shape of its input windows."""
     kind: Any
     for kind in (LSTMModel, GRUModel, ALSTMModel):
         for hidden, batch in ((8, 5), (33, 70), (64, 130)):
@@ -41,12 +41,13 @@ def networks() -> Iterator[tuple[nn.Module, tuple[int, ...]]]:
 
 
 def feed_forward_in(precision: str, *tensors: Tensor) -> Tensor:
+    """`ops.feed_forward` with dropout in a precision of `qfast.precision`."""
     with using_precision(precision):
         return ops.feed_forward(*tensors, dropout=0.3, training=True)
 
 
 def layers() -> Iterator[tuple[Callable[..., Any], Sequence[Tensor]]]:
-    """(operator, its tensors): what the networks do not take on every device"""
+    """Pairs of an operator and its tensors, for the operators that the networks do not call on every device."""
     for width, heads, hidden in ((8, 2, 50), (64, 4, 300), (132, 4, 70)):
         weights = list(nn.TransformerEncoderLayer(width, heads, hidden).parameters())
         for last in (False, True):
@@ -67,24 +68,25 @@ def layers() -> Iterator[tuple[Callable[..., Any], Sequence[Tensor]]]:
 
 
 def attention() -> Iterator[tuple[Callable[..., Any], Sequence[Tensor]]]:
-    """(operator, its tensors), short days both pair by pair and a block a day"""
+    """Pairs of an attention operator and its tensors; short days use the pairwise kernels and one block per day."""
 
-    def call(operator: Callable[..., Any], offsets: Tensor, way: str, *tensors: Tensor) -> Tensor:
-        os.environ["QFAST_CUDA_ATTENTION"] = way  # of the backward as well
+    def call(operator: Callable[..., Any], offsets: Tensor, algorithm: str, *tensors: Tensor) -> Tensor:
+        os.environ["QFAST_CUDA_ATTENTION"] = algorithm  # stays set, because the backward pass reads it too
         return operator(*tensors, offsets)
 
     cases = [([1, 0, 7, 64, 300], 8), ([LONG_DAY, 3], 33), ([40] * 9, 64), ([70], 130)]
-    for (sizes, width), way in product(cases, ("auto", "block")):
+    for (sizes, width), algorithm in product(cases, ("auto", "block")):
         rows = sum(sizes)
         offsets = torch.tensor([0, *sizes]).cumsum(0)
         query, key, value = torch.randn(rows), torch.randn(rows), torch.randn(rows, width)
-        yield partial(call, ops.additive_attention, offsets, way), [query, key, value]
+        yield partial(call, ops.additive_attention, offsets, algorithm), [query, key, value]
         weight, bias = torch.randn(2, width), torch.randn(2)
-        yield partial(call, ops.graph_attention, offsets, way), [value, weight, bias]
+        yield partial(call, ops.graph_attention, offsets, algorithm), [value, weight, bias]
     del os.environ["QFAST_CUDA_ATTENTION"]
 
 
 def gathers() -> Iterator[tuple[Callable[..., Any], Sequence[Tensor]]]:
+    """Pairs of a gather of windows and its panel."""
     rows = torch.randint(-1, 50, (40, 8))
     for columns in (1, 3, 20):
         for layout in ("BTD", "BDT"):
@@ -93,23 +95,24 @@ def gathers() -> Iterator[tuple[Callable[..., Any], Sequence[Tensor]]]:
 
 
 def operators() -> Iterator[tuple[Callable[..., Any], Sequence[Tensor]]]:
-    """(operator, its tensors) of all operators that CUDA kernels serve, but the convolutions over time"""
+    """Pairs of an operator and its tensors, for all operators with CUDA kernels except the temporal convolutions."""
     yield from attention()
     yield from layers()
     yield from gathers()
 
 
-def both_ways(
+def forward_and_backward(
     call: Callable[..., Any], tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype
 ) -> list[Tensor]:
-    """Result and gradients."""
-    given = [tensor.detach().to(device, dtype).requires_grad_() for tensor in tensors]
-    found = call(*given)
-    found.square().sum().backward()
-    return [found.detach(), *(tensor.grad for tensor in given if tensor.grad is not None)]
+    """The result of a call, and the gradients of the sum of its squares."""
+    inputs = [tensor.detach().to(device, dtype).requires_grad_() for tensor in tensors]
+    result = call(*inputs)
+    result.square().sum().backward()
+    return [result.detach(), *(tensor.grad for tensor in inputs if tensor.grad is not None)]
 
 
 def main() -> None:
+    """Run the self-tests, the operators and the networks on the device of the command line."""
     device = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda")
     torch.manual_seed(0)
     for name, test in self_tests().items():
@@ -118,7 +121,7 @@ def main() -> None:
             print("self-test", name, flush=True)
     for call, tensors in operators():
         for dtype in (torch.float32, torch.float64):
-            both_ways(call, tensors, device, dtype)
+            forward_and_backward(call, tensors, device, dtype)
     print("attention, layers, gathers", flush=True)
     for network, shape in networks():
         for dtype in (torch.float32, torch.float64):

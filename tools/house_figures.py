@@ -3,8 +3,8 @@
     python tools/house_figures.py            # a minute: counts files, functions, docstrings, checks and hops
     python tools/house_figures.py --build    # also compiles the C++ library and measures the CPU time of each unit
 
-The counts come from the sources; the hops come from `tools/call_chains.py`, which needs a built qfast; mypy must be
-installed for nothing here. Each figure is defined in the docstring of the function that computes it.
+The counts come from the sources. The hops come from `tools/call_chains.py`, which needs a compiled qfast. The docstring
+of each function defines the figure that it computes.
 """
 
 from __future__ import annotations
@@ -30,23 +30,27 @@ LONGEST_FUNCTION = 60  # lines, docstring excluded
 
 
 def python_files(*folders: str) -> list[Path]:
+    """The Python files below the folders."""
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def native_files(*suffixes: str) -> list[Path]:
+    """The files below csrc with one of the suffixes."""
     return [path for suffix in suffixes for path in sorted((ROOT / "csrc").rglob(f"*{suffix}"))]
 
 
 def functions_of(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """The functions and methods that a Python file defines, including nested ones."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             yield node
 
 
 def arguments_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg]:
-    given = function.args
-    variable = [argument for argument in (given.vararg, given.kwarg) if argument is not None]
-    return [*given.posonlyargs, *given.args, *given.kwonlyargs, *variable]
+    """All arguments of a function, including *args and **kwargs."""
+    arguments = function.args
+    variable = [argument for argument in (arguments.vararg, arguments.kwarg) if argument is not None]
+    return [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, *variable]
 
 
 # ---------------------------------------------------------------- hops
@@ -154,11 +158,12 @@ def documented_methods() -> Row:
 
 
 def is_text(node: ast.expr) -> bool:
+    """Whether an expression is a string or an f-string."""
     return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
 
 
 def python_checks() -> tuple[int, int]:
-    """Errors raised with a message of their own, and those among them that show a value."""
+    """Number of errors raised with a message, and the number of these messages that show a value."""
     total = shown = 0
     for path in python_files("qfast"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -185,7 +190,7 @@ def split_arguments(text: str) -> list[str]:
 
 
 def native_checks() -> tuple[int, int]:
-    """QFAST_CHECKs, and those among them whose message contains a value, besides the names of things."""
+    """Number of QFAST_CHECKs, and the number whose message contains a value other than a name."""
     total = shown = 0
     for path in native_files(".cpp", ".h", ".cu", ".cuh"):
         text = call_chains.without_comments(path.read_text())
@@ -214,7 +219,7 @@ def informative_checks() -> Row:
 
 # ---------------------------------------------------------------- types and layout of the code
 def any_arguments() -> Row:
-    """Arguments of functions in qfast annotated `Any`; those named `dataset` and `handler` apart."""
+    """Arguments of functions in qfast annotated `Any`; also how many are called `dataset` or `handler`."""
     names = [
         argument.arg
         for path in python_files("qfast")
@@ -250,7 +255,7 @@ def imports_from_tests() -> Row:
 
 # ---------------------------------------------------------------- build
 def build(environment: dict[str, str], folder: Path) -> list[tuple[float, str]]:
-    """Build the C++ library in `folder`; CPU seconds and name of each unit that was compiled, slowest first."""
+    """Build the C++ library in `folder`. Returns CPU seconds and name of each compiled unit, slowest first."""
     before = set((folder / "build").rglob("*.seconds"))
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)

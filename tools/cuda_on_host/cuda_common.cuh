@@ -1,4 +1,4 @@
-// Stands for csrc/cuda_common.cuh where kernels run as host code: no device, no stream, tensors on the CPU.
+// Replaces csrc/cuda_common.cuh when kernels run as host code: no device, no stream, tensors on the CPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -20,7 +20,7 @@ class CudaScope {
   cudaStream_t stream() const { return nullptr; }
 };
 
-// A small grid, so that kernels stride over their tasks.
+// A small grid makes every block process several tasks, which tests the loop over tasks.
 inline unsigned int grid_for(int64_t tasks, int64_t per_block) {
   const int64_t blocks = (tasks + per_block - 1) / per_block;
   return static_cast<unsigned int>(std::min<int64_t>(blocks, cuda_on_host::setting("QFAST_HOST_GRID", 3)));

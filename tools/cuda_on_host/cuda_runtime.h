@@ -1,14 +1,14 @@
-// CUDA kernels as host code: what tools/cuda_on_host.py gives a C++ compiler in place of the toolkit's
-// header.
+// Runs CUDA kernels as host code. tools/cuda_on_host.py compiles them with this file in place of the CUDA
+// toolkit's header.
 //
-// Every thread of a block is a fiber with a stack of its own. A block's fibers run in an order that changes
-// at random, whole warps ahead of others, until each has reached a barrier; so what a missing barrier would
-// break breaks here too, sooner or later. Blocks run one after another, in random order. Shared memory is as
-// large as the launch says and begins as NaN. A barrier that not all threads reach, a shuffle from a lane
-// that takes no part and a lane beyond the block end the process with a message.
+// Every thread of a block is a fiber with its own stack. The fibers of a block run in an order that changes
+// at random, some warps ahead of others, until each has reached a barrier. An error from a missing barrier
+// therefore appears after enough runs. Blocks run one after another, in random order. Shared memory has the
+// size that the launch requests and initially contains NaN. These errors end the process with a message: a
+// barrier that not all threads reach, a shuffle from a lane outside the mask, and a mask with lanes outside
+// the block.
 //
-// Not shown: anything about time, caches, the order of writes between blocks, or what the device compiler
-// does.
+// Not simulated: times, caches, the order of writes between blocks, and the device compiler.
 #pragma once
 
 #include <math.h>
@@ -86,12 +86,12 @@ struct Fiber {
   void* stack_pointer = nullptr;
   std::unique_ptr<char[]> stack;
   State state = State::kDone;
-  unsigned mask = 0;            // of the warp barrier it waits at
-  unsigned long long word = 0;  // what it shows to its warp
+  unsigned mask = 0;            // of the warp barrier where it waits
+  unsigned long long word = 0;  // value that other lanes of the warp read in a shuffle
 };
 
 inline std::vector<Fiber> fibers;
-inline void* scheduler = nullptr;  // its stack pointer
+inline void* scheduler = nullptr;  // stack pointer of run_block
 inline const std::function<void()>* work = nullptr;
 
 extern "C" void cuda_on_host_switch(void** save, void* to);
@@ -153,7 +153,7 @@ inline bool any_in(unsigned threads, State state) {
 }
 
 // ---------------------------------------------------------------- one block
-// Which warps are held back for a while, so that others run ahead of them to their next barrier.
+// Selects warps that pause for a while. The other warps run ahead to their next barrier.
 struct Holding {
   std::vector<char> held;
   unsigned left = 0;
@@ -228,7 +228,7 @@ inline void launch(unsigned blocks, unsigned threads, size_t shared, const std::
 }
 
 // ---------------------------------------------------------------- shuffles
-// `source` lane of the own warp, or -1: the own value.
+// The value of lane `source` of this thread's warp, or this thread's own value if `source` is -1.
 template <class T>
 T shuffle(unsigned mask, T value, int source) {
   static_assert(sizeof(T) <= sizeof(Fiber::word));
@@ -275,7 +275,7 @@ T __shfl_down_sync(unsigned mask, T value, int step, int width = 32) {
   return cuda_on_host::shuffle(mask, value, source / width == lane / width ? source : -1);
 }
 
-// Of the lanes that happen to be together no more than one is promised: that much a kernel may count on.
+// CUDA does not guarantee which lanes are active together, so only the calling lane is in the mask.
 inline unsigned __activemask() { return 1u << cuda_on_host::lane(); }
 inline int __any_sync(unsigned mask, int found) {
   int any = 0;
@@ -297,7 +297,8 @@ inline float __uint_as_float(uint32_t bits) {
   return value;
 }
 inline void __threadfence() {}
-inline unsigned atomicInc(unsigned* counter, unsigned last) {  // fibers change at barriers alone
+// Atomic, because fibers switch only at barriers.
+inline unsigned atomicInc(unsigned* counter, unsigned last) {
   const unsigned before = *counter;
   *counter = before >= last ? 0 : before + 1;
   return before;

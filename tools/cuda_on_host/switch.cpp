@@ -1,4 +1,4 @@
-// Leaves one stack for another; what a call must preserve goes onto the one that is left (x86-64, System V).
+// Switches to another stack. Callee-saved registers are pushed onto the old one (x86-64, System V).
 asm(R"(
 .text
 .globl cuda_on_host_switch

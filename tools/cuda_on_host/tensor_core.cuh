@@ -1,9 +1,10 @@
-// Stands for csrc/tensor_core.cuh where kernels run as host code: the same functions over the fragments of 32
+// Replaces csrc/tensor_core.cuh when kernels run as host code: the same functions on the fragments of 32
 // fibers.
 //
-// A product's sums are modelled as the worst that has been published of the devices: terms are aligned to the
-// largest of half the depth and what does not fit into 24 bits is cut off, so what holds here holds there. A
-// background copy arrives at once or when it is waited for, by chance; until then its place holds NaN.
+// Sums are rounded as in the least accurate published model of the devices: the terms of half the depth are
+// aligned to the largest one and truncated to 24 bits. An error bound that holds here therefore holds on a
+// device. A background copy completes at random, either at once or when the kernel waits for it. Until then
+// its destination contains NaN.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -35,7 +36,7 @@ struct Fragments {
 
 inline Fragments shown[cuda_on_host::kMostThreads];
 
-// The nearest float not beyond it.
+// Rounds to float32 toward zero.
 inline float truncated(double value) {
   const float near = static_cast<float>(value);
   return std::fabs(static_cast<double>(near)) > std::fabs(value) ? std::nextafterf(near, 0.0f) : near;
@@ -57,7 +58,8 @@ inline float sum_of(const double* terms, int count) {
   return truncated(sum * unit);
 }
 
-// row_of(lane's fragments, ...) as the layouts of csrc/tensor_core.cuh say.
+// of_row(first, row, k) and of_column(first, column, k) read an element from the fragments of the warp whose
+// first thread is `first`. csrc/tensor_core.cuh describes the layouts.
 template <int kDepth, class Row, class Column>
 void multiply(float (&sums)[4], const uint32_t (&rows)[4], const uint32_t (&columns)[2], const Row& of_row,
               const Column& of_column) {
@@ -77,7 +79,7 @@ void multiply(float (&sums)[4], const uint32_t (&rows)[4], const uint32_t (&colu
       made[i] = sum_of(terms, kDepth / 2 + 1);
     }
   }
-  __syncwarp();  // the others have read the fragments, which may now change
+  __syncwarp();  // all lanes have read the fragments, so they may change now
   std::copy(made, made + 4, sums);
 }
 

@@ -1,4 +1,4 @@
-// The part of CUB that qfast uses, by the standard library.
+// The part of CUB that qfast uses, implemented with the standard library.
 #pragma once
 
 #include <cuda_runtime.h>
