@@ -28,8 +28,9 @@ void check_window_conv(const char* op, const Tensor& x, const Tensor& weight) {
 template <class Element>
 Tensor by_taps(const Tensor& weight, bool turned) {
   const Tensor source = torch::stable::contiguous(weight);
-  const int64_t O = source.size(0), D = source.size(1), K = source.size(2), rows = turned ? O : D,
-                columns = turned ? D : O, padded = PanelStore<Element>::cut(rows).padded();
+  const int64_t O = source.size(0), D = source.size(1), K = source.size(2);
+  const int64_t rows = turned ? O : D, columns = turned ? D : O;
+  const int64_t padded = PanelStore<Element>::cut(rows).padded();
   const Tensor out = empty(source, {K * padded, columns});
   Element* const to = out.mutable_data_ptr<Element>();
   std::fill(to, to + K * padded * columns, Element(0));
