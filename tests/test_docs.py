@@ -107,7 +107,15 @@ def test_readme(reader):
     [
         *(
             (name, 10)
-            for name in ("alstm.md", "attention.md", "encoder.md", "recurrent.md", "tcn.md", "transformer.md")
+            for name in (
+                "alstm.md",
+                "attention.md",
+                "encoder.md",
+                "recurrent.md",
+                "tcn.md",
+                "training.md",
+                "transformer.md",
+            )
         ),
         ("factors.md", 2),
     ],

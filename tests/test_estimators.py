@@ -1,6 +1,6 @@
 """Behaviour common to the fourteen estimators: learning, arguments, saved weights, interruptions, workflow files.
 
-Each test runs for every estimator, flat and time-series. Tests of one model alone are in test_alstm.py, test_gats.py,
+Most tests run for every estimator, flat and time-series. Tests of a single model are in test_alstm.py, test_gats.py,
 test_tcn.py and test_transformer_model.py; tests of the training loop, which all estimators share, in test_estimator.py.
 """
 

@@ -74,7 +74,7 @@ def files_to_touch() -> Row:
     text = (ROOT / "docs" / "developing.md").read_text()
     counts = [
         len(re.findall(r"^\d+\. ", section, re.MULTILINE))
-        for title in ("A new operator", "A new model")
+        for title in ("Add an operator", "Add a model")
         for section in re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
     ]
     return "Files to touch for a new operator / a new model", " / ".join(map(str, counts)), "6 / 4"

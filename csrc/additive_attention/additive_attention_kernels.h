@@ -1,4 +1,4 @@
-// Passes of additive attention on the CPU. docs/attention.md contains the mathematics. The file is compiled
+// CPU kernels of additive attention. docs/attention.md contains the mathematics. The file is compiled
 // once per instruction set; cpu_isa_begin.h lists the language features that it may use.
 //
 // Columns are computed in panels of up to four vectors whose sums stay in registers. A thread owns whole
@@ -85,7 +85,7 @@ struct Panel {
   }
 };
 
-// Calls body(panel, whether it is the first panel) for the panels of a row.
+// Calls body(panel, whether it is the first panel) for each panel of a row.
 template <class Element, class Body>
 QFAST_ALWAYS_INLINE void each_panel(int64_t width, const Body& body) {
   if (width < kLanes<Element>) return body(Panel<Element, 1, false>(0, width), true);
@@ -259,7 +259,8 @@ void attend_backward(const AttendBackwardJob<Element>& job, int64_t begin, int64
 }
 
 // ---------------------------------------------------------------- passes over rows in memory order
-// Rows [begin, end) of RowDotsJob.
+// Computes the two dot products of each row in [begin, end): of the gradient with the mean, and with the
+// share.
 template <class Element>
 void row_dots(const RowDotsJob<Element>& job, int64_t begin, int64_t end) {
   each_panel<Element>(job.width, [&](auto panel, bool is_first) {
@@ -282,7 +283,7 @@ void row_dots(const RowDotsJob<Element>& job, int64_t begin, int64_t end) {
   });
 }
 
-// Rows [begin, end) of ScoresJob.
+// Computes the query and key scores of the hidden states in rows [begin, end).
 template <class Element>
 void hidden_scores(const ScoresJob<Element>& job, int64_t begin, int64_t end) {
   each_panel<Element>(job.width, [&](auto panel, bool is_first) {
@@ -302,7 +303,7 @@ void hidden_scores(const ScoresJob<Element>& job, int64_t begin, int64_t end) {
   });
 }
 
-// Blocks [begin, end) of kSumRows rows of ScoresBackwardJob.
+// Computes the gradients of the scores for blocks [begin, end) of kSumRows rows each.
 template <class Element>
 void hidden_scores_backward(const ScoresBackwardJob<Element>& job, int64_t begin, int64_t end) {
   each_panel<Element>(job.width, [&](auto panel, bool) {

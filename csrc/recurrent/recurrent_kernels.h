@@ -69,8 +69,8 @@ struct LayerStep {
   int64_t output_row;
 };
 
-// The same as add_columns. Long sums are split into parts that start from 0, so the rounding error grows with
-// the length of a part only.
+// Like add_columns, but long sums are split into parts that start from 0, so the rounding error grows only
+// with the length of a part.
 template <bool Long, int First, int Count, class Element, int Rows>
 QFAST_ALWAYS_INLINE void add_long_columns(Sums<Element, Rows, 4>& sums, const Element* a, int64_t a_row,
                                           int64_t a_step, const Element* b, int64_t count) {

@@ -15,9 +15,9 @@
 namespace qfast {
 namespace {
 
-constexpr int64_t kGrainBytes = 64 << 10;     // output of one task; less does not pay for waking a thread
-constexpr int64_t kHugeBytes = 32LL << 20;    // from this size malloc maps fresh pages for every result
-constexpr int64_t kStreamBytes = 16LL << 20;  // from this size non-temporal stores measure faster
+constexpr int64_t kGrainBytes = 64 << 10;   // output of one task; a smaller one is not worth waking a thread
+constexpr int64_t kHugeBytes = 32LL << 20;  // from this size on, malloc maps fresh pages for every result
+constexpr int64_t kStreamBytes = 16LL << 20;  // from this size on, non-temporal stores measure faster
 
 void check_cpu(const char* op, const char* name, const Tensor& tensor) {
   QFAST_CHECK(tensor.is_cpu(), op, ": ", name, ": expected a CPU tensor, got a tensor on ",

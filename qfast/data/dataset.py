@@ -175,8 +175,8 @@ class TSDatasetH(DatasetH):
 
     Notes
     -----
-    The first windows of a segment contain rows before the segment, but like in Qlib none that is more than `step_len`
-    dates of the inference data earlier. Source: TSDatasetH of pyqlib 0.9.7.
+    The first windows of a segment contain rows before the segment but, as in Qlib, no row more than `step_len` dates of
+    the inference data earlier. Source: TSDatasetH of pyqlib 0.9.7.
 
     Examples
     --------

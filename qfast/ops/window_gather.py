@@ -1,6 +1,6 @@
 """Gather rolling windows from a panel whose rows are sorted by instrument and date.
 
-This is the smallest operator with gradients and a good model for a new one. The kernels are in csrc/window_gather:
+This is the smallest operator with gradients and a good template for a new one. The kernels are in csrc/window_gather:
 window_gather_kernels.h, called by window_gather.cpp, and window_gather.cu. The index is built by window_index.py.
 """
 
@@ -293,7 +293,7 @@ def _index_panel(panel: Tensor, rows: Tensor, begin: int, end: int, transposed: 
     else:
         missing = rows == -1
         if rows.device.type == "cpu":
-            rows = torch.where(rows < -1, n_rows, rows)  # the indexing raises an error, as for rows beyond the panel
+            rows = torch.where(rows < -1, n_rows, rows)  # indexing then raises an error, as for rows beyond the panel
         else:
             missing = (rows < 0) | (rows >= n_rows)
         out = panel[:, begin:end][rows.masked_fill(missing, 0)]

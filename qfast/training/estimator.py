@@ -1,6 +1,6 @@
 """The training loop that all models share. A model adds a network, its defaults and an order of batches.
 
-`fit` calls these stages: `load_segment` and `prepare_network` once; then, in every epoch, `train_epoch` (`batches`,
+`fit` calls these stages: `load_segment` for each segment; `prepare_network`, unless it resumes; then, in every epoch, `train_epoch` (`batches`,
 `train_step`, `run_network`, `loss_fn`), `score_segment` and the callbacks. A subclass may override any of them.
 """
 
@@ -40,8 +40,8 @@ class Estimator(BaseEstimator):
     """Base class of all models: trains one network and predicts with it.
 
     A subclass sets `network_class`, `order` and the other class attributes in which Qlib's models differ. It passes its
-    constructor's arguments to `__init__`. A model whose batches are not of equal size overrides `batches` and has no
-    argument `batch_size`.
+    constructor's arguments to `__init__`. A model whose batches are not of equal size overrides `batches` and ignores
+    `batch_size`.
 
     Parameters
     ----------
@@ -76,9 +76,10 @@ class Estimator(BaseEstimator):
     progress : bool or "auto"
         Whether to show a progress bar; "auto" shows it only on a terminal.
     cuda_graphs : bool
-        On a GPU, capture the training step as a CUDA graph and replay it. The results are bitwise equal. A custom
+        On a GPU, capture the training step as a CUDA graph and replay it. The results are bitwise equal to those
+        of eager steps. A custom
         `loss_fn` or `train_step` is captured too, and must depend only on its arguments, weights and buffers. Off by
-        default, see docs/gpu.md.
+        default; see docs/gpu.md.
     extra : dict, optional
         Further arguments of the subclass's constructor, for `get_params`.
 
@@ -117,7 +118,7 @@ class Estimator(BaseEstimator):
 
     order: ClassVar[BatchOrder] = NumpyOrder()
     loss_dtype: ClassVar[torch.dtype | None] = torch.float32
-    """Labels are converted to this dtype; None: they keep their own."""
+    """Labels are converted to this dtype; If None, they keep their dtype."""
     rows_per_call: ClassVar[int] = 0
     """Rows that the network scores per call, in whole batches. 0: one batch on the CPU, `GPU_ROWS` rows on a GPU."""
     drops_incomplete_rows: ClassVar[bool] = False

@@ -47,7 +47,7 @@ class RunResult:
         Segment -> metric -> value.
     model : Estimator
         The fitted estimator.
-    dataset : DatasetH
+    dataset : DatasetH or TSDatasetH
         The dataset that it was trained on.
     portfolio : dict
         Metric of the portfolio backtest -> value. Empty if the workflow has no backtest.
@@ -102,8 +102,8 @@ def run(
     Raises
     ------
     ConfigError
-        The file or the arguments are wrong; the message lists every problem. Also if another process writes to the
-        `resume` folder.
+        The file or the arguments are wrong; the message lists every problem. It is also raised if another process
+        writes to the `resume` folder.
     DataError
         The data cannot be read or is unsuitable for training.
     QfastError
@@ -167,7 +167,7 @@ def _reopen(
 
 # ---------------------------------------------------------------- the stages
 def _load(job: Job, folder: RunFolder) -> HandlerDataset:
-    """Build the dataset, and load the checkpoint of a resumed run; what cannot be resumed is refused here."""
+    """Build the dataset, and load the checkpoint of a resumed run. Raises an error if the run cannot be resumed."""
     with job.timed("data"):
         dataset = build_dataset(job.workflow, job.data)
         job.facts = data_facts(dataset.handler, job.data, job.workflow)
@@ -206,7 +206,7 @@ def _begin(job: Job, folder: RunFolder, dataset: HandlerDataset) -> list[Record]
 
 
 def _notices(job: Job) -> list[str]:
-    """Records of the file that this version does not support; logged now and repeated in manifest and report."""
+    """Log and return a notice for each record that this version does not support. Manifest and report repeat them."""
     notices = []
     for spec in job.workflow.task.record:
         factory, _ = registry.RECORDS.resolve(spec.model_dump(by_alias=True, include={"class_", "module_path"}))
