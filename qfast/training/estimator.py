@@ -1,7 +1,8 @@
 """The training loop that all models share. A model adds a network, its defaults and an order of batches.
 
-`fit` calls these stages: `load_segment` for each segment; `prepare_network`, unless it resumes; then, in every epoch, `train_epoch` (`batches`,
-`train_step`, `run_network`, `loss_fn`), `score_segment` and the callbacks. A subclass may override any of them.
+`fit` calls `load_segment` for each segment and, unless it resumes, `prepare_network`. In every epoch it calls
+`train_epoch` (`batches`, `train_step`, `run_network`, `loss_fn`), `score_segment` and the callbacks. A subclass may
+override any of them.
 """
 
 from __future__ import annotations
