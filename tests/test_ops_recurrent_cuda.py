@@ -433,7 +433,7 @@ def test_refusals_of_the_kernels() -> None:
         run(x, weights, h0, c0, 0.5, None, False, False)
     with pytest.raises(ValueError, match=r"dropout: expected 0 to 1, got 1\.5"):
         run(x, weights, h0, c0, 1.5, None, False, False)
-    with pytest.raises(ValueError, match=r"weights: expected four .*layer, got 7"):
+    with pytest.raises(ValueError, match=r"weights: expected four tensors for each layer, got 7"):
         run(x, weights[:-1], h0, c0, 0.0, None, False, False)
     with pytest.raises(ValueError, match=r"weight_hh: expected shape \(20, 5\), got"):
         run(x, [*weights[:5], weights[4][:, :2], *weights[6:]], h0, c0, 0.0, None, False, False)

@@ -156,8 +156,8 @@ def test_the_raw_operators_reject_wrong_arguments(name: str) -> None:
     for change, match in (
         ((x[0], weights, *rest), r"x: expected .*\[B, T, F\]"),
         ((x.long(), weights, *rest), "x: .*(float32|float64|floating)"),
-        ((x, weights[:3], *rest), "weights: expected four .*layer, got 3"),
-        ((x, [], *rest), "weights: expected four .*layer, got 0"),
+        ((x, weights[:3], *rest), "weights: expected four tensors for each layer, got 3"),
+        ((x, [], *rest), "weights: expected four tensors for each layer, got 0"),
         ((x.float(), weights, *rest), "weight_ih: expected the dtype of x"),
         ((x[..., :1], weights, *rest), "weight_ih: expected shape"),
         ((x, [*weights[:3], weights[3][:4], *weights[4:]], *rest), "bias_hh: expected shape"),
