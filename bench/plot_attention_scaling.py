@@ -70,9 +70,9 @@ def print_table(figures: dict[str, dict[int, tuple[float, float]]]) -> None:
         print(f"| {n:,} | " + " | ".join(cells) + " |")
     ours = {n: seconds for n, (seconds, _) in figures["qfast"].items()}
     for name, sizes in (("300 .. 5,000", SMALL), ("5,000 .. 20,000", (5_000, *CLIFF, 20_000)), ("20,000 ..", LARGE)):
-        known = {n: ours[n] for n in sizes if n in ours}
-        if len(known) > 1:
-            print(f"exponent of qfast's time, {name}: {exponent(known):.2f}")
+        measured = {n: ours[n] for n in sizes if n in ours}
+        if len(measured) > 1:
+            print(f"exponent of qfast's time, {name}: {exponent(measured):.2f}")
 
 
 def draw(figures: dict[str, dict[int, tuple[float, float]]], path: Path) -> None:

@@ -22,7 +22,7 @@ struct PanelMatrix {
 
   QFAST_SHARED_INLINE int64_t padded() const { return width * count; }
 
-  // Panels [first, first + number), or those of them that exist.
+  // Panels [first, first + number), or as many of them as exist.
   QFAST_SHARED_INLINE PanelMatrix some(int64_t first, int64_t number) const {
     const int64_t panels = number < count - first ? number : count - first;
     const int64_t left = columns - first * width, most = panels * width;

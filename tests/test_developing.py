@@ -1,4 +1,4 @@
-"""docs/developing.md agrees with the code: the files it names exist, and the chains it prints are those of a run."""
+"""docs/developing.md agrees with the code: the files it names exist, and the call chains it prints match a run."""
 
 from __future__ import annotations
 

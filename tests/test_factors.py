@@ -332,7 +332,7 @@ def test_registering_refuses(arguments, message):
         unregister_function("Mean")
 
 
-# ---------------------------------------------------------------- stores, and pyqlib as the oracle
+# ---------------------------------------------------------------- stores, and comparison with pyqlib
 def test_an_unknown_field_lists_the_fields_of_the_store(tmp_path):
     root = write_store(tmp_path / "store")
     for source in ({"provider_uri": root}, {"provider_uri": {"day": str(root)}}, {"data": root}):

@@ -1,7 +1,7 @@
 """The tables of operator cases: each follows the protocol, and each operator equals its definition.
 
 A new operator needs a table in tests/support and a row in `TABLES`. Its own test file then adds tolerances for
-float32 and what is special to it.
+float32 and the properties that are special to it.
 """
 
 from __future__ import annotations

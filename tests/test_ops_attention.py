@@ -324,21 +324,21 @@ value, grad = torch.randn(2, n, 64, generator=rng)
 additive_attention(query[:9].requires_grad_(), key[:9], value[:9]).sum().backward()
 reset_peak()
 before = memory_mb("VmRSS")
-found = results(additive_attention, (query.detach(), key, value), grad)
+result = results(additive_attention, (query.detach(), key, value), grad)
 print("extra", memory_mb("VmHWM") - before)
 exact = sorted_oracle(query, key, value, grad)
-print("errors", *(e / float(x.norm()) for e, x in zip(errors(found, exact), exact)))
+print("errors", *(e / float(x.norm()) for e, x in zip(errors(result, exact), exact)))
 chosen = torch.randint(0, n, (50,), generator=rng)
 for row in chosen.tolist():
     weights = torch.nn.functional.leaky_relu(query[row].double() + key.double(), 0.01).softmax(0)
     out = sum(weights[i : i + 100_000] @ value[i : i + 100_000].double() for i in range(0, n, 100_000))
-    torch.testing.assert_close(found[0][row].double(), out, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(result[0][row].double(), out, rtol=1e-5, atol=1e-7)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not NATIVE, reason="the dense softmax of a million rows needs terabytes")
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak of memory as Linux gives it")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak memory from Linux's /proc")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_million_rows_in_one_day(threads: int) -> None:
     """Needs less than 2 GB beyond the inputs (512 MB, and as much for the incoming gradient); accurate to 2e-6."""

@@ -60,8 +60,8 @@ def test_the_base_is_read_from(kind, form, state, tmp_path, caplog):
     assert same_weights(parts(weights(model)), state)
     file = path / "best.safetensors" if path.is_dir() else path
     assert model.pretrained_ == {"source": str(file), "taken": sorted(state), "not_taken": [], "absent": []}
-    said = next(r.message for r in caplog.records if r.message.startswith("base model from"))
-    assert said == f"base model from {file}: loaded {sorted(state)}; not loaded none; absent none"
+    message = next(r.message for r in caplog.records if r.message.startswith("base model from"))
+    assert message == f"base model from {file}: loaded {sorted(state)}; not loaded none; absent none"
 
 
 @both
@@ -230,8 +230,8 @@ def test_pretraining_uses_the_base_models_defaults_and_arguments(kind):
         setattr(stop, f"on_{moment}", lambda e: None)
     params = model.pretrain(dataset_for(kind), callbacks=[stop], batch_size=64).get_params()
     default = base_of(kind)().get_params()
-    own = {"d_feat": 3, "hidden_size": 8, "num_layers": 2, "seed": 1, "batch_size": 64, "compat": "qlib"}
-    assert {**params, "device": "auto"} == {**default, **own}
+    expected = {"d_feat": 3, "hidden_size": 8, "num_layers": 2, "seed": 1, "batch_size": 64, "compat": "qlib"}
+    assert {**params, "device": "auto"} == {**default, **expected}
     base = model.pretrain(
         dataset_for(kind), n_epochs=1, batch_size=64, seed=3, dropout=0.1, evals_result=(scores := {})
     )

@@ -59,7 +59,7 @@ DensePlan plan_dense(const Shape& shape, int64_t longest, int groups) {
   return plan;
 }
 
-// Scratch of backward, in addition to that of Backward.
+// Scratch of the backward pass, in addition to the scratch of `Backward`.
 template <class T>
 struct DenseScratch {
   T *above, *below;  // [heads * N]: factors of the queries, normalised

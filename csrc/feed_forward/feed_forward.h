@@ -63,7 +63,7 @@ struct FeedForwardScratch {
   }
 };
 
-// The block as an operator of its own, over a batch of rows.
+// The block as a separate operator, over a batch of rows.
 template <class Element>
 struct FeedForwardJob {
   int64_t rows, tile_rows;

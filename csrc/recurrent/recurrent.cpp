@@ -127,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gru_cpu(const Tensor& x, std::vector<
 
 // ---------------------------------------------------------------- backward
 // The other arguments of the backward pass: the gradients of the results, what the forward pass saved, and
-// which gradients are requested besides those of the weights.
+// which gradients are requested in addition to the gradients of the weights.
 struct Results {
   const MaybeTensor &grad_output, &grad_h, &grad_c;
   const Tensor &gates, &carried;

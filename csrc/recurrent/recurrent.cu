@@ -1,15 +1,16 @@
 // Stacked LSTM and GRU on CUDA, forward and backward.
 //
-// The forward pass goes layer by layer. One matrix product with W_ih covers all steps of all rows (torch's,
+// The forward pass runs layer by layer. One matrix product with W_ih covers all steps of all rows (torch's,
 // cuBLAS). One launch then computes the steps: a thread block owns a tile of 4 to 16 rows, with its h in
 // shared memory and W_hh in registers or shared memory if it fits (recurrent_kernels.cuh). The batch is
 // processed in parts whose products need about 256 MB. In the first layer, windows of consecutive rows share
 // their products.
 //
-// The backward pass goes from the last layer to the first. One launch computes the gradients of all gates
+// The backward pass runs from the last layer to the first. One launch computes the gradients of all gates
 // [B, T, gates * H]. Products with these are the gradients of the weights and of the layer's input. Sums over
 // rows use cuBLAS and torch's reductions, and our kernels use no atomics, so every sum has a fixed order.
-// Results repeat bit for bit as far as those of cuBLAS do (one stream, or CUBLAS_WORKSPACE_CONFIG set).
+// Results are reproducible bit for bit whenever those of cuBLAS are (one stream, or CUBLAS_WORKSPACE_CONFIG
+// set).
 //
 // Nothing synchronizes or copies from the host, and torch allocates all memory, so a CUDA graph can capture a
 // call. Bound by FFMA multiply-adds, or by the latency of a step if there are few rows (up to 4 per

@@ -2,7 +2,7 @@
 // the language features that it may use.
 //
 // A thread owns parts of the batch and computes the tiles of a part in order, each from the last step to the
-// first. A step goes from the top layer down. It computes the gradients of the four sums of every unit. Their
+// first. A step runs from the top layer down. It computes the gradients of the four sums of every unit. Their
 // products with the transposed weights are the gradients of the previous h and of the layer's input. The
 // gradients of the sums of a few steps are collected for one product with the inputs of these steps, which is
 // added to the part's weight gradients.

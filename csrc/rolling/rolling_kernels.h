@@ -317,9 +317,9 @@ static void rolling_pairs(const RollingStatsJob& job, const RollingBlock& block,
 }
 
 // ---------------------------------------------------------------- order
-// The largest value (Sign 1) or the smallest (Sign -1), or its position in the window. The position of equal
-// values is that of the oldest, as for numpy.argmax. If a value is missing, the position is that of the
-// oldest missing value.
+// The largest value (Sign 1) or the smallest (Sign -1), or its position in the window. Among
+// equal values the position is that of the oldest, as in numpy.argmax. If values are missing, it is the
+// position of the oldest missing value.
 template <int Sign>
 static void rolling_extremes(const RollingStatsJob& job, const RollingBlock& block, const RollingSeries& x,
                              double* out0) {

@@ -367,8 +367,8 @@ class Call {
     return rows_ > 0 ? result.near : result.far;
   }
 
-  // Adds the stages of block i. `grad` is the result of output_gradient for block i. Returns that of the
-  // previous block.
+  // Adds the stages of block i. `grad` is the result of output_gradient for block i. Returns the
+  // gradient of the previous block.
   Place<T> backward_block(int64_t i, const Place<T>& grad) {
     const BlockPlan& plan = network_.plan(i);
     const BlockData<T>& block = network_.block(i);

@@ -217,7 +217,7 @@ def masked_last(node: Call) -> Call:
 
 
 def _sources(node: Node) -> Iterator[Node]:
-    """The fields that a node reads; a `Mask` stands for all fields below it."""
+    """The fields that a node reads; a `Mask` represents all fields below it."""
     if isinstance(node, Field) or (isinstance(node, Call) and node.function == "Mask"):
         yield node
     elif isinstance(node, Call):

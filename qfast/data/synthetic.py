@@ -211,16 +211,16 @@ def _returns(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logarithmic returns [D, N] and the signal [D, N] that precedes them by two days."""
     warm_up = SIGNAL_LAG + LABEL_DELAY
-    own = rng.standard_normal((n_days + warm_up, n_instruments))
-    signal = np.zeros_like(own)
-    for t in range(SIGNAL_LAG - 1, len(own)):
+    idiosyncratic = rng.standard_normal((n_days + warm_up, n_instruments))
+    signal = np.zeros_like(idiosyncratic)
+    for t in range(SIGNAL_LAG - 1, len(idiosyncratic)):
         if t >= warm_up:
-            own[t] = ic * signal[t - LABEL_DELAY] + np.sqrt(1 - ic**2) * own[t]
-        past = -own[t - SIGNAL_LAG + 1 : t + 1].sum(axis=0)
+            idiosyncratic[t] = ic * signal[t - LABEL_DELAY] + np.sqrt(1 - ic**2) * idiosyncratic[t]
+        past = -idiosyncratic[t - SIGNAL_LAG + 1 : t + 1].sum(axis=0)
         spread = past.std()
         signal[t] = (past - past.mean()) / spread if spread > 0 else 0.0
-    market = MARKET_VOLATILITY * rng.standard_normal((len(own), 1))
-    return (volatility * own + market)[warm_up:], signal[warm_up:]
+    market = MARKET_VOLATILITY * rng.standard_normal((len(idiosyncratic), 1))
+    return (volatility * idiosyncratic + market)[warm_up:], signal[warm_up:]
 
 
 def _presence(

@@ -395,7 +395,7 @@ class GraphTimeSeriesEstimator(GraphEstimator):
 
     @property
     def day_order(self) -> BatchOrder:
-        """The order of the days in each pass; with compat="qlib" that of an unshuffled DataLoader."""
+        """The order of the days in each pass; with compat="qlib" the order of an unshuffled DataLoader."""
         return UnshuffledLoaderOrder() if self._params["compat"] == "qlib" else super().day_order
 
     def days(self, windows: WindowSet) -> Batches:

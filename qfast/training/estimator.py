@@ -104,7 +104,7 @@ class Estimator(BaseEstimator):
 
     Examples
     --------
-    A model with a loss of its own:
+    A model with its own loss:
 
     >>> from qfast.data import DatasetH, synthetic
     >>> from qfast.models import LSTM

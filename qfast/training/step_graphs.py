@@ -58,7 +58,7 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """A stream of its own and a memory pool that all its graphs share.
+    """A CUDA stream for captures, and a memory pool that all its graphs share.
 
     Sharing the pool is safe because replays run one after another on one stream. `GraphedStep` holds references to the
     losses and gradients, which must outlive a replay, so no other graph reuses their memory.

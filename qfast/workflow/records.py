@@ -29,7 +29,7 @@ MODULES = ("qlib.workflow.record_temp", "qfast.workflow.records", "qfast.workflo
 
 
 class Record:
-    """Base class: adds metrics and daily series to those of a segment.
+    """Base class of records, which add metrics and daily series to the results of a segment.
 
     A class with a `notice` is accepted in workflow files, but not supported. The notice is logged and shown in the
     report.

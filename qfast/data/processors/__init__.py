@@ -1,7 +1,7 @@
 """Processors: the steps between raw columns and the data that a model reads.
 
 They compute the same values as the processors of pyqlib 0.9.7 (qlib/data/dataset/processor.py), on panels instead of
-frames. Statistics use live rows only. Results are float32, also that of CSRankNorm, which is float64 in Qlib.
+frames. Statistics use live rows only. Results are float32. This includes CSRankNorm, whose result is float64 in Qlib.
 
 A step that changes values works on a few columns or a few thousand rows at a time. It writes one new block, or
 overwrites the old one if the caller allows it (`Processor.run`). A step that drops rows only changes the panel's mask.
