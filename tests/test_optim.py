@@ -234,7 +234,7 @@ def test_wrong_lengths_and_limits(isa):
     with pytest.raises(DataError, match=r"steps: expected 2 tensors as in parameters, got 1"):
         clipped_adam_(*lists[:4], lists[4][:1], lr=0.1)
     for limit in (0.0, -1.0, NAN):
-        with pytest.raises(DataError, match=r"limit: expected a number above 0, got .*Remedy: inf for no limit"):
+        with pytest.raises(DataError, match=r"limit: expected a number above 0, got .*Remedy: pass inf for no limit"):
             clipped_adam_(*lists, lr=0.1, limit=limit)
     for limit in (0, -1.0, NAN, "3", True, None):
         with pytest.raises(DataError, match=r"ClippedAdam: limit: expected a positive number, got .*Remedy"):
