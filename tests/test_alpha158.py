@@ -145,11 +145,11 @@ def test_every_factor_equals_pandas(tmp_path):
 @pytest.mark.parametrize("classes", [("Alpha158", Alpha158), ("Alpha158vwap", Alpha158vwap)], ids=lambda c: c[0])
 def test_features_and_label_equal_qlib(tmp_path, market, times, classes):
     qlib = pytest.importorskip("qlib", reason="pyqlib is not installed")
-    import qlib.contrib.data.handler as reference
+    import qlib.contrib.data.handler as qlib_handlers
 
     root = write_even_store(tmp_path / "store")
     qlib.init(provider_uri=str(root), region="us", kernels=1, logging_level=logging.ERROR)
-    theirs = getattr(reference, classes[0])(market, **times, **RAW)
+    theirs = getattr(qlib_handlers, classes[0])(market, **times, **RAW)
     ours = classes[1](market, provider_uri=root, **times, **RAW)
     for group in ("feature", "label"):
         mine, other = ours.fetch(col_set=group), theirs.fetch(col_set=group)
@@ -181,7 +181,7 @@ def read_bin(file: Path) -> tuple[float, np.ndarray]:
 def test_workflow_pipeline_equals_qlib(tmp_path):
     """The benchmark files' processors: twenty columns, robust z-score, fill; ranks of the label."""
     qlib = pytest.importorskip("qlib", reason="pyqlib is not installed")
-    from qlib.contrib.data.handler import Alpha158 as Reference
+    from qlib.contrib.data.handler import Alpha158 as QlibAlpha158
 
     root = write_even_store(tmp_path / "store")
     qlib.init(provider_uri=str(root), region="us", kernels=1, logging_level=logging.ERROR)
@@ -199,7 +199,7 @@ def test_workflow_pipeline_equals_qlib(tmp_path):
         "learn_processors": ["DropnaLabel", {"class": "CSRankNorm", "kwargs": {"fields_group": "label"}}],
         "label": ["Ref($close, -2) / Ref($close, -1) - 1"],
     }
-    ours, theirs = Alpha158("all", provider_uri=root, **kwargs), Reference("all", **kwargs)
+    ours, theirs = Alpha158("all", provider_uri=root, **kwargs), QlibAlpha158("all", **kwargs)
     for key in ("raw", "infer", "learn"):
         mine, other = ours.fetch(col_set="__all", data_key=key), theirs.fetch(col_set="__all", data_key=key)
         assert mine.columns.tolist() == other.columns.tolist()

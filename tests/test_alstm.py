@@ -23,8 +23,8 @@ both = pytest.mark.parametrize("kind", [ALSTM, ts.ALSTM], ids=["flat", "ts"])
 def test_quirk_rnn_type_is_built(kind, caplog):
     """Qlib accepts any rnn_type and builds a GRU."""
     pytest.importorskip("qlib", reason="pyqlib is the oracle; install qfast-models[qlib]")
-    reference = importlib.import_module("qlib.contrib.model.pytorch_alstm" + ("" if kind is ALSTM else "_ts")).ALSTM
-    assert type(reference(**SMALL, rnn_type="LSTM").ALSTM_model.rnn) is torch.nn.GRU
+    qlib_class = importlib.import_module("qlib.contrib.model.pytorch_alstm" + ("" if kind is ALSTM else "_ts")).ALSTM
+    assert type(qlib_class(**SMALL, rnn_type="LSTM").ALSTM_model.rnn) is torch.nn.GRU
     with caplog.at_level(logging.INFO, logger="qfast"):
         model = kind(**SMALL, rnn_type="LSTM")
     assert type(model.network.rnn) is torch.nn.LSTM
@@ -57,14 +57,14 @@ def test_torchs_plain_layer_trains_too(kind):
 
 
 # ---------------------------------------------------------------- only in Qlib's ALSTM_ts
-def test_the_metric_mse_is_that_of_the_reference(tmp_path):
+def test_the_metric_mse_equals_qlib(tmp_path):
     pytest.importorskip("qlib", reason="pyqlib is the oracle; install qfast-models[qlib]")
-    from qlib.contrib.model.pytorch_alstm_ts import ALSTM as Reference
+    from qlib.contrib.model.pytorch_alstm_ts import ALSTM as QlibALSTM
 
     sizes = {"d_feat": 3, "hidden_size": 8, "num_layers": 2, "seed": 3, "metric": "mse"}
     samples, expected, result = qlib_frames("_ts"), {}, {}
-    reference = Reference(**sizes, **TRAIN, n_jobs=0)
-    reference.fit(samples, expected, save_path=str(tmp_path / "x.pt"))
+    qlib_estimator = QlibALSTM(**sizes, **TRAIN, n_jobs=0)
+    qlib_estimator.fit(samples, expected, save_path=str(tmp_path / "x.pt"))
     ts.ALSTM(**sizes, **TRAIN).fit(samples, result)
     for name in ("train", "valid"):
         np.testing.assert_allclose(result[name], expected[name], rtol=1e-5)
@@ -75,14 +75,14 @@ def test_the_metric_mse_is_that_of_the_reference(tmp_path):
 
 def test_any_segment_is_predicted_like_qlib(tmp_path):
     pytest.importorskip("qlib", reason="pyqlib is the oracle; install qfast-models[qlib]")
-    from qlib.contrib.model.pytorch_alstm_ts import ALSTM as Reference
+    from qlib.contrib.model.pytorch_alstm_ts import ALSTM as QlibALSTM
 
     sizes = {"d_feat": 3, "hidden_size": 8, "num_layers": 2, "seed": 3}
     samples = qlib_frames("_ts")
-    reference, model = Reference(**sizes, **TRAIN, n_jobs=0), ts.ALSTM(**sizes, **TRAIN)
-    model.network.load_state_dict(reference.ALSTM_model.state_dict())
-    reference.fitted = model.fitted = True
+    qlib_estimator, model = QlibALSTM(**sizes, **TRAIN, n_jobs=0), ts.ALSTM(**sizes, **TRAIN)
+    model.network.load_state_dict(qlib_estimator.ALSTM_model.state_dict())
+    qlib_estimator.fitted = model.fitted = True
     for segment in ("valid", "test", "train"):
-        expected = reference.predict(samples, segment=segment)
+        expected = qlib_estimator.predict(samples, segment=segment)
         result = model.predict(samples, segment=segment)
         pd.testing.assert_series_equal(result, expected, rtol=1e-4, atol=1e-6, check_names=False)

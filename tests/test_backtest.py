@@ -60,14 +60,14 @@ def test_report_equals_qlib(tmp_path, region, strategy, rules, factor):
     qlib = pytest.importorskip("qlib", reason="pyqlib is not installed")
     root = write_market(tmp_path / "store", factor=factor)
     qlib.init(provider_uri=str(root), region=region, kernels=1, logging_level=logging.CRITICAL)
-    from qlib.backtest import backtest as reference
+    from qlib.backtest import backtest as qlib_backtest
     from qlib.contrib.evaluate import indicator_analysis
-    from qlib.contrib.evaluate import risk_analysis as reference_risk
+    from qlib.contrib.evaluate import risk_analysis as qlib_risk_analysis
 
     score = scores(root)
     strategy = {"topk": 8, "n_drop": 2, **strategy}
     rules = {"limit_threshold": 0.05, "open_cost": 0.0005, "close_cost": 0.0015, "min_cost": 5, **rules}
-    metrics, indicators = reference(
+    metrics, indicators = qlib_backtest(
         start_time=START,
         end_time=END,
         strategy={
@@ -97,7 +97,7 @@ def test_report_equals_qlib(tmp_path, region, strategy, rules, factor):
     np.testing.assert_allclose(result.orders()["value"], indicator_analysis(orders)["value"], rtol=1e-6)
     excess = report["return"] - report["bench"]
     for name, series in {"without": excess, "with": excess - report["cost"]}.items():
-        expected = reference_risk(series, freq="day")["risk"]
+        expected = qlib_risk_analysis(series, freq="day")["risk"]
         np.testing.assert_allclose(result.risk().loc[f"excess_return_{name}_cost"]["risk"], expected, rtol=1e-5)
     for day in report.index[::9]:
         held = {k: v for k, v in positions[day].position.items() if isinstance(v, dict)}

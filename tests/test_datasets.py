@@ -30,7 +30,7 @@ def test_flat_frames_equal_qlib(data_key, col_set):
 @pytest.mark.parametrize("data_key", ["infer", "learn"])
 @pytest.mark.parametrize("step_len", [1, 4, 20])
 @pytest.mark.parametrize("segment", ["train", "valid", "test", slice("2020-02-20", "2020-03-03")])
-def test_rolling_samples_equal_the_reference(data_key, step_len, segment):
+def test_rolling_samples_equal_qlib(data_key, step_len, segment):
     frame = gappy_frame()
     groups = ["feature", "label"]
     expected = qlib_dataset("TSDatasetH", frame, step_len=step_len).prepare(segment, col_set=groups, data_key=data_key)

@@ -410,7 +410,7 @@ def test_every_operator_equals_qlib(tmp_path, market):
     ours = through_the_handler(root, alone, market, start_time=start, end_time=end)
     assert ours.index.tolist() == theirs.index.tolist()
     for text in alone:
-        mine, reference = ours[text].to_numpy(), theirs[text].to_numpy(np.float32)
+        mine, expected = ours[text].to_numpy(), theirs[text].to_numpy(np.float32)
         if text.startswith("Delta"):  # Qlib reads one row too few: NaN on the first requested day
-            mine = np.where(ours.index.get_level_values("datetime") == pd.Timestamp(start), reference, mine)
-        np.testing.assert_allclose(mine, reference, rtol=2e-5, atol=1e-6, equal_nan=True, err_msg=text)
+            mine = np.where(ours.index.get_level_values("datetime") == pd.Timestamp(start), expected, mine)
+        np.testing.assert_allclose(mine, expected, rtol=2e-5, atol=1e-6, equal_nan=True, err_msg=text)

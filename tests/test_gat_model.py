@@ -35,7 +35,7 @@ def case(base: str, dtype=torch.float64, rows: int = 20) -> tuple[GATModel, Tens
     return GATModel(5, 9, 2, base_model=base).to(dtype), torch.randn(rows, 4, 5, dtype=dtype)
 
 
-def reference(suffix: str, base: str, **sizes) -> nn.Module:
+def qlib_network(suffix: str, base: str, **sizes) -> nn.Module:
     pytest.importorskip("qlib", reason="pyqlib is the oracle; install qfast-models[qlib]")
     result = importlib.import_module(f"qlib.contrib.model.pytorch_gats{suffix}")
     return result.GATModel(base_model=base, **sizes)
@@ -44,10 +44,10 @@ def reference(suffix: str, base: str, **sizes) -> nn.Module:
 # ---------------------------------------------------------------- compared with Qlib
 @pytest.mark.parametrize("suffix", ["", "_ts"])
 @bases
-def test_the_references_initial_weights_and_generator(base, suffix):
+def test_initial_weights_and_generator_equal_qlib(base, suffix):
     sizes = {"d_feat": 4, "hidden_size": 7, "num_layers": 2}
     torch.manual_seed(3)
-    expected = reference(suffix, base, **sizes).state_dict()
+    expected = qlib_network(suffix, base, **sizes).state_dict()
     after = torch.get_rng_state()
     torch.manual_seed(3)
     result = GATModel(base_model=base, **sizes).state_dict()
@@ -62,7 +62,7 @@ def test_the_references_initial_weights_and_generator(base, suffix):
 def test_outputs_and_gradients_equal_qlib(base, suffix, stocks):
     """Qlib's network in float64 is exact. Its float32 errors show the cost of cancellation."""
     torch.manual_seed(0)
-    theirs = reference(suffix, base, d_feat=6, hidden_size=64)
+    theirs = qlib_network(suffix, base, d_feat=6, hidden_size=64)
     for p in (theirs.a, *theirs.rnn.parameters()):  # states as wide as trained ones, scores on both sides of the bend
         p.data *= 4
     ours = GATModel(6, base_model=base)

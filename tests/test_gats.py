@@ -70,7 +70,7 @@ def test_shuffle_days_false_keeps_the_order(kind):
     assert dates == 3 * sorted(set(dates))
 
 
-def test_the_references_batches_mix_dates_and_are_there_on_request():
+def test_compat_restores_qlibs_batches_of_mixed_dates():
     dataset = rolling()
     model = ts.GATs(**{**SMALL, "n_epochs": 1}, compat="qlib")
     seen = Seen(model, dataset)

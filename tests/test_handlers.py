@@ -42,11 +42,11 @@ def assert_bit_equal(ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
 def qlib_handler():
     """pyqlib's handler class and its loader for frames."""
     pytest.importorskip("qlib", reason="pyqlib is not installed")
-    from qlib.data.dataset.handler import DataHandlerLP as Reference
+    from qlib.data.dataset.handler import DataHandlerLP as QlibHandler
     from qlib.data.dataset.loader import StaticDataLoader
 
-    def build(frame: pd.DataFrame, **kwargs: object) -> Reference:
-        return Reference(data_loader=StaticDataLoader(frame.copy()), **kwargs)
+    def build(frame: pd.DataFrame, **kwargs: object) -> QlibHandler:
+        return QlibHandler(data_loader=StaticDataLoader(frame.copy()), **kwargs)
 
     return build
 
@@ -68,10 +68,10 @@ def test_three_panels_equal_qlib(qlib_handler, process_type, drop_raw):
     ours, theirs = DataHandlerLP(frame, **kwargs), qlib_handler(frame, **kwargs)
     pd.testing.assert_frame_equal(frame, untouched)
     for key in ("infer", "learn") if drop_raw else ("raw", "infer", "learn"):
-        mine, reference = ours.fetch(col_set="__raw", data_key=key), theirs.fetch(col_set="__raw", data_key=key)
-        assert mine.index.tolist() == reference.index.tolist()
-        assert mine.columns.tolist() == reference.columns.tolist()
-        np.testing.assert_allclose(mine, reference, rtol=2e-5, atol=2e-6, equal_nan=True)
+        mine, expected = ours.fetch(col_set="__raw", data_key=key), theirs.fetch(col_set="__raw", data_key=key)
+        assert mine.index.tolist() == expected.index.tolist()
+        assert mine.columns.tolist() == expected.columns.tolist()
+        np.testing.assert_allclose(mine, expected, rtol=2e-5, atol=2e-6, equal_nan=True)
     if drop_raw:
         with pytest.raises(AttributeError, match="raw data was dropped"):
             ours.fetch(data_key="raw")
@@ -97,13 +97,13 @@ SELECTORS = [
 def test_fetch_equals_qlib(qlib_handler, selector, level, col_set):
     frame = hostile_frame(3)
     mine = DataHandlerLP(frame).fetch(selector, level, col_set)
-    reference = qlib_handler(frame).fetch(selector, level, col_set)
-    if isinstance(reference, pd.Series):  # one key of level None: Qlib returns the row itself
-        np.testing.assert_array_equal(mine.to_numpy()[0], reference.to_numpy())
+    expected = qlib_handler(frame).fetch(selector, level, col_set)
+    if isinstance(expected, pd.Series):  # one key of level None: Qlib returns the row itself
+        np.testing.assert_array_equal(mine.to_numpy()[0], expected.to_numpy())
         return
-    assert mine.index.tolist() == reference.index.tolist()
-    assert mine.columns.tolist() == reference.columns.tolist()
-    np.testing.assert_array_equal(mine.to_numpy(), reference.to_numpy(np.float32))
+    assert mine.index.tolist() == expected.index.tolist()
+    assert mine.columns.tolist() == expected.columns.tolist()
+    np.testing.assert_array_equal(mine.to_numpy(), expected.to_numpy(np.float32))
 
 
 @pytest.mark.parametrize("col_set", ["__all", "__raw", "feature", ["feature", "label"]], ids=str)
@@ -227,7 +227,7 @@ def test_alpha360_of_a_store_equals_pandas(tmp_path, cls, field, market, start, 
 def test_alpha360_of_a_store_equals_qlib(tmp_path):
     qlib = pytest.importorskip("qlib", reason="pyqlib is not installed")
     from qlib.config import C
-    from qlib.contrib.data import handler as reference
+    from qlib.contrib.data.handler import Alpha360 as QlibAlpha360
     from qlib.data.cache import H
 
     root = write_store(tmp_path / "store", seed=1)
@@ -236,13 +236,13 @@ def test_alpha360_of_a_store_equals_qlib(tmp_path):
     C["joblib_backend"] = "threading"
     for market in ("all", "mixed"):
         for start, end in TIMES:
-            theirs = reference.Alpha360(market, start, end, **RAW).fetch(col_set="__raw", data_key="raw")
+            theirs = QlibAlpha360(market, start, end, **RAW).fetch(col_set="__raw", data_key="raw")
             ours = Alpha360(market, start, end, provider_uri=root, **RAW).fetch(col_set="__raw", data_key="raw")
             assert_bit_equal(ours, theirs)
     codes = ["BBB", "AAA"]
     # the second reads days outside the close's file that only the open has
     for label in (["($close - Ref($open, 3)) / Ref($close, -5) ** 2"], ["Ref($close, -1) / $open - 1"]):
-        theirs = reference.Alpha360(codes, "2020-02-15", "2020-05-01", label=label, **RAW).fetch(data_key="raw")
+        theirs = QlibAlpha360(codes, "2020-02-15", "2020-05-01", label=label, **RAW).fetch(data_key="raw")
         ours = Alpha360(codes, "2020-02-15", "2020-05-01", label=label, provider_uri=root, **RAW).fetch(data_key="raw")
         assert_bit_equal(ours, theirs)
 
@@ -275,7 +275,7 @@ def test_alpha360_of_a_frame_equals_pandas(seed, share):
 
 def test_default_pipeline_equals_qlib(tmp_path):
     qlib = pytest.importorskip("qlib", reason="pyqlib is not installed")
-    from qlib.contrib.data import handler as reference
+    from qlib.contrib.data.handler import Alpha360 as QlibAlpha360
     from qlib.data.cache import H
 
     root = write_store(tmp_path / "store", seed=2, n_days=70)
@@ -292,15 +292,15 @@ def test_default_pipeline_equals_qlib(tmp_path):
     }
     import copy
 
-    theirs = reference.Alpha360("all", **kwargs, **copy.deepcopy(benchmark))
+    theirs = QlibAlpha360("all", **kwargs, **copy.deepcopy(benchmark))
     before = copy.deepcopy(benchmark)
     ours = Alpha360("all", provider_uri=root, **kwargs, **benchmark)
     assert benchmark == before, "the caller's configuration stays as it was"
     for key in ("infer", "learn"):
-        mine, reference_frame = ours.fetch(col_set="__raw", data_key=key), theirs.fetch(col_set="__raw", data_key=key)
-        assert mine.index.tolist() == reference_frame.index.tolist()
-        assert mine.columns.tolist() == reference_frame.columns.tolist()
-        np.testing.assert_allclose(mine, reference_frame, rtol=2e-5, atol=2e-6, equal_nan=True)
+        mine, expected = ours.fetch(col_set="__raw", data_key=key), theirs.fetch(col_set="__raw", data_key=key)
+        assert mine.index.tolist() == expected.index.tolist()
+        assert mine.columns.tolist() == expected.columns.tolist()
+        np.testing.assert_allclose(mine, expected, rtol=2e-5, atol=2e-6, equal_nan=True)
 
 
 def test_default_processors_fill_labels_like_qlib(tmp_path):

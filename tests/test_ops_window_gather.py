@@ -503,7 +503,7 @@ def test_properties(data: st.DataObject, seed: int, fill: str) -> None:
 @pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("steps", [1, 5, 20])
 def test_windows_equal_qlib(fill: str, steps: int) -> None:
-    reference = pytest.importorskip("qlib.data.dataset", reason="pyqlib (extra qlib) is not installed")
+    qlib_dataset_module = pytest.importorskip("qlib.data.dataset", reason="pyqlib (extra qlib) is not installed")
     instruments, dates, _ = market_codes(12, 60, holes=0.2, seed=7)
     days = pd.date_range("2021-03-01", periods=60)
     keys = pd.MultiIndex.from_arrays(
@@ -512,7 +512,7 @@ def test_windows_equal_qlib(fill: str, steps: int) -> None:
     values = np.random.default_rng(8).standard_normal((len(keys), 4)).astype(np.float32)
     frame = pd.DataFrame(values, index=keys, columns=list("abcd"))
     start, end = days[25], days[55]
-    sampler = reference.TSDataSampler(frame.sort_index(), start, end, steps, fillna_type=fill)
+    sampler = qlib_dataset_module.TSDataSampler(frame.sort_index(), start, end, steps, fillna_type=fill)
     index = build_window_index(instruments, dates)  # codes are (instrument, date) ascending, as the sampler sorts
     last = torch.from_numpy(np.flatnonzero((days[dates] >= start) & (days[dates] <= end)))
     assert len(sampler) == len(last)

@@ -192,13 +192,13 @@ def test_training_from_qlibs_file_follows_qlib(name, suffix, tmp_path):
     base.fit(dataset, {}, save_path=str(tmp_path / "base.pkl"))
     arguments = {**sizes, "n_epochs": 2, "lr": 1e-4, "base_model": name, "model_path": tmp_path / "base.pkl", "seed": 4}
     expected: dict[str, list[float]] = {}
-    reference = qlib_model("GATs", "gats", suffix)(**arguments, **jobs)
-    reference.fit(dataset, expected, save_path=str(tmp_path / "x.pkl"))
+    qlib_estimator = qlib_model("GATs", "gats", suffix)(**arguments, **jobs)
+    qlib_estimator.fit(dataset, expected, save_path=str(tmp_path / "x.pkl"))
     model = (ts.GATs if suffix else GATs)(**arguments, compat="qlib").fit(dataset)
     for segment in ("train", "valid"):
         np.testing.assert_allclose(model.evals_result_[segment], expected[segment], rtol=1e-5)
     result = model.predict(dataset)
-    pd.testing.assert_series_equal(result, reference.predict(dataset), rtol=1e-4, atol=1e-5, check_names=False)
+    pd.testing.assert_series_equal(result, qlib_estimator.predict(dataset), rtol=1e-4, atol=1e-5, check_names=False)
 
 
 # ---------------------------------------------------------------- pre-training

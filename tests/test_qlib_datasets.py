@@ -103,19 +103,19 @@ def test_a_qlib_reweighter_sees_the_sampler():
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_gats_on_qlibs_rolling_dataset_follows_qlib(dtype, tmp_path):
     """CSRankNorm returns float64 labels, with which Qlib's loss is float64 too."""
-    from qlib.contrib.model.pytorch_gats_ts import GATs as Reference
+    from qlib.contrib.model.pytorch_gats_ts import GATs as QlibGATs
 
     frame = gappy_frame()
     frame = frame.astype(dtype)
     arguments = {"d_feat": 4, "hidden_size": 8, "n_epochs": 2, "lr": 1e-4, "seed": 3}
     expected: dict[str, list[float]] = {}
-    reference = Reference(**arguments, n_jobs=0)
-    reference.fit(qlib_dataset("TSDatasetH", frame, step_len=5), expected, save_path=str(tmp_path / "x.pt"))
+    qlib_estimator = QlibGATs(**arguments, n_jobs=0)
+    qlib_estimator.fit(qlib_dataset("TSDatasetH", frame, step_len=5), expected, save_path=str(tmp_path / "x.pt"))
     model = ts.GATs(**arguments, compat="qlib").fit(qlib_dataset("TSDatasetH", frame, step_len=5))
     for name in ("train", "valid"):
         assert model.evals_result_[name] == pytest.approx(expected[name], rel=1e-6)
     result = model.predict(qlib_dataset("TSDatasetH", frame, step_len=5))
-    wanted = reference.predict(qlib_dataset("TSDatasetH", frame, step_len=5))
+    wanted = qlib_estimator.predict(qlib_dataset("TSDatasetH", frame, step_len=5))
     pd.testing.assert_series_equal(result, wanted, rtol=1e-4, atol=1e-5, check_names=False)
 
 

@@ -81,10 +81,10 @@ def ours(name: str, suffix: str) -> type:
 
 @pytest.mark.parametrize(("name", "module", "suffix"), CASES, ids=IDS)
 def test_the_same_seed_yields_the_same_weights_and_generator_states(name, module, suffix):
-    reference = qlib_model(name, module, suffix)(**sizes(name), seed=7)
+    qlib_estimator = qlib_model(name, module, suffix)(**sizes(name), seed=7)
     after = torch.get_rng_state(), np.random.get_state()
     model = ours(name, suffix)(**sizes(name), seed=7)
-    expected = getattr(reference, NETWORK[module + suffix]).state_dict()
+    expected = getattr(qlib_estimator, NETWORK[module + suffix]).state_dict()
     assert list(model.network.state_dict()) == list(expected)
     for key, value in model.network.state_dict().items():
         assert torch.equal(value, expected[key]), key
@@ -103,10 +103,10 @@ def test_positional_arguments_have_qlibs_order(name, module, suffix):
 
 
 @pytest.mark.parametrize(("name", "module", "suffix"), CASES, ids=IDS)
-def test_batches_scores_and_predictions_follow_the_reference(name, module, suffix, monkeypatch, tmp_path):
+def test_batches_scores_and_predictions_follow_qlib(name, module, suffix, monkeypatch, tmp_path):
     data = qlib_frames(suffix, step_len=3 if name == "TCN" else 5)  # otherwise Qlib's time-series TCN cannot predict
     arguments = {**training(name, suffix), "seed": 3}
-    reference = qlib_model(name, module, suffix)(**arguments, **({"n_jobs": 0} if suffix else {}))
+    qlib_estimator = qlib_model(name, module, suffix)(**arguments, **({"n_jobs": 0} if suffix else {}))
     seen: dict[str, list[torch.Tensor]] = {"ours": [], "theirs": []}
 
     def spy(model: Any, who: str) -> None:
@@ -123,10 +123,10 @@ def test_batches_scores_and_predictions_follow_the_reference(name, module, suffi
         network = getattr(model, "network", None) or getattr(model, NETWORK[module + suffix])
         return network.training
 
-    spy(reference, "theirs")
+    spy(qlib_estimator, "theirs")
     expected: dict[str, list[float]] = {}
-    reference.fit(data, expected, save_path=str(tmp_path / "reference.pt"))
-    expected_prediction = reference.predict(data)
+    qlib_estimator.fit(data, expected, save_path=str(tmp_path / "qlib.pt"))
+    expected_prediction = qlib_estimator.predict(data)
     after = torch.get_rng_state(), np.random.get_state()[1]
 
     model = ours(name, suffix)(**arguments, compat="qlib" if name in ("GATs", "TCN") else None)
@@ -148,15 +148,17 @@ def test_batches_scores_and_predictions_follow_the_reference(name, module, suffi
     assert np.array_equal(np.random.get_state()[1], after[1])
     # files are exchangeable: qfast's weights load in Qlib, and Qlib's in qfast
     torch.save(torch.load(tmp_path / "ours.pt", weights_only=True), tmp_path / "copy.pt")
-    getattr(reference, NETWORK[module + suffix]).load_state_dict(torch.load(tmp_path / "copy.pt", weights_only=True))
-    model.load_weights(tmp_path / "reference.pt")
+    getattr(qlib_estimator, NETWORK[module + suffix]).load_state_dict(
+        torch.load(tmp_path / "copy.pt", weights_only=True)
+    )
+    model.load_weights(tmp_path / "qlib.pt")
 
 
 @pytest.mark.parametrize(("name", "module", "suffix"), CASES, ids=IDS)
 def test_copied_weights_have_qlibs_predictions(name, module, suffix):
     network_sizes = sizes(name, d_feat=6, width=64)
-    reference = qlib_model(name, module, suffix)(**network_sizes)
-    network = getattr(reference, NETWORK[module + suffix])
+    qlib_estimator = qlib_model(name, module, suffix)(**network_sizes)
+    network = getattr(qlib_estimator, NETWORK[module + suffix])
     model = ours(name, suffix)(**network_sizes)
     model.network.load_state_dict(network.state_dict())
     x = torch.randn(33, 20, 6)
@@ -184,8 +186,8 @@ def test_sample_weights_follow_qlib(name, module, tmp_path):
 
     data = qlib_frames("_ts")
     expected, result = {}, {}
-    reference = qlib_model(name, module, "_ts")(**SIZES, **TRAIN, seed=3, n_jobs=0)
-    reference.fit(data, expected, save_path=str(tmp_path / "x.pt"), reweighter=ByRank())
+    qlib_estimator = qlib_model(name, module, "_ts")(**SIZES, **TRAIN, seed=3, n_jobs=0)
+    qlib_estimator.fit(data, expected, save_path=str(tmp_path / "x.pt"), reweighter=ByRank())
     ours(name, "_ts")(**SIZES, **TRAIN, seed=3).fit(data, result, reweighter=ByRank())
     np.testing.assert_allclose(result["valid"], expected["valid"], rtol=1e-5)
     unweighted: dict[str, list[float]] = {}
@@ -197,9 +199,9 @@ def test_sample_weights_follow_qlib(name, module, tmp_path):
 def test_fitting_twice_continues_weights_and_optimiser(suffix, tmp_path):
     data = qlib_frames(suffix)
     expected, result = {}, {}
-    reference = qlib_model("LSTM", "lstm", suffix)(**SIZES, **TRAIN, seed=3, **({"n_jobs": 0} if suffix else {}))
+    qlib_estimator = qlib_model("LSTM", "lstm", suffix)(**SIZES, **TRAIN, seed=3, **({"n_jobs": 0} if suffix else {}))
     for _ in range(2):
-        reference.fit(data, expected, save_path=str(tmp_path / "x.pt"))
+        qlib_estimator.fit(data, expected, save_path=str(tmp_path / "x.pt"))
     model = ours("LSTM", suffix)(**SIZES, **TRAIN, seed=3)
     for _ in range(2):
         model.fit(data, result)
@@ -225,8 +227,8 @@ def test_time_series_tcn_trains_like_qlib_at_any_step_len(dtype, tmp_path):
     data = QlibFrames(frame, step_len=7)
     arguments = {**training("TCN", "_ts"), "kernel_size": 3, "num_layers": 3, "seed": 3}
     expected, result = {}, {}
-    reference = qlib_model("TCN", "tcn", "_ts")(**arguments, n_jobs=0)
-    reference.fit(data, expected, save_path=str(tmp_path / "reference.pkl"))
+    qlib_estimator = qlib_model("TCN", "tcn", "_ts")(**arguments, n_jobs=0)
+    qlib_estimator.fit(data, expected, save_path=str(tmp_path / "qlib.pkl"))
     model = ours("TCN", "_ts")(**arguments)
     seen = []
     inner = model.loss_fn
@@ -239,7 +241,7 @@ def test_time_series_tcn_trains_like_qlib_at_any_step_len(dtype, tmp_path):
     windows.config(fillna_type="ffill+bfill")
     x = torch.from_numpy(windows[list(range(len(windows)))][:, :, :-1]).float().transpose(1, 2)
     with torch.no_grad():
-        expected_prediction = reference.TCN_model.eval()(x).numpy()
+        expected_prediction = qlib_estimator.TCN_model.eval()(x).numpy()
     np.testing.assert_allclose(model.predict(data).to_numpy(), expected_prediction, rtol=1e-4, atol=1e-5)
-    other = ours("TCN", "_ts")(**{**arguments, "seed": 9}).load_weights(tmp_path / "reference.pkl")
+    other = ours("TCN", "_ts")(**{**arguments, "seed": 9}).load_weights(tmp_path / "qlib.pkl")
     np.testing.assert_allclose(other.predict(data).to_numpy(), expected_prediction, rtol=1e-4, atol=1e-5)

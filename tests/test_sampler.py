@@ -13,7 +13,7 @@ from support.frames import make_frame
 FILLS = ("none", "ffill", "ffill+bfill")
 
 
-def reference_sampler(frame: pd.DataFrame, *args: object, **kwargs: object):
+def qlib_sampler(frame: pd.DataFrame, *args: object, **kwargs: object):
     dataset = pytest.importorskip("qlib.data.dataset", reason="pyqlib is the oracle; install qfast-models[qlib]")
     return dataset.TSDataSampler(frame.copy(), *args, **kwargs)
 
@@ -21,10 +21,10 @@ def reference_sampler(frame: pd.DataFrame, *args: object, **kwargs: object):
 @pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("step_len", [1, 2, 5, 12, 60])
 @pytest.mark.parametrize("bounds", [(None, None), ("2020-01-20", "2020-02-10")])
-def test_equals_reference_on_every_sample(fill, step_len, bounds):
+def test_every_sample_equals_qlib(fill, step_len, bounds):
     frame = make_frame(holes=0.25)
     ours = TSDataSampler(frame, *bounds, step_len=step_len, fillna_type=fill)
-    theirs = reference_sampler(frame, *bounds, step_len=step_len, fillna_type=fill)
+    theirs = qlib_sampler(frame, *bounds, step_len=step_len, fillna_type=fill)
     assert len(ours) == len(theirs) > 0
     pd.testing.assert_index_equal(ours.get_index(), theirs.get_index(), exact=False)
     every = list(range(len(ours)))
@@ -37,7 +37,7 @@ def test_equals_reference_on_every_sample(fill, step_len, bounds):
 def test_date_and_instrument_pairs_equal_qlib_even_without_a_row(fill):
     frame = make_frame(n_dates=15, n_instruments=4, holes=0.4)
     ours = TSDataSampler(frame, None, None, step_len=4, fillna_type=fill)
-    theirs = reference_sampler(frame, None, None, step_len=4, fillna_type=fill)
+    theirs = qlib_sampler(frame, None, None, step_len=4, fillna_type=fill)
     dates = frame.index.levels[0]
     pairs = [(d, s) for d in dates for s in frame.index.levels[1]] + [(dates[-1] + pd.Timedelta(days=9), "S001")]
     for pair in pairs:
@@ -52,7 +52,7 @@ def test_flt_data_removes_samples_but_keeps_history():
     keep.iloc[::7] = np.nan
     keep = keep.iloc[5:]
     ours = TSDataSampler(frame, None, None, 6, "ffill", flt_data=keep)
-    theirs = reference_sampler(frame, None, None, 6, "ffill", flt_data=keep)
+    theirs = qlib_sampler(frame, None, None, 6, "ffill", flt_data=keep)
     assert 0 < len(ours) < len(frame)
     pd.testing.assert_index_equal(ours.get_index(), theirs.get_index(), exact=False)
     every = list(range(len(ours)))

@@ -169,16 +169,16 @@ def test_quirk_time_series_tcn_transposes_in_predict():
     windows = dataset.windows("test", "infer", with_label=False)
     model = ts.TCN(**square).fit(dataset)
     np.testing.assert_allclose(model.predict(dataset).to_numpy(), one_by_one(model, windows), rtol=1e-5, atol=1e-6)
-    as_reference = ts.TCN(**square, compat="qlib").fit(dataset)
-    assert same_weights(weights(as_reference), weights(model))
+    like_qlib = ts.TCN(**square, compat="qlib").fit(dataset)
+    assert same_weights(weights(like_qlib), weights(model))
     with torch.no_grad():
         expected = model.network.eval()(windows.batch(torch.arange(len(windows))))
-    result = as_reference.predict(dataset)
+    result = like_qlib.predict(dataset)
     np.testing.assert_allclose(result.to_numpy(), expected.numpy(), rtol=1e-5, atol=1e-6)
     assert np.abs(result.corr(model.predict(dataset))) < 0.9
-    pd.testing.assert_series_equal(as_reference(dataset), result)
+    pd.testing.assert_series_equal(like_qlib(dataset), result)
     for name in ("train", "valid"):  # training and scores are transposed
-        assert as_reference.evals_result_[name] == pytest.approx(model.evals_result_[name], rel=1e-6)
+        assert like_qlib.evals_result_[name] == pytest.approx(model.evals_result_[name], rel=1e-6)
     long = ts.TCN(**square, compat="qlib").fit(rolling())
     with pytest.raises(DataError, match=r"step_len == d_feat, got step_len=5 and d_feat=3. Remedy: compat=None"):
         long.predict(rolling())

@@ -23,7 +23,7 @@ SIZES = {"num_input": 4, "output_size": 1, "num_channels": [5, 5, 3], "kernel_si
 STEPS = 11
 
 
-def reference(suffix: str = "", **sizes) -> nn.Module:
+def qlib_network(suffix: str = "", **sizes) -> nn.Module:
     pytest.importorskip("qlib", reason="pyqlib is the oracle; install qfast-models[qlib]")
     return importlib.import_module(f"qlib.contrib.model.pytorch_tcn{suffix}").TCNModel(**sizes)
 
@@ -53,10 +53,10 @@ def error(result: Tensor, expected: Tensor) -> float:
 # ---------------------------------------------------------------- compared with Qlib
 @pytest.mark.parametrize("suffix", ["", "_ts"])
 @pytest.mark.parametrize("channels", [[4], [5, 5], [8, 3, 3, 8]])
-def test_the_references_initial_weights_and_generator(channels, suffix):
+def test_initial_weights_and_generator_equal_qlib(channels, suffix):
     sizes = SIZES | {"num_channels": channels}
     torch.manual_seed(3)
-    theirs = reference(suffix, **sizes)
+    theirs = qlib_network(suffix, **sizes)
     after = torch.get_rng_state()
     torch.manual_seed(3)
     ours = TCNModel(**sizes)
@@ -74,7 +74,7 @@ def test_outputs_and_gradients_equal_qlib(steps, kernel, channels):
     """Compared with Qlib in float64, because Qlib's float32 rounds too."""
     torch.manual_seed(0)
     sizes = SIZES | {"num_channels": channels, "kernel_size": kernel}
-    theirs, ours = reference(**sizes), TCNModel(**sizes)
+    theirs, ours = qlib_network(**sizes), TCNModel(**sizes)
     ours.load_state_dict(theirs.state_dict())
     x, along = torch.randn(6, 4 * steps), torch.randn(6)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
@@ -90,7 +90,7 @@ def test_outputs_and_gradients_equal_qlib(steps, kernel, channels):
 
 def test_all_steps_equal_qlib():
     torch.manual_seed(0)
-    theirs = reference(**SIZES).tcn
+    theirs = qlib_network(**SIZES).tcn
     ours = TemporalConvNet(4, [5, 5, 3], 3, 0.0)
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(6, 4, STEPS)
@@ -99,7 +99,7 @@ def test_all_steps_equal_qlib():
 
 def test_qlib_reads_qfasts_weights():
     ours, x = case(torch.float32)
-    theirs = reference(**SIZES)
+    theirs = qlib_network(**SIZES)
     theirs.load_state_dict(ours.state_dict())
     assert error(theirs(x), ours(x)) < 1e-6
 

@@ -531,21 +531,21 @@ def test_weights_names_and_values_equal_qlib(kind: type, suffix: str, sizes: tup
     pytest.importorskip("qlib", reason="pyqlib is the oracle; install qfast-models[qlib]")
     theirs = importlib.import_module(f"qlib.contrib.model.pytorch_{kind.__name__.lower()}{suffix}").Transformer
     torch.manual_seed(5)
-    reference, after = theirs(*sizes, 0.0, None), torch.get_rng_state()
+    qlib_network, after = theirs(*sizes, 0.0, None), torch.get_rng_state()
     torch.manual_seed(5)
     net = kind(*sizes, 0.0)
     assert torch.equal(torch.get_rng_state(), after)
-    expected = reference.state_dict()
+    expected = qlib_network.state_dict()
     assert list(net.state_dict()) == list(expected)
     assert all(torch.equal(value, expected[key]) for key, value in net.state_dict().items())
-    assert [name for name, _ in net.named_parameters()] == [name for name, _ in reference.named_parameters()]
+    assert [name for name, _ in net.named_parameters()] == [name for name, _ in qlib_network.named_parameters()]
     x = torch.randn(11, 12, sizes[0], dtype=F64)
     arguments = x if suffix else x.transpose(1, 2).reshape(11, -1)
-    reference.double().load_state_dict(net.double().state_dict())
-    result, numbers = net(arguments), reference(arguments)
+    qlib_network.double().load_state_dict(net.double().state_dict())
+    result, numbers = net(arguments), qlib_network(arguments)
     assert relative_error(result, numbers) < 1e-12
     assert net(arguments[:1]).shape == (1,)
-    of_ours, of_theirs = gradients(net, result), gradients(reference, numbers)
+    of_ours, of_theirs = gradients(net, result), gradients(qlib_network, numbers)
     assert list(of_ours) == list(of_theirs)
     for name, value in of_theirs.items():
         assert relative_error(of_ours[name], value) < 1e-11, name

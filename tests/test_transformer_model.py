@@ -20,7 +20,7 @@ SMALL = {**SIZES, "nhead": 2, "lr": 1e-3}
 ONE_EPOCH = {**SMALL, "n_epochs": 1}
 
 
-def reference(kind: type, **arguments):
+def qlib_estimator(kind: type, **arguments):
     """Qlib's model."""
     pytest.importorskip("qlib", reason="pyqlib is the oracle; install qfast-models[qlib]")
     stem, suffix = kind.__name__.removesuffix("Model").lower(), "" if kind in FLAT else "_ts"
@@ -56,7 +56,7 @@ def test_the_decay_goes_into_the_optimiser_and_leaves_unused_weights_alone(kind)
 def test_large_weight_decay_follows_qlib(kind, tmp_path):
     arguments = {**SMALL, "reg": 0.3, "optimizer": "gd", "lr": 0.02}
     expected, result = {}, {}
-    theirs = reference(kind, **arguments)
+    theirs = qlib_estimator(kind, **arguments)
     theirs.fit(samples(kind), expected, save_path=str(tmp_path / "x.pt"))
     model = kind(**arguments).fit(samples(kind), result)
     for name in ("train", "valid"):
@@ -70,7 +70,7 @@ def test_large_weight_decay_follows_qlib(kind, tmp_path):
 def test_compat_draws_qlibs_masks(kind, tmp_path):
     arguments = {**SMALL, "dropout": 0.3, "num_layers": 2, "nhead": 4}
     expected, result, without_compat = {}, {}, {}
-    theirs = reference(kind, **arguments)
+    theirs = qlib_estimator(kind, **arguments)
     theirs.fit(samples(kind), expected, save_path=str(tmp_path / "x.pt"))
     model = kind(**arguments, compat="qlib").fit(samples(kind), result)
     for name in ("train", "valid"):
@@ -89,7 +89,7 @@ def test_weight_files_travel_both_ways(kind, name, tmp_path):
     model = kind(**ONE_EPOCH).fit(dataset, save_path=tmp_path / name)
     again = kind(**{**SMALL, "seed": 9}).load_weights(tmp_path / name)
     pd.testing.assert_series_equal(again.predict(dataset), model.predict(dataset))
-    theirs = reference(kind, **{**SMALL, "seed": 5})
+    theirs = qlib_estimator(kind, **{**SMALL, "seed": 5})
     torch.save(theirs.model.state_dict(), tmp_path / "theirs.pkl")
     model.load_weights(tmp_path / "theirs.pkl")
     assert same_weights(weights(model), theirs.model.state_dict())
