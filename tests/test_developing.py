@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 from pathlib import Path
@@ -40,6 +41,40 @@ def call_chains():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def layers() -> list[str]:
+    """The layers of qfast from the top down, in the order of the table in docs/developing.md."""
+    rows = re.search(r"^\| folder or file \|.*?\n\n", TEXT, re.MULTILINE | re.DOTALL)
+    assert rows is not None
+    names = [name for row in rows[0].split("\n") if row for name in re.findall(r"`qfast/(\w+)", row.split("|")[1])]
+    return names[: names.index("ops") + 1]
+
+
+def imported_layers(path: Path) -> set[str]:
+    """The parts of qfast that a file imports anywhere, also within functions."""
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "qfast":
+            modules |= {f"qfast.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            modules.add(node.module)
+    return {module.split(".")[1] for module in modules if module.startswith("qfast.")}
+
+
+def test_a_layer_imports_only_the_layers_below_it():
+    order = layers()
+    assert order[0] == "cli"
+    upward = [
+        f"{path.relative_to(ROOT)} imports qfast.{other}"
+        for path in sorted((ROOT / "qfast").rglob("*.py"))
+        if (layer := path.relative_to(ROOT / "qfast").parts[0].removesuffix(".py")) in order
+        for other in imported_layers(path) & set(order)
+        if order.index(other) < order.index(layer)
+    ]
+    assert upward == []
 
 
 def test_named_files_exist():
