@@ -23,11 +23,11 @@ QFAST_ALWAYS_INLINE void finish(const Target<Element>& target, Vector<Element> s
   store<Element>(to, sum, lanes);
 }
 
-}  // namespace
-
+// The body of `multiply`. It is here because lambdas of a function with external linkage must not capture
+// types of the anonymous namespace.
 template <Finish Kind, class Element>
-void multiply(const PanelMatrix<Element>& right, const Element* left, int64_t left_row, int64_t left_step,
-              int64_t rows, const Target<Element>& target) {
+void multiply_panels(const PanelMatrix<Element>& right, const Element* left, int64_t left_row,
+                     int64_t left_step, int64_t rows, const Target<Element>& target) {
   for (int64_t panel = 0; panel < right.count; ++panel) {
     const Element* const data = right.data + panel * right.panel_stride;
     const int64_t column = panel * right.width, columns = right.columns - column;
@@ -48,6 +48,14 @@ void multiply(const PanelMatrix<Element>& right, const Element* left, int64_t le
       });
     });
   }
+}
+
+}  // namespace
+
+template <Finish Kind, class Element>
+void multiply(const PanelMatrix<Element>& right, const Element* left, int64_t left_row, int64_t left_step,
+              int64_t rows, const Target<Element>& target) {
+  multiply_panels<Kind>(right, left, left_row, left_step, rows, target);
 }
 
 #define QFAST_MULTIPLY(kind)                                                      \
