@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -31,8 +30,7 @@ if os.environ.get("QFAST_WERROR", "0") != "0":
     WARNINGS.append("-Werror")
 
 # Instruction sets for which each *_kernels*.cpp is compiled. The file cpu_isa_begin.h defines them.
-ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
-INSTRUCTION_SETS = ["baseline", "avx2", "avx512"] if ON_X86 else ["baseline"]
+INSTRUCTION_SETS = ["baseline", "avx2", "avx512"]
 
 # GPU architectures, by the CUDA release that introduced support for them.
 ARCHITECTURES = {(11, 0): ["8.0", "8.6"], (11, 8): ["8.9", "9.0"], (12, 8): ["10.0"]}
@@ -81,6 +79,8 @@ def kernel_units(source: str) -> list[str]:
     for isa in INSTRUCTION_SETS:
         unit = Path("build", "units", source).with_suffix(f".{isa}.cpp")
         text = f'#define QFAST_{isa.upper()}\n#include "{Path(source).relative_to("csrc").as_posix()}"\n'
+        if isa != "baseline":  # the compiler decides, as in cpu_dispatch.cpp: the build machine may be another one
+            text = f"#if defined(__x86_64__)\n{text}#endif\n"
         unit.parent.mkdir(parents=True, exist_ok=True)
         if not unit.exists() or unit.read_text() != text:  # a new time stamp would make ninja recompile it
             unit.write_text(text)
@@ -148,7 +148,7 @@ def extensions() -> list[Extension]:
         library_dirs=library_paths,
         libraries=["torch_cpu"],
         extra_compile_args={"cxx": cxx},
-        depends=headers,
+        depends=[*headers, *files_in_csrc("*_kernels*.cpp")],
         language="c++",
     )
     if not cuda_home:

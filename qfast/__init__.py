@@ -85,7 +85,19 @@ _MODULE_OF = {
     "predict": "qfast.workflow.predict",
     "run": "qfast.workflow.run",
 }
-_SUBMODULES = ("backtest", "data", "doctor", "errors", "metrics", "models", "nn", "ops", "training", "workflow")
+_SUBMODULES = (
+    "backtest",
+    "data",
+    "doctor",
+    "errors",
+    "integrations",
+    "metrics",
+    "models",
+    "nn",
+    "ops",
+    "training",
+    "workflow",
+)
 
 _renamed.install()
 
@@ -98,6 +110,8 @@ def __getattr__(name: str) -> object:
         value = getattr(importlib.import_module(_MODULE_OF[name]), name)
     elif name == "__version__":
         value = _version()
+    elif f"qfast.{name}" in _renamed.RENAMED_MODULES:
+        value = _renamed.renamed_module(f"qfast.{name}", stacklevel=3)
     else:
         raise AttributeError(f"module 'qfast' has no attribute {name!r}; its names are {[*__all__, *_SUBMODULES]}")
     globals()[name] = value  # the next access does not call this function

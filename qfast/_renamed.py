@@ -48,11 +48,7 @@ class _RenamedModules:  # importlib.abc's base classes would cost half the time 
         new = RENAMED_MODULES.get(fullname)
         if new is None:
             return None
-        warnings.warn(
-            f"{fullname} has been renamed to {new}; the old name will be removed in the next release.",
-            DeprecationWarning,
-            stacklevel=2,
-        )
+        _warn(fullname, new, stacklevel=3)
         return ModuleSpec(fullname, self)  # type: ignore[arg-type]  # has what a loader needs
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
@@ -61,6 +57,18 @@ class _RenamedModules:  # importlib.abc's base classes would cost half the time 
     def exec_module(self, module: ModuleType) -> None:
         # The import system returns whatever sys.modules contains after this call.
         sys.modules[module.__name__] = importlib.import_module(RENAMED_MODULES[module.__name__])
+
+
+def _warn(old: str, new: str, stacklevel: int) -> None:
+    message = f"{old} has been renamed to {new}; the old name will be removed in the next release."
+    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
+
+
+def renamed_module(old: str, stacklevel: int) -> ModuleType:
+    """Return the module that replaces an old path, with a DeprecationWarning at this level of the call stack."""
+    new = RENAMED_MODULES[old]
+    _warn(old, new, stacklevel + 1)
+    return importlib.import_module(new)
 
 
 def install() -> None:
@@ -84,11 +92,7 @@ def renamed_names(module: str, renamed: Mapping[str, str]) -> Callable[[str], ob
         path = renamed.get(name)
         if path is None:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        warnings.warn(
-            f"{module}.{name} has been renamed to {path}; the old name will be removed in the next release.",
-            DeprecationWarning,
-            stacklevel=2,
-        )
+        _warn(f"{module}.{name}", path, stacklevel=3)
         owner, _, attribute = path.rpartition(".")
         return getattr(importlib.import_module(owner), attribute)
 

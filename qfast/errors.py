@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import operator
 from collections.abc import Iterable, Sequence
@@ -74,7 +75,10 @@ def whole_number(name: str, value: object, least: int = 1) -> int:
     >>> whole_number("step_len", 20)
     20
     """
-    number = None if isinstance(value, bool) or not isinstance(value, SupportsIndex) else operator.index(value)
+    number = None
+    if not isinstance(value, bool) and isinstance(value, SupportsIndex):
+        with contextlib.suppress(TypeError):  # arrays and tensors have __index__, and raise unless they are integers
+            number = operator.index(value)
     if number is None or number < least:
         raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}.")
     return number

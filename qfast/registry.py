@@ -131,7 +131,7 @@ class Registry:
         ]
         if missing:
             raise ConfigError(
-                f"{_where(path)}{_display(factory)} requires the argument(s) {missing}, got {sorted(kwargs)}. "
+                f"{_where(path)}{_display(factory)} requires the argument(s) {missing}, got {list(kwargs)}. "
                 "Remedy: add them to 'kwargs'."
             )
         return factory(**kwargs)

@@ -243,20 +243,43 @@ def test_a_changed_layer_is_scored_too(kind, change):
     assert_near(model.predict(dataset), one_by_one(model, scored(dataset)))
 
 
-def test_an_overridden_features_of_is_called_and_deprecated():
+@pytest.mark.parametrize("base", [ts.LSTM, ts.GATs, ts.TCN], ids=lambda base: base.__name__)
+def test_an_overridden_features_of_is_called_and_deprecated(base):
+    """Also in a subclass of the subclass, and in models with a `run_network` of their own."""
+
     def doubled(self, windows, samples):
         return 2 * super(kind, self).features_of(windows, samples)
 
     with pytest.warns(DeprecationWarning, match=r"Doubling overrides features_of.*Override run_network instead"):
-        kind = type("Doubling", (ts.LSTM,), {"features_of": doubled})
+        kind = type("Doubling", (base,), {"features_of": doubled})
+    again = type("Again", (kind,), {"features_of": lambda self, windows, samples: doubled(self, windows, samples)})
+    sizes = {"d_feat": 3, "seed": 1, "device": "cpu"}
+    plain = base(**sizes)
+    plain.network.eval()
     dataset = rolling()
-    windows = dataset.windows("valid", "learn")
-    model, samples = kind(**SMALL), torch.arange(5)
-    model.network.eval()
-    expected = model.network(2 * windows.batch(samples))
-    assert torch.equal(model.run_network(windows, samples), expected)
+    windows, samples = dataset.windows("valid", "learn"), torch.arange(5)
+    twice = dataset.windows("valid", "learn")
+    twice.features = 2 * twice.features
+    expected = plain.run_network(twice, samples)
+    for model in (kind(**sizes), again(**sizes)):
+        model.network.eval()
+        assert torch.equal(model.run_network(windows, samples), expected)
 
 
-def test_features_of_is_refused_where_run_network_has_another_shape():
-    with pytest.raises(TypeError, match=r"Curious overrides features_of.*Override run_network instead"):
-        type("Curious", (ts.GATs,), {"features_of": lambda self, windows, samples: windows.batch(samples)})
+def test_a_run_network_of_a_user_receives_copies():
+    """It may write to its windows. Consecutive windows as views of the panel are for qfast's own code."""
+
+    class Careless(ts.LSTM):
+        def run_network(self, windows, samples, offsets=None):
+            x = windows.batch(samples)
+            result = self.network(x)
+            x.zero_()
+            return result
+
+    dataset = rolling(make_frame(70, 9, 3, holes=0.0))
+    careless, usual = Careless(**SMALL), ts.LSTM(**SMALL)
+    for model in (careless, usual):
+        model.fitted = True
+    first = careless.predict(dataset, "test")
+    pd.testing.assert_series_equal(careless.predict(dataset, "test"), first)
+    pd.testing.assert_series_equal(first, usual.predict(dataset, "test"), rtol=1e-4, atol=1e-6)

@@ -62,11 +62,12 @@ class Market:
         start, end : date-like or None
         """
         panel, extents = prices
+        days = panel.datetimes
         low, high = panel.date_code_range(start, end)
         if low >= high:
             raise DataError(
-                f"backtest: there is no trading day from {start} to {end} in the prices, which are from "
-                f"{panel.datetimes[0].date()} to {panel.datetimes[-1].date()}."
+                f"backtest: there is no trading day from {start} to {end} in the prices, which "
+                + (f"are from {days[0].date()} to {days[-1].date()}." if len(days) else "are empty.")
             )
         columns = {c.lower() for c in panel.columns("price")}
         notes = []

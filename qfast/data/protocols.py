@@ -8,7 +8,7 @@ these protocols; it only needs the members.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from qfast.dates import DateLike
 
@@ -110,12 +110,8 @@ class Handler(Protocol):
         """Names of the columns that `fetch` returns."""
 
 
-@runtime_checkable
-class PricedHandler(Protocol):
-    """A handler that also has prices, which a backtest needs. `isinstance` looks for the two methods."""
-
-    def panel(self, data_key: str = ..., /) -> Panel:
-        """The panel of "raw", "infer" or "learn"."""
+class PricedHandler(Handler, Protocol):
+    """A handler that also has prices, which a backtest needs."""
 
     def quotes(
         self,

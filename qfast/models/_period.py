@@ -49,7 +49,13 @@ class WholePeriod(Estimator):
         return out[batches.order]
 
     def _uses_views(self, windows: WindowSet) -> bool:
-        """Whether consecutive windows share work. Only the native CPU operators implement this."""
+        """Whether consecutive windows share work. Only the native CPU operators implement this.
+
+        A `run_network` outside of qfast may write to its windows, so it always receives copies.
+        """
+        kind = type(self)
+        if not kind.run_network.__module__.startswith("qfast.") or kind.features_of is not Estimator.features_of:
+            return False
         if torch.is_grad_enabled() or windows.index is None or windows.device.type != "cpu":
             return False
         if _backend.native is None:

@@ -77,13 +77,14 @@ class TCNStream:
     True
     """
 
+    _last_lookup: tuple[list[Name], Tensor] | None = None  # the names of the last call and their rows
+
     @_without_autograd
     def __init__(self, model: TCNModel) -> None:
         _check_model(model)
         self._network = _Network(model)
         self._state = self._network.initial_state(0)
         self._row_of: dict[Name, int] = {}
-        self._last_lookup: tuple[list[Name], Tensor] | None = None  # the names of the last call and their rows
 
     # ------------------------------------------------------------ day by day
     @_without_autograd

@@ -96,7 +96,7 @@ def dropout_mask(like: Tensor, place: int, dropout: float, seed: Tensor, first_s
     counter = (
         j.view(1, 1, -1),
         (t + first_step).view(1, -1, 1),
-        torch.tensor(place, device=like.device),
+        torch.full((), place, device=like.device),  # unlike torch.tensor, it does not synchronize
         groups.view(-1, 1, 1),
     )
     words = torch.stack(torch.broadcast_tensors(*philox(seed, counter)), 1).flatten(0, 1)[:batch]

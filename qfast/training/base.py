@@ -91,7 +91,7 @@ class BaseEstimator:
             "n_epochs": n_epochs,
             "lr": lr,
             "metric": metric,
-            "batch_size": batch_size,
+            **({} if batch_size is None else {"batch_size": batch_size}),
             "early_stop": early_stop,
             "loss": loss,
             "optimizer": optimizer,
@@ -104,8 +104,6 @@ class BaseEstimator:
             "progress": progress,
             "cuda_graphs": cuda_graphs,
         }
-        if batch_size is None:
-            del self._params["batch_size"]
         if unknown:
             name = next(iter(unknown))
             raise ConfigError(f"{type(self).__name__} has no argument {name!r}." + suggest(name, self._params))

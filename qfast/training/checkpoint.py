@@ -53,7 +53,8 @@ def load_weights(network: nn.Module, path: Path) -> None:
         lists the missing and unexpected keys and those with another shape.
     """
     state = read_tensors(path)
-    rename = getattr(network, "translate_state_dict", None)  # networks that accept several names for a parameter
+    # Networks that accept several names for a parameter. `own_names` is the old name of the method.
+    rename = getattr(network, "translate_state_dict", None) or getattr(network, "own_names", None)
     if callable(rename):
         try:
             state = rename(state)

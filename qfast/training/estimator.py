@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -128,17 +128,17 @@ class Estimator(BaseEstimator):
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        if "features_of" not in cls.__dict__ or "run_network" in cls.__dict__:
+        run_network = cls.run_network
+        overridden = cls.features_of is not Estimator.features_of
+        if not overridden or "run_network" in cls.__dict__ or hasattr(run_network, "reads_features_of"):
             return
-        remedy = "Override run_network instead, which passes windows.batch(samples) to the network."
-        if cls.run_network is not Estimator.run_network:
-            raise TypeError(f"{cls.__name__} overrides features_of, which its run_network does not call. {remedy}")
         warnings.warn(
-            f"{cls.__name__} overrides features_of, which will be removed in the next release. {remedy}",
+            f"{cls.__name__} overrides features_of, which will be removed in the next release. Override run_network "
+            "instead, which passes windows.batch(samples) to the network.",
             DeprecationWarning,
             stacklevel=2,
         )
-        cls.run_network = _run_network_on_features_of  # type: ignore[method-assign]
+        cls.run_network = _reading_features_of(run_network)  # type: ignore[method-assign]
 
     def features_of(self, windows: WindowSet, samples: Tensor) -> Tensor:
         """Deprecated: override `run_network`. The features of samples int64 [B], as `windows.batch` returns them."""
@@ -523,9 +523,25 @@ def _log_text(record: dict[str, float]) -> str:
     return ", ".join(f"{k} {v:.2f}" if "seconds" in k else f"{k} {v:.6f}" for k, v in record.items())
 
 
-def _run_network_on_features_of(
-    self: Estimator, windows: WindowSet, samples: Tensor, offsets: Tensor | None = None
-) -> Tensor:
+class _FeaturesOf:
+    """Windows whose `batch` is the `features_of` of an estimator."""
+
+    def __init__(self, estimator: Estimator, windows: WindowSet) -> None:
+        self.estimator, self.windows = estimator, windows
+
+    def batch(self, samples: Tensor) -> Tensor:
+        return self.estimator.features_of(self.windows, samples)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.windows, name)
+
+
+def _reading_features_of(run_network: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`run_network` of subclasses that still override `features_of`."""
-    prediction: Tensor = self.network(self.features_of(windows, samples))
-    return prediction
+
+    @wraps(run_network)
+    def run(self: Estimator, windows: WindowSet, samples: Tensor, offsets: Tensor | None = None) -> Tensor:
+        return run_network(self, _FeaturesOf(self, windows), samples, offsets)
+
+    run.reads_features_of = True  # type: ignore[attr-defined]
+    return run

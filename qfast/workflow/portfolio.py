@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -144,11 +144,12 @@ class PortfolioPlan:
         ConfigError
             The prices lack a field of `deal_price` or `limit_threshold`.
         """
-        if not isinstance(handler, PricedHandler):
+        if not hasattr(handler, "quotes"):
             return
+        priced = cast(PricedHandler, handler)
         exchange = self.exchange(region)
-        names = [str(name) for name in handler.panel("infer").instruments[:SAMPLE]]
-        panel = handler.quotes(names, exchange.fields(), None, None).panel
+        names = [str(name) for name in priced.panel("infer").instruments[:SAMPLE]]
+        panel = priced.quotes(names, exchange.fields(), None, None).panel
         present = {str(column).lower() for column in panel.columns("price")}
         missing = [name for name in exchange.fields() if name not in {*present, *OPTIONAL_FIELDS}]
         if missing:
@@ -172,17 +173,18 @@ class PortfolioPlan:
         DataError
             The handler has no prices, or none in the period of the backtest.
         """
-        if not isinstance(handler, PricedHandler):
+        if not hasattr(handler, "quotes"):
             raise DataError(f"the backtest needs prices, but {type(handler).__name__} has none.")
+        priced = cast(PricedHandler, handler)
         exchange = self.exchange(region)
         days = score.index.get_level_values("datetime")
         start = days.min() if self.start is None else self.start
         names = [str(name) for name in score.index.get_level_values("instrument").unique()]
-        prices = handler.quotes(names, exchange.fields(), start, self.end)
+        prices = priced.quotes(names, exchange.fields(), start, self.end)
         end = self.end if self.end is not None else _day_after(prices.panel, days.max())
         market, notes = Market.of(prices, exchange, start, end)
         before = prices.panel.datetimes[prices.panel.datetimes < market.days[0]]
-        bench, bench_notes = self._benchmark(handler, prices.panel, start, end)
+        bench, bench_notes = self._benchmark(priced, prices.panel, start, end)
         result = backtest(
             score,
             market,

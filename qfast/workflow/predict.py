@@ -172,8 +172,7 @@ def _notes_on_earlier_days(facts: Mapping[str, Any], dataset: HandlerDataset, bo
     lookback_note = check_lookback(dataset, *bounds, facts.get("short_history", 0.0))
     if lookback_note is not None:
         notes.append(lookback_note)
-    first = first_day(dataset.handler)
-    if facts.get("start") is not None and first > pd.Timestamp(facts["start"]):
+    if facts.get("start") is not None and (first := first_day(dataset.handler)) > pd.Timestamp(facts["start"]):
         notes.append(
             f"the data begins on {date_text(first)}, the training data on {facts['start']}: features that depend on "
             "the first day (EMA, windows over all earlier rows) differ from training"

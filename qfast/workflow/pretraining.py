@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import pandas as pd
 
 from qfast import registry
+from qfast._renamed import renamed_names
 from qfast.data.protocols import HandlerDataset
 from qfast.errors import ConfigError
 from qfast.files import atomic_write
@@ -25,6 +26,8 @@ from qfast.workflow.schema import Spec, Workflow
 
 if TYPE_CHECKING:
     from qfast.training.estimator import Estimator
+
+__getattr__ = renamed_names(__name__, {"KeepHistory": "qfast.workflow.pretraining.SaveHistory"})
 
 __all__ = ["SaveHistory", "absolute_model_path", "check_resumable", "history", "pretrain", "require_same_block"]
 

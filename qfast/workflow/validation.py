@@ -270,7 +270,8 @@ def _argument_types(factory: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
         hints = typing.get_type_hints(target)
     except (NameError, TypeError, AttributeError):  # annotations that exist only for the type checker
         return {}
-    return {name: TypeAdapter(hint) for name, hint in hints.items() if name != "return" and _is_plain(hint)}
+    unchecked = ("return", "GPU")  # as in Qlib, GPU has no effect next to an explicit device, whatever its value
+    return {name: TypeAdapter(hint) for name, hint in hints.items() if name not in unchecked and _is_plain(hint)}
 
 
 def _is_plain(hint: object) -> bool:

@@ -67,10 +67,11 @@ class PriceHandler(DataHandlerLP):
         data: PriceSource | None,
         provider_uri: StorePath | None,
         vwap: str | None,
-        unavailable: Mapping[str, object],
+        unavailable: Mapping[str, object] | None = None,
+        refused: Mapping[str, object] | None = None,  # old name of `unavailable`
     ) -> None:
         """The part of the constructor that all subclasses share, called once the features are known."""
-        for name, value in unavailable.items():
+        for name, value in {**(refused or {}), **(unavailable or {})}.items():
             if value:
                 raise ConfigError(f"{type(self).__name__}: {name} is not available, got {shown(value)}.")
         self._configure(stages, process_type, drop_raw, instruments, start_time, end_time, fit_start_time, fit_end_time)
@@ -146,6 +147,11 @@ class PriceHandler(DataHandlerLP):
         """The prices from which the features are computed, group "price". None if drop_raw=True discarded them."""
         prices = getattr(self, "_prices", None)
         return None if prices is None else prices.panel
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickled handler. Attributes of the previous release get their new names."""
+        renamed = {"_label": "label_expressions", "_label_names": "label_names", "_others": "mask_prices"}
+        self.__dict__.update({renamed.get(name, name): value for name, value in state.items()})
 
     def quotes(
         self, instruments: Sequence[str], wanted: Sequence[str], start_time: DateLike | None, end_time: DateLike | None
