@@ -70,7 +70,7 @@ def hops_of_fit() -> Row:
 
 
 def files_to_touch() -> Row:
-    """Files that docs/developing.md lists for a new operator and for a new model."""
+    """Files that docs/developing.md lists for a new operator and for a new model, one per numbered item."""
     text = (ROOT / "docs" / "developing.md").read_text()
     counts = [
         len(re.findall(r"^\d+\. ", section, re.MULTILINE))
