@@ -97,10 +97,7 @@ class PriceHandler(DataHandlerLP):
                 wanted=wanted,
             )
 
-        store = provider_uri
-        if store is None and isinstance(data, (str, Path)) and is_store(data):
-            store = data
-        self._store = None if store is None else (store, vwap)
+        self._store = _store_with_vwap(data, provider_uri, vwap)
         self._prices = read(instruments)
         self.mask_prices = other_prices(
             [*self._feature_texts(), *self.label_expressions], self._prices.panel, lambda name: read([name])
@@ -327,3 +324,14 @@ def expressions_and_names(setting: str, value: object) -> tuple[list[str], list[
     raise ConfigError(
         f"{setting} must be a list of expressions or (expressions, names) of equal length, got {shown(value)}."
     )
+
+
+def _store_with_vwap(
+    data: PriceSource | None, provider_uri: StorePath | None, vwap: str | None
+) -> tuple[StorePath, str | None] | None:
+    """The Qlib data folder that the prices come from, with the field of the vwap; None for other sources."""
+    if provider_uri is not None:
+        return provider_uri, vwap
+    if isinstance(data, (str, Path)) and is_store(data):
+        return data, vwap
+    return None
