@@ -85,8 +85,10 @@ def sweep(folder: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, content: str = "run") -> Iterator[None]:
     """Lock `folder` for this process. The operating system releases the lock when the process ends.
+
+    `content` is what the folder contains, for the message.
 
     On platforms and file systems without locks, this does nothing.
 
@@ -95,7 +97,7 @@ def locked(folder: Path) -> Iterator[None]:
     ConfigError
         Another process, or another call in this process, holds the lock.
     """
-    handle = _lock(folder)
+    handle = _lock(folder, content)
     try:
         yield
     finally:
@@ -105,7 +107,7 @@ def locked(folder: Path) -> Iterator[None]:
             os.close(handle)
 
 
-def _lock(folder: Path) -> int | None:
+def _lock(folder: Path, content: str) -> int | None:
     if fcntl is None:
         return None
     file = folder / LOCK
@@ -125,8 +127,8 @@ def _lock(folder: Path) -> int | None:
             os.close(handle)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise ConfigError(
-                    f"the run in {str(folder)!r} is still in progress: another process writes to it. Remedy: wait "
-                    "until it ends, or stop it."
+                    f"the {content} in {str(folder)!r} is still in progress: another process writes to it. "
+                    "Remedy: wait until it ends, or stop it."
                 ) from None
             log.debug("%s is not locked: %s", folder, error)
             return None

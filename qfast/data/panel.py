@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
+import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import DTypeLike
 
 from qfast.dates import DateLike, is_date_only
@@ -20,7 +23,7 @@ from qfast.errors import DataError, some, suggest
 
 ROW_CHUNK = 1 << 16  # rows copied at a time, which limits temporary memory
 
-__all__ = ["Block", "Panel"]
+__all__ = ["Block", "Panel", "shared_tensor"]
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,75 @@ class Panel:
             for name, positions, columns in _column_groups(frame.columns, group)
         }
         return cls(datetimes, instruments, date_codes, instrument_codes, blocks)
+
+    # ---------------------------------------------------------------- files
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the panel to a folder that `open` maps.
+
+        The write is atomic: the folder contains the previous panel, if any, until the new one is complete, also if the
+        process is killed or the disk is full. Memory does not grow with the size of the panel.
+
+        Parameters
+        ----------
+        path : path
+            A new or empty folder, or a folder with a panel, which is replaced. Processes that have opened the previous
+            panel keep it.
+
+        Raises
+        ------
+        DataError
+            The folder contains other files, the disk has too little space, a group is neither float32 nor float64, or
+            an instrument is neither text nor an integer.
+        ConfigError
+            Another process is saving a panel to this folder.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> index = pd.MultiIndex.from_product([pd.date_range("2024-01-01", periods=2), ["A"]],
+        ...                                    names=["datetime", "instrument"])
+        >>> panel = Panel.from_frame(pd.DataFrame({"x": [1.0, 2.0]}, index=index))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     panel.save(folder)
+        ...     Panel.open(folder).values("feature").tolist()
+        [[1.0], [2.0]]
+        """
+        from qfast.data.panel_folder import save_panel
+
+        save_panel(self, path)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> Panel:
+        """Map a panel that `save` has written.
+
+        The values are read-only memory maps: all processes of a machine share one copy, and a panel may be larger than
+        memory. The keys, 8 bytes per row, are read into memory.
+
+        Parameters
+        ----------
+        path : path
+            The folder.
+        verify : bool
+            Compare the values with their checksums, which reads all of them once. False checks only the sizes of the
+            files, the keys and the names.
+
+        Returns
+        -------
+        Panel
+
+        Raises
+        ------
+        DataError
+            The folder is missing, incomplete or damaged, contains no panel, or was written in another format version or
+            byte order. The message names the file.
+
+        Examples
+        --------
+        See `save`.
+        """
+        from qfast.data.panel_folder import open_panel
+
+        return open_panel(path, verify=verify)
 
     # ---------------------------------------------------------------- shape and access
     @property
@@ -296,6 +368,13 @@ class Panel:
         if zone is not None:
             return stamp.tz_localize(zone) if stamp.tz is None else stamp.tz_convert(zone)
         return stamp if stamp.tz is None else stamp.tz_localize(None)
+
+
+def shared_tensor(values: np.ndarray) -> torch.Tensor:
+    """A tensor that shares the memory of `values`, which may be read-only. It must not be changed in place."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(values)
 
 
 # ---------------------------------------------------------------- helpers of from_frame

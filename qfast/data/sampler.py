@@ -11,7 +11,7 @@ import torch
 from numpy.typing import DTypeLike
 from torch import Tensor
 
-from qfast.data.panel import Panel
+from qfast.data.panel import Panel, shared_tensor
 from qfast.data.windows import WindowSet
 from qfast.dates import DateLike
 from qfast.errors import ConfigError, DataError, suggest, whole_number
@@ -191,7 +191,7 @@ class TSDataSampler:
         return reached[self.window_index.position.numpy()[reached] >= self.first_position]
 
     def _gather(self, index: Tensor) -> np.ndarray:
-        parts = [gather_windows(torch.from_numpy(self.panel.values(g)), index) for g in self.groups]
+        parts = [gather_windows(shared_tensor(self.panel.values(g)), index) for g in self.groups]
         return torch.cat(parts, dim=2).numpy() if len(parts) > 1 else parts[0].numpy()
 
     def _rows_of(self, key: Any) -> Tensor:
@@ -298,5 +298,5 @@ def feature_table(panel: Panel, groups: Sequence[str]) -> tuple[Tensor, tuple[st
                 f"the data has {len(columns)} label columns {list(columns)}, but a model is trained on exactly one. "
                 "Remedy: keep one label in the handler."
             )
-        label = torch.from_numpy(panel.values("label")[:, 0])
-    return torch.from_numpy(features), panel.columns(groups[0]), label
+        label = shared_tensor(panel.values("label")[:, 0])
+    return shared_tensor(features), panel.columns(groups[0]), label

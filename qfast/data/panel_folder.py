@@ -1,0 +1,342 @@
+"""Panels in folders: written in bounded memory, and opened as memory maps that all processes of a machine share.
+
+A panel folder contains `panel.json` and one subfolder `contents-…` with the data:
+
+    block-N.values        values of the N-th column group: raw little-endian float32 or float64 [R, C], row-major
+    block-N.checksums.npy CRC-32 of each few megabytes of these values
+    keys.npz              date codes and instrument codes of the rows, the datetimes, and the mask of live rows
+    instruments.json      instrument names
+
+`panel.json` names the subfolder, the column groups, and the size and digest of every small file. It is the only file
+that is ever replaced, and the replacement is atomic. A folder therefore contains either the previous panel or the new
+one, whatever interrupts the write. Processes that have mapped the previous panel keep it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import re
+import secrets
+import shutil
+import sys
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from qfast.errors import DataError, QfastError
+from qfast.files import atomic_write, is_disk_full, locked
+
+if TYPE_CHECKING:
+    from qfast.data.panel import Block, Panel
+
+__all__ = ["is_panel_folder", "open_panel", "save_panel"]
+
+FORMAT = "qfast panel"
+VERSION = 1
+HEADER = "panel.json"
+KEYS, INSTRUMENTS = "keys.npz", "instruments.json"
+CHECKSUM_BYTES = 4 << 20
+RESERVE_BYTES = 1 << 20  # free space that a write leaves for the small files
+
+
+def is_panel_folder(path: object) -> bool:
+    """True if `path` is a folder with a panel, complete or not."""
+    return isinstance(path, (str, os.PathLike)) and (Path(path) / HEADER).is_file()
+
+
+# ---------------------------------------------------------------- writing
+def save_panel(panel: Panel, path: str | os.PathLike[str]) -> None:
+    """Write a panel to a folder; see `Panel.save`."""
+    folder = Path(path).expanduser()
+    _require_usable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, "panel"):
+        _remove_leftovers(folder)
+        contents = folder / f"contents-{secrets.token_hex(8)}"
+        try:
+            _require_space(folder, panel.nbytes)
+            contents.mkdir()
+            header = _write_contents(panel, contents)
+            header["digest"] = _digest_of(header)
+            _sync_folder(contents)
+            _sync_folder(folder)
+            text = json.dumps(header, indent=1, ensure_ascii=False)
+            atomic_write(folder / HEADER, lambda file: file.write_text(text, encoding="utf-8"))
+            _sync_folder(folder)
+        except BaseException as error:
+            if not _is_current(folder, contents):
+                shutil.rmtree(contents, ignore_errors=True)
+            if is_disk_full(error) and not isinstance(error, QfastError):
+                raise DataError(
+                    f"no space left on the disk for the panel {str(folder)!r}, which needs {panel.nbytes / 1e9:.2f} "
+                    "GB; a previous panel in this folder is complete. Remedy: free some space."
+                ) from error
+            raise
+        _remove_leftovers(folder)
+
+
+def _require_usable(folder: Path) -> None:
+    """Refuse a file, and a folder whose contents are not a panel."""
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"a panel is saved to a folder, but {str(folder)!r} is a file. Remedy: another path.")
+    if folder.is_dir() and not is_panel_folder(folder):
+        foreign = [entry.name for entry in folder.iterdir() if not _is_leftover(entry)]
+        if foreign:
+            raise DataError(
+                f"{str(folder)!r} contains other files, for example {sorted(foreign)[0]!r}. Remedy: a new or empty "
+                "folder, or a folder with a panel, which is then replaced."
+            )
+
+
+def _require_space(folder: Path, n_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes + RESERVE_BYTES:
+        raise DataError(
+            f"the panel needs {n_bytes / 1e9:.2f} GB, but the disk of {str(folder)!r} has {free / 1e9:.2f} GB left. "
+            "Remedy: free some space, or save to another disk."
+        )
+
+
+def _write_contents(panel: Panel, contents: Path) -> dict[str, Any]:
+    """Write all files of a panel, and return the header without its digest."""
+    blocks = [
+        _write_block(name, block, contents, f"block-{number}")
+        for number, (name, block) in enumerate(panel.blocks.items())
+    ]
+    stamps = panel.datetimes.tz_convert("UTC").tz_localize(None) if panel.datetimes.tz is not None else panel.datetimes
+    arrays = {
+        "date_codes": panel.date_codes,
+        "instrument_codes": panel.instrument_codes,
+        "datetimes": stamps.asi8,
+        **({} if panel.live is None else {"live": panel.live}),
+    }
+    _write_file(contents / KEYS, lambda file: np.savez(file, allow_pickle=False, **arrays))
+    names = json.dumps(_plain_names(panel.instruments), ensure_ascii=False)
+    _write_file(contents / INSTRUMENTS, lambda file: file.write(names.encode()))
+    small = [KEYS, INSTRUMENTS, *(block["checksums"] for block in blocks)]
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "byte_order": "little",
+        "contents": contents.name,
+        "rows": panel.n_rows,
+        "datetimes": {"unit": panel.datetimes.unit, "time_zone": _zone_name(panel.datetimes)},
+        "blocks": blocks,
+        "files": {name: _file_digest(contents / name) for name in small},
+    }
+
+
+def _write_block(name: str, block: Block, contents: Path, stem: str) -> dict[str, Any]:
+    """Write the values of a block and their checksums, a few megabytes at a time."""
+    dtype = block.values.dtype.newbyteorder("<")
+    if dtype.name not in ("float32", "float64"):
+        raise DataError(f"a panel is saved in float32 or float64, but group {name!r} is {block.values.dtype}.")
+    checksums = []
+
+    def write(file: Any) -> None:
+        for rows in _parts(block.values):
+            data = np.ascontiguousarray(block.values[rows], dtype=dtype).reshape(-1).view(np.uint8).data
+            checksums.append(zlib.crc32(data))
+            file.write(data)
+
+    _write_file(contents / f"{stem}.values", write)
+    table = np.array(checksums, dtype="<u4")
+    _write_file(contents / f"{stem}.checksums.npy", lambda file: np.save(file, table, allow_pickle=False))
+    return {
+        "group": name,
+        "columns": list(block.columns),
+        "dtype": dtype.name,
+        "values": f"{stem}.values",
+        "checksums": f"{stem}.checksums.npy",
+    }
+
+
+def _parts(values: np.ndarray) -> Iterator[slice]:
+    """Slices of consecutive rows with at most CHECKSUM_BYTES bytes, and at least one row each."""
+    rows = max(1, CHECKSUM_BYTES // max(1, values.itemsize * values.shape[1]))
+    for start in range(0, len(values) if values.shape[1] else 0, rows):
+        yield slice(start, min(start + rows, len(values)))
+
+
+def _write_file(path: Path, write: Any) -> None:
+    with path.open("xb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names of new files durable. Only POSIX systems can open a folder."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _is_leftover(entry: Path) -> bool:
+    """True for the remains of an interrupted write, and for lock and temporary files."""
+    return entry.name.startswith("contents-") or entry.name.startswith(".")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the contents to which `panel.json` does not refer. The caller holds the lock."""
+    for entry in folder.glob("contents-*"):
+        if entry.is_dir() and not entry.is_symlink() and not _is_current(folder, entry):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _is_current(folder: Path, contents: Path) -> bool:
+    """True if the header refers to `contents`, or cannot be read, so that nothing is removed by mistake."""
+    header = folder / HEADER
+    if not header.exists():
+        return False
+    try:
+        return bool(json.loads(header.read_text(encoding="utf-8"))["contents"] == contents.name)
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
+
+
+def _plain_names(instruments: np.ndarray) -> list[str | int]:
+    names = [int(name) if isinstance(name, (int, np.integer)) else name for name in instruments]
+    for name in names:
+        if not isinstance(name, (str, int)):
+            raise DataError(f"a panel is saved with instruments that are text or integers, got {name!r}.")
+    return names
+
+
+def _zone_name(datetimes: pd.DatetimeIndex) -> str | None:
+    """Name under which pandas finds the time zone again."""
+    zone = datetimes.tz
+    if zone is None:
+        return None
+    name = str(getattr(zone, "key", None) or getattr(zone, "zone", None) or zone)
+    try:
+        if datetimes[:1].tz_convert(name).equals(datetimes[:1]):
+            return name
+    except (KeyError, ValueError, TypeError):
+        pass
+    raise DataError(f"the time zone {zone!r} of the panel has no name. Remedy: panel.datetimes in a named time zone.")
+
+
+# ---------------------------------------------------------------- reading
+def open_panel(path: str | os.PathLike[str], *, verify: bool = True) -> Panel:
+    """Map a panel folder; see `Panel.open`."""
+    folder = Path(path).expanduser()
+    header = _read_header(folder)
+    try:
+        return _map(folder, header, verify)
+    except FileNotFoundError:
+        newer = _read_header(folder)  # another process may have replaced the panel after the header was read
+        if newer["contents"] == header["contents"]:
+            raise DataError(
+                f"the panel {str(folder)!r} is incomplete: {header['contents']!r} lacks files. {_REMEDY}"
+            ) from None
+        return _map(folder, newer, verify)
+
+
+_REMEDY = "Remedy: save the panel again."
+
+
+def _read_header(folder: Path) -> dict[str, Any]:
+    file = folder / HEADER
+    if not folder.is_dir() or not file.is_file():
+        what = "does not exist" if not folder.exists() else f"is not a panel folder: it has no {HEADER}"
+        raise DataError(f"{str(folder)!r} {what}. Remedy: Panel.save writes such a folder.")
+    try:
+        header = json.loads(file.read_text(encoding="utf-8"))
+        is_ours = isinstance(header, dict) and header.get("format") == FORMAT
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{str(file)!r} cannot be read: {error}. {_REMEDY}") from None
+    if not is_ours:
+        raise DataError(f"{str(file)!r} does not describe a panel of qfast. Remedy: a folder written by Panel.save.")
+    if header.get("version") != VERSION:
+        raise DataError(
+            f"{str(file)!r} has format version {header.get('version')!r}; this release reads version {VERSION}. "
+            "Remedy: save the panel with this release, or open it with the release that wrote it."
+        )
+    if header.get("byte_order") != sys.byteorder:
+        raise DataError(
+            f"the values in {str(folder)!r} are in {header.get('byte_order')!r} byte order, and this machine needs "
+            f"{sys.byteorder!r}. Remedy: save the panel on a machine of this kind."
+        )
+    names = [header.get("contents"), *header.get("files", ()), *(b.get("values") for b in header.get("blocks", ()))]
+    if header.get("digest") != _digest_of(header) or not all(_is_plain(name) for name in names):
+        raise DataError(f"{str(file)!r} is damaged: its digest does not match its content. {_REMEDY}")
+    return header
+
+
+def _is_plain(name: object) -> bool:
+    """True for a file name without a folder, so a header cannot point outside its own folder."""
+    return isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*", name) is not None
+
+
+def _map(folder: Path, header: Mapping[str, Any], verify: bool) -> Panel:
+    from qfast.data.panel import Block, Panel
+
+    contents = folder / header["contents"]
+    for name, expected in header["files"].items():
+        if _file_digest(contents / name) != expected:
+            raise DataError(f"{str(contents / name)!r} is damaged: its digest does not match {HEADER}. {_REMEDY}")
+    with np.load(contents / KEYS, allow_pickle=False) as keys:
+        date_codes, instrument_codes = keys["date_codes"], keys["instrument_codes"]
+        live = keys.get("live")
+        stamps = pd.DatetimeIndex(keys["datetimes"].view(f"M8[{header['datetimes']['unit']}]"))
+    zone = header["datetimes"]["time_zone"]
+    datetimes = stamps if zone is None else stamps.tz_localize("UTC").tz_convert(zone)
+    instruments = np.array(json.loads((contents / INSTRUMENTS).read_text(encoding="utf-8")), dtype=object)
+    blocks = {}
+    for block in header["blocks"]:
+        values = _map_values(contents / block["values"], header["rows"], len(block["columns"]), block["dtype"])
+        if verify:
+            _verify(values, contents / block["checksums"], contents / block["values"])
+        blocks[block["group"]] = Block(values, tuple(block["columns"]))
+    return Panel(datetimes, instruments, date_codes, instrument_codes, blocks, live)
+
+
+def _map_values(file: Path, rows: int, columns: int, dtype: str) -> np.ndarray:
+    """The values of a block as a read-only array [rows, columns] over the mapped file."""
+    expected = rows * columns * np.dtype(dtype).itemsize
+    actual = file.stat().st_size
+    if actual != expected:
+        raise DataError(
+            f"{str(file)!r} is truncated or damaged: expected {expected} bytes for [{rows}, {columns}] {dtype}, got "
+            f"{actual}. {_REMEDY}"
+        )
+    if expected == 0:
+        values = np.empty((rows, columns), dtype=dtype)
+    else:
+        with file.open("rb") as handle:
+            # A private map: a stray write through a tensor cannot reach the file, and cannot crash the process.
+            mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+        values = np.frombuffer(mapped, dtype=dtype).reshape(rows, columns)
+    values.flags.writeable = False
+    return values
+
+
+def _verify(values: np.ndarray, checksums: Path, file: Path) -> None:
+    """Compare the values with their checksums. Reads the whole file once."""
+    expected = np.load(checksums, allow_pickle=False)
+    for number, rows in enumerate(_parts(values)):
+        if zlib.crc32(values[rows].reshape(-1).view(np.uint8).data) != expected[number]:
+            raise DataError(
+                f"{str(file)!r} is damaged: rows {rows.start} to {rows.stop - 1} do not match their checksum. {_REMEDY}"
+            )
+
+
+def _file_digest(file: Path) -> str:
+    return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
+
+
+def _digest_of(header: Mapping[str, Any]) -> str:
+    """Digest of a header without the entry "digest"."""
+    content: Sequence[Any] = sorted((key, value) for key, value in header.items() if key != "digest")
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
