@@ -62,6 +62,14 @@ SeedOption = Annotated[
     int | None,
     typer.Option(help="Random seed. Default: the seed of the workflow file, or a random one, which is recorded."),
 ]
+CodeOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--allow-code",
+        help="Python file or folder from which the workflow file may name classes. Repeatable. Without it, no code is "
+        "imported.",
+    ),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Log warnings and errors only.")]
 
 
@@ -103,6 +111,7 @@ def run_command(
             help="qfast, or qlib to run the file in pyqlib, with its data, records and recorder and qfast's model."
         ),
     ] = "qfast",
+    allow_code: CodeOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Train the model of a workflow file. Write weights, scores, metrics, plots and a report to a run folder."""
@@ -110,9 +119,10 @@ def run_command(
 
     _log_to_stderr(quiet)
     if engine != "qfast":
-        _run_in_qlib(engine, config, {"--data": data, "--output": output, "--resume": resume}, sets or (), device, seed)
+        unsupported = {"--data": data, "--output": output, "--resume": resume, "--allow-code": allow_code or None}
+        _run_in_qlib(engine, config, unsupported, sets or (), device, seed)
         return
-    result = run(config, data, sets or (), device, output, seed, resume)
+    result = run(config, data, sets or (), device, output, seed, resume, allow_code=allow_code)
     _print_result(result)
 
 
@@ -128,12 +138,13 @@ def check_command(
         ),
     ] = True,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
+    allow_code: CodeOption = None,
 ) -> None:
     """Look for problems in a workflow and its data before training. The exit status is 1 if there is an error."""
     from qfast.workflow.check import check
 
     _log_to_stderr(quiet=True)
-    report = check(config, data, sets or (), device=device, experiments=experiments)
+    report = check(config, data, sets or (), device=device, experiments=experiments, allow_code=allow_code)
     for line in report.lines():
         typer.echo(line)
     raise typer.Exit(0 if report.ok else 1)
@@ -153,6 +164,7 @@ def predict_command(
         typer.Option(help="Output file, .parquet or .csv. Default: scores_<first>_<last>.parquet in the run folder."),
     ] = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
+    allow_code: CodeOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Score new prices with the weights and the fitted processors of a run."""
@@ -162,7 +174,7 @@ def predict_command(
     _log_to_stderr(quiet)
     RunFolder.open(run_path)
     check_table_target(run_path / "scores.parquet" if out is None else out)
-    scores = predict(run_path, data, start=start, end=end, date=date, device=device)
+    scores = predict(run_path, data, start=start, end=end, date=date, device=device, allow_code=allow_code)
     dates = scores.index.get_level_values("datetime")
     if out is None:
         first, last = (stamp.strftime("%Y%m%d") for stamp in (dates.min(), dates.max()))
@@ -217,6 +229,8 @@ def info_command(run_path: Annotated[Path, typer.Argument(metavar="RUN", help="R
         typer.echo(f"{'data':<11}{data['source']} ({span})")
     for name, text in info["pretraining"].items():
         typer.echo(f"{name.lower():<11}{text}")
+    if info["code"]:
+        typer.echo(f"{'code':<11}predict and resume need {info['code']}")
     for note in info["notes"]:
         typer.echo(f"{'note':<11}{note}")
     if info["metrics"]:
@@ -301,7 +315,7 @@ def _stop_logging() -> None:
 def _run_in_qlib(
     engine: str,
     config: Path | None,
-    unsupported: Mapping[str, Path | None],
+    unsupported: Mapping[str, object],
     sets: Sequence[str],
     device: str | None,
     seed: int | None,

@@ -1,5 +1,7 @@
 """Registries of the classes that a configuration may build. Unregistered names are never imported.
 
+`user_classes` adds classes of the caller for the duration of a block. A configuration alone cannot add any.
+
 A specification is an object of an accepted type, a mapping
 ``{"class": "Alpha360", "module_path": "qlib.contrib.data.handler", "kwargs": {...}}``, or a string ``"Name"`` or
 ``"a.b.Name"``. Classes are registered under Qlib's module paths as well as under qfast's, so Qlib's workflow files
@@ -8,16 +10,29 @@ build qfast's classes.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from qfast.errors import ConfigError, shown, suggest
 
-__all__ = ["DATASETS", "HANDLERS", "MODELS", "PROCESSORS", "RECORDS", "REWEIGHTERS", "Registry"]
+__all__ = [
+    "DATASETS",
+    "HANDLERS",
+    "MODELS",
+    "PROCESSORS",
+    "RECORDS",
+    "REWEIGHTERS",
+    "FindClass",
+    "Registry",
+    "user_classes",
+]
 
 SPEC_KEYS = ("class", "module_path", "kwargs")
+USER_CLASS_REMEDY = "For a class of your own: --allow-code with its file or folder (in Python: allow_code=...)."
 
 
 @dataclass(frozen=True)
@@ -25,6 +40,43 @@ class _Entry:
     factory: Callable[..., Any] | None
     modules: tuple[str, ...]
     unavailable: str = ""
+
+
+class FindClass(Protocol):
+    """Finds classes that are not registered."""
+
+    def __call__(self, kind: Registry, name: str, module: str | None, /) -> type | None:
+        """The class `name` of the module path `module`; None if there is none.
+
+        Raises
+        ------
+        ConfigError
+            The class is not of the kind.
+        """
+
+
+_find_user_class: ContextVar[FindClass | None] = ContextVar("find_user_class", default=None)
+
+
+@contextlib.contextmanager
+def user_classes(find: FindClass | None) -> Iterator[None]:
+    """Let the registries build the classes that `find` returns for names that are not registered.
+
+    The block inside applies to the current thread or task. None: no change.
+
+    Examples
+    --------
+    >>> shapes = Registry("shape", base=dict)
+    >>> class Square(dict): pass
+    >>> with user_classes(lambda kind, name, module: Square if name == "Square" else None):
+    ...     shapes.build({"class": "Square", "kwargs": {"side": 4}})
+    {'side': 4}
+    """
+    token = _find_user_class.set(_find_user_class.get() if find is None else find)
+    try:
+        yield
+    finally:
+        _find_user_class.reset(token)
 
 
 class Registry:
@@ -36,6 +88,8 @@ class Registry:
         The kind, for error messages.
     accepts : type or tuple of types
         `build` returns objects of these types and of registered classes unchanged.
+    base : type, optional
+        Class from which the classes of a caller (`user_classes`) must derive. None: the kind has no such classes.
 
     Examples
     --------
@@ -45,8 +99,9 @@ class Registry:
     {'sides': 4}
     """
 
-    def __init__(self, what: str, accepts: type | tuple[type, ...] = ()) -> None:
+    def __init__(self, what: str, accepts: type | tuple[type, ...] = (), base: type | None = None) -> None:
         self.what = what
+        self.base = base
         self._accepts: tuple[type, ...] = accepts if isinstance(accepts, tuple) else (accepts,)
         self._entries: dict[str, list[_Entry]] = {}
 
@@ -123,7 +178,18 @@ class Registry:
             return spec
         factory, kwargs = self.resolve(spec, path)
         accepted = parameters(factory)
-        kwargs = {**{k: v for k, v in extra.items() if k in accepted}, **kwargs}
+        return self.create(factory, {**{k: v for k, v in extra.items() if k in accepted}, **kwargs}, path)
+
+    @staticmethod
+    def create(factory: Callable[..., Any], kwargs: Mapping[str, Any], path: str = "") -> Any:
+        """Call a factory that `resolve` has returned.
+
+        Raises
+        ------
+        ConfigError
+            A required argument is missing.
+        """
+        accepted = parameters(factory)
         missing = [
             n
             for n, p in accepted.items()
@@ -169,22 +235,28 @@ class Registry:
         return any(e.factory is factory for entries in self._entries.values() for e in entries)
 
     def _find(self, name: str, module: str | None, path: str) -> Callable[..., Any]:
-        entries = self._entries.get(name)
-        if not entries:
-            raise ConfigError(
-                f"{_where(path)}unknown {self.what} class {name!r}; known: {self.names()}."
-                + suggest(name, self.names())
-            )
+        entries = self._entries.get(name, [])
         for entry in entries:
             if module is None or module in entry.modules:
                 if entry.factory is None:
                     raise ConfigError(f"{_where(path)}{entry.unavailable}")
                 return entry.factory
+        find = _find_user_class.get()
+        factory = None if find is None or self.base is None else find(self, name, module)
+        if factory is not None:
+            return factory
+        if not entries:
+            raise ConfigError(
+                f"{_where(path)}unknown {self.what} class {name!r}; known: {self.names()}."
+                + suggest(name, self.names())
+                + ("" if self.base is None else f" {USER_CLASS_REMEDY}")
+            )
         known = self.modules(name)
         raise ConfigError(
             f"{_where(path)}{self.what} {name!r} is not registered under the module path {module!r}; known: {known}."
             + suggest(module, known)
             + " Only registered classes are built; nothing is imported by name."
+            + ("" if self.base is None else f" {USER_CLASS_REMEDY}")
         )
 
 
@@ -194,6 +266,20 @@ def parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
         return dict(inspect.signature(factory).parameters)
     except (TypeError, ValueError):  # builtins without a signature accept any arguments
         return {"kwargs": inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)}
+
+
+def all_parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Like `parameters`, but with the parameters of the base classes to which `**kwargs` of a class is passed on."""
+    accepted = parameters(factory)
+    if not isinstance(factory, type):
+        return accepted
+    for base in factory.__mro__[1:]:
+        if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()) or base is object:
+            break
+        if "__init__" in vars(base):
+            passed = {n: p for n, p in accepted.items() if p.kind is not p.VAR_KEYWORD}
+            accepted = {**parameters(base), **passed}
+    return accepted
 
 
 def check_arguments(factory: Callable[..., Any], kwargs: Mapping[str, Any], what: str) -> None:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from qfast.data import DatasetH, TSDatasetH, handlers, processors
 from qfast.models import ALSTM, GRU, LSTM, TCN, GATs, LocalformerModel, TransformerModel, ts
-from qfast.registry import DATASETS, MODELS
+from qfast.registry import DATASETS, MODELS, REWEIGHTERS
+from qfast.training.estimator import Estimator
 from qfast.workflow import records
 
 __all__ = ["handlers", "processors", "records"]
 
 
 def _register() -> None:
+    MODELS.base, DATASETS.base, REWEIGHTERS.base = Estimator, DatasetH, object
     for flat, rolling, stem in (
         (LSTM, ts.LSTM, "pytorch_lstm"),
         (GRU, ts.GRU, "pytorch_gru"),

@@ -94,7 +94,7 @@ def source_arguments(handler_spec: Mapping[str, Any], data: DataInput) -> dict[s
     """
     bare = {key: handler_spec[key] for key in ("class", "module_path") if key in handler_spec}
     factory, _ = registry.HANDLERS.resolve(bare, HANDLER_PATH)
-    accepted = registry.parameters(factory)
+    accepted = registry.all_parameters(factory)
     if "data" in accepted:
         return {"data": data, "provider_uri": None} if "provider_uri" in accepted else {"data": data}
     if "source" in accepted:

@@ -23,6 +23,7 @@ import pandas as pd
 
 from qfast.errors import CheckpointError, ConfigError, QfastError
 from qfast.files import atomic_write, is_disk_full, sweep
+from qfast.workflow.user_code import option_text
 
 __all__ = ["RunFolder", "check_table_target", "read_frame", "recorded", "versions", "write_frame"]
 
@@ -161,7 +162,8 @@ class RunFolder:
         if self.manifest.get("data", {}).get("given") == "memory":
             source = self.manifest["data"]["source"]
             return f"resume with: qfast.run(resume={str(self.path)!r}, data=...) and the same data ({source})"
-        return f"resume with: qfast run --resume {shlex.quote(str(self.path))}"
+        option = option_text(self.manifest)
+        return f"resume with: qfast run --resume {shlex.quote(str(self.path))}" + (f" {option}" if option else "")
 
     def write_json(self, name: str, value: object) -> None:
         """Write a JSON file. NaN and infinity become null."""

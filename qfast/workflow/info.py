@@ -8,6 +8,7 @@ from typing import Any
 
 from qfast.workflow import pretraining
 from qfast.workflow.folder import FINISHED, RunFolder
+from qfast.workflow.user_code import option_text
 
 __all__ = ["run_info"]
 
@@ -23,8 +24,9 @@ def run_info(run_path: str | os.PathLike[str]) -> dict[str, Any]:
     Returns
     -------
     dict
-        Keys "experiment", "status", "error", "started", "ended", "device", "seed", "data", "pretraining", "hint" (how
-        to resume), "notes" and "metrics" (segment -> metric -> value, empty if not available yet).
+        Keys "experiment", "status", "error", "started", "ended", "device", "seed", "data", "pretraining", "code" (the
+        option that permits the run's own classes, if it has any), "hint" (how to resume), "notes" and "metrics"
+        (segment -> metric -> value, empty if not available yet).
 
     Raises
     ------
@@ -38,6 +40,7 @@ def run_info(run_path: str | os.PathLike[str]) -> dict[str, Any]:
     if info["status"] != FINISHED and "stage" in manifest:
         info["status"] = f"{info['status']} ({manifest['stage']})"
     info["pretraining"] = pretraining.facts(manifest)
+    info["code"] = option_text(manifest)
     info["hint"] = folder.resume_hint()
     info["notes"] = manifest.get("notes", [])
     metrics = folder / "metrics.json"

@@ -20,6 +20,7 @@ from qfast.workflow.dataset import DataInput, source_arguments, source_panel
 from qfast.workflow.folder import FINISHED, RunFolder
 from qfast.workflow.lookback import check_lookback
 from qfast.workflow.saved_model import first_day, load_facts, load_model, load_processors, source_columns
+from qfast.workflow.user_code import AllowCode, allowed_code, require_permission
 from qfast.workflow.validation import register_all
 
 __all__ = ["predict"]
@@ -37,6 +38,9 @@ __getattr__ = renamed_names(
 
 log = logging.getLogger("qfast")
 
+TextBounds = tuple[str | None, str | None]
+"""First and last date as ISO text; None: unbounded."""
+
 LATEST = "latest"
 RECENT_DAYS = 20  # of the data, which tell how many instruments a day usually has
 
@@ -49,6 +53,7 @@ def predict(
     end: DateLike | None = None,
     date: DateLike | None = None,
     device: str = "auto",
+    allow_code: AllowCode = None,
 ) -> pd.Series:
     """Score new data with the best weights of a run.
 
@@ -65,6 +70,8 @@ def predict(
         The only date to score, instead of `start` and `end`. "latest" is the last date for which the data has values.
     device : str
         "auto", "cpu", "cuda", "cuda:1".
+    allow_code : path or sequence of paths, optional
+        Permits the classes of a run that `qfast.run` has trained with `allow_code`.
 
     Returns
     -------
@@ -75,7 +82,8 @@ def predict(
     Raises
     ------
     ConfigError
-        `run_path` is not a run folder, or `date` is combined with `start` or `end`.
+        `run_path` is not a run folder, `date` is combined with `start` or `end`, or the run uses classes that require
+        `allow_code`.
     CheckpointError
         A file of the run is missing, truncated or inconsistent.
     DataError
@@ -94,6 +102,13 @@ def predict(
     if latest and bounds != (None, None):
         raise ConfigError(f"--date latest cannot be combined with --start {start} and --end {end}.")
     run_folder = RunFolder.open(run_path)
+    with allowed_code(allow_code) as code:
+        require_permission(run_folder.manifest, code, run_path)
+        return _predict(run_folder, data, bounds, latest, device)
+
+
+def _predict(run_folder: RunFolder, data: DataInput, bounds: TextBounds, latest: bool, device: str) -> pd.Series:
+    run_path = run_folder.path
     if run_folder.manifest["status"] != FINISHED:
         log.warning("run %s is %s; scoring with its best weights so far", run_path, run_folder.manifest["status"])
     register_all()
@@ -121,8 +136,6 @@ def predict(
 
 
 # ---------------------------------------------------------------- dates
-TextBounds = tuple[str | None, str | None]
-"""First and last date as ISO text; None: unbounded."""
 
 
 def _bounds(start: DateLike | None, end: DateLike | None, date: DateLike | None) -> TextBounds:
@@ -196,7 +209,7 @@ def _build_handler(run_folder: RunFolder, facts: Mapping[str, Any], data: DataIn
     if "source" in arguments:
         arguments["source"] = _feature_panel(arguments["source"], facts.get("raw_columns"))
     factory, _ = registry.HANDLERS.resolve({k: v for k, v in spec.items() if k != "kwargs"})
-    accepted = registry.parameters(factory)
+    accepted = registry.all_parameters(factory)
     arguments |= {f"{stage}_processors": built for stage, built in stages.items() if f"{stage}_processors" in accepted}
     arguments["learn_processors"] = []
     if "data" in arguments:  # computes features for these dates only, from prices that begin earlier

@@ -174,6 +174,7 @@ def build_records(workflow: Workflow, model: Estimator | None, dataset: HandlerD
     ]
 
 
+RECORDS.base = Record
 RECORDS.accept(Record)
 for _class in (SignalRecord, SigAnaRecord, PortAnaRecord):
     RECORDS.add(_class, modules=MODULES)

@@ -26,6 +26,7 @@ from qfast.workflow.records import PortAnaRecord, Record, build_records
 from qfast.workflow.report import write_report
 from qfast.workflow.results import SegmentResult, evaluate, raw_labels, write_results
 from qfast.workflow.saved_model import save_scoring
+from qfast.workflow.user_code import MANIFEST_KEY, AllowCode, AllowedCode, allowed_code, require_permission
 
 if TYPE_CHECKING:
     from qfast.training.estimator import Estimator
@@ -75,6 +76,7 @@ def run(
     resume: str | os.PathLike[str] | None = None,
     *,
     callbacks: Sequence[Callback] = (),
+    allow_code: AllowCode = None,
 ) -> RunResult:
     """Train the model of a workflow file and write a run folder.
 
@@ -98,6 +100,8 @@ def run(
         its last complete epoch. The result equals that of an uninterrupted run.
     callbacks : sequence of Callback
         Passed to `fit`, and to the fit of the base model if the file has a `pretrain` block.
+    allow_code : path or sequence of paths, optional
+        Python files, or folders of them, from which the file may name classes. The run folder records them.
 
     Raises
     ------
@@ -120,9 +124,10 @@ def run(
     ['test', 'train', 'valid']
     """
     with contextlib.ExitStack() as lock:
-        resumed = None if resume is None else _reopen(resume, output, lock)
+        code = lock.enter_context(allowed_code(allow_code))
+        resumed = None if resume is None else _reopen(resume, output, lock, code)
         job = prepare(config_path, data, sets, device, seed, resumed, callbacks)
-        folder = _create(job, output, lock) if resumed is None else resumed
+        folder = _create(job, output, lock, code) if resumed is None else resumed
         with recorded(folder):
             dataset = _load(job, folder)
             labels = raw_labels(dataset)
@@ -141,7 +146,9 @@ def run(
 
 
 # ---------------------------------------------------------------- the folder
-def _create(job: Job, output: str | os.PathLike[str] | None, lock: contextlib.ExitStack) -> RunFolder:
+def _create(
+    job: Job, output: str | os.PathLike[str] | None, lock: contextlib.ExitStack, code: AllowedCode | None
+) -> RunFolder:
     folder = RunFolder.create(
         output,
         job.workflow.experiment_name,
@@ -150,6 +157,7 @@ def _create(job: Job, output: str | os.PathLike[str] | None, lock: contextlib.Ex
         seed=job.seed,
         seed_drawn=job.seed_drawn,
         data=data_source(job.data, job.workflow),
+        **({} if code is None else {MANIFEST_KEY: code.facts()}),
     )
     log.info("run folder: %s", folder.path)
     lock.enter_context(locked(folder.path))
@@ -157,12 +165,17 @@ def _create(job: Job, output: str | os.PathLike[str] | None, lock: contextlib.Ex
 
 
 def _reopen(
-    path: str | os.PathLike[str], output: str | os.PathLike[str] | None, lock: contextlib.ExitStack
+    path: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None,
+    lock: contextlib.ExitStack,
+    code: AllowedCode | None,
 ) -> RunFolder:
     if output is not None and Path(output).resolve() != Path(path).resolve():
         raise ConfigError(f"--output {str(output)!r} and --resume {str(path)!r} are different folders. Pass only one.")
     lock.enter_context(locked(RunFolder.open(path).path))
-    return RunFolder.open(path)  # again, because the manifest may have changed before the lock was acquired
+    folder = RunFolder.open(path)  # again, because the manifest may have changed before the lock was acquired
+    require_permission(folder.manifest, code, path)
+    return folder
 
 
 # ---------------------------------------------------------------- the stages

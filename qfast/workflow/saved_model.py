@@ -53,7 +53,7 @@ def save_scoring(run_folder: RunFolder, workflow: Workflow, model: Estimator, da
         for position, processor in enumerate(getattr(handler, f"{stage}_processors")):
             state = processor.state()
             arrays |= {f"{stage}.{position}.{name}": np.ascontiguousarray(value) for name, value in state.items()}
-            stages[stage].append({"class": type(processor).__name__, "kwargs": _constructor_arguments(processor)})
+            stages[stage].append({**_class_facts(processor), "kwargs": _constructor_arguments(processor)})
     handler_spec = workflow.task.dataset.kwargs.handler.description()
     handler_kwargs = {k: v for k, v in handler_spec.get("kwargs", {}).items() if k not in TRAINING_ONLY}
     dataset_spec = workflow.task.dataset.description()
@@ -103,6 +103,14 @@ def first_day(handler: Handler) -> pd.Timestamp:
     """The first day of the processed data."""
     panel = handler.panel("infer")
     return panel.datetimes[int(panel.date_codes.min())]
+
+
+def _class_facts(processor: Processor) -> dict[str, str]:
+    """The description of the class. Only a class of the user needs the module path."""
+    kind = type(processor)
+    if kind.__name__ in registry.PROCESSORS.names():
+        return {"class": kind.__name__}
+    return {"class": kind.__name__, "module_path": kind.__module__}
 
 
 def _constructor_arguments(processor: Processor) -> dict[str, object]:

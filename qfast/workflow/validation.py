@@ -185,7 +185,7 @@ def _class_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _argument_names(factory: Callable[..., Any]) -> tuple[str, ...] | None:
     """Names of the arguments of a class, including the options of all estimators; None if it accepts any name."""
-    accepted = registry.parameters(factory)
+    accepted = registry.all_parameters(factory)
     named = tuple(n for n, p in accepted.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
     if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         return named

@@ -55,6 +55,7 @@ def build_handler(spec: Handler | Mapping[str, Any] | str, *, path: str = "handl
     return HANDLERS.build(spec, path=path, **extra)
 
 
+HANDLERS.base = DataHandlerLP
 HANDLERS.add(DataHandlerLP, modules=("qlib.data.dataset.handler", "qfast.data.handlers", "qfast.data"))
 for _class in (Alpha158, Alpha158vwap, Alpha360, Alpha360vwap):
     HANDLERS.add(_class, modules=("qlib.contrib.data.handler", "qfast.data.handlers", "qfast.data"))

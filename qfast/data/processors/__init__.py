@@ -51,6 +51,7 @@ __all__ = [
     "run_processors",
 ]
 
+PROCESSORS.base = Processor
 PROCESSORS.accept(Processor)
 for _class in (
     RobustZScoreNorm,

@@ -176,7 +176,7 @@ def build_processor(
                 f"{path + ': ' if path else ''}{getattr(factory, '__name__', factory)} needs {' and '.join(missing)}. "
                 "Remedy: pass fit_start_time and fit_end_time to the handler or to the processor."
             )
-    return PROCESSORS.build({"class": factory, "kwargs": kwargs}, path=path)
+    return cast(Processor, PROCESSORS.create(factory, kwargs, path))
 
 
 def run_processors(

@@ -30,6 +30,7 @@ from qfast.workflow.check.trial import Trial, feature_source, source_argument
 from qfast.workflow.config import load_config
 from qfast.workflow.dataset import DataInput, build_dataset
 from qfast.workflow.schema import Workflow
+from qfast.workflow.user_code import AllowCode, allowed_code
 from qfast.workflow.validation import check_workflow
 
 __all__ = ["CheckReport", "Finding", "check", "run_experiments"]
@@ -54,12 +55,13 @@ def check(
     *,
     device: str | None = "cpu",
     experiments: bool = True,
+    allow_code: AllowCode = None,
 ) -> CheckReport:
     """Look for problems in a workflow and its data without training.
 
     Parameters
     ----------
-    config_path, data, sets, device
+    config_path, data, sets, device, allow_code
         As for `qfast.run`.
     experiments : bool
         False skips everything that needs the model: the time of an epoch, look-ahead, window invariance.
@@ -84,11 +86,24 @@ def check(
     (True, ['ok', 'ok'])
     """
     report = CheckReport()
+    with allowed_code(allow_code):
+        _check(report, config_path, data, sets, device, experiments)
+    return report
+
+
+def _check(
+    report: CheckReport,
+    config_path: str | os.PathLike[str],
+    data: DataInput | None,
+    sets: Sequence[str],
+    device: str | None,
+    experiments: bool,
+) -> None:
     with report.attempt("workflow", reraise=(QfastError,)):
         workflow = check_workflow(load_config(config_path, sets).values, str(config_path))
         pretraining.absolute_model_path(workflow.task.model, Path(config_path), optional=True)
     if not report.ok:
-        return report
+        return
     if device is not None:
         workflow.task.model.kwargs["device"] = device
     workflow.task.model.kwargs.setdefault("seed", 0)
@@ -99,7 +114,7 @@ def check(
     with report.attempt("data"):  # duplicate rows, wrong columns and empty periods are errors of the handler
         dataset = build_dataset(workflow, data)
     if dataset is None:
-        return report
+        return
     seconds = time.perf_counter() - started
     with report.attempt("data"):
         check_data(report, dataset, seconds)
@@ -109,13 +124,12 @@ def check(
         check_segments(report, dataset)
     if any(f.level == "error" and f.topic == "segments" for f in report.findings):
         report.add("note", "experiments", "skipped, because they need valid segments")
-        return report
+        return
     with _warnings_off():  # the checks above have reported these already
         with report.attempt("portfolio"):
             check_portfolio(report, workflow, dataset)
         if experiments:
             run_experiments(report, workflow, dataset)
-    return report
 
 
 def run_experiments(report: CheckReport, workflow: Workflow, dataset: HandlerDataset) -> None:

@@ -104,7 +104,7 @@ def _joined(panel: Panel, others: Mapping[str, Prices]) -> Panel:
 def _handler_parameters(workflow: Workflow) -> Mapping[str, inspect.Parameter]:
     spec = workflow.task.dataset.kwargs.handler.description()
     factory, _ = registry.HANDLERS.resolve({key: value for key, value in spec.items() if key != "kwargs"})
-    return registry.parameters(factory)
+    return registry.all_parameters(factory)
 
 
 def source_argument(workflow: Workflow) -> str | None:
