@@ -20,6 +20,7 @@ from support.frames import make_frame, rolling
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", flags=re.M | re.S)
+PYTHON_FILE = re.compile(r"# (\S+\.py)\n")  # the first line of a block that the reader saves
 SOURCE_PATH = re.compile(r"(?<![\w/.-])(?:bench|csrc|docs|qfast|tests|tools)/[\w./*-]*\w/?")
 DOCUMENTS = ["README.md", "bench/RESULTS.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]
 
@@ -51,6 +52,9 @@ def run_examples(document: Path, languages: tuple[str, ...] = ("yaml", "sh", "py
         elif language == "sh":
             for line in text.splitlines():
                 run_command(line)
+        elif first := PYTHON_FILE.match(text):
+            Path(first[1]).parent.mkdir(parents=True, exist_ok=True)
+            Path(first[1]).write_text(text)
         else:
             assert language == "python"
             text = re.sub(r"n_epochs=\d+", "n_epochs=1", text)
@@ -71,7 +75,8 @@ def test_factors(reader):
 
 
 def test_workflow(reader):
-    assert run_examples(ROOT / "docs" / "workflow.md") == 2
+    assert run_examples(ROOT / "docs" / "workflow.md") == 5
+    assert (reader / "runs" / "own" / "report.html").exists()
     assert (reader / "runs" / "first" / "portfolio_analysis" / "metrics.json").exists()
     assert (reader / "tomorrow.csv").exists()
 
