@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qfast.cli_options import with_read_options
 from qfast.errors import ConfigError, QfastError
+from qfast.read_options import ReadOptions, command_line
 
 if TYPE_CHECKING:
     from qfast.workflow.run import RunResult
@@ -92,6 +94,7 @@ def _root(
 
 
 @app.command("run")
+@with_read_options
 def run_command(
     config: Annotated[
         Path | None, typer.Argument(help="Workflow file in Qlib's YAML format. Optional with --resume.")
@@ -113,20 +116,27 @@ def run_command(
     ] = "qfast",
     allow_code: CodeOption = None,
     quiet: QuietOption = False,
+    *,
+    read_options: ReadOptions,
 ) -> None:
     """Train the model of a workflow file. Write weights, scores, metrics, plots and a report to a run folder."""
     from qfast.workflow.run import run
 
     _log_to_stderr(quiet)
     if engine != "qfast":
-        unsupported = {"--data": data, "--output": output, "--resume": resume, "--allow-code": allow_code or None}
+        unsupported: dict[str, object] = {"--data": data, "--output": output, "--resume": resume}
+        unsupported |= {"--allow-code": allow_code or None}
+        unsupported |= {command_line(name): value for name, value in read_options.recorded().items()}
         _run_in_qlib(engine, config, unsupported, sets or (), device, seed)
         return
-    result = run(config, data, sets or (), device, output, seed, resume, allow_code=allow_code)
+    result = run(
+        config, data, sets or (), device, output, seed, resume, allow_code=allow_code, read_options=read_options
+    )
     _print_result(result)
 
 
 @app.command("check")
+@with_read_options
 def check_command(
     config: Annotated[Path, typer.Argument(help="Workflow file in Qlib's YAML format.")],
     data: DataOption = None,
@@ -139,18 +149,29 @@ def check_command(
     ] = True,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     allow_code: CodeOption = None,
+    *,
+    read_options: ReadOptions,
 ) -> None:
     """Look for problems in a workflow and its data before training. The exit status is 1 if there is an error."""
     from qfast.workflow.check import check
 
     _log_to_stderr(quiet=True)
-    report = check(config, data, sets or (), device=device, experiments=experiments, allow_code=allow_code)
+    report = check(
+        config,
+        data,
+        sets or (),
+        device=device,
+        experiments=experiments,
+        allow_code=allow_code,
+        read_options=read_options,
+    )
     for line in report.lines():
         typer.echo(line)
     raise typer.Exit(0 if report.ok else 1)
 
 
 @app.command("predict")
+@with_read_options
 def predict_command(
     run_path: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
     data: Annotated[Path, typer.Option(help="New prices, in the format of the training data. Labels are not needed.")],
@@ -166,6 +187,8 @@ def predict_command(
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     allow_code: CodeOption = None,
     quiet: QuietOption = False,
+    *,
+    read_options: ReadOptions,
 ) -> None:
     """Score new prices with the weights and the fitted processors of a run."""
     from qfast.workflow.folder import RunFolder, check_table_target, write_frame
@@ -174,7 +197,16 @@ def predict_command(
     _log_to_stderr(quiet)
     RunFolder.open(run_path)
     check_table_target(run_path / "scores.parquet" if out is None else out)
-    scores = predict(run_path, data, start=start, end=end, date=date, device=device, allow_code=allow_code)
+    scores = predict(
+        run_path,
+        data,
+        start=start,
+        end=end,
+        date=date,
+        device=device,
+        allow_code=allow_code,
+        read_options=read_options,
+    )
     dates = scores.index.get_level_values("datetime")
     if out is None:
         first, last = (stamp.strftime("%Y%m%d") for stamp in (dates.min(), dates.max()))

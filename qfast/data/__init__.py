@@ -1,6 +1,7 @@
 """From prices to batches: sources, panels, factors, handlers, processors and datasets.
 
     load_prices                     read prices from files, folders, frames or a Qlib store
+    ReadOptions                     formats of dates and numbers, encoding and separator of tables
     Panel                           the table of all (instrument, datetime) rows
     Alpha158, Alpha360, ...         handlers: features and label computed from prices, and processors
     FactorHandler                   a handler with your own factor expressions
@@ -18,6 +19,7 @@ from qfast.data.handlers import Alpha158, Alpha158vwap, Alpha360, Alpha360vwap, 
 from qfast.data.panel import Panel
 from qfast.data.protocols import Dataset, Handler, HandlerDataset
 from qfast.data.sources import load_prices
+from qfast.read_options import ReadOptions
 
 __all__ = [
     "Alpha158",
@@ -31,6 +33,7 @@ __all__ = [
     "Handler",
     "HandlerDataset",
     "Panel",
+    "ReadOptions",
     "TSDataSampler",
     "TSDatasetH",
     "load_prices",

@@ -21,10 +21,13 @@ from qfast.data.store import BinaryStore, is_store
 from qfast.data.tables import panel_of
 from qfast.dates import DateLike
 from qfast.errors import ConfigError, DataError, shown, suggest
+from qfast.read_options import ReadOptions, ReadSettings
 
 __all__ = ["BinaryStore", "Prices", "load_prices", "read_prices"]
 
 log = logging.getLogger("qfast.data")
+
+DEFAULTS = ReadOptions()
 
 
 def load_prices(
@@ -34,8 +37,9 @@ def load_prices(
     instruments: Instruments = "all",
     start_time: DateLike | None = None,
     end_time: DateLike | None = None,
-    freq: str = "day",
+    freq: str | None = None,
     vwap: str | None = None,
+    read_options: ReadSettings = None,
 ) -> Panel:
     """Read prices from any source.
 
@@ -52,10 +56,12 @@ def load_prices(
         instruments.
     start_time, end_time : date-like, optional
         First and last time, both inclusive.
-    freq : str
-        Calendar and files of a store: "day", "1min", ...
+    freq : str, optional
+        Calendar and files of a store: "day" (default), "1min", ... For tables, "day" normalizes times to dates.
     vwap : {None, "typical"}
         "typical": if the source has no vwap, use (high + low + close) / 3.
+    read_options : ReadOptions or mapping, optional
+        How to read tables: format of the dates, encoding, separator and so on.
 
     Returns
     -------
@@ -84,8 +90,8 @@ def load_prices(
         instruments=instruments,
         start_time=start_time,
         end_time=end_time,
-        freq=freq,
         vwap=vwap,
+        options=ReadOptions.of(read_options).over(ReadOptions(freq=freq)),
     )
     panel = prices.panel
     low, high = panel.date_code_range(start_time, end_time)
@@ -106,8 +112,8 @@ def read_prices(
     instruments: Instruments = "all",
     start_time: DateLike | None = None,
     end_time: DateLike | None = None,
-    freq: str = "day",
     vwap: str | None = None,
+    options: ReadOptions = DEFAULTS,
     wanted: Sequence[str] | None = None,
     margin: tuple[int, int] = (0, 0),
 ) -> Prices:
@@ -115,8 +121,10 @@ def read_prices(
 
     Parameters
     ----------
-    source, provider_uri, instruments, start_time, end_time, freq, vwap
+    source, provider_uri, instruments, start_time, end_time, vwap
         As in `load_prices`. The times limit what is read from a store; the result may contain rows outside them.
+    options : ReadOptions
+        The frequency of a store, and how to read a table.
     wanted : sequence of str, optional
         Fields to read from a store. Default: all.
     margin : (int, int)
@@ -141,11 +149,11 @@ def read_prices(
     if provider_uri is None and isinstance(source, (str, Path)) and is_store(source):
         provider_uri, source = source, None
     if provider_uri is not None:
-        store = BinaryStore(provider_uri, freq)
+        store = BinaryStore(provider_uri, options.freq or "day")
         prices = store.read(instruments, wanted, start_time, end_time, margin)
     else:
         assert source is not None
-        prices = Prices(_members(panel_of(source), instruments), {})
+        prices = Prices(_members(panel_of(source, options), instruments), {})
     return _with_typical_vwap(prices) if vwap == "typical" else prices
 
 

@@ -14,10 +14,13 @@ import pandas as pd
 from qfast.data.panel import Block, Panel
 from qfast.data.prices import PRICE_FIELDS, PriceSource, parse_dates
 from qfast.errors import ConfigError, DataError, shown
+from qfast.read_options import ReadOptions
 
 __all__ = ["panel_of", "read_table"]
 
 log = logging.getLogger("qfast.data")
+
+DEFAULTS = ReadOptions()
 
 OTHER_FIELDS = ("factor", "change", "amount", "money", "turnover")
 DATETIME_NAMES = ("datetime", "date", "timestamp", "trade_date", "tradedate", "trading_date", "time", "day")
@@ -37,7 +40,7 @@ class _Table(NamedTuple):
     columns: dict[str, np.ndarray]
 
 
-def panel_of(source: PriceSource) -> Panel:
+def panel_of(source: PriceSource, options: ReadOptions = DEFAULTS) -> Panel:
     """The price panel of a file, a folder of files, a frame or a panel.
 
     Between the first and the last row of an instrument, every date of the calendar has a row.
@@ -45,6 +48,7 @@ def panel_of(source: PriceSource) -> Panel:
     Parameters
     ----------
     source : path, DataFrame, Series or Panel
+    options : ReadOptions
 
     Returns
     -------

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,10 +16,19 @@ from qfast.data.prices import parse_dates
 from qfast.data.protocols import Handler, HandlerDataset
 from qfast.data.tables import read_table
 from qfast.dates import date_text
-from qfast.errors import ConfigError
+from qfast.errors import ConfigError, some
+from qfast.read_options import ReadOptions, command_line
 from qfast.workflow.schema import Workflow
 
-__all__ = ["DataInput", "build_dataset", "data_facts", "data_source", "source_arguments", "source_panel"]
+__all__ = [
+    "DataInput",
+    "build_dataset",
+    "data_facts",
+    "data_source",
+    "source_arguments",
+    "source_panel",
+    "stored_read_options",
+]
 
 
 DataInput: TypeAlias = "str | os.PathLike[str] | pd.DataFrame | Panel | Mapping[str, pd.DataFrame]"
@@ -26,6 +36,7 @@ DataInput: TypeAlias = "str | os.PathLike[str] | pd.DataFrame | Panel | Mapping[
 
 SOURCE_ARGUMENTS = ("data", "provider_uri", "source")  # handler arguments that specify where the data comes from
 DATA_REMEDY = "--data PATH with a CSV or Parquet file, a folder of CSV files, or a Qlib data folder"
+DEFAULTS = ReadOptions()
 HANDLER_PATH = "task.dataset.kwargs.handler"
 
 
@@ -55,7 +66,7 @@ def require_data(data: DataInput | None, workflow: Workflow) -> None:
             )
 
 
-def build_dataset(workflow: Workflow, data: DataInput | None) -> HandlerDataset:
+def build_dataset(workflow: Workflow, data: DataInput | None, read_options: ReadOptions = DEFAULTS) -> HandlerDataset:
     """Build the dataset of a workflow.
 
     Parameters
@@ -63,6 +74,8 @@ def build_dataset(workflow: Workflow, data: DataInput | None) -> HandlerDataset:
     workflow : Workflow
     data : path, DataFrame, Panel or mapping of frames, optional
         Default: the source that the handler's arguments specify, or else `qlib_init.provider_uri`.
+    read_options : ReadOptions
+        How to read a table; they replace the options in the handler's arguments.
 
     Raises
     ------
@@ -75,37 +88,60 @@ def build_dataset(workflow: Workflow, data: DataInput | None) -> HandlerDataset:
     handler_spec = spec["kwargs"].pop("handler")
     arguments = handler_spec.setdefault("kwargs", {})
     if data is not None:
-        arguments.update(source_arguments(handler_spec, data))
+        arguments.update(source_arguments(handler_spec, data, read_options))
     elif not any(arguments.get(name) is not None for name in SOURCE_ARGUMENTS):
         arguments["provider_uri"] = workflow.qlib_init.provider_uri
+    if data is None and read_options.recorded():
+        arguments.update(_option_arguments(handler_spec, read_options))
     handler = registry.HANDLERS.build(handler_spec, path=HANDLER_PATH)
     kwargs = {**spec["kwargs"], "handler": handler}
     dataset: HandlerDataset = registry.DATASETS.build({**spec, "kwargs": kwargs}, path="task.dataset")
     return dataset
 
 
-def source_arguments(handler_spec: Mapping[str, Any], data: DataInput) -> dict[str, Any]:
-    """Arguments that pass `data` to the class of a handler.
+def source_arguments(
+    handler_spec: Mapping[str, Any], data: DataInput, read_options: ReadOptions = DEFAULTS
+) -> dict[str, Any]:
+    """Arguments that pass `data` and the options for reading it to the class of a handler.
 
     Raises
     ------
     ConfigError
         The class does not accept data.
     """
-    bare = {key: handler_spec[key] for key in ("class", "module_path") if key in handler_spec}
-    factory, _ = registry.HANDLERS.resolve(bare, HANDLER_PATH)
-    accepted = registry.all_parameters(factory)
+    factory, accepted = _handler_class(handler_spec)
     if "data" in accepted:
-        return {"data": data, "provider_uri": None} if "provider_uri" in accepted else {"data": data}
+        arguments = {"data": data, "provider_uri": None} if "provider_uri" in accepted else {"data": data}
+        return arguments | (_option_arguments(handler_spec, read_options) if read_options.recorded() else {})
     if "source" in accepted:
-        return {"source": _factor_frame(data)}
+        return {"source": _factor_frame(data, read_options)}
     name = getattr(factory, "__name__", factory)
     raise ConfigError(
         f"{HANDLER_PATH}: {name} does not accept --data. Remedy: use Alpha158, Alpha360 or DataHandlerLP."
     )
 
 
-def _factor_frame(data: DataInput) -> pd.DataFrame | Panel | Mapping[str, pd.DataFrame]:
+def _option_arguments(handler_spec: Mapping[str, Any], read_options: ReadOptions) -> dict[str, Any]:
+    factory, accepted = _handler_class(handler_spec)
+    if "read_options" not in accepted:
+        names = [command_line(name) for name in read_options.recorded()]
+        raise ConfigError(f"{HANDLER_PATH}: {getattr(factory, '__name__', factory)} does not accept {some(names)}.")
+    own = ReadOptions.of(handler_spec.get("kwargs", {}).get("read_options"))
+    return {"read_options": read_options.over(own)}
+
+
+def _handler_class(handler_spec: Mapping[str, Any]) -> tuple[Callable[..., Any], Mapping[str, inspect.Parameter]]:
+    bare = {key: handler_spec[key] for key in ("class", "module_path") if key in handler_spec}
+    factory, _ = registry.HANDLERS.resolve(bare, HANDLER_PATH)
+    return factory, registry.all_parameters(factory)
+
+
+def stored_read_options(manifest: Mapping[str, Any]) -> ReadOptions:
+    """The options with which the data of a run was read, as recorded in its manifest."""
+    return ReadOptions.of(manifest.get("data", {}).get("read_options"))
+
+
+def _factor_frame(data: DataInput, read_options: ReadOptions) -> pd.DataFrame | Panel | Mapping[str, pd.DataFrame]:
     """Features and labels from a Panel, from frames, or from a Parquet or CSV file.
 
     Two-level columns are (group, name). Single-level columns whose names begin with "label" are labels, and the others
@@ -129,15 +165,20 @@ def _read_table(file: Path) -> pd.DataFrame:
     return read_table(file)
 
 
-def data_source(data: DataInput | None, workflow: Workflow) -> dict[str, str]:
+def data_source(data: DataInput | None, workflow: Workflow, read_options: ReadOptions = DEFAULTS) -> dict[str, Any]:
     """The source of the data, for the manifest; it is known before the data is read.
 
     Returns
     -------
     dict
         "source": a path or a description. "given": "path", "memory" (a resumed run must receive the data again) or
-        "config" (the workflow file specifies the source).
+        "config" (the workflow file specifies the source). "read_options": those of the command, if there are any.
     """
+    options = read_options.recorded()
+    return _location(data, workflow) | ({"read_options": options} if options else {})
+
+
+def _location(data: DataInput | None, workflow: Workflow) -> dict[str, str]:
     if isinstance(data, (str, os.PathLike)):
         return {"source": str(Path(data).expanduser().resolve()), "given": "path"}
     if data is not None:
@@ -147,12 +188,14 @@ def data_source(data: DataInput | None, workflow: Workflow) -> dict[str, str]:
     return {"source": str(sources[0] if sources else workflow.qlib_init.provider_uri), "given": "config"}
 
 
-def data_facts(handler: Handler, data: DataInput | None, workflow: Workflow) -> dict[str, Any]:
+def data_facts(
+    handler: Handler, data: DataInput | None, workflow: Workflow, read_options: ReadOptions = DEFAULTS
+) -> dict[str, Any]:
     """The entry of the manifest about the data: source, content hash, size, period, name of the label."""
     panel = source_panel(handler)
     dates = panel.datetimes
     return {
-        **data_source(data, workflow),
+        **data_source(data, workflow, read_options),
         "hash": panel.content_hash(),
         "rows": panel.n_live,
         "instruments": len(panel.instruments),

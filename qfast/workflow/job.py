@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from qfast import registry
 from qfast.errors import ConfigError
+from qfast.read_options import ReadOptions
 from qfast.training.callbacks import Callback
 from qfast.workflow import pretraining, resumption
 from qfast.workflow.config import load_config
-from qfast.workflow.dataset import DataInput, require_data
+from qfast.workflow.dataset import DataInput, require_data, stored_read_options
 from qfast.workflow.folder import LAST, RunFolder
 from qfast.workflow.schema import Workflow
 from qfast.workflow.validation import check_workflow
@@ -40,6 +41,7 @@ class Job:
         Path of the workflow file, for the manifest.
     data : path, DataFrame, Panel or None
         None: the workflow's own `provider_uri`.
+    read_options : ReadOptions
     seed : int
     seed_drawn : bool
         True if neither the file nor the caller specified a seed.
@@ -57,6 +59,7 @@ class Job:
     model: Estimator
     source: str
     data: DataInput | None
+    read_options: ReadOptions
     seed: int
     seed_drawn: bool
     resumed: bool
@@ -81,6 +84,7 @@ def prepare(
     seed: int | None,
     resumed: RunFolder | None,
     callbacks: Sequence[Callback],
+    read_options: ReadOptions,
 ) -> Job:
     """Check the arguments of `run` and build the model. Nothing is written.
 
@@ -102,6 +106,7 @@ def prepare(
             resumption.require_same_workflow(resumed, config_path, same, workflow)
         pretraining.require_same_block(resumed, load_config(file).values["task"], workflow.task.pretrain)
         data = resumption.stored_data(resumed) if data is None else data
+        read_options = read_options.over(stored_read_options(resumed.manifest))
     kwargs = workflow.task.model.kwargs
     if device is not None:
         kwargs["device"] = device
@@ -114,7 +119,7 @@ def prepare(
     require_data(data, workflow)
     source = str(config_path) if config_path is not None else str(file)
     model = registry.MODELS.build(pretraining.without_lost_file(workflow.task.model.description()), path="task.model")
-    return Job(workflow, model, source, data, kwargs["seed"], seed_drawn, resumed is not None, callbacks)
+    return Job(workflow, model, source, data, read_options, kwargs["seed"], seed_drawn, resumed is not None, callbacks)
 
 
 def _checked(file: Path, sets: Sequence[str], started: bool = False) -> Workflow:

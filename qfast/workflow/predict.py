@@ -16,7 +16,8 @@ from qfast.data.panel import Panel
 from qfast.data.protocols import Handler, HandlerDataset
 from qfast.dates import DateLike, date_text, normal_date
 from qfast.errors import ConfigError, DataError, some
-from qfast.workflow.dataset import DataInput, source_arguments, source_panel
+from qfast.read_options import ReadOptions, ReadSettings
+from qfast.workflow.dataset import DataInput, source_arguments, source_panel, stored_read_options
 from qfast.workflow.folder import FINISHED, RunFolder
 from qfast.workflow.lookback import check_lookback
 from qfast.workflow.saved_model import first_day, load_facts, load_model, load_processors, source_columns
@@ -54,6 +55,7 @@ def predict(
     date: DateLike | None = None,
     device: str = "auto",
     allow_code: AllowCode = None,
+    read_options: ReadSettings = None,
 ) -> pd.Series:
     """Score new data with the best weights of a run.
 
@@ -72,6 +74,8 @@ def predict(
         "auto", "cpu", "cuda", "cuda:1".
     allow_code : path or sequence of paths, optional
         Permits the classes of a run that `qfast.run` has trained with `allow_code`.
+    read_options : ReadOptions or mapping, optional
+        How to read tables, see `qfast.data.ReadOptions`. Default for each option: its value in the run.
 
     Returns
     -------
@@ -104,17 +108,20 @@ def predict(
     run_folder = RunFolder.open(run_path)
     with allowed_code(allow_code) as code:
         require_permission(run_folder.manifest, code, run_path)
-        return _predict(run_folder, data, bounds, latest, device)
+        return _predict(run_folder, data, bounds, latest, device, ReadOptions.of(read_options))
 
 
-def _predict(run_folder: RunFolder, data: DataInput, bounds: TextBounds, latest: bool, device: str) -> pd.Series:
+def _predict(
+    run_folder: RunFolder, data: DataInput, bounds: TextBounds, latest: bool, device: str, read_options: ReadOptions
+) -> pd.Series:
     run_path = run_folder.path
     if run_folder.manifest["status"] != FINISHED:
         log.warning("run %s is %s; scoring with its best weights so far", run_path, run_folder.manifest["status"])
     register_all()
     facts = load_facts(run_folder)
     model = load_model(run_folder, facts, device)
-    handler = _build_handler(run_folder, facts, data, bounds)
+    read_options = read_options.over(stored_read_options(run_folder.manifest))
+    handler = _build_handler(run_folder, facts, data, bounds, read_options)
     notes: list[str] = []
     if latest:
         day, notes = _latest_day(handler)
@@ -201,11 +208,13 @@ def _build_dataset(facts: Mapping[str, Any], handler: Handler, bounds: TextBound
     return dataset
 
 
-def _build_handler(run_folder: RunFolder, facts: Mapping[str, Any], data: DataInput, bounds: TextBounds) -> Handler:
+def _build_handler(
+    run_folder: RunFolder, facts: Mapping[str, Any], data: DataInput, bounds: TextBounds, options: ReadOptions
+) -> Handler:
     """Build the handler of the run over new data, with the fitted processors."""
     stages = load_processors(run_folder, facts["processors"])
     spec = facts["handler"]
-    arguments = {**spec["kwargs"], **source_arguments(spec, data)}
+    arguments = {**spec["kwargs"], **source_arguments(spec, data, options)}
     if "source" in arguments:
         arguments["source"] = _feature_panel(arguments["source"], facts.get("raw_columns"))
     factory, _ = registry.HANDLERS.resolve({k: v for k, v in spec.items() if k != "kwargs"})

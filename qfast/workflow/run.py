@@ -14,6 +14,7 @@ from qfast import registry
 from qfast.data.protocols import HandlerDataset
 from qfast.errors import ConfigError, DataError, QfastError
 from qfast.files import locked
+from qfast.read_options import ReadOptions, ReadSettings
 from qfast.training.callbacks import Callback
 from qfast.workflow import folder as folders
 from qfast.workflow import pretraining, resumption
@@ -77,6 +78,7 @@ def run(
     *,
     callbacks: Sequence[Callback] = (),
     allow_code: AllowCode = None,
+    read_options: ReadSettings = None,
 ) -> RunResult:
     """Train the model of a workflow file and write a run folder.
 
@@ -102,6 +104,9 @@ def run(
         Passed to `fit`, and to the fit of the base model if the file has a `pretrain` block.
     allow_code : path or sequence of paths, optional
         Python files, or folders of them, from which the file may name classes. The run folder records them.
+    read_options : ReadOptions or mapping, optional
+        How to read tables, see `qfast.data.ReadOptions`. Replaces the options of the file. The manifest records them,
+        and a resumed run uses them again.
 
     Raises
     ------
@@ -126,7 +131,7 @@ def run(
     with contextlib.ExitStack() as lock:
         code = lock.enter_context(allowed_code(allow_code))
         resumed = None if resume is None else _reopen(resume, output, lock, code)
-        job = prepare(config_path, data, sets, device, seed, resumed, callbacks)
+        job = prepare(config_path, data, sets, device, seed, resumed, callbacks, ReadOptions.of(read_options))
         folder = _create(job, output, lock, code) if resumed is None else resumed
         with recorded(folder):
             dataset = _load(job, folder)
@@ -156,7 +161,7 @@ def _create(
         config=job.source,
         seed=job.seed,
         seed_drawn=job.seed_drawn,
-        data=data_source(job.data, job.workflow),
+        data=data_source(job.data, job.workflow, job.read_options),
         **({} if code is None else {MANIFEST_KEY: code.facts()}),
     )
     log.info("run folder: %s", folder.path)
@@ -182,8 +187,8 @@ def _reopen(
 def _load(job: Job, folder: RunFolder) -> HandlerDataset:
     """Build the dataset, and load the checkpoint of a resumed run. Raises an error if the run cannot be resumed."""
     with job.timed("data"):
-        dataset = build_dataset(job.workflow, job.data)
-        job.facts = data_facts(dataset.handler, job.data, job.workflow)
+        dataset = build_dataset(job.workflow, job.data, job.read_options)
+        job.facts = data_facts(dataset.handler, job.data, job.workflow, job.read_options)
     if job.resumed:
         resumption.require_same_data(folder, job.facts)
         if (folder / LAST).exists():

@@ -16,6 +16,7 @@ from qfast.data.prices import Instruments, Prices, PriceSource, StorePath
 from qfast.data.processors import ProcessorSpec
 from qfast.dates import DateLike
 from qfast.errors import ConfigError, shown, suggest
+from qfast.read_options import ReadSettings
 
 log = logging.getLogger("qfast.data")
 
@@ -208,8 +209,8 @@ class FactorHandler(PriceHandler):
     start_time, end_time : date-like, optional
         First and last row, both inclusive. Expressions also read prices outside this period, and prices of an
         instrument at times when it does not belong to the market.
-    freq : str
-        Calendar of a store: "day", "1min", ...
+    freq : str, optional
+        Calendar of a store: "day" (default), "1min", ... For tables, "day" normalizes times to dates.
     infer_processors, learn_processors, shared_processors
         Default: DropnaLabel and CSZScoreNorm on the label for learning, and no others.
     fit_start_time, fit_end_time : date-like
@@ -225,6 +226,8 @@ class FactorHandler(PriceHandler):
     vwap : {None, "typical"}
         "typical": prices without a vwap get (high + low + close) / 3. None: like in Qlib, features that use a missing
         vwap are NaN.
+    read_options : ReadOptions or mapping, optional
+        How to read tables, see `qfast.data.ReadOptions`.
     cache : path, optional
         Folder in which computed factors are stored for later runs, see `qfast.data.factor_cache`.
     filter_pipe, inst_processors
@@ -253,7 +256,7 @@ class FactorHandler(PriceHandler):
         instruments: Instruments = "all",
         start_time: DateLike | None = None,
         end_time: DateLike | None = None,
-        freq: str = "day",
+        freq: str | None = None,
         infer_processors: Sequence[ProcessorSpec] = (),
         learn_processors: Sequence[ProcessorSpec] = DEFAULT_LEARN_PROCESSORS,
         fit_start_time: DateLike | None = None,
@@ -268,6 +271,7 @@ class FactorHandler(PriceHandler):
         data: PriceSource | None = None,
         provider_uri: StorePath | None = None,
         vwap: str | None = None,
+        read_options: ReadSettings = None,
         cache: str | os.PathLike[str] | None = None,
     ) -> None:
         self._texts, self._names = expressions_and_names("features", features)
@@ -287,6 +291,7 @@ class FactorHandler(PriceHandler):
             data=data,
             provider_uri=provider_uri,
             vwap=vwap,
+            read_options=read_options,
             unavailable={"filter_pipe": filter_pipe, "inst_processors": inst_processors},
         )
 
@@ -325,7 +330,8 @@ class Alpha158(FactorHandler):
     ----------
     instruments, start_time, end_time, freq, infer_processors, learn_processors, fit_start_time, fit_end_time
         As in `FactorHandler`. Order and defaults are Qlib's.
-    process_type, filter_pipe, inst_processors, shared_processors, drop_raw, label, data, provider_uri, vwap, cache
+    process_type, filter_pipe, inst_processors, shared_processors, drop_raw, label, data, provider_uri, vwap,
+    read_options, cache
         As in `FactorHandler`.
     config : mapping, optional
         Selects part of the factors, see `alpha158_factors`.
@@ -355,7 +361,7 @@ class Alpha158(FactorHandler):
         instruments: Instruments = "csi500",
         start_time: DateLike | None = None,
         end_time: DateLike | None = None,
-        freq: str = "day",
+        freq: str | None = None,
         infer_processors: Sequence[ProcessorSpec] = (),
         learn_processors: Sequence[ProcessorSpec] = DEFAULT_LEARN_PROCESSORS,
         fit_start_time: DateLike | None = None,
@@ -370,6 +376,7 @@ class Alpha158(FactorHandler):
         data: PriceSource | None = None,
         provider_uri: StorePath | None = None,
         vwap: str | None = None,
+        read_options: ReadSettings = None,
         cache: str | os.PathLike[str] | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
@@ -392,6 +399,7 @@ class Alpha158(FactorHandler):
             data=data,
             provider_uri=provider_uri,
             vwap=vwap,
+            read_options=read_options,
             cache=cache,
         )
 

@@ -11,6 +11,7 @@ from qfast.data.handlers.prices import DEFAULT_LEARN_PROCESSORS, Expressions, Pr
 from qfast.data.prices import Instruments, Prices, PriceSource, StorePath
 from qfast.data.processors import ProcessorSpec
 from qfast.dates import DateLike
+from qfast.read_options import ReadSettings
 
 DEFAULT_INFER_PROCESSORS: tuple[Mapping[str, Any], ...] = (
     {"class": "ProcessInf", "kwargs": {}},
@@ -35,8 +36,8 @@ class Alpha360(PriceHandler):
         Only a Qlib store has markets; for other prices a market means all instruments.
     start_time, end_time : date-like, optional
         First and last row, both inclusive.
-    freq : str
-        Calendar of a store: "day", "1min", ...
+    freq : str, optional
+        Calendar of a store: "day" (default), "1min", ... For tables, "day" normalizes times to dates.
     infer_processors, learn_processors
         Default: Qlib's. ProcessInf, ZScoreNorm and Fillna on all columns for inference; DropnaLabel, and CSZScoreNorm
         on the label, for learning. Like in Qlib, Fillna also fills missing labels with 0.
@@ -55,6 +56,8 @@ class Alpha360(PriceHandler):
     vwap : {None, "typical"}
         "typical": prices without a vwap get (high + low + close) / 3. None: like in Qlib, the features of a missing
         vwap are NaN.
+    read_options : ReadOptions or mapping, optional
+        How to read tables, see `qfast.data.ReadOptions`.
 
     Raises
     ------
@@ -87,7 +90,7 @@ class Alpha360(PriceHandler):
         instruments: Instruments = "csi500",
         start_time: DateLike | None = None,
         end_time: DateLike | None = None,
-        freq: str = "day",
+        freq: str | None = None,
         infer_processors: Sequence[ProcessorSpec] = DEFAULT_INFER_PROCESSORS,
         learn_processors: Sequence[ProcessorSpec] = DEFAULT_LEARN_PROCESSORS,
         fit_start_time: DateLike | None = None,
@@ -102,6 +105,7 @@ class Alpha360(PriceHandler):
         data: PriceSource | None = None,
         provider_uri: StorePath | None = None,
         vwap: str | None = None,
+        read_options: ReadSettings = None,
     ) -> None:
         self._set_up(
             instruments=instruments,
@@ -117,6 +121,7 @@ class Alpha360(PriceHandler):
             data=data,
             provider_uri=provider_uri,
             vwap=vwap,
+            read_options=read_options,
             unavailable={"filter_pipe": filter_pipe, "inst_processors": inst_processors},
         )
 

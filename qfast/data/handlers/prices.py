@@ -23,6 +23,7 @@ from qfast.data.sources import read_prices
 from qfast.data.store import BinaryStore, is_store
 from qfast.dates import DateLike
 from qfast.errors import ConfigError, DataError, shown, some
+from qfast.read_options import ReadOptions, ReadSettings
 
 log = logging.getLogger("qfast.data")
 
@@ -57,7 +58,7 @@ class PriceHandler(DataHandlerLP):
         instruments: Instruments,
         start_time: DateLike | None,
         end_time: DateLike | None,
-        freq: str,
+        freq: str | None,
         stages: Mapping[str, Sequence[ProcessorSpec]],
         fit_start_time: DateLike | None,
         fit_end_time: DateLike | None,
@@ -67,6 +68,7 @@ class PriceHandler(DataHandlerLP):
         data: PriceSource | None,
         provider_uri: StorePath | None,
         vwap: str | None,
+        read_options: ReadSettings = None,
         unavailable: Mapping[str, object] | None = None,
         refused: Mapping[str, object] | None = None,  # old name of `unavailable`
     ) -> None:
@@ -75,7 +77,8 @@ class PriceHandler(DataHandlerLP):
             if value:
                 raise ConfigError(f"{type(self).__name__}: {name} is not available, got {shown(value)}.")
         self._configure(stages, process_type, drop_raw, instruments, start_time, end_time, fit_start_time, fit_end_time)
-        self.freq = freq
+        self.read_options = ReadOptions.of(read_options).over(ReadOptions(freq=freq))
+        self.freq = self.read_options.freq or "day"
         self.label_expressions, self.label_names = expressions_and_names(
             "label", self.get_label_config() if label is None else label
         )
@@ -91,8 +94,8 @@ class PriceHandler(DataHandlerLP):
                 instruments=instruments,
                 start_time=start_time,
                 end_time=end_time,
-                freq=freq,
                 vwap=vwap,
+                options=self.read_options,
                 margin=(before, after),
                 wanted=wanted,
             )
@@ -149,6 +152,7 @@ class PriceHandler(DataHandlerLP):
         """Restore a pickled handler. Attributes of the previous release get their new names."""
         renamed = {"_label": "label_expressions", "_label_names": "label_names", "_others": "mask_prices"}
         self.__dict__.update({renamed.get(name, name): value for name, value in state.items()})
+        self.__dict__.setdefault("read_options", ReadOptions(freq=state.get("freq")))
 
     def quotes(
         self, instruments: Sequence[str], wanted: Sequence[str], start_time: DateLike | None, end_time: DateLike | None
@@ -180,8 +184,8 @@ class PriceHandler(DataHandlerLP):
                 instruments=list(instruments),
                 start_time=start_time,
                 end_time=end_time,
-                freq=self.freq,
                 vwap=vwap,
+                options=self.read_options,
                 wanted=wanted,
                 margin=(1, 1),
             )

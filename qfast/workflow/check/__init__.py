@@ -17,6 +17,7 @@ from qfast._renamed import renamed_names
 from qfast.data.handlers.prices import PriceHandler
 from qfast.data.protocols import HandlerDataset
 from qfast.errors import QfastError
+from qfast.read_options import ReadOptions, ReadSettings
 from qfast.workflow import pretraining
 from qfast.workflow.check.data import check_data, require_raw_labels
 from qfast.workflow.check.epoch_time import check_epoch_time
@@ -56,12 +57,13 @@ def check(
     device: str | None = "cpu",
     experiments: bool = True,
     allow_code: AllowCode = None,
+    read_options: ReadSettings = None,
 ) -> CheckReport:
     """Look for problems in a workflow and its data without training.
 
     Parameters
     ----------
-    config_path, data, sets, device, allow_code
+    config_path, data, sets, device, allow_code, read_options
         As for `qfast.run`.
     experiments : bool
         False skips everything that needs the model: the time of an epoch, look-ahead, window invariance.
@@ -87,7 +89,7 @@ def check(
     """
     report = CheckReport()
     with allowed_code(allow_code):
-        _check(report, config_path, data, sets, device, experiments)
+        _check(report, config_path, data, sets, device, experiments, ReadOptions.of(read_options))
     return report
 
 
@@ -98,6 +100,7 @@ def _check(
     sets: Sequence[str],
     device: str | None,
     experiments: bool,
+    read_options: ReadOptions,
 ) -> None:
     with report.attempt("workflow", reraise=(QfastError,)):
         workflow = check_workflow(load_config(config_path, sets).values, str(config_path))
@@ -112,7 +115,7 @@ def _check(
     started = time.perf_counter()
     dataset = None
     with report.attempt("data"):  # duplicate rows, wrong columns and empty periods are errors of the handler
-        dataset = build_dataset(workflow, data)
+        dataset = build_dataset(workflow, data, read_options)
     if dataset is None:
         return
     seconds = time.perf_counter() - started
