@@ -1,54 +1,49 @@
 """Operators and epochs on a GPU, compared with torch's layers and with the device's copy bandwidth and FMA peak.
 
-    python bench/bench_gpu.py [--only gather,attention,ways,recurrent,tcn,encoder,adam,step,scaling,epoch] [--compile]
+    PYTHONPATH=$PWD python bench/bench_gpu.py [--only step,recurrent,tcn,encoder,attention,gather,adam,ways] [--compile]
 
-Medians by CUDA events after a warm-up, both sides interleaved in one process. Backward passes start from the
-sum of squares. A step is an estimator's: gather, forward, loss, backward, clipping, Adam. Its baseline uses torch's
-layers, indexing and Adam. Networks use qfast's recurrent and encoder operators unless the name of the case says
-otherwise. `--compile` also times torch.compile of the baseline. The result is a Markdown table on standard output.
-`--device cpu` with `--small` tests the script itself.
+The parts `scaling` (exponents of time over size) and `epoch` (three epochs of each model) take minutes and run only if
+`--only` names them. The result is a Markdown table with one row per implementation, printed as soon as it is timed.
+A case that fails prints its reason and the run continues. If the failure leaves the GPU unusable for this process, a
+new process continues with the next case. The exit status is 1 if any case failed.
+
+Times are medians by CUDA events after a warm-up. "graph" is the same call captured as one CUDA graph, which removes
+the cost of launches. The column "torch" is the fastest of torch's times above divided by the time of the row, and the
+last columns are the share of the copy bandwidth and of the float32 peak. Backward passes start from the sum of
+squares. A step is an estimator's: gather, forward, loss, backward, clipping, Adam. Its baseline uses torch's layers,
+indexing and Adam. Networks use qfast's recurrent and encoder operators unless the name of the case says otherwise.
+`--compile` also times torch.compile of the baseline. `--device cpu --small` tests the script itself.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from bench_epoch import FEATURES, STEP_LEN, alpha158_shaped
-from torch import Tensor, nn
+from gpu_cases import OF_PART, Call, Case, Recipes, attention_call, lstm_call
 
-from qfast import _backend, ops
+from qfast import _backend
 from qfast.data import TSDatasetH
 from qfast.models import ts
-from qfast.nn import TCNModel
-from qfast.precision import NAMES
-from qfast.training.losses import masked_mse
-from qfast.training.optim import ClippedAdam
 
-PARTS = ("gather", "attention", "ways", "recurrent", "tcn", "encoder", "adam", "step", "scaling", "epoch")
+LONG_PARTS = ("scaling", "epoch")
 WARM_UP, REPEATS = 5, 30
 
 
 @dataclass(frozen=True)
-class Case:
-    """Two implementations of one result, which needs at least `moved` bytes and `products` multiply-adds.
+class Failures:
+    """What a run could not measure."""
 
-    `captures`: the baseline can be captured as a CUDA graph. torch's Adam, as Qlib constructs it, cannot.
-    """
-
-    name: str
-    ours: Callable[[], Any]
-    baseline: Callable[[], Any] | None = None
-    moved: float = 0
-    products: float = 0
-    captures: bool = True
+    count: int
+    continue_at: int | None = None  # index of the next case, if this process can no longer use the GPU
 
 
 class Clock:
@@ -57,7 +52,7 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def once(self, call: Callable[[], Any]) -> float:
+    def once(self, call: Call) -> float:
         if self.device.type != "cuda":
             start = time.perf_counter()
             call()
@@ -69,17 +64,33 @@ class Clock:
         end.synchronize()
         return begin.elapsed_time(end)
 
-    def medians(self, calls: Sequence[Callable[[], Any]]) -> list[float]:
-        """Medians of calls that alternate."""
-        for call in calls:
-            for _ in range(WARM_UP):
-                call()
-        times = [[self.once(call) for call in calls] for _ in range(REPEATS)]
-        return [statistics.median(column) for column in zip(*times, strict=True)]
+    def median(self, call: Call) -> float:
+        for _ in range(WARM_UP):
+            call()
+        return statistics.median(self.once(call) for _ in range(REPEATS))
 
 
-def captured(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """The call as one CUDA graph, which removes the cost of launches; on other devices the call itself."""
+@dataclass(frozen=True)
+class Limits:
+    """Bytes moved and multiply-adds per second that the device reaches."""
+
+    bandwidth: float
+    products: float
+
+    @staticmethod
+    def measure(clock: Clock, small: bool) -> Limits:
+        """Time a copy, reads and writes together, and a large float32 matrix product without TF32."""
+        size, n = (2**22, 512) if small else (2**30, 8192)
+        source = torch.empty(size, dtype=torch.uint8, device=clock.device)
+        target = torch.empty_like(source)
+        a, b = torch.randn(2, n, n, device=clock.device)
+        return Limits(
+            2 * size / clock.median(lambda: target.copy_(source)) * 1e3, n**3 / clock.median(lambda: a @ b) * 1e3
+        )
+
+
+def captured(call: Call, device: torch.device) -> Call:
+    """The call as one CUDA graph; on other devices the call itself."""
     if device.type != "cuda":
         return call
     side = torch.cuda.Stream()
@@ -90,330 +101,137 @@ def captured(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return graph.replay
+
+    def replay() -> object:
+        graph.replay()
+        return call  # its closure holds the memory from which the graph reads
+
+    return replay
 
 
-def forward_and_backward(call: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Callable[[], Any]:
-    arguments = [tensor.detach().requires_grad_() for tensor in tensors]
-    return lambda: torch.autograd.grad(call(*arguments).square().sum(), arguments)
+def variants(case: Case, device: torch.device, compiled: bool) -> Iterator[tuple[str, Callable[[], Call]]]:
+    """Names of the implementations, and functions that prepare them. A failed capture can harm only those after it."""
+    if case.baseline is not None:
+        yield "torch", lambda: case.baseline
+    if case.ours is not None:
+        yield "qfast", lambda: case.ours
+    if device.type == "cuda" and case.baseline is not None and case.captures:
+        yield "torch, graph", lambda: captured(case.baseline, device)
+    if device.type == "cuda" and case.ours is not None:
+        yield "qfast, graph", lambda: captured(case.ours, device)
+    if compiled and case.baseline is not None:
+        yield "torch, compiled", lambda: torch.compile(case.baseline)
+    for name, call in case.graphs.items():
+        yield name, lambda call=call: captured(call, device)
 
 
-# ---------------------------------------------------------------- cases
-def gathers(device: torch.device, small: bool) -> Iterator[Case]:
-    rows = 20_000 if small else 1_000_000
-    for batch, columns in ((800, 20), (5000, 20), (2048, 158)):
-        panel = torch.randn(rows, columns, device=device)
-        index = torch.randint(0, rows - STEP_LEN, (batch, 1), device=device) + torch.arange(STEP_LEN, device=device)
-        yield Case(
-            f"gather, {batch} windows of {STEP_LEN} x {columns}",
-            lambda p=panel, i=index: ops.gather_windows(p, i),
-            lambda p=panel, i=index: p[i],
-            moved=2.0 * batch * STEP_LEN * columns * 4,
-        )
+def row(case: Case, name: str, variant: str, time: float, torchs: Sequence[float], limits: Limits) -> str:
+    """A line of the table for a variant that takes `time` milliseconds."""
+    ratio = f"{min(torchs) / time:.2f}x" if torchs and not variant.startswith("torch") else "-"
+    copy = f"{case.moved / time * 1e3 / limits.bandwidth:.0%}" if case.moved else "-"
+    share = f"{case.products / time * 1e3 / limits.products:.0%}" if case.products else "-"
+    return f"| {name} | {variant} | {time * 1e3:,.0f} us | {ratio} | {copy} | {share} |"
 
 
-def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return nn.functional.leaky_relu(query.unsqueeze(1) + key.unsqueeze(0)).softmax(1) @ value
+def usable(device: torch.device) -> bool:
+    """Whether this process can still compute on the device. Some errors and failed captures end that."""
+    try:
+        return bool(torch.randn(8, device=device).isfinite().all())
+    except RuntimeError:
+        return False
 
 
-def attention(device: torch.device, small: bool) -> Iterator[Case]:
-    for n in (300, 1000) if small else (300, 1000, 5000, 100_000):
-        arguments = [torch.randn(n, device=device), torch.randn(n, device=device), torch.randn(n, 64, device=device)]
-        baseline = forward_and_backward(dense, arguments) if n <= 5000 else None
-        moved = 4.0 * n * (2 + 64) * 3  # read, written, and their gradients read
-        yield Case(
-            f"attention over {n} stocks, 64 wide, both ways",
-            forward_and_backward(lambda q, k, v: ops.additive_attention(q, k, v), arguments),
-            baseline,
-            moved,
-        )
-    days, n = (4, 100) if small else (256, 800)
-    offsets = torch.arange(days + 1) * n
-    hidden, weight, bias = (torch.randn(*shape, device=device) for shape in ((days * n, 64), (2, 64), (2,)))
-    yield Case(
-        f"graph attention, {days} days of {n} stocks, forward",
-        lambda: ops.graph_attention(hidden, weight, bias, offsets),
-        moved=2.0 * 4 * days * n * 64,
-    )
+def reason(error: Exception) -> str:
+    """The first line of the error's message."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def recurrent(device: torch.device, small: bool) -> Iterator[Case]:
-    for operator, kind, gates in ((ops.lstm, nn.LSTM, 4), (ops.gru, nn.GRU, 3)):
-        for batch, steps in ((50, 20),) if small else ((800, 20), (5000, 20), (800, 60)):
-            yield from _recurrent_pair(operator, kind, gates, torch.randn(batch, steps, FEATURES, device=device))
-
-
-def _recurrent_pair(operator: Any, kind: Any, gates: int, x: Tensor) -> Iterator[Case]:
-    hidden, layers = 64, 2
-    torch.manual_seed(0)
-    layer = kind(FEATURES, hidden, layers, batch_first=True).to(x.device)
-    names, weights = zip(*((name, p.detach()) for name, p in layer.named_parameters()), strict=True)
-    products = x.shape[0] * x.shape[1] * gates * hidden * (FEATURES + hidden * (2 * layers - 1))
-
-    def ours(x: Tensor, *w: Tensor) -> Tensor:
-        return operator(x, [w[:4], w[4:]], all_steps=True)[0]
-
-    def theirs(x: Tensor, *w: Tensor) -> Tensor:
-        return torch.func.functional_call(layer, dict(zip(names, w, strict=True)), (x,))[0]
-
-    @torch.no_grad()
-    def forward(x: Tensor) -> Tensor:
-        return layer(x)[0]
-
-    name = f"{kind.__name__}, {x.shape[0]} x {x.shape[1]}, {layers} layers of {hidden}"
-    yield Case(f"{name}, forward", lambda: ours(x, *weights), lambda: forward(x), 0, products)
-    arguments = [x, *weights]
-    yield Case(
-        f"{name}, both ways",
-        forward_and_backward(ours, arguments),
-        forward_and_backward(theirs, arguments),
-        0,
-        3 * products,
-    )
-
-
-def convolutions(device: torch.device, small: bool) -> Iterator[Case]:
-    for batch, features, steps, channels, kernel in ((2000, 20, 20, 32, 7), (2000, 6, 60, 128, 3)):
-        torch.manual_seed(0)
-        network = TCNModel(features, 1, [channels] * 5, kernel, 0.0).to(device).eval()
-        x = torch.randn(20 if small else batch, features, steps, device=device)
-        plain = network.to_reference()
-        parameters = list(network.parameters()), list(plain.parameters())
-        name = f"TCN, {len(x)} x {steps}, 5 blocks of {channels}, kernel {kernel}"
-        yield Case(
-            f"{name}, both ways",
-            lambda n=network, p=parameters[0], x=x: torch.autograd.grad(n(x).square().sum(), p),
-            lambda n=plain, p=parameters[1], x=x: torch.autograd.grad(n(x).square().sum(), p),
-        )
-
-
-def encoders(device: torch.device, small: bool) -> Iterator[Case]:
-    for batch, steps, heads in ((16, 20, 2),) if small else ((2048, 20, 2), (2048, 60, 2)):
-        torch.manual_seed(0)
-        layer = nn.TransformerEncoderLayer(64, heads, 2048, dropout=0.0, batch_first=True).to(device)
-        weights = [p.detach() for p in layer.parameters()]
-        names = [name for name, _ in layer.named_parameters()]
-        x = torch.randn(batch, steps, 64, device=device)
-
-        def ours(x: Tensor, *w: Tensor, heads: int = heads) -> Tensor:
-            return ops.encoder_layer(x, w, heads=heads)
-
-        def theirs(x: Tensor, *w: Tensor, layer: nn.Module = layer, names: list[str] = names) -> Tensor:
-            return torch.func.functional_call(layer, dict(zip(names, w, strict=True)), (x,))
-
-        products = batch * steps * (4 * 64 * 64 + 2 * 64 * 2048 + 2 * steps * 64)
-        name = f"encoder layer, {batch} x {steps}, 64 wide, feed-forward 2,048"
-        yield Case(
-            f"{name}, both ways",
-            forward_and_backward(ours, [x, *weights]),
-            forward_and_backward(theirs, [x, *weights]),
-            0,
-            3.0 * products,
-        )
-        yield from _precisions(x.flatten(0, 1), weights[4:8])
-
-
-def _precisions(x: Tensor, weights: Sequence[Tensor]) -> Iterator[Case]:
-    """The feed-forward block in each precision, by the raw operator: the last column may exceed 100 %."""
-    for number, name in enumerate(NAMES):
-        yield Case(
-            f"feed-forward block, {len(x)} rows, forward, {name}",
-            lambda n=number: torch.ops.qfast.feed_forward(x, *weights, 0.0, None, n),
-            products=len(x) * 2.0 * weights[0].numel(),
-        )
-
-
-def optimizers(device: torch.device, small: bool) -> Iterator[Case]:
-    from bench_adam import NETWORKS
-
-    for name, shapes in NETWORKS.items():
-        ours, theirs = ([torch.randn(shape, device=device) for shape in shapes] for _ in range(2))
-        for tensor in (*ours, *theirs):
-            tensor.grad = torch.randn_like(tensor)
-        optimizer = ClippedAdam(ours, lr=1e-3)
-        plain = torch.optim.Adam(theirs, lr=1e-3, foreach=True)
-
-        def clip_and_step(tensors: list[Tensor] = theirs, plain: torch.optim.Adam = plain) -> None:
-            nn.utils.clip_grad_value_(tensors, 3.0)
-            plain.step()
-
-        moved = 7.0 * 4 * sum(tensor.numel() for tensor in ours)  # four read, three written
-        yield Case(f"clipping and Adam, {name} tensors", optimizer.step, clip_and_step, moved, captures=False)
-
-
-ENCODER = {"d_model": 64, "dropout": 0.0}
-STEPS: tuple[tuple[str, int, int, int, dict[str, Any]], ...] = (  # model, batch (stocks of a day), T, F, arguments
-    ("LSTM", 800, 20, FEATURES, {"batch_size": 800}),
-    ("LSTM", 800, 60, 6, {"batch_size": 800}),
-    ("LSTM", 5000, 20, FEATURES, {"batch_size": 5000}),
-    ("GRU", 800, 20, FEATURES, {"batch_size": 800}),
-    ("ALSTM", 800, 20, FEATURES, {"batch_size": 800}),
-    ("GATs", 300, 20, FEATURES, {}),
-    ("GATs", 800, 20, FEATURES, {}),
-    ("TCN", 2000, 20, FEATURES, {"n_chans": 32, "kernel_size": 7, "num_layers": 5, "batch_size": 2000}),
-    ("TCN", 2000, 60, 6, {"n_chans": 128, "kernel_size": 3, "num_layers": 5, "batch_size": 2000}),
-    ("TransformerModel", 2048, 20, FEATURES, {"batch_size": 2048, **ENCODER}),
-    ("LocalformerModel", 2048, 20, FEATURES, {"batch_size": 2048, **ENCODER}),
-)
-
-
-def training(device: torch.device, small: bool) -> Iterator[Case]:
-    for name, batch, steps, features, kwargs in STEPS:
-        if small:
-            batch, kwargs = 12, {**kwargs, **({"batch_size": 12} if "batch_size" in kwargs else {})}
-        stocks = batch if name == "GATs" else min(batch, 300)
-        frame = alpha158_shaped(stocks, steps + batch // stocks + 9, features)
-        dataset = TSDatasetH(handler=frame, segments={"train": (None, None)}, step_len=steps)
-        made = [getattr(ts, name)(d_feat=features, seed=0, device=str(device), **kwargs) for _ in range(2)]
-        windows = made[0].load_segment(dataset, "train").to(device)
-        day = windows.days
-        shuffled = torch.randperm(len(windows))[:batch].to(device)
-        samples = day.order[int(day.bounds[-2]) :] if name == "GATs" else shuffled
-        for group in made[0].train_optimizer.param_groups:
-            group["capturable"] = device.type == "cuda"
-
-        def ours(model: Any = made[0], windows: Any = windows, samples: Tensor = samples) -> Tensor:
-            model.network.train()
-            return model.train_step(windows, samples)
-
-        title = f"{name} step, {batch} x {steps} x {features}"
-        if name == "TCN":
-            title += f", kernel {kwargs['kernel_size']}, {kwargs['n_chans']} wide"
-        yield Case(title, ours, torch_step(made[1], windows, samples), captures=False)
-        if device.type == "cuda" and name not in ("GATs", "TCN"):
-            yield Case(f"{title}, torch's layers", with_torch_layers(ours))
-
-
-def with_torch_layers(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    def call() -> Tensor:
-        _backend.cuda_layers = "torch"
+def time_case(name: str, build: Callable[[], Case], clock: Clock, limits: Limits, compiled: bool) -> int:
+    """Print a row for each variant of a case as soon as it is timed. Return how many failed."""
+    try:
+        case = build()
+    except Exception as error:  # reported, whatever it is
+        print(f"| {name} | - | FAILED: {reason(error)} |", flush=True)
+        return 1
+    failed, torchs = 0, []
+    for variant, prepare in variants(case, clock.device, compiled):
         try:
-            return step()
-        finally:
-            _backend.cuda_layers = "qfast"
-
-    return call
-
-
-def torch_step(model: Any, windows: Any, samples: Tensor) -> Callable[[], Tensor]:
-    """A step as Qlib writes it, except for the loader: the windows are indexed on the device."""
-    network = model.network.to_reference().train()
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-    rows = ops.window_rows(windows.index, windows.rows, windows.step_len)
-
-    def step() -> Tensor:
-        x, label = windows.features[rows[samples]], windows.label[samples]
-        if isinstance(network, TCNModel):
-            x = x.transpose(1, 2)
-        loss = masked_mse(network(x), label)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_value_(network.parameters(), 3.0)
-        optimizer.step()
-        return loss.detach()
-
-    return step
+            time = clock.median(prepare())
+        except Exception as error:
+            print(f"| {name} | {variant} | FAILED: {reason(error)} |", flush=True)
+            failed += 1
+            continue
+        if variant.startswith("torch"):
+            torchs.append(time)
+        print(row(case, name, variant, time, torchs, limits), flush=True)
+    return failed
 
 
-OF_PART = {
-    "gather": gathers,
-    "attention": attention,
-    "recurrent": recurrent,
-    "tcn": convolutions,
-    "encoder": encoders,
-    "adam": optimizers,
-    "step": training,
-}
+def time_cases(recipes: Recipes, clock: Clock, limits: Limits, compiled: bool = False, skip: int = 0) -> Failures:
+    """Time all cases after the first `skip`, until the device is no longer usable."""
+    failed = 0
+    for number, (name, build) in enumerate(recipes):
+        if number >= skip:
+            new = time_case(name, build, clock, limits, compiled)
+            failed += new
+            if new and not usable(clock.device):
+                return Failures(failed, number + 1)
+    return Failures(failed)
 
 
-# ---------------------------------------------------------------- limits of the device
-def copy_bandwidth(clock: Clock, small: bool) -> float:
-    """Bytes per second, reads and writes together."""
-    size = 2**22 if small else 2**30
-    source = torch.empty(size, dtype=torch.uint8, device=clock.device)
-    target = torch.empty_like(source)
-    return 2 * size / clock.medians([lambda: target.copy_(source)])[0] * 1e3
-
-
-def product_peak(clock: Clock, small: bool) -> float:
-    """Multiply-adds per second of a large float32 matrix product without TF32."""
-    n = 512 if small else 8192
-    a, b = torch.randn(2, n, n, device=clock.device)
-    return n**3 / clock.medians([lambda: a @ b])[0] * 1e3
-
-
-def epochs(device: torch.device, small: bool) -> None:
-    """A training pass over about 500,000 windows of each time-series model, the panel on the device."""
+# ---------------------------------------------------------------- epochs and scaling
+def epochs(device: torch.device, small: bool) -> int:
+    """Time a training pass over about 500,000 windows of each time-series model. Return how many failed."""
     frame = alpha158_shaped(*((20, 60) if small else (300, 1900)))
     dates = frame.index.levels[0]
     cut = dates[int(len(dates) * 0.9)]
     segments = {"train": (None, cut), "valid": (cut + (dates[1] - dates[0]), None)}
     dataset = TSDatasetH(handler=frame, segments=segments, step_len=STEP_LEN)
     print("\n| model | layers | steps | training pass | with both evaluations |\n| --- | --- | --- | --- | --- |")
+    failed = 0
     for name in ("LSTM", "GRU", "ALSTM", "GATs", "TCN", "TransformerModel", "LocalformerModel"):
         for layers in _backend.LAYERS if name != "TCN" else ("qfast",):
             _backend.cuda_layers = layers
             for graphs in (False, True):
-                arguments = {"d_feat": FEATURES, "n_epochs": 3, "seed": 0, "cuda_graphs": graphs, "progress": False}
-                model = getattr(ts, name)(device=str(device), **arguments)
-                model.fit(dataset)
-                last = model.history_.iloc[-1]  # the first epoch pays for memory, kernels and graphs
-                how = "graphs" if graphs else "as written"
-                times = f"{last['train_seconds']:.2f} s | {last['seconds']:.2f} s"
-                print(f"| {name} | {layers} | {how} | {times} |", flush=True)
+                title = f"{name} | {layers} | {'graphs' if graphs else 'as written'}"
+                try:
+                    print(f"| {title} | {epoch_times(name, device, dataset, graphs)} |", flush=True)
+                except Exception as error:
+                    print(f"| {title} | FAILED: {reason(error)} |", flush=True)
+                    failed += 1
+    return failed
 
 
-# ---------------------------------------------------------------- three implementations of attention
-def ways(clock: Clock, small: bool) -> None:
-    """Forward and backward as one graph for each implementation, which shows where `auto` should switch."""
-    names, variable = ("dense", "block", "passes", "auto"), "QFAST_CUDA_ATTENTION"
-    before = os.environ.get(variable)
-    print(f"\n| days | stocks | {' | '.join(names)} |\n| --- | --- |{' --- |' * len(names)}")
-    for days in (1, 3) if small else (1, 4, 16, 64):
-        for n in (40,) if small else (100, 300, 500, 800, 1000, 1500, 2000):
-            tensors = [torch.randn(*shape, device=clock.device) for shape in ((days * n,), (days * n,), (days * n, 64))]
-            offsets = torch.arange(days + 1) * n
-
-            def attend(*arguments: Tensor, days: Tensor = offsets) -> Tensor:
-                return ops.additive_attention(*arguments, days)
-
-            calls = []
-            for name in names:
-                os.environ[variable] = name
-                calls.append(captured(forward_and_backward(attend, tensors), clock.device))
-            times = " | ".join(f"{time * 1e3:,.0f} us" for time in clock.medians(calls))
-            print(f"| {days} | {n} | {times} |", flush=True)
-    os.environ.pop(variable) if before is None else os.environ.update({variable: before})
+def epoch_times(name: str, device: torch.device, dataset: TSDatasetH, graphs: bool) -> str:
+    """Seconds of the training pass and of the whole epoch, as cells of a table."""
+    model = getattr(ts, name)(
+        device=str(device), d_feat=FEATURES, n_epochs=3, seed=0, cuda_graphs=graphs, progress=False
+    )
+    model.fit(dataset)
+    last = model.history_.iloc[-1]  # the first epoch pays for memory, kernels and graphs
+    return f"{last['train_seconds']:.2f} s | {last['seconds']:.2f} s"
 
 
-# ---------------------------------------------------------------- scaling
-def attention_call(n: int, device: torch.device) -> Callable[[], Any]:
-    arguments = [torch.randn(n, device=device), torch.randn(n, device=device), torch.randn(n, 64, device=device)]
-    return forward_and_backward(lambda q, k, v: ops.additive_attention(q, k, v), arguments)
-
-
-def lstm_call(batch: int, steps: int, device: torch.device) -> Callable[[], Any]:
-    return next(case.ours for case in _lstm_cases(batch, steps, device) if "both" in case.name)
-
-
-def _lstm_cases(batch: int, steps: int, device: torch.device) -> Iterator[Case]:
-    return _recurrent_pair(ops.lstm, nn.LSTM, 4, torch.randn(batch, steps, FEATURES, device=device))
-
-
-def scaling(clock: Clock, small: bool, picture: str | None) -> None:
-    """Exponents of time over size, by least squares of the logarithms; forward and backward as one graph."""
-    points: dict[str, tuple[list[int], list[float]]] = {}
+def scaling(clock: Clock, small: bool, picture: str | None) -> int:
+    """Print exponents of time over size, by least squares of the logarithms. Return how many failed."""
+    points: dict[str, tuple[Sequence[int], list[float]]] = {}
     device, shrink = clock.device, 50 if small else 1
-    laws: dict[str, tuple[Sequence[int], Callable[[int], Callable[[], Any]]]] = {
+    laws: dict[str, tuple[Sequence[int], Callable[[int], Call]]] = {
         "attention over N stocks": ((100, 300, 1000, 2000), lambda n: attention_call(n, device)),
         "attention over N stocks, many": ((20_000, 100_000, 300_000, 1_000_000), lambda n: attention_call(n, device)),
         "LSTM of B windows of 20 steps": ((5_000, 10_000, 20_000, 50_000), lambda n: lstm_call(n, 20, device)),
         "LSTM of 800 windows of T steps": ((500, 1000, 2000, 4000), lambda n: lstm_call(800 // shrink, n, device)),
     }
     print("\n| case | sizes | times | exponent | R2 |\n| --- | --- | --- | --- | --- |")
-    for name, (sizes, call_of) in laws.items():
-        sizes = [max(2, size // shrink) for size in sizes]
-        times = [clock.medians([captured(call_of(size), device)])[0] for size in sizes]
+    failed = 0
+    for name, (full_sizes, call_of) in laws.items():
+        sizes = [max(2, size // shrink) for size in full_sizes]
+        try:
+            times = [clock.median(captured(call_of(size), device)) for size in sizes]
+        except Exception as error:
+            print(f"| {name} | FAILED: {reason(error)} |", flush=True)
+            failed += 1
+            continue
         points[name] = sizes, times
         x, y = np.log(sizes), np.log(times)
         slope, offset = np.polyfit(x, y, 1)
@@ -422,9 +240,10 @@ def scaling(clock: Clock, small: bool, picture: str | None) -> None:
         print(f"| {name} | {', '.join(map(str, sizes))} | {shown} | {slope:.2f} | {fit:.3f} |", flush=True)
     if picture is not None:
         draw(points, picture)
+    return failed
 
 
-def draw(points: dict[str, tuple[list[int], list[float]]], picture: str) -> None:
+def draw(points: dict[str, tuple[Sequence[int], list[float]]], picture: str) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -440,57 +259,65 @@ def draw(points: dict[str, tuple[list[int], list[float]]], picture: str) -> None
     figure.savefig(picture, dpi=150)
 
 
-def main() -> None:
+# ---------------------------------------------------------------- command line
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(PARTS))
+    parser.add_argument("--only", default=",".join(OF_PART), help="parts, separated by commas")
+    parser.add_argument(
+        "--skip", type=int, default=0, metavar="N", help="leave out the first N cases of the first part"
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--plot", metavar="FILE", help="draw what `scaling` measures: .png, .svg or .pdf")
-    arguments = parser.parse_args()
-    parts = arguments.only.split(",")
-    if not set(parts) <= set(PARTS):
-        parser.error(f"--only takes {', '.join(PARTS)}, got {arguments.only}")
-    device = torch.device(arguments.device)
+    options = parser.parse_args(arguments)
+    options.parts = options.only.split(",")
+    allowed = (*OF_PART, *LONG_PARTS)
+    if not set(options.parts) <= set(allowed):
+        parser.error(f"--only: expected names among {', '.join(allowed)}, got {options.only}")
+    return options
+
+
+def run_tables(options: argparse.Namespace, clock: Clock, limits: Limits) -> int:
+    """Run the parts that consist of cases. Return how many measurements of this process failed."""
+    parts = [part for part in options.parts if part in OF_PART]
+    failed = 0
+    for number, part in enumerate(parts):
+        skip = options.skip if number == 0 else 0
+        failures = time_cases(OF_PART[part](clock.device, options.small), clock, limits, options.compile, skip)
+        failed += failures.count
+        if failures.continue_at is not None:
+            print(f"The device is no longer usable after a case of {part}: a new process continues.", flush=True)
+            flags = [flag for flag, on in (("--compile", options.compile), ("--small", options.small)) if on]
+            rest = ["--only", ",".join(parts[number:]), "--skip", str(failures.continue_at), "--device", options.device]
+            subprocess.run([sys.executable, __file__, *rest, *flags], check=False)
+            return failed
+    return failed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the parts on the command line. Return 1 if any case failed, else 0."""
+    options = parsed(arguments)
+    device = torch.device(options.device)
     clock = Clock(device)
     _backend.cuda_layers = "qfast"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    bandwidth, peak = copy_bandwidth(clock, arguments.small), product_peak(clock, arguments.small)
+    limits = Limits.measure(clock, options.small)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}: copy {bandwidth / 1e9:,.0f} GB/s, float32 {peak * 2e-12:,.1f} TFLOP/s\n")
-    print("| case | torch | as one graph | compiled | qfast | as one graph | ratio | of copy | of float32 |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for part in parts:
-        for case in OF_PART[part](device, arguments.small) if part in OF_PART else ():
-            print(row(case, clock, bandwidth, peak, arguments.compile), flush=True)
-    if "ways" in parts:
-        ways(clock, arguments.small)
-    if "scaling" in parts:
-        scaling(clock, arguments.small, arguments.plot)
-    if "epoch" in parts:
-        epochs(device, arguments.small)
-
-
-def row(case: Case, clock: Clock, bandwidth: float, peak: float, compiled: bool) -> str:
-    calls = {"ours": case.ours, "graph": captured(case.ours, clock.device)}
-    if case.baseline is not None:
-        calls["torch"] = case.baseline
-        if case.captures and clock.device.type == "cuda":
-            calls["torch graph"] = captured(case.baseline, clock.device)
-        if compiled:
-            calls["compiled"] = torch.compile(case.baseline)
-    times = dict(zip(calls, clock.medians(list(calls.values())), strict=True))
-    best = min(times["ours"], times["graph"])
-    texts = [
-        f"{times[key] * 1e3:,.0f} us" if key in times else "-"
-        for key in ("torch", "torch graph", "compiled", "ours", "graph")
-    ]
-    theirs = [times[key] for key in ("torch", "torch graph", "compiled") if key in times]
-    ratio = f"{min(theirs) / best:.2f}x" if theirs else "-"
-    copy = f"{case.moved / best * 1e3 / bandwidth:.0%}" if case.moved else "-"
-    share = f"{case.products / best * 1e3 / peak:.0%}" if case.products else "-"
-    return f"| {case.name} | {' | '.join(texts)} | {ratio} | {copy} | {share} |"
+    print(
+        f"{name}, torch {torch.__version__}: copy {limits.bandwidth / 1e9:,.0f} GB/s, "
+        f"float32 {limits.products * 2e-12:,.1f} TFLOP/s\n"
+    )
+    print("| case | implementation | time | torch | of copy | of float32 |\n| --- | --- | --- | --- | --- | --- |")
+    failed = run_tables(options, clock, limits)
+    if "scaling" in options.parts:
+        failed += scaling(clock, options.small, options.plot)
+    if "epoch" in options.parts:
+        failed += epochs(device, options.small)
+    if failed:
+        print(f"{failed} measurements FAILED")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
