@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,16 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module, with short measurements."""
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The module, with short measurements. Settings of torch that it changes are restored."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
     module = importlib.import_module("bench_gpu")
     monkeypatch.setattr(module, "WARM_UP", 1)
     monkeypatch.setattr(module, "REPEATS", 1)
-    for flags in (torch.backends.cuda.matmul, torch.backends.cudnn):  # main() sets them
-        monkeypatch.setattr(flags, "allow_tf32", flags.allow_tf32)
     monkeypatch.setattr(module._backend, "cuda_layers", module._backend.cuda_layers)
-    return module
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield module
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def fails(*_: Any) -> None:

@@ -411,6 +411,7 @@ def peak_bytes(hidden: int) -> int:
     return torch.cuda.max_memory_allocated() - before - 5 * of_weights  # packed weights, gradients, gradients of a part
 
 
+@needs_gpu
 def test_memory_does_not_grow_with_the_hidden() -> None:
     assert peak_bytes(8192) < 1.1 * peak_bytes(1024)
 

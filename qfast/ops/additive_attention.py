@@ -60,7 +60,8 @@ def additive_attention(
     offsets : Tensor [D + 1], int64, optional
         Day d is the rows offsets[d] to offsets[d + 1]. Ascending from 0 to N; days may be empty. Rows attend to rows of
         the same day only. If None, all rows are one day. Keep it on the CPU: checking it on a GPU synchronizes the
-        stream.
+        stream. A CUDA graph captures a call only if it is in pinned memory (`offsets.pin_memory()`), and each replay
+        copies it again, so keep it as long as the graph.
     negative_slope : float
         Slope of the LeakyReLU for negative scores, from 0 (ReLU) to 1 (linear).
 
