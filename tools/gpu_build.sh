@@ -3,7 +3,7 @@
 #
 #     tools/gpu_build.sh                 # for Python 3.12, torch 2.11 and sm_90
 #
-# A build on the borrowed machine would use up minutes there, mostly for the C++ library. Only the C++ library depends
+# A build on that machine would take minutes of its time, mostly for the C++ library. Only the C++ library depends
 # on the version of Python. Neither depends on the version of torch, because both use its stable ABI.
 # The script prints the files to copy into the source tree of the other machine. One of them holds the checksums of the
 # libraries and of their sources, with which tools/gpu_check.sh detects libraries of another version.
@@ -16,7 +16,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3.12}
 export PYENV_VERSION=${PYENV_VERSION:-3.12} # where python3.12 is a command of pyenv
-checksums=qfast/_libraries.sha256
 export QFAST_CUDA=1 TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0} MAX_JOBS=${MAX_JOBS:-$(nproc)}
 
 if ! "$python" -c 'import torch' 2>/dev/null; then
@@ -33,8 +32,13 @@ fi
 bin=$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
 export PATH=$bin:$PATH # setup.py finds ninja there
 
-began=$SECONDS
-"$python" setup.py --quiet build_ext --inplace
+began=$SECONDS log=build/gpu_build.log
+mkdir -p build
+if ! "$python" setup.py build_ext --inplace >"$log" 2>&1; then
+  grep -E 'error|Error' "$log" | head -n 20 >&2
+  echo "the build failed, see $log" >&2
+  exit 1
+fi
 echo "built in $((SECONDS - began)) s"
 suffix=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
 libraries=(qfast/_C"$suffix" qfast/_cuda"$suffix")
@@ -55,6 +59,6 @@ if not kernels:
 print(f"both load under Python {platform.python_version()} and torch {torch.__version__}; self-tests on the CPU pass")
 PY
 
-find csrc setup.py "${libraries[@]}" -type f -print0 | sort -z | xargs -0 sha256sum >"$checksums"
-echo "Copy these files to the same places on the machine with the GPU:"
-du -h "${libraries[@]}" "$checksums"
+"$python" tools/library_checksums.py
+echo "Copy these files to the same places in the source tree of the machine with the GPU:"
+du -h "${libraries[@]}" qfast/_libraries.sha256
