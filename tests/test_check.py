@@ -25,6 +25,7 @@ from support.workflows import factors, write_case
 SHORT = ["task.model.kwargs.hidden_size=4", "task.model.kwargs.n_epochs=3"]
 HANDLER = "task.dataset.kwargs.handler.kwargs"
 SEGMENTS = "task.dataset.kwargs.segments"
+STRATEGY = "task.record.2.kwargs.config.strategy.kwargs"
 BACKTEST = "task.record.2.kwargs.config.backtest"
 
 
@@ -42,7 +43,7 @@ def text(report, topic: str) -> str:
 
 
 def test_a_clean_workflow_passes(prices):
-    report = check(DEMO, prices, SHORT)
+    report = check(DEMO, prices, [*SHORT, f"{STRATEGY}.topk=5"])
     assert report.ok
     assert levels(report, "look-ahead") == ["ok", "ok"]
     assert levels(report, "invariance") == ["ok", "ok"]

@@ -25,7 +25,7 @@ from qfast.data.prices import (
     membership,
     parse_dates,
 )
-from qfast.dates import DateLike
+from qfast.dates import DateLike, date_text
 from qfast.errors import ConfigError, DataError, suggest
 
 __all__ = ["BinaryStore", "is_store"]
@@ -126,7 +126,15 @@ class BinaryStore:
                 stored[code] = series
         absent = [code for code in spans if code not in stored]
         if absent:
-            log.info("%d of %d instruments have no data in %s, e.g. %s", len(absent), len(spans), self.root, absent[:5])
+            log.info(
+                "%d of %d instruments have no data between %s and %s in %s, e.g. %s",
+                len(absent),
+                len(spans),
+                date_text(self.calendar[low]),
+                date_text(self.calendar[high - 1]),
+                self.root,
+                absent[:5],
+            )
         if not stored:
             raise DataError(
                 f"none of the {len(spans)} instruments ({', '.join(list(spans)[:5])}, ...) has data in "

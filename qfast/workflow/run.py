@@ -18,6 +18,7 @@ from qfast.read_options import ReadOptions, ReadSettings
 from qfast.training.callbacks import Callback
 from qfast.workflow import folder as folders
 from qfast.workflow import pretraining, resumption
+from qfast.workflow.check.meaning import meaningless
 from qfast.workflow.config import dump_yaml
 from qfast.workflow.dataset import DataInput, build_dataset, data_facts, data_source
 from qfast.workflow.folder import CONFIG, LAST, RunFolder, recorded
@@ -136,7 +137,7 @@ def run(
         with recorded(folder):
             dataset = _load(job, folder)
             labels = raw_labels(dataset)
-            records = _begin(job, folder, dataset)
+            records = _begin(job, folder, dataset, meaningless(job.workflow, dataset))
             with job.timed("training"):
                 _train(job, folder, dataset)
             with job.timed("scores"):
@@ -198,12 +199,12 @@ def _load(job: Job, folder: RunFolder) -> HandlerDataset:
     return dataset
 
 
-def _begin(job: Job, folder: RunFolder, dataset: HandlerDataset) -> list[Record]:
-    """Build the records, and write everything that is known before training."""
+def _begin(job: Job, folder: RunFolder, dataset: HandlerDataset, warnings: Sequence[str]) -> list[Record]:
+    """Build the records, and write everything that is known before training, including `warnings`."""
     if job.resumed:
         folder.restart()
     workflow = job.workflow
-    notices = _notices(job)
+    notices = [*_notices(job), *warnings]
     records = build_records(workflow, job.model, dataset)
     for record in records:
         if isinstance(record, PortAnaRecord):

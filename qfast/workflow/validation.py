@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from qfast import registry
-from qfast.errors import ConfigError, shown, suggest
+from qfast.errors import ConfigError, nearest, shown, suggest
 from qfast.workflow.schema import Spec, Workflow, as_list
 
 __all__ = ["check_model", "check_workflow", "register_all"]
@@ -121,7 +121,9 @@ def _explain(item: ErrorDetails, values: Mapping[str, Any]) -> tuple[str, str]:
 def _segment_problems(workflow: Workflow) -> Iterator[tuple[str, str]]:
     segments = workflow.task.dataset.kwargs.segments
     if "train" not in segments:
-        yield "task.dataset.kwargs.segments", f"there is no 'train', only {list(segments)}."
+        similar = nearest("train", segments)
+        hint = "" if similar is None else f" Rename {similar!r}."
+        yield "task.dataset.kwargs.segments", f"there is no 'train', only {list(segments)}.{hint}"
 
 
 def _objects(values: Mapping[str, Any]) -> Iterator[tuple[registry.Registry, Any, str]]:

@@ -131,6 +131,9 @@ class Alpha360(PriceHandler):
     def _feature_fields(self) -> list[str]:
         return list(self.FIELDS)
 
+    def _fields_by_feature(self) -> dict[str, set[str]]:
+        return {f"{field.upper()}{i}": {field, "close"} for field in self.FIELDS for i in range(self.WINDOW)}
+
     def _feature_reach(self) -> tuple[int, int]:
         return self.WINDOW - 1, 0
 

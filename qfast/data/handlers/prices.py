@@ -17,7 +17,7 @@ from qfast.data.factors import evaluate_all
 from qfast.data.handlers.base import DataHandlerLP
 from qfast.data.panel import Block, Panel
 from qfast.data.prices import PRICE_FIELDS, Instruments, Prices, PriceSource, StorePath
-from qfast.data.processors import ProcessorSpec, Workspace
+from qfast.data.processors import DropCol, FilterCol, ProcessorSpec, Workspace
 from qfast.data.rows import restrict_rows, take_rows
 from qfast.data.sources import read_prices
 from qfast.data.store import BinaryStore, is_store
@@ -26,6 +26,8 @@ from qfast.errors import ConfigError, DataError, shown, some
 from qfast.read_options import ReadOptions, ReadSettings
 
 log = logging.getLogger("qfast.data")
+
+VWAP_REMEDY = ". vwap='typical' uses (high + low + close) / 3 instead."
 
 Expressions: TypeAlias = str | Sequence[str] | tuple[Sequence[str], Sequence[str]]
 """One expression, a list of them, or (expressions, column names)."""
@@ -245,13 +247,42 @@ class PriceHandler(DataHandlerLP):
         self._require_fields(columns)
         if "close" in missing:
             raise DataError(f"{type(self).__name__}: the prices have no column 'close'; they have {sorted(columns)}.")
-        if missing:
+        labels = [text for text in self.label_expressions if not set(fields(text)) <= columns]
+        kept = self._kept_features()
+        affected = [name for name, read in self._fields_by_feature().items() if name in kept and read & set(missing)]
+        if labels:
+            absent = sorted({field for text in labels for field in fields(text)} - columns)
             log.warning(
-                "%s: the prices have no column(s) %s; their features are NaN.%s",
+                "%s: the prices have no column(s) %s, so the label %s is NaN%s",
+                type(self).__name__,
+                ", ".join(absent),
+                some(labels, most=1),
+                VWAP_REMEDY if "vwap" in absent else "",
+            )
+        if affected:
+            log.warning(
+                "%s: the prices have no column(s) %s; their features are NaN%s",
                 type(self).__name__,
                 ", ".join(missing),
-                " vwap='typical' uses (high + low + close) / 3 instead." if "vwap" in missing else "",
+                VWAP_REMEDY if "vwap" in missing else "",
             )
+
+    def _fields_by_feature(self) -> dict[str, set[str]]:
+        """Feature -> price fields that it reads; without expressions, all fields of the handler."""
+        names, texts = self._feature_names(), self._feature_texts()
+        if not texts:
+            return {name: set(self._feature_fields()) for name in names}
+        return {name: set(fields(text)) for name, text in zip(names, texts, strict=True)}
+
+    def _kept_features(self) -> set[str]:
+        """Features that no FilterCol or DropCol of the shared and infer processors removes."""
+        kept = set(self._feature_names())
+        for processor in (*self.shared_processors, *self.infer_processors):
+            if isinstance(processor, DropCol):
+                kept -= set(processor.col_list)
+            elif isinstance(processor, FilterCol) and processor.fields_group in ("feature", None):
+                kept &= set(processor.col_list)
+        return kept
 
     def _require_fields(self, columns: Collection[str]) -> None:
         # The prices contain only the fields that were requested from a store, so the message lists price_fields().

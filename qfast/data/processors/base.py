@@ -9,7 +9,7 @@ import numpy as np
 
 from qfast.data.panel import Panel
 from qfast.dates import DateLike
-from qfast.errors import ConfigError, DataError
+from qfast.errors import ConfigError, DataError, some
 from qfast.registry import PROCESSORS, parameters
 
 
@@ -179,6 +179,18 @@ def build_processor(
     return cast(Processor, PROCESSORS.create(factory, kwargs, path))
 
 
+def _empty_columns(panel: Panel, fields_group: object) -> list[str]:
+    """Columns of a group, or of all groups, without any finite value in the live rows, as "name (group)"."""
+    rows = panel.live_rows()
+    return [
+        f"{name} ({group})"
+        for group, block in panel.blocks.items()
+        if not isinstance(fields_group, str) or group == fields_group
+        for position, name in enumerate(block.columns)
+        if not np.isfinite(block.values[rows, position]).any()
+    ]
+
+
 def run_processors(
     panel: Panel, processors: Sequence[Processor], *, stage: str, space: Workspace, fit: bool = True
 ) -> Panel:
@@ -214,8 +226,10 @@ def run_processors(
             )
         if fit and not processor.frozen:
             processor.fit(panel)
-        rows_before = panel.n_live
+        before, rows_before = panel, panel.n_live
         panel = processor.run(panel, space)
         if rows_before and not panel.n_live:
-            raise DataError(f"{name} ({processor!r}) dropped all {rows_before} rows, because every row has a NaN.")
+            empty = _empty_columns(before, getattr(processor, "fields_group", None))
+            cause = f"these columns contain no value: {some(empty)}" if empty else "every row has a NaN"
+            raise DataError(f"{name} ({processor!r}) dropped all {rows_before} rows, because {cause}.")
     return panel

@@ -25,6 +25,7 @@ from qfast.workflow.check.expressions import check_expressions
 from qfast.workflow.check.findings import CheckReport, Finding
 from qfast.workflow.check.invariance import check_later_start, check_second_half
 from qfast.workflow.check.look_ahead import check_future_change
+from qfast.workflow.check.meaning import check_meaning
 from qfast.workflow.check.portfolio import check_portfolio
 from qfast.workflow.check.segments import check_segments
 from qfast.workflow.check.trial import Trial, feature_source, source_argument
@@ -125,6 +126,7 @@ def _check(
         check_expressions(report, dataset.handler)
     with report.attempt("segments"):
         check_segments(report, dataset)
+    check_meaning(report, workflow, dataset)
     if any(f.level == "error" and f.topic == "segments" for f in report.findings):
         report.add("note", "experiments", "skipped, because they need valid segments")
         return

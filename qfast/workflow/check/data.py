@@ -59,14 +59,16 @@ def check_data(report: CheckReport, dataset: HandlerDataset, seconds: float) -> 
         f"{date_text(infer.datetimes[codes.max()])}; no duplicate rows; loaded and processed in {seconds:.1f} s",
     )
     raw = infer if handler.drop_raw else handler.panel("raw")
-    values, columns, rows = raw.values("feature"), raw.columns("feature"), raw.live_rows()
+    values, rows = raw.values("feature"), raw.live_rows()
+    positions = kept_columns(raw.columns("feature"), infer.columns("feature"))
+    columns = [raw.columns("feature")[position] for position in positions]
     missing_of_column = np.zeros(len(columns))
     missing_of_row = np.zeros(len(rows), dtype=np.int32)
     constant = []
-    for position, name in enumerate(columns):
+    for number, (position, name) in enumerate(zip(positions, columns, strict=True)):
         column = values[rows, position]
         missing = ~np.isfinite(column)
-        missing_of_column[position] = missing.mean() if len(rows) else 0.0
+        missing_of_column[number] = missing.mean() if len(rows) else 0.0
         missing_of_row += missing
         present = column[~missing]
         if len(present) and present.min() == present.max():
@@ -81,12 +83,25 @@ def check_data(report: CheckReport, dataset: HandlerDataset, seconds: float) -> 
     report.add("note", "label", f"{np.mean(~np.isfinite(label)):.2%} of the rows have no label")
 
 
+def kept_columns(raw: Sequence[str], processed: Sequence[str]) -> list[int]:
+    """Positions of the raw columns that FilterCol and DropCol keep.
+
+    >>> kept_columns(["KMID", "VWAP0", "STD5"], ["KMID", "STD5"])
+    [0, 2]
+    """
+    if not set(processed) <= set(raw):  # a processor renames columns
+        return list(range(len(raw)))
+    wanted = set(processed)
+    return [position for position, name in enumerate(raw) if name in wanted]
+
+
 def _report_columns(report: CheckReport, columns: Sequence[str], missing: np.ndarray) -> None:
     empty = [str(columns[int(i)]) for i in np.flatnonzero(missing == 1)]
     if empty:
         report.add("warning", "missing", f"{len(empty)} column(s) contain no value: {some(empty)}")
     worst = [i for i in np.argsort(-missing, kind="stable") if 0 < missing[i] < 1][:5]
-    listed = ", ".join(f"{columns[int(i)]} {missing[i]:.1%}" for i in worst) or "no missing values"
+    none = "the other columns have no missing values" if empty else "no missing values"
+    listed = ", ".join(f"{columns[int(i)]} {missing[i]:.1%}" for i in worst) or none
     many = any(missing[i] > MANY_MISSING for i in worst)
     report.add("warning" if many else "ok", "missing", f"by column, before processors: {listed}")
 
