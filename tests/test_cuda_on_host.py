@@ -93,3 +93,19 @@ def test_errors_are_detected(tool, tmp_path, barrier, status, message):
     done = subprocess.run([str(program)], capture_output=True, text=True)
     assert done.returncode == status
     assert message in done.stderr
+
+
+@pytest.mark.parametrize(("outcome", "status"), [("assert True", 0), ("assert 'a.py' not in __file__", 1)])
+def test_files_run_at_the_same_time(tool, tmp_path, monkeypatch, capfd, outcome, status):
+    """Each of two files waits for the other."""
+    meet = "    while len(list(place.glob('*.begun'))) < 2:\n        time.sleep(0.01)\n"
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text(
+            f"import pathlib, time\ndef test_one():\n    place = pathlib.Path({str(tmp_path)!r})\n"
+            f"    (place / '{name}.begun').touch()\n{meet}    {outcome}\n"
+        )
+    monkeypatch.setattr(tool, "build", lambda sanitize, only: tmp_path / "kernels.so")
+    arguments = ["--jobs", "2", "-p", "no:cacheprovider", str(tmp_path / "a.py"), str(tmp_path / "b.py")]
+    monkeypatch.setattr(tool.sys, "argv", ["cuda_on_host.py", *arguments])
+    assert tool.main() == status
+    assert capfd.readouterr().out.count("1 passed") == 2 - status

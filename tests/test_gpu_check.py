@@ -1,4 +1,4 @@
-"""tools/gpu_check.sh: the order, time limits, failures and results of its parts, run on a tree of stub programs."""
+"""tools/gpu_check.sh and gpu_build.sh on a tree of stub programs: order, time limits, failures and results."""
 
 from __future__ import annotations
 
@@ -73,9 +73,9 @@ class Tree:
 
     def __init__(self, root: Path) -> None:
         self.root, self.out = root, root / "out"
-        for name in ("gpu_check.sh", "gpu_check.py", "library_checksums.py"):
+        for name in ("gpu_build.sh", "gpu_check.sh", "gpu_check.py", "library_checksums.py"):
             self.write(f"tools/{name}", (TOOLS / name).read_text())
-        (root / "tools" / "gpu_check.sh").chmod(0o755)
+            (root / "tools" / name).chmod(0o755)
         self.write("torch.py", TORCH)
         self.write("numpy.py", "__version__ = '0.0'")
         self.write("setuptools.py", "__version__ = '80.0'")
@@ -99,21 +99,26 @@ class Tree:
         self.write(f"bin/{name}", f"#!/bin/sh\n{script}\n")
         (self.root / "bin" / name).chmod(0o755)
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, *command: str) -> subprocess.Popen[str]:
         environment: Mapping[str, str] = {
             **os.environ,
             "PATH": f"{self.root / 'bin'}:/usr/bin:/bin",
             "PYTHON": sys.executable,
             "OUT": str(self.out),
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-            "PYTHONPATH": "",
+            "PYTHONPATH": str(self.root),  # the stub of torch
         }
-        command = [str(self.root / "tools" / "gpu_check.sh"), *arguments]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        program = str(self.root / "tools" / command[0])
+        return subprocess.Popen(
+            [program, *command[1:]], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
 
     def run(self, *arguments: str) -> tuple[int, str]:
         """Exit status and output of gpu_check.sh."""
-        process = self.start(*arguments)
+        return self.output(self.start("gpu_check.sh", *arguments))
+
+    @staticmethod
+    def output(process: subprocess.Popen[str]) -> tuple[int, str]:
         output, _ = process.communicate(timeout=100)
         return process.returncode, output
 
@@ -213,6 +218,45 @@ def test_checksums_detect_every_kind_of_change(tmp_path: Path) -> None:
     assert module.differences(tmp_path) == sorted(["csrc/a.cu", "csrc/new.cu", library])
 
 
+# ---------------------------------------------------------------- the build beforehand
+COMPILE = """
+import sysconfig
+for stem in ("_C", "_cuda"):
+    open("qfast/" + stem + sysconfig.get_config_var("EXT_SUFFIX"), "w").close()
+"""
+LOADS = """
+class ops:
+    load_library = staticmethod(open)
+class _C:
+    _dispatch_get_registrations_for_dispatch_key = staticmethod(lambda key: ["aten::add", "qfast::lstm"])
+"""
+
+
+def test_the_build_prints_the_files_to_bring_along(tree: Tree) -> None:
+    tree.write("torch.py", TORCH + LOADS)
+    tree.write("setup.py", COMPILE)
+    tree.write("qfast/_backend.py", "native = True")
+    tree.write("qfast/doctor.py", "def report(): return {'healthy': True}")
+    status, output = tree.output(tree.start("gpu_build.sh"))
+    assert status == 0, output
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    files = [line.split()[1] for line in output.splitlines()[-3:]]
+    assert files == [f"qfast/_C{suffix}", f"qfast/_cuda{suffix}", "qfast/_libraries.sha256"]
+    assert load("library_checksums").differences(tree.root) == []
+    tree.write("torch.py", TORCH + LOADS.replace('"qfast::lstm"', ""))
+    status, output = tree.output(tree.start("gpu_build.sh"))
+    assert status == 1
+    assert "loads but registers no kernel" in output
+
+
+def test_a_failed_build_prints_the_errors_of_the_compiler(tree: Tree) -> None:
+    tree.write("setup.py", "print('compiling\\none.cu(3): error: expected a ;\\nstopped'); raise SystemExit(1)")
+    status, output = tree.output(tree.start("gpu_build.sh"))
+    assert status == 1
+    assert output == "one.cu(3): error: expected a ;\nthe build failed, see build/gpu_build.log\n"
+    assert not (tree.root / "qfast" / "_libraries.sha256").exists()
+
+
 # ---------------------------------------------------------------- tests
 def test_long_files_start_first(tree: Tree) -> None:
     text = (tree.root / "tools" / "gpu_check.py").read_text()
@@ -303,7 +347,7 @@ def test_results_survive_the_end_of_the_program(tree: Tree, number: signal.Signa
         "import os, time; open('pid', 'w').write(str(os.getpid())); print('| begun |', flush=True); time.sleep(99)"
     )
     tree.write("bench/bench_gpu.py", BENCH + f"\nif part == 'recurrent':\n    {sleeper}\n")
-    process = tree.start("bench")
+    process = tree.start("gpu_check.sh", "bench")
     deadline = time.monotonic() + 60
     while not (tree.root / "pid").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

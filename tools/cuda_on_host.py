@@ -1,11 +1,12 @@
 """Run the tests of the CUDA operators without a GPU, with the kernels compiled as host code.
 
-    python tools/cuda_on_host.py [--sanitize] [--only recurrent,window_gather] [pytest arguments...]
+    python tools/cuda_on_host.py [--sanitize] [--only recurrent,window_gather] [--jobs 2] [pytest arguments...]
 
 The C++ compiler compiles each .cu file against the headers in tools/cuda_on_host. Kernel launches become function
 calls, the threads of a block become fibers that run in random order, and the kernels are registered for CPU tensors.
 tools/cuda_on_host/cuda_runtime.h describes which errors this detects. Object files are cached in build/cuda_on_host and
 compiled again when a source changes. Then pytest runs the tests of the kernels, except tests that need a real GPU.
+`--jobs` runs several test files at a time, each in its own process; the output of a file is printed when it ends.
 
 Environment variables:
 
@@ -168,6 +169,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sanitize", action="store_true", help="build with AddressSanitizer")
     parser.add_argument("--only", default="", help="comma-separated names of .cu files, without the suffix")
+    parser.add_argument("--jobs", type=int, default=1, help="test files that run at a time")
     options, pytest_arguments = parser.parse_known_args()
     library = build(options.sanitize, set(filter(None, options.only.split(","))))
     environment = {**os.environ, "QFAST_CUDA_ON_HOST": str(library), "QFAST_BACKEND": "torch"}
@@ -180,10 +182,20 @@ def main() -> int:
             "LD_PRELOAD": " ".join(preloaded),
             "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         }
-    if not any(part.endswith(".py") or ".py::" in part for part in pytest_arguments):
-        pytest_arguments += [str(ROOT / "tests" / name) for name in TESTS]
-    command = [sys.executable, "-m", "pytest", "-q", *pytest_arguments]
-    return subprocess.run(command, env=environment, cwd=ROOT).returncode
+    files = [part for part in pytest_arguments if part.endswith(".py") or ".py::" in part]
+    flags = [part for part in pytest_arguments if part not in files]
+    files = files or [str(ROOT / "tests" / name) for name in TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", *flags]
+    if options.jobs == 1:
+        return subprocess.run([*command, *files], env=environment, cwd=ROOT).returncode
+
+    def run(file: str) -> int:
+        done = subprocess.run([*command, file], env=environment, cwd=ROOT, capture_output=True, text=True)
+        print(f"{file}\n{done.stdout}{done.stderr}", flush=True)
+        return done.returncode
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        return max(pool.map(run, files))
 
 
 if __name__ == "__main__":

@@ -94,11 +94,13 @@ def gathers() -> Iterator[tuple[Callable[..., Any], Sequence[Tensor]]]:
             yield lambda x, at=layout: ops.gather_windows(x, rows.to(x.device), layout=at), [panel]
 
 
+GROUPS = (attention, layers, gathers)
+
+
 def operators() -> Iterator[tuple[Callable[..., Any], Sequence[Tensor]]]:
     """Pairs of an operator and its tensors, for all operators with CUDA kernels except the temporal convolutions."""
-    yield from attention()
-    yield from layers()
-    yield from gathers()
+    for group in GROUPS:
+        yield from group()
 
 
 def forward_and_backward(
@@ -119,10 +121,11 @@ def main() -> None:
         if f"({device.type})" in name:
             test()
             print("self-test", name, flush=True)
-    for call, tensors in operators():
-        for dtype in (torch.float32, torch.float64):
-            forward_and_backward(call, tensors, device, dtype)
-    print("attention, layers, gathers", flush=True)
+    for group in GROUPS:
+        for number, (call, tensors) in enumerate(group()):
+            for dtype in (torch.float32, torch.float64):
+                forward_and_backward(call, tensors, device, dtype)
+            print(f"{group.__name__} {number}", flush=True)  # how far a run has got that a time limit ends
     for network, shape in networks():
         for dtype in (torch.float32, torch.float64):
             network.to(device, dtype).train()
