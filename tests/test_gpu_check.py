@@ -105,7 +105,6 @@ class Tree:
             "PATH": f"{self.root / 'bin'}:/usr/bin:/bin",
             "PYTHON": sys.executable,
             "OUT": str(self.out),
-            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
             "PYTHONPATH": str(self.root),  # the stub of torch
         }
         program = str(self.root / "tools" / command[0])
@@ -260,7 +259,7 @@ def test_a_failed_build_prints_the_errors_of_the_compiler(tree: Tree) -> None:
 # ---------------------------------------------------------------- tests
 def test_long_files_start_first(tree: Tree) -> None:
     text = (tree.root / "tools" / "gpu_check.py").read_text()
-    tree.write("tools/gpu_check.py", re.sub(r"^JOBS = \d+$", "JOBS = 1", text, flags=re.MULTILINE))
+    tree.write("tools/gpu_check.py", re.sub(r"^JOBS = .*$", "JOBS = 1", text, flags=re.MULTILINE))
     assert tree.run("tests")[0] == 0
     assert tree.order() == ["test_estimators_cuda.py", "test_ops_attention_cuda.py", "test_aaa.py"]
 

@@ -40,7 +40,7 @@ import library_checksums
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = {"tests": 290, "bench": 350}  # the time until the command ends, less ten seconds for its own end
-JOBS = 12
+JOBS = min(12, os.cpu_count() or 1)
 # The test files that take longest, in the order in which they start, with the number of processes of each.
 LONG_FILES = {
     "test_estimators_cuda.py": 4,
@@ -286,7 +286,7 @@ def gpu_test_files(tests: Path = ROOT / "tests") -> list[Path]:
 
 
 def _test_part(path: Path, rehearse: bool) -> Part:
-    jobs = LONG_FILES.get(path.name, 1) if _has_module("xdist") else 1
+    jobs = min(LONG_FILES.get(path.name, 1), JOBS) if _has_module("xdist") else 1
     command = [sys.executable, "-m", "pytest", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
     command += ["-m", "gpu and not slow", str(path.relative_to(ROOT))]
     if jobs > 1:
@@ -321,8 +321,8 @@ def run_benchmarks(check: Check, rehearse: bool) -> None:
     command = [sys.executable, "bench/bench_gpu.py", *flags, "--only"]
 
     def show(part: Part) -> None:
-        table = [line for line in check.log(part.name).splitlines() if line and not line.startswith("| ---")]
-        check.say("\n".join(table))
+        lines = check.log(part.name).partition("Traceback")[0].splitlines()
+        check.say("\n".join(line for line in lines if line and not line.startswith("| ---")))
         check.save()
 
     check.run([Part(f"bench_{name}", [*command, name], 60) for name in BENCHMARKS], done=show)
