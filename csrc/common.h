@@ -10,28 +10,14 @@
 #include <initializer_list>
 #include <optional>
 #include <sstream>
-#include <stdexcept>
 #include <string>
+
+#include "message.h"
 
 namespace qfast {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Concatenates the parts of an error message. The dispatcher raises std::invalid_argument as ValueError in
-// Python, and std::out_of_range as IndexError.
-template <class... Parts>
-std::string message(const Parts&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  return text.str();
-}
-
-#define QFAST_CHECK(condition, ...)                               \
-  do {                                                            \
-    if (!(condition)) [[unlikely]]                                \
-      throw std::invalid_argument(::qfast::message(__VA_ARGS__)); \
-  } while (false)
 
 inline std::string shape_text(const Tensor& tensor) {
   std::ostringstream text;

@@ -3,6 +3,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/headeronly/version.h>
 
 #include <algorithm>
 #include <limits>
@@ -11,8 +12,8 @@
 #include <string>
 #include <tuple>
 
-#include "common.h"
 #include "cpu_dispatch.h"
+#include "message.h"
 #include "rolling/rolling_checks.h"
 #include "window_index/window_index.h"
 

@@ -7,47 +7,69 @@
 
 namespace {
 
-// Completes a vector of sums and writes it to the target.
-template <Finish Kind, class Element, class Lanes>
-QFAST_ALWAYS_INLINE void finish(const Target<Element>& target, Vector<Element> sum, int64_t row,
-                                int64_t column, Lanes lanes) {
-  Element* const to = target.to + row * target.stride + column;
-  if constexpr (Kind == Finish::kAdd) {
-    sum += load<Element>(to, lanes);
-  } else if constexpr (Kind == Finish::kGate) {
-    const Vector<Element> gate = load<Element>(target.gate + row * target.stride + column, lanes);
-    sum = gate <= Element(0) ? Vector<Element>{} : sum * target.scale;
-  } else if constexpr (Kind == Finish::kRelu) {
-    sum = sum < Element(0) ? Vector<Element>{} : sum;
-  }
-  store<Element>(to, sum, lanes);
-}
-
-// The body of `multiply`. It is here because lambdas of a function with external linkage must not capture
-// types of the anonymous namespace.
-template <Finish Kind, class Element>
-void multiply_panels(const PanelMatrix<Element>& right, const Element* left, int64_t left_row,
-                     int64_t left_step, int64_t rows, const Target<Element>& target) {
-  for (int64_t panel = 0; panel < right.count; ++panel) {
-    const Element* const data = right.data + panel * right.panel_stride;
-    const int64_t column = panel * right.width, columns = right.columns - column;
-    for_panel_width<Element>(right.width, [&]<int Vectors>() __attribute__((always_inline)) {
-      for_row_tiles<kTileRows<Vectors>>(rows, [&]<int Rows>(int64_t row) __attribute__((always_inline)) {
-        Sums<Element, Rows, Vectors> sums = {};
-        add_product(sums, left + row * left_row, left_row, left_step, data, right.step, right.rows);
-        for_panel_vectors<Element, Vectors>(columns, [&](int v, auto lanes) __attribute__((always_inline)) {
-          const int64_t first = column + v * kLanes<Element>;
-          if ((Kind == Finish::kPut || Kind == Finish::kRelu) && target.bias != nullptr) {
-            const Vector<Element> bias = load<Element>(target.bias + first, AllLanes{});
+// Completes the sums of a register tile and writes them to the target.
+template <class Element, int Rows, int Vectors>
+QFAST_ALWAYS_INLINE void finish(Finish kind, const Target<Element>& target,
+                                Sums<Element, Rows, Vectors>& sums, int64_t row, int64_t column,
+                                int64_t columns) {
+  const auto store_each = [&](const auto& completed) __attribute__((always_inline)) {
+    for_panel_vectors<Element, Vectors>(columns, [&](int v, auto lanes) __attribute__((always_inline)) {
 #pragma GCC unroll 24
-            for (int i = 0; i < Rows; ++i) sums.at[i][v] += bias;
-          }
+      for (int i = 0; i < Rows; ++i) {
+        const int64_t place = (row + i) * target.stride + column + v * kLanes<Element>;
+        store<Element>(target.to + place, completed(sums.at[i][v], place, lanes), lanes);
+      }
+    });
+  };
+  if (kind == Finish::kAdd) {
+    store_each([&](Vector<Element> sum, int64_t place, auto lanes)
+                   __attribute__((always_inline)) { return sum + load<Element>(target.to + place, lanes); });
+  } else if (kind == Finish::kGate) {
+    store_each([&](Vector<Element> sum, int64_t place, auto lanes) __attribute__((always_inline)) {
+      const Vector<Element> gate = load<Element>(target.gate + place, lanes);
+      return gate <= Element(0) ? Vector<Element>{} : sum * target.scale;
+    });
+  } else {
+    if (target.bias != nullptr)
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) {
+        const Vector<Element> bias = load<Element>(target.bias + column + v * kLanes<Element>, AllLanes{});
 #pragma GCC unroll 24
-          for (int i = 0; i < Rows; ++i) finish<Kind>(target, sums.at[i][v], row + i, first, lanes);
-        });
-      });
+        for (int i = 0; i < Rows; ++i) sums.at[i][v] += bias;
+      }
+    // No value is below the bound of kPut. One comparison for both kinds saves code.
+    const Vector<Element> lowest =
+        splat(kind == Finish::kRelu ? Element(0) : -static_cast<Element>(__builtin_inf()));
+    store_each([&](Vector<Element> sum, int64_t, auto) __attribute__((always_inline)) {
+      return sum < lowest ? lowest : sum;  // keeps NaN
     });
   }
+}
+
+// The body of `multiply` for one panel. The kind is an argument, because four copies would take most of the
+// time to compile this file.
+template <int Vectors, class Element>
+QFAST_ONE_COPY static void multiply_panel(Finish kind, const Element* data, int64_t step, int64_t depth,
+                                          const Element* left, int64_t left_row, int64_t left_step,
+                                          int64_t rows, const Target<Element>& target, int64_t column,
+                                          int64_t columns) {
+  for_row_tiles<kTileRows<Vectors>>(rows, [&]<int Rows>(int64_t row) __attribute__((always_inline)) {
+    Sums<Element, Rows, Vectors> sums = {};
+    add_product(sums, left + row * left_row, left_row, left_step, data, step, depth);
+    finish(kind, target, sums, row, column, columns);
+  });
+}
+
+template <class Element>
+QFAST_ALWAYS_INLINE void multiply_panels(Finish kind, const PanelMatrix<Element>& right, const Element* left,
+                                         int64_t left_row, int64_t left_step, int64_t rows,
+                                         const Target<Element>& target) {
+  for (int64_t panel = 0; panel < right.count; ++panel)
+    for_panel_width<Element>(right.width, [&]<int Vectors>() __attribute__((always_inline)) {
+      const int64_t column = panel * right.width;
+      multiply_panel<Vectors>(kind, right.data + panel * right.panel_stride, right.step, right.rows, left,
+                              left_row, left_step, rows, target, column, right.columns - column);
+    });
 }
 
 }  // namespace
@@ -55,7 +77,7 @@ void multiply_panels(const PanelMatrix<Element>& right, const Element* left, int
 template <Finish Kind, class Element>
 void multiply(const PanelMatrix<Element>& right, const Element* left, int64_t left_row, int64_t left_step,
               int64_t rows, const Target<Element>& target) {
-  multiply_panels<Kind>(right, left, left_row, left_step, rows, target);
+  multiply_panels(Kind, right, left, left_row, left_step, rows, target);
 }
 
 #define QFAST_MULTIPLY(kind)                                                      \

@@ -58,12 +58,13 @@ def test_shapes_on_the_meta_device(name: str) -> None:
 
 
 # ---------------------------------------------------------------- refusals
-def refusals(name: str) -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
-    inputs, call = RecurrentCase(name, 4, 3, 2, 5, 2, state=True).inputs(), PUBLIC[name]
-    x, layers, g = inputs.x, inputs.layers, CELLS[name].gates * 5
-    state = tuple(inputs.state) if name == "lstm" else inputs.state[0]
-    short = (inputs.state[0], inputs.state[1][:1]) if name == "lstm" else inputs.state[0][:1]
-    swapped = [[layers[0][1], layers[0][0], *layers[0][2:]], layers[1]]
+REFUSED = {name: RecurrentCase(name, 4, 3, 2, 5, 2, state=True) for name in NAMES}
+Refusals = dict[str, tuple[Callable[[], Any], type[Exception], str]]
+
+
+def refused_inputs(name: str) -> Refusals:
+    inputs, call = REFUSED[name].inputs(), PUBLIC[name]
+    x, layers = inputs.x, inputs.layers
     return {
         "no tensor": (lambda: call([1.0], layers), DataError, "x: expected a tensor, got list"),
         "two axes": (lambda: call(x[0], layers), DataError, r"x: expected shape \[B, T, F\].* got \(3, 2\)"),
@@ -83,6 +84,14 @@ def refusals(name: str) -> dict[str, tuple[Callable[[], Any], type[Exception], s
             DataError,
             r"layers\[0\].weight_ih: expected dtype and device of x \(torch.float32 on cpu\), got .*64.* Remedy",
         ),
+    }
+
+
+def refused_layers(name: str) -> Refusals:
+    inputs, call = REFUSED[name].inputs(), PUBLIC[name]
+    x, layers, g = inputs.x, inputs.layers, CELLS[name].gates * 5
+    swapped = [[layers[0][1], layers[0][0], *layers[0][2:]], layers[1]]
+    return {
         "no layer": (lambda: call(x, []), DataError, "layers: expected at least one"),
         "three weights": (lambda: call(x, [layers[0][:3]]), DataError, r"got \[3\] tensors per layer"),
         "other features": (
@@ -101,6 +110,15 @@ def refusals(name: str) -> dict[str, tuple[Callable[[], Any], type[Exception], s
             DataError,
             rf"layers\[0\].bias_hh: expected shape \({g},\), got \({g - 1},\)",
         ),
+    }
+
+
+def refused_states(name: str) -> Refusals:
+    inputs, call = REFUSED[name].inputs(), PUBLIC[name]
+    x, layers = inputs.x, inputs.layers
+    state = tuple(inputs.state) if name == "lstm" else inputs.state[0]
+    short = (inputs.state[0], inputs.state[1][:1]) if name == "lstm" else inputs.state[0][:1]
+    return {
         "state": (
             lambda: call(x, layers, initial_state=short),
             DataError,
@@ -111,6 +129,13 @@ def refusals(name: str) -> dict[str, tuple[Callable[[], Any], type[Exception], s
             DataError,
             r"expected shape \(2, 2, 5\)",
         ),
+    }
+
+
+def refused_dropout(name: str) -> Refusals:
+    inputs, call = REFUSED[name].inputs(), PUBLIC[name]
+    x, layers = inputs.x, inputs.layers
+    return {
         "dropout above 1": (
             lambda: call(x, layers, dropout=1.5),
             ConfigError,
@@ -128,6 +153,10 @@ def refusals(name: str) -> dict[str, tuple[Callable[[], Any], type[Exception], s
         ),
         "dropout bool": (lambda: call(x, layers, dropout=True), ConfigError, "dropout must be a number in .* got True"),
     }
+
+
+def refusals(name: str) -> Refusals:
+    return refused_inputs(name) | refused_layers(name) | refused_states(name) | refused_dropout(name)
 
 
 @pytest.mark.parametrize("what", list(refusals("lstm")))

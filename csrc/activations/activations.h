@@ -11,6 +11,13 @@ namespace {
 
 #define QFAST_ALWAYS_INLINE static inline __attribute__((always_inline))
 #define QFAST_INLINE_MEMBER inline __attribute__((always_inline))
+// For large functions with several callers: neither inlined nor copied for constant arguments, which would
+// multiply the time to compile them.
+#if defined(__clang__)
+#define QFAST_ONE_COPY __attribute__((noinline))
+#else
+#define QFAST_ONE_COPY __attribute__((noinline, noclone))
+#endif
 
 template <class Element>
 struct Lanes;

@@ -99,6 +99,51 @@ QFAST_ALWAYS_INLINE void each_panel(int64_t width, const Body& body) {
   if (v < vectors) body(Panel<Element, 1, true>(v, width), v == 0);
 }
 
+// The rows of a block in sorted order, read in the columns of a panel.
+template <class Element, class P>
+struct BlockRows {
+  const RunningSums<Element>& sums;
+  const P& panel;
+  int64_t first, last;  // positions of the block
+
+  BlockRows(const RunningSums<Element>& sums, const P& panel, int64_t block)
+      : sums(sums), panel(panel), first(block * kSumRows), last(smaller(first + kSumRows, sums.count)) {}
+
+  QFAST_INLINE_MEMBER const Element* at(int64_t j) const { return sums.rows + sums.order[j] * sums.width; }
+
+  // Prefetches the row of the next block that corresponds to row j.
+  QFAST_INLINE_MEMBER void prefetch_next_block(int64_t j) const {
+    if (j + kSumRows < sums.count) panel.prefetch(at(j + kSumRows));
+  }
+
+  QFAST_INLINE_MEMBER void add(Vector<Element> (&total)[P::vectors], int64_t j, Element weight) const {
+    const Element* const row = at(j);
+#pragma GCC unroll 4
+    for (int w = 0; w < P::vectors; ++w) total[w] += weight * panel.read(row, w);
+  }
+};
+
+// suffixes[j - low] = after + sum of the weighted rows [j, last) of the block, for low <= j <= high.
+template <class Element, class P>
+QFAST_ALWAYS_INLINE void sum_suffixes(const BlockRows<Element, P>& rows, int64_t low, int64_t high,
+                                      const Vector<Element> (&after)[P::vectors],
+                                      Vector<Element> (*suffixes)[P::vectors]) {
+  constexpr int W = P::vectors;
+  Vector<Element> local[W] = {};
+  int64_t j = rows.last;
+  while (--j >= high) {
+    rows.prefetch_next_block(j);
+    rows.add(local, j, rows.sums.suffix_weight[j]);
+  }
+#pragma GCC unroll 4
+  for (int w = 0; w < W; ++w) suffixes[high - low][w] = after[w] + local[w];
+  for (; j >= low; --j) {
+    rows.add(local, j, rows.sums.suffix_weight[j]);
+#pragma GCC unroll 4
+    for (int w = 0; w < W; ++w) suffixes[j - low][w] = after[w] + local[w];
+  }
+}
+
 // Calls emit(lookup, offset of its row, prefix part, suffix part) for the lookups of a task. The parts are
 // the sums of the block before and from each position, plus the sums of the other blocks. The suffix sums are
 // stored from the highest position of the task down to the lowest, and read again in ascending order. Calls
@@ -109,13 +154,8 @@ QFAST_ALWAYS_INLINE void each_lookup(const Lookups<Element>& job, const LookupTa
                                      const Prefetch& prefetch_row, const Emit& emit) {
   constexpr int W = P::vectors;
   const RunningSums<Element>& sums = job.sums;
-  const int64_t first = task.block * kSumRows;
-  const int64_t last = first + kSumRows < sums.count ? first + kSumRows : sums.count;
+  const BlockRows<Element, P> rows(sums, panel, task.block);
   const int64_t low = job.position[task.begin], high = job.position[task.end - 1];
-  const auto row_at = [&](int64_t j) { return sums.rows + sums.order[j] * sums.width; };
-  const auto prefetch_block = [&](int64_t j) QFAST_INLINE_LAMBDA {
-    if (j + kSumRows < sums.count) panel.prefetch(row_at(j + kSumRows));
-  };
   Vector<Element> before[W], after[W], local[W] = {};
   Vector<Element> suffixes[kSumRows + 1][W];
 #pragma GCC unroll 4
@@ -123,35 +163,13 @@ QFAST_ALWAYS_INLINE void each_lookup(const Lookups<Element>& job, const LookupTa
     before[w] = panel.read(sums.prefix_blocks + task.block * sums.width, w);
     after[w] = panel.read(sums.suffix_blocks + task.block * sums.width, w);
   }
-  int64_t j = last;
-  const auto step_back = [&] {
-    const Element* row = row_at(j);
-    const Element weight = sums.suffix_weight[j];
-#pragma GCC unroll 4
-    for (int w = 0; w < W; ++w) local[w] += weight * panel.read(row, w);
-  };
-  while (--j >= high) {
-    prefetch_block(j);
-    step_back();
-  }
-#pragma GCC unroll 4
-  for (int w = 0; w < W; ++w) suffixes[high - low][w] = after[w] + local[w];
-  for (; j >= low; --j) {
-    step_back();
-#pragma GCC unroll 4
-    for (int w = 0; w < W; ++w) suffixes[j - low][w] = after[w] + local[w];
-  }
-#pragma GCC unroll 4
-  for (int w = 0; w < W; ++w) local[w] = Vector<Element>{};
-  j = first;
+  sum_suffixes(rows, low, high, after, suffixes);
+  int64_t j = rows.first;
   for (int64_t l = task.begin; l < task.end; ++l) {
     if (l + kRowsAhead < sums.count) prefetch_row(job.order[l + kRowsAhead] * sums.width);
     for (; j < job.position[l]; ++j) {
-      prefetch_block(j);
-      const Element* row = row_at(j);
-      const Element weight = sums.prefix_weight[j];
-#pragma GCC unroll 4
-      for (int w = 0; w < W; ++w) local[w] += weight * panel.read(row, w);
+      rows.prefetch_next_block(j);
+      rows.add(local, j, sums.prefix_weight[j]);
     }
     const Vector<Element>(&suffix)[W] = suffixes[job.position[l] - low];
     Vector<Element> prefix_part[W], suffix_part[W];

@@ -16,6 +16,10 @@
 
 namespace {
 
+// The first of the four sums of a unit that h of the previous step contributes to.
+template <class Cell>
+constexpr int64_t kFirstHidden = 4 - Cell::kGates;
+
 // Number of rows of a weight gradient (inputs of a layer) whose sums fill the registers.
 template <class Cell>
 constexpr int kInputRows = kPanelVectors == 4 ? (Cell::kGates == 4 ? 6 : 8) : (Cell::kGates == 4 ? 3 : 4);
@@ -87,17 +91,18 @@ static ReadRows<Element> input_rows(const RecurrentJob<Element>& job, const Back
   return output_rows<Cell>(job, tile, layer - 1, t);
 }
 
-// out[rows][columns] = gradients of the sums x transposed weights.
-template <class Cell, int First, class Element>
-static void turned_product(const RecurrentJob<Element>& job, const Element* sums, int64_t sum_stride,
-                           const Element* turned, int64_t width, int64_t columns, int64_t rows, Element* out,
-                           int64_t out_stride) {
+// out[rows][columns] = gradients of the sums, from the first of four on, x transposed weights.
+template <class Cell, class Element>
+QFAST_ONE_COPY static void turned_product(const RecurrentJob<Element>& job, int64_t first,
+                                          const Element* sums, int64_t sum_stride, const Element* turned,
+                                          int64_t width, int64_t columns, int64_t rows, Element* out,
+                                          int64_t out_stride) {
   constexpr int64_t lanes = kLanes<Element>, gates = Cell::kGates * lanes;
   for (int64_t begin = 0; begin < columns; begin += width, turned += job.blocks * gates * width) {
     for_panel_width<Element>(width, [&]<int Vectors>() {
       for_row_tiles<kTileRows<Vectors>>(rows, [&]<int Count>(int64_t row) __attribute__((always_inline)) {
         Sums<Element, Count, Vectors> product{};
-        const Element* const from = sums + row * sum_stride + First * lanes;
+        const Element* const from = sums + row * sum_stride + first * lanes;
         if constexpr (Cell::kGates == 4) {
           add_product(product, from, sum_stride, 1, turned, width, job.blocks * gates);
         } else {
@@ -117,11 +122,12 @@ static void turned_product(const RecurrentJob<Element>& job, const Element* sums
 }
 
 // sum[block][input][gate][lane] += inputs^T x gradients of the sums, over the rows of steps [begin, end).
-template <class Cell, int First, class Element>
-static void add_weight_sums(const RecurrentJob<Element>& job, const BackwardTile<Element>& tile,
-                            int64_t layer, int64_t begin, int64_t end, int64_t features, bool hidden,
-                            Element* sum) {
+template <class Cell, class Element>
+QFAST_ONE_COPY static void add_weight_sums(const RecurrentJob<Element>& job,
+                                           const BackwardTile<Element>& tile, int64_t layer, int64_t begin,
+                                           int64_t end, int64_t features, bool hidden, Element* sum) {
   constexpr int64_t lanes = kLanes<Element>, gates = Cell::kGates * lanes;
+  const int64_t first = hidden ? kFirstHidden<Cell> : 0;
   for (int64_t block = 0; block < job.blocks; ++block) {
     for_row_tiles<kInputRows<Cell>>(features, [&]<int Count>(int64_t input) __attribute__((always_inline)) {
       Sums<Element, Count, Cell::kGates> sums{};
@@ -130,7 +136,7 @@ static void add_weight_sums(const RecurrentJob<Element>& job, const BackwardTile
             hidden ? output_rows<Cell>(job, tile, layer, t - 1) : input_rows<Cell>(job, tile, layer, t);
         if (rows.data == nullptr) continue;
         add_product(sums, rows.data + input * rows.feature_stride, rows.feature_stride, rows.row_stride,
-                    tile.sums(layer, t) + (block * 4 + First) * lanes, tile.sum_stride, tile.rows);
+                    tile.sums(layer, t) + (block * 4 + first) * lanes, tile.sum_stride, tile.rows);
       }
       Element* const to = sum + (block * features + input) * gates;
 #pragma GCC unroll 24
@@ -265,7 +271,6 @@ static void pass_dropout(const RecurrentJob<Element>& job, const BackwardTile<El
 template <class Cell, class Element>
 static void backward_step(const RecurrentJob<Element>& job, const BackwardTile<Element>& tile, int64_t l,
                           int64_t t) {
-  constexpr int kFirstHidden = 4 - Cell::kGates;
   const BackwardLayer<Element>& layer = tile.layers[l];
   const RecurrentLayer<Element>& weights = job.layers[l];
   const Element* grad_above = nullptr;
@@ -282,16 +287,16 @@ static void backward_step(const RecurrentJob<Element>& job, const BackwardTile<E
   cell_gradients<Cell>(job, tile, l, t, grad_above, grad_above_stride);
   const Element* const sums = tile.sums(l, t);
   if (t > 0 || job.grad_first_h != nullptr)
-    turned_product<Cell, kFirstHidden>(job, sums, tile.sum_stride, weights.hidden_turned, job.hidden_width,
-                                       job.hidden, tile.rows, layer.grad_h, job.stride);
+    turned_product<Cell>(job, kFirstHidden<Cell>, sums, tile.sum_stride, weights.hidden_turned,
+                         job.hidden_width, job.hidden, tile.rows, layer.grad_h, job.stride);
   if (l > 0) {
-    turned_product<Cell, 0>(job, sums, tile.sum_stride, weights.input_turned, weights.input_width, job.hidden,
-                            tile.rows, tile.layers[l - 1].grad_above, job.stride);
+    turned_product<Cell>(job, 0, sums, tile.sum_stride, weights.input_turned, weights.input_width, job.hidden,
+                         tile.rows, tile.layers[l - 1].grad_above, job.stride);
   } else if (job.grad_x != nullptr) {
     const int64_t features = weights.features;
-    turned_product<Cell, 0>(job, sums, tile.sum_stride, weights.input_turned, weights.input_width, features,
-                            tile.rows, job.grad_x + (tile.first * job.steps + t) * features,
-                            job.steps * features);
+    turned_product<Cell>(job, 0, sums, tile.sum_stride, weights.input_turned, weights.input_width, features,
+                         tile.rows, job.grad_x + (tile.first * job.steps + t) * features,
+                         job.steps * features);
   }
 }
 
@@ -299,15 +304,14 @@ static void backward_step(const RecurrentJob<Element>& job, const BackwardTile<E
 template <class Cell, class Element>
 static void backward_tile(const RecurrentJob<Element>& job, const BackwardTile<Element>& tile,
                           Element* total) {
-  constexpr int kFirstHidden = 4 - Cell::kGates;
   for (int64_t l = 0; l < job.layer_count; ++l) begin_layer<Cell>(job, tile, l);
   for (int64_t t = job.steps - 1, end = job.steps; t >= 0; --t) {
     for (int64_t l = job.layer_count - 1; l >= 0; --l) backward_step<Cell>(job, tile, l, t);
     if (t > 0 && end - t < tile.chunk) continue;
     for (int64_t l = 0; l < job.layer_count; ++l) {
       const RecurrentLayer<Element>& layer = job.layers[l];
-      add_weight_sums<Cell, 0>(job, tile, l, t, end, layer.features, false, total + layer.input_sum);
-      add_weight_sums<Cell, kFirstHidden>(job, tile, l, t, end, job.hidden, true, total + layer.hidden_sum);
+      add_weight_sums<Cell>(job, tile, l, t, end, layer.features, false, total + layer.input_sum);
+      add_weight_sums<Cell>(job, tile, l, t, end, job.hidden, true, total + layer.hidden_sum);
       add_bias_sums(job, tile, l, t, end, total + layer.bias_sum);
     }
     end = t;

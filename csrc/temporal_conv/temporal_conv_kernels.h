@@ -118,29 +118,35 @@ QFAST_ALWAYS_INLINE void for_runs(const RunList& list, bool together, const Body
   }
 }
 
+// Computes, for the register tile that begins at `row`, the sum over all taps of input x weights.
+template <class Element, int Rows, int Vectors>
+QFAST_ONE_COPY static void sum_taps(const Tap* taps, const Tap* end, const Activation<const Element>& input,
+                                    int64_t features, const Element* weights, int64_t row,
+                                    Sums<Element, Rows, Vectors>& sums) {
+  constexpr int64_t kWidth = Vectors * kLanes<Element>;
+  Sums<Element, Rows, Vectors> total = {};  // not `sums`, which would be written after every tap
+  for (const Tap* tap = taps; tap != end; ++tap) {
+    // One sum per tap, because a long chain of additions loses digits.
+    Sums<Element, Rows, Vectors> part = {};
+    add_product(part, at(input, tap->slot, row), input.row_stride, input.channel_stride,
+                weights + tap->tap * features * kWidth, kWidth, features);
+    add(total, part);
+  }
+  sums = total;
+}
+
 // Computes the convolution of a run of slots for one panel, in register tiles of rows. `weights` contains the
-// panel. For each register tile, more(row, sums) may add to the sums, then finish(row, sums) stores them.
-template <class Element, int Vectors, class More, class Finish>
+// panel. For each register tile, finish(row, sums) stores the sums.
+template <class Element, int Vectors, class Finish>
 QFAST_ALWAYS_INLINE void convolve_slot(const Tap* taps, const Tap* end,
                                        const Activation<const Element>& input, int64_t features,
-                                       const Element* weights, int64_t rows, const More& more,
-                                       const Finish& finish) {
-  constexpr int64_t kWidth = Vectors * kLanes<Element>;
+                                       const Element* weights, int64_t rows, const Finish& finish) {
   for_row_tiles<kTileRows<Vectors>>(rows, [&]<int Rows>(int64_t row) __attribute__((always_inline)) {
-    Sums<Element, Rows, Vectors> sums = {};
-    for (const Tap* tap = taps; tap != end; ++tap) {
-      // One sum per tap, because a long chain of additions loses digits.
-      Sums<Element, Rows, Vectors> part = {};
-      add_product(part, at(input, tap->slot, row), input.row_stride, input.channel_stride,
-                  weights + tap->tap * features * kWidth, kWidth, features);
-      add(sums, part);
-    }
-    more(row, sums);
+    Sums<Element, Rows, Vectors> sums;
+    sum_taps(taps, end, input, features, weights, row, sums);
     finish(row, sums);
   });
 }
-
-constexpr auto kNothingMore = [](int64_t, auto&) __attribute__((always_inline)) {};
 
 // Stores change(vector, row within the tile, column, lanes) of each vector of the sums [Rows, columns].
 template <class Element, int Rows, int Vectors, class Change>
@@ -155,6 +161,39 @@ QFAST_ALWAYS_INLINE void store_sums(const Sums<Element, Rows, Vectors>& sums, El
 }
 
 // ---------------------------------------------------------------- forward
+// One panel of a convolution for a run of slots: to = input x weights + bias, then ReLU if `relu`.
+template <class Element>
+struct PanelConvolution {
+  const Tap *taps, *taps_end;
+  Activation<const Element> input;
+  int64_t features;
+  const Element *weights, *bias;
+  Element* to;
+  int64_t stride, columns, rows;
+  bool relu;
+};
+
+template <int Vectors, class Element>
+QFAST_ONE_COPY static void convolve_panel(const PanelConvolution<Element>& panel) {
+  // Without ReLU no value is below the bound. One comparison for both cases halves the code.
+  const Vector<Element> lowest = splat(panel.relu ? Element(0) : -static_cast<Element>(__builtin_inf()));
+  convolve_slot<Element, Vectors>(
+      panel.taps, panel.taps_end, panel.input, panel.features, panel.weights, panel.rows,
+      [&](int64_t row, auto& sums) __attribute__((always_inline)) {
+        store_sums(sums, panel.to + row * panel.stride, panel.stride, panel.columns,
+                   [&](Vector<Element> value, int, int64_t j, auto) __attribute__((always_inline)) {
+                     const Vector<Element> sum = value + load<Element>(panel.bias + j, kLanes<Element>);
+                     return sum < lowest ? lowest : sum;  // keeps NaN
+                   });
+      });
+}
+
+template <class Element>
+QFAST_ALWAYS_INLINE void convolve(int64_t width, const PanelConvolution<Element>& panel) {
+  for_panel_width<Element>(
+      width, [&]<int Vectors>() __attribute__((always_inline)) { convolve_panel<Vectors>(panel); });
+}
+
 template <class Element>
 struct TileForward {
   const NetworkJob<Element>& job;
@@ -164,71 +203,72 @@ struct TileForward {
   // between = dropout(relu(first(input) + bias))
   void first(const BlockJob<Element>& block, int32_t convolution, const Activation<const Element>& input,
              const Activation<Element>& between) const {
-    for (int64_t p = 0; p < block.panels.count; ++p)
-      for_panel_width<Element>(block.panels.width, [&]<int Vectors>() __attribute__((always_inline)) {
-        first_panel<Vectors>(block, convolution, input, between, p);
-      });
-  }
-
-  template <int Vectors>
-  void first_panel(const BlockJob<Element>& block, int32_t convolution,
-                   const Activation<const Element>& input, const Activation<Element>& between,
-                   int64_t p) const {
-    const int64_t width = block.panels.width, column = p * width, columns = panel_columns(block.panels, p);
-    const Element* const weights = block.first_weight + column * block.kernel * block.features;
-    const Element* const bias = block.first_bias + column;
     const bool together = slots_follow(input, rows) && slots_follow(between, rows);
-    for_runs(block.first_runs, together, [&](int64_t slot, int64_t count) __attribute__((always_inline)) {
-      Element* const to = between.data + slot * between.slot_stride + column;
-      convolve_slot<Element, Vectors>(
-          block.first.taps + block.first.begin[slot], block.first.taps + block.first.begin[slot + 1], input,
-          block.features, weights, count * rows, kNothingMore,
-          [&](int64_t row, auto& sums) __attribute__((always_inline)) {
-            store_sums(sums, to + row * between.row_stride, between.row_stride, columns,
-                       [&](Vector<Element> value, int, int64_t j, auto) __attribute__((always_inline)) {
-                         return relu<Element>(value + load<Element>(bias + j, kLanes<Element>));
-                       });
-          });
-      for (int64_t i = 0; job.dropout.active && i < count; ++i)
-        drop<Element>(job.dropout, {first_row, column, convolution, block.between_positions[slot + i]}, rows,
-                      columns, to + i * between.slot_stride, between.row_stride);
-    });
+    for (int64_t p = 0; p < block.panels.count; ++p) {
+      const int64_t width = block.panels.width, column = p * width, columns = panel_columns(block.panels, p);
+      for_runs(block.first_runs, together, [&](int64_t slot, int64_t count) __attribute__((always_inline)) {
+        Element* const to = between.data + slot * between.slot_stride + column;
+        convolve<Element>(width, {.taps = block.first.taps + block.first.begin[slot],
+                                  .taps_end = block.first.taps + block.first.begin[slot + 1],
+                                  .input = input,
+                                  .features = block.features,
+                                  .weights = block.first_weight + column * block.kernel * block.features,
+                                  .bias = block.first_bias + column,
+                                  .to = to,
+                                  .stride = between.row_stride,
+                                  .columns = columns,
+                                  .rows = count * rows,
+                                  .relu = true});
+        for (int64_t i = 0; job.dropout.active && i < count; ++i)
+          drop<Element>(job.dropout, {first_row, column, convolution, block.between_positions[slot + i]},
+                        rows, columns, to + i * between.slot_stride, between.row_stride);
+      });
+    }
   }
 
   // output = relu(dropout(relu(second(between) + bias)) + residual)
   void second(const BlockJob<Element>& block, int32_t convolution, const Activation<const Element>& input,
               const Activation<const Element>& between, const Activation<Element>& output,
               unsigned char* signs) const {
+    const int64_t width = block.panels.width;
+    const bool together = slots_follow(between, rows) && (!block.downsample || slots_follow(input, rows));
     for (int64_t p = 0; p < block.panels.count; ++p)
-      for_panel_width<Element>(block.panels.width, [&]<int Vectors>() __attribute__((always_inline)) {
-        second_panel<Vectors>(block, convolution, input, between, output, signs, p);
+      for_runs(block.second_runs, together, [&](int64_t slot, int64_t count) __attribute__((always_inline)) {
+        Element *const product = scratch, *const residual = scratch + count * rows * width;
+        convolve<Element>(width, {.taps = block.second.taps + block.second.begin[slot],
+                                  .taps_end = block.second.taps + block.second.begin[slot + 1],
+                                  .input = between,
+                                  .features = block.channels,
+                                  .weights = block.second_weight + p * width * block.kernel * block.channels,
+                                  .bias = block.second_bias + p * width,
+                                  .to = product,
+                                  .stride = width,
+                                  .columns = width,
+                                  .rows = count * rows,
+                                  .relu = true});
+        if (block.downsample) downsample(block, input, slot, count, p, residual);
+        for (int64_t i = 0; i < count; ++i)
+          finish_slot(block, convolution, input, slot + i, p, product + i * rows * width,
+                      residual + i * rows * width, output, signs);
       });
   }
 
-  template <int Vectors>
-  void second_panel(const BlockJob<Element>& block, int32_t convolution,
-                    const Activation<const Element>& input, const Activation<const Element>& between,
-                    const Activation<Element>& output, unsigned char* signs, int64_t p) const {
-    const int64_t width = block.panels.width, column = p * width;
-    const Element* const weights = block.second_weight + column * block.kernel * block.channels;
-    const Element* const bias = block.second_bias + column;
-    const bool together = slots_follow(between, rows) && (!block.downsample || slots_follow(input, rows));
-    for_runs(block.second_runs, together, [&](int64_t slot, int64_t count) __attribute__((always_inline)) {
-      Element *const product = scratch, *const residual = scratch + count * rows * width;
-      convolve_slot<Element, Vectors>(
-          block.second.taps + block.second.begin[slot], block.second.taps + block.second.begin[slot + 1],
-          between, block.channels, weights, count * rows, kNothingMore,
-          [&](int64_t row, auto& sums) __attribute__((always_inline)) {
-            store_sums(sums, product + row * width, width, width,
-                       [&](Vector<Element> value, int, int64_t j, auto) __attribute__((always_inline)) {
-                         return relu<Element>(value + load<Element>(bias + j, kLanes<Element>));
-                       });
-          });
-      if (block.downsample) downsample<Vectors>(block, input, slot, count, p, residual);
-      for (int64_t i = 0; i < count; ++i)
-        finish_slot(block, convolution, input, slot + i, p, product + i * rows * width,
-                    residual + i * rows * width, output, signs);
-    });
+  // Computes the 1x1 convolution of a run of slots for one panel.
+  void downsample(const BlockJob<Element>& block, const Activation<const Element>& input, int64_t slot,
+                  int64_t count, int64_t p, Element* to) const {
+    const int64_t width = block.panels.width;
+    const Tap only{0, block.residual[slot]};
+    convolve<Element>(width, {.taps = &only,
+                              .taps_end = &only + 1,
+                              .input = input,
+                              .features = block.features,
+                              .weights = block.residual_weight + p * width * block.features,
+                              .bias = block.residual_bias + p * width,
+                              .to = to,
+                              .stride = width,
+                              .columns = width,
+                              .rows = count * rows,
+                              .relu = false});
   }
 
   // Applies dropout to the result of the second convolution of a slot, adds the residual and stores the
@@ -247,23 +287,6 @@ struct TileForward {
     if (block.downsample) other = {down, 0, width, 1};
     combine(product, width, other, output.data + slot * output.slot_stride + column, output.row_stride,
             columns, signs == nullptr ? nullptr : signs + slot * rows * row_signs, row_signs, column);
-  }
-
-  // Computes the 1x1 convolution of a run of slots for one panel.
-  template <int Vectors>
-  void downsample(const BlockJob<Element>& block, const Activation<const Element>& input, int64_t slot,
-                  int64_t count, int64_t p, Element* to) const {
-    const int64_t width = block.panels.width, column = p * width;
-    const Element* const bias = block.residual_bias + column;
-    const Tap only{0, block.residual[slot]};
-    convolve_slot<Element, Vectors>(
-        &only, &only + 1, input, block.features, block.residual_weight + column * block.features,
-        count * rows, kNothingMore, [&](int64_t row, auto& sums) __attribute__((always_inline)) {
-          store_sums(sums, to + row * width, width, width,
-                     [&](Vector<Element> value, int, int64_t j, auto) __attribute__((always_inline)) {
-                       return value + load<Element>(bias + j, kLanes<Element>);
-                     });
-        });
   }
 
   // Stores the signs of the product and output = relu(product + residual).

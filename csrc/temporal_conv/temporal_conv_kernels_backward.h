@@ -74,27 +74,36 @@ struct TileBackward {
                     const Activation<const Element>& input, int64_t features,
                     const Activation<const Element>& grad, int64_t channels, int64_t column,
                     Element* to) const {
-    const int64_t columns = smaller(Vectors * kLanes<Element>, channels - column);
-    const bool together = slots_follow(input, rows);
-    for (int64_t tap = 0; tap < kernel; ++tap) {
-      for_row_tiles<kTileRows<Vectors>>(features, [&]<int Rows>(
-                                                      int64_t feature) __attribute__((always_inline)) {
-        Sums<Element, Rows, Vectors> total = {};
-        for_runs(runs, together, [&](int64_t slot, int64_t count) __attribute__((always_inline)) {
+    for (int64_t tap = 0; tap < kernel; ++tap)
+      for_row_tiles<kTileRows<Vectors>>(
+          features, [&]<int Rows>(int64_t feature) __attribute__((always_inline)) {
+            weight_tile<Rows, Vectors>(reads, runs, kernel - tap, input, feature, grad, channels, column,
+                                       to + (tap * features + feature) * channels + column);
+          });
+  }
+
+  // Computes a register tile: the weights of one tap for features [feature, feature + Rows) and the columns
+  // of a panel. The tap is number `back` from the end. A function of its own, because the compiler needs much
+  // more time for one large function than for several small ones.
+  template <int Rows, int Vectors>
+  QFAST_ONE_COPY void weight_tile(const TapTable& reads, const RunList& runs, int64_t back,
+                                  const Activation<const Element>& input, int64_t feature,
+                                  const Activation<const Element>& grad, int64_t channels, int64_t column,
+                                  Element* to) const {
+    Sums<Element, Rows, Vectors> total = {};
+    for_runs(
+        runs, slots_follow(input, rows), [&](int64_t slot, int64_t count) __attribute__((always_inline)) {
           // The last tap of a slot is the current step. Taps before the window are missing at the front.
-          const int64_t back = kernel - tap, end = reads.begin[slot + 1];
+          const int64_t end = reads.begin[slot + 1];
           if (end - back < reads.begin[slot]) return;
           const Element* const a = at(input, reads.taps[end - back].slot, 0) + feature * input.channel_stride;
           add_product(total, a, input.channel_stride, input.row_stride, at(grad, slot, 0) + column,
                       grad.row_stride, count * rows);
         });
-        Element* const out = to + (tap * features + feature) * channels + column;
-        store_sums(total, out, channels, columns,
-                   [&](Vector<Element> value, int i, int64_t j, auto lanes) __attribute__((always_inline)) {
-                     return value + load<Element>(out + i * channels + j, lanes);
-                   });
-      });
-    }
+    store_sums(total, to, channels, smaller(Vectors * kLanes<Element>, channels - column),
+               [&](Vector<Element> value, int i, int64_t j, auto lanes) __attribute__((always_inline)) {
+                 return value + load<Element>(to + i * channels + j, lanes);
+               });
   }
 
   void weights(const Panels& panels, const TapTable& reads, const RunList& runs, int64_t kernel,
@@ -117,9 +126,10 @@ struct TileBackward {
   }
 
   template <int Vectors>
-  void through_second_panel(const BlockJob<Element>& block, const Activation<const Element>& of_second,
-                            const Activation<const Element>& between, const Activation<Element>& of_first,
-                            int64_t p) const {
+  QFAST_ONE_COPY void through_second_panel(const BlockJob<Element>& block,
+                                           const Activation<const Element>& of_second,
+                                           const Activation<const Element>& between,
+                                           const Activation<Element>& of_first, int64_t p) const {
     const int64_t column = p * block.panels.width, columns = panel_columns(block.panels, p);
     const Element* const weights = block.second_turned + column * block.kernel * block.channels;
     const Element scale = static_cast<Element>(job.dropout.scale);
@@ -128,8 +138,7 @@ struct TileBackward {
         block.second_read_by_runs, true, [&](int64_t slot, int64_t count) __attribute__((always_inline)) {
           convolve_slot<Element, Vectors>(
               taps.taps + taps.begin[slot], taps.taps + taps.begin[slot + 1], of_second, block.channels,
-              weights, count * rows, kNothingMore,
-              [&](int64_t row, auto& total) __attribute__((always_inline)) {
+              weights, count * rows, [&](int64_t row, auto& total) __attribute__((always_inline)) {
                 const Element* const outputs = at(between, slot, row) + column;
                 store_sums(
                     total, of_first.data + slot * of_first.slot_stride + row * of_first.row_stride + column,
@@ -153,43 +162,46 @@ struct TileBackward {
   }
 
   template <int Vectors>
-  void through_first_panel(const BlockJob<Element>& block, const Activation<const Element>& of_first,
-                           const Activation<const Element>& of_sum, const Activation<Element>& of_input,
-                           int64_t p) const {
-    constexpr int64_t kWidth = Vectors * kLanes<Element>;
-    const int64_t column = p * kWidth, columns = panel_columns(block.input_panels, p);
+  QFAST_ONE_COPY void through_first_panel(const BlockJob<Element>& block,
+                                          const Activation<const Element>& of_first,
+                                          const Activation<const Element>& of_sum,
+                                          const Activation<Element>& of_input, int64_t p) const {
+    const int64_t column = p * Vectors * kLanes<Element>, columns = panel_columns(block.input_panels, p);
     const Element* const weights = block.first_turned + column * block.kernel * block.channels;
-    const Element* const down = block.downsample ? block.residual_turned + column * block.channels : nullptr;
     const TapTable& taps = block.first_read_by;
     const bool together = slots_follow(of_input, rows);
     for_runs(block.first_read_by_runs, together,
              [&](int64_t slot, int64_t count) __attribute__((always_inline)) {
                const int64_t residual = block.residual_of[slot];
+               Element* const to = of_input.data + slot * of_input.slot_stride + column;
                convolve_slot<Element, Vectors>(
                    taps.taps + taps.begin[slot], taps.taps + taps.begin[slot + 1], of_first, block.channels,
-                   weights, count * rows,
-                   [&](int64_t row, auto& total) __attribute__((always_inline)) {
-                     if (residual >= 0 && down != nullptr)
-                       add_product(total, at(of_sum, residual, row), of_sum.row_stride, of_sum.channel_stride,
-                                   down, kWidth, block.channels);
-                   },
-                   [&](int64_t row, auto& total) __attribute__((always_inline)) {
-                     Element* const to =
-                         of_input.data + slot * of_input.slot_stride + row * of_input.row_stride + column;
-                     if (residual >= 0 && down == nullptr) {
-                       const Element* const same = at(of_sum, residual, row) + column;
-                       store_sums(total, to, of_input.row_stride, columns,
-                                  [&](Vector<Element> value, int i, int64_t j, auto lanes)
-                                      __attribute__((always_inline)) {
-                                        return value + load<Element>(same + i * of_sum.row_stride + j, lanes);
-                                      });
-                     } else {
-                       store_sums(total, to, of_input.row_stride, columns,
-                                  [](Vector<Element> value, int, int64_t, auto)
-                                      __attribute__((always_inline)) { return value; });
-                     }
+                   weights, count * rows, [&](int64_t row, auto& total) __attribute__((always_inline)) {
+                     if (residual >= 0) add_residual(total, block, of_sum, residual, row, column);
+                     store_sums(total, to + row * of_input.row_stride, of_input.row_stride, columns,
+                                [](Vector<Element> value, int, int64_t, auto)
+                                    __attribute__((always_inline)) { return value; });
                    });
              });
+  }
+
+  // Adds the gradient that reaches the block's input through the residual.
+  template <int Rows, int Vectors>
+  QFAST_INLINE_MEMBER void add_residual(Sums<Element, Rows, Vectors>& total, const BlockJob<Element>& block,
+                                        const Activation<const Element>& of_sum, int64_t slot, int64_t row,
+                                        int64_t column) const {
+    const Element* const from = at(of_sum, slot, row);
+    if (block.downsample) {
+      add_product(total, from, of_sum.row_stride, of_sum.channel_stride,
+                  block.residual_turned + column * block.channels, Vectors * kLanes<Element>, block.channels);
+      return;
+    }
+#pragma GCC unroll 24
+    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v)  // whole vectors, as kPanelPadding allows
+        total.at[i][v] +=
+            load<Element>(from + i * of_sum.row_stride + column + v * kLanes<Element>, AllLanes{});
   }
 
   // Computes the gradients of one block. `grad` is the gradient of its output, `of_input` receives the

@@ -6,7 +6,7 @@
 #include <limits>
 #include <vector>
 
-#include "common.h"
+#include "message.h"
 
 namespace qfast {
 namespace {
