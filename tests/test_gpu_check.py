@@ -94,6 +94,13 @@ class Tree:
         (self.root / path).parent.mkdir(parents=True, exist_ok=True)
         (self.root / path).write_text(text)
 
+    def set(self, constant: str, value: int) -> None:
+        """Give a constant of gpu_check.py another value."""
+        path = self.root / "tools" / "gpu_check.py"
+        text, count = re.subn(rf"^{constant} = .*$", f"{constant} = {value}", path.read_text(), flags=re.MULTILINE)
+        assert count == 1
+        path.write_text(text)
+
     def stub(self, name: str, script: str) -> None:
         """A command on the PATH."""
         self.write(f"bin/{name}", f"#!/bin/sh\n{script}\n")
@@ -118,7 +125,7 @@ class Tree:
 
     @staticmethod
     def output(process: subprocess.Popen[str]) -> tuple[int, str]:
-        output, _ = process.communicate(timeout=100)
+        output, _ = process.communicate(timeout=400)
         return process.returncode, output
 
     def order(self) -> list[str]:
@@ -258,8 +265,7 @@ def test_a_failed_build_prints_the_errors_of_the_compiler(tree: Tree) -> None:
 
 # ---------------------------------------------------------------- tests
 def test_long_files_start_first(tree: Tree) -> None:
-    text = (tree.root / "tools" / "gpu_check.py").read_text()
-    tree.write("tools/gpu_check.py", re.sub(r"^JOBS = .*$", "JOBS = 1", text, flags=re.MULTILINE))
+    tree.set("JOBS", 1)
     assert tree.run("tests")[0] == 0
     assert tree.order() == ["test_estimators_cuda.py", "test_ops_attention_cuda.py", "test_aaa.py"]
 
@@ -277,11 +283,10 @@ def test_failing_tests_are_the_last_lines(tree: Tree) -> None:
 
 
 def test_a_file_that_runs_out_of_time_is_not_finished(tree: Tree) -> None:
-    body = "assert number == 1\n    time.sleep(100)"
+    body = "assert number == 1\n    time.sleep(1000)"
     tree.write("tests/test_ops_attention_cuda.py", TEST.replace("BODY", body))
-    began = time.monotonic()
-    status, output = tree.run("tests", "--seconds", "25")
-    assert time.monotonic() - began < 40
+    tree.set("TEST_SECONDS", 20)
+    status, output = tree.run("tests")
     assert status == 2
     assert state_of("test_ops_attention_cuda", output) == "not finished"
     assert "FAILED tests/test_ops_attention_cuda.py::test_one[0]" in output.splitlines()[-2]
