@@ -45,7 +45,7 @@ JOBS = min(12, os.cpu_count() or 1)
 # The test files that take longest, in the order in which they start, with the number of processes of each.
 LONG_FILES = {
     "test_estimators_cuda.py": 4,
-    "test_ops_attention_cuda.py": 4,
+    "test_ops_attention_cuda.py": 6,
     "test_ops_temporal_conv_cuda.py": 2,
     "test_ops_encoder_cuda.py": 2,
     "test_ops_recurrent_cuda.py": 2,
