@@ -43,6 +43,7 @@ TESTS = (
     "test_ops_temporal_conv_cuda.py",
     "test_ops_window_gather.py",
     "test_ops_cuda.py",
+    "test_optim_cuda.py",
 )
 
 

@@ -10,11 +10,12 @@
 // counters, and increments them. The ticket counter is 0 again after a launch. No synchronization is needed,
 // no two blocks race, and a CUDA graph can capture the call: each replay is another step.
 //
-// The order of operations matches torch's fused Adam on CUDA (fused_adam_utils.cuh), including beta^step in
-// the dtype of the parameters. Bound by bytes: 16 read and 12 written per float32 parameter, with about 15
-// operations, two of them divisions and one a square root, and two powers per block. Networks with fewer than
-// about 100,000 parameters are bound by the launch. These are estimates: the kernel has run on the CPU
-// through an emulation only, not on a GPU.
+// The order of operations matches torch's fused Adam on CUDA (fused_adam_utils.cuh), which computes the bias
+// corrections 1 - beta^step in double. Here the host passes log(beta) and 1 - beta, each rounded once, and
+// the corrections are -expm1(step log(beta)), which loses no digits in float32. Bound by bytes: 16 read and
+// 12 written per float32 parameter, with about 15 operations, two of them divisions and one a square root,
+// and two exponentials per block. Networks with fewer than about 100,000 parameters are bound by the launch.
+// These are estimates: the kernel has run on the CPU through an emulation only, not on a GPU.
 #include "adam/adam_checks.h"
 #include "cuda_device.cuh"
 
@@ -110,8 +111,8 @@ __device__ __forceinline__ void adam_element(Element& parameter, Element gradien
                                              Element& square, const AdamSettings<Element>& settings,
                                              const AdamCorrection<Element>& correction) {
   if (settings.weight_decay != 0) gradient += parameter * settings.weight_decay;
-  mean = fma(settings.beta1, mean, fma(-settings.beta1, gradient, gradient));
-  square = fma(settings.beta2, square, fma(-settings.beta2, gradient * gradient, gradient * gradient));
+  mean = fma(settings.beta1, mean, settings.rest1 * gradient);
+  square = fma(settings.beta2, square, settings.rest2 * gradient * gradient);
   const Element denominator = sqrt(square) / correction.root + settings.eps;
   parameter -= correction.step_size * mean / denominator;
 }
@@ -127,8 +128,8 @@ __global__ void __launch_bounds__(kThreads, 4) clipped_adam_kernel(const AdamTab
     const Element step = static_cast<Element>(*static_cast<volatile const float*>(table.steps[number]) + 1);
     __threadfence();  // read the counter before taking the ticket
     is_last_block = atomicInc(table.ticket, gridDim.x - 1) == gridDim.x - 1;
-    shared_correction.step_size = table.lr / (1 - pow(settings.beta1, step));
-    shared_correction.root = sqrt(1 - pow(settings.beta2, step));
+    shared_correction.step_size = table.lr / -expm1(step * settings.log1);
+    shared_correction.root = sqrt(-expm1(step * settings.log2));
   }
   __syncthreads();
   if (is_last_block) {
@@ -205,7 +206,7 @@ void clipped_adam_cuda(std::vector<Tensor> parameters, std::vector<Tensor> gradi
   }
   CudaDevice device(like);
   const int64_t shape[] = {1};
-  const Tensor counter = ticket ? *ticket : torch::stable::new_zeros(like, {shape, 1}, ScalarType::Int);
+  const Tensor counter = ticket ? *ticket : new_zero_tensor(like, {shape, 1}, ScalarType::Int);
   dispatch_floating(like.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);
     AdamTable<Element> table{};

@@ -21,6 +21,7 @@ struct AdamSettings {
   Element limit, weight_decay, eps;
   Element beta1, beta2;
   Element rest1, rest2;  // 1 - beta, rounded once
+  Element log1, log2;    // natural logarithm of beta, rounded once; -infinity for 0
 };
 
 // Bias corrections of one tensor, which depend on its number of steps.

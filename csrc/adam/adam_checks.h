@@ -31,8 +31,17 @@ struct AdamNumbers {
   template <class Element>
   AdamSettings<Element> settings() const {
     const auto rounded = [](double value) { return static_cast<Element>(value); };
-    return {rounded(limit), rounded(weight_decay), rounded(eps),      rounded(beta1),
-            rounded(beta2), rounded(1 - beta1),    rounded(1 - beta2)};
+    return {
+        .limit = rounded(limit),
+        .weight_decay = rounded(weight_decay),
+        .eps = rounded(eps),
+        .beta1 = rounded(beta1),
+        .beta2 = rounded(beta2),
+        .rest1 = rounded(1 - beta1),
+        .rest2 = rounded(1 - beta2),
+        .log1 = rounded(std::log(beta1)),
+        .log2 = rounded(std::log(beta2)),
+    };
   }
 };
 
@@ -112,8 +121,7 @@ class AdamQuartet {
       alike_ = alike_ && same_list(*own_[list], lists.parameters[i], true);
     }
     if (!alike_) {
-      for (size_t list = 0; list < own_.size(); ++list)
-        copies_[list] = torch::stable::contiguous(*own_[list]);
+      for (size_t list = 0; list < own_.size(); ++list) copies_[list] = as_contiguous(*own_[list]);
     }
   }
 
