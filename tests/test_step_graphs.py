@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 from contextlib import nullcontext
 
 import numpy as np
@@ -21,7 +22,7 @@ from qfast.models import GRU, LSTM, GATs, ts
 from qfast.precision import using_precision
 from qfast.training import step_graphs
 from qfast.training.callbacks import Callback
-from qfast.training.step_graphs import GraphedStep, fingerprint
+from qfast.training.step_graphs import CudaRecorder, GraphedStep, fingerprint
 from support.fits import assert_states_equal, dataset_for, device_model, parametrize_estimators
 from support.frames import flat, rolling
 
@@ -63,18 +64,22 @@ class Tape(TorchDispatchMode):
 
 
 class TapeRecorder:
-    """Records torch's operations on the CPU; `run` reports `synchronizing` as the line that waited for the device."""
+    """Records torch's operations on the CPU.
 
-    def __init__(self, synchronizing: str | None = None) -> None:
+    `run` reports a line that waited for the device in its first `waits` calls, or always if `waits` is None.
+    """
+
+    def __init__(self, waits: int | None = 0) -> None:
         self.tried = self.recorded = self.replayed = 0
-        self.synchronizing = synchronizing
+        self.waits = waits
 
     def work(self):
         return nullcontext()
 
     def run(self, step, samples):
         self.tried += 1
-        return step.run_eagerly(samples), self.synchronizing
+        waits = self.waits is None or self.tried <= self.waits
+        return step.run_eagerly(samples), "losses.py:7" if waits else None
 
     def capture(self, step, samples):
         generator = torch.get_rng_state()
@@ -236,18 +241,43 @@ def test_hooks_are_called_at_every_step(recorder):
 
 
 def test_a_step_that_waits_is_not_recorded(monkeypatch, caplog):
-    made = TapeRecorder(synchronizing="losses.py:7")
+    made = TapeRecorder(waits=None)
     monkeypatch.setattr(step_graphs, "recorder_for", lambda device: made)
     plain = device_model(LSTM, "cpu").fit(flat())
     with caplog.at_level(logging.WARNING, "qfast"):
         model = device_model(LSTM, "cpu", cuda_graphs=True).fit(flat())
     assert_states_equal(model, plain)
     assert made.recorded == 0
-    assert made.tried == 1
+    assert made.tried == 2
     warning = (
         "training steps are launched kernel by kernel, not as CUDA graphs: they synchronize with the host (losses.py:7)"
     )
     assert [r.message for r in caplog.records].count(warning) == 1
+
+
+@parametrize_estimators()
+def test_a_wait_in_the_first_step_is_initialization(kind, monkeypatch, caplog):
+    """cuDNN initializes dropout in the first step after a seed was set, and waits for the device."""
+    made = TapeRecorder(waits=1)
+    monkeypatch.setattr(step_graphs, "recorder_for", lambda device: made)
+    plain = device_model(kind, "cpu", n_epochs=4, dropout=0.4).fit(dataset_for(kind))
+    with caplog.at_level(logging.WARNING, "qfast"):
+        model = device_model(kind, "cpu", n_epochs=4, dropout=0.4, cuda_graphs=True).fit(dataset_for(kind))
+    assert_states_equal(model, plain)
+    assert made.replayed > made.recorded > 0
+    assert made.tried == made.recorded + 1  # only the first batch size runs eagerly twice
+    assert "not as CUDA graphs" not in caplog.text
+
+
+def test_each_batch_size_may_wait_once():
+    table = torch.arange(12.0)
+    recorder = TapeRecorder(waits=2)
+    plain, graphed = Accumulator(table), GraphedStep(Accumulator(table), None, recorder)
+    batches = [torch.arange(3), torch.arange(4)] * 3
+    expected = [float(plain.train_step(None, samples)) for samples in batches]
+    with graphed.epoch():
+        assert [float(graphed(samples)) for samples in batches] == expected
+    assert (recorder.tried, recorder.recorded, recorder.replayed) == (4, 2, 2)
 
 
 class Curious(ts.LSTM):
@@ -274,7 +304,6 @@ def test_recordings_go_with_the_fit(recorder):
     assert model._graphed_step is None
 
 
-# ---------------------------------------------------------------- the step alone
 class Accumulator:
     """An estimator whose step halves its one state and adds the chosen numbers of a table to it."""
 
@@ -288,6 +317,126 @@ class Accumulator:
         return self.state.detach() * 2
 
 
+# ---------------------------------------------------------------- a capture that fails on CUDA
+class FakeCuda:
+    """What torch.cuda does around a capture, without a device.
+
+    As in torch 2.11, ending an invalid capture raises an error and leaves the pool and the generator in the state of a
+    capture. `invalid` makes the next capture invalid.
+    """
+
+    def __init__(self, monkeypatch) -> None:
+        self.invalid = self.generator_captures = False
+        self.serving: dict[object, object] = {}  # graph of each pool
+        self.released: list[object] = []
+        self.captures = 0
+        fake = self
+
+        class CUDAGraph:
+            def replay(self) -> None:
+                pass
+
+        class Capture:
+            def __init__(self, graph, pool="pool of its own", stream=None) -> None:
+                self.graph, self.pool = graph, pool
+
+            def __enter__(self) -> None:
+                assert self.pool not in fake.serving, "beginAllocateToPool: already recording to mempool_id"
+                fake.captures += 1
+                fake.serving[self.pool] = weakref.ref(self.graph)
+                fake.generator_captures = True
+
+            def __exit__(self, *error: object) -> None:
+                if fake.invalid:
+                    fake.invalid = False
+                    raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+                del fake.serving[self.pool]
+                fake.generator_captures = False
+
+        def end_allocate(index: int, pool: object) -> None:
+            if pool not in fake.serving:
+                raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+            del fake.serving[pool]
+
+        for name, value in {
+            "CUDAGraph": CUDAGraph,
+            "graph": Capture,
+            "Stream": object,
+            "graph_pool_handle": lambda: "shared pool",
+            "device": lambda device: nullcontext(),
+            "current_device": lambda: 0,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_allocate, raising=False)
+        release = lambda index, pool: self.released.append(pool)  # noqa: E731
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", release, raising=False)
+        monkeypatch.setattr(CudaRecorder, "failed", [])
+        monkeypatch.setattr(CudaRecorder, "work", lambda self: nullcontext())
+        monkeypatch.setattr(CudaRecorder, "run", lambda self, step, samples: (step.run_eagerly(samples), None))
+
+    def random(self) -> None:
+        """As a random operation outside of a capture."""
+        if self.generator_captures:
+            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
+
+
+class Drawing(Accumulator):
+    """Draws a random number in each step; `fail` is called in captures."""
+
+    def __init__(self, table, cuda, fail) -> None:
+        super().__init__(table)
+        self.cuda, self.fail = cuda, fail
+
+    def train_step(self, windows, samples):
+        if self.cuda.serving:
+            self.fail()
+        else:
+            self.cuda.random()
+        return super().train_step(windows, samples)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    return FakeCuda(monkeypatch)
+
+
+def test_a_failed_capture_leaves_the_process_usable(cuda, caplog):
+    def nonzero() -> None:
+        cuda.invalid = True
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nCUDA kernel errors might")
+
+    plain, recorder = Accumulator(torch.arange(12.0)), CudaRecorder(torch.device("cuda"))
+    graphed = GraphedStep(Drawing(torch.arange(12.0), cuda, nonzero), None, recorder)
+    batches = list(Batches.of_size(torch.arange(12), 3, drop_last=True))
+    expected = [float(plain.train_step(None, samples)) for samples in batches]
+    with caplog.at_level(logging.WARNING, "qfast"), graphed.epoch():
+        assert [float(graphed(samples)) for samples in batches] == expected
+    assert cuda.serving == {}
+    assert cuda.released == ["shared pool"]
+    assert cuda.captures == 2  # the second is empty
+    assert len(CudaRecorder.failed) == 1  # torch's host allocator may point to it
+    assert "not as CUDA graphs: CUDA error: operation not permitted when stream is capturing" in caplog.text
+    cuda.random()
+
+
+def test_an_error_of_a_step_in_a_valid_capture(cuda):
+    """torch has ended the capture, so nothing is released a second time."""
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    recorder = CudaRecorder(torch.device("cuda"))
+    graphed = GraphedStep(Drawing(torch.arange(12.0), cuda, interrupted), None, recorder)
+    with graphed.epoch():
+        graphed(torch.arange(3))
+        with pytest.raises(KeyboardInterrupt):
+            graphed(torch.arange(3))
+    assert cuda.captures == 1
+    assert cuda.released == []
+    cuda.random()
+
+
+# ---------------------------------------------------------------- the step alone
 def test_more_batch_sizes_than_graphs(monkeypatch):
     monkeypatch.setattr(step_graphs, "MAX_GRAPHS", 2)
     table = torch.arange(40.0)
@@ -344,6 +493,45 @@ def test_how_products_are_computed_is_part_of_a_recording():
         torch.set_float32_matmul_precision(before)
     assert len(seen) == 4
     assert fingerprint(model.network, model.train_optimizer) in seen
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value"),
+    [
+        (torch.backends.cudnn, "allow_tf32", False),
+        (torch.backends.cudnn.rnn, "fp32_precision", "ieee"),
+        (torch.backends.cudnn, "deterministic", True),
+        (torch.backends.cudnn, "benchmark", True),
+        (torch.backends.cudnn, "enabled", False),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_choices_of_cudnn_are_part_of_a_recording(owner, name, value, monkeypatch):
+    model = device_model(LSTM, "cpu")
+    before = fingerprint(model.network, model.train_optimizer)
+    monkeypatch.setattr(owner, name, value)
+    assert fingerprint(model.network, model.train_optimizer) != before
+
+
+def test_autocast_is_part_of_a_recording():
+    model = device_model(LSTM, "cpu")
+    before = fingerprint(model.network, model.train_optimizer)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert fingerprint(model.network, model.train_optimizer) != before
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+
+
+@parametrize_estimators()
+def test_dropout_is_part_of_a_recording(kind):
+    model = device_model(kind, "cpu", dropout=0.4)
+    before = fingerprint(model.network, model.train_optimizer)
+    for part in model.network.modules():
+        for name in ("p", "dropout"):
+            if isinstance(getattr(part, name, None), float):
+                setattr(part, name, 0.2)
+    assert fingerprint(model.network, model.train_optimizer) != before
 
 
 def test_the_option_is_checked():

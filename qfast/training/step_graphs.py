@@ -5,6 +5,8 @@ one from Python, they leave the GPU idle most of the time.
 
 The first batch of each size runs eagerly, which also detects host synchronization. The second is captured as a CUDA
 graph and replayed from then on: the sample numbers are copied into the graph's input, and one call repeats the step.
+Libraries may synchronize once to initialize themselves: cuDNN's dropout does so in the first step after a seed was set.
+If the first batch of a size synchronizes, the second therefore runs eagerly too, and the third is captured.
 
 A replay runs no Python. Everything in Python that can change a step is therefore part of its `fingerprint`, and a new
 fingerprint discards all graphs. Steps with hooks, which Python must call every time, always run eagerly. So do steps
@@ -19,8 +21,8 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from qfast.training.estimator import Estimator
 
 Fingerprint = Hashable
+
+_DROPOUT = ("p", "dropout")  # attributes of torch's modules with the probability of dropout
 
 MAX_GRAPHS = 64  # batch sizes captured at the same time; batches of further sizes run eagerly
 
@@ -68,6 +72,9 @@ class CudaRecorder:
     device : torch.device
         A CUDA device.
     """
+
+    # torch's allocators may hold pointers to a graph whose capture failed, so it must live as long as the process.
+    failed: ClassVar[list[torch.cuda.CUDAGraph]] = []
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -104,11 +111,34 @@ class CudaRecorder:
         return loss, f"{synchronizing[0].filename}:{synchronizing[0].lineno}" if synchronizing else None
 
     def capture(self, step: GraphedStep, samples: Tensor) -> tuple[Callable[[], None], Tensor]:
-        """As `Recorder.capture`."""
+        """As `Recorder.capture`. After a failure the device works as before."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-            loss = step.run_eagerly(samples)
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                loss = step.run_eagerly(samples)
+        except BaseException:
+            self._end_failed_capture(graph)
+            raise
         return graph.replay, loss
+
+    def _end_failed_capture(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Do what `CUDAGraph.capture_end` leaves out if the capture is invalid.
+
+        Without this, the allocator still serves the graph's pool, and torch's generator still expects a capture, which
+        makes the next random operation fail.
+        """
+        self.failed.append(graph)
+        index = torch.cuda.current_device()
+        try:
+            torch._C._cuda_endAllocateToPool(index, self.pool)
+        except RuntimeError:  # capture_end was complete: the step failed, not the capture
+            return
+        with suppress(RuntimeError):  # the error of the step must not be replaced by another one
+            torch._C._cuda_releasePool(index, self.pool)
+        with suppress(RuntimeError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns that the graph is empty
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream):
+                pass  # the end of a valid capture resets the generator
 
 
 class CapturedStep(NamedTuple):
@@ -150,7 +180,8 @@ class GraphedStep:
     def __init__(self, estimator: Estimator, windows: WindowSet, recorder: Recorder) -> None:
         self.estimator, self.windows, self.recorder = estimator, windows, recorder
         self.logger = logging.getLogger("qfast")
-        self.sizes_run: set[int] = set()  # batch sizes that have run eagerly once
+        self.sizes_ready: set[int] = set()  # batch sizes that have run eagerly without synchronization
+        self.sizes_synchronized: set[int] = set()  # batch sizes whose first batch synchronized
         self.captured: dict[int, CapturedStep] = {}  # by batch size, all for `captured_for`
         self.captured_for: Fingerprint = None
         self.refusal: str | None = None  # why no step is captured any more
@@ -168,10 +199,10 @@ class GraphedStep:
         if self.watched:
             self._check_fingerprint()
         size = len(samples)
-        if size in self.captured or (size in self.sizes_run and self._may_capture() and self._capture(samples)):
+        if size in self.captured or (size in self.sizes_ready and self._may_capture() and self._capture(samples)):
             return self._replay(self.captured[size], samples)
-        if size not in self.sizes_run and self._may_capture():
-            loss = self._run_first(samples)
+        if size not in self.sizes_ready and self._may_capture():
+            loss = self._run_observed(samples)
         else:
             loss = self.run_eagerly(samples)
         self._check_fingerprint()  # the first step of a fit creates the optimizer's state
@@ -191,12 +222,16 @@ class GraphedStep:
     def _may_capture(self) -> bool:
         return self.refusal is None and self.captured_for is not None and len(self.captured) < MAX_GRAPHS
 
-    def _run_first(self, samples: Tensor) -> Tensor:
-        """Run the first batch of a size, and refuse to capture if it synchronizes with the host."""
+    def _run_observed(self, samples: Tensor) -> Tensor:
+        """Run a batch eagerly. Refuse to capture if it is the second of its size that synchronizes with the host."""
         loss, line = self.recorder.run(self, samples)
-        self.sizes_run.add(len(samples))
-        if line is not None:
+        size = len(samples)
+        if line is None:
+            self.sizes_ready.add(size)
+        elif size in self.sizes_synchronized:
             self._refuse(f"they synchronize with the host ({line})")
+        else:
+            self.sizes_synchronized.add(size)
         return loss
 
     def _capture(self, samples: Tensor) -> bool:
@@ -205,7 +240,7 @@ class GraphedStep:
         try:
             replay, loss = self.recorder.capture(self, graph_samples)
         except RuntimeError as error:
-            self._refuse(str(error).splitlines()[0])
+            self._refuse(str(_first_error(error)).splitlines()[0])
             return False
         gradients = [(parameter, parameter.grad) for parameter in self.estimator.network.parameters()]
         self.captured[len(samples)] = CapturedStep(graph_samples, replay, loss, gradients)
@@ -237,6 +272,13 @@ def graphed_step(estimator: Estimator, windows: WindowSet) -> GraphedStep | None
     return GraphedStep(estimator, windows, recorder)
 
 
+def _first_error(error: BaseException) -> BaseException:
+    """The error that occurred first: an invalid capture raises another one when it ends."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
 def recorder_for(device: torch.device) -> Recorder | None:
     """The recorder of a device; None for the CPU."""
     return CudaRecorder(device) if device.type == "cuda" else None
@@ -245,9 +287,9 @@ def recorder_for(device: torch.device) -> Recorder | None:
 def fingerprint(network: nn.Module, optimizer: torch.optim.Optimizer) -> Fingerprint:
     """Returns a hashable key for everything the captured step depends on, or None if the step must not be captured.
 
-    The key covers the modes of all modules, the addresses of parameters, buffers and optimizer state, which parameters
-    require a gradient, the optimizer's settings, and the precision of matrix products. A step with hooks, or in torch's
-    anomaly mode, must not be captured.
+    The key covers the modes and dropout probabilities of all modules, the addresses of parameters, buffers and
+    optimizer state, which parameters require a gradient, the optimizer's settings, the precision of matrix products,
+    autocast, and the choices of cuDNN. A step with hooks, or in torch's anomaly mode, must not be captured.
     """
     if _has_step_hooks(network, optimizer):
         return None
@@ -260,8 +302,17 @@ def fingerprint(network: nn.Module, optimizer: torch.optim.Optimizer) -> Fingerp
         tuple((name, _hashable(value)) for name, value in group.items() if name != "params")
         for group in optimizer.param_groups
     ]
-    modes = tuple(part.training for part in network.modules())
-    arithmetic = precision(), torch_precision(), _backend.cuda_layers
+    modes = tuple((part.training, *(_hashable(getattr(part, n, None)) for n in _DROPOUT)) for part in network.modules())
+    cudnn: Any = torch.backends.cudnn
+    choices = (
+        cudnn.enabled,
+        cudnn.deterministic,
+        cudnn.benchmark,
+        cudnn.conv.fp32_precision,  # cudnn.allow_tf32 sets both and raises an error if they differ
+        cudnn.rnn.fp32_precision,
+    )
+    autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    arithmetic = precision(), torch_precision(), _backend.cuda_layers, choices, autocast
     return id(optimizer), tuple(parameters), buffers, tuple(settings), modes, arithmetic
 
 
