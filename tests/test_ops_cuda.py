@@ -14,6 +14,7 @@ import torch
 from qfast import ops
 from qfast.ops import OPERATORS
 from support.devices import DEVICE, needs_gpu, needs_kernels
+from support.tensors import fix_dropout_seed
 
 pytestmark = needs_kernels
 GPU = "cuda"
@@ -32,6 +33,11 @@ def kernels():
     return module
 
 
+@pytest.fixture(autouse=True)
+def same_masks(monkeypatch):
+    fix_dropout_seed(monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def calls():
     torch.manual_seed(0)
@@ -39,11 +45,10 @@ def calls():
 
 
 def results(calls, device, dtype=torch.float32):
-    """All results and gradients on a device, with the same dropout masks."""
+    """All results and gradients on a device."""
     cases, forward_and_backward = calls
     out = []
     for call, tensors in cases:
-        torch.manual_seed(7)
         result = forward_and_backward(call, tensors, torch.device(device), dtype)
         out.append([part.nan_to_num(nan=7.0) for part in result])  # a gather's missing rows are NaN
     return out

@@ -13,7 +13,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -194,6 +194,7 @@ def test_any_block(case: BlockCase, dropout: float) -> None:
     ),
     st.sampled_from([0.0, 0.3, 1.0]),
 )
+@example(LayerCase(0, 3, 4, 2, 5), 0.3)
 def test_any_layer_in_any_layout(case: LayerCase, dropout: float) -> None:
     result, exact = to_cpu(on_gpu(case, F64, dropout)), by_definition(case, F64, dropout)
     for ours, true in zip(result, exact, strict=True):  # few features: large scales of the norm

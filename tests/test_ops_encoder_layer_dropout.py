@@ -22,6 +22,7 @@ CASES = [
     *(LayerCase(2, 7, 20, 20, 300, last) for last in (False, True)),
     LayerCase(6, 20, 64, 2, 2048),
     LayerCase(6, 20, 64, 2, 2048, True),
+    *(LayerCase(0, 6, 12, 3, 17, last) for last in (False, True)),
 ]
 BY_NAME = {case.name: case for case in CASES}
 

@@ -11,9 +11,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+from qfast.ops import attention_pool, encoder_layer, feed_forward, gru, lstm, temporal_conv_net
 from qfast.ops.philox import draw_seed, keep_threshold, philox
-from support.tensors import philox_words
+from support.tensors import fix_dropout_seed, philox_words, randn
 
 ROOT = Path(__file__).resolve().parents[1]
 WORD = st.integers(0, 2**32 - 1)
@@ -127,3 +129,25 @@ def test_the_header_that_kernels_share(tmp_path: Path) -> None:
     printed = subprocess.run([str(tmp_path / "run")], input=given_to, capture_output=True, text=True, check=True).stdout
     result = [[int(word) for word in line.split()] for line in printed.splitlines()]
     assert result == [[int(w) for w in philox_words(s, c)] for s, c in zip(seeds, counters, strict=True)]
+
+
+def test_the_tests_of_two_devices_can_fix_the_seed_of_every_operator(monkeypatch):
+    """No operator draws its seed in a way that `fix_dropout_seed` misses."""
+    dropout = {"dropout": 0.5, "training": True}
+    encoder, cells = nn.TransformerEncoderLayer(8, 2, 16), [nn.LSTM(8, 6, 2), nn.GRU(8, 6, 2)]
+    layers = [[list(cell.parameters())[i : i + 4] for i in (0, 4)] for cell in cells]
+    block = [randn(8, 8, 3, dtype=torch.float32), None, torch.zeros(8)] * 2
+    block = [block[0], None, block[2], block[3], None, block[5]]
+    matrix = randn(8, 8, dtype=torch.float32)
+    calls = [
+        lambda x: lstm(x, layers[0], **dropout)[0],
+        lambda x: gru(x, layers[1], **dropout)[0],
+        lambda x: attention_pool(x, matrix, matrix[0], matrix[1], **dropout),
+        lambda x: feed_forward(x, matrix, matrix[0], matrix, matrix[1], **dropout),
+        lambda x: encoder_layer(x, list(encoder.parameters()), heads=2, **dropout),
+        lambda x: temporal_conv_net(x, [block], **dropout),
+    ]
+    x = randn(9, 8, 8, dtype=torch.float32)
+    assert not any(torch.equal(call(x), call(x)) for call in calls)  # each call draws another seed
+    fix_dropout_seed(monkeypatch)
+    assert all(torch.equal(call(x), call(x)) for call in calls)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -56,9 +58,24 @@ def philox_words(seed: int, counter: Sequence[np.ndarray | int]) -> list[np.ndar
 def philox_mask(seed: int, batch: int, channels: int, steps: int, convolution: int, dropout: float) -> Tensor:
     """float64 [B, C, T]: 0 where dropped, otherwise 1 / (1 - dropout)."""
     groups, c, t = np.ogrid[: (batch + 3) // 4, :channels, :steps]
-    words = np.stack(philox_words(seed, (c, t, convolution, groups)), 1).reshape(-1, channels, steps)[:batch]
+    words = np.stack(philox_words(seed, (c, t, convolution, groups)), 1)
+    words = words.reshape(4 * len(groups), channels, steps)[:batch]
     saved = words >= round(dropout * 2**32)
     return torch.from_numpy(saved * (0.0 if dropout == 1 else 1 / (1 - dropout)))
 
 
 SEEDS = [0, 1, -1, 2**31, 2**32, 2**63 - 1, -(2**63), 0x9E3779B97F4A7C15 - 2**64]
+
+
+def fix_dropout_seed(monkeypatch: pytest.MonkeyPatch, seed: int = 7) -> None:
+    """Let every operator use one seed for dropout, whatever torch's generators contain.
+
+    After `torch.manual_seed` the generators of a CPU and of a GPU draw different numbers.
+    """
+
+    def draw(device: torch.device) -> Tensor:
+        return torch.tensor([seed], device=device)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("qfast.ops.") and hasattr(module, "draw_seed"):
+            monkeypatch.setattr(module, "draw_seed", draw)
