@@ -5,16 +5,17 @@
 #include <vector>
 
 #include "cuda_common.cuh"
+#include "cuda_shared_memory.cuh"
 
 namespace qfast {
 
 class CudaDevice {
  public:
   explicit CudaDevice(const Tensor& like) : scope_(like), like_(like) {
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&shared_limit_, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                          like.get_device_index()));
+    const int device = like.get_device_index();
     STD_CUDA_CHECK(
-        cudaDeviceGetAttribute(&major_, cudaDevAttrComputeCapabilityMajor, like.get_device_index()));
+        cleared(cudaDeviceGetAttribute(&shared_limit_, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)));
+    STD_CUDA_CHECK(cleared(cudaDeviceGetAttribute(&major_, cudaDevAttrComputeCapabilityMajor, device)));
   }
 
   size_t shared_limit() const { return static_cast<size_t>(shared_limit_); }
@@ -25,7 +26,7 @@ class CudaDevice {
   template <class T>
   T* take(int64_t count) {
     const int64_t shape[] = {count * static_cast<int64_t>(sizeof(T))};
-    buffers_.push_back(torch::stable::new_empty(like_, {shape, 1}, ScalarType::Byte));
+    buffers_.push_back(new_tensor(like_, {shape, 1}, ScalarType::Byte));
     return static_cast<T*>(buffers_.back().mutable_data_ptr());
   }
 
@@ -34,9 +35,8 @@ class CudaDevice {
               const Arguments&... arguments) {
     constexpr size_t kDefaultShared = 48 << 10;  // a kernel must request more than this
     if (shared > kDefaultShared) {
-      STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                          cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          static_cast<int>(shared)));
+      STD_CUDA_CHECK(allow_shared_memory(reinterpret_cast<const void*>(kernel), like_.get_device_index(),
+                                         shared_limit_));
     }
     kernel<<<blocks, threads, shared, scope_.stream()>>>(arguments...);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
