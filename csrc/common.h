@@ -8,9 +8,13 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <iomanip>
+#include <new>
 #include <optional>
 #include <sstream>
+#include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "message.h"
 
@@ -19,14 +23,17 @@ namespace qfast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline std::string shape_text(const Tensor& tensor) {
+using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
+
+inline std::string shape_text(const Shape& sizes) {
   std::ostringstream text;
-  const auto sizes = tensor.sizes();
   text << '(';
   for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];
   text << (sizes.size() == 1 ? ",)" : ")");
   return text.str();
 }
+
+inline std::string shape_text(const Tensor& tensor) { return shape_text(tensor.sizes()); }
 
 inline std::string device_text(const Tensor& tensor) {
   if (tensor.is_cpu()) return "cpu";
@@ -91,6 +98,63 @@ void dispatch_floating(ScalarType type, const Body& body) {
   } else {
     body(double{});
   }
+}
+
+// Insufficient memory. The dispatcher raises it as MemoryError in Python, and the operator's Python function
+// converts that to torch.OutOfMemoryError (qfast/ops/_common.py). Torch's own error would lose its type and
+// its text on the way through the stable ABI.
+class OutOfMemory : public std::bad_alloc {
+ public:
+  explicit OutOfMemory(std::string text) : text_(std::move(text)) {}
+  const char* what() const noexcept override { return text_.c_str(); }
+
+ private:
+  std::string text_;
+};
+
+inline std::string shortage_text(const Tensor& like, const Shape& shape, ScalarType type) {
+  const bool wide = type == ScalarType::Double || type == ScalarType::Long;
+  double bytes = wide ? 8 : type == ScalarType::Byte ? 1 : 4;
+  for (const int64_t size : shape) bytes *= static_cast<double>(size);
+  return message("no memory for ", std::fixed, std::setprecision(1), bytes / (1 << 20), " MiB on ",
+                 device_text(like), " (", torch::headeronly::toString(type), " of shape ", shape_text(shape),
+                 ")");
+}
+
+// Returns allocate(), which makes tensors on the device of `like`, the largest with this shape and dtype. A
+// failure means that there is not enough memory, because the arguments have been checked.
+template <class Allocate>
+auto with_memory(const Tensor& like, const Shape& shape, ScalarType type, const Allocate& allocate) {
+  try {
+    return allocate();
+  } catch (const std::runtime_error&) {
+    throw OutOfMemory(shortage_text(like, shape, type));
+  }
+}
+
+// A new tensor with the device and, unless `dtype` is set, the dtype of `like`. Its elements are not set.
+inline Tensor new_tensor(const Tensor& like, const Shape& shape,
+                         std::optional<ScalarType> dtype = std::nullopt) {
+  return with_memory(like, shape, dtype.value_or(like.scalar_type()),
+                     [&] { return torch::stable::new_empty(like, shape, dtype); });
+}
+
+// The same with all elements 0.
+inline Tensor new_zero_tensor(const Tensor& like, const Shape& shape,
+                              std::optional<ScalarType> dtype = std::nullopt) {
+  return with_memory(like, shape, dtype.value_or(like.scalar_type()),
+                     [&] { return torch::stable::new_zeros(like, shape, dtype); });
+}
+
+// A new tensor with the shape, dtype and device of `like`. Its elements are not set.
+inline Tensor new_tensor_like(const Tensor& like) {
+  return with_memory(like, like.sizes(), like.scalar_type(), [&] { return torch::stable::empty_like(like); });
+}
+
+// The tensor itself if it is contiguous, else a contiguous copy.
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return with_memory(tensor, tensor.sizes(), tensor.scalar_type(),
+                     [&] { return torch::stable::contiguous(tensor); });
 }
 
 inline int64_t rounded_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }

@@ -15,7 +15,7 @@ constexpr int64_t kHugeBytes = 4 << 20;  // tensors of at least this size use hu
 // A new tensor with the device and, unless `dtype` is set, the dtype of `like`. Its elements are not set.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape,
                     std::optional<ScalarType> dtype = std::nullopt) {
-  Tensor out = torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
+  Tensor out = new_tensor(like, {shape.begin(), shape.size()}, dtype);
   const ScalarType type = out.scalar_type();
   const int64_t bytes = out.numel() * (type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 1);
   if (bytes >= kHugeBytes) advise_huge_pages(out.mutable_data_ptr(), bytes);

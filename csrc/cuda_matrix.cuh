@@ -13,7 +13,7 @@ namespace {
 
 // A new tensor with the dtype and device of `like`. Its elements are not set.
 inline Tensor room(const Tensor& like, std::initializer_list<int64_t> shape) {
-  return torch::stable::new_empty(like, {shape.begin(), shape.size()});
+  return new_tensor(like, {shape.begin(), shape.size()});
 }
 
 // The tensor as a matrix: a view if the strides allow it, else a copy.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,7 +12,7 @@ import torch
 from qfast._renamed import renamed_names
 from qfast.errors import BackendError, ConfigError, DataError, whole_number
 
-__all__ = ["choose_device", "explain_out_of_memory"]
+__all__ = ["choose_device", "explain_out_of_memory", "memory_shortage"]
 
 
 def choose_device(device: str | torch.device, gpu: int | None) -> torch.device:
@@ -92,11 +93,41 @@ def explain_out_of_memory(subject: str, device: torch.device, remedy: str = "") 
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        shortage = memory_shortage(error)
+        if shortage is None:
+            raise
+        other_device = "" if device.type == "cpu" else ", or device='cpu'"
         raise DataError(
-            f"{subject} does not fit into the memory of {device} ({error}). Remedy: {remedy}fewer columns or a shorter "
-            "period, or device='cpu'."
+            f"{subject} does not fit into the memory of {device} ({shortage}). Remedy: {remedy}fewer columns or a "
+            f"shorter period{other_device}."
         ) from None
+
+
+def memory_shortage(error: BaseException) -> str | None:
+    """Return a description of an out-of-memory error without a remedy, or None for any other error.
+
+    On the CPU torch raises a RuntimeError if it cannot allocate a tensor, on a GPU a torch.OutOfMemoryError. Python,
+    NumPy and the CPU kernels raise a MemoryError.
+
+    Examples
+    --------
+    >>> memory_shortage(MemoryError("no memory for 8 GiB. Remedy: a smaller batch."))
+    'no memory for 8 GiB'
+    >>> memory_shortage(RuntimeError("DefaultCPUAllocator: ... you tried to allocate 8388608 bytes."))
+    'no memory for 8.0 MiB on cpu'
+    >>> memory_shortage(RuntimeError("sizes do not match")) is None
+    True
+    """
+    text = str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return text.partition(" Remedy: ")[0].rstrip(".") or "no memory on cpu"
+    size = re.search(r"DefaultCPUAllocator: .*tried to allocate (\d+) bytes", text)
+    if size is not None:
+        return f"no memory for {int(size[1]) / 2**20:,.1f} MiB on cpu"
+    if "integer multiplication overflow" in text or "Storage size calculation overflowed" in text:
+        return "no memory for a tensor of 2**63 bytes or more"
+    return None
 
 
 __getattr__ = renamed_names(__name__, {"memory_named": "qfast.device.explain_out_of_memory"})

@@ -10,7 +10,7 @@ constexpr int64_t kGrainElements = 16384;  // of one task; fewer do not pay for 
 
 Tensor tanh_cpu(const Tensor& x) {
   check_floating("tanh", "x", x);
-  const Tensor input = torch::stable::contiguous(x);
+  const Tensor input = as_contiguous(x);
   Tensor out = empty(input, {input.numel()});
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);

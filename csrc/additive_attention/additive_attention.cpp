@@ -36,7 +36,7 @@ Days check_days(const char* op, const MaybeTensor& offsets, double slope, int64_
                 ": offsets: expected at least one number, int64 on the CPU, got ", offsets->size(0), " of ",
                 torch::headeronly::toString(offsets->scalar_type()),
                 offsets->is_cpu() ? "." : " on another device.");
-    const Tensor whole = torch::stable::contiguous(*offsets);
+    const Tensor whole = as_contiguous(*offsets);
     const int64_t* from = whole.const_data_ptr<int64_t>();
     days.offsets.assign(from, from + whole.size(0));
   }
@@ -152,7 +152,7 @@ void attend_days_backward(const Days& days, const Element* grad, const Element* 
 // ---------------------------------------------------------------- tensors
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape,
              std::optional<ScalarType> type = std::nullopt) {
-  Tensor out = torch::stable::new_empty(like, {shape.begin(), shape.size()}, type);
+  Tensor out = new_tensor(like, {shape.begin(), shape.size()}, type);
   const int64_t bytes = out.numel() * static_cast<int64_t>(out.element_size());
   if (bytes >= kHugeBytes) advise_huge_pages(out.mutable_data_ptr(), bytes);
   return out;
@@ -194,8 +194,7 @@ SavedTensors check_saved(const char* op, const Tensor& like, const Days& days, c
   check_like(op, "share", share, like, {days.heads, days.rows, days.width});
   check_like(op, "share_weight", share_weight, like, {days.heads, days.rows});
   check_like(op, "orders", orders, like, {2, days.heads, days.rows}, ScalarType::Int);
-  return {torch::stable::contiguous(share), torch::stable::contiguous(share_weight),
-          torch::stable::contiguous(orders)};
+  return {as_contiguous(share), as_contiguous(share_weight), as_contiguous(orders)};
 }
 
 template <class Element>
@@ -219,8 +218,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_cpu(const Tensor& 
   check_like(op, "query", query, value, {heads, rows});
   check_like(op, "key", key, value, {heads, rows});
   const Days days = check_days(op, offsets, slope, heads, rows, width);
-  const Tensor q = torch::stable::contiguous(query), k = torch::stable::contiguous(key),
-               v = torch::stable::contiguous(value);
+  const Tensor q = as_contiguous(query), k = as_contiguous(key), v = as_contiguous(value);
   Tensor out = empty(v, {heads, rows, width});
   const SavedTensors saved_tensors = empty_saved(v, heads, keep ? rows : 0, width);
   dispatch_floating(v.scalar_type(), [&](auto zero) {
@@ -246,9 +244,8 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_backward_cpu(
   check_like(op, "out", out, value, {heads, rows, width});
   const Days days = check_days(op, offsets, slope, heads, rows, width);
   const SavedTensors saved_tensors = check_saved(op, value, days, share, share_weight, orders);
-  const Tensor g = torch::stable::contiguous(grad), q = torch::stable::contiguous(query),
-               k = torch::stable::contiguous(key), v = torch::stable::contiguous(value),
-               o = torch::stable::contiguous(out);
+  const Tensor g = as_contiguous(grad), q = as_contiguous(query), k = as_contiguous(key),
+               v = as_contiguous(value), o = as_contiguous(out);
   Tensor grad_query = empty(v, {heads, rows}), grad_key = empty(v, {heads, rows}),
          grad_value = empty(v, {heads, rows, width});
   dispatch_floating(v.scalar_type(), [&](auto zero) {
@@ -274,8 +271,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> graph_attention_cpu(const Ten
   check_like(op, "weight", weight, hidden, {2, width});
   check_like(op, "bias", bias, hidden, {2});
   const Days days = check_days(op, offsets, slope, 1, rows, width);
-  const Tensor h = torch::stable::contiguous(hidden), w = torch::stable::contiguous(weight),
-               b = torch::stable::contiguous(bias);
+  const Tensor h = as_contiguous(hidden), w = as_contiguous(weight), b = as_contiguous(bias);
   Tensor out = empty(h, {rows, width}), scores = empty(h, {2, rows});
   const SavedTensors saved_tensors = empty_saved(h, 1, keep ? rows : 0, width);
   dispatch_floating(h.scalar_type(), [&](auto zero) {
@@ -315,9 +311,8 @@ std::tuple<Tensor, Tensor, Tensor> graph_attention_backward_cpu(
   check_like(op, "scores", scores, hidden, {2, rows});
   const Days days = check_days(op, offsets, slope, 1, rows, width);
   const SavedTensors saved_tensors = check_saved(op, hidden, days, share, share_weight, orders);
-  const Tensor g = torch::stable::contiguous(grad), h = torch::stable::contiguous(hidden),
-               w = torch::stable::contiguous(weight), o = torch::stable::contiguous(out),
-               s = torch::stable::contiguous(scores);
+  const Tensor g = as_contiguous(grad), h = as_contiguous(hidden), w = as_contiguous(weight),
+               o = as_contiguous(out), s = as_contiguous(scores);
   const int64_t blocks = (rows + kSumRows - 1) / kSumRows;
   Tensor grad_hidden = empty(h, {rows, width}), grad_scores = empty(h, {2, rows}),
          grad_weight = empty(h, {2, width}), grad_bias = empty(h, {2}), sums = empty(h, {blocks, 2, width});

@@ -53,8 +53,8 @@ class SortingDevice : public CudaDevice {
     const auto run = [&](void* room) {
       return cub::DeviceRadixSort::SortPairs(room, bytes, keys, values, count, 0, bits, stream());
     };
-    STD_CUDA_CHECK(run(nullptr));
-    STD_CUDA_CHECK(run(take<char>(static_cast<int64_t>(bytes))));
+    STD_CUDA_CHECK(cleared(run(nullptr)));
+    STD_CUDA_CHECK(cleared(run(take<char>(static_cast<int64_t>(bytes)))));
     return values.Current();
   }
 };
@@ -107,7 +107,7 @@ const int64_t* offsets_data(const MaybeTensor& offsets) {
 }
 
 MaybeTensor dense_offsets(const MaybeTensor& offsets) {
-  return offsets ? MaybeTensor(torch::stable::contiguous(*offsets)) : std::nullopt;
+  return offsets ? MaybeTensor(as_contiguous(*offsets)) : std::nullopt;
 }
 
 template <class T>
@@ -116,7 +116,7 @@ const T* data(const Tensor& tensor) {
 }
 
 Tensor room(const Tensor& like, std::initializer_list<int64_t> shape) {
-  return torch::stable::new_empty(like, {shape.begin(), shape.size()});
+  return new_tensor(like, {shape.begin(), shape.size()});
 }
 
 // The tensors that forward saves for backward.
@@ -127,7 +127,7 @@ struct Saved {
 Saved empty_saved(const Tensor& like, const Shape& shape, bool keep) {
   const int64_t rows = keep ? shape.days.rows : 0, orders[] = {2, shape.heads, rows};
   return {room(like, {shape.heads, rows, shape.width}), room(like, {shape.heads, rows}),
-          torch::stable::new_empty(like, {orders, 3}, ScalarType::Int)};
+          new_tensor(like, {orders, 3}, ScalarType::Int)};
 }
 
 void check_saved(const char* op, const Tensor& like, const Shape& shape, const Saved& saved) {
@@ -141,8 +141,7 @@ void check_saved(const char* op, const Tensor& like, const Shape& shape, const S
 }
 
 Saved contiguous(const Saved& saved) {
-  return {torch::stable::contiguous(saved.share), torch::stable::contiguous(saved.share_weight),
-          torch::stable::contiguous(saved.orders)};
+  return {as_contiguous(saved.share), as_contiguous(saved.share_weight), as_contiguous(saved.orders)};
 }
 
 template <class T>
@@ -170,9 +169,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_cuda(const Tensor&
   check_shape(op, "query", query, value, {value.size(0), value.size(1)});
   check_shape(op, "key", key, value, {value.size(0), value.size(1)});
   SortingDevice device(value);
-  const Tensor contiguous_query = torch::stable::contiguous(query),
-               contiguous_key = torch::stable::contiguous(key);
-  const Tensor rows = torch::stable::contiguous(value);
+  const Tensor contiguous_query = as_contiguous(query), contiguous_key = as_contiguous(key);
+  const Tensor rows = as_contiguous(value);
   const MaybeTensor days = dense_offsets(offsets);
   shape.days.offsets = offsets_data(days);
   const Tensor out = room(value, {value.size(0), value.size(1), value.size(2)});
@@ -202,11 +200,9 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_backward_cuda(
     check_shape(op, name, *like, value, {heads, n, width});
   check_saved(op, value, shape, {share, share_weight, orders});
   SortingDevice device(value);
-  const Tensor contiguous_grad = torch::stable::contiguous(grad),
-               contiguous_query = torch::stable::contiguous(query);
-  const Tensor contiguous_key = torch::stable::contiguous(key),
-               contiguous_value = torch::stable::contiguous(value);
-  const Tensor contiguous_out = torch::stable::contiguous(out);
+  const Tensor contiguous_grad = as_contiguous(grad), contiguous_query = as_contiguous(query);
+  const Tensor contiguous_key = as_contiguous(key), contiguous_value = as_contiguous(value);
+  const Tensor contiguous_out = as_contiguous(out);
   const Saved saved = contiguous({share, share_weight, orders});
   const MaybeTensor days = dense_offsets(offsets);
   shape.days.offsets = offsets_data(days);
@@ -241,9 +237,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> graph_attention_cuda(const Te
   check_shape(op, "weight", weight, hidden, {2, width});
   check_shape(op, "bias", bias, hidden, {2});
   SortingDevice device(hidden);
-  const Tensor rows = torch::stable::contiguous(hidden),
-               contiguous_weight = torch::stable::contiguous(weight);
-  const Tensor contiguous_bias = torch::stable::contiguous(bias);
+  const Tensor rows = as_contiguous(hidden), contiguous_weight = as_contiguous(weight);
+  const Tensor contiguous_bias = as_contiguous(bias);
   const MaybeTensor days = dense_offsets(offsets);
   shape.days.offsets = offsets_data(days);
   const Tensor out = room(hidden, {n, width}), scores = room(hidden, {2, n});
@@ -281,10 +276,9 @@ std::tuple<Tensor, Tensor, Tensor> graph_attention_backward_cuda(
             torch::stable::new_zeros(hidden, {bias_shape, 1})};
   }
   SortingDevice device(hidden);
-  const Tensor contiguous_grad = torch::stable::contiguous(grad), rows = torch::stable::contiguous(hidden);
-  const Tensor contiguous_weight = torch::stable::contiguous(weight),
-               contiguous_out = torch::stable::contiguous(out);
-  const Tensor contiguous_scores = torch::stable::contiguous(scores);
+  const Tensor contiguous_grad = as_contiguous(grad), rows = as_contiguous(hidden);
+  const Tensor contiguous_weight = as_contiguous(weight), contiguous_out = as_contiguous(out);
+  const Tensor contiguous_scores = as_contiguous(scores);
   const Saved saved = contiguous({share, share_weight, orders});
   const MaybeTensor days = dense_offsets(offsets);
   shape.days.offsets = offsets_data(days);

@@ -25,8 +25,8 @@ class Pool {
   PoolJob<Element> job{};
 
   Pool(const PoolTensors& tensors, double dropout, const std::optional<Tensor>& seed)
-      : h_(tensors.h.stride(2) == 1 ? tensors.h : torch::stable::contiguous(tensors.h)),
-        weight_(torch::stable::contiguous(tensors.weight)),
+      : h_(tensors.h.stride(2) == 1 ? tensors.h : as_contiguous(tensors.h)),
+        weight_(as_contiguous(tensors.weight)),
         store_(tensors.h) {
     job.batch = h_.size(0);
     job.steps = h_.size(1);
@@ -54,7 +54,7 @@ class Pool {
 
  private:
   const Element* padded(const Tensor& tensor) {
-    const Tensor contiguous = torch::stable::contiguous(tensor);
+    const Tensor contiguous = as_contiguous(tensor);
     return store_.vector(contiguous.const_data_ptr<Element>(), job.width);
   }
 
@@ -100,9 +100,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_pool_backward_cpu(
     Pool<Element> pool(tensors, dropout, seed);
     pool.prepare_backward();
     auto& job = pool.job;
-    const Tensor contiguous_grad = torch::stable::contiguous(grad),
-                 contiguous_attention = torch::stable::contiguous(attention),
-                 contiguous_pooled = torch::stable::contiguous(pooled);
+    const Tensor contiguous_grad = as_contiguous(grad), contiguous_attention = as_contiguous(attention),
+                 contiguous_pooled = as_contiguous(pooled);
     job.grad = contiguous_grad.const_data_ptr<Element>();
     job.attention = contiguous_attention.mutable_data_ptr<Element>();
     job.pooled = contiguous_pooled.mutable_data_ptr<Element>();

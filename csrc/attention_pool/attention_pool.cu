@@ -26,10 +26,10 @@ struct Pool {
   Tensor h, weight, bias, score, products;
 
   explicit Pool(const PoolTensors& arguments)
-      : h(torch::stable::contiguous(arguments.h)),
-        weight(torch::stable::contiguous(arguments.weight)),
-        bias(torch::stable::contiguous(arguments.bias)),
-        score(torch::stable::contiguous(arguments.score)),
+      : h(as_contiguous(arguments.h)),
+        weight(as_contiguous(arguments.weight)),
+        bias(as_contiguous(arguments.bias)),
+        score(as_contiguous(arguments.score)),
         products(room(h, {h.size(0) * h.size(1), weight.size(0)})) {
     multiply(products, rows(), turned(weight));
   }
@@ -85,9 +85,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_pool_backward_cuda(
   check_pool_result(arguments.op, "attention", attention, h, steps);
   check_pool_result(arguments.op, "pooled", pooled, h, hidden);
   const Dropout rule = device_dropout(arguments.op, "h", h, dropout, seed);
-  const Tensor contiguous_grad = torch::stable::contiguous(grad),
-               contiguous_attention = torch::stable::contiguous(attention);
-  const Tensor contiguous_pooled = torch::stable::contiguous(pooled);
+  const Tensor contiguous_grad = as_contiguous(grad), contiguous_attention = as_contiguous(attention);
+  const Tensor contiguous_pooled = as_contiguous(pooled);
   const Pool pool(arguments);
   const Tensor grad_h = room(h, {batch, steps, hidden}), grad_weight = room(h, {width, hidden});
   Tensor grad_bias = room(h, {width}), grad_score = room(h, {width});

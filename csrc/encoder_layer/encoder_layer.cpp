@@ -22,7 +22,7 @@ class Encoder {
   Encoder(const Tensor& x, const std::vector<Tensor>& weights, int64_t heads, const DropoutRule& dropout,
           bool last_step, bool backward)
       : store_(x) {
-    for (const Tensor& weight : weights) weights_.push_back(torch::stable::contiguous(weight));
+    for (const Tensor& weight : weights) weights_.push_back(as_contiguous(weight));
     job.batch = x.size(0);
     job.steps = x.size(1);
     job.width = x.size(2);
@@ -168,9 +168,8 @@ std::tuple<Tensor, std::vector<Tensor>> encoder_layer_backward_cpu(const Tensor&
   check_shaped(op, "normalised", normalised, x, {2, B, results, D});
   check_shaped(op, "scales", scales, x, {2, B, results});
   const Tensor grad_x = empty(x, {input_grad ? B : 0, T, D});
-  const Tensor contiguous_grad = torch::stable::contiguous(grad),
-               contiguous_normalised = torch::stable::contiguous(normalised),
-               contiguous_scales = torch::stable::contiguous(scales);
+  const Tensor contiguous_grad = as_contiguous(grad), contiguous_normalised = as_contiguous(normalised),
+               contiguous_scales = as_contiguous(scales);
   std::vector<Tensor> gradients;
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);

@@ -69,13 +69,12 @@ std::tuple<Tensor, std::vector<Tensor>> encoder_layer_backward_cuda(
   }
   check_shaped(op, "normalised", normalised, x, {2, B, R, D});
   check_shaped(op, "scales", scales, x, {2, B, R});
-  const Tensor contiguous_grad = as_matrix(torch::stable::contiguous(grad), B * R, D);
-  const Tensor contiguous_normalised = torch::stable::contiguous(normalised),
-               contiguous_scales = torch::stable::contiguous(scales);
+  const Tensor contiguous_grad = as_matrix(as_contiguous(grad), B * R, D);
+  const Tensor contiguous_normalised = as_contiguous(normalised), contiguous_scales = as_contiguous(scales);
   const Tensor grad_x = room(x, {input_grad ? B : 0, arguments.steps(), D});
   std::vector<Tensor> grads, net_grads, other_grads;
   for (size_t i = 0; i < arguments.weights.size(); ++i) {
-    grads.push_back(torch::stable::empty_like(arguments.weights[i]));
+    grads.push_back(new_tensor_like(arguments.weights[i]));
     (i >= kLinear1Weight && i <= kLinear2Bias ? net_grads : other_grads).push_back(grads[i]);
   }
   dispatch_floating(x.scalar_type(), [&](auto zero) {

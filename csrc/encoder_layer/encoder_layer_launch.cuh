@@ -66,8 +66,8 @@ struct EncoderArguments {
       : heads(head_count) {
     check_encoder_layer(op, input, parameters, heads);
     dropout = device_dropout(op, "x", input, rate, seed);
-    x = torch::stable::contiguous(input);
-    for (const Tensor& weight : parameters) weights.push_back(torch::stable::contiguous(weight));
+    x = as_contiguous(input);
+    for (const Tensor& weight : parameters) weights.push_back(as_contiguous(weight));
     results = last_step ? 1 : x.size(1);
   }
   int64_t batch() const { return x.size(0); }

@@ -18,9 +18,7 @@ struct Block {
   const Tensor weight_in, bias_in, weight_out;
 
   Block(const char* op, const Tensor& x, const Tensor& entering, const Tensor& bias, const Tensor& leaving)
-      : weight_in(torch::stable::contiguous(entering)),
-        bias_in(torch::stable::contiguous(bias)),
-        weight_out(torch::stable::contiguous(leaving)) {
+      : weight_in(as_contiguous(entering)), bias_in(as_contiguous(bias)), weight_out(as_contiguous(leaving)) {
     check_feed_forward(op, x, entering, bias, leaving);
   }
 };
@@ -63,7 +61,7 @@ Tensor feed_forward_cpu(const Tensor& x, const Tensor& weight_in, const Tensor& 
   const int64_t out = weight_out.size(0);
   check_shaped(op, "bias_out", bias_out, x, {out});
   const DropoutRule rule = dropout_rule(op, dropout, seed);
-  const Tensor output = empty(x, {x.size(0), out}), bias = torch::stable::contiguous(bias_out);
+  const Tensor output = empty(x, {x.size(0), out}), bias = as_contiguous(bias_out);
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);
     PanelStore<Element> store(x);
@@ -89,7 +87,7 @@ Gradients feed_forward_backward_cpu(const Tensor& grad, const Tensor& x, const T
   check_shaped(op, "grad", grad, x, {x.size(0), out});
   const DropoutRule rule = dropout_rule(op, dropout, seed);
   const Tensor grad_x = empty(x, {input_grad ? x.size(0) : 0, x.size(1)});
-  const Tensor contiguous_grad = torch::stable::contiguous(grad);
+  const Tensor contiguous_grad = as_contiguous(grad);
   std::optional<Gradients> result;
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);

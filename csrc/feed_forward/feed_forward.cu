@@ -38,10 +38,10 @@ struct Block {
         const std::optional<Tensor>& seed) {
     check_feed_forward(op, rows, w1, b1, w2);
     dropout = device_dropout(op, "x", rows, rate, seed);
-    x = torch::stable::contiguous(rows);
-    weight_in = torch::stable::contiguous(w1);
-    bias_in = torch::stable::contiguous(b1);
-    weight_out = torch::stable::contiguous(w2);
+    x = as_contiguous(rows);
+    weight_in = as_contiguous(w1);
+    bias_in = as_contiguous(b1);
+    weight_out = as_contiguous(w2);
   }
   Rows rows() const { return {x.size(0), 1, 0, 0}; }
   int64_t outputs() const { return weight_out.size(0); }
@@ -57,7 +57,7 @@ Tensor feed_forward_cuda(const Tensor& x, const Tensor& weight_in, const Tensor&
   const Precision form = checked_precision(op, precision);
   const int64_t N = x.size(0), O = block.outputs();
   check_shaped(op, "bias_out", bias_out, x, {O});
-  const Tensor output = room(x, {N, O}), bias = torch::stable::contiguous(bias_out);
+  const Tensor output = room(x, {N, O}), bias = as_contiguous(bias_out);
   if (N == 0) return output;
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -81,11 +81,10 @@ Gradients feed_forward_backward_cuda(const Tensor& grad, const Tensor& x, const 
   const Precision form = checked_precision(op, precision);
   const int64_t N = x.size(0);
   check_shaped(op, "grad", grad, x, {N, block.outputs()});
-  const Tensor contiguous_grad = torch::stable::contiguous(grad);
+  const Tensor contiguous_grad = as_contiguous(grad);
   const Tensor grad_x = room(x, {input_grad ? N : 0, x.size(1)});
-  const std::vector<Tensor> grads{torch::stable::empty_like(block.weight_in),
-                                  torch::stable::empty_like(block.bias_in),
-                                  torch::stable::empty_like(block.weight_out), room(x, {block.outputs()})};
+  const std::vector<Tensor> grads{new_tensor_like(block.weight_in), new_tensor_like(block.bias_in),
+                                  new_tensor_like(block.weight_out), room(x, {block.outputs()})};
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     PartSums sums(device, grads);

@@ -29,7 +29,7 @@ class PartSums {
   const std::vector<Tensor>& open() {
     if (!any_) return totals_;
     if (parts_.empty())
-      for (const Tensor& total : totals_) parts_.push_back(torch::stable::empty_like(total));
+      for (const Tensor& total : totals_) parts_.push_back(new_tensor_like(total));
     return parts_;
   }
 

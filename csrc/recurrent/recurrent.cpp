@@ -167,8 +167,8 @@ Backward backward(const Inputs& inputs, const Results& results) {
     const int64_t L = job.layer_count, B = job.batch, T = job.steps, H = job.hidden;
     check_shaped(op, "gates", results.gates, x, {L, T, B, 4, H});
     check_shaped(op, "kept", results.carried, x, {L, T, B, H});
-    const Tensor contiguous_gates = torch::stable::contiguous(results.gates),
-                 contiguous_carried = torch::stable::contiguous(results.carried);
+    const Tensor contiguous_gates = as_contiguous(results.gates),
+                 contiguous_carried = as_contiguous(results.carried);
     job.gates = contiguous_gates.mutable_data_ptr<Element>();
     job.carried = contiguous_carried.mutable_data_ptr<Element>();
     job.grad_h = network.state(op, "grad_h", results.grad_h, x);
@@ -176,12 +176,12 @@ Backward backward(const Inputs& inputs, const Results& results) {
     Tensor grad_output;
     if (results.grad_output && inputs.all_steps) {
       check_shaped(op, "grad_output", *results.grad_output, x, {B, T, H});
-      grad_output = torch::stable::contiguous(*results.grad_output);
+      grad_output = as_contiguous(*results.grad_output);
       job.grad_output = {grad_output.const_data_ptr<Element>(), grad_output.stride(0), grad_output.stride(1),
                          1};
     } else if (results.grad_output) {
       check_shaped(op, "grad_output", *results.grad_output, x, {B, H});
-      grad_output = torch::stable::contiguous(*results.grad_output);
+      grad_output = as_contiguous(*results.grad_output);
       job.grad_last = grad_output.const_data_ptr<Element>();
     }
     out.grad_x = empty(x, {results.input_grad ? B : 0, T, x.size(2)});

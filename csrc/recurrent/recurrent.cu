@@ -43,7 +43,7 @@ MaybeTensor state(const char* op, const char* name, const MaybeTensor& tensor, c
                   int64_t layers, int64_t hidden) {
   if (!tensor) return tensor;
   check_shaped(op, name, *tensor, x, {layers, x.size(0), hidden});
-  return torch::stable::contiguous(*tensor);
+  return as_contiguous(*tensor);
 }
 
 // Returns the [B, H] of a layer, or null.
@@ -71,7 +71,7 @@ Network checked(const char* op, const Tensor& x, const std::vector<Tensor>& weig
                 const MaybeTensor& seed) {
   check_layers(op, x, weights, Cell::kGates);
   Network network{{}, static_cast<int64_t>(weights.size()) / 4, x.size(0), x.size(1), weights[1].size(1), {}};
-  for (const Tensor& weight : weights) network.weights.push_back(torch::stable::contiguous(weight));
+  for (const Tensor& weight : weights) network.weights.push_back(as_contiguous(weight));
   network.dropout = device_dropout(op, "x", x, network.layers > 1 ? dropout : 0, seed);
   return network;
 }
@@ -272,7 +272,7 @@ void run_backward(const char* op, CudaDevice& device, const Tensor& x, const Net
   const int64_t B = network.batch, H = network.hidden, rows = B * network.steps;
   RecurrentLaunches<Cell, T, CudaDevice> launches(op, device, H, B);
   const Buffers buffers = backward_buffers<Cell>(x, network);
-  for (const Tensor& weight : network.weights) out.weights.push_back(torch::stable::empty_like(weight));
+  for (const Tensor& weight : network.weights) out.weights.push_back(new_tensor_like(weight));
   for (int64_t l = network.layers - 1; l >= 0; --l) {
     const Tensor *const weights = &network.weights[4 * l], *const grads = &out.weights[4 * l];
     if (B > 0)
@@ -303,8 +303,8 @@ Backward backward(const char* op, const OutputGradients& grads, const Tensor& x,
   const int64_t L = network.layers, B = network.batch, T = network.steps, H = network.hidden;
   check_shaped(op, "gates", gates, x, {L, T, B, 4, H});
   check_shaped(op, "kept", carried, x, {L, T, B, H});
-  SavedInputs saved{torch::stable::contiguous(gates),
-                    torch::stable::contiguous(carried),
+  SavedInputs saved{as_contiguous(gates),
+                    as_contiguous(carried),
                     state(op, "h0", h0, x, L, H),
                     state(op, "c0", c0, x, L, H),
                     std::nullopt,
@@ -313,7 +313,7 @@ Backward backward(const char* op, const OutputGradients& grads, const Tensor& x,
                     all_steps};
   if (grads.output && all_steps) check_shaped(op, "grad_output", *grads.output, x, {B, T, H});
   if (grads.output && !all_steps) check_shaped(op, "grad_output", *grads.output, x, {B, H});
-  if (grads.output) saved.output = torch::stable::contiguous(*grads.output);
+  if (grads.output) saved.output = as_contiguous(*grads.output);
   Backward out{room(x, {input_grad ? B : 0, T, x.size(2)}),
                room(x, {state_grad ? L : 0, B, H}),
                room(x, {state_grad && Cell::kStates == 2 ? L : 0, B, H}),

@@ -47,7 +47,7 @@ class RecurrentNetwork {
     job.hidden = weights[1].size(1);
     job.layer_count = static_cast<int64_t>(weights.size()) / 4;
     const int64_t H = job.hidden;
-    for (const Tensor& weight : weights) weights_.push_back(torch::stable::contiguous(weight));
+    for (const Tensor& weight : weights) weights_.push_back(as_contiguous(weight));
     job.blocks = (H + lanes_ - 1) / lanes_;
     job.stride = job.blocks * lanes_;
     job.x = {x.const_data_ptr<Element>(), x.stride(0), x.stride(1), x.stride(2)};
@@ -64,7 +64,7 @@ class RecurrentNetwork {
   const Element* state(const char* op, const char* name, const MaybeTensor& tensor, const Tensor& x) {
     if (!tensor) return nullptr;
     check_shaped(op, name, *tensor, x, {job.layer_count, job.batch, job.hidden});
-    states_.push_back(torch::stable::contiguous(*tensor));
+    states_.push_back(as_contiguous(*tensor));
     return states_.back().const_data_ptr<Element>();
   }
 
@@ -202,7 +202,7 @@ class RecurrentNetwork {
   // Returns a gradient in torch's layout from sums in the layout of `pack`.
   Tensor unpack(const Tensor& like, const Element* sums, bool input) const {
     const int64_t columns = like.size(1), gates = Cell::kGates * lanes_;
-    Tensor out = torch::stable::empty_like(like);
+    Tensor out = new_tensor_like(like);
     Element* const to = out.mutable_data_ptr<Element>();
     for_gate_rows(input, [&](int64_t block, int64_t gate, int64_t lane, int64_t row) {
       const Element* const place = sums + block * columns * gates + gate * lanes_ + lane;
@@ -213,7 +213,7 @@ class RecurrentNetwork {
 
   // Returns the gradient of a bias from sums in the layout of `pack_bias`.
   Tensor unpack_bias(const Tensor& like, const Element* sums, bool input) const {
-    Tensor out = torch::stable::empty_like(like);
+    Tensor out = new_tensor_like(like);
     Element* const to = out.mutable_data_ptr<Element>();
     const int64_t first = input ? 0 : 4 - Cell::kGates;
     for_gate_rows(input, [&](int64_t block, int64_t gate, int64_t lane, int64_t row) {

@@ -142,7 +142,7 @@ std::tuple<Tensor, std::vector<Tensor>> temporal_conv_net_backward_cpu(
         ": activations: expected those of a forward pass with keep, of shape (", job.batch * job.row_elements,
         ",) and signs of shape (", job.batch * job.row_signs, ",), got ", shape_text(activations), " and ",
         shape_text(signs), ".");
-    const Tensor contiguous_grad = torch::stable::contiguous(grad);
+    const Tensor contiguous_grad = as_contiguous(grad);
     const auto grad_view = output_view<Element>(contiguous_grad, all_steps);
     job.grad = {grad_view.data, grad_view.slot_stride, grad_view.row_stride, 1};
     job.output = output_view<Element>(output, all_steps);

@@ -37,7 +37,7 @@ namespace {
 
 Tensor room(const Tensor& like, std::initializer_list<int64_t> shape,
             std::optional<ScalarType> dtype = std::nullopt) {
-  return torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
+  return new_tensor(like, {shape.begin(), shape.size()}, dtype);
 }
 
 template <class T>
@@ -114,7 +114,7 @@ std::vector<Tensor> weight_gradients(const std::vector<BlockTensors>& tensors,
                                      std::vector<BlockData<T>>& blocks) {
   std::vector<Tensor> grads;
   const auto next = [&](const Tensor& like) {
-    grads.push_back(torch::stable::empty_like(like));
+    grads.push_back(new_tensor_like(like));
     return grads.back().mutable_data_ptr<T>();
   };
   for (std::size_t i = 0; i < tensors.size(); ++i) {
@@ -150,9 +150,8 @@ std::tuple<Tensor, std::vector<Tensor>> temporal_conv_net_backward_cuda(
   };
   check("grad", grad);
   check("output", output);
-  const Tensor contiguous_grad = torch::stable::contiguous(grad),
-               contiguous_output = torch::stable::contiguous(output);
-  const Tensor states = torch::stable::contiguous(activations), sign_bits = torch::stable::contiguous(signs);
+  const Tensor contiguous_grad = as_contiguous(grad), contiguous_output = as_contiguous(output);
+  const Tensor states = as_contiguous(activations), sign_bits = as_contiguous(signs);
   const Tensor grad_x = room(x, {input_grad ? batch : 0, x.size(1), x.size(2)});
   std::vector<Tensor> grads;
   dispatch_floating(x.scalar_type(), [&](auto zero) {

@@ -62,7 +62,7 @@ inline std::vector<BlockTensors> cut_blocks(const char* op, const Tensor& x,
   const auto next = [&] {
     QFAST_CHECK(at < weights.size(), op, ": weights: expected 4 or 6 tensors for each block, got ",
                 weights.size(), ".");
-    return torch::stable::contiguous(weights[at++]);
+    return as_contiguous(weights[at++]);
   };
   while (at < weights.size()) {
     const int64_t number = static_cast<int64_t>(blocks.size());
@@ -307,7 +307,7 @@ class Network {
 
   Element* space(int64_t elements) {
     const int64_t shape[] = {elements};
-    buffers_.push_back(torch::stable::new_empty(tensors[0].first_weight, {shape, 1}));
+    buffers_.push_back(new_tensor(tensors[0].first_weight, {shape, 1}));
     return buffers_.back().template mutable_data_ptr<Element>();
   }
 

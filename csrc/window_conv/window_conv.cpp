@@ -27,7 +27,7 @@ void check_window_conv(const char* op, const Tensor& x, const Tensor& weight) {
 // O and D, and the taps are in reverse order, which is the right side of the product for the gradient of x.
 template <class Element>
 Tensor by_taps(const Tensor& weight, bool turned) {
-  const Tensor source = torch::stable::contiguous(weight);
+  const Tensor source = as_contiguous(weight);
   const int64_t O = source.size(0), D = source.size(1), K = source.size(2);
   const int64_t rows = turned ? O : D, columns = turned ? D : O;
   const int64_t padded = PanelStore<Element>::cut(rows).padded();
@@ -79,8 +79,7 @@ Tensor window_conv_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias
   check_window_conv(op, x, weight);
   const int64_t out = weight.size(0);
   check_shaped(op, "bias", bias, x, {out});
-  const Tensor output = empty(x, {x.size(0), x.size(1), out}),
-               contiguous_bias = torch::stable::contiguous(bias);
+  const Tensor output = empty(x, {x.size(0), x.size(1), out}), contiguous_bias = as_contiguous(bias);
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);
     PanelStore<Element> store(x);
@@ -114,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor> window_conv_backward_cpu(const Tensor& grad, 
   check_window_conv(op, x, weight);
   check_shaped(op, "grad", grad, x, {x.size(0), x.size(1), weight.size(0)});
   const Tensor grad_x = empty(x, {input_grad ? x.size(0) : 0, x.size(1), x.size(2)});
-  const Tensor contiguous_grad = torch::stable::contiguous(grad);
+  const Tensor contiguous_grad = as_contiguous(grad);
   std::optional<std::tuple<Tensor, Tensor, Tensor>> gradients;
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);

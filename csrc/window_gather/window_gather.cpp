@@ -93,7 +93,7 @@ Tensor window_rows_cpu(const Tensor& position, const Tensor& back, const Tensor&
   check_bounds(op, "last_row", window_index.last_row, window_index.tables.panel_rows);
   const int64_t windows = last_row.size(0);
   const int64_t shape[] = {windows, step_len};
-  Tensor rows = torch::stable::new_empty(position, {shape, 2}, ScalarType::Long);
+  Tensor rows = new_tensor(position, {shape, 2}, ScalarType::Long);
   const ResolveJob job{window_index.tables, row_numbers(window_index.last_row),
                        rows.mutable_data_ptr<int64_t>()};
   const CpuKernels& kernels = cpu_kernels();
@@ -110,7 +110,7 @@ Tensor gather_windows_cpu(const Tensor& panel, const Tensor& rows, int64_t colum
   check_row_numbers(op, "index", rows);
   check_dims(op, "index", rows, 2, "[B, T]");
   check_same_device(op, "index", rows, panel, "panel");
-  const Tensor index = torch::stable::contiguous(rows);
+  const Tensor index = as_contiguous(rows);
   check_bounds(op, "index", index, panel.size(0));
   return gather(adjacent_columns(panel), index, nullptr, rows.size(0), rows.size(1), column_begin, column_end,
                 transposed);
@@ -135,10 +135,10 @@ Tensor gather_windows_backward_cpu(const Tensor& grad, const Tensor& rows, int64
   const char* op = "gather_windows_backward";
   check_backward(op, grad, rows, n_columns, column_begin, transposed);
   check_cpu(op, "grad", grad);
-  const Tensor steps = torch::stable::contiguous(grad);
-  const Tensor index = torch::stable::contiguous(rows);
+  const Tensor steps = as_contiguous(grad);
+  const Tensor index = as_contiguous(rows);
   const int64_t shape[] = {n_rows, n_columns};
-  Tensor out = torch::stable::new_empty(grad, {shape, 2});
+  Tensor out = new_tensor(grad, {shape, 2});
   const int64_t bytes = out.numel() * static_cast<int64_t>(grad.element_size());
   if (bytes >= kHugeBytes) advise_huge_pages(out.mutable_data_ptr(), bytes);
   const ScatterJob job{steps.const_data_ptr(),

@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kBlock)
 Tensor resolve_rows(const IndexTables& window_index, const Tensor& like, cudaStream_t stream) {
   const int64_t windows = window_index.last_row.size(0);
   const int64_t shape[] = {windows, window_index.tables.step_len};
-  Tensor rows = torch::stable::new_empty(like, {shape, 2}, ScalarType::Long);
+  Tensor rows = new_tensor(like, {shape, 2}, ScalarType::Long);
   if (windows == 0) return rows;
   const ResolveJob job{window_index.tables, row_numbers(window_index.last_row),
                        rows.mutable_data_ptr<int64_t>()};
@@ -255,7 +255,7 @@ Tensor gather_windows_cuda(const Tensor& panel, const Tensor& rows, int64_t colu
   check_dims(op, "index", rows, 2, "[B, T]");
   check_same_device(op, "index", rows, panel, "panel");
   const CudaScope scope(panel);
-  return gather(adjacent_columns(panel), torch::stable::contiguous(rows), nullptr, rows.size(0), rows.size(1),
+  return gather(adjacent_columns(panel), as_contiguous(rows), nullptr, rows.size(0), rows.size(1),
                 column_begin, column_end, transposed, scope.stream());
 }
 
@@ -295,14 +295,15 @@ Tensor gather_windows_backward_cuda(const Tensor& grad, const Tensor& rows, int6
   check_backward(op, grad, rows, n_columns, column_begin, transposed);
   check_cuda(op, "grad", grad);
   const CudaScope scope(grad);
-  const Tensor steps = torch::stable::contiguous(grad);
+  const Tensor steps = as_contiguous(grad);
   const int64_t shape[] = {n_rows, n_columns};
-  Tensor out = torch::stable::new_zeros(grad, {shape, 2});
+  Tensor out = new_zero_tensor(grad, {shape, 2});
   const int64_t count = rows.numel();
   if (count == 0 || out.numel() == 0 || grad.numel() == 0) return out;
   const int64_t flat[] = {count};
-  const Tensor keys = torch::stable::reshape(torch::stable::to(rows, ScalarType::Long), {flat, 1});
-  const auto [sorted, order] = stable_sort(keys);
+  const auto [sorted, order] = with_memory(rows, {flat, 1}, ScalarType::Long, [&] {
+    return stable_sort(torch::stable::reshape(torch::stable::to(rows, ScalarType::Long), {flat, 1}));
+  });
   const ScatterJob job{steps.const_data_ptr(),
                        {nullptr, false},
                        rows.size(0),

@@ -44,11 +44,8 @@ inline IndexTables check_tables(const char* op, const Tensor& first, const char*
   QFAST_CHECK(step_len >= 1, op, ": step_len: expected at least 1, got ", step_len, ".");
   QFAST_CHECK(fill >= 0 && fill <= 2, op, ": fill: expected 0 (none), 1 (ffill) or 2 (ffill and bfill), got ",
               fill, ".");
-  IndexTables window_index{torch::stable::contiguous(position),
-                           torch::stable::contiguous(back),
-                           torch::stable::contiguous(run),
-                           torch::stable::contiguous(last_row),
-                           {}};
+  IndexTables window_index{
+      as_contiguous(position), as_contiguous(back), as_contiguous(run), as_contiguous(last_row), {}};
   window_index.tables = {window_index.position.const_data_ptr<int32_t>(),
                          window_index.back.const_data_ptr<int32_t>(),
                          window_index.run.const_data_ptr<int32_t>(),
@@ -65,13 +62,13 @@ inline RowNumbers row_numbers(const Tensor& rows) {
 
 // Returns the panel with adjacent columns. The rows may have any stride.
 inline Tensor adjacent_columns(const Tensor& panel) {
-  return panel.size(1) > 1 && panel.stride(1) != 1 ? torch::stable::contiguous(panel) : panel;
+  return panel.size(1) > 1 && panel.stride(1) != 1 ? as_contiguous(panel) : panel;
 }
 
 inline Tensor empty_windows(const Tensor& panel, int64_t windows, int64_t steps, int64_t width,
                             bool transposed) {
   const int64_t shape[] = {windows, transposed ? width : steps, transposed ? steps : width};
-  return torch::stable::new_empty(panel, {shape, 3});
+  return new_tensor(panel, {shape, 3});
 }
 
 inline void check_backward(const char* op, const Tensor& grad, const Tensor& rows, int64_t n_columns,

@@ -6,13 +6,16 @@ mode. In eager mode, a call through the registered gradient takes longer than th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
+from functools import wraps
 from numbers import Real
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from qfast.device import memory_shortage
 from qfast.errors import ConfigError, DataError
 
 FLOATING = (torch.float32, torch.float64)
@@ -39,6 +42,48 @@ def refuse_double_backward(name: str, remedy: str = _FUNC_GRAD) -> None:
 def needs_grad(*tensors: Tensor) -> bool:
     """Return whether autograd records an operation on these tensors."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+# ---------------------------------------------------------------- memory
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+
+FEWER_ROWS = "fewer rows per call"
+
+
+def explain_memory(
+    operator: str, remedy: str = FEWER_ROWS
+) -> Callable[[Callable[_Parameters, _Result]], Callable[_Parameters, _Result]]:
+    """Decorator: insufficient memory raises a torch.OutOfMemoryError with the size, the device and a remedy.
+
+    The kernels raise a MemoryError, because the stable ABI has no error type for it. Graphs of torch.compile call the
+    kernels directly and leave it at that.
+    """
+
+    def decorate(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+        @wraps(function)
+        def with_explanation(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+            try:
+                return function(*args, **kwargs)
+            except (MemoryError, RuntimeError) as error:
+                raise_out_of_memory(operator, error, remedy)
+                raise
+
+        return with_explanation
+
+    return decorate
+
+
+def raise_out_of_memory(operator: str, error: MemoryError | RuntimeError, remedy: str = FEWER_ROWS) -> None:
+    """Raise a torch.OutOfMemoryError if `error` means insufficient memory and is not one already."""
+    shortage = memory_shortage(error)
+    if shortage is None or isinstance(error, torch.OutOfMemoryError):
+        return
+    device = re.search(r" on (cuda:\d+)", shortage)
+    if device is not None and not torch.cuda.is_current_stream_capturing():
+        # An earlier kernel that failed also makes allocations fail. Then this call raises that kernel's error.
+        shortage += f", {torch.cuda.mem_get_info(device[1])[0] / 2**20:.1f} MiB are free"
+    raise torch.OutOfMemoryError(f"{operator}: {shortage}. Remedy: {remedy}.") from error
 
 
 # ---------------------------------------------------------------- half precision

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from qfast.ops import transforms
-from qfast.ops._common import FLOATING, check_same, define, require_tensor
+from qfast.ops._common import FLOATING, check_same, define, explain_memory, require_tensor
 
 __all__ = ["tanh"]
 
 
+@explain_memory("tanh", "fewer elements per call")
 def tanh(x: Tensor) -> Tensor:
     """Hyperbolic tangent of every element.
 
@@ -31,6 +32,8 @@ def tanh(x: Tensor) -> Tensor:
     ------
     DataError
         x is not a tensor.
+    torch.OutOfMemoryError
+        Insufficient memory, on any device. The message states the size.
 
     Notes
     -----
@@ -71,6 +74,7 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(output)
 
 
+@explain_memory("tanh", "fewer elements per call")
 def _gradient(ctx, grad):  # type: ignore[no-untyped-def]
     (output,) = ctx.saved_tensors
     return torch.ops.aten.tanh_backward(grad, output)

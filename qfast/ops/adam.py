@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from qfast.errors import DataError
-from qfast.ops._common import FLOATING, check_same, define
+from qfast.ops._common import FLOATING, check_same, define, explain_memory
 
 __all__ = ["clipped_adam_"]
 
 _LISTS = ("parameters", "gradients", "exp_avg", "exp_avg_sq", "steps")
 
 
+@explain_memory("clipped_adam", "the same dense strides for all tensors of a parameter, which are then not copied")
 def clipped_adam_(
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor],
@@ -69,6 +70,8 @@ def clipped_adam_(
     DataError
         The lists differ in length, a dtype, shape or device is wrong, several elements of a tensor share memory, or
         limit is not above 0.
+    torch.OutOfMemoryError
+        Insufficient memory, on any device. The message states the size.
 
     Source
     ------

@@ -22,6 +22,7 @@ from qfast.ops._common import (
     check_floating,
     check_same,
     define,
+    explain_memory,
     is_half,
     needs_grad,
     refuse_double_backward,
@@ -43,6 +44,7 @@ __all__ = ["additive_attention", "graph_attention"]
 _DENSE = "torch.func.grad within torch.func.grad, which computes with the dense softmax"
 
 
+@explain_memory("additive_attention")
 def additive_attention(
     query: Tensor, key: Tensor, value: Tensor, offsets: Tensor | None = None, negative_slope: float = 0.01
 ) -> Tensor:
@@ -79,6 +81,8 @@ def additive_attention(
         negative_slope is not in [0, 1].
     NotImplementedError
         Double backward. Use torch.func.grad twice.
+    torch.OutOfMemoryError
+        Insufficient memory, on any device. The message states the size.
 
     Notes
     -----
@@ -117,6 +121,7 @@ def additive_attention(
     return torch.ops.qfast.additive_attention(*tensors, days, longest, slope, keep)[0].reshape(value.shape)
 
 
+@explain_memory("graph_attention")
 def graph_attention(
     hidden: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor | None = None, negative_slope: float = 0.01
 ) -> Tensor:
@@ -290,6 +295,7 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
 
 
+@explain_memory("additive_attention")
 def _attention_gradients(ctx, grad, *_):  # type: ignore[no-untyped-def]
     if grad is None:
         return (None,) * 7
@@ -298,6 +304,7 @@ def _attention_gradients(ctx, grad, *_):  # type: ignore[no-untyped-def]
     return *torch.ops.qfast.additive_attention_backward(grad, query, key, value, *days, *saved), None, None, None, None
 
 
+@explain_memory("graph_attention")
 def _graph_gradients(ctx, grad, *_):  # type: ignore[no-untyped-def]
     if grad is None:
         return (None,) * 7
@@ -323,6 +330,7 @@ class _Attention(torch.autograd.Function):
         return output
 
     @staticmethod
+    @explain_memory("additive_attention")
     def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
         if grad is None:
             return (None,) * 6

@@ -17,6 +17,7 @@ from qfast.ops._common import (
     check_floating,
     check_same,
     define,
+    explain_memory,
     is_half,
     needs_grad,
     refuse_double_backward,
@@ -33,6 +34,7 @@ __all__ = ["attention_pool"]
 _PHILOX_PLACE = 0x80000000
 
 
+@explain_memory("attention_pool")
 def attention_pool(
     h: Tensor, weight: Tensor, bias: Tensor, score: Tensor, *, dropout: float = 0.0, training: bool = False
 ) -> Tensor:
@@ -65,6 +67,8 @@ def attention_pool(
         dropout is not in [0, 1].
     NotImplementedError
         Double backward. Use torch.func.grad twice.
+    torch.OutOfMemoryError
+        Insufficient memory, on any device. The message states the size.
 
     Notes
     -----
@@ -193,6 +197,7 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
 
 
+@explain_memory("attention_pool")
 def _gradients(ctx, grad, *_):  # type: ignore[no-untyped-def]
     if grad is None:
         return (None,) * 6

@@ -21,6 +21,7 @@ from qfast.ops._common import (
     check_floating,
     check_same,
     define,
+    explain_memory,
     is_half,
     needs_grad,
     refuse_double_backward,
@@ -34,6 +35,7 @@ from qfast.precision import precision_for
 __all__ = ["encoder_layer"]
 
 
+@explain_memory("encoder_layer")
 def encoder_layer(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -85,6 +87,8 @@ def encoder_layer(
         heads does not divide D, eps is below 0, or dropout is not in [0, 1].
     NotImplementedError
         Double backward. Use torch.func.grad twice.
+    torch.OutOfMemoryError
+        Insufficient memory, on any device. The message states the size.
 
     Notes
     -----
@@ -231,6 +235,7 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
 
 
+@explain_memory("encoder_layer")
 def _input_gradients(ctx, grad, input_grad):  # type: ignore[no-untyped-def]
     """Return the gradients of x (None unless `input_grad`) and of the weights."""
     x, seed, normalised, scales, *weights = ctx.saved_tensors

@@ -19,6 +19,7 @@ from qfast.ops._common import (
     check_floating,
     check_same,
     define,
+    explain_memory,
     is_half,
     needs_grad,
     refuse_double_backward,
@@ -32,6 +33,7 @@ __all__ = ["feed_forward"]
 HIDDEN_DROPOUT = 1  # third word of the Philox counters
 
 
+@explain_memory("feed_forward")
 def feed_forward(
     x: Tensor,
     weight_in: Tensor,
@@ -71,6 +73,8 @@ def feed_forward(
         dropout is not in [0, 1].
     NotImplementedError
         Double backward. Use torch.func.grad twice.
+    torch.OutOfMemoryError
+        Insufficient memory, on any device. The message states the size.
 
     Notes
     -----
@@ -220,6 +224,7 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
 
 
+@explain_memory("feed_forward")
 def _gradients(ctx, grad):  # type: ignore[no-untyped-def]
     if grad is None:
         return (None,) * 8

@@ -21,8 +21,10 @@ from qfast.ops._common import (
     check_floating,
     check_same,
     define,
+    explain_memory,
     is_half,
     needs_grad,
+    raise_out_of_memory,
     refuse_double_backward,
     require,
     require_saved,
@@ -38,6 +40,7 @@ Layers = Sequence[Sequence[Tensor]]
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
+@explain_memory("lstm")
 def lstm(
     x: Tensor,
     layers: Layers,
@@ -81,6 +84,8 @@ def lstm(
     NotImplementedError
         Double backward, by `backward` or torch.autograd.grad(create_graph=True). Use torch.nn.LSTM, or torch.func.grad
         twice.
+    torch.OutOfMemoryError
+        Insufficient memory, on any device. The message states the size.
 
     Notes
     -----
@@ -125,6 +130,7 @@ def lstm(
     return output, (h, c)
 
 
+@explain_memory("gru")
 def gru(
     x: Tensor,
     layers: Layers,
@@ -277,9 +283,13 @@ def _gradients(cell, ctx, grads):  # type: ignore[no-untyped-def]
     optional_state = (*state, None, None)[:n]
     backward = getattr(torch.ops.qfast, f"{cell.name}_backward")
     inputs = (x, weights, *optional_state, ctx.dropout, seed, ctx.all_steps)
-    grad_x, *grad_states, grad_weights = backward(
-        *grads[: 1 + n], *inputs, gates, carried, ctx.input_grad, ctx.n_states > 0
-    )
+    try:
+        grad_x, *grad_states, grad_weights = backward(
+            *grads[: 1 + n], *inputs, gates, carried, ctx.input_grad, ctx.n_states > 0
+        )
+    except (MemoryError, RuntimeError) as error:
+        raise_out_of_memory(cell.name, error)
+        raise
     return grad_x if ctx.input_grad else None, grad_states if ctx.n_states else [None] * n, grad_weights
 
 

@@ -21,6 +21,7 @@ from qfast.ops._common import (
     check_floating,
     check_same,
     define,
+    explain_memory,
     is_half,
     needs_grad,
     refuse_double_backward,
@@ -62,6 +63,7 @@ class BlockWeights(NamedTuple):
     downsample_bias: Tensor | None = None
 
 
+@explain_memory("temporal_conv_net")
 def temporal_conv_net(
     x: Tensor,
     blocks: Sequence[BlockWeights],
@@ -106,6 +108,8 @@ def temporal_conv_net(
         dropout is not in [0, 1].
     NotImplementedError
         Double backward. Use torch.func.grad twice.
+    torch.OutOfMemoryError
+        Insufficient memory, on any device. The message states the size.
 
     Notes
     -----
@@ -299,6 +303,7 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.settings = (dilations, dropout, all_steps)
 
 
+@explain_memory("temporal_conv_net")
 def _gradients(ctx, grad, *_):  # type: ignore[no-untyped-def]
     x, seed, output, activations, signs, *weights = ctx.saved_tensors
     if grad is None:

@@ -17,6 +17,7 @@ from qfast.ops._common import (
     check_floating,
     check_same,
     define,
+    explain_memory,
     is_half,
     needs_grad,
     refuse_double_backward,
@@ -26,6 +27,7 @@ from qfast.ops._common import (
 __all__ = ["window_conv"]
 
 
+@explain_memory("window_conv")
 def window_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Convolve the steps of each window: y_t = bias + sum over k of weight[:, :, k] x_(t + k - K // 2).
 
@@ -50,6 +52,8 @@ def window_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         Wrong type, dtype, shape or device, or an even K.
     NotImplementedError
         Double backward. Use torch.func.grad twice.
+    torch.OutOfMemoryError
+        Insufficient memory, on any device. The message states the size.
 
     Notes
     -----
@@ -140,6 +144,7 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*inputs[:2])
 
 
+@explain_memory("window_conv")
 def _gradients(ctx, grad):  # type: ignore[no-untyped-def]
     input_grad = ctx.needs_input_grad[0]
     grad_x, *grad_parameters = torch.ops.qfast.window_conv_backward(grad, *ctx.saved_tensors, input_grad)

@@ -13,16 +13,26 @@ from torch import Tensor
 
 from qfast.errors import DataError, suggest
 from qfast.ops import transforms
-from qfast.ops._common import FLOATING, check_equal, define, refuse_double_backward, require, require_tensor
+from qfast.ops._common import (
+    FLOATING,
+    check_equal,
+    define,
+    explain_memory,
+    refuse_double_backward,
+    require,
+    require_tensor,
+)
 from qfast.ops.window_index import WindowIndex, build_window_index
 
 FILLS = {"none": 0, "ffill": 1, "ffill+bfill": 2}
 LAYOUTS = {"BTD": False, "BDT": True}
+FEWER_WINDOWS = "fewer windows per call, or a smaller step_len"
 _Code = TypeVar("_Code", int, bool)
 
 __all__ = ["FILLS", "LAYOUTS", "gather_windows", "self_test", "window_rows"]
 
 
+@explain_memory("gather_windows", FEWER_WINDOWS)
 def gather_windows(
     panel: Tensor,
     index: Tensor | WindowIndex,
@@ -107,18 +117,9 @@ def gather_windows(
             return _index_panel(panel, rows, begin, end, transposed)
         require_tensor("gather_windows", "last_row", last_row)
         steps, fill_code = _checked_step_len(step_len), _lookup("fill", fill, FILLS)
-        try:
-            return torch.ops.qfast.gather_rolling_windows(
-                panel, *index, last_row, steps, fill_code, first_position, begin, end, transposed
-            )
-        except RuntimeError as error:
-            if "new_empty" not in str(error):
-                raise
-            raise torch.OutOfMemoryError(
-                f"gather_windows: no memory for {len(last_row)} windows of {step_len} steps and {end - begin} columns "
-                f"({len(last_row) * step_len * (end - begin) * panel.element_size() / 2**30:.3g} GiB). "
-                "Remedy: fewer windows per call, or a smaller step_len."
-            ) from error
+        return torch.ops.qfast.gather_rolling_windows(
+            panel, *index, last_row, steps, fill_code, first_position, begin, end, transposed
+        )
     if last_row is not None or step_len is not None:
         raise DataError(
             f"gather_windows: last_row and step_len require a WindowIndex, but index is a {type(index).__name__}."
@@ -129,6 +130,7 @@ def gather_windows(
     return torch.ops.qfast.gather_windows(panel, index, begin, end, transposed)
 
 
+@explain_memory("window_rows", FEWER_WINDOWS)
 def window_rows(
     index: WindowIndex,
     last_row: Tensor,
@@ -170,6 +172,8 @@ def window_rows(
         Wrong type, dtype, shape, device, step_len or fill.
     IndexError
         On the CPU, a last row below -1 or beyond the panel. On CUDA such a window has -1 at every step.
+    torch.OutOfMemoryError
+        Insufficient memory, on any device. The message states the size.
 
     Source
     ------
@@ -382,6 +386,7 @@ def _save_rows(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(rows)
 
 
+@explain_memory("gather_windows", FEWER_WINDOWS)
 def _gather_gradients(ctx, grad):  # type: ignore[no-untyped-def]
     (rows,) = ctx.saved_tensors
     grad_panel = torch.ops.qfast.gather_windows_backward(grad, rows, *ctx.shape, ctx.begin, ctx.transposed)
@@ -394,6 +399,7 @@ def _save_tables(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*tables)
 
 
+@explain_memory("gather_windows", FEWER_WINDOWS)
 def _rolling_gradients(ctx, grad):  # type: ignore[no-untyped-def]
     rows = torch.ops.qfast.window_rows(*ctx.saved_tensors, ctx.step_len, ctx.fill, ctx.first)
     grad_panel = torch.ops.qfast.gather_windows_backward(grad, rows, *ctx.shape, ctx.begin, ctx.transposed)

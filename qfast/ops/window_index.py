@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qfast import _backend
 from qfast.errors import DataError
-from qfast.ops._common import check_equal
+from qfast.ops._common import check_equal, explain_memory
 
 __all__ = ["WindowIndex", "build_window_index", "self_test"]
 
@@ -42,6 +42,7 @@ class WindowIndex(NamedTuple):
         return WindowIndex(*(table.to(device) for table in self))
 
 
+@explain_memory("build_window_index", "fewer rows")
 def build_window_index(
     instrument_codes: ArrayLike, date_codes: ArrayLike, live: ArrayLike | None = None
 ) -> WindowIndex:
@@ -65,6 +66,8 @@ def build_window_index(
     DataError
         The rows are not sorted, a key occurs twice, a code is negative or above 2**31 - 1, or the arrays differ in
         length.
+    torch.OutOfMemoryError
+        Insufficient memory, on any device. The message states the size.
 
     Source
     ------
