@@ -17,6 +17,7 @@ from qfast.errors import DataError
 from qfast.models import LSTM, ts
 from qfast.training import step_graphs
 from qfast.training.callbacks import Callback
+from support.devices import make_cudnn_exact
 from support.fits import assert_states_equal, dataset_for, device_model, estimator_name, parametrize_estimators
 from support.frames import rolling
 
@@ -25,6 +26,11 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch detects no usable GPU"),
 ]
 DEVICE = "cuda"
+
+
+@pytest.fixture(autouse=True)
+def exact_cudnn(monkeypatch):
+    make_cudnn_exact(monkeypatch)
 
 
 @pytest.fixture(params=_backend.LAYERS)

@@ -13,6 +13,7 @@ from qfast.errors import ConfigError, DataError, NotFittedError
 from qfast.models import GATs, attention, ts
 from qfast.nn.recurrent import as_windows
 from qfast.training.callbacks import Callback
+from support.devices import make_cudnn_exact
 from support.fits import dataset_for, frame_for, same_weights, weights
 from support.frames import make_frame, rolling
 
@@ -209,7 +210,8 @@ def test_a_batch_size_is_taken_said_and_ignored(kind, caplog):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
 @pytest.mark.parametrize("compat", [None, "qlib"])
 @both
-def test_a_gpu_equals_the_cpu(kind, compat):
+def test_a_gpu_equals_the_cpu(kind, compat, monkeypatch):
+    make_cudnn_exact(monkeypatch)
     gpu, cpu = (kind(**{**SMALL, "lr": 1e-4}, compat=compat, device=device) for device in ("cuda", "cpu"))
     for model in (gpu, cpu):
         np.random.seed(5)
@@ -343,11 +345,20 @@ def test_a_picture_of_many_stocks_shows_some_and_says_so(tmp_path):
 
 
 @both
-def test_too_little_memory_is_reported(kind):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 3145728 bytes."),
+        MemoryError("no memory for 3.0 MiB on cpu"),
+    ],
+    ids=["CUDA", "CPU", "kernel"],
+)
+def test_too_little_memory_is_reported(kind, error):
     model = kind(**SMALL)
 
     def full(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     model.network.forward = full
     with pytest.raises(DataError, match=r"training batch does not fit into the memory of cpu .* Remedy: fewer columns"):
