@@ -27,6 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "qfast"
 SOURCES = ROOT / "csrc"
 
+WRAPPERS = {"with_explanation"}  # made by decorators
+
 __all__ = ["Hop", "fit_chain", "operator_chains", "traced_chain"]
 
 
@@ -63,12 +65,15 @@ class StackRecorder(TorchDispatchMode):
 
 
 def active_functions() -> list[Hop]:
-    """The functions of qfast on the call stack, outermost first; comprehensions and lambdas are part of theirs."""
+    """The functions of qfast on the call stack, outermost first.
+
+    Comprehensions and lambdas are part of their function, and wrappers of decorators part of the decorated one.
+    """
     hops = []
     frame = sys._getframe()
     while frame is not None:
         file, function = Path(frame.f_code.co_filename), frame.f_code.co_name
-        if PACKAGE in file.parents and not function.startswith("<"):
+        if PACKAGE in file.parents and not function.startswith("<") and function not in WRAPPERS:
             hops.append(Hop(function, str(file.relative_to(ROOT))))
         frame = frame.f_back
     return hops[::-1]
