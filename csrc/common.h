@@ -23,9 +23,9 @@ namespace qfast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
+using TensorSizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
-inline std::string shape_text(const Shape& sizes) {
+inline std::string shape_text(const TensorSizes& sizes) {
   std::ostringstream text;
   text << '(';
   for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];
@@ -112,7 +112,7 @@ class OutOfMemory : public std::bad_alloc {
   std::string text_;
 };
 
-inline std::string shortage_text(const Tensor& like, const Shape& shape, ScalarType type) {
+inline std::string shortage_text(const Tensor& like, const TensorSizes& shape, ScalarType type) {
   const bool wide = type == ScalarType::Double || type == ScalarType::Long;
   double bytes = wide ? 8 : type == ScalarType::Byte ? 1 : 4;
   for (const int64_t size : shape) bytes *= static_cast<double>(size);
@@ -124,7 +124,7 @@ inline std::string shortage_text(const Tensor& like, const Shape& shape, ScalarT
 // Returns allocate(), which makes tensors on the device of `like`, the largest with this shape and dtype. A
 // failure means that there is not enough memory, because the arguments have been checked.
 template <class Allocate>
-auto with_memory(const Tensor& like, const Shape& shape, ScalarType type, const Allocate& allocate) {
+auto with_memory(const Tensor& like, const TensorSizes& shape, ScalarType type, const Allocate& allocate) {
   try {
     return allocate();
   } catch (const std::runtime_error&) {
@@ -133,14 +133,14 @@ auto with_memory(const Tensor& like, const Shape& shape, ScalarType type, const 
 }
 
 // A new tensor with the device and, unless `dtype` is set, the dtype of `like`. Its elements are not set.
-inline Tensor new_tensor(const Tensor& like, const Shape& shape,
+inline Tensor new_tensor(const Tensor& like, const TensorSizes& shape,
                          std::optional<ScalarType> dtype = std::nullopt) {
   return with_memory(like, shape, dtype.value_or(like.scalar_type()),
                      [&] { return torch::stable::new_empty(like, shape, dtype); });
 }
 
 // The same with all elements 0.
-inline Tensor new_zero_tensor(const Tensor& like, const Shape& shape,
+inline Tensor new_zero_tensor(const Tensor& like, const TensorSizes& shape,
                               std::optional<ScalarType> dtype = std::nullopt) {
   return with_memory(like, shape, dtype.value_or(like.scalar_type()),
                      [&] { return torch::stable::new_zeros(like, shape, dtype); });
