@@ -272,8 +272,8 @@ std::tuple<Tensor, Tensor, Tensor> graph_attention_backward_cuda(
   const int64_t weight_shape[] = {2, width}, bias_shape[] = {2};
   Tensor grad_hidden = room(hidden, {n, width});
   if (n == 0) {
-    return {grad_hidden, torch::stable::new_zeros(hidden, {weight_shape, 2}),
-            torch::stable::new_zeros(hidden, {bias_shape, 1})};
+    return {grad_hidden, new_zero_tensor(hidden, {weight_shape, 2}),
+            new_zero_tensor(hidden, {bias_shape, 1})};
   }
   SortingDevice device(hidden);
   const Tensor contiguous_grad = as_contiguous(grad), rows = as_contiguous(hidden);
