@@ -23,8 +23,10 @@ import jinja2.sandbox
 from ruamel.yaml.error import YAMLError
 
 from qfast.errors import ConfigError
+from qfast.workflow.folder import CONFIG, MANIFEST, RunFolder
 from qfast.workflow.overrides import (
     BASE_KEY,
+    DROP,
     TOP_LEVEL,
     AliasGroups,
     KeyPath,
@@ -34,10 +36,18 @@ from qfast.workflow.overrides import (
     yaml_reader,
 )
 
-__all__ = ["LoadedConfig", "apply_set", "deep_merge", "dump_yaml", "fill_placeholders", "load_config"]
+__all__ = [
+    "LoadedConfig",
+    "apply_set",
+    "deep_merge",
+    "dump_yaml",
+    "fill_placeholders",
+    "is_run_config",
+    "load_config",
+    "run_folder_of",
+]
 
 log = logging.getLogger("qfast")
-DROP = "__DROP__"
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,22 @@ class LoadedConfig:
     path: Path
 
 
+def is_run_config(path: str | os.PathLike[str]) -> bool:
+    """True if a workflow file is the resolved configuration in a run folder."""
+    return run_folder_of(path) is not None
+
+
+def run_folder_of(path: str | os.PathLike[str]) -> RunFolder | None:
+    """The run folder whose resolved configuration a workflow file is; None for any other file."""
+    file = Path(path).absolute()
+    if file.name != CONFIG or not (file.parent / MANIFEST).is_file():
+        return None
+    try:
+        return RunFolder.open(file.parent)
+    except ConfigError:  # another program's manifest
+        return None
+
+
 def load_config(path: str | os.PathLike[str], sets: Sequence[str] = ()) -> LoadedConfig:
     """Read a workflow file.
 
@@ -64,13 +90,16 @@ def load_config(path: str | os.PathLike[str], sets: Sequence[str] = ()) -> Loade
     path : path
         A file in Qlib's YAML format. `{{ NAME }}` is replaced by the environment variable NAME; templates can access
         nothing else. `BASE_CONFIG_PATH` names a base file that this file is merged over. It is searched in the working
-        directory, then in the folder of the workflow file. Base files are not rendered and cannot have a base.
+        directory, then in the folder of the workflow file. Base files are not rendered and cannot have a base. The
+        file in a run folder is resolved: it is neither rendered nor merged again, even if an earlier version of qfast
+        has left `BASE_CONFIG_PATH` in it.
     sets : sequence of str
         Changes `"a.b.0.c=value"`, see `apply_set`. They are applied in order after the merge.
 
     Returns
     -------
     LoadedConfig
+        Its values contain neither `BASE_CONFIG_PATH` nor `__DROP__`.
 
     Raises
     ------
@@ -88,16 +117,20 @@ def load_config(path: str | os.PathLike[str], sets: Sequence[str] = ()) -> Loade
     {'task': {'model': {'kwargs': {'lr': 0.002}}}}
     """
     file = Path(path)
-    values, groups = _read_yaml(_render(_read_text(file, "workflow file"), file), file)
-    if BASE_KEY in values:
-        base_file = _find_base(values[BASE_KEY], file)
+    text, resolved = _read_text(file, "workflow file"), is_run_config(file)
+    values, groups = _read_yaml(text if resolved else _render(text, file), file)
+    base_name = values.pop(BASE_KEY, None)
+    if base_name is not None and resolved:
+        log.info("%s already contains the values of %s %r; it is not merged again", file, BASE_KEY, base_name)
+    elif base_name is not None:
+        base_file = _find_base(base_name, file)
         base, base_groups = _read_yaml(_read_text(base_file, "base file"), base_file)
         log.info("%s: merged over %s", file, base_file)
         groups = groups + [_not_overridden(group, values) for group in base_groups]
         values = deep_merge(base, values)
-    for text in sets:
-        apply_set(values, text, groups)
-    return LoadedConfig(values, file)
+    for change in sets:
+        apply_set(values, change, groups)
+    return LoadedConfig(_without_dropped(values), file)
 
 
 def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,6 +218,15 @@ def dump_yaml(values: object) -> str:
     out = io.StringIO()
     yaml.dump(values, out)
     return out.getvalue()
+
+
+def _without_dropped(item: Any) -> Any:
+    """Plain data without the keys and list items whose value is `__DROP__`."""
+    if isinstance(item, dict):
+        return {key: _without_dropped(value) for key, value in item.items() if value != DROP}
+    if isinstance(item, list):
+        return [_without_dropped(value) for value in item if value != DROP]
+    return item
 
 
 def _read_text(file: Path, what: str) -> str:

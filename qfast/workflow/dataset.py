@@ -22,6 +22,7 @@ from qfast.workflow.schema import Workflow
 
 __all__ = [
     "DataInput",
+    "absolute_sources",
     "build_dataset",
     "data_facts",
     "data_source",
@@ -64,6 +65,33 @@ def require_data(data: DataInput | None, workflow: Workflow) -> None:
             raise ConfigError(
                 f"qlib_init.provider_uri: the Qlib data folder {folder!r} does not exist. Remedy: {DATA_REMEDY}."
             )
+
+
+def absolute_sources(workflow: Workflow, directory: str | os.PathLike[str]) -> None:
+    """Make relative paths of data in a workflow absolute, in place, so they do not depend on the working directory.
+
+    Parameters
+    ----------
+    workflow : Workflow
+        `qlib_init.provider_uri` and the handler arguments `data` and `provider_uri` are changed.
+    directory : path
+        The directory that the paths are relative to.
+    """
+
+    def absolute(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {freq: absolute(path) for freq, path in value.items()}
+        if not isinstance(value, str) or not value or value.startswith("~"):
+            return value
+        return str(Path(directory, value).resolve())
+
+    init = workflow.qlib_init
+    if init.provider_uri is not None:
+        init.provider_uri = absolute(init.provider_uri)
+    arguments = workflow.task.dataset.kwargs.handler.kwargs.model_extra or {}
+    for name in ("data", "provider_uri"):
+        if name in arguments:
+            arguments[name] = absolute(arguments[name])
 
 
 def build_dataset(workflow: Workflow, data: DataInput | None, read_options: ReadOptions = DEFAULTS) -> HandlerDataset:

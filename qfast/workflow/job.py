@@ -16,8 +16,8 @@ from qfast.errors import ConfigError
 from qfast.read_options import ReadOptions
 from qfast.training.callbacks import Callback
 from qfast.workflow import pretraining, resumption
-from qfast.workflow.config import load_config
-from qfast.workflow.dataset import DataInput, require_data, stored_read_options
+from qfast.workflow.config import load_config, run_folder_of
+from qfast.workflow.dataset import DataInput, absolute_sources, require_data, stored_read_options
 from qfast.workflow.folder import LAST, RunFolder
 from qfast.workflow.schema import Workflow
 from qfast.workflow.validation import check_workflow
@@ -105,8 +105,10 @@ def prepare(
             same = _checked(Path(config_path), sets, started=True)
             resumption.require_same_workflow(resumed, config_path, same, workflow)
         pretraining.require_same_block(resumed, load_config(file).values["task"], workflow.task.pretrain)
-        data = resumption.stored_data(resumed) if data is None else data
         read_options = read_options.over(stored_read_options(resumed.manifest))
+    if data is None:
+        recorded = resumption.recorded_data(file)
+        data, read_options = recorded.data, read_options.over(recorded.read_options)
     kwargs = workflow.task.model.kwargs
     if device is not None:
         kwargs["device"] = device
@@ -126,6 +128,8 @@ def _checked(file: Path, sets: Sequence[str], started: bool = False) -> Workflow
     """The checked workflow of a file; if training has `started`, its `model_path` may point to a deleted file."""
     workflow = check_workflow(load_config(file, sets).values, str(file))
     pretraining.absolute_model_path(workflow.task.model, file, optional=started)
+    run_folder = run_folder_of(file)
+    absolute_sources(workflow, Path.cwd() if run_folder is None else run_folder.manifest.get("directory", Path.cwd()))
     return workflow
 
 

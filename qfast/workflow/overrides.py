@@ -12,12 +12,23 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from qfast.errors import ConfigError, nearest
 
-__all__ = ["BASE_KEY", "TOP_LEVEL", "AliasGroups", "KeyPath", "apply_set", "path_text", "yaml_problem", "yaml_reader"]
+__all__ = [
+    "BASE_KEY",
+    "DROP",
+    "TOP_LEVEL",
+    "AliasGroups",
+    "KeyPath",
+    "apply_set",
+    "path_text",
+    "yaml_problem",
+    "yaml_reader",
+]
 
 Key = str | int
 KeyPath = tuple[Key, ...]
 AliasGroups = list[list[KeyPath]]
 BASE_KEY = "BASE_CONFIG_PATH"
+DROP = "__DROP__"
 TOP_LEVEL = ("qlib_init", "task", "experiment_name", "market", "benchmark", "sys", BASE_KEY)
 # Mappings that accept new keys. `qfast.workflow.validation` checks them later.
 OPEN_MAPPINGS = ("kwargs", "qlib_init", "segments", "task", "pretrain")
@@ -32,7 +43,8 @@ def apply_set(config: dict[str, Any], text: str, groups: AliasGroups | None = No
         Plain data.
     text : str
         A path of keys and list positions separated by dots, then "=", then a YAML value: "1e-3" is a number,
-        "[2015-01-01, 2016-12-31]" is a list of dates, and empty text is null.
+        "[2015-01-01, 2016-12-31]" is a list of dates, and empty text is null. "__DROP__" removes a key. It marks a
+        list item, which `load_config` removes after all changes.
     groups : list of lists of paths, optional
         Groups of paths that are aliases of one YAML anchor. Setting one path sets its whole group.
 
@@ -40,7 +52,8 @@ def apply_set(config: dict[str, Any], text: str, groups: AliasGroups | None = No
     ------
     ConfigError
         There is no "=", the value is not YAML, or the path does not exist. The message suggests the most similar path.
-        New keys are accepted in kwargs, qlib_init, segments, task and pretrain.
+        New keys are accepted in kwargs, qlib_init, segments, task and pretrain, unless the value is "__DROP__". A base
+        file cannot be changed.
 
     Examples
     --------
@@ -56,7 +69,11 @@ def apply_set(config: dict[str, Any], text: str, groups: AliasGroups | None = No
         value = yaml_reader().load(value_text)
     except YAMLError as error:
         raise ConfigError(f"--set {name}: the value {value_text!r} is {yaml_problem(error)}") from None
-    path = _resolve(config, name)
+    if name == BASE_KEY:
+        raise ConfigError(
+            f"--set {text!r}: the base file is merged before the changes of --set. Remedy: edit {BASE_KEY} in the file."
+        )
+    path = _resolve(config, name, may_add=value != DROP)
     aliases = [alias for group in groups or [] if path in group for alias in group]
     for target in {path, *aliases}:
         _assign(config, target, value)
@@ -82,7 +99,7 @@ def path_text(path: Iterable[Key]) -> str:
     return ".".join(str(key) for key in path)
 
 
-def _resolve(config: dict[str, Any], name: str) -> KeyPath:
+def _resolve(config: dict[str, Any], name: str, may_add: bool) -> KeyPath:
     """Split a dotted path into the keys of an existing item of `config`, or of a new key in an open mapping."""
     parts = name.split(".")
     value: Any = config
@@ -98,10 +115,10 @@ def _resolve(config: dict[str, Any], name: str) -> KeyPath:
             key: Key = int(part)
         elif not isinstance(value, dict):
             raise ConfigError(f"--set {name}: {path_text(path)!r} is the value {value!r}, which has no items.")
-        elif part not in value and not last and _begins_mapping(path, part, value):
+        elif may_add and part not in value and not last and _begins_mapping(path, part, value):
             value[part] = {}
             key = part
-        elif part not in value and not (last and _is_open(path, part)):
+        elif part not in value and not (may_add and last and _is_open(path, part)):
             raise ConfigError(f"--set {name}: {_unknown(config, value, path, part, name)}")
         else:
             key = part
@@ -141,11 +158,17 @@ def _all_paths(item: object, path: KeyPath) -> Iterator[KeyPath]:
 
 
 def _assign(config: dict[str, Any], path: KeyPath, value: object) -> None:
-    """Store a copy of `value` at `path`, unless an earlier --set has replaced a parent of it."""
+    """Store a copy of `value` at `path`, or remove the key for `__DROP__`.
+
+    Does nothing if an earlier --set has replaced a parent of the path.
+    """
     parent: Any = config
     try:
         for key in path[:-1]:
             parent = parent[key]
-        parent[path[-1]] = copy.deepcopy(value)
+        if value == DROP and isinstance(parent, dict):
+            del parent[path[-1]]
+        else:
+            parent[path[-1]] = copy.deepcopy(value)
     except (KeyError, IndexError, TypeError):
         return

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from qfast.errors import ConfigError, DataError
+from qfast.read_options import ReadOptions
+from qfast.workflow.config import run_folder_of
+from qfast.workflow.dataset import stored_read_options
 from qfast.workflow.folder import CONFIG, RunFolder
 from qfast.workflow.schema import Workflow
 
-__all__ = ["config_of", "require_same_data", "require_same_workflow", "stored_data"]
+__all__ = ["RecordedData", "config_of", "recorded_data", "require_same_data", "require_same_workflow", "stored_data"]
 
-MAY_DIFFER = {"task.model.kwargs.seed", "task.model.kwargs.device"}  # between a run and its resumption
+log = logging.getLogger("qfast")
+
+# Keys that may differ between a run and its resumption. `require_same_data` compares the data itself.
+HANDLER = "task.dataset.kwargs.handler.kwargs"
+MAY_DIFFER = {
+    *("task.model.kwargs.seed", "task.model.kwargs.device"),
+    *("qlib_init.provider_uri", f"{HANDLER}.provider_uri", f"{HANDLER}.data"),
+}
 
 
 def config_of(folder: RunFolder) -> Path:
@@ -46,6 +58,30 @@ def stored_data(folder: RunFolder) -> str | None:
     return source if facts.get("given", "path") == "path" else None
 
 
+class RecordedData(NamedTuple):
+    """Path of the data of a run, or None if its workflow file locates the data, and the options for reading it."""
+
+    data: str | None
+    read_options: ReadOptions
+
+
+def recorded_data(file: str | os.PathLike[str]) -> RecordedData:
+    """The data for a workflow file if the caller passes none: for the file in a run folder, that of the run.
+
+    Raises
+    ------
+    ConfigError
+        As in `stored_data`.
+    """
+    folder = run_folder_of(file)
+    if folder is None:
+        return RecordedData(None, ReadOptions())
+    source = stored_data(folder)
+    if source is not None:
+        log.info("data of the run in %s: %s", folder.path, source)
+    return RecordedData(source, stored_read_options(folder.manifest))
+
+
 def require_same_workflow(
     folder: RunFolder, config_path: str | os.PathLike[str], workflow: Workflow, stored: Workflow
 ) -> None:
@@ -54,7 +90,7 @@ def require_same_workflow(
     Raises
     ------
     ConfigError
-        Names up to five keys that differ. The seed and the device may differ.
+        Names up to five keys that differ. The seed, the device and the location of the data may differ.
     """
     different = sorted(set(_differences(workflow.resolved(), stored.resolved(), "")) - MAY_DIFFER)
     if different:
