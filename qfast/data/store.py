@@ -5,9 +5,15 @@ Source of the format: qlib/data/storage/file_storage.py of pyqlib 0.9.7.
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Mapping, Sequence
+import os
+import re
+import stat
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -32,7 +38,9 @@ __all__ = ["BinaryStore", "is_store"]
 
 log = logging.getLogger("qfast.data")
 
+ALWAYS: tuple[tuple[None, None], ...] = ((None, None),)  # the membership of an instrument without spans
 WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{d}{i}" for d in ("COM", "LPT") for i in range(10))}
+DAY = re.compile(r"[12]\d{3}-\d\d-\d\d$")
 FREQ_NAMES = {"1day": "day", "d": "day", "1d": "day", "daily": "day"}
 
 
@@ -119,6 +127,7 @@ class BinaryStore:
                 f"runs from {self.calendar[0]} to {self.calendar[-1]}."
             )
         low, high = max(0, low - margin[0]), min(len(self.calendar), high + margin[1])
+        log.debug("%s: reading calendar positions %d to %d of %d instruments", self.root, low, high - 1, len(spans))
         stored: dict[str, dict[str, tuple[int, np.ndarray]]] = {}
         for code in sorted(spans):
             series = self._read_instrument(code, wanted, low, high)
@@ -167,6 +176,16 @@ class BinaryStore:
         empty = np.empty(0, dtype=np.int32)
         return Panel(self.calendar, np.empty(0, dtype=object), empty, empty, {}).date_code_range(begin, end)
 
+    def _span_positions(self, spans: Sequence[tuple[Any, Any]]) -> Iterator[tuple[int, int]]:
+        """`_date_range` of each span. Dates such as 2020-12-31 are converted together, which is much faster."""
+        days = _days({day for span in spans for day in span}) if self.calendar.tz is None else {}
+        if any(begin not in days or end not in days for begin, end in spans):
+            return (self._date_range(*span) for span in spans)
+        begins, ends = (pd.DatetimeIndex([days[day] for day in column]) for column in zip(*spans, strict=True))
+        low = self.calendar.searchsorted(begins, "left")
+        high = np.maximum(low, self.calendar.searchsorted(ends + pd.Timedelta(days=1), "left"))
+        return zip(low.tolist(), high.tolist(), strict=True)
+
     def _spans(self, instruments: Instruments) -> Spans:
         if instruments is None:
             instruments = "all"
@@ -183,13 +202,15 @@ class BinaryStore:
                 + suggest(market, markets)
             )
         spans: Spans = {}
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        days = _days({text for line in lines for text in line.split("\t")[1:3]})
+        for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             parts = [part.strip() for part in line.split("\t")]
             if len(parts) < 3 or not parts[0]:
                 raise DataError(f"{path}: line {number} must be CODE, start and end separated by tabs, got {line!r}.")
-            if not (is_date(parts[1]) and is_date(parts[2])):
+            if not (parts[1] in days or is_date(parts[1])) or not (parts[2] in days or is_date(parts[2])):
                 raise DataError(f"{path}: line {number} must contain two dates, got {line!r}.")
             spans.setdefault(parts[0], []).append((parts[1], parts[2]))  # type: ignore[union-attr]
         if not spans:
@@ -210,8 +231,9 @@ class BinaryStore:
         if names is None:
             names = [p.name[: -len(ending)] for p in sorted(folder.glob(f"*{ending}"))] if folder.is_dir() else []
         series = {}
+        stem = f"{folder}{os.sep}"  # text, because building a Path per file takes longer than reading the file
         for name in names:
-            part = _read_bin(folder / f"{name}{ending}", low, high, len(self.calendar))
+            part = _read_bin(f"{stem}{name}{ending}", low, high, len(self.calendar))
             if part is not None and len(part[1]):
                 series[name] = part
         return series
@@ -227,6 +249,7 @@ class BinaryStore:
         values = np.full((int(lengths.sum()), len(columns)), np.nan, dtype=np.float32)
         extents = {c: Extent(begin.copy(), begin.copy()) for c in columns}
         live = np.zeros(len(values), dtype=bool)
+        positions = self._span_positions([span for code in stored for span in spans[code] or ALWAYS])
         for i, (code, series) in enumerate(stored.items()):
             for j, column in enumerate(columns):
                 if column in series:
@@ -234,8 +257,8 @@ class BinaryStore:
                     row = int(begin[i] + at - first[i])
                     values[row : row + len(part), j] = part
                     extents[column].start[i], extents[column].stop[i] = row, row + len(part)
-            for span in spans[code] or [(None, None)]:
-                day, after = (int(np.clip(d, first[i], stop[i])) for d in self._date_range(*span))
+            for day, after in itertools.islice(positions, len(spans[code] or ALWAYS)):
+                day, after = (min(max(d, int(first[i])), int(stop[i])) for d in (day, after))
                 live[begin[i] + day - first[i] : begin[i] + after - first[i]] = True
         panel = Panel(
             datetimes=self.calendar,
@@ -248,27 +271,46 @@ class BinaryStore:
         return Prices(panel, extents)
 
 
-def _read_bin(path: Path, low: int, high: int, n_dates: int) -> tuple[int, np.ndarray] | None:
+def _days(values: Iterable[object]) -> dict[object, np.datetime64]:
+    """The days of texts such as 2020-12-31. Other values are left out; all are, if one of the texts is not a date."""
+    texts = [value for value in values if isinstance(value, str) and DAY.match(value)]
+    try:
+        return dict(zip(texts, np.array(texts, dtype="M8[D]"), strict=True))
+    except ValueError:
+        return {}
+
+
+def _read_bin(path: str, low: int, high: int, n_dates: int) -> tuple[int, np.ndarray] | None:
     """(calendar position of the first value, float32 values) of a .bin file, for positions from `low` to `high - 1`.
 
     None if the file does not exist, is empty or has no value in this range. The file contains little-endian float32
-    numbers: the calendar position of the first day, then the values.
+    numbers: the calendar position of the first day, then the values. Only the requested part is read.
     """
-    if not path.is_file():
+    try:
+        file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    n_bytes = path.stat().st_size
-    if n_bytes == 0:
-        return None
-    if n_bytes % 4:
-        raise DataError(f"{path} is damaged: {n_bytes} bytes are not a whole number of float32 values.")
-    start = float(np.fromfile(path, dtype="<f4", count=1)[0])
-    if not (np.isfinite(start) and start >= 0 and start == int(start)) or start >= n_dates:
-        raise DataError(
-            f"{path} is damaged: its first value must be the calendar position of the first day, from 0 to "
-            f"{n_dates - 1}, got {start}."
-        )
-    first, stop = max(int(start), low), min(int(start) + n_bytes // 4 - 1, high)
-    if first >= stop:
-        return None
-    offset = 4 * (1 + first - int(start))
-    return first, np.fromfile(path, dtype="<f4", count=stop - first, offset=offset)
+    try:
+        status = os.fstat(file)
+        n_bytes = status.st_size
+        if not stat.S_ISREG(status.st_mode) or n_bytes == 0:
+            return None
+        if n_bytes % 4:
+            raise DataError(f"{path} is damaged: {n_bytes} bytes are not a whole number of float32 values.")
+        (start,) = struct.unpack("<f", os.pread(file, 4, 0))
+        if not (0 <= start < n_dates and start == int(start)):
+            raise DataError(
+                f"{path} is damaged: its first value must be the calendar position of the first day, from 0 to "
+                f"{n_dates - 1}, got {start}."
+            )
+        first, stop = max(int(start), low), min(int(start) + n_bytes // 4 - 1, high)
+        if first >= stop:
+            return None
+        part = os.pread(file, 4 * (stop - first), 4 * (1 + first - int(start)))
+        if len(part) != 4 * (stop - first):
+            raise DataError(
+                f"{path} became shorter while it was read: {len(part)} bytes instead of {4 * (stop - first)}."
+            )
+        return first, np.frombuffer(part, dtype="<f4")
+    finally:
+        os.close(file)
