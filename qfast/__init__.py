@@ -23,6 +23,8 @@ Names of this module
     run, RunResult          train the model of a workflow file; the result
     check, CheckReport      look for problems in a workflow and its data without training; the findings
     predict                 score new data with a finished run
+    load, SavedRun          a finished run: model with weights, fitted processors, configuration
+    register_model          let workflow files name a model class of your own
     export_artifacts        write the tables of a run as the pickles of Qlib's recorder
     Callback                base class for code that runs during training
     QfastError              base class of every error that qfast raises
@@ -58,8 +60,10 @@ if TYPE_CHECKING:
     from qfast.training.callbacks import Callback
     from qfast.workflow.artifacts import export_artifacts
     from qfast.workflow.check import CheckReport, check
+    from qfast.workflow.classes import register_model
     from qfast.workflow.predict import predict
     from qfast.workflow.run import RunResult, run
+    from qfast.workflow.saved_run import SavedRun, load
 
     __version__: str
 
@@ -68,10 +72,13 @@ __all__ = [
     "CheckReport",
     "QfastError",
     "RunResult",
+    "SavedRun",
     "__version__",
     "check",
     "export_artifacts",
+    "load",
     "predict",
+    "register_model",
     "run",
 ]
 
@@ -80,9 +87,12 @@ _MODULE_OF = {
     "CheckReport": "qfast.workflow.check",
     "QfastError": "qfast.errors",
     "RunResult": "qfast.workflow.run",
+    "SavedRun": "qfast.workflow.saved_run",
     "check": "qfast.workflow.check",
     "export_artifacts": "qfast.workflow.artifacts",
+    "load": "qfast.workflow.saved_run",
     "predict": "qfast.workflow.predict",
+    "register_model": "qfast.workflow.classes",
     "run": "qfast.workflow.run",
 }
 _SUBMODULES = (

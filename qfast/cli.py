@@ -174,11 +174,26 @@ def check_command(
 @with_read_options
 def predict_command(
     run_path: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
-    data: Annotated[Path, typer.Option(help="New prices, in the format of the training data. Labels are not needed.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="New prices, in the format of the training data. Labels are not needed. Default: the data of the run."
+        ),
+    ] = None,
     start: Annotated[str | None, typer.Option(help="First date to score.")] = None,
     end: Annotated[str | None, typer.Option(help="Last date to score.")] = None,
     date: Annotated[
         str | None, typer.Option(help="The only date to score. latest: the last date for which the data has values.")
+    ] = None,
+    instruments: Annotated[
+        str | None,
+        typer.Option(
+            help="all, the name of a market, or codes separated by commas. Default: the instruments of the workflow, "
+            "which for a market are its members on each day."
+        ),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Weights that replace those of the run, for example trained in Python.")
     ] = None,
     out: Annotated[
         Path | None,
@@ -203,9 +218,11 @@ def predict_command(
         start=start,
         end=end,
         date=date,
+        instruments=_instruments(instruments),
         device=device,
         allow_code=allow_code,
         read_options=read_options,
+        weights=weights,
     )
     dates = scores.index.get_level_values("datetime")
     if out is None:
@@ -342,6 +359,11 @@ def _stop_logging() -> None:
     for handler in [h for h in logger.handlers if h.name == LOG_HANDLER]:
         logger.removeHandler(handler)
         logger.setLevel(logging.NOTSET)
+
+
+def _instruments(text: str | None) -> str | list[str] | None:
+    """The codes of a list "A,B", or the name of a market."""
+    return text if text is None or "," not in text else [code.strip() for code in text.split(",") if code.strip()]
 
 
 def _run_in_qlib(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import importlib
 import logging
 import os
@@ -17,7 +18,7 @@ from qfast.errors import ConfigError, QfastError
 
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
-__all__ = ["atomic_write", "is_disk_full", "locked", "sweep"]
+__all__ = ["atomic_write", "file_hash", "is_disk_full", "locked", "sweep"]
 
 log = logging.getLogger("qfast")
 
@@ -144,3 +145,8 @@ def is_disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def file_hash(path: Path) -> str:
+    """The SHA-256 hash of a file as hexadecimal text."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

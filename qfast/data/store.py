@@ -152,6 +152,40 @@ class BinaryStore:
             )
         return self._assemble(stored, spans)
 
+    def members(self, instruments: Instruments, start: DateLike | None, end: DateLike | None) -> Instruments:
+        """The instruments that belong to a market on at least one day between two dates, with their spans.
+
+        Parameters
+        ----------
+        instruments
+            As in `load_prices`. A list, and a market with a `filter_pipe`, are returned unchanged.
+        start, end : date-like or None
+            Both inclusive.
+
+        Returns
+        -------
+        {code: [(start, end), ...]} or the argument
+            The argument, if no instrument is a member in this period.
+
+        Raises
+        ------
+        DataError
+            The market is unknown.
+        """
+        if isinstance(instruments, Mapping) and instruments.get("filter_pipe"):
+            return instruments
+        spans = self._spans(instruments)
+        if any(own is None for own in spans.values()):
+            return instruments
+        low, high = self._date_range(start, end)
+        positions = self._span_positions([span for own in spans.values() for span in own or ()])
+        present = {
+            code: own
+            for code, own in spans.items()
+            if any(first < high and stop > low for first, stop in list(itertools.islice(positions, len(own or ()))))
+        }
+        return present or instruments
+
     # ---------------------------------------------------------------- calendar and membership
     def _read_calendar(self) -> pd.DatetimeIndex:
         path = self.root / "calendars" / f"{self.freq}.txt"

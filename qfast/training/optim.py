@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -71,7 +72,8 @@ class ClippedAdam(torch.optim.Adam):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters with its own settings, as in torch.optim.Adam."""
-        super().add_param_group(param_group)
+        # torch's decorator of this method imports torch._dynamo, which takes as long as importing torch.
+        inspect.unwrap(torch.optim.Adam.add_param_group)(self, param_group)
         _prefer_fused(self.param_groups[-1])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from qfast.files import atomic_write
 from qfast.metrics import daily_ic, long_short_return
 from qfast.workflow.folder import FINISHED, RunFolder, read_frame
 from qfast.workflow.portfolio import FOLDER as PORTFOLIO
+from qfast.workflow.saved_model import load_facts, time_steps
 
 __all__ = ["export_artifacts"]
 
@@ -43,7 +44,12 @@ def export_artifacts(run: str | os.PathLike[str], folder: str | os.PathLike[str]
 
     The files are `pred.pkl` and `label.pkl` of the segment test, `sig_analysis/ic.pkl` and `ric.pkl`, the tables of
     `portfolio_analysis/`, and `metrics.json` with the recorder's metrics. If the run has long-short returns,
-    `sig_analysis/long_short_r.pkl` and `long_avg_r.pkl` are added.
+    `sig_analysis/long_short_r.pkl` and `long_avg_r.pkl` are added. `portfolio_analysis/` exists only if the run had a
+    backtest.
+
+    Rows have Qlib's order. Qlib's time-series datasets predict by instrument, so the rows of `pred.pkl` are sorted by
+    (instrument, datetime) if the run had one, and by (datetime, instrument) otherwise. All other tables are sorted by
+    date. The index levels are always (datetime, instrument). `pred.parquet` in the run folder is sorted by date.
 
     Parameters
     ----------
@@ -83,7 +89,9 @@ def export_artifacts(run: str | os.PathLike[str], folder: str | os.PathLike[str]
         )
     label = read_frame(source.path, "label")["label"].reindex(score.index).astype(np.float32)
     target = _Target(source / "artifacts" if folder is None else Path(folder))
-    target.write("pred", score.to_frame("score"))
+    rolling = time_steps(load_facts(source)["dataset"]) > 0
+    ordered = score.sort_index(level=["instrument", "datetime"]) if rolling else score
+    target.write("pred", ordered.to_frame("score"))
     target.write("label", label.to_frame(source.manifest["data"].get("label", "LABEL0")))
     ic, rank_ic = daily_ic(score, label)
     target.write("sig_analysis/ic", ic.rename(None))
@@ -107,14 +115,17 @@ def export_artifacts(run: str | os.PathLike[str], folder: str | os.PathLike[str]
 class _Target:
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            for name in ("sig_analysis", PORTFOLIO):
-                (path / name).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"the folder {str(path)!r} cannot be created: {error.strerror}.") from None
+        self._create(path)
 
     def write(self, name: str, value: object) -> None:
+        self._create((self.path / name).parent)
         atomic_write(self.path / f"{name}.pkl", lambda file: file.write_bytes(pickle.dumps(value)))
+
+    def _create(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"the folder {str(folder)!r} cannot be created: {error.strerror}.") from None
 
 
 def _table(folder: Path, name: str) -> pd.DataFrame:

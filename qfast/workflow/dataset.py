@@ -18,6 +18,7 @@ from qfast.data.tables import read_table
 from qfast.dates import date_text
 from qfast.errors import ConfigError, some
 from qfast.read_options import ReadOptions, command_line
+from qfast.workflow.folder import CONFIG, RunFolder
 from qfast.workflow.schema import Workflow
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "build_dataset",
     "data_facts",
     "data_source",
+    "recorded_source",
     "source_arguments",
     "source_panel",
     "stored_read_options",
@@ -162,6 +164,36 @@ def _handler_class(handler_spec: Mapping[str, Any]) -> tuple[Callable[..., Any],
     bare = {key: handler_spec[key] for key in ("class", "module_path") if key in handler_spec}
     factory, _ = registry.HANDLERS.resolve(bare, HANDLER_PATH)
     return factory, registry.all_parameters(factory)
+
+
+def recorded_source(folder: RunFolder) -> str | dict[str, str]:
+    """The data that a run was trained on: a path, or {freq: folder} of a Qlib store.
+
+    Raises
+    ------
+    ConfigError
+        It was in memory, or is no longer where it was.
+    """
+    facts = folder.manifest.get("data", {})
+    remedy = f"Remedy: {DATA_REMEDY}."
+    if "source" not in facts or facts.get("given") == "memory":
+        described = facts.get("source", "data that the manifest does not describe")
+        raise ConfigError(f"the run in {str(folder.path)!r} was trained on {described}, which is not stored. {remedy}")
+    source: Any = facts["source"]
+    if facts.get("given") == "config" and source.startswith("{"):  # the manifest contains only its text
+        from qfast.workflow.config import load_config
+
+        source = load_config(folder / CONFIG).values["qlib_init"]["provider_uri"]
+    directory = Path(folder.manifest.get("directory", Path.cwd()))
+    paths = source.values() if isinstance(source, Mapping) else [source]
+    for path in paths:
+        if not (directory / Path(path).expanduser()).exists():
+            raise ConfigError(
+                f"the data of the run in {str(folder.path)!r}, {path!r}, no longer exists or has moved. {remedy}"
+            )
+    if isinstance(source, Mapping):
+        return {freq: str(directory / Path(path).expanduser()) for freq, path in source.items()}
+    return str(directory / Path(source).expanduser())
 
 
 def stored_read_options(manifest: Mapping[str, Any]) -> ReadOptions:

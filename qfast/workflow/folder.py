@@ -22,7 +22,7 @@ from typing import Any
 import pandas as pd
 
 from qfast.errors import CheckpointError, ConfigError, QfastError
-from qfast.files import atomic_write, is_disk_full, sweep
+from qfast.files import atomic_write, file_hash, is_disk_full, sweep
 from qfast.workflow.user_code import option_text
 
 __all__ = ["RunFolder", "check_table_target", "read_frame", "recorded", "versions", "write_frame"]
@@ -32,6 +32,7 @@ log = logging.getLogger("qfast")
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
 BEST = "best.safetensors"  # weights of the best epoch so far
+WEIGHTS = "weights"  # key of the manifest: SHA-256 hashes of the weight files
 LAST = "last.safetensors"  # the state that training resumes from
 HISTORY = "history.csv"
 RESERVE = ".reserve"
@@ -148,12 +149,27 @@ class RunFolder:
         self.running = True
         for file in sweep(self.path):
             log.info("removed %s, a temporary file of a killed run", file)
+        self.manifest.pop(WEIGHTS, None)
         self.update(status=RUNNING, error=None, resumed=now())
 
     def finish(self, status: str, error: str | None = None) -> None:
         """Record the end of the run. The reserved disk space is freed first, in case the disk is full."""
         (self.path / RESERVE).unlink(missing_ok=True)
+        if (self.path / BEST).is_file():
+            self.manifest[WEIGHTS] = {BEST: file_hash(self.path / BEST)}
         self.update(status=status, error=error, ended=now())
+
+    def replaced_file(self, name: str) -> str | None:
+        """A warning if a file of the run has another content than at the end of the run, otherwise None."""
+        recorded = self.manifest.get(WEIGHTS, {}).get(name)
+        file = self.path / name
+        if recorded is None or not file.is_file() or file_hash(file) == recorded:
+            return None
+        return (
+            f"{file} has been replaced since the run ended (its SHA-256 differs from the manifest), so metrics and "
+            "scores in the folder belong to other weights. Remedy: restore the file, and pass other weights with "
+            "--weights FILE"
+        )
 
     def resume_hint(self) -> str:
         """How to resume the run, or why that is impossible."""

@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from qfast.workflow import pretraining
-from qfast.workflow.folder import FINISHED, RunFolder
+from qfast.workflow.folder import BEST, FINISHED, RunFolder
 from qfast.workflow.user_code import option_text
 
 __all__ = ["run_info"]
@@ -42,7 +42,8 @@ def run_info(run_path: str | os.PathLike[str]) -> dict[str, Any]:
     info["pretraining"] = pretraining.facts(manifest)
     info["code"] = option_text(manifest)
     info["hint"] = folder.resume_hint()
-    info["notes"] = manifest.get("notes", [])
+    replaced = folder.replaced_file(BEST)
+    info["notes"] = [*manifest.get("notes", []), *([] if replaced is None else [replaced])]
     metrics = folder / "metrics.json"
     info["metrics"] = json.loads(metrics.read_text(encoding="utf-8")) if metrics.exists() else {}
     return info

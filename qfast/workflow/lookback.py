@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from qfast._renamed import renamed_names
+from qfast.data.handlers.prices import PriceHandler
 from qfast.data.panel import Panel
 from qfast.data.protocols import Handler, HandlerDataset
 from qfast.dates import DateLike, date_text
@@ -104,16 +105,20 @@ def _period(panel: Panel, date_codes: np.ndarray) -> str:
 def _days_available(handler: Handler, panel: Panel, rows: np.ndarray) -> np.ndarray:
     """Number of days, int64, from the first row of each row's instrument up to the row, including both.
 
-    Days without trading count, because the training data has such gaps, too.
+    Days without trading count, because the training data has such gaps, too. So do days of prices on which the
+    instrument is not a member of the market, because features read them.
     """
     source = getattr(handler, "prices", None)
     if not isinstance(source, Panel):
         source = panel
-    present = source.live_rows()
     if "price" in source.blocks:
-        present = present[np.isfinite(source.column("close", "price")[present])]
+        present = np.flatnonzero(np.isfinite(source.column("close", "price")))
+    else:
+        present = source.live_rows()
     first = np.full(len(source.instruments), len(source.datetimes), dtype=np.int64)
     np.minimum.at(first, source.instrument_codes[present], source.date_codes[present])
+    if isinstance(handler, PriceHandler):
+        first[handler.priced_earlier()] = 0
     instruments = np.searchsorted(source.instruments, panel.instruments)[panel.instrument_codes[rows]]
     dates = source.datetimes.searchsorted(panel.datetimes)[panel.date_codes[rows]]
     return np.maximum(dates.astype(np.int64) - first[instruments] + 1, 0)

@@ -62,24 +62,20 @@ def loss_plot(history: pd.DataFrame, best_epoch: int | None, title: str = "Loss 
 
 
 def cumulative_plot(segments: Sequence[SegmentResult]) -> bytes:
-    """Plot the cumulative sums of daily IC and rank IC of each segment, as PNG bytes.
+    """Plot the cumulative sums of daily IC and rank IC, one panel for each segment, as PNG bytes.
 
-    Each segment begins at zero. A constant slope indicates a stable signal.
+    Each segment begins at zero and has its own axes, because a test segment is often much shorter than the training
+    segment. A constant slope indicates a stable signal.
     """
-    figure, axes = _figure(columns=2)
-    for panel, kind, title in zip(axes, ("ic", "rank_ic"), ("Cumulative IC", "Cumulative rank IC"), strict=True):
-        for position, segment in enumerate(segments):
-            daily = getattr(segment, kind).dropna()
+    figure, axes = _figure(columns=max(len(segments), 1))
+    for panel, segment in zip(np.atleast_1d(axes), segments, strict=False):
+        colour = _colour(segment.name, list(segments).index(segment))
+        for daily, name, style in ((segment.ic, "IC", "-"), (segment.rank_ic, "rank IC", "--")):
+            daily = daily.dropna()
             if len(daily):
-                panel.plot(
-                    daily.index,
-                    daily.cumsum(),
-                    color=_colour(segment.name, position),
-                    label=segment.name,
-                    linewidth=1.8,
-                )
+                panel.plot(daily.index, daily.cumsum(), style, color=colour, label=name, linewidth=1.8)
         panel.axhline(0, color="#9ca3af", linewidth=0.8)
-        panel.set(title=title, ylabel="cumulative sum")
+        panel.set(title=f"Cumulative IC: {segment.name}")
         panel.tick_params(axis="x", rotation=30)
         _legend(panel)
     return _png(figure)
@@ -139,7 +135,9 @@ def _figure(columns: int = 1) -> tuple[Figure, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.2, 3.4) if columns == 2 else (6.4, 3.4), dpi=110, layout="constrained")
+    figure = Figure(
+        figsize=(max(6.4, 4.6 * columns) if columns < 3 else 3.6 * columns, 3.4), dpi=110, layout="constrained"
+    )
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, columns)
     for panel in np.atleast_1d(axes):

@@ -6,8 +6,10 @@ statistics of the fitted processors. Neither contains code.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -16,19 +18,29 @@ import safetensors.numpy
 from qfast import registry
 from qfast.data.factors import depends_on_the_start
 from qfast.data.panel import Panel
+from qfast.data.prices import Instruments
 from qfast.data.processors import Processor
 from qfast.data.protocols import Handler, HandlerDataset
 from qfast.dates import date_text
 from qfast.errors import CheckpointError, DataError
 from qfast.files import atomic_write
-from qfast.workflow.folder import BEST, RunFolder
+from qfast.workflow.folder import BEST, CONFIG, RunFolder
 from qfast.workflow.lookback import short_fraction
 from qfast.workflow.schema import Workflow
 
 if TYPE_CHECKING:
     from qfast.training.estimator import Estimator
 
-__all__ = ["first_day", "load_facts", "load_model", "load_processors", "save_scoring", "source_columns"]
+__all__ = [
+    "first_day",
+    "load_facts",
+    "load_model",
+    "load_processors",
+    "run_instruments",
+    "save_scoring",
+    "source_columns",
+    "time_steps",
+]
 
 FORMAT = 1
 MODEL = "model.json"
@@ -70,11 +82,50 @@ def save_scoring(run_folder: RunFolder, workflow: Workflow, model: Estimator, da
         "source_columns": source_columns(handler),
         "short_history": short_fraction(dataset),
         "start": _start_of_endless_features(handler),
+        "instruments": _instruments(handler_spec),
     }
     # Some readers reject a safetensors file without arrays, so the format is always one.
     arrays["format"] = np.array([FORMAT], dtype=np.int64)
     atomic_write(run_folder / PROCESSORS, lambda file: safetensors.numpy.save_file(arrays, file))
     run_folder.write_json(MODEL, facts)
+
+
+def run_instruments(run_folder: RunFolder, facts: Mapping[str, Any]) -> Instruments:
+    """The instruments that a run was trained on: a market, a list, {code: spans}, or None for all.
+
+    Parameters
+    ----------
+    run_folder : RunFolder
+    facts : mapping
+        Content of model.json. The files of earlier versions lack the instruments, which are then read from config.yaml.
+
+    Raises
+    ------
+    ConfigError
+        config.yaml is missing or cannot be read.
+    """
+    if "instruments" in facts:
+        return cast(Instruments, facts["instruments"])
+    from qfast.workflow.config import load_config
+
+    return _instruments(load_config(run_folder / CONFIG).values["task"]["dataset"]["kwargs"]["handler"])
+
+
+def _instruments(handler_spec: Mapping[str, Any] | str) -> Instruments:
+    """The instruments in the description of a handler, or the default of its class."""
+    spec: Mapping[str, Any] = {"class": handler_spec} if isinstance(handler_spec, str) else handler_spec
+    factory, _ = registry.HANDLERS.resolve({k: v for k, v in spec.items() if k != "kwargs"})
+    parameter = registry.all_parameters(factory).get("instruments")
+    default = None if parameter is None or parameter.default is parameter.empty else parameter.default
+    instruments = (spec.get("kwargs") or {}).get("instruments", default)
+    return None if instruments == "all" else instruments
+
+
+def time_steps(dataset_spec: Mapping[str, Any]) -> int:
+    """Number of days in a sample of a dataset, from its description in model.json; 0 for datasets of single rows."""
+    factory, _ = registry.DATASETS.resolve({k: v for k, v in dataset_spec.items() if k != "kwargs"})
+    parameter = registry.all_parameters(factory).get("step_len")
+    return 0 if parameter is None else int(dataset_spec["kwargs"].get("step_len", parameter.default))
 
 
 def source_columns(handler: Handler) -> list[str] | None:
@@ -136,8 +187,10 @@ def load_facts(run_folder: RunFolder) -> dict[str, Any]:
     return facts
 
 
-def load_model(run_folder: RunFolder, facts: Mapping[str, Any], device: str) -> Estimator:
-    """Build the model of model.json and load the best weights.
+def load_model(
+    run_folder: RunFolder, facts: Mapping[str, Any], device: str, weights: str | os.PathLike[str] | None = None
+) -> Estimator:
+    """Build the model of model.json and load the best weights, or those of the file `weights`.
 
     Raises
     ------
@@ -147,7 +200,7 @@ def load_model(run_folder: RunFolder, facts: Mapping[str, Any], device: str) -> 
     spec = facts["model"]
     kwargs = {**spec["kwargs"], "device": device, "progress": False}
     model: Estimator = registry.MODELS.build({**spec, "kwargs": kwargs}, path=MODEL)
-    return model.load_weights(run_folder / BEST)
+    return model.load_weights(run_folder / BEST if weights is None else Path(weights).expanduser())
 
 
 def load_processors(

@@ -8,7 +8,6 @@ a run require the permission again.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.machinery
 import importlib.util
 import logging
@@ -23,6 +22,7 @@ from types import ModuleType
 from typing import Any, TypeAlias
 
 from qfast.errors import ConfigError, suggest
+from qfast.files import file_hash
 from qfast.registry import Registry, user_classes
 
 __all__ = ["MANIFEST_KEY", "AllowCode", "AllowedCode", "allowed_code", "option_text", "require_permission"]
@@ -79,7 +79,7 @@ class AllowedCode:
 
     def _hashes(self, path: Path) -> dict[str, str]:
         files = sorted({file for file, _ in _loaded.values() if file == path or path in file.parents})
-        return {_relative(file, path): _sha256(file) for file in files if file.is_file()}
+        return {_relative(file, path): file_hash(file) for file in files if file.is_file()}
 
 
 @contextlib.contextmanager
@@ -153,7 +153,7 @@ def require_permission(manifest: Mapping[str, Any], allowed: AllowedCode | None,
     for name, before in hashes.items():
         files = [path if path.is_file() else path / name for path in allowed.paths]
         present = [file for file in files if file.is_file() and file.name == Path(name).name]
-        if not any(_sha256(file) == before for file in present):
+        if not any(file_hash(file) == before for file in present):
             log.warning("%s of the run %s %s", name, run, "has changed since the run" if present else "is missing")
 
 
@@ -292,7 +292,3 @@ def _no_class(module: ModuleType, name: str) -> type:
 
 def _relative(file: Path, path: Path) -> str:
     return file.name if file == path else file.relative_to(path).as_posix()
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()

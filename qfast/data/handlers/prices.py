@@ -201,6 +201,31 @@ class PriceHandler(DataHandlerLP):
             )
         return Prices(restrict_rows(self.prices, available, None, None), {})
 
+    def priced_earlier(self) -> np.ndarray:
+        """Positions in `prices.instruments` whose close is missing on the first day read but not on all earlier days.
+
+        Returns
+        -------
+        int64 [K]
+            Empty if the prices were read from their first day on.
+        """
+        panel = self.prices
+        first = int(panel.date_codes.min()) if panel is not None and panel.n_rows else 0
+        if panel is None or self._store is None or first == 0:
+            return np.empty(0, dtype=np.int64)
+        missing = (panel.date_codes == first) & ~np.isfinite(panel.column("close", "price"))
+        codes = panel.instrument_codes[missing].astype(np.int64)
+        if not len(codes):
+            return codes
+        names = [str(panel.instruments[code]) for code in codes]
+        try:
+            store = BinaryStore(self._store[0], self.freq)
+            earlier = store.read(names, ["close"], end_time=panel.datetimes[first - 1]).panel
+        except DataError:  # the store has none of them
+            return np.empty(0, dtype=np.int64)
+        priced = earlier.instruments[np.unique(earlier.instrument_codes[np.isfinite(earlier.column("close", "price"))])]
+        return codes[np.isin(names, priced.astype(str))]
+
     def price_fields(self) -> list[str]:
         """Names of all fields of the source, in lower case.
 
