@@ -15,7 +15,9 @@ from qfast import cli
 from qfast.data import synthetic
 from qfast.data.factors import unregister_function
 from qfast.models import ts
+from qfast.workflow.config import load_config
 from qfast.workflow.demo import DEMO, demo_prices
+from qfast.workflow.validation import check_workflow
 from support.frames import make_frame, rolling
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,13 +71,15 @@ def test_gats(reader):
 
 
 def test_factors(reader):
-    assert run_examples(ROOT / "docs" / "factors.md") == 1
+    assert run_examples(ROOT / "docs" / "factors.md") == 2
+    values = check_workflow(load_config(reader / "factors.yaml").values).task.dataset.kwargs.handler
+    assert values.class_ == "FactorHandler"
     unregister_function("Spread")
     assert len(list((reader / "factors").iterdir())) == 1
 
 
 def test_workflow(reader):
-    assert run_examples(ROOT / "docs" / "workflow.md") == 5
+    assert run_examples(ROOT / "docs" / "workflow.md") == 7
     assert (reader / "runs" / "own" / "report.html").exists()
     assert (reader / "runs" / "first" / "portfolio_analysis" / "metrics.json").exists()
     assert (reader / "tomorrow.csv").exists()

@@ -157,8 +157,7 @@ def test_three_ways_give_the_same_numbers(tmp_path, monkeypatch):
         if isinstance(theirs, pd.Series):
             pd.testing.assert_series_equal(mine, theirs, rtol=1e-3, atol=1e-5, check_freq=False)
         else:
-            ordered = (mine, theirs) if name.startswith("portfolio") else (mine.sort_index(), theirs.sort_index())
-            pd.testing.assert_frame_equal(*ordered, rtol=1e-3, atol=1e-5, check_freq=False)
+            pd.testing.assert_frame_equal(mine, theirs, rtol=1e-3, atol=1e-5, check_freq=False)
     name = "portfolio_analysis/positions_normal_1day.pkl"
     mine, theirs = pd.read_pickle(exported / name), recorder.load_object(name)
     assert list(mine) == list(theirs)

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from qfast.workflow import plots
 from qfast.workflow.page import Report, render_html
 from qfast.workflow.plots import _quantile_means as quantile_means
 from qfast.workflow.plots import cumulative_plot, loss_plot, quantile_plot
@@ -25,12 +26,26 @@ def segments():
 
 def test_plots_are_png_images_with_something_on_them(segments):
     history = pd.DataFrame({"train": [-1.0, -0.9], "valid": [-1.1, -1.0]})
-    plots = [loss_plot(history, 1), cumulative_plot(segments), quantile_plot(segments)]
+    images = [loss_plot(history, 1), cumulative_plot(segments), quantile_plot(segments)]
     empty = [loss_plot(pd.DataFrame(), None), cumulative_plot([]), quantile_plot([])]
-    for png, blank in zip(plots, empty, strict=True):
+    for png, blank in zip(images, empty, strict=True):
         assert png.startswith(PNG)
         assert blank.startswith(PNG)
         assert len(png) > len(blank)
+
+
+def test_each_segment_of_the_cumulative_ic_has_its_own_dates(segments, monkeypatch):
+    short = segments[2]
+    days = short.ic.index[-5:]
+    short = SegmentResult("test", short.score, short.label, short.ic.loc[days], short.rank_ic.loc[days])
+    drawn = []
+    monkeypatch.setattr(plots, "_png", lambda figure: drawn.append(figure) or PNG)
+    cumulative_plot([segments[0], short])
+    panels = drawn[0].axes
+    assert [panel.get_title() for panel in panels] == ["Cumulative IC: train", "Cumulative IC: test"]
+    first, last = panels[1].get_xlim()
+    assert last - first < 7
+    assert [line.get_label() for line in panels[1].get_lines()[:2]] == ["IC", "rank IC"]
 
 
 def test_plots_take_days_without_a_correlation(segments):

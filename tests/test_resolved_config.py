@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from qfast import check
 from qfast.errors import ConfigError
 from qfast.workflow.config import load_config
 from qfast.workflow.folder import RunFolder
@@ -134,6 +135,13 @@ def test_a_config_next_to_another_programs_manifest_is_an_ordinary_file(case):
     values = load_config(case / "config.yaml").values
     assert values["experiment_name"] == "from the environment"
     assert values["task"]["model"]["kwargs"]["hidden_size"] == 4
+
+
+def test_check_of_the_config_of_a_run_reads_its_data(case, monkeypatch):
+    result = run(case / "child.yaml", data=case / "factors.csv", output=case / "run")
+    monkeypatch.chdir(case / "elsewhere")
+    findings = check(result.path / "config.yaml", experiments=False).findings
+    assert {finding.topic for finding in findings if finding.level == "error"} == {"portfolio"}  # it needs prices
 
 
 def test_data_in_memory_is_not_replaced_by_other_data(case):

@@ -285,6 +285,17 @@ def test_a_folder_of_an_earlier_version_is_loaded(case, copied):
     assert scores.attrs["notes"] == []
 
 
+def test_export_has_qlibs_row_order_and_no_folder_for_a_missing_backtest(case, copied):
+    folder = qfast.export_artifacts(copied)
+    assert sorted(item.name for item in folder.iterdir()) == ["label.pkl", "metrics.json", "pred.pkl", "sig_analysis"]
+    exported = pd.read_pickle(folder / "pred.pkl")["score"]
+    by_instrument = "step_len" in (copied / "config.yaml").read_text()
+    levels = ["instrument", "datetime"] if by_instrument else ["datetime", "instrument"]
+    assert exported.index.names == ["datetime", "instrument"]
+    pd.testing.assert_series_equal(exported, case[2].sort_index(level=levels))
+    assert pd.read_pickle(folder / "label.pkl").index.is_monotonic_increasing
+
+
 # ---------------------------------------------------------------- weights
 def test_replaced_weights_are_reported(case, copied, capsys, caplog):
     saved = qfast.load(copied)

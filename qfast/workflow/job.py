@@ -16,8 +16,8 @@ from qfast.errors import ConfigError
 from qfast.read_options import ReadOptions
 from qfast.training.callbacks import Callback
 from qfast.workflow import pretraining, resumption
-from qfast.workflow.config import load_config, run_folder_of
-from qfast.workflow.dataset import DataInput, absolute_sources, require_data, stored_read_options
+from qfast.workflow.config import load_config
+from qfast.workflow.dataset import DataInput, require_data, stored_read_options
 from qfast.workflow.folder import LAST, RunFolder
 from qfast.workflow.schema import Workflow
 from qfast.workflow.validation import check_workflow
@@ -128,8 +128,7 @@ def _checked(file: Path, sets: Sequence[str], started: bool = False) -> Workflow
     """The checked workflow of a file; if training has `started`, its `model_path` may point to a deleted file."""
     workflow = check_workflow(load_config(file, sets).values, str(file))
     pretraining.absolute_model_path(workflow.task.model, file, optional=started)
-    run_folder = run_folder_of(file)
-    absolute_sources(workflow, Path.cwd() if run_folder is None else run_folder.manifest.get("directory", Path.cwd()))
+    resumption.locate_sources(workflow, file)
     return workflow
 
 

@@ -68,8 +68,10 @@ def cumulative_plot(segments: Sequence[SegmentResult]) -> bytes:
     segment. A constant slope indicates a stable signal.
     """
     figure, axes = _figure(columns=max(len(segments), 1))
-    for panel, segment in zip(np.atleast_1d(axes), segments, strict=False):
-        colour = _colour(segment.name, list(segments).index(segment))
+    if not segments:
+        _legend(axes)
+    for position, (panel, segment) in enumerate(zip(np.atleast_1d(axes), segments, strict=False)):
+        colour = _colour(segment.name, position)
         for daily, name, style in ((segment.ic, "IC", "-"), (segment.rank_ic, "rank IC", "--")):
             daily = daily.dropna()
             if len(daily):

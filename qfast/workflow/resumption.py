@@ -11,11 +11,19 @@ from typing import NamedTuple
 from qfast.errors import ConfigError, DataError
 from qfast.read_options import ReadOptions
 from qfast.workflow.config import run_folder_of
-from qfast.workflow.dataset import stored_read_options
+from qfast.workflow.dataset import absolute_sources, stored_read_options
 from qfast.workflow.folder import CONFIG, RunFolder
 from qfast.workflow.schema import Workflow
 
-__all__ = ["RecordedData", "config_of", "recorded_data", "require_same_data", "require_same_workflow", "stored_data"]
+__all__ = [
+    "RecordedData",
+    "config_of",
+    "locate_sources",
+    "recorded_data",
+    "require_same_data",
+    "require_same_workflow",
+    "stored_data",
+]
 
 log = logging.getLogger("qfast")
 
@@ -80,6 +88,15 @@ def recorded_data(file: str | os.PathLike[str]) -> RecordedData:
     if source is not None:
         log.info("data of the run in %s: %s", folder.path, source)
     return RecordedData(source, stored_read_options(folder.manifest))
+
+
+def locate_sources(workflow: Workflow, file: str | os.PathLike[str]) -> None:
+    """Make the paths of data in a workflow absolute, in place.
+
+    They are relative to the working directory; in the file of a run folder, to the working directory of that run.
+    """
+    folder = run_folder_of(file)
+    absolute_sources(workflow, Path.cwd() if folder is None else folder.manifest.get("directory", Path.cwd()))
 
 
 def require_same_workflow(

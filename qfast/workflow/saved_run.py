@@ -202,7 +202,7 @@ def load(
     >>> from qfast.workflow.demo import DEMO, demo_prices
     >>> from qfast.workflow.run import run
     >>> prices, folder = demo_prices(20, 560), tempfile.TemporaryDirectory()
-    >>> path = run(DEMO, prices, ["task.model.kwargs.n_epochs=1"], output=Path(folder.name, "run")).path
+    >>> path = run(DEMO, prices, ["task.model.kwargs.n_epochs=1"], output=f"{folder.name}/run").path
     >>> saved = load(path)
     >>> saved.config["task"]["model"]["class"], sorted(saved.processors)
     ('LSTM', ['infer', 'shared'])

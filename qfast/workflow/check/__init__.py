@@ -18,7 +18,7 @@ from qfast.data.handlers.prices import PriceHandler
 from qfast.data.protocols import HandlerDataset
 from qfast.errors import QfastError
 from qfast.read_options import ReadOptions, ReadSettings
-from qfast.workflow import pretraining
+from qfast.workflow import pretraining, resumption
 from qfast.workflow.check.data import check_data, require_raw_labels
 from qfast.workflow.check.epoch_time import check_epoch_time
 from qfast.workflow.check.expressions import check_expressions
@@ -106,6 +106,7 @@ def _check(
     with report.attempt("workflow", reraise=(QfastError,)):
         workflow = check_workflow(load_config(config_path, sets).values, str(config_path))
         pretraining.absolute_model_path(workflow.task.model, Path(config_path), optional=True)
+        resumption.locate_sources(workflow, config_path)
     if not report.ok:
         return
     if device is not None:
@@ -116,6 +117,9 @@ def _check(
     started = time.perf_counter()
     dataset = None
     with report.attempt("data"):  # duplicate rows, wrong columns and empty periods are errors of the handler
+        if data is None:
+            recorded = resumption.recorded_data(config_path)
+            data, read_options = recorded.data, read_options.over(recorded.read_options)
         dataset = build_dataset(workflow, data, read_options)
     if dataset is None:
         return
