@@ -9,6 +9,7 @@
 #include "attention_pool/attention_pool.h"
 #include "encoder_layer/encoder_layer.h"
 #include "feed_forward/feed_forward.h"
+#include "price_windows/price_windows.h"
 #include "recurrent/recurrent.h"
 #include "rolling/rolling.h"
 #include "temporal_conv/temporal_conv.h"
@@ -52,4 +53,5 @@
 #define QFAST_OTHER_KERNELS(KERNEL)                                                            \
   KERNEL(resolve_windows, const ResolveJob&, int64_t begin, int64_t end)                       \
   KERNEL(gather_windows, const GatherJob&, int64_t begin, int64_t end, unsigned char* scratch) \
+  KERNEL(price_windows, const PriceWindowJob&, int64_t begin, int64_t end)                     \
   KERNEL(rolling, const RollingStatsJob&, int64_t begin, int64_t end, int64_t longest, double* scratch)

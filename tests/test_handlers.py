@@ -314,7 +314,7 @@ def test_default_processors_fill_labels_like_qlib(tmp_path):
 def test_raw_features_are_computed_again_and_labels_are_not(tmp_path):
     root = write_store(tmp_path / "store")
     plain = Alpha360("all", provider_uri=root, **RAW)
-    assert plain.panel("raw").values("feature") is plain.panel("infer").values("feature")
+    assert plain.panel("raw").table("feature") is plain.panel("infer").table("feature")
     handler = Alpha360(
         "all", provider_uri=root, infer_processors=INFER[1:], learn_processors=LEARN, process_type="independent"
     )
@@ -386,9 +386,9 @@ def test_build_handler_maps_qlibs_names():
 
 
 def test_owned_features_need_no_second_block():
-    """The features of Alpha360 are normalised in place."""
+    """The columns of Alpha360 are normalized in place."""
     frame = synthetic.prices(3, 70)
-    handler = Alpha360(data=frame, infer_processors=INFER[1:], learn_processors=LEARN)
+    handler = Alpha360(data=frame, infer_processors=INFER[1:], learn_processors=LEARN, windows="columns")
     assert handler._raw is None
     assert handler.panel("learn").values("feature") is handler.panel("infer").values("feature")
     space = P.Workspace(["feature"])

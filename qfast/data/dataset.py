@@ -227,7 +227,7 @@ class TSDatasetH(DatasetH):
         panel = self.handler.panel(data_key)
         flt_col = self.flt_col if flt_col is None else flt_col
         index = self._window_index(panel, data_key)
-        if dtype is not None and np.dtype(dtype) != panel.values(groups[0]).dtype:
+        if dtype is not None and np.dtype(dtype) != panel.table(groups[0]).dtype:
             for group in groups:
                 panel = panel.replace(group, panel.values(group).astype(dtype))
         flt_data = None

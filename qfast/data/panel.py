@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -21,9 +22,15 @@ from numpy.typing import DTypeLike
 from qfast.dates import DateLike, is_date_only
 from qfast.errors import DataError, some, suggest
 
+if TYPE_CHECKING:
+    from qfast.data.price_windows import PriceWindows
+
+Table: TypeAlias = "np.ndarray | PriceWindows"
+"""The values of a block: in memory, or computed when they are read. Both support `table[rows]` and `table.shape`."""
+
 ROW_CHUNK = 1 << 16  # rows copied at a time, which limits temporary memory
 
-__all__ = ["Block", "Panel", "shared_tensor"]
+__all__ = ["Block", "Panel", "Table", "WindowBlock", "shared_tensor"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,36 @@ class Block:
 
     values: np.ndarray
     columns: tuple[str, ...]
+
+    @property
+    def table(self) -> Table:
+        """The values, without computing those of a `WindowBlock`."""
+        return self.values
+
+
+class WindowBlock(Block):
+    """A block whose values are computed from prices when they are read.
+
+    `table` reads some rows or columns. `values` computes all of them, at every access.
+    """
+
+    def __init__(self, table: PriceWindows, columns: tuple[str, ...]) -> None:
+        object.__setattr__(self, "_table", table)
+        object.__setattr__(self, "columns", columns)
+
+    @property
+    def values(self) -> np.ndarray:
+        """All values, float32 [R, C], in a new array."""
+        return self.table[:]
+
+    @property
+    def table(self) -> PriceWindows:
+        """The windows of prices."""
+        return self._table  # type: ignore[attr-defined]
+
+    def __repr__(self) -> str:
+        """The shape; the values are not computed."""
+        return f"WindowBlock({self.table.shape})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,7 +248,7 @@ class Panel:
     @property
     def nbytes(self) -> int:
         """Bytes of all blocks and key codes."""
-        values = sum(b.values.nbytes for b in self.blocks.values())
+        values = sum(b.table.nbytes for b in self.blocks.values())
         return values + self.date_codes.nbytes + self.instrument_codes.nbytes
 
     def block(self, group: str) -> Block:
@@ -227,16 +264,20 @@ class Panel:
         """Values [R, C] of a group. They are shared and must not be changed."""
         return self.block(group).values
 
+    def table(self, group: str) -> Table:
+        """Values [R, C] of a group; windows of prices are not computed before they are read."""
+        return self.block(group).table
+
     def columns(self, group: str) -> tuple[str, ...]:
         """C column names of a group."""
         return self.block(group).columns
 
     def column(self, name: str, group: str | None = None) -> np.ndarray:
-        """A view [R] of one column of `group`, or of the first group that has it. Raises a DataError if none has it."""
+        """One column [R] of `group`, or of the first group that has it. Raises a DataError if none has it."""
         groups = [group] if group is not None else list(self.blocks)
         for g in groups:
             if name in self.block(g).columns:
-                return self.blocks[g].values[:, self.blocks[g].columns.index(name)]
+                return self.table(g)[:, self.columns(g).index(name)]
         columns = [c for g in groups for c in self.blocks[g].columns]
         raise DataError(f"the panel has no column {name!r}; it has [{some(columns)}]." + suggest(name, columns))
 
@@ -290,6 +331,10 @@ class Panel:
             )
         return replace(self, blocks={**self.blocks, group: Block(values, names)})
 
+    def with_block(self, group: str, block: Block) -> Panel:
+        """A panel with another block [R, C] for a group. Other blocks are shared."""
+        return replace(self, blocks={**self.blocks, group: block})
+
     def with_group(self, group: str, values: np.ndarray, columns: Sequence[str]) -> Panel:
         """A panel with an additional column group `group` of `values` [R, C]."""
         return replace(self, blocks={**self.blocks, group: Block(values, ())}).replace(group, values, columns)
@@ -324,7 +369,7 @@ class Panel:
         """
         rows = self.by_date(self.live_rows()) if rows is None else rows
         names = list(self.blocks) if groups is None else ([groups] if isinstance(groups, str) else list(groups))
-        values = np.concatenate([self.values(g)[rows] for g in names], axis=1)
+        values = np.concatenate([self.table(g)[rows] for g in names], axis=1)
         if isinstance(groups, str):
             columns = pd.Index(self.columns(groups))
         else:
@@ -341,7 +386,7 @@ class Panel:
                 digest.update(np.ascontiguousarray(codes).data)
         for name in sorted(self.blocks):
             digest.update("\x1f".join((name, *self.blocks[name].columns)).encode())
-            values = self.blocks[name].values
+            values = self.blocks[name].table
             for start in range(0, len(values), ROW_CHUNK):
                 digest.update(np.ascontiguousarray(values[start : start + ROW_CHUNK]).data)
         return digest.hexdigest()

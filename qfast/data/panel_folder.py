@@ -34,7 +34,7 @@ from qfast.errors import DataError, QfastError
 from qfast.files import atomic_write, is_disk_full, locked
 
 if TYPE_CHECKING:
-    from qfast.data.panel import Block, Panel
+    from qfast.data.panel import Block, Panel, Table
 
 __all__ = ["is_panel_folder", "open_panel", "save_panel"]
 
@@ -135,14 +135,14 @@ def _write_contents(panel: Panel, contents: Path) -> dict[str, Any]:
 
 def _write_block(name: str, block: Block, contents: Path, stem: str) -> dict[str, Any]:
     """Write the values of a block and their checksums, a few megabytes at a time."""
-    dtype = block.values.dtype.newbyteorder("<")
+    table, dtype = block.table, block.table.dtype.newbyteorder("<")
     if dtype.name not in ("float32", "float64"):
-        raise DataError(f"a panel is saved in float32 or float64, but group {name!r} is {block.values.dtype}.")
+        raise DataError(f"a panel is saved in float32 or float64, but group {name!r} is {table.dtype}.")
     checksums = []
 
     def write(file: Any) -> None:
-        for rows in _parts(block.values):
-            data = np.ascontiguousarray(block.values[rows], dtype=dtype).reshape(-1).view(np.uint8).data
+        for rows in _parts(table):
+            data = np.ascontiguousarray(table[rows], dtype=dtype).reshape(-1).view(np.uint8).data
             checksums.append(zlib.crc32(data))
             file.write(data)
 
@@ -158,7 +158,7 @@ def _write_block(name: str, block: Block, contents: Path, stem: str) -> dict[str
     }
 
 
-def _parts(values: np.ndarray) -> Iterator[slice]:
+def _parts(values: Table) -> Iterator[slice]:
     """Slices of consecutive rows with at most CHECKSUM_BYTES bytes, and at least one row each."""
     rows = max(1, CHECKSUM_BYTES // max(1, values.itemsize * values.shape[1]))
     for start in range(0, len(values) if values.shape[1] else 0, rows):

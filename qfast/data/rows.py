@@ -74,9 +74,10 @@ def take_rows(panel: Panel, rows: np.ndarray, groups: Sequence[str] | None = Non
     blocks = {}
     for group in panel.blocks if groups is None else groups:
         block = panel.block(group)
-        values = np.empty((len(rows), len(block.columns)), dtype=block.values.dtype)
+        table = block.table
+        values = np.empty((len(rows), len(block.columns)), dtype=table.dtype)
         for start in range(0, len(rows), ROW_CHUNK):
-            values[start : start + ROW_CHUNK] = block.values[rows[start : start + ROW_CHUNK]]
+            values[start : start + ROW_CHUNK] = table[rows[start : start + ROW_CHUNK]]
         blocks[group] = Block(values, block.columns)
     return replace(
         panel,

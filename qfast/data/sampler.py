@@ -12,10 +12,10 @@ from numpy.typing import DTypeLike
 from torch import Tensor
 
 from qfast.data.panel import Panel, shared_tensor
-from qfast.data.windows import WindowSet
+from qfast.data.windows import FeatureTable, WindowSet, gather_rows
 from qfast.dates import DateLike
 from qfast.errors import ConfigError, DataError, suggest, whole_number
-from qfast.ops import WindowIndex, build_window_index, gather_windows, window_rows
+from qfast.ops import WindowIndex, build_window_index, window_rows
 
 FILLS = ("none", "ffill", "ffill+bfill")
 
@@ -136,7 +136,7 @@ class TSDataSampler:
     def data_arr(self) -> np.ndarray:
         """A copy [R + 1, C] of all live rows, followed by one row of NaN as in Qlib."""
         rows = self.panel.live_rows()
-        values = np.concatenate([self.panel.values(g)[rows] for g in self.groups], axis=1)
+        values = np.concatenate([self.panel.table(g)[rows] for g in self.groups], axis=1)
         return np.concatenate([values, np.full((1, values.shape[1]), np.nan, values.dtype)])
 
     def __getitem__(self, key: Any) -> np.ndarray:
@@ -191,7 +191,7 @@ class TSDataSampler:
         return reached[self.window_index.position.numpy()[reached] >= self.first_position]
 
     def _gather(self, index: Tensor) -> np.ndarray:
-        parts = [gather_windows(shared_tensor(self.panel.values(g)), index) for g in self.groups]
+        parts = [gather_rows(_tensor_of(self.panel, group), index) for group in self.groups]
         return torch.cat(parts, dim=2).numpy() if len(parts) > 1 else parts[0].numpy()
 
     def _rows_of(self, key: Any) -> Tensor:
@@ -270,7 +270,13 @@ def _common_dtype(data: pd.DataFrame, dtype: DTypeLike | None) -> DTypeLike:
     return np.float32
 
 
-def feature_table(panel: Panel, groups: Sequence[str]) -> tuple[Tensor, tuple[str, ...], Tensor | None]:
+def _tensor_of(panel: Panel, group: str) -> FeatureTable:
+    """The values of a group without a copy: a tensor, or windows of prices."""
+    table = panel.table(group)
+    return shared_tensor(table) if isinstance(table, np.ndarray) else table
+
+
+def feature_table(panel: Panel, groups: Sequence[str]) -> tuple[FeatureTable, tuple[str, ...], Tensor | None]:
     """Views of a panel for training.
 
     Parameters
@@ -289,7 +295,6 @@ def feature_table(panel: Panel, groups: Sequence[str]) -> tuple[Tensor, tuple[st
     DataError
         The group "label" does not have exactly one column.
     """
-    features = panel.values(groups[0])
     label = None
     if "label" in groups:
         columns = panel.columns("label")
@@ -299,4 +304,4 @@ def feature_table(panel: Panel, groups: Sequence[str]) -> tuple[Tensor, tuple[st
                 "Remedy: keep one label in the handler."
             )
         label = shared_tensor(panel.values("label")[:, 0])
-    return shared_tensor(features), panel.columns(groups[0]), label
+    return _tensor_of(panel, groups[0]), panel.columns(groups[0]), label

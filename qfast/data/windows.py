@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -18,12 +18,21 @@ import torch
 from torch import Tensor
 
 from qfast.data.batching import Batches
+from qfast.data.price_windows import PriceWindows
 from qfast.errors import DataError
-from qfast.ops import WindowIndex, gather_windows
+from qfast.ops import WindowIndex, gather_windows, window_rows
 
 SCAN_ROWS = 1 << 15  # rows scanned for NaN at a time
 
-__all__ = ["WindowSet"]
+FeatureTable: TypeAlias = Tensor | PriceWindows
+"""Features [R, D]: in memory, or computed from prices when they are read."""
+
+__all__ = ["FeatureTable", "WindowSet", "gather_rows"]
+
+
+def gather_rows(features: FeatureTable, rows: Tensor) -> Tensor:
+    """Rows (int64 [B, T], -1 for a row of NaN) of the features: [B, T, D]."""
+    return gather_windows(features, rows) if isinstance(features, Tensor) else features.gather(rows)
 
 
 @dataclass
@@ -32,7 +41,7 @@ class WindowSet:
 
     Attributes
     ----------
-    features : Tensor
+    features : Tensor or PriceWindows
         float32 [R, D] with any row stride. D is F for windows and F*T for flat samples.
     rows : Tensor
         int64 [n]: for each sample the feature row of its last step.
@@ -60,7 +69,7 @@ class WindowSet:
         [n] weights of the training loss.
     """
 
-    features: Tensor
+    features: FeatureTable
     rows: Tensor
     label: Tensor | None
     columns: Sequence[str]
@@ -117,7 +126,7 @@ class WindowSet:
 
         return replace(
             self,
-            features=move(self.features),
+            features=self.features.to(device, move) if isinstance(self.features, PriceWindows) else move(self.features),
             rows=move(self.rows),
             label=None if self.label is None else move(self.label),
             index=None if self.index is None else WindowIndex(*map(move, self.index)),
@@ -127,11 +136,19 @@ class WindowSet:
     def batch(self, samples: Tensor) -> Tensor:
         """Features of samples (int64 [B], on the device of the features): [B, T, F], or [B, F*T] for flat samples."""
         rows = self.rows[samples]
+        if not isinstance(self.features, Tensor):
+            return self.features.gather(rows if self.index is None else self._window_rows(rows))
         if self.index is None or self.step_len is None:
             return gather_windows(self.features, rows.unsqueeze(1)).squeeze(1)
         return gather_windows(
             self.features, self.index, rows, self.step_len, fill=self.fill, first_position=self.first_position
         )
+
+    def _window_rows(self, rows: Tensor) -> Tensor:
+        """Rows [B, T] of the windows that end at `rows`."""
+        assert self.index is not None
+        assert self.step_len is not None
+        return window_rows(self.index, rows, self.step_len, fill=self.fill, first_position=self.first_position)
 
     def with_views(self) -> WindowSet:
         """The same samples, except that `batch` returns a `view` where one exists."""
@@ -150,7 +167,7 @@ class WindowSet:
         Tensor or None
             None for flat samples and for any other windows. The windows overlap in memory and must not be written to.
         """
-        if self.index is None or self.step_len is None or len(samples) == 0:
+        if self.index is None or self.step_len is None or len(samples) == 0 or not isinstance(self.features, Tensor):
             return None
         rows = self.rows[samples]
         first, last = int(rows[0]), int(rows[-1])
@@ -185,6 +202,15 @@ class WindowSet:
         warnings.warn("WindowSet.stretches has been renamed to consecutive.", DeprecationWarning, stacklevel=2)
         return self.consecutive(fewest)
 
+    def _read(self, rows: Tensor) -> Tensor:
+        """Features [B, D] of rows (int64 [B]), without a copy if they are consecutive rows of a tensor."""
+        rows = rows.to(self.device)
+        if not isinstance(self.features, Tensor):
+            return self.features.gather(rows)
+        low, high = int(rows[0]), int(rows[-1]) + 1
+        is_range = high - low == len(rows) and bool((rows.diff() == 1).all())
+        return self.features[low:high] if is_range else self.features[rows]
+
     def _has_holes(self, rows: Tensor) -> Tensor:
         """bool [B]: True for windows that are not step_len consecutive rows of the table."""
         assert self.index is not None
@@ -206,7 +232,7 @@ class WindowSet:
         complete = torch.ones(len(self), dtype=torch.bool) if self.label is None else ~torch.isnan(self.label)
         for start in range(0, len(self), SCAN_ROWS):
             part = slice(start, start + SCAN_ROWS)
-            complete[part] &= ~torch.isnan(self.features[self.rows[part]]).any(1)
+            complete[part] &= ~torch.isnan(self._read(self.rows[part])).any(1)
         return complete
 
     def non_finite_features(self) -> list[tuple[str, int, int, int]]:
@@ -216,8 +242,7 @@ class WindowSet:
         first = torch.full_like(bad, -1)
         for start in range(0, len(rows), SCAN_ROWS):
             part = rows[start : start + SCAN_ROWS]
-            low, high = int(part[0]), int(part[-1]) + 1
-            table = self.features[low:high] if high - low == len(part) else self.features[part.to(self.device)]
+            table = self._read(part)
             if bool(torch.isfinite(table.sum())):  # usually true, and cheaper than a look at every value
                 continue
             wrong = ~torch.isfinite(table)

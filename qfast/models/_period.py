@@ -36,13 +36,15 @@ class WholePeriod(Estimator):
             return super()._predictions(windows, batches)
         # Search all samples, not only those of the batches: a shuffled pass without its incomplete batch leaves random
         # gaps, which would leave few consecutive windows.
-        sequences = windows.consecutive(self.min_consecutive(windows.features.shape[1], windows.step_len or 1))
+        table = windows.features
+        assert isinstance(table, Tensor)  # see _uses_views
+        sequences = windows.consecutive(self.min_consecutive(table.shape[1], windows.step_len or 1))
         remaining = torch.zeros(len(windows), dtype=torch.bool)
         remaining[batches.order] = True
         for samples in sequences:
             remaining[samples] = False
         views = windows.with_views()
-        out = torch.empty(len(windows), dtype=windows.features.dtype)
+        out = torch.empty(len(windows), dtype=table.dtype)
         for part in filter(len, (*sequences, remaining.nonzero()[:, 0])):
             for samples in part.split(self._params["batch_size"]):
                 out[samples] = self.run_network(views, samples)
@@ -57,6 +59,8 @@ class WholePeriod(Estimator):
         if not kind.run_network.__module__.startswith("qfast.") or kind.features_of is not Estimator.features_of:
             return False
         if torch.is_grad_enabled() or windows.index is None or windows.device.type != "cpu":
+            return False
+        if not isinstance(windows.features, Tensor):  # windows of prices are computed, so they cannot be views
             return False
         if _backend.native is None:
             return False

@@ -15,6 +15,7 @@ from qfast.ops import additive_attention as _attention
 from qfast.ops import attention_pool as _attention_pool
 from qfast.ops import encoder_layer as _encoder_layer
 from qfast.ops import feed_forward as _feed_forward
+from qfast.ops import price_windows as _price_windows
 from qfast.ops import recurrent as _recurrent
 from qfast.ops import temporal_conv as _temporal_conv
 from qfast.ops import window_conv as _window_conv
@@ -26,6 +27,7 @@ from qfast.ops.additive_attention import additive_attention, graph_attention
 from qfast.ops.attention_pool import attention_pool
 from qfast.ops.encoder_layer import encoder_layer
 from qfast.ops.feed_forward import feed_forward
+from qfast.ops.price_windows import price_windows
 from qfast.ops.recurrent import gru, lstm
 from qfast.ops.temporal_conv import BlockWeights, temporal_block, temporal_conv_net
 from qfast.ops.window_conv import window_conv
@@ -47,6 +49,7 @@ __all__ = [
     "graph_attention",
     "gru",
     "lstm",
+    "price_windows",
     "tanh",
     "temporal_block",
     "temporal_conv_net",
@@ -81,6 +84,7 @@ OPERATORS = {
     "graph_attention": Operator(partial(_attention.self_test, "graph_attention")),
     "gru": Operator(partial(_recurrent.self_test, "gru")),
     "lstm": Operator(partial(_recurrent.self_test, "lstm")),
+    "price_windows": Operator(_price_windows.self_test, ("cpu",)),
     "tanh": Operator(_activations.self_test, ("cpu",)),
     "temporal_conv_net": Operator(_temporal_conv.self_test),
     "window_conv": Operator(_window_conv.self_test, ("cpu",)),

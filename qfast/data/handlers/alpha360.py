@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from qfast.data.handlers.base import one_of
 from qfast.data.handlers.prices import DEFAULT_LEARN_PROCESSORS, Expressions, PriceHandler
+from qfast.data.panel import Block, WindowBlock
+from qfast.data.price_windows import PriceWindows
 from qfast.data.prices import Instruments, Prices, PriceSource, StorePath
 from qfast.data.processors import ProcessorSpec
 from qfast.dates import DateLike
@@ -18,7 +22,7 @@ DEFAULT_INFER_PROCESSORS: tuple[Mapping[str, Any], ...] = (
     {"class": "ZScoreNorm", "kwargs": {}},
     {"class": "Fillna", "kwargs": {}},
 )
-WINDOW_CHUNK = 1 << 12  # rows at a time, whose windows of one field stay in the CPU cache
+STORAGE = ("auto", "view", "columns")
 
 
 class Alpha360(PriceHandler):
@@ -56,6 +60,12 @@ class Alpha360(PriceHandler):
     vwap : {None, "typical"}
         "typical": prices without a vwap get (high + low + close) / 3. None: like in Qlib, the features of a missing
         vwap are NaN.
+    windows : {"auto", "view", "columns"}
+        How the 360 columns are stored. "view": not at all. The handler keeps the six prices of each row, and every
+        batch computes its columns, including the processors. This needs a fortieth of the memory of columns. "columns":
+        in memory. "auto": as a view, unless a processor needs the columns in memory. The log names that processor;
+        with "view" it is an error. RobustZScoreNorm, ZScoreNorm, MinMaxNorm, Fillna, DropnaProcessor and all processors
+        of the label keep the view, and so does ProcessInf if no feature is infinite. The values are equal to the bit.
     read_options : ReadOptions or mapping, optional
         How to read tables, see `qfast.data.ReadOptions`.
 
@@ -68,8 +78,8 @@ class Alpha360(PriceHandler):
 
     Notes
     -----
-    If processors change the features, the raw features are not stored but computed again from the prices for every
-    request. Source: qlib/contrib/data/handler.py and loader.py of pyqlib 0.9.7.
+    With columns in memory that processors change, the raw features are not stored but computed again from the prices
+    for every request. Source: qlib/contrib/data/handler.py and loader.py of pyqlib 0.9.7.
 
     Examples
     --------
@@ -106,7 +116,9 @@ class Alpha360(PriceHandler):
         provider_uri: StorePath | None = None,
         vwap: str | None = None,
         read_options: ReadSettings = None,
+        windows: str = "auto",
     ) -> None:
+        self.windows = one_of("windows", windows, STORAGE)
         self._set_up(
             instruments=instruments,
             start_time=start_time,
@@ -137,8 +149,17 @@ class Alpha360(PriceHandler):
     def _feature_reach(self) -> tuple[int, int]:
         return self.WINDOW - 1, 0
 
+    def _feature_block(self, prices: Prices, rows: np.ndarray) -> Block:
+        if self.windows == "columns":
+            return super()._feature_block(prices, rows)
+        return WindowBlock(self._price_windows(prices, rows), tuple(self._feature_names()))
+
     def _feature_values(self, prices: Prices, rows: np.ndarray) -> np.ndarray:
-        return price_windows(prices, rows, self.FIELDS, self.WINDOW)
+        return self._price_windows(prices, rows)[:]
+
+    def _price_windows(self, prices: Prices, rows: np.ndarray) -> PriceWindows:
+        windows = PriceWindows.of_prices(prices, rows, self.FIELDS, self.WINDOW)
+        return replace(windows, required=self.windows == "view")
 
 
 class Alpha360vwap(Alpha360):
@@ -151,60 +172,3 @@ class Alpha360vwap(Alpha360):
     """
 
     LABEL = (["Ref($vwap, -2)/Ref($vwap, -1) - 1"], ["LABEL0"])
-
-
-def price_windows(prices: Prices, rows: np.ndarray, names: Sequence[str], window: int) -> np.ndarray:
-    """The last `window` values of each field, divided by today's close (volume: by today's volume + 1e-12).
-
-    Parameters
-    ----------
-    prices : Prices
-    rows : int64 [B]
-        Panel rows to compute.
-    names : sequence of str
-        F field names.
-    window : int
-        T.
-
-    Returns
-    -------
-    float32 [B, F * T]
-        Field by field, with time ascending; NaN where there is no price.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> from qfast.data import load_prices
-    >>> dates = pd.date_range("2024-01-01", periods=3)
-    >>> frame = pd.DataFrame({"datetime": dates, "instrument": "A", "close": [1.0, 2.0, 4.0]})
-    >>> price_windows(Prices(load_prices(frame), {}), np.array([1, 2]), ["close"], 2).tolist()
-    [[0.5, 1.0], [0.5, 1.0]]
-    """
-    panel, extents = prices
-    out = np.empty((len(rows), len(names) * window), dtype=np.float32)
-    codes = panel.instrument_codes
-    # With window - 1 rows of NaN before each instrument, every window is a contiguous slice.
-    place = np.arange(panel.n_rows) + (window - 1) * (codes.astype(np.int64) + 1)
-    padded = np.full(panel.n_rows + (window - 1) * len(panel.instruments), np.nan, dtype=np.float32)
-    fields = panel.columns("price")
-    close = panel.column("close", "price")
-    for f, name in enumerate(names):
-        columns = slice(f * window, (f + 1) * window)
-        if name not in fields:
-            out[:, columns] = np.nan
-            continue
-        series = panel.column(name, "price")
-        padded[place] = series
-        windows = np.lib.stride_tricks.sliding_window_view(padded, window)
-        base = series + np.float32(1e-12) if name == "volume" else close
-        for start in range(0, len(rows), WINDOW_CHUNK):
-            chunk = rows[start : start + WINDOW_CHUNK]
-            target = out[start : start + WINDOW_CHUNK, columns]
-            with np.errstate(all="ignore"):
-                np.divide(windows[place[chunk] - (window - 1)], base[chunk, None], out=target)
-            if name in extents:
-                stored = extents[name]
-                outside = (chunk < stored.start[codes[chunk]]) | (chunk >= stored.stop[codes[chunk]])
-                if outside.any():  # like in Qlib, a field has no windows on days that its file does not cover
-                    target[outside] = np.nan
-    return out

@@ -132,7 +132,7 @@ class DataHandlerLP:
         fit_end_time: DateLike | None,
     ) -> None:
         """Store the settings and build the processors, before any data is read."""
-        self.process_type = _one_of("process_type", process_type, (self.PTYPE_A, self.PTYPE_I))
+        self.process_type = one_of("process_type", process_type, (self.PTYPE_A, self.PTYPE_I))
         self.drop_raw = bool(drop_raw)
         self.instruments, self.start_time, self.end_time = instruments, start_time, end_time
         self.fit_start_time, self.fit_end_time = fit_start_time, fit_end_time
@@ -156,8 +156,8 @@ class DataHandlerLP:
             learn = run_processors(infer, self.learn_processors, stage="learn", space=Workspace())
         else:
             infer = run_processors(panel, self.infer_processors, stage="infer", space=Workspace())
-            infer_values = {id(block.values) for block in infer.blocks.values()}
-            space.owned -= {g for g, block in panel.blocks.items() if id(block.values) in infer_values}
+            infer_tables = {id(block.table) for block in infer.blocks.values()}
+            space.owned -= {g for g, block in panel.blocks.items() if id(block.table) in infer_tables}
             learn = run_processors(panel, self.learn_processors, stage="learn", space=space)
         self._panels = {self.DK_I: infer, self.DK_L: learn}
 
@@ -185,7 +185,7 @@ class DataHandlerLP:
         RawDataDroppedError
             `data_key` is "raw" and the handler was built with drop_raw=True.
         """
-        _one_of("data_key", data_key, (self.DK_R, self.DK_I, self.DK_L))
+        one_of("data_key", data_key, (self.DK_R, self.DK_I, self.DK_L))
         return self._raw_panel(None) if data_key == self.DK_R else self._panels[data_key]
 
     def _raw_panel(self, groups: Sequence[str] | None) -> Panel:
@@ -234,7 +234,7 @@ class DataHandlerLP:
         DataError
             The data lacks a column group, or the selector matches no rows.
         """
-        _one_of("data_key", data_key, (self.DK_R, self.DK_I, self.DK_L))
+        one_of("data_key", data_key, (self.DK_R, self.DK_I, self.DK_L))
         one_group = isinstance(col_set, str) and col_set not in (self.CS_ALL, self.CS_RAW)
         groups = [str(col_set)] if one_group else (None if isinstance(col_set, str) else list(col_set))
         if self._flat_columns or proc_func is not None:
@@ -291,7 +291,8 @@ def _build_processors(
     ]
 
 
-def _one_of(name: str, value: object, allowed: Sequence[str]) -> str:
+def one_of(name: str, value: object, allowed: Sequence[str]) -> str:
+    """`value`, if it is one of the allowed names; otherwise a ConfigError that lists them."""
     if not isinstance(value, str) or value not in allowed:
         raise ConfigError(f"{name} must be one of {list(allowed)}, got {value!r}." + suggest(value, allowed))
     return value

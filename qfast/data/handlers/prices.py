@@ -135,6 +135,10 @@ class PriceHandler(DataHandlerLP):
     def _feature_values(self, prices: Prices, rows: np.ndarray) -> np.ndarray:
         """Features at panel rows `rows` (int64 [M]): float32 [M, C]."""
 
+    def _feature_block(self, prices: Prices, rows: np.ndarray) -> Block:
+        """The feature columns at panel rows `rows`."""
+        return Block(self._feature_values(prices, rows), tuple(self._feature_names()))
+
     def _feature_texts(self) -> list[str]:
         """Expressions of the features; empty if they are computed in another way."""
         return []
@@ -335,8 +339,7 @@ class PriceHandler(DataHandlerLP):
         return keys.with_group("label", values, self.label_names)
 
     def _with_features(self, labels: Panel) -> Panel:
-        values = self._feature_values(self._prices, self._rows)
-        features = replace(labels, blocks={"feature": Block(values, tuple(self._feature_names()))})
+        features = replace(labels, blocks={"feature": self._feature_block(self._prices, self._rows)})
         return replace(labels, blocks={**features.blocks, **labels.blocks})
 
     def _raw_panel(self, groups: Sequence[str] | None) -> Panel:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 import numpy as np
 
-from qfast.data.panel import Panel
+from qfast.data.panel import Panel, Table
+from qfast.data.price_windows import PriceWindows
 from qfast.dates import DateLike
 from qfast.errors import ConfigError, DataError, some
 from qfast.registry import PROCESSORS, parameters
+
+log = logging.getLogger("qfast.data")
 
 
 class Workspace:
@@ -60,10 +64,26 @@ class Processor:
 
     def run(self, panel: Panel, space: Workspace) -> Panel:
         """The processed panel. Blocks that `space` owns may be overwritten, and `space` owns all new blocks."""
-        before = {group: block.values for group, block in panel.blocks.items()}
+        before = {group: block.table for group, block in panel.blocks.items()}
         after = self._apply(panel, space)
-        space.owned.update(g for g, block in after.blocks.items() if block.values is not before.get(g))
+        for group, block in after.blocks.items():
+            if block.table is not before.get(group):
+                space.owned.add(group)
+                self._report_computed(group, before.get(group), block.table)
         return after
+
+    def _report_computed(self, group: str, before: Table | None, after: Table) -> None:
+        """Log, or refuse, that windows of prices became columns in memory."""
+        if not isinstance(before, PriceWindows) or isinstance(after, PriceWindows):
+            return
+        name = type(self).__name__
+        if before.required:
+            raise ConfigError(
+                f"{name} needs all {before.shape[1]} columns of group {group!r} in memory, but windows is 'view'. "
+                f"Remedy: windows='auto', or processors without {name}."
+            )
+        size = np.prod(before.shape) * before.itemsize / 2**30
+        log.info("%s: group %r is stored as %d columns, %.2f GiB", name, group, before.shape[1], size)
 
     frozen = False  # True after load_state; `fit` is then no longer called
 
@@ -187,7 +207,7 @@ def _empty_columns(panel: Panel, fields_group: object) -> list[str]:
         for group, block in panel.blocks.items()
         if not isinstance(fields_group, str) or group == fields_group
         for position, name in enumerate(block.columns)
-        if not np.isfinite(block.values[rows, position]).any()
+        if not np.isfinite(block.table[rows, position]).any()
     ]
 
 

@@ -7,7 +7,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from qfast.data.panel import ROW_CHUNK, Panel
+from qfast.data.column_maps import ColumnMap
+from qfast.data.panel import ROW_CHUNK, Panel, Table, WindowBlock
+from qfast.data.price_windows import PriceWindows
 from qfast.data.processors.base import Workspace
 from qfast.errors import ConfigError, DataError, some, suggest
 
@@ -78,7 +80,7 @@ def column_names(panel: Panel, group: str, positions: np.ndarray) -> list[str]:
     return [names[int(p)] for p in positions]
 
 
-def is_all(positions: np.ndarray, values: np.ndarray) -> bool:
+def is_all(positions: np.ndarray, values: Table) -> bool:
     """True if `positions` are all columns of `values` [R, C]."""
     return len(positions) == values.shape[1]
 
@@ -104,38 +106,51 @@ def rows_by_chunk(n_rows: int) -> Iterator[slice]:
         yield slice(start, min(start + ROW_CHUNK, n_rows))
 
 
+def computed(panel: Panel, group: str, space: Workspace) -> Panel:
+    """A panel in which the values of a group are in memory. Windows of prices are computed, and `space` owns them."""
+    if not isinstance(panel.table(group), PriceWindows):
+        return panel
+    space.owned.add(group)
+    return panel.replace(group, panel.values(group))
+
+
 def columns_by_chunk(
-    values: np.ndarray, positions: np.ndarray, rows: np.ndarray | None
+    values: Table, positions: np.ndarray, rows: np.ndarray | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """A few columns at a time, as (positions, contiguous copy [c, rows]). None: all rows."""
     n_rows = len(values) if rows is None else len(rows)
     step = int(min(16, max(1, COLUMN_CHUNK_BYTES // max(1, n_rows * values.itemsize))))
     for start in range(0, len(positions), step):
         chunk = positions[start : start + step]
+        if isinstance(values, PriceWindows):
+            yield chunk, values.columns(chunk, rows)
+            continue
         low, high = int(chunk[0]), int(chunk[-1]) + 1
         part = values[:, low:high] if high - low == len(chunk) else values[:, chunk]
         # Callers write to the result, so it must be a copy. A single column transposed would be a view.
         yield chunk, np.array((part if rows is None else part[rows]).T, order="C", copy=True)
 
 
-def elementwise(
-    panel: Panel,
-    selection: Selection,
-    space: Workspace,
-    change: Callable[[str, np.ndarray, np.ndarray], np.ndarray],
-) -> Panel:
-    """Replace the selected columns by `change(group, positions, values [rows, c])`, some rows at a time."""
+def elementwise(panel: Panel, selection: Selection, space: Workspace, map_of: Callable[[str], ColumnMap]) -> Panel:
+    """Apply `map_of(group)` to the selected columns: to windows of prices when they are read, to others at once."""
     for group, positions in selection:
-        values = panel.values(group)
         if len(positions) == 0:
             continue
+        table, change = panel.table(group), map_of(group)
+        if isinstance(table, PriceWindows):
+            mapped = table.mapped(change, positions)
+            if mapped is not None:
+                panel = panel.with_block(group, WindowBlock(mapped, panel.columns(group)))
+                continue
+        panel = computed(panel, group, space)
+        values = panel.values(group)
         out = target(panel, group, positions, space)
         all_columns = is_all(positions, values)
         for rows in rows_by_chunk(panel.n_rows):
             if all_columns:
-                out[rows] = change(group, positions, values[rows])
+                out[rows] = change(values[rows])
             else:
-                out[rows, positions] = change(group, positions, values[rows, positions])
+                out[rows, positions] = change(values[rows, positions])
         panel = panel.replace(group, out)
     return panel
 
@@ -149,9 +164,10 @@ def by_column(
     """Replace the live rows of the selected columns by `change(values [c, rows], row numbers or None for all rows)`."""
     rows = None if panel.live is None else panel.live_rows()
     for group, positions in selection:
-        values = panel.values(group)
         if len(positions) == 0:
             continue
+        panel = computed(panel, group, space)
+        values = panel.values(group)
         out = target(panel, group, positions, space)
         for chunk, part in columns_by_chunk(values, positions, rows):
             changed = change(part, rows).T

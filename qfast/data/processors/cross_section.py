@@ -143,9 +143,10 @@ class ProcessInf(Processor):
     def _apply(self, panel: Panel, space: Workspace) -> Panel:
         selection: Selection = []
         for group, block in panel.blocks.items():
-            has_inf = np.zeros(block.values.shape[1], dtype=bool)
+            table = block.table
+            has_inf = np.zeros(table.shape[1], dtype=bool)
             for rows in rows_by_chunk(panel.n_rows):
-                has_inf |= np.isinf(block.values[rows]).any(axis=0)
+                has_inf |= np.isinf(table[rows]).any(axis=0)
             if has_inf.any():
                 selection.append((group, np.flatnonzero(has_inf)))
 

@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from qfast.data.panel import Panel
+from qfast.data.column_maps import Fill, ShiftedTanh
+from qfast.data.panel import Block, Panel
 from qfast.data.processors.base import Processor, Workspace
 from qfast.data.processors.columns import FieldsGroup, column_names, elementwise, is_all, rows_by_chunk, select
 from qfast.errors import ConfigError, DataError, some, suggest
@@ -51,10 +52,7 @@ class Fillna(Processor):
         self.fill_value = fill_value
 
     def _apply(self, panel: Panel, space: Workspace) -> Panel:
-        def change(group: str, positions: np.ndarray, values: np.ndarray) -> np.ndarray:
-            return np.where(np.isnan(values), values.dtype.type(self.fill_value), values)
-
-        return elementwise(panel, select(panel, self.fields_group), space, change)
+        return elementwise(panel, select(panel, self.fields_group), space, lambda group: Fill(self.fill_value))
 
 
 class TanhProcess(Processor):
@@ -73,9 +71,6 @@ class TanhProcess(Processor):
     """
 
     def _apply(self, panel: Panel, space: Workspace) -> Panel:
-        def change(group: str, positions: np.ndarray, values: np.ndarray) -> np.ndarray:
-            return np.tanh(values - 1)
-
         selection = [
             (
                 group,
@@ -83,7 +78,7 @@ class TanhProcess(Processor):
             )
             for group, block in panel.blocks.items()
         ]
-        return elementwise(panel, selection, space, change)
+        return elementwise(panel, selection, space, lambda group: ShiftedTanh())
 
 
 class DropnaProcessor(Processor):
@@ -113,7 +108,7 @@ class DropnaProcessor(Processor):
     def _apply(self, panel: Panel, space: Workspace) -> Panel:
         complete = np.ones(panel.n_rows, dtype=bool)
         for group, positions in select(panel, self.fields_group):
-            values = panel.values(group)
+            values = panel.table(group)
             for rows in rows_by_chunk(panel.n_rows):
                 part = values[rows] if is_all(positions, values) else values[rows, positions]
                 complete[rows] &= ~np.isnan(part).any(axis=1)
@@ -247,9 +242,9 @@ def _keep_columns(panel: Panel, keep: Mapping[str, Sequence[bool]]) -> Panel:
         if not any(mask):
             del blocks[group]
             continue
-        positions = np.flatnonzero(mask)
-        values = np.empty((panel.n_rows, len(positions)), dtype=block.values.dtype)
+        positions, table = np.flatnonzero(mask), block.table
+        values = np.empty((panel.n_rows, len(positions)), dtype=table.dtype)
         for rows in rows_by_chunk(panel.n_rows):
-            values[rows] = block.values[rows][:, positions]
-        blocks[group] = replace(block, values=values, columns=tuple(block.columns[p] for p in positions))
+            values[rows] = table[rows][:, positions]
+        blocks[group] = Block(values, tuple(block.columns[p] for p in positions))
     return replace(panel, blocks=blocks)

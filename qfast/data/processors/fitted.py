@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from qfast.data.column_maps import ColumnMap, Normalize
 from qfast.data.panel import Panel
 from qfast.data.processors.base import Processor, Workspace
 from qfast.data.processors.columns import FieldsGroup, column_names, columns_by_chunk, elementwise, select
@@ -53,7 +54,7 @@ class _FittedNorm(Processor):
         selected = None if len(rows) == panel.n_rows else rows
         fitted = {}
         for group, positions in select(panel, self.fields_group):
-            values = panel.values(group)
+            values = panel.table(group)
             shift = np.empty(len(positions), dtype=values.dtype)
             scale = np.empty(len(positions), dtype=values.dtype)
             number = 0
@@ -76,14 +77,11 @@ class _FittedNorm(Processor):
                     f"has {len(panel.columns(group))}. Remedy: apply it to the columns it was fitted to."
                 )
 
-        def change(group: str, positions: np.ndarray, values: np.ndarray) -> np.ndarray:
+        def map_of(group: str) -> ColumnMap:
             _, shift, scale = fitted[group]
-            with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-                out = values - shift
-                out /= scale
-            return self._finish(out)
+            return Normalize(shift, scale, self._limit())
 
-        return elementwise(panel, [(g, p) for g, (p, _, _) in fitted.items()], space, change)
+        return elementwise(panel, [(g, p) for g, (p, _, _) in fitted.items()], space, map_of)
 
     def state(self) -> dict[str, np.ndarray]:
         """Arrays "<group>.positions", "<group>.shift" and "<group>.scale" [c] of each group."""
@@ -121,9 +119,9 @@ class _FittedNorm(Processor):
         """(shift, scale) of the values of one column without NaN."""
         raise NotImplementedError(f"{type(self).__name__} must implement _learn(values)")
 
-    def _finish(self, values: np.ndarray) -> np.ndarray:
-        """A last step on the normalized values."""
-        return values
+    def _limit(self) -> float:
+        """Largest absolute value of the result."""
+        return np.inf
 
     def _report_empty(self, names: list[str]) -> None:
         if names:
@@ -192,8 +190,8 @@ class RobustZScoreNorm(_FittedNorm):
         spread = np.median(distance, overwrite_input=True)
         return center, (spread + values.dtype.type(EPS)) * values.dtype.type(MAD_TO_STD)
 
-    def _finish(self, values: np.ndarray) -> np.ndarray:
-        return np.clip(values, -OUTLIER, OUTLIER, out=values) if self.clip_outlier else values
+    def _limit(self) -> float:
+        return OUTLIER if self.clip_outlier else np.inf
 
 
 class ZScoreNorm(_FittedNorm):

@@ -59,7 +59,7 @@ def check_data(report: CheckReport, dataset: HandlerDataset, seconds: float) -> 
         f"{date_text(infer.datetimes[codes.max()])}; no duplicate rows; loaded and processed in {seconds:.1f} s",
     )
     raw = infer if handler.drop_raw else handler.panel("raw")
-    values, rows = raw.values("feature"), raw.live_rows()
+    values, rows = raw.table("feature"), raw.live_rows()
     positions = kept_columns(raw.columns("feature"), infer.columns("feature"))
     columns = [raw.columns("feature")[position] for position in positions]
     missing_of_column = np.zeros(len(columns))

@@ -1,0 +1,197 @@
+"""PriceWindows: the columns of Alpha360 as a view of prices, computed whenever values are read.
+
+The columns of Alpha360 are 60 lags of six prices, so 360 numbers repeat what 6 numbers and their neighbours contain.
+A `PriceWindows` keeps the prices and the constants of the processors. It behaves like an array [R, C] that can only be
+read, and reads some rows or some columns at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qfast.data.column_maps import ColumnMap
+from qfast.data.prices import Prices
+from qfast.ops.price_windows import FILL, LIMIT, SCALE, SHIFT, neutral_stage, price_windows
+
+__all__ = ["PriceWindows"]
+
+
+@dataclass(frozen=True, eq=False)
+class PriceWindows:
+    """R rows of C = F * T columns: the last T values of F prices, divided by a price of the row, and then normalized.
+
+    Attributes
+    ----------
+    series, ends, divisors, divisor_of, stages, window
+        The arguments of `qfast.ops.price_windows`.
+    required : bool
+        A processor that needs the columns in memory is refused.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from qfast.data import load_prices
+    >>> dates = pd.date_range("2024-01-01", periods=3)
+    >>> frame = pd.DataFrame({"datetime": dates, "instrument": "A", "close": [1.0, 2.0, 4.0]})
+    >>> windows = PriceWindows.of_prices(Prices(load_prices(frame), {}), np.arange(3), ["close"], 2)
+    >>> windows.shape, windows[1:].tolist()
+    ((3, 2), [[0.5, 1.0], [0.5, 1.0]])
+    """
+
+    series: Tensor
+    ends: Tensor
+    divisors: Tensor
+    divisor_of: Tensor
+    stages: Tensor
+    window: int
+    required: bool = False
+
+    @classmethod
+    def of_prices(cls, prices: Prices, rows: np.ndarray, names: Sequence[str], window: int) -> PriceWindows:
+        """The windows of some rows of a price panel, before any processor.
+
+        Parameters
+        ----------
+        prices : Prices
+        rows : int64 [R]
+            Panel rows.
+        names : sequence of str
+            F field names. "volume" is divided by today's volume + 1e-12, every other field by today's close.
+        window : int
+            T.
+        """
+        panel, extents = prices
+        codes = panel.instrument_codes
+        # With window - 1 rows of NaN before each instrument, every window is a contiguous slice.
+        place = np.arange(panel.n_rows) + (window - 1) * (codes.astype(np.int64) + 1)
+        length = panel.n_rows + (window - 1) * len(panel.instruments)
+        series = np.full((len(names), length), np.nan, dtype=np.float32)
+        divisors: dict[object, np.ndarray] = {}
+        divisor_of = []
+        for f, name in enumerate(names):
+            key: object = "volume" if name == "volume" else "close"
+            if name in panel.columns("price"):
+                series[f, place] = panel.column(name, "price")
+                base = panel.column("close", "price")[rows]
+                if name == "volume":
+                    base = panel.column("volume", "price")[rows] + np.float32(1e-12)
+                if name in extents:  # like in Qlib, a field has no windows on days that its file does not cover
+                    stored = extents[name]
+                    outside = (rows < stored.start[codes[rows]]) | (rows >= stored.stop[codes[rows]])
+                    if outside.any():
+                        key, base = name, np.where(outside, np.float32(np.nan), base)
+                divisors.setdefault(key, base)
+            divisor_of.append(key)
+        numbers = {key: number for number, key in enumerate(divisors)}
+        ends = place[rows]
+        return cls(
+            series=torch.from_numpy(series),
+            ends=torch.from_numpy(ends.astype(np.int32) if length < 2**31 else ends),
+            divisors=torch.from_numpy(np.stack(list(divisors.values()) or [np.full(len(rows), np.float32(np.nan))])),
+            divisor_of=torch.tensor([numbers.get(key, 0) for key in divisor_of]),
+            stages=torch.empty(0, 4, len(names) * window),
+            window=window,
+        )
+
+    # ---------------------------------------------------------------- shape
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(R, C)."""
+        return len(self.ends), self.stages.shape[2]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """float32."""
+        return np.dtype(np.float32)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one value."""
+        return 4
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return sum(t.nbytes for t in (self.series, self.ends, self.divisors, self.divisor_of, self.stages))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    # ---------------------------------------------------------------- reading
+    def gather(self, rows: Tensor) -> Tensor:
+        """float32 [*B, C]: the columns of rows (int64 [*B], on `device`), NaN for row -1."""
+        flat = rows.reshape(-1)
+        out = price_windows(self.series, self.ends, self.divisors, self.divisor_of, flat, self.stages, self.window)
+        return out.reshape(*rows.shape, -1)
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        """Values: `windows[rows]` (a slice or an array), `windows[rows, column]` or `windows[slice, columns]`."""
+        if isinstance(key, tuple):
+            rows, position = key
+            if isinstance(position, np.ndarray):  # as in NumPy, an array of columns is combined with a slice of rows
+                return self.columns(position, np.arange(len(self))[rows]).T
+            return self.column(position, rows)
+        numbers = np.arange(len(self))[key] if isinstance(key, slice) else np.asarray(key)
+        return self.gather(torch.from_numpy(numbers.astype(np.int64))).numpy()
+
+    def columns(self, positions: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+        """float32 [c, rows]: some columns at `rows`, by default at all rows."""
+        out = np.empty((len(positions), len(self) if rows is None else len(rows)), dtype=np.float32)
+        for number, position in enumerate(positions):
+            out[number] = self.column(int(position), slice(None) if rows is None else rows)
+        return out
+
+    def column(self, position: int, rows: slice | np.ndarray) -> np.ndarray:
+        """One column at `rows`, without computing the others. The steps are those of the operator."""
+        field, lag = divmod(position, self.window)
+        places = self.ends.numpy()[rows].astype(np.int64) + (lag - self.window + 1)
+        with np.errstate(all="ignore"):
+            out: np.ndarray = self.series[field].numpy()[places]
+            out /= self.divisors[int(self.divisor_of[field])].numpy()[rows]
+            for stage in self.stages[:, :, position].numpy():
+                out -= stage[SHIFT]
+                out /= stage[SCALE]
+                np.clip(out, -stage[LIMIT], stage[LIMIT], out=out)
+                out[np.isnan(out)] = stage[FILL]
+        return out
+
+    # ---------------------------------------------------------------- derived views
+    def mapped(self, function: ColumnMap, positions: np.ndarray) -> PriceWindows | None:
+        """The same windows with a map applied to the columns at `positions`; None if it cannot be stored."""
+        stage = function.stage(positions, self.shape[1])
+        if stage is None:
+            return None
+        last = self.stages[-1:]
+        # A fill directly after a normalization needs no stage of its own, because a stage fills after it normalizes.
+        only_fills = torch.equal(stage[:, :FILL], neutral_stage(self.shape[1])[:, :FILL])
+        if len(last) and only_fills and bool(last[:, FILL].isnan().all()):
+            merged = last.clone()
+            merged[:, FILL] = stage[:, FILL]
+            return replace(self, stages=torch.cat((self.stages[:-1], merged)))
+        return replace(self, stages=torch.cat((self.stages, stage)))
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the prices."""
+        return self.series.device
+
+    def to(self, device: torch.device, move: Callable[[Tensor], Tensor] | None = None) -> PriceWindows:
+        """The same windows on another device, on which torch's operations compute them.
+
+        `move` copies a tensor to the device, by default with `Tensor.to`.
+        """
+        copied = move or (lambda tensor: tensor.to(device))
+        return replace(
+            self,
+            series=copied(self.series),
+            ends=copied(self.ends),
+            divisors=copied(self.divisors),
+            divisor_of=copied(self.divisor_of),
+            stages=copied(self.stages),
+        )
