@@ -39,7 +39,8 @@ std::tuple<Array<int32_t>, Array<int32_t>, Array<int32_t>> window_index(
   return {position, back, run};
 }
 
-// Returns rolling statistics [windows, rows]. Rows that belong to no instrument are NaN.
+// Returns rolling statistics [windows, rows], computed by `run`. Rows that belong to no instrument are NaN.
+template <void (*run)(const qfast::RollingStatsJob&, int64_t)>
 Array<double> rolling(const std::string& kind, const Array<double>& x, const std::optional<Array<double>>& y,
                       const Array<int64_t>& start, const Array<int64_t>& stop, const Array<int64_t>& windows,
                       double parameter) {
@@ -60,7 +61,7 @@ Array<double> rolling(const std::string& kind, const Array<double>& x, const std
   {
     const py::gil_scoped_release unlocked;
     std::fill(job.out, job.out + job.window_count * job.rows, std::numeric_limits<double>::quiet_NaN());
-    qfast::run_rolling(job, start.size());
+    run(job, start.size());
   }
   return out;
 }
@@ -91,7 +92,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("select_isa", &qfast::select_isa, py::arg("name"), "Select one of available_isas().");
   m.def("window_index", &window_index, py::arg("instruments").noconvert(), py::arg("dates").noconvert(),
         py::arg("live").noconvert().none(true), "The tables position, back and run of a sorted panel.");
-  m.def("rolling", &rolling, py::arg("kind"), py::arg("x").noconvert(), py::arg("y").noconvert().none(true),
-        py::arg("start").noconvert(), py::arg("stop").noconvert(), py::arg("windows").noconvert(),
-        py::arg("parameter"), "Rolling statistics over the rows of each instrument, [windows, rows].");
+  const auto define_rolling = [&m](const char* name, auto* function, const char* text) {
+    m.def(name, function, py::arg("kind"), py::arg("x").noconvert(), py::arg("y").noconvert().none(true),
+          py::arg("start").noconvert(), py::arg("stop").noconvert(), py::arg("windows").noconvert(),
+          py::arg("parameter"), text);
+  };
+  define_rolling("rolling", &rolling<qfast::run_rolling>,
+                 "Rolling statistics over the rows of each instrument, [windows, rows].");
+  define_rolling("rolling_online", &rolling<qfast::run_rolling_online>,
+                 "The same with the row-by-row updates of pandas and Qlib.");
 }

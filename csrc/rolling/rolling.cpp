@@ -12,7 +12,7 @@
 namespace qfast {
 namespace {
 
-constexpr std::array<std::pair<const char*, RollingKind>, 21> kKinds = {{
+constexpr std::array<std::pair<const char*, RollingKind>, 22> kKinds = {{
     {"count", RollingKind::kCount},   {"sum", RollingKind::kSum},
     {"mean", RollingKind::kMean},     {"var", RollingKind::kVar},
     {"std", RollingKind::kStd},       {"skew", RollingKind::kSkew},
@@ -23,7 +23,7 @@ constexpr std::array<std::pair<const char*, RollingKind>, 21> kKinds = {{
     {"slope", RollingKind::kSlope},   {"rsquare", RollingKind::kRsquare},
     {"resi", RollingKind::kResi},     {"wma", RollingKind::kWma},
     {"ema", RollingKind::kEma},       {"cov", RollingKind::kCov},
-    {"corr", RollingKind::kCorr},
+    {"corr", RollingKind::kCorr},     {"median", RollingKind::kMedian},
 }};
 
 }  // namespace
@@ -38,7 +38,7 @@ RollingKind rolling_kind(const std::string& name) {
   return RollingKind::kCount;
 }
 
-void run_rolling(const RollingStatsJob& job, int64_t instruments) {
+int64_t check_rolling(const RollingStatsJob& job, int64_t instruments, int64_t least) {
   const bool is_pair = job.kind == RollingKind::kCov || job.kind == RollingKind::kCorr;
   QFAST_CHECK(
       is_pair == (job.y != nullptr), "rolling: y: expected ",
@@ -47,8 +47,8 @@ void run_rolling(const RollingStatsJob& job, int64_t instruments) {
   QFAST_CHECK(job.kind != RollingKind::kEma || job.window_count == 1,
               "rolling: windows: expected one window for ema, got ", job.window_count, ".");
   for (int64_t w = 0; w < job.window_count; ++w)
-    QFAST_CHECK(job.windows[w] > (w == 0 ? 0 : job.windows[w - 1]),
-                "rolling: windows: expected ascending lengths of at least 1, got ", job.windows[w],
+    QFAST_CHECK(job.windows[w] > (w == 0 ? least - 1 : job.windows[w - 1]),
+                "rolling: windows: expected ascending lengths of at least ", least, ", got ", job.windows[w],
                 " at index ", w, ".");
   int64_t longest = 0;
   for (int64_t i = 0; i < instruments; ++i) {
@@ -57,6 +57,13 @@ void run_rolling(const RollingStatsJob& job, int64_t instruments) {
                 job.rows, ", got ", first, " to ", last, ".");
     longest = std::max(longest, last - first);
   }
+  return longest;
+}
+
+void run_rolling(const RollingStatsJob& job, int64_t instruments) {
+  const int64_t longest = check_rolling(job, instruments, 1);
+  QFAST_CHECK(job.kind != RollingKind::kMedian,
+              "rolling: kind: expected quantile with parameter 0.5 in place of 'median'.");
   if (longest == 0) return;
   const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), instruments);
   std::vector<double> scratch(workers * rolling_scratch(longest));

@@ -27,6 +27,7 @@ enum class RollingKind : int32_t {
   kEma,
   kCov,
   kCorr,
+  kMedian,  // of row-by-row updates only; otherwise the quantile 0.5
 };
 
 // The series of all instruments, concatenated. Rows that belong to no instrument are not written.

@@ -27,6 +27,7 @@ __all__ = [
     "fields",
     "instruments",
     "masked_last",
+    "node_reach",
     "parse",
     "pointed",
     "reach",
@@ -181,13 +182,14 @@ def reach(text: str) -> Reach:
     >>> reach("Mean(Ref($close, 3), 10)")
     (12, 0)
     """
-    return _reach(parse(text))
+    return node_reach(parse(text))
 
 
-def _reach(node: Node) -> Reach:
+def node_reach(node: Node) -> Reach:
+    """`reach` of a tree."""
     if not isinstance(node, Call):
         return 0, 0
-    before, after = (max(side) for side in zip((0, 0), *map(_reach, node.series), strict=True))
+    before, after = (max(side) for side in zip((0, 0), *map(node_reach, node.series), strict=True))
     return FUNCTIONS[node.function].widened(node.settings, (before, after))
 
 

@@ -77,6 +77,7 @@ class FactorCache:
         rows: np.ndarray,
         start_time: DateLike | None,
         others: Mapping[str, Prices],
+        compat: str | None = None,
     ) -> str | None:
         """Digest of everything the factors depend on.
 
@@ -91,6 +92,8 @@ class FactorCache:
             As in `qfast.data.factors.evaluate_all`.
         others : mapping
             Prices of instruments that `Mask` names, by instrument.
+        compat : str or None
+            As in `qfast.data.factors.evaluate_all`.
 
         Returns
         -------
@@ -105,6 +108,8 @@ class FactorCache:
         digest = hashlib.blake2b(digest_size=16)
         digest.update(f"{FORMAT} {qfast.__version__} {start_time}\x1e".encode())
         digest.update("\x1f".join(texts).encode())
+        if compat is not None:  # digests of files without it stay valid
+            digest.update(f"\x1ecompat={compat}".encode())
         for name, (panel, extents) in [("", prices), *sorted(others.items())]:
             digest.update(f"\x1e{name}\x1e{panel.content_hash()}".encode())
             for field in sorted(extents):

@@ -13,6 +13,7 @@ from qfast.data.expression_functions import FUNCTIONS, ExpressionFunction
 from qfast.data.factor_graph import STATISTIC_OF, Graph, StepKind
 from qfast.data.prices import Extent, Prices
 from qfast.data.rolling import ema_over_all, rolling
+from qfast.data.rolling_online import ema_over_all_online, rolling_online
 from qfast.errors import ConfigError, DataError, suggest
 
 BINARY: Mapping[str, Callable[..., np.ndarray]] = {
@@ -135,10 +136,10 @@ class Chunk:
             case StepKind.NOT_NAN:
                 return _not_nan(inputs[0])
             case StepKind.EMA:
-                window, weight = max(1, int(step.settings[0])), step.settings[1]
-                return self._sweep("ema", weight, [window], inputs)[window]
+                return self._exponential_mean(step.settings[0], step.settings[1], inputs)
             case StepKind.EMA_OVER_ALL:
-                return self._by_instrument(number, inputs, ema_over_all)
+                over_all = ema_over_all if self.graph.compat is None else ema_over_all_online
+                return self._by_instrument(number, inputs, over_all)
             case StepKind.ALL_ROWS_SO_FAR:
                 return self._over_all_rows_so_far(step.function, step.settings[1], inputs)
             case StepKind.FUNCTION:
@@ -225,7 +226,8 @@ class Chunk:
     def _sweep(self, statistic: str, parameter: float, windows: list[int], inputs: list[Series]) -> dict[int, Series]:
         extent = self._union(inputs)
         bounds = self.whole if extent is None else extent
-        out = rolling(
+        compute = rolling if self.graph.compat is None else rolling_online
+        out = compute(
             statistic,
             inputs[0].values,
             bounds.start,
@@ -236,10 +238,18 @@ class Chunk:
         )
         return {window: Series(out[place], extent) for place, window in enumerate(windows)}
 
+    def _exponential_mean(self, window: float, weight: float, inputs: list[Series]) -> Series:
+        rows = max(1, int(window))
+        if self.graph.compat is not None:  # pandas derives the weight from the center of mass
+            weight = (window - 1) / 2 if window >= 1 else (1 - window) / window
+        return self._sweep("ema", weight, [rows], inputs)[rows]
+
     def _over_all_rows_so_far(self, function: str, parameter: float, inputs: list[Series]) -> Series:
-        longest = max(4, len(self.rows))
         if function == "Count":
             inputs = [_not_nan(inputs[0])]
+        if self.graph.compat is not None:
+            return self._sweep(self.graph.statistic_of(function), parameter, [0], inputs)[0]
+        longest = max(4, len(self.rows))
         if function not in ("Corr", "Rsquare"):
             return self._sweep(STATISTIC_OF[function], parameter, [longest], inputs)[longest]
         # Qlib's rule that a standard deviation of at most 2e-5 gives NaN does not apply here, and the kernels of corr
@@ -331,7 +341,7 @@ def _mask(outer: Graph, text: str, call: Call, begin: int) -> MaskValues:
     code = [str(i).lower() for i in panel.instruments].index(name.lower())
     outer_prices = Prices(outer.panel, dict(outer.extents))
     others = outer.others if prices is None else {**dict.fromkeys(names.values(), outer_prices), **outer.others}
-    graph = Graph((), panel, extents, outer.optional, None, others)
+    graph = Graph((), panel, extents, outer.optional, None, others, outer.compat)
     first_day = panel.datetimes.searchsorted(outer.panel.datetimes[begin]) if begin else 0
     graph.add_result(text, call.series[0], int(first_day))
     bounds = np.searchsorted(panel.instrument_codes, np.arange(len(panel.instruments) + 1))

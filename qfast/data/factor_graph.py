@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from enum import Enum, auto
 from typing import Any, NamedTuple
 
-from qfast.data.expression import Call, Field, Node, Number, masked_last, parse, pointed, reach
+from qfast.data.expression import Call, Field, Node, Number, masked_last, node_reach, parse, pointed
 from qfast.data.expression_functions import FUNCTIONS
 from qfast.data.panel import Panel
 from qfast.data.prices import Extent, Prices
@@ -43,6 +44,12 @@ STATISTIC_OF = {
     "Cov": "cov",
     "Count": "sum",  # of the values that are not NaN
 }
+
+# Functions whose value in Qlib depends on the first row that is loaded: pandas and Qlib update sums row by row, and
+# Delta reads one row too few.
+FROM_THE_FIRST_ROW_IN_QLIB = frozenset(
+    ("Mean", "Sum", "Std", "Var", "Skew", "Kurt", "Slope", "Rsquare", "Resi", "Corr", "Cov", "Delta")
+)
 
 
 class StepKind(Enum):
@@ -108,6 +115,7 @@ class Graph:
         The windows of each sweep.
     masks : dict of (Call, int) to str
         (call of `Mask`, first date code that is read) -> the expression it occurs in.
+    compat : str or None
     """
 
     def __init__(
@@ -118,8 +126,10 @@ class Graph:
         optional: Collection[str],
         start_time: DateLike | None,
         others: Mapping[str, Prices],
+        compat: str | None = None,
     ) -> None:
         self.panel, self.extents, self.optional, self.others = panel, extents, optional, others
+        self.compat = compat
         self.columns = {c.lower(): c for block in panel.blocks.values() for c in block.columns}
         self.steps: list[Step] = []
         self.places: list[tuple[str, Node]] = []
@@ -131,7 +141,7 @@ class Graph:
         first_day = 0 if start_time is None else panel.date_code_range(start_time)[0]
         for text in texts:
             tree = parse(text)
-            begin = max(0, first_day - reach(text)[0]) if looks_back_without_end(tree) else 0
+            begin = max(0, first_day - self._rows_before(tree)) if looks_back_without_end(tree, compat) else 0
             self.add_result(text, tree, begin)
 
     def add_result(self, text: str, node: Node, begin: int) -> None:
@@ -140,6 +150,10 @@ class Graph:
         result = self._number(text, node, begin)
         self.results.append(result)
         self.uses.update([result, *(i for step in self.steps[before:] for i in step.inputs)])
+
+    def _rows_before(self, tree: Node) -> int:
+        """Number of rows that Qlib loads before the first requested day."""
+        return node_reach(tree if self.compat is None else _read_by_qlib(tree))[0]
 
     def _number(self, text: str, node: Node, begin: int) -> int:
         """Number of the step that computes a node."""
@@ -166,10 +180,14 @@ class Graph:
             return self._add(text, node, Step(kind, inputs, (window, parameter), node.function))
         if node.function == "Count":
             inputs = (self._add(text, node, Step(StepKind.NOT_NAN, inputs)),)
-        statistic = STATISTIC_OF[node.function]
+        statistic = self.statistic_of(node.function)
         sweep = self._add(text, node, Step(StepKind.SWEEP, inputs, (statistic, parameter)))
         self.windows.setdefault(sweep, set()).add(window)
         return self._add(text, node, Step(StepKind.WINDOW, (sweep,), (window,)))
+
+    def statistic_of(self, function: str) -> str:
+        """Statistic of `qfast.data.rolling`, or of `qfast.data.rolling_online` with compat="qlib"."""
+        return "median" if function == "Med" and self.compat is not None else STATISTIC_OF[function]
 
     def _add(self, text: str, node: Node, step: Step) -> int:
         """Number of a step, which is added unless an equal one exists."""
@@ -188,11 +206,28 @@ def no_such_field(text: str, node: Field, columns: Collection[str]) -> DataError
     return DataError(pointed(text, node, problem))
 
 
-def looks_back_without_end(node: Node) -> bool:
-    """True if some part of the expression depends on all earlier rows (EMA, a window of 0 rows)."""
+def looks_back_without_end(node: Node, compat: str | None = None) -> bool:
+    """True if some part of the expression depends on all earlier rows (EMA, a window of 0 rows).
+
+    With compat="qlib", sums and moments of windows do so too.
+    """
     if not isinstance(node, Call):
         return False
-    return FUNCTIONS[node.function].from_the_first_row(node.settings) or any(map(looks_back_without_end, node.series))
+    if compat is not None and node.function in FROM_THE_FIRST_ROW_IN_QLIB:
+        return True
+    if FUNCTIONS[node.function].from_the_first_row(node.settings):
+        return True
+    return any(looks_back_without_end(part, compat) for part in node.series)
+
+
+def _read_by_qlib(node: Node) -> Node:
+    """The expression with shifts in place of `Delta`, for which Qlib loads one row too few."""
+    if not isinstance(node, Call):
+        return node
+    node = replace(node, series=tuple(map(_read_by_qlib, node.series)))
+    if node.function == "Delta":
+        return replace(node, function="Ref", settings=(node.settings[0] - 1,))
+    return node
 
 
 def _rolling_kind(node: Call) -> tuple[StepKind, Any, float]:

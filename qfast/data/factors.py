@@ -28,6 +28,7 @@ from qfast.data.factor_graph import Graph, looks_back_without_end
 from qfast.data.panel import Panel
 from qfast.data.prices import Extent, Prices
 from qfast.dates import DateLike
+from qfast.errors import ConfigError, shown
 
 __all__ = ["depends_on_the_start", "evaluate", "evaluate_all", "register_function", "unregister_function"]
 
@@ -40,6 +41,7 @@ def evaluate(
     *,
     extents: Mapping[str, Extent] | None = None,
     optional: Collection[str] = frozenset(),
+    compat: str | None = None,
 ) -> np.ndarray:
     """Value of one expression at every row of a panel.
 
@@ -47,7 +49,7 @@ def evaluate(
     ----------
     text : str
         For example "Ref($close, -2) / Ref($close, -1) - 1".
-    panel, extents, optional
+    panel, extents, optional, compat
         As in `evaluate_all`.
 
     Returns
@@ -68,7 +70,7 @@ def evaluate(
     >>> evaluate("Ref($close, -1) / $close - 1", panel).tolist()
     [1.0, 0.5, nan]
     """
-    return evaluate_all([text], panel, extents=extents, optional=optional)[:, 0]
+    return evaluate_all([text], panel, extents=extents, optional=optional, compat=compat)[:, 0]
 
 
 def evaluate_all(
@@ -81,6 +83,7 @@ def evaluate_all(
     start_time: DateLike | None = None,
     others: Mapping[str, Prices] | None = None,
     out: np.ndarray | None = None,
+    compat: str | None = None,
 ) -> np.ndarray:
     """Values of expressions at rows of a panel.
 
@@ -107,6 +110,10 @@ def evaluate_all(
         Prices of instruments that `Mask` names and the panel lacks, by name.
     out : float32 [M, C], optional
         Written to and returned.
+    compat : {None, "qlib"}
+        "qlib": windows are computed with the row-by-row updates of pandas 3.1 and Qlib and begin where Qlib begins to
+        load rows. All values equal Qlib's bit for bit, including rounding errors of the updates, and depend on
+        `start_time`. None: windows are computed anew for every row.
 
     Returns
     -------
@@ -115,6 +122,8 @@ def evaluate_all(
 
     Raises
     ------
+    ConfigError
+        `compat` is neither None nor "qlib".
     ExpressionError
         A text is not an expression, or calls a function that is not available. The message points at the place.
     DataError
@@ -136,7 +145,7 @@ def evaluate_all(
     rows = np.arange(panel.n_rows) if rows is None else rows
     if out is None:
         out = np.empty((len(rows), len(texts)), dtype=np.float32)
-    graph = Graph(texts, panel, extents or {}, optional, start_time, others or {})
+    graph = Graph(texts, panel, extents or {}, optional, start_time, others or {}, checked_compat(compat))
     masks = mask_values(graph)
     bounds = np.searchsorted(panel.instrument_codes, np.arange(len(panel.instruments) + 1))
     begin = 0
@@ -156,13 +165,30 @@ def evaluate_all(
     return out
 
 
-def depends_on_the_start(text: str) -> bool:
+def checked_compat(compat: object) -> str | None:
+    """The argument `compat` itself.
+
+    Raises
+    ------
+    ConfigError
+        It is neither None nor "qlib".
+    """
+    if compat is not None and compat != "qlib":
+        raise ConfigError(f"compat must be None or 'qlib', got {shown(compat)}.")
+    return None if compat is None else "qlib"
+
+
+def depends_on_the_start(text: str, compat: str | None = None) -> bool:
     """True if an expression depends on all earlier rows (EMA, a window of 0 rows), and so on the first day of the data.
+
+    With compat="qlib", sums and moments of windows do so too.
 
     >>> depends_on_the_start("EMA($close, 5)"), depends_on_the_start("Mean($close, 5)")
     (True, False)
+    >>> depends_on_the_start("Mean($close, 5)", compat="qlib"), depends_on_the_start("Max($close, 5)", compat="qlib")
+    (True, False)
     """
-    return looks_back_without_end(parse(text))
+    return looks_back_without_end(parse(text), compat)
 
 
 __getattr__ = renamed_names(

@@ -92,23 +92,17 @@ def rolling(
     >>> rolling("mean", np.array([1.0, 3.0, np.nan, 5.0]), *rows, windows=[2]).tolist()
     [[1.0, 2.0, 3.0, 5.0]]
     """
-    lengths = _checked(kind, windows, other, parameter)
-    x, start, stop = (np.ascontiguousarray(part) for part in (x, start, stop))
-    if x.ndim != 1 or (other is not None and np.shape(other) != x.shape):
-        shapes = x.shape if other is None else (x.shape, np.shape(other))
-        raise DataError(f"rolling: x and other must be one-dimensional and equally long, got shapes {shapes}.")
-    if start.shape != stop.shape or (len(start) and (start.min() < 0 or stop.max() > len(x))):
-        limits = f"; start is at least {start.min()}, stop at most {stop.max()}" if len(start) and len(stop) else ""
-        raise DataError(
-            f"rolling: start and stop must have one shape and rows from 0 to {len(x)}, the length of x; got shapes "
-            f"{start.shape} and {stop.shape}{limits}."
+    lengths = checked_windows(kind, windows, other, kinds=tuple(STATISTICS), least=SHORTEST_WINDOW.get(kind, 1))
+    if kind == "quantile" and not 0 <= parameter <= 1:
+        raise ConfigError(f"rolling: `parameter` of quantile must be in [0, 1], got {parameter!r}.")
+    if kind == "ema" and not (0 < parameter <= 1 and len(lengths) == 1):
+        raise ConfigError(
+            f"rolling: ema needs a `parameter` in (0, 1] and one window, got {parameter!r} and windows {lengths}."
         )
-    bounds = start.astype(np.int64), stop.astype(np.int64)
-    series = x.astype(np.float64)
-    second = None if other is None else np.ascontiguousarray(other, dtype=np.float64)
+    series, second, first, end = checked_series(x, other, start, stop)
     if _backend.native is None:
-        return _pandas_rolling(kind, series, second, *bounds, lengths, parameter)
-    result: np.ndarray = _backend.native.rolling(kind, series, second, *bounds, lengths, float(parameter))
+        return _pandas_rolling(kind, series, second, first, end, lengths, parameter)
+    result: np.ndarray = _backend.native.rolling(kind, series, second, first, end, lengths, float(parameter))
     return result
 
 
@@ -143,11 +137,20 @@ def ema_over_all(values: np.ndarray) -> np.ndarray:
     return out
 
 
-def _checked(kind: str, windows: Sequence[int], other: np.ndarray | None, parameter: float) -> np.ndarray:
-    if kind not in STATISTICS:
-        raise ConfigError(f"rolling: kind must be one of {list(STATISTICS)}, got {kind!r}." + suggest(kind, STATISTICS))
+def checked_windows(
+    kind: str, windows: Sequence[int], other: np.ndarray | None, *, kinds: Sequence[str], least: int
+) -> np.ndarray:
+    """The windows as int64 [W].
+
+    Raises
+    ------
+    ConfigError
+        The statistic is none of `kinds`, the windows are not ascending whole numbers of at least `least`, or `other`
+        does not fit the statistic.
+    """
+    if kind not in kinds:
+        raise ConfigError(f"rolling: kind must be one of {list(kinds)}, got {kind!r}." + suggest(kind, kinds))
     lengths = np.asarray(list(windows))
-    least = SHORTEST_WINDOW.get(kind, 1)
     whole = len(lengths) and lengths.dtype.kind in "iu" and lengths.ndim == 1
     if not whole or lengths[0] < least or (np.diff(lengths) <= 0).any():
         raise ConfigError(
@@ -156,13 +159,31 @@ def _checked(kind: str, windows: Sequence[int], other: np.ndarray | None, parame
     if (kind in PAIRS) != (other is not None):
         problem = "needs a second series `other`" if kind in PAIRS else "does not accept `other`"
         raise ConfigError(f"rolling: {kind!r} {problem}; only {list(PAIRS)} are statistics of two series.")
-    if kind == "quantile" and not 0 <= parameter <= 1:
-        raise ConfigError(f"rolling: `parameter` of quantile must be in [0, 1], got {parameter!r}.")
-    if kind == "ema" and not (0 < parameter <= 1 and len(lengths) == 1):
-        raise ConfigError(
-            f"rolling: ema needs a `parameter` in (0, 1] and one window, got {parameter!r} and windows {lengths}."
-        )
     return lengths.astype(np.int64)
+
+
+def checked_series(
+    x: np.ndarray, other: np.ndarray | None, start: np.ndarray, stop: np.ndarray
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray]:
+    """The series as contiguous float64 and the bounds as int64.
+
+    Raises
+    ------
+    DataError
+        The series differ in length, or `start` and `stop` are not rows of them.
+    """
+    x, start, stop = (np.ascontiguousarray(part) for part in (x, start, stop))
+    if x.ndim != 1 or (other is not None and np.shape(other) != x.shape):
+        shapes = x.shape if other is None else (x.shape, np.shape(other))
+        raise DataError(f"rolling: x and other must be one-dimensional and equally long, got shapes {shapes}.")
+    if start.shape != stop.shape or (len(start) and (start.min() < 0 or stop.max() > len(x))):
+        limits = f"; start is at least {start.min()}, stop at most {stop.max()}" if len(start) and len(stop) else ""
+        raise DataError(
+            f"rolling: start and stop must have one shape and rows from 0 to {len(x)}, the length of x; got shapes "
+            f"{start.shape} and {stop.shape}{limits}."
+        )
+    second = None if other is None else np.ascontiguousarray(other, dtype=np.float64)
+    return x.astype(np.float64), second, start.astype(np.int64), stop.astype(np.int64)
 
 
 # ---------------------------------------------------------------- the same statistics by pandas

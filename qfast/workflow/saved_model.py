@@ -145,7 +145,8 @@ def _raw_columns(handler: Handler) -> list[str] | None:
 
 def _start_of_endless_features(handler: Handler) -> str | None:
     """The first day of the training data if a feature, such as EMA, depends on it; otherwise None."""
-    if not any(depends_on_the_start(text) for text in getattr(handler, "feature_expressions", [])):
+    compat = getattr(handler, "compat", None)
+    if not any(depends_on_the_start(text, compat) for text in getattr(handler, "feature_expressions", [])):
         return None
     return date_text(first_day(handler))
 

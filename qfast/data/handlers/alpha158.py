@@ -230,6 +230,9 @@ class FactorHandler(PriceHandler):
         How to read tables, see `qfast.data.ReadOptions`.
     cache : path, optional
         Folder in which computed factors are stored for later runs, see `qfast.data.factor_cache`.
+    compat : {None, "qlib"}
+        "qlib": features and label have Qlib's bits, including the rounding errors of its row-by-row updates, see
+        docs/factors.md. None: windows are computed anew for every row.
     filter_pipe, inst_processors
         Not available. Only None is allowed.
 
@@ -273,6 +276,7 @@ class FactorHandler(PriceHandler):
         vwap: str | None = None,
         read_options: ReadSettings = None,
         cache: str | os.PathLike[str] | None = None,
+        compat: str | None = None,
     ) -> None:
         self._texts, self._names = expressions_and_names("features", features)
         self._reach = tuple(max(side) for side in zip(*map(reach, self._texts), strict=True))
@@ -292,6 +296,7 @@ class FactorHandler(PriceHandler):
             provider_uri=provider_uri,
             vwap=vwap,
             read_options=read_options,
+            compat=compat,
             unavailable={"filter_pipe": filter_pipe, "inst_processors": inst_processors},
         )
 
@@ -311,7 +316,7 @@ class FactorHandler(PriceHandler):
     def _feature_values(self, prices: Prices, rows: np.ndarray) -> np.ndarray:
         if self._cache is None:
             return self._evaluated(self._texts, prices, rows)
-        key = self._cache.key(self._texts, prices, rows, self.start_time, self.mask_prices)
+        key = self._cache.key(self._texts, prices, rows, self.start_time, self.mask_prices, self.compat)
         values = self._cache.read(key, self._texts, len(rows))
         if values is None:
             values = self._evaluated(self._texts, prices, rows)
@@ -331,7 +336,7 @@ class Alpha158(FactorHandler):
     instruments, start_time, end_time, freq, infer_processors, learn_processors, fit_start_time, fit_end_time
         As in `FactorHandler`. Order and defaults are Qlib's.
     process_type, filter_pipe, inst_processors, shared_processors, drop_raw, label, data, provider_uri, vwap,
-    read_options, cache
+    read_options, cache, compat
         As in `FactorHandler`.
     config : mapping, optional
         Selects part of the factors, see `alpha158_factors`.
@@ -379,6 +384,7 @@ class Alpha158(FactorHandler):
         read_options: ReadSettings = None,
         cache: str | os.PathLike[str] | None = None,
         config: Mapping[str, Any] | None = None,
+        compat: str | None = None,
     ) -> None:
         super().__init__(
             self.get_feature_config() if config is None else alpha158_factors(config),
@@ -401,6 +407,7 @@ class Alpha158(FactorHandler):
             vwap=vwap,
             read_options=read_options,
             cache=cache,
+            compat=compat,
         )
 
     def get_feature_config(self) -> tuple[list[str], list[str]]:

@@ -68,6 +68,8 @@ class Alpha360(PriceHandler):
         of the label keep the view, and so does ProcessInf if no feature is infinite. The values are equal to the bit.
     read_options : ReadOptions or mapping, optional
         How to read tables, see `qfast.data.ReadOptions`.
+    compat : {None, "qlib"}
+        Applies to the label, see `FactorHandler`. The features equal Qlib's with either value.
 
     Raises
     ------
@@ -117,6 +119,7 @@ class Alpha360(PriceHandler):
         vwap: str | None = None,
         read_options: ReadSettings = None,
         windows: str = "auto",
+        compat: str | None = None,
     ) -> None:
         self.windows = one_of("windows", windows, STORAGE)
         self._set_up(
@@ -134,6 +137,7 @@ class Alpha360(PriceHandler):
             provider_uri=provider_uri,
             vwap=vwap,
             read_options=read_options,
+            compat=compat,
             unavailable={"filter_pipe": filter_pipe, "inst_processors": inst_processors},
         )
 

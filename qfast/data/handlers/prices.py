@@ -13,7 +13,7 @@ import numpy as np
 
 from qfast.data.expression import Field, fields, instruments, parse, reach, walk
 from qfast.data.factor_graph import no_such_field
-from qfast.data.factors import evaluate_all
+from qfast.data.factors import checked_compat, evaluate_all
 from qfast.data.handlers.base import DataHandlerLP
 from qfast.data.panel import Block, Panel
 from qfast.data.prices import PRICE_FIELDS, Instruments, Prices, PriceSource, StorePath
@@ -49,6 +49,8 @@ class PriceHandler(DataHandlerLP):
     """Expressions of the label columns."""
     label_names: list[str]
     """Names of the label columns."""
+    compat: str | None = None
+    """"qlib" if expressions have Qlib's bits; a class attribute for handlers pickled before it existed."""
     mask_prices: dict[str, Prices]
     """Prices of the instruments that `Mask` names and the handler's own prices lack, by name."""
 
@@ -71,6 +73,7 @@ class PriceHandler(DataHandlerLP):
         provider_uri: StorePath | None,
         vwap: str | None,
         read_options: ReadSettings = None,
+        compat: str | None = None,
         unavailable: Mapping[str, object] | None = None,
         refused: Mapping[str, object] | None = None,  # old name of `unavailable`
     ) -> None:
@@ -81,6 +84,7 @@ class PriceHandler(DataHandlerLP):
         self._configure(stages, process_type, drop_raw, instruments, start_time, end_time, fit_start_time, fit_end_time)
         self.read_options = ReadOptions.of(read_options).over(ReadOptions(freq=freq))
         self.freq = self.read_options.freq or "day"
+        self.freq, self.compat = freq, checked_compat(compat)
         self.label_expressions, self.label_names = expressions_and_names(
             "label", self.get_label_config() if label is None else label
         )
@@ -330,6 +334,7 @@ class PriceHandler(DataHandlerLP):
             optional=PRICE_FIELDS,
             start_time=self.start_time,
             others=self.mask_prices,
+            compat=self.compat,
         )
 
     def _label_panel(self) -> Panel:
