@@ -127,3 +127,52 @@ def write_market(root: Path, n_stocks: int = 25, n_days: int = 140, factor: bool
         lines.append(f"S{stock:02d}\t2020-01-01\t2099-12-31")
     (root / "instruments" / "all.txt").write_text("\n".join(lines) + "\n")
     return root
+
+
+def write_halted_store(
+    root: Path, n_stocks: int = 12, n_days: int = 300, seed: int = 0, *, special: bool = True
+) -> Path:
+    """A Qlib store full of halts: rows of NaN, flat prices, zero volume, and combinations of them.
+
+    Every third stock is listed late. Each stock has five such stretches of 2 to 90 days. Some stocks also have an
+    infinite price, a price of 0 or an infinite volume.
+    """
+    rng = np.random.default_rng(seed)
+    calendar = pd.bdate_range("2018-01-01", periods=n_days)
+    for part in ("calendars", "instruments", "features"):
+        (root / part).mkdir(parents=True)
+    (root / "calendars" / "day.txt").write_text("\n".join(calendar.strftime("%Y-%m-%d")) + "\n")
+    lines = []
+    for stock in range(n_stocks):
+        first = int(rng.integers(0, n_days // 2)) if stock % 3 == 2 else 0
+        fields = _halted_fields(rng, n_days - first)
+        name, value = [("volume", 1e3), ("close", np.inf), ("close", 0.0), ("volume", np.inf)][stock % 4]
+        fields[name][int(rng.integers(0, n_days - first))] = value
+        folder = root / "features" / f"s{stock:02d}"
+        folder.mkdir()
+        for name, values in fields.items():
+            np.concatenate([[first], values]).astype("<f4").tofile(folder / f"{name}.day.bin")
+        lines.append(f"S{stock:02d}\t{calendar[first].date()}\t2099-12-31")
+    (root / "instruments" / "all.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def _halted_fields(rng: np.random.Generator, n_days: int) -> dict[str, np.ndarray]:
+    close = np.exp(rng.normal(2, 1)) * np.exp(np.cumsum(0.02 * rng.standard_normal(n_days)))
+    fields = {name: close * (1 + 0.01 * rng.standard_normal(n_days)) for name in ("open", "vwap")}
+    fields["close"] = close.copy()
+    fields["high"] = np.maximum(close, fields["open"]) * (1 + 0.01 * rng.random(n_days))
+    fields["low"] = np.minimum(close, fields["open"]) * (1 - 0.01 * rng.random(n_days))
+    fields["volume"] = np.floor(rng.lognormal(12 + 3 * rng.random(), 1, n_days))
+    for _ in range(5):
+        begin = int(rng.integers(0, n_days - 1))
+        days = slice(begin, begin + int(rng.integers(2, 90)))
+        kind = rng.choice(["missing", "flat without volume", "without volume", "flat"])
+        for name, values in fields.items():
+            if kind == "missing":
+                values[days] = np.nan
+            elif name == "volume":
+                values[days] = 0 if "volume" in kind else values[days]
+            elif "flat" in kind:
+                values[days] = close[begin]
+    return fields

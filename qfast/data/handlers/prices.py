@@ -84,7 +84,7 @@ class PriceHandler(DataHandlerLP):
         self._configure(stages, process_type, drop_raw, instruments, start_time, end_time, fit_start_time, fit_end_time)
         self.read_options = ReadOptions.of(read_options).over(ReadOptions(freq=freq))
         self.freq = self.read_options.freq or "day"
-        self.freq, self.compat = freq, checked_compat(compat)
+        self.compat = checked_compat(compat)
         self.label_expressions, self.label_names = expressions_and_names(
             "label", self.get_label_config() if label is None else label
         )
