@@ -9,14 +9,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from qfast import check, predict, run
 from qfast.data import Alpha158, Alpha158vwap, Alpha360, Alpha360vwap, FactorHandler, synthetic
 from qfast.data.expression import parse
 from qfast.data.factor_graph import FROM_THE_FIRST_ROW_IN_QLIB, looks_back_without_end
 from qfast.data.factors import evaluate
+from qfast.data.halts import halted_rows, sensitive_columns
 from qfast.data.handlers import build_handler
 from qfast.data.handlers.alpha158 import alpha158_factors
+from qfast.data.prices import Prices
 from qfast.data.sources import load_prices
 from qfast.errors import ConfigError
+from qfast.workflow.folder import read_frame
 from support.stores import write_halted_store
 
 RAW = {"infer_processors": [], "learn_processors": []}
@@ -164,3 +168,82 @@ def test_the_cache_keeps_both(store: Path, tmp_path: Path) -> None:
             assert_same_bits(frames.setdefault(compat, frame), frame)
     assert not frames[None].equals(frames["qlib"])
     assert len(list(tmp_path.iterdir())) == 2
+
+
+# ---------------------------------------------------------------- where the choice matters
+CONFIG = {"rolling": {"windows": [5, 20], "include": ["WVMA", "STD", "RSQR", "RESI", "MAX"]}}
+
+
+def test_halted_rows() -> None:
+    days = pd.bdate_range("2024-01-01", periods=6)
+    frame = pd.concat(
+        pd.DataFrame({"datetime": days, "instrument": name, "close": close})
+        for name, close in (("A", [1, 2, 2, 2, 3, 3]), ("B", [3, 4, np.inf, 4, 4, np.nan]), ("C", [4, 5, 5, 6, 6, 6]))
+    )
+    prices = Prices(load_prices(frame), {})
+    expected = [0, 0, 0, 1, 0, 0, *[0, 0, 1, 1, 1, 1], *[0, 0, 0, 0, 0, 1]]
+    np.testing.assert_array_equal(halted_rows(prices, ["close", "volume"], 3), expected)
+    assert sensitive_columns(["Max($close, 5)", "Std($close, 0)", "Slope($close, 9)"]) == {2: 9}
+
+
+def test_halts_are_logged_and_counted(store: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="qfast"):
+        exact = Alpha158("all", provider_uri=store, config=CONFIG, **RAW)
+        like_qlib = Alpha158("all", provider_uri=store, config=CONFIG, compat="qlib", **RAW)
+    assert "rows follow 5 equal values of close/volume, or an infinite value" in caplog.text
+    assert "This run has the exact values" in caplog.text
+    assert "This run has Qlib's values" in caplog.text
+    ours, theirs = exact.fetch(col_set="feature"), like_qlib.fetch(col_set="feature")
+    differ = ~(np.isclose(ours, theirs, rtol=1e-4, atol=0, equal_nan=True))
+    expected = {name: int(n) for name, n in zip(ours.columns, differ.sum(axis=0), strict=True) if n}
+    assert exact.cells_unlike_qlib() == like_qlib.cells_unlike_qlib() == expected
+    assert "MAX5" not in expected
+
+
+def test_nothing_is_logged_without_halts(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="qfast"):
+        handler = Alpha158(data=synthetic.prices(3, 70), config=CONFIG, **RAW)
+    assert "compat" not in caplog.text
+    assert handler.cells_unlike_qlib() == {}
+
+
+WORKFLOW = """
+task:
+  model:
+    class: LSTM
+    module_path: qlib.contrib.model.pytorch_lstm
+    kwargs: {d_feat: 10, hidden_size: 4, num_layers: 1, n_epochs: 1, batch_size: 800, GPU: 0}
+  dataset:
+    class: DatasetH
+    module_path: qlib.data.dataset
+    kwargs:
+      handler:
+        class: Alpha158
+        module_path: qlib.contrib.data.handler
+        kwargs:
+          instruments: all
+          start_time: 2018-03-01
+          end_time: 2019-01-31
+          compat: qlib
+          config: {rolling: {windows: [5, 20], include: [WVMA, STD, RSQR, RESI, MAX]}}
+          infer_processors: [{class: ProcessInf}, {class: Fillna, kwargs: {fields_group: feature}}]
+          learn_processors: [DropnaLabel]
+      segments: {train: [2018-03-01, 2018-09-28], valid: [2018-10-01, 2018-11-30], test: [2018-12-03, 2019-01-31]}
+  record: [{class: SignalRecord, module_path: qlib.workflow.record_temp}]
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_workflow_runs_predicts_and_is_checked_with_it(store: Path, tmp_path: Path) -> None:
+    config = tmp_path / "compat.yaml"
+    config.write_text(WORKFLOW)
+    folder = run(config, data=store, output=tmp_path / "run").path
+    assert "compat: qlib" in (folder / "config.yaml").read_text()
+    assert '"compat": "qlib"' in (folder / "model.json").read_text()
+    scores = read_frame(folder, "pred")["score"]
+    repeated = predict(folder, store, start="2018-12-03", end="2019-01-31")
+    np.testing.assert_array_equal(repeated.reindex(scores.index), scores)
+    report = "\n".join(check(config, data=store).lines())
+    assert "cells of" in report
+    assert "This run has those of Qlib" in report
+    assert "compat='qlib': running sums" in report

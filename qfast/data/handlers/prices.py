@@ -14,6 +14,7 @@ import numpy as np
 from qfast.data.expression import Field, fields, instruments, parse, reach, walk
 from qfast.data.factor_graph import no_such_field
 from qfast.data.factors import checked_compat, evaluate_all
+from qfast.data.halts import cells_unlike_qlib, halted_rows, sensitive_columns
 from qfast.data.handlers.base import DataHandlerLP
 from qfast.data.panel import Block, Panel
 from qfast.data.prices import PRICE_FIELDS, Instruments, Prices, PriceSource, StorePath
@@ -113,6 +114,7 @@ class PriceHandler(DataHandlerLP):
         )
         self._rows = self._prices.panel.rows_between(start_time, end_time)
         self._report_missing_fields()
+        self._report_halts()
         self._labels = self._label_panel()
         raw = self._with_features(self._labels)
         space = Workspace(raw.blocks if drop_raw else ["feature"])
@@ -316,6 +318,40 @@ class PriceHandler(DataHandlerLP):
             elif isinstance(processor, FilterCol) and processor.fields_group in ("feature", None):
                 kept &= set(processor.col_list)
         return kept
+
+    def _report_halts(self) -> None:
+        """Log where the choice of `compat` changes values: rows of equal prices or volumes, or after infinite ones."""
+        windows = sensitive_columns(self._feature_texts())
+        if not windows:
+            return
+        texts = self._feature_texts()
+        read = list(dict.fromkeys(field for place in windows for field in fields(texts[place])))
+        shortest = max(2, min(windows.values()))
+        halted = int(halted_rows(self._prices, read, shortest)[self._rows].sum())
+        if halted:
+            columns = [self._feature_names()[place] for place in windows]
+            log.info(
+                "%s: %d of %d rows follow %d equal values of %s, or an infinite value. There, the values of %s "
+                "differ from Qlib's by default; compat='qlib' reproduces Qlib's (docs/factors.md). This run has %s.",
+                *(type(self).__name__, halted, len(self._rows), shortest, "/".join(read), some(columns, 8)),
+                "the exact values" if self.compat is None else "Qlib's values",
+            )
+
+    def cells_unlike_qlib(self) -> dict[str, int]:
+        """Number of cells in which exact values differ from Qlib's by more than rounding, by feature.
+
+        Raises
+        ------
+        DataError
+            drop_raw=True discarded the prices.
+        """
+        if self.prices is None:
+            raise _prices_dropped()
+        return cells_unlike_qlib(
+            *(self._feature_texts(), self._feature_names(), self._prices, self._rows),
+            self.start_time,
+            self.mask_prices,
+        )
 
     def _require_fields(self, columns: Collection[str]) -> None:
         # The prices contain only the fields that were requested from a store, so the message lists price_fields().

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from qfast.data.handlers.prices import PriceHandler
 from qfast.data.panel import Panel
 from qfast.data.protocols import HandlerDataset
 from qfast.dates import date_text
@@ -79,6 +80,8 @@ def check_data(report: CheckReport, dataset: HandlerDataset, seconds: float) -> 
         report.add("warning", "constant", f"{len(constant)} column(s) contain a single value: {some(constant)}")
     else:
         report.add("ok", "constant", "no column is constant")
+    if isinstance(handler, PriceHandler) and not handler.drop_raw:
+        _report_halts(report, handler)
     label = infer.values("label")[infer.live_rows()] if handler.drop_raw else raw.values("label")[rows]
     report.add("note", "label", f"{np.mean(~np.isfinite(label)):.2%} of the rows have no label")
 
@@ -93,6 +96,19 @@ def kept_columns(raw: Sequence[str], processed: Sequence[str]) -> list[int]:
         return list(range(len(raw)))
     wanted = set(processed)
     return [position for position, name in enumerate(raw) if name in wanted]
+
+
+def _report_halts(report: CheckReport, handler: PriceHandler) -> None:
+    cells = handler.cells_unlike_qlib()
+    if cells:
+        listed = ", ".join(f"{name} {count:,}" for name, count in list(cells.items())[:5])
+        report.add(
+            "note",
+            "halts",
+            f"{sum(cells.values()):,} cells of {len(cells)} column(s) differ between the exact values and Qlib's, by "
+            f"column: {listed}. This run has {'the exact values' if handler.compat is None else 'those of Qlib'}; "
+            "`compat: qlib` of the handler selects Qlib's (docs/factors.md)",
+        )
 
 
 def _report_columns(report: CheckReport, columns: Sequence[str], missing: np.ndarray) -> None:

@@ -68,4 +68,5 @@ def feature_expressions_of(handler: PriceHandler) -> dict[str, str]:
 
 def start_dependent_features(handler: PriceHandler) -> list[str]:
     """Features whose values depend on the first day of the data, however long ago it is."""
-    return [name for name, text in feature_expressions_of(handler).items() if depends_on_the_start(text)]
+    expressions = feature_expressions_of(handler)
+    return [name for name, text in expressions.items() if depends_on_the_start(text, handler.compat)]

@@ -44,11 +44,12 @@ def check_later_start(report: CheckReport, trial: Trial) -> None:
     assert isinstance(handler, PriceHandler)
     endless = start_dependent_features(handler)
     if endless:
+        reason = "EMA or windows over all earlier rows" if handler.compat is None else "compat='qlib': running sums"
         report.add(
             "note",
             "invariance",
-            f"{len(endless)} feature(s) depend on the first day of the data: {some(endless, most=3)} (EMA or windows "
-            "over all earlier rows); prices or a start_time that begin on another day change the scores",
+            f"{len(endless)} feature(s) depend on the first day of the data: {some(endless, most=3)} ({reason}); "
+            "prices or a start_time that begin on another day change the scores",
         )
         return
     days = scored_days(trial.dataset)
