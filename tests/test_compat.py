@@ -241,8 +241,9 @@ def test_a_workflow_runs_predicts_and_is_checked_with_it(store: Path, tmp_path: 
     assert "compat: qlib" in (folder / "config.yaml").read_text()
     assert '"compat": "qlib"' in (folder / "model.json").read_text()
     scores = read_frame(folder, "pred")["score"]
-    repeated = predict(folder, store, start="2018-12-03", end="2019-01-31")
-    np.testing.assert_array_equal(repeated.reindex(scores.index), scores)
+    np.testing.assert_array_equal(predict(folder, store).reindex(scores.index), scores)
+    late = predict(folder, store, start="2018-12-03", end="2019-01-31")  # features still begin as in training
+    np.testing.assert_array_equal(late, scores.reindex(late.index))
     report = "\n".join(check(config, data=store).lines())
     assert "cells of" in report
     assert "This run has those of Qlib" in report

@@ -69,11 +69,11 @@ def rolling_online(
 
     Examples
     --------
-    Six tenths and a large number leave the window; what remains is not exactly 0.1 + 0.1.
+    The deviation of the last three values is 0. The updates leave a rounding error of the earlier ones.
 
-    >>> x, rows = np.array([1e6, 0.3, 0.3, 0.1, 0.1, 0.2]), (np.array([0]), np.array([6]))
-    >>> rolling_online("sum", x, *rows, windows=[2])[0, -1], rolling("sum", x, *rows, windows=[2])[0, -1]
-    (np.float64(0.30000000000000004), np.float64(0.30000000000000004))
+    >>> x, rows = np.array([2.2, 7.9, 0.5, 0.3, 0.3, 0.3]), (np.array([0]), np.array([6]))
+    >>> [f"{f('std', x, *rows, windows=[3])[0, -1]:.1e}" for f in (rolling, rolling_online)]
+    ['0.0e+00', '7.2e-08']
     """
     lengths = checked_windows(kind, windows, other, kinds=KINDS, least=0)
     if kind == "quantile" and not 0 <= parameter <= 1:
