@@ -6,11 +6,13 @@ leave what earlier values rounded to. After an infinite value Qlib's regressions
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from qfast.data.expression import Call, fields, parse, walk
+from qfast.data.expression import Call, Field, Node, parse, walk
 from qfast.data.factors import evaluate_all
 from qfast.data.prices import PRICE_FIELDS, Prices
 from qfast.dates import DateLike
@@ -19,6 +21,7 @@ __all__ = ["cells_unlike_qlib", "halted_rows", "sensitive_columns"]
 
 # Functions whose result in a window of equal values is a rounding error in Qlib, or NaN after an infinite value.
 SENSITIVE = frozenset(("Std", "Var", "Skew", "Kurt", "Corr", "Slope", "Rsquare", "Resi"))
+CALL = re.compile(rf"\b({'|'.join(SENSITIVE)})\b")
 SAME = 1e-4  # largest relative difference of cells that count as equal; the rounding of float32 is far smaller
 
 
@@ -28,16 +31,31 @@ def sensitive_columns(texts: Sequence[str]) -> dict[int, int]:
     >>> sensitive_columns(["Mean($close, 5)", "Std($close, 20) / Std($close, 10)"])
     {1: 10}
     """
-    windows: dict[int, int] = {}
-    for place, text in enumerate(texts):
-        lengths = [
-            int(node.settings[0])
-            for node in walk(parse(text))
-            if isinstance(node, Call) and node.function in SENSITIVE and node.settings[0] >= 1
-        ]
-        if lengths:
-            windows[place] = min(lengths)
-    return windows
+    windows = {place: _shortest_window(text) for place, text in enumerate(texts) if CALL.search(text)}
+    return {place: window for place, window in windows.items() if window is not None}
+
+
+@functools.lru_cache(maxsize=4096)  # handlers are built many times over the same expressions
+def _nodes(text: str) -> tuple[Node, ...]:
+    return tuple(walk(parse(text)))
+
+
+def _shortest_window(text: str) -> int | None:
+    lengths = [
+        int(node.settings[0])
+        for node in _nodes(text)
+        if isinstance(node, Call) and node.function in SENSITIVE and node.settings[0] >= 1
+    ]
+    return min(lengths, default=None)
+
+
+def fields_of(texts: Sequence[str]) -> list[str]:
+    """The fields that expressions read, each once.
+
+    >>> fields_of(["Std($close, 5)", "$volume / $close"])
+    ['close', 'volume']
+    """
+    return list(dict.fromkeys(node.name for text in texts for node in _nodes(text) if isinstance(node, Field)))
 
 
 def halted_rows(prices: Prices, names: Sequence[str], window: int) -> np.ndarray:
@@ -103,8 +121,7 @@ def cells_unlike_qlib(
     if not windows:
         return {}
     affected = [texts[place] for place in windows]
-    read = list(dict.fromkeys(field for text in affected for field in fields(text)))
-    halted = halted_rows(prices, read, max(2, min(windows.values())))
+    halted = halted_rows(prices, fields_of(affected), max(2, min(windows.values())))
     codes = prices.panel.instrument_codes
     rows = rows[np.isin(codes[rows], np.unique(codes[halted]))]
     if not len(rows):

@@ -14,7 +14,7 @@ import numpy as np
 from qfast.data.expression import Field, fields, instruments, parse, reach, walk
 from qfast.data.factor_graph import no_such_field
 from qfast.data.factors import checked_compat, evaluate_all
-from qfast.data.halts import cells_unlike_qlib, halted_rows, sensitive_columns
+from qfast.data.halts import cells_unlike_qlib, fields_of, halted_rows, sensitive_columns
 from qfast.data.handlers.base import DataHandlerLP
 from qfast.data.panel import Block, Panel
 from qfast.data.prices import PRICE_FIELDS, Instruments, Prices, PriceSource, StorePath
@@ -321,11 +321,11 @@ class PriceHandler(DataHandlerLP):
 
     def _report_halts(self) -> None:
         """Log where the choice of `compat` changes values: rows of equal prices or volumes, or after infinite ones."""
-        windows = sensitive_columns(self._feature_texts())
+        texts = self._feature_texts()
+        windows = sensitive_columns(texts)
         if not windows:
             return
-        texts = self._feature_texts()
-        read = list(dict.fromkeys(field for place in windows for field in fields(texts[place])))
+        read = fields_of([texts[place] for place in windows])
         shortest = max(2, min(windows.values()))
         halted = int(halted_rows(self._prices, read, shortest)[self._rows].sum())
         if halted:
