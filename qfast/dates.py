@@ -8,7 +8,7 @@ from typing import TypeAlias
 import numpy as np
 import pandas as pd
 
-__all__ = ["TEXT_FORMATS", "DateLike", "date_text", "is_date_only", "normal_date"]
+__all__ = ["TEXT_FORMATS", "DateLike", "date_text", "is_date_only", "normal_date", "starts_after"]
 
 DateLike: TypeAlias = str | dt.date | np.datetime64
 """A day or a time: text, `datetime.date`, `datetime.datetime`, `pandas.Timestamp` or `numpy.datetime64`."""
@@ -25,6 +25,20 @@ def is_date_only(value: object) -> bool:
     if isinstance(value, str):
         return ":" not in value
     return isinstance(value, dt.date) and not isinstance(value, dt.datetime)
+
+
+def starts_after(start: DateLike, end: DateLike) -> bool:
+    """True if a span ends before it starts. An end without a time of day covers its whole day.
+
+    If only one of the two has a UTC offset, both count as local times.
+
+    >>> starts_after("2020-12-31 10:00", "2020-12-31"), starts_after("2020-12-31 10:00", "2020-12-31 09:00")
+    (False, True)
+    """
+    first, last = pd.Timestamp(start), pd.Timestamp(end)
+    if (first.tz is None) != (last.tz is None):
+        first, last = first.tz_localize(None), last.tz_localize(None)
+    return first >= last + pd.Timedelta(days=1) if is_date_only(end) else first > last
 
 
 def date_text(stamp: pd.Timestamp) -> str:

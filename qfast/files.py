@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import hashlib
@@ -14,11 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qfast.errors import ConfigError, QfastError
+from qfast.errors import ConfigError, DataError, QfastError
 
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
-__all__ = ["atomic_write", "file_hash", "is_disk_full", "locked", "sweep"]
+__all__ = ["atomic_write", "decode", "file_hash", "is_disk_full", "locked", "read_text", "sweep", "text_encoding"]
 
 log = logging.getLogger("qfast")
 
@@ -150,3 +151,44 @@ def is_disk_full(error: BaseException | None) -> bool:
 def file_hash(path: Path) -> str:
     """The SHA-256 hash of a file as hexadecimal text."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def text_encoding(start: bytes) -> str:
+    """Encoding of a text file from its first bytes: UTF-8 or UTF-16, with or without a byte-order mark.
+
+    >>> text_encoding("date".encode("utf-16")), text_encoding(b"date")
+    ('utf-16', 'utf-8')
+    """
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    # In UTF-16, every second byte of ASCII characters is 0.
+    for first, name in ((1, "utf-16-le"), (0, "utf-16-be")):
+        every_second = start[first:400:2]
+        if every_second.count(0) > len(every_second) // 2:
+            return name
+    return "utf-8-sig" if start.startswith(codecs.BOM_UTF8) else "utf-8"
+
+
+def decode(content: bytes, encoding: str, final: bool = True) -> str:
+    """Decode text. With final=False, an incomplete character at the end is left out.
+
+    >>> decode("é".encode()[:1], "utf-8", final=False)
+    ''
+    """
+    return codecs.getincrementaldecoder(encoding)().decode(content, final)
+
+
+def read_text(path: Path) -> str:
+    """Read a text file in UTF-8 or UTF-16, without its byte-order mark.
+
+    Raises
+    ------
+    DataError
+        The file has another encoding.
+    """
+    content = path.read_bytes()
+    try:
+        return decode(content, text_encoding(content))
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise DataError(f"{path} is not UTF-8 text: line {line} cannot be decoded ({error}).") from None

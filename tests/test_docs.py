@@ -70,6 +70,10 @@ def test_gats(reader):
     assert (reader / "attention.png").exists()
 
 
+def test_data(reader):
+    assert run_examples(ROOT / "docs" / "data.md", ("python",)) == 1
+
+
 def test_factors(reader):
     assert run_examples(ROOT / "docs" / "factors.md") == 2
     values = check_workflow(load_config(reader / "factors.yaml").values).task.dataset.kwargs.handler

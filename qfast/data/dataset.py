@@ -20,7 +20,7 @@ from qfast.data.panel import Panel
 from qfast.data.protocols import Bounds, Columns, Handler, Segment
 from qfast.data.sampler import TSDataSampler, feature_table
 from qfast.data.windows import WindowSet
-from qfast.dates import DateLike
+from qfast.dates import DateLike, starts_after
 from qfast.errors import ConfigError, DataError, suggest, whole_number
 from qfast.ops import WindowIndex, build_window_index
 
@@ -270,7 +270,7 @@ def _segment(name: str, bounds: object) -> Bounds:
     if isinstance(bounds, (str, bytes)) or not isinstance(bounds, Sequence) or len(bounds) != 2:
         raise ConfigError(f"segment {name!r} must be (start, end), got {bounds!r}.")
     start, end = bounds
-    if start is not None and end is not None and pd.Timestamp(start) > pd.Timestamp(end):
+    if start is not None and end is not None and starts_after(start, end):
         raise ConfigError(f"segment {name!r} starts at {start} after its end {end}.")
     return start, end
 

@@ -26,7 +26,7 @@ __all__ = ["DateColumn", "DateReader", "Dates", "is_date", "parse_dates", "read_
 
 log = logging.getLogger("qfast.data")
 
-YEARS = (1800, 2200)
+EARLIEST, LATEST = pd.Timestamp("1800-01-01"), pd.Timestamp("2200-01-01")  # other years come from wrong formats
 FIRST_GUESS = pd.Timestamp("1985-01-01")  # before it, seconds since 1970 and other numbers could be confused
 ISO = "iso"
 UNITS = {"unix_s": "s", "unix_ms": "ms", "unix_us": "us", "unix_ns": "ns"}
@@ -162,7 +162,7 @@ def read_dates(columns: Iterable[DateColumn], date_format: str | None = None, wh
     date_format : str, optional
         See `qfast.data.ReadOptions`. Default: inferred from all values of all columns.
     whole_days : bool
-        True returns local dates without a time of day and without a time zone.
+        True returns local times without a time zone, whose dates the caller uses.
 
     Returns
     -------
@@ -363,7 +363,7 @@ def _described(reading: _Reading, number: int, row: int) -> str:
     """How a format reads one value, and the dates that result from all values."""
     walls = list(reading.walls())
     days = pd.DatetimeIndex(np.unique(np.concatenate([wall.normalize().to_numpy() for wall in walls])))
-    weekends = int((days.dayofweek >= 5).sum())
+    weekends = int((days.day_of_week >= 5).sum())
     return (
         f"{reading.name!r} reads {walls[number][row]:%Y-%m-%d} (all: {days[0]:%Y-%m-%d} to {days[-1]:%Y-%m-%d}, "
         f"{weekends} of {len(days)} dates on weekends)"
@@ -408,7 +408,8 @@ def _parse(name: str, unique: _Unique) -> ZonedTimes:
         times = ZonedTimes(_parse_number(name, unique.texts), None)
     elif name == ISO:
         # Shorter texts are years, months, or dates with a year of two digits, which are not ISO 8601.
-        times = _parse_whole("ISO8601", unique.texts.where(np.asarray(unique.texts.str.len() >= 8), ""))
+        long_enough = np.asarray(unique.texts.str.len() >= 8)
+        times = _parse_whole("ISO8601", unique.texts if long_enough.all() else unique.texts.where(long_enough, ""))
         if times.wall.isna().any():
             times = _parse_parts("ISO8601", unique)
     elif re.search(r"%[HIMSpz]", name):
@@ -417,11 +418,11 @@ def _parse(name: str, unique: _Unique) -> ZonedTimes:
         times = _parse_whole(name, _padded(name, unique.texts))
         if times.wall.isna().any():
             times = _parse_parts(name, unique)
-    year = times.wall.year
-    outside = np.asarray((year < YEARS[0]) | (year >= YEARS[1]))
-    if outside.any():
-        return replace(times, times=pd.DatetimeIndex(times.times.where(~outside)))
-    return times
+    wall = times.wall
+    if len(wall) == 0 or (wall.min() >= EARLIEST and wall.max() < LATEST):
+        return times
+    inside = np.asarray((wall >= EARLIEST) & (wall < LATEST))
+    return replace(times, times=pd.DatetimeIndex(times.times.where(inside)))
 
 
 def _to_datetime(texts: pd.Index, name: str) -> pd.DatetimeIndex:

@@ -78,10 +78,10 @@ class NumberText:
             Some values prove a comma and others a point.
         """
         texts = self.texts
-        comma = texts.str.contains(r",\d*$", regex=True) & ~texts.str.match(r"[+-]?\d{1,3}(?:,\d{3})+$")
+        comma = texts.str.contains(r",\d*$", regex=True) & ~texts.str.match(r"[+-]?\d{1,3}(?:,\d{2,3})*,\d{3}$")
         comma |= texts.str.match(r"[+-]?\d{1,3}(?:\.\d{3}){2,}$") | texts.str.match(r"[+-]?0\d*,\d+$")
         point = texts.str.contains(r"\.\d*$", regex=True) & ~texts.str.match(r"[+-]?\d{1,3}(?:\.\d{3})+$")
-        point |= texts.str.match(r"[+-]?\d{1,3}(?:,\d{3}){2,}$") | texts.str.match(r"[+-]?0\d*\.\d+$")
+        point |= texts.str.match(r"[+-]?\d{1,3}(?:,\d{2,3})+,\d{3}$") | texts.str.match(r"[+-]?0\d*\.\d+$")
         marks = np.asarray(comma, dtype=bool), np.asarray(point, dtype=bool)
         if marks[0].any() and marks[1].any():
             rows = [int(np.argmax(mark)) for mark in marks]

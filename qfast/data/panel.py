@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from numpy.typing import DTypeLike
 
+from qfast.data.date_formats import parse_dates
 from qfast.dates import DateLike, is_date_only
 from qfast.errors import DataError, some, suggest
 
@@ -480,9 +481,12 @@ def _to_datetimes(values: pd.Index) -> pd.DatetimeIndex:
             "convert it with pandas.to_datetime first (pass the format for numbers such as 20240131)."
         )
     try:
-        return pd.DatetimeIndex(pd.to_datetime(values)).rename(None)
-    except (ValueError, TypeError) as error:
-        raise DataError(f"index level 'datetime' cannot be parsed as dates: {error}") from None
+        return parse_dates(pd.Series(values, name="datetime"), "the frame").rename(None)
+    except DataError as error:
+        raise DataError(
+            f"index level 'datetime' cannot be parsed as dates: {error} In Python, convert the index with "
+            "pandas.to_datetime(..., format=...)."
+        ) from None
 
 
 def _sort_order(

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from qfast.data.date_formats import is_date, parse_dates
 from qfast.data.panel import Block, Panel
 from qfast.data.prices import (
     PRICE_FIELDS,
@@ -26,13 +27,12 @@ from qfast.data.prices import (
     Prices,
     Spans,
     StorePath,
-    is_date,
     market_of,
     membership,
-    parse_dates,
 )
 from qfast.dates import DateLike, date_text
 from qfast.errors import ConfigError, DataError, suggest
+from qfast.files import read_text
 
 __all__ = ["BinaryStore", "is_store"]
 
@@ -195,7 +195,7 @@ class BinaryStore:
                 f"{self.root} is not a Qlib data folder for freq {self.freq!r}: {path} is missing"
                 + (f"; it has calendars for {others}." if others else ", and it has no other calendar.")
             )
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in read_text(path).splitlines()]
         lines = [line for line in lines if line]
         if not lines:
             raise DataError(f"{path} contains no dates.")
@@ -236,7 +236,7 @@ class BinaryStore:
                 + suggest(market, markets)
             )
         spans: Spans = {}
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
         days = _days({text for line in lines for text in line.split("\t")[1:3]})
         for number, line in enumerate(lines, start=1):
             if not line.strip():

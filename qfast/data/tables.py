@@ -3,41 +3,46 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from qfast.data.calendar_notes import report_calendar, report_codes
+from qfast.data.column_names import FIELD_NAMES, OTHER_FIELDS, PRICE_FIELDS, plain_name
+from qfast.data.date_formats import DateReader, read_dates
+from qfast.data.number_text import NumberText, decimal_mark
 from qfast.data.panel import Block, Panel
-from qfast.data.prices import PRICE_FIELDS, PriceSource, parse_dates
+from qfast.data.prices import PriceSource
+from qfast.data.source_notes import note
+from qfast.data.table_roles import adjusted_column, find_keys, instrument_names
+from qfast.data.text_files import read_csv
 from qfast.errors import ConfigError, DataError, shown
 from qfast.read_options import ReadOptions
 
-__all__ = ["panel_of", "read_table"]
+__all__ = ["keyed_frame", "panel_of", "read_table"]
 
 log = logging.getLogger("qfast.data")
 
 DEFAULTS = ReadOptions()
-
-OTHER_FIELDS = ("factor", "change", "amount", "money", "turnover")
-DATETIME_NAMES = ("datetime", "date", "timestamp", "trade_date", "tradedate", "trading_date", "time", "day")
-INSTRUMENT_NAMES = ("instrument", "symbol", "ticker", "code", "ts_code", "stock_code", "secid", "stock", "name")
-FIELD_NAMES = {"vol": "volume", "average_price": "vwap"}
-CSV_ENDINGS = (".csv", ".csv.gz", ".csv.bz2", ".csv.xz", ".csv.zst", ".csv.zip")
+DAY_NAMES = ("day", "1day", "d", "1d", "daily")
+CSV_ENDINGS = (".csv", ".csv.gz", ".csv.bz2", ".csv.xz", ".csv.zst", ".csv.zip", ".txt", ".tsv")
 PARQUET_ENDINGS = (".parquet", ".pq")
-MISSING = ("", "NA", "N/A", "n/a", "<NA>", "#N/A", "NaN", "nan", "-nan", "null", "NULL", "None", "-")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+JUMP = 0.2  # change of adjusted close / close from one row to the next that is reported as a split
 
 
 class _Table(NamedTuple):
-    """One file or frame: date, instrument and float32 columns of each row."""
+    """One file or frame: instrument and float32 columns of each row, and how its keys were read."""
 
     name: str
-    dates: pd.DatetimeIndex
     instruments: np.ndarray
     columns: dict[str, np.ndarray]
+    clock: pd.TimedeltaIndex | None
+    keys: str
 
 
 def panel_of(source: PriceSource, options: ReadOptions = DEFAULTS) -> Panel:
@@ -49,6 +54,7 @@ def panel_of(source: PriceSource, options: ReadOptions = DEFAULTS) -> Panel:
     ----------
     source : path, DataFrame, Series or Panel
     options : ReadOptions
+        Panels are used as they are.
 
     Returns
     -------
@@ -60,7 +66,7 @@ def panel_of(source: PriceSource, options: ReadOptions = DEFAULTS) -> Panel:
     ConfigError
         The source has another type.
     DataError
-        A file or column is missing or damaged, or a key occurs twice.
+        A file or column is missing or damaged, the dates or numbers have several meanings, or a key occurs twice.
 
     Examples
     --------
@@ -72,7 +78,7 @@ def panel_of(source: PriceSource, options: ReadOptions = DEFAULTS) -> Panel:
         return _lower_case(source)
     if isinstance(source, (pd.DataFrame, pd.Series)):
         frame = source.to_frame() if isinstance(source, pd.Series) else source
-        return _stack([_table(frame, "the frame", None)])
+        return _read_tables([(frame, "the frame", None)], "the frame", options)
     if not isinstance(source, (str, Path)):
         raise ConfigError(
             f"prices must be a path, a DataFrame or a Panel, got {type(source).__name__}: {shown(source)}."
@@ -80,21 +86,25 @@ def panel_of(source: PriceSource, options: ReadOptions = DEFAULTS) -> Panel:
     path = Path(source).expanduser()
     if path.is_dir():
         files = _files_of(path)
-        return _stack([_table(read_table(file), file.name, _stem(file)) for file in files])
+        return _read_tables(((read_table(file, options), file.name, _stem(file)) for file in files), path.name, options)
     if not path.exists():
         raise DataError(f"prices: no such file or folder: {path} (current folder {Path.cwd()}).")
-    return _stack([_table(read_table(path), path.name, None)])
+    return _read_tables([(read_table(path, options), path.name, None)], path.name, options)
 
 
 def _lower_case(panel: Panel) -> Panel:
     group = "price" if "price" in panel.blocks else next(iter(panel.blocks), "price")
     block = panel.block(group)
-    names = tuple(_plain_name(c) for c in block.columns)
+    names = tuple(_field_names(block.columns))
     return _dense(replace(panel, blocks={"price": Block(block.values, names)}))
 
 
 def _files_of(folder: Path) -> list[Path]:
-    files = sorted(p for p in folder.iterdir() if p.name.lower().endswith(CSV_ENDINGS + PARQUET_ENDINGS))
+    files = sorted(
+        p
+        for p in folder.iterdir()
+        if p.name.lower().endswith(CSV_ENDINGS + PARQUET_ENDINGS) and not p.name.startswith((".", "_"))
+    )
     if not files:
         raise DataError(
             f"prices: the folder {folder} contains neither CSV nor Parquet files ({', '.join(CSV_ENDINGS[:2])}, "
@@ -104,35 +114,31 @@ def _files_of(folder: Path) -> list[Path]:
 
 
 def _stem(path: Path) -> str:
-    return path.name.split(".")[0] if path.name.count(".") <= 2 else path.name.rsplit(".", 1)[0]
+    """The name of a file without known endings: BRK.A for BRK.A.csv.gz, as in Qlib's script that dumps stores."""
+    name = path.name
+    for endings in (COMPRESSED, (".csv", ".txt", ".tsv", *PARQUET_ENDINGS)):
+        name = next((name[: -len(ending)] for ending in endings if name.lower().endswith(ending)), name)
+    return name
 
 
-def read_table(path: Path) -> pd.DataFrame:
+def read_table(path: Path, options: ReadOptions = DEFAULTS) -> pd.DataFrame:
     """Read a CSV file, or a Parquet file or folder, as a frame.
 
-    The instrument column of a CSV file is read as text, so "000001" keeps its zeros.
+    The dates and the instruments of a CSV file are read as text, so "000001" keeps its zeros.
+
+    Parameters
+    ----------
+    path : Path
+    options : ReadOptions
 
     Raises
     ------
     DataError
-        The file is empty or damaged, or pyarrow is missing.
+        The file is empty or damaged, its encoding is unknown, or pyarrow is missing.
     """
     if path.name.lower().endswith(PARQUET_ENDINGS) or path.is_dir():
         return _read_parquet(path)
-    if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty (0 bytes).")
-    try:
-        header = [str(c) for c in pd.read_csv(path, nrows=0, encoding_errors="replace").columns]
-        code = _find(header, INSTRUMENT_NAMES)
-        # Instruments are text: "000001" keeps its zeros, and the ticker NA is not a missing value.
-        texts = {code} if code is not None else set()
-        missing = {c: list(MISSING) for c in header if c not in texts}
-        dtype = dict.fromkeys(texts, str)
-        return pd.read_csv(path, dtype=dtype, keep_default_na=False, na_values=missing, low_memory=False)
-    except pd.errors.EmptyDataError:
-        raise DataError(f"{path} contains no columns.") from None
-    except (pd.errors.ParserError, UnicodeDecodeError, OSError, EOFError) as error:
-        raise DataError(f"{path} cannot be read as CSV: {str(error).strip()}") from None
+    return read_csv(path, options)
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
@@ -147,114 +153,252 @@ def _read_parquet(path: Path) -> pd.DataFrame:
         raise DataError(f"{path} cannot be read as Parquet: {error}") from None
 
 
-def _table(frame: pd.DataFrame, name: str, instrument: str | None) -> _Table:
-    """Keys and numeric columns of a frame. Without an instrument column, all rows belong to `instrument`."""
-    if any(level is not None for level in frame.index.names):
-        frame = frame.reset_index()
-    flat: list[Any] = list(frame.columns)
-    frame = frame.set_axis([str(c[-1] if isinstance(c, tuple) else c) for c in flat], axis=1)
-    if len(frame) == 0:
-        raise DataError(f"{name} has no rows (columns {list(frame.columns)}).")
-    date, code = _find(frame.columns, DATETIME_NAMES), _find(frame.columns, INSTRUMENT_NAMES)
-    if date is None and isinstance(frame.index, pd.DatetimeIndex):
-        frame = frame.assign(datetime=frame.index)
-        date = "datetime"
-    for what, column, accepted in (("datetime", date, DATETIME_NAMES), ("instrument", code, INSTRUMENT_NAMES)):
-        if column is None and not (what == "instrument" and instrument is not None):
-            raise DataError(
-                f"{name} has no {what} column; its columns are {list(frame.columns)}, accepted names are "
-                f"{list(accepted)} (upper or lower case)."
-            )
-    dates = parse_dates(_column(frame, date, name), name)
-    names = np.full(len(frame), instrument, dtype=object) if code is None else _codes(_column(frame, code, name), name)
-    columns: dict[str, np.ndarray] = {}
+def keyed_frame(frame: pd.DataFrame, name: str, options: ReadOptions) -> pd.DataFrame:
+    """A table of factors, indexed (datetime, instrument).
+
+    Parameters
+    ----------
+    frame : DataFrame
+        With these keys as index levels or as columns, under any accepted name.
+    name : str
+        The file or frame, for messages.
+    options : ReadOptions
+
+    Raises
+    ------
+    DataError
+        A key is missing, or the dates have several meanings.
+    """
+    if frame.columns.nlevels > 1:
+        return frame
+    keys = find_keys(frame, name, options, has_name=False)
+    assert keys.instrument is not None
+    whole_days = _whole_days(options)
+    dates = read_dates([keys.dates(name)], options.date_format, whole_days)
+    clock = keys.times(name)
+    times = _with_clock(dates.columns[0], clock)
+    instruments = instrument_names(keys.frame[keys.instrument], name)
+    index = pd.MultiIndex.from_arrays([times, instruments], names=["datetime", "instrument"])
+    note(f"{name}: dates from column {keys.date!r} ({dates.format}), instruments from column {keys.instrument!r}")
+    result = keys.frame.drop(columns=[c for c in (keys.date, keys.instrument, keys.clock) if c is not None])
+    result = result.set_axis(index)
+    if not whole_days:
+        return result
+    result = result.sort_index(kind="stable")
+    result = result.set_axis(_whole_day_index(result.index))
+    return result[~result.index.duplicated(keep="last")]
+
+
+def _with_clock(dates: pd.DatetimeIndex, clock: pd.TimedeltaIndex | None) -> pd.DatetimeIndex:
+    """Dates with the times of day of a separate column, unless they have times already."""
+    return dates if clock is None or not (dates == dates.normalize()).all() else dates + clock
+
+
+def _whole_day_index(index: pd.Index) -> pd.MultiIndex:
+    days = pd.DatetimeIndex(index.get_level_values("datetime")).normalize()
+    return pd.MultiIndex.from_arrays([days, index.get_level_values("instrument")], names=["datetime", "instrument"])
+
+
+def _whole_days(options: ReadOptions) -> bool:
+    return options.freq is not None and options.freq.lower() in DAY_NAMES
+
+
+# ---------------------------------------------------------------- one table
+def _read_tables(frames: Iterable[tuple[pd.DataFrame, str, str | None]], source: str, options: ReadOptions) -> Panel:
+    """The panel of frames, each with its name and the instrument of rows without one."""
+    reader = DateReader(options.date_format)
+    tables = []
+    for frame, name, instrument in frames:
+        keys = find_keys(frame, name, options, has_name=instrument is not None)
+        if keys.instrument is None:
+            instruments = np.full(len(keys.frame), instrument, dtype=object)
+        else:
+            instruments = instrument_names(keys.frame[keys.instrument], name)
+        clock = keys.times(name)
+        reader.add(keys.dates(name))
+        columns = _numeric_columns(keys.frame, {keys.date, keys.instrument, keys.clock}, name, options)
+        where = "the file name" if keys.instrument is None else f"column {keys.instrument!r}"
+        dated = f"column {keys.date!r}" if keys.clock is None else f"columns {keys.date!r} and {keys.clock!r}"
+        tables.append(_Table(name, instruments, columns, clock, f"dates from {dated} ({{}}), instruments from {where}"))
+    whole_days = _whole_days(options)
+    dates = reader.finish(whole_days)
+    times = [_with_clock(column, table.clock) for column, table in zip(dates.columns, tables, strict=True)]
+    panel, rows = _stack(tables, times, whole_days, source)
+    first, last = panel.datetimes[0], panel.datetimes[-1]
+    note(
+        f"{source}: {rows:,} rows of {len(panel.instruments)} instrument(s), {first:%Y-%m-%d} to {last:%Y-%m-%d}; "
+        + tables[0].keys.format(dates.format)
+    )
+    _report_unadjusted(panel, source)
+    return panel
+
+
+def _field_names(columns: Iterable[object]) -> list[str]:
+    """Plain names of columns. Another name of a field, such as vol, is translated unless the field is there, too."""
+    plain = [plain_name(column) for column in columns]
+    return [FIELD_NAMES[name] if name in FIELD_NAMES and FIELD_NAMES[name] not in plain else name for name in plain]
+
+
+def _numeric_columns(
+    frame: pd.DataFrame, keys: set[str | None], name: str, options: ReadOptions
+) -> dict[str, np.ndarray]:
+    """float32 values of the columns other than `keys`."""
+    positions: dict[str, int] = {}
+    labels = [column for column in frame.columns if column not in keys]
+    plain_of = dict(zip(labels, _field_names(labels), strict=True))
     for position, column in enumerate(frame.columns):
-        if column in (date, code):
+        if column in keys:
             continue
-        plain = _plain_name(column)
-        if plain in columns:
+        plain = plain_of[column]
+        if plain in positions:
             raise DataError(f"{name}: column {column!r} occurs twice; names are compared without case, $ and blanks.")
-        values = _numbers(frame.iloc[:, position], plain, name)
-        if values is not None:
-            columns[plain] = values
+        positions[plain] = position
+    columns: dict[str, np.ndarray] = {}
+    texts: dict[str, pd.Series] = {}
+    for plain, position in positions.items():
+        values = frame.iloc[:, position]
+        kind = values.dtype
+        if pd.api.types.is_numeric_dtype(kind) and not pd.api.types.is_complex_dtype(kind):
+            columns[plain] = np.asarray(values.to_numpy(dtype=np.float32, na_value=np.nan))
+        else:
+            texts[plain] = values
+    columns |= _text_columns(texts, columns, name, options)
     if not columns:
         raise DataError(
             f"{name} has no price column; its columns are {list(frame.columns)}, expected some of {PRICE_FIELDS}."
         )
-    return _Table(name, dates, names, columns)
+    if options.adjust:
+        _adjust(columns, name)
+    return {plain: columns[plain] for plain in positions if plain in columns} | columns
 
 
-def _plain_name(column: object) -> str:
-    plain = str(column).strip().lstrip("$").lower()
-    return FIELD_NAMES.get(plain, plain)
+def _text_columns(
+    texts: Mapping[str, pd.Series], numbers: Mapping[str, np.ndarray], name: str, options: ReadOptions
+) -> dict[str, np.ndarray]:
+    """Values of the text columns that contain numbers. Others are left out, unless they are price fields."""
+    fields = PRICE_FIELDS + OTHER_FIELDS
+    columns: dict[str, np.ndarray] = {}
+    rest: dict[str, NumberText] = {}
+    for plain, values in texts.items():
+        if values.dtype.kind in "mM" or isinstance(values.dtype, pd.PeriodDtype):
+            continue
+        converted = pd.to_numeric(values, errors="coerce") if options.decimal != "," else values
+        if options.decimal != "," and not (converted.isna() & values.notna()).any():
+            columns[plain] = np.asarray(converted.to_numpy(dtype=np.float32, na_value=np.nan))
+        elif plain in fields or _looks_numeric(values):
+            rest[plain] = NumberText(values)
+    decimal = options.decimal
+    if decimal is None and rest:
+        points = any(bool((values != np.floor(values))[np.isfinite(values)].any()) for values in numbers.values())
+        proving = {plain: text for plain, text in rest.items() if plain in fields}
+        try:
+            decimal = decimal_mark(proving, points)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from None
+    if decimal == "," and options.decimal is None and rest:
+        note(f"{name}: numbers have decimal commas")
+        rest |= {plain: NumberText(texts[plain]) for plain in columns}
+    for plain, text in rest.items():
+        values64 = text.numbers(decimal or ".")
+        bad = text.bad_rows(values64)
+        if not len(bad):
+            columns[plain] = values64.astype(np.float32)
+    for plain in [plain for plain in texts if plain not in columns]:
+        if plain in fields:
+            raise _not_numeric(name, texts[plain], rest.get(plain), decimal)
+        log.info("%s: ignoring column %r, which is not numeric", name, texts[plain].name)
+    return columns
 
 
-def _find(columns: Iterable[str], accepted: Sequence[str]) -> str | None:
-    plain = {str(c).strip().lstrip("$").lower(): c for c in reversed(list(columns))}
-    return next((plain[name] for name in accepted if name in plain), None)
+def _looks_numeric(values: pd.Series) -> bool:
+    present = values.dropna()
+    return len(present) > 0 and any(character.isdigit() for character in str(present.iloc[0]))
 
 
-def _column(frame: pd.DataFrame, column: str | None, name: str) -> pd.Series:
-    values: Any = frame[column]
-    if isinstance(values, pd.DataFrame):
-        raise DataError(f"{name}: column {column!r} must occur once, but occurs {values.shape[1]} times.")
-    assert isinstance(values, pd.Series)
-    return values
+def _not_numeric(name: str, values: pd.Series, text: NumberText | None, decimal: str | None) -> DataError:
+    row = 0 if text is None else int(text.bad_rows(text.numbers(decimal or "."))[0])
+    return DataError(
+        f"{name}: column {values.name!r} must be numeric, but row {row} is {values.iloc[row]!r} "
+        "(row 0 is the first row below the header). Remedy: --decimal, if the mark is not recognized."
+    )
 
 
-def _codes(values: pd.Series, name: str) -> np.ndarray:
-    missing = values.isna().to_numpy() | (values.astype(object) == "").to_numpy()
-    if missing.any():
-        raise DataError(f"{name}: row {int(np.argmax(missing))} has no instrument (column {values.name!r}).")
-    codes, unique = pd.factorize(values)
-    texts = np.array([str(u).strip() for u in unique], dtype=object)
-    return texts[codes]
-
-
-def _numbers(values: pd.Series, plain: str, name: str) -> np.ndarray | None:
-    """float32 values, or None for a text column that is not a price field."""
-    kind = values.dtype
-    if pd.api.types.is_numeric_dtype(kind) and not pd.api.types.is_complex_dtype(kind):
-        return np.asarray(values.to_numpy(dtype=np.float32, na_value=np.nan))
-    converted = pd.to_numeric(values, errors="coerce") if kind.kind not in "mM" else None
-    if converted is not None:
-        bad = (converted.isna() & values.notna()).to_numpy()
-        if not bad.any():
-            return np.asarray(converted.to_numpy(dtype=np.float32, na_value=np.nan))
-    if plain in PRICE_FIELDS + OTHER_FIELDS:
-        row = 0 if converted is None else int(np.argmax(bad))
+# ---------------------------------------------------------------- adjusted prices
+def _adjust(columns: dict[str, np.ndarray], name: str) -> None:
+    """Multiply prices by adjusted close / close and divide the volume by it, as Qlib's collector of Yahoo data does."""
+    adjusted = adjusted_column(columns)
+    if adjusted is None or "close" not in columns:
         raise DataError(
-            f"{name}: column {values.name!r} must be numeric, but row {row} is {values.iloc[row]!r} "
-            "(row 0 is the first row below the header)."
+            f"{name} has no column for --adjust; it needs close and an adjusted close such as 'Adj Close', and has "
+            f"{list(columns)}."
         )
-    log.info("%s: ignoring column %r, which is not numeric", name, values.name)
-    return None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        factor = columns[adjusted].astype(np.float64) / columns["close"]
+        for field in ("open", "high", "low", "close", "vwap"):
+            if field in columns:
+                columns[field] = (columns[field] * factor).astype(np.float32)
+        if "volume" in columns:
+            columns["volume"] = (columns["volume"] / factor).astype(np.float32)
+    columns["factor"] = factor.astype(np.float32)
 
 
-def _stack(tables: list[_Table]) -> Panel:
-    """One panel of all tables, with all dates between the first and last row of an instrument. Keys must be unique."""
-    zones = {str(t.dates.tz): t.name for t in tables}
-    if len(zones) > 1:
-        listed = ", ".join(f"{name} has {zone}" for zone, name in zones.items())
-        raise DataError(f"all files must have the same time zone, but {listed}.")
-    dates = tables[0].dates.append([t.dates for t in tables[1:]]) if len(tables) > 1 else tables[0].dates
-    date_codes, calendar = pd.factorize(dates, sort=True)
+def _report_unadjusted(panel: Panel, source: str) -> None:
+    """Report splits that the column close contains and the adjusted close does not."""
+    names = panel.columns("price")
+    adjusted = adjusted_column(dict.fromkeys(names, panel.date_codes))
+    if adjusted is None or "close" not in names:
+        return
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = panel.column(adjusted).astype(np.float64) / panel.column("close")
+        steps = np.abs(ratio[1:] / ratio[:-1] - 1)
+    steps[np.diff(panel.instrument_codes) != 0] = 0
+    splits = np.flatnonzero(steps > JUMP)
+    if not len(splits):
+        return
+    row = int(splits[0]) + 1
+    count = len(np.unique(panel.instrument_codes[splits]))
+    note(
+        f"{source}: close is not adjusted for splits: {adjusted!r} / close changes by {steps[row - 1]:.0%} on "
+        f"{panel.datetimes[panel.date_codes[row]]:%Y-%m-%d} for {panel.instruments[panel.instrument_codes[row]]!r} "
+        f"({count} instrument(s) in all), so returns of close are wrong there. --adjust "
+        "(read_options={'adjust': True}) uses the adjusted close"
+    )
+
+
+# ---------------------------------------------------------------- one panel
+def _stack(tables: list[_Table], times: list[pd.DatetimeIndex], whole_days: bool, source: str) -> tuple[Panel, int]:
+    """One panel of all tables, with all dates between the first and last row of an instrument; and its original rows.
+
+    Keys must be unique.
+    """
+    dates = pd.DatetimeIndex(times[0].append(times[1:]) if len(tables) > 1 else times[0])
     codes, names = pd.factorize(np.concatenate([t.instruments for t in tables]), sort=True)
+    date_codes, calendar = pd.factorize(dates.normalize() if whole_days else dates, sort=True)
     key = codes.astype(np.int64) * len(calendar) + date_codes
-    order = np.argsort(key, kind="stable")
+    if whole_days:
+        order = np.lexsort((dates.asi8, key))
+        last = np.append(key[order[1:]] != key[order[:-1]], True)
+        if not last.all():
+            note(f"{source}: {int((~last).sum()):,} of {len(last):,} rows are earlier rows of a day and are left out")
+        order = order[last]
+    else:
+        order = np.argsort(key, kind="stable")
     same = np.flatnonzero(key[order[1:]] == key[order[:-1]])
     if len(same):
         first, second = (_row_name(tables, int(order[k])) for k in (same[0], same[0] + 1))
         row = order[same[0]]
         raise DataError(
             f"duplicate key: {first} and {second} are both (datetime {dates[row]}, instrument {names[codes[row]]!r}); "
-            f"{len(same)} duplicate rows in all. Remedy: keep one row per instrument and datetime."
+            f"{len(same)} duplicate rows in all. Remedy: keep one row per instrument and datetime, or "
+            "--instrument-column if the instruments are in another column."
         )
+    report_codes(source, names)
+    report_calendar(source, pd.DatetimeIndex(calendar), date_codes[order], codes[order])
     columns = list(dict.fromkeys(c for t in tables for c in t.columns))
     columns.sort(key=lambda c: PRICE_FIELDS.index(c) if c in PRICE_FIELDS else len(PRICE_FIELDS))
-    values = np.empty((len(key), len(columns)), dtype=np.float32)
+    values = np.empty((len(order), len(columns)), dtype=np.float32)
     for j, column in enumerate(columns):
-        parts = [t.columns.get(column, np.full(len(t.dates), np.nan, np.float32)) for t in tables]
+        parts = [t.columns.get(column, np.full(len(t.instruments), np.nan, np.float32)) for t in tables]
         values[:, j] = np.concatenate(parts)[order]
     panel = Panel(
         datetimes=pd.DatetimeIndex(calendar).rename(None),
@@ -263,16 +407,16 @@ def _stack(tables: list[_Table]) -> Panel:
         instrument_codes=codes[order].astype(np.int32),
         blocks={"price": Block(values, tuple(columns))},
     )
-    return _dense(panel)
+    return _dense(panel), len(order)
 
 
 def _row_name(tables: list[_Table], row: int) -> str:
     if len(tables) == 1:
         return f"row {row} of {tables[0].name}"
     for table in tables:
-        if row < len(table.dates):
+        if row < len(table.instruments):
             return f"row {row} of {table.name}"
-        row -= len(table.dates)
+        row -= len(table.instruments)
     raise IndexError(row)
 
 

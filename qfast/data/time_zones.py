@@ -98,7 +98,7 @@ def one_zone(columns: Sequence[ZonedTimes], names: Sequence[str], whole_days: bo
     names : sequence of str
         Names of the columns, for messages.
     whole_days : bool
-        True returns local dates without a zone.
+        True returns local times without a zone, whose dates the caller uses.
 
     Raises
     ------
@@ -106,7 +106,7 @@ def one_zone(columns: Sequence[ZonedTimes], names: Sequence[str], whole_days: bo
         The times are in several zones, or some have a zone and others not.
     """
     if whole_days:
-        return [column.wall.normalize() for column in columns]
+        return [column.wall for column in columns]
     if all(column.offsets is None for column in columns) and len({str(column.times.tz) for column in columns}) == 1:
         return [column.times for column in columns]
     minutes = [column.minutes() for column in columns]

@@ -428,6 +428,10 @@ def _cross_section(windows: WindowSet, stamp: pd.Timestamp) -> Tensor:
     days = windows.days
     firsts = windows.rows[days.order[days.bounds[:-1].to(windows.device)]].cpu().numpy()
     dates = pd.DatetimeIndex(windows.keys_of(firsts).get_level_values(0)) if len(firsts) else pd.DatetimeIndex([])
+    if dates.tz is not None:
+        stamp = stamp.tz_localize(dates.tz) if stamp.tz is None else stamp.tz_convert(dates.tz)
+    elif stamp.tz is not None:
+        stamp = stamp.tz_localize(None)
     matches = np.flatnonzero(dates == stamp)
     if len(matches) == 0 and stamp == stamp.normalize():
         matches = np.flatnonzero(dates.normalize() == stamp)

@@ -12,9 +12,8 @@ import pandas as pd
 
 from qfast import registry
 from qfast.data.panel import Panel
-from qfast.data.prices import parse_dates
 from qfast.data.protocols import Handler, HandlerDataset
-from qfast.data.tables import read_table
+from qfast.data.tables import keyed_frame, read_table
 from qfast.dates import date_text
 from qfast.errors import ConfigError, some
 from qfast.read_options import ReadOptions, command_line
@@ -210,19 +209,18 @@ def _factor_frame(data: DataInput, read_options: ReadOptions) -> pd.DataFrame | 
     if isinstance(data, (Panel, Mapping)):
         return data
     name = "the frame" if isinstance(data, pd.DataFrame) else str(data)
-    frame = data if isinstance(data, pd.DataFrame) else _read_table(Path(data).expanduser())
-    if not isinstance(frame.index, pd.MultiIndex) and {"datetime", "instrument"} <= set(frame.columns):
-        frame = frame.assign(datetime=parse_dates(frame["datetime"], name)).set_index(["datetime", "instrument"])
+    frame = data if isinstance(data, pd.DataFrame) else _read_table(Path(data).expanduser(), read_options)
+    frame = keyed_frame(frame, name, read_options)
     if frame.columns.nlevels == 1:
         groups = ["label" if str(c).lower().startswith("label") else "feature" for c in frame.columns]
         frame = frame.set_axis(pd.MultiIndex.from_arrays([groups, frame.columns]), axis=1)
     return frame
 
 
-def _read_table(file: Path) -> pd.DataFrame:
+def _read_table(file: Path, read_options: ReadOptions) -> pd.DataFrame:
     if not file.exists():
         raise ConfigError(f"--data {str(file)!r} does not exist (looked in {Path.cwd()}).")
-    return read_table(file)
+    return read_table(file, read_options)
 
 
 def data_source(data: DataInput | None, workflow: Workflow, read_options: ReadOptions = DEFAULTS) -> dict[str, Any]:

@@ -53,6 +53,8 @@ class Job:
         Stage -> wall time.
     facts : dict
         What the manifest records of the data; known once it is loaded.
+    source_warnings : list of str
+        What the readers have noticed about the data.
     """
 
     workflow: Workflow
@@ -67,6 +69,7 @@ class Job:
     started: float = field(default_factory=time.time)
     seconds: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    source_warnings: list[str] = field(default_factory=list)
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:

@@ -24,7 +24,7 @@ from qfast.backtest import (
 from qfast.data.factors import evaluate_all
 from qfast.data.panel import Panel
 from qfast.data.protocols import Handler, PricedHandler
-from qfast.dates import DateLike, normal_date
+from qfast.dates import DateLike, normal_date, starts_after
 from qfast.errors import ConfigError, DataError, shown, some, suggest
 from qfast.registry import parameters
 
@@ -226,7 +226,7 @@ def _day_after(panel: Panel, day: pd.Timestamp) -> pd.Timestamp:
 def _period(run: Mapping[str, Any]) -> tuple[str | None, str | None]:
     """Start and end of the backtest."""
     start, end = (_date(name, run.get(name)) for name in ("start_time", "end_time"))
-    if start is not None and end is not None and pd.Timestamp(start) > pd.Timestamp(end):
+    if start is not None and end is not None and starts_after(start, end):
         raise ConfigError(f"PortAnaRecord: backtest: start_time {start} is after end_time {end}.")
     return start, end
 

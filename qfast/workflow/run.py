@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from qfast import registry
 from qfast.data.protocols import HandlerDataset
+from qfast.data.source_notes import collected_notes
 from qfast.errors import ConfigError, DataError, QfastError
 from qfast.files import locked
 from qfast.read_options import ReadOptions, ReadSettings
@@ -188,8 +189,12 @@ def _reopen(
 def _load(job: Job, folder: RunFolder) -> HandlerDataset:
     """Build the dataset, and load the checkpoint of a resumed run. Raises an error if the run cannot be resumed."""
     with job.timed("data"):
-        dataset = build_dataset(job.workflow, job.data, job.read_options)
+        with collected_notes() as notes:
+            dataset = build_dataset(job.workflow, job.data, job.read_options)
+        job.source_warnings = [note.text for note in notes if note.warning]
         job.facts = data_facts(dataset.handler, job.data, job.workflow, job.read_options)
+        if notes:
+            job.facts["reading"] = [note.text for note in notes]
     if job.resumed:
         resumption.require_same_data(folder, job.facts)
         if (folder / LAST).exists():
@@ -204,7 +209,7 @@ def _begin(job: Job, folder: RunFolder, dataset: HandlerDataset, warnings: Seque
     if job.resumed:
         folder.restart()
     workflow = job.workflow
-    notices = [*_notices(job), *warnings]
+    notices = [*_notices(job), *job.source_warnings, *warnings]
     records = build_records(workflow, job.model, dataset)
     for record in records:
         if isinstance(record, PortAnaRecord):

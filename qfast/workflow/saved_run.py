@@ -14,6 +14,7 @@ import pandas as pd
 from qfast.data.prices import Instruments
 from qfast.data.processors import Processor
 from qfast.data.protocols import HandlerDataset
+from qfast.data.source_notes import collected_notes
 from qfast.dates import DateLike, date_text, normal_date
 from qfast.errors import ConfigError, DataError
 from qfast.read_options import ReadOptions, ReadSettings
@@ -125,8 +126,9 @@ class SavedRun:
         if latest and bounds != (None, None):
             raise ConfigError(f"--date latest cannot be combined with --start {start} and --end {end}.")
         with self._permitted():
-            new = self._new_data(data, instruments, read_options)
-            dataset, bounds = new.dataset(bounds, latest)
+            with collected_notes() as source_notes:  # which the readers have logged
+                new = self._new_data(data, instruments, read_options)
+                dataset, bounds = new.dataset(bounds, latest)
             notes = [*self.notes, *new.notes, *self._notes_on_earlier_days(dataset, bounds)]
             for note in notes:
                 log.warning("%s", note)
@@ -136,7 +138,7 @@ class SavedRun:
                 f"no row is between start={bounds[0]} and end={bounds[1]}; the data is from {new.period(dataset)}."
             )
         scores = scores.rename("score").sort_index()
-        scores.attrs["notes"] = notes
+        scores.attrs["notes"] = [*(note.text for note in source_notes if note.warning), *notes]
         return scores
 
     @contextmanager
@@ -161,7 +163,8 @@ class SavedRun:
         if lookback_note is not None:
             notes.append(lookback_note)
         start = self._facts.get("start")
-        if start is not None and (first := first_day(dataset.handler)) > pd.Timestamp(start):
+        first = first_day(dataset.handler)
+        if start is not None and first > dataset.handler.panel("infer").timestamp(start, "start"):
             notes.append(
                 f"the data begins on {date_text(first)}, the training data on {start}: features that depend on the "
                 "first day (EMA, windows over all earlier rows) differ from training"

@@ -6,7 +6,6 @@ import datetime as dt
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-import pandas as pd
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -16,7 +15,7 @@ from pydantic import (
 )
 
 from qfast._renamed import renamed_names
-from qfast.dates import normal_date
+from qfast.dates import normal_date, starts_after
 from qfast.errors import shown
 
 __all__ = ["DatasetSpec", "HandlerSpec", "Spec", "Task", "Workflow", "as_list"]
@@ -35,7 +34,7 @@ def _segment(value: object) -> list[str | None]:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         raise ValueError(f"expected [start, end], got {value!r}")
     start, end = (normal_date(v) for v in value)
-    if start is not None and end is not None and pd.Timestamp(start) > pd.Timestamp(end):
+    if start is not None and end is not None and starts_after(start, end):
         raise ValueError(f"the start {start} is after the end {end}")
     return [start, end]
 

@@ -13,11 +13,11 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import pandas as pd
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from qfast import registry
+from qfast.dates import starts_after
 from qfast.errors import ConfigError, nearest, shown, suggest
 from qfast.workflow.schema import Spec, Workflow, as_list
 
@@ -333,7 +333,7 @@ def _log_ignored(workflow: Workflow) -> None:
         log.info("qlib_init: %s have no effect in qfast and are ignored", ignored)
     train_end = workflow.task.dataset.kwargs.segments["train"][1]
     fit_end = workflow.task.dataset.kwargs.handler.kwargs.fit_end_time
-    if train_end and fit_end and pd.Timestamp(fit_end) > pd.Timestamp(train_end):
+    if train_end and fit_end and starts_after(fit_end, train_end):
         log.warning(
             "fit_end_time %s is after the end of the train segment %s: the processors are fitted on data that the "
             "model is evaluated on",

@@ -16,6 +16,7 @@ from pathlib import Path
 from qfast._renamed import renamed_names
 from qfast.data.handlers.prices import PriceHandler
 from qfast.data.protocols import HandlerDataset
+from qfast.data.source_notes import collected_notes
 from qfast.errors import QfastError
 from qfast.read_options import ReadOptions, ReadSettings
 from qfast.workflow import pretraining, resumption
@@ -116,11 +117,15 @@ def _check(
     require_raw_labels(report, workflow)
     started = time.perf_counter()
     dataset = None
-    with report.attempt("data"):  # duplicate rows, wrong columns and empty periods are errors of the handler
+    with collected_notes() as source_notes, report.attempt("data"):
+        # Duplicate rows, wrong columns and empty periods are errors of the handler.
         if data is None:
             recorded = resumption.recorded_data(config_path)
             data, read_options = recorded.data, read_options.over(recorded.read_options)
         dataset = build_dataset(workflow, data, read_options)
+    for note in source_notes:
+        if note.warning or dataset is not None:
+            report.add("warning" if note.warning else "note", "source", note.text)
     if dataset is None:
         return
     seconds = time.perf_counter() - started
