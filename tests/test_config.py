@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qfast import registry
 from qfast.dates import normal_date
 from qfast.errors import ConfigError
 from qfast.workflow.config import apply_set, deep_merge, dump_yaml, fill_placeholders, load_config
@@ -369,3 +370,32 @@ def test_dates(value, expected):
 def test_invalid_dates(value):
     with pytest.raises(ValueError, match=r"expected a date such as 2016-12-31"):
         normal_date(value)
+
+
+@pytest.mark.parametrize("suffix", ["", "_ts"])
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        *(("LSTM", "lstm"), ("GRU", "gru"), ("ALSTM", "alstm"), ("GATs", "gats"), ("TCN", "tcn")),
+        *(("TransformerModel", "transformer"), ("LocalformerModel", "localformer")),
+    ],
+)
+def test_every_model_accepts_weight_decay(write, name, stem, suffix):
+    kwargs = "task.model.kwargs={d_feat: 3, weight_decay: 0.1}"
+    workflow = checked(write(TEXT), f"task.model.class={name}", model_path(stem + suffix), kwargs)
+    model = registry.MODELS.build(workflow.task.model.description(), path="task.model")
+    assert model.get_params()[model.decay_name] == 0.1
+    assert [group["weight_decay"] for group in model.train_optimizer.param_groups] == [0.1]
+
+
+@pytest.mark.parametrize("name", ["loss", "metric"])
+def test_loss_and_metric_of_a_file_are_names(write, name):
+    with pytest.raises(
+        ConfigError, match=rf"task.model.kwargs.{name}: input should be a valid string|expected a valid"
+    ):
+        checked(write(TEXT), f"task.model.kwargs.{name}=3")
+    workflow = checked(write(TEXT), f"task.model.kwargs.{name}=package.function")
+    with pytest.raises(
+        ConfigError, match=rf"{name} must be one of .* or, in Python, a function of .*got 'package.func"
+    ):
+        registry.MODELS.build(workflow.task.model.description(), path="task.model")

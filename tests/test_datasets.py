@@ -124,6 +124,27 @@ def test_wrong_names_are_answered_with_the_nearest():
         TSDatasetH(handler=make_frame(), segments=SEGMENTS, step_len=0)
 
 
+def test_ts_dataset_accepts_both_orders_of_positional_arguments():
+    frame = make_frame(70, 9, 3)
+    expected = TSDatasetH(handler=frame, segments=SEGMENTS, step_len=5)
+    for dataset in (
+        TSDatasetH(frame, SEGMENTS, step_len=5),
+        TSDatasetH(frame, segments=SEGMENTS, step_len=5),
+        TSDatasetH(5, handler=frame, segments=SEGMENTS),
+        TSDatasetH(5, None, handler=frame, segments=SEGMENTS),
+    ):
+        assert dataset.step_len == 5
+        assert dataset.segments == expected.segments
+        samples = dataset.prepare("valid", col_set=["feature", "label"])
+        np.testing.assert_array_equal(samples[3], expected.prepare("valid", col_set=["feature", "label"])[3])
+    with pytest.raises(ConfigError, match="TSDatasetH got 'handler' twice, by position and by name"):
+        TSDatasetH(frame, handler=frame, segments=SEGMENTS)
+    with pytest.raises(ConfigError, match=r"positional arguments \(step_len, flt_col\) or .*, got 4"):
+        TSDatasetH(frame, SEGMENTS, None, 5)
+    with pytest.raises(ConfigError, match="step_len must be a whole number of at least 1, got 0"):
+        TSDatasetH(frame, SEGMENTS, step_len=0)
+
+
 def test_two_labels_are_refused():
     frame = make_frame()
     frame[("label", "LABEL1")] = frame[("label", "LABEL0")]

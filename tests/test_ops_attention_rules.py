@@ -234,6 +234,22 @@ def test_autocast_leaves_float32_alone(which: str) -> None:
 
 @pytest.mark.parametrize("which", BOTH)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_mixtures_of_half_precision_and_float32(which: str, dtype: torch.dtype) -> None:
+    """Under autocast nn.Linear returns half precision and the LSTM operator float32, and both may be arguments."""
+    call, _, make = BOTH[which]
+    wide = [t.detach().to(dtype).float() for t in make()]
+    values = 2 if which == "additive" else 0  # the argument whose dtype the result has
+    for narrow in ((0,), (1,), (2,), (0, 1), (1, 2)):
+        mixed = [t.to(dtype).requires_grad_() if i in narrow else t for i, t in enumerate(wide)]
+        result = call(*mixed)
+        assert result.dtype == mixed[values].dtype
+        assert torch.equal(result, call(*wide).to(result.dtype))
+        result.float().sum().backward()
+        assert all(mixed[i].grad.dtype == dtype for i in narrow)
+
+
+@pytest.mark.parametrize("which", BOTH)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precisions_are_computed_in_float32(which: str, dtype: torch.dtype) -> None:
     call, _, make = BOTH[which]
     narrow = [t.detach().to(dtype).requires_grad_() for t in make()]

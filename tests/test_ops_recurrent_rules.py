@@ -413,6 +413,18 @@ def test_autocast_leaves_the_operator_in_float32(name: str) -> None:
         assert torch.equal(ours, plain)
 
 
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+def test_an_initial_state_in_half_precision_is_accepted_next_to_float32(half: torch.dtype) -> None:
+    """Under autocast, nn.Linear computes a state in half precision, while the windows are float32."""
+    x, layer = torch.randn(5, 4, 3), [torch.randn(8, 3), torch.randn(8, 2), torch.randn(8), torch.randn(8)]
+    h, c = (torch.randn(1, 5, 2).to(half) for _ in range(2))
+    output, _ = lstm(x, [layer], initial_state=(h, c))
+    assert output.dtype == F32
+    assert torch.equal(output, lstm(x, [layer], initial_state=(h.float(), c.float()))[0])
+    layer = [part[:6] for part in layer]
+    assert torch.equal(gru(x, [layer], initial_state=h)[0], gru(x, [layer], initial_state=h.float())[0])
+
+
 # ---------------------------------------------------------------- the networks
 @pytest.mark.parametrize("network", [LSTMModel, GRUModel])
 def test_networks_have_equal_gradients_with_the_operator_and_with_torchs_layer(network: Any, monkeypatch: Any) -> None:

@@ -232,7 +232,7 @@ def test_time_series_tcn_trains_like_qlib_at_any_step_len(dtype, tmp_path):
     model = ours("TCN", "_ts")(**arguments)
     seen = []
     inner = model.loss_fn
-    model.loss_fn = lambda *inputs: seen.append(inputs[0].dtype) or inner(*inputs)
+    model.loss_fn = lambda *inputs: seen.append(inputs[1].dtype) or inner(*inputs)
     model.fit(data, result)
     assert set(seen) == {torch.from_numpy(np.zeros(1, dtype)).dtype}
     for segment in ("train", "valid"):

@@ -128,10 +128,11 @@ def _from_sampler(sampler: _QlibSampler, name: str) -> WindowSet:
 
     cells = np.asarray(sampler.idx_map, dtype=np.int64).reshape(-1, 2)
     rows = torch.from_numpy(grid[cells[:, 0], cells[:, 1]].astype(np.int64))
+    labels = torch.from_numpy(np.array(array[:, -1]))
     return WindowSet(
         features=data[:-1, :-1],
         rows=rows,
-        label=torch.from_numpy(np.array(array[:, -1]))[rows],
+        label=labels[rows],
         columns=[f"column {j}" for j in range(table.shape[1] - 1)],
         keys_of=keys_of,
         source=lambda: sampler,
@@ -139,4 +140,5 @@ def _from_sampler(sampler: _QlibSampler, name: str) -> WindowSet:
         index=build_window_index(instrument_codes, date_codes),
         step_len=int(sampler.step_len),
         name=name,
+        label_table=labels[:-1],
     )

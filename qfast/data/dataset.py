@@ -24,6 +24,7 @@ from qfast.dates import DateLike, starts_after
 from qfast.errors import ConfigError, DataError, suggest, whole_number
 from qfast.ops import WindowIndex, build_window_index
 
+FLAT_ARGUMENTS = ("handler", "segments", "fetch_kwargs")  # of DatasetH
 DK_I, CS_ALL, CS_RAW = DataHandlerLP.DK_I, DataHandlerLP.CS_ALL, DataHandlerLP.CS_RAW
 
 __all__ = ["DatasetH", "TSDataSampler", "TSDatasetH"]
@@ -166,12 +167,13 @@ class TSDatasetH(DatasetH):
     flt_col : str, optional
         Column group with one column, whose truth value selects the rows that are samples.
     handler, segments, fetch_kwargs
-        As in `DatasetH`.
+        As in `DatasetH`. Positional arguments are (handler, segments, fetch_kwargs) or, if the first one is a number,
+        Qlib's (step_len, flt_col).
 
     Raises
     ------
     ConfigError
-        As in `DatasetH`, or `step_len` is not a positive whole number.
+        As in `DatasetH`, or an argument is passed twice, or `step_len` is not a positive whole number.
 
     Notes
     -----
@@ -181,16 +183,26 @@ class TSDatasetH(DatasetH):
     Examples
     --------
     >>> from qfast.data import synthetic
-    >>> dataset = TSDatasetH(step_len=5, handler=synthetic.factors(3, 20, 4), segments={"test": (None, None)})
+    >>> dataset = TSDatasetH(synthetic.factors(3, 20, 4), {"test": (None, None)}, step_len=5)
     >>> dataset.prepare("test", col_set=["feature", "label"])[0].shape
     (5, 5)
     """
 
-    def __init__(self, step_len: int = 30, flt_col: str | None = None, **kwargs: Any) -> None:
-        self.step_len = whole_number("step_len", step_len)
-        self.flt_col = flt_col
+    def __init__(self, *arguments: Any, step_len: int = 30, flt_col: str | None = None, **kwargs: Any) -> None:
+        names = ("step_len", "flt_col") if arguments and isinstance(arguments[0], int) else FLAT_ARGUMENTS
+        if len(arguments) > len(names):
+            raise ConfigError(
+                f"TSDatasetH accepts the positional arguments (step_len, flt_col) or {FLAT_ARGUMENTS}, got "
+                f"{len(arguments)}. Remedy: pass them by name."
+            )
+        positional = dict(zip(names, arguments, strict=False))
+        twice = next((name for name in positional if name in kwargs), None)
+        if twice is not None:
+            raise ConfigError(f"TSDatasetH got {twice!r} twice, by position and by name.")
+        self.step_len = whole_number("step_len", positional.pop("step_len", step_len))
+        self.flt_col = positional.pop("flt_col", flt_col)
         self._index_of: dict[str, tuple[Panel, WindowIndex]] = {}
-        super().__init__(**kwargs)
+        super().__init__(**positional, **kwargs)
 
     def config(self, **kwargs: Any) -> None:
         """Replace `step_len` or `segments`."""

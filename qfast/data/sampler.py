@@ -174,6 +174,7 @@ class TSDataSampler:
             fill=fill,
             first_position=self.first_position,
             name=name,
+            label_table=label,
         )
 
     def _history_rows(self) -> np.ndarray:

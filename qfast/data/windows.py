@@ -67,6 +67,8 @@ class WindowSet:
         Name of the segment, for messages.
     weight : Tensor or None
         [n] weights of the training loss.
+    label_table : Tensor or None
+        [R], the label of every feature row, for windows that contain labels. None for flat samples.
     """
 
     features: FeatureTable
@@ -82,6 +84,7 @@ class WindowSet:
     first_position: int = 0
     name: str = ""
     weight: Tensor | None = None
+    label_table: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -21,6 +21,7 @@ from qfast.errors import ConfigError, DataError
 from qfast.models.attention import neighbours, plot_attention
 from qfast.models.pretrained import BaseWeights, read_base, select_base
 from qfast.nn.graph import BASES, GATModel
+from qfast.training.base import network_alias
 from qfast.training.estimator import Estimator
 
 if TYPE_CHECKING:
@@ -44,9 +45,9 @@ class GraphEstimator(Estimator):
     network_class = GATModel
     base_estimators: ClassVar[dict[str, type[Estimator]]]
     """The estimator that trains a base model, by `base_model`."""
-    options: ClassVar[tuple[str, ...]] = (*Estimator.options, "shuffle_days", "batch_size")
+    options: ClassVar[tuple[str, ...]] = (*Estimator.options, "shuffle_days")
     rows_per_call: ClassVar[int] = 8192
-    GAT_model = property(lambda self: self.network, doc="The network, under Qlib's name.")
+    GAT_model = network_alias()
 
     def __init__(
         self,
@@ -56,9 +57,9 @@ class GraphEstimator(Estimator):
         dropout: float = 0.0,
         n_epochs: int = 200,
         lr: float = 0.001,
-        metric: str = "",
+        metric: str | Callable[..., Any] = "",
         early_stop: int = 20,
-        loss: str = "mse",
+        loss: str | Callable[..., Any] = "mse",
         base_model: str = "GRU",
         model_path: str | os.PathLike[str] | None = None,
         optimizer: str = "adam",
@@ -68,12 +69,8 @@ class GraphEstimator(Estimator):
     ) -> None:
         ignored_batch_size = options.pop("batch_size", None)
         shuffle_days = options.pop("shuffle_days", True)
-        if not isinstance(shuffle_days, bool):
-            raise ConfigError(f"shuffle_days must be True or False, got {shuffle_days!r}.")
-        if model_path is not None and not isinstance(model_path, (str, os.PathLike)):
-            raise ConfigError(f"model_path must be a path or None, got {model_path!r}.")
         extra = {
-            "model_path": None if model_path is None else os.fspath(model_path),
+            "model_path": os.fspath(model_path) if isinstance(model_path, os.PathLike) else model_path,
             "shuffle_days": shuffle_days,
             **options.pop("extra", {}),
         }
@@ -106,7 +103,41 @@ class GraphEstimator(Estimator):
         if model_path is not None and Path(model_path).expanduser().exists():
             read_base(Path(model_path), self.network)  # raises before data is loaded if the file does not fit
 
+    def _check_arguments(self, params: Mapping[str, Any]) -> None:
+        super()._check_arguments(params)
+        if not isinstance(params["shuffle_days"], bool):
+            raise ConfigError(f"shuffle_days must be True or False, got {params['shuffle_days']!r}.")
+        if params["model_path"] is not None and not isinstance(params["model_path"], (str, os.PathLike)):
+            raise ConfigError(f"model_path must be a path or None, got {params['model_path']!r}.")
+
     # ---------------------------------------------------------------- days
+    def get_daily_inter(self, df: pd.DataFrame, shuffle: bool = False) -> tuple[Any, Any]:
+        """First row and number of rows of each day of a frame, under Qlib's name, for a `train_epoch` of your own.
+
+        Parameters
+        ----------
+        df : DataFrame
+            Sorted by date, the first level of its index.
+        shuffle : bool
+            Shuffle the days with NumPy's global generator.
+
+        Returns
+        -------
+        tuple
+            Two sequences of one number per day.
+        """
+        counts = df.groupby(level=0).size().to_numpy()
+        firsts = np.cumsum(counts) - counts
+        if not shuffle:
+            return firsts, counts
+        order = np.arange(len(counts))
+        np.random.shuffle(order)  # noqa: NPY002 - the draws of Qlib
+        return firsts[order], counts[order]
+
+    def loader_batch(self, data: Tensor, weight: Tensor) -> Any:
+        """One day as [1, N, T, F + 1], as Qlib's loader yields it."""
+        return data.unsqueeze(0)
+
     @property
     def day_order(self) -> BatchOrder:
         """The order of the days in each pass."""
@@ -319,7 +350,8 @@ class GraphEstimator(Estimator):
 
     def _load_base(self, tensors: dict[str, Tensor]) -> None:
         """Replace the weights that `tensors` contains."""
-        self.network.load_state_dict({**self.network.state_dict(), **tensors})
+        state = self.network.state_dict()  # a network of the user may lack some keys
+        self.network.load_state_dict({**state, **{key: value for key, value in tensors.items() if key in state}})
         self.base_is_set_ = True
 
     def _log_base(self, base: BaseWeights) -> None:
@@ -363,9 +395,9 @@ class GraphTimeSeriesEstimator(GraphEstimator):
         dropout: float = 0.0,
         n_epochs: int = 200,
         lr: float = 0.001,
-        metric: str = "",
+        metric: str | Callable[..., Any] = "",
         early_stop: int = 20,
-        loss: str = "mse",
+        loss: str | Callable[..., Any] = "mse",
         base_model: str = "GRU",
         model_path: str | os.PathLike[str] | None = None,
         optimizer: str = "adam",

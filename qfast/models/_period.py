@@ -53,10 +53,12 @@ class WholePeriod(Estimator):
     def _uses_views(self, windows: WindowSet) -> bool:
         """Whether consecutive windows share work. Only the native CPU operators implement this.
 
-        A `run_network` outside of qfast may write to its windows, so it always receives copies.
+        A `run_network` or a network outside of qfast may write to its windows, so it always receives copies.
         """
-        kind = type(self)
-        if not kind.run_network.__module__.startswith("qfast.") or kind.features_of is not Estimator.features_of:
+        own_code = self.run_network.__module__, type(self.network).__module__
+        if any(not str(name).startswith("qfast.") for name in own_code) or "run_network" in self.__dict__:
+            return False
+        if type(self).features_of is not Estimator.features_of:
             return False
         if torch.is_grad_enabled() or windows.index is None or windows.device.type != "cpu":
             return False

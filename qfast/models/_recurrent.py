@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import ceil
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ from torch import nn
 from qfast.data.batching import BatchOrder, LoaderOrder
 from qfast.models._period import WholePeriod
 from qfast.nn import ALSTMModel
+from qfast.training.base import network_alias
 from qfast.training.estimator import Estimator
 
 CALL_COST = 10  # fixed cost of a network call in windows, measured: the last tiles of a call are not full
@@ -38,10 +40,10 @@ class RecurrentEstimator(Estimator):
         dropout: float = 0.0,
         n_epochs: int = 200,
         lr: float = 0.001,
-        metric: str = "",
+        metric: str | Callable[..., Any] = "",
         batch_size: int = 2000,
         early_stop: int = 20,
-        loss: str = "mse",
+        loss: str | Callable[..., Any] = "mse",
         optimizer: str = "adam",
         GPU: int | None = 0,
         seed: int | None = None,
@@ -68,6 +70,7 @@ class RecurrentTimeSeriesEstimator(WholePeriod, RecurrentEstimator):
 
     order: ClassVar[BatchOrder] = LoaderOrder()
     loss_dtype: ClassVar[torch.dtype] = torch.float64
+    weights_in_batches: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -77,10 +80,10 @@ class RecurrentTimeSeriesEstimator(WholePeriod, RecurrentEstimator):
         dropout: float = 0.0,
         n_epochs: int = 200,
         lr: float = 0.001,
-        metric: str = "",
+        metric: str | Callable[..., Any] = "",
         batch_size: int = 2000,
         early_stop: int = 20,
-        loss: str = "mse",
+        loss: str | Callable[..., Any] = "mse",
         optimizer: str = "adam",
         n_jobs: int = 10,
         GPU: int | None = 0,
@@ -122,7 +125,7 @@ class AttentiveEstimator(RecurrentEstimator):
     network_class = ALSTMModel
     network_options: ClassVar[dict[str, Any]] = {"rnn_type": "GRU"}
     options: ClassVar[tuple[str, ...]] = (*RecurrentEstimator.options, *network_options)
-    ALSTM_model = property(lambda self: self.network, doc="The network, under Qlib's name.")
+    ALSTM_model = network_alias()
 
     def build_network(self, *, rnn_type: str, **network: Any) -> nn.Module:  # type: ignore[override]
         """Build the network with a layer of type `rnn_type`; with compat="qlib" always with a GRU."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pandas as pd
@@ -38,10 +39,10 @@ class TemporalConvEstimator(Estimator):
         dropout: float = 0.5,
         n_epochs: int = 200,
         lr: float = 0.0001,
-        metric: str = "",
+        metric: str | Callable[..., Any] = "",
         batch_size: int = 2000,
         early_stop: int = 20,
-        loss: str = "mse",
+        loss: str | Callable[..., Any] = "mse",
         optimizer: str = "adam",
         GPU: int | None = 0,
         seed: int | None = None,
@@ -129,10 +130,10 @@ class TemporalConvTimeSeriesEstimator(WholePeriod, TemporalConvEstimator):
         dropout: float = 0.0,
         n_epochs: int = 200,
         lr: float = 0.001,
-        metric: str = "",
+        metric: str | Callable[..., Any] = "",
         batch_size: int = 2000,
         early_stop: int = 20,
-        loss: str = "mse",
+        loss: str | Callable[..., Any] = "mse",
         optimizer: str = "adam",
         n_jobs: int = 10,
         GPU: int | None = 0,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from qfast.data.batching import BatchOrder, LoaderOrder
 from qfast.errors import ConfigError
+from qfast.training.base import network_alias
 from qfast.training.estimator import Estimator
+
+DEFAULT_DECAY = 1e-3
 
 __all__ = ["EncoderEstimator", "EncoderTimeSeriesEstimator"]
 
@@ -15,7 +19,7 @@ class EncoderEstimator(Estimator):
     """Estimator with the arguments of Qlib's flat Transformer and Localformer, in Qlib's order."""
 
     decay_name: ClassVar[str] = "reg"
-    model = property(lambda self: self.network, doc="The network, under Qlib's name.")
+    model = network_alias()
 
     def __init__(
         self,
@@ -27,18 +31,19 @@ class EncoderEstimator(Estimator):
         dropout: float = 0,
         n_epochs: int = 100,
         lr: float = 0.0001,
-        metric: str = "",
+        metric: str | Callable[..., Any] = "",
         early_stop: int = 5,
-        loss: str = "mse",
+        loss: str | Callable[..., Any] = "mse",
         optimizer: str = "adam",
-        reg: float = 1e-3,
+        reg: float = DEFAULT_DECAY,
         n_jobs: int = 10,
         GPU: int | None = 0,
         seed: int | None = None,
         **options: Any,
     ) -> None:
-        if "weight_decay" in options:
-            raise ConfigError(f"{type(self).__name__} has no argument 'weight_decay'. Remedy: reg.")
+        decay = options.pop("weight_decay", None)
+        if decay is not None and reg not in (decay, DEFAULT_DECAY):
+            raise ConfigError(f"reg={reg!r} and weight_decay={decay!r} are the same argument. Remedy: pass only one.")
         super().__init__(
             {"d_feat": d_feat, "d_model": d_model, "nhead": nhead, "num_layers": num_layers, "dropout": dropout},
             n_epochs=n_epochs,
@@ -50,7 +55,7 @@ class EncoderEstimator(Estimator):
             optimizer=optimizer,
             GPU=GPU,
             seed=seed,
-            weight_decay=reg,
+            weight_decay=reg if decay is None else decay,
             extra={"n_jobs": n_jobs},
             **options,
         )
@@ -71,11 +76,11 @@ class EncoderTimeSeriesEstimator(EncoderEstimator):
         dropout: float = 0,
         n_epochs: int = 100,
         lr: float = 0.0001,
-        metric: str = "",
+        metric: str | Callable[..., Any] = "",
         early_stop: int = 5,
-        loss: str = "mse",
+        loss: str | Callable[..., Any] = "mse",
         optimizer: str = "adam",
-        reg: float = 1e-3,
+        reg: float = DEFAULT_DECAY,
         n_jobs: int = 10,
         GPU: int | None = 0,
         seed: int | None = None,

@@ -9,6 +9,7 @@ from qfast.models._recurrent import AttentiveEstimator, RecurrentEstimator
 from qfast.models._tcn import TemporalConvEstimator
 from qfast.models._transformer import EncoderEstimator
 from qfast.nn import ALSTMModel, GATModel, GRUModel, Localformer, LSTMModel, TCNModel, Transformer
+from qfast.training.base import network_alias
 from qfast.training.estimator import Estimator
 
 __all__ = [
@@ -66,7 +67,7 @@ class LSTM(RecurrentEstimator):
     """
 
     network_class = LSTMModel
-    lstm_model = property(lambda self: self.network, doc="The network, under Qlib's name.")
+    lstm_model = network_alias()
 
 
 class GRU(RecurrentEstimator):
@@ -109,7 +110,7 @@ class GRU(RecurrentEstimator):
 
     network_class = GRUModel
     drops_incomplete_rows = True
-    gru_model = property(lambda self: self.network, doc="The network, under Qlib's name.")
+    gru_model = network_alias()
 
 
 class ALSTM(AttentiveEstimator):
@@ -250,7 +251,7 @@ class TCN(TemporalConvEstimator):
     torch.Size([2])
     """
 
-    tcn_model = property(lambda self: self.network, doc="The network, under Qlib's name.")
+    tcn_model = network_alias()
 
 
 class TransformerModel(EncoderEstimator):

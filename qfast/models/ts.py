@@ -9,6 +9,7 @@ from qfast.models._recurrent import AttentiveTimeSeriesEstimator, RecurrentTimeS
 from qfast.models._tcn import TemporalConvTimeSeriesEstimator
 from qfast.models._transformer import EncoderTimeSeriesEstimator
 from qfast.nn import ALSTMModel, GATModel, GRUModel, Localformer, LSTMModel, TCNModel, Transformer
+from qfast.training.base import network_alias
 from qfast.training.estimator import Estimator
 
 __all__ = [
@@ -60,7 +61,7 @@ class LSTM(RecurrentTimeSeriesEstimator):
     """
 
     network_class = LSTMModel
-    LSTM_model = property(lambda self: self.network, doc="The network, under Qlib's name.")
+    LSTM_model = network_alias()
 
 
 class GRU(RecurrentTimeSeriesEstimator):
@@ -94,7 +95,7 @@ class GRU(RecurrentTimeSeriesEstimator):
     """
 
     network_class = GRUModel
-    GRU_model = property(lambda self: self.network, doc="The network, under Qlib's name.")
+    GRU_model = network_alias()
 
 
 class ALSTM(AttentiveTimeSeriesEstimator):
@@ -208,7 +209,7 @@ class TCN(TemporalConvTimeSeriesEstimator):
     torch.Size([2])
     """
 
-    TCN_model = property(lambda self: self.network, doc="The network, under Qlib's name.")
+    TCN_model = network_alias()
 
 
 class TransformerModel(EncoderTimeSeriesEstimator):

@@ -56,9 +56,10 @@ def additive_attention(
     Parameters
     ----------
     query, key : Tensor [N] or [heads, N], float32 or float64
-        float16 and bfloat16 are computed in float32; the result is rounded once.
+        float16 and bfloat16 are computed in float32; the result is rounded once. Under autocast, some arguments may be
+        in half precision and others in float32.
     value : Tensor [N, H] or [heads, N, H], same dtype
-        H is at least 1.
+        H is at least 1. The result has its dtype.
     offsets : Tensor [D + 1], int64, optional
         Day d is the rows offsets[d] to offsets[d + 1]. Ascending from 0 to N; days may be empty. Rows attend to rows of
         the same day only. If None, all rows are one day. Keep it on the CPU: checking it on a GPU synchronizes the
@@ -106,9 +107,9 @@ def additive_attention(
     >>> additive_attention(torch.zeros(2), torch.zeros(2), value, torch.tensor([0, 1, 2])).tolist()
     [[1.0], [3.0]]
     """
-    if is_half(value):
-        query, key = _widen(query), _widen(key)
-        return additive_attention(query, key, value.float(), offsets, negative_slope).to(value.dtype)
+    if _has_halves(query, key, value):
+        wide = additive_attention(_widen(query), _widen(key), _widen(value), offsets, negative_slope)
+        return wide.to(value.dtype)
     slope = _checked_slope("additive_attention", negative_slope)
     _check_attention(query, key, value)
     days, longest = _checked_days("additive_attention", offsets, query.shape[-1], query)
@@ -132,7 +133,8 @@ def graph_attention(
     Parameters
     ----------
     hidden : Tensor [N, H], float32 or float64
-        H is at least 1. float16 and bfloat16 are computed in float32; the result is rounded once.
+        H is at least 1. float16 and bfloat16, also of `weight` and `bias` only, are computed in float32; the result is
+        rounded once to the dtype of `hidden`.
     weight : Tensor [2, H]
         Row 0 computes the queries, row 1 the keys.
     bias : Tensor [2]
@@ -163,9 +165,9 @@ def graph_attention(
     >>> graph_attention(torch.tensor([[1.0], [3.0]]), torch.zeros(2, 1), torch.zeros(2)).tolist()
     [[3.0], [5.0]]
     """
-    if is_half(hidden):
-        weight, bias = _widen(weight), _widen(bias)
-        return graph_attention(hidden.float(), weight, bias, offsets, negative_slope).to(hidden.dtype)
+    if _has_halves(hidden, weight, bias):
+        wide = graph_attention(_widen(hidden), _widen(weight), _widen(bias), offsets, negative_slope)
+        return wide.to(hidden.dtype)
     slope = _checked_slope("graph_attention", negative_slope)
     _check_graph(hidden, weight, bias)
     days, longest = _checked_days("graph_attention", offsets, len(hidden), hidden)
@@ -176,6 +178,12 @@ def graph_attention(
     if keep and not torch.compiler.is_compiling():
         return _Graph.apply(hidden, weight, bias, days, longest, slope)[0]
     return torch.ops.qfast.graph_attention(hidden, weight, bias, days, longest, slope, keep)[0]
+
+
+def _has_halves(*tensors: object) -> bool:
+    """Whether some tensors are in half precision and all others are float32."""
+    others = [tensor for tensor in tensors if not is_half(tensor)]
+    return len(others) < len(tensors) and all(isinstance(t, Tensor) and t.dtype == torch.float32 for t in others)
 
 
 def _widen(tensor: Tensor) -> Tensor:

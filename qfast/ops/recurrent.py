@@ -111,6 +111,7 @@ def lstm(
         raise DataError(f"lstm: initial_state: expected a pair (h, c), got {type(initial_state).__name__}.")
     state = tuple(initial_state or ())
     _check_structure(LSTM, x, layers, state)
+    state = _like_input(x, state)
     if is_half(x):
         layers, state = _widened(x, layers, state)
         options: Any = {"dropout": dropout, "training": training, "all_steps": all_steps}
@@ -182,8 +183,9 @@ def gru(
     >>> output.shape, h.shape
     (torch.Size([5, 7, 2]), torch.Size([1, 5, 2]))
     """
-    state = () if initial_state is None else (initial_state,)
+    state: tuple[Tensor, ...] = () if initial_state is None else (initial_state,)
     _check_structure(GRU, x, layers, state)
+    state = _like_input(x, state)
     if is_half(x):
         layers, state = _widened(x, layers, state)
         options: Any = {"dropout": dropout, "training": training, "all_steps": all_steps}
@@ -218,6 +220,11 @@ def _check_structure(cell: Cell, x: object, layers: Layers, state: Sequence[Tens
             require_tensor(name, f"layers[{number}].{part}", tensor)
     for part, tensor in zip(cell.state_names, state, strict=False):
         require_tensor(name, f"initial_state.{part}", tensor)
+
+
+def _like_input(x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return the state in float32 if x is: under autocast it may be in half precision, unlike x."""
+    return state if is_half(x) else tuple(part.float() if is_half(part) else part for part in state)
 
 
 def _widened(x: Tensor, layers: Layers, state: Sequence[Tensor]) -> tuple[Layers, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,16 +17,19 @@ from qfast.device import choose_device
 from qfast.errors import ConfigError, NotFittedError, suggest
 from qfast.nn.plain import PlainTorch
 from qfast.training import checkpoint
-from qfast.training.arguments import check_training_arguments
+from qfast.training.arguments import check_attribute_name, check_training_arguments
 from qfast.training.callbacks import Callback
 from qfast.training.optim import ClippedAdam
+from qfast.training.overrides import as_number
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 GRADIENT_LIMIT = 3.0  # every gradient element is clipped to +-3, as in Qlib
+RECORDED = ("epoch", "train_loss", "train", "valid", "valid_all", "train_seconds", "seconds")  # by the training loop
+FIXED = ("seed", "GPU", "compat")  # arguments that, like those of the network, are used up when the model is built
 
-__all__ = ["GRADIENT_LIMIT", "BaseEstimator", "FitProgress"]
+__all__ = ["GRADIENT_LIMIT", "BaseEstimator", "FitProgress", "network_alias"]
 
 
 @dataclass
@@ -43,6 +46,8 @@ class FitProgress:
         Consecutive epochs without a better score.
     finished : bool
         True after early stopping: a resumed fit trains no further epoch.
+    logged : dict or None
+        Where `Estimator.log` stores values: the record of the current epoch, None outside of a fit.
     """
 
     records: list[dict[str, float]] = field(default_factory=list)
@@ -51,6 +56,16 @@ class FitProgress:
     best_weights: dict[str, Tensor] | None = None
     stop_steps: int = 0
     finished: bool = False
+    logged: dict[str, float] | None = None
+
+
+def network_alias() -> property:
+    """Property with Qlib's name of the network. Assigning to it replaces the network."""
+
+    def replace(model: BaseEstimator, network: nn.Module) -> None:
+        model.network = network
+
+    return property(lambda model: model.network, replace, doc="The network, under Qlib's name.")
 
 
 class BaseEstimator:
@@ -60,8 +75,11 @@ class BaseEstimator:
     """
 
     network_class: ClassVar[type[nn.Module]]
-    options: ClassVar[tuple[str, ...]] = ("device", "compat", "progress", "cuda_graphs")
-    """Keyword arguments that Qlib's model does not have."""
+    options: ClassVar[tuple[str, ...]] = (
+        *("n_epochs", "lr", "metric", "batch_size", "early_stop", "loss", "optimizer", "GPU", "seed"),
+        *("weight_decay", "device", "compat", "progress", "cuda_graphs"),
+    )
+    """Keyword arguments that every model accepts, also if its constructor has only `**options` for them."""
     decay_name: ClassVar[str] = "weight_decay"
     """Name of the argument `weight_decay` in the subclass's constructor."""
 
@@ -69,13 +87,13 @@ class BaseEstimator:
         self,
         network: Mapping[str, object],
         *,
-        n_epochs: int,
-        lr: float,
-        metric: str,
+        n_epochs: int = 200,
+        lr: float = 0.001,
+        metric: str | Callable[..., Any] = "",
         batch_size: int | None = None,
-        early_stop: int,
-        loss: str,
-        optimizer: str,
+        early_stop: int = 20,
+        loss: str | Callable[..., Any] = "mse",
+        optimizer: str = "adam",
         GPU: int | None = 0,
         seed: int | None = None,
         weight_decay: float = 0.0,
@@ -107,10 +125,9 @@ class BaseEstimator:
         if unknown:
             name = next(iter(unknown))
             raise ConfigError(f"{type(self).__name__} has no argument {name!r}." + suggest(name, self._params))
-        check_training_arguments(self._params, self.decay_name)
-        for name, value in self._params.items():
-            if name != "device":
-                setattr(self, name, value)
+        self._check_arguments(self._params)
+        self._network_names = tuple(network)
+        self.__dict__.update({name: value for name, value in self._params.items() if name != "device"})
         self.logger = logging.getLogger("qfast")
         self.device = choose_device(device, GPU)
         self._create_network(network)
@@ -121,6 +138,59 @@ class BaseEstimator:
         self.data_: dict[str, Any] = {}
         self.progress_ = FitProgress()
         self.callbacks_: list[Callback] = []
+        self.evals_result_: dict[str, Any] = {}
+        self._is_built = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute. Arguments of the constructor are checked and take effect, or raise an error.
+
+        Raises
+        ------
+        ConfigError
+            A wrong value, an argument that has no effect any more, or an unknown name: see `check_attribute_name`.
+        """
+        if not self.__dict__.get("_is_built"):
+            object.__setattr__(self, name, value)
+        elif name in self._params and name != "device":
+            self._set_argument(name, value)
+        elif name == "weight_decay":
+            self._set_argument(self.decay_name, value)
+        elif name == "device":
+            self._move(value)
+        else:
+            if not (name in self.__dict__ or hasattr(type(self), name) or "_" in (name[0], name[-1])):
+                check_attribute_name(type(self), name, self._params)
+            object.__setattr__(self, name, value)
+
+    def _set_argument(self, name: str, value: Any) -> None:
+        """Change an argument of the constructor on a finished model."""
+        if name in FIXED or name in self._network_names:
+            if value != self._params[name]:
+                raise ConfigError(
+                    f"the model has been built with {name}={self._params[name]!r}, so {name}={value!r} would have no "
+                    f"effect. Remedy: {type(self).__name__}({name}={value!r}, ...)."
+                )
+            return
+        self._check_arguments({**self._params, name: value})
+        if name == "optimizer":
+            self.train_optimizer = self._build_optimizer(value, self._params["lr"], self._params[self.decay_name])
+        self._params[name] = value
+        object.__setattr__(self, name, value)
+        settings = {"lr": "lr", self.decay_name: "weight_decay"}
+        for group in self.train_optimizer.param_groups if name in settings else ():
+            group[settings[name]] = value
+
+    def _check_arguments(self, params: Mapping[str, Any]) -> None:
+        """Check the values of all arguments that may change after the constructor."""
+        check_training_arguments(params, self.decay_name)
+
+    def _move(self, device: str | torch.device) -> None:
+        """Move the network and the state of the optimizer to another device."""
+        chosen = choose_device(device, self._params["GPU"])
+        object.__setattr__(self, "device", chosen)
+        self._params["device"] = str(device)
+        self.network.to(chosen)
+        self.train_optimizer.load_state_dict(self.train_optimizer.state_dict())
 
     def _create_network(self, arguments: Mapping[str, object]) -> None:
         """Seed the generators, build the network and move it to the device."""
@@ -149,11 +219,48 @@ class BaseEstimator:
         """One row per epoch of the last fit.
 
         Columns: `train_loss`; the scores `train` and `valid` (mean of the full batches) and `valid_all` (all samples),
-        higher is better; `train_seconds` of the training pass and `seconds` of the whole epoch.
+        higher is better; `train_seconds` of the training pass and `seconds` of the whole epoch; then the values that
+        `log` has recorded. With functions of the user, columns that cannot be computed are missing.
         """
         frame = pd.DataFrame(self.progress_.records)
         frame.index.name = "epoch"
         return frame
+
+    def log(self, **values: float) -> None:
+        """Record values of the current epoch. They become columns of `history_`, and survive resuming.
+
+        Call it during `fit`, from a callback or from an overridden function. The last value of an epoch counts.
+
+        Parameters
+        ----------
+        **values
+            Name and number, or 0-d tensor.
+
+        Raises
+        ------
+        ConfigError
+            No fit is running, a name is used by the training loop, or a value is not a number.
+
+        Examples
+        --------
+        >>> from qfast import Callback
+        >>> from qfast.data import DatasetH, synthetic
+        >>> from qfast.models import LSTM
+        >>> class LogNorm(Callback):
+        ...     def on_epoch_end(self, estimator):
+        ...         estimator.log(norm=estimator.network.fc_out.weight.norm())
+        >>> dataset = DatasetH(handler=synthetic.factors(8, 40, 3, missing=0.0), segments={"train": (None, None)})
+        >>> model = LSTM(d_feat=3, hidden_size=4, n_epochs=2, batch_size=64).fit(dataset, callbacks=[LogNorm()])
+        >>> "norm" in model.history_
+        True
+        """
+        record = self.progress_.logged
+        if record is None:
+            raise ConfigError(f"log({', '.join(values)}) records values of an epoch, but no fit is running.")
+        for name, value in values.items():
+            if name in RECORDED:
+                raise ConfigError(f"log: {name!r} is recorded by the training loop. Remedy: another name.")
+            record[name] = as_number(value, f"log: {name}")
 
     @property
     def best_epoch_(self) -> int | None:
@@ -235,7 +342,21 @@ class BaseEstimator:
             return ClippedAdam(parameters, lr=lr, weight_decay=weight_decay, limit=GRADIENT_LIMIT)
         if str(name).lower() == "gd":
             return torch.optim.SGD(parameters, lr=lr, weight_decay=weight_decay)
-        raise ConfigError(f"optimizer must be 'adam' or 'gd', got {name!r}." + suggest(name, ("adam", "gd")))
+        hint = suggest(name, ("adam", "gd"))
+        raise ConfigError(
+            f"optimizer must be 'adam' or 'gd', got {name!r}.{hint} Remedy: assign an optimizer of your own to "
+            "train_optimizer."
+        )
+
+    def _require_trained_network(self) -> None:
+        """Raise a ConfigError if the optimizer has none of the network's parameters, so nothing would be trained."""
+        trained = {id(p) for group in self.train_optimizer.param_groups for p in group["params"]}
+        parameters = [p for p in self.network.parameters() if p.requires_grad]
+        if parameters and not any(id(p) in trained for p in parameters):
+            raise ConfigError(
+                f"train_optimizer has none of the parameters of {type(self.network).__name__}, because the network was "
+                "replaced. Remedy: model.train_optimizer = torch.optim.Adam(model.network.parameters(), lr=model.lr)."
+            )
 
     def _require_fitted(self) -> None:
         if not self.fitted:

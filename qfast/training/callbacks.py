@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +13,15 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     from qfast.training.estimator import Estimator
 
-__all__ = ["Callback", "Checkpoint", "EarlyStopping", "Progress"]
+__all__ = ["Callback", "Checkpoint", "EarlyStopping", "Progress", "epoch_text"]
 
 
 class Callback:
     """Base class of all callbacks. Its methods do nothing.
 
     `fit` calls the methods below with the estimator, whose attributes a callback may read and change. Setting
-    `estimator.stop_training = True` ends the fit after the current epoch.
+    `estimator.stop_training = True` ends the fit after the current epoch. `estimator.log(name=value)` records a value
+    of the epoch in `history_`.
 
     Examples
     --------
@@ -65,11 +68,11 @@ class EarlyStopping(Callback):
 
     Parameters
     ----------
-    patience : int
-        Consecutive epochs without a better score.
+    patience : int, optional
+        Consecutive epochs without a better score. None: the estimator's current `early_stop`.
     """
 
-    def __init__(self, patience: int) -> None:
+    def __init__(self, patience: int | None = None) -> None:
         self.patience = patience
 
     def on_fit_start(self, estimator: Estimator) -> None:
@@ -89,7 +92,7 @@ class EarlyStopping(Callback):
             progress.best_weights = {k: v.detach().clone() for k, v in estimator.network.state_dict().items()}
             return
         progress.stop_steps += 1
-        if progress.stop_steps >= self.patience:
+        if progress.stop_steps >= (estimator.get_params()["early_stop"] if self.patience is None else self.patience):
             estimator.stop_training = True
 
     def on_fit_end(self, estimator: Estimator) -> None:
@@ -119,34 +122,61 @@ class Checkpoint(Callback):
 
 
 class Progress(Callback):
-    """Show a tqdm progress bar over the epochs.
+    """Show the progress of a fit: a tqdm bar over the epochs, or one line per epoch.
 
     Parameters
     ----------
-    enabled : bool or "auto"
-        "auto" shows the bar only on a terminal.
+    enabled : bool, "auto" or "lines"
+        "auto" shows a bar on a terminal. Elsewhere it writes one line per epoch to stderr, unless the program handles
+        log messages, which contain the same text. True is always a bar, "lines" always lines.
     """
 
     def __init__(self, enabled: bool | str = "auto") -> None:
-        self.disable = None if enabled == "auto" else not enabled  # None: tqdm checks whether the output is a terminal
+        self.enabled = enabled
         self.bar: Any = None
 
     def on_fit_start(self, estimator: Estimator) -> None:
         """Open the bar."""
-        done = len(estimator.progress_.records)
-        self.bar = tqdm(
-            total=estimator.get_params()["n_epochs"], initial=done, unit="epoch", disable=self.disable, leave=False
-        )
+        done, total = len(estimator.progress_.records), estimator.get_params()["n_epochs"]
+        # None: tqdm checks whether the output is a terminal.
+        disable = None if self.enabled == "auto" else self.enabled is not True
+        self.bar = tqdm(total=total, initial=done, unit="epoch", disable=disable, leave=False)
 
     def on_epoch_end(self, estimator: Estimator) -> None:
-        """Advance the bar by one epoch and show its scores."""
+        """Advance the bar by one epoch and show its scores, or write a line."""
         record = estimator.progress_.records[-1]
+        if self._writes_lines(estimator):
+            print(f"epoch {estimator.epoch_}: {epoch_text(record)}", file=sys.stderr, flush=True)
         shown = {name: f"{record[name]:.6f}" for name in ("train", "valid") if record.get(name) is not None}
         self.bar.set_postfix(shown)
         self.bar.update()
 
     def on_fit_end(self, estimator: Estimator) -> None:
-        """Close the bar and release torch's cached GPU memory."""
+        """Close the bar, write which epoch is the best one, and release torch's cached GPU memory."""
         self.bar.close()
+        best = estimator.progress_
+        if self._writes_lines(estimator) and best.best_epoch is not None:
+            print(f"best epoch {best.best_epoch}: score {best.best_score:.6f}", file=sys.stderr, flush=True)
         if torch.cuda.is_available() and estimator.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _writes_lines(self, estimator: Estimator) -> bool:
+        return self.enabled == "lines" or (
+            self.enabled == "auto" and self.bar.disable and not estimator.logger.hasHandlers()
+        )
+
+
+def epoch_text(record: Mapping[str, float]) -> str:
+    """The record of an epoch as one line of text.
+
+    >>> epoch_text({"train_loss": 0.5, "train": -0.4, "valid": -0.6, "train_seconds": 1.0, "seconds": 1.25})
+    'loss 0.500000; score (higher is better): train -0.400000, valid -0.600000; 1.25 s'
+    """
+    names = {"train": "train", "valid": "valid", "valid_all": "all of valid"}
+    scores = ", ".join(f"{text} {record[name]:.6f}" for name, text in names.items() if name in record)
+    parts = [f"loss {record['train_loss']:.6f}"] if "train_loss" in record else []
+    parts.append(f"score (higher is better): {scores}")
+    known = {"train_loss", "train_seconds", "seconds", *names}
+    logged = ", ".join(f"{name} {value:.6g}" for name, value in record.items() if name not in known)
+    parts += [logged] if logged else []
+    return "; ".join([*parts, f"{record['seconds']:.2f} s"])

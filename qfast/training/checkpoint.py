@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qfast.errors import CheckpointError, suggest
 from qfast.files import atomic_write
+from qfast.training.overrides import name_of
 
 if TYPE_CHECKING:
     from qfast.training.base import BaseEstimator
@@ -124,7 +125,7 @@ def save_fit(estimator: BaseEstimator, path: Path) -> None:
         "model_facts": estimator.checkpoint_facts(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"qfast": json.dumps(facts, default=str)}
+    metadata = {"qfast": json.dumps(facts, default=_text)}
     atomic_write(path, lambda target: safetensors.torch.save_file(_storable(tensors), target, metadata=metadata))
 
 
@@ -179,12 +180,17 @@ def _require_same_params(estimator: BaseEstimator, saved: dict[str, Any], path: 
     """Check that a resumed fit has the arguments of the saved one, except for its length, device and display."""
     # The checkpoint already contains the trained weights, so model_path may differ.
     free = {"device", "n_epochs", "progress", "cuda_graphs", "GPU", "n_jobs", "model_path"}
-    current = json.loads(json.dumps(estimator.get_params(), default=str))
+    current = json.loads(json.dumps(estimator.get_params(), default=_text))
     changed = [f"{k}: {v!r} -> {current.get(k)!r}" for k, v in saved.items() if k not in free and v != current.get(k)]
     if changed:
         raise CheckpointError(
             f"{path} was written with other arguments ({'; '.join(changed)}), so it cannot be resumed."
         )
+
+
+def _text(value: object) -> str:
+    """A value that JSON does not have, as text. Functions have the same name in every process."""
+    return name_of(value) if callable(value) else str(value)
 
 
 def _load_optimizer(estimator: BaseEstimator, tensors: dict[str, Tensor]) -> None:

@@ -1,8 +1,8 @@
 """The training loop that all models share. A model adds a network, its defaults and an order of batches.
 
 `fit` calls `load_segment` for each segment and, unless it resumes, `prepare_network`. In every epoch it calls
-`train_epoch` (`batches`, `train_step`, `run_network`, `loss_fn`), `score_segment` and the callbacks. A subclass may
-override any of them.
+`train_pass` (`batches`, `train_step`, `run_network`, `loss_fn`), `score_segment` and the callbacks. A subclass may
+override any of them, and the functions of Qlib's models in functions.py.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from qfast.data.protocols import Dataset, Segment
 from qfast.data.windows import WindowSet
 from qfast.device import explain_out_of_memory
 from qfast.errors import ConfigError, DataError
-from qfast.training.base import GRADIENT_LIMIT, BaseEstimator, FitProgress
-from qfast.training.callbacks import Callback, Checkpoint, EarlyStopping, Progress
-from qfast.training.losses import batch_scores, loss_function
+from qfast.training.base import GRADIENT_LIMIT, FitProgress
+from qfast.training.callbacks import Callback, Checkpoint, EarlyStopping, Progress, epoch_text
+from qfast.training.functions import EpochFunctions, QlibFunctions
 from qfast.training.optim import ClippedAdam
 from qfast.training.segments import Reweighter, learning_samples
 from qfast.training.step_graphs import GraphedStep, graphed_step
@@ -37,7 +37,7 @@ GPU_ROWS = 8192  # rows scored per call on a GPU, because small batches would le
 __all__ = ["Estimator", "FitProgress"]
 
 
-class Estimator(BaseEstimator):
+class Estimator(QlibFunctions):
     """Base class of all models: trains one network and predicts with it.
 
     A subclass sets `network_class`, `order` and the other class attributes in which Qlib's models differ. It passes its
@@ -52,14 +52,17 @@ class Estimator(BaseEstimator):
         Maximum number of epochs.
     lr : float
         Learning rate.
-    metric : {"", "loss", "mse"}
-        Score that selects the epoch: minus the mean squared error for all three names. Higher is better.
+    metric : {"", "loss", "mse"} or callable
+        Score that selects the epoch, higher is better: minus the loss for "" and "loss", minus the mean squared error
+        for "mse". A function of predictions and labels, both [B] and without missing labels, returns the score of a
+        batch.
     batch_size : int, optional
         Samples per batch. None for models without this argument.
     early_stop : int
         Training stops after this number of consecutive epochs without a better validation score.
-    loss : {"mse"}
-        Training loss.
+    loss : {"mse"} or callable
+        Training loss. A function of predictions and labels, both [B] and without missing labels, and of their weights
+        if it accepts a third argument, returns a 0-d tensor.
     optimizer : {"adam", "gd"}
         `ClippedAdam`, or plain stochastic gradient descent.
     GPU : int or None
@@ -74,8 +77,8 @@ class Estimator(BaseEstimator):
     compat : {None, "qlib"}
         "qlib" restores Qlib behaviour that qfast deliberately changes (docs/parity.md). With dropout it falls back to
         torch's layers to reproduce Qlib's masks.
-    progress : bool or "auto"
-        Whether to show a progress bar; "auto" shows it only on a terminal.
+    progress : bool, "auto" or "lines"
+        Progress bar or one line per epoch, see `Progress`. False shows nothing.
     cuda_graphs : bool
         On a GPU, capture the training step as a CUDA graph and replay it. The results are bitwise equal to those
         of eager steps. A custom
@@ -104,13 +107,13 @@ class Estimator(BaseEstimator):
 
     Examples
     --------
-    A model with its own loss:
+    A model with its own loss, which also selects the epoch:
 
     >>> from qfast.data import DatasetH, synthetic
     >>> from qfast.models import LSTM
     >>> class AbsoluteErrorLSTM(LSTM):
-    ...     def loss_fn(self, prediction, label, weight):
-    ...         return (prediction - label).abs().nanmean()
+    ...     def loss_fn(self, pred, label):
+    ...         return (pred - label).abs().nanmean()
     >>> dataset = DatasetH(handler=synthetic.factors(8, 40, 3, missing=0.0), segments={"train": (None, None)})
     >>> model = AbsoluteErrorLSTM(d_feat=3, hidden_size=4, n_epochs=2, batch_size=64, seed=0).fit(dataset)
     >>> len(model.history_)
@@ -118,8 +121,6 @@ class Estimator(BaseEstimator):
     """
 
     order: ClassVar[BatchOrder] = NumpyOrder()
-    loss_dtype: ClassVar[torch.dtype | None] = torch.float32
-    """Labels are converted to this dtype; If None, they keep their dtype."""
     rows_per_call: ClassVar[int] = 0
     """Rows that the network scores per call, in whole batches. 0: one batch on the CPU, `GPU_ROWS` rows on a GPU."""
     drops_incomplete_rows: ClassVar[bool] = False
@@ -188,7 +189,8 @@ class Estimator(BaseEstimator):
         Raises
         ------
         ConfigError
-            `resume` without `checkpoint_dir`, or a `reweighter` without the method.
+            `resume` without `checkpoint_dir`, a `reweighter` without the method, an overridden function that does not
+            accept Qlib's arguments, or an optimizer without the network's parameters.
         DataError
             An empty segment, NaN or infinity in the features, no label or more than one, no finite label, or a loss
             that is not finite.
@@ -205,10 +207,12 @@ class Estimator(BaseEstimator):
         >>> model.history_.shape[0], model.predict(dataset, "train").dtype
         (2, dtype('float32'))
         """
+        self._require_trained_network()
         train, valid = self._load_segments(dataset, reweighter)
+        functions = EpochFunctions(self, train, valid)
         scores: dict[str, Any] = {} if evals_result is None else evals_result
         scores["train"], scores["valid"] = [], []
-        self.progress_ = FitProgress()
+        self.progress_ = FitProgress(logged={})
         self.callbacks_ = self._fit_callbacks(callbacks, checkpoint_dir)
         if resume:
             if checkpoint_dir is None:
@@ -222,18 +226,19 @@ class Estimator(BaseEstimator):
         self.fitted = self.fitted or bool(self.progress_.records)
         self._notify("on_fit_start")
         try:
-            for epoch in range(len(self.progress_.records), self._params["n_epochs"]):
-                if self.stop_training:
-                    break
-                self.epoch_ = epoch
+            while len(self.progress_.records) < self._params["n_epochs"] and not self.stop_training:
+                self.epoch_ = len(self.progress_.records)
                 self._notify("on_epoch_start")
                 started = time.perf_counter()
-                train_loss = self.train_epoch(train)
+                loss = functions.train() if functions.overrides_training else self.train_pass(train)
                 train_seconds = time.perf_counter() - started
-                record = {"train_loss": train_loss, **self._epoch_scores(train, valid), "train_seconds": train_seconds}
-                self._end_epoch(record | {"seconds": time.perf_counter() - started})
+                scores_now = self._epoch_scores(train, valid, functions)
+                record = {} if loss is None else {"train_loss": loss}
+                record |= {**scores_now, "train_seconds": train_seconds, "seconds": time.perf_counter() - started}
+                self._end_epoch(record)
             self.fitted = True
         finally:
+            self.progress_.logged = None
             for name in ("train", "valid"):
                 scores[name].extend(r[name] for r in self.progress_.records if r.get(name) is not None)
             self.evals_result_ = scores
@@ -276,12 +281,21 @@ class Estimator(BaseEstimator):
             return train.to(self.device, moved), None if valid is None else valid.to(self.device, moved)
 
     def load_segment(self, dataset: Dataset, segment: str, reweighter: Reweighter | None = None) -> WindowSet:
-        """Samples of one segment for training or validation, checked by `learning_samples`."""
+        """Samples of one segment for training or validation, checked by `learning_samples`.
+
+        Functions of the user receive labels in the dtype of the data, as in Qlib.
+        """
+        own = self._has_own_functions()
         return learning_samples(
-            dataset, segment, reweighter, label_dtype=self.loss_dtype, drop_incomplete=self.drops_incomplete_rows
+            dataset,
+            segment,
+            reweighter,
+            label_dtype=None if own else self.loss_dtype,
+            weight_dtype=torch.float64 if own else None,
+            drop_incomplete=self.drops_incomplete_rows,
         )
 
-    def train_epoch(self, windows: WindowSet) -> float:
+    def train_pass(self, windows: WindowSet) -> float:
         """Train on every full batch once.
 
         Parameters
@@ -322,21 +336,27 @@ class Estimator(BaseEstimator):
             with self._graphed_step.epoch():
                 yield self._graphed_step
 
-    def _epoch_scores(self, train: WindowSet, valid: WindowSet | None) -> dict[str, float]:
+    def _epoch_scores(self, train: WindowSet, valid: WindowSet | None, functions: EpochFunctions) -> dict[str, float]:
         """Scores of the current weights on the training and the validation segment."""
+        if functions.overrides_scoring:
+            return {segment: functions.score(segment) for segment in functions.arguments}
         scores = {"train": self.score_segment(train, "train")[0]}
         if valid is not None:
-            scores["valid"], scores["valid_all"] = self.score_segment(valid, "valid")
+            scores["valid"], over_all = self.score_segment(valid, "valid")
+            scores |= {} if over_all is None else {"valid_all": over_all}
         return scores
 
     def _end_epoch(self, record: dict[str, float]) -> None:
         """Store and log the record of an epoch, and notify the callbacks."""
+        record |= self.progress_.logged or {}
         self.progress_.records.append(record)
+        self.progress_.logged = record  # values that callbacks log from now on belong to this epoch
         self.fitted = True
-        self.logger.info("epoch %d: %s", self.epoch_, _log_text(record))
+        self.logger.info("epoch %d: %s", self.epoch_, epoch_text(record))
         self._notify("on_valid_end")
         self.progress_.finished = self.stop_training
         self._notify("on_epoch_end")
+        self.progress_.logged = {}
 
     def batches(self, windows: WindowSet, stage: str) -> Batches:
         """The batches of one pass over a segment.
@@ -391,8 +411,7 @@ class Estimator(BaseEstimator):
         assert windows.label is not None
         weight = None if windows.weight is None else windows.weight[samples]
         label = windows.label[samples]
-        prediction = self.run_network(windows, samples).to(label.dtype)
-        loss = self.loss_fn(prediction, label, weight)
+        loss = self._call_loss(self.run_network(windows, samples), label, weight)
         self.train_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if not isinstance(self.train_optimizer, ClippedAdam):  # ClippedAdam clips in its own step
@@ -400,12 +419,8 @@ class Estimator(BaseEstimator):
         self.train_optimizer.step()
         return loss.detach()
 
-    def loss_fn(self, prediction: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
-        """Training loss of one batch: a 0-d tensor from predictions, labels and sample weights, all [B]."""
-        return loss_function(self._params["loss"])(prediction, label, weight)
-
     @torch.no_grad()
-    def score_segment(self, windows: WindowSet, segment: str) -> tuple[float, float]:
+    def score_segment(self, windows: WindowSet, segment: str) -> tuple[float, float | None]:
         """Score the current weights on one segment.
 
         Parameters
@@ -417,15 +432,11 @@ class Estimator(BaseEstimator):
         -------
         tuple of float
             The mean score of the full batches, which decides early stopping as in Qlib; and the score over all samples,
-            for information. Higher is better.
+            for information, or None if a loss or metric of the user scores batches only. Higher is better.
         """
         self.network.eval()
         batches = self.batches(windows, f"{segment}_score")
-        assert windows.label is not None
-        labels = windows.label[batches.order]
-        predictions = self._predictions(windows, batches).to(labels.dtype)
-        skip_unlabelled = self._params["compat"] != "qlib"
-        return batch_scores(predictions, labels, batches, self._params["metric"], skip_unlabelled=skip_unlabelled)
+        return self._scores(windows, batches, self._predictions(windows, batches))
 
     def _predictions(self, windows: WindowSet, batches: Batches) -> Tensor:
         """Predictions of the samples in `batches.order`, in that order."""
@@ -508,7 +519,7 @@ class Estimator(BaseEstimator):
     def _fit_callbacks(self, callbacks: Sequence[Callback], checkpoint_dir: str | Path | None) -> list[Callback]:
         """The callbacks of a fit, in the order in which they are called."""
         checkpoints = [] if checkpoint_dir is None else [Checkpoint(checkpoint_dir)]
-        return [EarlyStopping(self._params["early_stop"]), *callbacks, *checkpoints, Progress(self._params["progress"])]
+        return [EarlyStopping(), *callbacks, *checkpoints, Progress(self._params["progress"])]
 
     def _notify(self, moment: str) -> None:
         for callback in self.callbacks_:
@@ -517,10 +528,6 @@ class Estimator(BaseEstimator):
     def _device_memory(self, what: str) -> AbstractContextManager[None]:
         size = self._params.get("batch_size")
         return explain_out_of_memory(what, self.device, "" if size is None else f"a smaller batch_size (now {size}), ")
-
-
-def _log_text(record: dict[str, float]) -> str:
-    return ", ".join(f"{k} {v:.2f}" if "seconds" in k else f"{k} {v:.6f}" for k, v in record.items())
 
 
 class _FeaturesOf:

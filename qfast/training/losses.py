@@ -68,7 +68,10 @@ def loss_function(name: object) -> Loss:
         `name` is not in `LOSSES`.
     """
     if not isinstance(name, str) or name not in LOSSES:
-        raise ConfigError(f"loss must be one of {sorted(LOSSES)}, got {name!r}." + suggest(name, LOSSES))
+        raise ConfigError(
+            f"loss must be one of {sorted(LOSSES)} or, in Python, a function of (pred, label) or (pred, label, "
+            f"weight), got {name!r}." + suggest(name, LOSSES)
+        )
     return LOSSES[name]
 
 
@@ -83,7 +86,10 @@ def metric_function(name: object) -> Callable[[Tensor, Tensor], Tensor]:
         `name` is not in `METRICS`.
     """
     if not isinstance(name, str) or name not in METRICS:
-        raise ConfigError(f"metric must be one of {sorted(METRICS)}, got {name!r}." + suggest(name, METRICS))
+        raise ConfigError(
+            f"metric must be one of {sorted(METRICS)} or, in Python, a function of (pred, label), got {name!r}."
+            + suggest(name, METRICS)
+        )
     loss = METRICS[name]
 
     def score(prediction: Tensor, label: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ def learning_samples(
     reweighter: Reweighter | None = None,
     *,
     label_dtype: torch.dtype | None = None,
+    weight_dtype: torch.dtype | None = None,
     drop_incomplete: bool = False,
 ) -> WindowSet:
     """Load the samples of one segment for training or validation.
@@ -47,6 +48,8 @@ def learning_samples(
         Computes the sample weights.
     label_dtype : torch.dtype, optional
         Labels are converted to this dtype; None keeps their own.
+    weight_dtype : torch.dtype, optional
+        Dtype of the sample weights; None means that of the labels.
     drop_incomplete : bool
         Whether to leave out flat samples with NaN in features or label, with a log message.
 
@@ -67,7 +70,7 @@ def learning_samples(
         raise DataError(f"segment {segment!r} has no label column; training needs one.")
     windows.label = windows.label.to(label_dtype or windows.label.dtype)
     if reweighter is not None:
-        windows.weight = sample_weights(reweighter, windows, windows.label.dtype)
+        windows.weight = sample_weights(reweighter, windows, weight_dtype or windows.label.dtype)
     if drop_incomplete and windows.index is None:
         complete = windows.complete_samples()
         if not bool(complete.all()):

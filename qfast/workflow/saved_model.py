@@ -70,7 +70,8 @@ def save_scoring(run_folder: RunFolder, workflow: Workflow, model: Estimator, da
     handler_kwargs = {k: v for k, v in handler_spec.get("kwargs", {}).items() if k not in TRAINING_ONLY}
     dataset_spec = workflow.task.dataset.description()
     dataset_kwargs = {k: v for k, v in dataset_spec["kwargs"].items() if k not in ("handler", "segments")}
-    parameters = {k: v for k, v in model.get_params().items() if k not in NOT_SCORING}
+    # A function as loss or metric cannot be stored, and scoring does not need it.
+    parameters = {k: v for k, v in model.get_params().items() if k not in NOT_SCORING and not callable(v)}
     facts = {
         "format": FORMAT,
         "model": {**workflow.task.model.description(), "kwargs": parameters},

@@ -6,8 +6,10 @@ one. Classes are looked up in `qfast.registry`; nothing is imported by name.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
+import operator
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -192,7 +194,7 @@ def _argument_names(factory: Callable[..., Any]) -> tuple[str, ...] | None:
     if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         return named
     options = getattr(factory, "options", None)
-    return None if options is None else (*named, *options)
+    return None if options is None else tuple(dict.fromkeys((*named, *options)))
 
 
 def _argument_problems(
@@ -273,7 +275,15 @@ def _argument_types(factory: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
     except (NameError, TypeError, AttributeError):  # annotations that exist only for the type checker
         return {}
     unchecked = ("return", "GPU")  # as in Qlib, GPU has no effect next to an explicit device, whatever its value
-    return {name: TypeAdapter(hint) for name, hint in hints.items() if name not in unchecked and _is_plain(hint)}
+    hints = {name: _without_functions(hint) for name, hint in hints.items() if name not in unchecked}
+    return {name: TypeAdapter(hint) for name, hint in hints.items() if _is_plain(hint)}
+
+
+def _without_functions(hint: Any) -> Any:
+    """A union without its functions, which a file cannot contain."""
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return hint
+    return functools.reduce(operator.or_, (p for p in typing.get_args(hint) if typing.get_origin(p) is not Callable))
 
 
 def _is_plain(hint: object) -> bool:

@@ -65,6 +65,9 @@ def check_epoch_time(report: CheckReport, workflow: Workflow, dataset: HandlerDa
     except QfastError as error:
         report.add("error", "training", str(error))
         return
+    if len(watch.moments) < 2:
+        report.add("note", "time", f"{type(model).__name__} overrides train_epoch, so the time of a batch is unknown")
+        return
     rows = panel.rows_between(*dataset.segments["train"])
     batch_size = model.get_params().get("batch_size")
     n_days = len(np.unique(panel.date_codes[rows]))
