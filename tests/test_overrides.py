@@ -54,6 +54,14 @@ def test_wrappers_leave_every_result_unchanged(kind):
     assert all(isinstance(call[1], str) == is_time_series(kind) for call in calls)
 
 
+@pytest.mark.parametrize("kind", WEIGHTED)
+def test_wrappers_leave_weighted_results_unchanged(kind):
+    plain = small_model(kind).fit(rolling(), reweighter=Reweighter())
+    model = overrides.wrapped(functools.partial(small_model, kind), [])().fit(rolling(), reweighter=Reweighter())
+    assert_states_equal(model, plain)
+    assert not model.history_["train"].equals(small_model(kind).fit(rolling()).history_["train"])
+
+
 @parametrize_estimators()
 def test_metric_fn_selects_the_epoch(kind):
     dataset, calls = dataset_for(kind), []

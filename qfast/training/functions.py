@@ -245,7 +245,7 @@ class QlibFunctions(BaseEstimator):
         """
         labels = _labels(windows)[batches.order]
         skip_unlabelled = self._params["compat"] != "qlib"
-        own_loss, own_metric = self._has_own_loss(), is_overridden(self, "the result of metric_fn")
+        own_loss, own_metric = self._has_own_loss(), is_overridden(self, "metric_fn")
         if not (own_loss or own_metric or callable(self._params["metric"])):
             dtype = self.loss_dtype or labels.dtype
             metric = self._params["metric"]

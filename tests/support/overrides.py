@@ -91,8 +91,8 @@ def own_train_epoch(kind: type, calls: Calls) -> type:
             note(calls, "train_epoch", *data)
             network = network_of(self)
             network.train()
-            for feature, label in _batches(self, data):
-                note(calls, "batch", feature, label)
+            for feature, label, *batch in _batches(self, data):
+                note(calls, "batch", feature, label, *batch)
                 loss = (network(feature).reshape(-1) - label.float()).abs().nanmean()
                 self.train_optimizer.zero_grad()
                 loss.backward()
@@ -103,6 +103,7 @@ def own_train_epoch(kind: type, calls: Calls) -> type:
 
 
 def _batches(model: Any, data: tuple[Any, ...]):
+    """Features, labels and, from a loader, everything that it yields."""
     if len(data) == 2:
         x, y = data
         size = getattr(model, "batch_size", 16)
@@ -111,9 +112,10 @@ def _batches(model: Any, data: tuple[Any, ...]):
             yield torch.tensor(x.values[part]).float(), torch.tensor(y.values[part, 0]).float()
         return
     for batch in data[0]:
-        values = (batch[0] if isinstance(batch, (tuple, list)) else batch).squeeze(0)
+        parts = list(batch) if isinstance(batch, (tuple, list)) else [batch]
+        values = parts[0].squeeze(0)
         feature, label = values[:, :, :-1].float(), values[:, -1, -1]
-        yield (feature.transpose(1, 2) if hasattr(model, "TCN_model") else feature), label
+        yield (feature.transpose(1, 2) if hasattr(model, "TCN_model") else feature), label, *parts
 
 
 def wrapped(kind: type, calls: Calls) -> Callable[..., Any]:
