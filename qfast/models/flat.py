@@ -272,7 +272,7 @@ class TransformerModel(EncoderEstimator):
     device, compat, progress, cuda_graphs
         Keyword-only arguments of the training loop, see `Estimator`.
     reg : float
-        L2 penalty, `weight_decay` in `Estimator`.
+        L2 penalty. `weight_decay`, its name in the other models, is accepted too.
     n_jobs : int
         Accepted and ignored.
 
@@ -317,7 +317,7 @@ class LocalformerModel(EncoderEstimator):
     device, compat, progress, cuda_graphs
         Keyword-only arguments of the training loop, see `Estimator`.
     reg : float
-        L2 penalty, `weight_decay` in `Estimator`.
+        L2 penalty. `weight_decay`, its name in the other models, is accepted too.
     n_jobs : int
         Accepted and ignored.
 
