@@ -38,7 +38,7 @@ def frames_of(windows: WindowSet, *, complete: bool = False) -> tuple[pd.DataFra
     if not isinstance(frame, pd.DataFrame) or frame.columns.nlevels != 2:
         assert windows.label is not None
         index = windows.keys()
-        values = windows.features[windows.rows].cpu().numpy()
+        values = windows.batch(torch.arange(len(windows), device=windows.device)).cpu().numpy()
         x = pd.DataFrame(values, index=index, columns=list(windows.columns))
         return x, pd.DataFrame({"label": windows.label.cpu().numpy()}, index=index)
     frame = frame.dropna() if complete else frame
@@ -220,6 +220,7 @@ class _BatchWindows(WindowSet):
     """Samples whose feature table contains one window [T, F] per row."""
 
     def batch(self, samples: Tensor) -> Tensor:
+        assert isinstance(self.features, Tensor)
         return self.features[samples]
 
 
