@@ -6,9 +6,10 @@ import json
 import logging
 import sys
 
+import pandas as pd
 import pytest
 
-from qfast import check, predict, run
+from qfast import check, load, predict, run
 from qfast.cli import main
 from qfast.data import DataHandlerLP, synthetic
 from qfast.errors import ConfigError
@@ -237,3 +238,33 @@ def test_runs_without_own_classes_need_no_permission(tmp_path):
     run(config, data, output=tmp_path / "run", sets=["task.model.kwargs.n_epochs=1"])
     assert "code" not in json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert len(predict(tmp_path / "run", data, start="2020-02-21"))
+
+
+MODEL_TEXT = """
+from qfast.models import LSTM
+
+
+class Wide(LSTM):
+    def __init__(self, factor=2, hidden_size=4, **kwargs):
+        super().__init__(hidden_size=factor * hidden_size, **kwargs)
+        self.factor = factor
+        self._params = {**self._params, "factor": factor, "hidden_size": hidden_size}
+"""
+
+
+def test_a_model_of_the_user_is_loaded_resumed_and_scored_with_permission_only(tmp_path):
+    config, data = write_case(tmp_path)
+    (tmp_path / "wide.py").write_text(MODEL_TEXT)
+    text = config.read_text().replace("class: LSTM", "class: Wide")
+    config.write_text(text.replace("module_path: qlib.contrib.model.pytorch_lstm\n", "module_path: wide\n"))
+    code = tmp_path / "wide.py"
+    sets = ["task.model.kwargs.n_epochs=1"]
+    path = run(config, data, sets, output=tmp_path / "run", seed=0, allow_code=code).path
+    saved = load(path, allow_code=code)
+    assert type(saved.model).__name__ == "Wide"
+    assert saved.model.network.rnn.hidden_size == 8
+    pd.testing.assert_series_equal(saved.predict(date="latest"), predict(path, date="latest", allow_code=code))
+    assert len(run(resume=path, sets=["task.model.kwargs.n_epochs=2"], allow_code=code).model.history_) == 2
+    for refused in (lambda: load(path), lambda: predict(path), lambda: run(resume=path)):
+        with pytest.raises(ConfigError, match=r"imports code only with permission.*--allow-code .*wide\.py"):
+            refused()

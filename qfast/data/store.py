@@ -79,6 +79,7 @@ class BinaryStore:
         self.root = Path(provider_uri).expanduser()
         if not self.root.is_dir():
             raise DataError(f"provider_uri: no such folder: {self.root}")
+        self._features = str(self.root / "features")
         self.calendar = self._read_calendar()
 
     def markets(self) -> list[str]:
@@ -252,9 +253,10 @@ class BinaryStore:
         return spans
 
     # ---------------------------------------------------------------- feature files
-    def _folder(self, code: str) -> Path:
+    def _folder(self, code: str) -> str:
+        """Folder of an instrument, as text: building paths would take longer than reading the files."""
         name = f"_qlib_{code}" if code.upper() in WINDOWS_DEVICES else code
-        return self.root / "features" / name.lower()
+        return f"{self._features}{os.sep}{name.lower()}"
 
     def _read_instrument(
         self, code: str, wanted: Sequence[str] | None, low: int, high: int
@@ -263,11 +265,10 @@ class BinaryStore:
         folder, ending = self._folder(code), f".{self.freq}.bin"
         names = wanted
         if names is None:
-            names = [p.name[: -len(ending)] for p in sorted(folder.glob(f"*{ending}"))] if folder.is_dir() else []
+            names = [p.name[: -len(ending)] for p in sorted(Path(folder).glob(f"*{ending}"))]
         series = {}
-        stem = f"{folder}{os.sep}"  # text, because building a Path per file takes longer than reading the file
         for name in names:
-            part = _read_bin(f"{stem}{name}{ending}", low, high, len(self.calendar))
+            part = _read_bin(f"{folder}{os.sep}{name}{ending}", low, high, len(self.calendar))
             if part is not None and len(part[1]):
                 series[name] = part
         return series
