@@ -19,7 +19,17 @@ from qfast.errors import ConfigError, DataError, QfastError
 
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
-__all__ = ["atomic_write", "decode", "file_hash", "is_disk_full", "locked", "read_text", "sweep", "text_encoding"]
+__all__ = [
+    "atomic_write",
+    "decode",
+    "file_hash",
+    "is_disk_full",
+    "locked",
+    "read_text",
+    "require_file_target",
+    "sweep",
+    "text_encoding",
+]
 
 log = logging.getLogger("qfast")
 
@@ -135,6 +145,30 @@ def _lock(folder: Path, content: str) -> int | None:
             log.debug("%s is not locked: %s", folder, error)
             return None
         os.close(handle)  # the previous holder removed the file between open and flock: try again
+
+
+def require_file_target(path: Path, name: str) -> None:
+    """Check that a file can be written to `path`, and create its folder.
+
+    Parameters
+    ----------
+    path : Path
+    name : str
+        Name of the argument, for the message.
+
+    Raises
+    ------
+    ConfigError
+        `path` is a folder, or its parent is not a folder or cannot be created or written to.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{name} {str(path)!r} is a folder. Remedy: pass the name of a file in it.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{name}: the folder {str(path.parent)!r} cannot be created: {error.strerror}.") from None
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"{name}: the folder {str(path.parent)!r} is not writable. Remedy: pass another one.")
 
 
 def is_disk_full(error: BaseException | None) -> bool:

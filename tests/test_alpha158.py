@@ -253,7 +253,7 @@ def test_an_instrument_outside_the_market_can_be_looked_at(tmp_path):
         ({"features": ["$close"], "cache": True}, ConfigError, "cache must be the path of a folder or None, got True"),
         ({"features": ["$close"], "cache": 3}, ConfigError, "cache must be the path of a folder or None, got 3"),
         ({"features": ["$close"], "cache": ""}, ConfigError, "cache must be the path of a folder or None, got ''"),
-        ({"features": ["$close"], "filter_pipe": [1]}, ConfigError, "filter_pipe is not available"),
+        ({"features": ["$close"], "filter_pipe": [1]}, ConfigError, "filter_type must be one of"),
     ],
 )
 def test_factor_handler_refuses(kwargs, error, message):

@@ -357,7 +357,7 @@ def test_label_forms():
     [
         ({}, ConfigError, "exactly one of prices .* and provider_uri"),
         ({"data": "x", "provider_uri": "y"}, ConfigError, "got both"),
-        ({"filter_pipe": [1]}, ConfigError, "filter_pipe is not available"),
+        ({"filter_pipe": [1]}, ConfigError, "filter_type must be one of"),
         ({"inst_processors": [1]}, ConfigError, "inst_processors is not available"),
         ({"label": []}, ConfigError, "label must be a list of expressions"),
         ({"label": ["Meen($close, 5)"]}, ConfigError, "function 'Meen' is not available"),

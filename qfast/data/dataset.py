@@ -7,6 +7,7 @@ segments and samplers are views of the same float32 panel, so preparing a segmen
 from __future__ import annotations
 
 import bisect
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -16,12 +17,14 @@ import torch
 from numpy.typing import DTypeLike
 
 from qfast.data.handlers import DataHandlerLP, build_handler
+from qfast.data.handlers.base import DUMP_OPTIONS, check_dump_options
+from qfast.data.handlers.saved import handler_content, handler_of, read_file, write_file
 from qfast.data.panel import Panel
 from qfast.data.protocols import Bounds, Columns, Handler, Segment
 from qfast.data.sampler import TSDataSampler, feature_table
 from qfast.data.windows import WindowSet
 from qfast.dates import DateLike, starts_after
-from qfast.errors import ConfigError, DataError, suggest, whole_number
+from qfast.errors import CheckpointError, ConfigError, DataError, suggest, whole_number
 from qfast.ops import WindowIndex, build_window_index
 
 FLAT_ARGUMENTS = ("handler", "segments", "fetch_kwargs")  # of DatasetH
@@ -74,14 +77,69 @@ class DatasetH:
         self.segments = {name: _segment(name, bounds) for name, bounds in dict(segments).items()}
         self.fetch_kwargs = dict(fetch_kwargs or {})
 
-    def config(self, **kwargs: Any) -> None:
-        """Replace `segments`. Raises a ConfigError for any other setting."""
-        for name, value in kwargs.items():
-            if name != "segments":
-                raise ConfigError(
-                    f"{type(self).__name__}.config has no setting {name!r}." + suggest(name, ["segments"])
-                )
-            self.segments = {key: _segment(key, bounds) for key, bounds in value.items()}
+    def config(self, handler_kwargs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        """Replace `segments`, or settings of the handler.
+
+        Parameters
+        ----------
+        handler_kwargs : mapping, optional
+            Arguments of the handler's `config`, which take effect with `setup_data`.
+        **kwargs
+            segments. dump_all, exclude, include and recursive are accepted for compatibility with Qlib.
+
+        Raises
+        ------
+        ConfigError
+            Another setting.
+        """
+        for name in kwargs:
+            if name not in ("segments", *DUMP_OPTIONS):
+                names = ["segments", "handler_kwargs"]
+                raise ConfigError(f"{type(self).__name__}.config has no setting {name!r}." + suggest(name, names))
+        if handler_kwargs is not None:
+            self._own_handler("config").config(**handler_kwargs)
+        if "segments" in kwargs:
+            self.segments = {key: _segment(key, bounds) for key, bounds in kwargs["segments"].items()}
+
+    def setup_data(self, handler_kwargs: Mapping[str, Any] | None = None) -> None:
+        """Load the handler's data again, with `handler_kwargs` as arguments of its `setup_data`; None: do nothing."""
+        if handler_kwargs is not None:
+            self._own_handler("setup_data").setup_data(**handler_kwargs)
+
+    def _own_handler(self, method: str) -> DataHandlerLP:
+        if not isinstance(self.handler, DataHandlerLP):
+            raise ConfigError(f"{type(self.handler).__name__} has no {method}, only a DataHandlerLP has.")
+        return self.handler
+
+    def to_pickle(self, path: str | os.PathLike[str], **options: Any) -> None:
+        """Write handler, data and segments to a file, in qfast's safe format instead of pickle.
+
+        Parameters and errors are as in `DataHandlerLP.to_pickle`.
+        """
+        check_dump_options(options)
+        arrays, facts = handler_content(self._own_handler("to_pickle"))
+        segments = {name: [None if end is None else str(end) for end in ends] for name, ends in self.segments.items()}
+        own = {"class": type(self).__name__, "segments": segments, "arguments": self._arguments()}
+        write_file(path, "dataset", arrays, {**facts, "dataset": own})
+
+    @classmethod
+    def load(cls, filepath: str | os.PathLike[str]) -> DatasetH:
+        """Read a dataset that `to_pickle` has written.
+
+        Raises
+        ------
+        CheckpointError
+            The file is missing, damaged, a pickle file, or a dataset of another class.
+        """
+        arrays, facts = read_file(filepath, "dataset")
+        own = facts["dataset"]
+        if own["class"] != cls.__name__:
+            raise CheckpointError(f"{str(filepath)!r} must be a {cls.__name__}, got a {own['class']}.")
+        return cls(handler=handler_of(arrays, facts), segments=own["segments"], **own["arguments"])
+
+    def _arguments(self) -> dict[str, Any]:
+        """Arguments of the constructor other than handler and segments."""
+        return {"fetch_kwargs": self.fetch_kwargs}
 
     def prepare(
         self, segments: Segment | Sequence[str], col_set: Columns = CS_ALL, data_key: str = DK_I, **kwargs: Any
@@ -204,11 +262,14 @@ class TSDatasetH(DatasetH):
         self._index_of: dict[str, tuple[Panel, WindowIndex]] = {}
         super().__init__(**positional, **kwargs)
 
-    def config(self, **kwargs: Any) -> None:
-        """Replace `step_len` or `segments`."""
+    def config(self, handler_kwargs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        """Replace `step_len`, `segments`, or settings of the handler."""
         if "step_len" in kwargs:
             self.step_len = whole_number("step_len", kwargs.pop("step_len"))
-        super().config(**kwargs)
+        super().config(handler_kwargs, **kwargs)
+
+    def _arguments(self) -> dict[str, Any]:
+        return {**super()._arguments(), "step_len": self.step_len, "flt_col": self.flt_col}
 
     def windows(self, segment: Segment, data_key: str, *, with_label: bool = True) -> WindowSet:
         """The windows of a segment for the training loop; arguments and errors as in `DatasetH.windows`."""

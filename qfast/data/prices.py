@@ -74,10 +74,10 @@ def membership(instruments: Iterable[str] | Mapping[str, Any]) -> Spans:
 
 
 def market_of(config: Mapping[str, Any]) -> str:
-    """The name in {"market": name}. Raises a ConfigError for a filter_pipe, which qfast does not have."""
+    """The name in {"market": name}. Raises a ConfigError for a filter_pipe, which only handlers have."""
     if config.get("filter_pipe"):
         raise ConfigError(
-            f"instruments: filter_pipe is not available, got {shown(config['filter_pipe'])}. Remedy: pass the "
-            "instruments as a list."
+            f"instruments: filter_pipe is not available, got {shown(config['filter_pipe'])} here. Remedy: use "
+            "a handler (FactorHandler, Alpha158, Alpha360), or pass the instruments as a list."
         )
     return str(config["market"])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,28 @@ def with_qfast_model(task: dict[str, Any]) -> dict[str, Any]:
     return {**task, "model": {**spec, "class": factory.__name__, "module_path": module}}
 
 
+def _extend_module_path(settings: object, config_path: Path) -> None:
+    """Append the folders of the section `sys` to the module search path, as qrun does.
+
+    `path` is a folder or a list of them, `rel_path` the same relative to the folder of the workflow file.
+
+    Raises
+    ------
+    ConfigError
+        The section has another form.
+    """
+    if settings is None:
+        return
+    if not isinstance(settings, dict) or not set(settings) <= {"path", "rel_path"}:
+        raise ConfigError(f"{config_path}: sys must be a mapping with path and rel_path, got {settings!r}.")
+    for name, base in (("path", Path()), ("rel_path", config_path.resolve().parent)):
+        folders = settings.get(name) or []
+        for folder in [folders] if isinstance(folders, str) else folders:
+            target = str((base / folder).expanduser().absolute())
+            if target not in sys.path:
+                sys.path.append(target)
+
+
 def run(
     config_path: str | os.PathLike[str],
     sets: Sequence[str] = (),
@@ -85,7 +108,8 @@ def run(
     Parameters
     ----------
     config_path, sets, device, seed
-        As for `qfast.run`.
+        As for `qfast.run`. As in qrun, the folders of the section `sys` are added to the module search path, and
+        classes of Qlib or of your own are imported by name.
     folder : path
         Folder of the recorder, unless `qlib_init.exp_manager` specifies another.
 
@@ -114,6 +138,7 @@ def run(
     task = with_qfast_model(values["task"])
     task["model"]["kwargs"] = kwargs
 
+    _extend_module_path(values.get("sys"), Path(config_path))
     qlib = importlib.import_module("qlib")
     trainer = importlib.import_module("qlib.model.trainer")
     if "exp_manager" not in settings:

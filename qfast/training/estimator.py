@@ -25,6 +25,7 @@ from qfast.data.protocols import Dataset, Segment
 from qfast.data.windows import WindowSet
 from qfast.device import explain_out_of_memory
 from qfast.errors import ConfigError, DataError
+from qfast.files import require_file_target
 from qfast.training.base import GRADIENT_LIMIT, FitProgress
 from qfast.training.callbacks import Callback, Checkpoint, EarlyStopping, Progress, epoch_text
 from qfast.training.functions import EpochFunctions, QlibFunctions
@@ -208,6 +209,8 @@ class Estimator(QlibFunctions):
         (2, dtype('float32'))
         """
         self._require_trained_network()
+        if save_path is not None:
+            require_file_target(Path(save_path), "save_path")
         train, valid = self._load_segments(dataset, reweighter)
         functions = EpochFunctions(self, train, valid)
         scores: dict[str, Any] = {} if evals_result is None else evals_result

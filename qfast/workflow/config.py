@@ -19,6 +19,7 @@ from typing import Any
 
 import jinja2
 import jinja2.meta
+import jinja2.nodes
 import jinja2.sandbox
 from ruamel.yaml.error import YAMLError
 
@@ -88,11 +89,12 @@ def load_config(path: str | os.PathLike[str], sets: Sequence[str] = ()) -> Loade
     Parameters
     ----------
     path : path
-        A file in Qlib's YAML format. `{{ NAME }}` is replaced by the environment variable NAME; templates can access
-        nothing else. `BASE_CONFIG_PATH` names a base file that this file is merged over. It is searched in the working
-        directory, then in the folder of the workflow file. Base files are not rendered and cannot have a base. The
-        file in a run folder is resolved: it is neither rendered nor merged again, even if an earlier version of qfast
-        has left `BASE_CONFIG_PATH` in it.
+        A file in Qlib's YAML format. `{{ NAME }}` is replaced by the environment variable NAME, or by "x" if the
+        template is `{{ NAME | default("x") }}` and NAME is not set. Templates can access nothing else.
+        `BASE_CONFIG_PATH` names a base file that this file is merged over. It is searched in the working directory,
+        then in the folder of the workflow file. Base files are not rendered and cannot have a base. The file in a run
+        folder is resolved: it is neither rendered nor merged again, even if an earlier version of qfast has left
+        `BASE_CONFIG_PATH` in it.
     sets : sequence of str
         Changes `"a.b.0.c=value"`, see `apply_set`. They are applied in order after the merge.
 
@@ -247,7 +249,7 @@ def _render(text: str, file: Path) -> str:
     environment = jinja2.sandbox.SandboxedEnvironment()
     try:
         names = jinja2.meta.find_undeclared_variables(environment.parse(text))
-        missing = sorted(name for name in names if name not in os.environ)
+        missing = sorted(name for name in names - _defaulted(environment.parse(text)) if name not in os.environ)
         if missing:
             log.warning("%s: environment variables %s are not set; they are rendered as empty text", file, missing)
         return environment.from_string(text).render({name: os.environ[name] for name in names if name in os.environ})
@@ -255,6 +257,14 @@ def _render(text: str, file: Path) -> str:
         raise ConfigError(f"{file}: template error on line {error.lineno}: {error.message}") from None
     except (jinja2.TemplateError, ArithmeticError, TypeError, ValueError) as error:
         raise ConfigError(f"{file}: the template does not render: {error}") from None
+
+
+def _defaulted(template: jinja2.nodes.Template) -> set[str]:
+    """Variables that occur only as `{{ NAME | default(...) }}`, so it does not matter whether they are set."""
+    filters = [node for node in template.find_all(jinja2.nodes.Filter) if node.name in ("default", "d")]
+    inside = [node.node for node in filters if isinstance(node.node, jinja2.nodes.Name)]
+    others = [node.name for node in template.find_all(jinja2.nodes.Name) if all(node is not one for one in inside)]
+    return {node.name for node in inside} - set(others)
 
 
 def _read_yaml(text: str, file: Path) -> tuple[dict[str, Any], AliasGroups]:

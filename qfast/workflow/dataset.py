@@ -59,6 +59,8 @@ def require_data(data: DataInput | None, workflow: Workflow) -> None:
     if any(handler_arguments.get(name) is not None for name in SOURCE_ARGUMENTS):
         return
     uri = workflow.qlib_init.provider_uri
+    if uri is None and handler_arguments.get("data_loader") is not None:
+        return  # a loader of stored columns needs no prices
     if uri is None:
         raise ConfigError(f"qlib_init.provider_uri is missing, so there is no data. Remedy: {DATA_REMEDY}.")
     for folder in uri.values() if isinstance(uri, Mapping) else [uri]:
@@ -139,15 +141,28 @@ def source_arguments(
         The class does not accept data.
     """
     factory, accepted = _handler_class(handler_spec)
-    if "data" in accepted:
+    name = source_argument(handler_spec)
+    if name == "data":
         arguments = {"data": data, "provider_uri": None} if "provider_uri" in accepted else {"data": data}
         return arguments | (_option_arguments(handler_spec, read_options) if read_options.recorded() else {})
-    if "source" in accepted:
+    if name == "source":
         return {"source": _factor_frame(data, read_options)}
-    name = getattr(factory, "__name__", factory)
+    title = getattr(factory, "__name__", factory)
     raise ConfigError(
-        f"{HANDLER_PATH}: {name} does not accept --data. Remedy: use Alpha158, Alpha360 or DataHandlerLP."
+        f"{HANDLER_PATH}: {title} does not accept --data. Remedy: use Alpha158, Alpha360 or DataHandlerLP."
     )
+
+
+def source_argument(handler_spec: Mapping[str, Any]) -> str | None:
+    """The argument through which a handler accepts data: "data" for prices, "source" for columns, or None.
+
+    A DataHandlerLP with a data_loader, and a class of the user that passes one on, computes its columns from prices.
+    """
+    factory, accepted = _handler_class(handler_spec)
+    has_loader = (handler_spec.get("kwargs") or {}).get("data_loader") is not None
+    if "source" in registry.parameters(factory) and not has_loader:
+        return "source"
+    return next((name for name in ("data", "source") if name in accepted), None)
 
 
 def _option_arguments(handler_spec: Mapping[str, Any], read_options: ReadOptions) -> dict[str, Any]:

@@ -72,6 +72,23 @@ class Spec(_Model):
         return self.model_dump(by_alias=True, exclude_unset=True)
 
 
+def _empty_to_list(value: object) -> object:
+    return [] if isinstance(value, Mapping) and not value else value  # people write {} for no processors
+
+
+def _require_text(instruments: object) -> None:
+    """Refuse instruments that YAML has read as numbers, which lose their leading zeros."""
+    numbers = [item for item in instruments if not isinstance(item, str)] if isinstance(instruments, list) else []
+    if numbers:
+        raise ValueError(
+            f"instruments must be text, but YAML reads an unquoted code as the {type(numbers[0]).__name__} "
+            f"{numbers[0]!r}. Quote the codes, for example ['000001', '600519']"
+        )
+
+
+Processors = Annotated[list[Spec] | None, BeforeValidator(_empty_to_list)]
+
+
 class HandlerKwargs(_Model):
     """Arguments of a handler: dates and processors are checked here, the others against the handler's signature."""
 
@@ -80,9 +97,16 @@ class HandlerKwargs(_Model):
     end_time: When = None
     fit_start_time: When = None
     fit_end_time: When = None
-    shared_processors: list[Spec] | None = None
-    infer_processors: list[Spec] | None = None
-    learn_processors: list[Spec] | None = None
+    shared_processors: Processors = None
+    infer_processors: Processors = None
+    learn_processors: Processors = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _codes_are_text(cls, value: object) -> object:
+        if isinstance(value, Mapping):
+            _require_text(value.get("instruments"))
+        return value
 
 
 class HandlerSpec(Spec):

@@ -335,7 +335,7 @@ def _log_ignored(workflow: Workflow) -> None:
     if extra.get("sys"):
         log.warning(
             "sys: %s is not added to the module search path: only registered classes are built, nothing is "
-            "imported by name",
+            "imported by name. Remedy for classes of your own: --allow-code PATH, or --engine qlib",
             extra["sys"],
         )
     ignored = sorted(workflow.qlib_init.model_extra or {})

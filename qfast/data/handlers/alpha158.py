@@ -11,6 +11,7 @@ import numpy as np
 
 from qfast.data.expression import fields, reach
 from qfast.data.factor_cache import FactorCache
+from qfast.data.filters import FilterSpec
 from qfast.data.handlers.prices import DEFAULT_LEARN_PROCESSORS, Expressions, PriceHandler, expressions_and_names
 from qfast.data.prices import Instruments, Prices, PriceSource, StorePath
 from qfast.data.processors import ProcessorSpec
@@ -233,7 +234,9 @@ class FactorHandler(PriceHandler):
     compat : {None, "qlib"}
         "qlib": features and label have Qlib's bits, including the rounding errors of its row-by-row updates, see
         docs/factors.md. None: windows are computed anew for every row.
-    filter_pipe, inst_processors
+    filter_pipe : list, optional
+        Filters of the market `instruments`: Qlib's configurations, or objects of `qfast.data.filters`.
+    inst_processors
         Not available. Only None is allowed.
 
     Raises
@@ -265,7 +268,7 @@ class FactorHandler(PriceHandler):
         fit_start_time: DateLike | None = None,
         fit_end_time: DateLike | None = None,
         process_type: str = "append",
-        filter_pipe: None = None,
+        filter_pipe: Sequence[FilterSpec] | None = None,
         inst_processors: None = None,
         *,
         shared_processors: Sequence[ProcessorSpec] = (),
@@ -297,7 +300,8 @@ class FactorHandler(PriceHandler):
             vwap=vwap,
             read_options=read_options,
             compat=compat,
-            unavailable={"filter_pipe": filter_pipe, "inst_processors": inst_processors},
+            filter_pipe=filter_pipe,
+            unavailable={"inst_processors": inst_processors},
         )
 
     def _feature_names(self) -> list[str]:
@@ -372,7 +376,7 @@ class Alpha158(FactorHandler):
         fit_start_time: DateLike | None = None,
         fit_end_time: DateLike | None = None,
         process_type: str = "append",
-        filter_pipe: None = None,
+        filter_pipe: Sequence[FilterSpec] | None = None,
         inst_processors: None = None,
         *,
         shared_processors: Sequence[ProcessorSpec] = (),

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from qfast.data.filters import FilterSpec
 from qfast.data.handlers.base import one_of
 from qfast.data.handlers.prices import DEFAULT_LEARN_PROCESSORS, Expressions, PriceHandler
 from qfast.data.panel import Block, WindowBlock
@@ -47,7 +48,9 @@ class Alpha360(PriceHandler):
         on the label, for learning. Like in Qlib, Fillna also fills missing labels with 0.
     fit_start_time, fit_end_time : date-like
         Period from which processors learn their statistics, both inclusive.
-    filter_pipe, inst_processors
+    filter_pipe : list, optional
+        Filters of the market `instruments`: Qlib's configurations, or objects of `qfast.data.filters`.
+    inst_processors
         Not available. Only None is allowed.
     shared_processors, process_type, drop_raw
         As in `DataHandlerLP`.
@@ -107,7 +110,7 @@ class Alpha360(PriceHandler):
         learn_processors: Sequence[ProcessorSpec] = DEFAULT_LEARN_PROCESSORS,
         fit_start_time: DateLike | None = None,
         fit_end_time: DateLike | None = None,
-        filter_pipe: None = None,
+        filter_pipe: Sequence[FilterSpec] | None = None,
         inst_processors: None = None,
         *,
         shared_processors: Sequence[ProcessorSpec] = (),
@@ -138,7 +141,8 @@ class Alpha360(PriceHandler):
             vwap=vwap,
             read_options=read_options,
             compat=compat,
-            unavailable={"filter_pipe": filter_pipe, "inst_processors": inst_processors},
+            filter_pipe=filter_pipe,
+            unavailable={"inst_processors": inst_processors},
         )
 
     def _feature_names(self) -> list[str]:

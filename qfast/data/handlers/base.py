@@ -2,22 +2,54 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 
+from qfast.data.handlers.saved import read_handler, write_handler
+from qfast.data.loaders import LoaderSpec, LoadRequest, StaticDataLoader, build_loader
 from qfast.data.panel import Panel
-from qfast.data.prices import Instruments
+from qfast.data.prices import Instruments, PriceSource, StorePath
 from qfast.data.processors import Processor, ProcessorSpec, Workspace, build_processor, run_processors
 from qfast.data.protocols import Columns, Selector
 from qfast.data.rows import restrict_rows, select_rows
 from qfast.dates import DateLike
 from qfast.errors import ConfigError, DataError, shown, suggest
+from qfast.read_options import ReadSettings
+
+if TYPE_CHECKING:
+    from qfast.data.handlers.prices import PriceHandler
+
+
+# Members of a PriceHandler that a handler with a data loader has, too.
+PRICE_MEMBERS = (
+    *("prices", "quotes", "price_fields", "mask_prices", "lookback", "lookahead", "freq"),
+    *("feature_names", "feature_expressions", "label_names", "label_expressions", "label_horizon"),
+)
+
+
+DUMP_OPTIONS = ("dump_all", "exclude", "include", "recursive")  # of Qlib's Serializable
+
+
+def check_dump_options(options: Mapping[str, Any]) -> None:
+    """Raise a ConfigError for an option that Qlib's `to_pickle` does not have."""
+    for name in options:
+        if name not in DUMP_OPTIONS:
+            raise ConfigError(f"to_pickle has no option {name!r}; allowed: {list(DUMP_OPTIONS)}.")
 
 
 class RawDataDroppedError(DataError, AttributeError):
     """Raw data was requested from a handler that drops it (drop_raw=True)."""
+
+
+class _Origin(NamedTuple):
+    """Where the columns of a handler come from: a panel, or a loader and its prices."""
+
+    panel: Panel | None
+    data_loader: LoaderSpec | None
+    prices: Mapping[str, Any]
 
 
 class DataHandlerLP:
@@ -28,7 +60,7 @@ class DataHandlerLP:
     source : Panel, DataFrame, or mapping of group name to DataFrame
         Rows indexed (datetime, instrument). Models read the column groups "feature" and "label". Frames are copied.
     instruments : sequence of str, optional
-        Instruments to keep. Default: all.
+        Instruments to keep. Default: all. With a `data_loader` also the name of a market.
     start_time, end_time : date-like, optional
         First and last row, both inclusive.
     infer_processors, learn_processors, shared_processors : sequence of Processor, mapping or str
@@ -40,6 +72,10 @@ class DataHandlerLP:
         Discard the raw data and reuse its memory.
     fit_start_time, fit_end_time : date-like, optional
         Period from which processors learn their statistics, both inclusive, unless a processor has its own.
+    data_loader : DataLoader, mapping or str, optional
+        Loads the columns, instead of `source`; see `qfast.data.loaders`.
+    data, provider_uri, vwap, read_options
+        Prices of the `data_loader`, as in `FactorHandler`.
 
     Raises
     ------
@@ -67,15 +103,16 @@ class DataHandlerLP:
     DK_R, DK_I, DK_L = "raw", "infer", "learn"
     CS_ALL, CS_RAW = "__all", "__raw"
     PTYPE_A, PTYPE_I = "append", "independent"
+    IT_FIT_SEQ, IT_LS = "fit_seq", "load_state"
 
     _raw: Panel | None
     _panels: dict[str, Panel]
 
     def __init__(
         self,
-        source: Panel | pd.DataFrame | Mapping[str, pd.DataFrame],
+        source: Panel | pd.DataFrame | Mapping[str, pd.DataFrame] | None = None,
         *,
-        instruments: Sequence[str] | None = None,
+        instruments: Instruments = None,
         start_time: DateLike | None = None,
         end_time: DateLike | None = None,
         infer_processors: Sequence[ProcessorSpec] = (),
@@ -85,6 +122,11 @@ class DataHandlerLP:
         drop_raw: bool = False,
         fit_start_time: DateLike | None = None,
         fit_end_time: DateLike | None = None,
+        data_loader: LoaderSpec | None = None,
+        data: PriceSource | None = None,
+        provider_uri: StorePath | None = None,
+        vwap: str | None = None,
+        read_options: ReadSettings = None,
     ) -> None:
         self._configure(
             {"shared": shared_processors, "infer": infer_processors, "learn": learn_processors},
@@ -96,7 +138,16 @@ class DataHandlerLP:
             fit_start_time,
             fit_end_time,
         )
-        raw = restrict_rows(_as_panel(source), instruments, start_time, end_time)
+        if (source is None) == (data_loader is None):
+            raise ConfigError(
+                f"{type(self).__name__} requires either source (a frame or a Panel) or data_loader, got "
+                + ("neither." if source is None else f"both: a {type(source).__name__} and {shown(data_loader)}.")
+            )
+        prices = {"data": data, "provider_uri": provider_uri, "vwap": vwap, "read_options": read_options}
+        origin = _Origin(None if data_loader is not None else _as_panel(source), data_loader, prices)
+        raw = self._read(origin)
+        if not drop_raw:
+            self._origin = origin
         self._flat_columns = isinstance(source, pd.DataFrame) and source.columns.nlevels == 1
         if not drop_raw:
             self._raw = raw
@@ -119,7 +170,187 @@ class DataHandlerLP:
         """
         return DataHandlerLP(frame.to_frame() if isinstance(frame, pd.Series) else frame, **kwargs)
 
+    @classmethod
+    def from_df(cls, df: pd.DataFrame) -> DataHandlerLP:
+        """A handler over a frame, without processors; Qlib's name of `from_frame`."""
+        return cls.from_frame(df)
+
+    @classmethod
+    def from_panels(
+        cls,
+        panels: Mapping[str, Panel],
+        processors: Mapping[str, Sequence[Processor]],
+        process_type: str = "append",
+        *,
+        flat_columns: bool = False,
+        **bounds: DateLike | None,
+    ) -> DataHandlerLP:
+        """A handler over processed data.
+
+        Parameters
+        ----------
+        panels : mapping
+            "infer", "learn" and, unless it was dropped, "raw".
+        processors : mapping
+            Fitted processors of the stages "shared", "infer" and "learn".
+        process_type : {"append", "independent"}
+        flat_columns : bool
+            Columns have no groups.
+        **bounds
+            start_time, end_time, fit_start_time and fit_end_time.
+        """
+        handler = object.__new__(DataHandlerLP)
+        times = ("start_time", "end_time", "fit_start_time", "fit_end_time")
+        handler._configure(processors, process_type, "raw" not in panels, None, *(bounds.get(n) for n in times))
+        handler._flat_columns = flat_columns
+        handler._raw = panels.get("raw")
+        handler._panels = {key: panels[key] for key in ("infer", "learn")}
+        return handler
+
+    # ---------------------------------------------------------------- files
+    def to_pickle(self, path: str | os.PathLike[str], **options: Any) -> None:
+        """Write the data and the fitted processors to a file, in qfast's safe format instead of pickle.
+
+        Parameters
+        ----------
+        path : path
+        **options
+            dump_all, exclude, include: accepted for compatibility with Qlib. The file always contains the data.
+
+        Raises
+        ------
+        ConfigError
+            `path` is a folder, an option is unknown, or a processor is not registered.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> from qfast.data import synthetic
+        >>> handler = DataHandlerLP.from_df(synthetic.factors(3, 20, 4))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     handler.to_pickle(f"{folder}/handler.qfast", dump_all=True)
+        ...     DataHandlerLP.load(f"{folder}/handler.qfast").fetch().equals(handler.fetch())
+        True
+        """
+        check_dump_options(options)
+        write_handler(self, path)
+
+    @classmethod
+    def load(cls, filepath: str | os.PathLike[str]) -> DataHandlerLP:
+        """Read a handler that `to_pickle` has written. The class is DataHandlerLP, whatever it was.
+
+        Raises
+        ------
+        CheckpointError
+            The file is missing, damaged, or a pickle file.
+        """
+        return read_handler(filepath)
+
+    @property
+    def flat_columns(self) -> bool:
+        """True if the columns have no groups."""
+        return self._flat_columns
+
+    # ---------------------------------------------------------------- loading again
+    def config(self, processor_kwargs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        """Change instruments, start_time or end_time, which take effect with `setup_data`.
+
+        Parameters
+        ----------
+        processor_kwargs : mapping, optional
+            Settings of all processors: fit_start_time and fit_end_time.
+        **kwargs
+            instruments, start_time, end_time. dump_all, exclude, include and recursive are accepted for compatibility
+            with Qlib.
+
+        Raises
+        ------
+        ConfigError
+            Another setting.
+        """
+        for name, value in kwargs.items():
+            if name in ("instruments", "start_time", "end_time"):
+                setattr(self, name, value)
+            elif name not in DUMP_OPTIONS:
+                allowed = ["instruments", "start_time", "end_time", "processor_kwargs"]
+                raise ConfigError(
+                    f"{type(self).__name__}.config has no setting {name!r}; allowed: {allowed}."
+                    + suggest(name, allowed)
+                )
+        for processor in self.get_all_processors() if processor_kwargs else ():
+            processor.config(**dict(processor_kwargs or {}))
+
+    def setup_data(self, init_type: str = IT_FIT_SEQ, enable_cache: bool = False) -> None:
+        """Load the data again for the current instruments, start_time and end_time, and process it.
+
+        Parameters
+        ----------
+        init_type : {"fit_seq", "load_state"}
+            "fit_seq" fits the processors again, "load_state" applies them as they are.
+        enable_cache : bool
+            Ignored, as in Qlib.
+
+        Raises
+        ------
+        ConfigError
+            `init_type` is another one, or the handler no longer has its source: it was built with drop_raw=True, or
+            loaded from a file.
+        """
+        if init_type == "fit_ind":
+            raise ConfigError("init_type 'fit_ind' is not available. Remedy: use 'fit_seq', or --engine qlib.")
+        _one_of("init_type", init_type, (self.IT_FIT_SEQ, self.IT_LS))
+        frozen = [(processor, processor.frozen) for processor in self.get_all_processors()]
+        for processor, _ in frozen:
+            processor.frozen = init_type == self.IT_LS
+        try:
+            self._set_up_again()
+        finally:
+            for processor, before in frozen:
+                processor.frozen = before
+
+    def _set_up_again(self) -> None:
+        origin = self.__dict__.get("_origin")
+        if origin is None:
+            raise ConfigError(
+                f"{type(self).__name__}.setup_data: the handler no longer has its source, because it was built with "
+                "drop_raw=True, copied, or loaded from a file. Remedy: build a new handler."
+            )
+        raw = self._read(origin)
+        if not self.drop_raw:
+            self._raw = raw
+        self._process(raw, Workspace())
+
     # ---------------------------------------------------------------- set-up
+    def _read(self, origin: _Origin) -> Panel:
+        """The columns for the current instruments and times, before processing."""
+        if origin.panel is not None:
+            listed: Any = self.instruments
+            return restrict_rows(origin.panel, listed, self.start_time, self.end_time)
+        assert origin.data_loader is not None
+        loader = build_loader(origin.data_loader)
+        data = origin.prices["data"]
+        if isinstance(loader, StaticDataLoader) and data is not None:
+            loader = StaticDataLoader(data)  # the data of the command line replaces the file
+        request = LoadRequest(self.instruments, self.start_time, self.end_time, origin.prices)
+        # The price handler behind the loader serves prices, lookback and so on.
+        panel, self._priced = loader.read(request)
+        return panel
+
+    @property
+    def priced(self) -> PriceHandler | None:
+        """The price handler whose expressions a data loader evaluates; None for given columns."""
+        return self.__dict__.get("_priced")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Attributes for pickle and copy, without the source, which `setup_data` would read again."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_origin", "_arguments")}
+
+    def __getattr__(self, name: str) -> Any:
+        """Members of the price handler behind a data loader."""
+        if name in PRICE_MEMBERS and self.__dict__.get("_priced") is not None:
+            return getattr(self.__dict__["_priced"], name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def _configure(
         self,
         stages: Mapping[str, Sequence[ProcessorSpec]],
@@ -283,6 +514,8 @@ class DataHandlerLP:
 def _build_processors(
     stage: str, specs: object, fit_start_time: DateLike | None, fit_end_time: DateLike | None
 ) -> list[Processor]:
+    if isinstance(specs, Mapping) and not specs:
+        specs = []
     if isinstance(specs, (str, Mapping, Processor)) or (specs is not None and not isinstance(specs, Sequence)):
         raise ConfigError(f"{stage}_processors must be a list of processors, got {shown(specs)}.")
     return [

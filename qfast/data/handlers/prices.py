@@ -14,6 +14,15 @@ import numpy as np
 from qfast.data.expression import Field, fields, instruments, parse, reach, walk
 from qfast.data.factor_graph import no_such_field
 from qfast.data.factors import checked_compat, evaluate_all
+from qfast.data.filters import (
+    FilterSpec,
+    MarketFilter,
+    apply_filters,
+    build_filters,
+    filter_expressions,
+    filter_fields,
+    filter_reach,
+)
 from qfast.data.halts import cells_unlike_qlib, fields_of, halted_rows, sensitive_columns
 from qfast.data.handlers.base import DataHandlerLP
 from qfast.data.panel import Block, Panel
@@ -75,13 +84,20 @@ class PriceHandler(DataHandlerLP):
         vwap: str | None,
         read_options: ReadSettings = None,
         compat: str | None = None,
+        filter_pipe: Sequence[FilterSpec] | None = None,
         unavailable: Mapping[str, object] | None = None,
         refused: Mapping[str, object] | None = None,  # old name of `unavailable`
     ) -> None:
         """The part of the constructor that all subclasses share, called once the features are known."""
+        if not drop_raw:
+            self._arguments = {name: value for name, value in locals().items() if name != "self"}
         for name, value in {**(refused or {}), **(unavailable or {})}.items():
             if value:
-                raise ConfigError(f"{type(self).__name__}: {name} is not available, got {shown(value)}.")
+                raise ConfigError(
+                    f"{type(self).__name__}: {name} is not available, got {shown(value)}. Remedy: remove it, or use "
+                    "--engine qlib."
+                )
+        market, filters = build_filters(instruments, filter_pipe)
         self._configure(stages, process_type, drop_raw, instruments, start_time, end_time, fit_start_time, fit_end_time)
         self.read_options = ReadOptions.of(read_options).over(ReadOptions(freq=freq))
         self.freq = self.read_options.freq or "day"
@@ -89,10 +105,10 @@ class PriceHandler(DataHandlerLP):
         self.label_expressions, self.label_names = expressions_and_names(
             "label", self.get_label_config() if label is None else label
         )
-        reaches = [self._feature_reach(), *map(reach, self.label_expressions)]
+        reaches = [self._feature_reach(), *map(reach, self.label_expressions), *filter_reach(filters)]
         before, after = (max(rows) for rows in zip(*reaches, strict=True))
         label_fields = [field for text in self.label_expressions for field in fields(text)]
-        wanted = list(dict.fromkeys([*self._feature_fields(), *label_fields]))
+        wanted = list(dict.fromkeys([*self._feature_fields(), *label_fields, *filter_fields(filters)]))
 
         def read(instruments: Instruments) -> Prices:
             return read_prices(
@@ -108,11 +124,15 @@ class PriceHandler(DataHandlerLP):
             )
 
         self._store = _store_with_vwap(data, provider_uri, vwap)
-        self._prices = read(instruments)
+        self._prices = read(market)
         self.mask_prices = other_prices(
-            [*self._feature_texts(), *self.label_expressions], self._prices.panel, lambda name: read([name])
+            [*self._feature_texts(), *self.label_expressions, *filter_expressions(filters)],
+            self._prices.panel,
+            lambda name: read([name]),
         )
         self._rows = self._prices.panel.rows_between(start_time, end_time)
+        if filters:
+            self._filter(filters)
         self._report_missing_fields()
         self._report_halts()
         self._labels = self._label_panel()
@@ -123,6 +143,11 @@ class PriceHandler(DataHandlerLP):
             self._raw = raw  # no processor changed the features, so "infer" shares their memory
         if drop_raw:
             del self._prices, self._labels
+
+    @property
+    def priced(self) -> PriceHandler:
+        """The handler itself."""
+        return self
 
     # ---------------------------------------------------------------- the features of a subclass
     @abstractmethod
@@ -159,6 +184,15 @@ class PriceHandler(DataHandlerLP):
         """The prices from which the features are computed, group "price". None if drop_raw=True discarded them."""
         prices = getattr(self, "_prices", None)
         return None if prices is None else prices.panel
+
+    def _set_up_again(self) -> None:
+        arguments = self.__dict__.get("_arguments")
+        if arguments is None:
+            super()._set_up_again()  # raises the error
+            return
+        stages = {stage: getattr(self, f"{stage}_processors") for stage in ("shared", "infer", "learn")}
+        bounds = {name: getattr(self, name) for name in ("instruments", "start_time", "end_time")}
+        self._set_up(**{**arguments, **bounds, "stages": stages})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled handler. Attributes of the previous release get their new names."""
@@ -279,7 +313,7 @@ class PriceHandler(DataHandlerLP):
         """Log price fields that are missing, which are NaN as in Qlib. A missing close or other field is an error."""
         columns = {name.lower() for name in self._prices.panel.columns("price")}
         missing = [f for f in self._feature_fields() if f not in columns and f in PRICE_FIELDS]
-        self._require_fields(columns)
+        self._require_fields(columns, [*self._feature_texts(), *self.label_expressions])
         if "close" in missing:
             raise DataError(f"{type(self).__name__}: the prices have no column 'close'; they have {sorted(columns)}.")
         labels = [text for text in self.label_expressions if not set(fields(text)) <= columns]
@@ -353,9 +387,9 @@ class PriceHandler(DataHandlerLP):
             self.mask_prices,
         )
 
-    def _require_fields(self, columns: Collection[str]) -> None:
+    def _require_fields(self, columns: Collection[str], texts: Iterable[str]) -> None:
         # The prices contain only the fields that were requested from a store, so the message lists price_fields().
-        for text in (*self._feature_texts(), *self.label_expressions):
+        for text in texts:
             for node in walk(parse(text)):
                 if isinstance(node, Field) and node.name not in columns and node.name not in PRICE_FIELDS:
                     raise no_such_field(text, node, self.price_fields())
@@ -372,6 +406,17 @@ class PriceHandler(DataHandlerLP):
             others=self.mask_prices,
             compat=self.compat,
         )
+
+    def _filter(self, filters: Sequence[MarketFilter]) -> None:
+        """Remove the rows of the market that the filters remove."""
+        for text in filter_expressions(filters):
+            self._require_fields({name.lower() for name in self._prices.panel.columns("price")}, [text])
+
+        def evaluate(text: str, rows: np.ndarray) -> np.ndarray:
+            return np.asarray(self._evaluated([text], self._prices, rows)[:, 0])
+
+        self._prices = self._prices._replace(panel=apply_filters(self._prices.panel, self._rows, filters, evaluate))
+        self._rows = self._prices.panel.rows_between(self.start_time, self.end_time)
 
     def _label_panel(self) -> Panel:
         """The rows of the handler, with only the group "label"."""
@@ -390,6 +435,12 @@ class PriceHandler(DataHandlerLP):
             return self._labels
         log.debug("%s: computing the raw features again from the prices", type(self).__name__)
         return self._with_features(self._labels)
+
+
+def priced_handler(handler: object) -> PriceHandler | None:
+    """The price handler that a handler is or, with a data loader, contains; None for a handler without prices."""
+    priced: PriceHandler | None = getattr(handler, "priced", None)
+    return priced
 
 
 def _prices_dropped() -> DataError:

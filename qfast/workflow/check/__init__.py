@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qfast._renamed import renamed_names
-from qfast.data.handlers.prices import PriceHandler
+from qfast.data.handlers.prices import priced_handler
 from qfast.data.protocols import HandlerDataset
 from qfast.data.source_notes import collected_notes
 from qfast.errors import QfastError
@@ -173,7 +173,7 @@ def run_experiments(report: CheckReport, workflow: Workflow, dataset: HandlerDat
     with report.attempt("invariance"):
         check_second_half(report, workflow, dataset)
     with report.attempt("invariance"):
-        if trial is not None and isinstance(dataset.handler, PriceHandler):
+        if trial is not None and priced_handler(dataset.handler) is not None:
             check_later_start(report, trial)
 
 

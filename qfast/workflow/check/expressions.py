@@ -5,7 +5,7 @@ from __future__ import annotations
 from qfast.data.expression import Call, Node, Number, parse
 from qfast.data.expression_functions import FUNCTIONS
 from qfast.data.factors import depends_on_the_start
-from qfast.data.handlers.prices import PriceHandler
+from qfast.data.handlers.prices import PriceHandler, priced_handler
 from qfast.data.protocols import Handler
 from qfast.errors import shown, some
 from qfast.workflow.check.findings import CheckReport
@@ -15,9 +15,10 @@ __all__ = ["check_expressions", "feature_expressions_of", "rows_ahead", "start_d
 
 def check_expressions(report: CheckReport, handler: Handler) -> None:
     """Report the features whose expressions look ahead, even if the data does not reveal it."""
-    if not isinstance(handler, PriceHandler):
+    priced = priced_handler(handler)
+    if priced is None:
         return
-    expressions = feature_expressions_of(handler)
+    expressions = feature_expressions_of(priced)
     ahead = {name: rows for name, text in expressions.items() if (rows := rows_ahead(parse(text))) > 0}
     if ahead:
         listed = some([f"{name} {rows} row(s), {shown(expressions[name])}" for name, rows in ahead.items()], most=3)
@@ -29,11 +30,11 @@ def check_expressions(report: CheckReport, handler: Handler) -> None:
         )
     elif expressions:
         report.add("ok", "look-ahead", f"none of the {len(expressions)} expressions looks ahead")
-    elif handler.lookahead > 0:
+    elif priced.lookahead > 0:
         report.add(
             "error",
             "look-ahead",
-            f"features of {type(handler).__name__} look {handler.lookahead} row(s) ahead, according to its lookahead",
+            f"features of {type(priced).__name__} look {priced.lookahead} row(s) ahead, according to its lookahead",
         )
 
 

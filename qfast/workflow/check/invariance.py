@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qfast.data.handlers.prices import PriceHandler
+from qfast.data.handlers.prices import priced_handler
 from qfast.data.panel import Panel
 from qfast.data.processors import Processor
 from qfast.data.protocols import Handler, HandlerDataset
@@ -41,8 +41,9 @@ def check_later_start(report: CheckReport, trial: Trial) -> None:
     The fitted processors are the same in both cases.
     """
     handler = trial.dataset.handler
-    assert isinstance(handler, PriceHandler)
-    endless = start_dependent_features(handler)
+    priced = priced_handler(handler)
+    assert priced is not None
+    endless = start_dependent_features(priced)
     if endless:
         reason = "EMA or windows over all earlier rows" if handler.compat is None else "compat='qlib': running sums"
         report.add(

@@ -12,11 +12,12 @@ import pandas as pd
 
 from qfast import registry
 from qfast.data.expression import instruments
-from qfast.data.handlers.prices import PriceHandler
+from qfast.data.handlers.prices import priced_handler
 from qfast.data.panel import Panel
 from qfast.data.prices import Prices
 from qfast.data.protocols import Bounds, Handler, HandlerDataset
 from qfast.data.rows import restrict_rows
+from qfast.workflow.dataset import source_argument as handler_source_argument
 from qfast.workflow.schema import Workflow
 
 if TYPE_CHECKING:
@@ -74,16 +75,18 @@ class Trial:
 
 def named_instruments(handler: Handler) -> list[str]:
     """Instruments that the expressions of a handler name."""
-    if not isinstance(handler, PriceHandler):
+    priced = priced_handler(handler)
+    if priced is None:
         return []
-    return [name for text in (*handler.feature_expressions, *handler.label_expressions) for name in instruments(text)]
+    return [name for text in (*priced.feature_expressions, *priced.label_expressions) for name in instruments(text)]
 
 
 def feature_source(handler: Handler) -> Panel | None:
     """The prices or factors from which a handler computes its features; None if it has discarded them."""
-    if not isinstance(handler, PriceHandler):
+    priced = priced_handler(handler)
+    if priced is None:
         return None if handler.drop_raw else handler.panel("raw")
-    return None if handler.prices is None else _joined(handler.prices, handler.mask_prices)
+    return None if priced.prices is None else _joined(priced.prices, priced.mask_prices)
 
 
 def _joined(panel: Panel, others: Mapping[str, Prices]) -> Panel:
@@ -108,9 +111,8 @@ def _handler_parameters(workflow: Workflow) -> Mapping[str, inspect.Parameter]:
 
 
 def source_argument(workflow: Workflow) -> str | None:
-    """The argument through which the handler's class accepts prices or factors; None if it has none."""
-    accepted = _handler_parameters(workflow)
-    return next((name for name in ("data", "source") if name in accepted), None)
+    """The argument through which the handler accepts prices or factors; None if it has none."""
+    return handler_source_argument(workflow.task.dataset.kwargs.handler.description())
 
 
 def rebuild_dataset(
