@@ -33,6 +33,7 @@ __all__ = [
 
 SPEC_KEYS = ("class", "module_path", "kwargs")
 USER_CLASS_REMEDY = "For a class of your own: --allow-code with its file or folder (in Python: allow_code=...)."
+QLIB_CLASS_REMEDY = "For another class of Qlib: --engine qlib."
 
 
 @dataclass(frozen=True)
@@ -234,6 +235,13 @@ class Registry:
     def _registered(self, factory: object) -> bool:
         return any(e.factory is factory for entries in self._entries.values() for e in entries)
 
+    def _remedy(self) -> str:
+        """How a class that is not registered can be used."""
+        if self.base is None:
+            return ""
+        # Qlib's engine replaces the model by qfast's, so it has no further models.
+        return f" {USER_CLASS_REMEDY}" + ("" if self.what == "model" else f" {QLIB_CLASS_REMEDY}")
+
     def _find(self, name: str, module: str | None, path: str) -> Callable[..., Any]:
         entries = self._entries.get(name, [])
         for entry in entries:
@@ -249,14 +257,14 @@ class Registry:
             raise ConfigError(
                 f"{_where(path)}unknown {self.what} class {name!r}; known: {self.names()}."
                 + suggest(name, self.names())
-                + ("" if self.base is None else f" {USER_CLASS_REMEDY}")
+                + self._remedy()
             )
         known = self.modules(name)
         raise ConfigError(
             f"{_where(path)}{self.what} {name!r} is not registered under the module path {module!r}; known: {known}."
             + suggest(module, known)
             + " Only registered classes are built; nothing is imported by name."
-            + ("" if self.base is None else f" {USER_CLASS_REMEDY}")
+            + self._remedy()
         )
 
 

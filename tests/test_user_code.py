@@ -233,6 +233,51 @@ def test_the_command_line(own, tmp_path, capsys):
     assert main(["predict", str(tmp_path / "run"), *data, "--allow-code", str(package)]) == 0
 
 
+QLIB_STYLE = """
+from qfast.data.handlers import DataHandlerLP, check_transform_proc
+
+
+class MyAlpha(DataHandlerLP):
+    def __init__(self, instruments="csi500", start_time=None, end_time=None, freq="day", infer_processors=[],
+                 learn_processors=[], fit_start_time=None, fit_end_time=None, filter_pipe=None, inst_processors=None,
+                 **kwargs):
+        infer_processors = check_transform_proc(infer_processors, fit_start_time, fit_end_time)
+        learn_processors = check_transform_proc(learn_processors, fit_start_time, fit_end_time)
+        data_loader = {
+            "class": "QlibDataLoader",
+            "kwargs": {
+                "config": {"feature": self.get_feature_config(), "label": kwargs.pop("label", self.get_label_config())},
+                "filter_pipe": filter_pipe,
+                "freq": freq,
+                "inst_processors": inst_processors,
+            },
+        }
+        super().__init__(instruments=instruments, start_time=start_time, end_time=end_time, data_loader=data_loader,
+                         infer_processors=infer_processors, learn_processors=learn_processors, **kwargs)
+
+    def get_label_config(self):
+        return ["Ref($close, -2)/Ref($close, -1) - 1"], ["LABEL0"]
+
+    def get_feature_config(self):
+        return ["$close / Ref($close, 5) - 1", "$close / $open - 1"], ["MOM5", "DAY"]
+"""
+
+
+def test_a_handler_in_the_style_of_qlib(own, tmp_path):
+    config, package, prices = own
+    (package / "handlers.py").write_text(QLIB_STYLE)
+    fit = "fit_start_time: 2020-01-01, fit_end_time: 2020-02-15"
+    norm = "{class: RobustZScoreNorm, kwargs: {fields_group: feature}}"
+    text = WORKFLOW.replace("Momentum", "MyAlpha").replace("scale: 2.0", fit.replace(", ", "\n          "))
+    config.write_text(text.replace("{class: Halve, module_path: my_code.steps}", norm))
+    assert check(config, prices, allow_code=package).ok
+    result = run(config, prices, output=tmp_path / "run", allow_code=package)
+    assert result.dataset.handler.get_cols("feature") == ["MOM5", "DAY"]
+    scores = predict(tmp_path / "run", prices, start="2020-03-11", allow_code=package)
+    expected = result.model.predict(result.dataset, "test").rename("score").sort_index()
+    assert scores.reindex(expected.index).equals(expected)
+
+
 def test_runs_without_own_classes_need_no_permission(tmp_path):
     config, data = write_case(tmp_path)
     run(config, data, output=tmp_path / "run", sets=["task.model.kwargs.n_epochs=1"])

@@ -9,12 +9,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from qfast.data import load_prices, synthetic
+from qfast.data import Alpha158, Alpha360, DataHandlerLP, FactorHandler, load_prices, synthetic
 from qfast.errors import ConfigError
 from qfast.integrations.qlib import _extend_module_path
 from qfast.models.ts import LSTM
 from qfast.workflow.config import load_config
-from qfast.workflow.validation import check_workflow
+from qfast.workflow.validation import _argument_types, check_workflow
 from support.frames import rolling
 from support.workflows import write_case
 
@@ -42,6 +42,13 @@ def test_unquoted_codes(tmp_path):
         check_workflow(load_config(config, [f"{HANDLER}.instruments=[000001, 600519]"]).values)
     quoted = check_workflow(load_config(config, [f"{HANDLER}.instruments=['000001', '600519']"]).values)
     assert quoted.task.dataset.kwargs.handler.description()["kwargs"]["instruments"] == ["000001", "600519"]
+
+
+@pytest.mark.parametrize("kind", [Alpha158, Alpha360, DataHandlerLP, FactorHandler])
+def test_plain_arguments_of_handlers_are_checked(kind):
+    checks = _argument_types(kind)
+    assert checks["drop_raw"].validate_python("no") is False
+    assert {"drop_raw", "process_type", "vwap"} <= set(checks)
 
 
 def test_an_empty_mapping_of_processors(tmp_path):

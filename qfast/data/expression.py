@@ -290,7 +290,7 @@ class _Reader:
     def _name(self, node: ast.Name) -> Field:
         at = node.col_offset
         if self.line[at : at + 2] == "$$":
-            raise self._error(node, "fields of point-in-time data ($$name) are not available")
+            raise self._error(node, "fields of point-in-time data ($$name) are not available, only with --engine qlib")
         if self.line[at : at + 1] != "$":
             raise self._error(node, f"unknown name {node.id!r}; a field is written ${node.id}")
         return Field(node.id[len(FIELD_MARK) :].lower(), at)
@@ -332,7 +332,9 @@ class _Reader:
         if name == "ChangeInstrument":  # Qlib's other spelling of Mask, with the arguments reversed
             name, arguments = "Mask", arguments[::-1]
         if name in UNAVAILABLE and name not in FUNCTIONS:
-            raise self._error(node, f"function {name!r} needs {UNAVAILABLE[name]} and is not available")
+            raise self._error(
+                node, f"function {name!r} needs {UNAVAILABLE[name]} and is not available, only with --engine qlib"
+            )
         if name not in FUNCTIONS:
             suggestion = suggest(name, FUNCTIONS)
             hint = "." + suggestion if suggestion else f"; available are {sorted(FUNCTIONS)}"

@@ -63,7 +63,8 @@ class Spec(_Model):
     def _from_text(cls, value: object) -> object:
         if isinstance(value, str) and value.startswith("file://"):
             raise ValueError(
-                f"pickled objects are not supported, got {value!r}; describe the object by class and kwargs"
+                f"pickled objects are not supported, got {value!r}; describe the object by class and kwargs, "
+                "or use --engine qlib"
             )
         return {"class": value} if isinstance(value, str) else value
 

@@ -6,6 +6,7 @@ one. Classes are looked up in `qfast.registry`; nothing is imported by name.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
@@ -270,13 +271,15 @@ def _type_problem(check: TypeAdapter[Any], value: object) -> str:
 def _argument_types(factory: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
     """Type checks of the arguments that are numbers, strings, booleans, None, literals, or unions of them."""
     target = factory.__init__ if inspect.isclass(factory) else factory
-    try:
-        hints = typing.get_type_hints(target)
-    except (NameError, TypeError, AttributeError):  # annotations that exist only for the type checker
-        return {}
+    hints = {}
+    for name, annotation in getattr(target, "__annotations__", {}).items():
+        one = types.SimpleNamespace(__annotations__={name: annotation})
+        # Some annotations exist only for the type checker, and must not disable the checks of the other arguments.
+        with contextlib.suppress(NameError, TypeError, AttributeError):
+            hints |= typing.get_type_hints(one, getattr(target, "__globals__", None))
     unchecked = ("return", "GPU")  # as in Qlib, GPU has no effect next to an explicit device, whatever its value
-    hints = {name: _without_functions(hint) for name, hint in hints.items() if name not in unchecked}
-    return {name: TypeAdapter(hint) for name, hint in hints.items() if _is_plain(hint)}
+    plain = {name: _without_functions(hint) for name, hint in hints.items() if name not in unchecked}
+    return {name: TypeAdapter(hint) for name, hint in plain.items() if _is_plain(hint)}
 
 
 def _without_functions(hint: Any) -> Any:

@@ -8,13 +8,15 @@ ranking labels for learning does not copy the features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qfast.data.handlers.alpha158 import Alpha158, Alpha158vwap, FactorHandler
 from qfast.data.handlers.alpha360 import Alpha360, Alpha360vwap
 from qfast.data.handlers.base import DataHandlerLP, RawDataDroppedError
+from qfast.data.processors import Processor, ProcessorSpec, build_processor
 from qfast.data.protocols import Handler
+from qfast.dates import DateLike
 from qfast.registry import HANDLERS
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "FactorHandler",
     "RawDataDroppedError",
     "build_handler",
+    "check_transform_proc",
 ]
 
 
@@ -53,6 +56,30 @@ def build_handler(spec: Handler | Mapping[str, Any] | str, *, path: str = "handl
     Alpha360(3 instruments, 188 rows, 188 to learn from, columns {'feature': 360, 'label': 1})
     """
     return HANDLERS.build(spec, path=path, **extra)
+
+
+def check_transform_proc(
+    proc_l: Sequence[ProcessorSpec], fit_start_time: DateLike | None, fit_end_time: DateLike | None
+) -> list[Processor]:
+    """Build processors with the fit period of a handler; handlers written for Qlib call it.
+
+    Parameters
+    ----------
+    proc_l : sequence of Processor, mapping or str
+    fit_start_time, fit_end_time : date-like or None
+        Fit period of the processors that have these arguments and do not specify their own.
+
+    Raises
+    ------
+    ConfigError
+        A processor is unknown, or needs a fit period and there is none.
+
+    Examples
+    --------
+    >>> check_transform_proc(["Fillna"], None, None)
+    [Fillna(fields_group=None, fill_value=0)]
+    """
+    return [build_processor(spec, fit_start_time, fit_end_time) for spec in proc_l or ()]
 
 
 HANDLERS.base = DataHandlerLP
