@@ -271,7 +271,7 @@ def _type_problem(check: TypeAdapter[Any], value: object) -> str:
 def _argument_types(factory: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
     """Type checks of the arguments that are numbers, strings, booleans, None, literals, or unions of them."""
     target = factory.__init__ if inspect.isclass(factory) else factory
-    hints = {}
+    hints: dict[str, Any] = {}
     for name, annotation in getattr(target, "__annotations__", {}).items():
         one = types.SimpleNamespace(__annotations__={name: annotation})
         # Some annotations exist only for the type checker, and must not disable the checks of the other arguments.

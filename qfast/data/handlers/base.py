@@ -298,7 +298,7 @@ class DataHandlerLP:
         """
         if init_type == "fit_ind":
             raise ConfigError("init_type 'fit_ind' is not available. Remedy: use 'fit_seq', or --engine qlib.")
-        _one_of("init_type", init_type, (self.IT_FIT_SEQ, self.IT_LS))
+        one_of("init_type", init_type, (self.IT_FIT_SEQ, self.IT_LS))
         frozen = [(processor, processor.frozen) for processor in self.get_all_processors()]
         for processor, _ in frozen:
             processor.frozen = init_type == self.IT_LS

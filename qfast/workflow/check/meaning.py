@@ -198,9 +198,10 @@ def _leak_findings(handler: Handler) -> Iterator[Finding]:
     rows = raw.live_rows()
     rows = rows[:: max(1, len(rows) // LEAK_SAMPLE)]
     label = raw.values("label")[rows, 0].astype(np.float64)
+    features = raw.values("feature")[rows]
     leaks = []
     for position, column in enumerate(raw.columns("feature")):
-        feature = raw.values("feature")[rows, position]
+        feature = features[:, position]
         both = np.isfinite(feature) & np.isfinite(label)
         x, y = feature[both].astype(np.float64), label[both]
         varies = len(x) >= LEAK_ROWS and x.min() < x.max() and y.min() < y.max()
