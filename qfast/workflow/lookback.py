@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from qfast._renamed import renamed_names
-from qfast.data.handlers.prices import PriceHandler
+from qfast.data.handlers.prices import priced_handler
 from qfast.data.panel import Panel
 from qfast.data.protocols import Handler, HandlerDataset
 from qfast.dates import DateLike, date_text
@@ -117,8 +117,9 @@ def _days_available(handler: Handler, panel: Panel, rows: np.ndarray) -> np.ndar
         present = source.live_rows()
     first = np.full(len(source.instruments), len(source.datetimes), dtype=np.int64)
     np.minimum.at(first, source.instrument_codes[present], source.date_codes[present])
-    if isinstance(handler, PriceHandler):
-        first[handler.priced_earlier()] = 0
+    priced = priced_handler(handler)
+    if priced is not None:
+        first[priced.priced_earlier()] = 0
     instruments = np.searchsorted(source.instruments, panel.instruments)[panel.instrument_codes[rows]]
     dates = source.datetimes.searchsorted(panel.datetimes)[panel.date_codes[rows]]
     return np.maximum(dates.astype(np.int64) - first[instruments] + 1, 0)

@@ -26,7 +26,7 @@ from qfast.data.tables import panel_of
 from qfast.dates import date_text
 from qfast.errors import DataError, some
 from qfast.read_options import ReadOptions
-from qfast.workflow.dataset import DataInput, source_arguments, source_panel
+from qfast.workflow.dataset import DataInput, source_argument, source_arguments, source_panel
 from qfast.workflow.saved_model import source_columns, time_steps
 
 __all__ = ["NewData", "TextBounds"]
@@ -73,7 +73,7 @@ class NewData:
         self._panel: Panel | None = None
         if isinstance(factory, type) and issubclass(factory, PriceHandler):
             self._open()
-        elif "source" in self._accepted:
+        elif source_argument(self.facts["handler"]) == "source":
             factors = source_arguments(self.facts["handler"], cast(DataInput, self.data), self.options)["source"]
             self._panel = _feature_panel(factors, self.facts.get("raw_columns"))
         if self._panel is not None:

@@ -25,7 +25,17 @@ if TYPE_CHECKING:
 
 # Members of a PriceHandler that a handler with a data loader has, too.
 PRICE_MEMBERS = (
-    *("prices", "quotes", "price_fields", "mask_prices", "lookback", "lookahead", "freq"),
+    *(
+        "prices",
+        "quotes",
+        "price_fields",
+        "mask_prices",
+        "lookback",
+        "lookahead",
+        "freq",
+        "compat",
+        "cells_unlike_qlib",
+    ),
     *("feature_names", "feature_expressions", "label_names", "label_expressions", "label_horizon"),
 )
 
@@ -74,7 +84,7 @@ class DataHandlerLP:
         Period from which processors learn their statistics, both inclusive, unless a processor has its own.
     data_loader : DataLoader, mapping or str, optional
         Loads the columns, instead of `source`; see `qfast.data.loaders`.
-    data, provider_uri, vwap, read_options
+    data, provider_uri, vwap, read_options, compat
         Prices of the `data_loader`, as in `FactorHandler`.
 
     Raises
@@ -127,6 +137,7 @@ class DataHandlerLP:
         provider_uri: StorePath | None = None,
         vwap: str | None = None,
         read_options: ReadSettings = None,
+        compat: str | None = None,
     ) -> None:
         self._configure(
             {"shared": shared_processors, "infer": infer_processors, "learn": learn_processors},
@@ -144,6 +155,7 @@ class DataHandlerLP:
                 + ("neither." if source is None else f"both: a {type(source).__name__} and {shown(data_loader)}.")
             )
         prices = {"data": data, "provider_uri": provider_uri, "vwap": vwap, "read_options": read_options}
+        prices["compat"] = compat
         origin = _Origin(None if data_loader is not None else _as_panel(source), data_loader, prices)
         raw = self._read(origin)
         if not drop_raw:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qfast.data.handlers.prices import PriceHandler
+from qfast.data.handlers.prices import PriceHandler, priced_handler
 from qfast.data.panel import Panel
 from qfast.data.protocols import HandlerDataset
 from qfast.dates import date_text
@@ -80,8 +80,9 @@ def check_data(report: CheckReport, dataset: HandlerDataset, seconds: float) -> 
         report.add("warning", "constant", f"{len(constant)} column(s) contain a single value: {some(constant)}")
     else:
         report.add("ok", "constant", "no column is constant")
-    if isinstance(handler, PriceHandler) and not handler.drop_raw:
-        _report_halts(report, handler)
+    priced = priced_handler(handler)
+    if priced is not None and not handler.drop_raw:
+        _report_halts(report, priced)
     label = infer.values("label")[infer.live_rows()] if handler.drop_raw else raw.values("label")[rows]
     report.add("note", "label", f"{np.mean(~np.isfinite(label)):.2%} of the rows have no label")
 

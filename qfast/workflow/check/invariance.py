@@ -45,7 +45,7 @@ def check_later_start(report: CheckReport, trial: Trial) -> None:
     assert priced is not None
     endless = start_dependent_features(priced)
     if endless:
-        reason = "EMA or windows over all earlier rows" if handler.compat is None else "compat='qlib': running sums"
+        reason = "EMA or windows over all earlier rows" if priced.compat is None else "compat='qlib': running sums"
         report.add(
             "note",
             "invariance",
