@@ -16,11 +16,12 @@ import pandas as pd
 
 from qfast.data.filters import FilterSpec
 from qfast.data.panel import Block, Panel
-from qfast.data.prices import Instruments, parse_dates
+from qfast.data.prices import Instruments
 from qfast.data.rows import restrict_rows
-from qfast.data.tables import read_table
+from qfast.data.tables import keyed_frame, read_table
 from qfast.dates import DateLike
 from qfast.errors import ConfigError, DataError, shown
+from qfast.read_options import ReadOptions
 from qfast.registry import Registry
 
 if TYPE_CHECKING:
@@ -361,10 +362,7 @@ def _stored_frame(value: Any) -> pd.DataFrame:
         value = read_table(file)
     if not isinstance(value, pd.DataFrame):
         raise ConfigError(f"StaticDataLoader: expected a path or a DataFrame, got {type(value).__name__}.")
-    keys = ["datetime", "instrument"]
-    if not isinstance(value.index, pd.MultiIndex) and set(keys) <= set(value.columns):
-        value = value.assign(datetime=parse_dates(value["datetime"], name)).set_index(keys)
-    return value
+    return value if isinstance(value.index, pd.MultiIndex) else keyed_frame(value, name, ReadOptions())
 
 
 def _grouped(frame: pd.DataFrame) -> pd.DataFrame:
