@@ -18,11 +18,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qfast.data import panel_folder, synthetic
+from qfast.data import load_prices, panel_folder, synthetic
 from qfast.data.dataset import TSDatasetH
 from qfast.data.handlers import DataHandlerLP
 from qfast.data.panel import Panel, shared_tensor
 from qfast.errors import ConfigError, DataError, QfastError
+from qfast.workflow.dataset import source_arguments
 
 
 def make_panel(rows: int = 40, columns: int = 3, *, dtype: type = np.float32, tz: str | None = None) -> Panel:
@@ -113,6 +114,16 @@ def test_a_mapped_panel_trains_as_one_in_memory(tmp_path: Path, recwarn: pytest.
         windows.append(sampler[list(range(len(sampler)))])
     np.testing.assert_array_equal(*windows)
     assert not [w for w in recwarn if "not writable" in str(w.message)]
+
+
+def test_a_panel_folder_is_a_source_of_prices_and_of_factors(tmp_path: Path) -> None:
+    prices = load_prices(synthetic.prices(3, 70))
+    prices.save(tmp_path / "prices")
+    assert_equal(load_prices(tmp_path / "prices"), prices)
+    Panel.from_frame(synthetic.factors(4, 30, 5)).save(tmp_path / "factors")
+    kwargs = {"class": "DataHandlerLP", "kwargs": {}}
+    source = source_arguments(kwargs, tmp_path / "factors")
+    assert_equal(DataHandlerLP(**source).panel("infer"), Panel.open(tmp_path / "factors"))
 
 
 # ---------------------------------------------------------------- damage and foreign folders

@@ -16,6 +16,7 @@ from qfast.data.column_names import FIELD_NAMES, OTHER_FIELDS, PRICE_FIELDS, pla
 from qfast.data.date_formats import DateReader, read_dates
 from qfast.data.number_text import NumberText, decimal_mark
 from qfast.data.panel import Block, Panel
+from qfast.data.panel_folder import is_panel_folder
 from qfast.data.prices import PriceSource
 from qfast.data.source_notes import note
 from qfast.data.table_roles import adjusted_column, find_keys, instrument_names
@@ -46,7 +47,7 @@ class _Table(NamedTuple):
 
 
 def panel_of(source: PriceSource, options: ReadOptions = DEFAULTS) -> Panel:
-    """The price panel of a file, a folder of files, a frame or a panel.
+    """The price panel of a file, a folder of files, a frame, a panel or a panel folder.
 
     Between the first and the last row of an instrument, every date of the calendar has a row.
 
@@ -84,6 +85,8 @@ def panel_of(source: PriceSource, options: ReadOptions = DEFAULTS) -> Panel:
             f"prices must be a path, a DataFrame or a Panel, got {type(source).__name__}: {shown(source)}."
         )
     path = Path(source).expanduser()
+    if is_panel_folder(path):
+        return _lower_case(Panel.open(path))
     if path.is_dir():
         files = _files_of(path)
         return _read_tables(((read_table(file, options), file.name, _stem(file)) for file in files), path.name, options)

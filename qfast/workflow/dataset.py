@@ -12,6 +12,7 @@ import pandas as pd
 
 from qfast import registry
 from qfast.data.panel import Panel
+from qfast.data.panel_folder import is_panel_folder
 from qfast.data.protocols import Handler, HandlerDataset
 from qfast.data.tables import keyed_frame, read_table
 from qfast.dates import date_text
@@ -223,6 +224,8 @@ def _factor_frame(data: DataInput, read_options: ReadOptions) -> pd.DataFrame | 
     """
     if isinstance(data, (Panel, Mapping)):
         return data
+    if not isinstance(data, pd.DataFrame) and is_panel_folder(data):
+        return Panel.open(data)
     name = "the frame" if isinstance(data, pd.DataFrame) else str(data)
     frame = data if isinstance(data, pd.DataFrame) else _read_table(Path(data).expanduser(), read_options)
     frame = keyed_frame(frame, name, read_options)
