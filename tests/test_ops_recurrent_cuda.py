@@ -230,7 +230,7 @@ def test_any_stack_in_any_layout(name: str, case: Case, dtype: torch.dtype) -> N
 
 @long_on_host
 def test_a_batch_in_parts(cell: Cell) -> None:
-    """The products are computed 256 MB at a time; here that makes two parts, the second one short."""
+    """A part is at least one wave of thread blocks: 528 rows on a device of 132 multiprocessors, here three parts."""
     case = Case(1100, 62, 3, 130, 2, True, True, 0.2)
     exact = by_definition(cell, arguments(cell, case, F64, "cpu"))
     result = forward_and_backward(cell, arguments(cell, case, F64, DEVICE))
@@ -245,6 +245,18 @@ def test_gates_that_are_full_or_shut(cell: Cell, hidden: int) -> None:
         result = forward_and_backward(cell, arguments(cell, case, dtype, DEVICE, scale=100.0))
         assert all(ours.isfinite().all() for ours in result)
         assert [error for error in map(relative, result, exact) if not error <= limit] == []
+
+
+def test_bias_gradients_are_equal_and_separate() -> None:
+    """The two biases of an LSTM are added, so their gradients are equal. Optimizers update them in place."""
+    inputs = arguments(LSTM, Case(9, 3, 5, 16, 2), F32, DEVICE)
+    weights = [part.requires_grad_() for part in inputs.weights]
+    lstm(inputs.x, [weights[:4], weights[4:]])[0].sum().backward()
+    for of_input, of_hidden in ((weights[2].grad, weights[3].grad), (weights[6].grad, weights[7].grad)):
+        assert of_input is not None
+        assert of_hidden is not None
+        assert torch.equal(of_input, of_hidden)
+        assert of_input.data_ptr() != of_hidden.data_ptr()
 
 
 def test_only_some_gradients_are_requested(cell: Cell) -> None:

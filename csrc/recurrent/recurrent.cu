@@ -3,8 +3,8 @@
 // The forward pass runs layer by layer. One matrix product with W_ih covers all steps of all rows (torch's,
 // cuBLAS). One launch then computes the steps: a thread block owns a tile of 4 to 16 rows, with its h in
 // shared memory and W_hh in registers or shared memory if it fits (recurrent_kernels.cuh). The batch is
-// processed in parts whose products need about 256 MB. In the first layer, windows of consecutive rows share
-// their products.
+// processed in parts whose products fit into the L2 cache. In the first layer, windows of consecutive rows
+// share their products.
 //
 // The backward pass runs from the last layer to the first. One launch computes the gradients of all gates
 // [B, T, gates * H]. Products with these are the gradients of the weights and of the layer's input. Sums over
@@ -26,8 +26,9 @@
 namespace qfast {
 namespace {
 
-constexpr int64_t kProductBytes = 256 << 20;  // size of the products of a part of the batch
-constexpr int64_t kLeastPart = 8 * 132;       // rows; one tile for each multiprocessor of a large device
+// Most bytes of the products of a part of the batch, small enough for the L2 cache of 50 MB of an H100. This
+// comes from counting bytes, not from a measurement.
+constexpr int64_t kProductBytes = 32 << 20;
 // A multiple of all tile heights and of the groups of rows that share dropout words.
 constexpr int64_t kPartStep = 16;
 
@@ -109,13 +110,15 @@ Products<T> input_products(const Tensor& input, const Tensor& weight) {
   return {result, {result.const_data_ptr<T>(), width, width}};
 }
 
-// Returns the number of rows of a part of the batch.
+// Returns the number of rows of a part of the batch. A part is a whole number of waves, at least one, because
+// multiprocessors that wait cost more than products that do not fit into L2.
 template <class T>
-int64_t part_rows(const Network& network, int64_t gates) {
+int64_t part_rows(const Network& network, int64_t gates, int64_t rows_of_wave) {
   const int64_t row =
       std::max<int64_t>(1, network.steps) * gates * network.hidden * static_cast<int64_t>(sizeof(T));
-  const int64_t rows = std::max(kLeastPart, kProductBytes / row);
-  return rounded_up(std::min(rows, network.batch), kPartStep);
+  const int64_t wave = std::max(kPartStep, rows_of_wave / kPartStep * kPartStep);
+  const int64_t waves = std::max<int64_t>(1, kProductBytes / row / wave);
+  return rounded_up(std::min(waves * wave, network.batch), kPartStep);
 }
 
 template <class Cell, class T>
@@ -123,8 +126,9 @@ void run_forward(const char* op, CudaDevice& device, const Tensor& x, const Netw
                  const MaybeTensor& h0, const MaybeTensor& c0, bool all_steps, bool keep,
                  const Forward& out) {
   const int64_t L = network.layers, B = network.batch, steps = network.steps, H = network.hidden;
+  if (B == 0) return;
   RecurrentLaunches<Cell, T, CudaDevice> launches(op, device, H, B);
-  const int64_t part = part_rows<T>(network, Cell::kGates);
+  const int64_t part = part_rows<T>(network, Cell::kGates, launches.rows_of_wave());
   // The output of one layer and input of the next.
   Tensor between = room(x, {L > 1 ? std::min(part, B) : 0, steps, H});
   for (int64_t first = 0; first < B; first += part) {
@@ -286,7 +290,11 @@ void run_backward(const char* op, CudaDevice& device, const Tensor& x, const Net
     multiply(grads[1], turned(buffers.of_hidden), buffers.before);
     Tensor of_bias_ih = grads[2], of_bias_hh = grads[3];
     sum_rows(of_bias_ih, buffers.of_input);
-    sum_rows(of_bias_hh, buffers.of_hidden);
+    if constexpr (Cell::kGates < 4) {
+      sum_rows(of_bias_hh, buffers.of_hidden);
+    } else {  // of_hidden is of_input
+      torch::stable::copy_(of_bias_hh, of_bias_ih);
+    }
     if (l > 0) multiply(buffers.grad_output, buffers.of_input, weights[0]);
   }
   if (input_grad) multiply(as_matrix(out.grad_x, rows, x.size(2)), buffers.of_input, network.weights[0]);

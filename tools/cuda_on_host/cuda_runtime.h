@@ -328,4 +328,11 @@ struct cudaFuncAttributes {
 };
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+// Blocks limited by threads and by shared memory. Registers are unknown.
+inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int threads,
+                                                                 size_t shared) {
+  const long all_shared = cuda_on_host::setting("QFAST_HOST_SHARED", 227 << 10);
+  *blocks = static_cast<int>(std::min<long>(2048 / threads, all_shared / (static_cast<long>(shared) + 1024)));
+  return cudaSuccess;
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
