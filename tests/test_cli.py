@@ -173,3 +173,12 @@ def test_a_signal_leaves_a_folder_that_can_be_resumed(case, tmp_path, number):
     done = len(pd.read_csv(path / "history.csv"))
     assert cli.main(["run", "--resume", str(path), "--set", f"task.model.kwargs.n_epochs={done + 1}", "-q"]) == 0
     assert '"status": "finished"' in (path / "manifest.json").read_text()
+
+
+def test_python_m_qfast_is_the_command() -> None:
+    command = [sys.executable, "-m", "qfast"]
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+    assert (version.returncode, version.stdout.split()[0]) == (0, "qfast")
+    wrong = subprocess.run([*command, "runn"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert "No such command 'runn'" in wrong.stderr
