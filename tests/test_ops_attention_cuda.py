@@ -228,6 +228,17 @@ def test_strides_do_not_matter(view: str, dtype: torch.dtype, extra_days: list[i
         assert all(torch.equal(a, b) for a, b in zip(result, plain, strict=True))
 
 
+def test_a_long_day_has_the_same_bits_alone_and_among_many(dtype: torch.dtype) -> None:
+    """Alone, thread blocks carry its sums of 40,000 rows; with 1,100 other days, warps do."""
+    long, others = 40_000, 1_100
+    tensors = [t.to(DEVICE) for t in attention_inputs(long + others, 1, dtype)]
+    among = results(lambda *t: additive_attention(*t, offsets_of([long, *[1] * others])), tensors[:-1], tensors[-1])
+    first = [t[:long].contiguous() for t in tensors]
+    alone = results(lambda *t: additive_attention(*t, offsets_of([long])), first[:-1], first[-1])
+    for a, b in zip(among, alone, strict=True):
+        assert torch.equal(a[:long], b)
+
+
 uneven = st.lists(st.one_of(st.sampled_from([0, 1]), st.integers(2, 40), st.just(300)), min_size=1, max_size=12)
 
 

@@ -25,9 +25,10 @@ namespace {
 constexpr int kChunk = 128;
 constexpr int kLanes = 32;
 constexpr int kRounds = kChunk / kLanes;
-constexpr int kCenterRows = 32;   // rows of a day whose mean result is the center
-constexpr int kAhead = 8;         // rows that are loaded together, which hides most of the memory latency
-constexpr int kThreads = 256;     // threads of a block, if days are in global memory
+constexpr int kCenterRows = 32;  // rows of a day whose mean result is the center
+constexpr int kAhead = 8;        // rows that are loaded together, which hides most of the memory latency
+constexpr int kThreads = 256;    // threads of a block, if days are in global memory
+constexpr int kWarps = kThreads / kLanes;
 constexpr int kDayThreads = 512;  // most threads of a block that owns a day
 constexpr unsigned kWholeWarp = ~0u;
 
@@ -337,6 +338,31 @@ QFAST_DEVICE void carry_sums(T* sums, int64_t chunks, bool from_front) {
     if (exists) sums[chunk] = static_cast<T>(lane == 0 ? carry : carry + before);
     carry += __shfl_sync(kWholeWarp, sum, kLanes - 1, kLanes);
   }
+}
+
+// The same for a thread block, with the same bits: the warps add the sums of up to 32 chunks each at the same
+// time, and every thread then adds the totals of the warps in order. `totals` has room for the totals of two
+// rounds in shared memory, so one barrier per round is enough. All threads must call this.
+template <class T>
+QFAST_DEVICE void carry_sums_in_block(T* sums, int64_t chunks, bool from_front, double (*totals)[kWarps]) {
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  const auto place = [&](int64_t i) { return from_front ? i : chunks - 1 - i; };
+  double carry = 0, next = threadIdx.x < chunks ? static_cast<double>(sums[place(threadIdx.x)]) : 0;
+  int round = 0;
+  for (int64_t i = threadIdx.x; i - threadIdx.x < chunks; i += kThreads, round ^= 1) {
+    const double sum = running_sum(next, true), before = __shfl_up_sync(kWholeWarp, sum, 1, kLanes);
+    next = i + kThreads < chunks ? static_cast<double>(sums[place(i + kThreads)]) : 0;
+    if (lane == kLanes - 1) totals[round][warp] = sum;
+    __syncthreads();
+    double mine = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      if (w == warp) mine = carry;
+      carry += totals[round][w];
+    }
+    if (i < chunks) sums[place(i)] = static_cast<T>(lane == 0 ? mine : mine + before);
+  }
+  __syncthreads();
 }
 
 // Carries array `part` of scalar_sums. Arrays with an even number run from the front.

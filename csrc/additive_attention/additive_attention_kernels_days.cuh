@@ -366,6 +366,34 @@ __global__ void __launch_bounds__(kThreads) carry_columns_kernel(const Shape sha
   }
 }
 
+// The same as carry_scalars_kernel, but a thread block owns one array.
+template <bool kBackward, class T>
+__global__ void __launch_bounds__(kThreads)
+    carry_long_scalars_kernel(const Shape shape, const Lists<T> lists) {
+  __shared__ double totals[2][kWarps];
+  constexpr int kParts = kBackward ? 4 : 2;
+  const int64_t count = shape.heads * shape.days.count * kParts;
+  for (int64_t i = blockIdx.x; i < count; i += gridDim.x) {
+    const int64_t d = i / kParts % shape.days.count, part = i % kParts;
+    const Day<T> day = lists.day(shape, i / kParts / shape.days.count, d);
+    carry_sums_in_block(day.scalar_sums + part * day.stride, day.chunks(), part % 2 == 0, totals);
+  }
+}
+
+// The same as carry_columns_kernel, but a thread block owns one column.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    carry_long_columns_kernel(const Shape shape, const Lists<T> lists) {
+  __shared__ double totals[2][kWarps];
+  const int64_t columns = 2 * static_cast<int64_t>(shape.width);
+  const int64_t count = shape.heads * shape.days.count * columns;
+  for (int64_t i = blockIdx.x; i < count; i += gridDim.x) {
+    const int64_t column = i % columns, d = i / columns % shape.days.count;
+    const Day<T> day = lists.day(shape, i / columns / shape.days.count, d);
+    carry_sums_in_block(day.sums + column * day.stride, day.chunks(), column < shape.width, totals);
+  }
+}
+
 // A thread owns one column of one day.
 template <class T>
 __global__ void __launch_bounds__(kThreads)

@@ -22,13 +22,18 @@ inline unsigned int blocks_for(int64_t tasks, int64_t per_block) {
 }
 
 // ---------------------------------------------------------------- days in global memory
+// Rows of a day whose sums a thread block carries, and most arrays for which it does. A warp carries 32
+// chunks per round, so such a day has at least 4 rounds. Both are estimates, not measurements.
+constexpr int64_t kLongDay = 4 * kLanes * kChunk / 2;
+constexpr int64_t kFewArrays = 2048;
+
 // One launch per pass over all days, for days that do not fit in shared memory.
 template <class T>
 class Passes {
  public:
   template <class Device>
-  Passes(Device& device, const Shape& shape, int32_t* orders, T slope, bool backward)
-      : shape_(shape), slope_(slope), lanes_(lanes_for(shape.width)) {
+  Passes(Device& device, const Shape& shape, int64_t longest, int32_t* orders, T slope, bool backward)
+      : shape_(shape), slope_(slope), lanes_(lanes_for(shape.width)), longest_(longest) {
     groups_ = (shape.width + lanes_ - 1) / lanes_;
     total_ = shape.heads * shape.days.rows;
     const int64_t chunks = shape.heads * shape.days.chunks();
@@ -51,7 +56,7 @@ class Passes {
     device.launch(sorted_scores_kernel<T>, rows(), kThreads, 0, shape_, lists_, key, query);
     device.launch(place_kernel<T>, rows(), kThreads, 0, shape_, lists_, slope_);
     device.launch(sum_scalars_kernel<false, T>, chunks(), kThreads, 0, shape_, lists_, none);
-    device.launch(carry_scalars_kernel<false, T>, carries(2), kThreads, 0, shape_, lists_);
+    carry_scalars<false>(device);
     device.launch(normalise_kernel<T>, chunks(), kThreads, 0, shape_, lists_, share_weight);
   }
 
@@ -69,7 +74,7 @@ class Passes {
     device.launch(query_gradient_kernel<T>, blocks_for(total_, kThreads / lanes_), kThreads, 0, shape_,
                   lists_, io, lanes_);
     device.launch(sum_scalars_kernel<true, T>, chunks(), kThreads, 0, shape_, lists_, const_delta(io));
-    device.launch(carry_scalars_kernel<true, T>, carries(4), kThreads, 0, shape_, lists_);
+    carry_scalars<true>(device);
     columns<true, BackwardReceiver<T>>(device, io.grad, io);
     device.launch(key_gradients_kernel<T>, chunks(), kThreads, 0, shape_, lists_, io, groups_);
     device.launch(shift_kernel<T>, carries(1), kThreads, 0, shape_, lists_);
@@ -84,14 +89,33 @@ class Passes {
     return blocks_for(shape_.heads * shape_.days.count * columns, kThreads / kLanes);
   }
 
+  // Carries the sums of `columns` arrays of each day. A warp owns an array, or a thread block if the days are
+  // long and there are too few arrays to occupy the device with warps. Both give the same bits.
+  template <class Device>
+  void carry(Device& device, int64_t columns, void (*by_warps)(Shape, Lists<T>),
+             void (*by_blocks)(Shape, Lists<T>)) const {
+    const int64_t arrays = shape_.heads * shape_.days.count * columns;
+    if (longest_ >= kLongDay && arrays <= kFewArrays) {
+      device.launch(by_blocks, blocks_for(arrays, 1), kThreads, 0, shape_, lists_);
+    } else {
+      device.launch(by_warps, carries(columns), kThreads, 0, shape_, lists_);
+    }
+  }
+
+  template <bool kBackward, class Device>
+  void carry_scalars(Device& device) const {
+    carry(device, kBackward ? 4 : 2, carry_scalars_kernel<kBackward, T>,
+          carry_long_scalars_kernel<kBackward, T>);
+  }
+
   template <bool kBackward, class R, class Device, class Io>
   void columns(Device& device, const T* summed, const Io& io) const {
     const int64_t tasks = shape_.heads * shape_.days.chunks() * groups_;
     const unsigned int blocks = blocks_for(tasks, kThreads / lanes_);
     device.launch(sum_columns_kernel<kBackward, T>, blocks, kThreads, 0, shape_, lists_, lanes_, groups_,
                   summed);
-    device.launch(carry_columns_kernel<T>, carries(2 * static_cast<int64_t>(shape_.width)), kThreads, 0,
-                  shape_, lists_);
+    const int64_t width = 2 * static_cast<int64_t>(shape_.width);
+    carry(device, width, carry_columns_kernel<T>, carry_long_columns_kernel<T>);
     device.launch(walk_kernel<kBackward, T, R, Io>, blocks, kThreads, 0, shape_, lists_, lanes_, groups_,
                   summed, io);
   }
@@ -100,7 +124,7 @@ class Passes {
   T slope_;
   Lists<T> lists_;
   int lanes_, groups_ = 0;
-  int64_t total_ = 0;
+  int64_t longest_, total_ = 0;
 };
 
 // Computes orders [2, heads, N]: keys ascending and queries descending within each day. Sorts by score and
@@ -200,7 +224,7 @@ void attend(Device& device, Shape shape, int64_t longest, T slope, const Forward
   int32_t* orders = io.orders;
   if (orders == nullptr) orders = device.template take<int32_t>(2 * shape.heads * shape.days.rows);
   sort_scores(device, shape, io.key, io.query, orders);
-  const Passes<T> passes(device, shape, orders, slope, false);
+  const Passes<T> passes(device, shape, longest, orders, slope, false);
   passes.list(device, io.key, io.query, io.share_weight);
   passes.attend(device, io);
 }
@@ -242,7 +266,7 @@ void attend_backward(Device& device, Shape shape, int64_t longest, Backward<T> i
     return;
   }
   shape = checked(device, shape);
-  const Passes<T> passes(device, shape, const_cast<int32_t*>(io.orders), io.slope, true);
+  const Passes<T> passes(device, shape, longest, const_cast<int32_t*>(io.orders), io.slope, true);
   passes.list(device, io.key, io.query, static_cast<T*>(nullptr));
   passes.attend(device, io);
 }
