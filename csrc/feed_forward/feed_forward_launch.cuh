@@ -16,9 +16,12 @@ namespace qfast {
 namespace {
 
 constexpr int64_t kHiddenBytes = 32 << 20;  // hidden activations of a part, small enough to stay in L2
-constexpr int64_t kManyBlocks = 4 * 132;    // thread blocks that occupy a large device to the end
 constexpr int64_t kLeastSlices = 4;         // per thread block
-constexpr int64_t kWidest = 128;            // largest number of results whose sums fit in registers
+// Slices that take as long as the work that each thread block adds: it reads the rows of its tile, and the
+// forward pass writes and reads partial sums. A count of bytes and flops, not a measurement: between 1 in
+// ieee and 4 in bf16.
+constexpr int64_t kSlicesPerBlock = 2;
+constexpr int64_t kWidest = 128;  // largest number of results whose sums fit in registers
 
 // Adds the gradients of the parts of the rows, in the order of the parts.
 class PartSums {
@@ -61,6 +64,20 @@ struct SumsOfUnits {
   int64_t parts;
 };
 
+// Returns the number of thread blocks for each tile that minimizes the time, waves of blocks x slices of a
+// block. `places` blocks run at the same time. More blocks need more memory, so a larger number must save 5%.
+inline int64_t splits_of_tiles(int64_t tiles, int64_t slices, int64_t places) {
+  const auto divided = [](int64_t count, int64_t by) { return (count + by - 1) / by; };
+  const auto time = [&](int64_t splits) {
+    return divided(tiles * splits, places) * (divided(slices, splits) + kSlicesPerBlock);
+  };
+  int64_t best = 1;
+  for (int64_t splits = 2; splits <= slices / kLeastSlices; ++splits) {
+    if (20 * time(splits) < 19 * time(best)) best = splits;
+  }
+  return best;
+}
+
 template <class T>
 class FeedForwardLaunches {
  public:
@@ -90,7 +107,7 @@ class FeedForwardLaunches {
     rows = in_order(rows);
     const int64_t N = rows.count(), O = job_.outputs;
     const int64_t tiles = tiles_of(rows);
-    const int64_t splits = in_tiles() ? splits_for(tiles) : 1;
+    const int64_t splits = in_tiles() ? splits_for(tiles, false) : 1;
     const SumsOfUnits result{room(x, {splits * N, O}), splits};
     if (N == 0) return result;
     if (!in_tiles()) {
@@ -107,8 +124,7 @@ class FeedForwardLaunches {
     job.x = x.const_data_ptr<T>();
     job.sums = result.partial.mutable_data_ptr<T>();
     if (launch_tensor(job, tiles)) return result;
-    const auto kernel = job.padded > kTallRows ? feed_forward_kernel<T, 2> : feed_forward_kernel<T, 1>;
-    device_.launch(kernel, grid_for(tiles * splits, 1), kTileThreads, shared_bytes(false), job);
+    device_.launch(kernel_for(false), grid_for(tiles * splits, 1), kTileThreads, shared_bytes(false), job);
     return result;
   }
 
@@ -161,11 +177,24 @@ class FeedForwardLaunches {
     return (rows.quads() + kQuads - 1) / kQuads;
   }
 
-  // Number of thread blocks that share a tile, each with some of the slices. It is 1 if there are enough
-  // tiles.
-  int64_t splits_for(int64_t tiles) const {
-    const int64_t splits = (kManyBlocks + tiles - 1) / std::max<int64_t>(tiles, 1);
-    return std::clamp<int64_t>(splits, 1, std::max<int64_t>(1, job_.slices / kLeastSlices));
+  void (*kernel_for(bool backward) const)(FeedForwardData<T>) {
+    if (backward) return feed_forward_hidden_kernel<T>;
+    return job_.padded > kTallRows ? feed_forward_kernel<T, 2> : feed_forward_kernel<T, 1>;
+  }
+
+  // Number of thread blocks that the device runs at the same time.
+  int64_t resident_blocks(bool backward) const {
+    if constexpr (kSingle) {
+      if (tensor_->serve()) return tensor_->resident_blocks();
+    }
+    return device_.resident_blocks(kernel_for(backward), kTileThreads, shared_bytes(backward));
+  }
+
+  // Number of thread blocks that share a tile, each with some of the slices. The blocks run in waves of
+  // `resident_blocks`, and the last wave is often partly empty. Chooses the number with the shortest time, so
+  // the order of the sums depends on the sizes and on the device.
+  int64_t splits_for(int64_t tiles, bool backward) const {
+    return splits_of_tiles(tiles, job_.slices, resident_blocks(backward));
   }
 
   size_t shared_bytes(bool backward) const {
@@ -217,13 +246,12 @@ class FeedForwardLaunches {
     job.units = units_.mutable_data_ptr<T>();
     if (grad != nullptr) job.grad_units = grad_units_.mutable_data_ptr<T>();
     if (in_tiles() && grad != nullptr) {
-      const int64_t tiles = tiles_of(rows), splits = splits_for(tiles);
+      const int64_t tiles = tiles_of(rows), splits = splits_for(tiles, true);
       job.splits = static_cast<int32_t>(splits);
       job.x = x.const_data_ptr<T>();
       job.grad = grad->const_data_ptr<T>();
       if (launch_tensor(job, tiles)) return;
-      device_.launch(feed_forward_hidden_kernel<T>, grid_for(tiles * splits, 1), kTileThreads,
-                     shared_bytes(true), job);
+      device_.launch(kernel_for(true), grid_for(tiles * splits, 1), kTileThreads, shared_bytes(true), job);
       return;
     }
     multiply(rows_of(units_, 0, N), x, turned(weight_in_));

@@ -20,7 +20,7 @@ class TensorLaunches {
   // for more results than the registers hold (`narrow` is false), or if the rows do not fit in shared memory.
   TensorLaunches(CudaDevice& device, const FeedForwardData<float>& net, const float* entering,
                  const float* leaving, Precision precision, bool backward, bool narrow)
-      : device_(device), precision_(precision), backward_(backward) {
+      : device_(device), precision_(precision), backward_(backward), padded_(net.padded) {
     if (precision == Precision::kIeee || !narrow || !device.has_tensor_cores()) return;
     job_.input_chunks = chunks_of(precision, net.inputs);
     job_.output_chunks = backward ? chunks_of(precision, net.outputs) : 0;
@@ -52,10 +52,13 @@ class TensorLaunches {
   // Returns whether tensor cores are used.
   bool serve() const { return serves_; }
 
+  // Number of thread blocks that the device runs at the same time.
+  int64_t resident_blocks() const { return device_.resident_blocks(kernel(), kTileThreads, shared_bytes()); }
+
   void launch(const FeedForwardData<float>& net, unsigned int blocks) {
     TensorJob job = job_;
     job.net = net;
-    device_.launch(kernel_for(net), blocks, kTileThreads, shared_bytes(), job);
+    device_.launch(kernel(), blocks, kTileThreads, shared_bytes(), job);
   }
 
  private:
@@ -64,12 +67,12 @@ class TensorLaunches {
     return precision_ == Precision::k3xTf32 ? three : precision_ == Precision::kTf32 ? one : bf16;
   }
 
-  void (*kernel_for(const FeedForwardData<float>& net) const)(TensorJob) {
+  void (*kernel() const)(TensorJob) {
     constexpr Precision kThree = Precision::k3xTf32, kOne = Precision::kTf32, kBf16 = Precision::kBf16;
     if (backward_)
       return by_precision(feed_forward_hidden_tensor_kernel<kThree>, feed_forward_hidden_tensor_kernel<kOne>,
                           feed_forward_hidden_tensor_kernel<kBf16>);
-    if (net.padded > kTallRows)
+    if (padded_ > kTallRows)
       return by_precision(feed_forward_tensor_kernel<kThree, 2>, feed_forward_tensor_kernel<kOne, 2>,
                           feed_forward_tensor_kernel<kBf16, 2>);
     return by_precision(feed_forward_tensor_kernel<kThree, 1>, feed_forward_tensor_kernel<kOne, 1>,
@@ -85,6 +88,7 @@ class TensorLaunches {
   CudaDevice& device_;
   Precision precision_;
   bool backward_, serves_ = false;
+  int32_t padded_;
   TensorJob job_{};
 };
 
