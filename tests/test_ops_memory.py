@@ -43,6 +43,9 @@ FORWARD = {
     "graph_attention": lambda: ops.graph_attention(ZERO.expand(2**30, 2**22), ZERO.expand(2, 2**22), torch.zeros(2)),
     "gru": lambda: ops.gru(ZERO.expand(ROWS, 2, 3), WEIGHTS[nn.GRU]),
     "lstm": lambda: ops.lstm(ZERO.expand(ROWS, 2, 3), WEIGHTS[nn.LSTM]),
+    "price_windows": lambda: ops.price_windows(
+        torch.zeros(1, 3), INDEX.position[:3], torch.zeros(1, 3), torch.tensor([0]), LAST, torch.zeros(0, 4, 1), 1
+    ),
     "tanh": lambda: ops.tanh(ZERO.expand(ROWS)),
     "temporal_conv_net": lambda: ops.temporal_conv_net(
         ZERO.expand(ROWS, 4, 5), [(torch.zeros(4, 4, 2), None, torch.zeros(4)) * 2]
@@ -56,7 +59,7 @@ MESSAGE = r"{}: (no memory for [\d,.]+ MiB on cpu|Unable to allocate [\d.]+ PiB)
 def test_every_operator_has_a_case():
     functions = {name for name in ops.__all__ if name[0].islower()}
     assert functions - {"clipped_adam_", "temporal_block"} == FORWARD.keys()  # the first copies nothing, below
-    assert set(BACKWARD) == {*FORWARD, "clipped_adam_"} - {"build_window_index", "window_rows"}
+    assert set(BACKWARD) == {*FORWARD, "clipped_adam_"} - {"build_window_index", "price_windows", "window_rows"}
 
 
 @pytest.mark.parametrize("name", FORWARD)

@@ -59,10 +59,10 @@ Tensor price_windows_cpu(const Tensor& series, const Tensor& ends, const Tensor&
               ": stages: expected shape (M, 4, ", fields * window, "), got ", shape_text(stages), ".");
   for (const Tensor* tensor : {&ends, &divisor_of, &rows})
     check_same_device(kOp, "ends, divisor_of and rows", *tensor, series, "series");
-  const Tensor own_series = torch::stable::contiguous(series), own_ends = torch::stable::contiguous(ends);
-  const Tensor own_divisors = torch::stable::contiguous(divisors), own_rows = torch::stable::contiguous(rows);
-  const Tensor own_divisor_of = torch::stable::contiguous(divisor_of);
-  const Tensor own_stages = torch::stable::contiguous(stages);
+  const Tensor own_series = as_contiguous(series), own_ends = as_contiguous(ends);
+  const Tensor own_divisors = as_contiguous(divisors), own_rows = as_contiguous(rows);
+  const Tensor own_divisor_of = as_contiguous(divisor_of);
+  const Tensor own_stages = as_contiguous(stages);
   const int64_t* divisor_numbers = own_divisor_of.const_data_ptr<int64_t>();
   for (int64_t f = 0; f < fields; ++f)
     QFAST_CHECK(divisor_numbers[f] >= 0 && divisor_numbers[f] < divisors.size(0), kOp, ": divisor_of[", f,
@@ -96,8 +96,7 @@ Tensor price_windows_cpu(const Tensor& series, const Tensor& ends, const Tensor&
                      .fill = first + 3 * columns});
   }
   job.stages = parts.data();
-  const int64_t shape[] = {count, columns};
-  Tensor out = torch::stable::new_empty(series, {shape, 2});
+  Tensor out = new_tensor(series, {count, columns});
   job.out = out.mutable_data_ptr<float>();
   const auto kernel = cpu_kernels().price_windows;
   const int64_t grain = kGrainBytes / (columns > 0 ? columns * 4 : 1);

@@ -9,13 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qfast.ops._common import check_equal, define, require, require_tensor
+from qfast.ops._common import check_equal, define, explain_memory, require, require_tensor
 
 __all__ = ["neutral_stage", "price_windows", "self_test"]
 
 SHIFT, SCALE, LIMIT, FILL = range(4)  # parts of a stage
 
 
+@explain_memory("price_windows")
 def price_windows(
     series: Tensor,
     ends: Tensor,
@@ -57,6 +58,8 @@ def price_windows(
         An argument has the wrong type, dtype, shape or device.
     IndexError
         On the CPU, a row or a place is out of range.
+    torch.OutOfMemoryError
+        Insufficient memory, on any device. The message states the size.
 
     Notes
     -----
