@@ -1,0 +1,94 @@
+"""Memory and CPU time of Alpha360 as a view of prices and as columns.
+
+    python bench/alpha360_view.py [--data PRICES] [--instruments 250] [--days 1250]
+
+Without --data, the prices are synthetic (`qfast.data.synthetic.prices`). For each form, a process of its own builds the
+handler with the processors of Qlib's benchmark, trains an LSTM for one epoch and scores the test segment. A line shows
+CPU seconds, the peak memory above that after the imports, and a digest of the scores, which must be equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+
+from qfast.data import Alpha360, DatasetH, synthetic
+from qfast.models import LSTM
+
+FORMS = ("view", "columns")
+INFER = [
+    {"class": "RobustZScoreNorm", "kwargs": {"fields_group": "feature", "clip_outlier": True}},
+    {"class": "Fillna", "kwargs": {"fields_group": "feature"}},
+]
+LEARN = ["DropnaLabel", {"class": "CSRankNorm", "kwargs": {"fields_group": "label"}}]
+
+
+def peak_mb() -> float:
+    """Peak resident memory of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure(form: str, data: str | None, instruments: int, days: int) -> dict[str, float | str]:
+    """Times, memory and the digest of the scores, in this process."""
+    torch.set_num_threads(1)
+    prices = synthetic.prices(instruments, days) if data is None else data
+    after_imports = peak_mb()
+    begin = time.process_time()
+    handler = Alpha360(
+        data=prices,
+        vwap="typical",
+        windows=form,
+        infer_processors=INFER,
+        learn_processors=LEARN,
+        fit_start_time="2000-01-01",
+        fit_end_time="2100-01-01",
+    )
+    built, handler_mb = time.process_time(), peak_mb()
+    dates = handler.panel("infer").datetimes
+    cut = [dates[int(len(dates) * part)] for part in (0.6, 0.8)]
+    dataset = DatasetH(handler, {"train": (None, cut[0]), "valid": (cut[0], cut[1]), "test": (cut[1], None)})
+    model = LSTM(d_feat=6, hidden_size=4, num_layers=1, dropout=0.0, n_epochs=1, seed=0, progress=False)
+    model.fit(dataset)
+    trained = time.process_time()
+    scores = model.predict(dataset)
+    return {
+        "handler_s": built - begin,
+        "fit_s": trained - built,
+        "handler_mb": handler_mb - after_imports,
+        "peak_mb": peak_mb() - after_imports,
+        "scores": hashlib.blake2b(scores.to_numpy().tobytes(), digest_size=8).hexdigest(),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure both forms and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data")
+    parser.add_argument("--instruments", type=int, default=250)
+    parser.add_argument("--days", type=int, default=1250)
+    parser.add_argument("--form", choices=FORMS, help="measure one form in this process and print JSON")
+    options = parser.parse_args(arguments)
+    if options.form:
+        print(json.dumps(measure(options.form, options.data, options.instruments, options.days)))
+        return
+    print(
+        "| form | handler, CPU s | fit, CPU s | handler, MB | handler and fit, MB | scores |\n|---|---|---|---|---|---|"
+    )
+    for form in FORMS:
+        command = [sys.executable, __file__, *(arguments or sys.argv[1:]), "--form", form]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        row = json.loads(output.strip().splitlines()[-1])
+        times = f"{row['handler_s']:.1f} | {row['fit_s']:.1f}"
+        print(f"| {form} | {times} | {row['handler_mb']:.0f} | {row['peak_mb']:.0f} | {row['scores']} |")
+
+
+if __name__ == "__main__":
+    main()
