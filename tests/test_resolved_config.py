@@ -14,7 +14,7 @@ from qfast.workflow.config import load_config
 from qfast.workflow.folder import RunFolder
 from qfast.workflow.overrides import yaml_reader
 from qfast.workflow.run import run
-from tests.support.workflows import TEXT, Interrupt, factors, write_case
+from support.workflows import TEXT, Interrupt, factors, write_case
 
 CHILD = """
 BASE_CONFIG_PATH: base.yaml
