@@ -57,8 +57,9 @@ Tensor price_windows_cpu(const Tensor& series, const Tensor& ends, const Tensor&
               torch::headeronly::toString(rows.scalar_type()), ".");
   QFAST_CHECK(stages.size(1) == kStageParts && stages.size(2) == fields * window, kOp,
               ": stages: expected shape (M, 4, ", fields * window, "), got ", shape_text(stages), ".");
-  for (const Tensor* tensor : {&ends, &divisor_of, &rows})
-    check_same_device(kOp, "ends, divisor_of and rows", *tensor, series, "series");
+  check_same_device(kOp, "ends", ends, series, "series");
+  check_same_device(kOp, "divisor_of", divisor_of, series, "series");
+  check_same_device(kOp, "rows", rows, series, "series");
   const Tensor own_series = as_contiguous(series), own_ends = as_contiguous(ends);
   const Tensor own_divisors = as_contiguous(divisors), own_rows = as_contiguous(rows);
   const Tensor own_divisor_of = as_contiguous(divisor_of);

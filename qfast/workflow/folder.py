@@ -22,7 +22,7 @@ from typing import Any
 import pandas as pd
 
 from qfast.errors import CheckpointError, ConfigError, QfastError
-from qfast.files import atomic_write, file_hash, is_disk_full, sweep
+from qfast.files import atomic_write, file_hash, is_disk_full, require_file_target, sweep
 from qfast.workflow.user_code import option_text
 
 __all__ = ["RunFolder", "check_table_target", "read_frame", "recorded", "versions", "write_frame"]
@@ -298,14 +298,7 @@ def check_table_target(target: Path) -> None:
         or written to.
     """
     _require_table_suffix(target)
-    if target.is_dir():
-        raise ConfigError(f"{str(target)!r} is a folder. Remedy: pass the name of a file in it.")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"the folder {str(target.parent)!r} cannot be created: {error.strerror}.") from None
-    if not os.access(target.parent, os.W_OK):
-        raise ConfigError(f"the folder {str(target.parent)!r} is not writable. Remedy: pass another one.")
+    require_file_target(target, "output")
 
 
 def read_frame(folder: Path, stem: str) -> pd.DataFrame:
