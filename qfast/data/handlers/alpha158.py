@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,6 +13,7 @@ from qfast.data.expression import fields, reach
 from qfast.data.factor_cache import FactorCache
 from qfast.data.filters import FilterSpec
 from qfast.data.handlers.prices import DEFAULT_LEARN_PROCESSORS, Expressions, PriceHandler, expressions_and_names
+from qfast.data.panel import Block
 from qfast.data.prices import Instruments, Prices, PriceSource, StorePath
 from qfast.data.processors import ProcessorSpec
 from qfast.dates import DateLike
@@ -20,6 +21,12 @@ from qfast.errors import ConfigError, shown, suggest
 from qfast.read_options import ReadSettings
 
 log = logging.getLogger("qfast.data")
+
+# Methods that compute and process the features. If a subclass overrides one of them, all features are computed.
+COMPUTE_FEATURES = (
+    *("_feature_names", "_feature_texts", "_feature_values", "_feature_block", "_features_without", "_with_features"),
+    *("_evaluated", "_computed", "_process"),
+)
 
 WINDOWS = (5, 10, 20, 30, 60)
 
@@ -318,13 +325,30 @@ class FactorHandler(PriceHandler):
         return before, after
 
     def _feature_values(self, prices: Prices, rows: np.ndarray) -> np.ndarray:
+        return self._computed(self._texts, prices, rows)
+
+    def _features_without(self, omitted: Collection[str]) -> Block:
+        if not omitted:
+            return super()._features_without(omitted)
+        kept = [(text, name) for text, name in zip(self._texts, self._names, strict=True) if name not in omitted]
+        log.info(
+            "%s: computing %d of %d features, the others are unused", type(self).__name__, len(kept), len(self._names)
+        )
+        texts, names = zip(*kept, strict=True)
+        return Block(self._computed(texts, self._prices, self._rows), names)
+
+    def _computes_columns_separately(self) -> bool:
+        return all(getattr(type(self), name) is getattr(FactorHandler, name) for name in COMPUTE_FEATURES)
+
+    def _computed(self, texts: Sequence[str], prices: Prices, rows: np.ndarray) -> np.ndarray:
+        """Values of expressions, from the cache if it has them: float32 [len(rows), len(texts)]."""
         if self._cache is None:
-            return self._evaluated(self._texts, prices, rows)
-        key = self._cache.key(self._texts, prices, rows, self.start_time, self.mask_prices, self.compat)
-        values = self._cache.read(key, self._texts, len(rows))
+            return self._evaluated(texts, prices, rows)
+        key = self._cache.key(texts, prices, rows, self.start_time, self.mask_prices, self.compat)
+        values = self._cache.read(key, texts, len(rows))
         if values is None:
-            values = self._evaluated(self._texts, prices, rows)
-            self._cache.write(key, self._texts, values)
+            values = self._evaluated(texts, prices, rows)
+            self._cache.write(key, texts, values)
         return values
 
 

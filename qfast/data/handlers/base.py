@@ -396,9 +396,11 @@ class DataHandlerLP:
         panel = run_processors(raw, self.shared_processors, stage="shared", space=space)
         if self.process_type == self.PTYPE_A:
             infer = run_processors(panel, self.infer_processors, stage="infer", space=space)
-            learn = run_processors(infer, self.learn_processors, stage="learn", space=Workspace())
+            learn_space = Workspace(omitted=space.omitted)
+            learn = run_processors(infer, self.learn_processors, stage="learn", space=learn_space)
         else:
-            infer = run_processors(panel, self.infer_processors, stage="infer", space=Workspace())
+            infer_space = Workspace(omitted=space.omitted)
+            infer = run_processors(panel, self.infer_processors, stage="infer", space=infer_space)
             infer_tables = {id(block.table) for block in infer.blocks.values()}
             space.owned -= {g for g, block in panel.blocks.items() if id(block.table) in infer_tables}
             learn = run_processors(panel, self.learn_processors, stage="learn", space=space)

@@ -28,6 +28,8 @@ from qfast.data.handlers.base import DataHandlerLP
 from qfast.data.panel import Block, Panel
 from qfast.data.prices import PRICE_FIELDS, Instruments, Prices, PriceSource, StorePath
 from qfast.data.processors import DropCol, FilterCol, ProcessorSpec, Workspace
+from qfast.data.processors.column_use import unread_columns
+from qfast.data.protocols import Columns
 from qfast.data.rows import restrict_rows, take_rows
 from qfast.data.sources import read_prices
 from qfast.data.store import BinaryStore, is_store
@@ -136,10 +138,11 @@ class PriceHandler(DataHandlerLP):
         self._report_missing_fields()
         self._report_halts()
         self._labels = self._label_panel()
-        raw = self._with_features(self._labels)
-        space = Workspace(raw.blocks if drop_raw else ["feature"])
+        omitted = self._unread_features()
+        raw = self._with_features(self._labels, omitted)
+        space = Workspace(raw.blocks if drop_raw else ["feature"], omitted)
         self._process(raw, space)
-        if not drop_raw and "feature" not in space.overwritten:
+        if not drop_raw and not omitted and "feature" not in space.overwritten:
             self._raw = raw  # no processor changed the features, so "infer" shares their memory
         if drop_raw:
             del self._prices, self._labels
@@ -169,6 +172,26 @@ class PriceHandler(DataHandlerLP):
     def _feature_block(self, prices: Prices, rows: np.ndarray) -> Block:
         """The feature columns at panel rows `rows`."""
         return Block(self._feature_values(prices, rows), tuple(self._feature_names()))
+
+    def _features_without(self, omitted: Collection[str]) -> Block:
+        """The feature columns at the rows of the handler, except the columns `omitted`."""
+        if omitted:
+            raise NotImplementedError(f"{type(self).__name__} computes all features together.")
+        return self._feature_block(self._prices, self._rows)
+
+    def _unread_features(self) -> set[str]:
+        """Features that no result of the processors depends on. They are only computed for the raw data."""
+        names = self._feature_names()
+        unread = unread_columns(
+            {"feature": names, "label": self.label_names},
+            *(self.shared_processors, self.infer_processors, self.learn_processors),
+            self.process_type == self.PTYPE_I,
+        ).intersection(names)
+        return unread if self._computes_columns_separately() and len(unread) < len(names) else set()
+
+    def _computes_columns_separately(self) -> bool:
+        """True if `_features_without` can omit columns."""
+        return False
 
     def _feature_texts(self) -> list[str]:
         """Expressions of the features; empty if they are computed in another way."""
@@ -424,9 +447,23 @@ class PriceHandler(DataHandlerLP):
         keys = replace(take_rows(self._prices.panel, self._rows, groups=()), live=None)
         return keys.with_group("label", values, self.label_names)
 
-    def _with_features(self, labels: Panel) -> Panel:
-        features = replace(labels, blocks={"feature": self._feature_block(self._prices, self._rows)})
+    def _with_features(self, labels: Panel, omitted: Collection[str] = ()) -> Panel:
+        features = replace(labels, blocks={"feature": self._features_without(omitted)})
         return replace(labels, blocks={**features.blocks, **labels.blocks})
+
+    def get_cols(self, col_set: Columns = DataHandlerLP.CS_ALL, data_key: str = DataHandlerLP.DK_I) -> list[Any]:
+        """Names of the columns that `fetch` returns; see `DataHandlerLP.get_cols`."""
+        if data_key != self.DK_R or self._raw is not None or self.drop_raw:
+            return super().get_cols(col_set, data_key)
+        # The raw features are computed at every request, but their names are known.
+        groups = ["feature", *self._labels.blocks] if isinstance(col_set, str) else list(col_set)
+        if isinstance(col_set, str) and col_set not in (self.CS_ALL, self.CS_RAW):
+            return self._raw_names(col_set)
+        pairs = [(group, name) for group in groups for name in self._raw_names(group)]
+        return [name for _, name in pairs] if col_set == self.CS_ALL else pairs
+
+    def _raw_names(self, group: str) -> list[str]:
+        return self.feature_names if group == "feature" else list(self._labels.columns(group))
 
     def _raw_panel(self, groups: Sequence[str] | None) -> Panel:
         if self._raw is not None or self.drop_raw:

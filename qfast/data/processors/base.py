@@ -26,11 +26,15 @@ class Workspace:
         Groups whose current block no other panel uses, so it may be overwritten.
     overwritten : set of str
         Groups whose original block was overwritten.
+    omitted : set of str
+        Columns of the group "feature" that were not computed, because no result depends on them. They are columns that
+        a processor later in the list removes.
     """
 
-    def __init__(self, owned: Iterable[str] = ()) -> None:
+    def __init__(self, owned: Iterable[str] = (), omitted: Iterable[str] = ()) -> None:
         self.owned = set(owned)
         self.overwritten: set[str] = set()
+        self.omitted = set(omitted)
 
 
 class LearnOnlyProcessorError(ConfigError, TypeError):

@@ -74,6 +74,13 @@ def select(panel: Panel, fields_group: FieldsGroup) -> Selection:
     return [(group, np.arange(len(panel.columns(group)))) for group in groups]
 
 
+def whole_groups(panel: Panel, fields_group: FieldsGroup) -> list[str]:
+    """Groups of which `fields_group` selects all columns, and not one column by its name."""
+    selection = select(panel, fields_group)
+    one_column = isinstance(fields_group, tuple) and len(fields_group) == 2 and fields_group[1] not in panel.blocks
+    return [] if one_column else [group for group, _ in selection]
+
+
 def column_names(panel: Panel, group: str, positions: np.ndarray) -> list[str]:
     """Names of the columns of a group at `positions`."""
     names = panel.columns(group)

@@ -12,10 +12,20 @@ import pandas as pd
 from qfast.data.column_maps import Fill, ShiftedTanh
 from qfast.data.panel import Block, Panel
 from qfast.data.processors.base import Processor, Workspace
-from qfast.data.processors.columns import FieldsGroup, column_names, elementwise, is_all, rows_by_chunk, select
+from qfast.data.processors.columns import (
+    FieldsGroup,
+    column_names,
+    elementwise,
+    is_all,
+    rows_by_chunk,
+    select,
+    whole_groups,
+)
 from qfast.errors import ConfigError, DataError, some, suggest
 
 log = logging.getLogger("qfast.data")
+
+FEATURE = "feature"
 
 
 class Fillna(Processor):
@@ -167,8 +177,13 @@ class DropCol(Processor):
         self.col_list = _name_list("DropCol", col_list)
 
     def _apply(self, panel: Panel, space: Workspace) -> Panel:
-        _warn_unknown("DropCol", self.col_list, {c for b in panel.blocks.values() for c in b.columns})
-        return _keep_columns(panel, {g: [c not in self.col_list for c in b.columns] for g, b in panel.blocks.items()})
+        _warn_unknown("DropCol", self.col_list, panel, space)
+        space.omitted -= set(self.col_list)
+        return keep_columns(panel, self.kept(panel))
+
+    def kept(self, panel: Panel) -> dict[str, list[bool]]:
+        """For each group, whether each of its columns remains."""
+        return {g: [c not in self.col_list for c in b.columns] for g, b in panel.blocks.items()}
 
 
 class FilterCol(Processor):
@@ -207,17 +222,28 @@ class FilterCol(Processor):
         self.col_list = _name_list("FilterCol", col_list)
 
     def _apply(self, panel: Panel, space: Workspace) -> Panel:
+        kept = self.kept(panel)
+        _warn_unknown("FilterCol", self.col_list, panel, space)
+        if FEATURE in whole_groups(panel, self.fields_group):
+            space.omitted &= set(self.col_list)
+        return keep_columns(panel, kept)
+
+    def kept(self, panel: Panel) -> dict[str, list[bool]]:
+        """For each group, whether each of its columns remains.
+
+        Raises
+        ------
+        DataError
+            None of the names is in the group.
+        """
         inside = {n for group, p in select(panel, self.fields_group) for n in column_names(panel, group, p)}
         if not inside.intersection(self.col_list):
             raise DataError(
                 f"FilterCol: none of the columns [{some(self.col_list)}] is in group {self.fields_group!r}, which has "
                 f"[{some(sorted(inside))}]."
             )
-        _warn_unknown("FilterCol", self.col_list, {c for b in panel.blocks.values() for c in b.columns})
         listed = set(self.col_list)
-        return _keep_columns(
-            panel, {g: [c in listed or c not in inside for c in b.columns] for g, b in panel.blocks.items()}
-        )
+        return {g: [c in listed or c not in inside for c in b.columns] for g, b in panel.blocks.items()}
 
 
 def _name_list(processor: str, names: object) -> tuple[str, ...]:
@@ -226,13 +252,14 @@ def _name_list(processor: str, names: object) -> tuple[str, ...]:
     return tuple(str(n) for n in names)
 
 
-def _warn_unknown(processor: str, names: Sequence[str], columns: set[str]) -> None:
+def _warn_unknown(processor: str, names: Sequence[str], panel: Panel, space: Workspace) -> None:
+    columns = {c for b in panel.blocks.values() for c in b.columns} | space.omitted
     for name in names:
         if name not in columns:
             log.warning("%s: ignoring column %r, which the data lacks.%s", processor, name, suggest(name, columns))
 
 
-def _keep_columns(panel: Panel, keep: Mapping[str, Sequence[bool]]) -> Panel:
+def keep_columns(panel: Panel, keep: Mapping[str, Sequence[bool]]) -> Panel:
     """A panel with the columns of each group for which `keep` is True. A group without columns is removed."""
     blocks = dict(panel.blocks)
     for group, mask in keep.items():
