@@ -75,7 +75,7 @@ def test_data(reader):
 
 
 def test_factors(reader):
-    assert run_examples(ROOT / "docs" / "factors.md") == 4
+    assert run_examples(ROOT / "docs" / "factors.md") == 5
     values = check_workflow(load_config(reader / "factors.yaml").values).task.dataset.kwargs.handler
     assert values.class_ == "FactorHandler"
     unregister_function("Spread")
