@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qfast.cli_options import with_read_options
 from qfast.errors import ConfigError, QfastError
+from qfast.interrupts import raised_as_keyboard_interrupt
 from qfast.read_options import ReadOptions, command_line
 
 if TYPE_CHECKING:
@@ -310,8 +308,11 @@ def main(arguments: list[str] | None = None) -> int:
         0: success. 1: `qfast check` or `qfast doctor` reports an error. 2: wrong usage or a `QfastError`; set
         QFAST_TRACEBACK=1 to see its traceback. 130: interrupted; the log says how to resume.
     """
-    with contextlib.suppress(ValueError):  # outside the main thread, the caller handles signals
-        signal.signal(signal.SIGTERM, _terminated)
+    with raised_as_keyboard_interrupt():
+        return _run_command(arguments)
+
+
+def _run_command(arguments: list[str] | None) -> int:
     try:
         returned = app(args=arguments, prog_name="qfast", standalone_mode=False)
     except QfastError as error:
@@ -339,10 +340,6 @@ def main(arguments: list[str] | None = None) -> int:
 def _fail(message: str, status: int = EXIT_ERROR) -> int:
     print(f"qfast: {message}", file=sys.stderr)
     return status
-
-
-def _terminated(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt  # SIGTERM is recorded in the run folder like an interrupt from the keyboard
 
 
 def _log_to_stderr(quiet: bool) -> None:

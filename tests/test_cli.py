@@ -14,6 +14,7 @@ import pytest
 
 from qfast import cli
 from qfast.errors import ConfigError
+from qfast.training.callbacks import Progress
 from qfast.workflow import run as run_module
 from support.workflows import write_case
 
@@ -173,6 +174,29 @@ def test_a_signal_leaves_a_folder_that_can_be_resumed(case, tmp_path, number):
     done = len(pd.read_csv(path / "history.csv"))
     assert cli.main(["run", "--resume", str(path), "--set", f"task.model.kwargs.n_epochs={done + 1}", "-q"]) == 0
     assert '"status": "finished"' in (path / "manifest.json").read_text()
+
+
+class _SignalsWhenFinalized:
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_during_a_finalizer_ends_the_run(case, tmp_path, capsys, monkeypatch):
+    config, data, _ = case
+    epochs = []
+
+    def signal_in_finalizer(self, estimator) -> None:
+        epochs.append(estimator.epoch_)
+        _SignalsWhenFinalized()  # Python discards the exception of the handler
+
+    monkeypatch.setattr(Progress, "on_epoch_end", signal_in_finalizer)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    sets = ["--set", "task.model.kwargs.n_epochs=50", "--set", "task.model.kwargs.early_stop=50"]
+    assert cli.main(["run", str(config), "--data", str(data), "-o", str(tmp_path / "run"), *sets]) == 130
+    assert epochs == [0]
+    assert '"status": "interrupted"' in (tmp_path / "run" / "manifest.json").read_text()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 def test_python_m_qfast_is_the_command() -> None:

@@ -19,6 +19,7 @@ from qfast._renamed import renamed_names
 from qfast.data.protocols import HandlerDataset
 from qfast.errors import ConfigError
 from qfast.files import atomic_write
+from qfast.interrupts import raise_discarded
 from qfast.training import checkpoint
 from qfast.training.callbacks import Callback
 from qfast.workflow.folder import BEST, HISTORY, LAST, RunFolder
@@ -29,7 +30,15 @@ if TYPE_CHECKING:
 
 __getattr__ = renamed_names(__name__, {"KeepHistory": "qfast.workflow.pretraining.SaveHistory"})
 
-__all__ = ["SaveHistory", "absolute_model_path", "check_resumable", "history", "pretrain", "require_same_block"]
+__all__ = [
+    "EndAfterSignal",
+    "SaveHistory",
+    "absolute_model_path",
+    "check_resumable",
+    "history",
+    "pretrain",
+    "require_same_block",
+]
 
 log = logging.getLogger("qfast")
 
@@ -57,6 +66,14 @@ class SaveHistory(Callback):
     def _write_history(self, estimator: Estimator) -> None:
         text = estimator.history_.to_csv()
         atomic_write(self.folder / HISTORY, lambda file: file.write_bytes(text.encode("utf-8")))
+
+
+class EndAfterSignal(Callback):
+    """Ends the fit after an epoch in which SIGINT or SIGTERM arrived, if the exception of the signal was discarded."""
+
+    def on_epoch_end(self, estimator: Estimator) -> None:
+        """Raise KeyboardInterrupt."""
+        raise_discarded()
 
 
 class RecordTransfer(Callback):
@@ -164,7 +181,7 @@ def pretrain(
     log.info("pre-training%s: %s", " resumes" if resume else "", folder)
     run_folder.update(stage="pre-training")
     base = cast(Any, model).pretrain(
-        dataset, **arguments, callbacks=[*callbacks, history], checkpoint_dir=folder, resume=resume
+        dataset, **arguments, callbacks=[*callbacks, history, EndAfterSignal()], checkpoint_dir=folder, resume=resume
     )
     history.save_result(base)
     frame = base.history_

@@ -258,10 +258,11 @@ def _train(job: Job, folder: RunFolder, dataset: HandlerDataset) -> None:
         log.warning("%s has no checkpoint; training starts from the beginning", folder.path)
     history = pretraining.SaveHistory(folder.path)
     resuming = job.resumed and has_checkpoint
+    transfer = [] if resuming else [pretraining.RecordTransfer(folder)]
     job.model.fit(
         dataset,
         reweighter=reweighter,
-        callbacks=[*job.callbacks, history, *([] if resuming else [pretraining.RecordTransfer(folder)])],
+        callbacks=[*job.callbacks, history, *transfer, pretraining.EndAfterSignal()],
         checkpoint_dir=folder.path,
         resume=resuming,
     )
