@@ -26,6 +26,10 @@ HELP: dict[str, tuple[type, str]] = {
         str,
         "day: normalize times to dates and use the last row of a day. For a Qlib data folder, the frequency to read.",
     ),
+    "time_zone": (
+        str,
+        "Convert times with a UTC offset and Unix times to this zone, for example Asia/Shanghai; others are in it.",
+    ),
     "instrument_column": (str, "Column with the instruments."),
     "adjust": (bool, "Multiply prices by adjusted close / close, and divide the volume by it."),
 }

@@ -188,11 +188,13 @@ def file_hash(path: Path) -> str:
 
 
 def text_encoding(start: bytes) -> str:
-    """Encoding of a text file from its first bytes: UTF-8 or UTF-16, with or without a byte-order mark.
+    """Encoding of a text file from its first bytes: UTF-8, UTF-16 or UTF-32, with or without a byte-order mark.
 
     >>> text_encoding("date".encode("utf-16")), text_encoding(b"date")
     ('utf-16', 'utf-8')
     """
+    if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     # In UTF-16, every second byte of ASCII characters is 0.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import zoneinfo
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TypeAlias
@@ -42,6 +43,9 @@ class ReadOptions:
     freq : str, optional
         "day": the times of tables are normalized to dates without a time zone, and the last row of a day is used. For a
         Qlib store, the frequency to read. Default: times of tables stay as they are; a store is read by day.
+    time_zone : str, optional
+        Zone of the result, for example "Asia/Shanghai". Times with a UTC offset and Unix times are converted to it;
+        other times are local times of it. With freq "day", the result are its local dates.
     instrument_column : str, optional
         Column with the instruments. Default: symbol, code, ticker or instrument, then the file name, then name.
     adjust : bool, optional
@@ -64,6 +68,7 @@ class ReadOptions:
     separator: str | None = None
     decimal: str | None = None
     freq: str | None = None
+    time_zone: str | None = None
     instrument_column: str | None = None
     adjust: bool | None = None
 
@@ -81,6 +86,14 @@ class ReadOptions:
             except LookupError:
                 raise ConfigError(
                     f"--encoding must be a text encoding such as utf-8, gb18030 or latin-1, got {self.encoding!r}."
+                ) from None
+        if self.time_zone is not None:
+            try:
+                zoneinfo.ZoneInfo(self.time_zone)
+            except (ValueError, OSError, zoneinfo.ZoneInfoNotFoundError):
+                raise ConfigError(
+                    f"--time-zone must be a zone such as Asia/Shanghai, America/New_York or UTC, got "
+                    f"{self.time_zone!r}." + suggest(self.time_zone, zoneinfo.available_timezones())
                 ) from None
         if self.date_format is not None and "%" not in self.date_format and self.date_format.lower() not in _NAMES:
             raise ConfigError(

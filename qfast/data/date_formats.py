@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from qfast.data.time_zones import ZonedTimes, one_zone, split_zones
+from qfast.data.column_names import cell_text
+from qfast.data.time_zones import ZonedTimes, in_zone, one_zone, split_named_zone, split_zones
 from qfast.errors import DataError, shown
 from qfast.read_options import NUMBER_DATES
 
@@ -35,7 +36,19 @@ SAMPLES = 20  # values whose formats are tried; a title above the dates may fit 
 NUMERIC = ("%d{s}%m{s}%Y", "%m{s}%d{s}%Y", "%d{s}%m{s}%y", "%m{s}%d{s}%y", "%y{s}%m{s}%d", "%Y{s}%m{s}%d")
 MONTH_NAMES = ("%d{s}%b{s}%Y", "%d{s}%B{s}%Y", "%d{s}%b{s}%y", "%b{s}%d{s}%Y", "%B{s}%d{s}%Y", "%Y{s}%b{s}%d")
 OTHER_TEXTS = (
-    *("%b %d, %Y", "%B %d, %Y", "%d %b, %Y", "%d. %B %Y", "%a, %d %b %Y", "%a %d %b %Y", "%a %b %d %Y", "%a %b %d, %Y"),
+    *(
+        "%a %m/%d/%Y",
+        "%a %d/%m/%Y",
+        "%a %d-%b-%Y",
+        "%b %d, %Y",
+        "%B %d, %Y",
+        "%d %b, %Y",
+        "%d. %B %Y",
+        "%a, %d %b %Y",
+        "%a %d %b %Y",
+        "%a %b %d %Y",
+        "%a %b %d, %Y",
+    ),
     *("%A, %B %d, %Y", "%A, %d %B %Y", "%d%b%Y", "%d%b%y", "%Y年%m月%d日", "%G-W%V-%u", "%GW%V%u", "%Y-%j"),
 )
 DIGITS = {
@@ -100,6 +113,7 @@ class _Texts:
     column: DateColumn
     codes: np.ndarray
     unique: _Unique
+    zone: str | None = None
 
     @property
     def texts(self) -> pd.Index:
@@ -107,6 +121,12 @@ class _Texts:
 
     def row_of(self, position: int) -> int:
         return int(np.argmax(self.codes == position))
+
+    def zoned(self, times: ZonedTimes) -> ZonedTimes:
+        """The times in the zone whose name follows each of them."""
+        if self.zone is None or times.offsets is not None or times.times.tz is not None:
+            return times
+        return ZonedTimes(in_zone(times, self.zone, is_utc=False, name=f"column {self.column.values.name!r}"), None)
 
 
 @dataclass
@@ -152,7 +172,12 @@ def parse_dates(values: pd.Series, name: str, date_format: str | None = None) ->
     return read_dates([DateColumn(values, name)], date_format).columns[0]
 
 
-def read_dates(columns: Iterable[DateColumn], date_format: str | None = None, whole_days: bool = False) -> Dates:
+def read_dates(
+    columns: Iterable[DateColumn],
+    date_format: str | None = None,
+    whole_days: bool = False,
+    time_zone: str | None = None,
+) -> Dates:
     """Read the dates of a source.
 
     Parameters
@@ -163,6 +188,8 @@ def read_dates(columns: Iterable[DateColumn], date_format: str | None = None, wh
         See `qfast.data.ReadOptions`. Default: inferred from all values of all columns.
     whole_days : bool
         True returns local times without a time zone, whose dates the caller uses.
+    time_zone : str, optional
+        Zone of the result; see `qfast.data.ReadOptions`.
 
     Returns
     -------
@@ -181,7 +208,7 @@ def read_dates(columns: Iterable[DateColumn], date_format: str | None = None, wh
     >>> dates.format, dates.columns[0][0]
     ('%d/%m/%y', Timestamp('2020-01-02 00:00:00'))
     """
-    reader = DateReader(date_format)
+    reader = DateReader(date_format, time_zone)
     for column in columns:
         reader.add(column)
     return reader.finish(whole_days)
@@ -192,12 +219,13 @@ class DateReader:
 
     Parameters
     ----------
-    date_format : str, optional
+    date_format, time_zone : str, optional
         As in `read_dates`.
     """
 
-    def __init__(self, date_format: str | None = None) -> None:
+    def __init__(self, date_format: str | None = None, time_zone: str | None = None) -> None:
         self._date_format = date_format
+        self._time_zone = time_zone
         self._alive: list[_Reading] | None = None  # the formats that fit all values so far
         self._texts: list[_Texts] = []  # the columns so far; only the first one once a single format is left
         self._ready: list[ZonedTimes | None] = []  # of each column; None: in the readings
@@ -221,7 +249,7 @@ class DateReader:
             if len(bad):
                 reading.failure = texts, int(bad[0]), len(bad)
             else:
-                reading.parsed.append(times.take(texts.codes))
+                reading.parsed.append(texts.zoned(times).take(texts.codes))
         self._alive = [reading for reading in tried if reading.failure is None]
         if not self._alive:
             raise _no_format(tried, self._date_format)
@@ -232,7 +260,8 @@ class DateReader:
         if not names:
             raise DataError(
                 f"{texts.column.table}: row 0 is not a date: {texts.texts[0]!r} in column "
-                f"{texts.column.values.name!r} (row 0 is the first row below the header). Remedy: --date-format."
+                f"{texts.column.values.name!r} (row 0 is the first row below the header). "
+                + _remedy_for(str(texts.texts[0]))
             )
         return names
 
@@ -242,6 +271,13 @@ class DateReader:
         parsed = iter(reading.parsed)
         times = [next(parsed) if ready is None else ready for ready in self._ready]
         name = "ISO 8601" if reading.name == ISO else reading.name
+        if self._time_zone is not None:
+            is_utc = [ready is None and reading.name in UNITS for ready in self._ready]
+            zoned = [
+                in_zone(column, self._time_zone, is_utc=utc, name=label)
+                for column, utc, label in zip(times, is_utc, self._names, strict=True)
+            ]
+            return Dates([t.tz_localize(None) for t in zoned] if whole_days else zoned, f"{name}, {self._time_zone}")
         return Dates(one_zone(times, self._names, whole_days), name)
 
     def _reading(self) -> _Reading:
@@ -253,6 +289,20 @@ class DateReader:
         if len(alive) > 1 or (not plausible and "%y" in alive[0].name):
             raise _ambiguous(alive, self._texts)
         return alive[0]
+
+
+def _remedy_for(text: str) -> str:
+    """What to do with a text that fits no format."""
+    abbreviation = re.search(r"\d\s*([A-Z]{2,5})$", text)
+    if abbreviation is not None:
+        zone = abbreviation[1]
+        return (
+            f"{zone!r} is not a UTC offset. Remedy: --date-format with the letters, for example '%Y-%m-%d %H:%M:%S "
+            f"{zone}', which reads local times; --time-zone names their zone."
+        )
+    if re.search(r"[^\W\d_]{3}", text) is not None:
+        return "Remedy: --date-format; names of months and days must be English."
+    return "Remedy: --date-format."
 
 
 def _require_values(column: DateColumn) -> None:
@@ -295,10 +345,13 @@ def _texts(column: DateColumn) -> _Texts:
     elif isinstance(unique, pd.Index) and pd.api.types.is_string_dtype(unique.dtype) and unique.dtype != object:
         texts = unique.str.strip()
     else:
-        texts = pd.Index([str(value).strip() for value in unique], dtype=object)
+        texts = pd.Index([cell_text(value) for value in unique], dtype=object)
+    if len(texts) and texts[0][:1] in "='":
+        texts = pd.Index([cell_text(text) for text in texts], dtype=object)
     if len(texts) and re.fullmatch(r"\d+\.0+", texts[0]):  # whole numbers that were stored as floats
         texts = texts.str.replace(r"\.0+$", "", regex=True)
-    return _Texts(column, codes, _Unique(texts))
+    plain, zone = split_named_zone(texts)
+    return _Texts(column, codes, _Unique(plain), zone)
 
 
 # ---------------------------------------------------------------- choosing the format

@@ -59,6 +59,7 @@ class NumberText:
 
     def __init__(self, values: pd.Series) -> None:
         texts = values.astype(object).where(values.notna(), "").astype(str).str.strip()
+        texts = texts.str.replace(r"^'|^=\"(.*)\"$", r"\1", regex=True)  # text in spreadsheets
         texts = texts.where(~texts.isin(MISSING), "")
         texts = texts.str.replace("\u2212", "-").str.replace(r"^\((.*)\)$", r"-\1", regex=True)
         texts = texts.str.replace(rf"^([+-]?)\s*{CURRENCY}\s*|\s*{CURRENCY}$", r"\1", regex=True)

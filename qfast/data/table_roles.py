@@ -12,23 +12,27 @@ from qfast.data.column_names import (
     ADJUSTED,
     COMPANY_NAMES,
     DATE_NAMES,
-    FIELD_NAMES,
+    DATE_PARTS,
     INSTRUMENT_NAMES,
-    PRICE_FIELDS,
     TIME_NAMES,
+    cell_text,
     find_column,
+    is_field,
     is_index_name,
     plain_name,
     role_name,
 )
 from qfast.data.date_formats import DateColumn, is_date, times_of_day
 from qfast.data.source_notes import note
-from qfast.errors import DataError, shown, some, suggest
+from qfast.errors import DataError, nearest, shown, some, suggest
 from qfast.read_options import ReadOptions
 
 __all__ = ["Keys", "adjusted_column", "find_keys", "instrument_names"]
 
-FOOTERS = ("total", "sum", "average", "mean", "source", "note", "copyright", "data from", "合计", "总计", "数据来源")
+FOOTERS = (
+    *("total", "sum", "average", "mean", "source", "note", "copyright", "data from", "data as of", "downloaded"),
+    *("end of", "合计", "总计", "数据来源"),
+)
 FOOTER_ROWS = 3
 
 
@@ -79,7 +83,7 @@ class Keys(NamedTuple):
         return times
 
 
-def find_keys(frame: pd.DataFrame, table: str, options: ReadOptions, has_name: bool) -> Keys:
+def find_keys(frame: pd.DataFrame, table: str, options: ReadOptions, stem: str | None = None) -> Keys:
     """Find the key columns of a frame, and remove everything that is not data.
 
     Parameters
@@ -89,21 +93,22 @@ def find_keys(frame: pd.DataFrame, table: str, options: ReadOptions, has_name: b
     table : str
         Name of the file or frame, for messages.
     options : ReadOptions
-    has_name : bool
-        True if the name of the file is an instrument, which takes precedence over company names.
+    stem : str, optional
+        Name of a file of a folder. It is the instrument, or the date, that the table has no column for.
 
     Raises
     ------
     DataError
-        There is no date or instrument column, or it occurs twice.
+        There is no date or instrument column, or it occurs twice, or the table has one row per field.
     """
     frame, levels = _flat(frame, table)
     if len(frame) == 0:
         raise DataError(f"{table} has no rows (columns {list(frame.columns)}).")
-    date = find_column(levels, DATE_NAMES) or find_column(frame.columns, DATE_NAMES)
-    if date is None:
-        frame, date = _date_from_index(frame, table)
-    instrument = _instrument_column(frame, levels, table, options, has_name)
+    frame, date = _date_column(frame, levels, table, stem)
+    instrument = _instrument_column(frame, levels, table, options, date, stem)
+    _require_dates(frame, date, instrument, table)
+    _require_one_row_per_date(frame, {date, instrument}, table)
+    _report_other_codes(frame, instrument, table)
     for column in (date, instrument):
         if column is not None and isinstance(frame[column], pd.DataFrame):
             count = frame[column].shape[1]
@@ -121,14 +126,25 @@ def _flat(frame: pd.DataFrame, table: str) -> tuple[pd.DataFrame, list[str]]:
     names = list(frame.index.names)
     if isinstance(frame.index, pd.MultiIndex) and all(name is None for name in names):
         first = frame.index.levels[0]
-        dated = isinstance(first, pd.DatetimeIndex) or (len(first) > 0 and is_date(first[0]))
+        dated = isinstance(first, (pd.DatetimeIndex, pd.PeriodIndex)) or (len(first) > 0 and is_date(first[0]))
         names = ["datetime", "instrument"] if dated else ["instrument", "datetime"]
         if frame.index.nlevels == 2:
             frame = frame.set_axis(frame.index.set_names(names))
+    elif frame.index.nlevels == 2 and None in names:
+        names = _with_missing_name(names)
+        frame = frame.set_axis(frame.index.set_names(names))
     levels = [str(name) for name in names if name is not None]
     if levels:
         frame = _reset_index(frame, table)
     return frame.set_axis([str(c) for c in frame.columns], axis=1), levels
+
+
+def _with_missing_name(names: list[Hashable]) -> list[Hashable]:
+    """The names of two index levels, of which the only missing one is the instrument or the date."""
+    known = next(name for name in names if name is not None)
+    if role_name(known) in DATE_NAMES:
+        return ["instrument" if name is None else name for name in names]
+    return ["datetime" if name is None and role_name(known) in INSTRUMENT_NAMES else name for name in names]
 
 
 def _reset_index(frame: pd.DataFrame, table: str) -> pd.DataFrame:
@@ -153,8 +169,7 @@ def _one_column_per_field(frame: pd.DataFrame, table: str) -> pd.DataFrame:
     if dated:
         frame = frame.set_index(dated)
         frame = frame.set_axis(frame.index.set_names([str(c[0]) for c in dated]))
-    fields = [{plain_name(name) for name in frame.columns.get_level_values(level)} for level in (0, 1)]
-    counts = [len(names & {*PRICE_FIELDS, *FIELD_NAMES}) for names in fields]
+    counts = [sum(map(is_field, frame.columns.get_level_values(level).unique())) for level in (0, 1)]
     if max(counts) == 0:
         return frame.set_axis([str(c[-1]) for c in frame.columns], axis=1)
     level = 1 if counts[0] >= counts[1] else 0
@@ -166,23 +181,45 @@ def _one_column_per_field(frame: pd.DataFrame, table: str) -> pd.DataFrame:
     return long.set_axis(long.index.set_names(["datetime" if index_name is None else index_name, "instrument"]))
 
 
-def _date_from_index(frame: pd.DataFrame, table: str) -> tuple[pd.DataFrame, str]:
-    """Use an index without a name, or a first column without a name, whose values are dates."""
-    first = frame.columns[0] if len(frame.columns) else ""
+def _date_column(frame: pd.DataFrame, levels: list[str], table: str, stem: str | None) -> tuple[pd.DataFrame, str]:
+    """The frame and its date column, which may result from an index, from several columns, or from the file name."""
+    date = find_column(levels, DATE_NAMES)
+    if date is not None:
+        return frame, date
+    columns = [str(c) for c in frame.columns]
+    parts = [find_column(columns, names) for names in DATE_PARTS]
+    date = find_column([c for c in columns if c not in parts], DATE_NAMES)
+    if date is None and None not in parts:
+        year, month, day = (frame[part].map(_whole_number_text) for part in parts)
+        note(f"{table}: dates from the columns {', '.join(repr(part) for part in parts)}")
+        dated = frame.drop(columns=parts).assign(date=year + "-" + month.str.zfill(2) + "-" + day.str.zfill(2))
+        return dated, "date"
+    date = date or find_column(columns, DATE_NAMES)
+    if date is not None:
+        return frame, date
+    first = columns[0] if columns else ""
     if isinstance(frame.index, pd.DatetimeIndex) or (frame.index.dtype.kind not in "iuf" and is_date(frame.index[0])):
         return frame.assign(datetime=frame.index), "datetime"
     if is_index_name(first) and frame[first].dtype.kind not in "iuf" and is_date(frame[first].iloc[0]):
         note(f"{table}: using the dates of the first column, which has no name")
-        return frame, str(first)
+        return frame, first
+    if stem is not None and is_date(stem):
+        note(f"{table}: the date of all rows is the file name")
+        return frame.assign(date=stem), "date"
     raise DataError(_no_column("datetime", DATE_NAMES, frame, table) + _wide_hint(frame))
+
+
+def _whole_number_text(value: object) -> str:
+    return cell_text(value).removesuffix(".0")
 
 
 def _no_column(what: str, accepted: tuple[str, ...], frame: pd.DataFrame, table: str) -> str:
     columns = list(frame.columns)
-    near = next((hint for column in columns if (hint := suggest(role_name(column), accepted))), "")
+    pairs = [(column, nearest(role_name(column), accepted, cutoff=0.8)) for column in columns]
+    near = next((f" Did you mean {name!r} by {column!r}?" for column, name in pairs if name is not None), "")
     return (
-        f"{table} has no {what} column; its columns are {columns}, accepted names are {list(accepted)} (upper or lower "
-        f"case).{near}"
+        f"{table} has no {what} column; its columns are {columns}, accepted names are {list(accepted[:16])} and others "
+        f"(upper or lower case).{near}"
     )
 
 
@@ -193,7 +230,7 @@ def _wide_hint(frame: pd.DataFrame) -> str:
 
 
 def _instrument_column(
-    frame: pd.DataFrame, levels: list[str], table: str, options: ReadOptions, has_name: bool
+    frame: pd.DataFrame, levels: list[str], table: str, options: ReadOptions, date: str, stem: str | None
 ) -> str | None:
     columns = [str(c) for c in frame.columns]
     if options.instrument_column is not None:
@@ -205,18 +242,75 @@ def _instrument_column(
             )
         return column
     column = find_column(levels, INSTRUMENT_NAMES) or find_column(columns, INSTRUMENT_NAMES)
-    if column is not None or has_name:
+    if column is not None or stem is not None:
         return column
     column = find_column(columns, COMPANY_NAMES)
     if column is None:
-        raise DataError(
-            _no_column("instrument", INSTRUMENT_NAMES, frame, table)
-            + " Remedy: --instrument-column NAME, or a folder of files that are named after instruments."
-        )
+        raise DataError(_no_column("instrument", INSTRUMENT_NAMES, frame, table) + _instrument_hint(frame, date))
     note(
         f"{table}: there is no column with symbols, so the instruments are the names in column {column!r}", warning=True
     )
     return column
+
+
+def _instrument_hint(frame: pd.DataFrame, date: str) -> str:
+    """What to do with a table without an instrument column."""
+    others = [str(c) for c in frame.columns if c != date and pd.api.types.is_numeric_dtype(frame[c].dtype)]
+    if frame[date].is_unique and any(map(is_field, others)):
+        return (
+            " It has one row per date. Remedy: if it has one instrument, add a column with its symbol, "
+            "frame.assign(symbol='AAPL'), or put the file into a folder under the instrument's name; otherwise "
+            "--instrument-column NAME."
+        )
+    if frame[date].is_unique and len(others) > 1 and len(others) >= frame.shape[1] - 2:
+        return (
+            f" The columns may be instruments ({some(others, 3)}). Remedy: one row per instrument and date, "
+            f"frame.set_index({date!r}).stack().rename_axis(['datetime', 'instrument']).rename('close')."
+        )
+    return " Remedy: --instrument-column NAME, or a folder of files that are named after instruments."
+
+
+def _require_dates(frame: pd.DataFrame, date: str, instrument: str | None, table: str) -> None:
+    """Refuse keys whose names are swapped."""
+    if instrument is None or any(isinstance(frame[key], pd.DataFrame) for key in (date, instrument)):
+        return
+    dated = [pd.api.types.is_datetime64_any_dtype(frame[key].dtype) for key in (date, instrument)]
+    if dated == [False, True]:
+        raise DataError(
+            f"{table}: the names of the keys are swapped: {instrument!r} contains dates, and {date!r} contains "
+            f"{shown(frame[date].iloc[0])}. Remedy: rename them, for example "
+            "frame.rename_axis(['instrument', 'datetime'])."
+        )
+
+
+def _require_one_row_per_date(frame: pd.DataFrame, keys: set[str | None], table: str) -> None:
+    """Refuse tables with the name of a field in each row: date, symbol, variable, value."""
+    for column in frame.columns:
+        if column in keys or isinstance(frame[column], pd.DataFrame) or pd.api.types.is_numeric_dtype(frame[column]):
+            continue
+        names = list(dict.fromkeys(map(str, frame[column].dropna().iloc[:: max(1, len(frame) // 50)])))
+        if len(names) > 1 and all(map(is_field, names)):
+            raise DataError(
+                f"{table} has one row per field: column {column!r} contains {some(names, 4)}. Remedy: one column per "
+                f"field, frame.pivot(index=[...], columns={column!r}, values=...)."
+            )
+
+
+def _report_other_codes(frame: pd.DataFrame, instrument: str | None, table: str) -> None:
+    """Report another column with codes that separates the rows into another number of instruments."""
+    names = list(frame.columns)
+    others = [c for c in names if c != instrument and role_name(c) in INSTRUMENT_NAMES and names.count(c) == 1]
+    if instrument is None or names.count(instrument) > 1 or not others:
+        return
+    count = frame[instrument].nunique()
+    for column in others:
+        other = frame[column].nunique()
+        if other not in (0, count):
+            note(
+                f"{table}: the instruments are those of column {instrument!r} ({count}), but column {column!r} has "
+                f"{other}. --instrument-column {column!r} uses it",
+                warning=True,
+            )
 
 
 def _clock_column(frame: pd.DataFrame, date: str) -> str | None:
@@ -284,8 +378,10 @@ def _footer(frame: pd.DataFrame, dates: pd.Series) -> np.ndarray:
     for row in range(len(frame) - 1, max(-1, len(frame) - 1 - FOOTER_ROWS), -1):
         if str(dates.iloc[row]).strip()[:1].isdigit():
             break
-        cells = [str(value).strip().lower() for value in frame.iloc[row] if not pd.isna(value)]
-        footer[row] = any(cell.startswith(FOOTERS) for cell in cells[:2]) and not is_date(dates.iloc[row])
+        cells = [str(value).strip().lower().lstrip("#*(/") for value in frame.iloc[row] if not pd.isna(value)]
+        cells = [cell for cell in cells if cell]
+        is_footer = len(cells) == 1 or any(cell.startswith(FOOTERS) for cell in cells[:2])
+        footer[row] = is_footer and not is_date(dates.iloc[row])
         if not footer[row] and cells:
             break
     return footer
@@ -298,14 +394,22 @@ def instrument_names(values: pd.Series, table: str) -> np.ndarray:
     Raises
     ------
     DataError
-        A row has no instrument.
+        A row has no instrument, or something other than text or a number.
     """
     codes, unique = pd.factorize(values)
-    texts = [str(u).strip() for u in unique]
+    for position, name in enumerate(unique):
+        if isinstance(name, (tuple, list, dict, set, frozenset)):
+            raise DataError(
+                f"{table}: row {int(np.argmax(codes == position))} of column {values.name!r} must be text or a number, "
+                f"got {shown(name)}."
+            )
+    texts = [cell_text(u) for u in unique]
     blank = np.array([*(text == "" for text in texts), True])  # the code of a missing value is -1
     if blank[codes].any():
         row = int(np.argmax(blank[codes]))
-        raise DataError(f"{table}: row {row} has no instrument (column {values.name!r}).")
+        raise DataError(
+            f"{table}: row {row} has no instrument (column {values.name!r}). Row 0 is the first row below the header."
+        )
     if all(text.endswith(".0") and text[:-2].isdigit() for text in texts):
         texts = [text[:-2] for text in texts]
     return np.array(texts, dtype=object)[codes]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -11,17 +11,18 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from qfast.data.calendar_notes import report_calendar, report_codes
-from qfast.data.column_names import FIELD_NAMES, OTHER_FIELDS, PRICE_FIELDS, plain_name
+from qfast.data.calendar_notes import report_calendar, report_shifted_zone
+from qfast.data.column_names import OTHER_FIELDS, PRICE_FIELDS, field_names, plain_name
 from qfast.data.date_formats import DateReader, read_dates
 from qfast.data.number_text import NumberText, decimal_mark
 from qfast.data.panel import Block, Panel
 from qfast.data.panel_folder import is_panel_folder
 from qfast.data.prices import PriceSource
 from qfast.data.source_notes import note
-from qfast.data.table_roles import adjusted_column, find_keys, instrument_names
+from qfast.data.table_notes import report_codes, report_fields, report_file_names, report_infinite
+from qfast.data.table_roles import Keys, adjusted_column, find_keys, instrument_names
 from qfast.data.text_files import read_csv
-from qfast.errors import ConfigError, DataError, shown
+from qfast.errors import ConfigError, DataError, shown, some
 from qfast.read_options import ReadOptions
 
 __all__ = ["keyed_frame", "panel_of", "read_table"]
@@ -33,6 +34,7 @@ DAY_NAMES = ("day", "1day", "d", "1d", "daily")
 CSV_ENDINGS = (".csv", ".csv.gz", ".csv.bz2", ".csv.xz", ".csv.zst", ".csv.zip", ".txt", ".tsv")
 PARQUET_ENDINGS = (".parquet", ".pq")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+AVERAGES = ("prc", "dlyprc", "askhi", "bidlo")  # columns of CRSP
 JUMP = 0.2  # change of adjusted close / close from one row to the next that is reported as a split
 
 
@@ -44,6 +46,7 @@ class _Table(NamedTuple):
     columns: dict[str, np.ndarray]
     clock: pd.TimedeltaIndex | None
     keys: str
+    is_named_by_file: bool
 
 
 def panel_of(source: PriceSource, options: ReadOptions = DEFAULTS) -> Panel:
@@ -83,6 +86,7 @@ def panel_of(source: PriceSource, options: ReadOptions = DEFAULTS) -> Panel:
     if not isinstance(source, (str, Path)):
         raise ConfigError(
             f"prices must be a path, a DataFrame or a Panel, got {type(source).__name__}: {shown(source)}."
+            + (" Remedy: pandas.concat(frames, names=['instrument'])." if isinstance(source, Mapping) else "")
         )
     path = Path(source).expanduser()
     if is_panel_folder(path):
@@ -98,7 +102,7 @@ def panel_of(source: PriceSource, options: ReadOptions = DEFAULTS) -> Panel:
 def _lower_case(panel: Panel) -> Panel:
     group = "price" if "price" in panel.blocks else next(iter(panel.blocks), "price")
     block = panel.block(group)
-    names = tuple(_field_names(block.columns))
+    names = tuple(field_names(block.columns))
     return _dense(replace(panel, blocks={"price": Block(block.values, names)}))
 
 
@@ -109,9 +113,11 @@ def _files_of(folder: Path) -> list[Path]:
         if p.name.lower().endswith(CSV_ENDINGS + PARQUET_ENDINGS) and not p.name.startswith((".", "_"))
     )
     if not files:
+        inner = sorted(p.name for p in folder.iterdir() if p.is_dir())
         raise DataError(
             f"prices: the folder {folder} contains neither CSV nor Parquet files ({', '.join(CSV_ENDINGS[:2])}, "
             f"{', '.join(PARQUET_ENDINGS)}), and is not a Qlib store (calendars/, instruments/, features/)."
+            + (f" It has the folders {some(inner, 5)}; files in them are not searched." if inner else "")
         )
     return files
 
@@ -139,9 +145,14 @@ def read_table(path: Path, options: ReadOptions = DEFAULTS) -> pd.DataFrame:
     DataError
         The file is empty or damaged, its encoding is unknown, or pyarrow is missing.
     """
-    if path.name.lower().endswith(PARQUET_ENDINGS) or path.is_dir():
+    if path.name.lower().endswith(PARQUET_ENDINGS) or path.is_dir() or _is_parquet(path):
         return _read_parquet(path)
     return read_csv(path, options)
+
+
+def _is_parquet(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PAR1"
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
@@ -153,7 +164,8 @@ def _read_parquet(path: Path) -> pd.DataFrame:
             "Remedy: pip install 'qfast-models[parquet]', or save the prices as CSV."
         ) from None
     except (OSError, ValueError) as error:  # the errors of pyarrow derive from these
-        raise DataError(f"{path} cannot be read as Parquet: {error}") from None
+        hint = "" if path.is_dir() or _is_parquet(path) else " Remedy: rename it to .csv if it contains text."
+        raise DataError(f"{path} cannot be read as Parquet: {error}{hint}") from None
 
 
 def keyed_frame(frame: pd.DataFrame, name: str, options: ReadOptions) -> pd.DataFrame:
@@ -174,10 +186,10 @@ def keyed_frame(frame: pd.DataFrame, name: str, options: ReadOptions) -> pd.Data
     """
     if frame.columns.nlevels > 1:
         return frame
-    keys = find_keys(frame, name, options, has_name=False)
+    keys = find_keys(frame, name, options)
     assert keys.instrument is not None
     whole_days = _whole_days(options)
-    dates = read_dates([keys.dates(name)], options.date_format, whole_days)
+    dates = read_dates([keys.dates(name)], options.date_format, whole_days, options.time_zone)
     clock = keys.times(name)
     times = _with_clock(dates.columns[0], clock)
     instruments = instrument_names(keys.frame[keys.instrument], name)
@@ -209,37 +221,60 @@ def _whole_days(options: ReadOptions) -> bool:
 # ---------------------------------------------------------------- one table
 def _read_tables(frames: Iterable[tuple[pd.DataFrame, str, str | None]], source: str, options: ReadOptions) -> Panel:
     """The panel of frames, each with its name and the instrument of rows without one."""
-    reader = DateReader(options.date_format)
+    reader = DateReader(options.date_format, options.time_zone)
     tables = []
-    for frame, name, instrument in frames:
-        keys = find_keys(frame, name, options, has_name=instrument is not None)
+    empty = []
+    for frame, name, stem in frames:
+        if len(frame) == 0 and stem is not None:
+            empty.append(name)
+            continue
+        keys = find_keys(frame, name, options, stem)
         if keys.instrument is None:
-            instruments = np.full(len(keys.frame), instrument, dtype=object)
+            instruments = np.full(len(keys.frame), stem, dtype=object)
         else:
             instruments = instrument_names(keys.frame[keys.instrument], name)
         clock = keys.times(name)
         reader.add(keys.dates(name))
         columns = _numeric_columns(keys.frame, {keys.date, keys.instrument, keys.clock}, name, options)
-        where = "the file name" if keys.instrument is None else f"column {keys.instrument!r}"
-        dated = f"column {keys.date!r}" if keys.clock is None else f"columns {keys.date!r} and {keys.clock!r}"
-        tables.append(_Table(name, instruments, columns, clock, f"dates from {dated} ({{}}), instruments from {where}"))
+        tables.append(_Table(name, instruments, columns, clock, _described(keys), keys.instrument is None))
+    if empty:
+        note(f"{source}: leaving out {len(empty)} file(s) with a header but no rows: {some(empty, 5)}", warning=True)
+    if not tables:
+        raise DataError(f"{source}: no file has rows.")
     whole_days = _whole_days(options)
     dates = reader.finish(whole_days)
     times = [_with_clock(column, table.clock) for column, table in zip(dates.columns, tables, strict=True)]
     panel, rows = _stack(tables, times, whole_days, source)
+    report_fields(source, {table.name: list(table.columns) for table in tables})
+    report_file_names(source, _spans(tables, times))
     first, last = panel.datetimes[0], panel.datetimes[-1]
     note(
         f"{source}: {rows:,} rows of {len(panel.instruments)} instrument(s), {first:%Y-%m-%d} to {last:%Y-%m-%d}; "
-        + tables[0].keys.format(dates.format)
+        + _how_read(tables).replace("{}", dates.format)
     )
     _report_unadjusted(panel, source)
     return panel
 
 
-def _field_names(columns: Iterable[object]) -> list[str]:
-    """Plain names of columns. Another name of a field, such as vol, is translated unless the field is there, too."""
-    plain = [plain_name(column) for column in columns]
-    return [FIELD_NAMES[name] if name in FIELD_NAMES and FIELD_NAMES[name] not in plain else name for name in plain]
+def _described(keys: Keys) -> str:
+    """How the keys were read, for the log; {} is the format of the dates."""
+    where = "the file name" if keys.instrument is None else f"column {keys.instrument!r}"
+    dated = f"column {keys.date!r}" if keys.clock is None else f"columns {keys.date!r} and {keys.clock!r}"
+    return f"dates from {dated} ({{}}), instruments from {where}"
+
+
+def _how_read(tables: Sequence[_Table]) -> str:
+    other = next((table for table in tables if table.keys != tables[0].keys), None)
+    return tables[0].keys + ("" if other is None else f"; {other.name}: {other.keys}")
+
+
+def _spans(tables: Sequence[_Table], times: Sequence[pd.DatetimeIndex]) -> dict[str, tuple[pd.Timestamp, pd.Timestamp]]:
+    """First and last time of each file whose name is the instrument."""
+    return {
+        str(table.instruments[0]): (column.min(), column.max())
+        for table, column in zip(tables, times, strict=True)
+        if table.is_named_by_file
+    }
 
 
 def _numeric_columns(
@@ -248,7 +283,7 @@ def _numeric_columns(
     """float32 values of the columns other than `keys`."""
     positions: dict[str, int] = {}
     labels = [column for column in frame.columns if column not in keys]
-    plain_of = dict(zip(labels, _field_names(labels), strict=True))
+    plain_of = dict(zip(labels, field_names(labels), strict=True))
     for position, column in enumerate(frame.columns):
         if column in keys:
             continue
@@ -261,11 +296,18 @@ def _numeric_columns(
     for plain, position in positions.items():
         values = frame.iloc[:, position]
         kind = values.dtype
-        if pd.api.types.is_numeric_dtype(kind) and not pd.api.types.is_complex_dtype(kind):
-            columns[plain] = np.asarray(values.to_numpy(dtype=np.float32, na_value=np.nan))
+        if pd.api.types.is_complex_dtype(kind):
+            raise DataError(f"{name}: column {values.name!r} has complex numbers, but must have real ones.")
+        if pd.api.types.is_numeric_dtype(kind):
+            with np.errstate(over="ignore"):  # reported below
+                columns[plain] = np.asarray(values.to_numpy(dtype=np.float32, na_value=np.nan))
         else:
             texts[plain] = values
     columns |= _text_columns(texts, columns, name, options)
+    for label, plain in plain_of.items():
+        if plain_name(label) in AVERAGES and plain in columns:
+            _make_positive(columns, plain, f"{name}: column {label!r}")
+    report_infinite(name, columns)
     if not columns:
         raise DataError(
             f"{name} has no price column; its columns are {list(frame.columns)}, expected some of {PRICE_FIELDS}."
@@ -273,6 +315,16 @@ def _numeric_columns(
     if options.adjust:
         _adjust(columns, name)
     return {plain: columns[plain] for plain in positions if plain in columns} | columns
+
+
+def _make_positive(columns: dict[str, np.ndarray], plain: str, what: str) -> None:
+    """Remove the sign with which CRSP marks the average of bid and ask on days without a trade."""
+    negative = int((columns[plain] < 0).sum())
+    if negative:
+        note(
+            f"{what} has {negative} negative value(s), averages of bid and ask in CRSP's notation; using them unsigned"
+        )
+        columns[plain] = np.abs(columns[plain])
 
 
 def _text_columns(
@@ -305,17 +357,29 @@ def _text_columns(
         values64 = text.numbers(decimal or ".")
         bad = text.bad_rows(values64)
         if not len(bad):
-            columns[plain] = values64.astype(np.float32)
+            with np.errstate(over="ignore"):
+                columns[plain] = values64.astype(np.float32)
     for plain in [plain for plain in texts if plain not in columns]:
         if plain in fields:
             raise _not_numeric(name, texts[plain], rest.get(plain), decimal)
-        log.info("%s: ignoring column %r, which is not numeric", name, texts[plain].name)
+        _report_text(name, texts[plain], rest.get(plain), decimal or ".")
     return columns
 
 
+def _report_text(name: str, values: pd.Series, text: NumberText | None, decimal: str) -> None:
+    """Report that a column of text is left out; with a warning if most of its values are numbers."""
+    if text is None:
+        log.info("%s: ignoring column %r, which is not numeric", name, values.name)
+        return
+    bad = text.bad_rows(text.numbers(decimal))
+    note(
+        f"{name}: ignoring column {values.name!r}, which is not numeric: row {bad[0]} is {values.iloc[bad[0]]!r}",
+        warning=len(bad) < len(values) / 2,
+    )
+
+
 def _looks_numeric(values: pd.Series) -> bool:
-    present = values.dropna()
-    return len(present) > 0 and any(character.isdigit() for character in str(present.iloc[0]))
+    return any(character.isdigit() for text in map(str, values.dropna().iloc[:20]) for character in text)
 
 
 def _not_numeric(name: str, values: pd.Series, text: NumberText | None, decimal: str | None) -> DataError:
@@ -386,23 +450,15 @@ def _stack(tables: list[_Table], times: list[pd.DatetimeIndex], whole_days: bool
         order = order[last]
     else:
         order = np.argsort(key, kind="stable")
-    same = np.flatnonzero(key[order[1:]] == key[order[:-1]])
-    if len(same):
-        first, second = (_row_name(tables, int(order[k])) for k in (same[0], same[0] + 1))
-        row = order[same[0]]
-        raise DataError(
-            f"duplicate key: {first} and {second} are both (datetime {dates[row]}, instrument {names[codes[row]]!r}); "
-            f"{len(same)} duplicate rows in all. Remedy: keep one row per instrument and datetime, or "
-            "--instrument-column if the instruments are in another column."
-        )
-    report_codes(source, names)
+    order = _without_duplicates(tables, order, key, source, lambda row: (dates[row], names[codes[row]]))
+    report_codes(source, list(names))
+    report_shifted_zone(source, dates.unique().sort_values() if whole_days else pd.DatetimeIndex(calendar))
     report_calendar(source, pd.DatetimeIndex(calendar), date_codes[order], codes[order])
     columns = list(dict.fromkeys(c for t in tables for c in t.columns))
     columns.sort(key=lambda c: PRICE_FIELDS.index(c) if c in PRICE_FIELDS else len(PRICE_FIELDS))
     values = np.empty((len(order), len(columns)), dtype=np.float32)
     for j, column in enumerate(columns):
-        parts = [t.columns.get(column, np.full(len(t.instruments), np.nan, np.float32)) for t in tables]
-        values[:, j] = np.concatenate(parts)[order]
+        values[:, j] = _column(tables, column)[order]
     panel = Panel(
         datetimes=pd.DatetimeIndex(calendar).rename(None),
         instruments=np.asarray(names, dtype=object),
@@ -413,7 +469,47 @@ def _stack(tables: list[_Table], times: list[pd.DatetimeIndex], whole_days: bool
     return _dense(panel), len(order)
 
 
-def _row_name(tables: list[_Table], row: int) -> str:
+def _without_duplicates(
+    tables: Sequence[_Table],
+    order: np.ndarray,
+    key: np.ndarray,
+    source: str,
+    key_of: Callable[[int], tuple[pd.Timestamp, str]],
+) -> np.ndarray:
+    """The sorted rows without those that equal the row before them. Raises a DataError if rows of one key differ."""
+    same = np.flatnonzero(key[order[1:]] == key[order[:-1]])
+    if not len(same):
+        return order
+    first, second = order[same], order[same + 1]
+    for column in dict.fromkeys(c for t in tables for c in t.columns):
+        values = _column(tables, column)
+        differ = np.flatnonzero(
+            (values[first] != values[second]) & ~(np.isnan(values[first]) & np.isnan(values[second]))
+        )
+        if len(differ):
+            rows = int(first[differ[0]]), int(second[differ[0]])
+            one, other = (_row_name(tables, row) for row in rows)
+            datetime, instrument = key_of(rows[0])
+            raise DataError(
+                f"duplicate key: {one} and {other} are both (datetime {datetime}, instrument {instrument!r}), but "
+                f"{column} is {values[rows[0]]:g} and {values[rows[1]]:g}; {len(same)} duplicate "
+                "rows in all. Remedy: keep one row per instrument and datetime, or --instrument-column if "
+                "the instruments are in another column."
+            )
+    note(
+        f"{source}: leaving out {len(same):,} row(s) that repeat another one exactly, the first is "
+        f"{_row_name(tables, int(second[0]))}",
+        warning=True,
+    )
+    return np.delete(order, same + 1)
+
+
+def _column(tables: Sequence[_Table], column: str) -> np.ndarray:
+    """One column of all tables, NaN where a table does not have it."""
+    return np.concatenate([t.columns.get(column, np.full(len(t.instruments), np.nan, np.float32)) for t in tables])
+
+
+def _row_name(tables: Sequence[_Table], row: int) -> str:
     if len(tables) == 1:
         return f"row {row} of {tables[0].name}"
     for table in tables:

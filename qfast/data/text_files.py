@@ -21,11 +21,10 @@ import pandas as pd
 from qfast.data.column_names import (
     COMPANY_NAMES,
     DATE_NAMES,
-    FIELD_NAMES,
     INSTRUMENT_NAMES,
-    PRICE_FIELDS,
     TIME_NAMES,
     find_column,
+    is_field,
     role_name,
 )
 from qfast.data.number_text import MISSING
@@ -39,8 +38,23 @@ __all__ = ["read_csv"]
 SAMPLE_BYTES = 1 << 16
 SAMPLE_LINES = 200
 SEPARATORS = (",", ";", "\t", "|")
+FOREIGN = {
+    b"ARROW1": "a Feather file. Remedy: pandas.read_feather(path).to_parquet(...)",
+    b"\x89HDF": "an HDF5 file. Remedy: pandas.read_hdf(path).to_parquet(...)",
+    b"\xd0\xcf\x11\xe0": "an Excel workbook. Remedy: save the sheet as CSV",
+    b"\x80\x04\x95": "a pickle, which can run code. Remedy: pandas.read_pickle(path).to_parquet(...)",
+    b"\x80\x05\x95": "a pickle, which can run code. Remedy: pandas.read_pickle(path).to_parquet(...)",
+    b"SQLite": "an SQLite database. Remedy: pandas.read_sql(...).to_parquet(...)",
+    b"<": "HTML or XML, perhaps an error page. Remedy: download the data again, or pandas.read_html(path)",
+    b"{": "JSON. Remedy: pandas.read_json(path).to_parquet(...)",
+    b"[{": "JSON. Remedy: pandas.read_json(path).to_parquet(...)",
+    b"[[": "JSON. Remedy: pandas.read_json(path).to_parquet(...)",
+}
+"""First bytes of other formats, and what to do with such files. "<" begins also the header <DATE> of CSV files."""
+HTML = re.compile(rb"\s*<(!doctype|html|\?xml|head|body|table)", re.IGNORECASE)
+CHUNK = 1 << 20
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd"}
-OTHER_ENCODINGS = ("gb18030", "big5", "latin-1")
+OTHER_ENCODINGS = ("gb18030", "big5", "shift_jis", "cp949", "latin-1")
 DAMAGE = (pd.errors.ParserError, OSError, EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, csv.Error)
 HEADER_LINES = 20  # searched for the names of columns
 TEXT_ROLES = (*INSTRUMENT_NAMES, *COMPANY_NAMES, *DATE_NAMES, *TIME_NAMES)
@@ -87,7 +101,8 @@ def read_csv(path: Path, options: ReadOptions) -> pd.DataFrame:
         raise DataError(f"{path} is empty (0 bytes).")
     try:
         layout = _layout(path, options)
-        return _read(path, layout, options)
+        _require_no_nul(path, layout)
+        frame = _read(path, layout, options)
     except pd.errors.EmptyDataError:
         raise DataError(f"{path} contains no columns.") from None
     except UnicodeDecodeError as error:
@@ -97,6 +112,8 @@ def read_csv(path: Path, options: ReadOptions) -> pd.DataFrame:
             f"{path} cannot be read as CSV: {str(error).strip()}. Remedy: --separator or --encoding, unless the "
             "file is damaged."
         ) from None
+    _report_cut_off(path, layout, frame)
+    return frame
 
 
 def _read(path: Path, layout: _Layout, options: ReadOptions) -> pd.DataFrame:
@@ -127,7 +144,9 @@ def _read(path: Path, layout: _Layout, options: ReadOptions) -> pd.DataFrame:
     # The ticker NA is not a missing value.
     arguments["na_values"] = {c: list(MISSING) for c in names if c not in codes} if codes else list(MISSING)
     extra = _extra_cells(path, layout)
-    if extra:
+    if len(layout.separator) > 1 and all(len(row) == len(names) + 1 and row[0].isdigit() for row in layout.cells):
+        arguments |= {"names": ["Unnamed: 0", *names], "header": 0, "index_col": False}  # DataFrame.to_string()
+    elif extra:
         unnamed = [f"Unnamed: {len(names) + number}" for number in range(extra)]
         arguments |= {"names": [*names, *unnamed], "header": 0, "index_col": False}
         if codes:
@@ -152,6 +171,7 @@ def _layout(path: Path, options: ReadOptions) -> _Layout:
     compression = _compression(path)
     with _open(path, compression) as file:
         sample = file.read(SAMPLE_BYTES)
+    _require_text(path, sample)
     complete = len(sample) < SAMPLE_BYTES
     if not sample.strip():
         raise DataError(f"{path} contains no columns.")
@@ -177,6 +197,47 @@ def _layout(path: Path, options: ReadOptions) -> _Layout:
     return _Layout(compression, encoding, separator, first, header_lines, names, cells)
 
 
+def _require_text(path: Path, start: bytes) -> None:
+    """Raise a DataError that names the format if a file is not CSV."""
+    for magic, what in FOREIGN.items():
+        if start.startswith(magic) and (magic != b"<" or HTML.match(start)):
+            raise DataError(f"{path.name} is {what}.")
+
+
+def _require_no_nul(path: Path, layout: _Layout) -> None:
+    """Raise a DataError if the text contains NUL bytes, at which pandas ends numbers and lines."""
+    if layout.encoding.replace("_", "-").lower().startswith(("utf-16", "utf-32")):
+        return
+    lines = 1
+    with _open(path, layout.compression) as file:
+        while chunk := file.read(CHUNK):
+            position = chunk.find(b"\0")
+            if position >= 0:
+                line = lines + chunk[:position].count(b"\n")
+                raise DataError(
+                    f"{path.name}: line {line} contains NUL bytes, so the file is damaged or incomplete. Remedy: "
+                    "download it again, or --encoding if it is not " + layout.encoding + "."
+                )
+            lines += chunk.count(b"\n")
+
+
+def _report_cut_off(path: Path, layout: _Layout, frame: pd.DataFrame) -> None:
+    """Report a last line that has fewer cells than the header, although it begins like the lines before it."""
+    if layout.compression is not None or len(frame) < 2 or len(layout.separator) > 1:
+        return
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - SAMPLE_BYTES // 16))
+        lines = file.read().rstrip().splitlines()
+    separator = layout.separator.encode(layout.encoding.removesuffix("-sig"), errors="ignore")
+    counts = [line.count(separator) for line in lines[-2:]]
+    if len(counts) == 2 and 0 < counts[1] < counts[0] and not lines[-1].endswith(separator):
+        note(
+            f"{path.name}: the last line has {counts[1] + 1} cells and the line before it {counts[0] + 1}, so the file "
+            f"is probably incomplete: {shown(lines[-1].decode(layout.encoding, errors='replace'))}",
+            warning=True,
+        )
+
+
 def _compression(path: Path) -> str | None:
     """Compression of the content, whatever the name of the file."""
     with path.open("rb") as file:
@@ -188,7 +249,10 @@ def _open(path: Path, compression: str | None) -> IO[bytes]:
     if compression is None:
         return path.open("rb")
     if compression == "zip":
-        archive = zipfile.ZipFile(path)
+        try:
+            archive = zipfile.ZipFile(path)
+        except zipfile.BadZipFile as error:
+            raise DataError(f"{path} is a damaged zip archive or Excel workbook: {error}.") from None
         names = archive.namelist()
         if "[Content_Types].xml" in names:
             raise DataError(f"{path} is an Excel workbook. Remedy: save the sheet as CSV.")
@@ -234,7 +298,7 @@ def _header_position(rows: Sequence[Sequence[str]], start: int) -> int:
         named = find_column(row, DATE_NAMES) is not None
         if named and sum(cell.strip() != "" for cell in row) > 1:
             return position
-        if len(row) > 1 and sum(role_name(cell) in PRICE_FIELDS or role_name(cell) in FIELD_NAMES for cell in row) > 1:
+        if len(row) > 1 and sum(is_field(cell) for cell in row) > 1:
             return max(start, position - 1) if position > start and len(rows[position - 1]) == len(row) else position
     return start
 
@@ -243,9 +307,7 @@ def _header_lines(rows: Sequence[Sequence[str]]) -> int:
     """1, or the number of header lines of columns with two levels, such as price and ticker."""
     if len(rows) < 3:
         return 1
-    prices = [
-        sum(role_name(cell) in PRICE_FIELDS or role_name(cell) in FIELD_NAMES for cell in row) for row in rows[:2]
-    ]
+    prices = [sum(is_field(cell) for cell in row) for row in rows[:2]]
     if max(prices) < 2 or find_column(rows[0], DATE_NAMES) is not None or find_column(rows[1], DATE_NAMES) is not None:
         return 1
     if not all(cell.strip() and not _is_number(cell) for row in rows[:2] for cell in row[1:]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import logging
 import re
+import zoneinfo
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import pandas as pd
 
 from qfast.errors import DataError, some
 
-__all__ = ["ZonedTimes", "one_zone", "split_zones"]
+__all__ = ["ZonedTimes", "in_zone", "one_zone", "split_named_zone", "split_zones"]
 
 log = logging.getLogger("qfast.data")
 
@@ -23,6 +24,7 @@ OFFSET = re.compile(
     r"|(?P<timed>.*:\d{2}(?:[.,]\d+)?)\s?(?P<short>[+-]\d{2}(?:\d{2})?)",
     re.IGNORECASE,
 )
+NAMED_ZONE = re.compile(r"(?P<time>.*\d.*?)(?:\s+(?P<zone>[A-Za-z]+(?:/[A-Za-z_+-]+)+)|\s*\[(?P<bracket>[\w/+-]+)\])")
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,70 @@ def split_zones(texts: pd.Index) -> tuple[pd.Index, np.ndarray | None]:
         digits = re.sub(r"\D", "", offset).ljust(4, "0")
         offsets[position] = sign * (60 * int(digits[:2]) + int(digits[2:]))
     return pd.Index(walls, dtype=object), None if np.isnan(offsets).all() else offsets
+
+
+def split_named_zone(texts: pd.Index) -> tuple[pd.Index, str | None]:
+    """Texts without the name of the zone that follows each of them, and this zone; None if they do not have one.
+
+    Examples
+    --------
+    >>> split_named_zone(pd.Index(["2020-01-02 16:00 America/New_York"]))
+    (Index(['2020-01-02 16:00'], dtype='object'), 'America/New_York')
+    """
+    if not len(texts) or NAMED_ZONE.fullmatch(texts[0]) is None:
+        return texts, None
+    matches = [NAMED_ZONE.fullmatch(text) for text in texts]
+    if any(match is None for match in matches):
+        return texts, None
+    zones = {match["zone"] or match["bracket"] for match in matches if match is not None}
+    zone = zones.pop()
+    if zones:
+        return texts, None
+    try:
+        zoneinfo.ZoneInfo(zone)
+    except (ValueError, OSError, zoneinfo.ZoneInfoNotFoundError):
+        return texts, None
+    return pd.Index([match["time"] for match in matches if match is not None], dtype=object), zone
+
+
+def in_zone(times: ZonedTimes, zone: str, *, is_utc: bool, name: str) -> pd.DatetimeIndex:
+    """Times converted to a zone. Times without a UTC offset are local times of it, or UTC.
+
+    Parameters
+    ----------
+    times : ZonedTimes
+    zone : str
+        Name of the zone.
+    is_utc : bool
+        Whether times without an offset are UTC, as seconds since 1970 are.
+    name : str
+        Name of the column, for messages.
+
+    Raises
+    ------
+    DataError
+        A local time occurs twice or never, because clocks change.
+
+    Examples
+    --------
+    >>> midnight = ZonedTimes(pd.DatetimeIndex(["2020-01-01 16:00"]), None)
+    >>> in_zone(midnight, "Asia/Shanghai", is_utc=True, name="date")[0]
+    Timestamp('2020-01-02 00:00:00+0800', tz='Asia/Shanghai')
+    """
+    if times.times.tz is not None:
+        return times.times.tz_convert(zone)
+    offsets = times.minutes()
+    if is_utc:
+        offsets = np.zeros(len(offsets))
+    has_offset = ~np.isnan(offsets)
+    try:
+        result = pd.DatetimeIndex(times.wall.where(~has_offset)).tz_localize(zone).tz_convert("UTC")
+    except ValueError as error:  # also the errors about ambiguous and nonexistent times
+        raise DataError(f"--time-zone {zone}: a local time of {name} is not unique: {error}.") from None
+    if has_offset.any():
+        utc = (times.wall - pd.to_timedelta(np.nan_to_num(offsets), unit="m")).tz_localize("UTC")
+        result = pd.DatetimeIndex(result.where(~has_offset, utc))
+    return result.tz_convert(zone)
 
 
 def one_zone(columns: Sequence[ZonedTimes], names: Sequence[str], whole_days: bool) -> list[pd.DatetimeIndex]:
