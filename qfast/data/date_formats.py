@@ -359,9 +359,14 @@ def _candidates(samples: Iterable[str]) -> list[str]:
     """Names of the formats that fit the first sample for which there is any."""
     for text in samples:
         sample = _Unique(pd.Index([text], dtype=object))
-        names = [name for name in _possible_formats(text) if not _parse(name, sample).wall.isna()[0]]
+        names = []
+        for name in _possible_formats(text):
+            if not _parse(name, sample).wall.isna()[0]:
+                if name == ISO:
+                    return [ISO]
+                names.append(name)
         if names:
-            return [ISO] if ISO in names else names
+            return names
     return []
 
 
