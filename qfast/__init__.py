@@ -21,6 +21,7 @@ Or build the parts yourself. Constructors, `fit` and `predict` are Qlib's:
 
 Names of this module
     run, RunResult          train the model of a workflow file; the result
+    study, StudyResult      many runs of a workflow as one job: seeds, grids, searches, rolling windows; the result
     check, CheckReport      look for problems in a workflow and its data without training; the findings
     predict                 score new data with a finished run
     load, SavedRun          a finished run: model with weights, fitted processors, configuration
@@ -40,6 +41,7 @@ Modules
     qfast.backtest          portfolio simulation on scores
     qfast.ops               the operators: C++ and CUDA kernels, each with a plain-torch version
     qfast.workflow          workflow files, run folders, reports
+    qfast.studies           studies: axes, engines, tables, reports
     qfast.integrations.qlib run qfast's models inside Qlib
     qfast.doctor            versions, the implementation of each operator, self-tests
     qfast.errors            the error classes
@@ -57,6 +59,7 @@ from qfast import _renamed
 
 if TYPE_CHECKING:
     from qfast.errors import QfastError
+    from qfast.studies.study import StudyResult, study
     from qfast.training.callbacks import Callback
     from qfast.workflow.artifacts import export_artifacts
     from qfast.workflow.check import CheckReport, check
@@ -73,6 +76,7 @@ __all__ = [
     "QfastError",
     "RunResult",
     "SavedRun",
+    "StudyResult",
     "__version__",
     "check",
     "export_artifacts",
@@ -80,6 +84,7 @@ __all__ = [
     "predict",
     "register_model",
     "run",
+    "study",
 ]
 
 _MODULE_OF = {
@@ -88,12 +93,14 @@ _MODULE_OF = {
     "QfastError": "qfast.errors",
     "RunResult": "qfast.workflow.run",
     "SavedRun": "qfast.workflow.saved_run",
+    "StudyResult": "qfast.studies.study",
     "check": "qfast.workflow.check",
     "export_artifacts": "qfast.workflow.artifacts",
     "load": "qfast.workflow.saved_run",
     "predict": "qfast.workflow.predict",
     "register_model": "qfast.workflow.classes",
     "run": "qfast.workflow.run",
+    "study": "qfast.studies.study",
 }
 _SUBMODULES = (
     "backtest",
@@ -105,6 +112,7 @@ _SUBMODULES = (
     "models",
     "nn",
     "ops",
+    "studies",
     "training",
     "workflow",
 )

@@ -1,4 +1,4 @@
-"""The command line: qfast run, check, predict, export, demo, info, doctor."""
+"""The command line: qfast run, study, check, predict, export, demo, info, doctor."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from qfast.interrupts import raised_as_keyboard_interrupt
 from qfast.read_options import ReadOptions, command_line
 
 if TYPE_CHECKING:
+    from qfast.studies.study import StudyResult
     from qfast.workflow.run import RunResult
 
 # This must be set before torch loads OpenMP. By default, waiting OpenMP threads spin. On a machine with other work they
@@ -131,6 +132,110 @@ def run_command(
         config, data, sets or (), device, output, seed, resume, allow_code=allow_code, read_options=read_options
     )
     _print_result(result)
+
+
+AXES = "Axes, which multiply"
+ENGINE = "Where the runs are executed"
+
+
+@app.command("study")
+@with_read_options
+def study_command(
+    config: Annotated[
+        Path | None, typer.Argument(help="Workflow file in Qlib's YAML format. Optional with --resume.")
+    ] = None,
+    data: DataOption = None,
+    sets: SetOption = None,
+    device: DeviceOption = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Study folder to create. Default: studies/<experiment>-<UTC time>."),
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            help="A number of seeds, counted from the seed of the workflow file or 0, or a list such as 3,5,8.",
+            rich_help_panel=AXES,
+        ),
+    ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=V1,V2",
+            help="Values of one key of the workflow file, for example task.model.kwargs.lr=1e-3,1e-4. Repeatable.",
+            rich_help_panel=AXES,
+        ),
+    ] = None,
+    search: Annotated[
+        Path | None,
+        typer.Option(help="YAML file of a search with Optuna. Needs the extra tune.", rich_help_panel=AXES),
+    ] = None,
+    trials: Annotated[int | None, typer.Option(help="Number of trials of the search.", rich_help_panel=AXES)] = None,
+    rolling: Annotated[
+        int | None,
+        typer.Option(
+            metavar="STEP", help="Train again every STEP days, and test on these days only.", rich_help_panel=AXES
+        ),
+    ] = None,
+    expanding: Annotated[
+        bool,
+        typer.Option("--expanding", help="Rolling: the training segment keeps its first day.", rich_help_panel=AXES),
+    ] = False,
+    warm_start: Annotated[
+        bool,
+        typer.Option(
+            "--warm-start", help="Rolling: begin with the weights of the previous window.", rich_help_panel=AXES
+        ),
+    ] = False,
+    label_days: Annotated[
+        int | None,
+        typer.Option(
+            help="Rolling: later days that a label reads. Default: known from the expression of the label.",
+            rich_help_panel=AXES,
+        ),
+    ] = None,
+    ensemble: Annotated[
+        str | None, typer.Option(help="Ensemble scores: rank (default) or zscore, averaged over the seeds.")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Processes. Default: cores / threads; 1 on a GPU.", rich_help_panel=ENGINE)
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads of each process.", rich_help_panel=ENGINE)] = 1,
+    on: Annotated[str, typer.Option(help="local, ray or ray://ADDRESS.", rich_help_panel=ENGINE)] = "local",
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Continue the study in this folder. Finished runs remain as they are."),
+    ] = None,
+    allow_code: CodeOption = None,
+    quiet: QuietOption = False,
+    *,
+    read_options: ReadOptions,
+) -> None:
+    """Run a workflow file many times: seeds, a grid, a search, rolling windows. The exit status is 1 if a run fails."""
+    from qfast.studies.study import study
+
+    _log_to_stderr(quiet)
+    result = study(
+        *(config, data, sets or (), device, output),
+        seeds=seeds,
+        grid=grid or (),
+        search=search,
+        trials=trials,
+        rolling=rolling,
+        expanding=expanding,
+        warm_start=warm_start,
+        label_days=label_days,
+        ensemble=ensemble,
+        jobs=jobs,
+        threads=threads,
+        on=on,
+        resume=resume,
+        allow_code=allow_code,
+        read_options=read_options,
+        quiet=quiet,
+    )
+    _print_study(result)
+    raise typer.Exit(1 if result.failed else 0)
 
 
 @app.command("check")
@@ -388,6 +493,19 @@ def _run_in_qlib(
 
 def _print_result(result: RunResult) -> None:
     typer.echo(_metric_lines(result.metrics))
+    typer.echo(f"report: {result.report}")
+
+
+def _print_study(result: StudyResult) -> None:
+    for name, row in result.summary.iterrows():
+        cells = [f"{key} {row[key]:.4f}±{row[f'{key} std']:.4f}" for key in ("IC", "ICIR", "Rank IC", "Rank ICIR")]
+        typer.echo(f"{name} ({row['runs']:.0f} runs): {', '.join(cells)}")
+    if result.best:
+        typer.echo("best trial: " + ", ".join(f"{key}={value}" for key, value in result.best.items()))
+    reasons = result.table.loc[~result.table["status"].isin(["finished", "pruned"]), ["run", "reason"]]
+    for run, reason in reasons.itertuples(index=False):
+        typer.echo(f"run {run:03d} failed: {reason}")
+    typer.echo(f"table: {result.path / 'table.csv'}")
     typer.echo(f"report: {result.report}")
 
 

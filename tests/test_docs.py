@@ -89,6 +89,12 @@ def test_workflow(reader):
     assert (reader / "tomorrow.csv").exists()
 
 
+def test_studies(reader):
+    assert run_examples(ROOT / "docs" / "studies.md", ("sh", "python")) == 3
+    assert (reader / "studies" / "seeds" / "summary.md").exists()
+    assert (reader / "studies" / "rolling" / "rolling" / "000-seed-0" / "metrics.json").exists()
+
+
 @pytest.mark.parametrize("compat", [None, "qlib"])
 def test_batches_of_qlib_look_ahead_and_true_days_do_not(compat):
     """As docs/gats.md says: in Qlib's batches the score of a date depends on later windows."""

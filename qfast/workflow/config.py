@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +61,13 @@ class LoadedConfig:
         The content after rendering, merging and `--set`.
     path : Path
         The workflow file.
+    aliases : list of lists of paths
+        Groups of paths that are aliases of one YAML anchor, for `apply_set`.
     """
 
     values: dict[str, Any]
     path: Path
+    aliases: AliasGroups = field(default_factory=list)
 
 
 def is_run_config(path: str | os.PathLike[str]) -> bool:
@@ -132,7 +135,7 @@ def load_config(path: str | os.PathLike[str], sets: Sequence[str] = ()) -> Loade
         values = deep_merge(base, values)
     for change in sets:
         apply_set(values, change, groups)
-    return LoadedConfig(_without_dropped(values), file)
+    return LoadedConfig(_without_dropped(values), file, groups)
 
 
 def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,10 +27,12 @@ __all__ = [
     "build_dataset",
     "data_facts",
     "data_source",
+    "dataset_over",
     "recorded_source",
     "source_arguments",
     "source_panel",
     "stored_read_options",
+    "workflow_handler",
 ]
 
 
@@ -116,8 +118,15 @@ def build_dataset(workflow: Workflow, data: DataInput | None, read_options: Read
     DataError
         The data cannot be read or is unsuitable for the handler.
     """
-    spec = workflow.task.dataset.description()
-    handler_spec = spec["kwargs"].pop("handler")
+    return dataset_over(workflow, workflow_handler(workflow, data, read_options))
+
+
+def workflow_handler(workflow: Workflow, data: DataInput | None, read_options: ReadOptions = DEFAULTS) -> Handler:
+    """Build the handler of a workflow, which reads and processes the data; arguments and errors as in `build_dataset`.
+
+    The result depends on the handler's description and on `qlib_init`, but on no other part of the workflow.
+    """
+    handler_spec = workflow.task.dataset.description()["kwargs"]["handler"]
     arguments = handler_spec.setdefault("kwargs", {})
     if data is not None:
         arguments.update(source_arguments(handler_spec, data, read_options))
@@ -125,7 +134,13 @@ def build_dataset(workflow: Workflow, data: DataInput | None, read_options: Read
         arguments["provider_uri"] = workflow.qlib_init.provider_uri
     if data is None and read_options.recorded():
         arguments.update(_option_arguments(handler_spec, read_options))
-    handler = registry.HANDLERS.build(handler_spec, path=HANDLER_PATH)
+    handler: Handler = registry.HANDLERS.build(handler_spec, path=HANDLER_PATH)
+    return handler
+
+
+def dataset_over(workflow: Workflow, handler: Handler) -> HandlerDataset:
+    """The dataset of a workflow over a handler that `workflow_handler` has built."""
+    spec = workflow.task.dataset.description()
     kwargs = {**spec["kwargs"], "handler": handler}
     dataset: HandlerDataset = registry.DATASETS.build({**spec, "kwargs": kwargs}, path="task.dataset")
     return dataset

@@ -90,7 +90,7 @@ class RunFolder:
             `output` exists and is not empty, or cannot be created.
         """
         try:
-            path = _new_default(experiment) if output is None else _new_folder(Path(output))
+            path = new_default(experiment) if output is None else new_folder(Path(output))
         except OSError as error:
             raise ConfigError(
                 f"the run folder {str(output or 'runs')!r} cannot be created: {error.strerror}."
@@ -334,10 +334,11 @@ def environment() -> dict[str, object]:
 
 
 # ---------------------------------------------------------------- helpers
-def _new_default(experiment: str) -> Path:
+def new_default(experiment: str, parent: str = "runs") -> Path:
+    """Create the default folder of a run: <parent>/<experiment>-<UTC time>."""
     name = re.sub(r"[^\w.-]+", "_", experiment).strip("._") or "run"
     stamp = dt.datetime.now(dt.timezone.utc).strftime("%Y%m%d-%H%M%S")
-    return next(path for path in _numbered(Path("runs") / f"{name}-{stamp}") if _create(path))
+    return next(path for path in _numbered(Path(parent) / f"{name}-{stamp}") if _create(path))
 
 
 def _create(path: Path) -> bool:
@@ -357,7 +358,8 @@ def _numbered(path: Path) -> Iterator[Path]:
         number += 1
 
 
-def _new_folder(path: Path) -> Path:
+def new_folder(path: Path) -> Path:
+    """Create the folder that a user has named. Raises a ConfigError if it contains files."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(
             f"--output {str(path)!r} exists and is not empty; a run is never overwritten. Remedy: another folder, or "

@@ -24,6 +24,7 @@ from qfast.workflow.validation import check_workflow
 
 if TYPE_CHECKING:
     from qfast.training.estimator import Estimator
+    from qfast.workflow.prepared import PreparedData
 
 __all__ = ["Job", "prepare"]
 
@@ -55,6 +56,8 @@ class Job:
         What the manifest records of the data; known once it is loaded.
     source_warnings : list of str
         What the readers have noticed about the data.
+    prepared : PreparedData or None
+        Data that has already been read and processed.
     """
 
     workflow: Workflow
@@ -70,6 +73,7 @@ class Job:
     seconds: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     source_warnings: list[str] = field(default_factory=list)
+    prepared: PreparedData | None = None
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:

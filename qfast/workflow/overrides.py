@@ -20,6 +20,7 @@ __all__ = [
     "KeyPath",
     "apply_set",
     "path_text",
+    "similar_path",
     "yaml_problem",
     "yaml_reader",
 ]
@@ -142,12 +143,21 @@ def _unknown(config: dict[str, Any], parent: dict[str, Any], path: KeyPath, part
     similar = nearest(part, parent)
     if similar is not None:
         return f"{message} Did you mean {path_text((*path, similar))!r}?"
+    likely = similar_path(config, name)
+    return message if likely is None else f"{message} Did you mean {likely!r}?"
+
+
+def similar_path(config: Mapping[str, Any], name: str) -> str | None:
+    """The path in `config` that is most similar to the dotted path `name`; None if none is.
+
+    >>> similar_path({"task": {"lr": 0.1}}, "lr")
+    'task.lr'
+    """
     paths = [path_text(p) for p in _all_paths(config, ())]
     same_end = sorted(
         (p for p in paths if p.split(".")[-1] == name.split(".")[-1]), key=lambda p: not p.startswith("task.")
     )
-    likely = same_end[0] if same_end else nearest(name, paths, cutoff=0.5)
-    return message if likely is None else f"{message} Did you mean {likely!r}?"
+    return same_end[0] if same_end else nearest(name, paths, cutoff=0.5)
 
 
 def _all_paths(item: object, path: KeyPath) -> Iterator[KeyPath]:

@@ -14,10 +14,23 @@ import pandas as pd
 if TYPE_CHECKING:
     pass
 
-__all__ = ["Report", "render_html"]
+__all__ = [
+    "Report",
+    "details",
+    "fact_table",
+    "figure",
+    "header",
+    "note",
+    "render",
+    "render_html",
+    "small",
+    "table",
+    "text",
+]
 
 
 METRICS = ("IC", "ICIR", "Rank IC", "Rank ICIR")
+MISSING = "–"
 LISTED = 10  # instruments with the highest and with the lowest scores of the last date
 
 
@@ -60,21 +73,17 @@ class Report:
 
 def render_html(report: Report) -> str:
     """Render the page as HTML text. Every value is escaped."""
-    head = _text(report.title)
     parts = [
-        f"<header><h1>{head}</h1><p>{_text(report.subtitle)}</p></header>",
-        f'<p class="lead">{_text(report.intro)}</p>' if report.intro else "",
+        header(report.title, report.subtitle),
+        f'<p class="lead">{text(report.intro)}</p>' if report.intro else "",
         _cards(report.metrics),
-        *(f'<aside class="note">{_text(note)}</aside>' for note in report.notes),
+        *map(note, report.notes),
         "<h2>Metrics</h2>",
         _metric_table(report.metrics),
         '<p class="small">IC is the correlation of score and raw label across the instruments of a day. Rank IC is the '
         "correlation of their ranks. The table shows means over days. ICIR is the mean of the daily values divided by "
         "their standard deviation.</p>",
-        *(
-            f'<figure><img alt="plot: {_text(name.replace("_", " "))}" src="{_inline(png)}"></figure>'
-            for name, png in report.plots.items()
-        ),
+        *(figure(name, png) for name, png in report.plots.items()),
     ]
     if report.portfolio is not None:
         rows = {str(name).replace("_", " "): dict(row) for name, row in report.portfolio.iterrows()}
@@ -87,10 +96,66 @@ def render_html(report: Report) -> str:
             "The scores of a day are traded on the next day.</p>",
         ]
     if report.newest is not None and len(report.newest):
-        parts += [f"<h2>Scores of the last date ({_text(report.newest_date)})</h2>", _newest(report.newest)]
-    parts += ["<h2>Run</h2>", _fact_table(report.facts)]
-    parts += [f"<details><summary>Configuration</summary><pre>{_text(report.config)}</pre></details>"]
-    return PAGE.replace("{title}", head).replace("{body}", "\n".join(parts))
+        parts += [f"<h2>Scores of the last date ({text(report.newest_date)})</h2>", _newest(report.newest)]
+    parts += ["<h2>Run</h2>", fact_table(report.facts)]
+    parts += [details("Configuration", report.config)]
+    return render(report.title, parts)
+
+
+def render(title: str, parts: Sequence[str]) -> str:
+    """A page with the style of all reports.
+
+    Parameters
+    ----------
+    title : str
+    parts : sequence of str
+        HTML of the body.
+    """
+    return PAGE.replace("{title}", text(title)).replace("{body}", "\n".join(parts))
+
+
+def header(title: str, subtitle: str) -> str:
+    """The title of a page and the line below it."""
+    return f"<header><h1>{text(title)}</h1><p>{text(subtitle)}</p></header>"
+
+
+def note(content: str) -> str:
+    """A highlighted warning."""
+    return f'<aside class="note">{text(content)}</aside>'
+
+
+def small(content: str) -> str:
+    """An explanation in small type."""
+    return f'<p class="small">{text(content)}</p>'
+
+
+def figure(name: str, png: bytes) -> str:
+    """An embedded plot."""
+    return f'<figure><img alt="plot: {text(name.replace("_", " "))}" src="{_inline(png)}"></figure>'
+
+
+def details(title: str, content: str) -> str:
+    """Preformatted text that is hidden until the reader opens it."""
+    return f"<details><summary>{text(title)}</summary><pre>{text(content)}</pre></details>"
+
+
+def table(rows: Mapping[str, Mapping[str, str]], first: str) -> str:
+    """A table of texts.
+
+    Parameters
+    ----------
+    rows : mapping
+        Heading of a row -> heading of a column -> cell.
+    first : str
+        Heading of the first column.
+    """
+    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
+    head = "".join(f"<th>{text(column)}</th>" for column in (first, *columns))
+    lines = [
+        f"<tr><th>{text(name)}</th>{''.join(f'<td>{text(row.get(c, MISSING))}</td>' for c in columns)}</tr>"
+        for name, row in rows.items()
+    ]
+    return f"<div class='wide'><table class='numbers'><tr>{head}</tr>{''.join(lines)}</table></div>"
 
 
 def _cards(metrics: Mapping[str, Mapping[str, float | None]]) -> str:
@@ -98,7 +163,7 @@ def _cards(metrics: Mapping[str, Mapping[str, float | None]]) -> str:
     if name is None:
         return ""
     cards = [
-        f'<div class="card"><b>{_number(metrics[name].get(metric))}</b><span>{metric}, {_text(name)}</span></div>'
+        f'<div class="card"><b>{_number(metrics[name].get(metric))}</b><span>{metric}, {text(name)}</span></div>'
         for metric in METRICS
     ]
     return f'<section class="cards">{"".join(cards)}</section>'
@@ -106,12 +171,7 @@ def _cards(metrics: Mapping[str, Mapping[str, float | None]]) -> str:
 
 def _metric_table(metrics: Mapping[str, Mapping[str, float | None]], first: str = "segment") -> str:
     columns = list(dict.fromkeys(key for row in metrics.values() for key in row))
-    head = "".join(f"<th>{_text(column)}</th>" for column in (first, *columns))
-    rows = [
-        f"<tr><th>{_text(name)}</th>{''.join(f'<td>{_number(row.get(c))}</td>' for c in columns)}</tr>"
-        for name, row in metrics.items()
-    ]
-    return f"<div class='wide'><table class='numbers'><tr>{head}</tr>{''.join(rows)}</table></div>"
+    return table({name: {c: _number(row.get(c)) for c in columns} for name, row in metrics.items()}, first)
 
 
 def _newest(scores: pd.Series) -> str:
@@ -119,13 +179,14 @@ def _newest(scores: pd.Series) -> str:
     count = min(LISTED, (len(ordered) + 1) // 2)
     blocks = []
     for title, part in (("Highest", ordered.iloc[:count]), ("Lowest", ordered.iloc[::-1].iloc[:count])):
-        rows = "".join(f"<tr><td>{_text(k)}</td><td>{_number(float(v))}</td></tr>" for k, v in part.items())
+        rows = "".join(f"<tr><td>{text(k)}</td><td>{_number(float(v))}</td></tr>" for k, v in part.items())
         blocks.append(f"<div><h3>{title}</h3><table class='numbers'>{rows}</table></div>")
     return f"<section class='columns'>{''.join(blocks)}</section>"
 
 
-def _fact_table(facts: Mapping[str, object]) -> str:
-    rows = "".join(f"<tr><th>{_text(k)}</th><td>{_text(v)}</td></tr>" for k, v in facts.items())
+def fact_table(facts: Mapping[str, object]) -> str:
+    """A table of headings and values."""
+    rows = "".join(f"<tr><th>{text(k)}</th><td>{text(v)}</td></tr>" for k, v in facts.items())
     return f"<table class='facts'>{rows}</table>"
 
 
@@ -141,7 +202,8 @@ def _inline(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
-def _text(value: object) -> str:
+def text(value: object) -> str:
+    """A value as escaped HTML text."""
     return html.escape(str(value))
 
 

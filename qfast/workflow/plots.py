@@ -16,7 +16,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["cumulative_plot", "loss_plot", "portfolio_plot", "quantile_plot"]
+__all__ = [
+    "add_legend",
+    "cumulative_plot",
+    "figure_axes",
+    "loss_plot",
+    "png",
+    "portfolio_plot",
+    "quantile_plot",
+]
 
 
 COLOURS = {"train": "#8a94a6", "valid": "#d97706", "test": "#1d4ed8"}
@@ -40,7 +48,7 @@ def loss_plot(history: pd.DataFrame, best_epoch: int | None, title: str = "Loss 
     bytes
         A PNG image.
     """
-    figure, axes = _figure()
+    figure, axes = figure_axes()
     for name in ("train", "valid"):
         if name in history:
             values = -history[name].to_numpy(dtype=float)
@@ -57,8 +65,8 @@ def loss_plot(history: pd.DataFrame, best_epoch: int | None, title: str = "Loss 
         axes.axvline(best_epoch, color="#111827", linewidth=1, linestyle=":", label=f"best epoch ({best_epoch})")
     axes.set(xlabel="epoch", ylabel="loss", title=title)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    _legend(axes)
-    return _png(figure)
+    add_legend(axes)
+    return png(figure)
 
 
 def cumulative_plot(segments: Sequence[SegmentResult]) -> bytes:
@@ -67,9 +75,9 @@ def cumulative_plot(segments: Sequence[SegmentResult]) -> bytes:
     Each segment begins at zero and has its own axes, because a test segment is often much shorter than the training
     segment. A constant slope indicates a stable signal.
     """
-    figure, axes = _figure(columns=max(len(segments), 1))
+    figure, axes = figure_axes(columns=max(len(segments), 1))
     if not segments:
-        _legend(axes)
+        add_legend(axes)
     for position, (panel, segment) in enumerate(zip(np.atleast_1d(axes), segments, strict=False)):
         colour = _colour(segment.name, position)
         for daily, name, style in ((segment.ic, "IC", "-"), (segment.rank_ic, "rank IC", "--")):
@@ -79,14 +87,14 @@ def cumulative_plot(segments: Sequence[SegmentResult]) -> bytes:
         panel.axhline(0, color="#9ca3af", linewidth=0.8)
         panel.set(title=f"Cumulative IC: {segment.name}")
         panel.tick_params(axis="x", rotation=30)
-        _legend(panel)
-    return _png(figure)
+        add_legend(panel)
+    return png(figure)
 
 
 def quantile_plot(segments: Sequence[SegmentResult]) -> bytes:
     """Plot the mean label of each day's instruments in five equal groups from lowest to highest score, as PNG bytes."""
     shown = [s for s in segments if s.name != "train"] or list(segments)
-    figure, axes = _figure()
+    figure, axes = figure_axes()
     width = 0.8 / max(len(shown), 1)
     for position, segment in enumerate(shown):
         means = _quantile_means(segment)
@@ -95,13 +103,13 @@ def quantile_plot(segments: Sequence[SegmentResult]) -> bytes:
     axes.axhline(0, color="#6b7280", linewidth=0.8)
     axes.set_xticks(range(QUANTILES), ["lowest", "2", "3", "4", "highest"])
     axes.set(xlabel="score group of the day", ylabel="mean label", title="Mean label by score group")
-    _legend(axes)
-    return _png(figure)
+    add_legend(axes)
+    return png(figure)
 
 
 def portfolio_plot(report: pd.DataFrame) -> bytes:
     """Plot the cumulative returns of the portfolio and the benchmark, and the excess return, as PNG bytes."""
-    figure, axes = _figure(columns=2)
+    figure, axes = figure_axes(columns=2)
     returns = {
         "portfolio": report["return"] - report["cost"],
         "without costs": report["return"],
@@ -117,8 +125,8 @@ def portfolio_plot(report: pd.DataFrame) -> bytes:
         panel.axhline(0, color="#9ca3af", linewidth=0.8)
         panel.set(title=title)
         panel.tick_params(axis="x", rotation=30)
-        _legend(panel)
-    return _png(figure)
+        add_legend(panel)
+    return png(figure)
 
 
 def _quantile_means(segment: SegmentResult) -> list[float]:
@@ -132,7 +140,8 @@ def _quantile_means(segment: SegmentResult) -> list[float]:
     return [float(means.get(q, math.nan)) for q in range(1, QUANTILES + 1)]
 
 
-def _figure(columns: int = 1) -> tuple[Figure, Any]:
+def figure_axes(columns: int = 1) -> tuple[Figure, Any]:
+    """A figure of one row of axes in the style of the reports."""
     # The object interface has no global state and needs no display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -151,7 +160,8 @@ def _figure(columns: int = 1) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _legend(axes: Axes) -> None:
+def add_legend(axes: Axes) -> None:
+    """Add a legend, or the text "no data" to empty axes."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=9)
     else:
@@ -162,7 +172,8 @@ def _colour(name: str, position: int) -> str:
     return COLOURS.get(name, OTHER_COLOURS[position % len(OTHER_COLOURS)])
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """Draw a figure."""
     out = io.BytesIO()
     figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()

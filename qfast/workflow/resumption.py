@@ -18,6 +18,7 @@ from qfast.workflow.schema import Workflow
 __all__ = [
     "RecordedData",
     "config_of",
+    "different_keys",
     "locate_sources",
     "recorded_data",
     "require_same_data",
@@ -109,12 +110,17 @@ def require_same_workflow(
     ConfigError
         Names up to five keys that differ. The seed, the device and the location of the data may differ.
     """
-    different = sorted(set(_differences(workflow.resolved(), stored.resolved(), "")) - MAY_DIFFER)
+    different = different_keys(workflow.resolved(), stored.resolved())
     if different:
         raise ConfigError(
             f"{str(config_path)!r} differs from the workflow of the run {str(folder.path)!r} at {different[:5]}. "
             f"Remedy: omit the file (the run folder contains {CONFIG}), or start a new run."
         )
+
+
+def different_keys(one: Mapping[str, object], other: Mapping[str, object]) -> list[str]:
+    """Keys at which two resolved workflows differ, except seed, device and the location of the data."""
+    return sorted(set(_differences(one, other, "")) - MAY_DIFFER)
 
 
 def require_same_data(folder: RunFolder, facts: Mapping[str, object]) -> None:

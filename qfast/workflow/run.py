@@ -25,6 +25,7 @@ from qfast.workflow.dataset import DataInput, build_dataset, data_facts, data_so
 from qfast.workflow.folder import CONFIG, LAST, RunFolder, recorded
 from qfast.workflow.job import Job, prepare
 from qfast.workflow.portfolio import PortfolioResult, write_portfolio
+from qfast.workflow.prepared import PreparedData
 from qfast.workflow.records import PortAnaRecord, Record, build_records
 from qfast.workflow.report import write_report
 from qfast.workflow.results import SegmentResult, evaluate, raw_labels, write_results
@@ -81,6 +82,7 @@ def run(
     callbacks: Sequence[Callback] = (),
     allow_code: AllowCode = None,
     read_options: ReadSettings = None,
+    prepared: PreparedData | None = None,
 ) -> RunResult:
     """Train the model of a workflow file and write a run folder.
 
@@ -109,6 +111,9 @@ def run(
     read_options : ReadOptions or mapping, optional
         How to read tables, see `qfast.data.ReadOptions`. Replaces the options of the file. The manifest records them,
         and a resumed run uses them again.
+    prepared : PreparedData, optional
+        Data that `PreparedData.write` has already read and processed for a workflow with the same handler. The results
+        equal those of a run that reads the data itself.
 
     Raises
     ------
@@ -134,6 +139,7 @@ def run(
         code = lock.enter_context(allowed_code(allow_code))
         resumed = None if resume is None else _reopen(resume, output, lock, code)
         job = prepare(config_path, data, sets, device, seed, resumed, callbacks, ReadOptions.of(read_options))
+        job.prepared = prepared
         folder = _create(job, output, lock, code) if resumed is None else resumed
         with recorded(folder):
             dataset = _load(job, folder)
@@ -189,10 +195,13 @@ def _reopen(
 def _load(job: Job, folder: RunFolder) -> HandlerDataset:
     """Build the dataset, and load the checkpoint of a resumed run. Raises an error if the run cannot be resumed."""
     with job.timed("data"):
-        with collected_notes() as notes:
-            dataset = build_dataset(job.workflow, job.data, job.read_options)
+        if job.prepared is not None:
+            dataset, notes, job.facts = job.prepared.dataset(job.workflow), job.prepared.notes, job.prepared.facts
+        else:
+            with collected_notes() as notes:
+                dataset = build_dataset(job.workflow, job.data, job.read_options)
+            job.facts = data_facts(dataset.handler, job.data, job.workflow, job.read_options)
         job.source_warnings = [note.text for note in notes if note.warning]
-        job.facts = data_facts(dataset.handler, job.data, job.workflow, job.read_options)
         if notes:
             job.facts["reading"] = [note.text for note in notes]
     if job.resumed:
