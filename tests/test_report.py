@@ -39,7 +39,7 @@ def test_each_segment_of_the_cumulative_ic_has_its_own_dates(segments, monkeypat
     days = short.ic.index[-5:]
     short = SegmentResult("test", short.score, short.label, short.ic.loc[days], short.rank_ic.loc[days])
     drawn = []
-    monkeypatch.setattr(plots, "_png", lambda figure: drawn.append(figure) or PNG)
+    monkeypatch.setattr(plots, "png", lambda figure: drawn.append(figure) or PNG)
     cumulative_plot([segments[0], short])
     panels = drawn[0].axes
     assert [panel.get_title() for panel in panels] == ["Cumulative IC: train", "Cumulative IC: test"]

@@ -50,8 +50,8 @@ def write_study_report(
         page.table(_summary_rows(finished.summary), "point"),
         page.small(
             "Mean ± standard deviation (ddof 1) over the runs. IC and rank IC are means over the days of the segment "
-            "test. The portfolio columns are excess returns over the benchmark with costs. The scores of an ensemble are "
-            f"the means of the daily {'ranks' if folder.manifest['ensemble'] == 'rank' else 'z-scores'} of all seeds."
+            "test. The portfolio columns are excess returns over the benchmark with costs. An ensemble scores with the "
+            f"means of the daily {'ranks' if folder.manifest['ensemble'] == 'rank' else 'z-scores'} of all seeds."
         ),
         *(_best_rows(best) if best else []),
         *(page.figure(name, png) for name, png in images.items()),
