@@ -107,6 +107,12 @@ def run_command(
         Path | None,
         typer.Option(help="Continue an interrupted or failed run in its folder, after its last complete epoch."),
     ] = None,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN", help="Start the training from the weights of this run, or of a weight file (fine-tuning)."
+        ),
+    ] = None,
     engine: Annotated[
         str,
         typer.Option(
@@ -124,12 +130,15 @@ def run_command(
     _log_to_stderr(quiet)
     if engine != "qfast":
         unsupported: dict[str, object] = {"--data": data, "--output": output, "--resume": resume}
-        unsupported |= {"--allow-code": allow_code or None}
+        unsupported |= {"--init-from": init_from, "--allow-code": allow_code or None}
         unsupported |= {command_line(name): value for name, value in read_options.recorded().items()}
         _run_in_qlib(engine, config, unsupported, sets or (), device, seed)
         return
     result = run(
-        config, data, sets or (), device, output, seed, resume, allow_code=allow_code, read_options=read_options
+        *(config, data, sets or (), device, output, seed, resume),
+        allow_code=allow_code,
+        read_options=read_options,
+        init_from=init_from,
     )
     _print_result(result)
 

@@ -133,6 +133,12 @@ def run(
     # Only the model is checked. Handlers, strategies and records are Qlib's, including those that qfast does not have.
     if not isinstance(values.get("task"), dict) or "model" not in values["task"]:
         raise ConfigError(f"{config_path}: task.model is missing.")
+    extensions = [key for key in ("init_from", "pretrain") if values["task"].get(key) not in (None, False)]
+    if extensions:
+        raise ConfigError(
+            f"{config_path}: --engine qlib does not support task.{extensions[0]}, which is an extension of qfast. "
+            "Remedy: --engine qfast, or remove the key."
+        )
     overrides = {key: value for key, value in (("device", device), ("seed", seed)) if value is not None}
     kwargs = check_model(values["task"]["model"]) | overrides
     task = with_qfast_model(values["task"])

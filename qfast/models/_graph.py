@@ -27,7 +27,7 @@ from qfast.training.estimator import Estimator
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-FIT_ARGUMENTS = ("evals_result", "save_path", "reweighter", "callbacks", "checkpoint_dir", "resume")
+FIT_ARGUMENTS = ("evals_result", "save_path", "reweighter", "callbacks", "checkpoint_dir", "resume", "init_from")
 
 __all__ = ["GraphEstimator", "GraphTimeSeriesEstimator"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,10 +11,10 @@ from torch import Tensor, nn
 
 from qfast.errors import CheckpointError, some
 from qfast.training import checkpoint
+from qfast.training.origin import RUN_WEIGHTS, weight_file
 
 PARTS = ("rnn.", "fc_out.")  # prefixes of the parameters that Qlib loads from a base model
 GATES = {"LSTM": 4, "GRU": 3}
-RUN_WEIGHTS = "best.safetensors"  # weight file of a run folder
 
 __all__ = ["BaseWeights", "read_base", "select_base"]
 
@@ -82,7 +81,7 @@ def read_base(path: str | Path, network: nn.Module) -> BaseWeights:
     ...     sorted(read_base(Path(folder, "lstm.pkl"), GATModel(d_feat=20, base_model="LSTM")).tensors)[:2]
     ['fc_out.bias', 'fc_out.weight']
     """
-    file = _weight_file(Path(path).expanduser())
+    file = weight_file(Path(path).expanduser(), "model_path")
     return select_base(checkpoint.read_tensors(file), network, str(file))
 
 
@@ -127,24 +126,6 @@ def select_base(tensors: Mapping[str, Tensor], network: nn.Module, source: str) 
 
 def _first(keys: list[str]) -> str:
     return some(keys, most=3) or "none"
-
-
-def _weight_file(path: Path) -> Path:
-    """The weight file of a run folder; any other path unchanged."""
-    if not path.is_dir():
-        return path
-    file = path / RUN_WEIGHTS
-    if file.is_file():
-        return file
-    try:
-        status = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["status"]
-        reason = f"its run is {status!r} and has not written any yet"
-    except (OSError, ValueError, KeyError, TypeError):
-        reason = "it is not a run folder"
-    raise CheckpointError(
-        f"model_path {str(path)!r} is a folder without {RUN_WEIGHTS}: {reason}. Remedy: a weight file, or the folder "
-        "of a run that has trained at least one epoch."
-    )
 
 
 def _remedy(shapes: Mapping[str, tuple[int, ...]], network: nn.Module) -> str:

@@ -137,6 +137,7 @@ class BaseEstimator:
         self.epoch_ = 0
         self.data_: dict[str, Any] = {}
         self.progress_ = FitProgress()
+        self.origin_: dict[str, str] = {}
         self.callbacks_: list[Callback] = []
         self.evals_result_: dict[str, Any] = {}
         self._is_built = True

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 
-__all__ = ["load_fit", "load_weights", "read_tensors", "save_fit", "save_weights"]
+__all__ = ["load_fit", "load_weights", "matching_state", "read_tensors", "save_fit", "save_weights"]
 
 
 def save_weights(network: nn.Module, path: Path) -> None:
@@ -46,6 +46,28 @@ def load_weights(network: nn.Module, path: Path) -> None:
     network : nn.Module
     path : path
         A .safetensors file or a state dict in torch's format.
+
+    Raises
+    ------
+    CheckpointError
+        As in `matching_state`.
+    """
+    network.load_state_dict(matching_state(network, path))
+
+
+def matching_state(network: nn.Module, path: Path) -> dict[str, Tensor]:
+    """Read the weights of a file, whose keys and shapes must be those of a network. The network is not changed.
+
+    Parameters
+    ----------
+    network : nn.Module
+    path : path
+        As in `load_weights`.
+
+    Returns
+    -------
+    dict
+        State dict of the network, on the CPU.
 
     Raises
     ------
@@ -74,7 +96,7 @@ def load_weights(network: nn.Module, path: Path) -> None:
             f"{path} does not fit {type(network).__name__}: missing {missing or 'none'}, unexpected {extra or 'none'}, "
             f"other shapes {shapes or 'none'}.{hint} Remedy: build the model with the arguments it was trained with."
         )
-    network.load_state_dict(state)
+    return state
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -123,6 +145,7 @@ def save_fit(estimator: BaseEstimator, path: Path) -> None:
         "stop_steps": progress.stop_steps,
         "finished": progress.finished,
         "model_facts": estimator.checkpoint_facts(),
+        "origin": estimator.origin_,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"qfast": json.dumps(facts, default=_text)}
@@ -168,6 +191,7 @@ def load_fit(estimator: BaseEstimator, path: Path) -> None:
     progress.best_score, progress.best_epoch = facts["best_score"], facts["best_epoch"]
     progress.stop_steps, progress.finished = facts["stop_steps"], facts["finished"]
     estimator.restore_facts(facts.get("model_facts", {}))
+    estimator.origin_ = facts.get("origin", {})
     best = _part(tensors, "best.")
     progress.best_weights = {k: v.to(estimator.device) for k, v in best.items()} or None
 

@@ -30,6 +30,7 @@ from qfast.training.base import GRADIENT_LIMIT, FitProgress
 from qfast.training.callbacks import Callback, Checkpoint, EarlyStopping, Progress, epoch_text
 from qfast.training.functions import EpochFunctions, QlibFunctions
 from qfast.training.optim import ClippedAdam
+from qfast.training.origin import Origin, read_origin
 from qfast.training.segments import Reweighter, learning_samples
 from qfast.training.step_graphs import GraphedStep, graphed_step
 
@@ -98,6 +99,8 @@ class Estimator(QlibFunctions):
         The current epoch, from 0.
     evals_result_ : dict
         The score lists "train" and "valid" of the last fit.
+    origin_ : dict
+        "source", "sha256" and "model" of the weights that the last fit with `init_from` started from.
 
     Raises
     ------
@@ -157,6 +160,7 @@ class Estimator(QlibFunctions):
         callbacks: Sequence[Callback] = (),
         checkpoint_dir: str | Path | None = None,
         resume: bool = False,
+        init_from: str | Path | None = None,
     ) -> Estimator:
         """Train on segment "train" and load the weights of the epoch with the best score on segment "valid".
 
@@ -181,6 +185,9 @@ class Estimator(QlibFunctions):
             After every epoch the state of the fit is written to `last.safetensors` in this directory.
         resume : bool
             Continue from the checkpoint in `checkpoint_dir`. The result equals that of an uninterrupted fit.
+        init_from : path, optional
+            A run folder, whose best weights the training starts from, or a weight file. The optimizer is not read. The
+            attribute `origin_` records the file and its hash.
 
         Returns
         -------
@@ -191,12 +198,13 @@ class Estimator(QlibFunctions):
         ------
         ConfigError
             `resume` without `checkpoint_dir`, a `reweighter` without the method, an overridden function that does not
-            accept Qlib's arguments, or an optimizer without the network's parameters.
+            accept Qlib's arguments, an optimizer without the network's parameters, or `init_from` with `resume`.
         DataError
             An empty segment, NaN or infinity in the features, no label or more than one, no finite label, or a loss
             that is not finite.
         CheckpointError
-            `resume` without a checkpoint, or with one that belongs to another fit.
+            `resume` without a checkpoint, or with one that belongs to another fit. Weights of `init_from` that do not
+            fit the network.
 
         Examples
         --------
@@ -211,6 +219,7 @@ class Estimator(QlibFunctions):
         self._require_trained_network()
         if save_path is not None:
             require_file_target(Path(save_path), "save_path")
+        origin = self._origin(init_from, resume)
         train, valid = self._load_segments(dataset, reweighter)
         functions = EpochFunctions(self, train, valid)
         scores: dict[str, Any] = {} if evals_result is None else evals_result
@@ -223,6 +232,11 @@ class Estimator(QlibFunctions):
                     f"resume=True needs checkpoint_dir, the directory of the interrupted fit, got {checkpoint_dir!r}."
                 )
             self.load_checkpoint(Path(checkpoint_dir) / "last.safetensors")
+        elif origin is not None:
+            origin.require_order(train.columns)
+            self.load_weights(origin.file)
+            self.origin_ = origin.facts()
+            self.logger.info("training starts from the weights of %s", origin.file)
         else:
             self.prepare_network()
         self.stop_training = self.progress_.finished
@@ -252,9 +266,20 @@ class Estimator(QlibFunctions):
         return self
 
     def prepare_network(self) -> None:
-        """Set initial weights. `fit` calls it after loading the data, unless the fit is resumed; the default does
-        nothing.
+        """Set initial weights. `fit` calls it after loading the data, unless the fit is resumed or starts from other
+        weights; the default does nothing.
         """
+
+    def _origin(self, init_from: str | Path | None, resume: bool) -> Origin | None:
+        """The checked weights that a fit starts from, if any."""
+        if init_from is None:
+            return None
+        if resume:
+            raise ConfigError(
+                f"init_from={str(init_from)!r} cannot be combined with resume=True, because the checkpoint contains "
+                "the weights. Remedy: pass only one of them."
+            )
+        return read_origin(init_from, self)
 
     def _load_segments(self, dataset: Dataset, reweighter: Reweighter | None) -> tuple[WindowSet, WindowSet | None]:
         """Training and validation samples on the device, after all checks."""

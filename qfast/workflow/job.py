@@ -15,7 +15,8 @@ from qfast import registry
 from qfast.errors import ConfigError
 from qfast.read_options import ReadOptions
 from qfast.training.callbacks import Callback
-from qfast.workflow import pretraining, resumption
+from qfast.training.origin import Origin
+from qfast.workflow import pretraining, resumption, starting
 from qfast.workflow.config import load_config
 from qfast.workflow.dataset import DataInput, require_data, stored_read_options
 from qfast.workflow.folder import LAST, RunFolder
@@ -58,6 +59,8 @@ class Job:
         What the readers have noticed about the data.
     prepared : PreparedData or None
         Data that has already been read and processed.
+    origin : Origin or None
+        The weights that the training starts from.
     """
 
     workflow: Workflow
@@ -74,6 +77,7 @@ class Job:
     facts: dict[str, Any] = field(default_factory=dict)
     source_warnings: list[str] = field(default_factory=list)
     prepared: PreparedData | None = None
+    origin: Origin | None = None
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -92,6 +96,7 @@ def prepare(
     resumed: RunFolder | None,
     callbacks: Sequence[Callback],
     read_options: ReadOptions,
+    init_from: str | os.PathLike[str] | None = None,
 ) -> Job:
     """Check the arguments of `run` and build the model. Nothing is written.
 
@@ -106,7 +111,12 @@ def prepare(
         file = Path(config_path)
     else:
         raise ConfigError("no workflow file. Remedy: pass one, or --resume with a run folder.")
-    workflow = _checked(file, sets, started=resumed is not None and (resumed / LAST).exists())
+    if resumed is not None and init_from is not None:
+        raise ConfigError(
+            f"--init-from {str(init_from)!r} cannot be combined with --resume {str(resumed.path)!r}, which continues "
+            "from the weights of that run. Remedy: pass only one of them."
+        )
+    workflow = _checked(file, sets, resumed is not None and (resumed / LAST).exists(), init_from)
     if resumed is not None:
         if config_path is not None:
             same = _checked(Path(config_path), sets, started=True)
@@ -128,12 +138,20 @@ def prepare(
     require_data(data, workflow)
     source = str(config_path) if config_path is not None else str(file)
     model = registry.MODELS.build(pretraining.without_lost_file(workflow.task.model.description()), path="task.model")
-    return Job(workflow, model, source, data, read_options, kwargs["seed"], seed_drawn, resumed is not None, callbacks)
+    job = Job(workflow, model, source, data, read_options, kwargs["seed"], seed_drawn, resumed is not None, callbacks)
+    job.origin = starting.starting_weights(workflow, model, resumed)
+    return job
 
 
-def _checked(file: Path, sets: Sequence[str], started: bool = False) -> Workflow:
-    """The checked workflow of a file; if training has `started`, its `model_path` may point to a deleted file."""
-    workflow = check_workflow(load_config(file, sets).values, str(file))
+def _checked(
+    file: Path, sets: Sequence[str], started: bool = False, init_from: str | os.PathLike[str] | None = None
+) -> Workflow:
+    """The checked workflow of a file; if training has `started`, the weights it started from may be deleted."""
+    values = load_config(file, sets).values
+    if init_from is not None and isinstance(values.get("task"), dict):
+        values["task"][starting.KEY] = str(Path(init_from).expanduser().absolute())
+    workflow = check_workflow(values, str(file))
+    starting.absolute_origin(workflow, file, optional=started)
     pretraining.absolute_model_path(workflow.task.model, file, optional=started)
     resumption.locate_sources(workflow, file)
     return workflow

@@ -250,6 +250,8 @@ def facts(manifest: Mapping[str, Any]) -> dict[str, str]:
         name, epochs = done["model"].rpartition(".")[2], done["epochs"]
         lines["Pretrained"] = f"{name}, {epochs} epochs, best {done['best_epoch']}, {done['seconds']:.1f} s of training"
     base = manifest.get("pretrained")
+    if origin := manifest.get("init_from"):
+        lines["Start"] = f"weights of {origin['source']} (SHA-256 {origin['sha256'][:12]})"
     if base:
         left = f"; unused: {', '.join(base['not_taken'])}" if base["not_taken"] else ""
         lacking = f"; missing: {', '.join(base['absent'])}" if base["absent"] else ""

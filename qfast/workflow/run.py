@@ -18,7 +18,7 @@ from qfast.files import locked
 from qfast.read_options import ReadOptions, ReadSettings
 from qfast.training.callbacks import Callback
 from qfast.workflow import folder as folders
-from qfast.workflow import pretraining, resumption
+from qfast.workflow import pretraining, resumption, starting
 from qfast.workflow.check.meaning import meaningless
 from qfast.workflow.config import dump_yaml
 from qfast.workflow.dataset import DataInput, build_dataset, data_facts, data_source
@@ -83,6 +83,7 @@ def run(
     allow_code: AllowCode = None,
     read_options: ReadSettings = None,
     prepared: PreparedData | None = None,
+    init_from: str | os.PathLike[str] | None = None,
 ) -> RunResult:
     """Train the model of a workflow file and write a run folder.
 
@@ -114,6 +115,9 @@ def run(
     prepared : PreparedData, optional
         Data that `PreparedData.write` has already read and processed for a workflow with the same handler. The results
         equal those of a run that reads the data itself.
+    init_from : path, optional
+        A run folder, or a weight file, whose weights the training starts from. Replaces `task.init_from` of the file.
+        The manifest records the file and its hash.
 
     Raises
     ------
@@ -122,6 +126,8 @@ def run(
         writes to the `resume` folder.
     DataError
         The data cannot be read or is unsuitable for training.
+    CheckpointError
+        The weights of `init_from` do not fit the model, or the checkpoint of `resume` is damaged.
     QfastError
         The disk is full. The manifest records the failure, and the run can be resumed.
 
@@ -138,7 +144,8 @@ def run(
     with contextlib.ExitStack() as lock:
         code = lock.enter_context(allowed_code(allow_code))
         resumed = None if resume is None else _reopen(resume, output, lock, code)
-        job = prepare(config_path, data, sets, device, seed, resumed, callbacks, ReadOptions.of(read_options))
+        options = ReadOptions.of(read_options)
+        job = prepare(config_path, data, sets, device, seed, resumed, callbacks, options, init_from)
         job.prepared = prepared
         folder = _create(job, output, lock, code) if resumed is None else resumed
         with recorded(folder):
@@ -170,6 +177,7 @@ def _create(
         seed=job.seed,
         seed_drawn=job.seed_drawn,
         data=data_source(job.data, job.workflow, job.read_options),
+        **({} if job.origin is None else {starting.KEY: job.origin.facts()}),
         **({} if code is None else {MANIFEST_KEY: code.facts()}),
     )
     log.info("run folder: %s", folder.path)
@@ -274,6 +282,7 @@ def _train(job: Job, folder: RunFolder, dataset: HandlerDataset) -> None:
         callbacks=[*job.callbacks, history, *transfer, pretraining.EndAfterSignal()],
         checkpoint_dir=folder.path,
         resume=resuming,
+        init_from=None if job.origin is None else job.origin.run,
     )
     history.save_result(job.model)
 

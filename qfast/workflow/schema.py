@@ -147,7 +147,8 @@ def _pretrain_block(value: object) -> object:
 class Task(_Model):
     """The model, its dataset and its records. As in Qlib, other keys are allowed.
 
-    `pretrain` is an extension of qfast: training arguments of the base model, which is trained before the model.
+    Two keys are extensions of qfast. `pretrain` contains training arguments of the base model, which is trained before
+    the model. `init_from` is a run folder or a weight file whose weights the training starts from.
     """
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
@@ -156,6 +157,7 @@ class Task(_Model):
     record: Annotated[list[Spec], BeforeValidator(as_list)] = []
     reweighter: Spec | None = None
     pretrain: Annotated[dict[str, Any] | Literal[False], BeforeValidator(_pretrain_block)] = False
+    init_from: Annotated[str, Field(min_length=1)] | None = None
 
 
 def _lower(value: object) -> object:

@@ -68,7 +68,7 @@ def check_workflow(values: Mapping[str, Any], source: str = "configuration") -> 
         for item in error.errors():
             path, message = _explain(item, values)
             problems.setdefault(path, message)
-    for path, message in (*_class_problems(values), *_pretrain_problems(values)):
+    for path, message in (*_class_problems(values), *_pretrain_problems(values), *_origin_problems(values)):
         problems.setdefault(path, message)
     if workflow is not None:
         for path, message in _segment_problems(workflow):
@@ -242,6 +242,22 @@ def _pretrain_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     base = _base_class(factory, spec)
     if base is not None:
         yield from _argument_problems(base, block, "task.pretrain", without=NETWORK_ARGUMENTS)
+
+
+def _origin_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Problems of `task.init_from`: another source of initial weights."""
+    origin = _item(values, ["task", "init_from"])
+    others = {
+        "task.pretrain": (_item(values, ["task", "pretrain"]), "false"),
+        "task.model.kwargs.model_path": (_item(values, ["task", "model", "kwargs", "model_path"]), "null"),
+    }
+    for key, (value, none) in others.items():
+        if origin is not None and value not in (None, False):
+            yield (
+                "task.init_from",
+                f"{shown(origin)} cannot be combined with {key} {shown(value)}: the weights come from one of them. "
+                f"Remedy: --set {key}={none}, or --set task.init_from=null.",
+            )
 
 
 def _model_class(spec: Any) -> Any:

@@ -19,7 +19,7 @@ from qfast.data.protocols import HandlerDataset
 from qfast.data.source_notes import collected_notes
 from qfast.errors import QfastError
 from qfast.read_options import ReadOptions, ReadSettings
-from qfast.workflow import pretraining, resumption
+from qfast.workflow import pretraining, resumption, starting
 from qfast.workflow.check.data import check_data, require_raw_labels
 from qfast.workflow.check.epoch_time import check_epoch_time
 from qfast.workflow.check.expressions import check_expressions
@@ -107,6 +107,7 @@ def _check(
     with report.attempt("workflow", reraise=(QfastError,)):
         workflow = check_workflow(load_config(config_path, sets).values, str(config_path))
         pretraining.absolute_model_path(workflow.task.model, Path(config_path), optional=True)
+        starting.absolute_origin(workflow, Path(config_path))
         resumption.locate_sources(workflow, config_path)
     if not report.ok:
         return
