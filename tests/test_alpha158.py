@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from qfast.data import Alpha158, Alpha158vwap, FactorHandler, synthetic
+from qfast.data import Alpha158, Alpha158vwap, FactorHandler, load_prices, synthetic
+from qfast.data.expression import ExpressionError
 from qfast.data.factor_cache import FactorCache
 from qfast.data.factors import register_function, unregister_function
 from qfast.data.handlers import build_handler
 from qfast.data.handlers.alpha158 import ROLLING, alpha158_factors
+from qfast.data.panel import Panel
 from qfast.errors import ConfigError, DataError
 from support.pandas_factors import by_pandas
 from support.stores import FIELDS, read_series, write_store
@@ -279,9 +282,9 @@ def test_a_second_run_reads_what_the_first_computed(tmp_path, monkeypatch):
 
 
 def only_labels(evaluated):
-    def wrapper(self, texts, prices, rows):
+    def wrapper(self, texts, prices, rows, out=None):
         assert len(texts) == 1, "factors were computed though they are on disk"
-        return evaluated(self, texts, prices, rows)
+        return evaluated(self, texts, prices, rows, out)
 
     return wrapper
 
@@ -299,34 +302,83 @@ def test_other_data_rows_or_factors_are_another_file(tmp_path):
     assert len(list(tmp_path.iterdir())) == 4
 
 
+def values_of(folder: Path) -> Path:
+    """The file with the factors of a cache folder with one entry."""
+    (file,) = folder.glob("factors-*/contents-*/block-0.values")
+    return file
+
+
+def test_cached_factors_are_mapped_and_not_copied(tmp_path):
+    frame = synthetic.prices(4, 60)
+    kwargs = {"data": frame, "config": CONFIG, "cache": tmp_path}
+    handlers = [Alpha158(**kwargs, infer_processors=infer, learn_processors=[]) for infer in ([], [], ["Fillna"])]
+    plain = Alpha158(data=frame, config=CONFIG, **RAW).panel("raw").values("feature")
+    for handler in handlers:
+        raw = handler.panel("raw").values("feature")
+        assert not raw.flags.writeable
+        np.testing.assert_array_equal(raw, plain)
+    np.testing.assert_array_equal(handlers[2].panel("infer").values("feature"), np.nan_to_num(plain))
+    (entry,) = tmp_path.iterdir()
+    stored = Panel.open(entry)  # the keys are those of the handler
+    assert stored.index().equals(handlers[0].panel("infer").index())
+
+
 def test_a_damaged_file_is_logged_and_recomputed(tmp_path, caplog):
     frame = synthetic.prices(4, 60)
     first = cached(tmp_path, frame)
-    (file,) = tmp_path.iterdir()
-    whole = file.read_bytes()
+    whole = values_of(tmp_path).read_bytes()
     middle = len(whole) // 2
     scratched = whole[: middle - 64] + b"\xff" * 128 + whole[middle + 64 :]
     for damaged in (whole[: len(whole) // 2], b"", b"PAR1 no", scratched):
-        file.write_bytes(damaged)
+        values_of(tmp_path).write_bytes(damaged)
         with caplog.at_level(logging.WARNING, logger="qfast"):
             pd.testing.assert_frame_equal(cached(tmp_path, frame), first)
         assert "cannot read cached factors" in caplog.text
         caplog.clear()
-        assert len(file.read_bytes()) == len(whole)
+        assert values_of(tmp_path).read_bytes() == whole
 
 
 def test_damage_anywhere_never_yields_a_wrong_value(tmp_path):
-    """Also in the header of the file, which no page checksum covers."""
     texts, values = ["$close", "$open"], np.arange(20, dtype=np.float32).reshape(10, 2)
+    keys = load_prices(synthetic.prices(1, 10, late=0, delisted=0, holes=0))
     cache = FactorCache(tmp_path)
-    cache.write("key", texts, values)
-    whole = cache.path("key").read_bytes()
-    for place in range(len(whole)):
-        damaged = bytearray(whole)
-        damaged[place] ^= 8
-        cache.path("key").write_bytes(damaged)
-        result = cache.read("key", texts, len(values))
-        assert result is None or np.array_equal(result, values), place
+    np.testing.assert_array_equal(cache.write("key", texts, keys, lambda out: np.copyto(out, values)), values)
+    for file in filter(Path.is_file, cache.path("key").rglob("*")):
+        whole = file.read_bytes()
+        for place in range(0, len(whole), 1 if len(whole) < 400 else 7):
+            damaged = bytearray(whole)
+            damaged[place] ^= 8
+            file.write_bytes(damaged)
+            result = cache.read("key", texts, len(values))
+            assert result is None or np.array_equal(result, values), (file.name, place)
+        file.write_bytes(whole)
+    assert np.array_equal(cache.read("key", texts, len(values)), values)
+    assert cache.read("key", texts, 9) is None
+    assert cache.read("key", ["$close", "$low"], 10) is None
+
+
+@pytest.mark.parametrize("content", ["a file", "other files", "an old file"])
+def test_what_is_not_a_folder_of_factors_is_left_alone(tmp_path, content, caplog):
+    frame = synthetic.prices(4, 60)
+    first = cached(tmp_path, frame)
+    (entry,) = tmp_path.iterdir()
+    shutil.rmtree(entry)
+    if content == "a file":
+        entry.write_text("mine")
+    elif content == "other files":
+        entry.mkdir()
+        (entry / "mine.txt").write_text("mine")
+    else:
+        (tmp_path / f"{entry.name}.parquet").write_bytes(b"PAR1")
+    pd.testing.assert_frame_equal(cached(tmp_path, frame), first)
+    assert ("factors are not cached" in caplog.text) == (content != "an old file")
+    assert len([p for p in tmp_path.rglob("*") if p.is_file() and p.stat().st_size == 4]) == 1
+
+
+def test_an_error_of_an_expression_is_not_an_error_of_the_cache(tmp_path):
+    with pytest.raises(ExpressionError, match="cannot be subtracted"):
+        FactorHandler(["($close > 1) - ($open > 1)"], data=synthetic.prices(3, 20), cache=tmp_path, **RAW)
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
 
 def test_a_full_disk_costs_the_file_and_not_the_run(tmp_path, monkeypatch, caplog):
@@ -339,7 +391,7 @@ def test_a_full_disk_costs_the_file_and_not_the_run(tmp_path, monkeypatch, caplo
     with caplog.at_level(logging.WARNING, logger="qfast"):
         pd.testing.assert_frame_equal(cached(tmp_path / "b", frame), first)
     assert "factors are not cached" in caplog.text
-    assert list((tmp_path / "b").iterdir()) == []
+    assert [p for p in (tmp_path / "b").rglob("*") if p.is_file()] == []
 
 
 def _fill(folder: str) -> None:

@@ -71,7 +71,7 @@ def test_gats(reader):
 
 
 def test_data(reader):
-    assert run_examples(ROOT / "docs" / "data.md", ("python",)) == 1
+    assert run_examples(ROOT / "docs" / "data.md", ("python",)) == 2
 
 
 def test_factors(reader):

@@ -1,37 +1,38 @@
-"""A cache of computed factors on disk, which a second run reads.
+"""A cache of computed factors on disk, which a second run maps into memory.
 
-Each combination of prices, rows and expressions has one Parquet file, named by a digest of all three. Other prices,
-rows or expressions use another file, so files never become outdated. Files are written atomically: neither an
-interrupted run nor two runs at the same time can damage them. A file that cannot be read is logged and its factors are
-computed again. If the disk is full, the factors are not cached and the run continues.
+Each combination of prices, rows and expressions has one panel folder (`qfast.data.panel_folder`), named by a digest of
+all three. Other prices, rows or expressions use another folder, so folders never become outdated. They are written
+atomically and instrument by instrument, so factors may exceed memory, and neither an interrupted run nor two runs at
+the same time can damage them. All processes that use the same factors share one copy in memory. A damaged folder is
+logged and its factors are computed again. If the disk is full, the factors are not cached and the run continues.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import importlib.util
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 import qfast
 from qfast.data.expression import Call, parse, walk
 from qfast.data.expression_functions import FUNCTIONS
+from qfast.data.panel import Panel
+from qfast.data.panel_folder import create_panel, open_panel
 from qfast.data.prices import Prices
 from qfast.dates import DateLike
-from qfast.errors import ConfigError, QfastError, shown
-from qfast.files import atomic_write
+from qfast.errors import ConfigError, DataError, QfastError, shown
 
 __all__ = ["FactorCache"]
 
 log = logging.getLogger("qfast.data")
 
-FORMAT = 3  # version of the file format and of the meaning of expressions; part of the digest
-ROW_GROUP = 1 << 15  # rows that are transposed at a time
+FORMAT = 4  # version of the folder's format and of the meaning of expressions; part of the digest
+GROUP = "feature"
 
 
 class FactorCache:
@@ -40,22 +41,23 @@ class FactorCache:
     Parameters
     ----------
     folder : path
-        Created when the first file is written.
+        Created when the first factors are written.
 
     Raises
     ------
     ConfigError
-        The path is not a folder, or pyarrow is not installed.
+        The path is not a folder.
 
     Examples
     --------
     >>> import tempfile
-    >>> values = np.array([[1.0, 2.0], [3.0, np.nan]], dtype=np.float32)
+    >>> from qfast.data import load_prices, synthetic
+    >>> prices = load_prices(synthetic.prices(2, 5))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     cache = FactorCache(folder)
-    ...     cache.write("some-key", ["$close", "$open"], values)
-    ...     cache.read("some-key", ["$close", "$open"], 2).tolist()
-    [[1.0, 2.0], [3.0, nan]]
+    ...     written = cache.write("some-key", ["$close"], prices, lambda out: out.fill(3))
+    ...     bool((cache.read("some-key", ["$close"], prices.n_rows) == 3).all())
+    True
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -64,11 +66,6 @@ class FactorCache:
         self.folder = Path(folder).expanduser()
         if self.folder.exists() and not self.folder.is_dir():
             raise ConfigError(f"cache must be a folder, but {str(self.folder)!r} is a file. Remedy: another path.")
-        if importlib.util.find_spec("pyarrow") is None:
-            raise ConfigError(
-                f"cache={str(self.folder)!r} needs pyarrow, which is not installed. "
-                "Remedy: pip install 'qfast-models[parquet]', or remove the argument cache."
-            )
 
     def key(
         self,
@@ -108,7 +105,7 @@ class FactorCache:
         digest = hashlib.blake2b(digest_size=16)
         digest.update(f"{FORMAT} {qfast.__version__} {start_time}\x1e".encode())
         digest.update("\x1f".join(texts).encode())
-        if compat is not None:  # digests of files without it stay valid
+        if compat is not None:  # the digest of factors without it does not contain it
             digest.update(f"\x1ecompat={compat}".encode())
         for name, (panel, extents) in [("", prices), *sorted(others.items())]:
             digest.update(f"\x1e{name}\x1e{panel.content_hash()}".encode())
@@ -119,11 +116,11 @@ class FactorCache:
         return digest.hexdigest()
 
     def path(self, key: str) -> Path:
-        """The file of a key."""
-        return self.folder / f"factors-{key}.parquet"
+        """The panel folder of a key."""
+        return self.folder / f"factors-{key}"
 
     def read(self, key: str | None, texts: Sequence[str], n_rows: int) -> np.ndarray | None:
-        """The factors of a key.
+        """The factors of a key, as a read-only memory map. All values are compared with their checksums once.
 
         Parameters
         ----------
@@ -137,66 +134,74 @@ class FactorCache:
         Returns
         -------
         float32 [M, C] or None
-            None if the file does not exist or cannot be read; an unreadable file is logged.
+            None if the folder does not exist or is damaged; damage is logged.
         """
-        if key is None or not self.path(key).is_file():
+        if key is None or not self.path(key).exists():
             return None
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        file = self.path(key)
+        folder = self.path(key)
         try:
-            with pq.ParquetFile(file, memory_map=True, page_checksum_verification=True) as parquet:
-                # Checksums cover the pages only; the number and names of the columns are checked here.
-                if parquet.metadata.num_rows != n_rows or not parquet.schema_arrow.equals(_schema(texts)):
-                    raise ValueError(f"{parquet.metadata.num_rows} rows of {parquet.metadata.num_columns} columns")
-                out = np.empty((n_rows, len(texts)), dtype=np.float32)
-                start = 0
-                for group in range(parquet.num_row_groups):
-                    table = parquet.read_row_group(group, use_threads=False)
-                    columns = np.stack([column.to_numpy() for column in table.columns])
-                    out[start : start + table.num_rows] = columns.T
-                    start += table.num_rows
-        except (OSError, ValueError, pa.ArrowException) as error:
-            log.warning("cannot read cached factors from %s (%s); computing them again", file, error)
+            panel = open_panel(folder)
+            if panel.n_rows != n_rows or list(panel.blocks) != [GROUP] or panel.columns(GROUP) != _columns(texts):
+                raise DataError(f"it contains other factors: {panel.n_rows} rows, {list(panel.blocks)}")
+            values = panel.values(GROUP)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, QfastError) as error:
+            log.warning("cannot read cached factors from %s (%s); computing them again", folder, error)
             return None
-        log.info("read factors from %s", file)
-        return out
+        log.info("mapped factors from %s", folder)
+        return values
 
-    def write(self, key: str | None, texts: Sequence[str], values: np.ndarray) -> None:
-        """Store `values` under `key`. A failure is logged and does not raise.
+    def write(
+        self, key: str | None, texts: Sequence[str], keys: Panel, compute: Callable[[np.ndarray], object]
+    ) -> np.ndarray | None:
+        """Compute factors into a new folder of the cache.
 
         Parameters
         ----------
         key : str or None
-            None: nothing is stored.
+            From `key`.
         texts : sequence of str
             C expressions.
-        values : float32 [M, C]
+        keys : Panel
+            Keys of the M rows; its columns are not stored.
+        compute : callable
+            `compute(out)` writes the factors to `out`, float32 [M, C].
+
+        Returns
+        -------
+        float32 [M, C] or None
+            The factors, as a read-only memory map. None if they cannot be stored, which is logged, or if `key` is None.
         """
         if key is None:
-            return
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        schema = _schema(texts)
-
-        def fill(file: Path) -> None:
-            plain = {"compression": "none", "use_dictionary": False, "write_statistics": False}
-            with pq.ParquetWriter(file, schema, write_page_checksum=True, **plain) as to:
-                for start in range(0, len(values), ROW_GROUP):
-                    columns = np.ascontiguousarray(values[start : start + ROW_GROUP].T)
-                    to.write_table(pa.Table.from_arrays([pa.array(column) for column in columns], schema=schema))
-
+            return None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            atomic_write(self.path(key), fill)
+            with create_panel(keys.only(()), self.path(key), {GROUP: _columns(texts)}) as values, _apart():
+                compute(values[GROUP])
+            return open_panel(self.path(key), verify=False).values(GROUP)
+        except ComputationError as error:
+            raise error.original from None
         except (OSError, QfastError) as error:
             log.warning("factors are not cached: %s", error)
+            return None
 
 
-def _schema(texts: Sequence[str]) -> Any:
-    """Schema of a file: float32 columns, named by position and expression."""
-    import pyarrow as pa
+class ComputationError(Exception):
+    """An error of the factors themselves, which is not an error of the disk."""
 
-    return pa.schema([(f"{place}: {text}", pa.float32()) for place, text in enumerate(texts)])
+    def __init__(self, original: Exception) -> None:
+        super().__init__(str(original))
+        self.original = original
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """Distinguish errors of the computation from those of the disk."""
+    try:
+        yield
+    except Exception as error:
+        raise ComputationError(error) from error
+
+
+def _columns(texts: Sequence[str]) -> tuple[str, ...]:
+    """Names of the columns: position and expression, because an expression may occur twice."""
+    return tuple(f"{place}: {text}" for place, text in enumerate(texts))

@@ -11,6 +11,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -234,6 +235,50 @@ class Panel:
         from qfast.data.panel_folder import open_panel
 
         return open_panel(path, verify=verify)
+
+    def create(
+        self, path: str | os.PathLike[str], columns: Mapping[str, Sequence[str]]
+    ) -> AbstractContextManager[dict[str, np.ndarray]]:
+        """Write a panel with the rows of this one and new values, which may exceed memory.
+
+        The values are computed inside the `with` statement, in any order and in pieces of any size, for example
+        instrument by instrument. Afterwards the folder contains the new panel. If an error occurs, or the process is
+        killed, it still contains the previous one, as with `save`.
+
+        Parameters
+        ----------
+        path : path
+            As in `save`.
+        columns : mapping of group to names
+            The column groups of the new panel.
+
+        Returns
+        -------
+        context manager
+            It returns a dict from group to float32 [R, C], arrays over the new files. Write every value once, and do
+            not use the arrays after the `with` statement.
+
+        Raises
+        ------
+        DataError, ConfigError
+            As `save`. The space on the disk is reserved before the first value is written.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> index = pd.MultiIndex.from_product([pd.date_range("2024-01-01", periods=2), ["A", "B"]],
+        ...                                    names=["datetime", "instrument"])
+        >>> keys = Panel.from_frame(pd.DataFrame(index=index))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with keys.create(folder, {"feature": ["x"]}) as values:
+        ...         for code in range(2):
+        ...             values["feature"][keys.instrument_codes == code] = code
+        ...     Panel.open(folder).values("feature").tolist()
+        [[0.0], [0.0], [1.0], [1.0]]
+        """
+        from qfast.data.panel_folder import create_panel
+
+        return create_panel(self, path, columns)
 
     # ---------------------------------------------------------------- shape and access
     @property

@@ -14,6 +14,7 @@ one, whatever interrupts the write. Processes that have mapped the previous pane
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import mmap
@@ -30,13 +31,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from qfast.data.storage import new_mapped_file
 from qfast.errors import DataError, QfastError
 from qfast.files import atomic_write, is_disk_full, locked
 
 if TYPE_CHECKING:
     from qfast.data.panel import Block, Panel, Table
 
-__all__ = ["is_panel_folder", "open_panel", "save_panel"]
+__all__ = ["create_panel", "is_panel_folder", "open_panel", "save_panel"]
 
 FORMAT = "qfast panel"
 VERSION = 1
@@ -54,16 +56,44 @@ def is_panel_folder(path: object) -> bool:
 # ---------------------------------------------------------------- writing
 def save_panel(panel: Panel, path: str | os.PathLike[str]) -> None:
     """Write a panel to a folder; see `Panel.save`."""
+    with _new_contents(path, panel.nbytes) as (contents, header):
+        blocks = [
+            _write_block(name, block, contents, f"block-{number}")
+            for number, (name, block) in enumerate(panel.blocks.items())
+        ]
+        header |= _write_keys(panel, blocks, contents)
+
+
+@contextlib.contextmanager
+def create_panel(
+    keys: Panel, path: str | os.PathLike[str], columns: Mapping[str, Sequence[str]]
+) -> Iterator[dict[str, np.ndarray]]:
+    """Write a panel whose values the caller computes; see `Panel.create`."""
+    with _new_contents(path, keys.nbytes + 4 * keys.n_rows * sum(map(len, columns.values()))) as (contents, header):
+        files = {group: f"block-{number}" for number, group in enumerate(columns)}
+        arrays = {
+            group: new_mapped_file(contents / f"{stem}.values", (keys.n_rows, len(columns[group])), np.float32)
+            for group, stem in files.items()
+        }
+        yield dict(arrays)
+        blocks = [_finish_block(group, columns[group], arrays[group], contents, stem) for group, stem in files.items()]
+        header |= _write_keys(keys, blocks, contents)
+
+
+@contextlib.contextmanager
+def _new_contents(path: str | os.PathLike[str], n_bytes: int) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A subfolder for new contents, and the header that the caller fills. The header then replaces the previous one."""
     folder = Path(path).expanduser()
     _require_usable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, "panel"):
         _remove_leftovers(folder)
         contents = folder / f"contents-{secrets.token_hex(8)}"
+        header: dict[str, Any] = {}
         try:
-            _require_space(folder, panel.nbytes)
+            _require_space(folder, n_bytes)
             contents.mkdir()
-            header = _write_contents(panel, contents)
+            yield contents, header
             header["digest"] = _digest_of(header)
             _sync_folder(contents)
             _sync_folder(folder)
@@ -75,8 +105,8 @@ def save_panel(panel: Panel, path: str | os.PathLike[str]) -> None:
                 shutil.rmtree(contents, ignore_errors=True)
             if is_disk_full(error) and not isinstance(error, QfastError):
                 raise DataError(
-                    f"no space left on the disk for the panel {str(folder)!r}, which needs {panel.nbytes / 1e9:.2f} "
-                    "GB; a previous panel in this folder is complete. Remedy: free some space."
+                    f"no space left on the disk for the panel {str(folder)!r}, which needs {n_bytes / 1e9:.2f} GB; a "
+                    "previous panel in this folder is complete. Remedy: free some space."
                 ) from error
             raise
         _remove_leftovers(folder)
@@ -104,12 +134,8 @@ def _require_space(folder: Path, n_bytes: int) -> None:
         )
 
 
-def _write_contents(panel: Panel, contents: Path) -> dict[str, Any]:
-    """Write all files of a panel, and return the header without its digest."""
-    blocks = [
-        _write_block(name, block, contents, f"block-{number}")
-        for number, (name, block) in enumerate(panel.blocks.items())
-    ]
+def _write_keys(panel: Panel, blocks: list[dict[str, Any]], contents: Path) -> dict[str, Any]:
+    """Write the keys and names of a panel, and return the header without its digest."""
     stamps = panel.datetimes.tz_convert("UTC").tz_localize(None) if panel.datetimes.tz is not None else panel.datetimes
     arrays = {
         "date_codes": panel.date_codes,
@@ -147,12 +173,27 @@ def _write_block(name: str, block: Block, contents: Path, stem: str) -> dict[str
             file.write(data)
 
     _write_file(contents / f"{stem}.values", write)
+    return _block_entry(name, block.columns, dtype.name, checksums, contents, stem)
+
+
+def _finish_block(name: str, columns: Sequence[str], values: np.ndarray, contents: Path, stem: str) -> dict[str, Any]:
+    """Make the values of a mapped file durable, and write their checksums."""
+    with (contents / f"{stem}.values").open("r+b") as file:
+        os.fsync(file.fileno())
+    checksums = [zlib.crc32(values[rows].reshape(-1).view(np.uint8).data) for rows in _parts(values)]
+    return _block_entry(name, columns, values.dtype.name, checksums, contents, stem)
+
+
+def _block_entry(
+    name: str, columns: Sequence[str], dtype: str, checksums: Sequence[int], contents: Path, stem: str
+) -> dict[str, Any]:
+    """Write the checksums of a block, and return its entry in the header."""
     table = np.array(checksums, dtype="<u4")
     _write_file(contents / f"{stem}.checksums.npy", lambda file: np.save(file, table, allow_pickle=False))
     return {
         "group": name,
-        "columns": list(block.columns),
-        "dtype": dtype.name,
+        "columns": list(columns),
+        "dtype": dtype,
         "values": f"{stem}.values",
         "checksums": f"{stem}.checksums.npy",
     }

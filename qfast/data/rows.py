@@ -11,6 +11,7 @@ import pandas as pd
 
 from qfast.data.panel import ROW_CHUNK, Block, Panel
 from qfast.data.protocols import Selector
+from qfast.data.storage import Storage
 from qfast.dates import DateLike
 from qfast.errors import ConfigError, DataError, shown, some, suggest
 
@@ -18,7 +19,11 @@ __all__ = ["restrict_rows", "select_rows", "take_rows"]
 
 
 def restrict_rows(
-    panel: Panel, instruments: Sequence[str] | None, start: DateLike | None, end: DateLike | None
+    panel: Panel,
+    instruments: Sequence[str] | None,
+    start: DateLike | None,
+    end: DateLike | None,
+    storage: Storage | None = None,
 ) -> Panel:
     """The rows of `instruments` from `start` to `end`, both inclusive.
 
@@ -29,6 +34,8 @@ def restrict_rows(
         None: all.
     start, end : date-like or None
         None: unbounded.
+    storage : Storage, optional
+        Allocates the copy. Default: in memory.
 
     Returns
     -------
@@ -55,10 +62,12 @@ def restrict_rows(
         low, high = panel.date_code_range(start, end)
         inside = (panel.date_codes >= low) & (panel.date_codes < high)
         keep = inside if keep is None else keep & inside
-    return panel if keep is None or keep.all() else take_rows(panel, np.flatnonzero(keep))
+    return panel if keep is None or keep.all() else take_rows(panel, np.flatnonzero(keep), storage=storage)
 
 
-def take_rows(panel: Panel, rows: np.ndarray, groups: Sequence[str] | None = None) -> Panel:
+def take_rows(
+    panel: Panel, rows: np.ndarray, groups: Sequence[str] | None = None, storage: Storage | None = None
+) -> Panel:
     """A copy of some rows, without the dates and instruments that none of them has.
 
     Parameters
@@ -68,6 +77,8 @@ def take_rows(panel: Panel, rows: np.ndarray, groups: Sequence[str] | None = Non
         Ascending.
     groups : sequence of str, optional
         Column groups to copy. Default: all.
+    storage : Storage, optional
+        Allocates the copy. Default: in memory.
     """
     dates, date_codes = np.unique(panel.date_codes[rows], return_inverse=True)
     instruments, instrument_codes = np.unique(panel.instrument_codes[rows], return_inverse=True)
@@ -75,7 +86,7 @@ def take_rows(panel: Panel, rows: np.ndarray, groups: Sequence[str] | None = Non
     for group in panel.blocks if groups is None else groups:
         block = panel.block(group)
         table = block.table
-        values = np.empty((len(rows), len(block.columns)), dtype=table.dtype)
+        values = (storage or Storage()).empty((len(rows), len(block.columns)), table.dtype)
         for start in range(0, len(rows), ROW_CHUNK):
             values[start : start + ROW_CHUNK] = table[rows[start : start + ROW_CHUNK]]
         blocks[group] = Block(values, block.columns)

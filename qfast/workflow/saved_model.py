@@ -52,6 +52,7 @@ STAGES = ("shared", "infer")  # learn processors do not affect scores
 TRAINING_ONLY = {
     *("instruments", "start_time", "end_time", "fit_start_time", "fit_end_time", "data", "provider_uri", "source"),
     *("shared_processors", "infer_processors", "learn_processors", "drop_raw", "filter_pipe", "cache"),
+    *("memory_limit", "scratch"),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,6 +17,7 @@ from qfast.data.handlers.prices import DEFAULT_LEARN_PROCESSORS, Expressions, Pr
 from qfast.data.panel import Block
 from qfast.data.prices import Instruments, Prices, PriceSource, StorePath
 from qfast.data.processors import ProcessorSpec
+from qfast.data.rows import take_rows
 from qfast.dates import DateLike
 from qfast.errors import ConfigError, shown, suggest
 from qfast.read_options import ReadSettings
@@ -245,6 +247,8 @@ class FactorHandler(PriceHandler):
         Filters of the market `instruments`: Qlib's configurations, or objects of `qfast.data.filters`.
     inst_processors
         Not available. Only None is allowed.
+    memory_limit, scratch
+        As in `DataHandlerLP`. Factors are computed instrument by instrument, so they may exceed memory.
 
     Raises
     ------
@@ -287,6 +291,8 @@ class FactorHandler(PriceHandler):
         read_options: ReadSettings = None,
         cache: str | os.PathLike[str] | None = None,
         compat: str | None = None,
+        memory_limit: str | float | None = None,
+        scratch: str | os.PathLike[str] | None = None,
     ) -> None:
         self._texts, self._names = expressions_and_names("features", features)
         self._reach = tuple(max(side) for side in zip(*map(reach, self._texts), strict=True))
@@ -309,6 +315,8 @@ class FactorHandler(PriceHandler):
             compat=compat,
             filter_pipe=filter_pipe,
             unavailable={"inst_processors": inst_processors},
+            memory_limit=memory_limit,
+            scratch=scratch,
         )
 
     def _feature_names(self) -> list[str]:
@@ -342,14 +350,15 @@ class FactorHandler(PriceHandler):
 
     def _computed(self, texts: Sequence[str], prices: Prices, rows: np.ndarray) -> np.ndarray:
         """Values of expressions, from the cache if it has them: float32 [len(rows), len(texts)]."""
-        if self._cache is None:
-            return self._evaluated(texts, prices, rows)
-        key = self._cache.key(texts, prices, rows, self.start_time, self.mask_prices, self.compat)
-        values = self._cache.read(key, texts, len(rows))
-        if values is None:
-            values = self._evaluated(texts, prices, rows)
-            self._cache.write(key, texts, values)
-        return values
+        if self._cache is not None:
+            key = self._cache.key(texts, prices, rows, self.start_time, self.mask_prices, self.compat)
+            values = self._cache.read(key, texts, len(rows))
+            if values is None:
+                keys = replace(take_rows(prices.panel, rows, groups=()), live=None)
+                values = self._cache.write(key, texts, keys, lambda out: self._evaluated(texts, prices, rows, out=out))
+            if values is not None:
+                return values
+        return self._evaluated(texts, prices, rows, out=self._storage.empty((len(rows), len(texts))))
 
 
 class Alpha158(FactorHandler):
@@ -364,7 +373,7 @@ class Alpha158(FactorHandler):
     instruments, start_time, end_time, freq, infer_processors, learn_processors, fit_start_time, fit_end_time
         As in `FactorHandler`. Order and defaults are Qlib's.
     process_type, filter_pipe, inst_processors, shared_processors, drop_raw, label, data, provider_uri, vwap,
-    read_options, cache, compat
+    read_options, cache, compat, memory_limit, scratch
         As in `FactorHandler`.
     config : mapping, optional
         Selects part of the factors, see `alpha158_factors`.
@@ -413,6 +422,8 @@ class Alpha158(FactorHandler):
         cache: str | os.PathLike[str] | None = None,
         config: Mapping[str, Any] | None = None,
         compat: str | None = None,
+        memory_limit: str | float | None = None,
+        scratch: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__(
             self.get_feature_config() if config is None else alpha158_factors(config),
@@ -436,6 +447,8 @@ class Alpha158(FactorHandler):
             read_options=read_options,
             cache=cache,
             compat=compat,
+            memory_limit=memory_limit,
+            scratch=scratch,
         )
 
     def get_feature_config(self) -> tuple[list[str], list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from qfast.data.panel import Block, WindowBlock
 from qfast.data.price_windows import PriceWindows
 from qfast.data.prices import Instruments, Prices, PriceSource, StorePath
 from qfast.data.processors import ProcessorSpec
+from qfast.data.processors.columns import rows_by_chunk
 from qfast.dates import DateLike
 from qfast.read_options import ReadSettings
 
@@ -73,6 +75,8 @@ class Alpha360(PriceHandler):
         How to read tables, see `qfast.data.ReadOptions`.
     compat : {None, "qlib"}
         Applies to the label, see `FactorHandler`. The features equal Qlib's with either value.
+    memory_limit, scratch
+        As in `DataHandlerLP`. A view needs no files.
 
     Raises
     ------
@@ -123,6 +127,8 @@ class Alpha360(PriceHandler):
         read_options: ReadSettings = None,
         windows: str = "auto",
         compat: str | None = None,
+        memory_limit: str | float | None = None,
+        scratch: str | os.PathLike[str] | None = None,
     ) -> None:
         self.windows = one_of("windows", windows, STORAGE)
         self._set_up(
@@ -143,6 +149,8 @@ class Alpha360(PriceHandler):
             compat=compat,
             filter_pipe=filter_pipe,
             unavailable={"inst_processors": inst_processors},
+            memory_limit=memory_limit,
+            scratch=scratch,
         )
 
     def _feature_names(self) -> list[str]:
@@ -163,7 +171,11 @@ class Alpha360(PriceHandler):
         return WindowBlock(self._price_windows(prices, rows), tuple(self._feature_names()))
 
     def _feature_values(self, prices: Prices, rows: np.ndarray) -> np.ndarray:
-        return self._price_windows(prices, rows)[:]
+        windows = self._price_windows(prices, rows)
+        values = self._storage.empty(windows.shape)
+        for part in rows_by_chunk(len(rows)):
+            values[part] = windows[part]
+        return values
 
     def _price_windows(self, prices: Prices, rows: np.ndarray) -> PriceWindows:
         windows = PriceWindows.of_prices(prices, rows, self.FIELDS, self.WINDOW)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
@@ -15,6 +15,7 @@ from qfast.data.prices import Instruments, PriceSource, StorePath
 from qfast.data.processors import Processor, ProcessorSpec, Workspace, build_processor, run_processors
 from qfast.data.protocols import Columns, Selector
 from qfast.data.rows import restrict_rows, select_rows
+from qfast.data.storage import Storage
 from qfast.dates import DateLike
 from qfast.errors import ConfigError, DataError, shown, suggest
 from qfast.read_options import ReadSettings
@@ -48,6 +49,9 @@ def check_dump_options(options: Mapping[str, Any]) -> None:
     for name in options:
         if name not in DUMP_OPTIONS:
             raise ConfigError(f"to_pickle has no option {name!r}; allowed: {list(DUMP_OPTIONS)}.")
+
+
+COPIES = 2  # of the columns that a handler needs: before and after the processors
 
 
 class RawDataDroppedError(DataError, AttributeError):
@@ -86,6 +90,12 @@ class DataHandlerLP:
         Loads the columns, instead of `source`; see `qfast.data.loaders`.
     data, provider_uri, vwap, read_options, compat
         Prices of the `data_loader`, as in `FactorHandler`.
+    memory_limit : number of bytes, or str such as "8 GB"
+        If the columns and a copy of them are expected to need more, they are stored in temporary files that are mapped
+        into memory. 0: always. Default: half of the memory of the machine, or of the control group. The values are
+        equal to the bit.
+    scratch : path, optional
+        Folder of these files. Default: the folder for temporary files, which the variable TMPDIR changes.
 
     Raises
     ------
@@ -138,6 +148,8 @@ class DataHandlerLP:
         vwap: str | None = None,
         read_options: ReadSettings = None,
         compat: str | None = None,
+        memory_limit: str | float | None = None,
+        scratch: str | os.PathLike[str] | None = None,
     ) -> None:
         self._configure(
             {"shared": shared_processors, "infer": infer_processors, "learn": learn_processors},
@@ -157,13 +169,14 @@ class DataHandlerLP:
         prices = {"data": data, "provider_uri": provider_uri, "vwap": vwap, "read_options": read_options}
         prices["compat"] = compat
         origin = _Origin(None if data_loader is not None else _as_panel(source), data_loader, prices)
+        self._memory = (memory_limit, scratch)
         raw = self._read(origin)
         if not drop_raw:
             self._origin = origin
         self._flat_columns = isinstance(source, pd.DataFrame) and source.columns.nlevels == 1
         if not drop_raw:
             self._raw = raw
-        self._process(raw, Workspace(raw.blocks if drop_raw and not isinstance(source, Panel) else ()))
+        self._process(raw, self._workspace(raw, raw.blocks if drop_raw and not isinstance(source, Panel) else ()))
 
     @classmethod
     def from_frame(cls, frame: pd.DataFrame | pd.Series | Mapping[str, pd.DataFrame], **kwargs: Any) -> DataHandlerLP:
@@ -330,14 +343,15 @@ class DataHandlerLP:
         raw = self._read(origin)
         if not self.drop_raw:
             self._raw = raw
-        self._process(raw, Workspace())
+        self._process(raw, self._workspace(raw))
 
     # ---------------------------------------------------------------- set-up
     def _read(self, origin: _Origin) -> Panel:
         """The columns for the current instruments and times, before processing."""
         if origin.panel is not None:
             listed: Any = self.instruments
-            return restrict_rows(origin.panel, listed, self.start_time, self.end_time)
+            storage = self._workspace(origin.panel).storage
+            return restrict_rows(origin.panel, listed, self.start_time, self.end_time, storage)
         assert origin.data_loader is not None
         loader = build_loader(origin.data_loader)
         data = origin.prices["data"]
@@ -347,6 +361,11 @@ class DataHandlerLP:
         # The price handler behind the loader serves prices, lookback and so on.
         panel, self._priced = loader.read(request)
         return panel
+
+    def _workspace(self, panel: Panel, owned: Iterable[str] = ()) -> Workspace:
+        """A workspace whose new blocks are in memory or in files, depending on the size of `panel`."""
+        n_bytes = sum(4 * panel.n_rows * len(block.columns) for block in panel.blocks.values())
+        return Workspace(owned, storage=Storage.for_size(COPIES * n_bytes, *self._memory))
 
     @property
     def priced(self) -> PriceHandler | None:
@@ -396,11 +415,9 @@ class DataHandlerLP:
         panel = run_processors(raw, self.shared_processors, stage="shared", space=space)
         if self.process_type == self.PTYPE_A:
             infer = run_processors(panel, self.infer_processors, stage="infer", space=space)
-            learn_space = Workspace(omitted=space.omitted)
-            learn = run_processors(infer, self.learn_processors, stage="learn", space=learn_space)
+            learn = run_processors(infer, self.learn_processors, stage="learn", space=space.without_blocks())
         else:
-            infer_space = Workspace(omitted=space.omitted)
-            infer = run_processors(panel, self.infer_processors, stage="infer", space=infer_space)
+            infer = run_processors(panel, self.infer_processors, stage="infer", space=space.without_blocks())
             infer_tables = {id(block.table) for block in infer.blocks.values()}
             space.owned -= {g for g, block in panel.blocks.items() if id(block.table) in infer_tables}
             learn = run_processors(panel, self.learn_processors, stage="learn", space=space)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -24,7 +25,7 @@ from qfast.data.filters import (
     filter_reach,
 )
 from qfast.data.halts import cells_unlike_qlib, fields_of, halted_rows, sensitive_columns
-from qfast.data.handlers.base import DataHandlerLP
+from qfast.data.handlers.base import COPIES, DataHandlerLP
 from qfast.data.panel import Block, Panel
 from qfast.data.prices import PRICE_FIELDS, Instruments, Prices, PriceSource, StorePath
 from qfast.data.processors import DropCol, FilterCol, ProcessorSpec, Workspace
@@ -32,6 +33,7 @@ from qfast.data.processors.column_use import unread_columns
 from qfast.data.protocols import Columns
 from qfast.data.rows import restrict_rows, take_rows
 from qfast.data.sources import read_prices
+from qfast.data.storage import Storage
 from qfast.data.store import BinaryStore, is_store
 from qfast.dates import DateLike
 from qfast.errors import ConfigError, DataError, shown, some
@@ -66,6 +68,8 @@ class PriceHandler(DataHandlerLP):
     mask_prices: dict[str, Prices]
     """Prices of the instruments that `Mask` names and the handler's own prices lack, by name."""
 
+    _storage = Storage()
+
     LABEL: tuple[list[str], list[str]] = (["Ref($close, -2)/Ref($close, -1) - 1"], ["LABEL0"])
 
     def _set_up(
@@ -88,6 +92,8 @@ class PriceHandler(DataHandlerLP):
         compat: str | None = None,
         filter_pipe: Sequence[FilterSpec] | None = None,
         unavailable: Mapping[str, object] | None = None,
+        memory_limit: str | float | None = None,
+        scratch: str | os.PathLike[str] | None = None,
         refused: Mapping[str, object] | None = None,  # old name of `unavailable`
     ) -> None:
         """The part of the constructor that all subclasses share, called once the features are known."""
@@ -139,8 +145,10 @@ class PriceHandler(DataHandlerLP):
         self._report_halts()
         self._labels = self._label_panel()
         omitted = self._unread_features()
+        n_bytes = 4 * len(self._rows) * (len(self._feature_names()) - len(omitted))
+        self._storage = Storage.for_size(COPIES * n_bytes, memory_limit, scratch)
         raw = self._with_features(self._labels, omitted)
-        space = Workspace(raw.blocks if drop_raw else ["feature"], omitted)
+        space = Workspace(raw.blocks if drop_raw else ["feature"], omitted, self._storage)
         self._process(raw, space)
         if not drop_raw and not omitted and "feature" not in space.overwritten:
             self._raw = raw  # no processor changed the features, so "infer" shares their memory
@@ -417,8 +425,10 @@ class PriceHandler(DataHandlerLP):
                 if isinstance(node, Field) and node.name not in columns and node.name not in PRICE_FIELDS:
                     raise no_such_field(text, node, self.price_fields())
 
-    def _evaluated(self, texts: Sequence[str], prices: Prices, rows: np.ndarray) -> np.ndarray:
-        """Values of expressions, float32 [len(rows), len(texts)]."""
+    def _evaluated(
+        self, texts: Sequence[str], prices: Prices, rows: np.ndarray, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Values of expressions, float32 [len(rows), len(texts)], written to `out` if it is passed."""
         return evaluate_all(
             texts,
             prices.panel,
@@ -428,6 +438,7 @@ class PriceHandler(DataHandlerLP):
             start_time=self.start_time,
             others=self.mask_prices,
             compat=self.compat,
+            out=out,
         )
 
     def _filter(self, filters: Sequence[MarketFilter]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from qfast.data.panel import Panel, Table
 from qfast.data.price_windows import PriceWindows
+from qfast.data.storage import Storage
 from qfast.dates import DateLike
 from qfast.errors import ConfigError, DataError, some
 from qfast.registry import PROCESSORS, parameters
@@ -29,12 +30,19 @@ class Workspace:
     omitted : set of str
         Columns of the group "feature" that were not computed, because no result depends on them. They are columns that
         a processor later in the list removes.
+    storage : Storage
+        Allocates new blocks. Default: in memory.
     """
 
-    def __init__(self, owned: Iterable[str] = (), omitted: Iterable[str] = ()) -> None:
+    def __init__(self, owned: Iterable[str] = (), omitted: Iterable[str] = (), storage: Storage | None = None) -> None:
         self.owned = set(owned)
         self.overwritten: set[str] = set()
         self.omitted = set(omitted)
+        self.storage = Storage() if storage is None else storage
+
+    def without_blocks(self) -> Workspace:
+        """A workspace with the same columns and storage that owns no block."""
+        return Workspace((), self.omitted, self.storage)
 
 
 class LearnOnlyProcessorError(ConfigError, TypeError):

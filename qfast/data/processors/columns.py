@@ -14,6 +14,9 @@ from qfast.data.processors.base import Workspace
 from qfast.errors import ConfigError, DataError, some, suggest
 
 COLUMN_CHUNK_BYTES = 64 << 20  # size of the temporary copy of a few columns
+DAY_BLOCK_BYTES = 64 << 20  # size of the temporary copies of a few days
+BYTES_PER_ROW = 64  # that a cross-sectional processor needs for one column at a time
+MANY_ROWS = 1 << 22  # cross-sectional processors divide a larger panel into blocks of days
 
 FieldsGroup: TypeAlias = str | Sequence[str] | None
 """None for all columns, a group, a list of groups, or the pair (group, column)."""
@@ -101,9 +104,10 @@ def target(panel: Panel, group: str, positions: np.ndarray, space: Workspace) ->
     if group in space.owned and values.flags.writeable:
         space.overwritten.add(group)
         return values
-    if is_all(positions, values):
-        return np.empty_like(values)
-    out: np.ndarray = values.copy()
+    out = space.storage.empty(values.shape, values.dtype)
+    if not is_all(positions, values):
+        for rows in rows_by_chunk(panel.n_rows):
+            out[rows] = values[rows]
     return out
 
 
@@ -114,11 +118,15 @@ def rows_by_chunk(n_rows: int) -> Iterator[slice]:
 
 
 def computed(panel: Panel, group: str, space: Workspace) -> Panel:
-    """A panel in which the values of a group are in memory. Windows of prices are computed, and `space` owns them."""
-    if not isinstance(panel.table(group), PriceWindows):
+    """A panel in which the values of a group are stored. Windows of prices are computed, and `space` owns them."""
+    windows = panel.table(group)
+    if not isinstance(windows, PriceWindows):
         return panel
+    values = space.storage.empty(windows.shape)
+    for rows in rows_by_chunk(panel.n_rows):
+        values[rows] = windows[rows]
     space.owned.add(group)
-    return panel.replace(group, panel.values(group))
+    return panel.replace(group, values)
 
 
 def columns_by_chunk(
@@ -126,7 +134,9 @@ def columns_by_chunk(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """A few columns at a time, as (positions, contiguous copy [c, rows]). None: all rows."""
     n_rows = len(values) if rows is None else len(rows)
-    step = int(min(16, max(1, COLUMN_CHUNK_BYTES // max(1, n_rows * values.itemsize))))
+    # Each chunk reads all cache lines or pages of a table, so a large table needs few chunks.
+    n_bytes = COLUMN_CHUNK_BYTES if isinstance(values, PriceWindows) else max(COLUMN_CHUNK_BYTES, values.nbytes // 16)
+    step = int(min(16, max(1, n_bytes // max(1, n_rows * values.itemsize))))
     for start in range(0, len(positions), step):
         chunk = positions[start : start + step]
         if isinstance(values, PriceWindows):
@@ -168,7 +178,10 @@ def by_column(
     space: Workspace,
     change: Callable[[np.ndarray, np.ndarray | None], np.ndarray],
 ) -> Panel:
-    """Replace the live rows of the selected columns by `change(values [c, rows], row numbers or None for all rows)`."""
+    """Replace the live rows of the selected columns by `change(values [c, rows], row numbers or None for all rows)`.
+
+    `change` must treat each column and each day alone, because large panels are processed in blocks of days.
+    """
     rows = None if panel.live is None else panel.live_rows()
     for group, positions in selection:
         if len(positions) == 0:
@@ -176,6 +189,10 @@ def by_column(
         panel = computed(panel, group, space)
         values = panel.values(group)
         out = target(panel, group, positions, space)
+        if space.storage.folder is not None or panel.n_rows > MANY_ROWS:
+            _by_days(panel, values, out, positions, change)
+            panel = panel.replace(group, out)
+            continue
         for chunk, part in columns_by_chunk(values, positions, rows):
             changed = change(part, rows).T
             low, high = int(chunk[0]), int(chunk[-1]) + 1
@@ -188,6 +205,28 @@ def by_column(
             out[rows[:, None], chunk[None, :]] = changed
         panel = panel.replace(group, out)
     return panel
+
+
+def _by_days(
+    panel: Panel,
+    values: np.ndarray,
+    out: np.ndarray,
+    positions: np.ndarray,
+    change: Callable[[np.ndarray, np.ndarray | None], np.ndarray],
+) -> None:
+    """Write the selected columns of a few days at a time to `out`, which reads every page of a file about once."""
+    if out is not values:  # dropped rows keep their values
+        for rows in rows_by_chunk(panel.n_rows):
+            out[rows, positions] = values[rows, positions]
+    live = panel.live_rows()
+    days = panel.date_codes[live]
+    per_day = max(1, np.bincount(days, minlength=1).max() * (BYTES_PER_ROW + len(positions) * values.itemsize))
+    step = int(max(1, DAY_BLOCK_BYTES // per_day))
+    for first in range(0, int(days.max(initial=-1)) + 1, step):
+        rows = live[(days >= first) & (days < first + step)]
+        if len(rows):
+            part = np.ascontiguousarray(values[rows[:, None], positions[None, :]].T)
+            out[rows[:, None], positions[None, :]] = change(part, rows).T
 
 
 def day_codes(panel: Panel, rows: np.ndarray | None) -> np.ndarray:

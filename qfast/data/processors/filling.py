@@ -21,6 +21,7 @@ from qfast.data.processors.columns import (
     select,
     whole_groups,
 )
+from qfast.data.storage import Storage
 from qfast.errors import ConfigError, DataError, some, suggest
 
 log = logging.getLogger("qfast.data")
@@ -179,7 +180,7 @@ class DropCol(Processor):
     def _apply(self, panel: Panel, space: Workspace) -> Panel:
         _warn_unknown("DropCol", self.col_list, panel, space)
         space.omitted -= set(self.col_list)
-        return keep_columns(panel, self.kept(panel))
+        return keep_columns(panel, self.kept(panel), space.storage)
 
     def kept(self, panel: Panel) -> dict[str, list[bool]]:
         """For each group, whether each of its columns remains."""
@@ -226,7 +227,7 @@ class FilterCol(Processor):
         _warn_unknown("FilterCol", self.col_list, panel, space)
         if FEATURE in whole_groups(panel, self.fields_group):
             space.omitted &= set(self.col_list)
-        return keep_columns(panel, kept)
+        return keep_columns(panel, kept, space.storage)
 
     def kept(self, panel: Panel) -> dict[str, list[bool]]:
         """For each group, whether each of its columns remains.
@@ -259,7 +260,7 @@ def _warn_unknown(processor: str, names: Sequence[str], panel: Panel, space: Wor
             log.warning("%s: ignoring column %r, which the data lacks.%s", processor, name, suggest(name, columns))
 
 
-def keep_columns(panel: Panel, keep: Mapping[str, Sequence[bool]]) -> Panel:
+def keep_columns(panel: Panel, keep: Mapping[str, Sequence[bool]], storage: Storage | None = None) -> Panel:
     """A panel with the columns of each group for which `keep` is True. A group without columns is removed."""
     blocks = dict(panel.blocks)
     for group, mask in keep.items():
@@ -270,7 +271,7 @@ def keep_columns(panel: Panel, keep: Mapping[str, Sequence[bool]]) -> Panel:
             del blocks[group]
             continue
         positions, table = np.flatnonzero(mask), block.table
-        values = np.empty((panel.n_rows, len(positions)), dtype=table.dtype)
+        values = (storage or Storage()).empty((panel.n_rows, len(positions)), table.dtype)
         for rows in rows_by_chunk(panel.n_rows):
             values[rows] = table[rows][:, positions]
         blocks[group] = Block(values, tuple(block.columns[p] for p in positions))
