@@ -124,8 +124,12 @@ def run_command(
     *,
     read_options: ReadOptions,
 ) -> None:
-    """Train the model of a workflow file. Write weights, scores, metrics, plots and a report to a run folder."""
+    """Train the model of a workflow file. Write weights, scores, metrics, plots and a report to a run folder.
+
+    Several processes share the work: torchrun --nproc-per-node 2 -m qfast run FILE --data DATA.
+    """
     from qfast.workflow.run import run
+    from qfast.workflow.torchrun import is_launched
 
     _log_to_stderr(quiet)
     if engine != "qfast":
@@ -140,7 +144,8 @@ def run_command(
         read_options=read_options,
         init_from=init_from,
     )
-    _print_result(result)
+    if not is_launched() or os.environ["RANK"] == "0":
+        _print_result(result)
 
 
 AXES = "Axes, which multiply"

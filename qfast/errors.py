@@ -33,6 +33,10 @@ class BackendError(QfastError, RuntimeError):
     """An explicitly requested device or implementation is not available on this machine."""
 
 
+class RankError(QfastError, RuntimeError):
+    """Another process of a distributed run has failed or died. The message contains its rank and its error."""
+
+
 def suggest(name: object, known: Iterable[object]) -> str:
     """Return " Did you mean 'NAME'?" for the most similar known name, or "" if none is similar.
 

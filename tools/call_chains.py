@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "qfast"
 SOURCES = ROOT / "csrc"
 
-WRAPPERS = {"with_explanation"}  # made by decorators
+WRAPPERS = {"with_explanation", "call_over_ranks"}  # made by decorators
 
 __all__ = ["Hop", "fit_chain", "operator_chains", "traced_chain"]
 

@@ -22,6 +22,7 @@ from qfast.models.attention import neighbours, plot_attention
 from qfast.models.pretrained import BaseWeights, read_base, select_base
 from qfast.nn.graph import BASES, GATModel
 from qfast.training.base import network_alias
+from qfast.training.distributed import Gathered, Replicated, SharedWindows
 from qfast.training.estimator import Estimator
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class GraphEstimator(Estimator):
     """The estimator that trains a base model, by `base_model`."""
     options: ClassVar[tuple[str, ...]] = (*Estimator.options, "shuffle_days")
     rows_per_call: ClassVar[int] = 8192
+    mixes_samples: ClassVar[bool] = True
     GAT_model = network_alias()
 
     def __init__(
@@ -170,6 +172,34 @@ class GraphEstimator(Estimator):
         prediction = x.new_full((len(x),), float("nan"))
         prediction[finite] = self.network(x[finite], before[bounds])
         return prediction
+
+    def run_shared(self, windows: SharedWindows, samples: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """As `Estimator.run_shared`. Every rank computes the hidden states of its stocks, and the attention of all.
+
+        The hidden states are gathered. The attention after them is a small part of the work, so it is computed on every
+        rank, and its backward needs no communication.
+        """
+        ranks, owner = windows.ranks, windows.owner[samples]
+        own = windows.number[samples[owner == ranks.rank]]
+        network = cast(GATModel, self.network)
+        hidden = Gathered.apply(self._own_hidden(windows, own), ranks, owner, float(ranks.size))
+        finite = torch.isfinite(hidden).all(1)
+        if self.network.training or self._params["compat"] == "qlib" or bool(finite.all()):
+            return cast(Tensor, Replicated.apply(network.attend(hidden, offsets), ranks.size))
+        bounds = torch.tensor([0, len(hidden)]) if offsets is None else offsets.cpu()
+        before = torch.cat((torch.zeros(1, dtype=torch.int64), finite.cpu().cumsum(0)))
+        prediction = hidden.new_full((len(hidden),), float("nan"))
+        prediction[finite] = network.attend(hidden[finite], before[bounds])
+        return prediction
+
+    def _own_hidden(self, windows: SharedWindows, own: Tensor) -> Tensor:
+        """Hidden states [n, H] of this rank's samples; when scoring, NaN for windows with NaN or infinity."""
+        weight = cast(GATModel, self.network).fc.weight
+        if len(own) == 0:  # a layer of torch may refuse an empty batch
+            return weight.new_empty((0, weight.shape[1]))
+        x = windows.own.batch(own)
+        hidden = cast(GATModel, self.network).encode(x)
+        return hidden if self.network.training else hidden.masked_fill(~_finite_windows(x).unsqueeze(1), float("nan"))
 
     # ---------------------------------------------------------------- the base
     def prepare_network(self) -> None:

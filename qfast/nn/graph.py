@@ -96,7 +96,25 @@ class GATModel(Recurrent):
         DataError
             If x or offsets has the wrong shape or dtype.
         """
-        hidden = self._last_step(as_windows(x, self.d_feat))
+        return self.attend(self.encode(x), offsets)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the hidden state [N, H] of each stock, the last step of `rnn`.
+
+        Parameters
+        ----------
+        x : Tensor [N, T, F], or [N, F*T] feature-major
+
+        Examples
+        --------
+        >>> network, x = GATModel(d_feat=2), torch.ones(5, 4, 2)
+        >>> torch.equal(network.attend(network.encode(x)), network(x))
+        True
+        """
+        return self._last_step(as_windows(x, self.d_feat))
+
+    def attend(self, hidden: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """Predict [N] from the hidden states [N, H] of the stocks of one day, or of the days that `offsets` bounds."""
         weight, bias = self._fold()
         attended = self._attend(hidden, weight, bias, offsets)
         prediction: Tensor = self.fc_out(functional.leaky_relu(self.fc(attended))).squeeze(-1)

@@ -335,7 +335,7 @@ class BaseEstimator:
         """Restore the result of `checkpoint_facts` from a checkpoint."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "callbacks_": [], "_graphed_step": None}
+        return {**self.__dict__, "callbacks_": [], "_graphed_step": None, "_sharing": None}
 
     def _build_optimizer(self, name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         parameters = self.network.parameters()

@@ -26,11 +26,14 @@ from qfast.data.windows import WindowSet
 from qfast.device import explain_out_of_memory
 from qfast.errors import ConfigError, DataError
 from qfast.files import require_file_target
+from qfast.training import distributed
 from qfast.training.base import GRADIENT_LIMIT, FitProgress
 from qfast.training.callbacks import Callback, Checkpoint, EarlyStopping, Progress, epoch_text
+from qfast.training.distributed import SharedWindows, Sharing, over_ranks
 from qfast.training.functions import EpochFunctions, QlibFunctions
 from qfast.training.optim import ClippedAdam
 from qfast.training.origin import Origin, read_origin
+from qfast.training.ranks import Ranks, writes_files
 from qfast.training.segments import Reweighter, learning_samples
 from qfast.training.step_graphs import GraphedStep, graphed_step
 
@@ -129,7 +132,10 @@ class Estimator(QlibFunctions):
     """Rows that the network scores per call, in whole batches. 0: one batch on the CPU, `GPU_ROWS` rows on a GPU."""
     drops_incomplete_rows: ClassVar[bool] = False
     """Whether flat training rows with NaN are left out. By default NaN in the features raises an error."""
+    mixes_samples: ClassVar[bool] = False
+    """Whether a prediction depends on the other samples of its batch. `run_shared` must then be overridden."""
     _graphed_step: GraphedStep | None = None  # while a fit with cuda_graphs runs
+    _sharing: Sharing | None = None  # while a fit over several ranks loads its data
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -150,6 +156,7 @@ class Estimator(QlibFunctions):
         return windows.batch(samples)
 
     # ---------------------------------------------------------------- fit
+    @over_ranks
     def fit(
         self,
         dataset: Dataset,
@@ -165,7 +172,8 @@ class Estimator(QlibFunctions):
         """Train on segment "train" and load the weights of the epoch with the best score on segment "valid".
 
         Without a segment "valid" all epochs run and the last weights remain. A second `fit` continues with the current
-        weights and optimizer.
+        weights and optimizer. In an initialized process group of torch.distributed, all processes call `fit` with the
+        same arguments and share the work (docs/distributed.md).
 
         Parameters
         ----------
@@ -205,6 +213,8 @@ class Estimator(QlibFunctions):
         CheckpointError
             `resume` without a checkpoint, or with one that belongs to another fit. Weights of `init_from` that do not
             fit the network.
+        RankError
+            Another process of the group has failed or died.
 
         Examples
         --------
@@ -216,7 +226,10 @@ class Estimator(QlibFunctions):
         >>> model.history_.shape[0], model.predict(dataset, "train").dtype
         (2, dtype('float32'))
         """
+        ranks = Ranks.current()
         self._require_trained_network()
+        if ranks is not None:
+            distributed.begin(self, ranks)
         if save_path is not None:
             require_file_target(Path(save_path), "save_path")
         origin = self._origin(init_from, resume)
@@ -239,6 +252,8 @@ class Estimator(QlibFunctions):
             self.logger.info("training starts from the weights of %s", origin.file)
         else:
             self.prepare_network()
+        if ranks is not None:
+            distributed.align(self, ranks)
         self.stop_training = self.progress_.finished
         self.fitted = self.fitted or bool(self.progress_.records)
         self._notify("on_fit_start")
@@ -261,7 +276,7 @@ class Estimator(QlibFunctions):
             self.evals_result_ = scores
             self._graphed_step = None  # releases the memory of its graphs
             self._notify("on_fit_end")
-        if save_path is not None:
+        if save_path is not None and writes_files():
             self.save_weights(save_path)
         return self
 
@@ -284,6 +299,8 @@ class Estimator(QlibFunctions):
     def _load_segments(self, dataset: Dataset, reweighter: Reweighter | None) -> tuple[WindowSet, WindowSet | None]:
         """Training and validation samples on the device, after all checks."""
         bounds = getattr(dataset, "segments", {})
+        ranks = Ranks.current()
+        self._sharing = None if ranks is None else Sharing(ranks, is_training=True)
         train = self.load_segment(dataset, "train", reweighter)
         if len(train) == 0:
             raise DataError(
@@ -297,6 +314,10 @@ class Estimator(QlibFunctions):
                     f"segment 'valid' has no samples: its dates are {bounds.get('valid')}. Remedy: dates that the data "
                     "has, or no segment 'valid' to train without validation."
                 )
+        if self._sharing is not None:  # a load_segment of the user does not know it
+            train = self._sharing.once(train)
+            valid = None if valid is None else self._sharing.once(valid)
+            self._sharing = None
         for windows in filter(None, (train, valid)):
             self._batch_size(len(windows))  # raises before the first epoch rather than after it
         self.data_ = {
@@ -321,6 +342,7 @@ class Estimator(QlibFunctions):
             label_dtype=None if own else self.loss_dtype,
             weight_dtype=torch.float64 if own else None,
             drop_incomplete=self.drops_incomplete_rows,
+            sharing=self._sharing,
         )
 
     def train_pass(self, windows: WindowSet) -> float:
@@ -358,7 +380,10 @@ class Estimator(QlibFunctions):
         """The training step of one epoch: `train_step` bound to `windows`, or its CUDA graphs."""
         if self._params["cuda_graphs"] and (self._graphed_step is None or self._graphed_step.windows is not windows):
             self._graphed_step = graphed_step(self, windows)
-        if self._graphed_step is None:
+        if isinstance(windows, SharedWindows):
+            with distributed.own_random_numbers(windows, self.epoch_):
+                yield partial(self.train_step, windows)
+        elif self._graphed_step is None:
             yield partial(self.train_step, windows)
         else:
             with self._graphed_step.epoch():
@@ -382,9 +407,17 @@ class Estimator(QlibFunctions):
         self.fitted = True
         self.logger.info("epoch %d: %s", self.epoch_, epoch_text(record))
         self._notify("on_valid_end")
+        self._agree_to_stop()
         self.progress_.finished = self.stop_training
         self._notify("on_epoch_end")
+        self._agree_to_stop()
         self.progress_.logged = {}
+
+    def _agree_to_stop(self) -> None:
+        """Stop on all ranks if one of them stops, for example because of a callback."""
+        ranks = Ranks.current()
+        if ranks is not None:
+            self.stop_training = ranks.any(self.stop_training)
 
     def batches(self, windows: WindowSet, stage: str) -> Batches:
         """The batches of one pass over a segment.
@@ -422,6 +455,24 @@ class Estimator(QlibFunctions):
         prediction: Tensor = self.network(windows.batch(samples))
         return prediction
 
+    def run_shared(self, windows: SharedWindows, samples: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """Compute the predictions of a batch whose samples are spread over the ranks of a process group.
+
+        Parameters
+        ----------
+        windows : SharedWindows
+        samples : Tensor
+            int64 [B], sample numbers, the same on every rank.
+        offsets : Tensor, optional
+            As in `run_network`.
+
+        Returns
+        -------
+        Tensor
+            [B], on every rank. Backward computes this rank's part of the gradients.
+        """
+        return distributed.run_own_samples(self, windows, samples)
+
     def train_step(self, windows: WindowSet, samples: Tensor) -> Tensor:
         """Forward, backward, gradient clipping and optimizer step for one batch.
 
@@ -439,9 +490,13 @@ class Estimator(QlibFunctions):
         assert windows.label is not None
         weight = None if windows.weight is None else windows.weight[samples]
         label = windows.label[samples]
-        loss = self._call_loss(self.run_network(windows, samples), label, weight)
+        shared = windows if isinstance(windows, SharedWindows) else None
+        prediction = self.run_network(windows, samples) if shared is None else self.run_shared(shared, samples)
+        loss = self._call_loss(prediction, label, weight)
         self.train_optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if shared is not None:
+            distributed.sum_gradients(self.network, shared.ranks)
         if not isinstance(self.train_optimizer, ClippedAdam):  # ClippedAdam clips in its own step
             torch.nn.utils.clip_grad_value_(self.network.parameters(), GRADIENT_LIMIT)
         self.train_optimizer.step()
@@ -464,7 +519,16 @@ class Estimator(QlibFunctions):
         """
         self.network.eval()
         batches = self.batches(windows, f"{segment}_score")
-        return self._scores(windows, batches, self._predictions(windows, batches))
+        return self._scores(windows, batches, self._all_predictions(windows, batches))
+
+    def _all_predictions(self, windows: WindowSet, batches: Batches) -> Tensor:
+        """As `_predictions`, also if the samples are spread over ranks."""
+        if not isinstance(windows, SharedWindows):
+            return self._predictions(windows, batches)
+        if not self.mixes_samples:
+            return distributed.shared_predictions(self, windows, batches)
+        calls = batches.calls(self.rows_per_call)
+        return torch.cat([self.run_shared(windows, batches.order[call.rows], call.offsets) for call in calls])
 
     def _predictions(self, windows: WindowSet, batches: Batches) -> Tensor:
         """Predictions of the samples in `batches.order`, in that order."""
@@ -473,6 +537,7 @@ class Estimator(QlibFunctions):
         return torch.cat(parts) if parts else torch.empty(0, device=self.device)
 
     # ---------------------------------------------------------------- predict
+    @over_ranks
     @torch.no_grad()
     def predict(self, dataset: Dataset, segment: Segment = "test") -> pd.Series:
         """Predict the label of every sample of a segment, including samples without a label.
@@ -499,8 +564,11 @@ class Estimator(QlibFunctions):
             The feature columns have another order than in training, or the data does not fit into memory.
         """
         self._require_fitted()
+        ranks = Ranks.current()
         with self._device_memory("the panel"):
-            windows = windows_of(dataset, segment, "infer", with_label=False).to(self.device)
+            windows = windows_of(dataset, segment, "infer", with_label=False)
+            windows = windows if ranks is None else Sharing(ranks, is_training=False)(windows)
+            windows = windows.to(self.device)
         trained = self.data_.get("columns", [])
         if list(windows.columns) != trained and sorted(windows.columns) == sorted(trained):
             raise DataError(
@@ -511,7 +579,7 @@ class Estimator(QlibFunctions):
         batches = self.batches(windows, "predict")
         out = torch.empty(len(windows), dtype=torch.float32, device=self.device)
         with self._device_memory("a prediction batch"):
-            out[batches.order] = self._predictions(windows, batches)
+            out[batches.order] = self._all_predictions(windows, batches)
         missing = int(torch.isnan(out).sum())
         if missing:
             self.logger.warning("%d of %d predictions are NaN because their features contain NaN", missing, len(out))
@@ -545,7 +613,9 @@ class Estimator(QlibFunctions):
             )
 
     def _fit_callbacks(self, callbacks: Sequence[Callback], checkpoint_dir: str | Path | None) -> list[Callback]:
-        """The callbacks of a fit, in the order in which they are called."""
+        """The callbacks of a fit, in the order in which they are called. Only rank 0 writes and shows progress."""
+        if not writes_files():
+            return [EarlyStopping(), *callbacks, Progress(False)]
         checkpoints = [] if checkpoint_dir is None else [Checkpoint(checkpoint_dir)]
         return [EarlyStopping(), *callbacks, *checkpoints, Progress(self._params["progress"])]
 

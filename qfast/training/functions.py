@@ -51,7 +51,7 @@ class QlibFunctions(BaseEstimator):
         def train_step(self, windows: WindowSet, samples: Tensor) -> Tensor: ...
         def run_network(self, windows: WindowSet, samples: Tensor) -> Tensor: ...
         def batches(self, windows: WindowSet, stage: str) -> Batches: ...
-        def _predictions(self, windows: WindowSet, batches: Batches) -> Tensor: ...
+        def _all_predictions(self, windows: WindowSet, batches: Batches) -> Tensor: ...
 
     # ---------------------------------------------------------------- the functions
     @default
@@ -226,7 +226,7 @@ class QlibFunctions(BaseEstimator):
         """Loss and score of all full batches of a segment."""
         self.network.eval()
         batches = self.batches(windows, f"{segment}_score")
-        predictions = self._predictions(windows, batches)
+        predictions = self._all_predictions(windows, batches)
         weights = None if windows.weight is None else windows.weight[batches.order]
         losses = []
         for begin, end in pairwise(batches.bounds[: batches.whole + 1].tolist()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,6 +37,7 @@ def learning_samples(
     label_dtype: torch.dtype | None = None,
     weight_dtype: torch.dtype | None = None,
     drop_incomplete: bool = False,
+    sharing: Callable[[WindowSet], WindowSet] | None = None,
 ) -> WindowSet:
     """Load the samples of one segment for training or validation.
 
@@ -52,6 +54,8 @@ def learning_samples(
         Dtype of the sample weights; None means that of the labels.
     drop_incomplete : bool
         Whether to leave out flat samples with NaN in features or label, with a log message.
+    sharing : callable, optional
+        Selects the features of this process before they are checked, see `qfast.training.distributed.Sharing`.
 
     Returns
     -------
@@ -77,6 +81,7 @@ def learning_samples(
             count = int((~complete).sum())
             logging.getLogger("qfast").info("%d rows of segment %r contain NaN and are left out", count, segment)
             windows = windows.select(complete)
+    windows = windows if sharing is None else sharing(windows)
     windows.require_finite_features()
     if windows.label is not None and len(windows) and not bool(torch.isfinite(windows.label).any()):
         raise DataError(

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module
 from importlib import metadata as packages
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 
@@ -50,6 +50,8 @@ class RunFolder:
         The content of `manifest.json`. Use `update` to change it.
     running : bool
         True if this process has created or restarted the run.
+    writes : bool
+        Whether this process writes files. Over several processes, only one does.
 
     Examples
     --------
@@ -60,6 +62,8 @@ class RunFolder:
     ...     RunFolder.open(folder.path).manifest["seed"]
     3
     """
+
+    writes: ClassVar[bool] = True
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path

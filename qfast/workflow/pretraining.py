@@ -22,6 +22,7 @@ from qfast.files import atomic_write
 from qfast.interrupts import raise_discarded
 from qfast.training import checkpoint
 from qfast.training.callbacks import Callback
+from qfast.training.ranks import writes_files
 from qfast.workflow.folder import BEST, HISTORY, LAST, RunFolder
 from qfast.workflow.schema import Spec, Workflow
 
@@ -47,19 +48,23 @@ PATH_KEY = "task.model.kwargs.model_path"
 
 
 class SaveHistory(Callback):
-    """Writes history.csv after each epoch, and best.safetensors if the epoch is the best so far."""
+    """Writes history.csv after each epoch, and best.safetensors if the epoch is the best so far; on rank 0 only."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def on_epoch_end(self, estimator: Estimator) -> None:
         """Write the files of this epoch."""
+        if not writes_files():
+            return
         self._write_history(estimator)
         if estimator.best_epoch_ in (None, estimator.epoch_):
             estimator.save_weights(self.folder / BEST)
 
     def save_result(self, estimator: Estimator) -> None:
         """Write both files after a fit, even if it ran no epoch."""
+        if not writes_files():
+            return
         self._write_history(estimator)
         estimator.save_weights(self.folder / BEST)
 

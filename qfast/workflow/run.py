@@ -30,10 +30,19 @@ from qfast.workflow.records import PortAnaRecord, Record, build_records
 from qfast.workflow.report import write_report
 from qfast.workflow.results import SegmentResult, evaluate, raw_labels, write_results
 from qfast.workflow.saved_model import save_scoring
+from qfast.workflow.torchrun import (
+    FollowedFolder,
+    folder_to_continue,
+    joined,
+    require_same_run,
+    same_result,
+    share_run,
+)
 from qfast.workflow.user_code import MANIFEST_KEY, AllowCode, AllowedCode, allowed_code, require_permission
 
 if TYPE_CHECKING:
     from qfast.training.estimator import Estimator
+    from qfast.training.ranks import Ranks
 
 __all__ = ["RunResult", "run"]
 
@@ -87,6 +96,8 @@ def run(
 ) -> RunResult:
     """Train the model of a workflow file and write a run folder.
 
+    Under torchrun, all processes call it with the same arguments and share the work (docs/distributed.md).
+
     Parameters
     ----------
     config_path : path
@@ -130,6 +141,8 @@ def run(
         The weights of `init_from` do not fit the model, or the checkpoint of `resume` is damaged.
     QfastError
         The disk is full. The manifest records the failure, and the run can be resumed.
+    RankError
+        Another process of a run under torchrun has failed or died.
 
     Examples
     --------
@@ -141,26 +154,44 @@ def run(
     ...     sorted(result.metrics)
     ['test', 'train', 'valid']
     """
-    with contextlib.ExitStack() as lock:
+    with joined() as ranks, contextlib.ExitStack() as lock:
         code = lock.enter_context(allowed_code(allow_code))
-        resumed = None if resume is None else _reopen(resume, output, lock, code)
         options = ReadOptions.of(read_options)
-        job = prepare(config_path, data, sets, device, seed, resumed, callbacks, options, init_from)
+        if ranks is not None and not ranks.is_main:
+            shared = ranks.wait_for("run")
+            folder: RunFolder = FollowedFolder.open(shared["folder"])
+            resumed = folder if shared["resumed"] else None
+            job = prepare(config_path, data, sets, device, shared["seed"], resumed, callbacks, options, init_from)
+        else:
+            continued = resume if resume is not None else folder_to_continue(output)
+            resumed = None if continued is None else _reopen(continued, output, lock, code)
+            job = prepare(config_path, data, sets, device, seed, resumed, callbacks, options, init_from)
+            folder = _create(job, output, lock, code) if resumed is None else resumed
+            share_run(ranks, folder, job.seed, resumed=job.resumed)
         job.prepared = prepared
-        folder = _create(job, output, lock, code) if resumed is None else resumed
-        with recorded(folder):
-            dataset = _load(job, folder)
-            labels = raw_labels(dataset)
-            records = _begin(job, folder, dataset, meaningless(job.workflow, dataset))
-            with job.timed("training"):
-                _train(job, folder, dataset)
-            with job.timed("scores"):
-                results = evaluate(job.model, dataset, labels)
-                metrics = write_results(folder, records, results)
-            with job.timed("portfolio"):
-                portfolio = _trade(job, folder, records, results.get("test"), dataset)
-            folder.update(seconds=job.seconds)
-            write_report(folder, job.workflow, job.model, dataset, results, metrics, job.started, portfolio)
+        result = _run(job, folder, ranks)
+        return result if ranks is None else same_result(ranks, result)
+
+
+def _run(job: Job, folder: RunFolder, ranks: Ranks | None) -> RunResult:
+    """All stages of a run. Over several ranks, only rank 0 evaluates the scores and writes."""
+    with recorded(folder):
+        dataset = _load(job, folder)
+        if ranks is not None:
+            require_same_run(ranks, job)
+        labels = raw_labels(dataset)
+        records = _begin(job, folder, dataset, meaningless(job.workflow, dataset))
+        with job.timed("training"):
+            _train(job, folder, dataset)
+        with job.timed("scores"):
+            results = evaluate(job.model, dataset, labels)
+            if not folder.writes:
+                return RunResult(folder.path, {}, job.model, dataset)
+            metrics = write_results(folder, records, results)
+        with job.timed("portfolio"):
+            portfolio = _trade(job, folder, records, results.get("test"), dataset)
+        folder.update(seconds=job.seconds)
+        write_report(folder, job.workflow, job.model, dataset, results, metrics, job.started, portfolio)
     traded = {} if portfolio is None else portfolio.backtest.metrics()
     return RunResult(folder.path, metrics, job.model, dataset, traded)
 
@@ -242,7 +273,8 @@ def _begin(job: Job, folder: RunFolder, dataset: HandlerDataset, warnings: Seque
         data=job.facts,
         **folders.environment(),
     )
-    save_scoring(folder, workflow, job.model, dataset)
+    if folder.writes:
+        save_scoring(folder, workflow, job.model, dataset)
     return records
 
 

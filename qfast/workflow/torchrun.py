@@ -1,0 +1,199 @@
+"""A run over several processes: the process group of torchrun, the run folder that all ranks share, and restarts.
+
+Rank 0 creates the folder and is the only writer. The other ranks receive its path and the seed, prepare the same job
+and train with it. After a restart by torchrun, rank 0 continues the folder of the previous attempt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+import torch.distributed as dist
+
+from qfast.training.distributed import only_main_logs
+from qfast.training.ranks import Ranks
+from qfast.workflow.folder import MANIFEST, RunFolder, versions
+from qfast.workflow.resumption import MAY_DIFFER
+
+if TYPE_CHECKING:
+    from qfast.workflow.job import Job
+    from qfast.workflow.run import RunResult
+
+START_LIMIT = timedelta(minutes=10)  # in which all processes must start
+FOLDER_KEY = "qfast/folder"
+
+__all__ = [
+    "FollowedFolder",
+    "folder_to_continue",
+    "is_launched",
+    "joined",
+    "require_same_run",
+    "same_result",
+    "share_run",
+]
+
+log = logging.getLogger("qfast")
+
+_launcher_store: Any = None  # of torchrun; it survives restarts
+
+
+class FollowedFolder(RunFolder):
+    """The run folder as ranks other than rank 0 see it: they read it and write nothing."""
+
+    writes = False
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write nothing."""
+
+    def write_frame(self, stem: str, frame: pd.DataFrame) -> Path:
+        """Write nothing, and return the path that rank 0 writes to."""
+        return self.path / f"{stem}.parquet"
+
+    def restart(self) -> None:
+        """Change nothing."""
+
+    def finish(self, status: str, error: str | None = None) -> None:
+        """Record nothing."""
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Ranks | None]:
+    """The ranks of this run, or None in one process.
+
+    Under torchrun the processes form a group for the duration of the block, with nccl on GPUs and gloo on CPUs, and
+    share the cores of their machine. A group that exists already is used as it is.
+    """
+    if not is_launched() or dist.is_initialized():
+        with _together(Ranks.current()) as ranks:
+            yield ranks
+        return
+    _share_cores()
+    _initialize()
+    try:
+        with _together(Ranks.current()) as ranks:
+            yield ranks
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _together(ranks: Ranks | None) -> Iterator[Ranks | None]:
+    if ranks is None:
+        yield None
+        return
+    with ranks.session(), only_main_logs(ranks):
+        log.info("rank %d of %d, %d threads each", ranks.rank, ranks.size, torch.get_num_threads())
+        yield ranks
+
+
+def is_launched() -> bool:
+    """Whether torchrun, or a launcher that sets the same variables, has started several processes."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return dist.is_available() and all(name in os.environ for name in names) and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def _initialize() -> None:
+    """Create the process group. Its keys in the store of the launcher are separate for each attempt.
+
+    torch's own initialization reads the addresses of the previous attempt after a restart, if the store survives it.
+    """
+    global _launcher_store
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    _launcher_store = dist.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world_size=size,
+        is_master=rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        timeout=START_LIMIT,
+    )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    of_attempt = dist.PrefixStore(f"qfast/{_attempt()}", _launcher_store)  # type: ignore[attr-defined]
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        store=of_attempt,
+        rank=rank,
+        world_size=size,
+    )
+
+
+def _attempt() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def _share_cores() -> None:
+    """Divide the cores of the machine among its processes.
+
+    torchrun sets OMP_NUM_THREADS=1 if it is not set, which would leave cores idle. Any other value is kept.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // processes))
+
+
+# ---------------------------------------------------------------- what the ranks tell each other
+def share_run(ranks: Ranks | None, folder: RunFolder, seed: int, *, resumed: bool) -> None:
+    """Tell the other ranks the folder and the seed of the run, and store the folder for a restart by torchrun."""
+    path = str(folder.path.resolve())
+    if _launcher_store is not None:
+        _launcher_store.set(FOLDER_KEY, path)
+    if ranks is not None:
+        ranks.publish("run", {"folder": path, "seed": seed, "resumed": resumed})
+
+
+def require_same_run(ranks: Ranks, job: Job) -> None:
+    """Check that all ranks run the same workflow on the same data with the same versions.
+
+    Raises
+    ------
+    ConfigError
+        On the rank that differs from rank 0.
+    """
+    facts: dict[str, object] = {f"the version of {name}": version for name, version in versions().items()}
+    facts |= {f"the workflow at {key}": value for key, value in _flat(job.workflow.resolved()) if key not in MAY_DIFFER}
+    facts["the content hash of the data"] = job.facts["hash"]
+    ranks.require_same(facts, "the same command, files and environment on every machine")
+
+
+def same_result(ranks: Ranks, result: RunResult) -> RunResult:
+    """The result with the metrics of rank 0, on every rank. The ranks leave the run together."""
+    if ranks.is_main:
+        ranks.publish("result", {"metrics": result.metrics, "portfolio": result.portfolio})
+    shared = ranks.wait_for("result")
+    ranks.any(False)
+    return replace(result, **shared)
+
+
+def _flat(value: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """Keys and values of nested mappings, the keys joined with dots."""
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _flat(item, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, str(value)
+
+
+# ---------------------------------------------------------------- restarts
+def folder_to_continue(output: str | os.PathLike[str] | None) -> str | None:
+    """The run folder of the previous attempt, if torchrun has restarted the processes; otherwise None."""
+    if _launcher_store is None or _attempt() == 0:
+        return None
+    if _launcher_store.check([FOLDER_KEY]):
+        folder = _launcher_store.get(FOLDER_KEY).decode()
+    elif output is not None and (Path(output) / MANIFEST).is_file():
+        folder = os.fspath(output)
+    else:
+        log.warning("the run folder of the previous attempt is unknown: a new run begins")
+        return None
+    log.info("restart %d: continuing the run in %s", _attempt(), folder)
+    return folder
