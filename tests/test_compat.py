@@ -200,6 +200,21 @@ def test_halts_are_logged_and_counted(store: Path, caplog: pytest.LogCaptureFixt
     assert "MAX5" not in expected
 
 
+def test_removed_features_are_neither_logged_nor_counted(store: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kept = {"class": "FilterCol", "kwargs": {"fields_group": "feature", "col_list": ["KMID", "MAX5"]}}
+    every = Alpha158("all", provider_uri=store, config=CONFIG, **RAW).cells_unlike_qlib()
+    assert every
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="qfast"):
+        handler = Alpha158("all", provider_uri=store, config=CONFIG, **{**RAW, "infer_processors": [kept]})
+    assert "compat='qlib'" not in caplog.text
+    assert handler.cells_unlike_qlib() == {}
+    name = next(iter(every))
+    kept["kwargs"]["col_list"] = ["KMID", name]
+    handler = Alpha158("all", provider_uri=store, config=CONFIG, **{**RAW, "infer_processors": [kept]})
+    assert handler.cells_unlike_qlib() == {name: every[name]}
+
+
 def test_nothing_is_logged_without_halts(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="qfast"):
         handler = Alpha158(data=synthetic.prices(3, 70), config=CONFIG, **RAW)

@@ -202,6 +202,22 @@ def test_features_in_another_order_are_refused():
         model.predict(flat(frame[frame.columns[::-1]]))
 
 
+def test_features_with_other_names_are_reported(caplog):
+    model = LSTM(**SMALL).fit(flat())
+    frame = make_frame(70, 9, 12)
+    scores = model.predict(flat(frame))
+    assert "other names" not in caplog.text
+    names = frame.columns.to_list()
+    renamed = frame.set_axis(pd.MultiIndex.from_tuples([names[0], ("feature", "other"), *names[2:]]), axis=1)
+    assert model.predict(flat(renamed)).equals(scores), "Qlib ignores names"
+    assert "1 of 12 feature columns have other names than in training, for example 'other' instead of" in caplog.text
+    shifted = frame.set_axis(pd.MultiIndex.from_tuples([("feature", "new"), *names[:-2], names[-1]]), axis=1)
+    with pytest.raises(DataError, match="another order"):
+        model.predict(flat(shifted))
+    with pytest.raises(DataError, match="has 11 feature columns, but the model was trained on 12"):
+        model.predict(flat(frame.drop(columns=names[1])))
+
+
 def test_labels_too_large_for_a_first_step_are_reported():
     frame = make_frame(70, 9, 3)
     frame[("label", "LABEL0")] = np.float32(1e30)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qfast import predict, run
+from qfast import Callback, check, predict, run
 from qfast.data import DataHandlerLP, FactorHandler, synthetic
 from qfast.data.filters import ExpressionDFilter, NameDFilter, build_filters
 from qfast.data.loaders import Alpha158DL, Alpha360DL, NestedDataLoader, QlibDataLoader, StaticDataLoader, build_loader
@@ -168,6 +168,34 @@ def test_a_workflow_with_nested_loaders(tmp_path, monkeypatch, prices):
     scores = predict("run", prices, start="2015-02-26", end="2015-03-20")
     expected = result.model.predict(result.dataset, "test").rename("score").sort_index()
     pd.testing.assert_series_equal(scores, expected, check_freq=False)
+
+
+def test_files_of_a_static_loader_are_next_to_the_workflow_file(tmp_path, monkeypatch, prices):
+    folder, elsewhere = tmp_path / "work", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    static_columns(prices)[[("feature", "A0")]].to_parquet(folder / "factors.parquet")
+    (folder / "nested.yaml").write_text(WORKFLOW.replace("n_epochs: 1", "n_epochs: 2"))
+    monkeypatch.chdir(elsewhere)
+
+    class Interrupt(Callback):
+        def on_epoch_end(self, estimator):
+            raise KeyboardInterrupt
+
+    whole = run(folder / "nested.yaml", prices, output=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(folder / "nested.yaml", prices, output=tmp_path / "run", callbacks=[Interrupt()])
+    monkeypatch.chdir(tmp_path)
+    resumed = run(resume=tmp_path / "run", data=prices)
+    assert len(resumed.model.history_) == 2
+    pd.testing.assert_series_equal(resumed.model.predict(resumed.dataset), whole.model.predict(whole.dataset))
+    assert check(folder / "nested.yaml", prices, experiments=False).ok
+    assert len(predict(tmp_path / "run", prices, start="2015-02-26", end="2015-03-20"))
+    monkeypatch.chdir(folder)
+    static_columns(prices)[[("feature", "A0")]].mul(2).to_parquet(elsewhere / "factors.parquet")
+    monkeypatch.chdir(elsewhere)
+    own = run(folder / "nested.yaml", prices, output=tmp_path / "own").dataset.handler.fetch(col_set="feature")
+    pd.testing.assert_series_equal(own["A0"], whole.dataset.handler.fetch(col_set="feature")["A0"] * 2)
 
 
 # ---------------------------------------------------------------- filters

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qfast import run
+from qfast import check, run
 from qfast.data import Alpha158, Alpha360vwap, DataHandlerLP, DatasetH, FactorHandler, synthetic
 from qfast.errors import ConfigError, DataError
 from qfast.workflow.check.calendar import calendar_findings
@@ -18,6 +18,7 @@ from qfast.workflow.check.findings import CheckReport
 from qfast.workflow.check.meaning import check_meaning
 from qfast.workflow.check.price_jumps import price_findings
 from qfast.workflow.config import load_config
+from qfast.workflow.demo import DEMO, demo_prices
 from qfast.workflow.validation import check_workflow
 from support.workflows import factors, write_case
 
@@ -169,6 +170,15 @@ def test_a_split_next_to_an_adjusted_close(name):
     assert "close is not adjusted for 1 split(s)" in finding.text
     assert "S1 on 2020-05-04 -7" in finding.text
     assert "--adjust" in finding.text
+
+
+def test_check_reports_a_split_next_to_an_adjusted_close_once():
+    frame = demo_prices(4, 560)
+    frame["adj_close"] = frame["close"]
+    late = frame.index.get_level_values("datetime") >= frame.index.get_level_values("datetime")[300]
+    frame.loc[late, "close"] /= 4
+    texts = [finding.text for finding in check(DEMO, frame, experiments=False).findings]
+    assert sum("not adjusted for" in text for text in texts) == 1
 
 
 def test_prices_that_are_not_positive():

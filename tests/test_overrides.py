@@ -31,6 +31,7 @@ from support.frames import SEGMENTS, flat, make_frame, rolling
 
 WEIGHTED = (ts.LSTM, ts.GRU, ts.ALSTM)
 SCORES = ["train", "valid"]
+GATS = {"d_feat": 3, "hidden_size": 4, "n_epochs": 2, "GPU": -1}
 
 
 class Reweighter:
@@ -461,6 +462,60 @@ def test_days_of_a_frame_follow_qlib():
 
 
 # ---------------------------------------------------------------- log, and what fit shows
+@pytest.mark.parametrize("shuffle_days", [True, False])
+def test_flat_gats_takes_its_days_from_an_overridden_function(shuffle_days):
+    dataset = flat()
+    calls = []
+
+    class Halves(GATs):
+        def get_daily_inter(self, df, shuffle=False):
+            calls.append((df, shuffle))
+            firsts, counts = super().get_daily_inter(df, shuffle)
+            first_half = np.asarray(counts) // 2
+            return (
+                [row for first, half in zip(firsts, first_half, strict=True) for row in (first, first + half)],
+                [size for n, half in zip(counts, first_half, strict=True) for size in (half, n - half)],
+            )
+
+    class Same(GATs):
+        def get_daily_inter(self, df, shuffle=False):
+            return super().get_daily_inter(df, shuffle)
+
+    arguments = {**GATS, "seed": 1, "shuffle_days": shuffle_days}
+    plain = GATs(**arguments).fit(dataset)
+    same = Same(**arguments).fit(dataset)
+    assert same.history_.drop(columns=["train_seconds", "seconds"]).equals(
+        plain.history_.drop(columns=["train_seconds", "seconds"])
+    )
+    assert same.predict(dataset).equals(plain.predict(dataset))
+    halves = Halves(**arguments).fit(dataset)
+    assert [shuffle for _, shuffle in calls[:3]] == [shuffle_days, False, False]
+    frame = calls[0][0]
+    assert frame.index.equals(dataset.prepare("train", col_set="feature", data_key="learn").index)
+    assert not halves.predict(dataset).equals(plain.predict(dataset))
+    assert halves.predict(dataset).index.equals(plain.predict(dataset).index)
+
+
+@pytest.mark.parametrize(
+    ("days", "message"),
+    [
+        (([0], [0]), "a number of rows from 1"),
+        (([0.5, None], [1, 1]), "two sequences of integers"),
+        (([0], [10**6]), "within the"),
+        (3, "two sequences of integers"),
+    ],
+)
+def test_wrong_days_are_refused(days, message):
+    model = GATs(**GATS)
+    model.get_daily_inter = lambda df, shuffle=False: days
+    with pytest.raises(ConfigError, match=message):
+        model.fit(flat())
+    model = GATs(**GATS).fit(flat())
+    model.get_daily_inter = lambda df, shuffle=False: ([0], [3])
+    with pytest.raises(ConfigError, match="each row once for a prediction"):
+        model.predict(flat())
+
+
 class LogValues(Callback):
     def on_epoch_start(self, estimator):
         estimator.log(early=estimator.epoch_)

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from qfast.models import LSTM
 from qfast.workflow import plots
 from qfast.workflow.page import Report, render_html
 from qfast.workflow.plots import _quantile_means as quantile_means
@@ -32,6 +33,24 @@ def test_plots_are_png_images_with_something_on_them(segments):
         assert png.startswith(PNG)
         assert blank.startswith(PNG)
         assert len(png) > len(blank)
+
+
+def test_scores_of_a_users_metric_are_plotted_as_they_are(monkeypatch):
+    history = pd.DataFrame({"train": [0.1, 0.2], "valid": [0.0, 0.1]})
+    drawn = []
+    monkeypatch.setattr("qfast.workflow.plots._png", lambda figure: drawn.append(figure.axes[0]) or b"")
+    loss_plot(history, 1)
+    loss_plot(history, 1, "Score by epoch", is_loss=False)
+    labels = [axes.get_ylabel() for axes in drawn]
+    assert labels == ["loss", "score (higher is better)"]
+    assert [axes.lines[0].get_ydata().tolist() for axes in drawn] == [[-0.1, -0.2], [0.1, 0.2]]
+    model = LSTM(d_feat=3, hidden_size=4)
+    assert model.scores_are_losses
+    model.loss_fn = lambda pred, label: (pred - label).abs().nanmean()
+    assert model.scores_are_losses
+    model.metric_fn = lambda pred, label: pred.mean()
+    assert not model.scores_are_losses
+    assert not LSTM(d_feat=3, hidden_size=4, metric=lambda pred, label: pred.mean()).scores_are_losses
 
 
 def test_each_segment_of_the_cumulative_ic_has_its_own_dates(segments, monkeypatch):

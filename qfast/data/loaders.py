@@ -226,7 +226,7 @@ class StaticDataLoader(DataLoader):
     config : path, DataFrame, Panel, or mapping of group to path or DataFrame
         A Parquet or CSV file, or a frame, indexed (datetime, instrument) or with these columns. Two-level columns are
         (group, name). Of single-level columns, names that begin with "label" are labels and the others features.
-        Relative paths start at the working directory.
+        Relative paths start at the working directory; in a workflow file, at its folder if they do not exist there.
     join : {"outer", "inner", "left", "right"}
         How the rows of several groups are combined.
 

@@ -21,21 +21,24 @@ class SourceNote(NamedTuple):
     warning : bool
         False: it only states how the source was read.
     text : str
+    is_repeated_by_check : bool
+        True if `qfast check` finds the same in the prices, with more detail.
     """
 
     warning: bool
     text: str
+    is_repeated_by_check: bool = False
 
 
 _collected: ContextVar[list[SourceNote] | None] = ContextVar("qfast_source_notes", default=None)
 
 
-def note(text: str, warning: bool = False) -> None:
+def note(text: str, warning: bool = False, *, is_repeated_by_check: bool = False) -> None:
     """Log an observation, and add it to the lists of all enclosing `collected_notes`."""
     log.log(logging.WARNING if warning else logging.INFO, "%s", text)
-    notes = _collected.get()
-    if notes is not None and SourceNote(warning, text) not in notes:  # a handler may read a source twice
-        notes.append(SourceNote(warning, text))
+    notes, one = _collected.get(), SourceNote(warning, text, is_repeated_by_check)
+    if notes is not None and one not in notes:  # a handler may read a source twice
+        notes.append(one)
 
 
 @contextlib.contextmanager

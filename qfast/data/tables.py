@@ -428,7 +428,8 @@ def _report_unadjusted(panel: Panel, source: str) -> None:
         f"{source}: close is not adjusted for splits: {adjusted!r} / close changes by {steps[row - 1]:.0%} on "
         f"{panel.datetimes[panel.date_codes[row]]:%Y-%m-%d} for {panel.instruments[panel.instrument_codes[row]]!r} "
         f"({count} instrument(s) in all), so returns of close are wrong there. --adjust "
-        "(read_options={'adjust': True}) uses the adjusted close"
+        "(read_options={'adjust': True}) uses the adjusted close",
+        is_repeated_by_check=True,
     )
 
 

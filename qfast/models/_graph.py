@@ -24,6 +24,7 @@ from qfast.nn.graph import BASES, GATModel
 from qfast.training.base import network_alias
 from qfast.training.distributed import Gathered, Replicated, SharedWindows
 from qfast.training.estimator import Estimator
+from qfast.training.overrides import default, is_overridden, name_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -113,8 +114,12 @@ class GraphEstimator(Estimator):
             raise ConfigError(f"model_path must be a path or None, got {params['model_path']!r}.")
 
     # ---------------------------------------------------------------- days
+    @default
     def get_daily_inter(self, df: pd.DataFrame, shuffle: bool = False) -> tuple[Any, Any]:
-        """First row and number of rows of each day of a frame, under Qlib's name, for a `train_epoch` of your own.
+        """First row and number of rows of each day of a frame, under Qlib's name.
+
+        If a subclass overrides it, flat models take their days from it in every pass, as in Qlib. Time-series models do
+        not call it, as in Qlib.
 
         Parameters
         ----------
@@ -151,11 +156,45 @@ class GraphEstimator(Estimator):
 
     def batches(self, windows: WindowSet, stage: str) -> Batches:
         """As `Estimator.batches`. Days without a finite label are left out of training, except with compat="qlib"."""
+        if windows.step_len is None and is_overridden(self, "get_daily_inter"):
+            days = self._users_days(windows, stage)
+            keep = stage == "train" and self._params["compat"] != "qlib"
+            return days.select(torch.nonzero(_labelled(windows, days)).flatten()) if keep else days
         days = self.days(windows)
         order: Tensor = getattr(self.day_order, stage)(len(days))
         if stage == "train" and self._params["compat"] != "qlib":
             order = order[_labelled(windows, days)[order]]
         return days.select(order)
+
+    def _users_days(self, windows: WindowSet, stage: str) -> Batches:
+        """The days that an overridden `get_daily_inter` returns for the features of a segment."""
+        features = windows.batch(torch.arange(len(windows), device=windows.device)).flatten(1).cpu().numpy()
+        frame = pd.DataFrame(features, index=windows.keys())
+        if len(windows.columns) == frame.shape[1]:
+            frame.columns = pd.Index(windows.columns)
+        function = name_of(self.get_daily_inter)
+        try:
+            firsts, counts = self.get_daily_inter(frame, shuffle=stage == "train" and self._params["shuffle_days"])
+            starts, sizes = (torch.from_numpy(np.array(part, dtype=np.int64)) for part in (firsts, counts))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{function} must return the first row and the number of rows of each day, two sequences of integers "
+                f"({error})."
+            ) from error
+        if starts.shape != sizes.shape or not len(sizes) or bool(((sizes < 1) | (starts < 0)).any()):
+            raise ConfigError(
+                f"{function} must return a first row from 0 and a number of rows from 1 for each day, got {firsts!r} "
+                f"and {counts!r}."
+            )
+        bounds = torch.cat((torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)))
+        order = torch.arange(int(bounds[-1])) + torch.repeat_interleave(starts - bounds[:-1], sizes)
+        is_complete = len(order) == len(windows) and bool((order.sort().values == torch.arange(len(windows))).all())
+        if int(order.max()) >= len(windows) or (stage == "predict" and not is_complete):
+            raise ConfigError(
+                f"{function} must return days within the {len(windows)} rows of the frame"
+                + (", and each row once for a prediction." if stage == "predict" else f", got row {int(order.max())}.")
+            )
+        return Batches(order.to(windows.device), bounds, len(sizes))
 
     def run_network(self, windows: WindowSet, samples: Tensor, offsets: Tensor | None = None) -> Tensor:
         """As `Estimator.run_network`, except that stocks with NaN or infinity are left out of their day when scoring.

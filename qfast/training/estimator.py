@@ -561,7 +561,7 @@ class Estimator(QlibFunctions):
         NotFittedError
             The model has neither been fitted nor loaded.
         DataError
-            The feature columns have another order than in training, or the data does not fit into memory.
+            The feature columns have another order or number than in training, or the data does not fit into memory.
         """
         self._require_fitted()
         ranks = Ranks.current()
@@ -569,12 +569,7 @@ class Estimator(QlibFunctions):
             windows = windows_of(dataset, segment, "infer", with_label=False)
             windows = windows if ranks is None else Sharing(ranks, is_training=False)(windows)
             windows = windows.to(self.device)
-        trained = self.data_.get("columns", [])
-        if list(windows.columns) != trained and sorted(windows.columns) == sorted(trained):
-            raise DataError(
-                "the dataset has the feature columns of the training data in another order, which would change the "
-                f"predictions: {list(windows.columns)[:4]}... instead of {trained[:4]}... Remedy: reorder the columns."
-            )
+        self._compare_columns(list(windows.columns))
         self.network.eval()
         batches = self.batches(windows, "predict")
         out = torch.empty(len(windows), dtype=torch.float32, device=self.device)
@@ -586,6 +581,30 @@ class Estimator(QlibFunctions):
         return pd.Series(out.cpu().numpy(), index=windows.keys())
 
     __call__ = predict
+
+    def _compare_columns(self, columns: list[str]) -> None:
+        """Refuse features that training had in other positions or in another number. Report other names.
+
+        Qlib ignores names, and code for Qlib renames columns between training and prediction, so this is not an error.
+        """
+        trained = self.data_.get("columns", [])
+        if not trained or columns == trained:
+            return
+        if len(columns) != len(trained):
+            raise DataError(
+                f"the dataset has {len(columns)} feature columns, but the model was trained on {len(trained)}."
+            )
+        renamed = [place for place, name in enumerate(columns) if name != trained[place]]
+        if any(columns[place] in trained for place in renamed):
+            raise DataError(
+                "the dataset has feature columns of the training data in another order, which would change the "
+                f"predictions: {columns[:4]}... instead of {trained[:4]}... Remedy: reorder the columns."
+            )
+        self.logger.warning(
+            "%d of %d feature columns have other names than in training, for example %r instead of %r at position %d. "
+            "The scores are only meaningful if the columns contain the same features in the same order",
+            *(len(renamed), len(columns), columns[renamed[0]], trained[renamed[0]], renamed[0]),
+        )
 
     # ---------------------------------------------------------------- helpers
     def _batch_size(self, n: int) -> int:

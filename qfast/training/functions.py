@@ -183,6 +183,14 @@ class QlibFunctions(BaseEstimator):
         own = any(is_overridden(self, name) for name in FUNCTIONS)
         return own or callable(self._params["loss"]) or callable(self._params["metric"])
 
+    @property
+    def scores_are_losses(self) -> bool:
+        """Whether the scores `train` and `valid` are minus the loss, because neither a metric nor `test_epoch` is the
+        user's.
+        """
+        own = callable(self._params["metric"]) or is_overridden(self, "metric_fn") or is_overridden(self, "test_epoch")
+        return not own
+
     def _call_loss(self, pred: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
         """Call `loss_fn` with as many arguments as Qlib does, or as it accepts."""
         if not is_overridden(self, "loss_fn"):

@@ -73,15 +73,20 @@ def require_data(data: DataInput | None, workflow: Workflow) -> None:
             )
 
 
-def absolute_sources(workflow: Workflow, directory: str | os.PathLike[str]) -> None:
+def absolute_sources(
+    workflow: Workflow, directory: str | os.PathLike[str], other: str | os.PathLike[str] | None = None
+) -> None:
     """Make relative paths of data in a workflow absolute, in place, so they do not depend on the working directory.
 
     Parameters
     ----------
     workflow : Workflow
-        `qlib_init.provider_uri` and the handler arguments `data` and `provider_uri` are changed.
+        `qlib_init.provider_uri`, the handler arguments `data` and `provider_uri`, and the files of StaticDataLoaders
+        are changed.
     directory : path
         The directory that the paths are relative to.
+    other : path, optional
+        Directory of paths that do not exist in `directory`.
     """
 
     def absolute(value: Any) -> Any:
@@ -89,7 +94,22 @@ def absolute_sources(workflow: Workflow, directory: str | os.PathLike[str]) -> N
             return {freq: absolute(path) for freq, path in value.items()}
         if not isinstance(value, str) or not value or value.startswith("~"):
             return value
-        return str(Path(directory, value).resolve())
+        path = Path(directory, value.strip())
+        if other is not None and not path.exists() and Path(other, value.strip()).exists():
+            path = Path(other, value.strip())
+        return str(path.resolve())
+
+    def in_loaders(spec: Any) -> Any:
+        """The description of a data loader, with absolute paths of StaticDataLoaders in it."""
+        if isinstance(spec, list):
+            return [in_loaders(item) for item in spec]
+        if not isinstance(spec, Mapping):
+            return spec
+        changed = {key: in_loaders(value) for key, value in spec.items()}
+        kwargs = changed.get("kwargs")
+        if str(spec.get("class")).rpartition(".")[2] == "StaticDataLoader" and isinstance(kwargs, Mapping):
+            changed["kwargs"] = {**kwargs, "config": absolute(kwargs.get("config"))}
+        return changed
 
     init = workflow.qlib_init
     if init.provider_uri is not None:
@@ -98,6 +118,8 @@ def absolute_sources(workflow: Workflow, directory: str | os.PathLike[str]) -> N
     for name in ("data", "provider_uri"):
         if name in arguments:
             arguments[name] = absolute(arguments[name])
+    if "data_loader" in arguments:
+        arguments["data_loader"] = in_loaders(arguments["data_loader"])
 
 
 def build_dataset(workflow: Workflow, data: DataInput | None, read_options: ReadOptions = DEFAULTS) -> HandlerDataset:

@@ -32,8 +32,10 @@ OTHER_COLOURS = ("#047857", "#9d174d", "#6d28d9")
 QUANTILES = 5
 
 
-def loss_plot(history: pd.DataFrame, best_epoch: int | None, title: str = "Loss by epoch") -> bytes:
-    """Plot the loss of train and valid by epoch, and mark the best epoch.
+def loss_plot(
+    history: pd.DataFrame, best_epoch: int | None, title: str = "Loss by epoch", *, is_loss: bool = True
+) -> bytes:
+    """Plot the loss, or the score, of train and valid by epoch, and mark the best epoch.
 
     Parameters
     ----------
@@ -42,6 +44,8 @@ def loss_plot(history: pd.DataFrame, best_epoch: int | None, title: str = "Loss 
         minus the loss, averaged over batches.
     best_epoch : int or None
     title : str
+    is_loss : bool
+        False if the columns contain scores of a metric of the user, which are plotted as they are.
 
     Returns
     -------
@@ -51,7 +55,7 @@ def loss_plot(history: pd.DataFrame, best_epoch: int | None, title: str = "Loss 
     figure, axes = figure_axes()
     for name in ("train", "valid"):
         if name in history:
-            values = -history[name].to_numpy(dtype=float)
+            values = history[name].to_numpy(dtype=float) * (-1 if is_loss else 1)
             axes.plot(
                 history.index,
                 values,
@@ -63,7 +67,7 @@ def loss_plot(history: pd.DataFrame, best_epoch: int | None, title: str = "Loss 
             )
     if best_epoch is not None:
         axes.axvline(best_epoch, color="#111827", linewidth=1, linestyle=":", label=f"best epoch ({best_epoch})")
-    axes.set(xlabel="epoch", ylabel="loss", title=title)
+    axes.set(xlabel="epoch", ylabel="loss" if is_loss else "score (higher is better)", title=title)
     axes.xaxis.get_major_locator().set_params(integer=True)
     add_legend(axes)
     return png(figure)

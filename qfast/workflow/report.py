@@ -56,7 +56,7 @@ def write_report(
     before = pretraining.history(run_folder)
     plots = {} if before is None else {"pretrain_loss": loss_plot(*before, title="Pre-training: loss by epoch")}
     plots |= {
-        "loss": loss_plot(model.history_, model.best_epoch_),
+        "loss": _score_curve(model),
         "cumulative_ic": cumulative_plot(shown),
         "score_groups": quantile_plot(shown),
     }
@@ -81,6 +81,13 @@ def write_report(
         portfolio=None if portfolio is None else portfolio.backtest.risk()["risk"].unstack(),
     )
     run_folder.write_text("report.html", render_html(page))
+
+
+def _score_curve(model: Estimator) -> bytes:
+    """The plot of the scores that select the epoch: minus the loss, unless the user has a metric."""
+    is_loss = model.scores_are_losses
+    title = "Loss by epoch" if is_loss else "Score by epoch"
+    return loss_plot(model.history_, model.best_epoch_, title, is_loss=is_loss)
 
 
 def _last_date(score: pd.Series) -> pd.Timestamp:

@@ -94,10 +94,14 @@ def recorded_data(file: str | os.PathLike[str]) -> RecordedData:
 def locate_sources(workflow: Workflow, file: str | os.PathLike[str]) -> None:
     """Make the paths of data in a workflow absolute, in place.
 
-    They are relative to the working directory; in the file of a run folder, to the working directory of that run.
+    They are relative to the working directory, or to the folder of the file if they do not exist there; in the file of
+    a run folder, to the working directory of that run.
     """
     folder = run_folder_of(file)
-    absolute_sources(workflow, Path.cwd() if folder is None else folder.manifest.get("directory", Path.cwd()))
+    if folder is None:
+        absolute_sources(workflow, Path.cwd(), Path(file).absolute().parent)
+    else:
+        absolute_sources(workflow, folder.manifest.get("directory", Path.cwd()))
 
 
 def require_same_workflow(

@@ -387,7 +387,8 @@ class PriceHandler(DataHandlerLP):
     def _report_halts(self) -> None:
         """Log where the choice of `compat` changes values: rows of equal prices or volumes, or after infinite ones."""
         texts = self._feature_texts()
-        windows = sensitive_columns(texts)
+        names, kept = self._feature_names(), self._kept_features()
+        windows = {place: rows for place, rows in sensitive_columns(texts).items() if names[place] in kept}
         if not windows:
             return
         read = fields_of([texts[place] for place in windows])
@@ -405,6 +406,8 @@ class PriceHandler(DataHandlerLP):
     def cells_unlike_qlib(self) -> dict[str, int]:
         """Number of cells in which exact values differ from Qlib's by more than rounding, by feature.
 
+        Features that FilterCol or DropCol removes are not counted.
+
         Raises
         ------
         DataError
@@ -412,8 +415,11 @@ class PriceHandler(DataHandlerLP):
         """
         if self.prices is None:
             raise _prices_dropped()
+        kept = self._kept_features()
+        pairs = zip(self._feature_texts(), self._feature_names(), strict=True)
+        texts, names = zip(*(pair for pair in pairs if pair[1] in kept), strict=True) if kept else ((), ())
         return cells_unlike_qlib(
-            *(self._feature_texts(), self._feature_names(), self._prices, self._rows),
+            *(texts, names, self._prices, self._rows),
             self.start_time,
             self.mask_prices,
         )

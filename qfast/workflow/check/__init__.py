@@ -125,7 +125,7 @@ def _check(
             data, read_options = recorded.data, read_options.over(recorded.read_options)
         dataset = build_dataset(workflow, data, read_options)
     for note in source_notes:
-        if note.warning or dataset is not None:
+        if (note.warning or dataset is not None) and not note.is_repeated_by_check:
             report.add("warning" if note.warning else "note", "source", note.text)
     if dataset is None:
         return
