@@ -27,12 +27,11 @@ DAYS_OF_A_HALT = (5, 70)
 SAME = 1e-4
 
 
-def halted_prices(instruments: int, days: int) -> pd.DataFrame:
-    """Synthetic prices in which every stock is halted three times."""
+def with_halts(prices: pd.DataFrame) -> pd.DataFrame:
+    """Prices, indexed (datetime, instrument), in which every stock is halted three times."""
     rng = np.random.default_rng(0)
-    frame = synthetic.prices(instruments, days).sort_index(level=["instrument", "datetime"])
     parts = []
-    for _, stock in frame.groupby(level="instrument", sort=True):
+    for _, stock in prices.sort_index(level=["instrument", "datetime"]).groupby(level="instrument", sort=True):
         stock = stock.copy()
         for begin in rng.integers(1, len(stock) - 1, HALTS):
             rows = slice(int(begin), int(begin) + int(rng.integers(*DAYS_OF_A_HALT)))
@@ -58,7 +57,7 @@ def main() -> None:
     parser.add_argument("--days", type=int, default=1250)
     arguments = parser.parse_args()
     logging.getLogger("qfast").setLevel(logging.ERROR)
-    prices = halted_prices(arguments.instruments, arguments.days)
+    prices = with_halts(synthetic.prices(arguments.instruments, arguments.days))
     exact, qlib = (
         Alpha158(data=prices, infer_processors=[], learn_processors=[], compat=compat).fetch(col_set="feature")
         for compat in (None, "qlib")

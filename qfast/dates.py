@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import re
 from typing import TypeAlias
 
 import numpy as np
@@ -41,6 +42,14 @@ def starts_after(start: DateLike, end: DateLike) -> bool:
     return first >= last + pd.Timedelta(days=1) if is_date_only(end) else first > last
 
 
+def _require_one_meaning(text: str) -> None:
+    """Raise a ValueError for a date whose day and month could be swapped, which pandas reads month-first."""
+    match = re.match(r"\s*(\d{1,2})[/.-](\d{1,2})[/.-](\d{4}|\d{2})(?!\d)", text)
+    if match is None or (max(int(match[1]), int(match[2])) > 12 and len(match[3]) == 4) or match[1] == match[2]:
+        return
+    raise ValueError(f"expected {TEXT_FORMATS}, got {text!r}, whose day and month could be swapped")
+
+
 def date_text(stamp: pd.Timestamp) -> str:
     """ISO text of a timestamp, without the time of day if it is midnight.
 
@@ -58,7 +67,8 @@ def normal_date(value: object) -> str | None:
     Raises
     ------
     ValueError
-        Not a date. Numbers are rejected because pandas would read them as nanoseconds.
+        Not a date, or text such as 01/07/2020 that may be two dates. Numbers are rejected because pandas would read
+        them as nanoseconds.
 
     Examples
     --------
@@ -69,6 +79,8 @@ def normal_date(value: object) -> str | None:
         return None
     if isinstance(value, bool) or not isinstance(value, (str, dt.date)):
         raise ValueError(f"expected {TEXT_FORMATS}, got the {type(value).__name__} {value!r}")
+    if isinstance(value, str):
+        _require_one_meaning(value)
     try:
         stamp = pd.Timestamp(value)
     except (ValueError, TypeError, OverflowError):

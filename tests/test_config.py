@@ -84,6 +84,7 @@ def test_merging_equals_qlib():
         ("a: {{ b\n", r"template error on line"),
         ("BASE_CONFIG_PATH: none.yaml\n", r"BASE_CONFIG_PATH 'none.yaml' was not found; searched \["),
         ("BASE_CONFIG_PATH: 3\n", r"BASE_CONFIG_PATH must be a path, got 3"),
+        ("a: 2020-02-29\nb: [2020-02-30]\n", r"line 2: '2020-02-30' is not a date"),
     ],
 )
 def test_unreadable_files_say_where(write, text, message):
@@ -163,6 +164,7 @@ def test_anchors_of_a_base_file_stay_shared_unless_overridden(write):
         ("task.model.kwargs.lr", r"expected key=value"),
         ("=3", r"expected key=value"),
         ("task.model.kwargs.lr={", r"the value '\{' is not YAML"),
+        ("task.dataset.kwargs.segments.train=[2020-01-01, 2020-01-32]", r"'2020-01-32' is not a date"),
     ],
 )
 def test_wrong_sets_name_the_nearest_path(write, text, message):
@@ -360,13 +362,15 @@ def test_record_may_be_one_mapping_or_absent(write):
         ("2016-12-31", "2016-12-31"),
         ("2016-12-31 09:30:00", "2016-12-31T09:30:00"),
         ("20161231", "2016-12-31"),
+        ("12/31/2016", "2016-12-31"),
+        ("07/07/2016", "2016-07-07"),
     ],
 )
 def test_dates(value, expected):
     assert normal_date(value) == expected
 
 
-@pytest.mark.parametrize("value", [True, 20161231, 3.5, "soon", "NaT", [1]])
+@pytest.mark.parametrize("value", [True, 20161231, 3.5, "soon", "NaT", [1], "01/07/2016", "1.7.2016", "15/06/20"])
 def test_invalid_dates(value):
     with pytest.raises(ValueError, match=r"expected a date such as 2016-12-31"):
         normal_date(value)

@@ -218,6 +218,24 @@ def test_features_with_other_names_are_reported(caplog):
         model.predict(flat(frame.drop(columns=names[1])))
 
 
+@pytest.mark.parametrize(("kind", "dataset_of", "columns"), [(LSTM, flat, 12), (ts.LSTM, rolling, 3)])
+def test_scores_from_infinite_features_are_reported(kind, dataset_of, columns, caplog):
+    dataset = dataset_of(make_frame(70, 9, columns))
+    model = kind(**SMALL).fit(dataset)
+    model.predict(dataset)
+    assert "infinite features" not in caplog.text
+    frame = make_frame(70, 9, columns)
+    frame.iloc[-3:, 0] = np.inf
+    model.predict(dataset_of(frame))
+    assert "3 of" in caplog.text
+    assert "samples have infinite features, so their scores are not meaningful" in caplog.text
+
+
+def test_evals_result_is_a_dict():
+    with pytest.raises(ConfigError, match="evals_result must be a dict, got list"):
+        LSTM(**SMALL).fit(flat(), evals_result=[])
+
+
 def test_labels_too_large_for_a_first_step_are_reported():
     frame = make_frame(70, 9, 3)
     frame[("label", "LABEL0")] = np.float32(1e30)

@@ -10,12 +10,12 @@ import pandas as pd
 import pytest
 
 from qfast import check, run
-from qfast.data import Alpha158, Alpha360vwap, DataHandlerLP, DatasetH, FactorHandler, synthetic
+from qfast.data import Alpha158, Alpha360vwap, DataHandlerLP, DatasetH, FactorHandler, TSDatasetH, synthetic
 from qfast.errors import ConfigError, DataError
 from qfast.workflow.check.calendar import calendar_findings
 from qfast.workflow.check.data import check_data
 from qfast.workflow.check.findings import CheckReport
-from qfast.workflow.check.meaning import check_meaning
+from qfast.workflow.check.meaning import _window_findings, check_meaning
 from qfast.workflow.check.price_jumps import price_findings
 from qfast.workflow.config import load_config
 from qfast.workflow.demo import DEMO, demo_prices
@@ -179,6 +179,31 @@ def test_check_reports_a_split_next_to_an_adjusted_close_once():
     frame.loc[late, "close"] /= 4
     texts = [finding.text for finding in check(DEMO, frame, experiments=False).findings]
     assert sum("not adjusted for" in text for text in texts) == 1
+
+
+def test_instruments_that_never_change_or_repeat_another_one():
+    frame = prices(DAYS).prices.to_frame("price")
+    name = frame.index.get_level_values("instrument")
+    assert not list(price_findings(handler_of(frame)))
+    copied = frame.xs("S1", level="instrument", drop_level=False).rename(index={"S1": "S1 copy"})
+    (finding,) = price_findings(handler_of(pd.concat([frame, copied])))
+    assert "1 instrument(s) have the same closes as another one: S1 copy has those of S1" in finding.text
+    frame.loc[name == "S2", "close"] = 10.0
+    (finding,) = price_findings(handler_of(frame))
+    assert finding.level == "warning"
+    assert "the close of 1 instrument(s) never changes: S2" in finding.text
+
+
+def test_labels_without_later_prices_and_windows_longer_than_the_data():
+    frame = demo_prices(4, 560)
+    sets = ["task.dataset.kwargs.handler.kwargs.label=['$close / Ref($close, 1) - 1']"]
+    texts = [f.text for f in check(DEMO, frame, sets, experiments=False).findings if f.level == "warning"]
+    assert any("reads no later prices, so it is known when the features are" in text for text in texts)
+    texts = [f.text for f in check(DEMO, frame, experiments=False).findings]
+    assert not any("reads no later prices" in text or "step_len is" in text for text in texts)
+    handler = handler_of(frame)
+    dataset = TSDatasetH(handler, {"train": (None, None)}, step_len=900)
+    assert ["step_len is 900, but the data has 560 days" in f.text for f in _window_findings(dataset)] == [True]
 
 
 def test_prices_that_are_not_positive():

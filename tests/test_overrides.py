@@ -516,6 +516,47 @@ def test_wrong_days_are_refused(days, message):
         model.predict(flat())
 
 
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (
+            lambda pred, label: (pred - label) ** 2,
+            r"must return a 0-d tensor that depends on pred, got a tensor \(64,\)",
+        ),
+        (lambda pred, label: float((pred - label).detach().abs().mean()), "got float"),
+        (lambda pred, label: (pred - label).abs().mean().detach(), "without a gradient"),
+        (lambda pred, label: None, "got NoneType None"),
+        (lambda pred, label: (pred - label).mean() * np.nan, "the loss function itself returns it"),
+    ],
+    ids=["vector", "float", "detached", "None", "nan"],
+)
+def test_losses_that_cannot_train_are_refused(loss, message):
+    frame = make_frame(70, 9, 12)
+    dataset = flat(frame.fillna(0.0))
+    with pytest.raises((ConfigError, DataError), match=message):
+        LSTM(**{**SMALL, "batch_size": 64}, loss=loss).fit(dataset)
+    model = LSTM(**{**SMALL, "batch_size": 64})
+    model.loss_fn = loss
+    with pytest.raises((ConfigError, DataError), match=message):
+        model.fit(dataset)
+
+
+def test_scores_that_are_never_numbers_are_reported(caplog):
+    model = LSTM(**SMALL, metric=lambda pred, label: pred.sum() * np.nan).fit(flat())
+    assert model.best_epoch_ is None
+    assert "the score of segment 'valid' is NaN in all" in caplog.text
+
+
+def test_a_train_epoch_of_another_model_is_reported(caplog):
+    model = LSTM(**SMALL)
+    original = model.train_epoch
+    model.train_epoch = lambda *data: original(*data)
+    model.fit(flat())
+    assert "has not changed any weight" not in caplog.text
+    copy.deepcopy(model).fit(flat())
+    assert "has not changed any weight of this model in epoch 0" in caplog.text
+
+
 class LogValues(Callback):
     def on_epoch_start(self, estimator):
         estimator.log(early=estimator.epoch_)

@@ -96,10 +96,16 @@ class EarlyStopping(Callback):
             estimator.stop_training = True
 
     def on_fit_end(self, estimator: Estimator) -> None:
-        """Load the best weights."""
-        best = estimator.progress_.best_weights
-        if best is not None:
-            estimator.network.load_state_dict(best)
+        """Load the best weights. Report a score that was NaN in every epoch."""
+        progress = estimator.progress_
+        if progress.best_weights is not None:
+            estimator.network.load_state_dict(progress.best_weights)
+        elif progress.records and progress.records[-1].get("valid") is not None:
+            estimator.logger.warning(
+                "the score of segment 'valid' is NaN in all %d epochs, so no epoch was selected and the last weights "
+                "remain. Remedy: a metric that is a number on every batch",
+                len(progress.records),
+            )
 
 
 class Checkpoint(Callback):

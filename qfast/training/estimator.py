@@ -228,6 +228,8 @@ class Estimator(QlibFunctions):
         """
         ranks = Ranks.current()
         self._require_trained_network()
+        if evals_result is not None and not isinstance(evals_result, dict):
+            raise ConfigError(f"evals_result must be a dict, got {type(evals_result).__name__}: {evals_result!r}.")
         if ranks is not None:
             distributed.begin(self, ranks)
         if save_path is not None:
@@ -570,6 +572,7 @@ class Estimator(QlibFunctions):
             windows = windows if ranks is None else Sharing(ranks, is_training=False)(windows)
             windows = windows.to(self.device)
         self._compare_columns(list(windows.columns))
+        self._report_infinite(windows)
         self.network.eval()
         batches = self.batches(windows, "predict")
         out = torch.empty(len(windows), dtype=torch.float32, device=self.device)
@@ -581,6 +584,18 @@ class Estimator(QlibFunctions):
         return pd.Series(out.cpu().numpy(), index=windows.keys())
 
     __call__ = predict
+
+    def _report_infinite(self, windows: WindowSet) -> None:
+        """Report infinite features, from which a network may compute scores that look like others."""
+        if not isinstance(windows.features, Tensor) or bool(torch.isfinite(windows.features.sum(dtype=torch.float64))):
+            return
+        infinite = int(torch.isinf(windows.features).flatten(1).any(1)[windows.rows].sum())
+        if infinite:
+            self.logger.warning(
+                "%d of %d samples have infinite features, so their scores are not meaningful. Remedy: the processor "
+                "ProcessInf",
+                *(infinite, len(windows)),
+            )
 
     def _compare_columns(self, columns: list[str]) -> None:
         """Refuse features that training had in other positions or in another number. Report other names.
@@ -622,7 +637,9 @@ class Estimator(QlibFunctions):
     def _require_finite(self, total: Tensor, batches: int) -> None:
         """Check the sum of the losses of the first `batches` batches of the epoch."""
         if not bool(torch.isfinite(total)):
-            if batches == 1 and self.epoch_ == 0:
+            if self._has_own_loss() and batches == 1 and self.epoch_ == 0:
+                remedy = "no step has been made yet, so the loss function itself returns it, or features are too large"
+            elif batches == 1 and self.epoch_ == 0:
                 remedy = "no step has been made yet, so features or labels are too large: scale them"
             else:
                 remedy = f"the steps were too large: lower lr (now {self._params['lr']}) or scale the features"

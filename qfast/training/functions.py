@@ -194,13 +194,14 @@ class QlibFunctions(BaseEstimator):
     def _call_loss(self, pred: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
         """Call `loss_fn` with as many arguments as Qlib does, or as it accepts."""
         if not is_overridden(self, "loss_fn"):
-            return self.loss_fn(pred, label, weight)
+            loss = self.loss_fn(pred, label, weight)
+            return _checked_loss(loss, self._params["loss"], pred) if callable(self._params["loss"]) else loss
         if weight is None and self.weights_in_batches:
             weight = torch.ones(len(label), dtype=torch.float64, device=label.device)
         with_weight = accepts(self.loss_fn, 3) if self.weights_in_batches or weight is not None else False
         if with_weight or not accepts(self.loss_fn, 2):
-            return self.loss_fn(pred, label, weight)
-        return self.loss_fn(pred, label)
+            return _checked_loss(self.loss_fn(pred, label, weight), self.loss_fn, pred)
+        return _checked_loss(self.loss_fn(pred, label), self.loss_fn, pred)
 
     def _loss_of_metric(self, pred: Tensor, label: Tensor) -> Tensor:
         """Call `loss_fn` without weights, as Qlib's `metric_fn` does."""
@@ -306,7 +307,15 @@ class EpochFunctions:
         ConfigError
             A weight is not finite afterwards.
         """
+        first = self.estimator.epoch_ == 0
+        before = [value.detach().clone() for value in self.estimator.network.parameters()] if first else []
         result: object = self.estimator.train_epoch(*self.arguments["train"])
+        if before and all(map(torch.equal, before, self.estimator.network.parameters())):
+            self.estimator.logger.warning(
+                "%s has not changed any weight of this model in epoch 0. If the model is a copy, the function may "
+                "still be that of the original",
+                name_of(self.estimator.train_epoch),
+            )
         bad = [name for name, value in self.estimator.network.named_parameters() if not _is_finite(value)]
         if bad:
             raise ConfigError(
@@ -373,6 +382,16 @@ def _with_weight(
         arguments = (*arguments, None)
     result: Tensor = function(*arguments)
     return result
+
+
+def _checked_loss(loss: Any, function: Any, pred: Tensor) -> Tensor:
+    """The result of a loss of the user. Raises a ConfigError if the network cannot be trained with it."""
+    if isinstance(loss, Tensor) and loss.numel() == 1 and (loss.requires_grad or not pred.requires_grad):
+        return loss
+    got = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{type(loss).__name__} {loss!r}"
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        got = "a tensor without a gradient. Compute it with torch from pred, without detach, item or numpy"
+    raise ConfigError(f"the loss {name_of(function)} must return a 0-d tensor that depends on pred, got {got}.")
 
 
 def _labels(windows: WindowSet) -> Tensor:

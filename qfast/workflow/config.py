@@ -32,6 +32,7 @@ from qfast.workflow.overrides import (
     AliasGroups,
     KeyPath,
     apply_set,
+    impossible_date,
     path_text,
     yaml_problem,
     yaml_reader,
@@ -277,6 +278,8 @@ def _read_yaml(text: str, file: Path) -> tuple[dict[str, Any], AliasGroups]:
         node = yaml_reader().compose(text)
     except YAMLError as error:
         raise ConfigError(f"{file}: {yaml_problem(error)}") from None
+    except ValueError as error:  # the YAML reader's own, for dates that do not exist
+        raise ConfigError(f"{file}: {impossible_date(text) or error}.") from None
     if not isinstance(values, dict):
         kind = "empty" if values is None else f"a {type(values).__name__}"
         raise ConfigError(

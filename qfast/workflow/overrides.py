@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import calendar
 import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ __all__ = [
     "AliasGroups",
     "KeyPath",
     "apply_set",
+    "impossible_date",
     "path_text",
     "similar_path",
     "yaml_problem",
@@ -70,6 +72,8 @@ def apply_set(config: dict[str, Any], text: str, groups: AliasGroups | None = No
         value = yaml_reader().load(value_text)
     except YAMLError as error:
         raise ConfigError(f"--set {name}: the value {value_text!r} is {yaml_problem(error)}") from None
+    except ValueError as error:  # the YAML reader's own, for dates that do not exist
+        raise ConfigError(f"--set {name}: {impossible_date(value_text) or error}.") from None
     if name == BASE_KEY:
         raise ConfigError(
             f"--set {text!r}: the base file is merged before the changes of --set. Remedy: edit {BASE_KEY} in the file."
@@ -83,6 +87,19 @@ def apply_set(config: dict[str, Any], text: str, groups: AliasGroups | None = No
 def yaml_reader() -> YAML:
     """A parser of YAML 1.2, which only ruamel's pure-Python parser supports."""
     return YAML(typ="safe", pure=True)
+
+
+def impossible_date(text: str) -> str | None:
+    """The first date in YAML text that does not exist, with its line; None if all exist.
+
+    >>> impossible_date("train: [2020-01-01, 2020-02-30]")
+    "line 1: '2020-02-30' is not a date"
+    """
+    for match in re.finditer(r"(?<![\w-])(\d{4})-(\d{1,2})-(\d{1,2})(?![\w-])", text):
+        year, month, day = map(int, match.groups())
+        if not (year and 1 <= month <= 12 and 1 <= day <= calendar.monthrange(year, month)[1]):
+            return f"line {text.count(chr(10), 0, match.start()) + 1}: {match[0]!r} is not a date"
+    return None
 
 
 def yaml_problem(error: YAMLError) -> str:

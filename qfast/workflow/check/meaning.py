@@ -42,6 +42,8 @@ def check_meaning(report: CheckReport, workflow: Workflow, dataset: HandlerDatas
     parts: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
         ("segments", lambda: segment_name_findings(workflow, dataset)),
         ("segments", lambda: _span_findings(dataset)),
+        ("segments", lambda: _window_findings(dataset)),
+        ("label", lambda: _horizon_findings(dataset.handler)),
         ("label", lambda: _label_findings(dataset)),
         ("look-ahead", lambda: _leak_findings(dataset.handler)),
         ("prices", lambda: price_findings(dataset.handler)),
@@ -57,7 +59,7 @@ def meaningless(workflow: Workflow, dataset: HandlerDataset) -> list[str]:
     """Log and return the warnings and errors of `check_meaning`, for a run that is about to train."""
     report = CheckReport()
     check_meaning(report, workflow, dataset)
-    texts = [f"{f.topic}: {f.text}." for f in report.findings if f.level in ("warning", "error")]
+    texts = [f"{f.topic}: {f.text.rstrip('.')}." for f in report.findings if f.level in ("warning", "error")]
     for text in texts:
         log.warning("%s", text)
     return texts
@@ -129,7 +131,32 @@ def _span_findings(dataset: HandlerDataset) -> Iterator[Finding]:
 MOST_BEYOND = 30  # calendar days by which a segment may extend beyond the data without a note
 
 
+def _window_findings(dataset: HandlerDataset) -> Iterator[Finding]:
+    """Windows that are longer than the data, so every one contains filled rows."""
+    step_len = getattr(dataset, "step_len", None)
+    panel = dataset.handler.panel("infer")
+    days = len(np.unique(panel.date_codes[panel.live_rows()]))
+    if isinstance(step_len, int) and step_len > days:
+        yield Finding(
+            "warning",
+            "segments",
+            f"step_len is {step_len}, but the data has {days} days, so the beginning of each window is filled",
+        )
+
+
 # ---------------------------------------------------------------- labels
+def _horizon_findings(handler: Handler) -> Iterator[Finding]:
+    """Labels that are computed without later prices."""
+    if getattr(handler, "label_horizon", None) == 0:
+        texts = [str(text) for text in getattr(handler, "label_expressions", [])]
+        yield Finding(
+            "warning",
+            "label",
+            f"the label {some(texts, 1)} reads no later prices, so it is known when the features are. Remedy: Ref with "
+            "a negative number, for example Ref($close, -2) / Ref($close, -1) - 1",
+        )
+
+
 def _label_findings(dataset: HandlerDataset) -> Iterator[Finding]:
     panel = dataset.handler.panel("learn")
     if "label" not in panel.blocks or len(panel.columns("label")) != 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 
@@ -16,6 +17,7 @@ from qfast.workflow.check.findings import Finding
 __all__ = ["price_findings"]
 
 ADJUSTED = ("adjclose", "adjustedclose", "closeadj", "closeadjusted")
+FEWEST_ROWS = 20  # with a close, of an instrument that is compared with others
 LARGEST_MOVE = 1.8  # ratio of consecutive closes, or its inverse, that only a split usually exceeds
 LARGEST_ADJUSTMENT = 1.2  # the same for the ratio of close and adjusted close, which dividends change, too
 
@@ -29,6 +31,7 @@ def price_findings(handler: Handler) -> Iterator[Finding]:
     bad = int(np.count_nonzero(close <= 0))
     if bad:
         yield Finding("warning", "prices", f"{bad} closing prices are zero or negative, so their returns are wrong")
+    yield from _equal_series(prices, close)
     rows = np.flatnonzero(np.isfinite(close) & (close > 0))
     later, earlier = rows[1:], rows[:-1]
     same = prices.instrument_codes[later] == prices.instrument_codes[earlier]
@@ -48,6 +51,36 @@ def price_findings(handler: Handler) -> Iterator[Finding]:
             "prices",
             f"{len(jumps)} closing price(s) change by a factor of more than {LARGEST_MOVE} from one day to the next, "
             f"which may be an unadjusted split: {some(listed, most=3)}",
+        )
+
+
+def _equal_series(prices: Panel, close: np.ndarray) -> Iterator[Finding]:
+    """Instruments whose close never changes, and instruments with the closes of another one."""
+    constant, copies = [], []
+    first: dict[tuple[int, bytes], str] = {}
+    starts = np.flatnonzero(np.diff(prices.instrument_codes, prepend=-1))
+    for start, stop in zip(starts, [*starts[1:], len(close)], strict=True):
+        values = close[start:stop]
+        present = values[np.isfinite(values)]
+        if len(present) < FEWEST_ROWS:
+            continue
+        name = str(prices.instruments[prices.instrument_codes[start]])
+        if present.min() == present.max():
+            constant.append(name)
+            continue
+        content = hashlib.blake2b(np.ascontiguousarray(values).tobytes(), digest_size=16).digest()
+        other = first.setdefault((int(prices.date_codes[start]), content), name)
+        if other != name:
+            copies.append(f"{name} has those of {other}")
+    if constant:
+        yield Finding(
+            "warning", "prices", f"the close of {len(constant)} instrument(s) never changes: {some(constant, most=5)}"
+        )
+    if copies:
+        yield Finding(
+            "warning",
+            "prices",
+            f"{len(copies)} instrument(s) have the same closes as another one: {some(copies, most=3)}",
         )
 
 
