@@ -333,10 +333,13 @@ def test_missing_and_constant_columns_are_reported(tmp_path):
 
 
 def test_a_repeated_row_is_an_error_that_names_it(prices):
-    twice = pd.concat([prices, prices.iloc[[7]]])
+    twice = pd.concat([prices, prices.iloc[[7]] * 2])
     report = check(DEMO, twice, SHORT)
     assert not report.ok
     assert "duplicate" in text(report, "data")
+    report = check(DEMO, pd.concat([prices, prices.iloc[[7]]]), SHORT, experiments=False)
+    assert report.ok
+    assert "leaving out 1 row(s) that repeat another one exactly" in text(report, "source")
 
 
 def test_the_command(prices, tmp_path, capsys):

@@ -213,6 +213,7 @@ def test_removed_features_are_neither_logged_nor_counted(store: Path, caplog: py
     kept["kwargs"]["col_list"] = ["KMID", name]
     handler = Alpha158("all", provider_uri=store, config=CONFIG, **{**RAW, "infer_processors": [kept]})
     assert handler.cells_unlike_qlib() == {name: every[name]}
+    assert Alpha360("all", provider_uri=store, vwap="typical", **RAW).cells_unlike_qlib() == {}
 
 
 def test_nothing_is_logged_without_halts(caplog: pytest.LogCaptureFixture) -> None:

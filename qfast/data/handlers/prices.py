@@ -415,11 +415,10 @@ class PriceHandler(DataHandlerLP):
         """
         if self.prices is None:
             raise _prices_dropped()
-        kept = self._kept_features()
-        pairs = zip(self._feature_texts(), self._feature_names(), strict=True)
-        texts, names = zip(*(pair for pair in pairs if pair[1] in kept), strict=True) if kept else ((), ())
+        kept, texts = self._kept_features(), self._feature_texts()
+        selected = [(text, name) for text, name in zip(texts, self._feature_names(), strict=False) if name in kept]
         return cells_unlike_qlib(
-            *(texts, names, self._prices, self._rows),
+            *([text for text, _ in selected], [name for _, name in selected], self._prices, self._rows),
             self.start_time,
             self.mask_prices,
         )
