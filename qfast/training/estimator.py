@@ -39,6 +39,8 @@ from qfast.training.step_graphs import GraphedStep, graphed_step
 
 GPU_ROWS = 8192  # rows scored per call on a GPU, because small batches would leave it idle
 
+ROWS_READ = 1 << 14  # rows of features that are checked at once
+
 __all__ = ["Estimator", "FitProgress"]
 
 
@@ -587,9 +589,10 @@ class Estimator(QlibFunctions):
 
     def _report_infinite(self, windows: WindowSet) -> None:
         """Report infinite features, from which a network may compute scores that look like others."""
-        if not isinstance(windows.features, Tensor) or bool(torch.isfinite(windows.features.sum(dtype=torch.float64))):
+        table = windows.features
+        if not isinstance(table, Tensor):
             return
-        infinite = int(torch.isinf(windows.features).flatten(1).any(1)[windows.rows].sum())
+        infinite = sum(int(torch.isinf(table[rows]).flatten(1).any(1).sum()) for rows in windows.rows.split(ROWS_READ))
         if infinite:
             self.logger.warning(
                 "%d of %d samples have infinite features, so their scores are not meaningful. Remedy: the processor "
