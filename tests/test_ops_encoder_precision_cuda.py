@@ -98,6 +98,7 @@ def test_dropout_drops_the_same_hidden_values(name: str, dropout: float) -> None
     assert torch.equal(ours, theirs)
 
 
+@long_on_host
 @pytest.mark.parametrize("name", FAST)
 def test_the_same_bits_come_again(name: str) -> None:
     for case in (BlockCase((9000,), 64, 512, 64), BlockCase((70,), 20, 2048, 100)):

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from qfast.ops import BlockWeights, temporal_conv_net
+from qfast.ops import BlockWeights, temporal_conv, temporal_conv_net
 from qfast.ops.philox import draw_seed
 from qfast.ops.temporal_conv import self_test
 from support.devices import DEVICE, assert_no_synchronization, needs_gpu, needs_kernels
@@ -39,6 +39,12 @@ OPS = torch.ops.qfast
 INF, NAN = torch.inf, torch.nan
 
 Blocks = list[BlockWeights]
+
+
+@pytest.fixture(autouse=True)
+def _operator_normalizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels normalize the weights, also if they are built as host code for CPU tensors."""
+    monkeypatch.setattr(temporal_conv, "_normalizes", lambda device: device.type == DEVICE)
 
 
 @pytest.fixture(params=[NARROW, WIDE], ids=["narrow", "wide"])
@@ -157,6 +163,55 @@ def test_a_row_has_the_same_bits_alone_and_among_others(channels: list[int]) -> 
     whole = temporal_conv_net(x, blocks)
     for rows in (slice(0, 1), slice(37, 38), slice(90, 100), slice(3, 1600)):
         assert torch.equal(temporal_conv_net(x[rows], blocks), whole[rows])
+
+
+# ---------------------------------------------------------------- weight normalization
+def test_the_operator_normalizes_the_weights(channels: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without torch's operation, with any magnitude and strides of the weights, and an odd number of channels."""
+    channels = [*channels, 7]
+    x, grad = randn(9, 5, 12), grad_for(9, 7, 12, False)
+    blocks = stack(5, channels, 3)
+    scales = [10.0 ** (number % 5 - 2) for number in range(len(flat(blocks)))]
+    blocks = like(blocks, [part * scale for part, scale in zip(flat(blocks), scales, strict=True)])
+    exact = results(oracle, x, blocks, grad)
+    monkeypatch.delattr(torch, "_weight_norm")
+
+    def with_strides(x: Tensor, blocks: Blocks) -> Tensor:
+        return temporal_conv_net(x, like(blocks, [p.movedim(0, -1).contiguous().movedim(-1, 0) for p in flat(blocks)]))
+
+    for call in (temporal_conv_net, with_strides):
+        assert stack_errors_above(on_gpu(call, x, blocks, grad), exact, 1e-12) == []
+
+
+def test_a_stack_that_is_normalized_in_part(channels: list[int]) -> None:
+    """With a gain for some convolutions only, torch normalizes them."""
+    x, grad, blocks = randn(9, 5, 12), grad_for(9, channels[-1], 12, False), stack(5, channels, 3)
+    blocks[1] = blocks[1]._replace(weight_g2=None)
+    assert stack_errors_above(on_gpu(temporal_conv_net, x, blocks, grad), results(oracle, x, blocks, grad), 1e-12) == []
+
+
+def test_a_weight_of_zeros_has_no_direction(channels: list[int]) -> None:
+    """0 / 0 is NaN, as in torch, and stays in its channel."""
+    blocks, x, grad = stack(5, channels, 3), randn(9, 5, 12), grad_for(9, channels[-1], 12, False)
+    blocks[-1].weight_v2[3] = 0
+    result = on_gpu(temporal_conv_net, x, blocks, grad)
+    others = [i for i in range(channels[-1]) if i != 3]
+    assert result[0][:, 3].isnan().all()
+    assert result[0][:, others].isfinite().all()
+
+
+@pytest.mark.parametrize("batch", [0, 3])
+def test_opcheck_with_gains(batch: int, all_steps: bool) -> None:
+    x, blocks = randn(batch, 7, 2).to(DEVICE), stack(2, [4, 3], 3)
+    there = like(blocks, [part.to(DEVICE) for part in flat(blocks)])
+    weights, _ = temporal_conv._checked(x.transpose(1, 2), there, None)
+    assert [part.dim() for part in weights[-4:]] == [3] * 4  # the gains
+    inputs = [1, 2], 0.0, None, all_steps
+    leaves = [part.clone().requires_grad_() for part in weights]
+    torch.library.opcheck(OPS.temporal_conv_net, (x.clone().requires_grad_(), leaves, *inputs, True))
+    saved = OPS.temporal_conv_net(x, weights, *inputs, True)
+    grad = randn(*saved[0].shape).to(DEVICE)
+    torch.library.opcheck(OPS.temporal_conv_net_backward, (grad, x, weights, *inputs, *saved, True))
 
 
 # ---------------------------------------------------------------- dropout
@@ -390,6 +445,9 @@ def test_refusals_of_the_kernels() -> None:
         OPS.temporal_conv_net(x, [weights[0].cpu(), *weights[1:]], [1, 2, 4], 0.0, None, False, False)
     with pytest.raises(ValueError, match="dilations: expected one for each of 3 blocks, got 2"):
         OPS.temporal_conv_net(x, weights, [1, 2], 0.0, None, False, False)
+    gains = [x.new_ones(width, 1, 1) for width in NARROW for _ in range(2)]
+    with pytest.raises(ValueError, match=r"second gain of block 2: expected shape \(33, 1, 1\) and the dtype of x"):
+        OPS.temporal_conv_net(x, [*weights, *gains[:-1], gains[0]], [1, 2, 4], 0.0, None, False, False)
     inputs = x, weights, [1, 2, 4], 0.0, None, False
     out, activations, signs = OPS.temporal_conv_net(*inputs, True)
     with pytest.raises(ValueError, match="grad: expected the shape and dtype of the output"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qfast.ops import BlockWeights, temporal_block, temporal_conv_net
+from qfast.ops.temporal_conv_twin import backward_twin, forward_twin
 from support.operator_case import relative_error
 from support.temporal_conv import NATIVE, flat, like, oracle, results, same_bits, stack, stack_errors_above
 from support.tensors import randn
@@ -147,6 +148,33 @@ def test_opcheck(batch: int, all_steps: bool, dropout: float) -> None:
         back = (randn(*saved[0].shape), *inputs, *saved, input_grad)
         torch.library.opcheck(OPS.temporal_conv_net_backward, back)
         assert OPS.temporal_conv_net_backward(*back)[0].shape[0] == (batch if input_grad else 0)
+
+
+@pytest.mark.parametrize("all_steps", [False, True])
+def test_the_twin_normalizes_weights_with_gains(all_steps: bool) -> None:
+    """As the definition does, in the form that only the CUDA operator accepts: gains after the last block."""
+    x, blocks = randn(5, 2, 7), stack(2, [4, 3, 3], 3)
+    grad = randn(*oracle(x, blocks, all_steps=all_steps).shape, seed=1)
+    names = ("weight_v1", "bias1", "weight_v2", "bias2", "downsample_weight", "downsample_bias")
+    order = [(number, name) for number in range(3) for name in names if getattr(blocks[number], name) is not None]
+    order += [(number, name) for number in range(3) for name in ("weight_g1", "weight_g2")]
+    weights = [getattr(blocks[number], name) for number, name in order]
+    steps = x.transpose(1, 2)
+    inputs = steps, weights, [1, 2, 4], 0.0, None, all_steps
+    saved = forward_twin(*inputs, True)
+    out_grad = grad.transpose(1, 2) if all_steps else grad
+    of_x, of_weights = backward_twin(out_grad, *inputs, *saved, True)
+    out, exact_x, *exact = results(lambda x, blocks: oracle(x, blocks, all_steps=all_steps), x, blocks, grad)
+    by_name = {
+        (number, name): part
+        for number, block in enumerate(like(blocks, exact))
+        for name, part in block._asdict().items()
+    }
+    torch.testing.assert_close(saved[0].transpose(1, 2) if all_steps else saved[0], out)
+    torch.testing.assert_close(of_x.transpose(1, 2), exact_x)
+    assert len(of_weights) == len(order)
+    for place, part in zip(order, of_weights, strict=True):
+        torch.testing.assert_close(part, by_name[place])
 
 
 def test_double_backward_is_refused_by_name() -> None:
@@ -375,6 +403,7 @@ def test_the_kernels_reject_out_of_bounds_arguments() -> None:
         lambda: forward(x, weights[:-1], [1, 2]),
         lambda: forward(x, [], []),
         lambda: forward(x, [weights[0][:, :1], *weights[1:]], [1, 2]),
+        lambda: forward(x, [*weights, *(x.new_ones(width, 1, 1) for width in (4, 4, 3, 3))], [1, 2]),  # CUDA only
         lambda: forward(x, [weights[0], weights[1][:2], *weights[2:]], [1, 2]),
         lambda: forward(x, [weights[0], weights[1].float(), *weights[2:]], [1, 2]),
         lambda: forward(x.float(), weights, [1, 2]),

@@ -204,6 +204,47 @@ QFAST_DEVICE void sum_scalar_pairs(const Part<T>& part) {
   }
 }
 
+// Loads kAhead rows of a tile's columns, with zeros where there are fewer than kAhead `rows` or kTile
+// `columns`. `whole` means that all columns exist and that every row is aligned.
+template <class T>
+QFAST_DEVICE void load_ahead(const T* row, int width, int rows, int columns, bool whole,
+                             Tile<T> (&x)[kAhead]) {
+  if (whole && rows >= kAhead) {
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      x[u] = *reinterpret_cast<const Tile<T>*>(row + static_cast<int64_t>(u) * width);
+    }
+  } else {
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+#pragma unroll
+      for (int c = 0; c < kTile; ++c) {
+        x[u].of[c] = u < rows && c < columns ? row[static_cast<int64_t>(u) * width + c] : T(0);
+      }
+    }
+  }
+}
+
+// Adds kAhead rows, times the factors that the warp has written to `weights`, to the sums of kTile readers.
+template <class T>
+QFAST_DEVICE void add_ahead(const T* weights, const Tile<T> (&x)[kAhead], Tile<T> (&above)[kTile],
+                            Tile<T> (&below)[kTile]) {
+#pragma unroll
+  for (int u = 0; u < kAhead; ++u) {
+    const T* const weight = weights + u * kReaders;
+    const Tile<T> upper = *reinterpret_cast<const Tile<T>*>(weight);
+    const Tile<T> lower = *reinterpret_cast<const Tile<T>*>(weight + kAhead * kReaders);
+#pragma unroll
+    for (int r = 0; r < kTile; ++r) {
+#pragma unroll
+      for (int c = 0; c < kTile; ++c) {
+        above[r].of[c] += upper.of[r] * x[u].of[c];
+        below[r].of[c] += lower.of[r] * x[u].of[c];
+      }
+    }
+  }
+}
+
 // Sums rows [heads * N, H] times the factors. The warps take turns with groups of kAhead rows, and each warp
 // writes its sums to part.parts.
 template <class T>
@@ -220,21 +261,7 @@ QFAST_DEVICE void sum_pairs(const Part<T>& part, const T* rows, int width) {
   Tile<T> above[kTile] = {}, below[kTile] = {};
   for (int j = warp * kAhead; j < part.count; j += kDenseWarps<T> * kAhead) {
     Tile<T> x[kAhead];
-    if (whole && j + kAhead <= part.count) {
-#pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
-        x[u] = *reinterpret_cast<const Tile<T>*>(row + static_cast<int64_t>(u) * width);
-      }
-    } else {
-#pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
-#pragma unroll
-        for (int c = 0; c < kTile; ++c) {
-          const bool inside = j + u < part.count && column + c < width;
-          x[u].of[c] = inside ? row[static_cast<int64_t>(u) * width + c] : T(0);
-        }
-      }
-    }
+    load_ahead(row, width, part.count - j, width - column, whole, x);
     row += static_cast<int64_t>(kDenseWarps<T> * kAhead) * width;
     const bool inside = j + summed < part.count;
     const T score = inside ? part.score[j + summed] : T(0);
@@ -248,20 +275,7 @@ QFAST_DEVICE void sum_pairs(const Part<T>& part, const T* rows, int width) {
       weight[kAhead * kReaders] = is_above ? T(0) : factor_below;
     }
     __syncwarp();
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      const T* const weight = weights + u * kReaders + first_reader;
-      const Tile<T> upper = *reinterpret_cast<const Tile<T>*>(weight);
-      const Tile<T> lower = *reinterpret_cast<const Tile<T>*>(weight + kAhead * kReaders);
-#pragma unroll
-      for (int r = 0; r < kTile; ++r) {
-#pragma unroll
-        for (int c = 0; c < kTile; ++c) {
-          above[r].of[c] += upper.of[r] * x[u].of[c];
-          below[r].of[c] += lower.of[r] * x[u].of[c];
-        }
-      }
-    }
+    add_ahead(weights + first_reader, x, above, below);
     __syncwarp();  // all lanes have read the weights
   }
   T* const warp_parts = part.parts + (warp * 2 * kReaders + first_reader) * kPartRow + column - part.column;

@@ -331,6 +331,35 @@ constexpr int blocks_at_once(Precision precision, int wide) {
   return wide == 1 && precision != Precision::k3xTf32 ? 3 : 2;
 }
 
+// Stores the lane's sums of four rows.
+template <int kCount>
+QFAST_DEVICE_INLINE void store_sums(const float (&sums)[kRowFragments][kCount][4],
+                                    const FeedForwardData<float>& net, const int64_t* row_of, int64_t split,
+                                    const Lane& me) {
+#pragma unroll
+  for (int r = 0; r < kQuad; ++r) {
+    const int64_t row = row_of[me.warp * kWarpRows + me.group * kQuad + r];
+    if (row < 0) continue;
+    float* const to = net.sums + (split * net.rows.count() + row) * net.outputs;
+#pragma unroll
+    for (int pair = 0; pair < kCount / 2; ++pair) {
+      const int first = pair * 16 + me.place * 4;
+      if (first >= net.outputs) continue;
+      const float (&left)[4] = sums[r / 2][pair * 2];
+      const float (&right)[4] = sums[r / 2][pair * 2 + 1];
+      const Four<float> values{
+          {left[r % 2 * 2], left[r % 2 * 2 + 1], right[r % 2 * 2], right[r % 2 * 2 + 1]}};
+      if (net.outputs % kQuad == 0) {
+        put_four(to + first, values);
+        continue;
+      }
+#pragma unroll
+      for (int i = 0; i < kQuad; ++i)
+        if (first + i < net.outputs) to[first + i] = values.of[i];
+    }
+  }
+}
+
 // Computes the sums W2 drop(relu(W1 x + b1)) of the slices of a split. There are at most 64 * kWide results.
 template <Precision kPrecision, int kWide>
 __global__ void __launch_bounds__(kTileThreads, blocks_at_once(kPrecision, kWide))
@@ -388,28 +417,7 @@ __global__ void __launch_bounds__(kTileThreads, blocks_at_once(kPrecision, kWide
         }
       }
     });
-#pragma unroll
-    for (int r = 0; r < kQuad; ++r) {
-      const int64_t row = row_of[me.warp * kWarpRows + me.group * kQuad + r];
-      if (row < 0) continue;
-      float* const to = net.sums + (split * net.rows.count() + row) * net.outputs;
-#pragma unroll
-      for (int pair = 0; pair < kOutFragments / 2; ++pair) {
-        const int first = pair * 16 + me.place * 4;
-        if (first >= net.outputs) continue;
-        const float (&left)[4] = sums[r / 2][pair * 2];
-        const float (&right)[4] = sums[r / 2][pair * 2 + 1];
-        const Four<float> values{
-            {left[r % 2 * 2], left[r % 2 * 2 + 1], right[r % 2 * 2], right[r % 2 * 2 + 1]}};
-        if (net.outputs % kQuad == 0) {
-          put_four(to + first, values);
-          continue;
-        }
-#pragma unroll
-        for (int i = 0; i < kQuad; ++i)
-          if (first + i < net.outputs) to[first + i] = values.of[i];
-      }
-    }
+    store_sums(sums, net, row_of, split, me);
   });
 }
 

@@ -7,11 +7,11 @@
 // is a launch over (tile of 64 rows, slot, channels), and activations go through L2. Both use the same
 // kernels (temporal_conv_kernels.cuh).
 //
-// Forward: tables and packed weights, then the stack. Bias, ReLU, dropout, the 1x1 convolution and the
+// Forward: tables and packed weights, which are normalized when they are packed, then the stack. Bias, ReLU, dropout, the 1x1 convolution and the
 // residual are part of the convolution that they follow. Backward: the gradients of the activations from
 // block to block, with the taps reversed. This is a gather, in which one thread sums each gradient. Then one
 // launch computes all weight gradients as sums over fixed parts of the (slot, row) pairs, and another adds
-// the parts in order in float64. There are no atomics, and results repeat bit for bit. Nothing synchronizes
+// the parts in order in float64 and computes the gradients of the normalization. There are no atomics, and results repeat bit for bit. Nothing synchronizes
 // or copies from the host (tables are kernel arguments), and torch allocates all memory, so a CUDA graph can
 // capture a call.
 //
@@ -45,6 +45,13 @@ const T* data(const std::optional<Tensor>& tensor) {
   return tensor ? tensor->const_data_ptr<T>() : nullptr;
 }
 
+// Returns the addresses of the parameters of a convolution.
+template <class T>
+Convolution<T> parameters(const std::optional<Tensor>& weight, const std::optional<Tensor>& gain,
+                          const std::optional<Tensor>& bias) {
+  return {data<T>(weight), data<T>(gain), data<T>(bias), nullptr, nullptr, nullptr};
+}
+
 // Location of a result [B, T, C], or [B, C] for the last step only.
 template <class T>
 Place<T> result_place(const Tensor& tensor, bool all_steps) {
@@ -62,12 +69,9 @@ NetworkData<T> network_data(const char* op, const Tensor& x, const std::vector<B
   for (const BlockTensors& block : tensors) {
     kernels.push_back(block.kernel);
     BlockData<T> data_of_block{};
-    data_of_block.first_weight = data<T>(block.first_weight);
-    data_of_block.first_bias = data<T>(block.first_bias);
-    data_of_block.second_weight = data<T>(block.second_weight);
-    data_of_block.second_bias = data<T>(block.second_bias);
-    data_of_block.residual_weight = data<T>(block.residual_weight);
-    data_of_block.residual_bias = data<T>(block.residual_bias);
+    data_of_block.first = parameters<T>(block.first_weight, block.first_gain, block.first_bias);
+    data_of_block.second = parameters<T>(block.second_weight, block.second_gain, block.second_bias);
+    data_of_block.residual = parameters<T>(block.residual_weight, {}, block.residual_bias);
     data_of_block.features = block.features;
     data_of_block.channels = block.channels;
     data_of_block.kernel = block.kernel;
@@ -119,13 +123,17 @@ std::vector<Tensor> weight_gradients(const std::vector<BlockTensors>& tensors,
   };
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     const BlockTensors& block = tensors[i];
-    blocks[i].of_first_weight = next(block.first_weight);
-    blocks[i].of_first_bias = next(block.first_bias);
-    blocks[i].of_second_weight = next(block.second_weight);
-    blocks[i].of_second_bias = next(block.second_bias);
+    blocks[i].first.of_weight = next(block.first_weight);
+    blocks[i].first.of_bias = next(block.first_bias);
+    blocks[i].second.of_weight = next(block.second_weight);
+    blocks[i].second.of_bias = next(block.second_bias);
     if (!block.residual_weight) continue;
-    blocks[i].of_residual_weight = next(*block.residual_weight);
-    blocks[i].of_residual_bias = next(*block.residual_bias);
+    blocks[i].residual.of_weight = next(*block.residual_weight);
+    blocks[i].residual.of_bias = next(*block.residual_bias);
+  }
+  for (std::size_t i = 0; i < tensors.size() && tensors[i].first_gain; ++i) {
+    blocks[i].first.of_gain = next(*tensors[i].first_gain);
+    blocks[i].second.of_gain = next(*tensors[i].second_gain);
   }
   return grads;
 }

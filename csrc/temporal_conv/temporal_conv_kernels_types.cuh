@@ -1,4 +1,4 @@
-// Arguments of the CUDA kernels of temporal convolution stacks (temporal_conv_kernels.cuh).
+// Arguments of the CUDA kernels of temporal convolution stacks (temporal_conv_kernels*.cuh).
 // temporal_conv_launch.cuh fills them on the host.
 #pragma once
 
@@ -13,6 +13,11 @@ constexpr int kRows = 4;     // rows of a thread
 constexpr int kColumns = 8;  // columns of a thread
 constexpr int kPanel = 8;    // adjacent groups of columns in a warp
 constexpr int kThreads = 256;
+constexpr int kWarpLanes = 32;
+// Threads of sum_parts_kernel and columns that they own. Few columns make many blocks, which the narrow
+// stacks need.
+constexpr int kSumThreads = 512;
+constexpr int kSumColumns = 4;
 
 // Location of a tensor [slot][row][channel]. In global memory, rows count from the start of the batch. In the
 // shared memory of a thread block, at offset `shared_at`, rows count from the start of its tile.
@@ -75,6 +80,14 @@ struct Stages {
   Dropout dropout;
 };
 
+// The parameters of a convolution, and their gradients in the backward pass. With a gain, the weight of the
+// convolution is gain * weight / ||weight|| per output. Without the convolution, weight is null.
+template <class T>
+struct Convolution {
+  const T *weight, *gain, *bias;  // [output][input][tap], [output] and [output]
+  T *of_weight, *of_gain, *of_bias;
+};
+
 // The gradient of one weight and its bias, computed as sums over `parts` parts of the (slot, row) pairs.
 template <class T>
 struct WeightGradient {
@@ -83,9 +96,10 @@ struct WeightGradient {
   const int32_t* positions;     // time steps of the gradient's slots
   int64_t dilation;
   int32_t slots, taps, channels, columns;
-  int64_t items, parts, first_thread;        // items is the number of threads of one part
-  int64_t elements, sums_at, first_element;  // elements are [tap][channel][column], then the bias
-  T *of_weight, *of_bias;
+  int64_t items, parts, first_thread;  // items is the number of threads of one part
+  int64_t elements, sums_at;           // elements are [tap][channel][column], then the bias
+  int64_t first_group;                 // of kSumColumns columns
+  Convolution<T> convolution;
 };
 
 template <class T>
@@ -94,17 +108,18 @@ struct WeightGradients {
   int count;
   int64_t batch;
   int64_t steps;  // (slot, row) pairs of a part
-  int64_t threads, elements;
+  int64_t threads, groups;
   T* sums;
 };
 
-// A weight to be packed as [tap][row][width].
+// A weight to be packed as [tap][input][width] or, if `turned`, as [tap][output][width].
 template <class T>
 struct Packing {
-  const T* from;
+  const T *from, *gain;  // as in Convolution
   T* to;
-  int32_t taps, rows, columns, width;
-  int64_t row_stride, column_stride;
+  int32_t taps, inputs, outputs, width;
+  int64_t first_group;  // of kColumns outputs
+  bool turned;
 };
 
 // Number of threads that share the columns, or the channels, of a weight gradient. Each owns two groups of

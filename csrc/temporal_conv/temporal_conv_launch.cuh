@@ -1,5 +1,6 @@
 // Memory layout and sequence of launches of temporal convolution stacks on CUDA. `Device` allocates memory
-// and launches kernels (temporal_conv.cu). temporal_conv_kernels.cuh contains the kernels. Host only.
+// and launches kernels (temporal_conv.cu). temporal_conv_kernels.cuh and temporal_conv_kernels_weights.cuh
+// contain the kernels. Host only.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "temporal_conv/temporal_conv_kernels.cuh"
+#include "temporal_conv/temporal_conv_kernels_weights.cuh"
 #include "temporal_conv/temporal_conv_plan.h"
 
 namespace qfast {
@@ -37,9 +38,7 @@ constexpr int64_t parts_of(int64_t value, int64_t each) { return (value + each -
 // ---------------------------------------------------------------- the network
 template <class T>
 struct BlockData {
-  const T *first_weight, *first_bias, *second_weight, *second_bias, *residual_weight, *residual_bias;
-  T *of_first_weight, *of_first_bias, *of_second_weight, *of_second_bias, *of_residual_weight,
-      *of_residual_bias;
+  Convolution<T> first, second, residual;  // the residual connection has a weight if the width changes
   int64_t features, channels, kernel;
 };
 
@@ -163,12 +162,7 @@ class Call {
   // Runs the forward pass. With `keep`, activations and signs are saved.
   void forward(bool keep) {
     plan_shared(true);
-    for (int64_t i = 0; i < count(); ++i) {
-      const BlockData<T>& block = network_.block(i);
-      first_.push_back(packed(block.first_weight, block.kernel, block.features, block.channels, false));
-      second_.push_back(packed(block.second_weight, block.kernel, block.channels, block.channels, false));
-      residual_.push_back(packed(block.residual_weight, 1, block.features, block.channels, false));
-    }
+    for (const BlockData<T>& block : network_.blocks) pack_block(block, false);
     Place<T> input = network_.x;
     if (rows_ > 0) input = copy_of_x();
     for (int64_t i = 0; i < count(); ++i) input = forward_block(i, input, keep);
@@ -177,12 +171,7 @@ class Call {
 
   void backward() {
     plan_shared(false);
-    for (int64_t i = 0; i < count(); ++i) {
-      const BlockData<T>& block = network_.block(i);
-      first_.push_back(packed(block.first_weight, block.kernel, block.channels, block.features, true));
-      second_.push_back(packed(block.second_weight, block.kernel, block.channels, block.channels, true));
-      residual_.push_back(packed(block.residual_weight, 1, block.channels, block.features, true));
-    }
+    for (const BlockData<T>& block : network_.blocks) pack_block(block, true);
     const int64_t last = count() - 1;
     Product<T> nothing, output_grad = product(network_.grad, inputs_[last + 1], channels(last));
     Place<T> grad = output_gradient(last, nothing, output_grad);
@@ -264,20 +253,30 @@ class Call {
   unsigned char* saved_signs(int64_t i) const { return network_.signs + signs_at_[i]; }
 
   // ---------------------------------------------------------------- products
-  // Packs torch's weight [C, F, k] as [tap][row][width]. If `turned`, rows are the output's channels and
-  // columns the input's.
-  Product<T> packed(const T* weight, int64_t taps, int64_t rows, int64_t columns, bool turned) {
+  void pack_block(const BlockData<T>& block, bool turned) {
+    const int64_t features = block.features, channels = block.channels;
+    first_.push_back(packed(block.first, block.kernel, features, channels, turned));
+    second_.push_back(packed(block.second, block.kernel, channels, channels, turned));
+    residual_.push_back(packed(block.residual, 1, features, channels, turned));
+  }
+
+  // Packs the weight of a convolution, normalized if it has a gain. If `turned`, the product maps gradients
+  // of the outputs to gradients of the inputs.
+  Product<T> packed(const Convolution<T>& convolution, int64_t taps, int64_t inputs, int64_t outputs,
+                    bool turned) {
+    const int64_t rows = turned ? outputs : inputs;
     Product<T> result;
     result.taps = static_cast<int32_t>(taps);
     result.channels = static_cast<int32_t>(rows);
-    result.width = static_cast<int32_t>(up_to(columns, kColumns));
+    result.width = static_cast<int32_t>(up_to(turned ? inputs : outputs, kColumns));
     result.steps = static_cast<int32_t>(network_.steps);
     result.turned = turned;
-    if (weight == nullptr) return result;
+    if (convolution.weight == nullptr) return result;
     T* const to = device_.template take<T>(taps * rows * result.width);
     result.weight = to;
-    packing_.push_back({weight, to, result.taps, result.channels, static_cast<int32_t>(columns), result.width,
-                        turned ? columns * taps : taps, turned ? taps : rows * taps});
+    packing_.push_back({convolution.weight, convolution.gain, to, result.taps, static_cast<int32_t>(inputs),
+                        static_cast<int32_t>(outputs), result.width, packing_groups_, turned});
+    packing_groups_ += parts_of(outputs, kColumns);
     return result;
   }
 
@@ -322,7 +321,7 @@ class Call {
     const bool last = i + 1 == count();
     Stage<T> first = stage(Kind::kBetween, between_[i], block.channels);
     first.product = reading(first_[i], input, inputs_[i], plan.dilation);
-    first.bias = block.first_bias;
+    first.bias = block.first.bias;
     first.convolution = static_cast<int32_t>(2 * i);
     if (keep) first.far = saved_between(i);
     Stage<T> second = stage(Kind::kOutput, inputs_[i + 1], block.channels);
@@ -335,9 +334,9 @@ class Call {
       if (!last) second.far = new_place(output_slots(i), block.channels);
     }
     second.product = reading(second_[i], rows_ > 0 ? first.near : first.far, between_[i], plan.dilation);
-    second.bias = block.second_bias;
+    second.bias = block.second.bias;
     second.residual = reading(residual_[i], input, inputs_[i], 1);
-    second.residual_bias = block.residual_bias;
+    second.residual_bias = block.residual.bias;
     second.convolution = static_cast<int32_t>(2 * i + 1);
     if (keep) second.signs = saved_signs(i);
     stages_.push_back(first);
@@ -355,7 +354,7 @@ class Call {
     result.signs = saved_signs(i);
     of_second_.push_back(new_place(output_slots(i), channels(i)));
     result.second_far = of_second_.back();
-    const bool needed = rows_ == 0 || network_.block(i).residual_weight != nullptr;
+    const bool needed = rows_ == 0 || network_.block(i).residual.weight != nullptr;
     if (needed) result.far = new_place(output_slots(i), channels(i));
     of_sum_.push_back(result.far);
     if (rows_ > 0) {
@@ -396,20 +395,20 @@ class Call {
     const BlockData<T>& block = network_.block(i);
     const int64_t dilation = network_.plan(i).dilation;
     const Place<T> input = i > 0 ? saved_output(i - 1) : network_.x;
-    add_weight_gradient({input, of_between}, inputs_[i], between_[i], dilation, block.kernel, block.features,
-                        block.channels, block.of_first_weight, block.of_first_bias);
-    add_weight_gradient({saved_between(i), of_second_.back()}, between_[i], inputs_[i + 1], dilation,
-                        block.kernel, block.channels, block.channels, block.of_second_weight,
-                        block.of_second_bias);
-    if (block.residual_weight != nullptr)
-      add_weight_gradient({input, of_sum_.back()}, inputs_[i], inputs_[i + 1], 1, 1, block.features,
-                          block.channels, block.of_residual_weight, block.of_residual_bias);
+    add_weight_gradient(block.first, {input, of_between}, inputs_[i], between_[i], dilation, block.kernel,
+                        block.features, block.channels);
+    add_weight_gradient(block.second, {saved_between(i), of_second_.back()}, between_[i], inputs_[i + 1],
+                        dilation, block.kernel, block.channels, block.channels);
+    if (block.residual.weight != nullptr)
+      add_weight_gradient(block.residual, {input, of_sum_.back()}, inputs_[i], inputs_[i + 1], 1, 1,
+                          block.features, block.channels);
   }
 
-  void add_weight_gradient(std::pair<Place<T>, Place<T>> places, const Cone& source, const Cone& grad,
-                           int64_t dilation, int64_t taps, int64_t features, int64_t columns, T* of_weight,
-                           T* of_bias) {
+  void add_weight_gradient(const Convolution<T>& convolution, std::pair<Place<T>, Place<T>> places,
+                           const Cone& source, const Cone& grad, int64_t dilation, int64_t taps,
+                           int64_t features, int64_t columns) {
     WeightGradient<T> job{};
+    job.convolution = convolution;
     job.source = places.first;
     job.grad = places.second;
     job.source_slots = source.slots;
@@ -421,8 +420,6 @@ class Call {
     job.columns = static_cast<int32_t>(columns);
     job.items = taps * gradient_groups(job.channels) * gradient_groups(job.columns);
     job.elements = (taps * features + 1) * columns;
-    job.of_weight = of_weight;
-    job.of_bias = of_bias;
     gradients_.push_back(job);
   }
 
@@ -436,10 +433,10 @@ class Call {
     for (WeightGradient<T>& job : gradients_) {
       job.parts = std::max<int64_t>(1, parts_of(job.slots * network_.batch, plan.steps));
       job.first_thread = plan.threads;
-      job.first_element = plan.elements;
+      job.first_group = plan.groups;
       job.sums_at = sums;
       plan.threads += job.parts * job.items;
-      plan.elements += job.elements;
+      plan.groups += parts_of(job.columns, kSumColumns);
       sums += job.parts * job.elements;
     }
     plan.jobs = tables_.add(gradients_);
@@ -455,16 +452,13 @@ class Call {
     const Stage<T>* const stages = tables_.add(stages_);
     const WeightGradients<T> gradients = plan_weight_gradients();
     tables_.write();
-    int64_t largest = 0;
-    for (const Packing<T>& job : packing_)
-      largest = std::max(largest, static_cast<int64_t>(job.taps) * job.rows * job.width);
-    const int jobs = static_cast<int>(packing_.size());
-    device_.launch(pack_kernel<T>, blocks_for(largest, kThreads), kThreads, 0, packing, jobs);
+    device_.launch(temporal_conv_pack_kernel<T>, blocks_for(packing_groups_, 1), kThreads, 0, packing,
+                   static_cast<int>(packing_.size()), packing_groups_);
     if (network_.batch > 0) run_stages(stages);
     if (gradients.count == 0) return;
     device_.launch(weight_gradient_kernel<T>, blocks_for(gradients.threads, kThreads), kThreads, 0,
                    gradients);
-    device_.launch(sum_parts_kernel<T>, blocks_for(gradients.elements, kThreads), kThreads, 0, gradients);
+    device_.launch(sum_parts_kernel<T>, blocks_for(gradients.groups, 1), kSumThreads, 0, gradients);
   }
 
   void run_stages(const Stage<T>* stages) {
@@ -496,6 +490,7 @@ class Call {
   std::vector<int64_t> saved_offsets_, signs_at_;
   std::vector<Product<T>> first_, second_, residual_;  // with packed weights but without sources
   std::vector<Packing<T>> packing_;
+  int64_t packing_groups_ = 0;
   std::vector<Stage<T>> stages_;
   std::vector<WeightGradient<T>> gradients_;
   std::vector<Place<T>> of_sum_, of_second_;  // results of output_gradient in global memory

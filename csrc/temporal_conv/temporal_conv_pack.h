@@ -28,6 +28,7 @@ struct BlockTensors {
   Tensor first_weight, first_bias, second_weight, second_bias;
   std::optional<Tensor> residual_weight, residual_bias;
   int64_t features, channels, kernel;
+  std::optional<Tensor> first_gain, second_gain;  // if the weights are normalized; CUDA only
 
   int64_t first_elements() const { return kernel * features * channels; }
   int64_t second_elements() const { return kernel * channels * channels; }
@@ -48,7 +49,8 @@ inline void check_weight(const char* op, const char* name, int64_t block, const 
               torch::headeronly::toString(tensor.scalar_type()), ".");
 }
 
-// Splits the list of weights into blocks of 4 tensors, or 6 if the width changes, and checks them.
+// Splits the list of weights into blocks of 4 tensors, or 6 if the width changes, and checks them. Two gains
+// per block, with which the convolutions' weights are normalized, may follow the last block.
 inline std::vector<BlockTensors> cut_blocks(const char* op, const Tensor& x,
                                             const std::vector<Tensor>& weights,
                                             const std::vector<int64_t>& dilations) {
@@ -64,9 +66,12 @@ inline std::vector<BlockTensors> cut_blocks(const char* op, const Tensor& x,
                 weights.size(), ".");
     return as_contiguous(weights[at++]);
   };
-  while (at < weights.size()) {
+  const auto only_gains_left = [&] {
+    return blocks.size() == dilations.size() && weights.size() - at == 2 * blocks.size();
+  };
+  while (at < weights.size() && !only_gains_left()) {
     const int64_t number = static_cast<int64_t>(blocks.size());
-    BlockTensors block{next(), next(), next(), next(), {}, {}, features, 0, 0};
+    BlockTensors block{next(), next(), next(), next(), {}, {}, features, 0, 0, {}, {}};
     check_dims(op, "weight", block.first_weight, 3, "[C, F, k]");
     const int64_t channels = block.channels = block.first_weight.size(0);
     const int64_t kernel = block.kernel = block.first_weight.size(2);
@@ -88,6 +93,13 @@ inline std::vector<BlockTensors> cut_blocks(const char* op, const Tensor& x,
   QFAST_CHECK(!blocks.empty() && blocks.size() == dilations.size(), op,
               ": dilations: expected one for each of ", blocks.size(), " blocks, got ", dilations.size(),
               ".");
+  for (std::size_t i = 0; i < blocks.size() && at < weights.size(); ++i) {
+    const int64_t number = static_cast<int64_t>(i);
+    blocks[i].first_gain = next();
+    check_weight(op, "first gain", number, *blocks[i].first_gain, x, {blocks[i].channels, 1, 1});
+    blocks[i].second_gain = next();
+    check_weight(op, "second gain", number, *blocks[i].second_gain, x, {blocks[i].channels, 1, 1});
+  }
   for (const int64_t dilation : dilations)
     QFAST_CHECK(dilation > 0 && dilation <= INT32_MAX, op, ": dilations: expected 1 to 2^31 - 1, got ",
                 dilation, ".");
@@ -103,6 +115,9 @@ class Network {
           const std::vector<int64_t>& dilations, double dropout, const std::optional<Tensor>& seed,
           bool all_steps)
       : tensors(cut_blocks(op, x, weights, dilations)) {
+    QFAST_CHECK(!tensors[0].first_gain, op,
+                ": weights: expected normalized weights without gains on the CPU, got ", weights.size(),
+                " tensors.");
     std::vector<int64_t> kernels;
     for (const BlockTensors& block : tensors) kernels.push_back(block.kernel);
     plans = plan_blocks(x.size(1), kernels, dilations, all_steps);

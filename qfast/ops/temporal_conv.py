@@ -31,7 +31,13 @@ from qfast.ops._common import (
 )
 from qfast.ops.philox import draw_seed
 from qfast.ops.temporal_conv_plan import plan
-from qfast.ops.temporal_conv_twin import backward_twin, block_values, by_block, empty_saved, forward_twin
+from qfast.ops.temporal_conv_twin import (
+    backward_twin,
+    block_values,
+    by_block,
+    empty_saved,
+    forward_twin,
+)
 
 __all__ = ["BlockWeights", "temporal_block", "temporal_conv_net"]
 
@@ -196,7 +202,8 @@ def _checked(
 ) -> tuple[list[Tensor], list[int]]:
     """Check all arguments. Return the weights for the operator and the dilations.
 
-    A block has four weights, or six with a 1x1 convolution; see `by_block`.
+    A block has four weights, or six with a 1x1 convolution; see `by_block`. Gains follow the last block if the operator
+    normalizes the weights.
     """
     op = "temporal_conv_net"
     check_floating(op, "x", x)
@@ -213,15 +220,22 @@ def _checked(
         require(is_whole, op, f"dilations: expected whole numbers above 0, got {dilation!r}.")
     spacing = [min(dilation, 2**31 - 1) for dilation in spacing]  # no window is longer
     weights: list[Tensor] = []
+    named = [BlockWeights(*block) for block in blocks]
     width = x.shape[1]
-    for number, block in enumerate(blocks):
-        weights += _checked_block(f"blocks[{number}]", x, BlockWeights(*block), width)
-        width = weights[-1].shape[0]
-    return weights, spacing
+    for number, block in enumerate(named):
+        _check_block(f"blocks[{number}]", x, block, width)
+        width = block.bias1.shape[0]
+    gains = [gain for block in named for gain in (block.weight_g1, block.weight_g2) if gain is not None]
+    in_operator = _normalizes(x.device) and len(gains) == 2 * len(named) and not transforms.active()
+    for block in named:
+        v1, g1, bias1, v2, g2, bias2, *downsample = block
+        w1, w2 = (v1, v2) if in_operator else (_normalized(v1, g1), _normalized(v2, g2))
+        weights += [w1, bias1, w2, bias2, *(part for part in downsample if part is not None)]
+    return [*weights, *gains] if in_operator else weights, spacing
 
 
-def _checked_block(where: str, x: Tensor, block: BlockWeights, width: int) -> list[Tensor]:
-    """Check the weights of one block with `width` input channels. Return them for the operator."""
+def _check_block(where: str, x: Tensor, block: BlockWeights, width: int) -> None:
+    """Check the weights of one block with `width` input channels."""
     op, v1, v2 = "temporal_conv_net", block.weight_v1, block.weight_v2
     if not isinstance(v1, Tensor) or v1.dim() != 3 or 0 in v1.shape:
         got = tuple(v1.shape) if isinstance(v1, Tensor) else type(v1).__name__
@@ -254,10 +268,11 @@ def _checked_block(where: str, x: Tensor, block: BlockWeights, width: int) -> li
     require(
         second_size == kernel_size, op, f"{where}.weight_v2: expected kernel size {kernel_size}, got {second_size}."
     )
-    parts = [_normalized(v1, block.weight_g1), block.bias1, _normalized(v2, block.weight_g2), block.bias2]
-    if block.downsample_weight is not None and block.downsample_bias is not None:
-        parts += [block.downsample_weight, block.downsample_bias]
-    return parts
+
+
+def _normalizes(device: torch.device) -> bool:
+    """Return whether the operator computes g v / ||v|| itself, as on a GPU, where each separate launch takes time."""
+    return device.type == "cuda"
 
 
 def _normalized(v: Tensor, g: Tensor | None) -> Tensor:
@@ -282,7 +297,7 @@ define(
 
 @torch.library.register_fake("qfast::temporal_conv_net")
 def _(x, weights, dilations, dropout, seed, all_steps, keep):  # type: ignore[no-untyped-def]
-    width = by_block(weights, x.shape[2])[-1][0].shape[0]
+    width = by_block(weights, x.shape[2], len(dilations))[-1][0].shape[0]
     output = x.new_empty((x.shape[0], x.shape[1], width) if all_steps else (x.shape[0], width))
     return output, *empty_saved(x, weights, dilations, all_steps, keep)
 
@@ -346,6 +361,8 @@ def self_test(device: torch.device) -> None:
     rng = torch.Generator().manual_seed(0)
     sizes = [(19, 3, 3), (19,), (19, 19, 3), (19,), (19, 3, 1), (19,), (19, 19, 2), (19,), (19, 19, 2), (19,)]
     weights = [(torch.randn(size, generator=rng, dtype=torch.float64) * 0.3).to(device) for size in sizes]
+    if _normalizes(device):
+        weights += [torch.rand(19, 1, 1, generator=rng, dtype=torch.float64).to(device) + 0.5 for _ in range(4)]
     x = torch.randn(7, 9, 3, generator=rng, dtype=torch.float64).to(device)
     seed = torch.tensor([3], device=device)
     for all_steps in (False, True):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,25 +16,25 @@ from qfast.ops.temporal_conv_plan import Plan, cone
 __all__ = ["backward_twin", "block_values", "by_block", "empty_saved", "forward_twin"]
 
 
-def by_block(weights: Sequence[Tensor], features: int) -> list[list[Tensor]]:
-    """Split the operator's list of weights into blocks.
+def by_block(weights: Sequence[Tensor], features: int, count: int) -> list[list[Tensor]]:
+    """Return the weights of each of `count` blocks in the operator's list.
 
     A block has 4 weights: weight and bias of both convolutions. If its output width differs from its input width,
     weight and bias of the 1x1 convolution follow.
     """
     blocks: list[list[Tensor]] = []
     begin, width = 0, features
-    while begin < len(weights):
-        count = 4 if weights[begin].shape[0] == width else 6
-        blocks.append(list(weights[begin : begin + count]))
+    for _ in range(count):
+        size = 4 if weights[begin].shape[0] == width else 6
+        blocks.append(list(weights[begin : begin + size]))
         width = weights[begin].shape[0]
-        begin += count
+        begin += size
     return blocks
 
 
 def _plan_of(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], all_steps: bool) -> Plan:
     """Return the plan of a call of the operator, where x is [B, T, F]."""
-    kernel_sizes = tuple(int(block[0].shape[2]) for block in by_block(weights, x.shape[2]))
+    kernel_sizes = tuple(int(block[0].shape[2]) for block in by_block(weights, x.shape[2], len(dilations)))
     return cone(int(x.shape[1]), kernel_sizes, tuple(dilations), all_steps)
 
 
@@ -48,7 +50,9 @@ def block_values(
     between: list[Tensor] = []
     second: list[Tensor] = []
     outputs: list[Tensor] = []
-    for number, (block, dilation) in enumerate(zip(by_block(weights, x.shape[1]), dilations, strict=True)):
+    for number, (block, dilation) in enumerate(
+        zip(by_block(weights, x.shape[1], len(dilations)), dilations, strict=True)
+    ):
         w1, b1, w2, b2, *downsample = block
         h = _drop(_causal(x, w1, b1, dilation).relu(), 2 * number, dropout, seed)
         y = _drop(_causal(h, w2, b2, dilation).relu(), 2 * number + 1, dropout, seed)
@@ -87,9 +91,10 @@ def forward_twin(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the result [B, C] or [B, T, C] for x [B, T, F], and two tensors of zeros for the saved values."""
+    activations, signs = empty_saved(x, weights, dilations, all_steps, keep)
+    weights, _ = _normalized(weights, x.shape[2], len(dilations))
     with torch.autocast(x.device.type, enabled=False):
         _, _, outputs = block_values(x.transpose(1, 2), weights, dilations, dropout, seed)
-    activations, signs = empty_saved(x, weights, dilations, all_steps, keep)
     steps = outputs[-1].transpose(1, 2)
     result = (steps if all_steps else steps[:, -1]).clone(memory_format=torch.contiguous_format)
     return result, activations.zero_(), signs.zero_()
@@ -109,6 +114,7 @@ def backward_twin(
     input_grad: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the gradients of x (empty unless `input_grad`) and of the weights."""
+    weights, normalizations = _normalized(weights, x.shape[2], len(dilations))
     unused = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
     unused[list(_plan_of(x, weights, dilations, all_steps).blocks[0].input)] = False
     steps = x.masked_fill(unused.unsqueeze(1), 0).transpose(1, 2)  # a NaN at an unused position has no effect
@@ -119,7 +125,7 @@ def backward_twin(
     else:
         grad = torch.cat((torch.zeros_like(outputs[-1][:, :, 1:]), grad.unsqueeze(2)), 2)
     grad_weights: list[Tensor] = []
-    blocks = by_block(weights, x.shape[2])
+    blocks = by_block(weights, x.shape[2], len(dilations))
     for number in range(len(blocks) - 1, -1, -1):
         w1, _, w2, _, *downsample = blocks[number]
         block_input = outputs[number - 1] if number else steps
@@ -134,7 +140,44 @@ def backward_twin(
         grad = grad + grad_residual
         grad_weights = [*grad_first, *grad_second, *grad_downsample, *grad_weights]
     grad_x = grad.transpose(1, 2).contiguous() if input_grad else x.new_empty((0, *x.shape[1:]))
-    return grad_x, grad_weights
+    return grad_x, _normalization_gradients(grad_weights, normalizations)
+
+
+class _Normalization(NamedTuple):
+    """A normalized weight of the operator's list, and where it is in the list."""
+
+    place: int
+    v: Tensor
+    gain: Tensor
+    norms: Tensor
+
+
+def _normalized(weights: Sequence[Tensor], features: int, count: int) -> tuple[list[Tensor], list[_Normalization]]:
+    """Return the weights of `count` blocks, and what was normalized.
+
+    The operator's list may have further tensors, the gains [C, 1, 1] of both convolutions of every block. Then a
+    convolution has the weight g v / ||v|| for each output channel, where v is its weight in the list.
+    """
+    sizes = [len(block) for block in by_block(weights, features, count)]
+    starts = list(accumulate(sizes, initial=0))
+    results, gains = list(weights[: starts[-1]]), weights[starts[-1] :]
+    convolutions = [start + offset for start in starts[:-1] for offset in (0, 2)]  # weight, bias, weight, bias, ...
+    normalizations = []
+    for place, gain in zip(convolutions if gains else [], gains, strict=True):
+        v, g = results[place].contiguous(), gain.contiguous()
+        results[place], norms = torch._weight_norm_interface(v, g, 0)
+        normalizations.append(_Normalization(place, v, g, norms))
+    return results, normalizations
+
+
+def _normalization_gradients(grads: list[Tensor], normalizations: list[_Normalization]) -> list[Tensor]:
+    """Return the gradients of the operator's list from those of the normalized weights."""
+    of_gains = []
+    for place, v, gain, norms in normalizations:
+        of = torch.ops.aten._weight_norm_interface_backward(grads[place].contiguous(), v, gain, norms, 0)
+        grads[place] = of[0]
+        of_gains.append(of[1])
+    return [*grads, *of_gains]
 
 
 def _relu_gradient(grad: Tensor, output: Tensor) -> Tensor:
@@ -159,7 +202,7 @@ def empty_saved(
 ) -> tuple[Tensor, Tensor]:
     """Allocate `activations` and `signs`, with no elements unless `keep`."""
     blocks = _plan_of(x, weights, dilations, all_steps).blocks
-    widths = [block[0].shape[0] for block in by_block(weights, x.shape[2])]
+    widths = [block[0].shape[0] for block in by_block(weights, x.shape[2], len(dilations))]
     floats = sum(len(block.between) * width for block, width in zip(blocks, widths, strict=True))
     floats += sum(len(block.output) * width for block, width in zip(blocks[:-1], widths[:-1], strict=True))
     sign_bytes = sum(len(block.output) * ((width + 7) // 8) for block, width in zip(blocks, widths, strict=True))
