@@ -7,13 +7,13 @@
 // is a launch over (tile of 64 rows, slot, channels), and activations go through L2. Both use the same
 // kernels (temporal_conv_kernels.cuh).
 //
-// Forward: tables and packed weights, which are normalized when they are packed, then the stack. Bias, ReLU, dropout, the 1x1 convolution and the
-// residual are part of the convolution that they follow. Backward: the gradients of the activations from
-// block to block, with the taps reversed. This is a gather, in which one thread sums each gradient. Then one
-// launch computes all weight gradients as sums over fixed parts of the (slot, row) pairs, and another adds
-// the parts in order in float64 and computes the gradients of the normalization. There are no atomics, and results repeat bit for bit. Nothing synchronizes
-// or copies from the host (tables are kernel arguments), and torch allocates all memory, so a CUDA graph can
-// capture a call.
+// Forward: tables and packed weights, which are normalized when they are packed, then the stack. Bias, ReLU,
+// dropout, the 1x1 convolution and the residual are part of the convolution that they follow. Backward: the
+// gradients of the activations from block to block, with the taps reversed. This is a gather, in which one
+// thread sums each gradient. Then one launch computes all weight gradients as sums over fixed parts of the
+// (slot, row) pairs, and another adds the parts in order in float64 and computes the gradients of the
+// normalization. There are no atomics, and results repeat bit for bit. Nothing synchronizes or copies from
+// the host (tables are kernel arguments), and torch allocates all memory, so a CUDA graph can capture a call.
 //
 // Saved for backward: outputs of convolutions at positions of the cone (8 KB per row for the sizes above; 87
 // KB for kernel 3, T = 60, 5 x 128 channels), and one bit per element of the output of the second
