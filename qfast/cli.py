@@ -215,7 +215,13 @@ def study_command(
         int | None, typer.Option(help="Processes. Default: cores / threads; 1 on a GPU.", rich_help_panel=ENGINE)
     ] = None,
     threads: Annotated[int, typer.Option(help="Threads of each process.", rich_help_panel=ENGINE)] = 1,
-    on: Annotated[str, typer.Option(help="local, ray or ray://ADDRESS.", rich_help_panel=ENGINE)] = "local",
+    on: Annotated[
+        str, typer.Option(help="local, ray or ray://HOST:PORT. Ray needs the extra ray.", rich_help_panel=ENGINE)
+    ] = "local",
+    gpus: Annotated[
+        float | None,
+        typer.Option(help="Ray: GPUs of each run. Default: 1 if the device is cuda.", rich_help_panel=ENGINE),
+    ] = None,
     resume: Annotated[
         Path | None,
         typer.Option(help="Continue the study in this folder. Finished runs remain as they are."),
@@ -243,6 +249,7 @@ def study_command(
         jobs=jobs,
         threads=threads,
         on=on,
+        gpus=gpus,
         resume=resume,
         allow_code=allow_code,
         read_options=read_options,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,10 @@ from qfast.workflow.overrides import AliasGroups, similar_path
 from qfast.workflow.schema import Workflow
 from qfast.workflow.validation import check_workflow
 
-__all__ = ["CheckedStudy", "check_engine", "check_study"]
+__all__ = ["CheckedStudy", "EngineArguments", "check_engine", "check_study"]
 
 ENGINES = ("local", "ray", "inline")
+CONNECT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -82,16 +84,47 @@ def check_study(
     return CheckedStudy(values, aliases, axes)
 
 
-def check_engine(on: str, jobs: int | None, threads: int, problems: Problems) -> None:
+@dataclass(frozen=True)
+class EngineArguments:
+    """The arguments of `qfast.study` that describe its engine, unchecked and with the same names."""
+
+    on: str = "local"
+    jobs: int | None = None
+    threads: int = 1
+    gpus: float | None = None
+
+
+def check_engine(arguments: EngineArguments, problems: Problems) -> None:
     """Check the arguments of the engine."""
+    on = arguments.on
     name = on.partition("://")[0]
     if name not in ENGINES or ("://" in on and name != "ray"):
         problems.add("--on", f"expected local or ray[://ADDRESS], got {on!r}.{suggest(name, ENGINES)}")
     if name == "ray" and importlib.util.find_spec("ray") is None:
         problems.add("--on", "ray is not installed. Remedy: pip install 'qfast-models[ray]'")
-    for option, value in (("--jobs", jobs), ("--threads", threads)):
+    elif name == "ray" and "://" in on:
+        _check_address(on, problems)
+    if arguments.gpus is not None and (name != "ray" or arguments.gpus < 0):
+        problems.add("--gpus", f"is a number of at least 0 for --on ray, got {arguments.gpus} with --on {on}")
+    for option, value in (("--jobs", arguments.jobs), ("--threads", arguments.threads)):
         if value is not None and value < 1:
             problems.add(option, f"must be at least 1, got {value}")
+
+
+def _check_address(on: str, problems: Problems) -> None:
+    """Connect to the address once, because Ray itself tries for minutes."""
+    host, _, port = on.partition("://")[2].rpartition(":")
+    if not host or not port.isdigit():
+        problems.add("--on", f"expected ray://HOST:PORT, got {on!r}")
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        problems.add(
+            "--on",
+            f"no Ray cluster answers at {host}:{port} ({error}). Remedy: the address of a running head node (port "
+            "6379) or of Ray Client (port 10001), or --on ray for this machine",
+        )
 
 
 # ---------------------------------------------------------------- the workflow

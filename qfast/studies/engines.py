@@ -16,8 +16,9 @@ class Engine(Protocol):
     A context manager: leaving it stops all tasks that are still running. Their runs can be continued later.
     """
 
-    slots: int
-    """Number of tasks that run at the same time."""
+    @property
+    def slots(self) -> int:
+        """Number of tasks that run at the same time."""
 
     def submit(self, task: RunTask) -> None:
         """Begin a task. The caller has at most `slots` tasks running."""

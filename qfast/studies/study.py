@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import shlex
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +14,10 @@ from typing import Any
 
 import pandas as pd
 
-from qfast.errors import ConfigError, shown
+from qfast.errors import ConfigError, QfastError, shown
 from qfast.read_options import ReadOptions, ReadSettings
 from qfast.studies.axes import AxisArguments
-from qfast.studies.checks import CheckedStudy, check_engine, check_study
+from qfast.studies.checks import CheckedStudy, EngineArguments, check_engine, check_study
 from qfast.studies.engines import Engine, InlineEngine
 from qfast.studies.finish import finish_study
 from qfast.studies.folder import StudyFolder
@@ -83,6 +84,7 @@ def study(
     jobs: int | None = None,
     threads: int = 1,
     on: str = "local",
+    gpus: float | None = None,
     resume: str | os.PathLike[str] | None = None,
     allow_code: AllowCode = None,
     read_options: ReadSettings = None,
@@ -123,7 +125,9 @@ def study(
     threads : int
         Threads of each process. The results equal those of `qfast run` with the same OMP_NUM_THREADS.
     on : str
-        "local", "ray" or "ray://ADDRESS"; "inline" uses this process only.
+        "local"; "ray" or "ray://HOST:PORT" for a Ray cluster; "inline" uses this process only.
+    gpus : float, optional
+        GPUs of each run on Ray; fractions share a GPU. Default: 1 if the device is "cuda", otherwise 0.
     resume : path, optional
         A study folder to continue. Finished runs remain, and all others continue from their checkpoints.
     quiet : bool
@@ -152,7 +156,8 @@ def study(
     """
     options = ReadOptions.of(read_options)
     problems = Problems()
-    check_engine(on, jobs, threads, problems)
+    engine_arguments = EngineArguments(on, jobs, threads, gpus)
+    check_engine(engine_arguments, problems)
     if ensemble not in (None, "rank", "zscore"):
         problems.add("--ensemble", f"must be rank or zscore, got {ensemble!r}")
     axes = AxisArguments(seeds, grid, search, trials, rolling, expanding, warm_start, label_days)
@@ -170,11 +175,12 @@ def study(
             assert checked is not None
             folder = _begin(output, str(config_path), checked, data, options, device, ensemble or "rank", code)
         paths = [] if code is None else [str(path) for path in code.paths]
-        task_options = {"device": device or folder.manifest.get("device"), "allow_code": tuple(paths)}
-        with folder.working() as prepared:
+        chosen = device or folder.manifest.get("device")
+        task_options = {"device": chosen, "allow_code": tuple(paths)}
+        with _discarded_without_runs(folder, new=resume is None), folder.working() as prepared:
             plan = Plan(folder, prepared, data, options)
             points = _points(folder, plan)
-            with _engine(on, jobs, threads, folder, task_options) as engine:
+            with _engine(engine_arguments, folder, chosen) as engine:
                 runner = Runner(folder, plan, points, engine, task_options, data, options, quiet)
                 results = runner.run()
             best = points.results()
@@ -184,6 +190,17 @@ def study(
 
 
 # ---------------------------------------------------------------- the folder
+@contextlib.contextmanager
+def _discarded_without_runs(folder: StudyFolder, new: bool) -> Iterator[None]:
+    """Remove the folder of a new study whose data or windows are refused before the first run."""
+    try:
+        yield
+    except QfastError:
+        if new and not folder.run(0).parent.exists():
+            shutil.rmtree(folder.path, ignore_errors=True)
+        raise
+
+
 def _begin(
     output: str | os.PathLike[str] | None,
     source: str,
@@ -282,17 +299,23 @@ def _points(folder: StudyFolder, plan: Plan) -> PointSource:
 
 
 @contextlib.contextmanager
-def _engine(
-    on: str, jobs: int | None, threads: int, folder: StudyFolder, options: Mapping[str, Any]
-) -> Iterator[Engine]:
+def _engine(arguments: EngineArguments, folder: StudyFolder, device: str | None) -> Iterator[Engine]:
     """The engine, which is closed at the end of the block."""
     engine: Engine
-    if on == "inline":
+    kind, _, address = arguments.on.partition("://")
+    if kind == "inline":
         engine = InlineEngine()
+    elif kind == "ray":
+        from qfast.studies.ray_engine import RayEngine
+
+        needed = device or str(folder.workflow()["task"]["model"].get("kwargs", {}).get("device", ""))
+        gpus = arguments.gpus if arguments.gpus is not None else float(needed.startswith("cuda"))
+        engine = RayEngine(address, arguments.jobs, arguments.threads, gpus)
     else:
         from qfast.studies.local import LocalEngine
 
-        engine = LocalEngine(jobs or _default_jobs(threads, options["device"], folder), threads, folder.path / "logs")
+        jobs = arguments.jobs or _default_jobs(arguments.threads, device, folder)
+        engine = LocalEngine(jobs, arguments.threads, folder.path / "logs")
     try:
         yield engine
     finally:
