@@ -27,6 +27,8 @@ from qfast.ops.price_windows import _price_windows_twin, neutral_stage
 FIT = {"fit_start_time": "2015-01-01", "fit_end_time": "2015-04-30"}
 ROBUST = {"class": "RobustZScoreNorm", "kwargs": {"fields_group": "feature", "clip_outlier": True}}
 FILL = {"class": "Fillna", "kwargs": {"fields_group": "feature"}}
+ZSCORE = {"class": "ZScoreNorm", "kwargs": {"fields_group": "feature"}}
+ONE_FILL = {"class": "Fillna", "kwargs": {"fields_group": ("feature", "VWAP3")}}
 LEARN = ["DropnaLabel", {"class": "CSRankNorm", "kwargs": {"fields_group": "label"}}]
 
 
@@ -209,7 +211,52 @@ def test_a_map_of_some_columns_and_a_map_that_is_no_stage() -> None:
     again = filled.mapped(Fill(8.0), np.array([0, 1]))
     assert again is not None
     assert len(again.stages) == 2
-    assert windows.mapped(ShiftedTanh(), positions) is None
+    squashed = again.mapped(ShiftedTanh(), positions).mapped(normalize, positions)
+    assert len(squashed.stages) == 2  # after tanh, which is not a stage, no map is a stage
+    expected = again[:]
+    expected[:, positions] = normalize(ShiftedTanh()(expected[:, positions]))
+    assert_same_bits(squashed[:], expected)
+    assert_same_bits(squashed[:, 4], expected[:, 4])
+    assert squashed.mapped(Fill(0.0), np.arange(6)).gather(torch.tensor([-1])).isnan().all()
+
+
+def test_stored_rows_and_their_later_maps() -> None:
+    panel = load_prices(synthetic.prices(2, 20))
+    windows = PriceWindows.of_prices(Prices(panel, {}), np.arange(panel.n_rows), ["close", "open"], 3)
+    expected = windows[:]
+    expected[[3, 9]] = np.float32([[1], [np.nan]])
+    windows = windows.with_stored(np.array([3, 9]), expected[[3, 9]])
+    assert_same_bits(windows[:], expected)
+    expected[[2, 9]] = np.float32([[2], [4]])
+    windows = windows.with_stored(np.array([2, 9]), expected[[2, 9]])
+    assert windows.with_stored(np.array([], dtype=np.int64), expected[:0]).stored is not None
+    assert_same_bits(windows[np.array([9, 3, 2, 1])], expected[[9, 3, 2, 1]])
+    windows = windows.mapped(ShiftedTanh(), np.array([1])).mapped(Fill(5.0), np.arange(6))
+    expected[:, 1] = ShiftedTanh()(expected[:, 1])
+    expected = Fill(5.0)(expected)
+    assert_same_bits(windows[:], expected)
+    assert_same_bits(windows[:, 1], expected[:, 1])
+
+
+def test_values_that_cannot_be_missing_are_known_without_a_look() -> None:
+    panel = load_prices(hostile_prices(70, 2))
+    windows = PriceWindows.of_prices(Prices(panel, {}), np.arange(panel.n_rows), ["close", "open"], 3)
+    every = np.arange(6)
+    clip = Normalize(np.zeros(6, np.float32), np.ones(6, np.float32), 3.0)
+    facts = {
+        "raw": (windows, False, False),
+        "clipped": (windows.mapped(clip, every), False, False),
+        "filled": (windows.mapped(Fill(0.0), every), True, False),
+        "filled with infinity": (windows.mapped(Fill(np.inf), every), True, False),
+        "one column": (windows.mapped(clip, every).mapped(Fill(0.0), every[:1]), False, False),
+        "clipped and filled": (windows.mapped(clip, every).mapped(Fill(0.0), every), True, True),
+    }
+    for name, (view, never_nan, always_finite) in facts.items():
+        assert (view.never_nan(), view.always_finite()) == (never_nan, always_finite), name
+        assert not view.never_nan() or not np.isnan(view[:]).any()
+        assert not view.always_finite() or np.isfinite(view[:]).all()
+    stored = facts["clipped and filled"][0].with_stored(np.array([0]), np.full((1, 6), np.inf, dtype=np.float32))
+    assert (stored.never_nan(), stored.always_finite()) == (True, False)
 
 
 # ---------------------------------------------------------------- Alpha360 as a view
@@ -219,10 +266,12 @@ PROCESSORS: dict[str, dict[str, Any]] = {
     "not clipped": {"infer_processors": [{"class": "RobustZScoreNorm", "kwargs": {"clip_outlier": False}}, FILL]},
     "zscore": {"infer_processors": ["ZScoreNorm", "Fillna"]},
     "minmax": {"infer_processors": [FILL, "MinMaxNorm"], "learn_processors": LEARN},
-    "one column": {"infer_processors": [{"class": "Fillna", "kwargs": {"fields_group": ("feature", "VWAP3")}}]},
+    "one column": {"infer_processors": [ONE_FILL]},
     "dropna": {
         "infer_processors": [{"class": "DropnaProcessor", "kwargs": {"fields_group": ("feature", "OPEN3")}}, ROBUST]
     },
+    "tanh": {"infer_processors": ["TanhProcess"]},
+    "tanh between": {"infer_processors": [ROBUST, "TanhProcess", ONE_FILL, ZSCORE, FILL]},
     "independent": {"infer_processors": [ROBUST], "learn_processors": [FILL], "process_type": "independent"},
     "shared": {"shared_processors": [ROBUST], "infer_processors": [FILL], "drop_raw": True},
 }
@@ -238,6 +287,7 @@ def test_views_equal_columns(processors: dict[str, Any]) -> None:
         assert isinstance(left.table("feature"), PriceWindows)
         assert isinstance(right.table("feature"), np.ndarray)
         assert_same_bits(left.values("feature"), right.values("feature"))
+        assert_same_bits(left.table("feature")[:, 70], right.values("feature")[:, 70])
         np.testing.assert_array_equal(left.live_rows(), right.live_rows())
         pd.testing.assert_frame_equal(view.fetch(data_key=key), columns.fetch(data_key=key))
 
@@ -246,8 +296,6 @@ NEEDS_COLUMNS: dict[str, Any] = {
     "CSZScoreNorm": {"class": "CSZScoreNorm", "kwargs": {"fields_group": "feature"}},
     "CSRankNorm": {"class": "CSRankNorm", "kwargs": {"fields_group": "feature"}},
     "CSZFillna": {"class": "CSZFillna", "kwargs": {"fields_group": "feature"}},
-    "TanhProcess": "TanhProcess",
-    "ProcessInf": "ProcessInf",
     "FilterCol": {"class": "FilterCol", "kwargs": {"fields_group": "feature", "col_list": ["CLOSE0", "VOLUME9"]}},
     "DropCol": {"class": "DropCol", "kwargs": {"col_list": ["CLOSE0"]}},
 }
@@ -255,20 +303,47 @@ NEEDS_COLUMNS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", NEEDS_COLUMNS)
 def test_other_processors_store_columns_and_are_logged(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    processors = [ROBUST, NEEDS_COLUMNS[name], FILL] if name != "ProcessInf" else ["ProcessInf", ROBUST]
+    processors = [ROBUST, NEEDS_COLUMNS[name], FILL]
     with caplog.at_level(logging.INFO, logger="qfast"):
         view, columns = view_and_columns(hostile_prices(), infer_processors=processors)
-    assert f"{name}: group 'feature' is stored as 360 columns" in caplog.text
+    n_columns = len(view.panel("infer").columns("feature"))
+    assert f"{name}: group 'feature' is stored as {n_columns} columns" in caplog.text
     assert isinstance(view.panel("infer").table("feature"), np.ndarray)
     pd.testing.assert_frame_equal(view.fetch(), columns.fetch())
     pd.testing.assert_frame_equal(view.fetch(data_key="raw"), columns.fetch(data_key="raw"))
-    with pytest.raises(ConfigError, match=f"{name} needs all 360 columns of group 'feature' in memory"):
+    with pytest.raises(ConfigError, match=rf"{name} needs \d+ columns of group 'feature' in memory"):
         Alpha360(data=hostile_prices(), windows="view", infer_processors=processors, **FIT)
 
 
-def test_process_inf_keeps_the_view_of_finite_prices() -> None:
-    handler = Alpha360(data=synthetic.prices(3, 70), infer_processors=["ProcessInf", ROBUST], windows="view", **FIT)
-    assert isinstance(handler.panel("infer").table("feature"), PriceWindows)
+DROPNA = {"class": "DropnaProcessor", "kwargs": {"fields_group": ("feature", "OPEN3")}}
+INFINITE: dict[str, dict[str, Any]] = {
+    "alone": {"infer_processors": ["ProcessInf"]},
+    "between": {"infer_processors": [DROPNA, "ProcessInf", "TanhProcess", "ProcessInf", ROBUST, FILL]},
+    "twice": {"infer_processors": ["ProcessInf", "MinMaxNorm"], "learn_processors": ["ProcessInf", *LEARN]},
+}
+
+
+@pytest.mark.parametrize("processors", INFINITE.values(), ids=INFINITE)
+def test_process_inf_stores_few_rows(processors: dict[str, Any]) -> None:
+    frame = synthetic.prices(4, 90).copy()
+    close = list(frame.columns).index("close")
+    frame.iloc[[5, 130, 131, 210], close] = 0.0
+    frame.iloc[[1, 31], close] = np.nan
+    view, columns = view_and_columns(frame, **processors)
+    for key in ("raw", "infer", "learn"):
+        windows = view.panel(key).table("feature")
+        assert isinstance(windows, PriceWindows)
+        assert_same_bits(windows[:], columns.panel(key).values("feature"))
+        assert_same_bits(windows[:, 70], columns.panel(key).values("feature")[:, 70])
+
+
+@pytest.mark.parametrize(("zeros", "kind"), [(0, PriceWindows), (60, np.ndarray)], ids=["none", "many"])
+def test_process_inf_stores_many_rows_as_columns(zeros: int, kind: type) -> None:
+    frame = synthetic.prices(4, 90).copy()
+    frame.iloc[:zeros, list(frame.columns).index("close")] = 0.0
+    view, columns = view_and_columns(frame, infer_processors=["ProcessInf", ROBUST])
+    assert isinstance(view.panel("infer").table("feature"), kind)
+    assert_same_bits(view.panel("infer").values("feature"), columns.panel("infer").values("feature"))
 
 
 def test_windows_has_three_values() -> None:

@@ -5,7 +5,7 @@ A map is applied to an array at once, or stored by `PriceWindows` and applied wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +22,9 @@ class ColumnMap(Protocol):
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
         """New values [rows, c] of the c columns."""
+
+    def select(self, numbers: np.ndarray) -> ColumnMap:
+        """The map of some of the c columns."""
 
     def stage(self, positions: np.ndarray, columns: int) -> Tensor | None:
         """The map as a stage [1, 4, columns] of `qfast.ops.price_windows`; None if it is not of this form."""
@@ -53,6 +56,10 @@ class Normalize:
             out /= self.scale
         return out if np.isinf(self.limit) else np.clip(out, -self.limit, self.limit, out=out)
 
+    def select(self, numbers: np.ndarray) -> Normalize:
+        """The map of some of the c columns."""
+        return replace(self, shift=self.shift[numbers], scale=self.scale[numbers])
+
     def stage(self, positions: np.ndarray, columns: int) -> Tensor:
         """The map as a stage; other columns are not changed."""
         out = neutral_stage(columns)
@@ -77,6 +84,10 @@ class Fill:
         """New values [rows, c]."""
         return np.where(np.isnan(values), values.dtype.type(self.value), values)
 
+    def select(self, numbers: np.ndarray) -> Fill:
+        """The same map."""
+        return self
+
     def stage(self, positions: np.ndarray, columns: int) -> Tensor:
         """The map as a stage; other columns are not changed."""
         out = neutral_stage(columns)
@@ -95,6 +106,10 @@ class ShiftedTanh:
     def __call__(self, values: np.ndarray) -> np.ndarray:
         """New values [rows, c]."""
         return np.tanh(values - 1)
+
+    def select(self, numbers: np.ndarray) -> ShiftedTanh:
+        """The same map."""
+        return self
 
     def stage(self, positions: np.ndarray, columns: int) -> None:
         """None: the stages of the operator do not include tanh."""

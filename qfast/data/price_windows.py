@@ -19,7 +19,58 @@ from qfast.data.column_maps import ColumnMap
 from qfast.data.prices import Prices
 from qfast.ops.price_windows import FILL, LIMIT, SCALE, SHIFT, neutral_stage, price_windows
 
-__all__ = ["PriceWindows"]
+__all__ = ["LaterMap", "PriceWindows", "StoredRows"]
+
+ROW_CHUNK = 4096  # rows computed at a time
+
+
+@dataclass(frozen=True, eq=False)
+class LaterMap:
+    """A map of some columns that is not a stage of the operator, or is applied after such a map.
+
+    Attributes
+    ----------
+    function : ColumnMap
+    positions : ndarray
+        int [c], the columns.
+    """
+
+    function: ColumnMap
+    positions: np.ndarray
+
+    def apply(self, values: np.ndarray) -> None:
+        """Replace the columns in `values` [n, C]."""
+        if len(self.positions) == values.shape[1]:
+            values[:] = self.function(values)
+        else:
+            values[:, self.positions] = self.function(values[:, self.positions])
+
+    def apply_to_column(self, values: np.ndarray, position: int) -> None:
+        """Replace the values [n] of the column at `position`."""
+        number = np.flatnonzero(self.positions == position)
+        if len(number):
+            values[:] = self.function.select(number)(values[:, None])[:, 0]
+
+
+@dataclass(frozen=True, eq=False)
+class StoredRows:
+    """Rows whose values are in memory, because they do not follow from the prices of the row alone.
+
+    Attributes
+    ----------
+    rows : Tensor
+        int64 [n], ascending.
+    values : Tensor
+        float32 [n, C].
+    """
+
+    rows: Tensor
+    values: Tensor
+
+    def find(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """For each row (int64 [m]), whether it is stored (bool [m]), and its number if it is (int64 [m])."""
+        numbers = torch.searchsorted(self.rows, rows).clamp(max=len(self.rows) - 1)
+        return self.rows[numbers] == rows, numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +81,10 @@ class PriceWindows:
     ----------
     series, ends, divisors, divisor_of, stages, window
         The arguments of `qfast.ops.price_windows`.
+    later : tuple of LaterMap
+        Maps after the stages, which NumPy applies.
+    stored : StoredRows or None
+        Rows whose final values are in memory.
     required : bool
         A processor that needs the columns in memory is refused.
 
@@ -50,6 +105,8 @@ class PriceWindows:
     divisor_of: Tensor
     stages: Tensor
     window: int
+    later: tuple[LaterMap, ...] = ()
+    stored: StoredRows | None = None
     required: bool = False
 
     @classmethod
@@ -118,7 +175,8 @@ class PriceWindows:
     @property
     def nbytes(self) -> int:
         """Bytes in memory."""
-        return sum(t.nbytes for t in (self.series, self.ends, self.divisors, self.divisor_of, self.stages))
+        stored = () if self.stored is None else (self.stored.rows, self.stored.values)
+        return sum(t.nbytes for t in (self.series, self.ends, self.divisors, self.divisor_of, self.stages, *stored))
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -128,6 +186,13 @@ class PriceWindows:
         """float32 [*B, C]: the columns of rows (int64 [*B], on `device`), NaN for row -1."""
         flat = rows.reshape(-1)
         out = price_windows(self.series, self.ends, self.divisors, self.divisor_of, flat, self.stages, self.window)
+        for change in self.later:
+            change.apply(out.numpy())
+        if self.later:
+            out[flat < 0] = torch.nan  # a map that fills does not fill a row that does not exist
+        if self.stored is not None:
+            is_stored, numbers = self.stored.find(flat)
+            out[is_stored] = self.stored.values[numbers[is_stored]]
         return out.reshape(*rows.shape, -1)
 
     def __getitem__(self, key: Any) -> np.ndarray:
@@ -159,14 +224,38 @@ class PriceWindows:
                 out /= stage[SCALE]
                 np.clip(out, -stage[LIMIT], stage[LIMIT], out=out)
                 out[np.isnan(out)] = stage[FILL]
+        for change in self.later:
+            change.apply_to_column(out, position)
+        if self.stored is not None:
+            is_stored, numbers = self.stored.find(torch.from_numpy(np.arange(len(self))[rows]))
+            out[is_stored.numpy()] = self.stored.values[:, position].numpy()[numbers[is_stored].numpy()]
         return out
 
+    def never_nan(self) -> bool:
+        """True if no value can be NaN, whatever the prices. No value is read."""
+        if self.later or not len(self.stages) or self.stages[-1, FILL].isnan().any():
+            return False
+        return self.stored is None or not bool(self.stored.values.isnan().any())
+
+    def always_finite(self) -> bool:
+        """True if every value is finite, whatever the prices. No value is read."""
+        if not self.never_nan() or self.stages[-1, LIMIT:].isinf().any():
+            return False
+        return self.stored is None or bool(self.stored.values.isfinite().all())
+
     # ---------------------------------------------------------------- derived views
-    def mapped(self, function: ColumnMap, positions: np.ndarray) -> PriceWindows | None:
-        """The same windows with a map applied to the columns at `positions`; None if it cannot be stored."""
-        stage = function.stage(positions, self.shape[1])
-        if stage is None:
-            return None
+    def mapped(self, function: ColumnMap, positions: np.ndarray) -> PriceWindows:
+        """The same windows with a map applied to the columns at `positions`."""
+        change = LaterMap(function, positions)
+        out = self
+        if self.stored is not None:
+            values = self.stored.values.numpy().copy()
+            change.apply(values)
+            out = replace(self, stored=StoredRows(self.stored.rows, torch.from_numpy(values)))
+        stage = None if self.later else function.stage(positions, self.shape[1])
+        return replace(out, later=(*self.later, change)) if stage is None else out._with_stage(stage)
+
+    def _with_stage(self, stage: Tensor) -> PriceWindows:
         last = self.stages[-1:]
         # A fill directly after a normalization needs no stage of its own, because a stage fills after it normalizes.
         only_fills = torch.equal(stage[:, :FILL], neutral_stage(self.shape[1])[:, :FILL])
@@ -176,17 +265,33 @@ class PriceWindows:
             return replace(self, stages=torch.cat((self.stages[:-1], merged)))
         return replace(self, stages=torch.cat((self.stages, stage)))
 
+    def with_stored(self, rows: np.ndarray, values: np.ndarray) -> PriceWindows:
+        """The same windows, except that `rows` (int64 [n], ascending) have the values float32 [n, C]."""
+        stored = StoredRows(torch.from_numpy(rows), torch.from_numpy(values))
+        if self.stored is not None and len(self.stored.rows):
+            is_new = ~stored.find(self.stored.rows)[0] if len(rows) else torch.ones(len(self.stored.rows)).bool()
+            merged, order = torch.cat((stored.rows, self.stored.rows[is_new])).sort()
+            stored = StoredRows(merged, torch.cat((stored.values, self.stored.values[is_new]))[order])
+        return replace(self, stored=stored if len(stored.rows) else None)
+
     @property
     def device(self) -> torch.device:
         """Device of the prices."""
         return self.series.device
 
-    def to(self, device: torch.device, move: Callable[[Tensor], Tensor] | None = None) -> PriceWindows:
+    def to(self, device: torch.device, move: Callable[[Tensor], Tensor] | None = None) -> PriceWindows | Tensor:
         """The same windows on another device, on which torch's operations compute them.
 
-        `move` copies a tensor to the device, by default with `Tensor.to`.
+        `move` copies a tensor to the device, by default with `Tensor.to`. Maps that are not stages are for the CPU, so
+        windows with such a map become a tensor of all columns.
         """
         copied = move or (lambda tensor: tensor.to(device))
+        if self.later:
+            columns = torch.empty(self.shape, device=device)
+            for start in range(0, len(self), ROW_CHUNK):
+                columns[start : start + ROW_CHUNK] = torch.from_numpy(self[start : start + ROW_CHUNK]).to(device)
+            return columns
+        stored = self.stored
         return replace(
             self,
             series=copied(self.series),
@@ -194,4 +299,5 @@ class PriceWindows:
             divisors=copied(self.divisors),
             divisor_of=copied(self.divisor_of),
             stages=copied(self.stages),
+            stored=None if stored is None else StoredRows(copied(stored.rows), copied(stored.values)),
         )

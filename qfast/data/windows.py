@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,7 @@ from qfast.data.price_windows import PriceWindows
 from qfast.errors import DataError
 from qfast.ops import WindowIndex, gather_windows, window_rows
 
-SCAN_ROWS = 1 << 15  # rows scanned for NaN at a time
+SCAN_ROWS = 1 << 12  # rows scanned for NaN at a time
 
 FeatureTable: TypeAlias = Tensor | PriceWindows
 """Features [R, D]: in memory, or computed from prices when they are read."""
@@ -107,7 +107,7 @@ class WindowSet:
         """Device of the features."""
         return self.features.device
 
-    def to(self, device: torch.device, moved: dict[Any, Tensor] | None = None) -> WindowSet:
+    def to(self, device: torch.device, moved: dict[Any, Any] | None = None) -> WindowSet:
         """The same samples with every tensor on `device`. Returns self if the features are already there.
 
         Parameters
@@ -121,15 +121,20 @@ class WindowSet:
             return self
         copies = {} if moved is None else moved
 
+        def move_windows(windows: PriceWindows) -> FeatureTable:
+            if windows not in copies:
+                copies[windows] = windows.to(device, move)
+            return cast(FeatureTable, copies[windows])
+
         def move(tensor: Tensor) -> Tensor:
             key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
             if key not in copies:
                 copies[key] = tensor.to(device)
-            return copies[key]
+            return cast(Tensor, copies[key])
 
         return replace(
             self,
-            features=self.features.to(device, move) if isinstance(self.features, PriceWindows) else move(self.features),
+            features=move_windows(self.features) if isinstance(self.features, PriceWindows) else move(self.features),
             rows=move(self.rows),
             label=None if self.label is None else move(self.label),
             index=None if self.index is None else WindowIndex(*map(move, self.index)),
@@ -233,6 +238,8 @@ class WindowSet:
     def complete_samples(self) -> Tensor:
         """bool [n]: True for flat samples without a NaN in features or label."""
         complete = torch.ones(len(self), dtype=torch.bool) if self.label is None else ~torch.isnan(self.label)
+        if isinstance(self.features, PriceWindows) and self.features.never_nan():
+            return complete
         for start in range(0, len(self), SCAN_ROWS):
             part = slice(start, start + SCAN_ROWS)
             complete[part] &= ~torch.isnan(self._read(self.rows[part])).any(1)
@@ -240,6 +247,8 @@ class WindowSet:
 
     def non_finite_features(self) -> list[tuple[str, int, int, int]]:
         """Columns that contain NaN or infinity, as (column, number of such values, rows scanned, first such row)."""
+        if isinstance(self.features, PriceWindows) and self.features.always_finite():
+            return []
         rows = self.rows.sort().values if self.history is None else torch.from_numpy(self.history())
         bad = torch.zeros(self.features.shape[1], dtype=torch.int64)
         first = torch.full_like(bad, -1)

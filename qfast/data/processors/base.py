@@ -91,11 +91,11 @@ class Processor:
         name = type(self).__name__
         if before.required:
             raise ConfigError(
-                f"{name} needs all {before.shape[1]} columns of group {group!r} in memory, but windows is 'view'. "
+                f"{name} needs {after.shape[1]} columns of group {group!r} in memory, but windows is 'view'. "
                 f"Remedy: windows='auto', or processors without {name}."
             )
-        size = np.prod(before.shape) * before.itemsize / 2**30
-        log.info("%s: group %r is stored as %d columns, %.2f GiB", name, group, before.shape[1], size)
+        size = np.prod(after.shape) * after.itemsize / 2**30
+        log.info("%s: group %r is stored as %d columns, %.2f GiB", name, group, after.shape[1], size)
 
     frozen = False  # True after load_state; `fit` is then no longer called
 

@@ -155,10 +155,8 @@ def elementwise(panel: Panel, selection: Selection, space: Workspace, map_of: Ca
             continue
         table, change = panel.table(group), map_of(group)
         if isinstance(table, PriceWindows):
-            mapped = table.mapped(change, positions)
-            if mapped is not None:
-                panel = panel.with_block(group, WindowBlock(mapped, panel.columns(group)))
-                continue
+            panel = panel.with_block(group, WindowBlock(table.mapped(change, positions), panel.columns(group)))
+            continue
         panel = computed(panel, group, space)
         values = panel.values(group)
         out = target(panel, group, positions, space)
@@ -227,6 +225,27 @@ def _by_days(
         if len(rows):
             part = np.ascontiguousarray(values[rows[:, None], positions[None, :]].T)
             out[rows[:, None], positions[None, :]] = change(part, rows).T
+
+
+def by_column_in_few_rows(
+    panel: Panel,
+    group: str,
+    windows: PriceWindows,
+    positions: np.ndarray,
+    changes: np.ndarray,
+    change: Callable[[np.ndarray, np.ndarray | None], np.ndarray],
+) -> Panel:
+    """`by_column` for windows of prices and a `change` that affects only the rows where `changes` (bool [R]) is True.
+
+    These rows are stored, and the windows remain a view.
+    """
+    live = None if panel.live is None else panel.live_rows()
+    rows = np.flatnonzero(changes if panel.live is None else changes & panel.live)
+    values = windows[rows]
+    numbers = rows if live is None else np.searchsorted(live, rows)
+    for chunk, part in columns_by_chunk(windows, positions, live):
+        values[:, chunk] = change(part, live)[:, numbers].T
+    return panel.with_block(group, WindowBlock(windows.with_stored(rows, values), panel.columns(group)))
 
 
 def day_codes(panel: Panel, rows: np.ndarray | None) -> np.ndarray:

@@ -8,12 +8,22 @@ import numpy as np
 import pandas as pd
 
 from qfast.data.panel import Panel
+from qfast.data.price_windows import PriceWindows
 from qfast.data.processors.base import Processor, Workspace
-from qfast.data.processors.columns import FieldsGroup, Selection, by_column, day_codes, rows_by_chunk, select
+from qfast.data.processors.columns import (
+    FieldsGroup,
+    by_column,
+    by_column_in_few_rows,
+    day_codes,
+    rows_by_chunk,
+    select,
+)
 from qfast.data.processors.fitted import MAD_TO_STD, OUTLIER
 from qfast.errors import ConfigError
 
 RANK_TO_STD = 3.46  # Qlib's value for sqrt(12), which scales a uniform rank in [-0.5, 0.5] to unit standard deviation
+
+FEW_ROWS = 1 / 16  # part of the rows that a view stores with their values
 
 
 class CSZScoreNorm(Processor):
@@ -141,19 +151,23 @@ class ProcessInf(Processor):
     """
 
     def _apply(self, panel: Panel, space: Workspace) -> Panel:
-        selection: Selection = []
-        for group, block in panel.blocks.items():
-            table = block.table
-            has_inf = np.zeros(table.shape[1], dtype=bool)
-            for rows in rows_by_chunk(panel.n_rows):
-                has_inf |= np.isinf(table[rows]).any(axis=0)
-            if has_inf.any():
-                selection.append((group, np.flatnonzero(has_inf)))
-
         def change(part: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
             return _fill_by_day(part, day_codes(panel, rows), np.isinf, lambda x: ~np.isfinite(x))
 
-        return by_column(panel, selection, space, change)
+        for group, block in panel.blocks.items():
+            table = block.table
+            column_has_inf = np.zeros(table.shape[1], dtype=bool)
+            row_has_inf = np.zeros(panel.n_rows, dtype=bool)
+            for rows in rows_by_chunk(panel.n_rows):
+                infinite = np.isinf(table[rows])
+                column_has_inf |= infinite.any(axis=0)
+                row_has_inf[rows] = infinite.any(axis=1)
+            positions = np.flatnonzero(column_has_inf)
+            if isinstance(table, PriceWindows) and row_has_inf.mean() < FEW_ROWS and len(positions):
+                panel = by_column_in_few_rows(panel, group, table, positions, row_has_inf, change)
+            else:
+                panel = by_column(panel, [(group, positions)], space, change)
+        return panel
 
 
 def _fill_by_day(
