@@ -69,8 +69,9 @@ class Alpha360(PriceHandler):
         How the 360 columns are stored. "view": not at all. The handler keeps the six prices of each row, and every
         batch computes its columns, including the processors. This needs a fortieth of the memory of columns. "columns":
         in memory. "auto": as a view, unless a processor needs the columns in memory. The log names that processor;
-        with "view" it is an error. RobustZScoreNorm, ZScoreNorm, MinMaxNorm, Fillna, DropnaProcessor and all processors
-        of the label keep the view, and so does ProcessInf if no feature is infinite. The values are equal to the bit.
+        with "view" it is an error. RobustZScoreNorm, ZScoreNorm, MinMaxNorm, Fillna, TanhProcess, DropnaProcessor and
+        all processors of the label keep the view, and so does ProcessInf if fewer than a sixteenth of the rows contain
+        an infinite feature. The values are equal to the bit.
     read_options : ReadOptions or mapping, optional
         How to read tables, see `qfast.data.ReadOptions`.
     compat : {None, "qlib"}
