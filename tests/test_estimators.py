@@ -159,7 +159,7 @@ WRONG_ARGUMENTS = [
             ({"n_epochs": 1.5}, "n_epochs must be a whole number"),
             ({"n_epochs": -1}, "n_epochs must be a whole number of at least 0"),
             ({"early_stop": -1}, "early_stop must be a whole number of at least 0"),
-            ({"loss": "mae"}, r"loss must be one of \['mse'\] or, in Python, a function of .* got 'mae'"),
+            ({"loss": "mae"}, r"loss must be one of \['mse', 'ic', .*\] or, in Python, a function of .* got 'mae'"),
             ({"loss": ["mse"]}, "loss must be one of"),
             ({"metric": "ic"}, "metric must be one of"),
             ({"optimizer": "adamw"}, r"optimizer must be 'adam' or 'gd', got 'adamw'. Did you mean 'adam'"),

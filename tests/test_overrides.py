@@ -316,7 +316,7 @@ def test_a_loss_receives_labelled_samples_and_their_weights():
 @pytest.mark.parametrize(
     ("argument", "value", "message"),
     [
-        ("loss", "mae", r"loss must be one of \['mse'\] or, in Python, a function of \(pred, label\)"),
+        ("loss", "mae", r"loss must be one of \['mse', 'ic', .*\] or, in Python, a function of \(pred, label\)"),
         ("loss", lambda: 0.0, r"loss must be a name or a function of \(pred, label\) or \(pred, label, weight\)"),
         ("metric", lambda pred: 0.0, r"metric must be a name or a function of \(pred, label\), got "),
     ],

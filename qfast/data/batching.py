@@ -178,6 +178,17 @@ class Batches:
         places = torch.arange(int(bounds[-1])) + moved
         return Batches(self.order[places.to(self.order.device)], bounds, len(numbers))
 
+    def merged(self, size: int | None) -> Batches:
+        """Consecutive batches combined, as long as they have at most `size` samples. None combines all.
+
+        A batch with more samples remains as it is.
+
+        >>> Batches(torch.arange(9), torch.tensor([0, 2, 4, 9]), 3).merged(4).bounds
+        tensor([0, 4, 9])
+        """
+        ends = [call.rows.stop for call in self.calls(len(self.order) if size is None else size)]
+        return Batches(self.order, torch.tensor([0, *ends]), len(ends))
+
     def taken(self, numbers: Tensor) -> Batches:
         """Earlier name of `select`."""
         warnings.warn("Batches.taken has been renamed to Batches.select.", DeprecationWarning, stacklevel=2)

@@ -102,6 +102,25 @@ class WindowSet:
         bounds = torch.cat((torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)))
         return Batches(order.to(self.device), bounds, len(dates))
 
+    @cached_property
+    def day_numbers(self) -> Tensor | None:
+        """int64 [n] on the device: the number of each sample's date in ascending order. None without dates."""
+        days = self.days
+        dates = torch.repeat_interleave(torch.arange(len(days)), days.bounds.diff()).to(self.device)
+        return torch.empty_like(dates).scatter_(0, days.order, dates)
+
+    @cached_property
+    def largest_day(self) -> int:
+        """Number of samples of the date with most samples."""
+        return int(self.days.bounds.diff().max()) if len(self.days) else 0
+
+    def has_label(self, batches: Batches) -> Tensor:
+        """bool [batches] on the CPU: True for batches with at least one finite label."""
+        assert self.label is not None
+        finite = torch.isfinite(self.label[batches.order]).cpu()
+        counts = torch.cat((torch.zeros(1, dtype=torch.int64), finite.cumsum(0)))
+        return counts[batches.bounds].diff() > 0
+
     @property
     def device(self) -> torch.device:
         """Device of the features."""

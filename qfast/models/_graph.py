@@ -50,6 +50,7 @@ class GraphEstimator(Estimator):
     options: ClassVar[tuple[str, ...]] = (*Estimator.options, "shuffle_days")
     rows_per_call: ClassVar[int] = 8192
     mixes_samples: ClassVar[bool] = True
+    batches_are_days: ClassVar[bool] = True
     GAT_model = network_alias()
 
     def __init__(
@@ -159,11 +160,11 @@ class GraphEstimator(Estimator):
         if windows.step_len is None and is_overridden(self, "get_daily_inter"):
             days = self._users_days(windows, stage)
             keep = stage == "train" and self._params["compat"] != "qlib"
-            return days.select(torch.nonzero(_labelled(windows, days)).flatten()) if keep else days
+            return days.select(torch.nonzero(windows.has_label(days)).flatten()) if keep else days
         days = self.days(windows)
         order: Tensor = getattr(self.day_order, stage)(len(days))
         if stage == "train" and self._params["compat"] != "qlib":
-            order = order[_labelled(windows, days)[order]]
+            order = order[windows.has_label(days)[order]]
         return days.select(order)
 
     def _users_days(self, windows: WindowSet, stage: str) -> Batches:
@@ -542,11 +543,3 @@ def _cross_section(windows: WindowSet, stamp: pd.Timestamp) -> Tensor:
         raise DataError(f"date {date_text(stamp)!r} has {len(matches)} cross-sections. Remedy: the full time stamp.")
     day = int(matches[0])
     return days.order[int(days.bounds[day]) : int(days.bounds[day + 1])]
-
-
-def _labelled(windows: WindowSet, days: Batches) -> Tensor:
-    """bool [D]: True for days with at least one finite label."""
-    assert windows.label is not None
-    finite = torch.isfinite(windows.label[days.order]).cpu()
-    counts = torch.cat((torch.zeros(1, dtype=torch.int64), finite.cumsum(0)))
-    return counts[days.bounds].diff() > 0

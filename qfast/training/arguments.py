@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping
 from numbers import Real
 
 from qfast.errors import ConfigError, suggest, whole_number
+from qfast.training.daily_losses import DAILY_LOSSES, DAILY_METRICS
 from qfast.training.losses import loss_function, metric_function
 from qfast.training.overrides import FUNCTIONS, accepts, name_of
 
 PROGRESS = (True, False, "auto", "lines")
+BATCH_BY = (None, "sample", "day")
 # Names that other libraries have for these arguments.
 SYNONYMS = {
     "learning_rate": "lr",
@@ -26,7 +28,7 @@ SYNONYMS = {
 __all__ = ["check_attribute_name", "check_training_arguments"]
 
 
-def check_training_arguments(params: Mapping[str, object], decay_name: str) -> None:
+def check_training_arguments(params: Mapping[str, object], decay_name: str, batches_are_days: bool = False) -> None:
     """Check the values of the training arguments.
 
     Parameters
@@ -35,6 +37,8 @@ def check_training_arguments(params: Mapping[str, object], decay_name: str) -> N
         Arguments of an estimator, by name.
     decay_name : str
         Name of the weight decay in `params`.
+    batches_are_days : bool
+        Whether every batch of the model is a day, whatever its arguments.
 
     Raises
     ------
@@ -59,15 +63,37 @@ def check_training_arguments(params: Mapping[str, object], decay_name: str) -> N
         raise ConfigError(f"compat must be None or 'qlib', got {params['compat']!r}.")
     _check_function("loss", params["loss"], ("pred, label", "pred, label, weight"))
     _check_function("metric", params["metric"], ("pred, label",))
+    _check_batch_by(params, batches_are_days)
 
 
 def _check_function(name: str, value: object, arguments: tuple[str, ...]) -> None:
     """Check `loss` or `metric`: a known name, or a function of these arguments."""
+    if isinstance(value, str) and value in (DAILY_LOSSES if name == "loss" else DAILY_METRICS):
+        return
     if not callable(value):
         _ = loss_function(value) if name == "loss" else metric_function(value)
     elif not any(accepts(value, len(names.split(","))) for names in arguments):
         expected = " or ".join(f"({names})" for names in arguments)
         raise ConfigError(f"{name} must be a name or a function of {expected}, got {name_of(value)}.")
+
+
+def _check_batch_by(params: Mapping[str, object], batches_are_days: bool) -> None:
+    """Check `batch_by`, and that a loss of whole days has batches of whole days."""
+    batch_by, loss = params["batch_by"], params["loss"]
+    if batch_by not in BATCH_BY:
+        hint = suggest(batch_by, ("sample", "day"))
+        raise ConfigError(f"batch_by must be 'sample', 'day' or None (the model's own), got {batch_by!r}.{hint}")
+    if batch_by == "sample" and batches_are_days:
+        raise ConfigError("batch_by='sample' is not available: every batch of this model is a day. Remedy: omit it.")
+    is_daily = isinstance(loss, str) and loss in DAILY_LOSSES
+    for name, value, is_extension in (("batch_by", batch_by, batch_by == "day"), ("loss", loss, is_daily)):
+        if is_extension and params["compat"] == "qlib":
+            raise ConfigError(f"{name}={value!r} is not available with compat='qlib', because Qlib does not have it.")
+    if is_daily and batch_by != "day" and not batches_are_days:
+        raise ConfigError(
+            f"loss={loss!r} compares the stocks of a day, but the batches are shuffled samples (batch_by={batch_by!r})"
+            ", in which a day has few stocks. Remedy: batch_by='day'."
+        )
 
 
 def check_attribute_name(owner: type, name: str, params: Iterable[str]) -> None:

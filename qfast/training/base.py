@@ -19,6 +19,7 @@ from qfast.nn.plain import PlainTorch
 from qfast.training import checkpoint
 from qfast.training.arguments import check_attribute_name, check_training_arguments
 from qfast.training.callbacks import Callback
+from qfast.training.daily_losses import DAILY_METRICS
 from qfast.training.optim import ClippedAdam
 from qfast.training.overrides import as_number
 
@@ -26,7 +27,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 GRADIENT_LIMIT = 3.0  # every gradient element is clipped to +-3, as in Qlib
-RECORDED = ("epoch", "train_loss", "train", "valid", "valid_all", "train_seconds", "seconds")  # by the training loop
+# Columns of the history that the training loop records.
+RECORDED = (
+    *("epoch", "train_loss", "train", "valid", "valid_all", "train_seconds", "seconds"),
+    *(f"{segment}_{metric}" for metric in DAILY_METRICS for segment in ("train", "valid")),
+)
 FIXED = ("seed", "GPU", "compat")  # arguments that, like those of the network, are used up when the model is built
 
 __all__ = ["GRADIENT_LIMIT", "BaseEstimator", "FitProgress", "network_alias"]
@@ -77,9 +82,11 @@ class BaseEstimator:
     network_class: ClassVar[type[nn.Module]]
     options: ClassVar[tuple[str, ...]] = (
         *("n_epochs", "lr", "metric", "batch_size", "early_stop", "loss", "optimizer", "GPU", "seed"),
-        *("weight_decay", "device", "compat", "progress", "cuda_graphs"),
+        *("weight_decay", "device", "compat", "progress", "cuda_graphs", "batch_by"),
     )
     """Keyword arguments that every model accepts, also if its constructor has only `**options` for them."""
+    batches_are_days: ClassVar[bool] = False
+    """Whether every batch is a day, whatever the arguments."""
     decay_name: ClassVar[str] = "weight_decay"
     """Name of the argument `weight_decay` in the subclass's constructor."""
 
@@ -101,6 +108,7 @@ class BaseEstimator:
         compat: str | None = None,
         progress: bool | str = "auto",
         cuda_graphs: bool = False,
+        batch_by: str | None = None,
         extra: Mapping[str, object] | None = None,
         **unknown: object,
     ) -> None:
@@ -121,6 +129,7 @@ class BaseEstimator:
             "compat": compat,
             "progress": progress,
             "cuda_graphs": cuda_graphs,
+            "batch_by": batch_by,
         }
         if unknown:
             name = next(iter(unknown))
@@ -183,7 +192,7 @@ class BaseEstimator:
 
     def _check_arguments(self, params: Mapping[str, Any]) -> None:
         """Check the values of all arguments that may change after the constructor."""
-        check_training_arguments(params, self.decay_name)
+        check_training_arguments(params, self.decay_name, self.batches_are_days)
 
     def _move(self, device: str | torch.device) -> None:
         """Move the network and the state of the optimizer to another device."""
@@ -220,8 +229,10 @@ class BaseEstimator:
         """One row per epoch of the last fit.
 
         Columns: `train_loss`; the scores `train` and `valid` (mean of the full batches) and `valid_all` (all samples),
-        higher is better; `train_seconds` of the training pass and `seconds` of the whole epoch; then the values that
-        `log` has recorded. With functions of the user, columns that cannot be computed are missing.
+        higher is better. With metric "ic" or "rank_ic" the scores are means over days, `train_ic` and `valid_ic`, or
+        `train_rank_ic` and `valid_rank_ic`, repeat them, and there is no `valid_all`. Further columns: `train_seconds`
+        of the training pass and `seconds` of the whole epoch; then the values that `log` has recorded. With functions
+        of the user, columns that cannot be computed are missing.
         """
         frame = pd.DataFrame(self.progress_.records)
         frame.index.name = "epoch"

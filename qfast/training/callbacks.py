@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from qfast.training.daily_losses import DAILY_METRICS
+
 if TYPE_CHECKING:
     from qfast.training.estimator import Estimator
 
@@ -177,12 +179,16 @@ def epoch_text(record: Mapping[str, float]) -> str:
 
     >>> epoch_text({"train_loss": 0.5, "train": -0.4, "valid": -0.6, "train_seconds": 1.0, "seconds": 1.25})
     'loss 0.500000; score (higher is better): train -0.400000, valid -0.600000; 1.25 s'
+    >>> epoch_text({"train": 0.05, "valid": 0.04, "train_ic": 0.05, "valid_ic": 0.04, "seconds": 1.25})
+    'mean daily IC (higher is better): train 0.050000, valid 0.040000; 1.25 s'
     """
     names = {"train": "train", "valid": "valid", "valid_all": "all of valid"}
     scores = ", ".join(f"{text} {record[name]:.6f}" for name, text in names.items() if name in record)
     parts = [f"loss {record['train_loss']:.6f}"] if "train_loss" in record else []
-    parts.append(f"score (higher is better): {scores}")
-    known = {"train_loss", "train_seconds", "seconds", *names}
+    metric = next((metric for metric in DAILY_METRICS if f"train_{metric}" in record), None)
+    title = "score" if metric is None else f"mean daily {DAILY_METRICS[metric]}"
+    parts.append(f"{title} (higher is better): {scores}")
+    known = {"train_loss", "train_seconds", "seconds", *names, f"train_{metric}", f"valid_{metric}"}
     logged = ", ".join(f"{name} {value:.6g}" for name, value in record.items() if name not in known)
     parts += [logged] if logged else []
     return "; ".join([*parts, f"{record['seconds']:.2f} s"])

@@ -59,17 +59,18 @@ class Estimator(QlibFunctions):
         Maximum number of epochs.
     lr : float
         Learning rate.
-    metric : {"", "loss", "mse"} or callable
+    metric : {"", "loss", "mse", "ic", "rank_ic"} or callable
         Score that selects the epoch, higher is better: minus the loss for "" and "loss", minus the mean squared error
-        for "mse". A function of predictions and labels, both [B] and without missing labels, returns the score of a
-        batch.
+        for "mse", and the mean daily IC or rank IC of the segment for "ic" and "rank_ic". A function of predictions and
+        labels, both [B] and without missing labels, returns the score of a batch.
     batch_size : int, optional
         Samples per batch. None for models without this argument.
     early_stop : int
         Training stops after this number of consecutive epochs without a better validation score.
-    loss : {"mse"} or callable
-        Training loss. A function of predictions and labels, both [B] and without missing labels, and of their weights
-        if it accepts a third argument, returns a 0-d tensor.
+    loss : {"mse", "ic", "rank_ic", "listnet", "mse+ic"} or callable
+        Training loss, see docs/training.md. All except "mse" need batches of whole days. A function of predictions and
+        labels, both [B] and without missing labels, and of their weights if it accepts a third argument, returns a 0-d
+        tensor.
     optimizer : {"adam", "gd"}
         `ClippedAdam`, or plain stochastic gradient descent.
     GPU : int or None
@@ -91,6 +92,9 @@ class Estimator(QlibFunctions):
         of eager steps. A custom
         `loss_fn` or `train_step` is captured too, and must depend only on its arguments, weights and buffers. Off by
         default; see docs/gpu.md.
+    batch_by : {None, "sample", "day"}
+        "day": a batch is one day, or several days with at most `batch_size` samples. None and "sample" are shuffled
+        samples, except for models whose batches are always days.
     extra : dict, optional
         Further arguments of the subclass's constructor, for `get_params`.
 
@@ -238,6 +242,7 @@ class Estimator(QlibFunctions):
             require_file_target(Path(save_path), "save_path")
         origin = self._origin(init_from, resume)
         train, valid = self._load_segments(dataset, reweighter)
+        self._require_ranked_days(train, valid)
         functions = EpochFunctions(self, train, valid)
         scores: dict[str, Any] = {} if evals_result is None else evals_result
         scores["train"], scores["valid"] = [], []
@@ -401,6 +406,8 @@ class Estimator(QlibFunctions):
         if valid is not None:
             scores["valid"], over_all = self.score_segment(valid, "valid")
             scores |= {} if over_all is None else {"valid_all": over_all}
+        if self._has_daily_metric():
+            scores |= {f"{segment}_{self._params['metric']}": score for segment, score in scores.items()}
         return scores
 
     def _end_epoch(self, record: dict[str, float]) -> None:
@@ -435,7 +442,18 @@ class Estimator(QlibFunctions):
         -------
         Batches
             Sample numbers in the order of the pass. Training passes have no incomplete batch.
+
+        Notes
+        -----
+        With batch_by="day", `order` permutes the days instead of the samples, from the same random draws. Consecutive
+        days form a batch as long as they have at most `batch_size` samples. No day is divided, and only days without a
+        finite label are left out, of training passes.
         """
+        if self._params["batch_by"] == "day":
+            days = windows.days
+            chosen: Tensor = getattr(self.order, stage)(len(days))
+            chosen = chosen[windows.has_label(days)[chosen]] if stage == "train" else chosen
+            return days.select(chosen).merged(self._params.get("batch_size"))
         order: Tensor = getattr(self.order, stage)(len(windows)).to(windows.device)
         size = self._params["batch_size"] if stage == "predict" else self._batch_size(len(windows))
         return Batches.of_size(order, size, drop_last=stage in ("train", "train_score"))
@@ -496,7 +514,7 @@ class Estimator(QlibFunctions):
         label = windows.label[samples]
         shared = windows if isinstance(windows, SharedWindows) else None
         prediction = self.run_network(windows, samples) if shared is None else self.run_shared(shared, samples)
-        loss = self._call_loss(prediction, label, weight)
+        loss = self._call_loss(prediction, label, weight, self._days_of(windows, samples))
         self.train_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if shared is not None:

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from qfast.data.batching import Batches
 from qfast.data.windows import WindowSet
-from qfast.errors import ConfigError
+from qfast.errors import ConfigError, DataError
 from qfast.training.base import BaseEstimator
+from qfast.training.daily import Days
+from qfast.training.daily_losses import DAILY_LOSSES, DAILY_METRICS, DaySamples, daily_scores
 from qfast.training.loaders import WindowLoader, frames_of, windows_of_batch, windows_of_frames
 from qfast.training.losses import batch_scores, loss_function, masked_mse, metric_function
 from qfast.training.overrides import (
@@ -114,7 +116,9 @@ class QlibFunctions(BaseEstimator):
         return _mean(losses), _mean(scores)
 
     @default
-    def loss_fn(self, pred: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
+    def loss_fn(
+        self, pred: Tensor, label: Tensor, weight: Tensor | None = None, day: DaySamples | None = None
+    ) -> Tensor:
         """Training loss of one batch, by default the argument `loss`.
 
         Parameters
@@ -123,6 +127,9 @@ class QlibFunctions(BaseEstimator):
             [B]. Labels may be missing (NaN).
         weight : Tensor, optional
             [B], the sample weights.
+        day : DaySamples, optional
+            The days of the samples, for a loss of whole days. None: the batch is one day, if the batches of the model
+            are single days.
 
         Returns
         -------
@@ -130,6 +137,10 @@ class QlibFunctions(BaseEstimator):
             0-d.
         """
         loss = self._params["loss"]
+        if self._has_daily_loss():
+            dtype = self.loss_dtype or label.dtype
+            weight = None if weight is None else weight.to(dtype)
+            return DAILY_LOSSES[loss](pred.to(dtype), label.to(dtype), weight, day or self._one_day(pred, "loss"))
         if callable(loss) or is_overridden(self, "mse"):
             labelled = torch.isfinite(label) if callable(loss) else ~torch.isnan(label)
             function = loss if callable(loss) else self.mse
@@ -154,12 +165,16 @@ class QlibFunctions(BaseEstimator):
         """
         metric = self._params["metric"]
         labelled = torch.isfinite(label)
+        if isinstance(metric, str) and metric in DAILY_METRICS:
+            return _mean_score(daily_scores(pred, label, self._one_day(pred, "metric"), metric))
         if callable(metric):
             result: Tensor = metric(pred[labelled], label[labelled])
             return result
         if metric == "mse" and is_overridden(self, "mse"):
             weight = (torch.ones_like(label[labelled]),) if self.weights_in_batches else ()
             return -self.mse(pred[labelled], label[labelled], *weight)
+        if metric != "mse" and self._has_daily_loss() and not is_overridden(self, "loss_fn"):
+            return -self.loss_fn(pred, label)
         if metric != "mse" and self._has_own_loss():
             return -self._loss_of_metric(pred[labelled], label[labelled])
         dtype = self.loss_dtype or label.dtype
@@ -176,7 +191,45 @@ class QlibFunctions(BaseEstimator):
         return (data, weight) if self.weights_in_batches else data
 
     def _has_own_loss(self) -> bool:
-        return callable(self._params["loss"]) or is_overridden(self, "loss_fn") or is_overridden(self, "mse")
+        own_mse = is_overridden(self, "mse") and not self._has_daily_loss()
+        return callable(self._params["loss"]) or is_overridden(self, "loss_fn") or own_mse
+
+    def _has_daily_loss(self) -> bool:
+        """Whether the argument `loss` is a loss of whole days. An overridden `loss_fn` takes precedence."""
+        return isinstance(self._params["loss"], str) and self._params["loss"] in DAILY_LOSSES
+
+    def _has_daily_metric(self) -> bool:
+        """Whether the mean IC or rank IC of the days selects the epoch."""
+        metric = self._params["metric"]
+        return isinstance(metric, str) and metric in DAILY_METRICS and not is_overridden(self, "metric_fn")
+
+    def _days_of(self, windows: WindowSet, samples: Tensor) -> DaySamples | None:
+        """The days of some samples, if the loss needs them and the samples have dates."""
+        if not self._has_daily_loss() or windows.day_numbers is None:
+            return None
+        return DaySamples(windows.day_numbers[samples], windows.largest_day)
+
+    def _one_day(self, pred: Tensor, argument: str) -> DaySamples:
+        """All samples of a batch as one day, if the batches of the model are single days."""
+        if not self.batches_are_days and self._params.get("batch_size") != 1:
+            raise ConfigError(
+                f"{argument}={self._params[argument]!r} needs the day of each of {len(pred)} samples, which a batch "
+                "without dates does not have. Remedy: batch_by='day' with batch_size=1, which makes every batch a day."
+            )
+        return DaySamples(torch.zeros(len(pred), dtype=torch.int64, device=pred.device), len(pred))
+
+    def _require_ranked_days(self, train: WindowSet, valid: WindowSet | None) -> None:
+        """Raise an error if the loss or the metric of whole days is not defined on any day of its segment."""
+        if self._has_daily_loss() and not is_overridden(self, "loss_fn"):
+            _require_ranked_day(train, f"loss={self._params['loss']!r}")
+        if self._has_daily_metric() and not is_overridden(self, "test_epoch"):
+            metric = f"metric={self._params['metric']!r}"
+            if valid is None:
+                raise ConfigError(
+                    f"{metric} selects the epoch by the segment 'valid', which the dataset does not have. Remedy: add "
+                    "the segment, or metric='loss'."
+                )
+            _require_ranked_day(valid, metric)
 
     def _has_own_functions(self) -> bool:
         """Whether anything other than qfast's own functions trains or scores."""
@@ -186,15 +239,15 @@ class QlibFunctions(BaseEstimator):
     @property
     def scores_are_losses(self) -> bool:
         """Whether the scores `train` and `valid` are minus the loss, because neither a metric nor `test_epoch` is the
-        user's.
+        user's, and the metric is not that of days.
         """
         own = callable(self._params["metric"]) or is_overridden(self, "metric_fn") or is_overridden(self, "test_epoch")
-        return not own
+        return not (own or self._has_daily_metric())
 
-    def _call_loss(self, pred: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
+    def _call_loss(self, pred: Tensor, label: Tensor, weight: Tensor | None, day: DaySamples | None = None) -> Tensor:
         """Call `loss_fn` with as many arguments as Qlib does, or as it accepts."""
         if not is_overridden(self, "loss_fn"):
-            loss = self.loss_fn(pred, label, weight)
+            loss = self.loss_fn(pred, label, weight, day)
             return _checked_loss(loss, self._params["loss"], pred) if callable(self._params["loss"]) else loss
         if weight is None and self.weights_in_batches:
             weight = torch.ones(len(label), dtype=torch.float64, device=label.device)
@@ -241,8 +294,9 @@ class QlibFunctions(BaseEstimator):
         for begin, end in pairwise(batches.bounds[: batches.whole + 1].tolist()):
             part = slice(begin, end)
             weight = None if weights is None else weights[part]
-            label = _labels(windows)[batches.order[part]]
-            losses.append(as_number(self._call_loss(predictions[part], label, weight), "the result of loss_fn"))
+            samples = batches.order[part]
+            label, day = _labels(windows)[samples], self._days_of(windows, samples)
+            losses.append(as_number(self._call_loss(predictions[part], label, weight, day), "the result of loss_fn"))
         return _mean(losses), self._scores(windows, batches, predictions, with_loss=False)[0]
 
     def _scores(
@@ -255,6 +309,11 @@ class QlibFunctions(BaseEstimator):
         labels = _labels(windows)[batches.order]
         skip_unlabelled = self._params["compat"] != "qlib"
         own_loss, own_metric = self._has_own_loss(), is_overridden(self, "metric_fn")
+        if self._has_daily_metric() and windows.day_numbers is not None:
+            days = DaySamples(windows.day_numbers[batches.order], windows.largest_day)
+            return float(_mean_score(daily_scores(predictions, labels, days, self._params["metric"]))), None
+        if self._has_daily_loss() and self._params["metric"] in ("", "loss") and not (own_loss or own_metric):
+            return -float(self._call_loss(predictions, labels, None, self._days_of(windows, batches.order))), None
         if not (own_loss or own_metric or callable(self._params["metric"])):
             dtype = self.loss_dtype or labels.dtype
             metric = self._params["metric"]
@@ -392,6 +451,25 @@ def _checked_loss(loss: Any, function: Any, pred: Tensor) -> Tensor:
     if isinstance(loss, Tensor) and loss.numel() == 1:
         got = "a tensor without a gradient. Compute it with torch from pred, without detach, item or numpy"
     raise ConfigError(f"the loss {name_of(function)} must return a 0-d tensor that depends on pred, got {got}.")
+
+
+def _mean_score(daily: Tensor) -> Tensor:
+    """Mean of the scores of the days; NaN without days."""
+    return daily.mean() if len(daily) else daily.new_tensor(float("nan"))
+
+
+def _require_ranked_day(windows: WindowSet, argument: str) -> None:
+    """Raise a DataError if no day of a segment has two different finite labels."""
+    if windows.day_numbers is None:
+        return
+    order, days = Days.of(windows.day_numbers, windows.largest_day)
+    label = _labels(windows)[order]
+    valid = torch.isfinite(label)
+    if not bool((days.range(torch.where(valid, label, 0.0), valid) > 0).any()):
+        raise DataError(
+            f"{argument} compares the stocks of each day, but no day of segment {windows.name!r} has two different "
+            f"labels (at most {windows.largest_day} stocks a day). Remedy: data with several stocks, or 'mse'."
+        )
 
 
 def _labels(windows: WindowSet) -> Tensor:

@@ -114,8 +114,9 @@ class WindowLoader:
 
     @property
     def batch_size(self) -> int | None:
-        """Samples of a batch; None if every batch is a day."""
-        size: int | None = self.estimator.get_params().get("batch_size")
+        """Samples of a batch; None if batches are days."""
+        params = self.estimator.get_params()
+        size: int | None = None if params["batch_by"] == "day" else params.get("batch_size")
         return size
 
     @property
@@ -218,6 +219,8 @@ def windows_of_batch(batch: Any, device: torch.device) -> WindowSet:
 
 class _BatchWindows(WindowSet):
     """Samples whose feature table contains one window [T, F] per row."""
+
+    day_numbers = None
 
     def batch(self, samples: Tensor) -> Tensor:
         assert isinstance(self.features, Tensor)

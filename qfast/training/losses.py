@@ -57,6 +57,9 @@ def masked_mse(prediction: Tensor, label: Tensor, weight: Tensor | None = None) 
 
 LOSSES: dict[str, Loss] = {"mse": masked_mse}
 METRICS: dict[str, Loss] = {"": masked_mse, "loss": masked_mse, "mse": masked_mse}
+# Losses and metrics of whole days are in daily_losses.py.
+LOSS_NAMES = ("mse", "ic", "rank_ic", "listnet", "mse+ic")
+METRIC_NAMES = ("", "loss", "mse", "ic", "rank_ic")
 
 
 def loss_function(name: object) -> Loss:
@@ -69,8 +72,8 @@ def loss_function(name: object) -> Loss:
     """
     if not isinstance(name, str) or name not in LOSSES:
         raise ConfigError(
-            f"loss must be one of {sorted(LOSSES)} or, in Python, a function of (pred, label) or (pred, label, "
-            f"weight), got {name!r}." + suggest(name, LOSSES)
+            f"loss must be one of {list(LOSS_NAMES)} or, in Python, a function of (pred, label) or (pred, label, "
+            f"weight), got {name!r}." + suggest(name, LOSS_NAMES)
         )
     return LOSSES[name]
 
@@ -87,8 +90,8 @@ def metric_function(name: object) -> Callable[[Tensor, Tensor], Tensor]:
     """
     if not isinstance(name, str) or name not in METRICS:
         raise ConfigError(
-            f"metric must be one of {sorted(METRICS)} or, in Python, a function of (pred, label), got {name!r}."
-            + suggest(name, METRICS)
+            f"metric must be one of {list(METRIC_NAMES)} or, in Python, a function of (pred, label), got {name!r}."
+            + suggest(name, METRIC_NAMES)
         )
     loss = METRICS[name]
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from qfast.training.daily_losses import DAILY_METRICS
 from qfast.workflow.results import SegmentResult
 
 if TYPE_CHECKING:
@@ -41,11 +42,11 @@ def loss_plot(
     ----------
     history : DataFrame
         One row per epoch, with columns "train" and, if there is a validation segment, "valid". As in Qlib, they contain
-        minus the loss, averaged over batches.
+        minus the loss, averaged over batches, or the mean daily IC or rank IC.
     best_epoch : int or None
     title : str
     is_loss : bool
-        False if the columns contain scores of a metric of the user, which are plotted as they are.
+        False if the columns contain scores of another metric, which are plotted as they are.
 
     Returns
     -------
@@ -53,6 +54,8 @@ def loss_plot(
         A PNG image.
     """
     figure, axes = figure_axes()
+    metric = next((text for name, text in DAILY_METRICS.items() if f"train_{name}" in history), None)
+    is_loss = is_loss and metric is None
     for name in ("train", "valid"):
         if name in history:
             values = history[name].to_numpy(dtype=float) * (-1 if is_loss else 1)
@@ -67,7 +70,8 @@ def loss_plot(
             )
     if best_epoch is not None:
         axes.axvline(best_epoch, color="#111827", linewidth=1, linestyle=":", label=f"best epoch ({best_epoch})")
-    axes.set(xlabel="epoch", ylabel="loss" if is_loss else "score (higher is better)", title=title)
+    score = "score (higher is better)" if metric is None else f"mean daily {metric}"
+    axes.set(xlabel="epoch", ylabel="loss" if is_loss else score, title=title)
     axes.xaxis.get_major_locator().set_params(integer=True)
     add_legend(axes)
     return png(figure)

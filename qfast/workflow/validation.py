@@ -127,6 +127,13 @@ def _segment_problems(workflow: Workflow) -> Iterator[tuple[str, str]]:
         similar = nearest("train", segments)
         hint = "" if similar is None else f" Rename {similar!r}."
         yield "task.dataset.kwargs.segments", f"there is no 'train', only {list(segments)}.{hint}"
+    metric = workflow.task.model.kwargs.get("metric")
+    if "valid" not in segments and isinstance(metric, str) and metric in ("ic", "rank_ic"):
+        yield (
+            "task.model.kwargs.metric",
+            f"{metric!r} selects the epoch by the segment 'valid', but there are only {list(segments)}. Remedy: add "
+            "the segment, or use the metric 'loss'.",
+        )
 
 
 def _objects(values: Mapping[str, Any]) -> Iterator[tuple[registry.Registry, Any, str]]:
