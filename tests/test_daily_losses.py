@@ -209,7 +209,7 @@ def test_scores_equal_the_metrics_of_a_run(metric, dtype):
     if dtype == torch.float32:
         expected = dict(zip(DAILY_METRICS, daily_ic(score.astype(np.float32), label.astype(np.float32)), strict=True))
         expected = expected[metric].dropna()
-    values = daily_scores(x, y, DaySamples(torch.from_numpy(day)[shuffled], 40), metric)
+    values = daily_scores(x, y, DaySamples(torch.tensor(day)[shuffled], 40), metric)
     np.testing.assert_allclose(values.numpy(), expected.to_numpy(), rtol=1e-12)
 
 

@@ -607,6 +607,7 @@ class Estimator(QlibFunctions):
 
     def _report_infinite(self, windows: WindowSet) -> None:
         """Report infinite features, from which a network may compute scores that look like others."""
+        windows = windows.own if isinstance(windows, SharedWindows) else windows  # no rank has the features of all
         table = windows.features
         if not isinstance(table, Tensor):
             return
