@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,8 @@ def choose_device(device: str | torch.device, gpu: int | None) -> torch.device:
     Parameters
     ----------
     device : str or torch.device
-        "auto", "cpu", "cuda" or "cuda:N". "auto" is GPU number `gpu` if torch detects one, otherwise the CPU.
+        "auto", "cpu", "cuda" or "cuda:N". "auto" is GPU number `gpu` if torch detects one, otherwise the CPU. Under
+        torchrun, GPU 0 means the GPU with the number of the process on its machine.
     gpu : int or None
         Qlib's argument `GPU`, used with "auto" only: the number of the GPU; a negative number or None selects the CPU.
         The default 0 means "a GPU if there is one". A higher number logs a warning if there is no GPU.
@@ -47,7 +49,8 @@ def choose_device(device: str | torch.device, gpu: int | None) -> torch.device:
             if gpu > 0:
                 logging.getLogger("qfast").warning("GPU=%d was requested but no GPU is available: using the CPU", gpu)
             return torch.device("cpu")
-        device = f"cuda:{gpu}"
+        # Each process of torchrun has a GPU of its own.
+        device = f"cuda:{gpu or int(os.environ.get('LOCAL_RANK', '0'))}"
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError) as error:

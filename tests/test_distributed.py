@@ -70,6 +70,11 @@ def without_feature_gaps(frame: pd.DataFrame) -> pd.DataFrame:
 CASES: dict[str, Any] = {
     **{estimator_name(kind): (lambda kind=kind: (model_for(kind), small_dataset(kind), {})) for kind in ESTIMATORS},
     "whole-batch loss": lambda: (model_for(CorrelationLSTM), small_dataset(LSTM), {}),
+    "daily loss": lambda: (
+        model_for(ts.LSTM, loss="mse+ic", metric="rank_ic", batch_by="day"),
+        small_dataset(ts.LSTM),
+        {},
+    ),
     "weights": lambda: (model_for(ts.GRU), small_dataset(ts.GRU), {"reweighter": DayWeights()}),
     "compat": lambda: (model_for(ts.GATs, compat="qlib"), small_dataset(ts.GATs), {}),
     "pretrained base": lambda: (with_pretrained_base(GATs, small_dataset(GATs)), small_dataset(GATs), {}),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -16,6 +18,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from qfast import Callback, run
 from qfast.errors import ConfigError, RankError
 from qfast.workflow.demo import DEMO, demo_prices
+from qfast.workflow.prepared import PreparedData
+from qfast.workflow.torchrun import _share_cores, data_of_machine
 from support.ranks import prepare_forks, run_ranks
 
 SETS = [
@@ -115,3 +119,37 @@ def test_a_rank_killed_in_mid_epoch_continues_after_the_restart(prices, two_rank
     ours, theirs = (safetensors.torch.load_file(path / "best.safetensors") for path in (folder, two_ranks[0]))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert '"resumed"' in (folder / "manifest.json").read_text()
+    assert not list(folder.glob(".data-*"))
+
+
+class FirstRank:
+    """Stands in for `Ranks` on rank 0 and records what it publishes."""
+
+    rank = 0
+
+    def publish(self, name, value):
+        self.published = name, value
+
+
+def test_a_handler_that_cannot_be_pickled_is_prepared_by_every_rank(monkeypatch, tmp_path):
+    def fail(*arguments):
+        raise TypeError("cannot pickle '_io.TextIOWrapper' object")
+
+    monkeypatch.setattr(PreparedData, "write", fail)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    ranks, job = FirstRank(), SimpleNamespace(workflow=None, data=None, read_options=None)
+    with contextlib.ExitStack() as stack:
+        assert data_of_machine(ranks, job, tmp_path, stack) is None
+    assert ranks.published == ("data/0", None)
+    assert data_of_machine(None, job, tmp_path, stack) is None  # one process
+
+
+def test_cores_are_divided_among_the_processes_unless_threads_are_set(monkeypatch):
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    for setting in ("1", "3"):
+        monkeypatch.setenv("OMP_NUM_THREADS", setting)
+        _share_cores()
+    assert threads == [4]

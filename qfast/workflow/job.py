@@ -84,7 +84,7 @@ class Job:
         """Add the wall time of the block to `seconds`."""
         began = time.perf_counter()
         yield
-        self.seconds[stage] = round(time.perf_counter() - began, 3)
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - began, 3)
 
 
 def prepare(

@@ -32,6 +32,7 @@ from qfast.workflow.results import SegmentResult, evaluate, raw_labels, write_re
 from qfast.workflow.saved_model import save_scoring
 from qfast.workflow.torchrun import (
     FollowedFolder,
+    data_of_machine,
     folder_to_continue,
     joined,
     require_same_run,
@@ -169,13 +170,16 @@ def run(
             folder = _create(job, output, lock, code) if resumed is None else resumed
             share_run(ranks, folder, job.seed, resumed=job.resumed)
         job.prepared = prepared
-        result = _run(job, folder, ranks)
+        result = _run(job, folder, ranks, lock)
         return result if ranks is None else same_result(ranks, result)
 
 
-def _run(job: Job, folder: RunFolder, ranks: Ranks | None) -> RunResult:
+def _run(job: Job, folder: RunFolder, ranks: Ranks | None, stack: contextlib.ExitStack) -> RunResult:
     """All stages of a run. Over several ranks, only rank 0 evaluates the scores and writes."""
     with recorded(folder):
+        if job.prepared is None:
+            with job.timed("data"):
+                job.prepared = data_of_machine(ranks, job, folder, stack)
         dataset = _load(job, folder)
         if ranks is not None:
             require_same_run(ranks, job)

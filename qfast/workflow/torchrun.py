@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import pickle
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -22,6 +24,7 @@ import torch.distributed as dist
 from qfast.training.distributed import only_main_logs
 from qfast.training.ranks import Ranks
 from qfast.workflow.folder import MANIFEST, RunFolder, versions
+from qfast.workflow.prepared import PreparedData
 from qfast.workflow.resumption import MAY_DIFFER
 
 if TYPE_CHECKING:
@@ -116,7 +119,7 @@ def _initialize() -> None:
         timeout=START_LIMIT,
     )
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(_place_on_machine()[0] % torch.cuda.device_count())
     of_attempt = dist.PrefixStore(f"qfast/{_attempt()}", _launcher_store)  # type: ignore[attr-defined]
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
@@ -135,7 +138,7 @@ def _share_cores() -> None:
 
     torchrun sets OMP_NUM_THREADS=1 if it is not set, which would leave cores idle. Any other value is kept.
     """
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    _, processes = _place_on_machine()
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // processes))
@@ -149,6 +152,38 @@ def share_run(ranks: Ranks | None, folder: RunFolder, seed: int, *, resumed: boo
         _launcher_store.set(FOLDER_KEY, path)
     if ranks is not None:
         ranks.publish("run", {"folder": path, "seed": seed, "resumed": resumed})
+
+
+def data_of_machine(
+    ranks: Ranks | None, job: Job, folder: RunFolder, stack: contextlib.ExitStack
+) -> PreparedData | None:
+    """Prepare the data once on this machine, for all of its ranks, which map it and share its memory.
+
+    The data is in the run folder until `stack` ends. Returns None if every rank must prepare the data itself: it is the
+    only one on its machine, or the handler cannot be pickled.
+    """
+    local_rank, local_size = _place_on_machine()
+    if ranks is None or local_size == 1:
+        return None
+    number = ranks.rank // local_size
+    if local_rank > 0:
+        description = ranks.wait_for(f"data/{number}")
+        return None if description is None else PreparedData.of(description)
+    path = folder / f".data-{number}"
+    shutil.rmtree(path, ignore_errors=True)  # of an attempt that was killed
+    stack.callback(shutil.rmtree, path, ignore_errors=True)
+    try:
+        prepared = PreparedData.write(path, job.workflow, job.data, job.read_options)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        log.warning("every process prepares the data itself, because the handler cannot be shared: %s", error)
+        prepared = None
+    ranks.publish(f"data/{number}", None if prepared is None else prepared.description())
+    return prepared
+
+
+def _place_on_machine() -> tuple[int, int]:
+    """Number of this process among those of its machine, and their number, as torchrun sets them."""
+    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def require_same_run(ranks: Ranks, job: Job) -> None:
