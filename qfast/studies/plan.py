@@ -19,7 +19,8 @@ from qfast.workflow.config import apply_set
 from qfast.workflow.dataset import DataInput, absolute_sources
 from qfast.workflow.overrides import AliasGroups
 from qfast.workflow.prepared import PreparedData, data_key
-from qfast.workflow.schema import Workflow
+from qfast.workflow.records import PortAnaRecord
+from qfast.workflow.schema import Workflow, as_list
 from qfast.workflow.validation import check_workflow
 
 __all__ = ["Plan", "RunSpec", "Window", "point_workflow"]
@@ -82,7 +83,7 @@ def point_workflow(
     source : str
         For messages.
     segments : mapping, optional
-        Segments of a rolling window.
+        Segments of a rolling window. The window then has no backtest, whose period is that of all windows together.
 
     Raises
     ------
@@ -93,11 +94,19 @@ def point_workflow(
     for text in sets:
         apply_set(changed, text, aliases)
     if segments is not None:
-        changed["task"]["dataset"]["kwargs"]["segments"] = {name: list(ends) for name, ends in segments.items()}
+        task = changed["task"]
+        task["dataset"]["kwargs"]["segments"] = {name: list(ends) for name, ends in segments.items()}
+        records = as_list(task.get("record"))
+        task["record"] = [record for record in records if not _is_backtest(record)]  # type: ignore[attr-defined]
     workflow = check_workflow(changed, source)
     pretraining.absolute_model_path(workflow.task.model, Path(source))
     absolute_sources(workflow, Path.cwd())
     return workflow
+
+
+def _is_backtest(record: Mapping[str, Any] | str) -> bool:
+    name = record if isinstance(record, str) else str(record.get("class"))
+    return name.rsplit(".", 1)[-1] == PortAnaRecord.__name__
 
 
 class Plan:

@@ -40,13 +40,14 @@ def curves_plot(runs: Mapping[str, Sequence[Path]]) -> bytes:
             history = pd.read_csv(folder / HISTORY)
             for panel, segment in zip(axes, ("train", "valid"), strict=True):
                 if segment in history:
-                    label = name if number == 0 and position < MOST_LABELS else None
+                    label = name if number == 0 and len(runs) <= MOST_LABELS else None
                     colour = COLOURS[position % len(COLOURS)]
                     panel.plot(-history[segment], color=colour, label=label, linewidth=1.2, alpha=0.75)
     for panel, segment in zip(axes, ("train", "valid"), strict=True):
         panel.set(xlabel="epoch", ylabel="loss", title=f"Loss of all runs: {segment}")
         panel.xaxis.get_major_locator().set_params(integer=True)
-        plots.add_legend(panel)
+        if len(runs) <= MOST_LABELS or not panel.lines:
+            plots.add_legend(panel)
     return plots.png(figure)
 
 
@@ -174,7 +175,7 @@ def _places(column: pd.Series) -> tuple[np.ndarray, list[tuple[float, str]]]:
         heights = (scaled - scaled.min()) / spread if spread > 0 else np.full(len(scaled), 0.5)
         ends = [(0.0, f"{low:.4g}"), (1.0, f"{high:.4g}")] if spread > 0 else [(0.5, f"{low:.4g}")]
         return heights, ends
-    texts = column.map(str)
+    texts = column.map(lambda value: str(value) or "''")
     names = list(dict.fromkeys(texts))
     place = {name: (number / (len(names) - 1) if len(names) > 1 else 0.5) for number, name in enumerate(names)}
     return texts.map(place).to_numpy(float), [(height, name) for name, height in place.items()]

@@ -21,8 +21,19 @@ __all__ = ["write_study_report"]
 
 MOST_ROWS = 200  # runs in the table of the page; table.csv has all
 MOST_CURVES = 100  # runs whose losses are plotted
-RUN_COLUMNS = ("best_epoch", "valid.ic", "valid.rank_ic", "test.ic", "test.icir", "test.rank_ic", "test.rank_icir")
 EXCESS = "1day.excess_return_with_cost."
+RUN_COLUMNS = {
+    "best_epoch": "best epoch",
+    "valid.rank_ic": "valid rank IC",
+    "test.ic": "test IC",
+    "test.icir": "test ICIR",
+    "test.rank_ic": "test rank IC",
+    "test.rank_icir": "test rank ICIR",
+    f"{EXCESS}annualized_return": "annualized return",
+    f"{EXCESS}information_ratio": "information ratio",
+    f"{EXCESS}max_drawdown": "max drawdown",
+}
+WIDTH = 72  # rem; the page needs no horizontal scrolling from 1,200 pixels on
 
 
 def write_study_report(
@@ -47,7 +58,7 @@ def write_study_report(
         page.header(f"{folder.manifest['experiment']}: study", _subtitle(folder, table)),
         *(page.note(text) for text in _notes(table)),
         "<h2>Means over seeds</h2>",
-        page.table(_summary_rows(finished.summary), "point"),
+        page.table(_summary_rows(finished.summary), "point", dense=True),
         page.small(
             "Mean ± standard deviation (ddof 1) over the runs. IC and rank IC are means over the days of the segment "
             "test. The portfolio columns are excess returns over the benchmark with costs. An ensemble scores with the "
@@ -57,13 +68,13 @@ def write_study_report(
         *(page.figure(name, png) for name, png in images.items()),
         *_monthly(finished),
         "<h2>Runs</h2>",
-        page.table(_run_rows(table), "run"),
+        page.table(_run_rows(table), "run", dense=True),
         page.small("Complete in table.csv. Each run has its own report in runs/.") if len(table) else "",
         "<h2>Study</h2>",
         page.fact_table(_facts(folder)),
         page.details("Workflow", dump_yaml(folder.workflow())),
     ]
-    folder.write_text("report.html", page.render(f"{folder.manifest['experiment']}: study", parts))
+    folder.write_text("report.html", page.render(f"{folder.manifest['experiment']}: study", parts, WIDTH))
 
 
 def _plots(folder: StudyFolder, results: Results, table: pd.DataFrame, finished: Finished) -> dict[str, bytes]:
@@ -116,7 +127,7 @@ def _summary_rows(summary: pd.DataFrame) -> dict[str, dict[str, str]]:
 def _best_rows(best: Sequence[Mapping[str, Any]]) -> list[str]:
     names = short_names(key for row in best for key in row)
     rows = {f"trial {row['trial']}": {names[key]: _text(value) for key, value in row.items()} for row in best}
-    return ["<h2>Best trials</h2>", page.table(rows, "search")]
+    return ["<h2>Best trials</h2>", page.table(rows, "search", dense=True)]
 
 
 def _run_rows(table: pd.DataFrame) -> dict[str, dict[str, str]]:
@@ -124,9 +135,8 @@ def _run_rows(table: pd.DataFrame) -> dict[str, dict[str, str]]:
     columns = list(table.columns)
     start = columns.index("status") if "status" in columns else 0
     axes = list(columns[1:start])
-    wanted = [*axes, "status", *RUN_COLUMNS, *(c for c in columns if c.startswith(EXCESS) and not c.endswith("std"))]
-    shown = [c for c in wanted if c in table and table[c].notna().any() and not c.endswith((".mean", ".std"))]
-    names = short_names(axes) | {c: c.removeprefix("1day.").replace("_", " ") for c in shown if c not in axes}
+    shown = [c for c in (*axes, "status", *RUN_COLUMNS) if c in table and table[c].notna().any()]
+    names = short_names(axes) | {"status": "status"} | RUN_COLUMNS
     rows = {}
     for _, row in table.iloc[:MOST_ROWS].iterrows():
         rows[f"{row['run']:03d}"] = {names[column]: _text(row[column]) for column in shown}

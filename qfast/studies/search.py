@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from qfast.errors import ConfigError, suggest
 from qfast.files import atomic_write
 from qfast.metrics import daily_ic, ic_summary
@@ -53,7 +55,8 @@ def build_sampler(search: Mapping[str, Any], number: int) -> Any:
     factory = _class_of("samplers", search["sampler"]["class"])
     kwargs = dict(search["sampler"].get("kwargs") or {})
     if "seed" in inspect.signature(factory).parameters:
-        kwargs["seed"] = int(kwargs.get("seed") or 0) + number
+        entropy = (int(kwargs.get("seed") or 0), number)
+        kwargs["seed"] = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     return factory(**kwargs)
 
 

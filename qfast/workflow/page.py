@@ -102,7 +102,7 @@ def render_html(report: Report) -> str:
     return render(report.title, parts)
 
 
-def render(title: str, parts: Sequence[str]) -> str:
+def render(title: str, parts: Sequence[str], width: int = 60) -> str:
     """A page with the style of all reports.
 
     Parameters
@@ -110,8 +110,11 @@ def render(title: str, parts: Sequence[str]) -> str:
     title : str
     parts : sequence of str
         HTML of the body.
+    width : int
+        Largest width of the page, in rem.
     """
-    return PAGE.replace("{title}", text(title)).replace("{body}", "\n".join(parts))
+    page = PAGE.replace("{title}", text(title)).replace("{width}", str(width))
+    return page.replace("{body}", "\n".join(parts))
 
 
 def header(title: str, subtitle: str) -> str:
@@ -139,7 +142,7 @@ def details(title: str, content: str) -> str:
     return f"<details><summary>{text(title)}</summary><pre>{text(content)}</pre></details>"
 
 
-def table(rows: Mapping[str, Mapping[str, str]], first: str) -> str:
+def table(rows: Mapping[str, Mapping[str, str]], first: str, dense: bool = False) -> str:
     """A table of texts.
 
     Parameters
@@ -148,6 +151,8 @@ def table(rows: Mapping[str, Mapping[str, str]], first: str) -> str:
         Heading of a row -> heading of a column -> cell.
     first : str
         Heading of the first column.
+    dense : bool
+        Small type, and lines that break anywhere, so many columns need no scrolling.
     """
     columns = list(dict.fromkeys(key for row in rows.values() for key in row))
     head = "".join(f"<th>{text(column)}</th>" for column in (first, *columns))
@@ -155,7 +160,8 @@ def table(rows: Mapping[str, Mapping[str, str]], first: str) -> str:
         f"<tr><th>{text(name)}</th>{''.join(f'<td>{text(row.get(c, MISSING))}</td>' for c in columns)}</tr>"
         for name, row in rows.items()
     ]
-    return f"<div class='wide'><table class='numbers'><tr>{head}</tr>{''.join(lines)}</table></div>"
+    kind = "numbers dense" if dense else "numbers"
+    return f"<div class='wide'><table class='{kind}'><tr>{head}</tr>{''.join(lines)}</table></div>"
 
 
 def _cards(metrics: Mapping[str, Mapping[str, float | None]]) -> str:
@@ -211,7 +217,7 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
-body{margin:0 auto;max-width:60rem;padding:2rem 1.2rem 4rem;font:15px/1.55 system-ui,"Segoe UI",Roboto,sans-serif;
+body{margin:0 auto;max-width:{width}rem;padding:2rem 1.2rem 4rem;font:15px/1.55 system-ui,"Segoe UI",Roboto,sans-serif;
 color:#111827;background:#fafafa}
 header p{color:#4b5563;margin:.2rem 0 1.4rem} h1{font-size:1.7rem;margin:0} h2{font-size:1.15rem;margin:2rem 0 .6rem}
 h3{font-size:.95rem;margin:.2rem 0;color:#4b5563}
@@ -223,6 +229,7 @@ table{border-collapse:collapse;background:#fff;border:1px solid #e5e7eb;max-widt
 th,td{padding:.35rem .8rem;border-bottom:1px solid #f3f4f6;text-align:left;vertical-align:top;overflow-wrap:anywhere}
 .numbers th,.numbers td{white-space:nowrap;overflow-wrap:normal}
 .wide .numbers th{white-space:normal;min-width:4.2rem}
+.wide .dense th,.dense td{white-space:normal;overflow-wrap:anywhere;min-width:0;padding:.25rem .45rem;font-size:.84rem}
 th{font-weight:600;color:#374151} .numbers td{text-align:right;font-variant-numeric:tabular-nums}
 .numbers td:first-child{text-align:left}.facts th{white-space:nowrap}
 .wide{overflow-x:auto} .lead{color:#374151}
