@@ -36,6 +36,8 @@ CASES = [
     for override in OVERRIDES
     if name in ("LSTM", "GRU") or override in ("loss", "train_epoch", "wrapped")
 ]
+OVERRIDES["days"] = overrides.own_days
+CASES.append(("GATs", "", "days"))
 
 
 def arguments_of(name: str, suffix: str) -> dict[str, Any]:

@@ -381,3 +381,69 @@ def test_new_data_with_fewer_columns_than_the_state_is_refused():
     narrow = hostile_frame(3).drop(columns=[("feature", "x3")])
     with pytest.raises(DataError, match="was fitted to 4 columns of group 'feature', but the panel has 3"):
         step(Panel.from_frame(narrow))
+
+
+# ---------------------------------------------------------------- processors of users, in Qlib's style
+class DoubleAfterFilling(P.Fillna):
+    """Overrides one method of a processor and calls the original."""
+
+    def __call__(self, df):
+        df = super().__call__(df)
+        df["feature"] *= 2
+        return df
+
+
+class Demean(P.Processor):
+    """Learns from a frame, as Qlib's processors do."""
+
+    def fit(self, df=None):
+        self.mean = df["feature"].mean()
+
+    def __call__(self, df):
+        df["feature"] = df["feature"].sub(self.mean).to_numpy()
+        return df
+
+
+class PositiveRows(P.Processor):
+    def __call__(self, df):
+        df[("feature", "sign")] = np.sign(df[("feature", "x0")])
+        return df[df[("feature", "x0")] > 0]
+
+
+def small_frame() -> pd.DataFrame:
+    index = pd.MultiIndex.from_product(
+        [pd.date_range("2024-01-01", periods=3), ["B", "A"]], names=["datetime", "instrument"]
+    )
+    values = np.arange(12, dtype=np.float32).reshape(6, 2) - 3
+    values[1, 0] = np.nan
+    columns = pd.MultiIndex.from_tuples([("feature", "x0"), ("label", "y")])
+    return pd.DataFrame(values, index, columns).sort_index()
+
+
+def test_an_overridden_call_receives_frames_as_in_qlib():
+    frame = small_frame()
+    doubled = DataHandlerLP(frame, infer_processors=[DoubleAfterFilling("feature")]).fetch(col_set="__raw")
+    expected = frame.fillna(0.0).astype(np.float32)
+    expected["feature"] *= 2
+    pd.testing.assert_frame_equal(doubled, expected, check_freq=False)
+    centered = DataHandlerLP(frame, infer_processors=[Demean()]).fetch(col_set="__raw")
+    assert centered["feature"]["x0"].mean() == pytest.approx(0, abs=1e-6)
+    assert centered["label"].equals(frame["label"])
+    assert set(centered.dtypes) == {np.dtype(np.float32)}
+    kept = DataHandlerLP(frame, infer_processors=[PositiveRows(), "Fillna"])
+    assert kept.fetch()["sign"].tolist() == [1.0] * int((frame["feature"]["x0"] > 0).sum())
+    assert len(kept.fetch(data_key="raw")) == len(frame)
+
+
+def test_processors_of_users_that_cannot_be_run_or_stored():
+    class Forgetful(P.Processor):
+        def __call__(self, df):
+            df["feature"] *= 2
+
+    with pytest.raises(ConfigError, match=r"Forgetful.__call__ must return a frame.*got NoneType"):
+        DataHandlerLP(small_frame(), infer_processors=[Forgetful()])
+    step = Demean()
+    DataHandlerLP(small_frame(), infer_processors=[step])
+    with pytest.raises(ConfigError, match=r"Demean.fit sets mean, but the class has no state\(\) and load_state"):
+        step.state()
+    assert DoubleAfterFilling("feature").state() == {}

@@ -71,6 +71,23 @@ def own_loss(kind: type, calls: Calls, *, weights: bool = False) -> type:
     return OwnWeightedLoss if weights else OwnLoss
 
 
+def own_days(kind: type, calls: Calls) -> type:
+    """`get_daily_inter` of flat GATs splits each day into two halves."""
+
+    class OwnDays(kind):
+        def get_daily_inter(self, df, shuffle=False):
+            note(calls, "get_daily_inter", df)
+            firsts, counts = super().get_daily_inter(df, shuffle)
+            halves = [
+                (start, size)
+                for first, count in zip(firsts, counts, strict=True)
+                for start, size in ((first, count // 2), (first + count // 2, count - count // 2))
+            ]
+            return tuple(zip(*halves, strict=True))
+
+    return OwnDays
+
+
 def own_test_epoch(kind: type, calls: Calls) -> type:
     """`test_epoch` prefers a certain loss to the smallest one, so it selects another epoch."""
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 import numpy as np
+import pandas as pd
 
 from qfast.data.panel import Panel, Table
 from qfast.data.price_windows import PriceWindows
@@ -53,7 +54,9 @@ class Processor:
     """One step on a panel. `fit` learns statistics from live rows, and a call returns a new panel.
 
     A subclass implements `_apply(panel, space)`, in which `space` records the blocks that may be overwritten.
-    `qfast.data.processors.columns.target` returns the array to write to.
+    `qfast.data.processors.columns.target` returns the array to write to. Or it overrides `__call__(df)`, and `fit(df)`,
+    as in Qlib: both then receive a frame of the live rows, indexed (datetime, instrument), with columns (group, name),
+    and `__call__` returns it.
 
     Examples
     --------
@@ -65,19 +68,65 @@ class Processor:
     ...                                    names=["datetime", "instrument"])
     >>> Negate()(Panel.from_frame(pd.DataFrame({"x": [1.0, 2.0]}, index=index))).values("feature").tolist()
     [[-1.0], [-2.0]]
+    >>> class Halve(Processor):
+    ...     def __call__(self, df):
+    ...         df["feature"] /= 2
+    ...         return df
+    >>> from qfast.data import DataHandlerLP
+    >>> frame = pd.DataFrame({("feature", "x"): [1.0, 2.0]}, index=index)
+    >>> DataHandlerLP(frame, infer_processors=[Halve()]).fetch()["x"].tolist()
+    [0.5, 1.0]
     """
 
     def fit(self, panel: Panel) -> None:
         """Learn statistics from the live rows of `panel`. The default learns nothing."""
 
-    def __call__(self, panel: Panel) -> Panel:
-        """The processed panel. `panel` and its blocks are not changed."""
+    def __call__(self, panel: Any) -> Any:
+        """The processed panel. `panel` and its blocks are not changed. A frame is processed to a frame."""
+        if isinstance(panel, pd.DataFrame):  # of a subclass that overrides __call__
+            return self._apply(Panel.from_frame(panel), Workspace()).to_frame()
         return self._apply(panel, Workspace())
+
+    def fit_to(self, panel: Panel) -> None:
+        """Call `fit`, with a frame if the subclass has Qlib's style."""
+        own = self._has_own_fit()
+        before = dict(vars(self))
+        self.fit(cast(Any, panel.to_frame()) if own and self._processes_frames() else panel)
+        if own:
+            self._learned = [name for name, value in vars(self).items() if value is not before.get(name)]
+
+    def _processes_frames(self) -> bool:
+        return type(self).__call__ is not Processor.__call__
+
+    def _has_own_fit(self) -> bool:
+        """Whether `fit` is a method of the user."""
+        return type(self).fit.__module__.partition(".")[0] != "qfast"
+
+    def _process_frame(self, panel: Panel) -> Panel:
+        """The result of an overridden `__call__`, which receives the live rows as a frame."""
+        frame = panel.to_frame()
+        index, groups = frame.index, list(frame.columns)
+        result = self(frame)
+        if isinstance(result, Panel):
+            return result
+        if not isinstance(result, pd.DataFrame) or result.columns.nlevels != 2:
+            raise ConfigError(
+                f"{type(self).__name__}.__call__ must return a frame with columns (group, name), got "
+                f"{type(result).__name__}."
+            )
+        if not result.index.equals(index) or list(result.columns) != groups:
+            return _cast_as(Panel.from_frame(result, dtype=np.float64), panel)
+        rows = panel.by_date(panel.live_rows())
+        for group in panel.blocks:
+            table = np.array(panel.table(group))
+            table[rows] = result[group].to_numpy(dtype=np.float64)
+            panel = panel.replace(group, table)
+        return panel
 
     def run(self, panel: Panel, space: Workspace) -> Panel:
         """The processed panel. Blocks that `space` owns may be overwritten, and `space` owns all new blocks."""
         before = {group: block.table for group, block in panel.blocks.items()}
-        after = self._apply(panel, space)
+        after = self._process_frame(panel) if self._processes_frames() else self._apply(panel, space)
         for group, block in after.blocks.items():
             if block.table is not before.get(group):
                 space.owned.add(group)
@@ -106,7 +155,16 @@ class Processor:
         ------
         NotFittedError
             The step needs `fit` first.
+        ConfigError
+            A subclass of the user has a `fit` that sets attributes, but no `state`.
         """
+        learned = getattr(self, "_learned", [])
+        if learned:
+            raise ConfigError(
+                f"{type(self).__name__}.fit sets {some(learned, 4)}, but the class has no state() and "
+                "load_state(state), so a run cannot store them. Remedy: implement both for named arrays, as in "
+                "qfast.data.processors."
+            )
         return {}
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
@@ -154,6 +212,14 @@ class Processor:
 
     def _apply(self, panel: Panel, space: Workspace) -> Panel:
         raise NotImplementedError(f"{type(self).__name__} must implement _apply(panel, space)")
+
+
+def _cast_as(panel: Panel, other: Panel) -> Panel:
+    """The panel with the dtypes that its groups have in `other`."""
+    for group in panel.blocks:
+        if group in other.blocks:
+            panel = panel.replace(group, np.asarray(panel.table(group), dtype=other.table(group).dtype))
+    return panel
 
 
 ProcessorSpec: TypeAlias = Processor | Mapping[str, Any] | str
@@ -257,7 +323,7 @@ def run_processors(
                 "Remedy: move it to learn_processors."
             )
         if fit and not processor.frozen:
-            processor.fit(panel)
+            processor.fit_to(panel)
         before, rows_before = panel, panel.n_live
         panel = processor.run(panel, space)
         if rows_before and not panel.n_live:
