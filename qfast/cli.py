@@ -11,7 +11,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qfast.cli_options import with_read_options
+from qfast.cli_options import (
+    EngineOption,
+    EnsembleOption,
+    ExpandingOption,
+    GpusOption,
+    GridOption,
+    JobsOption,
+    LabelDaysOption,
+    ResumeStudyOption,
+    RollingOption,
+    SearchOption,
+    SeedsOption,
+    StudyOutputOption,
+    ThreadsOption,
+    TrialsOption,
+    WarmStartOption,
+    with_read_options,
+)
 from qfast.errors import ConfigError, QfastError
 from qfast.interrupts import raised_as_keyboard_interrupt
 from qfast.read_options import ReadOptions, command_line
@@ -148,10 +165,6 @@ def run_command(
         _print_result(result)
 
 
-AXES = "Axes, which multiply"
-ENGINE = "Where the runs are executed"
-
-
 @app.command("study")
 @with_read_options
 def study_command(
@@ -161,71 +174,21 @@ def study_command(
     data: DataOption = None,
     sets: SetOption = None,
     device: DeviceOption = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Study folder to create. Default: studies/<experiment>-<UTC time>."),
-    ] = None,
-    seeds: Annotated[
-        str | None,
-        typer.Option(
-            help="A number of seeds, counted from the seed of the workflow file or 0, or a list such as 3,5,8.",
-            rich_help_panel=AXES,
-        ),
-    ] = None,
-    grid: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY=V1,V2",
-            help="Values of one key of the workflow file, for example task.model.kwargs.lr=1e-3,1e-4. Repeatable.",
-            rich_help_panel=AXES,
-        ),
-    ] = None,
-    search: Annotated[
-        Path | None,
-        typer.Option(help="YAML file of a search with Optuna. Needs the extra tune.", rich_help_panel=AXES),
-    ] = None,
-    trials: Annotated[int | None, typer.Option(help="Number of trials of the search.", rich_help_panel=AXES)] = None,
-    rolling: Annotated[
-        int | None,
-        typer.Option(
-            metavar="STEP", help="Train again every STEP days, and test on these days only.", rich_help_panel=AXES
-        ),
-    ] = None,
-    expanding: Annotated[
-        bool,
-        typer.Option("--expanding", help="Rolling: the training segment keeps its first day.", rich_help_panel=AXES),
-    ] = False,
-    warm_start: Annotated[
-        bool,
-        typer.Option(
-            "--warm-start", help="Rolling: begin with the weights of the previous window.", rich_help_panel=AXES
-        ),
-    ] = False,
-    label_days: Annotated[
-        int | None,
-        typer.Option(
-            help="Rolling: later days that a label reads. Default: known from the expression of the label.",
-            rich_help_panel=AXES,
-        ),
-    ] = None,
-    ensemble: Annotated[
-        str | None, typer.Option(help="Ensemble scores: rank (default) or zscore, averaged over the seeds.")
-    ] = None,
-    jobs: Annotated[
-        int | None, typer.Option(help="Processes. Default: cores / threads; 1 on a GPU.", rich_help_panel=ENGINE)
-    ] = None,
-    threads: Annotated[int, typer.Option(help="Threads of each process.", rich_help_panel=ENGINE)] = 1,
-    on: Annotated[
-        str, typer.Option(help="local, ray or ray://HOST:PORT. Ray needs the extra ray.", rich_help_panel=ENGINE)
-    ] = "local",
-    gpus: Annotated[
-        float | None,
-        typer.Option(help="Ray: GPUs of each run. Default: 1 if the device is cuda.", rich_help_panel=ENGINE),
-    ] = None,
-    resume: Annotated[
-        Path | None,
-        typer.Option(help="Continue the study in this folder. Finished runs remain as they are."),
-    ] = None,
+    output: StudyOutputOption = None,
+    seeds: SeedsOption = None,
+    grid: GridOption = None,
+    search: SearchOption = None,
+    trials: TrialsOption = None,
+    rolling: RollingOption = None,
+    expanding: ExpandingOption = False,
+    warm_start: WarmStartOption = False,
+    label_days: LabelDaysOption = None,
+    ensemble: EnsembleOption = None,
+    jobs: JobsOption = None,
+    threads: ThreadsOption = 1,
+    on: EngineOption = "local",
+    gpus: GpusOption = None,
+    resume: ResumeStudyOption = None,
     allow_code: CodeOption = None,
     quiet: QuietOption = False,
     *,

@@ -1,17 +1,100 @@
-"""The command-line options of `ReadOptions`, shared by all commands with --data."""
+"""Command-line options: those of `ReadOptions`, shared by all commands with --data, and those of `qfast study`."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from qfast.read_options import ReadOptions, command_line
 
-__all__ = ["with_read_options"]
+__all__ = [
+    "EngineOption",
+    "EnsembleOption",
+    "ExpandingOption",
+    "GpusOption",
+    "GridOption",
+    "JobsOption",
+    "LabelDaysOption",
+    "ResumeStudyOption",
+    "RollingOption",
+    "SearchOption",
+    "SeedsOption",
+    "StudyOutputOption",
+    "ThreadsOption",
+    "TrialsOption",
+    "WarmStartOption",
+    "with_read_options",
+]
+
+AXES = "Axes, which multiply"
+ENGINE = "Where the runs are executed"
+
+StudyOutputOption = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Study folder to create. Default: studies/<experiment>-<UTC time>."),
+]
+SeedsOption = Annotated[
+    str | None,
+    typer.Option(
+        help="A number of seeds, counted from the seed of the workflow file or 0, or a list such as 3,5,8.",
+        rich_help_panel=AXES,
+    ),
+]
+GridOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=V1,V2",
+        help="Values of one key of the workflow file, for example task.model.kwargs.lr=1e-3,1e-4. Repeatable.",
+        rich_help_panel=AXES,
+    ),
+]
+SearchOption = Annotated[
+    Path | None, typer.Option(help="YAML file of a search with Optuna. Needs the extra tune.", rich_help_panel=AXES)
+]
+TrialsOption = Annotated[int | None, typer.Option(help="Number of trials of the search.", rich_help_panel=AXES)]
+RollingOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="STEP", help="Train again every STEP days, and test on these days only.", rich_help_panel=AXES
+    ),
+]
+ExpandingOption = Annotated[
+    bool,
+    typer.Option("--expanding", help="Rolling: the training segment keeps its first day.", rich_help_panel=AXES),
+]
+WarmStartOption = Annotated[
+    bool,
+    typer.Option("--warm-start", help="Rolling: begin with the weights of the previous window.", rich_help_panel=AXES),
+]
+LabelDaysOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Rolling: later days that a label reads. Default: known from the expression of the label.",
+        rich_help_panel=AXES,
+    ),
+]
+EnsembleOption = Annotated[
+    str | None, typer.Option(help="Ensemble scores: rank (default) or zscore, averaged over the seeds.")
+]
+JobsOption = Annotated[
+    int | None, typer.Option(help="Processes. Default: cores / threads; 1 on a GPU.", rich_help_panel=ENGINE)
+]
+ThreadsOption = Annotated[int, typer.Option(help="Threads of each process.", rich_help_panel=ENGINE)]
+EngineOption = Annotated[
+    str, typer.Option(help="local, ray or ray://HOST:PORT. Ray needs the extra ray.", rich_help_panel=ENGINE)
+]
+GpusOption = Annotated[
+    float | None,
+    typer.Option(help="Ray: GPUs of each run. Default: 1 if the device is cuda.", rich_help_panel=ENGINE),
+]
+ResumeStudyOption = Annotated[
+    Path | None, typer.Option(help="Continue the study in this folder. Finished runs remain as they are.")
+]
 
 PANEL = "How to read --data (default: detected; recorded in the run)"
 HELP: dict[str, tuple[type, str]] = {

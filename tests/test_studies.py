@@ -267,7 +267,10 @@ def test_out_of_memory_is_a_reason():
 
 
 def test_a_dying_worker_is_tried_once_more(case, tmp_path, monkeypatch):
-    """The worker is killed twice in the second epoch, so the run fails after one retry. The third attempt finishes."""
+    """The worker is killed twice in the second epoch, so the run fails after one retry. The third attempt finishes.
+
+    Model and handler are classes of the user.
+    """
     killer = tmp_path / "killer.py"
     killer.write_text(KILLER)
     kills = tmp_path / "kills"
@@ -275,7 +278,8 @@ def test_a_dying_worker_is_tried_once_more(case, tmp_path, monkeypatch):
     monkeypatch.setenv("KILLS", str(kills))
     lstm = "class: LSTM\n    module_path: qlib.contrib.model.pytorch_lstm"
     config = tmp_path / "w.yaml"
-    config.write_text(case[0].read_text().replace(lstm, "class: Killer\n    module_path: killer"))
+    text = case[0].read_text().replace(lstm, "class: Killer\n    module_path: killer")
+    config.write_text(text.replace("class: DataHandlerLP", "class: Mine\n        module_path: killer"))
     result = study(config, case[1], SETS, output=tmp_path / "s", seeds="3,", jobs=1, allow_code=killer, quiet=True)
     assert result.table["status"].tolist() == ["failed"]
     assert result.table["reason"][0].startswith("the process was killed by SIGKILL")
@@ -290,7 +294,11 @@ KILLER = """
 import os, signal
 from pathlib import Path
 from qfast import Callback
+from qfast.data import DataHandlerLP
 from qfast.models import LSTM
+
+class Mine(DataHandlerLP):
+    pass
 
 class Kill(Callback):
     def on_batch_end(self, estimator):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from qfast.read_options import ReadOptions
 from qfast.studies.axes import Point
@@ -126,7 +128,10 @@ class Runner:
     def run(self) -> Results:
         """Execute all runs and return their rows. The table of the folder is complete after each run."""
         total = self._points.total(self._plan)
-        with tqdm(total=total, unit="run", desc="study", disable=True if self._quiet else None, leave=False) as bar:
+        # None: tqdm checks whether stderr is a terminal. Log lines are then written above the bar.
+        bar = tqdm(total=total, unit="run", desc="study", disable=True if self._quiet else None, leave=False)
+        lines = contextlib.nullcontext() if bar.disable else logging_redirect_tqdm([log])
+        with bar, lines:
             while True:
                 self._fill(bar)
                 if not self._running:
