@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import time
@@ -13,9 +14,13 @@ import pytest
 import torch
 from torch.nn import BatchNorm1d, Sequential
 
+from qfast.data import Alpha360, DatasetH, synthetic
+from qfast.data.adapt import windows_of
 from qfast.errors import ConfigError, DataError, RankError
 from qfast.models import GRU, LSTM, GATs, ts
 from qfast.training.callbacks import Callback
+from qfast.training.distributed import Sharing
+from qfast.training.ranks import Ranks
 from support.fits import ESTIMATORS, estimator_name, is_time_series, small_arguments
 from support.frames import flat, gappy_frame, make_frame, rolling
 from support.ranks import run_ranks
@@ -115,6 +120,72 @@ def test_a_fit_over_ranks_equals_that_of_one_process(name, size, expected, fits)
         assert best == best_epoch
         assert predictions.index.equals(scores.index)
         np.testing.assert_allclose(predictions, scores, rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------- the parts of the data
+class AloneAs:
+    """Stands in for `Ranks`, without other processes."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+    def require_same(self, facts, remedy):
+        pass
+
+
+class FrameDataset:
+    """A dataset of the user, whose rows are sorted by date, so those of an instrument are not consecutive."""
+
+    def prepare(self, segment, **kwargs):
+        return make_frame(12, 7, 3)
+
+
+def price_dataset() -> DatasetH:
+    handler = Alpha360(data=synthetic.prices(7, 90), vwap="typical", infer_processors=[], learn_processors=[])
+    return DatasetH(handler, {"train": (None, None)})
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [rolling, flat, FrameDataset, price_dataset],
+    ids=["rolling", "flat", "frame", "prices"],
+)
+@pytest.mark.parametrize("size", [1, 3, 7, 9])
+def test_each_sample_is_on_one_rank_with_its_window(dataset, size):
+    windows = windows_of(dataset(), "train", "learn")
+    ranks = [Sharing(AloneAs(rank, size), is_training=False)(windows) for rank in range(size)]
+    samples = torch.arange(len(windows))
+    expected, seen = windows.batch(samples), torch.zeros(len(windows), dtype=torch.int64)
+    for shared in ranks:
+        mine = samples[shared.owner == shared.ranks.rank]
+        seen[mine] += 1
+        assert torch.equal(shared.own.batch(shared.number[mine]).nan_to_num(7.0), expected[mine].nan_to_num(7.0))
+        assert shared.own.keys().equals(windows.keys()[mine.numpy()])
+        assert torch.equal(shared.own.label.nan_to_num(7.0), windows.label[mine].nan_to_num(7.0))
+        assert torch.equal(shared.owner, ranks[0].owner)
+        with pytest.raises(DataError, match="spread over"):
+            shared.batch(samples)
+    assert torch.equal(seen, torch.ones_like(seen))
+    rows = sum(shared.own.features.shape[0] for shared in ranks)
+    assert rows == windows.features.shape[0]  # no rank has rows of another one
+
+
+def test_rows_of_prices_that_are_in_memory_are_on_their_rank():
+    windows = windows_of(price_dataset(), "train", "learn")
+    rows = np.arange(5, len(windows), 97)
+    values = np.random.default_rng(0).standard_normal((len(rows), 360)).astype(np.float32)
+    windows = dataclasses.replace(windows, features=windows.features.with_stored(rows, values))
+    expected = windows.batch(torch.arange(len(windows)))
+    for rank in range(3):
+        shared = Sharing(AloneAs(rank, 3), is_training=False)(windows)
+        mine = torch.nonzero(shared.owner == rank)[:, 0]
+        assert torch.equal(shared.own.batch(shared.number[mine]).nan_to_num(7.0), expected[mine].nan_to_num(7.0))
+
+
+def test_the_ranks_have_about_as_many_samples():
+    windows = windows_of(flat(make_frame(60, 40, 3)), "train", "learn")
+    counts = torch.bincount(Sharing(AloneAs(0, 4), is_training=True)(windows).owner)
+    assert counts.max() < 1.15 * counts.min()
 
 
 # ---------------------------------------------------------------- rules and errors
@@ -272,8 +343,6 @@ def test_the_other_ranks_name_a_rank_that_dies(tmp_path):
 
 
 def test_without_a_group_nothing_is_shared():
-    from qfast.training.ranks import Ranks
-
     assert Ranks.current() is None
     assert issubclass(RankError, RuntimeError)
     assert not issubclass(RankError, (ConfigError, DataError))

@@ -193,7 +193,7 @@ class PriceWindows:
         if self.stored is not None:
             is_stored, numbers = self.stored.find(flat)
             out[is_stored] = self.stored.values[numbers[is_stored]]
-        return out.reshape(*rows.shape, -1)
+        return out.reshape(*rows.shape, self.shape[1])
 
     def __getitem__(self, key: Any) -> np.ndarray:
         """Values: `windows[rows]` (a slice or an array), `windows[rows, column]` or `windows[slice, columns]`."""
@@ -264,6 +264,23 @@ class PriceWindows:
             merged[:, FILL] = stage[:, FILL]
             return replace(self, stages=torch.cat((self.stages[:-1], merged)))
         return replace(self, stages=torch.cat((self.stages, stage)))
+
+    def part(self, rows: slice | np.ndarray) -> PriceWindows:
+        """The windows of some rows (a slice, or int64, ascending), with the prices that they read only.
+
+        A slice does not copy the prices and divisors.
+        """
+        ends, series, stored = self.ends[rows], self.series, self.stored
+        if len(ends):
+            first, last = int(ends.min()) - self.window + 1, int(ends.max())
+            ends, series = ends - first, series[:, first : last + 1]
+        if stored is not None:
+            place = torch.full((len(self),), -1)
+            place[rows] = torch.arange(len(ends))
+            places = place[stored.rows]
+            remains = places >= 0
+            stored = StoredRows(places[remains], stored.values[remains]) if bool(remains.any()) else None
+        return replace(self, series=series, ends=ends, divisors=self.divisors[:, rows], stored=stored)
 
     def with_stored(self, rows: np.ndarray, values: np.ndarray) -> PriceWindows:
         """The same windows, except that `rows` (int64 [n], ascending) have the values float32 [n, C]."""

@@ -224,11 +224,7 @@ def _rows(features: FeatureTable, rows: slice | Tensor) -> FeatureTable:
     """Some rows of a feature table, without a copy if they are a slice."""
     if isinstance(features, Tensor):
         return features[rows]
-    ends, series = features.ends[rows], features.series
-    if len(ends):  # the prices that the windows of these rows read
-        first, last = int(ends.min()) - features.window + 1, int(ends.max())
-        ends, series = ends - first, series[:, first : last + 1]
-    return replace(features, ends=ends, series=series, divisors=features.divisors[:, rows])
+    return features.part(rows if isinstance(rows, slice) else rows.numpy())
 
 
 def _digest(windows: WindowSet) -> dict[str, object]:
