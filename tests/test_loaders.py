@@ -12,7 +12,7 @@ from qfast import Callback, check, predict, run
 from qfast.data import DataHandlerLP, FactorHandler, synthetic
 from qfast.data.filters import ExpressionDFilter, NameDFilter, build_filters
 from qfast.data.loaders import Alpha158DL, Alpha360DL, NestedDataLoader, QlibDataLoader, StaticDataLoader, build_loader
-from qfast.errors import ConfigError
+from qfast.errors import ConfigError, DataError
 from support.stores import write_store
 
 FEATURES = (["$close / Ref($close, 1) - 1", "Mean($close, 5) / $close"], ["R1", "MA5"])
@@ -196,6 +196,29 @@ def test_files_of_a_static_loader_are_next_to_the_workflow_file(tmp_path, monkey
     monkeypatch.chdir(elsewhere)
     own = run(folder / "nested.yaml", prices, output=tmp_path / "own").dataset.handler.fetch(col_set="feature")
     pd.testing.assert_series_equal(own["A0"], whole.dataset.handler.fetch(col_set="feature")["A0"] * 2)
+
+
+def test_a_static_loader_has_options_for_reading(tmp_path, prices):
+    frame = static_columns(prices)[[("feature", "A0")]].droplevel(0, axis=1).reset_index()
+    frame = frame[frame["datetime"].dt.day <= 12]
+    frame.assign(datetime=frame["datetime"].dt.strftime("%d/%m/%Y")).to_csv(tmp_path / "a.csv", index=False)
+    with pytest.raises(DataError, match="fit 2 formats"):
+        StaticDataLoader(tmp_path / "a.csv").load()
+    loaded = StaticDataLoader(tmp_path / "a.csv", read_options={"date_format": "%d/%m/%Y"}).load()
+    assert loaded[("feature", "A0")].tolist() == frame.sort_values(["datetime", "instrument"])["A0"].tolist()
+
+
+@pytest.mark.parametrize("what", ["instrument", "datetime", None])
+def test_loaders_without_common_keys_are_reported(what, prices, caplog):
+    frame = static_columns(prices)[[("feature", "A0")]]
+    if what == "instrument":
+        frame = frame.rename(index=str.lower, level="instrument")
+    if what == "datetime":
+        frame = frame.set_axis(frame.index.set_levels(frame.index.levels[0].tz_localize("UTC"), level=0))
+    loader = NestedDataLoader([QlibDataLoader(CONFIG), StaticDataLoader(frame)], join="left")
+    handler = DataHandlerLP(data_loader=loader, data=prices)
+    assert handler.fetch(data_key="raw")["A0"].isna().all() == (what is not None)
+    assert (f"StaticDataLoader has no {what} of the loaders before it" in caplog.text) == (what is not None)
 
 
 # ---------------------------------------------------------------- filters

@@ -108,6 +108,11 @@ def test_another_column_of_codes_is_reported():
     assert not warnings_of(notes)
 
 
+def test_instruments_in_another_case_are_suggested():
+    with pytest.raises(DataError, match=r"not in the data: aapl. Did you mean 'AAPL'\?"):
+        load_prices(prices(), instruments=["aapl"])
+
+
 # ---------------------------------------------------------------- cells
 def test_text_in_the_notation_of_spreadsheets(tmp_path):
     frame = prices(("600000", "000001"))

@@ -6,6 +6,7 @@ read pickle files.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,11 +22,13 @@ from qfast.data.rows import restrict_rows
 from qfast.data.tables import keyed_frame, read_table
 from qfast.dates import DateLike
 from qfast.errors import ConfigError, DataError, shown
-from qfast.read_options import ReadOptions
+from qfast.read_options import ReadOptions, ReadSettings
 from qfast.registry import Registry
 
 if TYPE_CHECKING:
     from qfast.data.handlers.prices import PriceHandler
+
+log = logging.getLogger("qfast.data")
 
 __all__ = [
     "LOADERS",
@@ -229,6 +232,8 @@ class StaticDataLoader(DataLoader):
         Relative paths start at the working directory; in a workflow file, at its folder if they do not exist there.
     join : {"outer", "inner", "left", "right"}
         How the rows of several groups are combined.
+    read_options : ReadOptions or mapping, optional
+        How to read the files, for example {"date_format": "%d/%m/%Y"}.
 
     Raises
     ------
@@ -243,8 +248,9 @@ class StaticDataLoader(DataLoader):
     (1, 1)
     """
 
-    def __init__(self, config: Any, join: str = "outer") -> None:
+    def __init__(self, config: Any, join: str = "outer", read_options: ReadSettings = None) -> None:
         self.config, self.join = config, _join(join)
+        self.read_options = ReadOptions.of(read_options)
         for path in config.values() if isinstance(config, Mapping) else [config]:
             _refuse_pickle(path)
 
@@ -253,11 +259,11 @@ class StaticDataLoader(DataLoader):
         if isinstance(self.config, Panel):
             panel = self.config
         elif isinstance(self.config, Mapping):
-            frames = {str(group): _stored_frame(value) for group, value in self.config.items()}
+            frames = {str(group): _stored_frame(value, self.read_options) for group, value in self.config.items()}
             plain = {g: f.droplevel(0, axis=1) if f.columns.nlevels == 2 else f for g, f in frames.items()}
             panel = Panel.from_frame(pd.concat(plain, axis=1, join="inner" if self.join == "inner" else "outer"))
         else:
-            panel = Panel.from_frame(_grouped(_stored_frame(self.config)))
+            panel = Panel.from_frame(_grouped(_stored_frame(self.config, self.read_options)))
         wanted = request.instruments
         listed = None if wanted is None or isinstance(wanted, (str, Mapping)) else [str(name) for name in wanted]
         if listed is not None:
@@ -307,6 +313,7 @@ class NestedDataLoader(DataLoader):
             priced = priced or handler
             frame = panel.to_frame()
             if merged is not None:
+                _report_no_common_keys(merged, frame, type(loader).__name__)
                 merged = merged.drop(columns=[c for c in frame.columns if c in merged.columns])
                 how: Any = self.join
                 frame = merged.merge(frame, left_index=True, right_index=True, how=how)
@@ -349,7 +356,7 @@ def _refuse_pickle(path: object) -> None:
         )
 
 
-def _stored_frame(value: Any) -> pd.DataFrame:
+def _stored_frame(value: Any, options: ReadOptions) -> pd.DataFrame:
     """A frame indexed (datetime, instrument)."""
     if isinstance(value, pd.Series):
         value = value.to_frame()
@@ -359,10 +366,22 @@ def _stored_frame(value: Any) -> pd.DataFrame:
         name, file = str(value), Path(str(value).strip()).expanduser()
         if not file.exists():
             raise ConfigError(f"StaticDataLoader: {name!r} does not exist (looked in {Path.cwd()}).")
-        value = read_table(file)
+        value = read_table(file, options)
     if not isinstance(value, pd.DataFrame):
         raise ConfigError(f"StaticDataLoader: expected a path or a DataFrame, got {type(value).__name__}.")
-    return value if isinstance(value.index, pd.MultiIndex) else keyed_frame(value, name, ReadOptions())
+    return value if isinstance(value.index, pd.MultiIndex) else keyed_frame(value, name, options)
+
+
+def _report_no_common_keys(merged: pd.DataFrame, frame: pd.DataFrame, loader: str) -> None:
+    """Log that two loaders have no date or no instrument in common, so the columns of one are missing everywhere."""
+    for level in ("datetime", "instrument"):
+        one, other = (part.index.unique(level) for part in (merged, frame))
+        if len(one) and len(other) and not one.isin(other).any():
+            log.warning(
+                "NestedDataLoader: %s has no %s of the loaders before it, so its columns are missing in their rows: it "
+                "has %s to %s, they have %s to %s",
+                *(loader, level, other.min(), other.max(), one.min(), one.max()),
+            )
 
 
 def _grouped(frame: pd.DataFrame) -> pd.DataFrame:

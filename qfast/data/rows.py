@@ -53,9 +53,11 @@ def restrict_rows(
         names = [str(i) for i in panel.instruments]
         unknown = sorted(set(selected) - set(names))
         if unknown:
+            other_case = {name.casefold(): name for name in names}.get(unknown[0].casefold())
+            hint = f" Did you mean {other_case!r}?" if other_case is not None else suggest(unknown[0], names)
             raise DataError(
                 f"instruments: {len(unknown)} of the {len(set(selected))} requested are not in the data: "
-                f"{some(unknown, 5)}." + suggest(unknown[0], names)
+                f"{some(unknown, 5)}.{hint}"
             )
         keep = np.isin(names, selected)[panel.instrument_codes]
     if start is not None or end is not None:
