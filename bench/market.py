@@ -2,10 +2,12 @@
 
     python bench/market.py handler [--instruments 5000] [--days 2500]     Alpha360, training, scores
     python bench/market.py shared [--processes 8]                         processes that train on one panel folder
+    python bench/market.py files --instruments 500 --days 1250            columns in files and in memory
 
-Both modes write synthetic prices to a panel folder first (--folder, by default a temporary one). "handler" builds the
+All modes write synthetic prices to a panel folder first (--folder, by default a temporary one). "handler" builds the
 handler, trains an LSTM on at least 50,000 windows, scores one day, and prints seconds and resident memory of each step.
-"shared" prints the anonymous memory (`/proc/PID/smaps_rollup`) of each process while all of them train. Linux only.
+"shared" prints the anonymous memory (`/proc/PID/smaps_rollup`) of each process while all of them train. "files" builds
+Alpha158 with all columns and trains on it, with memory_limit=0 and in memory. Linux only.
 """
 
 from __future__ import annotations
@@ -175,18 +177,55 @@ def measure_shared(folder: Path, processes: int, windows: int) -> None:
     print(f"panels of {size:,.0f} MB, one thread per process")
 
 
+def measure_files(prices: Path, limit: str, windows: int) -> None:
+    """Build Alpha158 with all columns and train on it, in this process; print a row of the table."""
+    torch.set_num_threads(1)
+    peak, ended = [0.0], threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(0.02):
+            peak[0] = max(peak[0], memory_mb("RssAnon"))
+
+    before, sampler = memory_mb("RssAnon"), threading.Thread(target=sample)
+    sampler.start()
+    infer = [*HANDLER["infer_processors"], {"class": "CSZScoreNorm", "kwargs": {"fields_group": "feature"}}]
+    seconds = [time.process_time()]
+    handler = Alpha158(
+        "all",
+        data=prices,
+        infer_processors=infer,
+        learn_processors=HANDLER["learn_processors"],
+        memory_limit=limit,
+        **FIT,
+    )
+    seconds.append(time.process_time())
+    learn = handler.panel("learn")
+    train, count = training_days(learn, windows)
+    dataset = TSDatasetH(handler, {"train": train, "test": (learn.datetimes[-1], None)}, step_len=20)
+    ts.LSTM(d_feat=158, hidden_size=16, num_layers=1, n_epochs=1, seed=0, progress=False).fit(dataset)
+    seconds.append(time.process_time())
+    ended.set()
+    sampler.join()
+    times = " | ".join(f"{seconds[i + 1] - seconds[i]:.1f}" for i in range(2))
+    print(f"| {limit} | {times} | {peak[0] - before:,.0f} | {handler.panel('infer').content_hash()[:12]} | {count:,} |")
+
+
 def main() -> None:
     """Write the prices and run one mode."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", choices=("handler", "shared", "train"), help="train: one process of shared")
+    parser.add_argument("mode", choices=("handler", "shared", "train", "files", "form"))
     parser.add_argument("--instruments", type=int, default=5000)
     parser.add_argument("--days", type=int, default=2500)
     parser.add_argument("--windows", type=int, default=50_000)
     parser.add_argument("--processes", type=int, default=8)
+    parser.add_argument("--limit", help="memory_limit of form, which is one process of files")
     parser.add_argument("--folder", type=Path, help="folder of the panels, which are kept")
     options = parser.parse_args()
     if options.mode == "train":
         train_on(options.folder, options.windows)
+        return
+    if options.mode == "form":
+        measure_files(options.folder / "prices", options.limit, options.windows)
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
@@ -195,6 +234,13 @@ def main() -> None:
             write_prices(prices, options.instruments, options.days)
         if options.mode == "handler":
             measure_handler(prices, options.windows)
+            return
+        if options.mode == "files":
+            print("| memory_limit | handler, CPU s | fit, CPU s | anonymous, MB | digest | windows |")
+            print("|---|---|---|---|---|---|", flush=True)
+            for limit in ("0", "1 TB"):
+                command = [sys.executable, __file__, "form", "--folder", str(folder), "--limit", limit]
+                subprocess.run([*command, "--windows", str(options.windows)], check=True)
             return
         features = folder / "features"
         if not features.exists():

@@ -144,8 +144,16 @@ def test_the_limit_decides(monkeypatch):
 def test_default_limit(monkeypatch, tmp_path):
     whole = default_memory_limit()
     (tmp_path / "max").write_text("1000000\n")
-    monkeypatch.setattr(storage, "CGROUP_LIMIT", tmp_path / "max")
+    monkeypatch.setattr(storage, "CGROUP_LIMITS", (tmp_path / "absent", tmp_path / "max"))
     assert default_memory_limit() == 500_000 < whole
+
+
+def test_default_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(storage, "VAR_TMP", tmp_path)
+    monkeypatch.delenv("TMPDIR", raising=False)
+    assert storage.default_scratch() == tmp_path
+    monkeypatch.setenv("TMPDIR", "/elsewhere")
+    assert storage.default_scratch() != tmp_path
 
 
 @pytest.mark.parametrize("value", ["lots", "-1", -5, "3 parsecs", True, [], float("nan"), "inf", ""])

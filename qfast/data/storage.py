@@ -19,12 +19,13 @@ from qfast.files import is_disk_full
 
 log = logging.getLogger("qfast.data")
 
-__all__ = ["Storage", "byte_count", "default_memory_limit", "new_mapped_file"]
+__all__ = ["Storage", "byte_count", "default_memory_limit", "default_scratch", "new_mapped_file"]
 
 SMALLEST_FILE = 1 << 20  # arrays below this many bytes are always in memory
 ZEROS = 1 << 24
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+VAR_TMP = Path("/var/tmp")
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 class Storage:
@@ -60,7 +61,7 @@ class Storage:
         memory_limit : str, number or None
             See `byte_count`; None: `default_memory_limit()`.
         scratch : path or None
-            Folder of the files. Default: the folder of the module tempfile, which the variable TMPDIR changes.
+            Folder of the files. Default: `default_scratch()`.
 
         Examples
         --------
@@ -68,7 +69,7 @@ class Storage:
         (True, False)
         """
         limit = default_memory_limit() if memory_limit is None else byte_count("memory_limit", memory_limit)
-        return cls(None if n_bytes <= limit else (scratch or tempfile.gettempdir()))
+        return cls(None if n_bytes <= limit else (scratch or default_scratch()))
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> np.ndarray:
         """A writable array with arbitrary values.
@@ -161,6 +162,17 @@ def byte_count(name: str, value: object) -> int:
     return int(count)
 
 
+def default_scratch() -> Path:
+    """The folder of the variable TMPDIR, otherwise /var/tmp, because /tmp is often in memory.
+
+    >>> default_scratch().is_dir()
+    True
+    """
+    if "TMPDIR" not in os.environ and VAR_TMP.is_dir() and os.access(VAR_TMP, os.W_OK):
+        return VAR_TMP
+    return Path(tempfile.gettempdir())
+
+
 def default_memory_limit() -> int:
     """Half of the memory that this process may use: that of the machine, or of its control group if that is less.
 
@@ -171,6 +183,7 @@ def default_memory_limit() -> int:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
         return 8 << 30  # a platform that does not report its memory
-    with contextlib.suppress(OSError, ValueError):  # no control groups, or "max"
-        total = min(total, int(CGROUP_LIMIT.read_text()))
+    for file in CGROUP_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # no control groups, or "max"
+            total = min(total, int(file.read_text()))
     return total // 2

@@ -95,7 +95,7 @@ class DataHandlerLP:
         into memory. 0: always. Default: half of the memory of the machine, or of the control group. The values are
         equal to the bit.
     scratch : path, optional
-        Folder of these files. Default: the folder for temporary files, which the variable TMPDIR changes.
+        Folder of these files. Default: the variable TMPDIR, otherwise /var/tmp.
 
     Raises
     ------
