@@ -135,7 +135,7 @@ def files_of(folder: Path) -> list[Path]:
 def test_every_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
     make_panel().save(tmp_path / "good")
     files = files_of(tmp_path / "good")
-    assert len(files) == 7
+    assert len(files) == 9
     for file in files:
         copy = tmp_path / "copy"
         shutil.copytree(tmp_path / "good", copy)
@@ -173,7 +173,7 @@ def change_header(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "format version 2; this release reads version 1"),
+        ({"version": 1}, "format version 1; this release reads version 2"),
         ({"byte_order": "big"}, "in 'big' byte order, and this machine needs 'little'"),
         ({"format": "other"}, "does not describe a panel of qfast"),
         ({"contents": "../elsewhere"}, "is damaged"),

@@ -27,6 +27,8 @@ from qfast.dates import DateLike, starts_after
 from qfast.errors import CheckpointError, ConfigError, DataError, suggest, whole_number
 from qfast.ops import WindowIndex, build_window_index
 
+MANY_ROWS = 1 << 22  # a larger panel has the window tables of one data key at a time
+
 FLAT_ARGUMENTS = ("handler", "segments", "fetch_kwargs")  # of DatasetH
 DK_I, CS_ALL, CS_RAW = DataHandlerLP.DK_I, DataHandlerLP.CS_ALL, DataHandlerLP.CS_RAW
 
@@ -320,6 +322,9 @@ class TSDatasetH(DatasetH):
         """The window tables of a data key, which all segments share."""
         entry = self._index_of.get(data_key)
         if entry is None or entry[0] is not panel:
+            if panel.n_rows > MANY_ROWS:  # the tables need 12 bytes per row, and are built in a second
+                entry = None
+                self._index_of.clear()
             entry = (panel, build_window_index(panel.instrument_codes, panel.date_codes, panel.live))
             self._index_of[data_key] = entry
         return entry[1]
@@ -329,9 +334,7 @@ class TSDatasetH(DatasetH):
         if start is None:
             return None
         panel = self.handler.panel(DK_I)
-        live = np.zeros(len(panel.datetimes), dtype=bool)
-        live[panel.date_codes[panel.live_rows()]] = True
-        calendar = panel.datetimes[live]
+        calendar = panel.datetimes[panel.live_dates()]
         begin = bisect.bisect_left(calendar, panel.timestamp(start, "start"))
         return None if begin <= self.step_len else calendar[begin - self.step_len]
 

@@ -208,7 +208,7 @@ class Panel:
         """Map a panel that `save` has written.
 
         The values are read-only memory maps: all processes of a machine share one copy, and a panel may be larger than
-        memory. The keys, 8 bytes per row, are read into memory.
+        memory. The mask of live rows, one byte per row, is read into memory.
 
         Parameters
         ----------
@@ -330,6 +330,14 @@ class Panel:
     def live_rows(self) -> np.ndarray:
         """int64 row numbers of the live rows, ascending."""
         return np.arange(self.n_rows) if self.live is None else np.flatnonzero(self.live)
+
+    def live_dates(self) -> np.ndarray:
+        """bool [D]: True for the datetimes of at least one live row."""
+        present = np.zeros(len(self.datetimes), dtype=bool)
+        for start in range(0, self.n_rows, ROW_CHUNK):
+            codes = self.date_codes[start : start + ROW_CHUNK]
+            present[codes if self.live is None else codes[self.live[start : start + ROW_CHUNK]]] = True
+        return present
 
     def index(self, rows: np.ndarray | None = None) -> pd.MultiIndex:
         """(datetime, instrument) keys of `rows` in their order. Default: all live rows."""

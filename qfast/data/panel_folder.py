@@ -4,7 +4,8 @@ A panel folder contains `panel.json` and one subfolder `contents-…` with the d
 
     block-N.values        values of the N-th column group: raw little-endian float32 or float64 [R, C], row-major
     block-N.checksums.npy CRC-32 of each few megabytes of these values
-    keys.npz              date codes and instrument codes of the rows, the datetimes, and the mask of live rows
+    date_codes.values, instrument_codes.values  keys of the rows: raw little-endian int32 [R]
+    keys.npz              the datetimes, and the mask of live rows
     instruments.json      instrument names
 
 `panel.json` names the subfolder, the column groups, and the size and digest of every small file. It is the only file
@@ -17,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import mmap
 import os
 import re
@@ -41,9 +43,10 @@ if TYPE_CHECKING:
 __all__ = ["create_panel", "is_panel_folder", "open_panel", "save_panel"]
 
 FORMAT = "qfast panel"
-VERSION = 1
+VERSION = 2
 HEADER = "panel.json"
 KEYS, INSTRUMENTS = "keys.npz", "instruments.json"
+DATE_CODES, INSTRUMENT_CODES = "date_codes.values", "instrument_codes.values"
 CHECKSUM_BYTES = 4 << 20
 RESERVE_BYTES = 1 << 20  # free space that a write leaves for the small files
 
@@ -137,16 +140,15 @@ def _require_space(folder: Path, n_bytes: int) -> None:
 def _write_keys(panel: Panel, blocks: list[dict[str, Any]], contents: Path) -> dict[str, Any]:
     """Write the keys and names of a panel, and return the header without its digest."""
     stamps = panel.datetimes.tz_convert("UTC").tz_localize(None) if panel.datetimes.tz is not None else panel.datetimes
-    arrays = {
-        "date_codes": panel.date_codes,
-        "instrument_codes": panel.instrument_codes,
-        "datetimes": stamps.asi8,
-        **({} if panel.live is None else {"live": panel.live}),
-    }
+    for name, codes in ((DATE_CODES, panel.date_codes), (INSTRUMENT_CODES, panel.instrument_codes)):
+        _write_file(
+            contents / name, lambda file, codes=codes: file.write(np.ascontiguousarray(codes, dtype="<i4").data)
+        )
+    arrays = {"datetimes": stamps.asi8, **({} if panel.live is None else {"live": panel.live})}
     _write_file(contents / KEYS, lambda file: np.savez(file, allow_pickle=False, **arrays))
     names = json.dumps(_plain_names(panel.instruments), ensure_ascii=False)
     _write_file(contents / INSTRUMENTS, lambda file: file.write(names.encode()))
-    small = [KEYS, INSTRUMENTS, *(block["checksums"] for block in blocks)]
+    digested = [DATE_CODES, INSTRUMENT_CODES, KEYS, INSTRUMENTS, *(block["checksums"] for block in blocks)]
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -155,7 +157,7 @@ def _write_keys(panel: Panel, blocks: list[dict[str, Any]], contents: Path) -> d
         "rows": panel.n_rows,
         "datetimes": {"unit": panel.datetimes.unit, "time_zone": _zone_name(panel.datetimes)},
         "blocks": blocks,
-        "files": {name: _file_digest(contents / name) for name in small},
+        "files": {name: _file_digest(contents / name) for name in digested},
     }
 
 
@@ -328,7 +330,6 @@ def _map(folder: Path, header: Mapping[str, Any], verify: bool) -> Panel:
         if _file_digest(contents / name) != expected:
             raise DataError(f"{str(contents / name)!r} is damaged: its digest does not match {HEADER}. {_REMEDY}")
     with np.load(contents / KEYS, allow_pickle=False) as keys:
-        date_codes, instrument_codes = keys["date_codes"], keys["instrument_codes"]
         live = keys.get("live")
         stamps = pd.DatetimeIndex(keys["datetimes"].view(f"M8[{header['datetimes']['unit']}]"))
     zone = header["datetimes"]["time_zone"]
@@ -336,29 +337,33 @@ def _map(folder: Path, header: Mapping[str, Any], verify: bool) -> Panel:
     instruments = np.array(json.loads((contents / INSTRUMENTS).read_text(encoding="utf-8")), dtype=object)
     blocks = {}
     for block in header["blocks"]:
-        values = _map_values(contents / block["values"], header["rows"], len(block["columns"]), block["dtype"])
+        shape = (header["rows"], len(block["columns"]))
+        values = _map_values(contents / block["values"], shape, block["dtype"])
         if verify:
             _verify(values, contents / block["checksums"], contents / block["values"])
         blocks[block["group"]] = Block(values, tuple(block["columns"]))
+    date_codes, instrument_codes = (
+        _map_values(contents / name, (header["rows"],), "int32") for name in (DATE_CODES, INSTRUMENT_CODES)
+    )
     return Panel(datetimes, instruments, date_codes, instrument_codes, blocks, live)
 
 
-def _map_values(file: Path, rows: int, columns: int, dtype: str) -> np.ndarray:
-    """The values of a block as a read-only array [rows, columns] over the mapped file."""
-    expected = rows * columns * np.dtype(dtype).itemsize
+def _map_values(file: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """The content of a file as a read-only array over its memory map."""
+    expected = math.prod(shape) * np.dtype(dtype).itemsize
     actual = file.stat().st_size
     if actual != expected:
         raise DataError(
-            f"{str(file)!r} is truncated or damaged: expected {expected} bytes for [{rows}, {columns}] {dtype}, got "
+            f"{str(file)!r} is truncated or damaged: expected {expected} bytes for {list(shape)} {dtype}, got "
             f"{actual}. {_REMEDY}"
         )
     if expected == 0:
-        values = np.empty((rows, columns), dtype=dtype)
+        values = np.empty(shape, dtype=dtype)
     else:
         with file.open("rb") as handle:
             # A private map: a stray write through a tensor cannot reach the file, and cannot crash the process.
             mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
-        values = np.frombuffer(mapped, dtype=dtype).reshape(rows, columns)
+        values = np.frombuffer(mapped, dtype=dtype).reshape(shape)
     values.flags.writeable = False
     return values
 
@@ -374,7 +379,11 @@ def _verify(values: np.ndarray, checksums: Path, file: Path) -> None:
 
 
 def _file_digest(file: Path) -> str:
-    return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(digest_size=16)
+    with file.open("rb") as content:
+        while part := content.read(CHECKSUM_BYTES):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _digest_of(header: Mapping[str, Any]) -> str:

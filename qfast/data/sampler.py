@@ -17,6 +17,7 @@ from qfast.dates import DateLike
 from qfast.errors import ConfigError, DataError, suggest, whole_number
 from qfast.ops import WindowIndex, build_window_index, window_rows
 
+HISTORY_ROWS = 1 << 20  # rows whose reach is determined at a time
 FILLS = ("none", "ffill", "ffill+bfill")
 
 __all__ = ["TSDataSampler", "feature_table"]
@@ -179,17 +180,31 @@ class TSDataSampler:
 
     def _history_rows(self) -> np.ndarray:
         """Live rows that the window of at least one sample can contain: its own and up to T - 1 live rows before it."""
-        live_rows = self.panel.live_rows()
+        codes = self.panel.instrument_codes
+        bounds = np.searchsorted(codes, np.arange(len(self.panel.instruments) + 1, dtype=codes.dtype))
+        parts, low = [self.rows[:0]], 0
+        while low < len(codes):  # whole instruments, whose windows do not overlap
+            high = int(bounds[np.searchsorted(bounds, min(low + HISTORY_ROWS, len(codes)))])
+            first, stop = np.searchsorted(self.rows, [low, high])
+            if first < stop:
+                parts.append(self._history_between(low, high, self.rows[first:stop]))
+            low = high
+        reached = np.concatenate(parts)
+        return reached[self.window_index.position.numpy()[reached] >= self.first_position]
+
+    def _history_between(self, low: int, high: int, samples: np.ndarray) -> np.ndarray:
+        """Live rows from `low` to `high - 1`, rows of whole instruments, that the windows of `samples` contain."""
+        live = self.panel.live
+        live_rows = np.arange(low, high) if live is None else low + np.flatnonzero(live[low:high])
         codes = self.panel.instrument_codes[live_rows]
         numbers = np.arange(len(live_rows))
         first_of_instrument = np.maximum.accumulate(np.where(np.diff(codes, prepend=-1) != 0, numbers, 0))
-        ranks = np.searchsorted(live_rows, self.rows)
+        ranks = np.searchsorted(live_rows, samples)
         starts = np.maximum(ranks - (self.step_len - 1), first_of_instrument[ranks])
         change = np.zeros(len(live_rows) + 1, dtype=np.int32)
         np.add.at(change, starts, 1)
         np.add.at(change, ranks + 1, -1)
-        reached = live_rows[np.cumsum(change[:-1]) > 0]
-        return reached[self.window_index.position.numpy()[reached] >= self.first_position]
+        return live_rows[np.cumsum(change[:-1]) > 0]
 
     def _gather(self, index: Tensor) -> np.ndarray:
         parts = [gather_rows(_tensor_of(self.panel, group), index) for group in self.groups]
@@ -244,9 +259,7 @@ class TSDataSampler:
 
     def _positions_of_date_codes(self) -> np.ndarray:
         """int64 [D + 1]: number of dates with a live row before each date code."""
-        present = np.zeros(len(self.panel.datetimes) + 1, dtype=np.int64)
-        present[self.panel.date_codes[self.panel.live_rows()] + 1] = 1
-        return np.cumsum(present)
+        return np.concatenate(([0], np.cumsum(self.panel.live_dates(), dtype=np.int64)))
 
     def _filter(self, flt_data: pd.Series | pd.DataFrame) -> np.ndarray:
         """bool [R]: truth of `flt_data` at each panel row; False if missing or NaN."""

@@ -76,6 +76,11 @@ class ClippedAdam(torch.optim.Adam):
         inspect.unwrap(torch.optim.Adam.add_param_group)(self, param_group)
         _prefer_fused(self.param_groups[-1])
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, as in torch.optim.Adam."""
+        # torch's decorator of this method imports torch._dynamo, which needs 100 MB of memory.
+        inspect.unwrap(torch.optim.Adam.zero_grad)(self, set_to_none)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the `state_dict` of a ClippedAdam or of a torch.optim.Adam."""
         super().load_state_dict(state_dict)
