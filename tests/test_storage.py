@@ -15,7 +15,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qfast.data import Alpha360, DataHandlerLP, DatasetH, FactorHandler, load_prices, storage, synthetic
+from qfast.data import (
+    Alpha360,
+    DataHandlerLP,
+    DatasetH,
+    FactorHandler,
+    TSDatasetH,
+    load_prices,
+    sampler,
+    storage,
+    synthetic,
+)
+from qfast.data import dataset as qfast_dataset
 from qfast.data.panel import Panel
 from qfast.data.processors import columns as processor_columns
 from qfast.data.storage import Storage, byte_count, default_memory_limit
@@ -322,3 +333,34 @@ def test_a_killed_creation_keeps_the_previous_panel(tmp_path):
     assert Panel.open(tmp_path).content_hash() == before
     create(tmp_path, keys, values)
     assert len(list(tmp_path.glob("contents-*"))) == 1
+
+
+# ---------------------------------------------------------------- training on a large panel
+def test_large_panels_have_the_same_windows_in_less_memory(monkeypatch):
+    frame = synthetic.factors(6, 40, 3, missing=0.0, seed=4)
+
+    def windows() -> list[Any]:
+        handler = DataHandlerLP(frame, learn_processors=["DropnaLabel"])
+        dates = handler.panel("infer").datetimes
+        dataset = TSDatasetH(handler, {"train": (None, dates[20]), "test": (dates[30], None)}, step_len=7)
+        sets = [dataset.windows(*part) for part in (("train", "learn"), ("test", "infer"), ("train", "learn"))]
+        results = [[w.rows.tolist(), w.history().tolist(), w.first_position, *map(list, w.index)] for w in sets]
+        return [len(dataset._index_of), results]
+
+    tables, expected = windows()
+    monkeypatch.setattr(qfast_dataset, "MANY_ROWS", 10)
+    monkeypatch.setattr(sampler, "HISTORY_ROWS", 1)
+    assert windows() == [1, expected]
+    assert tables == 2
+
+
+def test_training_does_not_import_the_compiler():
+    program = (
+        "import sys\n"
+        "from qfast.data import DatasetH, synthetic\n"
+        "from qfast.models import LSTM\n"
+        "dataset = DatasetH(synthetic.factors(4, 30, 2, missing=0.0), {'train': (None, None)})\n"
+        "LSTM(d_feat=2, hidden_size=4, num_layers=1, n_epochs=1, seed=0, progress=False).fit(dataset)\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
