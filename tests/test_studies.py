@@ -139,6 +139,7 @@ def test_data_is_prepared_once_for_each_handler(case, tmp_path, monkeypatch):
     alone = run(*case, [*SETS, f"{key}=2020-01-20", f"{LR}=1e-3"], output=tmp_path / "r", seed=0)
     same_run(result.path / "runs" / "001", alone.path)
     assert not (result.path / "prepared").exists()
+    assert study(*case, SETS, resume=result.path, grid=grid, **HERE).table.equals(result.table)
 
 
 def test_prepared_data_is_verified(case, tmp_path, monkeypatch):

@@ -111,6 +111,7 @@ def test_each_point_of_a_grid_has_a_search_of_its_own(case, tmp_path):
         ({"space": SPACE, "sampler": {"class": "TPESampler", "kwargs": {"n_start": 1}}}, "sampler TPESampler:"),
         ({"space": SPACE, "pruner": "MeanPruner"}, "Did you mean 'MedianPruner'?"),
         ({"space": SPACE, "objective": "vaild.rank_ic"}, "needs a segment 'vaild'"),
+        ({"space": SPACE, "objective": "valid.rank_icc"}, "Did you mean 'rank_ic'?"),
         ({"space": SPACE, "direction": "up"}, "direction must be one of"),
         ({"spaces": SPACE}, "unknown key 'spaces'"),
         (["lr"], "expected a mapping"),

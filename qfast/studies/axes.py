@@ -225,7 +225,7 @@ def grid_of(grid: Mapping[str, Sequence[Any]] | Sequence[str], problems: Problem
             twice = next(value for value, text in zip(values, texts, strict=True) if texts.count(text) > 1)
             problems.add(f"--grid {key}", f"the value {twice!r} occurs twice")
         else:
-            result[key] = tuple(values)
+            result[key] = tuple(json.loads(text) for text in texts)  # as study.json stores them: dates are text
     return result
 
 

@@ -76,6 +76,7 @@ class LocalEngine:
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             environment[name] = str(self._threads)
         environment.setdefault("OMP_WAIT_POLICY", "passive")
+        environment["PYTHONSAFEPATH"] = "1"  # a file torch.py in the working directory is not imported
         root = str(Path(__file__).resolve().parents[2])  # the worker imports the same qfast
         paths = [root, *filter(None, [environment.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(paths)

@@ -20,6 +20,10 @@ __all__ = ["DEFAULT_OBJECTIVE", "check_search"]
 
 DEFAULT_OBJECTIVE = "valid.rank_ic"
 KEYS = ("space", "objective", "direction", "sampler", "pruner", "storage")
+METRICS = [
+    *("ic", "icir", "rank_ic", "rank_icir", "score"),
+    *("long_short_ann_return", "long_short_ann_sharpe", "long_avg_ann_return", "long_avg_ann_sharpe"),
+]
 DIRECTIONS = ("maximize", "minimize")
 STORAGES = ("sqlite", "journal")
 PARAMETERS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # type -> (required, optional) arguments
@@ -110,6 +114,8 @@ def _objective(value: object, workflow: Workflow | None, problems: Problems) -> 
     segment, _, metric = str(value).partition(".")
     if not isinstance(value, str) or not segment or not metric:
         problems.add("--search", f"objective must be a segment and a metric such as valid.rank_ic, got {value!r}")
+    elif segment != "1day" and metric not in METRICS:
+        problems.add("--search", f"objective {value}: the metric must be one of {METRICS}.{suggest(metric, METRICS)}")
     elif workflow is not None and segment not in segments and segment != "1day":
         problems.add(
             "--search",
