@@ -22,6 +22,7 @@ Or build the parts yourself. Constructors, `fit` and `predict` are Qlib's:
 Names of this module
     run, RunResult          train the model of a workflow file; the result
     study, StudyResult      many runs of a workflow as one job: seeds, grids, searches, rolling windows; the result
+    compare_runs            the run folders below a folder as one table
     check, CheckReport      look for problems in a workflow and its data without training; the findings
     predict                 score new data with a finished run
     load, SavedRun          a finished run: model with weights, fitted processors, configuration
@@ -95,6 +96,7 @@ _MODULE_OF = {
     "SavedRun": "qfast.workflow.saved_run",
     "StudyResult": "qfast.studies.study",
     "check": "qfast.workflow.check",
+    "compare_runs": "qfast.studies.compare",
     "export_artifacts": "qfast.workflow.artifacts",
     "load": "qfast.workflow.saved_run",
     "predict": "qfast.workflow.predict",

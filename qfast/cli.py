@@ -1,4 +1,4 @@
-"""The command line: qfast run, study, check, predict, export, demo, info, doctor."""
+"""The command line: qfast run, study, runs, check, predict, export, demo, info, doctor."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from qfast.cli_options import (
     WarmStartOption,
     with_read_options,
 )
-from qfast.errors import ConfigError, QfastError
+from qfast.errors import ConfigError, QfastError, suggest
 from qfast.interrupts import raised_as_keyboard_interrupt
 from qfast.read_options import ReadOptions, command_line
 
@@ -220,6 +220,30 @@ def study_command(
     )
     _print_study(result)
     raise typer.Exit(1 if result.failed else 0)
+
+
+@app.command("runs")
+def runs_command(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that contains runs, or a study folder.")],
+    sort: Annotated[str | None, typer.Option(help="Column to sort by, highest first. Default: the start time.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Print all columns.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write all columns to this file, .csv or .parquet.")] = None,
+) -> None:
+    """Compare the runs below a folder: differences in configuration, scores and times. Broken runs are one row."""
+    from qfast.studies.compare import compare_runs, table_lines
+    from qfast.workflow.folder import check_table_target, write_frame
+
+    if out is not None:
+        check_table_target(out)
+    table = compare_runs(folder)
+    if sort is not None:
+        if sort not in table:
+            raise ConfigError(f"--sort {sort!r} is not a column; columns: {list(table)}.{suggest(sort, table)}")
+        table = table.sort_values(sort, ascending=False, kind="stable")
+    for line in table_lines(table, every=every):
+        typer.echo(line)
+    if out is not None:
+        typer.echo(f"table: {write_frame(out, table)}")
 
 
 @app.command("check")

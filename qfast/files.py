@@ -24,6 +24,7 @@ __all__ = [
     "decode",
     "file_hash",
     "is_disk_full",
+    "is_locked",
     "locked",
     "read_text",
     "require_file_target",
@@ -117,6 +118,26 @@ def locked(folder: Path, content: str = "run") -> Iterator[None]:
             with contextlib.suppress(OSError):
                 (folder / LOCK).unlink()  # before the lock is released, see _lock
             os.close(handle)
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process holds the lock of `folder`. Nothing is written.
+
+    On platforms and file systems without locks, True if the lock file exists.
+    """
+    try:
+        handle = os.open(folder / LOCK, os.O_RDONLY)
+    except OSError:  # the holder removes the file
+        return False
+    try:
+        if fcntl is None:
+            return True
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 def _lock(folder: Path, content: str) -> int | None:
