@@ -83,7 +83,7 @@ def test_factors(reader):
 
 
 def test_workflow(reader):
-    assert run_examples(ROOT / "docs" / "workflow.md") == 9
+    assert run_examples(ROOT / "docs" / "workflow.md") == 10
     assert (reader / "runs" / "own" / "report.html").exists()
     assert (reader / "runs" / "first" / "portfolio_analysis" / "metrics.json").exists()
     assert (reader / "tomorrow.csv").exists()

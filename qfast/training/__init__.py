@@ -4,6 +4,7 @@ from qfast.training.callbacks import Callback, Checkpoint, EarlyStopping, Progre
 from qfast.training.estimator import Estimator, FitProgress
 from qfast.training.losses import masked_mse
 from qfast.training.optim import ClippedAdam
+from qfast.training.trackers import MLflowCallback, TensorBoardCallback
 
 __all__ = [
     "Callback",
@@ -12,6 +13,8 @@ __all__ = [
     "EarlyStopping",
     "Estimator",
     "FitProgress",
+    "MLflowCallback",
     "Progress",
+    "TensorBoardCallback",
     "masked_mse",
 ]
