@@ -1,10 +1,11 @@
 """Memory and CPU time of Alpha360 as a view of prices and as columns.
 
-    python bench/alpha360_view.py [--data PRICES] [--instruments 250] [--days 1250]
+    python bench/alpha360_view.py [--data PRICES] [--instruments 250] [--days 1250] [--json FILE]
 
 Without --data, the prices are synthetic (`qfast.data.synthetic.prices`). For each form, a process of its own builds the
 handler with the processors of Qlib's benchmark, trains an LSTM for one epoch and scores the test segment. A line shows
-CPU seconds, the peak memory above that after the imports, and a digest of the scores, which must be equal.
+CPU seconds, the peak memory above that after the imports, and a digest of the scores, which must be equal. --json
+appends a line for each form to a file, from which bench/plot_scale.py draws memory and time.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 
@@ -36,7 +38,9 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(form: str, data: str | None, instruments: int, days: int) -> dict[str, float | str]:
+def measure(
+    form: str, data: str | None, instruments: int, days: int, hidden: int = 4, layers: int = 1
+) -> dict[str, float | str]:
     """Times, memory and the digest of the scores, in this process."""
     torch.set_num_threads(1)
     prices = synthetic.prices(instruments, days) if data is None else data
@@ -55,11 +59,17 @@ def measure(form: str, data: str | None, instruments: int, days: int) -> dict[st
     dates = handler.panel("infer").datetimes
     cut = [dates[int(len(dates) * part)] for part in (0.6, 0.8)]
     dataset = DatasetH(handler, {"train": (None, cut[0]), "valid": (cut[0], cut[1]), "test": (cut[1], None)})
-    model = LSTM(d_feat=6, hidden_size=4, num_layers=1, dropout=0.0, n_epochs=1, seed=0, progress=False)
+    model = LSTM(d_feat=6, hidden_size=hidden, num_layers=layers, dropout=0.0, n_epochs=1, seed=0, progress=False)
     model.fit(dataset)
     trained = time.process_time()
     scores = model.predict(dataset)
     return {
+        "kind": "panel",
+        "form": form,
+        "rows": handler.panel("infer").n_rows,
+        "hidden": hidden,
+        "layers": layers,
+        "windows": len(dataset.windows("train", "learn")),
         "handler_s": built - begin,
         "fit_s": trained - built,
         "handler_mb": handler_mb - after_imports,
@@ -68,26 +78,42 @@ def measure(form: str, data: str | None, instruments: int, days: int) -> dict[st
     }
 
 
+def measure_apart(
+    form: str, data: str | None, instruments: int, days: int, hidden: int = 4, layers: int = 1
+) -> dict[str, float | str]:
+    """The result of `measure` in a process of its own, whose peak memory is that of one form."""
+    sizes = {"instruments": instruments, "days": days, "hidden": hidden, "layers": layers}
+    command = [sys.executable, __file__, "--form", form, *(["--data", data] if data else [])]
+    command += [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return cast("dict[str, float | str]", json.loads(output.strip().splitlines()[-1]))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure both forms and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data")
     parser.add_argument("--instruments", type=int, default=250)
     parser.add_argument("--days", type=int, default=1250)
+    parser.add_argument("--hidden", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--json")
     parser.add_argument("--form", choices=FORMS, help="measure one form in this process and print JSON")
     options = parser.parse_args(arguments)
+    sizes = (options.data, options.instruments, options.days, options.hidden, options.layers)
     if options.form:
-        print(json.dumps(measure(options.form, options.data, options.instruments, options.days)))
+        print(json.dumps(measure(options.form, *sizes)))
         return
     print(
         "| form | handler, CPU s | fit, CPU s | handler, MB | handler and fit, MB | scores |\n|---|---|---|---|---|---|"
     )
     for form in FORMS:
-        command = [sys.executable, __file__, *(arguments or sys.argv[1:]), "--form", form]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        row = json.loads(output.strip().splitlines()[-1])
+        row = measure_apart(form, *sizes)
         times = f"{row['handler_s']:.1f} | {row['fit_s']:.1f}"
         print(f"| {form} | {times} | {row['handler_mb']:.0f} | {row['peak_mb']:.0f} | {row['scores']} |")
+        if options.json:
+            with open(options.json, "a") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qfast import predict, run
 from qfast.data import DatasetH, TSDatasetH, load_prices, synthetic
 from qfast.data.column_maps import Fill, Normalize, ShiftedTanh
 from qfast.data.handlers import Alpha360
@@ -23,6 +25,9 @@ from qfast.errors import ConfigError, DataError
 from qfast.models import LSTM
 from qfast.ops import price_windows
 from qfast.ops.price_windows import _price_windows_twin, neutral_stage
+from qfast.workflow.folder import read_frame
+from support.fits import FLAT, parametrize_estimators, small_model
+from support.workflows import Interrupt
 
 FIT = {"fit_start_time": "2015-01-01", "fit_end_time": "2015-04-30"}
 ROBUST = {"class": "RobustZScoreNorm", "kwargs": {"fields_group": "feature", "clip_outlier": True}}
@@ -383,3 +388,73 @@ def test_a_view_survives_pickle_and_folders(tmp_path: Any) -> None:
 def test_a_view_needs_a_small_part_of_the_memory() -> None:
     view, columns = view_and_columns(synthetic.prices(20, 500), infer_processors=[ROBUST, FILL])
     assert view.panel("infer").nbytes * 20 < columns.panel("infer").nbytes
+
+
+# ---------------------------------------------------------------- models, runs and later commands
+@pytest.fixture(scope="module")
+def both_datasets() -> list[DatasetH]:
+    handlers = view_and_columns(hostile_prices(80), infer_processors=[ROBUST, FILL], learn_processors=LEARN)
+    segments = {"train": (None, "2015-03-20"), "valid": ("2015-03-21", "2015-04-03"), "test": ("2015-04-04", None)}
+    return [DatasetH(handler, segments) for handler in handlers]
+
+
+@parametrize_estimators(FLAT)
+def test_every_model_has_the_same_losses_and_scores(kind: Any, both_datasets: list[DatasetH]) -> None:
+    models = [small_model(kind, d_feat=6, n_epochs=2, dropout=0.2).fit(dataset) for dataset in both_datasets]
+    timeless = [model.history_.drop(columns=["train_seconds", "seconds"]) for model in models]
+    pd.testing.assert_frame_equal(*timeless, check_exact=True)
+    scores = [model.predict(dataset) for model, dataset in zip(models, both_datasets, strict=True)]
+    pd.testing.assert_series_equal(*scores, check_exact=True)
+
+
+WORKFLOW = """
+task:
+  model:
+    class: LSTM
+    module_path: qlib.contrib.model.pytorch_lstm
+    kwargs: {d_feat: 6, hidden_size: 4, num_layers: 1, n_epochs: 2, batch_size: 64, metric: loss, GPU: 0}
+  dataset:
+    class: DatasetH
+    module_path: qlib.data.dataset
+    kwargs:
+      handler:
+        class: Alpha360
+        module_path: qlib.contrib.data.handler
+        kwargs:
+          fit_start_time: 2015-01-01
+          fit_end_time: 2015-04-30
+          infer_processors:
+            - {class: RobustZScoreNorm, kwargs: {fields_group: feature, clip_outlier: true}}
+            - {class: Fillna, kwargs: {fields_group: feature}}
+          learn_processors: [DropnaLabel, {class: CSRankNorm, kwargs: {fields_group: label}}]
+      segments:
+        train: [2015-01-01, 2015-04-15]
+        valid: [2015-04-16, 2015-05-05]
+        test: [2015-05-06, 2015-06-30]
+  record:
+    - {class: SignalRecord, module_path: qlib.workflow.record_temp}
+"""
+WINDOWS = "task.dataset.kwargs.handler.kwargs.windows"
+
+
+def test_run_predict_and_resume_are_the_same(tmp_path: Path) -> None:
+    config, prices = tmp_path / "w.yaml", synthetic.prices(5, 120)
+    config.write_text(WORKFLOW)
+    runs = {w: run(config, prices, [f"{WINDOWS}={w}"], output=tmp_path / w, seed=2) for w in ("view", "columns")}
+    for form, result in runs.items():
+        kind = PriceWindows if form == "view" else np.ndarray
+        assert isinstance(result.dataset.handler.panel("infer").table("feature"), kind)
+    losses = [result.model.history_["train_loss"] for result in runs.values()]
+    pd.testing.assert_series_equal(*losses, check_exact=True)
+    tables = [read_frame(result.path, "pred") for result in runs.values()]
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
+    new = [predict(result.path, prices, start="2015-05-06") for result in runs.values()]
+    pd.testing.assert_series_equal(*new, check_exact=True)
+    common = tables[0].index.intersection(new[0].index)
+    assert len(common) > 50
+    np.testing.assert_allclose(new[0][common], tables[0].loc[common].iloc[:, 0], rtol=1e-6)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, prices, [f"{WINDOWS}=view"], output=tmp_path / "broken", seed=2, callbacks=[Interrupt(1)])
+    resumed = run(data=prices, resume=tmp_path / "broken")
+    pd.testing.assert_frame_equal(read_frame(resumed.path, "pred"), tables[0], check_exact=True)

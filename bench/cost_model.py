@@ -1,0 +1,221 @@
+"""Time and memory of training an LSTM on Alpha360, predicted from unit costs that a short calibration measures.
+
+    python bench/cost_model.py calibrate COSTS.json     # about half a minute on one core
+    python bench/cost_model.py predict COSTS.json       # the table of docs/scale.md
+    python bench/cost_model.py validate COSTS.json      # measures two larger sizes and prints the errors
+
+The unit costs are CPU seconds per training window and layer (one epoch: a training pass, and the scores of the
+training and validation segments), CPU seconds of the handler per row, bytes of memory per row, and seconds and bytes
+per exchange of gradients. Each is the slope between two measured sizes, so the fixed cost of a process is separate.
+Everything that a calibration on one CPU core cannot measure is in `Machine` and is an assumption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from alpha360_view import measure_apart
+
+HIDDEN, LAYERS, BATCH, STEPS, FEATURES = 64, 2, 800, 60, 6  # Qlib's benchmark of the LSTM on Alpha360
+TRAIN_PART = 0.6  # of the days
+CALIBRATED, VALIDATED = ((60, 300), (100, 700)), ((130, 700), (180, 800))  # (instruments, days)
+EXCHANGES = 30
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Measured unit costs of one core, in CPU seconds and bytes."""
+
+    window_s: float
+    window_layer_s: float
+    fit_fixed_s: float
+    row_s: float
+    row_bytes: float
+    fixed_bytes: float
+    exchange_s: float
+    exchange_bytes: int
+
+    def epoch_s(self, windows: float, layers: int = LAYERS) -> float:
+        """CPU seconds of one epoch over training windows."""
+        return windows * (self.window_s + layers * self.window_layer_s)
+
+    def memory_bytes(self, rows: float) -> float:
+        """Peak memory of a process with `rows` rows."""
+        return self.fixed_bytes + rows * self.row_bytes
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Assumed properties of a machine. No GPU, no second machine and no CPU with 64 cores has been measured.
+
+    Attributes
+    ----------
+    ranks : int
+        Processes of a run.
+    speed : float
+        Speed of a rank in a training step, relative to the calibrated core.
+    step_s : float
+        Shortest time of a step of a rank: kernel launches of a GPU.
+    bandwidth : float
+        Bytes per second of an exchange between ranks; 0 for the measured exchange between two processes.
+    latency_s : float
+        Seconds of each of the log2(ranks) rounds of an exchange.
+    cores : int
+        Cores that compute the handler.
+    """
+
+    ranks: int
+    speed: float = 1.0
+    step_s: float = 0.0
+    bandwidth: float = 0.0
+    latency_s: float = 0.0
+    cores: int = 1
+
+
+MACHINES = {
+    "one core": Machine(1),
+    "2 cores": Machine(2),
+    "64 cores": Machine(64, speed=0.7, bandwidth=5e9, latency_s=50e-6, cores=1),
+    "one GPU": Machine(1, speed=150, step_s=4e-3),
+    "8 GPUs": Machine(8, speed=150, step_s=4e-3, bandwidth=100e9, latency_s=20e-6),
+    "16 nodes of 64 cores": Machine(1024, speed=0.7, bandwidth=1.25e9, latency_s=100e-6),
+}
+MARKETS = {  # instruments, days or bars
+    "CSI300, 10 years": (300, 2_430),
+    "5,000 stocks, 2,500 days": (5_000, 2_500),
+    "10,000 stocks, 20 years": (10_000, 5_040),
+    "6,000 stocks, 1,250 days of 240 minutes": (6_000, 300_000),
+}
+
+
+def exchange(rank: int, port: int, count: int, result: list[float]) -> None:
+    """Measure the all-reduce of `count` float32 in two processes."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    gradients = torch.ones(count)
+    times = []
+    for _ in range(EXCHANGES):
+        begin = time.perf_counter()
+        dist.all_reduce(gradients)
+        times.append(time.perf_counter() - begin)
+    if rank == 0:
+        result.append(sorted(times)[EXCHANGES // 2])
+    dist.destroy_process_group()
+
+
+def parameters(layers: int) -> int:
+    """Weights of the LSTM and its output layer."""
+    sizes = [FEATURES] + [HIDDEN] * (layers - 1)
+    return sum(4 * HIDDEN * (size + HIDDEN + 2) for size in sizes) + HIDDEN + 1
+
+
+def calibrate() -> Costs:
+    """Measure the unit costs."""
+    runs = {
+        (size, layers): measure_apart("view", None, *size, HIDDEN, layers) for size in CALIBRATED for layers in (1, 2)
+    }
+
+    def slope(value: str, over: str, layers: int) -> float:
+        small, large = (runs[size, layers] for size in CALIBRATED)
+        return (float(large[value]) - float(small[value])) / (float(large[over]) - float(small[over]))
+
+    one, two = (slope("fit_s", "windows", layers) for layers in (1, 2))
+    small = runs[CALIBRATED[0], 2]
+    row_mb = slope("peak_mb", "rows", 2)
+    with mp.get_context("spawn").Manager() as manager:
+        result = manager.list()
+        mp.spawn(exchange, (29_517, parameters(LAYERS), result), nprocs=2)
+        exchange_s = float(result[0])
+    return Costs(
+        window_s=2 * one - two,
+        window_layer_s=two - one,
+        fit_fixed_s=float(small["fit_s"]) - two * float(small["windows"]),
+        row_s=slope("handler_s", "rows", 2),
+        row_bytes=row_mb * 2**20,
+        fixed_bytes=(float(small["peak_mb"]) - row_mb * float(small["rows"])) * 2**20,
+        exchange_s=exchange_s,
+        exchange_bytes=4 * parameters(LAYERS),
+    )
+
+
+def exchange_s(costs: Costs, machine: Machine) -> float:
+    """Seconds of one exchange of gradients: a ring over the ranks."""
+    if machine.ranks == 1:
+        return 0.0
+    if not machine.bandwidth:
+        return costs.exchange_s
+    rounds = (machine.ranks - 1).bit_length()
+    return 2 * costs.exchange_bytes / machine.bandwidth + rounds * machine.latency_s
+
+
+def estimate(costs: Costs, machine: Machine, instruments: int, days: int) -> dict[str, float]:
+    """Estimated hours of the handler and of one epoch, and gigabytes of each rank."""
+    rows = instruments * days
+    windows = TRAIN_PART * rows
+    steps = windows / BATCH
+    ranks = min(machine.ranks, BATCH, instruments)
+    step = max(costs.epoch_s(BATCH) / ranks / machine.speed, machine.step_s) + exchange_s(costs, machine)
+    return {
+        "handler_h": rows * costs.row_s / machine.cores / 3600,
+        "epoch_h": steps * step / 3600,
+        "rank_gb": costs.memory_bytes(rows / ranks) / 1e9,
+        "all_gb": ranks * costs.memory_bytes(rows / ranks) / 1e9,
+    }
+
+
+def print_predictions(costs: Costs) -> None:
+    """Print the table of estimates."""
+    print("| market | machine | one epoch, hours | memory of a rank, GB | of all ranks, GB |\n|---|---|---|---|---|")
+    for market, size in MARKETS.items():
+        for name, machine in MACHINES.items():
+            row = estimate(costs, machine, *size)
+            print(f"| {market} | {name} | {row['epoch_h']:.3g} | {row['rank_gb']:.3g} | {row['all_gb']:.3g} |")
+    print("\n| market | handler, hours on one core |\n|---|---|")
+    for market, size in MARKETS.items():
+        print(f"| {market} | {estimate(costs, MACHINES['one core'], *size)['handler_h']:.3g} |")
+
+
+def validate(costs: Costs) -> None:
+    """Measure two larger sizes and print measured and predicted figures."""
+    print("| instruments x days | | measured | predicted | error |\n|---|---|---|---|---|")
+    for size in VALIDATED:
+        run = {
+            name: float(value)
+            for name, value in measure_apart("view", None, *size, HIDDEN, LAYERS).items()
+            if isinstance(value, (int, float))
+        }
+        figures = {
+            "handler, CPU s": (run["handler_s"], run["rows"] * costs.row_s),
+            "fit of one epoch, CPU s": (run["fit_s"], costs.fit_fixed_s + costs.epoch_s(run["windows"])),
+            "peak memory, MB": (run["peak_mb"], costs.memory_bytes(run["rows"]) / 2**20),
+        }
+        for name, (measured, predicted) in figures.items():
+            error = predicted / measured - 1
+            print(f"| {size[0]} x {size[1]:,} | {name} | {measured:.1f} | {predicted:.1f} | {error:+.0%} |")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("calibrate", "predict", "validate"))
+    parser.add_argument("costs", type=Path)
+    options = parser.parse_args(arguments)
+    if options.command == "calibrate":
+        costs = calibrate()
+        options.costs.write_text(json.dumps(asdict(costs), indent=1) + "\n")
+        print(options.costs.read_text())
+        return
+    costs = Costs(**json.loads(options.costs.read_text()))
+    print_predictions(costs) if options.command == "predict" else validate(costs)
+
+
+if __name__ == "__main__":
+    main()
