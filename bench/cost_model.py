@@ -38,6 +38,7 @@ class Costs:
     window_layer_s: float
     fit_fixed_s: float
     row_s: float
+    handler_fixed_s: float
     row_bytes: float
     fixed_bytes: float
     exchange_s: float
@@ -129,7 +130,7 @@ def calibrate() -> Costs:
 
     one, two = (slope("fit_s", "windows", layers) for layers in (1, 2))
     small = runs[CALIBRATED[0], 2]
-    row_mb = slope("peak_mb", "rows", 2)
+    row_mb, row_s = slope("peak_mb", "rows", 2), slope("handler_s", "rows", 2)
     with mp.get_context("spawn").Manager() as manager:
         result = manager.list()
         mp.spawn(exchange, (29_517, parameters(LAYERS), result), nprocs=2)
@@ -138,7 +139,8 @@ def calibrate() -> Costs:
         window_s=2 * one - two,
         window_layer_s=two - one,
         fit_fixed_s=float(small["fit_s"]) - two * float(small["windows"]),
-        row_s=slope("handler_s", "rows", 2),
+        row_s=row_s,
+        handler_fixed_s=float(small["handler_s"]) - row_s * float(small["rows"]),
         row_bytes=row_mb * 2**20,
         fixed_bytes=(float(small["peak_mb"]) - row_mb * float(small["rows"])) * 2**20,
         exchange_s=exchange_s,
@@ -193,7 +195,7 @@ def validate(costs: Costs) -> None:
             if isinstance(value, (int, float))
         }
         figures = {
-            "handler, CPU s": (run["handler_s"], run["rows"] * costs.row_s),
+            "handler, CPU s": (run["handler_s"], costs.handler_fixed_s + run["rows"] * costs.row_s),
             "fit of one epoch, CPU s": (run["fit_s"], costs.fit_fixed_s + costs.epoch_s(run["windows"])),
             "peak memory, MB": (run["peak_mb"], costs.memory_bytes(run["rows"]) / 2**20),
         }

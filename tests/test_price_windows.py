@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from qfast.data.handlers import Alpha360
 from qfast.data.panel import Panel
 from qfast.data.price_windows import PriceWindows
 from qfast.data.prices import Extent, Prices
+from qfast.data.processors import RobustZScoreNorm
 from qfast.errors import ConfigError, DataError
 from qfast.models import LSTM
 from qfast.ops import price_windows
@@ -388,6 +390,24 @@ def test_a_view_survives_pickle_and_folders(tmp_path: Any) -> None:
 def test_a_view_needs_a_small_part_of_the_memory() -> None:
     view, columns = view_and_columns(synthetic.prices(20, 500), infer_processors=[ROBUST, FILL])
     assert view.panel("infer").nbytes * 20 < columns.panel("infer").nbytes
+
+
+def test_constants_are_fitted_a_few_columns_at_a_time() -> None:
+    handler = Alpha360(data=synthetic.prices(40, 500), windows="view", infer_processors=[], **FIT)
+    panel = handler.panel("raw")
+    step = RobustZScoreNorm(None, None, "feature")
+    tracemalloc.start()
+    try:
+        step.fit(panel)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < panel.n_rows * 360 * 4 / 6, f"{peak} bytes for {panel.n_rows} rows"
+    columns = panel.replace("feature", panel.values("feature"))
+    expected = RobustZScoreNorm(None, None, "feature")
+    expected.fit(columns)
+    for name, values in step.state().items():
+        np.testing.assert_array_equal(values, expected.state()[name])
 
 
 # ---------------------------------------------------------------- models, runs and later commands
