@@ -3,10 +3,10 @@
     python bench/ranks.py [--ranks 1 2] [--models LSTM Transformer GATs] [--instruments 200] [--days 300] [--batch 800]
 
 Trains time-series models of Qlib's default size on synthetic factors (T = 20, F = 20). It prints, for each number of
-ranks, milliseconds of wall time and of CPU time (of the busiest rank) per training step, the speed relative to the
-first number of ranks, and the share of the panel's rows that a rank reads. The lower of the epochs after the first
-counts. Runs alternate. The load average is that of the machine during the measurement. Wall times mean little if it is
-higher than the number of ranks, because a step waits for its slowest rank.
+ranks, milliseconds of the fastest and of the median training step after the first epoch, CPU milliseconds of the median
+step (of the busiest rank), the speeds relative to the first number of ranks, and the share of the panel's rows that
+a rank reads. Runs alternate, and the lower of the repeats counts. The load average is that of the machine during the
+measurement. If other processes use the cores, the median says little, because a step waits for its slowest rank.
 """
 
 from __future__ import annotations
@@ -33,22 +33,20 @@ STEP_LEN, FEATURES, EPOCHS = 20, 20, 3
 
 
 class StepTimes(Callback):
-    """Wall and CPU milliseconds of a step, by epoch."""
+    """Wall and CPU milliseconds of every step after the first epoch."""
 
     def __init__(self) -> None:
         self.times: list[tuple[float, float]] = []
-        self.steps = 0
+        self.last: tuple[float, float] | None = None
 
     def on_epoch_start(self, model: Any) -> None:
-        self.steps, self.begin = 0, (time.perf_counter(), time.process_time())
+        self.last = None
 
     def on_batch_end(self, model: Any) -> None:
-        self.steps += 1
         now = time.perf_counter(), time.process_time()
-        self.last = tuple(1e3 * (end - start) / self.steps for end, start in zip(now, self.begin, strict=True))
-
-    def on_epoch_end(self, model: Any) -> None:
-        self.times.append(self.last)
+        if self.last is not None and model.epoch_ > 0:
+            self.times.append((1e3 * (now[0] - self.last[0]), 1e3 * (now[1] - self.last[1])))
+        self.last = now
 
 
 def model_of(name: str, batch: int) -> Any:
@@ -70,8 +68,9 @@ def fit(rank: int, size: int, store: str, arguments: argparse.Namespace, name: s
     times = StepTimes()
     estimator.Sharing = RowShares  # type: ignore[misc]
     model_of(name, arguments.batch).fit(dataset, callbacks=[times])
-    wall, cpu = (min(column) for column in zip(*times.times[1:], strict=True))
-    queue.put((wall, cpu, max(RowShares.shares, default=1.0)))
+    walls, cpus = (sorted(column) for column in zip(*times.times, strict=True))
+    middle = len(walls) // 2
+    queue.put((walls[0], walls[middle], cpus[middle], max(RowShares.shares, default=1.0)))
     if size > 1:
         dist.destroy_process_group()
 
@@ -88,7 +87,7 @@ class RowShares(Sharing):
 
 
 def measure(size: int, name: str, arguments: argparse.Namespace) -> list[float]:
-    """Wall and CPU milliseconds of a step, and the share of the rows, each the largest of the ranks."""
+    """Fastest and median wall time and median CPU time of a step, and share of the rows: the largest of the ranks."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +111,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=800)
     parser.add_argument("--repeats", type=int, default=2)
     arguments = parser.parse_args()
-    print("model        ranks  wall ms/step  CPU ms/step  speed (wall)  speed (CPU)  rows  load")
+    print("ms of a step:             fastest   median  CPU median  speed: fastest  median   CPU  rows  load")
     for name in arguments.models:
         best: dict[int, list[float]] = {}
         loads: dict[int, float] = {}
@@ -122,10 +121,12 @@ def main() -> None:
                 best[size] = [min(pair) for pair in zip(best.get(size, result), result, strict=True)]
                 loads[size] = os.getloadavg()[0]
         first = best[arguments.ranks[0]]
-        for size, (wall, cpu, share) in best.items():
+        for size, (*times, share) in best.items():
+            fastest, median, cpu = times
+            speeds = [one / time for one, time in zip(first, times, strict=False)]
             print(
-                f"{name:<12} {size:>5}  {wall:>12.1f}  {cpu:>11.1f}  {first[0] / wall:>12.2f}  {first[1] / cpu:>11.2f}"
-                f"  {share:>4.0%}  {loads[size]:.1f}",
+                f"{name:<12} {size} rank(s)    {fastest:>7.1f}  {median:>7.1f}  {cpu:>10.1f}"
+                f"  {speeds[0]:>14.2f}  {speeds[1]:>6.2f}  {speeds[2]:>4.2f}  {share:>4.0%}  {loads[size]:.1f}",
                 flush=True,
             )
 

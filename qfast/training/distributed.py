@@ -346,10 +346,8 @@ def sum_gradients(network: nn.Module, ranks: Ranks) -> None:
     for parameter, present in zip(parameters, exists.tolist(), strict=True):
         total = flat[position : position + parameter.numel()].view_as(parameter)
         position += parameter.numel()
-        if present and parameter.grad is None:
-            parameter.grad = total.to(parameter.dtype, copy=True)
-        elif present:
-            cast(Tensor, parameter.grad).copy_(total)
+        if present:
+            parameter.grad = total.to(parameter.dtype)
 
 
 @contextlib.contextmanager
