@@ -85,6 +85,11 @@ CASES: dict[str, Any] = {
     "pretrained base": lambda: (with_pretrained_base(GATs, small_dataset(GATs)), small_dataset(GATs), {}),
     "NaN labels": lambda: (model_for(GATs, d_feat=4), flat(without_feature_gaps(gappy_frame()), SEGMENTS), {}),
     "dropped rows": lambda: (model_for(GRU, d_feat=4), flat(gappy_frame(), SEGMENTS), {}),
+    "days": lambda: (
+        model_for(ts.LSTM, loss="mse+ic", batch_by="day", metric="rank_ic"),
+        small_dataset(ts.LSTM),
+        {},
+    ),
     "gradient descent": lambda: (model_for(GRU, optimizer="gd", lr=0.1), small_dataset(GRU), {}),
 }
 
