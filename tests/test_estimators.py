@@ -161,7 +161,7 @@ WRONG_ARGUMENTS = [
             ({"early_stop": -1}, "early_stop must be a whole number of at least 0"),
             ({"loss": "mae"}, r"loss must be one of \['mse', 'ic', .*\] or, in Python, a function of .* got 'mae'"),
             ({"loss": ["mse"]}, "loss must be one of"),
-            ({"metric": "ic"}, "metric must be one of"),
+            ({"metric": "mae"}, "metric must be one of"),
             ({"optimizer": "adamw"}, r"optimizer must be 'adam' or 'gd', got 'adamw'. Did you mean 'adam'"),
             ({"compat": "pyqlib"}, "compat must be None or 'qlib'"),
             ({"d_feat": 0}, "d_feat must be a whole number of at least 1, got 0"),
