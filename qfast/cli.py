@@ -336,10 +336,9 @@ def predict_command(
         weights=weights,
     )
     dates = scores.index.get_level_values("datetime")
-    if out is None:
-        first, last = (stamp.strftime("%Y%m%d") for stamp in (dates.min(), dates.max()))
-        out = run_path / f"scores_{first}_{last}.parquet"
-    written = write_frame(out, scores.to_frame())
+    written = write_frame(
+        out or run_path / f"scores_{dates.min():%Y%m%d}_{dates.max():%Y%m%d}.parquet", scores.to_frame()
+    )
     newest = scores.xs(dates.max(), level="datetime").sort_values(ascending=False)
     typer.echo(f"{len(scores):,} scores from {dates.min():%Y-%m-%d} to {dates.max():%Y-%m-%d}: {written}")
     for note in scores.attrs["notes"]:

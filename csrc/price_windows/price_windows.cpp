@@ -38,8 +38,8 @@ void check_rows(const int64_t* rows, int64_t count, const Place* ends, int64_t p
   }
 }
 
-Tensor price_windows_cpu(const Tensor& series, const Tensor& ends, const Tensor& divisors,
-                         const Tensor& divisor_of, const Tensor& rows, const Tensor& stages, int64_t window) {
+void check_arguments(const Tensor& series, const Tensor& ends, const Tensor& divisors,
+                     const Tensor& divisor_of, const Tensor& rows, const Tensor& stages, int64_t window) {
   check_float32("series", series, 2, "[F, P]");
   check_float32("divisors", divisors, 2, "[K, R]");
   check_float32("stages", stages, 3, "[M, 4, F * T]");
@@ -47,7 +47,7 @@ Tensor price_windows_cpu(const Tensor& series, const Tensor& ends, const Tensor&
   check_row_numbers(kOp, "ends", ends);
   check_dims(kOp, "divisor_of", divisor_of, 1, "[F]");
   check_dims(kOp, "rows", rows, 1, "[B]");
-  const int64_t fields = series.size(0), panel_rows = ends.size(0), count = rows.size(0);
+  const int64_t fields = series.size(0), panel_rows = ends.size(0);
   QFAST_CHECK(window >= 1, kOp, ": window: expected at least 1, got ", window, ".");
   QFAST_CHECK(divisors.size(1) == panel_rows, kOp, ": divisors: expected one value for each of the ",
               panel_rows, " rows of ends, got shape ", shape_text(divisors), ".");
@@ -60,6 +60,25 @@ Tensor price_windows_cpu(const Tensor& series, const Tensor& ends, const Tensor&
   check_same_device(kOp, "ends", ends, series, "series");
   check_same_device(kOp, "divisor_of", divisor_of, series, "series");
   check_same_device(kOp, "rows", rows, series, "series");
+}
+
+// The constants of each stage in stages [M, 4, columns].
+std::vector<PriceStage> stages_of(const Tensor& stages, int64_t columns) {
+  std::vector<PriceStage> parts;
+  for (int64_t s = 0; s < stages.size(0); ++s) {
+    const float* first = stages.const_data_ptr<float>() + s * kStageParts * columns;
+    parts.push_back({.shift = first,
+                     .scale = first + columns,
+                     .limit = first + 2 * columns,
+                     .fill = first + 3 * columns});
+  }
+  return parts;
+}
+
+Tensor price_windows_cpu(const Tensor& series, const Tensor& ends, const Tensor& divisors,
+                         const Tensor& divisor_of, const Tensor& rows, const Tensor& stages, int64_t window) {
+  check_arguments(series, ends, divisors, divisor_of, rows, stages, window);
+  const int64_t fields = series.size(0), panel_rows = ends.size(0), count = rows.size(0);
   const Tensor own_series = as_contiguous(series), own_ends = as_contiguous(ends);
   const Tensor own_divisors = as_contiguous(divisors), own_rows = as_contiguous(rows);
   const Tensor own_divisor_of = as_contiguous(divisor_of);
@@ -88,14 +107,7 @@ Tensor price_windows_cpu(const Tensor& series, const Tensor& ends, const Tensor&
     check_rows(job.rows, count, static_cast<const int32_t*>(job.ends), panel_rows, window, job.places);
   }
   const int64_t columns = fields * window;
-  std::vector<PriceStage> parts;
-  for (int64_t s = 0; s < job.stage_count; ++s) {
-    const float* first = own_stages.const_data_ptr<float>() + s * kStageParts * columns;
-    parts.push_back({.shift = first,
-                     .scale = first + columns,
-                     .limit = first + 2 * columns,
-                     .fill = first + 3 * columns});
-  }
+  const std::vector<PriceStage> parts = stages_of(own_stages, columns);
   job.stages = parts.data();
   Tensor out = new_tensor(series, {count, columns});
   job.out = out.mutable_data_ptr<float>();

@@ -240,6 +240,10 @@ class Estimator(QlibFunctions):
             distributed.begin(self, ranks)
         if save_path is not None:
             require_file_target(Path(save_path), "save_path")
+        if resume and checkpoint_dir is None:
+            raise ConfigError(
+                f"resume=True needs checkpoint_dir, the directory of the interrupted fit, got {checkpoint_dir!r}."
+            )
         origin = self._origin(init_from, resume)
         train, valid = self._load_segments(dataset, reweighter)
         self._require_ranked_days(train, valid)
@@ -248,19 +252,7 @@ class Estimator(QlibFunctions):
         scores["train"], scores["valid"] = [], []
         self.progress_ = FitProgress(logged={})
         self.callbacks_ = self._fit_callbacks(callbacks, checkpoint_dir)
-        if resume:
-            if checkpoint_dir is None:
-                raise ConfigError(
-                    f"resume=True needs checkpoint_dir, the directory of the interrupted fit, got {checkpoint_dir!r}."
-                )
-            self.load_checkpoint(Path(checkpoint_dir) / "last.safetensors")
-        elif origin is not None:
-            origin.require_order(train.columns)
-            self.load_weights(origin.file)
-            self.origin_ = origin.facts()
-            self.logger.info("training starts from the weights of %s", origin.file)
-        else:
-            self.prepare_network()
+        self._set_starting_weights(train, origin, Path(checkpoint_dir) if resume and checkpoint_dir else None)
         if ranks is not None:
             distributed.align(self, ranks)
         self.stop_training = self.progress_.finished
@@ -293,6 +285,18 @@ class Estimator(QlibFunctions):
         """Set initial weights. `fit` calls it after loading the data, unless the fit is resumed or starts from other
         weights; the default does nothing.
         """
+
+    def _set_starting_weights(self, train: WindowSet, origin: Origin | None, interrupted: Path | None) -> None:
+        """Load the state of an interrupted fit or the weights of `init_from`, or draw weights."""
+        if interrupted is not None:
+            self.load_checkpoint(interrupted / "last.safetensors")
+        elif origin is not None:
+            origin.require_order(train.columns)
+            self.load_weights(origin.file)
+            self.origin_ = origin.facts()
+            self.logger.info("training starts from the weights of %s", origin.file)
+        else:
+            self.prepare_network()
 
     def _origin(self, init_from: str | Path | None, resume: bool) -> Origin | None:
         """The checked weights that a fit starts from, if any."""

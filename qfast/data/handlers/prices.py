@@ -7,6 +7,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -99,12 +100,7 @@ class PriceHandler(DataHandlerLP):
         """The part of the constructor that all subclasses share, called once the features are known."""
         if not drop_raw:
             self._arguments = {name: value for name, value in locals().items() if name != "self"}
-        for name, value in {**(refused or {}), **(unavailable or {})}.items():
-            if value:
-                raise ConfigError(
-                    f"{type(self).__name__}: {name} is not available, got {shown(value)}. Remedy: remove it, or use "
-                    "--engine qlib."
-                )
+        self._refuse_unavailable({**(refused or {}), **(unavailable or {})})
         market, filters = build_filters(instruments, filter_pipe)
         self._configure(stages, process_type, drop_raw, instruments, start_time, end_time, fit_start_time, fit_end_time)
         self.read_options = ReadOptions.of(read_options).over(ReadOptions(freq=freq))
@@ -113,31 +109,11 @@ class PriceHandler(DataHandlerLP):
         self.label_expressions, self.label_names = expressions_and_names(
             "label", self.get_label_config() if label is None else label
         )
-        reaches = [self._feature_reach(), *map(reach, self.label_expressions), *filter_reach(filters)]
-        before, after = (max(rows) for rows in zip(*reaches, strict=True))
-        label_fields = [field for text in self.label_expressions for field in fields(text)]
-        wanted = list(dict.fromkeys([*self._feature_fields(), *label_fields, *filter_fields(filters)]))
-
-        def read(instruments: Instruments) -> Prices:
-            return read_prices(
-                data,
-                provider_uri=provider_uri,
-                instruments=instruments,
-                start_time=start_time,
-                end_time=end_time,
-                vwap=vwap,
-                options=self.read_options,
-                margin=(before, after),
-                wanted=wanted,
-            )
-
         self._store = _store_with_vwap(data, provider_uri, vwap)
-        self._prices = read(market)
-        self.mask_prices = other_prices(
-            [*self._feature_texts(), *self.label_expressions, *filter_expressions(filters)],
-            self._prices.panel,
-            lambda name: read([name]),
+        read = partial(
+            read_prices, data, provider_uri=provider_uri, start_time=start_time, end_time=end_time, vwap=vwap
         )
+        self._read_prices(market, filters, read)
         self._rows = self._prices.panel.rows_between(start_time, end_time)
         if filters:
             self._filter(filters)
@@ -154,6 +130,28 @@ class PriceHandler(DataHandlerLP):
             self._raw = raw  # no processor changed the features, so "infer" shares their memory
         if drop_raw:
             del self._prices, self._labels
+
+    def _refuse_unavailable(self, arguments: Mapping[str, object]) -> None:
+        for name, value in arguments.items():
+            if value:
+                raise ConfigError(
+                    f"{type(self).__name__}: {name} is not available, got {shown(value)}. Remedy: remove it, or use "
+                    "--engine qlib."
+                )
+
+    def _read_prices(self, market: Instruments, filters: Sequence[MarketFilter], read: Callable[..., Prices]) -> None:
+        """Read the prices that the features, the labels, the filters and `Mask` need."""
+        reaches = [self._feature_reach(), *map(reach, self.label_expressions), *filter_reach(filters)]
+        before, after = (max(rows) for rows in zip(*reaches, strict=True))
+        label_fields = [field for text in self.label_expressions for field in fields(text)]
+        wanted = list(dict.fromkeys([*self._feature_fields(), *label_fields, *filter_fields(filters)]))
+        read = partial(read, options=self.read_options, margin=(before, after), wanted=wanted)
+        self._prices = read(instruments=market)
+        self.mask_prices = other_prices(
+            [*self._feature_texts(), *self.label_expressions, *filter_expressions(filters)],
+            self._prices.panel,
+            lambda name: read(instruments=[name]),
+        )
 
     @property
     def priced(self) -> PriceHandler:
