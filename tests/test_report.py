@@ -38,7 +38,7 @@ def test_plots_are_png_images_with_something_on_them(segments):
 def test_scores_of_a_users_metric_are_plotted_as_they_are(monkeypatch):
     history = pd.DataFrame({"train": [0.1, 0.2], "valid": [0.0, 0.1]})
     drawn = []
-    monkeypatch.setattr("qfast.workflow.plots._png", lambda figure: drawn.append(figure.axes[0]) or b"")
+    monkeypatch.setattr("qfast.workflow.plots.png", lambda figure: drawn.append(figure.axes[0]) or b"")
     loss_plot(history, 1)
     loss_plot(history, 1, "Score by epoch", is_loss=False)
     labels = [axes.get_ylabel() for axes in drawn]
