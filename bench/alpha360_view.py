@@ -81,7 +81,7 @@ def measure(
 def measure_apart(
     form: str, data: str | None, instruments: int, days: int, hidden: int = 4, layers: int = 1
 ) -> dict[str, float | str]:
-    """The result of `measure` in a process of its own, whose peak memory is that of one form."""
+    """Call `measure` in a new process, because peak memory is a figure of the whole process."""
     sizes = {"instruments": instruments, "days": days, "hidden": hidden, "layers": layers}
     command = [sys.executable, __file__, "--form", form, *(["--data", data] if data else [])]
     command += [text for name, value in sizes.items() for text in (f"--{name}", str(value))]

@@ -2,7 +2,7 @@
 
     python bench/column_selection.py [--instruments 500] [--days 1250] [--repeats 3]
 
-The selection and the processors are those of Qlib's Alpha158 workflow for time-series models. Each form runs in
+The selection and the processors come from Qlib's Alpha158 workflow for time-series models. Each form runs in
 processes of its own on synthetic prices, alternately. A line shows the lowest CPU seconds of the handler, the peak
 resident memory above that before the handler, and a digest of the selected columns, which must be equal. Linux only.
 """

@@ -5,7 +5,7 @@
 PRICES is a source of daily prices as in docs/data.md. Twice, with the prices as they are and with three halts of each
 stock (`with_halts` of bench/factor_compat.py), a line for each seed shows the mean test IC with exact factors and with
 Qlib's, their difference, and the mean correlation of the two scores of a day. The model, the 20 columns and the
-processors are those of Qlib's benchmark of LSTM on Alpha158. The first 60% of the dates are for training, 20% for
+processors come from Qlib's benchmark of LSTM on Alpha158. The first 60% of the dates are for training, 20% for
 validation and 20% for testing. The seeds show how much the IC changes for other reasons.
 """
 

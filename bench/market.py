@@ -154,7 +154,7 @@ def anonymous_mb(pid: int) -> float:
 
 
 def measure_shared(folder: Path, processes: int, windows: int) -> None:
-    """Train in several processes at once, and print the anonymous memory of each."""
+    """Train in several processes at the same time, and print the anonymous memory of each process."""
     command = [sys.executable, __file__, "train", "--folder", str(folder), "--windows", str(windows)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     workers: list[subprocess.Popen[str]] = [subprocess.Popen(command, **pipes) for _ in range(processes)]  # type: ignore[call-overload]

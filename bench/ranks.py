@@ -5,8 +5,8 @@
 Trains time-series models of Qlib's default size on synthetic factors (T = 20, F = 20). It prints, for each number of
 ranks, milliseconds of the fastest and of the median training step after the first epoch, CPU milliseconds of the median
 step (of the busiest rank), the speeds relative to the first number of ranks, and the share of the panel's rows that
-a rank reads. Runs alternate, and the lower of the repeats counts. The load average is that of the machine during the
-measurement. If other processes use the cores, the median says little, because a step waits for its slowest rank.
+a rank reads. Runs alternate, and the table shows the lower of the repeats. The last column is the load average of
+the machine. If other processes use the cores, the median says little, because a step waits for its slowest rank.
 """
 
 from __future__ import annotations

@@ -46,3 +46,11 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 def frame() -> pd.DataFrame:
     """A small panel with holes."""
     return make_frame()
+
+
+@pytest.fixture(scope="module")
+def undrawn_plots() -> Iterator[None]:
+    """Reports have no plots, which are two thirds of the time of a tiny run. Other tests draw them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qfast.workflow.plots.png", lambda figure: b"not drawn")
+        yield

@@ -31,12 +31,7 @@ SETS = [f"{KWARGS}.n_epochs=2"]
 HERE = {"on": "inline", "quiet": True}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_drawing():
-    """Plots are two thirds of the time of a tiny run, and other tests draw them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qfast.workflow.plots.png", lambda figure: b"not drawn")
-        yield
+pytestmark = pytest.mark.usefixtures("undrawn_plots")
 
 
 @pytest.fixture(scope="module")

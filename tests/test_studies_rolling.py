@@ -24,11 +24,7 @@ SETS = ["task.model.kwargs.n_epochs=1"]
 DAYS = pd.bdate_range("2020-01-01", periods=120)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_drawing():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qfast.workflow.plots.png", lambda figure: b"not drawn")
-        yield
+pytestmark = pytest.mark.usefixtures("undrawn_plots")
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,7 @@ HERE = {"on": "inline", "quiet": True}
 SPACE = {f"{KWARGS}.lr": {"type": "float", "low": 1e-6, "high": 1e-1, "log": True}}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_drawing():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qfast.workflow.plots.png", lambda figure: b"not drawn")
-        yield
+pytestmark = pytest.mark.usefixtures("undrawn_plots")
 
 
 @pytest.fixture(scope="module")

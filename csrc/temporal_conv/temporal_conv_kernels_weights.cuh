@@ -29,8 +29,8 @@ struct TwoQuads {
   QFAST_DEVICE_INLINE bool whole() const { return count[0] >= 4 && (count[1] >= 4 || count[1] <= 0); }
 };
 
-// One operand of the rows of a part. Group q of a row is at address of[q], and that of the next row `step`
-// bytes later.
+// One operand of the rows of a part. Group q of a row is at address of[q]; the same group of the next row is
+// `step` bytes later.
 template <class T>
 struct GradientOperand {
   const char* of[2];
