@@ -7,6 +7,10 @@ ranks, milliseconds of the fastest and of the median training step after the fir
 step (of the busiest rank), the speeds relative to the first number of ranks, and the share of the panel's rows that
 a rank reads. Runs alternate, and the table shows the lower of the repeats. The last column is the load average of
 the machine. If other processes use the cores, the median says little, because a step waits for its slowest rank.
+
+A line "apart" shows the limit of the machine: as many processes, each with its part of every batch, that exchange
+nothing. Cores that share memory, caches or power do not reach their number times the speed of one. The difference
+between "apart" and "rank(s)" is the cost of the exchange.
 """
 
 from __future__ import annotations
@@ -58,20 +62,21 @@ def model_of(name: str, batch: int) -> Any:
     return kind(**common, **sizes[name], **({} if name == "GATs" else {"batch_size": batch}))
 
 
-def fit(rank: int, size: int, store: str, arguments: argparse.Namespace, name: str, queue: Any) -> None:
-    """Train in one process of the group and report the times of a step."""
+def fit(rank: int, size: int, store: str | None, arguments: argparse.Namespace, name: str, queue: Any) -> None:
+    """Train in one process and report the times of a step. Without a store, the processes do not know each other."""
     torch.set_num_threads(1)
-    if size > 1:
+    parts = 1 if store else size
+    if store and size > 1:
         dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=size)
-    frame = synthetic.factors(arguments.instruments, arguments.days, FEATURES, missing=0.0)
+    frame = synthetic.factors(arguments.instruments // parts, arguments.days, FEATURES, missing=0.0)
     dataset = TSDatasetH(frame, {"train": (None, None)}, step_len=STEP_LEN)
     times = StepTimes()
     estimator.Sharing = RowShares  # type: ignore[misc]
-    model_of(name, arguments.batch).fit(dataset, callbacks=[times])
+    model_of(name, arguments.batch // parts).fit(dataset, callbacks=[times])
     walls, cpus = (sorted(column) for column in zip(*times.times, strict=True))
     middle = len(walls) // 2
-    queue.put((walls[0], walls[middle], cpus[middle], max(RowShares.shares, default=1.0)))
-    if size > 1:
+    queue.put((walls[0], walls[middle], cpus[middle], max(RowShares.shares, default=1.0 / parts)))
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -86,12 +91,12 @@ class RowShares(Sharing):
         return shared
 
 
-def measure(size: int, name: str, arguments: argparse.Namespace) -> list[float]:
+def measure(size: int, name: str, arguments: argparse.Namespace, *, is_apart: bool = False) -> list[float]:
     """Fastest and median wall time and median CPU time of a step, and share of the rows: the largest of the ranks."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        store = str(Path(folder, "store"))
+        store = None if is_apart else str(Path(folder, "store"))
         jobs = [context.Process(target=fit, args=(r, size, store, arguments, name, queue)) for r in range(size)]
         for job in jobs:
             job.start()
@@ -111,22 +116,24 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=800)
     parser.add_argument("--repeats", type=int, default=2)
     arguments = parser.parse_args()
+    cases = [(size, is_apart) for size in arguments.ranks for is_apart in (False, True) if size > 1 or not is_apart]
     print("ms of a step:             fastest   median  CPU median  speed: fastest  median   CPU  rows  load")
     for name in arguments.models:
-        best: dict[int, list[float]] = {}
-        loads: dict[int, float] = {}
+        best: dict[tuple[int, bool], list[float]] = {}
+        loads: dict[tuple[int, bool], float] = {}
         for _ in range(arguments.repeats):
-            for size in arguments.ranks:
-                result = measure(size, name, arguments)
-                best[size] = [min(pair) for pair in zip(best.get(size, result), result, strict=True)]
-                loads[size] = os.getloadavg()[0]
-        first = best[arguments.ranks[0]]
-        for size, (*times, share) in best.items():
+            for case in cases:
+                result = measure(case[0], name, arguments, is_apart=case[1])
+                best[case] = [min(pair) for pair in zip(best.get(case, result), result, strict=True)]
+                loads[case] = os.getloadavg()[0]
+        first = best[cases[0]]
+        for (size, is_apart), (*times, share) in best.items():
             fastest, median, cpu = times
             speeds = [one / time for one, time in zip(first, times, strict=False)]
             print(
-                f"{name:<12} {size} rank(s)    {fastest:>7.1f}  {median:>7.1f}  {cpu:>10.1f}"
-                f"  {speeds[0]:>14.2f}  {speeds[1]:>6.2f}  {speeds[2]:>4.2f}  {share:>4.0%}  {loads[size]:.1f}",
+                f"{name:<12} {size} {'apart' if is_apart else 'rank(s)':<8}   {fastest:>7.1f}  {median:>7.1f}"
+                f"  {cpu:>10.1f}  {speeds[0]:>14.2f}  {speeds[1]:>6.2f}  {speeds[2]:>4.2f}  {share:>4.0%}"
+                f"  {loads[size, is_apart]:.1f}",
                 flush=True,
             )
 
