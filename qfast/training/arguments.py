@@ -12,6 +12,7 @@ from qfast.training.overrides import FUNCTIONS, accepts, name_of
 
 PROGRESS = (True, False, "auto", "lines")
 BATCH_BY = (None, "sample", "day")
+TRAIN_SCORE = ("pass", "running", "never")
 # Names that other libraries have for these arguments.
 SYNONYMS = {
     "learning_rate": "lr",
@@ -61,6 +62,9 @@ def check_training_arguments(params: Mapping[str, object], decay_name: str, batc
         raise ConfigError(f"cuda_graphs must be True or False, got {params['cuda_graphs']!r}.")
     if params["compat"] not in (None, "qlib"):
         raise ConfigError(f"compat must be None or 'qlib', got {params['compat']!r}.")
+    if params["train_score"] not in TRAIN_SCORE:
+        hint = suggest(params["train_score"], TRAIN_SCORE)
+        raise ConfigError(f"train_score must be 'pass', 'running' or 'never', got {params['train_score']!r}.{hint}")
     _check_function("loss", params["loss"], ("pred, label", "pred, label, weight"))
     _check_function("metric", params["metric"], ("pred, label",))
     _check_batch_by(params, batches_are_days)

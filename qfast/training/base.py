@@ -82,7 +82,7 @@ class BaseEstimator:
     network_class: ClassVar[type[nn.Module]]
     options: ClassVar[tuple[str, ...]] = (
         *("n_epochs", "lr", "metric", "batch_size", "early_stop", "loss", "optimizer", "GPU", "seed"),
-        *("weight_decay", "device", "compat", "progress", "cuda_graphs", "batch_by"),
+        *("weight_decay", "device", "compat", "progress", "cuda_graphs", "batch_by", "train_score"),
     )
     """Keyword arguments that every model accepts, also if its constructor has only `**options` for them."""
     batches_are_days: ClassVar[bool] = False
@@ -109,6 +109,7 @@ class BaseEstimator:
         progress: bool | str = "auto",
         cuda_graphs: bool = False,
         batch_by: str | None = None,
+        train_score: str = "pass",
         extra: Mapping[str, object] | None = None,
         **unknown: object,
     ) -> None:
@@ -130,6 +131,7 @@ class BaseEstimator:
             "progress": progress,
             "cuda_graphs": cuda_graphs,
             "batch_by": batch_by,
+            "train_score": train_score,
         }
         if unknown:
             name = next(iter(unknown))
@@ -230,7 +232,8 @@ class BaseEstimator:
 
         Columns: `train_loss`; the scores `train` and `valid` (mean of the full batches) and `valid_all` (all samples),
         higher is better. With metric "ic" or "rank_ic" the scores are means over days, `train_ic` and `valid_ic`, or
-        `train_rank_ic` and `valid_rank_ic`, repeat them, and there is no `valid_all`. Further columns: `train_seconds`
+        `train_rank_ic` and `valid_rank_ic`, repeat them, and there is no `valid_all`. With train_score="running",
+        `train` is minus `train_loss`; with "never" it is missing. Further columns: `train_seconds`
         of the training pass and `seconds` of the whole epoch; then the values that `log` has recorded. With functions
         of the user, columns that cannot be computed are missing.
         """

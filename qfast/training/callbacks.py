@@ -185,9 +185,9 @@ def epoch_text(record: Mapping[str, float]) -> str:
     names = {"train": "train", "valid": "valid", "valid_all": "all of valid"}
     scores = ", ".join(f"{text} {record[name]:.6f}" for name, text in names.items() if name in record)
     parts = [f"loss {record['train_loss']:.6f}"] if "train_loss" in record else []
-    metric = next((metric for metric in DAILY_METRICS if f"train_{metric}" in record), None)
+    metric = next((metric for metric in DAILY_METRICS if {f"train_{metric}", f"valid_{metric}"} & set(record)), None)
     title = "score" if metric is None else f"mean daily {DAILY_METRICS[metric]}"
-    parts.append(f"{title} (higher is better): {scores}")
+    parts += [f"{title} (higher is better): {scores}"] if scores else []
     known = {"train_loss", "train_seconds", "seconds", *names, f"train_{metric}", f"valid_{metric}"}
     logged = ", ".join(f"{name} {value:.6g}" for name, value in record.items() if name not in known)
     parts += [logged] if logged else []

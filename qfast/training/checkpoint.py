@@ -202,8 +202,8 @@ def _model_name(estimator: BaseEstimator) -> str:
 
 def _require_same_params(estimator: BaseEstimator, saved: dict[str, Any], path: Path) -> None:
     """Check that a resumed fit has the arguments of the saved one, except for its length, device and display."""
-    # The checkpoint already contains the trained weights, so model_path may differ.
-    free = {"device", "n_epochs", "progress", "cuda_graphs", "GPU", "n_jobs", "model_path"}
+    # The checkpoint already contains the trained weights, so model_path may differ. train_score changes no weight.
+    free = {"device", "n_epochs", "progress", "cuda_graphs", "GPU", "n_jobs", "model_path", "train_score"}
     current = json.loads(json.dumps(estimator.get_params(), default=_text))
     changed = [f"{k}: {v!r} -> {current.get(k)!r}" for k, v in saved.items() if k not in free and v != current.get(k)]
     if changed:

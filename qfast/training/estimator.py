@@ -95,6 +95,10 @@ class Estimator(QlibFunctions):
     batch_by : {None, "sample", "day"}
         "day": a batch is one day, or several days with at most `batch_size` samples. None and "sample" are shuffled
         samples, except for models whose batches are always days.
+    train_score : {"pass", "running", "never"}
+        How the score of the training segment is computed after each epoch. "pass": a second pass over the segment, as
+        in Qlib. "running": minus the mean loss of the training batches, without a second pass; the metric must be minus
+        the loss. "never": there is no such score. The trained weights are the same.
     extra : dict, optional
         Further arguments of the subclass's constructor, for `get_params`.
 
@@ -248,6 +252,7 @@ class Estimator(QlibFunctions):
         train, valid = self._load_segments(dataset, reweighter)
         self._require_ranked_days(train, valid)
         functions = EpochFunctions(self, train, valid)
+        self._require_running_score()
         scores: dict[str, Any] = {} if evals_result is None else evals_result
         scores["train"], scores["valid"] = [], []
         self.progress_ = FitProgress(logged={})
@@ -265,7 +270,7 @@ class Estimator(QlibFunctions):
                 started = time.perf_counter()
                 loss = functions.train() if functions.overrides_training else self.train_pass(train)
                 train_seconds = time.perf_counter() - started
-                scores_now = self._epoch_scores(train, valid, functions)
+                scores_now = self._epoch_scores(train, valid, functions, loss)
                 record = {} if loss is None else {"train_loss": loss}
                 record |= {**scores_now, "train_seconds": train_seconds, "seconds": time.perf_counter() - started}
                 self._end_epoch(record)
@@ -402,11 +407,22 @@ class Estimator(QlibFunctions):
             with self._graphed_step.epoch():
                 yield self._graphed_step
 
-    def _epoch_scores(self, train: WindowSet, valid: WindowSet | None, functions: EpochFunctions) -> dict[str, float]:
+    def _epoch_scores(
+        self, train: WindowSet, valid: WindowSet | None, functions: EpochFunctions, train_loss: float | None
+    ) -> dict[str, float]:
         """Scores of the current weights on the training and the validation segment."""
+        how = self._params["train_score"]
+        if how != "pass":
+            self.batches(train, "train_score")  # the random draws of the pass, on which later batches depend
         if functions.overrides_scoring:
-            return {segment: functions.score(segment) for segment in functions.arguments}
-        scores = {"train": self.score_segment(train, "train")[0]}
+            segments = [name for name in functions.arguments if name != "train" or how == "pass"]
+            return {segment: functions.score(segment) for segment in segments}
+        scores: dict[str, float] = {}
+        if how == "pass":
+            scores["train"], _ = self.score_segment(train, "train")
+        elif how == "running":
+            assert train_loss is not None
+            scores["train"] = -train_loss
         if valid is not None:
             scores["valid"], over_all = self.score_segment(valid, "valid")
             scores |= {} if over_all is None else {"valid_all": over_all}

@@ -194,6 +194,10 @@ class QlibFunctions(BaseEstimator):
         own_mse = is_overridden(self, "mse") and not self._has_daily_loss()
         return callable(self._params["loss"]) or is_overridden(self, "loss_fn") or own_mse
 
+    def _has_other_loss(self) -> bool:
+        """Whether the training loss is another one than the mean squared error."""
+        return self._params["loss"] != "mse" or is_overridden(self, "loss_fn")
+
     def _has_daily_loss(self) -> bool:
         """Whether the argument `loss` is a loss of whole days. An overridden `loss_fn` takes precedence."""
         return isinstance(self._params["loss"], str) and self._params["loss"] in DAILY_LOSSES
@@ -230,6 +234,24 @@ class QlibFunctions(BaseEstimator):
                     "the segment, or metric='loss'."
                 )
             _require_ranked_day(valid, metric)
+
+    def _require_running_score(self) -> None:
+        """Raise a ConfigError if train_score="running" cannot give the score: the metric must be minus the loss."""
+        if self._params["train_score"] != "running":
+            return
+        other = None
+        if is_overridden(self, "train_epoch"):
+            other = f"{name_of(self.train_epoch)} computes no loss that qfast knows"
+        elif not self.scores_are_losses or (self._params["metric"] == "mse" and self._has_other_loss()):
+            overridden = next((name for name in ("test_epoch", "metric_fn") if is_overridden(self, name)), None)
+            metric = self._params["metric"]
+            text = name_of(metric) if callable(metric) else f"metric={metric!r}"
+            other = f"{name_of(getattr(self, overridden)) if overridden else text} computes another score"
+        if other is not None:
+            raise ConfigError(
+                f"train_score='running' reports minus the mean training loss, but {other}. Remedy: train_score='never' "
+                "or 'pass'."
+            )
 
     def _has_own_functions(self) -> bool:
         """Whether anything other than qfast's own functions trains or scores."""

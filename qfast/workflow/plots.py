@@ -41,8 +41,8 @@ def loss_plot(
     Parameters
     ----------
     history : DataFrame
-        One row per epoch, with columns "train" and, if there is a validation segment, "valid". As in Qlib, they contain
-        minus the loss, averaged over batches, or the mean daily IC or rank IC.
+        One row per epoch, with the columns "train" and "valid", or one of them. As in Qlib, they contain minus the
+        loss, averaged over batches, or the mean daily IC or rank IC.
     best_epoch : int or None
     title : str
     is_loss : bool
@@ -54,7 +54,8 @@ def loss_plot(
         A PNG image.
     """
     figure, axes = figure_axes()
-    metric = next((text for name, text in DAILY_METRICS.items() if f"train_{name}" in history), None)
+    columns = set(history)
+    metric = next((text for name, text in DAILY_METRICS.items() if {f"train_{name}", f"valid_{name}"} & columns), None)
     is_loss = is_loss and metric is None
     for name in ("train", "valid"):
         if name in history:
