@@ -46,6 +46,23 @@ def test_launches_and_shared_memory_become_cpp(tool):
     assert "(qfast, CPU, m)" in result
 
 
+def test_only_runs_the_test_files_whose_kernels_are_built(tool):
+    files, flags = tool.divide(["-x"], {"encoder_layer", "feed_forward"})
+    assert [Path(file).name for file in files] == ["test_ops_encoder_cuda.py", "test_ops_encoder_precision_cuda.py"]
+    assert flags == ["-x"]
+    assert len(tool.divide([], set())[0]) == len(tool.TESTS)
+    assert all((Path(__file__).parent / name).exists() for name in tool.TESTS)
+    kernels = {path.stem for path in (TOOLS.parent / "csrc").rglob("*.cu")}
+    assert {name for needed in tool.TESTS.values() for name in needed} == kernels
+
+
+def test_values_of_options_are_not_test_files(tool):
+    arguments = ["--deselect", "tests/a.py::test_b", "tests/c.py", "tests/d.py::test_e[1]", "-q"]
+    files, flags = tool.divide(arguments, set())
+    assert files == ["tests/c.py", "tests/d.py::test_e[1]"]
+    assert flags == ["--deselect", "tests/a.py::test_b", "-q"]
+
+
 PROGRAM = """
 #include <cuda_runtime.h>
 %s

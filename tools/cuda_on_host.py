@@ -6,6 +6,7 @@ The C++ compiler compiles each .cu file against the headers in tools/cuda_on_hos
 calls, the threads of a block become fibers that run in random order, and the kernels are registered for CPU tensors.
 tools/cuda_on_host/cuda_runtime.h describes which errors this detects. Object files are cached in build/cuda_on_host and
 compiled again when a source changes. Then pytest runs the tests of the kernels, except tests that need a real GPU.
+With `--only`, these are the test files that need no other kernels.
 `--jobs` runs several test files at a time, each in its own process; the output of a file is printed when it ends.
 
 Environment variables:
@@ -28,23 +29,26 @@ import re
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 REPLACEMENTS = Path(__file__).resolve().with_suffix("")  # each file here replaces the one of that name in csrc
 STABLE_ABI = "0x020a000000000000"
-TESTS = (
-    "test_ops_attention_cuda.py",
-    "test_ops_attention_pool_cuda.py",
-    "test_ops_encoder_cuda.py",
-    "test_ops_encoder_precision_cuda.py",
-    "test_ops_recurrent_cuda.py",
-    "test_ops_temporal_conv_cuda.py",
-    "test_ops_window_gather.py",
-    "test_ops_cuda.py",
-    "test_optim_cuda.py",
-)
+TESTS = {  # test file -> .cu files that it needs
+    "test_ops_attention_cuda.py": {"additive_attention"},
+    "test_ops_attention_pool_cuda.py": {"attention_pool"},
+    "test_ops_encoder_cuda.py": {"encoder_layer", "feed_forward"},
+    "test_ops_encoder_precision_cuda.py": {"encoder_layer", "feed_forward"},
+    "test_ops_recurrent_cuda.py": {"recurrent"},
+    "test_ops_temporal_conv_cuda.py": {"temporal_conv"},
+    "test_ops_window_gather.py": {"window_gather"},
+    "test_ops_cuda.py": {"window_gather"},
+    "test_optim_cuda.py": {"adam"},
+}
+OPTIONS_WITH_VALUE = ("-k", "-m", "-p", "-n", "--deselect", "--ignore")  # of pytest; their values are not test files
 
 
 def as_host_code(text: str) -> str:
@@ -165,6 +169,19 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text)
 
 
+def divide(arguments: Sequence[str], only: set[str]) -> tuple[list[str], list[str]]:
+    """Divide the arguments for pytest into test files and flags. Without files: those that `only` is sufficient for.
+
+    >>> divide(["-x", "--deselect", "tests/a.py::test_b", "tests/c.py"], set())
+    (['tests/c.py'], ['-x', '--deselect', 'tests/a.py::test_b'])
+    """
+    files, flags = [], []
+    for before, argument in pairwise(["", *arguments]):
+        is_file = argument.partition("::")[0].endswith(".py") and not argument.startswith("-")
+        (files if is_file and before not in OPTIONS_WITH_VALUE else flags).append(argument)
+    return files or [str(ROOT / "tests" / name) for name, needed in TESTS.items() if not only or needed <= only], flags
+
+
 def main() -> int:
     """Build the library, run pytest with it, and return pytest's exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -172,7 +189,15 @@ def main() -> int:
     parser.add_argument("--only", default="", help="comma-separated names of .cu files, without the suffix")
     parser.add_argument("--jobs", type=int, default=1, help="test files that run at a time")
     options, pytest_arguments = parser.parse_known_args()
-    library = build(options.sanitize, set(filter(None, options.only.split(","))))
+    only = set(filter(None, options.only.split(",")))
+    known = {name for needed in TESTS.values() for name in needed}
+    if not only <= known:
+        parser.error(f"--only: there is no {sorted(only - known)}. Names of .cu files: {', '.join(sorted(known))}.")
+    files, flags = divide(pytest_arguments, only)
+    if not files:
+        needs = [f"{test} needs {','.join(sorted(needed))}" for test, needed in TESTS.items() if needed & only]
+        parser.error(f"--only {options.only}: no test file needs only this ({'; '.join(needs)}).")
+    library = build(options.sanitize, only)
     environment = {**os.environ, "QFAST_CUDA_ON_HOST": str(library), "QFAST_BACKEND": "torch"}
     environment.setdefault("OMP_NUM_THREADS", "1")
     if options.sanitize:
@@ -183,9 +208,6 @@ def main() -> int:
             "LD_PRELOAD": " ".join(preloaded),
             "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         }
-    files = [part for part in pytest_arguments if part.endswith(".py") or ".py::" in part]
-    flags = [part for part in pytest_arguments if part not in files]
-    files = files or [str(ROOT / "tests" / name) for name in TESTS]
     command = [sys.executable, "-m", "pytest", "-q", *flags]
     if options.jobs == 1:
         return subprocess.run([*command, *files], env=environment, cwd=ROOT).returncode
