@@ -49,14 +49,24 @@ def read_log(lines: Iterable[str]) -> dict[Kernel, Counts]:
 
 
 def demangled(measured: dict[Kernel, Counts]) -> dict[Kernel, Counts]:
-    """The counts of qfast's kernels by demangled name, without the kernels of CUB and of other architectures."""
+    """The counts of qfast's kernels by demangled name, without the kernels of CUB and of other architectures.
+
+    Raises
+    ------
+    ValueError
+        Two kernels have the same short name, so one of them would hide the other.
+    """
     names = [name for name, _ in measured]
     plain = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
-    return {
-        (_short(name), arch): counts
-        for name, ((_, arch), counts) in zip(plain.splitlines(), measured.items(), strict=True)
-        if arch in ARCHITECTURES and not name.startswith("void cub::")
-    }
+    counts: dict[Kernel, Counts] = {}
+    for name, ((_, arch), of_kernel) in zip(plain.splitlines(), measured.items(), strict=True):
+        kernel = _short(name), arch
+        if arch not in ARCHITECTURES or name.startswith("void cub::"):
+            continue
+        if kernel in counts:
+            raise ValueError(f"two kernels are called {kernel[0]} ({arch}). Remedy: rename one of them.")
+        counts[kernel] = of_kernel
+    return counts
 
 
 def _short(name: str) -> str:
@@ -126,7 +136,12 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help=f"replace {TABLE.name}")
     options = parser.parse_args()
     with options.log.open(errors="replace") as file:
-        measured = demangled(read_log(file))
+        log = read_log(file)
+    try:
+        measured = demangled(log)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
     if not measured:
         architectures = ", ".join(ARCHITECTURES)
         print(f"{options.log} has no kernels for {architectures}. Remedy: build with -Xptxas=-v.", file=sys.stderr)
