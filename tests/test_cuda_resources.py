@@ -36,12 +36,14 @@ def test_the_log_is_read(tool):
 
 
 @needs_demangler
-def test_two_kernels_with_one_name_are_an_error(tool):
+def test_different_kernels_with_one_name_are_an_error(tool):
     """They would share a row of the table, and a change of one of them could remain unnoticed."""
-    names = ("_ZN5qfast12_GLOBAL__N_14copyIfEEvPT_", "_ZN5qfast4copyIfEEvPT_")
-    log = tool.read_log([line for name in names for line in log_of(name, 40)])
+    first, second = "_ZN5qfast12_GLOBAL__N_14copyIfEEvPT_", "_ZN5qfast4copyIfEEvPT_"
+    twice = tool.read_log([*log_of(first, 40), *log_of(second, 40)])  # a header that two files include
+    assert tool.demangled(twice) == {("copy<float>", "sm_90"): (40, 4, 8, 384)}
+    different = tool.read_log([*log_of(first, 40), *log_of(second, 41)])
     with pytest.raises(ValueError, match=r"two kernels are called copy<float> \(sm_90\)"):
-        tool.demangled(log)
+        tool.demangled(different)
 
 
 def test_another_release_of_ptxas_may_use_other_registers_but_not_spill_more(tool):

@@ -51,10 +51,12 @@ def read_log(lines: Iterable[str]) -> dict[Kernel, Counts]:
 def demangled(measured: dict[Kernel, Counts]) -> dict[Kernel, Counts]:
     """The counts of qfast's kernels by demangled name, without the kernels of CUB and of other architectures.
 
+    A kernel in a header that two files include is compiled twice and has one row.
+
     Raises
     ------
     ValueError
-        Two kernels have the same short name, so one of them would hide the other.
+        Two kernels have the same short name but different counts, so one of them would hide the other.
     """
     names = [name for name, _ in measured]
     plain = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
@@ -63,8 +65,11 @@ def demangled(measured: dict[Kernel, Counts]) -> dict[Kernel, Counts]:
         kernel = _short(name), arch
         if arch not in ARCHITECTURES or name.startswith("void cub::"):
             continue
-        if kernel in counts:
-            raise ValueError(f"two kernels are called {kernel[0]} ({arch}). Remedy: rename one of them.")
+        if counts.get(kernel, of_kernel) != of_kernel:
+            raise ValueError(
+                f"two kernels are called {kernel[0]} ({arch}), with {counts[kernel]} and {of_kernel} "
+                f"{', '.join(COLUMNS)}. Remedy: rename one of them."
+            )
         counts[kernel] = of_kernel
     return counts
 
