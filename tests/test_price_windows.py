@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qfast import predict, run
+from qfast import check, predict, run
 from qfast.data import DatasetH, TSDatasetH, load_prices, synthetic
 from qfast.data.column_maps import Fill, Normalize, ShiftedTanh
 from qfast.data.handlers import Alpha360
@@ -27,6 +28,7 @@ from qfast.errors import ConfigError, DataError
 from qfast.models import LSTM
 from qfast.ops import price_windows
 from qfast.ops.price_windows import _price_windows_twin, neutral_stage
+from qfast.workflow.artifacts import export_artifacts
 from qfast.workflow.folder import read_frame
 from support.fits import FLAT, parametrize_estimators, small_model
 from support.workflows import Interrupt
@@ -478,3 +480,24 @@ def test_run_predict_and_resume_are_the_same(tmp_path: Path) -> None:
         run(config, prices, [f"{WINDOWS}=view"], output=tmp_path / "broken", seed=2, callbacks=[Interrupt(1)])
     resumed = run(data=prices, resume=tmp_path / "broken")
     pd.testing.assert_frame_equal(read_frame(resumed.path, "pred"), tables[0], check_exact=True)
+
+    exported = [pd.read_pickle(export_artifacts(result.path) / "pred.pkl") for result in runs.values()]
+    pd.testing.assert_frame_equal(*exported, check_exact=True)
+
+
+def test_check_reads_a_view_without_storing_its_columns(tmp_path: Path) -> None:
+    config, prices = tmp_path / "w.yaml", synthetic.prices(5, 120)
+    config.write_text(WORKFLOW)
+    fit_end = "task.dataset.kwargs.handler.kwargs.fit_end_time=2015-04-15"
+    reports = {w: check(config, prices, [f"{WINDOWS}={w}", fit_end]) for w in ("view", "columns")}
+    assert reports["view"].ok, reports["view"].lines()
+    texts = {
+        form: [(f.level, f.topic, f.text) for f in report.findings if f.topic not in ("data", "time", "memory")]
+        for form, report in reports.items()
+    }
+    assert texts["view"] == texts["columns"]
+    megabytes = {
+        form: int(re.search(r"occupy (\d+) MB", next(f.text for f in report.findings if f.topic == "memory"))[1])
+        for form, report in reports.items()
+    }
+    assert megabytes["view"] < megabytes["columns"]

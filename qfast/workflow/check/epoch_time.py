@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qfast.data.panel import Panel
+from qfast.data.panel import Panel, Table
 from qfast.data.protocols import HandlerDataset
 from qfast.errors import QfastError
 from qfast.training.callbacks import Callback
@@ -55,7 +55,7 @@ class _Stopwatch(Callback):
 def check_epoch_time(report: CheckReport, workflow: Workflow, dataset: HandlerDataset) -> None:
     """Report the memory of the data and the estimated time of a training pass."""
     panel = dataset.handler.panel("infer")
-    n_bytes = sum(values.nbytes for values in _distinct([panel, dataset.handler.panel("learn")]))
+    n_bytes = sum(table.nbytes for table in _distinct([panel, dataset.handler.panel("learn")]))
     report.add("note", "memory", f"features and labels occupy {n_bytes / 2**20:,.0f} MB, without copies")
     model, watch = build_model(workflow, n_epochs=1, progress=False), _Stopwatch()
     try:
@@ -81,14 +81,14 @@ def check_epoch_time(report: CheckReport, workflow: Workflow, dataset: HandlerDa
     )
 
 
-def _distinct(panels: Sequence[Panel]) -> Iterator[np.ndarray]:
-    """The arrays of several panels; an array that panels have in common is yielded once."""
+def _distinct(panels: Sequence[Panel]) -> Iterator[Table]:
+    """The tables of several panels; a table that panels have in common is yielded once."""
     seen: set[int] = set()
     for panel in panels:
         for block in panel.blocks.values():
-            if id(block.values) not in seen:
-                seen.add(id(block.values))
-                yield block.values
+            if id(block.table) not in seen:
+                seen.add(id(block.table))
+                yield block.table
 
 
 def _duration(seconds: float) -> str:
