@@ -1,4 +1,4 @@
-"""The command line: qfast run, study, runs, check, predict, export, demo, info, doctor."""
+"""The command line: qfast run, study, runs, check, predict, export, demo, bench, info, doctor."""
 
 from __future__ import annotations
 
@@ -369,6 +369,54 @@ def demo_command(
 
     _log_to_stderr(quiet)
     _print_result(demo(output=output, device=device, seed=seed))
+
+
+@app.command("bench")
+@with_read_options
+def bench_command(
+    config: Annotated[
+        Path | None,
+        typer.Argument(help="Workflow file, whose model is timed. Default: all models with Qlib's Alpha158 settings."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Prices, as for run. Default: the data of the workflow, or a synthetic market."),
+    ] = None,
+    models: Annotated[
+        str | None, typer.Option(help="Models to time, separated by commas, for example LSTM,GATs.")
+    ] = None,
+    sets: SetOption = None,
+    minutes: Annotated[float, typer.Option(help="Time to plan for all models, without reading the data.")] = 3.0,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of the last column of the table. Default: all cores. 1: none.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="JSON file; the picture is written next to it. Default: bench-<UTC time>.json."
+        ),
+    ] = None,
+    allow_code: CodeOption = None,
+    *,
+    read_options: ReadOptions,
+) -> None:
+    """Time an epoch of every model on this machine, compared with Qlib if it is installed and with torch otherwise."""
+    from qfast.benchmarks.bench import bench
+
+    _log_to_stderr(quiet=True)
+    result = bench(
+        *(config, data, None if models is None else models.split(",")),
+        sets=sets or (),
+        minutes=minutes,
+        threads=threads,
+        output=output,
+        allow_code=allow_code,
+        read_options=read_options,
+        notify=lambda line: typer.echo(line, err=True),
+    )
+    for line in result.lines():
+        typer.echo(line)
+    typer.echo(f"figures: {result.json}\npicture: {result.png}")
 
 
 @app.command("info")

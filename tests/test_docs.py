@@ -82,6 +82,12 @@ def test_factors(reader):
     assert len(list((reader / "factors").iterdir())) == 1
 
 
+def test_bench(reader):
+    assert run_examples(ROOT / "docs" / "bench.md", ("sh", "python")) == 2
+    assert (reader / "gru.png").exists()
+    assert len(list(reader.glob("bench-*.json"))) == 1
+
+
 def test_workflow(reader):
     assert run_examples(ROOT / "docs" / "workflow.md") == 10
     assert (reader / "runs" / "own" / "report.html").exists()
