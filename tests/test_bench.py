@@ -20,7 +20,7 @@ from qfast.benchmarks.rates import forward_multiply_adds, training_multiply_adds
 from qfast.benchmarks.sample import Segments
 from qfast.benchmarks.torch_epoch import TorchEpoch
 from qfast.benchmarks.trust import Watch
-from qfast.models import ts
+from qfast.models import GRU, GATs, ts
 from qfast.nn import GRUModel, LSTMModel, TCNModel, Transformer
 from qfast.training.estimator import Estimator
 from qfast.workflow.demo import demo_prices
@@ -126,7 +126,30 @@ def test_qlibs_epoch(kind):
     estimator = small_model(kind, loss="mse")
     reference = qlib_class(estimator)
     assert reference.__module__.startswith("qlib.contrib.model.pytorch_")
-    assert QlibEpoch(reference, estimator, segments_of(estimator).sample(2)).seconds() > 0
+    epoch = QlibEpoch(reference, estimator, segments_of(estimator).sample(2))
+    if kind is GATs:  # Qlib builds its base model with the default sizes
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            epoch.seconds()
+    else:
+        assert epoch.seconds() > 0
+
+
+def test_a_model_that_fails_in_qlib_is_compared_with_torchs_layers(monkeypatch):
+    class Broken:
+        train_epoch = test_epoch = None
+
+        def __init__(self, **arguments):
+            pass
+
+        def fit(self, *arguments, **options):
+            raise RuntimeError("size mismatch\nand more lines")
+
+    monkeypatch.setattr(measure_module, "qlib_class", lambda estimator: Broken)
+    estimator = small_model(GRU, progress=False)
+    times = measure_module.measure("GRU", estimator, dataset_for(GRU), 1e-3, Watch(), 1)
+    assert times.reference_name == "torch's layers"
+    assert "Qlib's GRU fails with these arguments (RuntimeError: size mismatch), so" in "".join(times.notes)
+    assert times.ratio > 0
 
 
 def test_classes_of_the_user_have_no_counterpart_in_qlib():
@@ -203,10 +226,12 @@ def test_the_model_of_a_workflow(tmp_path, capsys):
     config, data = write_case(tmp_path)
     out = tmp_path / "bench.json"
     arguments = [str(config), "--data", str(data), "--minutes", "0.001", "--threads", "1", "-o", str(out)]
-    assert cli.main(["bench", *arguments, "--set", "task.model.kwargs.batch_size=5000"]) == 0
+    sets = ["--set", "task.model.kwargs.batch_size=5000", "--set", "task.model.kwargs.train_score=never"]
+    assert cli.main(["bench", *arguments, *sets]) == 0
     facts = json.loads(out.read_text())["models"][0]
     assert facts["batch_size"] < 300
-    assert "instead of 5,000 samples" in facts["notes"][0]
+    assert "only the reference scores the training segment" in facts["notes"][0]
+    assert "instead of 5,000 samples" in facts["notes"][1]
     assert facts["threads_epoch"] is None
     assert facts["notes"][0] in capsys.readouterr().out
 

@@ -121,13 +121,16 @@ def measure(
     deadline = time.perf_counter() + seconds
     _require_own_loop(name, estimator)
     times = ModelTimes(name)
+    train_score = estimator.get_params().get("train_score", "pass")
+    if train_score != "pass":
+        times.notes.append(f"train_score={train_score!r}: only the reference scores the training segment")
     segments = _segments(estimator, dataset, times)
     with _threads(1):
         sample, reference, round_s = _pilot(estimator, segments, times)
         batches = min(MOST_BATCHES, int((deadline - time.perf_counter()) / (ROUNDS + 1) / max(round_s, 1e-3)))
         if batches > 1 and not sample.is_whole:
             sample = segments.sample(batches)
-            reference = _reference(estimator, sample)
+            reference = _reference(estimator, sample, times)
         times.batches = sample.batches
         _rounds(estimator, sample, reference, times, watch, deadline)
     if threads > 1:
@@ -162,12 +165,15 @@ def _segments(estimator: Estimator, dataset: HandlerDataset, times: ModelTimes) 
     return segments
 
 
-def _reference(estimator: Estimator, sample: Sample) -> Reference | None:
-    """Qlib's model if it is installed and has the loss of the model, otherwise torch's layers."""
+def _reference(estimator: Estimator, sample: Sample, times: ModelTimes) -> Reference | None:
+    """Qlib's model if it is installed and has the loss of the model, otherwise torch's layers.
+
+    `times.reference_name` is set after the first call and restricts the choice of the next ones.
+    """
     params = estimator.get_params()
     if params.get("loss") != "mse" or params.get("batch_by") == "day":
         return None
-    kind = qlib_class(estimator)
+    kind = None if times.reference_name == TorchEpoch.title else qlib_class(estimator)
     if kind is not None:
         return QlibEpoch(kind, estimator, sample)
     return TorchEpoch(estimator, sample) if isinstance(estimator.network, PlainTorch) else None
@@ -180,15 +186,31 @@ def _pilot(estimator: Estimator, segments: Segments, times: ModelTimes) -> tuple
     with peak_memory() as peak:
         _our_epoch(estimator, sample, time.process_time)
     times.memory = peak.megabytes
-    reference = _reference(estimator, sample)
-    if reference is not None:
-        times.reference_name = reference.title
-        with peak_memory() as peak:
-            reference.seconds()
-        times.reference_memory = peak.megabytes
-    else:
-        times.notes.append("no reference: its loss or network is not one of Qlib")
+    try:
+        reference = _run_reference(estimator, sample, times)
+    except Exception as error:  # raised by Qlib's code
+        if qlib_class(estimator) is None:
+            raise
+        message = str(error).strip().splitlines() or [""]
+        times.notes.append(
+            f"Qlib's {type(estimator).__name__} fails with these arguments ({type(error).__name__}: {message[0]}), so "
+            f"the reference is {TorchEpoch.title}"
+        )
+        times.reference_name = TorchEpoch.title
+        reference = _run_reference(estimator, sample, times)
     return sample, reference, time.perf_counter() - start
+
+
+def _run_reference(estimator: Estimator, sample: Sample, times: ModelTimes) -> Reference | None:
+    """Build the reference, run it once, and measure its memory."""
+    reference = _reference(estimator, sample, times)
+    if reference is None:
+        times.notes.append("no reference: its loss or network is not one of Qlib")
+        return None
+    with peak_memory() as peak:
+        reference.seconds()
+    times.reference_memory, times.reference_name = peak.megabytes, reference.title
+    return reference
 
 
 def _rounds(
