@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from qfast import cli
+from qfast import check, cli, study
 from qfast.errors import CheckpointError, ConfigError, DataError
 from qfast.integrations.qlib import run as run_in_qlib
 from qfast.models import GRU, LSTM, GATs, TransformerModel, ts
@@ -27,7 +27,7 @@ from support.fits import (
     small_model,
     weights,
 )
-from support.workflows import write_case
+from support.workflows import factors, write_case
 
 EPOCHS = "task.model.kwargs.n_epochs="
 
@@ -228,3 +228,45 @@ def test_compat_qlib_does_not_draw_the_base_of_gats_again(tmp_path):
     source = small_model(GATs, n_epochs=1, compat="qlib").fit(dataset, save_path=tmp_path / "w.pkl")
     started = small_model(GATs, n_epochs=0, compat="qlib").fit(dataset, init_from=tmp_path / "w.pkl")
     assert same_weights(weights(started), weights(source))
+
+
+# ---------------------------------------------------------------- check and study
+def findings(files, first, *sets, data=None):
+    """The findings of `qfast check` about the weights, as (level, text)."""
+    frame = factors() if data is None else data
+    report = check(files[0], frame, [f"task.init_from={first}", *sets], experiments=False)
+    return [(finding.level, finding.text) for finding in report.findings if finding.topic == "weights"]
+
+
+def test_check_compares_the_weights_with_the_model_and_the_columns(files, first):
+    [(level, text)] = findings(files, first)
+    assert level == "ok"
+    assert text.endswith("best.safetensors fits the model and the feature columns")
+    assert findings(files, first / "best.safetensors")[0][1].endswith("fits the model; its columns are unknown")
+    [(level, text)] = findings(files, first, "task.model.kwargs.hidden_size=8")
+    assert level == "error"
+    assert "is a run of LSTM with hidden_size=4 (now 8)" in text
+    [(level, text)] = findings(files, first, data=factors()[["f1", "f0", "f2", "f3", "f4", "f5", "label"]])
+    assert level == "error"
+    assert "in another order" in text
+    [(level, text)] = findings(files, first, data=factors().rename(columns={"f1": "momentum"}))
+    assert level == "warning"
+    assert "was trained on other feature columns: ['momentum'] instead of ['f1']" in text
+
+
+def test_a_study_refuses_weights_that_do_not_fit(files, first, tmp_path):
+    grid = {"task.model.kwargs.hidden_size": [4, 8]}
+    with pytest.raises(ConfigError, match=r"hidden_size: init_from .* is a run of LSTM with hidden_size=4 \(now 8\)"):
+        study(*files, [f"task.init_from={first}"], grid=grid, output=tmp_path / "s", on="inline")
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_study_finds_a_relative_key_next_to_the_workflow_file(files, first, tmp_path, undrawn_plots):
+    shutil.copytree(first, tmp_path / "first")
+    shutil.copy(files[0], tmp_path / "small.yaml")
+    sets = [EPOCHS + "0", "task.init_from=first"]
+    result = study(tmp_path / "small.yaml", files[1], sets, output=tmp_path / "s", on="inline", quiet=True)
+    assert result.failed == 0
+    assert (
+        sha256(first / "best.safetensors") == RunFolder.open(result.path / "runs/000").manifest["init_from"]["sha256"]
+    )

@@ -67,6 +67,26 @@ def test_each_segment_of_the_cumulative_ic_has_its_own_dates(segments, monkeypat
     assert [line.get_label() for line in panels[1].get_lines()[:2]] == ["IC", "rank IC"]
 
 
+@pytest.mark.parametrize("scale", [1.0, 123456.0], ids=["scale1", "scale123456"])
+def test_no_label_is_outside_of_the_figure(segments, monkeypatch, scale):
+    """The margins are fixed, so they must suffice for long numbers and rotated dates."""
+    drawn = []
+    monkeypatch.setattr(plots, "png", lambda figure: drawn.append(figure) or PNG)
+    loss_plot(pd.DataFrame({"train": [-1.0, -0.9], "valid": [-1.1, -1.0]}) * scale, 1)
+    cumulative_plot(segments)
+    quantile_plot(segments)
+    days = pd.bdate_range("2020-01-01", periods=300)
+    returns = np.random.default_rng(0).standard_normal((3, 300)) * scale
+    plots.portfolio_plot(pd.DataFrame(dict(zip(["return", "cost", "bench"], returns, strict=True)), index=days))
+    for figure in drawn:
+        figure.canvas.draw()
+        box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+        assert box.x0 >= 0
+        assert box.y0 >= 0
+        assert box.x1 <= width
+        assert box.y1 <= height
+
+
 def test_plots_take_days_without_a_correlation(segments):
     nothing = SegmentResult.of("test", segments[0].score * np.nan, segments[0].label)
     assert cumulative_plot([nothing]).startswith(PNG)

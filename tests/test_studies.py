@@ -23,7 +23,7 @@ from qfast.studies.results import markdown_summary, summarize
 from qfast.workflow.folder import read_frame
 from qfast.workflow.prepared import PreparedData, data_key
 from qfast.workflow.run import run
-from support.workflows import factors, write_case
+from support.workflows import Interrupt, factors, write_case
 
 KWARGS = "task.model.kwargs"
 LR = f"{KWARGS}.lr"
@@ -180,15 +180,12 @@ def test_finished_runs_remain_and_lost_ones_are_made(done, tmp_path):
 
 def test_a_broken_run_continues_from_its_checkpoint(case, done, tmp_path, monkeypatch):
     folder = tmp_path / "s"
-    execute = tasks.execute
-    from support.workflows import Interrupt
 
-    def interrupted(task):
-        monkeypatch.setattr(tasks, "InitialWeights", lambda file: Interrupt(1))
-        return execute(tasks.RunTask(**{**vars(task), "initial_weights": "unused"}))
+    def interrupted(*arguments, callbacks, **options):
+        return run(*arguments, callbacks=[*callbacks, Interrupt(1)], **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("qfast.studies.engines.execute", interrupted)
+        patch.setattr(tasks, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             study(*case, SETS, output=folder, seeds=[3, 5], grid={LR: [1e-2, 1e-3]}, **HERE)
     assert json.loads((folder / "study.json").read_text())["status"] == "interrupted"

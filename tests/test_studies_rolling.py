@@ -15,7 +15,7 @@ from qfast.studies.combine import run_scores
 from qfast.studies.plots import monthly_ic
 from qfast.studies.rolling import rolling_segments
 from qfast.workflow.demo import DEMO, demo_prices
-from qfast.workflow.folder import read_frame
+from qfast.workflow.folder import RunFolder, read_frame
 from qfast.workflow.run import run
 from support.workflows import write_case
 
@@ -121,8 +121,27 @@ def test_a_warm_start_begins_with_the_weights_of_the_previous_window(rolled, cas
         assert warm.equals(read_frame(cold.path / "runs" / number, "pred")["score"]) is equal
     frozen = [*SETS, "task.model.kwargs.lr=1e-30"]
     still = study(*case, frozen, output=tmp_path / "still", rolling=5, label_days=2, warm_start=True, **HERE)
-    weights = {(still.path / "runs" / f"{n:03d}" / "best.safetensors").read_bytes() for n in range(3)}
-    assert len(weights) == 1
+    files = [still.path / "runs" / f"{n:03d}" / "best.safetensors" for n in range(3)]
+    assert len({file.read_bytes() for file in files}) == 1
+    origins = [RunFolder.open(file.parent).manifest.get("init_from") for file in files]
+    assert origins[0] is None
+    assert [origin["source"] for origin in origins[1:]] == [str(file) for file in files[:2]]
+
+
+def test_a_warm_start_replaces_the_base_of_gats(case, tmp_path):
+    """Only the first window pre-trains the base. The others start from the whole network of the previous window."""
+    sets = [
+        *SETS,
+        "task.model.class=GATs",
+        "task.model.module_path=qfast.models",
+        "task.model.kwargs={d_feat: 3, hidden_size: 4, num_layers: 1, n_epochs: 1, lr: 1e-30}",
+        "task.pretrain={n_epochs: 1}",
+    ]
+    result = study(*case, sets, output=tmp_path / "s", rolling=7, label_days=2, warm_start=True, **HERE)
+    assert result.table["status"].tolist() == ["finished"] * 2
+    runs = [result.path / "runs" / name for name in ("000", "001")]
+    assert [(run / "pretrain").is_dir() for run in runs] == [True, False]
+    assert len({(run / "best.safetensors").read_bytes() for run in runs}) == 1
 
 
 def test_windows_after_a_failed_one_are_rows_of_a_warm_start(case, tmp_path):

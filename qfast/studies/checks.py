@@ -18,7 +18,7 @@ from qfast.errors import ConfigError, QfastError, suggest
 from qfast.studies.axes import Axes, AxisArguments, Point, Rolling, grid_of, seeds_of
 from qfast.studies.plan import point_workflow
 from qfast.studies.problems import Problems
-from qfast.workflow import pretraining, resumption
+from qfast.workflow import pretraining, resumption, starting
 from qfast.workflow.config import load_config
 from qfast.workflow.dataset import DataInput, require_data
 from qfast.workflow.overrides import AliasGroups, similar_path
@@ -134,6 +134,7 @@ def _base(config: Path, sets: Sequence[str], problems: Problems) -> tuple[Workfl
         loaded = load_config(config, sets)
         workflow = check_workflow(loaded.values, str(config))
         pretraining.absolute_model_path(workflow.task.model, config)
+        starting.absolute_origin(workflow, config)
         resumption.locate_sources(workflow, config)
     except ConfigError as error:
         _add_all(problems, str(config), error)
@@ -207,7 +208,8 @@ def _check_point(values: Mapping[str, Any], aliases: AliasGroups, point: Point, 
         workflow = point_workflow(values, aliases, point.sets(), place)
         spec = pretraining.without_lost_file(workflow.task.model.description())
         arguments = {**spec.get("kwargs", {}), "device": "cpu"}
-        registry.MODELS.build({**spec, "kwargs": arguments}, path="task.model")
+        model = registry.MODELS.build({**spec, "kwargs": arguments}, path="task.model")
+        starting.starting_weights(workflow, model, None)
     except QfastError as error:
         lines = str(error).splitlines()
         for line in lines[1:] or lines:

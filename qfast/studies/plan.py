@@ -203,7 +203,7 @@ class Plan:
         previous: dict[int, RunSpec] = {}
         warm = self.axes.rolling is not None and self.axes.rolling.warm_start
         for position, window in enumerate(windows):
-            config = self._config(point, window)
+            config = self._config(point, window, warm=warm and position > 0)
             for place, seed in enumerate(self.axes.seeds):
                 number = start + position * len(self.axes.seeds) + place
                 after = previous.get(seed) if warm else None
@@ -211,9 +211,18 @@ class Plan:
                 previous[seed] = RunSpec(number, point, window, seed, config, after, waits_for)
                 yield previous[seed]
 
-    def _config(self, point: Point, window: Window | None) -> Path:
+    def _config(self, point: Point, window: Window | None, warm: bool) -> Path:
         name = f"{point.index:03d}" if window is None else f"{point.index:03d}-{window.number:03d}"
-        return self.folder.write_workflow(name, self.workflow(point, window).resolved())
+        values = self.workflow(point, window).resolved()
+        return self.folder.write_workflow(name, _without_base(values) if warm else values)
+
+
+def _without_base(values: dict[str, Any]) -> dict[str, Any]:
+    """A workflow without its other sources of initial weights, for a run that starts from those of another run."""
+    task = values["task"]
+    task.pop("pretrain", None)
+    task["model"].get("kwargs", {}).pop("model_path", None)
+    return values
 
 
 class _Numbers:

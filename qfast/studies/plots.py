@@ -34,7 +34,7 @@ def curves_plot(runs: Mapping[str, Sequence[Path]]) -> bytes:
     bytes
         A PNG image.
     """
-    figure, axes = plots.figure_axes(columns=2)
+    figure, axes = plots.figure_axes(columns=2, fitted=True)
     for position, (name, folders) in enumerate(runs.items()):
         for number, folder in enumerate(folders):
             history = pd.read_csv(folder / HISTORY)
@@ -66,7 +66,7 @@ def heat_map(table: pd.DataFrame, keys: Sequence[str], metric: str) -> bytes:
     values = table.assign(**{key: table[key].map(str) for key in keys})
     grid = values.pivot_table(index=keys[0], columns=keys[1], values=metric, sort=False)
     names = short_names(keys)
-    figure, axes = plots.figure_axes()
+    figure, axes = plots.figure_axes(fitted=True)
     axes.grid(False)
     image = axes.imshow(grid.to_numpy(), cmap=SEQUENTIAL, aspect="auto")
     axes.set_xticks(range(len(grid.columns)), grid.columns)
@@ -93,7 +93,7 @@ def parallel_plot(table: pd.DataFrame, keys: Sequence[str], metric: str) -> byte
     names = short_names(keys)
     columns = [*keys, metric]
     places = {column: _places(table[column]) for column in columns}
-    figure, axes = plots.figure_axes(columns=1)
+    figure, axes = plots.figure_axes(fitted=True)
     figure.set_size_inches(min(10.5, max(6.4, 1.9 * len(columns))), 4.2)
     axes.grid(False)
     colours = _colours(table[metric].to_numpy(dtype=float))
@@ -118,7 +118,7 @@ def monthly_plot(scores: Mapping[str, Scores]) -> bytes:
     scores : mapping
         Name -> scores over all windows.
     """
-    figure, axes = plots.figure_axes()
+    figure, axes = plots.figure_axes(fitted=True)
     figure.set_size_inches(9.2, 3.4)
     shown = dict(list(scores.items())[:MOST_LABELS])
     width = 0.8 / max(len(shown), 1)
@@ -152,7 +152,7 @@ def rolling_plot(scores: Mapping[str, Scores]) -> bytes:
     scores : mapping
         Name -> scores over all windows.
     """
-    figure, axes = plots.figure_axes()
+    figure, axes = plots.figure_axes(fitted=True)
     figure.set_size_inches(9.2, 3.4)
     for position, (name, results) in enumerate(list(scores.items())[:MOST_LABELS]):
         daily = results["test"].ic.dropna()

@@ -18,7 +18,7 @@ from qfast.studies.engines import Engine
 from qfast.studies.folder import StudyFolder
 from qfast.studies.plan import Plan, RunSpec
 from qfast.studies.results import Ending, Results
-from qfast.studies.tasks import LOST, Outcome, RunTask, weights_of
+from qfast.studies.tasks import LOST, Outcome, RunTask
 from qfast.workflow.dataset import DataInput
 from qfast.workflow.folder import FAILED, FINISHED
 
@@ -188,14 +188,14 @@ class Runner:
     def _task(self, spec: RunSpec) -> RunTask:
         prepared = self._plan.prepared(self._plan.workflow(spec.point, spec.window))
         first = spec.waits_for is None and self._points.first_alone
-        before = None if spec.after is None else weights_of(self._folder.run(spec.after.number)).resolve()
+        before = None if spec.after is None else str(self._folder.run(spec.after.number).resolve())
         return RunTask(
             number=spec.number,
             folder=str(self._folder.run(spec.number).resolve()),
             config=str(spec.config),
             seed=spec.seed,
             prepared=prepared.description(),
-            initial_weights=None if before is None else str(before),
+            init_from=before,
             trial=self._points.trial(spec.point) if first else None,
             log=str(self._folder.log_file(spec.number).resolve()),
             **self._options,

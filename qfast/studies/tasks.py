@@ -14,7 +14,7 @@ from typing import Any
 from qfast.errors import ConfigError, QfastError
 from qfast.files import locked
 from qfast.training.callbacks import Callback
-from qfast.workflow.folder import BEST, FAILED, FINISHED, MANIFEST, RunFolder
+from qfast.workflow.folder import FAILED, FINISHED, MANIFEST, RunFolder
 from qfast.workflow.prepared import PreparedData
 from qfast.workflow.run import run
 
@@ -46,8 +46,8 @@ class RunTask:
     read_options : dict
     device : str or None
     allow_code : list of str
-    initial_weights : str or None
-        Weight file that training begins with.
+    init_from : str or None
+        Run folder whose weights the training starts from, as in `qfast.run`.
     trial : dict or None
         Trial of a search that may stop the run early, see `qfast.studies.search.Pruning`.
     log : str
@@ -63,7 +63,7 @@ class RunTask:
     read_options: Mapping[str, Any] = field(default_factory=dict)
     device: str | None = None
     allow_code: tuple[str, ...] = ()
-    initial_weights: str | None = None
+    init_from: str | None = None
     trial: Mapping[str, Any] | None = None
     log: str = ""
 
@@ -87,18 +87,6 @@ class Outcome:
     number: int
     status: str
     reason: str = ""
-
-
-class InitialWeights(Callback):
-    """Loads the weights of another run before the first epoch. A resumed fit has its own weights."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def on_fit_start(self, estimator: Any) -> None:
-        """Load the file."""
-        if not estimator.progress_.records:
-            estimator.load_weights(self.file)
 
 
 def execute(task: RunTask) -> Outcome:
@@ -135,13 +123,17 @@ def reason_of(error: BaseException) -> str:
 def _run(task: RunTask, resume: Path | None) -> None:
     prepared = PreparedData.of(task.prepared)
     callbacks: list[Callback] = []
-    if task.initial_weights is not None:
-        callbacks.append(InitialWeights(Path(task.initial_weights)))
     if task.trial is not None:
         from qfast.studies.search import Pruning
 
         callbacks.append(Pruning(task.trial, Path(task.folder), prepared))
-    source = {"config_path": task.config, "output": task.folder, "seed": task.seed, "device": task.device}
+    source = {
+        "config_path": task.config,
+        "output": task.folder,
+        "seed": task.seed,
+        "device": task.device,
+        "init_from": task.init_from,
+    }
     run(
         **({"resume": resume} if resume is not None else source),
         data=task.data if task.data is not None else prepared.data,
@@ -175,8 +167,3 @@ def _wait_until_unlocked(folder: Path) -> None:
         time.sleep(0.1)
     with locked(folder):  # raises the error that names the folder
         return
-
-
-def weights_of(folder: Path) -> Path:
-    """The weight file of a run folder."""
-    return folder / BEST

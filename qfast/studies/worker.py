@@ -75,6 +75,7 @@ def _command(task: RunTask) -> list[str]:
     words = ["qfast", "run", task.config, "--seed", str(task.seed)]
     words += ["--data", task.data] if task.data is not None else []
     words += ["--device", task.device] if task.device is not None else []
+    words += ["--init-from", task.init_from] if task.init_from is not None else []
     return [*words, *(word for path in task.allow_code for word in ("--allow-code", path))]
 
 

@@ -31,6 +31,10 @@ __all__ = [
 COLOURS = {"train": "#8a94a6", "valid": "#d97706", "test": "#1d4ed8"}
 OTHER_COLOURS = ("#047857", "#9d174d", "#6d28d9")
 QUANTILES = 5
+# Space around and between the axes, in inches. matplotlib's layout engines measure every label instead, which takes
+# about as long as drawing.
+MARGINS = {"left": 0.8, "right": 0.3, "bottom": 0.62, "top": 0.36}
+GAP = 0.62
 
 
 def loss_plot(
@@ -149,17 +153,23 @@ def _quantile_means(segment: SegmentResult) -> list[float]:
     return [float(means.get(q, math.nan)) for q in range(1, QUANTILES + 1)]
 
 
-def figure_axes(columns: int = 1) -> tuple[Figure, Any]:
-    """A figure of one row of axes in the style of the reports."""
+def figure_axes(columns: int = 1, *, fitted: bool = False) -> tuple[Figure, Any]:
+    """A figure of one row of axes in the style of the reports.
+
+    Parameters
+    ----------
+    columns : int
+    fitted : bool
+        Fit the margins to the labels, for labels of unknown length. By default the margins are `MARGINS`.
+    """
     # The object interface has no global state and needs no display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(
-        figsize=(max(6.4, 4.6 * columns) if columns < 3 else 3.6 * columns, 3.4), dpi=110, layout="constrained"
-    )
+    size = (max(6.4, 4.6 * columns) if columns < 3 else 3.6 * columns, 3.4)
+    figure = Figure(figsize=size, dpi=110, layout="constrained" if fitted else None)
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns)
+    axes = figure.subplots(1, columns, gridspec_kw=None if fitted else _fixed_margins(size, columns))
     for panel in np.atleast_1d(axes):
         panel.grid(True, color="#e5e7eb", linewidth=0.8)
         panel.set_axisbelow(True)
@@ -167,6 +177,19 @@ def figure_axes(columns: int = 1) -> tuple[Figure, Any]:
         panel.spines[["left", "bottom"]].set_color("#9ca3af")
         panel.tick_params(colors="#374151", labelsize=9)
     return figure, axes
+
+
+def _fixed_margins(size: tuple[float, float], columns: int) -> dict[str, float]:
+    """`MARGINS` and `GAP` as fractions of a figure of this size, for `Figure.subplots`."""
+    width, height = size
+    panel = (width - MARGINS["left"] - MARGINS["right"] - GAP * (columns - 1)) / columns
+    return {
+        "left": MARGINS["left"] / width,
+        "right": 1 - MARGINS["right"] / width,
+        "bottom": MARGINS["bottom"] / height,
+        "top": 1 - MARGINS["top"] / height,
+        "wspace": GAP / panel,
+    }
 
 
 def add_legend(axes: Axes) -> None:

@@ -1,7 +1,8 @@
 """`qfast check`: look for problems in a workflow and its data before training.
 
-The checks run in this order: the workflow file, the data, what expressions state about themselves, the segments, a
-rehearsal of the portfolio backtest, and experiments with an untrained model on a sample of the instruments.
+The checks run in this order: the workflow file, the data, the weights that the training starts from, what expressions
+state about themselves, the segments, a rehearsal of the portfolio backtest, and experiments with an untrained model on
+a sample of the instruments.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from qfast.workflow.check.meaning import check_meaning
 from qfast.workflow.check.portfolio import check_portfolio
 from qfast.workflow.check.segments import check_segments
 from qfast.workflow.check.trial import Trial, feature_source, source_argument
+from qfast.workflow.check.weights import check_starting_weights
 from qfast.workflow.config import load_config
 from qfast.workflow.dataset import DataInput, build_dataset
 from qfast.workflow.schema import Workflow
@@ -132,6 +134,8 @@ def _check(
     seconds = time.perf_counter() - started
     with report.attempt("data"):
         check_data(report, dataset, seconds)
+    with report.attempt("weights"):
+        check_starting_weights(report, workflow, dataset)
     with report.attempt("look-ahead"):
         check_expressions(report, dataset.handler)
     with report.attempt("segments"):
