@@ -68,6 +68,24 @@ def test_unbounded_segments_and_days_without_trading():
     assert windows[1]["train"] == (None, DAYS[73])
 
 
+def test_windows_end_with_the_last_day_with_data():
+    """A calendar may have future days, on which nothing can be tested."""
+    segments = {"train": (DAYS[0], DAYS[49]), "test": (DAYS[70], DAYS[109])}
+    for end in (DAYS[109], None):
+        windows = rolling_segments(DAYS, {**segments, "test": (DAYS[70], end)}, 10, 2, last=DAYS[89])
+        assert [window["test"] for window in windows] == [(DAYS[70], DAYS[79]), (DAYS[80], DAYS[89])]
+
+
+@pytest.mark.parametrize("years", [(2000, 2001), (2040, 2041)], ids=["before", "after"])
+def test_a_segment_without_a_day_in_the_calendar_is_refused(years):
+    valid = tuple(pd.Timestamp(f"{year}-01-01") for year in years)
+    segments = {"train": (DAYS[0], DAYS[49]), "valid": valid, "test": (DAYS[70], DAYS[99])}
+    with pytest.raises(
+        ConfigError, match=r"the segment 'valid' .* has no day in the calendar, .* 2020-01-01 to 2020-06"
+    ):
+        rolling_segments(DAYS, segments, 10, 2)
+
+
 def test_a_step_longer_than_the_test_segment_is_refused(case, tmp_path):
     segments = {"train": (DAYS[0], DAYS[49]), "test": (DAYS[70], DAYS[79])}
     with pytest.raises(ConfigError, match=r"the rolling step is 11 days, but the test segment .* has 10 trading days"):

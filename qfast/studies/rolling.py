@@ -50,7 +50,7 @@ def rolling_segments(
     expanding : bool
         The segment "train" keeps its start. All other segments slide.
     last : date-like, optional
-        The last day with data, which replaces a test end of None. Default: the last day of the calendar.
+        The last day with data, which replaces a test end of None or after it. Default: the last day of the calendar.
 
     Returns
     -------
@@ -60,8 +60,8 @@ def rolling_segments(
     Raises
     ------
     ConfigError
-        The test segment has no day in the calendar or fewer days than `step`, or a segment would begin before the
-        calendar.
+        The test segment has no day in the calendar or fewer days than `step`, another segment ends before the calendar
+        or begins after it, or a segment would begin before the calendar.
 
     Notes
     -----
@@ -76,7 +76,7 @@ def rolling_segments(
     ['01-01 01-25 01-29 02-02', '01-08 02-01 02-05 02-09']
     """
     days = list(calendar)
-    bounds = {name: _positions(days, *ends) for name, ends in segments.items()}
+    bounds = {name: _positions(days, name, ends) for name, ends in segments.items()}
     test_end = _test_end(days, segments[TEST][1], last)
     begin = bounds[TEST][0] or 0
     length = bisect.bisect_right(days, test_end) - begin
@@ -100,18 +100,25 @@ def rolling_segments(
 Position: TypeAlias = "tuple[int | None, int | None]"
 
 
-def _positions(days: list[pd.Timestamp], start: DateLike | None, end: DateLike | None) -> Position:
-    """Positions of the first day from `start` on, and of the last day up to `end`."""
+def _positions(days: list[pd.Timestamp], name: str, ends: Sequence[DateLike | None]) -> Position:
+    """Positions of the first day from the start on, and of the last day up to the end."""
+    start, end = ends
     first = None if start is None else bisect.bisect_left(days, pd.Timestamp(start))
     last = None if end is None else bisect.bisect_right(days, pd.Timestamp(end)) - 1
+    if name != TEST and (first == len(days) or last == -1):
+        raise ConfigError(
+            f"the segment {name!r} ({_text(ends)}) has no day in the calendar, which extends from "
+            f"{days[0]:%Y-%m-%d} to {days[-1]:%Y-%m-%d}. Remedy: dates that the data has."
+        )
     return first, last
 
 
 def _test_end(days: list[pd.Timestamp], end: DateLike | None, last: DateLike | None) -> pd.Timestamp:
-    """The end of the test segment on the calendar; its last day with data if it is unbounded."""
+    """The end of the test segment on the calendar, at most the last day with data."""
+    last_day = days[-1] if last is None else pd.Timestamp(last)
     if end is None:
-        return days[-1] if last is None else pd.Timestamp(last)
-    return days[max(0, bisect.bisect_right(days, pd.Timestamp(end)) - 1)]
+        return last_day
+    return min(last_day, days[max(0, bisect.bisect_right(days, pd.Timestamp(end)) - 1)])
 
 
 def _truncated(name: str, ends: Position, most: int) -> Position:
