@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
+import io
 import logging
 import tempfile
 import time
@@ -53,7 +54,9 @@ def qlib_class(estimator: Estimator) -> type | None:
         return None
     for module, suffix in ((models, ""), (ts, "_ts")):
         if getattr(module, name) is kind:
-            found: type = getattr(importlib.import_module(f"qlib.contrib.model.pytorch_{STEMS[name]}{suffix}"), name)
+            with contextlib.redirect_stdout(io.StringIO()):  # the import prints which other models lack a package
+                module_of_qlib = importlib.import_module(f"qlib.contrib.model.pytorch_{STEMS[name]}{suffix}")
+            found: type = getattr(module_of_qlib, name)
             return found
     return None
 
