@@ -1,0 +1,93 @@
+"""bench/RESULTS.md is what bench/report.py builds from bench/results/, and every section has its provenance."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+FILES = sorted((BENCH / "results").glob("[0-9]*.json"))
+
+
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("report")
+
+
+def test_results_are_those_of_the_files(report: Any) -> None:
+    assert (BENCH / "RESULTS.md").read_text() == report.build(), "run python bench/report.py"
+    assert report.main(["--check"]) == 0
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_section_has_machine_dates_and_commands(path: Path) -> None:
+    values = json.loads(path.read_text())
+    assert values["machine"]
+    assert values["software"]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d", date) for date in values["dates"])
+    assert values["dates"]
+    has_figures = any("columns" in block or "bench" in block for block in values["blocks"])
+    assert values["commands"] or not has_figures
+    for command in values["commands"]:  # scripts that no longer exist would make a figure impossible to repeat
+        for script in re.findall(r"(?<![\w/])((?:bench|tools|tests)/\w+\.(?:py|sh))", command):
+            assert (BENCH.parent / script).exists(), command
+
+
+def test_incomplete_files_are_refused(report: Any, tmp_path: Path) -> None:
+    path = tmp_path / "00_a.json"
+    path.write_text(json.dumps({"title": "A"}))
+    with pytest.raises(ValueError, match="has no 'machine'"):
+        report.build(tmp_path)
+    blocks = [{"columns": ["x"], "rows": [["1", "2"]]}]
+    complete = {key: [] for key in report.REQUIRED} | {"title": "A", "blocks": blocks}
+    path.write_text(json.dumps(complete))
+    with pytest.raises(ValueError, match="expected 1 cells"):
+        report.build(tmp_path)
+
+
+def test_a_file_of_qfast_bench(report: Any) -> None:
+    model = {
+        "name": "GRU",
+        "batch_size": 800,
+        "reference_name": "Qlib",
+        "reference": 30.0,
+        "epoch": 10.0,
+        "ratio": 3.0,
+        "parts": dict.fromkeys(report.BENCH_PARTS, 10 / 6),
+        "products": 4e10,
+        "reference_memory": None,
+        "memory": 12.3,
+        "notes": ["smaller batches"],
+    }
+    facts = {
+        "created": "2026-01-02T00:00:00",
+        "cores": 2,
+        "instruction_set": "avx2",
+        "versions": {"torch": "2.13", "pyqlib": "0.9.7"},
+        "data": {
+            "rows": 1000,
+            "instruments": 10,
+            "first": "a",
+            "last": "b",
+            "features": 20,
+            "step_len": 20,
+            "load_seconds": 1.0,
+        },
+        "product_rates": [5e10],
+        "copy_rates": [1e10],
+        "not_trusted_because": [],
+        "models": [model],
+    }
+    text = report.bench_table(facts)
+    assert "| GRU | 800 | Qlib | 30 | 10 | **3.00x** | 17% |" in text
+    assert "| 80% | - | 12 |" in text
+    assert "The machine was idle." in text
+    assert text.endswith("GRU: smaller batches.")
+    facts["not_trusted_because"] = ["the load was 9"]
+    assert "the machine was busy: the load was 9" in report.bench_table(facts)
