@@ -479,6 +479,10 @@ def _run_command(arguments: list[str] | None) -> int:
         if os.environ.get("QFAST_TRACEBACK", "") not in ("", "0"):
             raise
         return _fail(str(error))
+    except (OSError, MemoryError, RecursionError) as error:
+        if os.environ.get("QFAST_TRACEBACK", "") not in ("", "0"):
+            raise
+        return _fail(_environment_problem(error))
     except KeyboardInterrupt:
         return _fail("interrupted.", EXIT_INTERRUPTED)
     except typer.Exit as stop:
@@ -488,6 +492,8 @@ def _run_command(arguments: list[str] | None) -> int:
             if hasattr(error, "show"):
                 error.show()
             return int(error.exit_code)
+        if type(error).__name__ == "OutOfMemoryError":  # of torch, which this module does not import
+            return _fail(_environment_problem(error))
         if type(error).__name__ == "Abort":
             return _fail("interrupted.", EXIT_INTERRUPTED)
         raise
@@ -495,6 +501,16 @@ def _run_command(arguments: list[str] | None) -> int:
         _stop_logging()  # main() may run several times in one process, each time with another stderr
     status = returned if isinstance(returned, int) else 0
     return _fail("interrupted.", status) if status == EXIT_INTERRUPTED else status
+
+
+def _environment_problem(error: BaseException) -> str:
+    """One line for an error of the machine: a file that cannot be accessed, or insufficient memory."""
+    if isinstance(error, OSError) and error.strerror:
+        where = "" if error.filename is None else f" {str(error.filename)!r}"
+        return f"cannot access{where}: {error.strerror}. Remedy: check the path, the permissions and the disk."
+    if isinstance(error, RecursionError):
+        return f"the input is nested too deeply: {error}. Remedy: a flatter file."
+    return f"insufficient memory: {error or 'no details'}. Remedy: less data, a smaller batch, or more memory."
 
 
 def _fail(message: str, status: int = EXIT_ERROR) -> int:

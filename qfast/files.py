@@ -5,12 +5,15 @@ from __future__ import annotations
 import codecs
 import contextlib
 import errno
+import glob
 import hashlib
 import importlib
 import logging
 import os
 import re
 import secrets
+import stat
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +25,11 @@ fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 __all__ = [
     "atomic_write",
     "decode",
+    "escapes",
     "file_hash",
     "is_disk_full",
     "is_locked",
+    "is_temporary",
     "locked",
     "read_text",
     "require_file_target",
@@ -35,6 +40,7 @@ __all__ = [
 log = logging.getLogger("qfast")
 
 LOCK = ".lock"
+STALE_SECONDS = 3600  # without a change, a temporary file belongs to a killed write
 # Temporary files of atomic_write, and those of safetensors.
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp|\.tmp[0-9A-Za-z]{6}")
 
@@ -42,8 +48,9 @@ TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp|\.tmp[0-9A-Za-z]{6}")
 def atomic_write(target: Path, write: Callable[[Path], object]) -> None:
     """Call `write` with the path of a temporary file next to `target`, then rename that file to `target`.
 
-    `target` always contains either its old content or the complete new one. The temporary file is removed on every
-    error; only a killed process leaves it behind, for `sweep` to remove.
+    `target` always contains either its old content or the complete new one. Its mode follows the umask. The temporary
+    file is removed on every error; only a killed process leaves it behind. `sweep`, or a write to the same target after
+    an hour, removes it.
 
     Parameters
     ----------
@@ -68,9 +75,13 @@ def atomic_write(target: Path, write: Callable[[Path], object]) -> None:
     # The name is chosen first. An interrupt can then never leave a file whose name is unknown here.
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
+        _remove_stale(target)
+        mode = _mode_of_new_file(temporary)
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        if stat.S_IMODE(temporary.stat().st_mode) != mode:  # safetensors makes files that only the owner may read
+            temporary.chmod(mode)
         os.replace(temporary, target)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -80,6 +91,44 @@ def atomic_write(target: Path, write: Callable[[Path], object]) -> None:
                 f"no space left on the disk for {str(target)!r}; existing files are complete. Remedy: free some space."
             ) from error
         raise
+
+
+def _mode_of_new_file(path: Path) -> int:
+    """Mode of a file that this process creates at `path`, which is left empty."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(handle).st_mode)
+    finally:
+        os.close(handle)
+
+
+def _remove_stale(target: Path) -> None:
+    """Remove temporary files of killed writes to `target`. A write in progress changes its file all the time."""
+    oldest = time.time() - STALE_SECONDS
+    for file in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        with contextlib.suppress(OSError):
+            status = file.lstat()
+            if TEMPORARY.fullmatch(file.name) and stat.S_ISREG(status.st_mode) and status.st_mtime < oldest:
+                file.unlink()
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file name is that of a temporary file of `atomic_write`.
+
+    >>> is_temporary(".a.txt.0123456789abcdef.tmp"), is_temporary("a.txt")
+    (True, False)
+    """
+    return TEMPORARY.fullmatch(name) is not None
+
+
+def escapes(name: str) -> bool:
+    """Whether a name in a path leads outside its folder, or cannot be part of a path.
+
+    >>> escapes("SH600000"), escapes("../x"), escapes("/etc/x")
+    (False, True, True)
+    """
+    parts = re.split(r"[/\\]", name)
+    return ".." in parts or not name or "\0" in name or parts[0] == "" or parts[0].endswith(":")
 
 
 def sweep(folder: Path) -> list[Path]:

@@ -163,7 +163,7 @@ def test_anchors_of_a_base_file_stay_shared_unless_overridden(write):
         ("experiment_name.x=1", r"'experiment_name' is the value 'small', which has no items"),
         ("task.model.kwargs.lr", r"expected key=value"),
         ("=3", r"expected key=value"),
-        ("task.model.kwargs.lr={", r"the value '\{' is not YAML"),
+        ("task.model.kwargs.lr={", r"the value '\{' is invalid: not YAML"),
         ("task.dataset.kwargs.segments.train=[2020-01-01, 2020-01-32]", r"'2020-01-32' is not a date"),
     ],
 )

@@ -344,3 +344,22 @@ def test_the_kernels_reject_offsets_beyond_the_rows() -> None:
     for bad in ([0, 10], [0, 7, 3, 9], [-1, 9], [0, 8]):
         with pytest.raises(ValueError, match=r"offsets: must (run from|not decrease)"):
             torch.ops.qfast.additive_attention(*tensors, torch.tensor(bad), 9, 0.01, False)
+
+
+@pytest.mark.skipif(not NATIVE, reason="plain torch does not use the orders")
+@pytest.mark.parametrize("bad", [4, -1, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("side", [0, 1])
+def test_the_kernels_reject_orders_beyond_the_rows(side: int, bad: int) -> None:
+    """The saved orders are indices. A changed one read and wrote outside the arrays."""
+    operators, days = torch.ops.qfast, torch.tensor([0, 4, 9])
+    query, key, value = (t.detach() for t in small_inputs())
+    out, share, weight, orders = operators.additive_attention(query, key, value, days, 5, 0.01, True)
+    orders[side, -1, 2] = bad
+    message = r"backward: orders: expected rows 0 to 3 in day 0, got"
+    with pytest.raises(ValueError, match=message):
+        operators.additive_attention_backward(value, query, key, value, days, 5, 0.01, out, share, weight, orders)
+    hidden, weights, bias = (t.detach() for t in graph_small())
+    out, scores, share, weight, orders = operators.graph_attention(hidden, weights, bias, days, 5, 0.01, True)
+    orders[side, -1, 2] = bad
+    with pytest.raises(ValueError, match=message):
+        operators.graph_attention_backward(hidden, hidden, weights, days, 5, 0.01, out, scores, share, weight, orders)

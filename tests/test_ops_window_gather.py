@@ -218,6 +218,62 @@ def test_index_refuses_bad_codes(instruments: list, dates: list, match: str, mon
         build_window_index(instruments, dates)
 
 
+@pytest.mark.parametrize("code", [-(2**32), -(2**31) - 1, -(2**63), 2**31, 2**32])
+@pytest.mark.parametrize("name", ["instrument_codes", "date_codes"])
+def test_index_does_not_wrap_codes(name: str, code: int) -> None:
+    codes = {"instrument_codes": np.array([0, 1]), "date_codes": np.array([0, 1])}
+    codes[name][0 if code < 0 else 1] = code
+    with pytest.raises(DataError, match=rf"{name}: codes must fit into int32, got {code}\."):
+        build_window_index(**codes)
+
+
+def test_a_large_date_code_needs_no_large_table() -> None:
+    """A table with an entry for each code would need 8 GiB."""
+    dates = [7, 2**31 - 3, 2**31 - 1, 7, 2**31 - 1]
+    index = build_window_index([0, 0, 0, 1, 1], dates, [True, False, True, True, True])
+    assert index.position.tolist() == [0, -1, 1, 0, 1]
+    assert index.back.tolist() == [0, 0, 2, 0, 1]
+    assert index.run.tolist() == [0, 0, 0, 0, 1]
+
+
+def test_sparse_and_dense_codes_have_the_same_tables() -> None:
+    generator = np.random.default_rng(0)
+    dates = np.sort(generator.choice(50, 30, replace=False)).astype(np.int32)
+    live = generator.random(90) < 0.8
+    codes = np.repeat(np.arange(3), 30), np.tile(dates, 3)
+    dense = build_window_index(*codes, live)
+    sparse = build_window_index(codes[0], codes[1].astype(np.int64) * 40_000_000, live)
+    assert all(torch.equal(a, b) for a, b in zip(dense, sparse, strict=True))
+
+
+@pytest.mark.parametrize("first", [-(2**40), -5, -1, 0, 1])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("fill", FILLS)
+def test_dead_rows_have_no_window(first: int, steps: int, fill: str, device: torch.device) -> None:
+    index = build_window_index([0] * 5, range(5), [True, False, True, True, False]).to(device)
+    panel, last = torch.arange(1.0, 11.0, device=device).reshape(5, 2), torch.arange(-1, 5, device=device)
+    rows = window_rows(index, last, steps, fill=fill, first_position=first)
+    assert rows[[0, 2, 5]].unique().tolist() == [-1]
+    result = gather_windows(panel, index, last, steps, fill=fill, first_position=first)
+    torch.testing.assert_close(result, gather_windows(panel, rows), rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_kernels_check_sizes_that_overflow() -> None:
+    """Only torch.ops reaches these: the public functions check sizes first."""
+    index, no_rows = build_window_index([0, 0], [0, 1]), torch.empty(0, dtype=torch.int64)
+    operators, grad, rows = torch.ops.qfast, torch.ones(1, 1, 2), torch.zeros(1, 1, dtype=torch.int64)
+    for begin in (2**63 - 1, 2**63 - 2, 1, -1):
+        with pytest.raises(ValueError, match=r"column_begin: expected 2 columns to fit in 2, got column_begin"):
+            operators.gather_windows_backward(grad, rows, 3, 2, begin, False)
+    if _backend.native is not None:
+        with pytest.raises(ValueError, match=r"expected a panel of at least 0 rows and columns, got -3 and 2"):
+            operators.gather_windows_backward(grad, rows, -3, 2, 0, False)
+        for steps in (2**31, 2**61, 2**63 - 1):
+            with pytest.raises(ValueError, match=r"step_len: expected 1 to 2\^31 - 1, got"):
+                operators.window_rows(*index, no_rows, steps, 0, 0)
+    assert operators.gather_windows_backward(grad, rows, 0, 2, 0, False).shape == (0, 2)
+
+
 def test_index_refuses_a_mask_of_another_length() -> None:
     with pytest.raises(DataError, match=r"live: expected shape \(2,\), got \(3,\)"):
         build_window_index([0, 0], [0, 1], [True, True, False])

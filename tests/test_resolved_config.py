@@ -12,8 +12,8 @@ from qfast import check
 from qfast.errors import ConfigError
 from qfast.workflow.config import load_config
 from qfast.workflow.folder import RunFolder
-from qfast.workflow.overrides import yaml_reader
 from qfast.workflow.run import run
+from qfast.workflow.yaml_text import parse_yaml
 from support.workflows import TEXT, Interrupt, factors, write_case
 
 CHILD = """
@@ -51,7 +51,7 @@ def scores(path: Path) -> pd.Series:
 
 
 def config(path: Path) -> dict:
-    return yaml_reader().load((path / "config.yaml").read_text())
+    return parse_yaml((path / "config.yaml").read_text()).values
 
 
 def change_base(case: Path, how: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -180,3 +181,18 @@ def test_rows_beyond_the_series() -> None:
         rolling("mean", np.zeros(3), np.array([0]), np.array([4]), [2])
     with pytest.raises(DataError, match="equally long, got shapes"):
         rolling("cov", np.zeros(3), *bounds(3), [2], other=np.zeros(4))
+
+
+@pytest.mark.parametrize("kind", ["var", "std"])
+def test_squares_beyond_float64_are_infinite(kind: str, isa: str) -> None:
+    """pandas returns infinity. Infinity minus infinity was treated as a variance of 0."""
+    bounds = np.array([0]), np.array([7])
+    x = np.array([1.0, 2.0, 1e200, -1e200, 3.0, 1e155, 1e155])
+    result = rolling(kind, x, *bounds, windows=[2])[0]
+    expected = [getattr(pd.Series(x[max(0, row - 1) : row + 1]), kind)() for row in range(7)]
+    np.testing.assert_allclose(result, expected, rtol=1e-12)
+    assert np.isinf(result[[2, 3, 4, 5]]).all()
+    # The square of the sum overflows, but not the sum of squares.
+    x = np.array([0.0, 6e153, 6e153, 6e153, 6e153, 6e153, 6e153])
+    result = rolling(kind, x, *bounds, windows=[7])[0]
+    np.testing.assert_allclose(result[-1], getattr(pd.Series(x / 1e153), kind)() * {"var": 1e306, "std": 1e153}[kind])

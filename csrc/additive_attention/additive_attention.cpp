@@ -189,12 +189,30 @@ SavedTensors empty_saved(const Tensor& like, int64_t heads, int64_t rows, int64_
           empty(like, {2, heads, rows}, ScalarType::Int)};
 }
 
+// Checks that `orders` [2, heads, N] contains rows of each day, because the kernels use them as indices.
+void check_orders(const char* op, const Days& days, const int32_t* orders) {
+  for (int64_t list = 0; list < 2 * days.heads; ++list) {
+    for (int64_t d = 0; d < days.count(); ++d) {
+      const int64_t first = days.offsets[d], size = days.offsets[d + 1] - first;
+      const int32_t* order = orders + list * days.rows + first;
+      // Negative numbers are large as unsigned ones. Without an early exit the loop is vectorized.
+      uint32_t largest = 0;
+      for (int64_t p = 0; p < size; ++p) largest = std::max(largest, static_cast<uint32_t>(order[p]));
+      QFAST_CHECK(size == 0 || largest < size, op, ": orders: expected rows 0 to ", size - 1, " in day ", d,
+                  ", got ", static_cast<int32_t>(largest),
+                  ". Remedy: pass the orders that the forward operator returns.");
+    }
+  }
+}
+
 SavedTensors check_saved(const char* op, const Tensor& like, const Days& days, const Tensor& share,
                          const Tensor& share_weight, const Tensor& orders) {
   check_like(op, "share", share, like, {days.heads, days.rows, days.width});
   check_like(op, "share_weight", share_weight, like, {days.heads, days.rows});
   check_like(op, "orders", orders, like, {2, days.heads, days.rows}, ScalarType::Int);
-  return {as_contiguous(share), as_contiguous(share_weight), as_contiguous(orders)};
+  const SavedTensors saved{as_contiguous(share), as_contiguous(share_weight), as_contiguous(orders)};
+  if (orders.numel() > 0) check_orders(op, days, saved.orders.const_data_ptr<int32_t>());
+  return saved;
 }
 
 template <class Element>

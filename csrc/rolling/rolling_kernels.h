@@ -160,6 +160,15 @@ static void rolling_sums(const RollingStatsJob& job, const RollingBlock& block, 
 }
 
 // ---------------------------------------------------------------- moments
+// Returns `second` = squares - sum * sum / n where it is finite. Elsewhere sum * sum overflows, and the same
+// quantity is computed in another order, or squares overflow, and the result is infinite.
+QFAST_ALWAYS_INLINE Vector<double> without_overflow(Vector<double> second, Vector<double> squares,
+                                                    Vector<double> sum, Vector<double> n) {
+  const Vector<double> infinity = splat(__builtin_inf());
+  const Vector<double> reordered = squares < infinity ? squares - sum * (sum / n) : infinity;
+  return (second < infinity) & (second > -infinity) ? second : reordered;
+}
+
 // Variance and standard deviation. The base is a value of the window, so the sum of squared differences from
 // it is at most n + 1 times the sum of squared deviations from the mean. The subtraction therefore loses only
 // a factor of about n in float64 precision.
@@ -177,7 +186,7 @@ static void rolling_variances(const RollingStatsJob& job, const RollingBlock& bl
       },
       [&](int64_t, int64_t, int64_t, const Vector<double>(&sums)[3]) __attribute__((always_inline)) {
         const auto& [n, sum, squares] = sums;
-        const Vector<double> second = squares - sum * sum / n;
+        const Vector<double> second = without_overflow(squares - sum * sum / n, squares, sum, n);
         const Vector<double> variance = (second > 0 ? second : splat(0.)) / (n - 1);
         return where(n > 1, job.kind == RollingKind::kStd ? root(variance) : variance);
       });

@@ -133,12 +133,13 @@ Tensor gather_rolling_windows_cpu(const Tensor& panel, const Tensor& position, c
 Tensor gather_windows_backward_cpu(const Tensor& grad, const Tensor& rows, int64_t n_rows, int64_t n_columns,
                                    int64_t column_begin, bool transposed) {
   const char* op = "gather_windows_backward";
-  check_backward(op, grad, rows, n_columns, column_begin, transposed);
+  check_backward(op, grad, rows, n_rows, n_columns, column_begin, transposed);
   check_cpu(op, "grad", grad);
   const Tensor steps = as_contiguous(grad);
   const Tensor index = as_contiguous(rows);
   const int64_t shape[] = {n_rows, n_columns};
   Tensor out = new_tensor(grad, {shape, 2});
+  if (out.numel() == 0) return out;  // its pointer may be null, which memset does not accept
   const int64_t bytes = out.numel() * static_cast<int64_t>(grad.element_size());
   if (bytes >= kHugeBytes) advise_huge_pages(out.mutable_data_ptr(), bytes);
   const ScatterJob job{steps.const_data_ptr(),

@@ -292,7 +292,7 @@ std::array<Tensor, 2> stable_sort(const Tensor& keys) {
 Tensor gather_windows_backward_cuda(const Tensor& grad, const Tensor& rows, int64_t n_rows, int64_t n_columns,
                                     int64_t column_begin, bool transposed) {
   const char* op = "gather_windows_backward";
-  check_backward(op, grad, rows, n_columns, column_begin, transposed);
+  check_backward(op, grad, rows, n_rows, n_columns, column_begin, transposed);
   check_cuda(op, "grad", grad);
   const CudaScope scope(grad);
   const Tensor steps = as_contiguous(grad);

@@ -7,6 +7,8 @@
 
 namespace qfast {
 
+constexpr int64_t kMostSteps = int64_t{1} << 31;  // positions are 32-bit numbers, so no window is longer
+
 inline void check_panel(const char* op, const Tensor& panel, int64_t column_begin, int64_t column_end) {
   check_floating(op, "panel", panel);
   check_dims(op, "panel", panel, 2, "[R, D]");
@@ -41,7 +43,8 @@ inline IndexTables check_tables(const char* op, const Tensor& first, const char*
   check_row_numbers(op, "last_row", last_row);
   check_dims(op, "last_row", last_row, 1, "[B]");
   check_same_device(op, "last_row", last_row, first, first_name);
-  QFAST_CHECK(step_len >= 1, op, ": step_len: expected at least 1, got ", step_len, ".");
+  QFAST_CHECK(step_len >= 1 && step_len < kMostSteps, op, ": step_len: expected 1 to 2^31 - 1, got ",
+              step_len, ".");
   QFAST_CHECK(fill >= 0 && fill <= 2, op, ": fill: expected 0 (none), 1 (ffill) or 2 (ffill and bfill), got ",
               fill, ".");
   IndexTables window_index{
@@ -71,8 +74,8 @@ inline Tensor empty_windows(const Tensor& panel, int64_t windows, int64_t steps,
   return new_tensor(panel, {shape, 3});
 }
 
-inline void check_backward(const char* op, const Tensor& grad, const Tensor& rows, int64_t n_columns,
-                           int64_t column_begin, bool transposed) {
+inline void check_backward(const char* op, const Tensor& grad, const Tensor& rows, int64_t n_rows,
+                           int64_t n_columns, int64_t column_begin, bool transposed) {
   check_floating(op, "grad", grad);
   check_dims(op, "grad", grad, 3, transposed ? "[B, D, T]" : "[B, T, D]");
   check_row_numbers(op, "rows", rows);
@@ -82,7 +85,10 @@ inline void check_backward(const char* op, const Tensor& grad, const Tensor& row
   QFAST_CHECK(rows.size(0) == grad.size(0) && rows.size(1) == grad.size(transposed ? 2 : 1), op,
               ": rows: expected one row number for each step of grad ", shape_text(grad), ", got ",
               shape_text(rows), ".");
-  QFAST_CHECK(column_begin >= 0 && column_begin + width <= n_columns, op, ": column_begin: expected ", width,
+  QFAST_CHECK(n_rows >= 0 && n_columns >= 0, op, ": expected a panel of at least 0 rows and columns, got ",
+              n_rows, " and ", n_columns, ".");
+  // column_begin + width may overflow.
+  QFAST_CHECK(column_begin >= 0 && column_begin <= n_columns - width, op, ": column_begin: expected ", width,
               " columns to fit in ", n_columns, ", got column_begin ", column_begin, ".");
 }
 

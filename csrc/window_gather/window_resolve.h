@@ -35,7 +35,9 @@ QFAST_DEVICE_INLINE int64_t contiguous_start(const WindowTables& tables, int64_t
     return -1;
   if (tables.first_position > 0 && tables.position[r] - tables.step_len + 1 < tables.first_position)
     return -1;
-  // run is 0 for a row that is not live, so a window of one step passes the test above and needs this one.
-  if (tables.step_len == 1 && tables.position[r] < tables.first_position) return -1;
+  // run is 0 for a dead row, so a window of one step passes the tests above and needs this one. The position
+  // of a dead row is -1.
+  if (tables.step_len == 1 && (tables.position[r] < 0 || tables.position[r] < tables.first_position))
+    return -1;
   return r - tables.step_len + 1;
 }

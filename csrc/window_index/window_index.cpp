@@ -1,8 +1,9 @@
 // Builds the tables of a WindowIndex from instrument and date codes, on the CPU and in one thread. It runs
 // once per panel, in O(R + number of dates): 8 bytes read and 12 written per row, plus a table of 4 bytes per
-// date.
+// date. Sparse date codes are sorted, in O(R log R).
 #include "window_index/window_index.h"
 
+#include <algorithm>
 #include <limits>
 #include <vector>
 
@@ -10,6 +11,10 @@
 
 namespace qfast {
 namespace {
+
+// Largest size of the table of dates, which needs 4 bytes per entry: 16 bytes per row, or 4 MiB.
+constexpr int64_t kTableEntriesPerRow = 4;
+constexpr int64_t kSmallTable = 1 << 20;
 
 void check_codes(const char* name, const int32_t* codes, int64_t rows) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -31,25 +36,40 @@ void check_order(const int32_t* instruments, const int32_t* dates, int64_t rows)
   }
 }
 
-// rank[d] = number of dates before d on which at least one live row exists.
-std::vector<int32_t> rank_dates(const int32_t* dates, const bool* live, int64_t rows) {
+// Calls body(row, code) for every live row.
+template <class Body>
+void each_live(const int32_t* dates, const bool* live, int64_t rows, const Body& body) {
+  for (int64_t r = 0; r < rows; ++r) {
+    if (live == nullptr || live[r]) body(r, dates[r]);
+  }
+}
+
+// position[r] = number of dates before the date of row r on which at least one live row exists. Dead rows are
+// not written. Codes are ranks of dates, so a table indexed by code is small. Sparse codes, for example
+// timestamps, are sorted, because their table would need gigabytes.
+void rank_dates(const int32_t* dates, const bool* live, int64_t rows, int32_t* position) {
   int32_t last = -1;
   for (int64_t r = 0; r < rows; ++r) last = dates[r] > last ? dates[r] : last;
-  // Codes are ranks of dates, so this table is small. The limit rejects timestamps that are passed as codes,
-  // for which the table would need gigabytes.
-  QFAST_CHECK(last < (1 << 28), "date_codes: expected codes (ranks of dates) below ", 1 << 28, ", got ", last,
-              ". Remedy: numpy.unique(dates, return_inverse=True).");
-  std::vector<int32_t> rank(static_cast<size_t>(last) + 1, 0);
-  for (int64_t r = 0; r < rows; ++r) {
-    if (live == nullptr || live[r]) rank[dates[r]] = 1;
+  if (last > kTableEntriesPerRow * rows + kSmallTable) {
+    std::vector<int32_t> codes;
+    each_live(dates, live, rows, [&](int64_t, int32_t code) { codes.push_back(code); });
+    std::sort(codes.begin(), codes.end());
+    codes.erase(std::unique(codes.begin(), codes.end()), codes.end());
+    each_live(dates, live, rows, [&](int64_t r, int32_t code) {
+      const auto at = std::lower_bound(codes.begin(), codes.end(), code);
+      position[r] = static_cast<int32_t>(at - codes.begin());
+    });
+    return;
   }
+  std::vector<int32_t> rank(static_cast<size_t>(last) + 1, 0);
+  each_live(dates, live, rows, [&](int64_t, int32_t code) { rank[code] = 1; });
   int32_t dates_before = 0;
   for (int32_t& entry : rank) {
     const int32_t has_live_row = entry;
     entry = dates_before;
     dates_before += has_live_row;
   }
-  return rank;
+  each_live(dates, live, rows, [&](int64_t r, int32_t code) { position[r] = rank[code]; });
 }
 
 }  // namespace
@@ -62,14 +82,15 @@ void build_window_index(const int32_t* instruments, const int32_t* dates, const 
   check_codes("instrument_codes", instruments, rows);
   check_codes("date_codes", dates, rows);
   check_order(instruments, dates, rows);
-  const std::vector<int32_t> rank = rank_dates(dates, live, rows);
+  rank_dates(dates, live, rows, position);
   int64_t previous = -1;  // the last live row before r
   for (int64_t r = 0; r < rows; ++r) {
-    position[r] = -1;
     back[r] = 0;
     run[r] = 0;
-    if (live != nullptr && !live[r]) continue;
-    position[r] = rank[dates[r]];
+    if (live != nullptr && !live[r]) {
+      position[r] = -1;
+      continue;
+    }
     if (previous >= 0 && instruments[previous] == instruments[r]) {
       back[r] = static_cast<int32_t>(r - previous);
       if (back[r] == 1 && position[previous] + 1 == position[r]) run[r] = run[previous] + 1;

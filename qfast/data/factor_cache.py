@@ -5,6 +5,8 @@ all three. Other prices, rows or expressions use another folder, so folders neve
 atomically and instrument by instrument, so factors may exceed memory, and neither an interrupted run nor two runs at
 the same time can damage them. All processes that use the same factors share one copy in memory. A damaged folder is
 logged and its factors are computed again. If the disk is full, the factors are not cached and the run continues.
+
+Checksums detect damage but not forgery. Factors are therefore read only from folders that no other user can change.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ import qfast
 from qfast.data.expression import Call, parse, walk
 from qfast.data.expression_functions import FUNCTIONS
 from qfast.data.panel import Panel
-from qfast.data.panel_folder import create_panel, open_panel
+from qfast.data.panel_folder import HEADER, create_panel, open_panel
 from qfast.data.prices import Prices
+from qfast.data.trusted_folder import remove_abandoned, require_trusted, without_other_writers
 from qfast.dates import DateLike
 from qfast.errors import ConfigError, DataError, QfastError, shown
 
@@ -134,12 +137,14 @@ class FactorCache:
         Returns
         -------
         float32 [M, C] or None
-            None if the folder does not exist or is damaged; damage is logged.
+            None if the folder does not exist, is damaged, or can be changed by other users. All but the first are
+            logged.
         """
         if key is None or not self.path(key).exists():
             return None
         folder = self.path(key)
         try:
+            require_trusted(folder)
             panel = open_panel(folder)
             if panel.n_rows != n_rows or list(panel.blocks) != [GROUP] or panel.columns(GROUP) != _columns(texts):
                 raise DataError(f"it contains other factors: {panel.n_rows} rows, {list(panel.blocks)}")
@@ -174,9 +179,14 @@ class FactorCache:
         if key is None:
             return None
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if not self.folder.exists():
+                self.folder.mkdir(parents=True)
+                without_other_writers(self.folder)
+            for abandoned in remove_abandoned(self.folder, self.path("*").name, HEADER):
+                log.info("removed %s, which a killed run has left behind", abandoned)
             with create_panel(keys.only(()), self.path(key), {GROUP: _columns(texts)}) as values, _apart():
                 compute(values[GROUP])
+            without_other_writers(self.path(key))
             return open_panel(self.path(key), verify=False).values(GROUP)
         except ComputationError as error:
             raise error.original from None

@@ -35,7 +35,7 @@ import pandas as pd
 
 from qfast.data.storage import new_mapped_file
 from qfast.errors import DataError, QfastError
-from qfast.files import atomic_write, is_disk_full, locked
+from qfast.files import atomic_write, is_disk_full, is_temporary, locked
 
 if TYPE_CHECKING:
     from qfast.data.panel import Block, Panel, Table
@@ -235,6 +235,9 @@ def _remove_leftovers(folder: Path) -> None:
     for entry in folder.glob("contents-*"):
         if entry.is_dir() and not entry.is_symlink() and not _is_current(folder, entry):
             shutil.rmtree(entry, ignore_errors=True)
+    for entry in folder.iterdir():
+        if is_temporary(entry.name) and entry.is_file() and not entry.is_symlink():
+            entry.unlink(missing_ok=True)
 
 
 def _is_current(folder: Path, contents: Path) -> bool:

@@ -19,7 +19,15 @@ from qfast.files import is_disk_full
 
 log = logging.getLogger("qfast.data")
 
-__all__ = ["Storage", "byte_count", "default_memory_limit", "default_scratch", "new_mapped_file"]
+__all__ = [
+    "Storage",
+    "byte_count",
+    "default_memory_limit",
+    "default_scratch",
+    "new_mapped_file",
+    "require_memory",
+    "usable_memory",
+]
 
 SMALLEST_FILE = 1 << 20  # arrays below this many bytes are always in memory
 ZEROS = 1 << 24
@@ -174,16 +182,54 @@ def default_scratch() -> Path:
 
 
 def default_memory_limit() -> int:
-    """Half of the memory that this process may use: that of the machine, or of its control group if that is less.
+    """Half of the memory that this process may use.
 
     >>> default_memory_limit() > 0
+    True
+    """
+    return usable_memory() // 2
+
+
+def usable_memory() -> int:
+    """Bytes that this process may use: those of the machine, or of its control group or `ulimit -v` if that is less.
+
+    >>> usable_memory() > 0
     True
     """
     try:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
-        return 8 << 30  # a platform that does not report its memory
+        return 16 << 30  # a platform that does not report its memory
     for file in CGROUP_LIMITS:
         with contextlib.suppress(OSError, ValueError):  # no control groups, or "max"
             total = min(total, int(file.read_text()))
-    return total // 2
+    with contextlib.suppress(ImportError, OSError, ValueError):  # not a POSIX system
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        total = total if limit == resource.RLIM_INFINITY else min(total, limit)
+    return total
+
+
+def require_memory(n_bytes: int, what: str, remedy: str) -> None:
+    """Refuse arrays that this process has no memory for, before they are allocated.
+
+    Parameters
+    ----------
+    n_bytes : int
+        Expected size.
+    what : str
+        What needs it, for the message.
+    remedy : str
+
+    Raises
+    ------
+    DataError
+        States the requirement and the memory.
+    """
+    usable = usable_memory()
+    if n_bytes > usable:
+        raise DataError(
+            f"{what} needs {n_bytes / 2**30:.1f} GiB of memory, but this process may use {usable / 2**30:.1f} GiB. "
+            f"Remedy: {remedy}."
+        )

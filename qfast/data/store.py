@@ -5,6 +5,7 @@ Source of the format: qlib/data/storage/file_storage.py of pyqlib 0.9.7.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -32,7 +33,7 @@ from qfast.data.prices import (
 )
 from qfast.dates import DateLike, date_text
 from qfast.errors import ConfigError, DataError, suggest
-from qfast.files import read_text
+from qfast.files import escapes, read_text
 
 __all__ = ["BinaryStore", "is_store"]
 
@@ -74,6 +75,7 @@ class BinaryStore:
             if self.freq not in by_freq:
                 raise ConfigError(f"provider_uri has no entry for freq {self.freq!r}; it has {sorted(by_freq)}.")
             provider_uri = by_freq[self.freq]
+        _require_inside("freq", self.freq)
         if not isinstance(provider_uri, (str, Path)):
             raise ConfigError(f"provider_uri must be a path, got {type(provider_uri).__name__}: {provider_uri!r}")
         self.root = Path(provider_uri).expanduser()
@@ -130,6 +132,8 @@ class BinaryStore:
         low, high = max(0, low - margin[0]), min(len(self.calendar), high + margin[1])
         log.debug("%s: reading calendar positions %d to %d of %d instruments", self.root, low, high - 1, len(spans))
         stored: dict[str, dict[str, tuple[int, np.ndarray]]] = {}
+        for name in wanted or ():
+            _require_inside("field", name)
         for code in sorted(spans):
             series = self._read_instrument(code, wanted, low, high)
             if series:
@@ -226,9 +230,15 @@ class BinaryStore:
             instruments = "all"
         if isinstance(instruments, Mapping) and "market" in instruments:
             instruments = market_of(instruments)
-        return self._read_market(instruments) if isinstance(instruments, str) else membership(instruments)
+        if isinstance(instruments, str):
+            return self._read_market(instruments)
+        spans = membership(instruments)
+        for code in spans:
+            _require_inside("instrument", code)
+        return spans
 
     def _read_market(self, market: str) -> Spans:
+        _require_inside("market", market)
         path = self.root / "instruments" / f"{market.lower()}.txt"
         if not path.is_file():
             markets = self.markets()
@@ -247,6 +257,7 @@ class BinaryStore:
                 raise DataError(f"{path}: line {number} must be CODE, start and end separated by tabs, got {line!r}.")
             if not (parts[1] in days or is_date(parts[1])) or not (parts[2] in days or is_date(parts[2])):
                 raise DataError(f"{path}: line {number} must contain two dates, got {line!r}.")
+            _require_inside(f"{path}: line {number}: instrument", parts[0])
             spans.setdefault(parts[0], []).append((parts[1], parts[2]))  # type: ignore[union-attr]
         if not spans:
             raise DataError(f"{path} contains no instruments.")
@@ -265,9 +276,10 @@ class BinaryStore:
         folder, ending = self._folder(code), f".{self.freq}.bin"
         names = wanted
         if names is None:
-            names = [p.name[: -len(ending)] for p in sorted(Path(folder).glob(f"*{ending}"))]
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                names = [name[: -len(ending)] for name in sorted(os.listdir(folder)) if name.endswith(ending)]
         series = {}
-        for name in names:
+        for name in names or ():
             part = _read_bin(f"{folder}{os.sep}{name}{ending}", low, high, len(self.calendar))
             if part is not None and len(part[1]):
                 series[name] = part
@@ -304,6 +316,21 @@ class BinaryStore:
             live=None if live.all() else live,
         )
         return Prices(panel, extents)
+
+
+def _require_inside(what: str, name: str) -> None:
+    """Refuse a name that would lead to files outside the store.
+
+    Raises
+    ------
+    DataError
+        The name has the part "..", or begins like an absolute path.
+    """
+    if escapes(name):
+        raise DataError(
+            f"{what} {name!r} leads outside the Qlib data folder. Remedy: names of instruments, markets and fields "
+            "without '..'."
+        )
 
 
 def _days(values: Iterable[object]) -> dict[object, np.datetime64]:

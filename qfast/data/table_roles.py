@@ -396,7 +396,14 @@ def instrument_names(values: pd.Series, table: str) -> np.ndarray:
     DataError
         A row has no instrument, or something other than text or a number.
     """
-    codes, unique = pd.factorize(values)
+    try:
+        codes, unique = pd.factorize(values)
+    except TypeError:  # lists cannot be hashed
+        hashable = values.map(lambda value: isinstance(value, Hashable))
+        row = int(np.argmin(hashable.to_numpy()))
+        raise DataError(
+            f"{table}: row {row} of column {values.name!r} must be text or a number, got {shown(values.iloc[row])}."
+        ) from None
     for position, name in enumerate(unique):
         if isinstance(name, (tuple, list, dict, set, frozenset)):
             raise DataError(

@@ -19,6 +19,7 @@ from qfast.data.panel import Block, Panel
 from qfast.data.panel_folder import is_panel_folder
 from qfast.data.prices import PriceSource
 from qfast.data.source_notes import note
+from qfast.data.storage import require_memory
 from qfast.data.table_notes import report_codes, report_fields, report_file_names, report_infinite
 from qfast.data.table_roles import Keys, adjusted_column, find_keys, instrument_names
 from qfast.data.text_files import read_csv
@@ -30,6 +31,7 @@ __all__ = ["keyed_frame", "panel_of", "read_table"]
 log = logging.getLogger("qfast.data")
 
 DEFAULTS = ReadOptions()
+PARQUET_VALUE_BYTES = 20  # in memory: 8 in the frame, 4 in the panel, and 8 while the table is sorted
 DAY_NAMES = ("day", "1day", "d", "1d", "daily")
 CSV_ENDINGS = (".csv", ".csv.gz", ".csv.bz2", ".csv.xz", ".csv.zst", ".csv.zip", ".txt", ".tsv")
 PARQUET_ENDINGS = (".parquet", ".pq")
@@ -157,7 +159,11 @@ def _is_parquet(path: Path) -> bool:
 
 def _read_parquet(path: Path) -> pd.DataFrame:
     try:
+        if path.is_file():
+            _require_memory_for(path)
         return pd.read_parquet(path)
+    except MemoryError:
+        raise DataError(f"{path} does not fit into memory. Remedy: a file with fewer rows or columns.") from None
     except ImportError:
         raise DataError(
             f"{path}: reading Parquet needs pyarrow, which is not installed. "
@@ -166,6 +172,18 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     except (OSError, ValueError) as error:  # the errors of pyarrow derive from these
         hint = "" if path.is_dir() or _is_parquet(path) else " Remedy: rename it to .csv if it contains text."
         raise DataError(f"{path} cannot be read as Parquet: {error}{hint}") from None
+
+
+def _require_memory_for(path: Path) -> None:
+    """Refuse a Parquet file that does not fit into memory. A compressed file can have millions of rows per megabyte."""
+    from pyarrow import parquet
+
+    facts = parquet.read_metadata(path)
+    require_memory(
+        facts.num_rows * facts.num_columns * PARQUET_VALUE_BYTES,
+        f"{path}: a table of {facts.num_rows:,} rows and {facts.num_columns} columns",
+        "a file with fewer rows or columns",
+    )
 
 
 def keyed_frame(frame: pd.DataFrame, name: str, options: ReadOptions) -> pd.DataFrame:
@@ -529,6 +547,16 @@ def _dense(panel: Panel) -> Panel:
     total = int(lengths.sum())
     if total == panel.n_rows:
         return panel
+    names = panel.columns("price")
+    # The values, and the two codes and three temporary numbers of each row.
+    needed = total * (len(names) * panel.values("price").itemsize + 32)
+    longest = panel.instruments[panel.instrument_codes[starts[int(lengths.argmax())]]]
+    require_memory(
+        needed,
+        f"the panel of {len(starts)} instruments with every date of the calendar between their first and last row "
+        f"({total:,} rows instead of {panel.n_rows:,}; the longest is {longest!r} with {int(lengths.max()):,})",
+        "leave out instruments whose rows are far apart, or use a Qlib data folder",
+    )
     begin = np.cumsum(lengths) - lengths
     present = panel.instrument_codes[starts]
     group = np.repeat(np.arange(len(starts)), stops - starts)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qfast.drawing import save_figure
 from qfast.errors import ConfigError, DataError, suggest, whole_number
 from qfast.files import atomic_write
 
@@ -158,4 +159,4 @@ def _draw(grid: pd.DataFrame, columns: list[str], title: str, file: Path, kind: 
     axes.set_yticks(range(rows), list(grid.index), fontsize=8)
     axes.set(xlabel="neighbour, largest weight first", ylabel="stock", title=title)
     figure.colorbar(image, ax=axes, label="weight")
-    figure.savefig(file, format=kind)
+    save_figure(figure, file, kind)

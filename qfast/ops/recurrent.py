@@ -94,6 +94,8 @@ def lstm(
 
     The bits do not depend on the number of threads.
 
+    Without an initial state, the first step does not read weight_hh, so NaN or infinity in it has no effect there.
+
     torch.func transforms and forward mode compute with torch's operations, which support every derivative.
 
     Source

@@ -328,6 +328,12 @@ def _gather_windows_backward_twin(
     grad: Tensor, rows: Tensor, n_rows: int, n_columns: int, begin: int, transposed: bool
 ) -> Tensor:
     steps = grad.transpose(1, 2) if transposed else grad
+    fits = 0 <= begin <= n_columns - steps.shape[2]
+    require(
+        fits,
+        "gather_windows_backward",
+        f"column_begin: expected {steps.shape[2]} columns to fit in {n_columns}, got column_begin {begin}.",
+    )
     out = grad.new_zeros((n_rows, n_columns))
     part = out[:, begin : begin + steps.shape[2]]
     flat = rows.reshape(-1).long()

@@ -99,9 +99,11 @@ def _code_array(name: str, codes: ArrayLike) -> np.ndarray:
     array = np.asarray(codes)
     if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
         raise DataError(f"{name}: expected a 1-d integer array, got dtype {array.dtype}, shape {array.shape}.")
-    limit = np.iinfo(np.int32).max
-    if array.size and array.dtype != np.int32 and array.max() > limit:
-        raise DataError(f"{name}: codes must fit into int32, got {array.max()}. Remedy: ranks, not timestamps.")
+    limit = np.iinfo(np.int32)
+    if array.size and array.dtype != np.int32:  # a conversion to int32 would wrap other codes
+        for code in (array.max(), array.min()):
+            if not limit.min <= code <= limit.max:
+                raise DataError(f"{name}: codes must fit into int32, got {code}. Remedy: ranks, not timestamps.")
     return np.ascontiguousarray(array, dtype=np.int32)
 
 

@@ -9,11 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ruamel.yaml.error import YAMLError
-
 from qfast.errors import ConfigError, shown
 from qfast.studies.problems import Problems
-from qfast.workflow.overrides import yaml_problem, yaml_reader
+from qfast.workflow.yaml_text import InvalidYaml, parse_yaml
 
 __all__ = ["Axes", "AxisArguments", "Point", "Rolling", "grid_of", "seeds_of", "set_text"]
 
@@ -242,8 +240,8 @@ def _pairs(grid: Mapping[str, Sequence[Any]] | Sequence[str], problems: Problems
         try:
             if not equals or not key.strip():
                 raise ConfigError("expected KEY=V1,V2, for example task.model.kwargs.lr=1e-3,1e-2")
-            yield key.strip(), yaml_reader().load(f"[{values_text}]")
-        except YAMLError as error:
-            problems.add(f"--grid {key.strip()}", f"the values {values_text!r} are {yaml_problem(error)}")
+            yield key.strip(), parse_yaml(f"[{values_text}]").values
+        except InvalidYaml as error:
+            problems.add(f"--grid {key.strip()}", f"the values {values_text!r} are {error}")
         except ConfigError as error:
             problems.add(f"--grid {text!r}", str(error))

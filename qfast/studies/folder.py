@@ -33,11 +33,13 @@ from qfast.workflow.folder import (
     RUNNING,
     RunFolder,
     environment,
+    new_content,
     new_default,
     new_folder,
     now,
 )
 from qfast.workflow.overrides import AliasGroups
+from qfast.workflow.saved_facts import RESTORE
 from qfast.workflow.user_code import option_text
 
 __all__ = ["StudyFolder"]
@@ -92,8 +94,9 @@ class StudyFolder(RunFolder):
                 f"the study folder {str(target or 'studies')!r} cannot be created: {error.strerror}."
             ) from None
         folder = cls(path, {"format": FORMAT, "kind": "study", "experiment": experiment, "started": now()})
-        folder.write_text(WORKFLOW, dump_yaml(workflow))
-        folder.update(**{"status": RUNNING, "error": None, **fields, **environment()})
+        with new_content(path, (WORKFLOW, STUDY)):
+            folder.write_text(WORKFLOW, dump_yaml(workflow))
+            folder.update(**{"status": RUNNING, "error": None, **fields, **environment()})
         return folder
 
     @classmethod
@@ -114,8 +117,10 @@ class StudyFolder(RunFolder):
             )
         try:
             manifest = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{str(file)!r} cannot be read: {error}.") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{str(file)!r} cannot be read: {error}. {RESTORE}") from None
+        if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), dict) for key in ("axes", "data")):
+            raise ConfigError(f"{str(file)!r} is not the manifest of a study. {RESTORE}")
         return cls(Path(path), manifest)
 
     def update(self, **fields: object) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from qfast.drawing import legend_text
 from qfast.studies.combine import Scores
 from qfast.studies.results import short_names
 from qfast.workflow import plots
@@ -40,7 +41,7 @@ def curves_plot(runs: Mapping[str, Sequence[Path]]) -> bytes:
             history = pd.read_csv(folder / HISTORY)
             for panel, segment in zip(axes, ("train", "valid"), strict=True):
                 if segment in history:
-                    label = name if number == 0 and len(runs) <= MOST_LABELS else None
+                    label = legend_text(name) if number == 0 and len(runs) <= MOST_LABELS else None
                     colour = COLOURS[position % len(COLOURS)]
                     panel.plot(-history[segment], color=colour, label=label, linewidth=1.2, alpha=0.75)
     for panel, segment in zip(axes, ("train", "valid"), strict=True):
@@ -127,7 +128,7 @@ def monthly_plot(scores: Mapping[str, Scores]) -> bytes:
         monthly = monthly_ic(results)
         months = monthly.index if months is None else months  # type: ignore[assignment]
         where = np.arange(len(monthly)) + (position - (len(shown) - 1) / 2) * width
-        axes.bar(where, monthly["ic"], width * 0.92, color=COLOURS[position], label=name)
+        axes.bar(where, monthly["ic"], width * 0.92, color=COLOURS[position], label=legend_text(name))
     if months is not None:
         step = max(1, len(months) // 12)
         axes.set_xticks(range(0, len(months), step), [str(month) for month in months[::step]], rotation=30)
@@ -156,7 +157,7 @@ def rolling_plot(scores: Mapping[str, Scores]) -> bytes:
     figure.set_size_inches(9.2, 3.4)
     for position, (name, results) in enumerate(list(scores.items())[:MOST_LABELS]):
         daily = results["test"].ic.dropna()
-        axes.plot(daily.index, daily.cumsum(), color=COLOURS[position], label=name, linewidth=1.8)
+        axes.plot(daily.index, daily.cumsum(), color=COLOURS[position], label=legend_text(name), linewidth=1.8)
     axes.axhline(0, color="#9ca3af", linewidth=0.8)
     axes.set(title="Cumulative IC over all windows")
     axes.tick_params(axis="x", rotation=30)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from qfast.drawing import drawn
 from qfast.studies.finish import Finished
 from qfast.studies.folder import StudyFolder
 from qfast.studies.plots import curves_plot, heat_map, monthly_ic, monthly_plot, parallel_plot, rolling_plot
@@ -50,13 +52,13 @@ def write_study_report(
         The best trials of a search.
     """
     table = results.table()
-    images = _plots(folder, results, table, finished)
+    images, problems = drawn(_plots(folder, results, table, finished))
     (folder.path / "plots").mkdir(exist_ok=True)
     for name, png in images.items():
         folder.write_bytes(f"plots/{name}.png", png)
     parts = [
         page.header(f"{folder.manifest['experiment']}: study", _subtitle(folder, table)),
-        *(page.note(text) for text in _notes(table)),
+        *(page.note(text) for text in (*_notes(table), *problems)),
         "<h2>Means over seeds</h2>",
         page.table(_summary_rows(finished.summary), "point", dense=True),
         page.small(
@@ -77,13 +79,16 @@ def write_study_report(
     folder.write_text("report.html", page.render(f"{folder.manifest['experiment']}: study", parts, WIDTH))
 
 
-def _plots(folder: StudyFolder, results: Results, table: pd.DataFrame, finished: Finished) -> dict[str, bytes]:
+def _plots(
+    folder: StudyFolder, results: Results, table: pd.DataFrame, finished: Finished
+) -> dict[str, Callable[[], bytes]]:
+    """Name of each plot of the page -> the function that draws it."""
     specs = [spec for spec in results.specs() if results.status(spec.number) in (FINISHED, PRUNED)]
     specs = [spec for spec in specs if (folder.run(spec.number) / "history.csv").is_file()]
     runs: dict[str, list[Path]] = {}
     for spec in specs[:MOST_CURVES]:
         runs.setdefault(point_name(spec.point) or "all runs", []).append(folder.run(spec.number))
-    images = {"losses": curves_plot(runs)}
+    images: dict[str, Callable[[], bytes]] = {"losses": lambda: curves_plot(runs)}
     ended = table[table["status"] == FINISHED]
     keys = [key for key in dict.fromkeys(key for spec in specs for key in spec.point.values) if key in ended]
     metric = next((name for name in ("test.rank_ic", "valid.rank_ic", "train.rank_ic") if name in ended), None)
@@ -91,13 +96,14 @@ def _plots(folder: StudyFolder, results: Results, table: pd.DataFrame, finished:
     if search is not None and search["objective"] in ended:
         metric = search["objective"]
     if keys and metric is not None and len(ended) > 1:
+        measured = ended.dropna(subset=[metric])
         if len(keys) == 2 and search is None:
-            images["grid"] = heat_map(ended.dropna(subset=[metric]), keys, metric)
+            images["grid"] = partial(heat_map, measured, keys, metric)
         else:
-            images["parallel_coordinates"] = parallel_plot(ended.dropna(subset=[metric]), keys, metric)
+            images["parallel_coordinates"] = partial(parallel_plot, measured, keys, metric)
     if finished.rolling:
-        images["cumulative_ic"] = rolling_plot(finished.rolling)
-        images["ic_by_month"] = monthly_plot(finished.rolling)
+        images["cumulative_ic"] = lambda: rolling_plot(finished.rolling)
+        images["ic_by_month"] = lambda: monthly_plot(finished.rolling)
     return images
 
 

@@ -9,12 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml.error import YAMLError
-
 from qfast.errors import ConfigError, QfastError, shown, suggest
 from qfast.studies.problems import Problems
-from qfast.workflow.overrides import similar_path, yaml_problem, yaml_reader
+from qfast.workflow.overrides import similar_path
 from qfast.workflow.schema import Workflow
+from qfast.workflow.yaml_text import InvalidYaml, parse_yaml
 
 __all__ = ["DEFAULT_OBJECTIVE", "check_search"]
 
@@ -80,13 +79,13 @@ def check_search(
 
 def _read(file: Path, problems: Problems) -> Any:
     try:
-        return yaml_reader().load(file.read_text(encoding="utf-8")) or {}
+        return parse_yaml(file.read_text(encoding="utf-8")).values or {}
     except FileNotFoundError:
         problems.add("--search", f"{str(file)!r} does not exist (looked in {Path.cwd()})")
     except (OSError, UnicodeDecodeError) as error:
         problems.add("--search", f"{str(file)!r} cannot be read: {error}")
-    except YAMLError as error:
-        problems.add("--search", f"{file}: {yaml_problem(error)}")
+    except InvalidYaml as error:
+        problems.add("--search", f"{file}: {error}")
     return None
 
 

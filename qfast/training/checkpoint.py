@@ -6,24 +6,27 @@ Reading a file never runs code from it.
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from qfast.errors import CheckpointError, suggest
+from qfast.errors import CheckpointError, QfastError, shown, some, suggest
 from qfast.files import atomic_write
+from qfast.tensor_files import read_metadata, require_intact, write_checked
 from qfast.training.overrides import name_of
 
 if TYPE_CHECKING:
     from qfast.training.base import BaseEstimator
 
 FORMAT = 1
+DAMAGE = (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError, OverflowError, RecursionError)
+FACTS = "qfast"  # key of the metadata: everything in a checkpoint that is not a tensor
 
 __all__ = ["load_fit", "load_weights", "matching_state", "read_tensors", "save_fit", "save_weights"]
 
@@ -33,7 +36,7 @@ def save_weights(network: nn.Module, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     state = network.state_dict()
     if path.suffix == ".safetensors":
-        atomic_write(path, lambda target: safetensors.torch.save_file(_storable(state), target))
+        _write_tensors(path, state)
     else:
         atomic_write(path, lambda target: torch.save(state, target))
 
@@ -72,8 +75,9 @@ def matching_state(network: nn.Module, path: Path) -> dict[str, Tensor]:
     Raises
     ------
     CheckpointError
-        The file is missing, truncated or not a state dict, or it belongs to another network. In that case the message
-        lists the missing and unexpected keys and those with another shape.
+        The file is missing, damaged or not a state dict, a weight is not finite or has another kind of dtype, or the
+        file belongs to another network. In that case the message lists the missing and unexpected keys and those with
+        another shape.
     """
     state = read_tensors(path)
     # Networks that accept several names for a parameter. `own_names` is the old name of the method.
@@ -96,7 +100,37 @@ def matching_state(network: nn.Module, path: Path) -> dict[str, Tensor]:
             f"{path} does not fit {type(network).__name__}: missing {missing or 'none'}, unexpected {extra or 'none'}, "
             f"other shapes {shapes or 'none'}.{hint} Remedy: build the model with the arguments it was trained with."
         )
+    _require_usable(state, current, path)
     return state
+
+
+def _require_usable(state: Mapping[str, Tensor], current: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse weights that the network would convert to other values, or that make every result NaN."""
+    _require_same_kinds(state, current, path)
+    broken = [key for key in current if state[key].is_floating_point() and not bool(state[key].isfinite().all())]
+    if broken:
+        raise CheckpointError(
+            f"{path} contains NaN or infinity in {some(broken, 4)}, so every result would be NaN. Remedy: other "
+            "weights, for example those of an earlier epoch."
+        )
+
+
+def _require_same_kinds(state: Mapping[str, Tensor], current: Mapping[str, Tensor], path: Path) -> None:
+    kinds = [
+        f"{key}: file {state[key].dtype}, network {value.dtype}"
+        for key, value in current.items()
+        if _kind(state[key]) != _kind(value)
+    ]
+    if kinds:
+        raise CheckpointError(
+            f"{path} has weights of another type: {some(kinds, 4)}. Remedy: a file with floating-point weights."
+        )
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.is_complex():
+        return "complex"
+    return "floating" if tensor.is_floating_point() else "integer"
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -109,15 +143,31 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise CheckpointError(f"weight file {path} does not exist.")
+    if path.suffix == ".safetensors":
+        require_intact(path)
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path, device="cpu")
+        _require_intact_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the readers raise many types for damaged files
-        raise CheckpointError(f"{path} is not a readable weight file, it may be truncated ({error}).") from None
+        raise CheckpointError(
+            f"{path} is not a readable weight file, it may be truncated ({type(error).__name__}: {error}). Remedy: "
+            "restore the file from a copy."
+        ) from None
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise CheckpointError(f"{path} contains {type(state).__name__}, not a state dict of tensors.")
     return dict(state)
+
+
+def _require_intact_archive(path: Path) -> None:
+    """Compare the parts of a file in torch's format with their CRC-32, which torch.load ignores."""
+    if not zipfile.is_zipfile(path):  # the format of old versions of torch, which has no checksums
+        return
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"{damaged!r} in it does not match its CRC-32")
 
 
 def save_fit(estimator: BaseEstimator, path: Path) -> None:
@@ -148,8 +198,7 @@ def save_fit(estimator: BaseEstimator, path: Path) -> None:
         "origin": estimator.origin_,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"qfast": json.dumps(facts, default=_text)}
-    atomic_write(path, lambda target: safetensors.torch.save_file(_storable(tensors), target, metadata=metadata))
+    _write_tensors(path, tensors, {FACTS: json.dumps(facts, default=_text)})
 
 
 def load_fit(estimator: BaseEstimator, path: Path) -> None:
@@ -161,24 +210,39 @@ def load_fit(estimator: BaseEstimator, path: Path) -> None:
         The file is missing or damaged, or was written by another model, with other arguments or on other data.
     """
     tensors = read_tensors(path)
-    with safetensors.safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get("qfast")
+    text = read_metadata(path).get(FACTS)
     if text is None:
         raise CheckpointError(
             f"{path} contains weights but no training state. Remedy: pass the run's last.safetensors."
         )
-    facts = json.loads(text)
+    try:
+        _restore(estimator, tensors, json.loads(text), path)
+    except QfastError:
+        raise
+    except DAMAGE as error:
+        raise CheckpointError(
+            f"{path} cannot be used: its training state is incomplete ({type(error).__name__}: "
+            f"{shown(str(error), 200)}). Remedy: restore the file from a copy, or start a new run."
+        ) from None
+
+
+def _restore(estimator: BaseEstimator, tensors: dict[str, Tensor], facts: dict[str, Any], path: Path) -> None:
+    """Set the state of an estimator and of the random generators."""
     if facts.get("format") != FORMAT:
         raise CheckpointError(f"{path} has checkpoint format {facts.get('format')!r}; this version reads {FORMAT}.")
     if facts["model"] != _model_name(estimator):
         raise CheckpointError(f"{path} is a checkpoint of {facts['model']}, not of {_model_name(estimator)}.")
     _require_same_params(estimator, facts["params"], path)
+    if not isinstance(facts["data"], dict):
+        raise TypeError(f"'data' must be a mapping, got {shown(facts['data'])}")
     if estimator.data_ and facts["data"] != estimator.data_:  # empty before a fit has loaded its data
         differing = [k for k in facts["data"] if facts["data"][k] != estimator.data_.get(k)]
         raise CheckpointError(
             f"{path} was written in training on other data: {differing} differ, so it cannot be resumed."
         )
-    estimator.network.load_state_dict(_part(tensors, "network."))
+    weights = _part(tensors, "network.")
+    estimator.network.load_state_dict(weights)
+    _require_same_kinds(weights, estimator.network.state_dict(), path)
     _load_optimizer(estimator, _part(tensors, "optimizer."))
     torch.set_rng_state(tensors["rng.torch"])
     if estimator.device.type == "cuda" and "rng.cuda" in tensors:
@@ -193,6 +257,8 @@ def load_fit(estimator: BaseEstimator, path: Path) -> None:
     estimator.restore_facts(facts.get("model_facts", {}))
     estimator.origin_ = facts.get("origin", {})
     best = _part(tensors, "best.")
+    if best:
+        _require_same_kinds(best, estimator.network.state_dict(), path)
     progress.best_weights = {k: v.to(estimator.device) for k, v in best.items()} or None
 
 
@@ -223,11 +289,20 @@ def _load_optimizer(estimator: BaseEstimator, tensors: dict[str, Tensor]) -> Non
         number, name = key.split(".", 1)
         state.setdefault(int(number), {})[name] = value
     current = estimator.train_optimizer.state_dict()
+    expected = {number for group in current["param_groups"] for number in group["params"]}
+    names = {frozenset(entries) for entries in state.values()}
+    if state and (set(state) != expected or len(names) > 1):
+        raise ValueError(f"the optimizer's state of some of the {len(expected)} parameters is missing")
     estimator.train_optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    storable = _storable(tensors)
+    write_checked(path, lambda target, entries: safetensors.torch.save_file(storable, target, entries), metadata)
 
 
 def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

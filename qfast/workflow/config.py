@@ -17,12 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.meta
-import jinja2.nodes
-import jinja2.sandbox
-from ruamel.yaml.error import YAMLError
-
 from qfast.errors import ConfigError
 from qfast.workflow.folder import CONFIG, MANIFEST, RunFolder
 from qfast.workflow.overrides import (
@@ -32,11 +26,10 @@ from qfast.workflow.overrides import (
     AliasGroups,
     KeyPath,
     apply_set,
-    impossible_date,
     path_text,
-    yaml_problem,
-    yaml_reader,
 )
+from qfast.workflow.template import render_template
+from qfast.workflow.yaml_text import MOST_CHARACTERS, InvalidYaml, parse_yaml, yaml_writer
 
 __all__ = [
     "LoadedConfig",
@@ -124,13 +117,13 @@ def load_config(path: str | os.PathLike[str], sets: Sequence[str] = ()) -> Loade
     """
     file = Path(path)
     text, resolved = _read_text(file, "workflow file"), is_run_config(file)
-    values, groups = _read_yaml(text if resolved else _render(text, file), file)
+    values, groups = _read_yaml(text if resolved else render_template(text, file), file)
     base_name = values.pop(BASE_KEY, None)
     if base_name is not None and resolved:
         log.info("%s already contains the values of %s %r; it is not merged again", file, BASE_KEY, base_name)
     elif base_name is not None:
         base_file = _find_base(base_name, file)
-        base, base_groups = _read_yaml(_read_text(base_file, "base file"), base_file)
+        base, base_groups = _read_base(base_file, file)
         log.info("%s: merged over %s", file, base_file)
         groups = groups + [_not_overridden(group, values) for group in base_groups]
         values = deep_merge(base, values)
@@ -217,7 +210,7 @@ def dump_yaml(values: object) -> str:
     >>> dump_yaml({"task": {"lr": 0.001}})
     'task:\\n  lr: 0.001\\n'
     """
-    yaml = yaml_reader()
+    yaml = yaml_writer()
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.representer.ignore_aliases = lambda *_: True
@@ -237,6 +230,11 @@ def _without_dropped(item: Any) -> Any:
 
 def _read_text(file: Path, what: str) -> str:
     try:
+        if file.stat().st_size > 4 * MOST_CHARACTERS:  # a character has at most 4 bytes
+            raise ConfigError(
+                f"{what} {str(file)!r} has {file.stat().st_size} bytes; at most {MOST_CHARACTERS} characters are "
+                "allowed."
+            )
         return file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{what} {str(file)!r} does not exist (looked in {Path.cwd()}).") from None
@@ -248,38 +246,12 @@ def _read_text(file: Path, what: str) -> str:
         raise ConfigError(f"{what} {str(file)!r} cannot be read: {error.strerror}") from None
 
 
-def _render(text: str, file: Path) -> str:
-    # Without the sandbox, a template could access Python's internals.
-    environment = jinja2.sandbox.SandboxedEnvironment()
-    try:
-        names = jinja2.meta.find_undeclared_variables(environment.parse(text))
-        missing = sorted(name for name in names - _defaulted(environment.parse(text)) if name not in os.environ)
-        if missing:
-            log.warning("%s: environment variables %s are not set; they are rendered as empty text", file, missing)
-        return environment.from_string(text).render({name: os.environ[name] for name in names if name in os.environ})
-    except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(f"{file}: template error on line {error.lineno}: {error.message}") from None
-    except (jinja2.TemplateError, ArithmeticError, TypeError, ValueError) as error:
-        raise ConfigError(f"{file}: the template does not render: {error}") from None
-
-
-def _defaulted(template: jinja2.nodes.Template) -> set[str]:
-    """Variables that occur only as `{{ NAME | default(...) }}`, so it does not matter whether they are set."""
-    filters = [node for node in template.find_all(jinja2.nodes.Filter) if node.name in ("default", "d")]
-    inside = [node.node for node in filters if isinstance(node.node, jinja2.nodes.Name)]
-    others = [node.name for node in template.find_all(jinja2.nodes.Name) if all(node is not one for one in inside)]
-    return {node.name for node in inside} - set(others)
-
-
 def _read_yaml(text: str, file: Path) -> tuple[dict[str, Any], AliasGroups]:
     """Parse `text`; return its plain data and the groups of paths that are aliases of one anchor."""
     try:
-        values = yaml_reader().load(text)
-        node = yaml_reader().compose(text)
-    except YAMLError as error:
-        raise ConfigError(f"{file}: {yaml_problem(error)}") from None
-    except ValueError as error:  # the YAML reader's own, for dates that do not exist
-        raise ConfigError(f"{file}: {impossible_date(text) or error}.") from None
+        values, node = parse_yaml(text)
+    except InvalidYaml as error:
+        raise ConfigError(f"{file}: {error}.") from None
     if not isinstance(values, dict):
         kind = "empty" if values is None else f"a {type(values).__name__}"
         raise ConfigError(
@@ -305,6 +277,27 @@ def _node_paths(node: Any, path: KeyPath, above: tuple[int, ...]) -> Iterator[tu
     elif node.id == "sequence":
         for position, value in enumerate(node.value):
             yield from _node_paths(value, (*path, position), inside)
+
+
+def _read_base(base_file: Path, file: Path) -> tuple[dict[str, Any], AliasGroups]:
+    """Read a base file. Any other file is refused, because config.yaml and the report contain the values.
+
+    Raises
+    ------
+    ConfigError
+        The name does not end in .yaml or .yml, or the content is not that of a workflow file. The message contains
+        nothing of the content.
+    """
+    refused = ConfigError(
+        f"{file}: {BASE_KEY} {str(base_file)!r} is not a workflow file. Remedy: a file that ends in .yaml or .yml and "
+        f"has at least one of the keys {list(TOP_LEVEL[:5])}."
+    )
+    if base_file.suffix.lower() not in (".yaml", ".yml"):
+        raise refused
+    base, groups = _read_yaml(_read_text(base_file, "base file"), base_file)
+    if not set(TOP_LEVEL[:5]) & set(base):
+        raise refused
+    return base, groups
 
 
 def _find_base(name: object, file: Path) -> Path:

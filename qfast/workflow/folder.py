@@ -13,7 +13,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib import metadata as packages
 from pathlib import Path
@@ -22,7 +22,18 @@ from typing import Any, ClassVar
 import pandas as pd
 
 from qfast.errors import CheckpointError, ConfigError, QfastError
-from qfast.files import atomic_write, file_hash, is_disk_full, require_file_target, sweep
+from qfast.files import (
+    LOCK,
+    atomic_write,
+    file_hash,
+    is_disk_full,
+    is_locked,
+    is_temporary,
+    locked,
+    require_file_target,
+    sweep,
+)
+from qfast.workflow.saved_facts import RESTORE, Manifest, require_structure
 from qfast.workflow.user_code import option_text
 
 __all__ = ["RunFolder", "check_table_target", "read_frame", "recorded", "versions", "write_frame"]
@@ -35,8 +46,10 @@ BEST = "best.safetensors"  # weights of the best epoch so far
 WEIGHTS = "weights"  # key of the manifest: SHA-256 hashes of the weight files
 LAST = "last.safetensors"  # the state that training resumes from
 HISTORY = "history.csv"
+NEW = ".new"  # in a folder whose manifest is not written yet
 RESERVE = ".reserve"
 RESERVE_BYTES = 256 * 1024  # freed on a full disk, so the manifest can still be updated
+EARLY = (NEW, RESERVE, LOCK, CONFIG, "workflow.yaml")  # files that exist before the manifest of a run or study
 RUNNING, FINISHED, FAILED, INTERRUPTED = "running", "finished", "failed", "interrupted"
 
 
@@ -101,17 +114,11 @@ class RunFolder:
             ) from None
         folder = cls(path, {"format": 1, "experiment": experiment, "status": RUNNING, "started": now(), "error": None})
         folder.running = True
-        try:
+        with new_content(path, (MANIFEST, CONFIG, RESERVE)):
             (path / RESERVE).write_bytes(b"\0" * RESERVE_BYTES)
             if config_text is not None:
                 folder.write_text(CONFIG, config_text)
             folder.update(**fields)
-        except BaseException:  # an incomplete folder must not block the next attempt
-            for name in (MANIFEST, CONFIG, RESERVE):
-                (path / name).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                path.rmdir()
-            raise
         return folder
 
     @classmethod
@@ -129,14 +136,20 @@ class RunFolder:
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         except FileNotFoundError:
+            if _was_killed_early(folder):
+                raise ConfigError(
+                    f"the run in {str(path)!r} was killed before its {MANIFEST} was written, so there is nothing to "
+                    f"continue. Remedy: start it again with --output {shlex.quote(str(path))}."
+                ) from None
             raise ConfigError(
                 f"{str(path)!r} is not a run folder: it has no {MANIFEST}. Remedy: pass a folder that 'qfast run' has "
                 "written."
             ) from None
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"{str(folder / MANIFEST)!r} cannot be read: {error}.") from None
+        except (ValueError, OSError, RecursionError) as error:
+            raise ConfigError(f"{str(folder / MANIFEST)!r} cannot be read: {error}. {RESTORE}") from None
         if not isinstance(manifest, dict) or "status" not in manifest:
             raise ConfigError(f"{str(folder / MANIFEST)!r} is not the manifest of a run.")
+        require_structure(Manifest, manifest, folder / MANIFEST, ConfigError)
         return cls(folder, manifest)
 
     def __truediv__(self, name: str) -> Path:
@@ -215,8 +228,8 @@ class RunFolder:
             raise CheckpointError(
                 f"{str(self.path / name)!r} is missing; the run is {self.manifest['status']}."
             ) from None
-        except (ValueError, OSError) as error:
-            raise CheckpointError(f"{str(self.path / name)!r} cannot be read: {error}.") from None
+        except (ValueError, OSError, RecursionError) as error:
+            raise CheckpointError(f"{str(self.path / name)!r} cannot be read: {error}. {RESTORE}") from None
 
 
 @contextlib.contextmanager
@@ -254,8 +267,8 @@ def _finish_quietly(folder: RunFolder, status: str, error: str) -> None:
     """Record a failure; an error of the recording itself is logged and must not replace the first one."""
     try:
         folder.finish(status, error)
-    except Exception:
-        log.exception("the manifest of %s could not be updated", folder.path)
+    except Exception as failure:
+        log.error("the manifest of %s could not be updated: %s: %s", folder.path, type(failure).__name__, failure)
 
 
 def write_frame(target: Path, frame: pd.DataFrame) -> Path:
@@ -363,7 +376,23 @@ def _numbered(path: Path) -> Iterator[Path]:
 
 
 def new_folder(path: Path) -> Path:
-    """Create the folder that a user has named. Raises a ConfigError if it contains files."""
+    """Create the folder that a user has named.
+
+    The remains of a run that was killed before its manifest was written are removed.
+
+    Raises
+    ------
+    ConfigError
+        It contains other files, or another process is creating a run in it.
+    """
+    if _was_killed_early(path):
+        if is_locked(path):
+            raise ConfigError(
+                f"--output {str(path)!r}: another process is creating a run there. Remedy: another folder."
+            )
+        log.info("removing the remains of a run in %s that was killed before it began", path)
+        for entry in path.iterdir():
+            entry.unlink()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(
             f"--output {str(path)!r} exists and is not empty; a run is never overwritten. Remedy: another folder, or "
@@ -371,6 +400,54 @@ def new_folder(path: Path) -> Path:
         )
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def _was_killed_early(path: Path) -> bool:
+    """Whether a folder contains only the files that a run writes before its manifest."""
+    if not path.is_dir():
+        return False
+    names = [entry.name for entry in path.iterdir() if entry.is_file() and not entry.is_symlink()]
+    complete = len(names) == sum(1 for _ in path.iterdir())
+    # Earlier versions begin with the reserved disk space.
+    begun = NEW in names or RESERVE in names
+    return complete and begun and all(name in EARLY or is_temporary(name) for name in names)
+
+
+@contextlib.contextmanager
+def new_content(path: Path, names: Sequence[str]) -> Iterator[None]:
+    """Write the first files of a new folder, which is marked and locked until the block ends.
+
+    Parameters
+    ----------
+    path : Path
+        The folder. It is removed if the block raises an error.
+    names : sequence of str
+        The files that the block writes.
+
+    Raises
+    ------
+    ConfigError
+        The folder cannot be written to, or another process is creating a run in it.
+    """
+    try:
+        with locked(path):
+            try:
+                (path / NEW).touch()
+                yield
+                (path / NEW).unlink()
+            except BaseException:  # an incomplete folder must not block the next attempt
+                for name in (*names, NEW):
+                    with contextlib.suppress(OSError):
+                        (path / name).unlink(missing_ok=True)
+                raise
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            path.rmdir()
+        if isinstance(error, OSError) and not is_disk_full(error):
+            raise ConfigError(
+                f"the folder {str(path)!r} cannot be written to: {error.strerror}. Remedy: another --output."
+            ) from None
+        raise
 
 
 def _has_pyarrow() -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
+from qfast.errors import CheckpointError
 from qfast.workflow import pretraining
 from qfast.workflow.folder import BEST, FINISHED, RunFolder
+from qfast.workflow.saved_facts import RESTORE
 from qfast.workflow.user_code import option_text
+
+METRICS = "metrics.json"
 
 __all__ = ["run_info"]
 
@@ -32,6 +35,8 @@ def run_info(run_path: str | os.PathLike[str]) -> dict[str, Any]:
     ------
     ConfigError
         `run_path` is not a run folder.
+    CheckpointError
+        A file in it is damaged.
     """
     folder = RunFolder.open(run_path)
     manifest = folder.manifest
@@ -44,6 +49,13 @@ def run_info(run_path: str | os.PathLike[str]) -> dict[str, Any]:
     info["hint"] = folder.resume_hint()
     replaced = folder.replaced_file(BEST)
     info["notes"] = [*manifest.get("notes", []), *([] if replaced is None else [replaced])]
-    metrics = folder / "metrics.json"
-    info["metrics"] = json.loads(metrics.read_text(encoding="utf-8")) if metrics.exists() else {}
+    info["metrics"] = folder.read_json(METRICS) if (folder / METRICS).exists() else {}
+    _require_metrics(info["metrics"], folder)
     return info
+
+
+def _require_metrics(metrics: object, folder: RunFolder) -> None:
+    rows = list(metrics.values()) if isinstance(metrics, dict) else [None]
+    numbers = [value for row in rows if isinstance(row, dict) for value in row.values() if value is not None]
+    if not all(isinstance(row, dict) for row in rows) or not all(isinstance(value, (int, float)) for value in numbers):
+        raise CheckpointError(f"{folder / METRICS} is not a mapping of segments to metrics. {RESTORE}")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import calendar
 import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-
-from qfast.errors import ConfigError, nearest
+from qfast.errors import ConfigError, nearest, shown
+from qfast.workflow.yaml_text import InvalidYaml, parse_yaml
 
 __all__ = [
     "BASE_KEY",
@@ -20,11 +17,8 @@ __all__ = [
     "AliasGroups",
     "KeyPath",
     "apply_set",
-    "impossible_date",
     "path_text",
     "similar_path",
-    "yaml_problem",
-    "yaml_reader",
 ]
 
 Key = str | int
@@ -69,11 +63,9 @@ def apply_set(config: dict[str, Any], text: str, groups: AliasGroups | None = No
     if not equals or not name:
         raise ConfigError(f"--set {text!r}: expected key=value, for example task.model.kwargs.n_epochs=5.")
     try:
-        value = yaml_reader().load(value_text)
-    except YAMLError as error:
-        raise ConfigError(f"--set {name}: the value {value_text!r} is {yaml_problem(error)}") from None
-    except ValueError as error:  # the YAML reader's own, for dates that do not exist
-        raise ConfigError(f"--set {name}: {impossible_date(value_text) or error}.") from None
+        value = parse_yaml(value_text).values
+    except InvalidYaml as error:
+        raise ConfigError(f"--set {name}: the value {shown(value_text)} is invalid: {error}.") from None
     if name == BASE_KEY:
         raise ConfigError(
             f"--set {text!r}: the base file is merged before the changes of --set. Remedy: edit {BASE_KEY} in the file."
@@ -82,34 +74,6 @@ def apply_set(config: dict[str, Any], text: str, groups: AliasGroups | None = No
     aliases = [alias for group in groups or [] if path in group for alias in group]
     for target in {path, *aliases}:
         _assign(config, target, value)
-
-
-def yaml_reader() -> YAML:
-    """A parser of YAML 1.2, which only ruamel's pure-Python parser supports."""
-    return YAML(typ="safe", pure=True)
-
-
-def impossible_date(text: str) -> str | None:
-    """The first date in YAML text that does not exist, with its line; None if all exist.
-
-    >>> impossible_date("train: [2020-01-01, 2020-02-30]")
-    "line 1: '2020-02-30' is not a date"
-    """
-    for match in re.finditer(r"(?<![\w-])(\d{4})-(\d{1,2})-(\d{1,2})(?![\w-])", text):
-        year, month, day = map(int, match.groups())
-        if not (year and 1 <= month <= 12 and 1 <= day <= calendar.monthrange(year, month)[1]):
-            return f"line {text.count(chr(10), 0, match.start()) + 1}: {match[0]!r} is not a date"
-    return None
-
-
-def yaml_problem(error: YAMLError) -> str:
-    """Describe a YAML error in one line, with line and column."""
-    if not isinstance(error, MarkedYAMLError):
-        return str(error)
-    mark = error.problem_mark or error.context_mark
-    where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
-    parts = [str(part).strip().splitlines()[0] for part in (error.context, error.problem) if part]
-    return f"not YAML: {where}{', '.join(parts)}"
 
 
 def path_text(path: Iterable[Key]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -113,8 +114,9 @@ def render(title: str, parts: Sequence[str], width: int = 60) -> str:
     width : int
         Largest width of the page, in rem.
     """
-    page = PAGE.replace("{title}", text(title)).replace("{width}", str(width))
-    return page.replace("{body}", "\n".join(parts))
+    values = {"{title}": text(title), "{width}": str(width), "{body}": "\n".join(parts)}
+    # One pass: a value that looks like another placeholder remains text.
+    return re.sub(r"\{(title|width|body)\}", lambda match: values[match[0]], PAGE)
 
 
 def header(title: str, subtitle: str) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from qfast.drawing import legend_text, save_figure
 from qfast.training.daily_losses import DAILY_METRICS
 from qfast.workflow.results import SegmentResult
 
@@ -112,7 +113,7 @@ def quantile_plot(segments: Sequence[SegmentResult]) -> bytes:
     for position, segment in enumerate(shown):
         means = _quantile_means(segment)
         where = np.arange(QUANTILES) + (position - (len(shown) - 1) / 2) * width
-        axes.bar(where, means, width * 0.92, color=_colour(segment.name, position), label=segment.name)
+        axes.bar(where, means, width * 0.92, color=_colour(segment.name, position), label=legend_text(segment.name))
     axes.axhline(0, color="#6b7280", linewidth=0.8)
     axes.set_xticks(range(QUANTILES), ["lowest", "2", "3", "4", "highest"])
     axes.set(xlabel="score group of the day", ylabel="mean label", title="Mean label by score group")
@@ -207,5 +208,5 @@ def _colour(name: str, position: int) -> str:
 def png(figure: Figure) -> bytes:
     """Draw a figure."""
     out = io.BytesIO()
-    figure.savefig(out, format="png", metadata={"Software": None})
+    save_figure(figure, out, "png")
     return out.getvalue()

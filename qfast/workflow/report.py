@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from qfast.data.protocols import HandlerDataset
 from qfast.dates import date_text
+from qfast.drawing import drawn
 from qfast.workflow import pretraining
 from qfast.workflow.config import dump_yaml
 from qfast.workflow.folder import RunFolder
@@ -54,14 +55,17 @@ def write_report(
     """
     shown = [r for name, r in results.items() if name != "newest"]
     before = pretraining.history(run_folder)
-    plots = {} if before is None else {"pretrain_loss": loss_plot(*before, title="Pre-training: loss by epoch")}
-    plots |= {
-        "loss": _score_curve(model),
-        "cumulative_ic": cumulative_plot(shown),
-        "score_groups": quantile_plot(shown),
-    }
+    drawings: dict[str, Callable[[], bytes]] = {}
+    if before is not None:
+        drawings["pretrain_loss"] = lambda: loss_plot(*before, title="Pre-training: loss by epoch")
+    drawings["loss"] = lambda: _score_curve(model)
+    drawings["cumulative_ic"] = lambda: cumulative_plot(shown)
+    drawings["score_groups"] = lambda: quantile_plot(shown)
     if portfolio is not None:
-        plots["portfolio"] = portfolio_plot(portfolio.backtest.report)
+        drawings["portfolio"] = lambda: portfolio_plot(portfolio.backtest.report)
+    plots, problems = drawn(drawings)
+    if problems:
+        run_folder.update(notes=[*run_folder.manifest["notes"], *problems])
     (run_folder / "plots").mkdir(exist_ok=True)
     for name, png in plots.items():
         run_folder.write_bytes(f"plots/{name}.png", png)

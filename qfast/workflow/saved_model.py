@@ -22,10 +22,11 @@ from qfast.data.prices import Instruments
 from qfast.data.processors import Processor
 from qfast.data.protocols import Handler, HandlerDataset
 from qfast.dates import date_text
-from qfast.errors import CheckpointError, DataError
-from qfast.files import atomic_write
+from qfast.errors import CheckpointError, DataError, QfastError, shown
+from qfast.tensor_files import require_intact, write_checked
 from qfast.workflow.folder import BEST, CONFIG, RunFolder
 from qfast.workflow.lookback import short_fraction
+from qfast.workflow.saved_facts import RESTORE, ModelFacts, require_structure
 from qfast.workflow.schema import Workflow
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ __all__ = [
     "time_steps",
 ]
 
+# Errors of a constructor whose arguments have been damaged.
+UNUSABLE = (TypeError, ValueError, KeyError, AttributeError, RuntimeError, OverflowError, MemoryError, IndexError)
 FORMAT = 1
 MODEL = "model.json"
 PROCESSORS = "processors.safetensors"
@@ -88,7 +91,9 @@ def save_scoring(run_folder: RunFolder, workflow: Workflow, model: Estimator, da
     }
     # Some readers reject a safetensors file without arrays, so the format is always one.
     arrays["format"] = np.array([FORMAT], dtype=np.int64)
-    atomic_write(run_folder / PROCESSORS, lambda file: safetensors.numpy.save_file(arrays, file))
+    write_checked(
+        run_folder / PROCESSORS, lambda file, entries: safetensors.numpy.save_file(arrays, file, metadata=entries)
+    )
     run_folder.write_json(MODEL, facts)
 
 
@@ -185,9 +190,20 @@ def load_facts(run_folder: RunFolder) -> dict[str, Any]:
         The file is missing, cannot be read, or has another format.
     """
     facts: dict[str, Any] = run_folder.read_json(MODEL)
-    if facts.get("format") != FORMAT:
-        raise CheckpointError(f"{run_folder / MODEL} has format {facts.get('format')!r}; this version reads {FORMAT}.")
+    file = run_folder / MODEL
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        found = facts.get("format") if isinstance(facts, dict) else facts
+        raise CheckpointError(f"{file} has format {shown(found)}; this version reads {FORMAT}. {RESTORE}")
+    require_structure(ModelFacts, facts, file, CheckpointError)
+    # Scoring sets these itself. In a file that someone else has written, they could name other files of the user.
+    for key, unused in (("model", NOT_SCORING), ("handler", TRAINING_ONLY), ("dataset", ("handler", "segments"))):
+        kwargs = facts[key].get("kwargs", {})
+        facts[key] = {**facts[key], "kwargs": {name: value for name, value in kwargs.items() if name not in unused}}
     return facts
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {shown(str(error), 200)}."
 
 
 def load_model(
@@ -202,7 +218,12 @@ def load_model(
     """
     spec = facts["model"]
     kwargs = {**spec["kwargs"], "device": device, "progress": False}
-    model: Estimator = registry.MODELS.build({**spec, "kwargs": kwargs}, path=MODEL)
+    try:
+        model: Estimator = registry.MODELS.build({**spec, "kwargs": kwargs}, path=MODEL)
+    except QfastError:
+        raise
+    except UNUSABLE as error:
+        raise CheckpointError(f"{run_folder / MODEL}: the model cannot be built: {_reason(error)} {RESTORE}") from None
     return model.load_weights(run_folder / BEST if weights is None else Path(weights).expanduser())
 
 
@@ -221,6 +242,7 @@ def load_processors(
         raise CheckpointError(
             f"{str(file)!r} is missing, so new data cannot be processed as in training. Remedy: run again."
         )
+    require_intact(file)
     try:
         arrays = safetensors.numpy.load_file(file)
     except Exception as error:  # safetensors has several exceptions for a damaged file
@@ -229,7 +251,14 @@ def load_processors(
     for stage, specs in stages.items():
         built[stage] = []
         for position, spec in enumerate(specs):
-            processor = registry.PROCESSORS.build(spec, path=f"{MODEL}: processors.{stage}.{position}")
+            try:
+                processor = registry.PROCESSORS.build(spec, path=f"{MODEL}: processors.{stage}.{position}")
+            except QfastError:
+                raise
+            except UNUSABLE as error:
+                raise CheckpointError(
+                    f"{run_folder / MODEL}: the processor {shown(spec)} cannot be built: {_reason(error)} {RESTORE}"
+                ) from None
             prefix = f"{stage}.{position}."
             state = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
             try:

@@ -21,8 +21,9 @@ from qfast.data.panel import Block, Panel
 from qfast.data.processors import Processor, build_processor
 from qfast.dates import DateLike
 from qfast.errors import CheckpointError, ConfigError
-from qfast.files import atomic_write, require_file_target
+from qfast.files import require_file_target
 from qfast.registry import PROCESSORS, parameters
+from qfast.tensor_files import require_intact, write_checked
 
 if TYPE_CHECKING:
     from qfast.data.handlers.base import DataHandlerLP
@@ -49,7 +50,7 @@ def write_file(path: str | os.PathLike[str], kind: str, arrays: Arrays, facts: M
     require_file_target(target, "path")
     metadata = {KEY: json.dumps({"format": FORMAT, "kind": kind, **facts})}
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    atomic_write(target, lambda file: save_file(contiguous, file, metadata=metadata))
+    write_checked(target, lambda file, entries: save_file(contiguous, file, metadata=entries), metadata)
 
 
 def read_file(path: str | os.PathLike[str], kind: str) -> tuple[Arrays, dict[str, Any]]:
@@ -66,6 +67,8 @@ def read_file(path: str | os.PathLike[str], kind: str) -> tuple[Arrays, dict[str
     with file.open("rb") as stream:
         start = stream.read(8)
     try:
+        if not start.startswith(PICKLE_MAGIC):
+            require_intact(file)
         with safe_open(file, framework="numpy") as content:
             facts = json.loads((content.metadata() or {}).get(KEY, "null"))
             arrays = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118

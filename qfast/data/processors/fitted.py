@@ -13,7 +13,7 @@ from qfast.data.panel import Panel
 from qfast.data.processors.base import Processor, Workspace
 from qfast.data.processors.columns import FieldsGroup, column_names, columns_by_chunk, elementwise, select
 from qfast.dates import DateLike
-from qfast.errors import DataError, NotFittedError, some
+from qfast.errors import DataError, NotFittedError, shown, some
 
 log = logging.getLogger("qfast.data")
 
@@ -111,9 +111,25 @@ class _FittedNorm(Processor):
                     f"{type(self).__name__}: the saved arrays of group {group!r} must be equally long, got positions "
                     f"{positions.shape}, shift {shift.shape}, scale {scale.shape}."
                 )
+            self._require_statistics(group, positions, shift, scale)
             fitted[group] = (positions, shift, scale)
         self._fitted = fitted
         self.frozen = True
+
+    def _require_statistics(self, group: str, positions: np.ndarray, shift: np.ndarray, scale: np.ndarray) -> None:
+        """Refuse saved arrays that would leave columns unchanged, or that numpy would convert to other values."""
+        is_ascending = positions.dtype.kind in "iu" and bool((np.diff(positions) > 0).all())
+        if not len(positions) or not is_ascending or positions[0] < 0:
+            raise DataError(
+                f"{type(self).__name__}: the saved positions of group {group!r} must be ascending column numbers, at "
+                f"least one, got {shown(positions.tolist())} of dtype {positions.dtype}."
+            )
+        for name, array in (("shift", shift), ("scale", scale)):
+            if array.dtype.kind != "f" or bool(np.isinf(array).any()):
+                raise DataError(
+                    f"{type(self).__name__}: the saved {name} of group {group!r} must be finite floating-point numbers "
+                    f"or NaN, got {shown(array.tolist())} of dtype {array.dtype}."
+                )
 
     def _learn(self, values: np.ndarray) -> tuple[Any, Any]:
         """(shift, scale) of the values of one column without NaN."""

@@ -1,0 +1,115 @@
+"""Workflow files that would need unlimited time or memory, or that contain values which no file can have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qfast.cli import main
+from qfast.errors import ConfigError
+from qfast.workflow import template, yaml_text
+from qfast.workflow.config import load_config
+from qfast.workflow.yaml_text import InvalidYaml, parse_yaml
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)
+)
+CASES = {
+    "alias bomb": (BOMB, r"line \d+: with aliases replaced, this value contains \d+ values"),
+    "deep": ("x: " + "{a: " * 500 + "1" + "}" * 500, r"line 1: values are nested more than 64 levels deep"),
+    "deep blocks": ("\n".join(" " * i + "a:" for i in range(500)), r"nested more than 64 levels deep"),
+    "long integer": ("task: {}\nx: " + "9" * 5000, r"line 2: '9+\.\.\. is not valid \(Exceeds the limit"),
+    "zone": ("task: {}\nx: 2020-01-01T00:00:00+99:99", r"line 2: '2020-01-01T00:00:00\+99:99' is not valid"),
+    "surrogate": ('task: {}\nexperiment_name: "\\ud800"', r"line 2: '\\ud800' has a character that no file can have"),
+    "NUL": ('task: {}\nexperiment_name: "a\\0b"', r"line 2: 'a\\x00b' has a character that no file can have"),
+    "surrogate key": ('{task: {}, "\\udfff": 1}', r"line 1: '\\udfff' has a character"),
+    "control character": ("task: {}\nx: a\x01b", r"not YAML: unacceptable character #x0001"),
+    "itself": ("task: &t {a: *t}", r"contains itself"),
+}
+
+
+@pytest.mark.parametrize(("text", "match"), CASES.values(), ids=CASES.keys())
+def test_a_hostile_file_ends_in_one_line(text: str, match: str, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    file = tmp_path / "w.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=match):
+        load_config(file)
+    assert main(["run", str(file), "--output", str(tmp_path / "run")]) == 2
+    errors = capfd.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert str(file) in errors[0]
+    assert not (tmp_path / "run").exists()
+
+
+TEMPLATES = {
+    "power": ("{{ 9**(9**9) }}", r"needs more than 1 seconds or"),
+    "nested loops": (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        r"needs more than 1 seconds or",
+    ),
+    "memory": ("{{ 'a' * 20000000000 }}", r"needs more than 1024 MiB of memory"),
+    "recursion": ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", r"does not render: .*recursion"),
+    "size": ("{% for i in range(99999) %}{{ 'a' * 99 }}{% endfor %}", r"renders to more than \d+ characters"),
+    "deep": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", r"does not render: it is nested too deeply"),
+    "syntax": ("{% if %}", r"template error on line 1"),
+    "sandbox": ("{{ ''.__class__.__mro__ }}{{ 1 + 1 }}", r"does not render: .*unsafe"),
+}
+
+
+@pytest.mark.parametrize(("text", "match"), TEMPLATES.values(), ids=TEMPLATES.keys())
+def test_a_template_has_limits(text: str, match: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template, "MOST_SECONDS", 1)
+    monkeypatch.setattr(template, "WAIT_SECONDS", 20)
+    file = tmp_path / "w.yaml"
+    file.write_text(f"task: {{}}\nx: {text}\n" if "{% if" not in text else text)
+    with pytest.raises(ConfigError, match=match):
+        load_config(file)
+
+
+def test_templates_of_any_kind_still_render(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    monkeypatch.setenv("QFAST_TEST_NAMES", "a,b")
+    file = tmp_path / "w.yaml"
+    file.write_text(
+        "task: {}\nx: [{% for n in QFAST_TEST_NAMES.split(',') %}{{ n }}1, {% endfor %}]\n"
+        "y: {{ NO_SUCH_NAME | default(3) }}\nz: '{{ NOT_SET }}{{ 2 * 3 }}'\n"
+    )
+    values = load_config(file).values
+    assert values == {"task": {}, "x": ["a1", "b1"], "y": 3, "z": "6"}
+    assert "environment variables ['NOT_SET'] are not set" in caplog.text
+
+
+def test_a_long_file_is_refused_before_it_is_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(yaml_text, "MOST_CHARACTERS", 1000)
+    with pytest.raises(InvalidYaml, match=r"the text has 2003 characters; at most 1000 are allowed"):
+        parse_yaml("x: " + "a" * 2000)
+    with pytest.raises(InvalidYaml, match=r"with aliases replaced, this value contains .* characters"):
+        parse_yaml("a: &a " + "x" * 500 + "\nb: [*a, *a, *a]")
+    assert parse_yaml("a: &a " + "x" * 400 + "\nb: *a").values == {"a": "x" * 400, "b": "x" * 400}
+
+
+def test_set_has_the_same_limits(tmp_path: Path) -> None:
+    file = tmp_path / "w.yaml"
+    file.write_text("task: {}\nmarket: a\n")
+    with pytest.raises(ConfigError, match=r"--set market: the value .* is invalid: line 1: values are nested"):
+        load_config(file, ["market=" + "[" * 100 + "]" * 100])
+    with pytest.raises(ConfigError, match=r"--set market: .*'\\ud800' has a character"):
+        load_config(file, ['market="\\ud800"'])
+
+
+BASES = {
+    "secrets.json": ('{"password": "hunter2"}', "not a workflow file"),
+    "secrets.yaml": ("password: hunter2\n", "not a workflow file"),
+    "passwd": ("task: {}\nroot: hunter2\n", "not a workflow file"),
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_base_file_must_be_a_workflow_file(name: str, tmp_path: Path) -> None:
+    text, match = BASES[name]
+    (tmp_path / name).write_text(text)
+    file = tmp_path / "w.yaml"
+    file.write_text(f"BASE_CONFIG_PATH: {tmp_path / name}\ntask: {{}}\n")
+    with pytest.raises(ConfigError, match=match) as refused:
+        load_config(file)
+    assert "hunter2" not in str(refused.value)
