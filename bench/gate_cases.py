@@ -148,7 +148,7 @@ def temporal_convolution() -> Layer:
 
 def pool() -> Layer:
     """The attention of ALSTM over 20 steps."""
-    h, inner, score = windows(WIDTH).requires_grad_(), nn.Linear(WIDTH, 32), nn.Linear(32, 1, bias=False)
+    h, inner, score = windows(WIDTH, 64).requires_grad_(), nn.Linear(WIDTH, 32), nn.Linear(32, 1, bias=False)
     weights = [inner.weight, inner.bias, score.weight]
 
     def plain() -> Tensor:
@@ -245,8 +245,8 @@ def window_index() -> Pair:
 
 
 def optimizer() -> Pair:
-    """Clipping and Adam on the tensors of an LSTM."""
-    ours, theirs = ([nn.Parameter(torch.randn(256, 64)) for _ in range(8)] for _ in range(2))
+    """Clipping and Adam on two large tensors, for which the bookkeeping of an optimizer takes little time."""
+    ours, theirs = ([nn.Parameter(torch.randn(256, 1024)) for _ in range(2)] for _ in range(2))
     for parameter in (*ours, *theirs):
         parameter.grad = torch.randn_like(parameter)
     own, plain = ClippedAdam(ours, lr=1e-4), torch.optim.Adam(theirs, lr=1e-4, fused=True)
