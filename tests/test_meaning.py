@@ -122,6 +122,13 @@ def test_a_portfolio_of_all_instruments(tmp_path):
     assert "topk is 12, but test has 12 instruments per day" in text
 
 
+@pytest.mark.parametrize("name", ["n_epochs", "lr"])
+def test_a_model_that_is_not_trained(tmp_path, name):
+    ((level, topic, text),) = findings(tmp_path, factors(), sets=[f"task.model.kwargs.{name}=0"])
+    assert (level, topic) == ("warning", "training")
+    assert text == f"{name} is 0, so nothing is trained and the scores are those of untrained weights"
+
+
 # ---------------------------------------------------------------- prices and calendars
 def prices(days: pd.DatetimeIndex, n_stocks: int = 3, **columns) -> FactorHandler:
     rng = np.random.default_rng(1)

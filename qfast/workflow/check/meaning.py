@@ -49,6 +49,7 @@ def check_meaning(report: CheckReport, workflow: Workflow, dataset: HandlerDatas
         ("prices", lambda: price_findings(dataset.handler)),
         ("calendar", lambda: calendar_findings(dataset.handler)),
         ("strategy", lambda: _topk_findings(workflow, dataset)),
+        ("training", lambda: _training_findings(workflow)),
     )
     for topic, findings in parts:
         with report.attempt(topic):
@@ -240,6 +241,19 @@ def _leak_findings(handler: Handler) -> Iterator[Finding]:
             "look-ahead",
             f"{len(leaks)} feature(s) equal the label or a linear function of it: {some(leaks)}. Remedy: drop them",
         )
+
+
+# ---------------------------------------------------------------- training
+def _training_findings(workflow: Workflow) -> Iterator[Finding]:
+    """Arguments with which training changes no weight."""
+    arguments = workflow.task.model.kwargs
+    for name in ("n_epochs", "lr"):
+        if arguments.get(name) == 0:
+            origin = workflow.task.init_from
+            weights = "untrained weights" if origin is None else f"the weights of {origin}"
+            yield Finding(
+                "warning", "training", f"{name} is 0, so nothing is trained and the scores are those of {weights}"
+            )
 
 
 # ---------------------------------------------------------------- portfolio
