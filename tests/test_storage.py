@@ -152,10 +152,28 @@ def test_the_limit_decides(monkeypatch):
     assert is_mapped(FactorHandler(FEATURES, **kwargs).panel("infer").values("feature"))
 
 
-def test_default_limit(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("groups", "limited", "name"),
+    [
+        ("0::/\n", "", "memory.max"),  # in a container
+        ("0::/user.slice/run-1.scope\n", "user.slice/run-1.scope", "memory.max"),
+        ("0::/user.slice/run-1.scope\n", "user.slice", "memory.max"),  # the limit of a group above
+        ("0::/host/only/on/the/host\n", "", "memory.max"),
+        ("9:cpu:/\n4:memory:/job_7\n0::/\n", "memory/job_7", "memory.limit_in_bytes"),
+        ("4:memory:/docker/a0\n", "memory", "memory.limit_in_bytes"),
+    ],
+)
+def test_the_default_limit_is_that_of_the_control_group(monkeypatch, tmp_path, groups, limited, name):
     whole = default_memory_limit()
-    (tmp_path / "max").write_text("1000000\n")
-    monkeypatch.setattr(storage, "CGROUP_LIMITS", (tmp_path / "absent", tmp_path / "max"))
+    (tmp_path / "own").write_text(groups)
+    monkeypatch.setattr(storage, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(storage, "CGROUPS", tmp_path / "groups")
+    assert default_memory_limit() >= whole
+    folder = tmp_path / "groups" / limited
+    folder.mkdir(parents=True)
+    (folder / name).write_text("max\n")
+    assert default_memory_limit() >= whole
+    (folder / name).write_text("1000000\n")
     assert default_memory_limit() == 500_000 < whole
 
 

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from qfast.data.storage import new_mapped_file
+from qfast.data.storage import mapped_array, new_mapped_file
 from qfast.errors import DataError, QfastError
 from qfast.files import atomic_write, is_disk_full, is_temporary, locked
 
@@ -366,7 +366,7 @@ def _map_values(file: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
         with file.open("rb") as handle:
             # A private map: a stray write through a tensor cannot reach the file, and cannot crash the process.
             mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
-        values = np.frombuffer(mapped, dtype=dtype).reshape(shape)
+        values = mapped_array(mapped).view(dtype).reshape(shape)
     values.flags.writeable = False
     return values
 

@@ -7,6 +7,8 @@ import logging
 import mmap
 import os
 import tempfile
+import weakref
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,15 @@ from qfast.files import is_disk_full
 
 log = logging.getLogger("qfast.data")
 
+_maps: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()  # by the address of the first byte
+
 __all__ = [
     "Storage",
     "byte_count",
     "default_memory_limit",
     "default_scratch",
+    "map_at",
+    "mapped_array",
     "new_mapped_file",
     "require_memory",
     "usable_memory",
@@ -33,7 +39,8 @@ SMALLEST_FILE = 1 << 20  # arrays below this many bytes are always in memory
 ZEROS = 1 << 24
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 VAR_TMP = Path("/var/tmp")
-CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 class Storage:
@@ -122,7 +129,22 @@ def _mapped(file: Any, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
     if n_bytes == 0:
         return np.empty(shape, dtype=dtype)
     _reserve(file, n_bytes)
-    return np.frombuffer(mmap.mmap(file.fileno(), n_bytes), dtype=dtype).reshape(shape)
+    return mapped_array(mmap.mmap(file.fileno(), n_bytes)).view(dtype).reshape(shape)
+
+
+def mapped_array(mapped: mmap.mmap) -> np.ndarray:
+    """The bytes of a memory map as an array uint8, which `map_at` finds again by its address."""
+    values: np.ndarray = np.frombuffer(mapped, dtype=np.uint8)
+    _maps[values.ctypes.data] = mapped
+    return values
+
+
+def map_at(address: int) -> tuple[mmap.mmap, int] | None:
+    """The memory map of a file that contains an address, and the place of the address in it; None if there is none."""
+    for start, mapped in list(_maps.items()):
+        if start <= address < start + len(mapped):
+            return mapped, address - start
+    return None
 
 
 def _reserve(file: Any, n_bytes: int) -> None:
@@ -200,8 +222,8 @@ def usable_memory() -> int:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
         return 16 << 30  # a platform that does not report its memory
-    for file in CGROUP_LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # no control groups, or "max"
+    for file in _limit_files():
+        with contextlib.suppress(OSError, ValueError):  # no such limit, or "max"
             total = min(total, int(file.read_text()))
     with contextlib.suppress(ImportError, OSError, ValueError):  # not a POSIX system
         import resource
@@ -233,3 +255,19 @@ def require_memory(n_bytes: int, what: str, remedy: str) -> None:
             f"{what} needs {n_bytes / 2**30:.1f} GiB of memory, but this process may use {usable / 2**30:.1f} GiB. "
             f"Remedy: {remedy}."
         )
+
+
+def _limit_files() -> Iterator[Path]:
+    """Files that may contain a limit of memory: of the control group of this process and of all groups above it."""
+    try:
+        lines = OWN_CGROUPS.read_text().splitlines()
+    except OSError:
+        lines = []
+    groups = {"": "/", "memory": "/"}  # of version 2, and of the controller "memory" of version 1
+    groups |= {controllers: path for _, controllers, path in (line.split(":", 2) for line in lines)}
+    for folder, path, name in (
+        (CGROUPS, groups[""], "memory.max"),
+        (CGROUPS / "memory", groups["memory"], "memory.limit_in_bytes"),
+    ):
+        own = folder / path.lstrip("/")  # inside a container, the path may be that of the host, which does not exist
+        yield from (group / name for group in (own, *own.parents) if group.is_relative_to(folder))

@@ -7,7 +7,7 @@ columns. Any other sample is a window of T rows, which the operator `gather_wind
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, TypeAlias, cast
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qfast.data.batching import Batches
 from qfast.data.price_windows import PriceWindows
+from qfast.data.read_ahead import ReadAhead
 from qfast.errors import DataError
 from qfast.ops import WindowIndex, gather_windows, window_rows
 
@@ -170,6 +171,24 @@ class WindowSet:
         return gather_windows(
             self.features, self.index, rows, self.step_len, fill=self.fill, first_position=self.first_position
         )
+
+    def read_ahead(self, parts: Iterable[Tensor]) -> Iterable[Tensor]:
+        """Sample numbers (int64 [B] each) unchanged, for a loop that reads their features.
+
+        If the features are in a file that does not fit into memory, those of the next part are read from the disk while
+        the current one is processed.
+        """
+        return parts if self._reader is None else self._reader.one_ahead(parts, self.request)
+
+    def request(self, samples: Tensor) -> None:
+        """Start to read the features of samples (int64 [B]) from the disk, if they are in a file larger than memory."""
+        if self._reader is not None and len(samples):
+            last = self.rows[samples].numpy()
+            self._reader.request(last - ((self.step_len or 1) - 1), last)
+
+    @cached_property
+    def _reader(self) -> ReadAhead | None:
+        return ReadAhead.of(self.features) if isinstance(self.features, Tensor) else None
 
     def _window_rows(self, rows: Tensor) -> Tensor:
         """Rows [B, T] of the windows that end at `rows`."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import qfast
 from qfast.data.batching import Batches
+from qfast.data.read_ahead import ReadAhead
 from qfast.data.windows import FeatureTable, WindowSet
 from qfast.errors import ConfigError, DataError
 from qfast.ops import WindowIndex
@@ -107,6 +108,14 @@ class SharedWindows(WindowSet):
             f"the features of {len(samples)} samples are spread over {self.ranks.size} ranks. Remedy: read those of "
             "`windows.own`."
         )
+
+    def request(self, samples: Tensor) -> None:
+        """As in `WindowSet`, for the features of this rank."""
+        self.own.request(self.number[samples[self.owner[samples] == self.ranks.rank]])
+
+    @property
+    def _reader(self) -> ReadAhead | None:
+        return self.own._reader
 
     def require_finite_features(self) -> None:
         """As in `WindowSet`, for the features of this rank."""

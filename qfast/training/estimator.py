@@ -385,7 +385,7 @@ class Estimator(QlibFunctions):
         batches = self.batches(windows, "train")
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         with self._device_memory("a training batch"), self._training_step(windows) as step:
-            for number, samples in enumerate(batches, start=1):
+            for number, samples in enumerate(windows.read_ahead(batches), start=1):
                 total += step(samples)
                 if self.device.type == "cpu":  # on a GPU the check would wait for the device at every step
                     self._require_finite(total, number)
@@ -575,7 +575,9 @@ class Estimator(QlibFunctions):
     def _predictions(self, windows: WindowSet, batches: Batches) -> Tensor:
         """Predictions of the samples in `batches.order`, in that order."""
         rows = self.rows_per_call or (GPU_ROWS if self.device.type == "cuda" else 0)
-        parts = [self.run_network(windows, batches.order[call.rows], call.offsets) for call in batches.calls(rows)]
+        calls = list(batches.calls(rows))
+        samples = windows.read_ahead(batches.order[call.rows] for call in calls)
+        parts = [self.run_network(windows, part, call.offsets) for part, call in zip(samples, calls, strict=True)]
         return torch.cat(parts) if parts else torch.empty(0, device=self.device)
 
     # ---------------------------------------------------------------- predict
