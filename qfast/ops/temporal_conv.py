@@ -137,7 +137,7 @@ def temporal_conv_net(
     tensor([74., 74., 74., 74.])
     """
     if is_half(x):
-        wide = [BlockWeights(*widened(block, x.dtype)) for block in blocks]
+        wide = [BlockWeights(*widened(block, x.dtype)) for block in _named(blocks)]
         settings: dict[str, Any] = {"dilations": dilations, "dropout": dropout, "training": training}
         return temporal_conv_net(x.float(), wide, **settings, all_steps=all_steps).to(x.dtype)
     weights, spacing = _checked(x, blocks, dilations)
@@ -209,7 +209,8 @@ def _checked(
     check_floating(op, "x", x)
     fits = x.dim() == 3 and x.shape[1] > 0 and x.shape[2] > 0
     require(fits, op, f"x: expected shape [B, F, T] with F and T of at least 1, got {tuple(x.shape)}.")
-    require(len(blocks) > 0, op, "blocks: expected at least one block, got none.")
+    named = _named(blocks)
+    require(len(named) > 0, op, "blocks: expected at least one block, got none.")
     is_list = dilations is None or isinstance(dilations, Sequence)
     require(is_list, op, f"dilations: expected a list with one for each block, got {dilations!r}.")
     spacing = [2**i for i in range(len(blocks))] if dilations is None else list(dilations)
@@ -220,7 +221,6 @@ def _checked(
         require(is_whole, op, f"dilations: expected whole numbers above 0, got {dilation!r}.")
     spacing = [min(dilation, 2**31 - 1) for dilation in spacing]  # no window is longer
     weights: list[Tensor] = []
-    named = [BlockWeights(*block) for block in blocks]
     width = x.shape[1]
     for number, block in enumerate(named):
         _check_block(f"blocks[{number}]", x, block, width)
@@ -232,6 +232,18 @@ def _checked(
         w1, w2 = (v1, v2) if in_operator else (_normalized(v1, g1), _normalized(v2, g2))
         weights += [w1, bias1, w2, bias2, *(part for part in downsample if part is not None)]
     return [*weights, *gains] if in_operator else weights, spacing
+
+
+def _named(blocks: object) -> list[BlockWeights]:
+    """The blocks as BlockWeights. Raise a DataError unless each is a tuple or list of their length."""
+    op = "temporal_conv_net"
+    if not isinstance(blocks, Sequence) or isinstance(blocks, str):
+        raise DataError(f"{op}: blocks: expected a list of BlockWeights, got {type(blocks).__name__}.")
+    for number, block in enumerate(blocks):
+        if not isinstance(block, (tuple, list)) or not 6 <= len(block) <= 8:
+            got = f"{len(block)} entries" if isinstance(block, (tuple, list)) else type(block).__name__
+            raise DataError(f"{op}: blocks[{number}]: expected BlockWeights, 6 to 8 entries, got {got}.")
+    return [BlockWeights(*block) for block in blocks]
 
 
 def _check_block(where: str, x: Tensor, block: BlockWeights, width: int) -> None:
