@@ -139,9 +139,9 @@ def kill_repeatedly(study: Study, runs: int, kills: int, rng: random.Random) -> 
     counts = dict.fromkeys(KINDS, 0)
     pending = [KINDS[number % len(KINDS)] for number in range(kills)]
     rng.shuffle(pending)
-    most = max(1, 2 * runs // (kills + 1) - 1)  # further runs between two kills, so all of them fit into the study
     while pending:
-        study.wait_for_runs(rng.randint(0, most))
+        most = 2 * (runs - study.runs) // (len(pending) + 1) - 2  # runs until the next kill, so all kills fit
+        study.wait_for_runs(rng.randint(0, max(most, 1)))
         time.sleep(rng.uniform(0.0, LONGEST_DELAY))
         if study.kill(pending[-1], rng):
             kind = pending.pop()
@@ -176,6 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="new folder for both studies; default: a temporary folder")
+    parser.add_argument("--whole", type=Path, help="an uninterrupted study of an earlier call, which is not repeated")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as base:
         folder = options.folder or Path(base)
@@ -187,10 +188,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         while status == 1 and resumes < options.kills:  # a run whose worker was killed twice has failed
             killed.resume()
             status, resumes = killed.wait(), resumes + 1
-        whole = Study(folder / "whole", words, options.jobs)
-        if status or whole.wait():
+        if not status and options.whole is None:
+            status = Study(folder / "whole", words, options.jobs).wait()
+        if status:
             raise SystemExit(f"a study failed; its log is {folder}/killed.log or whole.log")
-        different = differences(killed.folder, whole.folder, options.runs)
+        different = differences(killed.folder, options.whole or folder / "whole", options.runs)
     print(f"{options.runs} runs, kills: {counts}; {resumes} resumes after failed runs")
     print(f"files that differ from the uninterrupted study: {different or 'none'}")
     sys.exit(bool(different))

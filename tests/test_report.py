@@ -10,7 +10,7 @@ import pytest
 
 from qfast.models import LSTM
 from qfast.workflow import plots
-from qfast.workflow.page import Report, render_html
+from qfast.workflow.page import Report, render_html, table
 from qfast.workflow.plots import _quantile_means as quantile_means
 from qfast.workflow.plots import cumulative_plot, loss_plot, quantile_plot
 from qfast.workflow.results import SegmentResult
@@ -135,3 +135,11 @@ def test_page_without_metrics_or_newest_scores():
     text = page(metrics={}, newest=None)
     assert "Scores of the last date" not in text
     assert 'class="card"' not in text
+
+
+def test_dense_tables_break_between_words_and_within_long_ones():
+    rows = {"000": {"IC": "-0.0397 ± 0.0373", "path": "<" * 15 + "x"}}
+    text = table(rows, "run", dense=True)
+    assert "<td>-0.0397\u00a0±\u00a00.0373</td>" in text
+    assert f"<td>{'&lt;' * 14}<wbr>&lt;x</td>" in text
+    assert "<wbr>" not in table(rows, "run")

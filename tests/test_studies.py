@@ -19,6 +19,7 @@ from qfast import cli, study
 from qfast.errors import ConfigError
 from qfast.studies import tasks
 from qfast.studies.combine import combined, run_scores
+from qfast.studies.plots import curves_plot
 from qfast.studies.results import markdown_summary, summarize
 from qfast.workflow.folder import read_frame
 from qfast.workflow.prepared import PreparedData, data_key
@@ -335,3 +336,17 @@ def wait_for_a_new_run(folder: Path, process: subprocess.Popen) -> None:
     while count() == before and process.poll() is None:
         time.sleep(0.02)
     assert process.poll() is None, "the study ended before it could be killed"
+
+
+# ---------------------------------------------------------------- plots
+def test_the_losses_of_single_epochs_are_visible_and_named_once(done, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("qfast.workflow.plots.png", lambda figure: drawn.append(figure) or b"")
+    runs = {"one": [done.path / "runs" / "000"], "other": [done.path / "runs" / "002"]}
+    curves_plot(runs)
+    curves_plot({"one": runs["one"]})
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["one", "other"]
+    assert not drawn[1].legends
+    assert all(line.get_marker() == "o" for panel in drawn[0].axes for line in panel.lines)
+    curves_plot({})
+    assert [panel.texts[0].get_text() for panel in drawn[2].axes] == ["no data"] * 2

@@ -19,6 +19,7 @@ __all__ = ["curves_plot", "heat_map", "monthly_plot", "parallel_plot", "rolling_
 
 COLOURS = ("#1d4ed8", "#d97706", "#047857", "#9d174d", "#6d28d9", "#0e7490", "#b45309", "#4d7c0f")
 MOST_LABELS = 8  # lines with a legend entry
+LEGEND_COLUMNS = 2
 DIVERGING, SEQUENTIAL = "RdBu", "viridis"
 
 
@@ -36,19 +37,27 @@ def curves_plot(runs: Mapping[str, Sequence[Path]]) -> bytes:
         A PNG image.
     """
     figure, axes = plots.figure_axes(columns=2, fitted=True)
+    has_legend = 1 < len(runs) <= MOST_LABELS
+    lines: dict[str, Any] = {}
     for position, (name, folders) in enumerate(runs.items()):
-        for number, folder in enumerate(folders):
+        colour = COLOURS[position % len(COLOURS)]
+        for folder in folders:
             history = pd.read_csv(folder / HISTORY)
             for panel, segment in zip(axes, ("train", "valid"), strict=True):
                 if segment in history:
-                    label = legend_text(name) if number == 0 and len(runs) <= MOST_LABELS else None
-                    colour = COLOURS[position % len(COLOURS)]
-                    panel.plot(-history[segment], color=colour, label=label, linewidth=1.2, alpha=0.75)
+                    style = {"color": colour, "linewidth": 1.2, "alpha": 0.75, "marker": "o", "markersize": 2.5}
+                    (lines[legend_text(name)],) = panel.plot(-history[segment], **style)
     for panel, segment in zip(axes, ("train", "valid"), strict=True):
         panel.set(xlabel="epoch", ylabel="loss", title=f"Loss of all runs: {segment}")
         panel.xaxis.get_major_locator().set_params(integer=True)
-        if len(runs) <= MOST_LABELS or not panel.lines:
+        if not panel.lines:
             plots.add_legend(panel)
+    if has_legend:
+        rows = -(-len(lines) // LEGEND_COLUMNS)
+        figure.set_size_inches(figure.get_figwidth(), figure.get_figheight() + 0.22 * rows)
+        figure.legend(
+            lines.values(), lines, loc="outside lower center", ncols=LEGEND_COLUMNS, frameon=False, fontsize=9
+        )
     return plots.png(figure)
 
 

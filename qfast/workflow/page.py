@@ -32,6 +32,7 @@ __all__ = [
 
 METRICS = ("IC", "ICIR", "Rank IC", "Rank ICIR")
 MISSING = "–"
+LONG_WORD = 14  # characters; longer than a number
 LISTED = 10  # instruments with the highest and with the lowest scores of the last date
 
 
@@ -154,16 +155,25 @@ def table(rows: Mapping[str, Mapping[str, str]], first: str, dense: bool = False
     first : str
         Heading of the first column.
     dense : bool
-        Small type, and lines that break anywhere, so many columns need no scrolling.
+        Small type, and lines that break between words and within long ones, so many columns need no scrolling.
     """
+    show = _breakable if dense else text
     columns = list(dict.fromkeys(key for row in rows.values() for key in row))
-    head = "".join(f"<th>{text(column)}</th>" for column in (first, *columns))
+    head = "".join(f"<th>{show(column)}</th>" for column in (first, *columns))
     lines = [
-        f"<tr><th>{text(name)}</th>{''.join(f'<td>{text(row.get(c, MISSING))}</td>' for c in columns)}</tr>"
+        f"<tr><th>{show(name)}</th>{''.join(f'<td>{show(row.get(c, MISSING))}</td>' for c in columns)}</tr>"
         for name, row in rows.items()
     ]
     kind = "numbers dense" if dense else "numbers"
     return f"<div class='wide'><table class='{kind}'><tr>{head}</tr>{''.join(lines)}</table></div>"
+
+
+def _breakable(content: str) -> str:
+    """Escaped text that may break within words longer than `LONG_WORD` characters. A mean ± deviation does not break."""
+    if "±" in content:
+        return text(content.replace(" ", "\u00a0"))
+    pieces = [[word[i : i + LONG_WORD] for i in range(0, len(word), LONG_WORD)] for word in content.split(" ")]
+    return " ".join("<wbr>".join(map(text, parts)) for parts in pieces)
 
 
 def _cards(metrics: Mapping[str, Mapping[str, float | None]]) -> str:
@@ -231,7 +241,7 @@ table{border-collapse:collapse;background:#fff;border:1px solid #e5e7eb;max-widt
 th,td{padding:.35rem .8rem;border-bottom:1px solid #f3f4f6;text-align:left;vertical-align:top;overflow-wrap:anywhere}
 .numbers th,.numbers td{white-space:nowrap;overflow-wrap:normal}
 .wide .numbers th{white-space:normal;min-width:4.2rem}
-.wide .dense th,.dense td{white-space:normal;overflow-wrap:anywhere;min-width:0;padding:.25rem .45rem;font-size:.84rem}
+.wide .dense th,.dense td{white-space:normal;min-width:0;padding:.25rem .45rem;font-size:.84rem}
 th{font-weight:600;color:#374151} .numbers td{text-align:right;font-variant-numeric:tabular-nums}
 .numbers td:first-child{text-align:left}.facts th{white-space:nowrap}
 .wide{overflow-x:auto} .lead{color:#374151}
