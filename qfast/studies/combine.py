@@ -20,7 +20,7 @@ __all__ = ["METHODS", "Scores", "combined", "concatenated", "run_scores", "write
 
 log = logging.getLogger("qfast")
 
-METHODS = ("rank", "zscore")
+METHODS = ("rank", "zscore")  # of an ensemble; the first one is the default
 Scores = dict[str, SegmentResult]
 """Segment -> scores, labels and daily ICs."""
 

@@ -49,7 +49,6 @@ log = logging.getLogger("qfast")
 STUDY, WORKFLOW = "study.json", "workflow.yaml"
 RUNS, WORKFLOWS, LOGS, PREPARED = "runs", "workflows", "logs", "prepared"
 FORMAT = 1
-KEPT = ("workflow", "axes", "data", "read_options")  # entries that a resumed study must have in common
 
 
 class StudyFolder(RunFolder):

@@ -123,6 +123,7 @@ class Runner:
         self._running: dict[int, RunSpec] = {}
         self._retries: dict[int, int] = {}
         self._left: dict[int, int] = {}
+        self._prepared: dict[Path, Mapping[str, Any]] = {}  # workflow file -> description of its data
         self.results = Results(folder.path)
 
     def run(self) -> Results:
@@ -186,7 +187,9 @@ class Runner:
         return None
 
     def _task(self, spec: RunSpec) -> RunTask:
-        prepared = self._plan.prepared(self._plan.workflow(spec.point, spec.window))
+        if spec.config not in self._prepared:  # checking a workflow takes long, compared with the rest of this method
+            workflow = self._plan.workflow(spec.point, spec.window)
+            self._prepared[spec.config] = self._plan.prepared(workflow).description()
         first = spec.waits_for is None and self._points.first_alone
         before = None if spec.after is None else str(self._folder.run(spec.after.number).resolve())
         return RunTask(
@@ -194,7 +197,7 @@ class Runner:
             folder=str(self._folder.run(spec.number).resolve()),
             config=str(spec.config),
             seed=spec.seed,
-            prepared=prepared.description(),
+            prepared=self._prepared[spec.config],
             init_from=before,
             trial=self._points.trial(spec.point) if first else None,
             log=str(self._folder.log_file(spec.number).resolve()),

@@ -111,7 +111,6 @@ class SearchPoints:
         self._open: dict[int, Any] = {}  # index of a point -> its running trial
         self._position = 0
         self.first_alone = self._search.get("pruner") is not None
-        self.best: dict[str, Any] = {}
 
     def _study(self, position: int) -> Any:
         return _optuna().create_study(

@@ -18,6 +18,7 @@ from qfast.errors import ConfigError, QfastError, shown
 from qfast.read_options import ReadOptions, ReadSettings
 from qfast.studies.axes import AxisArguments
 from qfast.studies.checks import CheckedStudy, EngineArguments, check_engine, check_study
+from qfast.studies.combine import METHODS
 from qfast.studies.engines import Engine, InlineEngine
 from qfast.studies.finish import finish_study
 from qfast.studies.folder import StudyFolder
@@ -158,8 +159,8 @@ def study(
     problems = Problems()
     engine_arguments = EngineArguments(on, jobs, threads, gpus)
     check_engine(engine_arguments, problems)
-    if ensemble not in (None, "rank", "zscore"):
-        problems.add("--ensemble", f"must be rank or zscore, got {ensemble!r}")
+    if ensemble not in (None, *METHODS):
+        problems.add("--ensemble", f"must be {' or '.join(METHODS)}, got {ensemble!r}")
     axes = AxisArguments(seeds, grid, search, trials, rolling, expanding, warm_start, label_days)
     with allowed_code(allow_code) as code:
         checked = None

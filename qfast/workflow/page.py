@@ -169,7 +169,7 @@ def table(rows: Mapping[str, Mapping[str, str]], first: str, dense: bool = False
 
 
 def _breakable(content: str) -> str:
-    """Escaped text that may break within words longer than `LONG_WORD` characters. A mean ± deviation does not break."""
+    """Escaped text that may break within words longer than `LONG_WORD` characters, but not around a ±."""
     if "±" in content:
         return text(content.replace(" ", "\u00a0"))
     pieces = [[word[i : i + LONG_WORD] for i in range(0, len(word), LONG_WORD)] for word in content.split(" ")]
