@@ -1,8 +1,7 @@
-"""LSTM, GRU and ALSTM compared with Qlib's modules, and the recurrent operators over shapes.
+"""LSTM, GRU and ALSTM compared with Qlib's modules. `bench/grid.py` compares the operators with torch's layers.
 
     python -m pytest bench/bench_recurrent.py -s -k compared   # training step and inference, interleaved
     python -m pytest bench/bench_recurrent.py -s -k share    # FLOPs per second as a share of the processor's peak
-    python -m pytest bench/bench_recurrent.py -s -k table    # hidden 32 to 256 x batch 64 to 8,192 x T 10 to 250
     python -m pytest bench/bench_recurrent.py -s -k memory   # peak of a training step
 
 A step is forward, mean squared error, backward, value clipping and Adam; both sides start from the same weights and
@@ -12,7 +11,6 @@ forward B T sum (F_l + H) gates H, training three times that without the gradien
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,7 +25,6 @@ from network_calls import inference, training_step
 from torch import Tensor, nn
 
 import qfast.nn
-from qfast.ops import gru, lstm
 
 GATES = {"LSTM": 4, "GRU": 3}
 
@@ -121,62 +118,6 @@ def test_share_of_the_peak(kind: str, name: str) -> None:
     if kind == "LSTM":
         assert shares["inference"] >= 0.75
         assert shares["training"] >= 0.60
-
-
-# ---------------------------------------------------------------- over shapes
-def layers_of(module: nn.RNNBase) -> list[list[Tensor]]:
-    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    return [[getattr(module, f"{name}_l{layer}") for name in names] for layer in range(module.num_layers)]
-
-
-def ratio(kind: str, shape: Shape, what: str) -> float:
-    """CPU time of torch's layer over that of qfast's operator on one thread, best of three rounds each."""
-    torch.manual_seed(0)
-    module = getattr(nn, kind)(shape.features, shape.hidden, shape.layers, batch_first=True)
-    of, x = {"LSTM": lstm, "GRU": gru}[kind], shape.windows()
-
-    def train(last: Callable[[], Tensor]) -> None:
-        module.zero_grad()
-        last().square().mean().backward()
-
-    def infer(last: Callable[[], Tensor]) -> None:
-        with torch.no_grad():
-            last()
-
-    run = train if what == "training" else infer
-    sides = [lambda: of(x, layers_of(module))[0], lambda: module(x)[0][:, -1]]
-    best = [float("inf")] * 2
-    for turn in range(4):  # the first warms up
-        for i, side in enumerate(sides):
-            seconds = cpu_seconds(lambda side=side: run(side))
-            best[i] = min(best[i], seconds) if turn else best[i]
-    return best[1] / best[0]
-
-
-@pytest.mark.parametrize("hidden", [32, 64, 128, 256])
-@pytest.mark.parametrize("what", ["inference", "training"])
-@pytest.mark.parametrize("kind", GATES)
-def test_table_of_shapes(kind: str, what: str, hidden: int) -> None:
-    """At most 5 % slower than torch. QFAST_BENCH_GFLOP skips larger calls (default 60; 0 skips none)."""
-    limit = float(os.environ.get("QFAST_BENCH_GFLOP", "60")) * 1e9 or float("inf")
-    torch.set_num_threads(1)
-    batches, slow = (64, 256, 800, 2000, 8192), []
-    print(
-        f"\n{kind} {what}, H={hidden}, 2 layers, 20 features: torch / ours\n   T " + "".join(f"{b:>8}" for b in batches)
-    )
-    for steps in (10, 20, 60, 250):
-        line = f"{steps:>4} "
-        for batch in batches:
-            shape = Shape(batch, steps, hidden=hidden)
-            if shape.flops(kind, what == "training") > limit:
-                line += "       -"
-                continue
-            result = ratio(kind, shape, what)
-            line += f"{result:8.2f}"
-            if result < 0.95:
-                slow.append((batch, steps, round(result, 2)))
-        print(line, flush=True)
-    assert not slow, f"slower than torch's layer by more than 5 %: {slow}"
 
 
 # ---------------------------------------------------------------- memory

@@ -1,7 +1,6 @@
-"""Transformer and Localformer compared with Qlib's modules.
+"""Transformer and Localformer compared with Qlib's modules. `bench/grid.py` compares the encoder layer with torch's.
 
     python -m pytest bench/bench_transformer.py -s -k compared   # training step and inference, interleaved
-    python -m pytest bench/bench_transformer.py -s -k table    # the encoder layer over sizes, compared with torch's
     python -m pytest bench/bench_transformer.py -s -k share    # FLOPs per second as a share of the processor's peak
     python -m pytest bench/bench_transformer.py -s -k memory   # peak of a training step
     python -m pytest bench/bench_transformer.py -k regression --benchmark-only
@@ -30,7 +29,6 @@ from network_calls import inference, training_step
 from torch import Tensor, nn
 
 import qfast.nn
-from qfast.ops import encoder_layer
 
 WIDTH, HEADS, LAYERS, HIDDEN = 64, 2, 2, 2048
 MODULES = {"Transformer": "pytorch_transformer", "Localformer": "pytorch_localformer"}
@@ -116,56 +114,6 @@ def test_share_of_the_peak(kind: str, name: str) -> None:
     torch.set_num_threads(before)
     print(f"\n{kind} {name}: inference {best / 1e9:.1f} of {peak / 1e9:.1f} GFLOP/s, {best / peak:.0%}")
     assert best >= 0.8 * peak
-
-
-# ---------------------------------------------------------------- over shapes
-def layer_ratio(width: int, heads: int, hidden: int, batch: int, steps: int, what: str) -> float:
-    """torch's layer over our operator, all steps, each at its best of three rounds, CPU time of one thread."""
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(width, heads, hidden, 0.0, batch_first=False)
-    weights, x = list(layer.parameters()), torch.randn(batch, steps, width, requires_grad=True)
-    turned = x.detach().transpose(0, 1).contiguous().requires_grad_()
-
-    def train(call: Callable[[], Tensor]) -> None:
-        layer.zero_grad()
-        call().square().mean().backward()
-
-    def infer(call: Callable[[], Tensor]) -> None:
-        with torch.no_grad():
-            call()
-
-    run = train if what == "training" else infer
-    sides: list[Callable[[], Tensor]] = [lambda: encoder_layer(x, weights, heads=heads), lambda: layer(turned)]
-    best = [float("inf")] * 2
-    for turn in range(4):  # the first warms up
-        for i, side in enumerate(sides):
-            seconds = cpu_seconds(lambda side=side: run(side))  # type: ignore[misc]
-            best[i] = min(best[i], seconds) if turn else best[i]
-    return best[1] / best[0]
-
-
-@pytest.mark.parametrize("what", ["inference", "training"])
-@pytest.mark.parametrize("width", [8, 32, 64, 128, 256])
-def test_table_of_shapes(width: int, what: str) -> None:
-    """From 64 windows on not slower than torch by more than 5 %; fewer do not pay back the packing of weights."""
-    torch.set_num_threads(1)
-    batches, slow = (1, 16, 64, 300, 2048), []
-    print(
-        f"\nencoder layer {what}, D={width}, 2 heads: torch / ours\n    M    T " + "".join(f"{b:>8}" for b in batches)
-    )
-    for hidden in (256, 2048):
-        for steps in (10, 20, 60, 250):
-            line = f"{hidden:>5} {steps:>4} "
-            for batch in batches:
-                if batch * steps * width * (hidden + steps) > 4e9:
-                    line += "       -"
-                    continue
-                result = layer_ratio(width, 2, hidden, batch, steps, what)
-                line += f"{result:8.2f}"
-                if result < 0.95 and batch >= 64:
-                    slow.append((hidden, steps, batch, round(result, 2)))
-            print(line, flush=True)
-    assert not slow, f"slower than torch's layer by more than 5 %: {slow}"
 
 
 # ---------------------------------------------------------------- memory

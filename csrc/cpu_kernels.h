@@ -19,6 +19,8 @@
 // Kernels for float32 and float64: templates over the element type `Real`.
 #define QFAST_REAL_KERNELS(KERNEL)                                                                        \
   KERNEL(tanh_elements, const Real* from, Real* to, int64_t begin, int64_t end)                           \
+  KERNEL(transpose, const Real* from, int64_t from_stride, int64_t rows, int64_t columns, Real* to,       \
+         int64_t to_stride)                                                                               \
   KERNEL(clipped_adam, const AdamTensor<Real>&, const AdamSettings<Real>&, const AdamCorrection<Real>&,   \
          int64_t begin, int64_t end)                                                                      \
   KERNEL(scatter_windows, const ScatterJob&, int64_t begin, int64_t end)                                  \

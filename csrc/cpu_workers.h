@@ -7,6 +7,7 @@
 
 #include "common.h"
 #include "huge_pages.h"
+#include "memory_cache.h"
 
 namespace qfast {
 
@@ -15,7 +16,14 @@ constexpr int64_t kHugeBytes = 4 << 20;  // tensors of at least this size use hu
 // A new tensor with the device and, unless `dtype` is set, the dtype of `like`. Its elements are not set.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape,
                     std::optional<ScalarType> dtype = std::nullopt) {
-  Tensor out = new_tensor(like, {shape.begin(), shape.size()}, dtype);
+  const auto allocate = [&] { return new_tensor(like, {shape.begin(), shape.size()}, dtype); };
+  Tensor out;
+  try {
+    out = allocate();
+  } catch (const OutOfMemory&) {
+    if (release_idle_memory() == 0) throw;
+    out = allocate();
+  }
   const ScalarType type = out.scalar_type();
   const int64_t bytes = out.numel() * (type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 1);
   if (bytes >= kHugeBytes) advise_huge_pages(out.mutable_data_ptr(), bytes);
@@ -45,8 +53,8 @@ struct Scratch {
 template <class Element, class Body>
 void share_with_scratch(const Tensor& like, int64_t count, Scratch scratch, const Body& body) {
   const int64_t scratch_elements = rounded_up(scratch.elements, 16);
-  const Tensor memory = empty(like, {worker_count(count) * scratch_elements});
-  Element* const space = memory.mutable_data_ptr<Element>();
+  const Buffer<Element> memory(like, worker_count(count) * scratch_elements);
+  Element* const space = memory.data();
   share(count, [&](int64_t worker, int64_t begin, int64_t end) {
     Element* const thread_scratch = space + worker * scratch_elements;
     if (scratch.zeros) std::fill(thread_scratch, thread_scratch + scratch_elements, Element(0));
@@ -61,13 +69,13 @@ constexpr int64_t kSumPartBytes = 128 << 20;  // limit on the memory of all sums
 // total of the sums, `sum_elements` of it. The number of parts is fixed and their sums are added in order, so
 // the result does not depend on the number of threads.
 template <class Element, class Kernel>
-Tensor sum_in_parts(const Tensor& like, int64_t tiles, Scratch scratch, int64_t sum_elements,
-                    const Kernel& kernel) {
+Buffer<Element> sum_in_parts(const Tensor& like, int64_t tiles, Scratch scratch, int64_t sum_elements,
+                             const Kernel& kernel) {
   const int64_t elements = rounded_up(std::max<int64_t>(sum_elements, 1), 16);
   const int64_t fitting = kSumPartBytes / static_cast<int64_t>(sizeof(Element)) / elements;
   const int64_t parts = std::max<int64_t>(1, std::min({tiles, kSumParts, fitting}));
-  const Tensor sums = empty(like, {parts * elements});
-  Element* const total = sums.mutable_data_ptr<Element>();
+  Buffer<Element> sums(like, parts * elements);
+  Element* const total = sums.data();
   share_with_scratch<Element>(like, parts, scratch, [&](int64_t begin, int64_t end, Element* space) {
     for (int64_t part = begin; part < end; ++part) {
       Element* const sum = total + part * elements;

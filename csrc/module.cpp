@@ -13,6 +13,7 @@
 #include <tuple>
 
 #include "cpu_dispatch.h"
+#include "memory_cache.h"
 #include "message.h"
 #include "rolling/rolling_checks.h"
 #include "window_index/window_index.h"
@@ -66,6 +67,14 @@ Array<double> rolling(const std::string& kind, const Array<double>& x, const std
   return out;
 }
 
+std::map<std::string, int64_t> memory_cache_facts() {
+  const qfast::MemoryCacheFacts facts = qfast::memory_cache_facts();
+  return {{"idle_bytes", facts.idle_bytes},
+          {"used_bytes", facts.used_bytes},
+          {"reused", facts.reused},
+          {"allocated", facts.allocated}};
+}
+
 std::map<std::string, std::string> build_info() {
   return {
 #if defined(__clang__)
@@ -90,6 +99,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(qfast::cpu_kernels().isa); }, "The selected instruction set.");
   m.def("available_isas", &qfast::available_isas, "Instruction sets of this CPU, best first.");
   m.def("select_isa", &qfast::select_isa, py::arg("name"), "Select one of available_isas().");
+  m.def("memory_cache_facts", &memory_cache_facts, "Bytes and requests of the memory that calls reuse.");
+  m.def("set_memory_cache_limit", &qfast::set_memory_cache_limit, py::arg("bytes"),
+        "Set the limit of the idle memory.");
+  m.def("release_idle_memory", &qfast::release_idle_memory, "Free the idle memory. Returns its bytes.");
   m.def("window_index", &window_index, py::arg("instruments").noconvert(), py::arg("dates").noconvert(),
         py::arg("live").noconvert().none(true), "The tables position, back and run of a sorted panel.");
   const auto define_rolling = [&m](const char* name, auto* function, const char* text) {

@@ -24,49 +24,56 @@ class PanelStore {
   // Packs rows [first, first + columns) of the weight of a linear layer as the right operand of x . weight^T.
   PanelMatrix<Element> linear(const Tensor& weight, int64_t first, int64_t columns) {
     const int64_t rows = weight.size(1);
-    return pack(weight.const_data_ptr<Element>() + first * rows, rows, columns, 1, rows);
+    const Element* const from = weight.const_data_ptr<Element>() + first * rows;
+    return pack(rows, columns, [&](int64_t column, int64_t count, int64_t width, Element* to) {
+      cpu_kernels<Element>().transpose(from + column * rows, rows, count, rows, to, width);
+    });
   }
 
   // Packs the same rows as the right operand of grad . weight.
   PanelMatrix<Element> turned(const Tensor& weight, int64_t first, int64_t rows) {
     const int64_t columns = weight.size(1);
-    return pack(weight.const_data_ptr<Element>() + first * columns, rows, columns, columns, 1);
+    const Element* const from = weight.const_data_ptr<Element>() + first * columns;
+    return pack(rows, columns, [&](int64_t column, int64_t count, int64_t width, Element* to) {
+      for (int64_t row = 0; row < rows; ++row)
+        std::memcpy(to + row * width, from + row * columns + column, sizeof(Element) * count);
+    });
   }
 
   // Copies a vector, padded with zeros to whole panels.
   const Element* vector(const Element* from, int64_t columns) {
-    Element* const to = zeros(cut(columns).padded());
+    const int64_t padded = cut(columns).padded();
+    Element* const to = buffer(padded);
     if (columns > 0) std::memcpy(to, from, sizeof(Element) * columns);
+    std::fill(to + columns, to + padded, Element(0));
     return to;
   }
 
  private:
-  // Packs the matrix with element (k, j) at from[k * row_stride + j * column_stride]. It copies square
-  // blocks, because both sides then stay in the first-level cache.
-  PanelMatrix<Element> pack(const Element* from, int64_t rows, int64_t columns, int64_t row_stride,
-                            int64_t column_stride) {
-    constexpr int64_t kSquare = 16;
+  // Packs a matrix panel by panel. copy(first column, columns, width, to) writes the columns of a panel,
+  // whose rows are `width` elements long.
+  template <class Copy>
+  PanelMatrix<Element> pack(int64_t rows, int64_t columns, const Copy& copy) {
     const PanelCut panel = cut(columns);
-    Element* const to = zeros(rows * panel.padded());
-    for (int64_t first = 0; first < columns; first += kSquare)
-      for (int64_t begin = 0; begin < rows; begin += kSquare)
-        for (int64_t j = first; j < std::min(first + kSquare, columns); ++j) {
-          Element* const place = to + j / panel.width * rows * panel.width + j % panel.width;
-          for (int64_t k = begin; k < std::min(begin + kSquare, rows); ++k)
-            place[k * panel.width] = from[k * row_stride + j * column_stride];
-        }
+    Element* const to = buffer(rows * panel.padded());
+    for (int64_t first = 0; first < columns; first += panel.width) {
+      const int64_t count = std::min(panel.width, columns - first);
+      Element* const place = to + first * rows;
+      for (int64_t row = 0; count < panel.width && row < rows; ++row)
+        std::fill(place + row * panel.width + count, place + (row + 1) * panel.width, Element(0));
+      copy(first, count, panel.width, place);
+    }
     return {rows, columns, panel.width, panel.count, panel.width, rows * panel.width, to};
   }
 
-  Element* zeros(int64_t elements) {
-    buffers_.push_back(empty(like_, {std::max<int64_t>(elements, 1)}));
-    Element* const to = buffers_.back().template mutable_data_ptr<Element>();
-    std::fill(to, to + elements, Element(0));
-    return to;
+  // Returns memory whose elements are not set.
+  Element* buffer(int64_t elements) {
+    buffers_.emplace_back(like_, elements);
+    return buffers_.back().data();
   }
 
   Tensor like_;
-  std::vector<Tensor> buffers_;
+  std::vector<Buffer<Element>> buffers_;
 };
 
 // Returns a tensor [rows, columns] copied from rows with stride `stride`.
@@ -83,13 +90,8 @@ Tensor copied(const Tensor& like, const Element* from, int64_t rows, int64_t col
 template <class Element>
 Tensor copied_transposed(const Tensor& like, const Element* from, int64_t rows, int64_t columns,
                          int64_t stride) {
-  constexpr int64_t kSquare = 16;
   const Tensor out = empty(like, {columns, rows});
-  Element* const to = out.mutable_data_ptr<Element>();
-  for (int64_t first = 0; first < rows; first += kSquare)
-    for (int64_t j = 0; j < columns; ++j)
-      for (int64_t row = first; row < std::min(first + kSquare, rows); ++row)
-        to[j * rows + row] = from[row * stride + j];
+  cpu_kernels<Element>().transpose(from, stride, rows, columns, out.mutable_data_ptr<Element>(), rows);
   return out;
 }
 

@@ -1,6 +1,6 @@
 """The implementations that operators use: loads the native libraries at import and records the reasons.
 
-Three environment variables are read once, when qfast is imported.
+Four environment variables are read once, when qfast is imported.
 
 `QFAST_BACKEND` selects the libraries:
 
@@ -15,6 +15,8 @@ Three environment variables are read once, when qfast is imported.
     qfast  the operators of the CUDA library
 
 `QFAST_ISA` (baseline, avx2 or avx512) overrides the instruction set that the CPU library detects. It is for tests.
+
+`QFAST_CACHE_MB` limits the idle memory that the CPU operators hold for later calls (default 512; 0 holds none).
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ def _load_cpu(backend: str) -> tuple[ModuleType | None, str]:
         module = importlib.import_module("qfast._C")
     except (ImportError, OSError) as error:
         return None, f"{BROKEN}: {error}"
+    _limit_cache(module)
     isa = os.environ.get("QFAST_ISA", "").strip().lower()
     try:
         if isa:
@@ -60,6 +63,13 @@ def _load_cpu(backend: str) -> tuple[ModuleType | None, str]:
     except ValueError as error:
         raise BackendError(f"QFAST_ISA: {error}") from None
     return module, "loaded"
+
+
+def _limit_cache(module: ModuleType) -> None:
+    text = os.environ.get("QFAST_CACHE_MB", "").strip() or "512"
+    if not text.isdecimal() or int(text) > 2**30:
+        raise BackendError(f"QFAST_CACHE_MB is {text!r}; allowed: a whole number of megabytes, 0 to 2**30.")
+    module.set_memory_cache_limit(int(text) * 2**20)
 
 
 def _load_cuda(backend: str) -> tuple[bool, str]:

@@ -107,11 +107,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_pool_backward_cpu(
     job.pooled = contiguous_pooled.mutable_data_ptr<Element>();
     job.grad_h = grad_h.mutable_data_ptr<Element>();
     const auto kernel = cpu_kernels<Element>().attention_pool_backward;
-    const Tensor sums = sum_in_parts<Element>(h, pool.tiles(), {PoolSizes<Element>::backward(job), true},
-                                              PoolSizes<Element>::sums(job),
-                                              [&](int64_t begin, int64_t end, Element* scratch,
-                                                  Element* part) { kernel(job, begin, end, scratch, part); });
-    const Element* const total = sums.const_data_ptr<Element>();
+    const Buffer<Element> sums = sum_in_parts<Element>(
+        h, pool.tiles(), {PoolSizes<Element>::backward(job), true}, PoolSizes<Element>::sums(job),
+        [&](int64_t begin, int64_t end, Element* scratch, Element* part) {
+          kernel(job, begin, end, scratch, part);
+        });
+    const Element* const total = sums.data();
     const int64_t wide = job.turned.padded(), narrow = job.entering.padded();
     gradients = {grad_h, copied<Element>(h, total, width, job.hidden, wide),
                  copied_vector<Element>(h, total + width * wide, width),

@@ -130,8 +130,8 @@ std::tuple<Tensor, Tensor, Tensor> encoder_layer_cpu(const Tensor& x, std::vecto
   const DropoutRule rule = dropout_rule(op, dropout, seed);
   const int64_t B = x.size(0), D = x.size(2), results = last_step ? 1 : x.size(1), saved_batch = keep ? B : 0;
   const Tensor output = last_step ? empty(x, {B, D}) : empty(x, {B, results, D});
-  const Tensor normalised = empty(x, {2, saved_batch, results, D}),
-               scales = empty(x, {2, saved_batch, results});
+  const Tensor normalised = saved_tensor(x, {2, saved_batch, results, D}),
+               scales = saved_tensor(x, {2, saved_batch, results});
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);
     Encoder<Element> encoder(x, weights, heads, rule, last_step, false);
@@ -180,12 +180,12 @@ std::tuple<Tensor, std::vector<Tensor>> encoder_layer_backward_cpu(const Tensor&
     job.scales = contiguous_scales.mutable_data_ptr<Element>();
     if (input_grad) job.grad_x = grad_x.mutable_data_ptr<Element>();
     const auto kernel = cpu_kernels<Element>().encoder_layer_backward;
-    const Tensor total =
+    const Buffer<Element> total =
         sum_in_parts<Element>(x, encoder.tiles(), {encoder.scratch(true), true}, encoder.sums(),
                               [&](int64_t begin, int64_t end, Element* scratch, Element* sums) {
                                 kernel(job, begin, end, scratch, sums);
                               });
-    gradients = encoder.gradients(x, total.mutable_data_ptr<Element>());
+    gradients = encoder.gradients(x, total.data());
   });
   return {grad_x, gradients};
 }

@@ -99,12 +99,12 @@ Gradients feed_forward_backward_cpu(const Tensor& grad, const Tensor& x, const T
     Carving<Element> counted{nullptr};
     Sums::carve(job.net, job.padded_in, job.padded_out, counted);
     const auto kernel = cpu_kernels<Element>().feed_forward_backward;
-    const Tensor total =
+    const Buffer<Element> total =
         sum_in_parts<Element>(x, tiles_of(job), {scratch_of(job, true), true}, counted.used,
                               [&](int64_t begin, int64_t end, Element* scratch, Element* sums) {
                                 kernel(job, begin, end, scratch, sums);
                               });
-    Carving<Element> space{total.mutable_data_ptr<Element>()};
+    Carving<Element> space{total.data()};
     const Sums sums = Sums::carve(job.net, job.padded_in, job.padded_out, space);
     result = {grad_x, copied<Element>(x, sums.entering, hidden, x.size(1), job.padded_in),
               copied_vector<Element>(x, sums.entering_bias, hidden),

@@ -93,8 +93,8 @@ Forward forward(const Inputs& inputs, bool keep) {
                   saved_steps = keep ? T : 0;
     out.last_h = empty(x, {L, B, H});
     out.last_c = empty(x, {Cell::kStates == 2 ? L : 0, B, H});
-    out.gates = empty(x, {L, saved_steps, B, 4, H});
-    out.carried = empty(x, {L, saved_steps, B, H});
+    out.gates = saved_tensor(x, {L, saved_steps, B, 4, H});
+    out.carried = saved_tensor(x, {L, saved_steps, B, H});
     out.output = inputs.all_steps ? empty(x, {B, T, H}) : empty(x, {B, H});
     job.last_h = out.last_h.template mutable_data_ptr<Element>();
     job.last_c = out.last_c.template mutable_data_ptr<Element>();
@@ -145,12 +145,12 @@ std::vector<Tensor> run_backward(RecurrentNetwork<Cell, Element>& network, const
   const int64_t tiles = (job.batch + job.tile_rows - 1) / job.tile_rows;
   const auto kernel =
       kIsLstm<Cell> ? cpu_kernels<Element>().lstm_backward : cpu_kernels<Element>().gru_backward;
-  const Tensor sums = sum_in_parts<Element>(like, tiles, {network.scratch_elements}, network.sum_elements,
-                                            [&](int64_t begin, int64_t end, Element* scratch, Element* part) {
-                                              kernel(job, begin * job.tile_rows,
-                                                     std::min(end * job.tile_rows, job.batch), scratch, part);
-                                            });
-  return network.weight_gradients(sums.template const_data_ptr<Element>());
+  const Buffer<Element> sums = sum_in_parts<Element>(
+      like, tiles, {network.scratch_elements}, network.sum_elements,
+      [&](int64_t begin, int64_t end, Element* scratch, Element* part) {
+        kernel(job, begin * job.tile_rows, std::min(end * job.tile_rows, job.batch), scratch, part);
+      });
+  return network.weight_gradients(sums.data());
 }
 
 template <class Cell>

@@ -9,6 +9,7 @@
 #include "common.h"
 #include "cpu_dispatch.h"
 #include "dropout_checks.h"
+#include "memory_cache.h"
 #include "recurrent/recurrent.h"
 #include "recurrent/recurrent_checks.h"
 
@@ -136,8 +137,17 @@ class RecurrentNetwork {
   }
 
   // Returns a new buffer of zeros, which this object owns.
-  Element* new_buffer(int64_t elements) {
-    packed_.emplace_back(elements, Element(0));
+  Element* new_zeros(int64_t elements) {
+    Element* const to = zeros_beyond(elements);
+    std::fill_n(to, elements, Element(0));
+    return to;
+  }
+
+  // Returns a new buffer for packed weights, which this object owns. It contains zeros if there are lanes
+  // beyond the last unit, and is not set otherwise.
+  Element* zeros_beyond(int64_t elements) {
+    packed_.emplace_back(weights_.front(), elements);
+    if (job.stride != job.hidden) std::fill_n(packed_.back().data(), elements, Element(0));
     return packed_.back().data();
   }
 
@@ -149,29 +159,29 @@ class RecurrentNetwork {
         body(unit / lanes_, gate, unit % lanes_, row_of(input, gate, unit));
   }
 
-  // Packs a weight as [block][input][gate][lane]. It works on squares of columns and lanes, so both sides
-  // stay in the first-level cache.
-  const Element* pack(const Tensor& weight, bool input) {
-    constexpr int64_t kSquare = 16;
-    const int64_t columns = weight.size(1), gates = Cell::kGates * lanes_;
-    const Element* const from = weight.const_data_ptr<Element>();
-    Element* const to = new_buffer(job.blocks * columns * gates);
+  // Calls body(first unit, gate, units) for the blocks of units of each gate.
+  template <class Body>
+  void for_blocks(const Body& body) const {
     for (int64_t first = 0; first < job.hidden; first += lanes_)
       for (int64_t gate = 0; gate < Cell::kGates; ++gate)
-        for (int64_t begin = 0; begin < columns; begin += kSquare) {
-          const int64_t end = std::min(begin + kSquare, columns), last = std::min(first + lanes_, job.hidden);
-          for (int64_t unit = first; unit < last; ++unit) {
-            const Element* const row = from + row_of(input, gate, unit) * columns;
-            Element* const place = to + first * columns * Cell::kGates + gate * lanes_ + unit - first;
-            for (int64_t k = begin; k < end; ++k) place[k * gates] = row[k];
-          }
-        }
+        body(first, gate, std::min(lanes_, job.hidden - first));
+  }
+
+  // Packs a weight as [block][input][gate][lane].
+  const Element* pack(const Tensor& weight, bool input) {
+    const int64_t columns = weight.size(1), gates = Cell::kGates * lanes_;
+    const Element* const from = weight.const_data_ptr<Element>();
+    Element* const to = zeros_beyond(job.blocks * columns * gates);
+    for_blocks([&](int64_t first, int64_t gate, int64_t units) {
+      cpu_kernels<Element>().transpose(from + row_of(input, gate, first) * columns, columns, units, columns,
+                                       to + first * columns * Cell::kGates + gate * lanes_, gates);
+    });
     return to;
   }
 
   // Packs the sum of both biases as [block][4 sums][lane].
   const Element* pack_bias(const Tensor& input, const Tensor& hidden) {
-    Element* const to = new_buffer(job.blocks * 4 * lanes_);
+    Element* const to = new_zeros(job.blocks * 4 * lanes_);
     const auto add = [&](const Element* from, bool is_input) {
       const int64_t first = is_input ? 0 : 4 - Cell::kGates;
       for_gate_rows(is_input, [&](int64_t block, int64_t gate, int64_t lane, int64_t row) {
@@ -188,7 +198,8 @@ class RecurrentNetwork {
     const int64_t columns = weight.size(1), panels = (columns + width - 1) / width,
                   gates = Cell::kGates * lanes_;
     const Element* const from = weight.const_data_ptr<Element>();
-    Element* const to = new_buffer(panels * job.blocks * gates * width);
+    const int64_t elements = panels * job.blocks * gates * width;
+    Element* const to = columns % width == 0 ? zeros_beyond(elements) : new_zeros(elements);
     for_gate_rows(input, [&](int64_t block, int64_t gate, int64_t lane, int64_t row) {
       for (int64_t panel = 0; panel < panels; ++panel) {
         const int64_t count = std::min(width, columns - panel * width);
@@ -204,9 +215,9 @@ class RecurrentNetwork {
     const int64_t columns = like.size(1), gates = Cell::kGates * lanes_;
     Tensor out = new_tensor_like(like);
     Element* const to = out.mutable_data_ptr<Element>();
-    for_gate_rows(input, [&](int64_t block, int64_t gate, int64_t lane, int64_t row) {
-      const Element* const place = sums + block * columns * gates + gate * lanes_ + lane;
-      for (int64_t k = 0; k < columns; ++k) to[row * columns + k] = place[k * gates];
+    for_blocks([&](int64_t first, int64_t gate, int64_t units) {
+      cpu_kernels<Element>().transpose(sums + first * columns * Cell::kGates + gate * lanes_, gates, columns,
+                                       units, to + row_of(input, gate, first) * columns, columns);
     });
     return out;
   }
@@ -224,7 +235,7 @@ class RecurrentNetwork {
 
   int64_t lanes_;
   std::vector<Tensor> weights_, states_;
-  std::vector<std::vector<Element>> packed_;
+  std::vector<Buffer<Element>> packed_;
   std::vector<RecurrentLayer<Element>> layers_;
 };
 

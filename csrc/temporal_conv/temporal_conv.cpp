@@ -41,8 +41,8 @@ std::tuple<Tensor, Tensor, Tensor> temporal_conv_net_cpu(const Tensor& x, std::v
     const int64_t batch = job.batch, saved_rows = keep ? batch : 0,
                   channels = network.tensors.back().channels;
     output = all_steps ? empty(x, {batch, x.size(1), channels}) : empty(x, {batch, channels});
-    activations = empty(x, {saved_rows * job.row_elements});
-    signs = empty(x, {saved_rows * job.row_signs}, ScalarType::Byte);
+    activations = saved_tensor(x, {saved_rows * job.row_elements});
+    signs = saved_tensor(x, {saved_rows * job.row_signs}, ScalarType::Byte);
     job.output = output_view<Element>(output, all_steps);
     if (keep) {
       job.activations = activations.mutable_data_ptr<Element>();
@@ -106,12 +106,12 @@ std::vector<Tensor> weight_gradients(const Network<Element>& network, const Elem
 template <class Element>
 std::vector<Tensor> run_backward(Network<Element>& network, const Tensor& like) {
   const auto kernel = cpu_kernels<Element>().temporal_conv_backward;
-  const Tensor sums =
+  const Buffer<Element> sums =
       sum_in_parts<Element>(like, network.tiles(), {network.scratch_elements}, network.sum_elements,
                             [&](int64_t begin, int64_t end, Element* scratch, Element* part) {
                               kernel(network.job, begin, end, scratch, part);
                             });
-  return weight_gradients(network, sums.template const_data_ptr<Element>());
+  return weight_gradients(network, sums.data());
 }
 
 std::tuple<Tensor, std::vector<Tensor>> temporal_conv_net_backward_cpu(

@@ -126,12 +126,12 @@ std::tuple<Tensor, Tensor, Tensor> window_conv_backward_cpu(const Tensor& grad, 
     Carving<Element> counted{nullptr};
     Sums::carve(job, counted);
     const auto kernel = cpu_kernels<Element>().window_conv_backward;
-    const Tensor total =
+    const Buffer<Element> total =
         sum_in_parts<Element>(x, tiles_of(job), {scratch_of(job, true), true}, counted.used,
                               [&](int64_t begin, int64_t end, Element* scratch, Element* sums) {
                                 kernel(job, begin, end, scratch, sums);
                               });
-    Carving<Element> space{total.mutable_data_ptr<Element>()};
+    Carving<Element> space{total.data()};
     const Sums sums = Sums::carve(job, space);
     gradients = {grad_x, weight_gradient(x, job, sums.weight), copied_vector<Element>(x, sums.bias, job.out)};
   });

@@ -23,7 +23,7 @@ from qfast.data.adapt import windows_of
 from qfast.data.batching import Batches, BatchOrder, NumpyOrder
 from qfast.data.protocols import Dataset, Segment
 from qfast.data.windows import WindowSet
-from qfast.device import explain_out_of_memory
+from qfast.device import explain_out_of_memory, release_memory
 from qfast.errors import ConfigError, DataError
 from qfast.files import require_file_target
 from qfast.training import distributed
@@ -281,6 +281,7 @@ class Estimator(QlibFunctions):
                 scores[name].extend(r[name] for r in self.progress_.records if r.get(name) is not None)
             self.evals_result_ = scores
             self._graphed_step = None  # releases the memory of its graphs
+            release_memory()
             self._notify("on_fit_end")
         if save_path is not None and writes_files():
             self.save_weights(save_path)

@@ -1,0 +1,152 @@
+"""The operators compared with torch's layers over a grid of shapes: no cell may be more than 5% slower.
+
+    python bench/grid.py                        # every part; some 15 minutes
+    python bench/grid.py encoder --gflop 1      # one part, calls of at most 1 GFLOP
+
+A cell is the CPU time of torch's layer divided by that of the operator, on one thread. Both sides alternate in one
+process; a side's time is its lowest of several rounds. A cell below the limit is measured once more, with three times
+as many rounds, and the better ratio counts. The exit status is 1 if a cell remains below the limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from compare import cpu_seconds
+from torch import Tensor, nn
+
+from qfast.ops import encoder_layer, gru, lstm, window_conv
+
+ROUNDS = 5
+ROUND_SECONDS = 0.02  # a round repeats short calls for about this long
+
+Side = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One shape: `sides` builds a module that owns the weights, the operator's call and torch's."""
+
+    row: str
+    column: str
+    flops: float  # of a forward pass
+    sides: Callable[[], tuple[nn.Module, Side, Side]]
+
+
+def encoder_cells() -> Iterator[Cell]:
+    def sides(width: int, hidden: int, steps: int, batch: int) -> tuple[nn.Module, Side, Side]:
+        layer = nn.TransformerEncoderLayer(width, 2, hidden, 0.0, batch_first=False)
+        weights, x = list(layer.parameters()), torch.randn(batch, steps, width, requires_grad=True)
+        turned = x.detach().transpose(0, 1).contiguous().requires_grad_()
+        return layer, lambda: encoder_layer(x, weights, heads=2), lambda: layer(turned)
+
+    for width, hidden, steps in itertools.product((8, 32, 64, 128, 256), (256, 2048), (10, 20, 60, 250)):
+        for batch in (1, 16, 64, 300, 2048):
+            flops = 2.0 * batch * steps * width * (4 * width + 2 * hidden + 2 * steps)
+            shape = (width, hidden, steps, batch)
+            yield Cell(f"D={width} M={hidden} T={steps}", f"{batch}", flops, lambda shape=shape: sides(*shape))  # type: ignore[misc]
+
+
+def recurrent_cells() -> Iterator[Cell]:
+    def sides(kind: str, hidden: int, steps: int, batch: int) -> tuple[nn.Module, Side, Side]:
+        module = getattr(nn, kind)(20, hidden, 2, batch_first=True)
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        layers = [[getattr(module, f"{name}_l{layer}") for name in names] for layer in range(2)]
+        operator, x = {"LSTM": lstm, "GRU": gru}[kind], torch.randn(batch, steps, 20)
+        return module, lambda: operator(x, layers)[0], lambda: module(x)[0][:, -1]
+
+    for kind, hidden, steps in itertools.product(("LSTM", "GRU"), (32, 64, 128, 256), (10, 20, 60, 250)):
+        for batch in (1, 16, 64, 256, 800, 2000, 8192):
+            gates = 4 if kind == "LSTM" else 3
+            flops = 2.0 * batch * steps * gates * hidden * (20 + 3 * hidden)
+            shape = (kind, hidden, steps, batch)
+            yield Cell(f"{kind} H={hidden} T={steps}", f"{batch}", flops, lambda shape=shape: sides(*shape))  # type: ignore[misc]
+
+
+def convolution_cells() -> Iterator[Cell]:
+    def sides(width: int, steps: int, batch: int) -> tuple[nn.Module, Side, Side]:
+        conv = nn.Conv1d(width, width, 3, 1, 1)
+        assert conv.bias is not None
+        x, bias = torch.randn(batch, steps, width, requires_grad=True), conv.bias
+        return conv, lambda: window_conv(x, conv.weight, bias), lambda: conv(x.transpose(1, 2)).transpose(1, 2)
+
+    for width, steps in itertools.product((8, 32, 64, 128, 256), (10, 20, 60, 250)):
+        for batch in (1, 16, 64, 300, 2048):
+            shape = (width, steps, batch)
+            flops = 6.0 * batch * steps * width * width
+            yield Cell(f"conv D={width} T={steps}", f"{batch}", flops, lambda shape=shape: sides(*shape))  # type: ignore[misc]
+
+
+PARTS = {"encoder": encoder_cells, "recurrent": recurrent_cells, "convolution": convolution_cells}
+
+
+def ratio(cell: Cell, what: str, least: float) -> float:
+    """CPU time of torch's layer over that of the operator."""
+    torch.manual_seed(0)
+    module, ours, theirs = cell.sides()
+
+    def train(side: Side) -> None:
+        module.zero_grad()
+        side().square().mean().backward()
+
+    def infer(side: Side) -> None:
+        with torch.no_grad():
+            side()
+
+    run = train if what == "training" else infer
+    calls = [lambda side=side: run(side) for side in (ours, theirs)]  # type: ignore[misc]
+    for call in calls:
+        call()
+    count = max(1, int(ROUND_SECONDS / max(cpu_seconds(calls[1]), 1e-6)))
+    best = 0.0
+    for rounds in (ROUNDS, 3 * ROUNDS):
+        pairs = [[cpu_seconds(call, count) for call in calls] for _ in range(rounds)]
+        best = max(best, min(pair[1] for pair in pairs) / min(pair[0] for pair in pairs))
+        if best >= least:
+            break
+    return best
+
+
+def print_part(part: str, what: str, gflop: float, least: float) -> list[str]:
+    """Print the table of a part, a line per row of cells, and return the cells below the limit."""
+    slow = []
+    for row, group in itertools.groupby(PARTS[part](), key=lambda cell: cell.row):
+        line = f"{what:<9} {row:<22}"
+        for cell in group:
+            if cell.flops * (3 if what == "training" else 1) > gflop * 1e9:
+                continue
+            value = ratio(cell, what, least)
+            line += f" {cell.column:>5}: {value:5.2f}{'*' if value < least else ' '}"
+            if value < least:
+                slow.append(f"{part} {what} {cell.row} B={cell.column}: {value:.2f}")
+        print(line, flush=True)
+    return slow
+
+
+def main() -> int:
+    """Print all tables, then the cells below the limit."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=f"parts of the grid: {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--what", choices=["inference", "training"], help="default: both")
+    parser.add_argument("--gflop", type=float, default=4.0, help="skip longer calls (default 4)")
+    parser.add_argument("--least", type=float, default=0.95, help="lowest accepted ratio (default 0.95)")
+    options = parser.parse_args()
+    unknown = set(options.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"unknown parts {sorted(unknown)}, allowed: {', '.join(PARTS)}")
+    torch.set_num_threads(1)
+    slow = []
+    for part in options.parts or PARTS:
+        for what in [options.what] if options.what else ["inference", "training"]:
+            slow += print_part(part, what, options.gflop, options.least)
+    print(f"{len(slow)} cells below {options.least}", *slow, sep="\n  ")
+    return 1 if slow else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Memory that the CPU operators reuse: what is reused, when it is freed, and that results do not change."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qfast import _backend
+from qfast.device import release_memory
+from qfast.ops import lstm
+
+pytestmark = pytest.mark.skipif(_backend.native is None, reason="the CPU library is not loaded")
+
+NAMES = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+SAVED_BYTES = 10 * 200 * 5 * 64 * 4  # of a step below: 10 steps of 200 rows, five numbers for each of 64 units
+
+
+def native() -> Any:
+    return _backend.native
+
+
+def facts() -> dict[str, int]:
+    return native().memory_cache_facts()
+
+
+@pytest.fixture(autouse=True)
+def empty_cache():
+    release_memory()
+    yield
+    native().set_memory_cache_limit(512 << 20)
+    release_memory()
+
+
+def forward(seed: int, rows: int = 200) -> tuple[Tensor, list[nn.Parameter]]:
+    torch.manual_seed(seed)
+    module = nn.LSTM(5, 64, batch_first=True)
+    weights = [getattr(module, name) for name in NAMES]
+    return lstm(torch.randn(rows, 10, 5), [weights])[0], weights
+
+
+def gradients(seed: int) -> list[Tensor]:
+    output, weights = forward(seed)
+    return list(torch.autograd.grad(output.square().sum(), weights))
+
+
+def test_repeated_steps_allocate_nothing() -> None:
+    first = gradients(0)
+    before = facts()
+    for _ in range(3):
+        for value, expected in zip(gradients(0), first, strict=True):
+            assert torch.equal(value, expected)
+    after = facts()
+    assert after["allocated"] == before["allocated"]
+    assert after["reused"] > before["reused"]
+    assert after["used_bytes"] == before["used_bytes"]
+
+
+def test_saved_values_are_used_until_torch_frees_the_graph() -> None:
+    before = facts()["used_bytes"]
+    output, weights = forward(0)
+    if facts()["used_bytes"] == before:
+        pytest.skip("torch allocates the saved tensors before version 2.11")
+    assert facts()["used_bytes"] - before >= SAVED_BYTES
+    expected = torch.autograd.grad(output.sum(), weights, retain_graph=True)
+    other, _ = forward(1)  # must not reuse the memory of the first graph
+    again = torch.autograd.grad(output.sum(), weights)
+    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+    del other
+    assert facts()["used_bytes"] == before
+
+
+def test_release_frees_idle_memory_only() -> None:
+    output, weights = forward(0)
+    idle = facts()["idle_bytes"]
+    assert idle > 0
+    assert release_memory() == idle
+    assert facts()["idle_bytes"] == release_memory() == 0
+    torch.autograd.grad(output.sum(), weights)
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 20])
+def test_limit(limit: int) -> None:
+    native().set_memory_cache_limit(limit)
+    expected = gradients(3)
+    assert facts()["idle_bytes"] <= limit
+    native().set_memory_cache_limit(512 << 20)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(3), expected, strict=True))
+    native().set_memory_cache_limit(limit)  # applies to memory that is idle already
+    assert facts()["idle_bytes"] <= limit
+
+
+def test_smaller_batches_reuse_the_memory_of_larger_ones() -> None:
+    forward(0, rows=200)
+    before = facts()["allocated"]
+    forward(0, rows=190)
+    assert facts()["allocated"] == before
+
+
+def test_threads() -> None:
+    expected = [gradients(seed) for seed in range(4)]
+
+    def matches(seed: int) -> bool:
+        output, weights = graphs[seed]
+        values = torch.autograd.grad(output.square().sum(), weights, retain_graph=True)
+        return all(torch.equal(a, b) for a, b in zip(values, expected[seed], strict=True))
+
+    graphs = [forward(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(matches, list(range(4)) * 5))
+
+
+FORK = """
+import os, torch
+from torch import nn
+from qfast.ops import lstm
+
+torch.set_num_threads(1)
+module = nn.LSTM(5, 64, batch_first=True)
+layers = [[getattr(module, name) for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")]]
+x = torch.randn(200, 10, 5)
+with torch.no_grad():
+    expected = lstm(x, layers)[0]
+    child = os.fork()
+    equal = torch.equal(lstm(x, layers)[0], expected)
+    if child == 0:
+        os._exit(0 if equal else 1)
+    assert equal and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_process() -> None:
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("value", "allowed"), [("0", True), ("64", True), ("-1", False), ("much", False)])
+def test_environment_variable(value: str, allowed: bool) -> None:
+    code = "from qfast import _backend; print(_backend.native.memory_cache_facts()['idle_bytes'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "QFAST_CACHE_MB": value}, capture_output=True, text=True
+    )
+    assert (done.returncode == 0) is allowed
+    assert allowed or f"QFAST_CACHE_MB is {value!r}" in done.stderr
