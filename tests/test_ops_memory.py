@@ -143,7 +143,8 @@ def errors() -> dict[str, list[str]]:
     done = subprocess.run(
         [sys.executable, "-c", BEGIN],
         input=json.dumps(BACKWARD),
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},  # memory that is freed must not stay with the process
+        # memory that is freed must not stay with the process
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "QFAST_CACHE_MB": "0"},
         capture_output=True,
         text=True,
     )
