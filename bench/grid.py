@@ -2,6 +2,7 @@
 
     python bench/grid.py                        # every part; some 15 minutes
     python bench/grid.py encoder --gflop 1      # one part, calls of at most 1 GFLOP
+    python bench/grid.py --rows "D=256 M=2048"  # rows whose name contains this text
 
 A cell is the CPU time of torch's layer divided by that of the operator, on one thread. Both sides alternate in one
 process; a side's time is its lowest of several rounds. A cell below the limit is measured once more, with three times
@@ -112,10 +113,12 @@ def ratio(cell: Cell, what: str, least: float) -> float:
     return best
 
 
-def print_part(part: str, what: str, gflop: float, least: float) -> list[str]:
+def print_part(part: str, what: str, rows: str, gflop: float, least: float) -> list[str]:
     """Print the table of a part, a line per row of cells, and return the cells below the limit."""
     slow = []
     for row, group in itertools.groupby(PARTS[part](), key=lambda cell: cell.row):
+        if rows not in row:
+            continue
         line = f"{what:<9} {row:<22}"
         for cell in group:
             if cell.flops * (3 if what == "training" else 1) > gflop * 1e9:
@@ -133,6 +136,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"parts of the grid: {', '.join(PARTS)} (default: all)")
     parser.add_argument("--what", choices=["inference", "training"], help="default: both")
+    parser.add_argument("--rows", default="", metavar="TEXT", help="rows of the tables whose name contains TEXT")
     parser.add_argument("--gflop", type=float, default=4.0, help="skip longer calls (default 4)")
     parser.add_argument("--least", type=float, default=0.95, help="lowest accepted ratio (default 0.95)")
     options = parser.parse_args()
@@ -143,7 +147,7 @@ def main() -> int:
     slow = []
     for part in options.parts or PARTS:
         for what in [options.what] if options.what else ["inference", "training"]:
-            slow += print_part(part, what, options.gflop, options.least)
+            slow += print_part(part, what, options.rows, options.gflop, options.least)
     print(f"{len(slow)} cells below {options.least}", *slow, sep="\n  ")
     return 1 if slow else 0
 
