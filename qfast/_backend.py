@@ -69,6 +69,11 @@ def _limit_cache(module: ModuleType) -> None:
     text = os.environ.get("QFAST_CACHE_MB", "").strip() or "512"
     if not text.isdecimal() or int(text) > 2**30:
         raise BackendError(f"QFAST_CACHE_MB is {text!r}; allowed: a whole number of megabytes, 0 to 2**30.")
+    if not hasattr(module, "set_memory_cache_limit"):
+        raise BackendError(
+            f"{module.__file__} was built from older sources of qfast. Remedy: install qfast again, or python setup.py "
+            "build_ext --inplace."
+        )
     module.set_memory_cache_limit(int(text) * 2**20)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from qfast import _backend
 from qfast.device import release_memory
+from qfast.errors import BackendError
 from qfast.ops import lstm
 
 pytestmark = pytest.mark.skipif(_backend.native is None, reason="the CPU library is not loaded")
@@ -149,3 +151,10 @@ def test_environment_variable(value: str, allowed: bool) -> None:
     )
     assert (done.returncode == 0) is allowed
     assert allowed or f"QFAST_CACHE_MB is {value!r}" in done.stderr
+
+
+def test_a_library_of_older_sources_is_named() -> None:
+    old = types.ModuleType("qfast._C")
+    old.__file__ = "qfast/_C.so"
+    with pytest.raises(BackendError, match=r"qfast/_C\.so was built from older sources .* Remedy: install qfast again"):
+        _backend._limit_cache(old)
