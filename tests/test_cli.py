@@ -182,9 +182,11 @@ class _SignalsWhenFinalized:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_signal_during_a_finalizer_ends_the_run(case, tmp_path, capsys, monkeypatch):
+def test_a_signal_during_a_finalizer_ends_the_run(case, tmp_path, capsys, monkeypatch, request):
     config, data, _ = case
     epochs = []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background process ignores SIGINT
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     def signal_in_finalizer(self, estimator) -> None:
         epochs.append(estimator.epoch_)

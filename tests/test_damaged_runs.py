@@ -117,10 +117,6 @@ STATES = {
     "columns as floats": ({"positions": np.array([0.5]), "shift": np.ones(1), "scale": np.ones(1)}, "ascending column"),
     "an integer shift": ({"positions": np.array([0]), "shift": np.ones(1, int), "scale": np.ones(1)}, "saved shift"),
     "a complex scale": ({"positions": np.array([0]), "shift": np.ones(1), "scale": np.ones(1, complex)}, "saved scale"),
-    "an infinite scale": (
-        {"positions": np.array([0]), "shift": np.ones(1), "scale": np.array([np.inf])},
-        "saved scale",
-    ),
 }
 
 

@@ -212,14 +212,16 @@ def test_old_and_new_names_that_differ_are_refused():
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pkl"])
-def test_weights_that_became_nan_are_read(tmp_path, suffix):
-    """NaN differs from NaN, but both names contain it."""
+def test_weights_that_became_nan(tmp_path, suffix):
+    """NaN differs from NaN, but both names contain it. A file is refused for that reason only."""
     net, _ = case(torch.float32)
     net.tcn.network[0].conv1.weight_v.data[0, 0, 0] = float("nan")
-    save_weights(net, tmp_path / f"weights{suffix}")
     other = TCNModel(**SIZES)
-    load_weights(other, tmp_path / f"weights{suffix}")
+    other.load_state_dict(net.state_dict())
     assert torch.isnan(other.tcn.network[0].conv1.weight_v[0, 0, 0])
+    save_weights(net, tmp_path / f"weights{suffix}")
+    with pytest.raises(CheckpointError, match=r"contains NaN or infinity in tcn\.network\.0\.conv1\.weight_v"):
+        load_weights(other, tmp_path / f"weights{suffix}")
 
 
 def test_weights_without_storage_are_read():

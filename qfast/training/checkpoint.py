@@ -291,8 +291,8 @@ def _load_optimizer(estimator: BaseEstimator, tensors: dict[str, Tensor]) -> Non
     current = estimator.train_optimizer.state_dict()
     expected = {number for group in current["param_groups"] for number in group["params"]}
     names = {frozenset(entries) for entries in state.values()}
-    if state and (set(state) != expected or len(names) > 1):
-        raise ValueError(f"the optimizer's state of some of the {len(expected)} parameters is missing")
+    if not set(state) <= expected or len(names) > 1:  # parameters without a gradient have no state
+        raise ValueError(f"the optimizer's state of some of the {len(expected)} parameters is incomplete")
     estimator.train_optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
 
 
