@@ -22,13 +22,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from qfast.benchmarks.cases import COLUMNS
 from qfast.data import Alpha158, synthetic
 from qfast.data.sources import load_prices
 
-SELECTED = (
-    *("RESI5", "WVMA5", "RSQR5", "KLEN", "RSQR10", "CORR5", "CORD5", "CORR10", "ROC60", "RESI10"),
-    *("VSTD5", "RSQR60", "CORR60", "WVMA60", "STD5", "RSQR20", "CORD60", "CORD10", "CORR20", "KLOW"),
-)
+SELECTED = tuple(COLUMNS)
 NORMALIZE = (
     {"class": "RobustZScoreNorm", "kwargs": {"fields_group": "feature", "clip_outlier": True}},
     {"class": "Fillna", "kwargs": {"fields_group": "feature"}},

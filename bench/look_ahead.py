@@ -17,31 +17,10 @@ from typing import Any
 import pandas as pd
 import torch
 
+from qfast.benchmarks.cases import COLUMNS
 from qfast.metrics import daily_ic, ic_summary
 from qfast.models import ts
 
-COLUMNS = [
-    "RESI5",
-    "WVMA5",
-    "RSQR5",
-    "KLEN",
-    "RSQR10",
-    "CORR5",
-    "CORD5",
-    "CORR10",
-    "ROC60",
-    "RESI10",
-    "VSTD5",
-    "RSQR60",
-    "CORR60",
-    "WVMA60",
-    "STD5",
-    "RSQR20",
-    "CORD60",
-    "CORD10",
-    "CORR20",
-    "KLOW",
-]
 SEGMENTS = {
     "train": ("2013-02-08", "2016-06-30"),
     "valid": ("2016-07-01", "2016-12-31"),

@@ -37,22 +37,13 @@ DEFAULT = (
 def training_step(name: str) -> Callable[[], None]:
     """One step of a network of the tree on sys.path."""
     import torch
+    from bench_regression import MODELS  # imports the package qfast of the tree
 
-    import qfast.nn
     from qfast.training.optim import ClippedAdam
 
     model, _, windows = name.partition("-")
-    kinds: dict[str, Any] = {
-        "LSTM": qfast.nn.LSTMModel,
-        "GRU": qfast.nn.GRUModel,
-        "ALSTM": qfast.nn.ALSTMModel,
-        "GATs": qfast.nn.GATModel,
-        "TCN": lambda d_feat: qfast.nn.TCNModel(d_feat, 1, [32] * 5, 7, 0.5),
-        "Transformer": qfast.nn.Transformer,
-        "Localformer": qfast.nn.Localformer,
-    }
     torch.manual_seed(0)
-    network = kinds[model](d_feat=FEATURES)
+    network = MODELS[model](d_feat=FEATURES)
     x, label = torch.randn(int(windows), STEP_LEN, FEATURES), torch.randn(int(windows))
     x = x.transpose(1, 2).contiguous() if model == "TCN" else x
     optimizer = ClippedAdam(network.parameters(), lr=1e-3)

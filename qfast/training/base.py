@@ -143,6 +143,11 @@ class BaseEstimator:
         self.device = choose_device(device, GPU)
         self._create_network(network)
         self.train_optimizer = self._build_optimizer(optimizer, lr, weight_decay)
+        self._start_state()
+        self._is_built = True
+
+    def _start_state(self) -> None:
+        """The state of a model that has not been fitted."""
         self.fitted = False
         self.stop_training = False
         self.epoch_ = 0
@@ -151,7 +156,6 @@ class BaseEstimator:
         self.origin_: dict[str, str] = {}
         self.callbacks_: list[Callback] = []
         self.evals_result_: dict[str, Any] = {}
-        self._is_built = True
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute. Arguments of the constructor are checked and take effect, or raise an error.

@@ -244,11 +244,7 @@ class Estimator(QlibFunctions):
             distributed.begin(self, ranks)
         if save_path is not None:
             require_file_target(Path(save_path), "save_path")
-        if resume and checkpoint_dir is None:
-            raise ConfigError(
-                f"resume=True needs checkpoint_dir, the directory of the interrupted fit, got {checkpoint_dir!r}."
-            )
-        origin = self._origin(init_from, resume)
+        origin = self._origin(init_from, resume, checkpoint_dir)
         train, valid = self._load_segments(dataset, reweighter)
         self._require_ranked_days(train, valid)
         functions = EpochFunctions(self, train, valid)
@@ -304,8 +300,12 @@ class Estimator(QlibFunctions):
         else:
             self.prepare_network()
 
-    def _origin(self, init_from: str | Path | None, resume: bool) -> Origin | None:
-        """The checked weights that a fit starts from, if any."""
+    def _origin(self, init_from: str | Path | None, resume: bool, checkpoint_dir: str | Path | None) -> Origin | None:
+        """The checked weights of `init_from`, None without it. Checks `resume` too."""
+        if resume and checkpoint_dir is None:
+            raise ConfigError(
+                f"resume=True needs checkpoint_dir, the directory of the interrupted fit, got {checkpoint_dir!r}."
+            )
         if init_from is None:
             return None
         if resume:
