@@ -4,7 +4,7 @@
     python bench/grid.py encoder --gflop 1      # one part, calls of at most 1 GFLOP
     python bench/grid.py --rows "D=256 M=2048"  # rows whose name contains this text
 
-A cell is the CPU time of torch's layer divided by that of the operator, on one thread. Both sides alternate in one
+A cell is the ratio of two CPU times on one thread: torch's layer divided by the operator. Both sides alternate in one
 process; a side's time is its lowest of several rounds. A cell below the limit is measured once more, with three times
 as many rounds, and the better ratio counts. The exit status is 1 if a cell remains below the limit.
 """
@@ -87,7 +87,7 @@ PARTS = {"encoder": encoder_cells, "recurrent": recurrent_cells, "convolution": 
 
 
 def ratio(cell: Cell, what: str, least: float) -> float:
-    """CPU time of torch's layer over that of the operator."""
+    """CPU time of torch's layer divided by the CPU time of the operator."""
     torch.manual_seed(0)
     module, ours, theirs = cell.sides()
 

@@ -1,4 +1,4 @@
-"""Kill a study at random moments, resume it, and compare its results with those of an uninterrupted study.
+"""Kill a study at random moments, resume it, and compare its results with an uninterrupted study.
 
     OMP_NUM_THREADS=1 python bench/study_kills.py --runs 200 --kills 20 [--seed 0] [--jobs 2] [--folder FOLDER]
 

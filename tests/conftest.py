@@ -14,6 +14,8 @@ from qfast import _backend
 # The helpers assert too; without this line their failures would not show the values.
 pytest.register_assert_rewrite("support")
 
+from qfast.models import LSTM, ts  # noqa: E402
+from support.fits import dataset_for, frame_for  # noqa: E402
 from support.frames import make_frame  # noqa: E402
 
 # The tensors here are tiny: a second thread only waits, and slows down other test runs on the machine.
@@ -28,6 +30,18 @@ def _restore_generators() -> Iterator[None]:
     yield
     np.random.set_state(numpy_state)
     torch.set_rng_state(torch_state)
+
+
+@pytest.fixture(scope="module")
+def flat_data():
+    """A small dataset for flat models."""
+    return dataset_for(LSTM, frame=frame_for(LSTM))
+
+
+@pytest.fixture(scope="module")
+def windows_data():
+    """A small dataset for time-series models."""
+    return dataset_for(ts.LSTM, frame=frame_for(ts.LSTM))
 
 
 @pytest.fixture(params=_backend.native.available_isas() if _backend.native is not None else ["plain torch"])

@@ -35,16 +35,6 @@ def by_day(kind, **changes):
     return small_model(kind, **{**({} if is_graph else {"batch_by": "day", "batch_size": 20}), **changes})
 
 
-@pytest.fixture(scope="module")
-def flat_data():
-    return dataset_for(LSTM, frame=frame_for(LSTM))
-
-
-@pytest.fixture(scope="module")
-def windows_data():
-    return dataset_for(ts.LSTM, frame=frame_for(ts.LSTM))
-
-
 def mean_metric(model, dataset, metric):
     windows = dataset.windows("valid", "learn")
     label = pd.Series(windows.label.numpy(), windows.keys())

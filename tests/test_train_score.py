@@ -7,21 +7,11 @@ import torch
 
 from qfast.data import DatasetH
 from qfast.errors import ConfigError
-from qfast.models import LSTM, GATs, ts
+from qfast.models import LSTM, GATs
 from qfast.training.callbacks import epoch_text
 from qfast.workflow import plots
-from support.fits import StopAt, dataset_for, frame_for, parametrize_estimators, same_weights, small_model, weights
+from support.fits import StopAt, frame_for, parametrize_estimators, same_weights, small_model, weights
 from support.frames import SEGMENTS
-
-
-@pytest.fixture(scope="module")
-def flat_data():
-    return dataset_for(LSTM, frame=frame_for(LSTM))
-
-
-@pytest.fixture(scope="module")
-def windows_data():
-    return dataset_for(ts.LSTM, frame=frame_for(ts.LSTM))
 
 
 @parametrize_estimators()

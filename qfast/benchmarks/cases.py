@@ -1,4 +1,4 @@
-"""What is timed: the models with Qlib's settings on a dataset, or the model of a workflow."""
+"""The models and data of a benchmark: all models with Qlib's settings, or the model of a workflow."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["MODELS", "Subject", "default_subject", "workflow_subject"]
 
 STEP_LEN = 20
 TRAIN_PART = 0.7  # of the dates; the others are the validation segment
-COLUMNS = [  # those of Qlib's Alpha158 workflow files
+COLUMNS = [  # the selection of Qlib's Alpha158 workflow files
     "RESI5",
     "WVMA5",
     "RSQR5",
@@ -70,7 +70,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "Transformer": ("TransformerModel", {}, {}),
     "Localformer": ("LocalformerModel", {}, {}),
 }
-"""Name -> class, and its arguments in Qlib's Alpha158 and Alpha360 workflow files, without those of the training."""
+"""Name -> class, and its arguments in Qlib's Alpha158 and Alpha360 workflow files, without the training arguments."""
 
 
 @dataclass(frozen=True)
