@@ -2,8 +2,9 @@
 
     python bench/alpha360_view.py [--data PRICES] [--instruments 250] [--days 1250] [--json FILE]
 
-Without --data, the prices are synthetic (`qfast.data.synthetic.prices`). For each form, a process of its own builds the
-handler with the processors of Qlib's benchmark, trains an LSTM for one epoch and scores the test segment. A line shows
+Without --data, the prices are synthetic (`qfast.data.synthetic.prices`), in a Parquet file. For each form, a process of
+its own reads the prices, builds the handler with the processors of Qlib's benchmark, trains an LSTM for one epoch and
+scores the test segment. A line shows
 CPU seconds, the peak memory above that after the imports, and a digest of the scores, which must be equal. --json
 appends a line for each form to a file, from which bench/plot_scale.py draws memory and time.
 """
@@ -13,14 +14,16 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import cast
 
 import torch
+from compare import memory_mb, reset_peak
 
 from qfast.data import Alpha360, DatasetH, synthetic
 from qfast.models import LSTM
@@ -33,21 +36,14 @@ INFER = [
 LEARN = ["DropnaLabel", {"class": "CSRankNorm", "kwargs": {"fields_group": "label"}}]
 
 
-def peak_mb() -> float:
-    """Peak resident memory of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def measure(
-    form: str, data: str | None, instruments: int, days: int, hidden: int = 4, layers: int = 1
-) -> dict[str, float | str]:
+def measure(form: str, data: str, hidden: int = 4, layers: int = 1) -> dict[str, float | str]:
     """Times, memory and the digest of the scores, in this process."""
     torch.set_num_threads(1)
-    prices = synthetic.prices(instruments, days) if data is None else data
-    after_imports = peak_mb()
+    reset_peak()
+    after_imports = memory_mb("VmRSS")
     begin = time.process_time()
     handler = Alpha360(
-        data=prices,
+        data=data,
         vwap="typical",
         windows=form,
         infer_processors=INFER,
@@ -55,7 +51,7 @@ def measure(
         fit_start_time="2000-01-01",
         fit_end_time="2100-01-01",
     )
-    built, handler_mb = time.process_time(), peak_mb()
+    built, handler_mb = time.process_time(), memory_mb("VmHWM")
     dates = handler.panel("infer").datetimes
     cut = [dates[int(len(dates) * part)] for part in (0.6, 0.8)]
     dataset = DatasetH(handler, {"train": (None, cut[0]), "valid": (cut[0], cut[1]), "test": (cut[1], None)})
@@ -73,7 +69,7 @@ def measure(
         "handler_s": built - begin,
         "fit_s": trained - built,
         "handler_mb": handler_mb - after_imports,
-        "peak_mb": peak_mb() - after_imports,
+        "peak_mb": memory_mb("VmHWM") - after_imports,
         "scores": hashlib.blake2b(scores.to_numpy().tobytes(), digest_size=8).hexdigest(),
     }
 
@@ -82,10 +78,13 @@ def measure_apart(
     form: str, data: str | None, instruments: int, days: int, hidden: int = 4, layers: int = 1
 ) -> dict[str, float | str]:
     """Call `measure` in a new process, because peak memory is a figure of the whole process."""
-    sizes = {"instruments": instruments, "days": days, "hidden": hidden, "layers": layers}
-    command = [sys.executable, __file__, "--form", form, *(["--data", data] if data else [])]
-    command += [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    with tempfile.TemporaryDirectory() as folder:
+        if data is None:
+            data = str(Path(folder) / "prices.parquet")
+            synthetic.prices(instruments, days).reset_index().to_parquet(data)
+        command = [sys.executable, __file__, "--form", form, "--data", data]
+        command += ["--hidden", str(hidden), "--layers", str(layers)]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return cast("dict[str, float | str]", json.loads(output.strip().splitlines()[-1]))
 
 
@@ -98,17 +97,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--hidden", type=int, default=4)
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--json")
-    parser.add_argument("--form", choices=FORMS, help="measure one form in this process and print JSON")
+    parser.add_argument("--form", choices=FORMS, help="measure one form of --data in this process and print JSON")
     options = parser.parse_args(arguments)
-    sizes = (options.data, options.instruments, options.days, options.hidden, options.layers)
+    network = (options.hidden, options.layers)
     if options.form:
-        print(json.dumps(measure(options.form, *sizes)))
+        print(json.dumps(measure(options.form, options.data, *network)))
         return
     print(
         "| form | handler, CPU s | fit, CPU s | handler, MB | handler and fit, MB | scores |\n|---|---|---|---|---|---|"
     )
     for form in FORMS:
-        row = measure_apart(form, *sizes)
+        row = measure_apart(form, options.data, options.instruments, options.days, *network)
         times = f"{row['handler_s']:.1f} | {row['fit_s']:.1f}"
         print(f"| {form} | {times} | {row['handler_mb']:.0f} | {row['peak_mb']:.0f} | {row['scores']} |")
         if options.json:

@@ -1,12 +1,13 @@
 """Time and memory of training an LSTM on Alpha360, predicted from unit costs that a short calibration measures.
 
-    python bench/cost_model.py calibrate COSTS.json     # about half a minute on one core
+    python bench/cost_model.py calibrate COSTS.json     # about two minutes on one core
     python bench/cost_model.py predict COSTS.json       # the table of docs/scale.md
-    python bench/cost_model.py validate COSTS.json      # measures two larger sizes and prints the errors
+    python bench/cost_model.py validate COSTS.json      # measures two larger sizes in about six minutes
 
-The unit costs are CPU seconds per training window and layer (one epoch: a training pass, and the scores of the
-training and validation segments), CPU seconds of the handler per row, bytes of memory per row, and seconds and bytes
-per exchange of gradients. Each is the slope between two measured sizes, so the fixed cost of a process is separate.
+The unit costs are CPU seconds per training window for the first layer, which has six inputs, and for each further
+layer (one epoch: a training pass, and the scores of the training and validation segments), CPU seconds of the handler
+per row, bytes of memory per row, and seconds and bytes per exchange of gradients. Each is the slope between two
+measured sizes, so the fixed cost of a process is separate.
 Everything that a calibration on one CPU core cannot measure is in `Machine` and is an assumption.
 """
 
@@ -26,7 +27,7 @@ from alpha360_view import measure_apart
 
 HIDDEN, LAYERS, BATCH, STEPS, FEATURES = 64, 2, 800, 60, 6  # Qlib's benchmark of the LSTM on Alpha360
 TRAIN_PART = 0.6  # of the days
-CALIBRATED, VALIDATED = ((60, 300), (100, 700)), ((130, 700), (180, 800))  # (instruments, days)
+CALIBRATED, VALIDATED = ((100, 500), (300, 1_000)), ((400, 1_200), (500, 1_500))  # (instruments, days)
 EXCHANGES = 30
 
 
@@ -34,8 +35,8 @@ EXCHANGES = 30
 class Costs:
     """Measured unit costs of one core, in CPU seconds and bytes."""
 
-    window_s: float
-    window_layer_s: float
+    first_layer_s: float
+    further_layer_s: float
     fit_fixed_s: float
     row_s: float
     handler_fixed_s: float
@@ -46,7 +47,7 @@ class Costs:
 
     def epoch_s(self, windows: float, layers: int = LAYERS) -> float:
         """CPU seconds of one epoch over training windows."""
-        return windows * (self.window_s + layers * self.window_layer_s)
+        return windows * (self.first_layer_s + (layers - 1) * self.further_layer_s)
 
     def memory_bytes(self, rows: float) -> float:
         """Peak memory of a process with `rows` rows."""
@@ -136,8 +137,8 @@ def calibrate() -> Costs:
         mp.spawn(exchange, (29_517, parameters(LAYERS), result), nprocs=2)
         exchange_s = float(result[0])
     return Costs(
-        window_s=2 * one - two,
-        window_layer_s=two - one,
+        first_layer_s=one,
+        further_layer_s=two - one,
         fit_fixed_s=float(small["fit_s"]) - two * float(small["windows"]),
         row_s=row_s,
         handler_fixed_s=float(small["handler_s"]) - row_s * float(small["rows"]),

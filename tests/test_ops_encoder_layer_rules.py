@@ -316,7 +316,8 @@ def test_autocast_leaves_the_operator_in_float32() -> None:
 
 # ---------------------------------------------------------------- memory
 PROGRAM = """
-import resource, torch, qfast.ops as ops
+import torch, qfast.ops as ops
+from qfast.benchmarks.memory import peak_memory
 torch.set_num_threads(1)
 layer = torch.nn.TransformerEncoderLayer(16, 2, {hidden}, batch_first=True)
 x = torch.randn({batch}, {steps}, 16, requires_grad=True)
@@ -326,9 +327,9 @@ def step(x):
     out.sum().backward()
 
 step(x[:8])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-step(x)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+with peak_memory() as peak:
+    step(x)
+print(peak.megabytes)
 """
 
 
