@@ -8,6 +8,7 @@ first and passes further arguments on:
     test    run the test suite with pytest
     qlib    install pyqlib too, then run the test suite, including the tests that compare with Qlib
     check   check lint, formatting and types, as continuous integration does (no further arguments)
+    docs    build the documentation site into site/, and run its tutorials
 """
 
 from __future__ import annotations
@@ -55,13 +56,13 @@ def main(arguments: list[str]) -> None:
     """Build qfast and run the command that the first argument names."""
     if sys.version_info < (3, 10):  # noqa: UP036 - this file may be run with any version
         sys.exit(f"qfast needs Python 3.10 or newer; this is {sys.version.split()[0]}.")
-    if not arguments or arguments[0] not in ("demo", "test", "qlib", "check"):
+    if not arguments or arguments[0] not in ("demo", "test", "qlib", "check", "docs"):
         sys.exit(__doc__)
     if not (BIN / "python").exists() and not (BIN / "python.exe").exists():
         venv.create(HOME, with_pip=True)
     # Without build isolation, the build uses the torch in .venv, and ninja compiles only what has changed.
     install(*build_requirements())
-    extras = {"demo": "", "test": "[test]", "qlib": "[test]", "check": "[dev]"}[arguments[0]]
+    extras = {"demo": "", "test": "[test]", "qlib": "[test]", "check": "[dev]", "docs": "[docs]"}[arguments[0]]
     install("--no-build-isolation", "--editable", f".{extras}")
     if arguments[0] == "demo":
         run(BIN / "qfast", "demo", *arguments[1:])
@@ -70,6 +71,8 @@ def main(arguments: list[str]) -> None:
     elif arguments[0] == "qlib":
         install("pyqlib")
         run(BIN / "pytest", *arguments[1:])
+    elif arguments[0] == "docs":
+        run(BIN / "mkdocs", "build", "--quiet", *arguments[1:])
     else:
         run(BIN / "ruff", "check", ".")
         run(BIN / "ruff", "format", "--check", ".")

@@ -74,6 +74,19 @@ def test_data(reader):
     assert run_examples(ROOT / "docs" / "data.md", ("python",)) == 2
 
 
+def test_datasets(reader):
+    assert run_examples(ROOT / "docs" / "datasets.md", ("python",)) == 4
+
+
+def test_results(reader):
+    assert run_examples(ROOT / "docs" / "results.md", ("python",)) == 4
+    assert (reader / "runs" / "results" / "report.html").exists()
+
+
+def test_start(reader):
+    assert run_examples(ROOT / "docs" / "index.md", ("python",)) == 1
+
+
 def test_factors(reader):
     assert run_examples(ROOT / "docs" / "factors.md") == 5
     values = check_workflow(load_config(reader / "factors.yaml").values).task.dataset.kwargs.handler
