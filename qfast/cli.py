@@ -52,7 +52,6 @@ app = typer.Typer(
     name="qfast",
     help="Train deep stock-forecasting models from workflow files, and score new prices.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -447,11 +446,13 @@ def info_command(run_path: Annotated[Path, typer.Argument(metavar="RUN", help="R
 
 
 @app.command("doctor")
-def doctor_command() -> None:
+def doctor_command(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
     """Show versions and build facts, list the implementation that each operator uses, and run a self-test."""
     from qfast import doctor
 
-    raise typer.Exit(doctor.main())
+    raise typer.Exit(doctor.main(as_json=as_json))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import sys
 from collections.abc import Callable
@@ -70,9 +71,17 @@ def self_tests() -> dict[str, Callable[[], None]]:
     }
 
 
-def main() -> int:
-    """Print the report. Return 0 if every self-test passed and no built library failed to load, else 1."""
+def main(*, as_json: bool = False) -> int:
+    """Print the report as text or as JSON. Return 0 if every self-test passed and every built library loads, else 1."""
     facts = report()
+    if as_json:
+        print(json.dumps(facts, indent=2, default=str))
+    else:
+        _print_report(facts)
+    return 0 if facts["healthy"] else 1
+
+
+def _print_report(facts: dict[str, Any]) -> None:
     for title in ("versions", "build", "isa"):
         if facts[title]:
             _print_table(title, {k: _text(v) for k, v in facts[title].items()})
@@ -86,7 +95,6 @@ def main() -> int:
         _print_table(f"operators {where}", tiers)
     _print_table("self-test, native against plain torch", facts["self_test"])
     print("\nhealthy" if facts["healthy"] else "\nNOT healthy: see the failures above")
-    return 0 if facts["healthy"] else 1
 
 
 def _versions() -> dict[str, str]:

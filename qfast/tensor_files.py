@@ -16,7 +16,7 @@ from pathlib import Path
 from qfast.errors import CheckpointError, shown
 from qfast.files import atomic_write
 
-__all__ = ["read_metadata", "require_intact", "write_checked"]
+__all__ = ["KEY", "REMEDY", "read_metadata", "require_intact", "write_checked"]
 
 KEY = "qfast.sha256"
 EMPTY = "0" * 64

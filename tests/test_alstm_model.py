@@ -252,9 +252,9 @@ def test_trace_script_and_export_hold_torchs_operations_only(rnn_type: str) -> N
     torch.testing.assert_close(program.module()(x), expected, rtol=1e-12, atol=1e-12)
 
 
-@torch._dynamo.config.patch(allow_rnn=True)
-def test_compile_into_one_graph() -> None:
-    net, x = small_network("GRU")
+@pytest.mark.parametrize("rnn_type", ["GRU", "LSTM"])
+def test_compile_into_one_graph(rnn_type: str) -> None:
+    net, x = small_network(rnn_type)
     compiled = torch.compile(copy.deepcopy(net), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), net(x), rtol=1e-12, atol=1e-12)
     compiled(x).sum().backward()

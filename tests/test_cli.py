@@ -208,3 +208,12 @@ def test_python_m_qfast_is_the_command() -> None:
     wrong = subprocess.run([*command, "runn"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
     assert "No such command 'runn'" in wrong.stderr
+
+
+@pytest.mark.parametrize(("words", "expected"), [("qfast pre", "predict"), ("qfast predict --da", "--data")])
+def test_completion_in_the_shell(words: str, expected: str) -> None:
+    environment = {**os.environ, "_QFAST_COMPLETE": "complete_bash", "COMP_WORDS": words}
+    environment["COMP_CWORD"] = str(len(words.split()) - 1)
+    command = [sys.executable, "-c", "from qfast.cli import main; main()"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert expected in result.stdout.split()

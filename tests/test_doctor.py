@@ -34,6 +34,15 @@ def test_report_names_versions_tiers_and_self_tests() -> None:
     assert facts["self_test"]["gather_windows (cpu)"] == "ok"
 
 
+def test_the_report_as_json(capsys) -> None:
+    from qfast import cli
+
+    assert cli.main(["doctor", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert set(facts) == {"versions", "build", "isa", "backend", "operators", "self_test", "healthy"}
+    assert facts["healthy"] is True
+
+
 @needs_native
 def test_report_has_build_facts() -> None:
     facts = doctor.report()

@@ -183,11 +183,12 @@ def test_export_keeps_the_numbers(base):
     torch.testing.assert_close(program.module()(x), net(x), rtol=1e-12, atol=1e-12)
 
 
-def test_compile_into_one_graph():
-    net, x = case("GRU")
-    with torch._dynamo.config.patch(allow_rnn=True):
-        compiled = torch.compile(copy.deepcopy(net), fullgraph=True, backend="aot_eager")
-        compiled(x, DAYS).sum().backward()
+@bases
+def test_compile_into_one_graph(base):
+    net, x = case(base)
+    compiled = torch.compile(copy.deepcopy(net), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, DAYS), net(x, DAYS), rtol=1e-12, atol=1e-12)
+    compiled(x, DAYS).sum().backward()
     net(x, DAYS).sum().backward()
     for a, b in zip(compiled.parameters(), net.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12)

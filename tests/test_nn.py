@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 
 import numpy as np
@@ -96,16 +97,49 @@ def test_an_export_has_torchs_operations_only(network):
     torch.testing.assert_close(program.module()(x), net(x), rtol=1e-12, atol=1e-12)
 
 
-@torch._dynamo.config.patch(allow_rnn=True)  # pytest's monkeypatch would remove it: torch.export needs it afterwards
-def test_compile_into_one_graph():
-    """GRU: torch itself fails on its LSTM with this back end when gradients are wanted."""
-    net, x, _ = case(GRUModel)
+@networks
+def test_compile_into_one_graph(network):
+    net, x, _ = case(network)
     compiled = torch.compile(copy.deepcopy(net), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), net(x), rtol=1e-12, atol=1e-12)
     compiled(x).sum().backward()
     net(x).sum().backward()
     for a, b in zip(compiled.parameters(), net.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-10)
+
+
+@networks
+def test_a_compiled_network_follows_its_layer(network):
+    """The compiled code sees new weights, a replaced layer and the training mode, although it never reads `rnn`."""
+    torch.compiler.reset()  # the other tests compile the same code, and the number of compilations is limited
+    torch.manual_seed(0)
+    net, x = network(d_feat=5, hidden_size=9, num_layers=2, dropout=0.5).double(), torch.randn(6, 4, 5).double()
+    net = pickle.loads(pickle.dumps(net))
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    assert not torch.equal(compiled(x), net.eval()(x)), "training mode has dropout"
+    assert torch.equal(compiled(x), net(x))
+    before = net(x)
+    with torch.no_grad():
+        net.rnn.weight_hh_l1 *= 2
+    assert torch.equal(compiled(x), net(x))
+    net.rnn = network.layer(5, 9, num_layers=1, batch_first=True).double()
+    result = compiled(x)
+    assert torch.equal(result, net(x))
+    assert not torch.equal(result, before)
+    weights = {name: value.detach() / 2 for name, value in net.named_parameters()}
+    expected = functional_call(net, weights, (x,))
+    assert torch.equal(torch.compile(functional_call, backend="aot_eager")(net, weights, (x,)), expected)
+
+
+@networks
+def test_compile_after_a_library_has_replaced_the_layer(network):
+    """Quantization writes to `_modules`, which does not call __setattr__."""
+    net, x, _ = case(network, torch.float32)
+    net.eval()(x)
+    other = network.layer(5, 9, num_layers=2, batch_first=True)
+    net._modules["rnn"] = other
+    compiled = torch.compile(net, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), by_torch(net, x))
 
 
 @networks

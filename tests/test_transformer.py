@@ -440,7 +440,6 @@ def test_export_of_any_batch_and_a_file(kind: type) -> None:
 
 
 @both
-@torch._dynamo.config.patch(allow_rnn=True)
 def test_compile_into_one_graph(kind: type) -> None:
     net, x = small_network(kind)
     compiled = torch.compile(copy.deepcopy(net), fullgraph=True, backend="aot_eager")

@@ -79,6 +79,12 @@ class DatasetH:
         self.segments = {name: _segment(name, bounds) for name, bounds in dict(segments).items()}
         self.fetch_kwargs = dict(fetch_kwargs or {})
 
+    def __repr__(self) -> str:
+        """Class, handler, segments and the arguments that are not defaults."""
+        segments = ", ".join(f"{name} {_bounds_text(bounds)}" for name, bounds in self.segments.items())
+        further = "".join(f", {name}={value!r}" for name, value in self._arguments().items() if value)
+        return f"{type(self).__name__}({self.handler!r}, segments: {segments or 'none'}{further})"
+
     def config(self, handler_kwargs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         """Replace `segments`, or settings of the handler.
 
@@ -349,6 +355,11 @@ def _segment(name: str, bounds: object) -> Bounds:
     if start is not None and end is not None and starts_after(start, end):
         raise ConfigError(f"segment {name!r} starts at {start} after its end {end}.")
     return start, end
+
+
+def _bounds_text(bounds: Bounds) -> str:
+    start, end = ("..." if bound is None else str(bound).removesuffix(" 00:00:00") for bound in bounds)
+    return f"{start} to {end}"
 
 
 def _build_handler(handler: Handler | Mapping[str, Any] | pd.DataFrame | str) -> Handler:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qfast.nn.plain import has_hooks
-from qfast.nn.recurrent import layer_weights
+from qfast.nn.recurrent_layer import HasRecurrentLayer
 from qfast.nn.transformer import WindowEncoder, run_layer
 from qfast.ops import gru, window_conv
 
@@ -57,7 +57,7 @@ class LocalformerEncoder(nn.Module):
         return x + context
 
 
-class Localformer(WindowEncoder):
+class Localformer(HasRecurrentLayer, WindowEncoder):
     """Transformer encoder with local context and a GRU over its steps (Qlib: pytorch_localformer.py).
 
     With x_0 the projected features plus positions and c_i the convolution of layer i over 3 steps:
@@ -121,8 +121,8 @@ class Localformer(WindowEncoder):
             conv = cast(nn.Conv1d, module)
             context = window_conv(x, conv.weight, cast(Tensor, conv.bias))
             x = run_layer(layer, x + context, last_step=False)
-        rnn = self.rnn
-        return gru(x + context, layer_weights(rnn), dropout=rnn.dropout, training=rnn.training)[0]
+        weights, dropout, training = self._layer_arguments()
+        return gru(x + context, weights, dropout=dropout, training=training)[0]
 
     def _layers(self) -> nn.ModuleList:
         """Return the encoder layers."""
@@ -133,12 +133,15 @@ class Localformer(WindowEncoder):
 
         `_uses_operators` checks the encoder layers.
         """
-        encoder, rnn = self.transformer_encoder, self.rnn
+        encoder = self.transformer_encoder
         if type(encoder) is not LocalformerEncoder or has_hooks(encoder):
             return False
-        if type(rnn) is not nn.GRU or rnn.batch_first or rnn.bidirectional or not rnn.bias or has_hooks(rnn):
+        return self._layer_is_built() and all(_is_window_conv(conv) for conv in encoder.conv)
+
+    def _is_built_layer(self, rnn: nn.Module) -> bool:
+        if type(rnn) is not nn.GRU or rnn.batch_first or rnn.bidirectional or not rnn.bias:
             return False
-        return all(_is_window_conv(conv) for conv in encoder.conv)
+        return not has_hooks(rnn)
 
 
 def _is_window_conv(conv: nn.Module) -> bool:

@@ -7,13 +7,14 @@ pytorch_gru.py), so state dicts can be exchanged in both directions.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from qfast.errors import ConfigError, DataError, whole_number
-from qfast.nn.plain import PlainTorch, has_hooks
+from qfast.nn.plain import has_hooks
+from qfast.nn.recurrent_layer import HasRecurrentLayer
 from qfast.ops import recurrent
 
 __all__ = ["GRUModel", "LSTMModel", "Recurrent", "as_windows"]
@@ -67,13 +68,7 @@ def as_windows(x: Tensor, d_feat: int) -> Tensor:
     )
 
 
-def layer_weights(rnn: nn.RNNBase) -> list[list[Tensor]]:
-    """Return weight_ih, weight_hh, bias_ih and bias_hh of each layer, as the recurrent operators expect them."""
-    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    return [[getattr(rnn, f"{name}_l{layer}") for name in names] for layer in range(rnn.num_layers)]
-
-
-class Recurrent(PlainTorch):
+class Recurrent(HasRecurrentLayer):
     """Base class of the networks that run a recurrent layer, `rnn`, over a window.
 
     Subclasses return the class of the layer and its operator from `_kind`, and may register modules that run before
@@ -144,17 +139,16 @@ class Recurrent(PlainTorch):
 
         Returns h of the last step [B, H], or of all steps [B, T, H], and the last h of every layer [L, B, H].
         """
-        rnn = self.rnn
+        weights, dropout, training = self._layer_arguments()
         operator = self._kind().operator
-        output, state = operator(x, layer_weights(rnn), dropout=rnn.dropout, training=rnn.training, all_steps=all_steps)
+        output, state = operator(x, weights, dropout=dropout, training=training, all_steps=all_steps)
         return output, state[0] if isinstance(state, tuple) else state
 
     def _uses_operator(self, x: Tensor) -> bool:
         """Return whether qfast's operator computes `rnn` on x."""
-        return self._is_as_built(self.rnn) and self._can_use_operator(x, cast(Tensor, self.rnn.weight_ih_l0))
+        return self._layer_is_built() and self._can_use_operator(x, self._layer_dtype_source())
 
-    def _is_as_built(self, rnn: nn.Module) -> bool:
-        """Return whether `rnn` is still the kind of layer that __init__ built; the operator computes no other."""
+    def _is_built_layer(self, rnn: nn.Module) -> bool:
         if type(rnn) is not self._kind().layer or rnn.bidirectional or rnn.proj_size or not rnn.bias:
             return False
         return rnn.batch_first and not has_hooks(rnn)
@@ -200,9 +194,8 @@ class LSTMModel(_RecurrentModel):
     unchanged, on the CPU and, with QFAST_CUDA_LAYERS=qfast, on CUDA. Otherwise, and under torch.jit, torch.export,
     autocast and `to_reference()`, torch's layer computes it.
 
-    torch.compile breaks its graph at the operator. fullgraph=True needs torch._dynamo.config.allow_rnn = True, as for
-    any torch.nn.LSTM. The transforms of torch.func and forward mode are supported. Double backward is not: use
-    `to_reference()`, or apply torch.func.grad twice.
+    torch.compile includes the operator in its graph, also with fullgraph=True. The transforms of torch.func and
+    forward mode are supported. Double backward is not: use `to_reference()`, or apply torch.func.grad twice.
 
     Examples
     --------

@@ -22,6 +22,8 @@ from qfast.training.callbacks import Callback
 from qfast.training.daily_losses import DAILY_METRICS
 from qfast.training.optim import ClippedAdam
 from qfast.training.overrides import as_number
+from qfast.training.parameters import description, set_parameters
+from qfast.training.whole_model import save_estimator
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -291,9 +293,76 @@ class BaseEstimator:
         """Whether the network is on a GPU."""
         return self.device.type != "cpu"
 
-    def get_params(self) -> dict[str, Any]:
-        """The constructor's arguments, by name."""
+    def __repr__(self) -> str:
+        """The arguments that are not defaults, the number of weights, the device and the state."""
+        return description(self)
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The constructor's arguments, by name.
+
+        Parameters
+        ----------
+        deep : bool
+            As in scikit-learn. It has no effect, because no argument is an estimator.
+        """
         return dict(self._params)
+
+    def set_params(self, **params: Any) -> Self:
+        """Change arguments of the constructor; after an error, none has changed.
+
+        Arguments of the network and `seed`, `GPU` and `compat` build a new network with new initial weights, so a
+        fitted model does not accept them. Weights and the optimizer's state remain otherwise.
+
+        Parameters
+        ----------
+        **params
+            Names and values.
+
+        Returns
+        -------
+        Estimator
+            The estimator itself.
+
+        Raises
+        ------
+        ConfigError
+            An unknown argument, a value that is not allowed, or an argument that would discard trained weights.
+
+        Examples
+        --------
+        >>> from qfast.models import LSTM
+        >>> LSTM(d_feat=3).set_params(hidden_size=8, lr=0.01).get_params()["hidden_size"]
+        8
+        """
+        set_parameters(self, params, {*FIXED, *self._network_names})
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write the whole estimator to a file, which appears complete or not at all. `qfast.load` reads it.
+
+        The file contains the class, the arguments, the weights, the optimizer's state and the history. It is in the
+        safetensors format and contains no code. `device` and `model_path` are not stored, nor are functions passed as
+        `loss` or `metric`, which reading reports.
+
+        Parameters
+        ----------
+        path : path
+
+        Raises
+        ------
+        ConfigError
+            An argument has a type that the file cannot contain, or the path cannot be written to.
+
+        Examples
+        --------
+        >>> import tempfile, qfast
+        >>> from qfast.models import LSTM
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     LSTM(d_feat=3, hidden_size=4).save(f"{folder}/model.qfast")
+        ...     qfast.load(f"{folder}/model.qfast", device="cpu")
+        <LSTM(d_feat=3, hidden_size=4, device='cpu'): 309 weights on cpu, not fitted>
+        """
+        save_estimator(self, Path(path))
 
     def save_weights(self, path: str | Path) -> None:
         """Write the network's weights to a file, which appears complete or not at all.

@@ -28,7 +28,21 @@ FORMAT = 1
 DAMAGE = (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError, OverflowError, RecursionError)
 FACTS = "qfast"  # key of the metadata: everything in a checkpoint that is not a tensor
 
-__all__ = ["load_fit", "load_weights", "matching_state", "read_tensors", "save_fit", "save_weights"]
+__all__ = [
+    "DAMAGE",
+    "fitting_state",
+    "load_fit",
+    "load_optimizer",
+    "load_weights",
+    "matching_state",
+    "optimizer_tensors",
+    "part",
+    "read_safetensors",
+    "read_tensors",
+    "save_fit",
+    "save_weights",
+    "write_tensors",
+]
 
 
 def save_weights(network: nn.Module, path: Path) -> None:
@@ -36,7 +50,7 @@ def save_weights(network: nn.Module, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     state = network.state_dict()
     if path.suffix == ".safetensors":
-        _write_tensors(path, state)
+        write_tensors(path, state)
     else:
         atomic_write(path, lambda target: torch.save(state, target))
 
@@ -79,7 +93,25 @@ def matching_state(network: nn.Module, path: Path) -> dict[str, Tensor]:
         file belongs to another network. In that case the message lists the missing and unexpected keys and those with
         another shape.
     """
-    state = read_tensors(path)
+    return fitting_state(network, read_tensors(path), path)
+
+
+def fitting_state(network: nn.Module, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Check that the tensors of a file are the weights of a network, and return them under the network's names.
+
+    Parameters
+    ----------
+    network : nn.Module
+    state : dict
+        State dict of the file `path`.
+    path : Path
+        For messages.
+
+    Raises
+    ------
+    CheckpointError
+        As in `matching_state`.
+    """
     # Networks that accept several names for a parameter. `own_names` is the old name of the method.
     rename = getattr(network, "translate_state_dict", None) or getattr(network, "own_names", None)
     if callable(rename):
@@ -144,20 +176,37 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"weight file {path} does not exist.")
     if path.suffix == ".safetensors":
-        require_intact(path)
+        return read_safetensors(path)
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path, device="cpu")
         _require_intact_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the readers raise many types for damaged files
-        raise CheckpointError(
-            f"{path} is not a readable weight file, it may be truncated ({type(error).__name__}: {error}). Remedy: "
-            "restore the file from a copy."
-        ) from None
+    except Exception as error:  # the reader raises many types for damaged files
+        raise _unreadable(path, error) from None
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise CheckpointError(f"{path} contains {type(state).__name__}, not a state dict of tensors.")
     return dict(state)
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Read all tensors of a file in the safetensors format to the CPU.
+
+    Raises
+    ------
+    CheckpointError
+        The file is damaged.
+    """
+    require_intact(path)
+    try:
+        return safetensors.torch.load_file(path, device="cpu")
+    except Exception as error:  # the reader raises many types for damaged files
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is not a readable weight file, it may be truncated ({type(error).__name__}: {error}). Remedy: "
+        "restore the file from a copy."
+    )
 
 
 def _require_intact_archive(path: Path) -> None:
@@ -175,9 +224,7 @@ def save_fit(estimator: BaseEstimator, path: Path) -> None:
     progress = estimator.progress_
     tensors = {f"network.{k}": v for k, v in estimator.network.state_dict().items()}
     tensors |= {f"best.{k}": v for k, v in (progress.best_weights or {}).items()}
-    optimizer = estimator.train_optimizer.state_dict()
-    for number, entries in optimizer["state"].items():
-        tensors |= {f"optimizer.{number}.{k}": v for k, v in entries.items() if isinstance(v, Tensor)}
+    tensors |= optimizer_tensors(estimator)
     tensors["rng.torch"] = torch.get_rng_state()
     if estimator.device.type == "cuda":
         tensors["rng.cuda"] = torch.cuda.get_rng_state(estimator.device)
@@ -198,7 +245,7 @@ def save_fit(estimator: BaseEstimator, path: Path) -> None:
         "origin": estimator.origin_,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_tensors(path, tensors, {FACTS: json.dumps(facts, default=_text)})
+    write_tensors(path, tensors, {FACTS: json.dumps(facts, default=_text)})
 
 
 def load_fit(estimator: BaseEstimator, path: Path) -> None:
@@ -240,10 +287,10 @@ def _restore(estimator: BaseEstimator, tensors: dict[str, Tensor], facts: dict[s
         raise CheckpointError(
             f"{path} was written in training on other data: {differing} differ, so it cannot be resumed."
         )
-    weights = _part(tensors, "network.")
+    weights = part(tensors, "network.")
     estimator.network.load_state_dict(weights)
     _require_same_kinds(weights, estimator.network.state_dict(), path)
-    _load_optimizer(estimator, _part(tensors, "optimizer."))
+    load_optimizer(estimator, part(tensors, "optimizer."))
     torch.set_rng_state(tensors["rng.torch"])
     if estimator.device.type == "cuda" and "rng.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng.cuda"], estimator.device)
@@ -256,7 +303,7 @@ def _restore(estimator: BaseEstimator, tensors: dict[str, Tensor], facts: dict[s
     progress.stop_steps, progress.finished = facts["stop_steps"], facts["finished"]
     estimator.restore_facts(facts.get("model_facts", {}))
     estimator.origin_ = facts.get("origin", {})
-    best = _part(tensors, "best.")
+    best = part(tensors, "best.")
     if best:
         _require_same_kinds(best, estimator.network.state_dict(), path)
     progress.best_weights = {k: v.to(estimator.device) for k, v in best.items()} or None
@@ -283,7 +330,16 @@ def _text(value: object) -> str:
     return name_of(value) if callable(value) else str(value)
 
 
-def _load_optimizer(estimator: BaseEstimator, tensors: dict[str, Tensor]) -> None:
+def optimizer_tensors(estimator: BaseEstimator) -> dict[str, Tensor]:
+    """The tensors of the optimizer's state, as optimizer.<number of the parameter>.<name>."""
+    tensors: dict[str, Tensor] = {}
+    for number, entries in estimator.train_optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{number}.{k}": v for k, v in entries.items() if isinstance(v, Tensor)}
+    return tensors
+
+
+def load_optimizer(estimator: BaseEstimator, tensors: Mapping[str, Tensor]) -> None:
+    """Restore the optimizer's state from the tensors of `optimizer_tensors`, without their first prefix."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         number, name = key.split(".", 1)
@@ -296,11 +352,13 @@ def _load_optimizer(estimator: BaseEstimator, tensors: dict[str, Tensor]) -> Non
     estimator.train_optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
 
 
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, without the prefix."""
     return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file with a checksum. It appears complete or not at all."""
     storable = _storable(tensors)
     write_checked(path, lambda target, entries: safetensors.torch.save_file(storable, target, entries), metadata)
 

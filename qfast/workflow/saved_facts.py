@@ -1,4 +1,4 @@
-"""The structure of manifest.json and model.json, which is checked when a run folder is read.
+"""The structure of manifest.json, model.json and model files, which is checked when they are read.
 
 Entries that are not listed here are allowed and kept. Every listed entry may be missing unless a file needs it, because
 earlier versions did not write all of them.
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qfast.errors import QfastError, shown
 
-__all__ = ["Manifest", "ModelFacts", "require_structure"]
+__all__ = ["EstimatorFacts", "Manifest", "ModelFacts", "require_structure"]
 
 RESTORE = "Remedy: restore the file from a copy, or start a new run."
 
@@ -100,6 +100,22 @@ class ModelFacts(_Facts):
     short_history: float = 0.0
     start: str | None = None
     instruments: str | list[str] | dict[str, Any] | None = None
+
+
+class EstimatorFacts(_Facts):
+    """The JSON text of a model file."""
+
+    format: int
+    model: _Class
+    functions: dict[str, str]
+    fitted: bool
+    data: dict[str, Any]
+    records: list[dict[str, float]]
+    best_score: float
+    best_epoch: int | None
+    optimizer: str
+    model_facts: dict[str, Any] | None
+    origin: dict[str, str]
 
 
 def require_structure(kind: type[BaseModel], content: object, file: Path, error: type[QfastError]) -> None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from qfast.training.estimator import Estimator
 
 __all__ = [
+    "build_model",
     "first_day",
     "load_facts",
     "load_model",
@@ -216,15 +217,38 @@ def load_model(
     CheckpointError
         The weight file is missing, truncated or belongs to another model.
     """
-    spec = facts["model"]
-    kwargs = {**spec["kwargs"], "device": device, "progress": False}
+    model = build_model(facts["model"], device, str(run_folder / MODEL))
+    return model.load_weights(run_folder / BEST if weights is None else Path(weights).expanduser())
+
+
+def build_model(spec: Mapping[str, Any], device: str, file: str, progress: bool | str = False) -> Estimator:
+    """Build the model that a file describes, with initial weights.
+
+    Parameters
+    ----------
+    spec : mapping
+        "class", "module_path" and "kwargs".
+    device : str
+    file : str
+        For messages.
+    progress : bool or str
+        Replaces the argument `progress`.
+
+    Raises
+    ------
+    ConfigError
+        The class is not registered, or it has no such argument.
+    CheckpointError
+        The arguments have been damaged.
+    """
+    kwargs = {**spec["kwargs"], "device": device, "progress": progress}
     try:
-        model: Estimator = registry.MODELS.build({**spec, "kwargs": kwargs}, path=MODEL)
+        model: Estimator = registry.MODELS.build({**spec, "kwargs": kwargs}, path=Path(file).name)
     except QfastError:
         raise
     except UNUSABLE as error:
-        raise CheckpointError(f"{run_folder / MODEL}: the model cannot be built: {_reason(error)} {RESTORE}") from None
-    return model.load_weights(run_folder / BEST if weights is None else Path(weights).expanduser())
+        raise CheckpointError(f"{file}: the model cannot be built: {_reason(error)} {RESTORE}") from None
+    return model
 
 
 def load_processors(

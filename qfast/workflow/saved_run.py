@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -22,6 +23,7 @@ from qfast.workflow.dataset import DataInput, recorded_source, stored_read_optio
 from qfast.workflow.folder import BEST, CONFIG, FINISHED, RunFolder
 from qfast.workflow.lookback import check_lookback
 from qfast.workflow.new_data import SEGMENT, NewData, TextBounds
+from qfast.workflow.saved_estimator import load_estimator
 from qfast.workflow.saved_model import first_day, load_facts, load_model, load_processors, run_instruments
 from qfast.workflow.user_code import AllowCode, allowed_code, require_permission
 from qfast.workflow.validation import register_all
@@ -178,26 +180,27 @@ def load(
     device: str = "auto",
     allow_code: AllowCode = None,
     weights: str | os.PathLike[str] | None = None,
-) -> SavedRun:
-    """Load a run: its model with the best weights, its fitted processors and its configuration. Nothing is fitted.
+) -> SavedRun | Any:
+    """Load a run, or an estimator that `Estimator.save` has written. Nothing is fitted.
 
     Parameters
     ----------
     run_path : path
-        A run folder. An interrupted run has its best weights so far.
+        A run folder, of which the model with the best weights, the fitted processors and the configuration are loaded;
+        an interrupted run has its best weights so far. Or a file of `Estimator.save`.
     device, allow_code, weights
-        As in `qfast.predict`.
+        As in `qfast.predict`. `weights` is for run folders only.
 
     Returns
     -------
-    SavedRun
+    SavedRun, or for a file the Estimator
 
     Raises
     ------
     ConfigError
-        `run_path` is not a run folder, or the run uses classes that require `allow_code`.
+        `run_path` is neither a run folder nor a file, or its classes require `allow_code`.
     CheckpointError
-        A file of the run is missing, truncated or inconsistent.
+        A file is missing, truncated or inconsistent.
 
     Examples
     --------
@@ -213,6 +216,14 @@ def load(
     >>> saved.model.predict(dataset, "new").equals(saved.predict(prices, "2019-12-02", "2019-12-20"))
     True
     """
+    if Path(run_path).is_file():
+        if weights is not None:
+            raise ConfigError(
+                f"weights={os.fspath(weights)!r} replaces the weights of a run, but {os.fspath(run_path)!r} is a file. "
+                "Remedy: load(path).load_weights(weights)."
+            )
+        with allowed_code(allow_code):
+            return load_estimator(Path(run_path), device)
     folder = RunFolder.open(run_path)
     with allowed_code(allow_code) as code:
         require_permission(folder.manifest, code, run_path)
