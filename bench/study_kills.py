@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python bench/study_kills.py --runs 200 --kills 20 [--seed 0] [--jobs 2] [--folder FOLDER]
 
 Both studies train a small LSTM on synthetic factors for two epochs with RUNS seeds. The second one receives KILLS
-SIGKILLs: of its main process, of one of its workers, or of all of them at once. A killed main process is followed at
-once by `qfast study --resume`, while its workers may still be running. The seed determines the order of the kinds and
-the moments, each of which is a number of further runs and a fraction of a second.
+SIGKILLs: of its main process, of one of its workers or their fork server, or of all of them at once. A killed main
+process is followed at once by `qfast study --resume`, while its workers may still be running. The seed determines the
+order of the kinds and the moments, each of which is a number of further runs and a fraction of a second.
 
 The script fails unless table.csv, summary.csv and the ensemble's scores are equal files, and the weights, scores and
 metrics of every run are. The plots are not drawn, because they take most of the time of such a small run.
@@ -124,10 +124,14 @@ class Study:
         return True
 
     def _workers(self) -> Iterator[int]:
-        """Processes that the main process has started."""
-        for file in Path(f"/proc/{self._process.pid}/task").glob("*/children"):
-            with contextlib.suppress(OSError):
-                yield from map(int, file.read_text().split())
+        """The workers, and the server that they are copies of."""
+        pending = [self._process.pid]
+        while pending:
+            for file in Path(f"/proc/{pending.pop()}/task").glob("*/children"):
+                with contextlib.suppress(OSError):
+                    children = [int(word) for word in file.read_text().split()]
+                    pending += children
+                    yield from children
 
     def wait(self) -> int:
         """Wait for the end, and return the exit status."""

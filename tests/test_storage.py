@@ -372,13 +372,18 @@ def test_large_panels_have_the_same_windows_in_less_memory(monkeypatch):
     assert tables == 2
 
 
-def test_training_does_not_import_the_compiler():
+def test_training_does_not_import_the_compiler(tmp_path):
     program = (
         "import sys\n"
+        "from pathlib import Path\n"
         "from qfast.data import DatasetH, synthetic\n"
         "from qfast.models import LSTM\n"
         "dataset = DatasetH(synthetic.factors(4, 30, 2, missing=0.0), {'train': (None, None)})\n"
-        "LSTM(d_feat=2, hidden_size=4, num_layers=1, n_epochs=1, seed=0, progress=False).fit(dataset)\n"
+        "folder = Path(sys.argv[1])\n"
+        "model = LSTM(d_feat=2, hidden_size=4, num_layers=1, n_epochs=1, seed=0, progress=False)\n"
+        "model.fit(dataset, checkpoint_dir=folder)\n"
+        "LSTM(d_feat=2, hidden_size=4, num_layers=1, seed=0).load_checkpoint(folder / 'last.safetensors')\n"
+        "model.train_optimizer.load_state_dict(model.train_optimizer.state_dict())\n"
         "assert 'torch._dynamo' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True)
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,8 +18,10 @@ import pytest
 
 from qfast import cli, study
 from qfast.errors import ConfigError
-from qfast.studies import tasks
+from qfast.studies import fork_server, tasks
 from qfast.studies.combine import combined, run_scores
+from qfast.studies.fork_server import ForkServer
+from qfast.studies.local import ForkedProcess, LocalEngine
 from qfast.studies.plots import curves_plot
 from qfast.studies.results import markdown_summary, summarize
 from qfast.workflow.folder import read_frame
@@ -105,7 +108,7 @@ def test_ensemble_is_the_mean_of_daily_ranks(done):
 
 def test_zscores_ignore_constant_days(done):
     scores = run_scores(done.path / "runs" / "000")
-    constant = {n: type(r).of(n, r.score * 0, r.label) for n, r in scores.items()}
+    constant = {name: rows._replace(score=rows.score * 0) for name, rows in scores.items()}
     both = combined([scores, constant], "zscore")["test"].score
     days = scores["test"].score.astype(float).groupby(level="datetime")
     expected = (scores["test"].score - days.transform("mean")) / days.transform("std", ddof=0)
@@ -284,6 +287,39 @@ def test_a_dying_worker_is_tried_once_more(case, tmp_path, monkeypatch):
     assert (resumed.path / "runs/000/pred.parquet").read_bytes() == (alone.path / "pred.parquet").read_bytes()
 
 
+def test_workers_are_copies_of_a_server_or_new_processes(tmp_path):
+    """A worker survives its server. Without a server, the next worker is a new process."""
+    engine = LocalEngine(1, 1, tmp_path / "logs")
+    task = tasks.RunTask(7, str(tmp_path / "r"), "no.yaml", 0, prepared={}, log=str(tmp_path / "logs" / "007.txt"))
+    engine.submit(task)
+    (outcome,) = engine.wait()
+    assert (outcome.number, outcome.status, outcome.reason) == (7, "failed", "KeyError: 'path'")
+    process = engine._workers[0]._process
+    assert isinstance(process, ForkedProcess) == ForkServer.is_available()
+    if engine._server is not None:
+        os.kill(engine._server._process.pid, signal.SIGKILL)
+    engine.submit(task)
+    assert engine.wait()[0].status == "failed"
+    assert engine._workers[0]._process is process
+    os.kill(process.pid, signal.SIGKILL)
+    engine._workers[0]._reader.join()
+    engine.submit(task)
+    assert isinstance(engine._workers[-1]._process, subprocess.Popen)
+    assert engine.wait()[0].status == "failed"
+    engine.close()
+
+
+def test_a_process_with_threads_is_not_copied():
+    stop = threading.Event()
+    other = threading.Thread(target=stop.wait)
+    other.start()
+    try:
+        assert not fork_server._can_fork()
+    finally:
+        stop.set()
+        other.join()
+
+
 KILLER = """
 import os, signal
 from pathlib import Path
@@ -320,7 +356,9 @@ def test_a_killed_study_ends_with_the_same_table(case, done, tmp_path, number):
     wait_for_a_new_run(folder, process)
     process.send_signal(number)
     assert process.wait() == (130 if number == signal.SIGINT else -signal.SIGKILL)
-    status = json.loads((folder / "study.json").read_text())["status"]
+    manifest = json.loads((folder / "study.json").read_text())
+    status = manifest["status"]
+    assert manifest["command"][:2] == ["qfast", "study"]
     assert status == ("interrupted" if number == signal.SIGINT else "running")
     assert cli.main(["study", "--resume", str(folder), "-q", "--on", "inline"]) == 0
     assert table(folder) == table(done.path)

@@ -113,3 +113,11 @@ def test_a_base_file_must_be_a_workflow_file(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=match) as refused:
         load_config(file)
     assert "hunter2" not in str(refused.value)
+
+
+def test_a_text_that_is_parsed_again_gives_new_values():
+    first = parse_yaml("a: &a [1, 2]\nb: *a").values
+    first["a"].append(3)
+    again = parse_yaml("a: &a [1, 2]\nb: *a").values
+    assert again == {"a": [1, 2], "b": [1, 2]}
+    assert again["a"] is again["b"]

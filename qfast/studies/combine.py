@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -16,7 +17,17 @@ from qfast.workflow.records import PortAnaRecord, Record, build_records
 from qfast.workflow.results import SegmentResult, write_results
 from qfast.workflow.schema import Workflow
 
-__all__ = ["METHODS", "Scores", "combined", "concatenated", "run_scores", "write_combined"]
+__all__ = [
+    "METHODS",
+    "Member",
+    "RunScores",
+    "ScoredRows",
+    "Scores",
+    "combined",
+    "concatenated",
+    "run_scores",
+    "write_combined",
+]
 
 log = logging.getLogger("qfast")
 
@@ -25,18 +36,31 @@ Scores = dict[str, SegmentResult]
 """Segment -> scores, labels and daily ICs."""
 
 
-def run_scores(folder: Path) -> Scores:
+class ScoredRows(NamedTuple):
+    """Scores and labels of a segment, without its ICs, which an ensemble of many runs does not need."""
+
+    score: pd.Series
+    label: pd.Series
+
+
+RunScores = dict[str, ScoredRows]
+"""Segment -> scores and labels of a run."""
+Member = Mapping[str, ScoredRows] | Mapping[str, SegmentResult]
+"""Scores of an ensemble's member."""
+
+
+def run_scores(folder: Path) -> RunScores:
     """Scores and labels of a finished run, by segment. A run stores no segment train, unless it has no other one."""
     scores, label = read_frame(folder, "pred"), read_frame(folder, "label")["label"]
-    names = [name for name in dict.fromkeys(scores["segment"]) if name != "newest"]
     results = {}
-    for name in names:
+    for name in scores["segment"].unique():
         score = scores.loc[scores["segment"] == name, "score"]
-        results[str(name)] = SegmentResult.of(str(name), score, label.reindex(score.index))
+        if name != "newest":
+            results[str(name)] = ScoredRows(score, label.reindex(score.index))
     return results
 
 
-def concatenated(windows: Sequence[Scores]) -> Scores:
+def concatenated(windows: Sequence[RunScores]) -> Scores:
     """The test segments of rolling windows as one segment.
 
     Raises
@@ -52,13 +76,14 @@ def concatenated(windows: Sequence[Scores]) -> Scores:
     return {"test": SegmentResult.of("test", score, label)}
 
 
-def combined(members: Sequence[Scores], method: str) -> Scores:
+def combined(members: Sequence[Member], method: str) -> Scores:
     """The ensemble of several runs.
 
     Parameters
     ----------
-    members : sequence of Scores
-        One for each run. A run without a score for an instrument and day does not count there.
+    members : sequence of mappings
+        Segment -> scores and labels, for each run. A run without a score for an instrument and day does not count
+        there.
     method : {"rank", "zscore"}
         "rank": mean over runs of the rank of the score among the instruments of the day, from 0 (exclusive) to 1, with
         average ranks for ties. "zscore": mean over runs of (score - mean) / standard deviation of the day (ddof 0).
@@ -66,7 +91,7 @@ def combined(members: Sequence[Scores], method: str) -> Scores:
     Returns
     -------
     Scores
-        For the segments that all runs have. One run is returned as it is.
+        For the segments that all runs have. The scores of a single run remain as they are.
 
     Examples
     --------
@@ -78,7 +103,7 @@ def combined(members: Sequence[Scores], method: str) -> Scores:
     [0.667, 0.833]
     """
     if len(members) == 1:
-        return members[0]
+        return {name: SegmentResult.of(name, rows.score, rows.label) for name, rows in members[0].items()}
     results = {}
     for name in (name for name in members[0] if all(name in member for member in members)):
         scores = pd.concat([_daily(member[name].score, method) for member in members], axis=1).mean(axis=1)

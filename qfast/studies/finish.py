@@ -12,7 +12,7 @@ import pandas as pd
 
 from qfast.files import atomic_write
 from qfast.studies.axes import Point
-from qfast.studies.combine import Scores, combined, concatenated, run_scores, write_combined
+from qfast.studies.combine import Member, RunScores, Scores, combined, concatenated, run_scores, write_combined
 from qfast.studies.folder import StudyFolder
 from qfast.studies.plan import Plan, RunSpec
 from qfast.studies.results import Results, markdown_summary, metric_values, point_name, summarize
@@ -71,14 +71,17 @@ def finish_study(folder: StudyFolder, plan: Plan, results: Results, best: Sequen
         groups[name] = [row for row in results.of_point(point) if row["status"] == FINISHED]
         if point not in shown:
             continue
-        members = {spec.seed: run_scores(folder.run(spec.number)) for spec in own} if plan.axes.rolling is None else {}
+        members: list[Scores] | list[RunScores] = []
         if plan.axes.rolling is not None:
-            members = _rolling(folder, plan, point, own)
-            groups[name] = [metric_values(_target(folder, ROLLING, point, seed)) for seed in members]
+            rolled = _rolling(folder, plan, point, own)
+            groups[name] = [metric_values(_target(folder, ROLLING, point, seed)) for seed in rolled]
+            members = list(rolled.values())
+        elif len(own) > 1:
+            members = [run_scores(folder.run(spec.number)) for spec in own]
         if len(members) > 1:
-            groups[f"{name}, ensemble"] = [_ensemble(folder, plan, point, list(members.values()), finished, name)]
-        if plan.axes.rolling is not None and members:
-            finished.rolling[name] = finished.ensembles.get(name) or next(iter(members.values()))
+            groups[f"{name}, ensemble"] = [_ensemble(folder, plan, point, members, finished, name)]
+        if plan.axes.rolling is not None and rolled:
+            finished.rolling[name] = finished.ensembles.get(name) or next(iter(rolled.values()))
     finished.summary = summarize(groups)
     handler = plan.workflow(Point(0)).task.dataset.kwargs.handler.class_.rsplit(".", 1)[-1]
     finished.markdown = markdown_summary(finished.summary, handler)
@@ -114,7 +117,7 @@ def _rolling(folder: StudyFolder, plan: Plan, point: Point, specs: Sequence[RunS
 
 
 def _ensemble(
-    folder: StudyFolder, plan: Plan, point: Point, members: Sequence[Scores], finished: Finished, name: str
+    folder: StudyFolder, plan: Plan, point: Point, members: Sequence[Member], finished: Finished, name: str
 ) -> Mapping[str, Any]:
     """Write the ensemble of a point and return its values for the summary."""
     workflow = plan.workflow(point)

@@ -10,14 +10,49 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import BinaryIO, Protocol
 
+from qfast.studies.fork_server import ForkServer
 from qfast.studies.tasks import LOST, Outcome, RunTask
 
 __all__ = ["LocalEngine", "death_reason"]
 
 STOP_SECONDS = 20.0  # time for a worker to record an interrupt before it is killed
+
+
+class Process(Protocol):
+    """A worker process."""
+
+    @property
+    def pid(self) -> int:
+        """The process id, which is valid until `wait`."""
+
+    def wait(self) -> int | None:
+        """Wait for the end and return the exit status as `subprocess` does, or None if it is unknown."""
+
+
+class ForkedProcess:
+    """A worker process that is a copy of the fork server.
+
+    Parameters
+    ----------
+    pid : int
+    server : ForkServer
+    """
+
+    def __init__(self, pid: int, server: ForkServer) -> None:
+        self.pid = pid
+        self._server = server
+        self._ended = False
+        self._status: int | None = None
+
+    def wait(self) -> int | None:
+        """Wait for the end and return the exit status, or None if the server has died."""
+        if not self._ended:
+            self._status, self._ended = self._server.wait(self.pid), True
+        return self._status
 
 
 class LocalEngine:
@@ -39,17 +74,34 @@ class LocalEngine:
         self._workers: list[_Worker] = []
         self._messages: queue.Queue[tuple[_Worker, str | None]] = queue.Queue()
         self._started = 0
+        self._server: ForkServer | None = None
 
     def submit(self, task: RunTask) -> None:
         """Send the task to an idle worker, or to a new one."""
-        idle = (worker for worker in self._workers if worker.task is None and worker.process.poll() is None)
-        worker = next(idle, None)
+        worker = next((worker for worker in self._workers if worker.task is None and worker.is_alive), None)
         if worker is None:
             self._started += 1
             log = self._logs / f"worker-{self._started}.txt"
-            worker = _Worker(self._environment(), log, self._messages)
+            worker = _Worker(self._start, log, self._messages)
             self._workers.append(worker)
         worker.send(task)
+
+    def _start(self, stdin: int, stdout: int, stderr: int) -> Process:
+        """Start a worker process with these files: a copy of the fork server, or a new process."""
+        environment = _environment(self._threads)
+        if self._server is None and ForkServer.is_available():
+            self._server = ForkServer(environment, self._logs / "workers.txt")
+        pid = None if self._server is None else self._server.start(stdin, stdout, stderr)
+        if self._server is not None and pid is not None:
+            return ForkedProcess(pid, self._server)
+        return subprocess.Popen(
+            [sys.executable, "-m", "qfast.studies.worker"],
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches the study only, which then stops its workers in order
+        )
 
     def wait(self) -> Sequence[Outcome]:
         """Wait for the next outcome."""
@@ -70,44 +122,52 @@ class LocalEngine:
         for worker in self._workers:
             worker.join()
         self._workers = []
+        if self._server is not None:
+            self._server.close()
 
-    def _environment(self) -> dict[str, str]:
-        environment = dict(os.environ)
-        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-            environment[name] = str(self._threads)
-        environment.setdefault("OMP_WAIT_POLICY", "passive")
-        environment["PYTHONSAFEPATH"] = "1"  # a file torch.py in the working directory is not imported
-        root = str(Path(__file__).resolve().parents[2])  # the worker imports the same qfast
-        paths = [root, *filter(None, [environment.get("PYTHONPATH")])]
-        environment["PYTHONPATH"] = os.pathsep.join(paths)
-        return environment
+
+def _environment(threads: int) -> dict[str, str]:
+    """Environment variables of a worker."""
+    environment = dict(os.environ)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        environment[name] = str(threads)
+    environment.setdefault("OMP_WAIT_POLICY", "passive")
+    environment["PYTHONSAFEPATH"] = "1"  # a file torch.py in the working directory is not imported
+    root = str(Path(__file__).resolve().parents[2])  # the worker imports the same qfast
+    paths = [root, *filter(None, [environment.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    return environment
 
 
 class _Worker:
     """A worker process and the thread that reads its answers."""
 
     def __init__(
-        self, environment: dict[str, str], log: Path, messages: queue.Queue[tuple[_Worker, str | None]]
+        self,
+        start: Callable[[int, int, int], Process],
+        log: Path,
+        messages: queue.Queue[tuple[_Worker, str | None]],
     ) -> None:
         self.task: RunTask | None = None
         self._log = log
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "qfast.studies.worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=file,
-                env=environment,
-                start_new_session=True,  # Ctrl-C reaches the study only, which then stops its workers in order
-            )
-        threading.Thread(target=self._read, args=(messages,), daemon=True).start()
+        stdin, tasks = os.pipe()
+        answers, stdout = os.pipe()
+        self._tasks = os.fdopen(tasks, "wb")
+        with os.fdopen(stdin), os.fdopen(stdout, "wb"), log.open("wb") as file:
+            self._process = start(stdin, stdout, file.fileno())
+        self._reader = threading.Thread(target=self._read, args=(os.fdopen(answers, "rb"), messages), daemon=True)
+        self._reader.start()
 
-    def _read(self, messages: queue.Queue[tuple[_Worker, str | None]]) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            messages.put((self, line.decode()))
-        self.process.wait()
+    @property
+    def is_alive(self) -> bool:
+        """False once the process has closed its stdout, which it does when it ends."""
+        return self._reader.is_alive()
+
+    def _read(self, answers: BinaryIO, messages: queue.Queue[tuple[_Worker, str | None]]) -> None:
+        with answers:
+            for line in answers:
+                messages.put((self, line.decode()))
         messages.put((self, None))
 
     def send(self, task: RunTask) -> None:
@@ -119,39 +179,38 @@ class _Worker:
         """Tell an idle worker to end, and interrupt a busy one."""
         if self.task is None:
             self._write("")
-        else:
-            self.process.send_signal(signal.SIGTERM)
+        elif self.is_alive:
+            os.kill(self._process.pid, signal.SIGTERM)
 
     def join(self) -> None:
         """Wait for the end of the process, and kill it if it does not end."""
-        try:
-            self.process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
+        self._reader.join(STOP_SECONDS)
+        if self.is_alive:
+            os.kill(self._process.pid, signal.SIGKILL)
+            self._reader.join()
+        self._process.wait()
+        with contextlib.suppress(OSError):
+            self._tasks.close()
 
     def death_reason(self) -> str:
         """Why the process has ended."""
         last = self._log.read_text(errors="replace").strip().splitlines()[-1:] if self._log.exists() else []
-        return death_reason(self.process.returncode, last[0] if last else "")
+        return death_reason(self._process.wait(), last[0] if last else "")
 
     def _write(self, line: str) -> None:
-        assert self.process.stdin is not None
         with contextlib.suppress(OSError):
-            self.process.stdin.write(line.encode() + b"\n")
-            self.process.stdin.flush()
+            self._tasks.write(line.encode() + b"\n")
+            self._tasks.flush()
 
 
-def death_reason(status: int, last_line: str = "") -> str:
-    """Why a process with this exit status of `subprocess` has ended.
+def death_reason(status: int | None, last_line: str = "") -> str:
+    """Why a process with this exit status of `subprocess` has ended. None: the status is unknown.
 
     >>> death_reason(-9)
     'the process was killed by SIGKILL, which the system also sends when memory runs out'
     """
+    if status is None:
+        return "the process ended" + (f": {last_line}" if last_line else "")
     if status < 0:
         try:
             name = signal.Signals(-status).name

@@ -81,9 +81,14 @@ class ClippedAdam(torch.optim.Adam):
         # torch's decorator of this method imports torch._dynamo, which needs 100 MB of memory.
         inspect.unwrap(torch.optim.Adam.zero_grad)(self, set_to_none)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The settings and the states of all parameters, as in torch.optim.Adam."""
+        state: dict[str, Any] = inspect.unwrap(torch.optim.Adam.state_dict)(self)  # without torch._dynamo, as above
+        return state
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the `state_dict` of a ClippedAdam or of a torch.optim.Adam."""
-        super().load_state_dict(state_dict)
+        inspect.unwrap(torch.optim.Adam.load_state_dict)(self, state_dict)  # without torch._dynamo, as above
         for group in self.param_groups:
             _prefer_fused(group)
             for parameter in group["params"] if group["fused"] else ():

@@ -8,9 +8,11 @@ string), merged over the file that `BASE_CONFIG_PATH` names, and changed by `--s
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import logging
 import os
+import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +31,7 @@ from qfast.workflow.overrides import (
     path_text,
 )
 from qfast.workflow.template import render_template
-from qfast.workflow.yaml_text import MOST_CHARACTERS, InvalidYaml, parse_yaml, yaml_writer
+from qfast.workflow.yaml_text import CACHED_TEXTS, MOST_CHARACTERS, InvalidYaml, parse_yaml, yaml_writer
 
 __all__ = [
     "LoadedConfig",
@@ -210,12 +212,18 @@ def dump_yaml(values: object) -> str:
     >>> dump_yaml({"task": {"lr": 0.001}})
     'task:\\n  lr: 0.001\\n'
     """
+    return _yaml_text(pickle.dumps(values))
+
+
+@functools.lru_cache(maxsize=CACHED_TEXTS)
+def _yaml_text(pickled: bytes) -> str:
+    """The text of a pickled value. A run writes its workflow three times, and the runs of a study share one."""
     yaml = yaml_writer()
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.representer.ignore_aliases = lambda *_: True
     out = io.StringIO()
-    yaml.dump(values, out)
+    yaml.dump(pickle.loads(pickled), out)
     return out.getvalue()
 
 

@@ -345,12 +345,19 @@ def environment() -> dict[str, object]:
         "versions": versions(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
-        "command": [os.path.basename(sys.argv[0] or "python"), *sys.argv[1:]],
+        "command": [_program(), *sys.argv[1:]],
         "directory": os.getcwd(),
     }
 
 
 # ---------------------------------------------------------------- helpers
+def _program() -> str:
+    """The name of the running program: "qfast" also for `python -m qfast`, whose file is `__main__.py`."""
+    file = Path(sys.argv[0] or "python")
+    package = Path(__file__).resolve().parents[1]
+    return "qfast" if file.suffix == ".py" and file.resolve().parent == package else file.name
+
+
 def new_default(experiment: str, parent: str = "runs") -> Path:
     """Create the default folder of a run: <parent>/<experiment>-<UTC time>."""
     name = re.sub(r"[^\w.-]+", "_", experiment).strip("._") or "run"

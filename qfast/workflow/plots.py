@@ -206,7 +206,18 @@ def _colour(name: str, position: int) -> str:
 
 
 def png(figure: Figure) -> bytes:
-    """Draw a figure."""
+    """Draw a figure of `figure_axes`."""
+    for axes in figure.axes:
+        _fix_positions(axes)
     out = io.BytesIO()
     save_figure(figure, out, "png")
     return out.getvalue()
+
+
+def _fix_positions(axes: Axes) -> None:
+    """Place titles and empty labels at once. To place them, matplotlib measures the labels of all ticks twice."""
+    if axes.xaxis.get_ticks_position() == "bottom":  # no ticks above the axes, which a title must not overlap
+        axes.set_title(axes.get_title(), y=1.0)
+    for axis in (axes.xaxis, axes.yaxis):
+        if not axis.get_label_text():
+            axis.set_label_coords(0, 0)

@@ -6,6 +6,8 @@ A few hundred bytes of nested aliases stand for gigabytes of values, and a deep 
 from __future__ import annotations
 
 import calendar
+import copy
+import functools
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -16,10 +18,11 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from qfast.errors import shown
 
-__all__ = ["InvalidYaml", "ParsedYaml", "parse_yaml", "yaml_writer"]
+__all__ = ["CACHED_TEXTS", "InvalidYaml", "ParsedYaml", "parse_yaml", "yaml_writer"]
 
 MOST_CHARACTERS = 2 << 20  # of the text; reading takes about 10 seconds per MiB
 MOST_DEPTH = 64
+CACHED_TEXTS, CACHED_CHARACTERS = 4, 128 << 10  # number of texts that remain parsed, and the longest of them
 MOST_VALUES = 100_000  # with every alias replaced by its values
 UNUSABLE = re.compile("[\ud800-\udfff\0]")  # neither a file name nor a UTF-8 file can contain these
 
@@ -29,7 +32,7 @@ class InvalidYaml(ValueError):
 
 
 class ParsedYaml(NamedTuple):
-    """Plain data, and the YAML node that it comes from (None for an empty text)."""
+    """Plain data of the caller's own, and the YAML node that it comes from (None for an empty text)."""
 
     values: Any
     node: Any
@@ -72,6 +75,13 @@ def parse_yaml(text: str) -> ParsedYaml:
     """
     if len(text) > MOST_CHARACTERS:
         raise InvalidYaml(f"the text has {len(text)} characters; at most {MOST_CHARACTERS} are allowed")
+    parsed = _parsed(text) if len(text) <= CACHED_CHARACTERS else _parsed.__wrapped__(text)
+    return ParsedYaml(copy.deepcopy(parsed.values), parsed.node)
+
+
+@functools.lru_cache(maxsize=CACHED_TEXTS)
+def _parsed(text: str) -> ParsedYaml:
+    """Parse a text of permitted length. The runs of a study read the same few files."""
     yaml = yaml_writer()
     yaml.Composer = _LimitedComposer
     try:
