@@ -8,7 +8,6 @@ import shlex
 import shutil
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 from qfast import cli
@@ -128,17 +127,11 @@ def test_batches_of_qlib_look_ahead_and_true_days_do_not(compat):
     assert list(changed) == [dates.max()] if compat is None else changed.min() < dates.max()
 
 
-@pytest.mark.slow
 def test_readme(reader):
-    """Runs the Python examples only. The commands install software or need files of the reader."""
-    prices = synthetic.prices(6, 1_310, start="2013-02-08", late=0.0, delisted=0.0, holes=0.0)
-    dates = prices.index.get_level_values("datetime").unique()
-    assert pd.Timestamp("2018-02-07") in dates
-    prices.rename(index=lambda name: "AAPL" if name == prices.index[0][1] else name, level="instrument").to_parquet(
-        "prices.parquet"
-    )
-    assert run_examples(ROOT / "README.md", ("python",)) >= 3
-    assert (reader / "attention.png").exists()
+    """Runs the Python example only. The commands install software or need files of the reader."""
+    prices = synthetic.prices(4, 1_310, start="2013-02-08", late=0.0, delisted=0.0, holes=0.0)
+    prices.to_parquet("prices.parquet")
+    assert run_examples(ROOT / "README.md", ("python",)) == 1
 
 
 @pytest.mark.parametrize(
