@@ -1,4 +1,4 @@
-"""The command line: qfast run, study, runs, check, predict, export, demo, bench, info, doctor."""
+"""The command line: qfast run, study, runs, new, check, predict, export, demo, bench, info, doctor."""
 
 from __future__ import annotations
 
@@ -245,6 +245,23 @@ def runs_command(
         typer.echo(f"table: {write_frame(out, table)}")
 
 
+@app.command("new")
+@with_read_options
+def new_command(
+    table: Annotated[Path, typer.Argument(metavar="TABLE", help="Prices, in any form that run --data accepts.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Workflow file to write.")] = Path("workflow.yaml"),
+    model: Annotated[str, typer.Option(help="Class of the model, for example GATs.")] = "LSTM",
+    *,
+    read_options: ReadOptions,
+) -> None:
+    """Inspect a table of prices and write a commented workflow file for it."""
+    from qfast.workflow.new_workflow import new_workflow
+
+    _log_to_stderr(quiet=False)
+    file = new_workflow(table, output, model=model, read_options=read_options)
+    typer.echo(f"{file}\nnext: qfast check {file}; qfast run {file}")
+
+
 @app.command("check")
 @with_read_options
 def check_command(
@@ -349,11 +366,22 @@ def predict_command(
 def export_command(
     run_path: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
     out: Annotated[Path | None, typer.Option(help="Output folder. Default: artifacts in the run folder.")] = None,
+    onnx: Annotated[
+        Path | None, typer.Option(help="Write the network to this ONNX file instead, for scoring without torch.")
+    ] = None,
+    allow_code: CodeOption = None,
 ) -> None:
     """Write the tables of a run as the pickles of Qlib's recorder: pred.pkl, report_normal_1day.pkl and so on."""
-    from qfast.workflow.artifacts import export_artifacts
+    if onnx is None:
+        from qfast.workflow.artifacts import export_artifacts
 
-    typer.echo(export_artifacts(run_path, out))
+        typer.echo(export_artifacts(run_path, out))
+        return
+    if out is not None:
+        raise ConfigError(f"--out {out} is for the tables, which --onnx does not write. Remedy: omit one of them.")
+    from qfast.workflow.onnx_export import export_onnx
+
+    typer.echo(export_onnx(run_path, onnx, allow_code=allow_code))
 
 
 @app.command("demo")

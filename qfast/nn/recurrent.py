@@ -61,7 +61,7 @@ def as_windows(x: Tensor, d_feat: int) -> Tensor:
                 f"x has {x.shape[1]} columns, which is not a multiple of d_feat={d_feat}: a flat window "
                 "[B, F*T] has T columns for each feature. Remedy: set d_feat to the number of features per step."
             )
-        return x.reshape(len(x), d_feat, x.shape[1] // d_feat).permute(0, 2, 1)
+        return x.reshape(x.shape[0], d_feat, x.shape[1] // d_feat).permute(0, 2, 1)
     raise DataError(
         f"x must be [B, T, F] or [B, F*T], got {x.dim()} axes with shape {list(x.shape)}. "
         "Remedy: x.unsqueeze(0) if x is a single window."
