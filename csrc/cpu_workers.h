@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <initializer_list>
 #include <optional>
+#include <vector>
 
 #include "common.h"
 #include "huge_pages.h"
@@ -65,27 +66,61 @@ void share_with_scratch(const Tensor& like, int64_t count, Scratch scratch, cons
 constexpr int64_t kSumParts = 16;             // parts of the tiles, each with its own sums
 constexpr int64_t kSumPartBytes = 128 << 20;  // limit on the memory of all sums
 
+// Number of parts of the tiles if a part has `elements` sums. It does not depend on the number of threads.
+template <class Element>
+int64_t sum_parts(int64_t tiles, int64_t elements) {
+  const int64_t fitting = kSumPartBytes / static_cast<int64_t>(sizeof(Element)) / elements;
+  return std::max<int64_t>(1, std::min({tiles, kSumParts, fitting}));
+}
+
 // Divides the tiles into parts and calls kernel(first tile, last tile, scratch, sums) for each. Returns the
 // total of the sums, `sum_elements` of it. The number of parts is fixed and their sums are added in order, so
-// the result does not depend on the number of threads.
+// the result does not depend on the number of threads. The sums are 0 at first unless the kernel `sets` them.
 template <class Element, class Kernel>
 Buffer<Element> sum_in_parts(const Tensor& like, int64_t tiles, Scratch scratch, int64_t sum_elements,
-                             const Kernel& kernel) {
+                             const Kernel& kernel, bool sets = false) {
   const int64_t elements = rounded_up(std::max<int64_t>(sum_elements, 1), 16);
-  const int64_t fitting = kSumPartBytes / static_cast<int64_t>(sizeof(Element)) / elements;
-  const int64_t parts = std::max<int64_t>(1, std::min({tiles, kSumParts, fitting}));
+  const int64_t parts = sum_parts<Element>(tiles, elements);
   Buffer<Element> sums(like, parts * elements);
   Element* const total = sums.data();
   share_with_scratch<Element>(like, parts, scratch, [&](int64_t begin, int64_t end, Element* space) {
     for (int64_t part = begin; part < end; ++part) {
       Element* const sum = total + part * elements;
-      std::fill(sum, sum + elements, Element(0));
+      if (!sets || tiles == 0) std::fill(sum, sum + elements, Element(0));
       kernel(tiles * part / parts, tiles * (part + 1) / parts, space, sum);
     }
   });
   for (int64_t part = 1; part < parts; ++part)
     for (int64_t i = 0; i < elements; ++i) total[i] += total[part * elements + i];
   return sums;
+}
+
+// The same for sums that are the tensors `sums`, whose elements are not set. The kernel sets all sums of its
+// tiles. It receives null for the first part, which it writes to the tensors, and else a copy of all tensors,
+// each on a cache line of its own.
+template <class Element, class Kernel>
+void sum_into(const std::vector<Tensor>& sums, int64_t tiles, Scratch scratch, const Kernel& kernel) {
+  constexpr int64_t line = 64 / sizeof(Element);
+  int64_t elements = line;
+  for (const Tensor& sum : sums) elements += rounded_up(sum.numel(), line);
+  if (tiles == 0)
+    for (const Tensor& sum : sums) std::fill_n(sum.mutable_data_ptr<Element>(), sum.numel(), Element(0));
+  if (tiles == 0) return;
+  const int64_t parts = sum_parts<Element>(tiles, elements);
+  const Buffer<Element> others(sums.front(), (parts - 1) * elements);
+  share_with_scratch<Element>(sums.front(), parts, scratch, [&](int64_t begin, int64_t end, Element* space) {
+    for (int64_t part = begin; part < end; ++part) {
+      Element* const sum = part == 0 ? nullptr : others.data() + (part - 1) * elements;
+      kernel(tiles * part / parts, tiles * (part + 1) / parts, space, sum);
+    }
+  });
+  const Element* other = others.data();
+  for (int64_t part = 1; part < parts; ++part, other += line)
+    for (const Tensor& sum : sums) {
+      Element* const to = sum.mutable_data_ptr<Element>();
+      for (int64_t i = 0; i < sum.numel(); ++i) to[i] += other[i];
+      other += rounded_up(sum.numel(), line);
+    }
 }
 
 }  // namespace qfast

@@ -5,7 +5,14 @@
 
 #include "panel_kernels.h"
 
+template <class Element>
+void transpose(const Element* from, int64_t from_stride, int64_t rows, int64_t columns, Element* to,
+               int64_t to_stride);
+
 namespace {
+
+constexpr int64_t kRowsAhead = 8;    // rows between a prefetch and its use
+constexpr int64_t kDirectRows = 12;  // with fewer rows, a panel is read too seldom for a packed copy
 
 // Completes the sums of a register tile and writes them to the target.
 template <class Element, int Rows, int Vectors>
@@ -72,12 +79,49 @@ QFAST_ALWAYS_INLINE void multiply_panels(Finish kind, const PanelMatrix<Element>
     });
 }
 
+// Packs a panel of a matrix that is not packed yet. Columns beyond the last one are not set.
+template <class Element>
+static void pack_panel(const PanelMatrix<Element>& right, int64_t panel) {
+  const Element* const from = right.data + panel * right.panel_stride;
+  const int64_t columns = smaller(right.width, right.columns - panel * right.width);
+  if (right.transposed) {
+    transpose<Element>(from, right.step, columns, right.rows, right.room, right.width);
+    return;
+  }
+  for (int64_t k = 0; k < right.rows; ++k) {
+    __builtin_prefetch(from + (k + kRowsAhead) * right.step);
+    __builtin_memcpy(right.room + k * right.width, from + k * right.step, sizeof(Element) * columns);
+  }
+}
+
+// Packs and multiplies panel by panel: a panel is in the cache when it is multiplied.
+template <class Element>
+static void multiply_unpacked(Finish kind, const PanelMatrix<Element>& right, const Element* left,
+                              int64_t left_row, int64_t left_step, int64_t rows,
+                              const Target<Element>& target) {
+  for (int64_t panel = 0; panel < right.count; ++panel) {
+    const int64_t column = panel * right.width, columns = right.columns - column;
+    const bool direct = !right.transposed && rows <= kDirectRows && columns >= right.width;
+    if (!direct) pack_panel(right, panel);
+    const Element* const data = direct ? right.data + panel * right.panel_stride : right.room;
+    const int64_t step = direct ? right.step : right.width;
+    for_panel_width<Element>(right.width, [&]<int Vectors>() __attribute__((always_inline)) {
+      multiply_panel<Vectors>(kind, data, step, right.rows, left, left_row, left_step, rows, target, column,
+                              columns);
+    });
+  }
+}
+
 }  // namespace
 
 template <Finish Kind, class Element>
 void multiply(const PanelMatrix<Element>& right, const Element* left, int64_t left_row, int64_t left_step,
               int64_t rows, const Target<Element>& target) {
-  multiply_panels(Kind, right, left, left_row, left_step, rows, target);
+  if (right.room != nullptr) {
+    multiply_unpacked(Kind, right, left, left_row, left_step, rows, target);
+  } else {
+    multiply_panels(Kind, right, left, left_row, left_step, rows, target);
+  }
 }
 
 #define QFAST_MULTIPLY(kind)                                                      \

@@ -22,18 +22,25 @@ class PanelStore {
   }
 
   // Packs rows [first, first + columns) of the weight of a linear layer as the right operand of x . weight^T.
-  PanelMatrix<Element> linear(const Tensor& weight, int64_t first, int64_t columns) {
+  // If the product is computed only `once`, by one thread, it packs the panels itself while they are in
+  // cache.
+  PanelMatrix<Element> linear(const Tensor& weight, int64_t first, int64_t columns, bool once = false) {
     const int64_t rows = weight.size(1);
     const Element* const from = weight.const_data_ptr<Element>() + first * rows;
+    if (once) return unpacked(rows, columns, from, rows, true);
     return pack(rows, columns, [&](int64_t column, int64_t count, int64_t width, Element* to) {
       cpu_kernels<Element>().transpose(from + column * rows, rows, count, rows, to, width);
     });
   }
 
-  // Packs the same rows as the right operand of grad . weight.
-  PanelMatrix<Element> turned(const Tensor& weight, int64_t first, int64_t rows) {
+  // Packs the same rows as the right operand of grad . weight. The weight itself is used if it is a single
+  // panel.
+  PanelMatrix<Element> turned(const Tensor& weight, int64_t first, int64_t rows, bool once = false) {
     const int64_t columns = weight.size(1);
     const Element* const from = weight.const_data_ptr<Element>() + first * columns;
+    const PanelCut panel = cut(columns);
+    if (panel.width == columns) return {rows, columns, columns, 1, columns, rows * columns, from};
+    if (once) return unpacked(rows, columns, from, columns, false);
     return pack(rows, columns, [&](int64_t column, int64_t count, int64_t width, Element* to) {
       for (int64_t row = 0; row < rows; ++row)
         std::memcpy(to + row * width, from + row * columns + column, sizeof(Element) * count);
@@ -49,7 +56,6 @@ class PanelStore {
     return to;
   }
 
- private:
   // Packs a matrix panel by panel. copy(first column, columns, width, to) writes the columns of a panel,
   // whose rows are `width` elements long.
   template <class Copy>
@@ -64,6 +70,16 @@ class PanelStore {
       copy(first, count, panel.width, place);
     }
     return {rows, columns, panel.width, panel.count, panel.width, rows * panel.width, to};
+  }
+
+ private:
+  // A matrix that its product packs.
+  PanelMatrix<Element> unpacked(int64_t rows, int64_t columns, const Element* from, int64_t step,
+                                bool transposed) {
+    const PanelCut panel = cut(columns);
+    const int64_t stride = panel.width * (transposed ? step : 1);
+    return {rows,      columns, panel.width, panel.count, step, stride, from, buffer(rows * panel.width),
+            transposed};
   }
 
   // Returns memory whose elements are not set.

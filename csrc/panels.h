@@ -15,10 +15,15 @@ namespace qfast {
 // vector. Element (k, j) is at data[j / width * panel_stride + k * step + j % width]. In a packed matrix,
 // each panel is contiguous, with zeros beyond the last column. A matrix may also be used in place: the memory
 // after the last column is then read, but its values are not used.
+//
+// A matrix with `room` is not packed yet: each product packs one panel after the other there, and only one
+// thread may use it. Its element (k, j) is at data[k * step + j], or at data[j * step + k] if `transposed`.
 template <class Element>
 struct PanelMatrix {
   int64_t rows, columns, width, count, step, panel_stride;
   const Element* data;
+  Element* room = nullptr;  // rows * width elements
+  bool transposed = false;
 
   QFAST_SHARED_INLINE int64_t padded() const { return width * count; }
 
@@ -26,12 +31,14 @@ struct PanelMatrix {
   QFAST_SHARED_INLINE PanelMatrix some(int64_t first, int64_t number) const {
     const int64_t panels = number < count - first ? number : count - first;
     const int64_t left = columns - first * width, most = panels * width;
-    return {rows, left < most ? left : most, width, panels, step, panel_stride, data + first * panel_stride};
+    return {rows,         left < most ? left : most,   width, panels,    step,
+            panel_stride, data + first * panel_stride, room,  transposed};
   }
 
   // Rows [first, first + number).
   QFAST_SHARED_INLINE PanelMatrix rows_from(int64_t first, int64_t number) const {
-    return {number, columns, width, count, step, panel_stride, data + first * step};
+    const Element* const from = data + first * (transposed ? 1 : step);
+    return {number, columns, width, count, step, panel_stride, from, room, transposed};
   }
 };
 

@@ -45,32 +45,23 @@ class Encoder {
     return space.used;
   }
 
-  int64_t sums() const {
-    Carving<Element> space{nullptr};
-    EncoderSums<Element>::carve(job, space);
-    return space.used;
-  }
-
-  // Returns the gradients of the weights, copied from their sums.
-  std::vector<Tensor> gradients(const Tensor& like, Element* total) const {
-    Carving<Element> space{total};
-    const auto sums = EncoderSums<Element>::carve(job, space);
-    const int64_t D = job.width, M = job.net.entering.columns, padded = job.padded;
-    const auto vector = [&](const Element* from, int64_t columns) {
-      return copied_vector<Element>(like, from, columns);
-    };
-    return {copied<Element>(like, sums.in, 3 * D, D, padded),
-            vector(sums.in_bias, 3 * D),
-            copied<Element>(like, sums.out, D, D, padded),
-            vector(sums.out_bias, D),
-            copied<Element>(like, sums.net.entering, M, D, padded),
-            vector(sums.net.entering_bias, M),
-            copied_transposed<Element>(like, sums.net.leaving, M, D, padded),
-            vector(sums.net.leaving_bias, D),
-            vector(sums.norm1_weight, D),
-            vector(sums.norm1_bias, D),
-            vector(sums.norm2_weight, D),
-            vector(sums.norm2_bias, D)};
+  // Returns new tensors for the gradients of all parameters, in which the job sums them.
+  std::vector<Tensor> new_gradients() {
+    std::vector<Tensor> tensors;
+    for (const Tensor& weight : weights_)
+      tensors.push_back(weight.dim() == 1 ? empty(weight, {weight.size(0)})
+                                          : empty(weight, {weight.size(0), weight.size(1)}));
+    const auto at = [&](EncoderWeight which) { return tensors[which].template mutable_data_ptr<Element>(); };
+    job.gradients = {at(kInWeight),
+                     at(kInBias),
+                     at(kOutWeight),
+                     at(kOutBias),
+                     {at(kLinear1Weight), at(kLinear1Bias), at(kLinear2Weight), at(kLinear2Bias)},
+                     at(kNorm1Weight),
+                     at(kNorm1Bias),
+                     at(kNorm2Weight),
+                     at(kNorm2Bias)};
+    return tensors;
   }
 
  private:
@@ -82,7 +73,7 @@ class Encoder {
     job.padded_pair = store_.cut(2 * job.width).padded();
     job.padded_steps = store_.cut(job.steps).padded();
     job.padded_head = store_.cut(job.width / job.heads).padded();
-    job.group_windows = windows_of(kGroupRows, job.steps, drops);
+    job.group_windows = group_windows(job.batch, job.steps, drops);
     job.tile_windows = tile_windows(kTileRows, job.batch, job.results, drops);
   }
 
@@ -90,27 +81,29 @@ class Encoder {
     const int64_t D = job.width;
     const Tensor &in = weights_[kInWeight], &out = weights_[kOutWeight];
     const Element* const in_bias = data(kInBias);
-    job.query = store_.linear(in, 0, D);
-    job.key_value = store_.linear(in, D, 2 * D);
+    const bool once = job.batch <= job.group_windows;  // then each weight is read by one product only
+    job.query = store_.linear(in, 0, D, once);
+    job.key_value = store_.linear(in, D, 2 * D, once);
     job.query_bias = store_.vector(in_bias, D);
     job.key_value_bias = store_.vector(in_bias + D, 2 * D);
     if (backward) {
-      job.query_turned = store_.turned(in, 0, D);
-      job.key_value_turned = store_.turned(in, D, 2 * D);
-      job.out_turned = store_.turned(out, 0, D);
+      job.query_turned = store_.turned(in, 0, D, once);
+      job.key_value_turned = store_.turned(in, D, 2 * D, once);
+      job.out_turned = store_.turned(out, 0, D, once);
     } else {
-      job.out = store_.linear(out, 0, D);
+      job.out = store_.linear(out, 0, D, once);
       job.out_bias = store_.vector(data(kOutBias), D);
     }
     job.norm1_weight = store_.vector(data(kNorm1Weight), D);
     job.norm1_bias = store_.vector(data(kNorm1Bias), D);
     job.norm2_weight = store_.vector(data(kNorm2Weight), D);
     job.norm2_bias = store_.vector(data(kNorm2Bias), D);
+    const int64_t net_group = group_windows(job.batch, job.results, job.dropout.active);
     job.net = packed_feed_forward(store_, weights_[kLinear1Weight], weights_[kLinear1Bias],
-                                  weights_[kLinear2Weight], backward);
+                                  weights_[kLinear2Weight], backward, job.batch <= net_group);
     job.net.leaving_bias = store_.vector(data(kLinear2Bias), D);
     job.net.dropout = job.dropout;
-    job.net.group_windows = windows_of(kGroupRows, job.results, job.dropout.active);
+    job.net.group_windows = net_group;
   }
 
   const Element* data(EncoderWeight which) const {
@@ -179,13 +172,12 @@ std::tuple<Tensor, std::vector<Tensor>> encoder_layer_backward_cpu(const Tensor&
     job.normalised = contiguous_normalised.mutable_data_ptr<Element>();
     job.scales = contiguous_scales.mutable_data_ptr<Element>();
     if (input_grad) job.grad_x = grad_x.mutable_data_ptr<Element>();
+    gradients = encoder.new_gradients();
     const auto kernel = cpu_kernels<Element>().encoder_layer_backward;
-    const Buffer<Element> total =
-        sum_in_parts<Element>(x, encoder.tiles(), {encoder.scratch(true), true}, encoder.sums(),
-                              [&](int64_t begin, int64_t end, Element* scratch, Element* sums) {
-                                kernel(job, begin, end, scratch, sums);
-                              });
-    gradients = encoder.gradients(x, total.data());
+    sum_into<Element>(gradients, encoder.tiles(), {encoder.scratch(true), true},
+                      [&](int64_t begin, int64_t end, Element* scratch, Element* sums) {
+                        kernel(job, begin, end, scratch, sums);
+                      });
   });
   return {grad_x, gradients};
 }

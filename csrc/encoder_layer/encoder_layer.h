@@ -11,6 +11,29 @@
 
 namespace qfast {
 
+// Sums of the gradients of all parameters of a part, in torch's order and layout.
+template <class Element>
+struct EncoderSums {
+  Element *in, *in_bias, *out, *out_bias;  // `in` has 3 D rows, `out` has D rows
+  FeedForwardSums<Element> net;
+  Element *norm1_weight, *norm1_bias, *norm2_weight, *norm2_bias;
+
+  QFAST_SHARED_INLINE static EncoderSums carve(int64_t width, const FeedForward<Element>& net,
+                                               Carving<Element>& space) {
+    EncoderSums sums;
+    sums.in = space.take(3 * width * width);
+    sums.in_bias = space.take(3 * width);
+    sums.out = space.take(width * width);
+    sums.out_bias = space.take(width);
+    sums.net = FeedForwardSums<Element>::carve(net, space);
+    sums.norm1_weight = space.take(width);
+    sums.norm1_bias = space.take(width);
+    sums.norm2_weight = space.take(width);
+    sums.norm2_bias = space.take(width);
+    return sums;
+  }
+};
+
 template <class Element>
 struct EncoderJob {
   int64_t batch, steps, width, heads;  // B, T, D, heads
@@ -31,6 +54,7 @@ struct EncoderJob {
   const Element* grad;                                              // gradient of the output
   PanelMatrix<Element> query_turned, key_value_turned, out_turned;  // D, 2 D and D rows
   Element* grad_x;                                                  // [B, T, D], or null
+  EncoderSums<Element> gradients;  // of all parameters, where the first part is summed
 
   // D, 2 D, T and D / heads, padded to whole panels.
   int64_t padded;
@@ -95,28 +119,6 @@ struct EncoderTile {
     tile.group = EncoderGroup<Element>::carve(job, backward, space);
     tile.hidden = FeedForwardScratch<Element>::carve(job.net, job.results, backward, space);
     return tile;
-  }
-};
-
-// Sums of the weight gradients of a part. The rows of matrices have `padded` elements.
-template <class Element>
-struct EncoderSums {
-  Element *in, *in_bias, *out, *out_bias;  // `in` has 3 D rows, `out` has D rows
-  Element *norm1_weight, *norm1_bias, *norm2_weight, *norm2_bias;
-  FeedForwardSums<Element> net;
-
-  QFAST_SHARED_INLINE static EncoderSums carve(const EncoderJob<Element>& job, Carving<Element>& space) {
-    EncoderSums sums;
-    sums.in = space.take(3 * job.width * job.padded);
-    sums.in_bias = space.take(3 * job.width);
-    sums.out = space.take(job.width * job.padded);
-    sums.out_bias = space.take(job.width);
-    sums.norm1_weight = space.take(job.width);
-    sums.norm1_bias = space.take(job.width);
-    sums.norm2_weight = space.take(job.width);
-    sums.norm2_bias = space.take(job.width);
-    sums.net = FeedForwardSums<Element>::carve(job.net, job.padded, job.padded, space);
-    return sums;
   }
 };
 

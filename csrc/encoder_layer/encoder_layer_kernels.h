@@ -185,7 +185,8 @@ QFAST_ALWAYS_INLINE WindowRows windows_of_tile(const EncoderJob<Element>& job, i
 // Computes the gradient of the input of the first norm, in tile.grad_first, from the gradient of the output.
 template <class Element>
 static void feed_forward_block_backward(const EncoderJob<Element>& job, const EncoderTile<Element>& tile,
-                                        const WindowRows& all, const EncoderSums<Element>& sums) {
+                                        const WindowRows& all, const EncoderSums<Element>& sums,
+                                        bool first_rows) {
   const int64_t count = all.windows * all.steps, width = job.width, padded = job.padded;
   const SavedRows<Element> first = saved_rows<Element>(job, 0, all.first_window);
   const SavedRows<Element> second = saved_rows<Element>(job, 1, all.first_window);
@@ -202,19 +203,30 @@ static void feed_forward_block_backward(const EncoderJob<Element>& job, const En
                      value * weight + load<Element>(job.norm1_bias + j, lanes), lanes);
     });
   add_feed_forward_gradients<Element>(job.net, all, tile.entering, padded, tile.grad_second, padded,
-                                      tile.grad_first, padded, tile.hidden, sums.net);
+                                      tile.grad_first, padded, tile.hidden, sums.net, first_rows);
   normalise_backward<Element>(tile.grad_first, padded, first.normalised, first.scales, count, width,
                               job.norm1_weight, tile.grad_first, padded, tile.norm_sums, padded,
                               sums.norm1_weight, sums.norm1_bias);
 }
 
-// Adds the gradients of the weight, grad^T x, and of the bias of a linear layer with `columns` results.
+// Adds the gradients of the weight, grad^T x, and of the bias of a linear layer with `columns` results. For
+// the `first` rows, it sets the gradient of the weight.
 template <class Element>
-static void add_linear_gradients(const Element* grad, int64_t grad_stride, int64_t columns,
+static void add_linear_gradients(bool first, const Element* grad, int64_t grad_stride, int64_t columns,
                                  const PanelMatrix<Element>& x, Element* weight, Element* bias) {
-  multiply<Finish::kAdd, Element>(x, grad, 1, grad_stride, columns,
-                                  {weight, x.padded(), nullptr, nullptr, 0});
+  sum_products<Element>(first, grad, grad_stride, columns, x, weight, x.columns);
   add_rows<Element>(grad, grad_stride, x.rows, columns, bias);
+}
+
+// Sets the sums of all vectors to 0. The first products set the other sums.
+template <class Element>
+static void begin_sums(const EncoderJob<Element>& job, const EncoderSums<Element>& sums) {
+  for (int64_t i = 0; i < 3 * job.width; ++i) sums.in_bias[i] = 0;
+  Element* const vectors[] = {sums.out_bias, sums.norm1_weight, sums.norm1_bias, sums.norm2_weight,
+                              sums.norm2_bias};
+  for (Element* const vector : vectors)
+    for (int64_t i = 0; i < job.width; ++i) vector[i] = 0;
+  begin_sums(job.net, sums.net);
 }
 
 // Computes the gradients of a group. `grad_sum` is the gradient of the input of the first norm, and `dropped`
@@ -222,7 +234,7 @@ static void add_linear_gradients(const Element* grad, int64_t grad_stride, int64
 template <class Element>
 static void attention_block_backward(const EncoderJob<Element>& job, const EncoderGroup<Element>& group,
                                      const WindowRows& rows, const Element* grad_sum, const Element* dropped,
-                                     const EncoderSums<Element>& sums) {
+                                     const EncoderSums<Element>& sums, bool first) {
   const int64_t D = job.width, padded = job.padded, all = rows.windows * job.steps;
   project_group<Element>(job, group, rows);
   const ResultRows<Element> results = result_rows<Element>(job, group.x, rows.windows);
@@ -233,13 +245,14 @@ static void attention_block_backward(const EncoderJob<Element>& job, const Encod
     head.mix();
     head.backward();
   });
-  add_linear_gradients<Element>(dropped, padded, D, in_place<Element>(group.mixed, results.count, D, padded),
-                                sums.out, sums.out_bias);
-  add_linear_gradients<Element>(group.grad_query, padded, D,
+  add_linear_gradients<Element>(first, dropped, padded, D,
+                                in_place<Element>(group.mixed, results.count, D, padded), sums.out,
+                                sums.out_bias);
+  add_linear_gradients<Element>(first, group.grad_query, padded, D,
                                 in_place(results.x, results.count, D, results.x_stride), sums.in,
                                 sums.in_bias);
-  add_linear_gradients<Element>(group.grad_key_value, job.padded_pair, 2 * D,
-                                in_place<Element>(group.x, all, D, padded), sums.in + D * padded,
+  add_linear_gradients<Element>(first, group.grad_key_value, job.padded_pair, 2 * D,
+                                in_place<Element>(group.x, all, D, padded), sums.in + D * D,
                                 sums.in_bias + D);
   if (job.grad_x == nullptr) return;
   multiply<Finish::kPut, Element>(job.key_value_turned, group.grad_key_value, job.padded_pair, 1, all,
@@ -284,16 +297,17 @@ void encoder_layer_backward(const EncoderJob<Element>& job, int64_t begin, int64
                             Element* part) {
   Carving<Element> space{scratch}, total{part};
   const auto tile = EncoderTile<Element>::carve(job, true, space);
-  const auto sums = EncoderSums<Element>::carve(job, total);
+  const auto sums = part == nullptr ? job.gradients : EncoderSums<Element>::carve(job.width, job.net, total);
+  begin_sums(job, sums);
   for (int64_t t = begin; t < end; ++t) {
     const WindowRows all = windows_of_tile<Element>(job, t);
-    feed_forward_block_backward<Element>(job, tile, all, sums);
+    feed_forward_block_backward<Element>(job, tile, all, sums, t == begin);
     copy_strided<Element>(tile.grad_first, job.padded, 1, all.windows * all.steps, job.width,
                           tile.grad_second, job.padded);
     drop_windows<Element>(job.dropout, kAttentionDropout, all, 0, job.width, tile.grad_second, job.padded);
     for_groups(all, job.group_windows, [&](const WindowRows& rows, int64_t at) {
       attention_block_backward<Element>(job, tile.group, rows, tile.grad_first + at * job.padded,
-                                        tile.grad_second + at * job.padded, sums);
+                                        tile.grad_second + at * job.padded, sums, t == begin && at == 0);
     });
   }
 }

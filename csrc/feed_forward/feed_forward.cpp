@@ -27,10 +27,12 @@ template <class Element>
 FeedForwardJob<Element> job_of(const Tensor& x, const Block& block, PanelStore<Element>& store,
                                const DropoutRule& dropout, bool backward) {
   FeedForwardJob<Element> job{};
-  job.net = packed_feed_forward(store, block.weight_in, block.bias_in, block.weight_out, backward);
-  job.net.dropout = dropout;
-  job.net.group_windows = windows_of(kGroupRows, 1, dropout.active);
   job.rows = x.size(0);
+  const int64_t group = group_windows(job.rows, 1, dropout.active);
+  job.net = packed_feed_forward(store, block.weight_in, block.bias_in, block.weight_out, backward,
+                                job.rows <= group);
+  job.net.dropout = dropout;
+  job.net.group_windows = group;
   job.tile_rows = tile_windows(kTileRows, job.rows, 1, dropout.active);
   job.padded_in = store.cut(x.size(1)).padded();
   job.padded_out = store.cut(block.weight_out.size(0)).padded();
@@ -95,21 +97,17 @@ Gradients feed_forward_backward_cpu(const Tensor& grad, const Tensor& x, const T
     auto job = job_of<Element>(x, block, store, rule, true);
     job.grad = contiguous_grad.const_data_ptr<Element>();
     if (input_grad) job.grad_x = grad_x.mutable_data_ptr<Element>();
-    using Sums = FeedForwardSums<Element>;
-    Carving<Element> counted{nullptr};
-    Sums::carve(job.net, job.padded_in, job.padded_out, counted);
+    const Tensor entering = empty(x, {hidden, x.size(1)}), entering_bias = empty(x, {hidden}),
+                 leaving = empty(x, {out, hidden}), leaving_bias = empty(x, {out});
+    job.gradients = {entering.mutable_data_ptr<Element>(), entering_bias.mutable_data_ptr<Element>(),
+                     leaving.mutable_data_ptr<Element>(), leaving_bias.mutable_data_ptr<Element>()};
     const auto kernel = cpu_kernels<Element>().feed_forward_backward;
-    const Buffer<Element> total =
-        sum_in_parts<Element>(x, tiles_of(job), {scratch_of(job, true), true}, counted.used,
-                              [&](int64_t begin, int64_t end, Element* scratch, Element* sums) {
-                                kernel(job, begin, end, scratch, sums);
-                              });
-    Carving<Element> space{total.data()};
-    const Sums sums = Sums::carve(job.net, job.padded_in, job.padded_out, space);
-    result = {grad_x, copied<Element>(x, sums.entering, hidden, x.size(1), job.padded_in),
-              copied_vector<Element>(x, sums.entering_bias, hidden),
-              copied_transposed<Element>(x, sums.leaving, hidden, out, job.padded_out),
-              copied_vector<Element>(x, sums.leaving_bias, out)};
+    sum_into<Element>({entering, entering_bias, leaving, leaving_bias}, tiles_of(job),
+                      {scratch_of(job, true), true},
+                      [&](int64_t begin, int64_t end, Element* scratch, Element* sums) {
+                        kernel(job, begin, end, scratch, sums);
+                      });
+    result = {grad_x, entering, entering_bias, leaving, leaving_bias};
   });
   return *result;
 }

@@ -31,19 +31,19 @@ struct WindowRows {
   int64_t first_window, windows, steps, first_step;
 };
 
-// Sums of the weight gradients of a part: W1 [M][padded D], transposed W2 [M][padded O], b1 [M] and b2 [O].
+// Sums of the gradients of the weights and biases of a part, in torch's layout: W1 [M, D], b1 [M], W2 [O, M]
+// and b2 [O].
 template <class Element>
 struct FeedForwardSums {
-  Element *entering, *leaving, *entering_bias, *leaving_bias;
+  Element *entering, *entering_bias, *leaving, *leaving_bias;
 
-  QFAST_SHARED_INLINE static FeedForwardSums carve(const FeedForward<Element>& net, int64_t padded_in,
-                                                   int64_t padded_out, Carving<Element>& space) {
-    const int64_t hidden = net.entering.columns;
+  QFAST_SHARED_INLINE static FeedForwardSums carve(const FeedForward<Element>& net, Carving<Element>& space) {
+    const int64_t hidden = net.entering.columns, out = net.leaving.columns;
     FeedForwardSums sums;
-    sums.entering = space.take(hidden * padded_in);
-    sums.leaving = space.take(hidden * padded_out);
+    sums.entering = space.take(hidden * net.entering.rows);
     sums.entering_bias = space.take(hidden);
-    sums.leaving_bias = space.take(padded_out);
+    sums.leaving = space.take(hidden * out);
+    sums.leaving_bias = space.take(out);
     return sums;
   }
 };
@@ -74,6 +74,8 @@ struct FeedForwardJob {
   Element* output;          // [rows, O]
   const Element* grad;      // gradient of the output; backward only
   Element* grad_x;          // [rows, D], or null
+  // The gradients of the weights, where the first part is summed; backward only.
+  FeedForwardSums<Element> gradients;
 };
 
 // Buffers of a tile.

@@ -66,14 +66,33 @@ static void add_feed_forward(const FeedForward<Element>& net, const WindowRows& 
   }
 }
 
-// Adds the gradients of the weights to `sums`, and the gradient of x to grad_x unless it is null. Whole
-// vectors may be read after the last columns of x and grad.
+// Sets the sums of the biases to 0. The first products set the other sums.
+template <class Element>
+static void begin_sums(const FeedForward<Element>& net, const FeedForwardSums<Element>& sums) {
+  for (int64_t i = 0; i < net.entering.columns; ++i) sums.entering_bias[i] = 0;
+  for (int64_t i = 0; i < net.leaving.columns; ++i) sums.leaving_bias[i] = 0;
+}
+
+// to [columns of left][columns of right] = or += left^T x right, over the rows of both.
+template <class Element>
+static void sum_products(bool first, const Element* left, int64_t left_stride, int64_t columns,
+                         const PanelMatrix<Element>& right, Element* to, int64_t to_stride) {
+  const Target<Element> target{to, to_stride, nullptr, nullptr, 0};
+  if (first) {
+    multiply<Finish::kPut, Element>(right, left, 1, left_stride, columns, target);
+  } else {
+    multiply<Finish::kAdd, Element>(right, left, 1, left_stride, columns, target);
+  }
+}
+
+// Adds the gradients of the weights to `sums`, or sets them if the rows are the `first` ones, and the
+// gradient of x to grad_x unless it is null. Whole vectors may be read after the last columns of x and grad.
 template <class Element>
 static void add_feed_forward_gradients(const FeedForward<Element>& net, const WindowRows& all,
                                        const Element* x, int64_t x_stride, const Element* grad,
                                        int64_t grad_stride, Element* grad_x, int64_t grad_x_stride,
                                        const FeedForwardScratch<Element>& scratch,
-                                       const FeedForwardSums<Element>& sums) {
+                                       const FeedForwardSums<Element>& sums, bool first_rows) {
   const int64_t stride = net.slice_panels * net.entering.width;
   const int64_t in = net.entering.rows, out = net.leaving.columns;
   const Element scale = net.dropout.active ? static_cast<Element>(net.dropout.scale) : Element(1);
@@ -90,14 +109,12 @@ static void add_feed_forward_gradients(const FeedForward<Element>& net, const Wi
       multiply<Finish::kGate, Element>(turned, group_grad, grad_stride, 1, count,
                                        {scratch.grad_hidden, stride, nullptr, scratch.hidden, scale});
       add_rows<Element>(scratch.grad_hidden, stride, count, columns, sums.entering_bias + first);
-      const PanelMatrix<Element> x_right = in_place(group_x, count, in, x_stride);
-      const PanelMatrix<Element> grad_right = in_place(group_grad, count, out, grad_stride);
-      multiply<Finish::kAdd, Element>(
-          grad_right, scratch.hidden, 1, stride, columns,
-          {sums.leaving + first * grad_right.padded(), grad_right.padded(), nullptr, nullptr, 0});
-      multiply<Finish::kAdd, Element>(
-          x_right, scratch.grad_hidden, 1, stride, columns,
-          {sums.entering + first * x_right.padded(), x_right.padded(), nullptr, nullptr, 0});
+      const bool sets = first_rows && at == 0;
+      sum_products<Element>(sets, group_grad, grad_stride, out,
+                            in_place<Element>(scratch.hidden, count, columns, stride), sums.leaving + first,
+                            net.entering.columns);
+      sum_products<Element>(sets, scratch.grad_hidden, stride, columns,
+                            in_place(group_x, count, in, x_stride), sums.entering + first * in, in);
       if (grad_x != nullptr)
         multiply<Finish::kAdd, Element>(net.entering_turned.rows_from(first, columns), scratch.grad_hidden,
                                         stride, 1, count,
@@ -132,8 +149,9 @@ void feed_forward_backward(const FeedForwardJob<Element>& job, int64_t begin, in
                            Element* part) {
   Carving<Element> space{scratch}, total{part};
   const auto tile = FeedForwardTile<Element>::carve(job, true, space);
-  const auto sums = FeedForwardSums<Element>::carve(job.net, job.padded_in, job.padded_out, total);
+  const auto sums = part == nullptr ? job.gradients : FeedForwardSums<Element>::carve(job.net, total);
   const int64_t in = job.net.entering.rows, out = job.net.leaving.columns;
+  begin_sums(job.net, sums);
   for (int64_t t = begin; t < end; ++t) {
     const int64_t first = t * job.tile_rows, rows = smaller(job.tile_rows, job.rows - first);
     copy_strided<Element>(job.x + first * job.x_row, job.x_row, job.x_column, rows, in, tile.x,
@@ -142,7 +160,7 @@ void feed_forward_backward(const FeedForwardJob<Element>& job, int64_t begin, in
     Element* const grad_x = job.grad_x == nullptr ? nullptr : tile.grad_x;
     for (int64_t i = 0; grad_x != nullptr && i < rows * job.padded_in; ++i) grad_x[i] = 0;
     add_feed_forward_gradients<Element>(job.net, {first, rows, 1, 0}, tile.x, job.padded_in, tile.y,
-                                        job.padded_out, grad_x, job.padded_in, tile.hidden, sums);
+                                        job.padded_out, grad_x, job.padded_in, tile.hidden, sums, t == begin);
     if (grad_x != nullptr)
       copy_strided<Element>(grad_x, job.padded_in, 1, rows, in, job.grad_x + first * in, in);
   }

@@ -149,7 +149,8 @@ std::vector<Tensor> run_backward(RecurrentNetwork<Cell, Element>& network, const
       like, tiles, {network.scratch_elements}, network.sum_elements,
       [&](int64_t begin, int64_t end, Element* scratch, Element* part) {
         kernel(job, begin * job.tile_rows, std::min(end * job.tile_rows, job.batch), scratch, part);
-      });
+      },
+      job.steps > 0);
   return network.weight_gradients(sums.data());
 }
 

@@ -46,6 +46,9 @@ struct RecurrentJob {
   Element *gates, *carried;          // [L, T, B, 4, H] and [L, T, B, H] saved for backward, or null
   bool streamed;                     // saved values are written with non-temporal stores
   DropoutRule dropout;
+  // Forward only: steps that a layer computes before the next layer. With several, the products of their
+  // inputs with W_ih are one product.
+  int64_t layer_steps;
   // Backward only.
   Sequence<const Element> grad_output;   // gradient of all steps, or data is null
   const Element* grad_last;              // [B, H] gradient of the last step of the top layer, or null

@@ -177,16 +177,26 @@ static void narrow_rows(Element* to, const Element* from, int64_t stride, int64_
     __builtin_memcpy(to + row * hidden, from + row * stride, sizeof(Element) * hidden);
 }
 
-// Buffers of a tile. Each layer has two for h, of even and odd steps, one for c (LSTM only) and one for h
-// after dropout. The products of the rows of x with W_ih follow.
+// Buffers of a tile, [rows][stride]. A layer computes `chunk` steps before the next layer. Each layer has
+// chunk + 1 buffers for h, the first of them for the step before the chunk, one for c (LSTM only) and `chunk`
+// for h after dropout. With chunks of one step, the two buffers for h alternate.
 template <class Element>
 struct ForwardTile {
-  int64_t buffer_elements, per_layer;
+  int64_t chunk, buffer_elements;
   Element* space;
-  Element* h(int64_t layer, int64_t t) const { return space + layer * per_layer + (t & 1) * buffer_elements; }
-  Element* cell(int64_t layer) const { return space + layer * per_layer + 2 * buffer_elements; }
-  Element* dropped(int64_t layer) const { return space + layer * per_layer + 3 * buffer_elements; }
-  Element* projected(int64_t layers) const { return space + layers * per_layer; }
+  Element* rolled;  // products of consecutive rows of x with W_ih
+  Element *input,
+      *starts;  // x of a chunk, [step][row][feature], and its products with W_ih; not for one step
+
+  Element* buffer(int64_t layer, int64_t number) const {
+    return space + (layer * (2 * chunk + 2) + number) * buffer_elements;
+  }
+  Element* h(int64_t layer, int64_t t) const { return buffer(layer, chunk == 1 ? t & 1 : t % chunk + 1); }
+  Element* h_before(int64_t layer, int64_t t) const {
+    return buffer(layer, chunk == 1 ? (t - 1) & 1 : t % chunk);
+  }
+  Element* cell(int64_t layer) const { return buffer(layer, chunk + 1); }
+  Element* dropped(int64_t layer, int64_t t) const { return buffer(layer, chunk + 2 + t % chunk); }
 };
 
 // Returns the arguments of step t of layer l.
@@ -205,19 +215,24 @@ static LayerStep<Element> layer_step(const RecurrentJob<Element>& job, const For
   step.input_feature = job.x.feature_stride;
   step.start = layer.bias;
   if (l > 0) {
-    step.input = job.dropout.active ? tile.dropped(l - 1) : tile.h(l - 1, t);
+    step.input = job.dropout.active ? tile.dropped(l - 1, t) : tile.h(l - 1, t);
     step.input_row = job.stride;
     step.input_feature = 1;
   } else if (job.rolling) {
     step.features = 0;
     step.start_row = job.blocks * 4 * kLanes<Element>;
-    step.start = tile.projected(job.layer_count) + t * step.start_row;
+    step.start = tile.rolled + t * step.start_row;
+  }
+  if (tile.chunk > 1 && step.features > 0) {
+    step.features = 0;
+    step.start_row = job.blocks * 4 * kLanes<Element>;
+    step.start = tile.starts + t % tile.chunk * rows * step.start_row;
   }
   step.input_weight = layer.input_weight;
   step.hidden_weight = layer.hidden_weight;
-  step.h_before = t == 0 && job.first_h == nullptr ? nullptr : tile.h(l, t - 1);
+  step.h_before = t == 0 && job.first_h == nullptr ? nullptr : tile.h_before(l, t);
   step.h = tile.h(l, t);
-  step.carried_before = Cell::kCarriesOutput ? tile.h(l, t - 1) : tile.cell(l);
+  step.carried_before = Cell::kCarriesOutput ? tile.h_before(l, t) : tile.cell(l);
   step.carried = Cell::kCarriesOutput ? step.h : tile.cell(l);
   if (job.gates != nullptr) {
     step.gates = job.gates + at * 4 * H;
@@ -228,8 +243,42 @@ static LayerStep<Element> layer_step(const RecurrentJob<Element>& job, const For
     step.output = job.output.data + first * job.output.row_stride + t * job.output.step_stride;
     step.output_row = job.output.row_stride;
   }
-  (void)rows;
   return step;
+}
+
+// Computes the products of the inputs of steps [begin, end) of a layer with W_ih, in tile.starts.
+template <bool Long, class Cell, class Element>
+static void project_chunk(const RecurrentJob<Element>& job, const ForwardTile<Element>& tile, int64_t first,
+                          int64_t rows, int64_t l, int64_t begin, int64_t end) {
+  const int64_t features = job.layers[l].features;
+  const Element* input = tile.input;
+  if (l > 0) {
+    input = job.dropout.active ? tile.dropped(l - 1, begin) : tile.h(l - 1, begin);
+  } else {
+    Element* to = tile.input;
+    for (int64_t t = begin; t < end; ++t)
+      for (int64_t row = first; row < first + rows; ++row, to += features) {
+        const Element* const from = job.x.data + row * job.x.row_stride + t * job.x.step_stride;
+        for (int64_t j = 0; j < features; ++j) to[j] = from[j * job.x.feature_stride];
+      }
+  }
+  project_rows<Long, Cell, Element>(job.layers[l], job.blocks, input, l > 0 ? job.stride : features, 1,
+                                    (end - begin) * rows, tile.starts);
+}
+
+// Computes step t of layer l.
+template <bool Long, class Cell, class Element>
+static void forward_step(const RecurrentJob<Element>& job, const ForwardTile<Element>& tile, int64_t first,
+                         int64_t rows, int64_t l, int64_t t) {
+  const LayerStep<Element> step = layer_step<Cell, Element>(job, tile, first, rows, l, t);
+  for (int64_t block = 0; block < job.blocks; ++block)
+    for_row_tiles<kCellRows, !Long>(
+        rows, [&]<int Rows>(int64_t row) { step_cells<Long, Cell, Element, Rows>(step, block, row); });
+  if (!job.dropout.active || l + 1 == job.layer_count) return;
+  Element* const dropped = tile.dropped(l, t);
+  __builtin_memcpy(dropped, step.h, sizeof(Element) * rows * job.stride);
+  const Place place{first, 0, static_cast<int32_t>(l), static_cast<int32_t>(t)};
+  drop<Element>(job.dropout, place, rows, job.hidden, dropped, job.stride);
 }
 
 // Computes all steps and layers of the rows [first, first + rows).
@@ -248,19 +297,18 @@ static void forward_tile(const RecurrentJob<Element>& job, int64_t first, int64_
   if (job.rolling) {
     project_rows<Long, Cell, Element>(job.layers[0], job.blocks, job.x.data + first * job.x.row_stride,
                                       job.x.row_stride, job.x.feature_stride, rows + job.steps - 1,
-                                      tile.projected(job.layer_count));
+                                      tile.rolled);
   }
-  for (int64_t t = 0; t < job.steps; ++t) {
+  for (int64_t begin = 0; begin < job.steps; begin += tile.chunk) {
+    const int64_t end = smaller(begin + tile.chunk, job.steps);
     for (int64_t l = 0; l < job.layer_count; ++l) {
-      const LayerStep<Element> step = layer_step<Cell, Element>(job, tile, first, rows, l, t);
-      for (int64_t block = 0; block < job.blocks; ++block)
-        for_row_tiles<kCellRows, !Long>(
-            rows, [&]<int Rows>(int64_t row) { step_cells<Long, Cell, Element, Rows>(step, block, row); });
-      if (!job.dropout.active || l + 1 == job.layer_count) continue;
-      __builtin_memcpy(tile.dropped(l), step.h, sizeof(Element) * rows * job.stride);
-      const Place place{first, 0, static_cast<int32_t>(l), static_cast<int32_t>(t)};
-      drop<Element>(job.dropout, place, rows, H, tile.dropped(l), job.stride);
+      if (tile.chunk > 1 && !(l == 0 && job.rolling))
+        project_chunk<Long, Cell, Element>(job, tile, first, rows, l, begin, end);
+      for (int64_t t = begin; t < end; ++t) forward_step<Long, Cell, Element>(job, tile, first, rows, l, t);
     }
+    // h of the last step is the first of the next chunk.
+    for (int64_t l = 0; tile.chunk > 1 && end < job.steps && l < job.layer_count; ++l)
+      __builtin_memcpy(tile.h_before(l, end), tile.h(l, end - 1), sizeof(Element) * rows * job.stride);
   }
   for (int64_t l = 0; l < job.layer_count; ++l) {
     const int64_t at = (l * job.batch + first) * H;
@@ -274,11 +322,15 @@ static void forward_tile(const RecurrentJob<Element>& job, int64_t first, int64_
 // words.
 template <class Cell, class Element>
 static void forward_rows(const RecurrentJob<Element>& job, int64_t begin, int64_t end, Element* scratch) {
-  const int64_t buffer_elements = job.tile_rows * job.stride;
-  const ForwardTile<Element> tile{buffer_elements, 4 * buffer_elements, scratch};
+  const int64_t chunk = job.layer_steps;
+  Element* const rolled = scratch + job.layer_count * (2 * chunk + 2) * job.tile_rows * job.stride;
+  Element* const input = rolled + (job.rolling ? (job.tile_rows + job.steps - 1) * 4 * job.stride : 0);
+  Element* const starts = input + (chunk > 1 ? chunk * job.tile_rows * job.layers[0].features : 0);
   const bool is_long = job.hidden > kLongestSum || job.layers[0].features > kLongestSum;
   for (int64_t first = begin; first < end; first += job.tile_rows) {
     const int64_t rows = smaller(job.tile_rows, end - first);
+    // The buffers of consecutive steps are adjacent, so the rows of several steps are one matrix.
+    const ForwardTile<Element> tile{chunk, rows * job.stride, scratch, rolled, input, starts};
     if (is_long) {
       forward_tile<true, Cell, Element>(job, first, rows, tile);
     } else {

@@ -2,10 +2,11 @@
 // the language features that it may use.
 //
 // A thread owns parts of the batch and computes the tiles of a part in order, each from the last step to the
-// first. A step runs from the top layer down. It computes the gradients of the four sums of every unit. Their
-// products with the transposed weights are the gradients of the previous h and of the layer's input. The
-// gradients of the sums of a few steps are collected for one product with the inputs of these steps, which is
-// added to the part's weight gradients.
+// first, in chunks of a few steps. A chunk runs from the top layer down. A step computes the gradients of the
+// four sums of every unit. Their product with the transposed W_hh is the gradient of the previous h. The
+// gradients of the sums of a chunk are collected for its product with the transposed W_ih, which is the
+// gradient of the layer's input, and for a product with the inputs, which is added to the part's weight
+// gradients.
 //
 // tanh(c) and the LSTM's h are computed again from the saved gates and carried values. Bound by
 // multiply-adds: 4 * gates * H * (features + H) flops per row, step and layer, and a quarter less for the
@@ -24,14 +25,14 @@ constexpr int64_t kFirstHidden = 4 - Cell::kGates;
 template <class Cell>
 constexpr int kInputRows = kPanelVectors == 4 ? (Cell::kGates == 4 ? 6 : 8) : (Cell::kGates == 4 ? 3 : 4);
 
-// Buffers of a layer of a tile, [rows][stride] each. `outputs`, `dropped` and `sums` are ring buffers with a
-// slot for every step of a chunk.
+// Buffers of a layer of a tile, [rows][stride] each. `grad_above`, `outputs`, `dropped` and `sums` are ring
+// buffers with a slot for every step of a chunk.
 template <class Element>
 struct BackwardLayer {
   Element* grad_h;        // gradient of this step's h through the next step
   Element* grad_carried;  // gradient of the carried value through the next step
-  Element* grad_above;    // gradient of this step's h from the layer above
   Element* activated;     // tanh(c) of the step
+  Element* grad_above;    // gradient of h from the layer above, of chunk_steps steps
   Element* outputs;       // h of chunk_steps + 1 steps, computed again (LSTM only)
   Element* dropped;       // h after dropout, of chunk_steps steps
   Element* sums;          // gradients of the sums, [chunk_steps][rows][sum_stride]
@@ -47,6 +48,9 @@ struct BackwardTile {
   int64_t step_sums;  // step stride of `sums`
 
   Element* sums(int64_t layer, int64_t t) const { return layers[layer].sums + t % chunk * step_sums; }
+  Element* grad_above(int64_t layer, int64_t t) const {
+    return layers[layer].grad_above + t % chunk * buffer_elements;
+  }
 };
 
 // Location of the rows of a tile, for example h of a step of a layer. Null data means zeros.
@@ -121,11 +125,13 @@ QFAST_ONE_COPY static void turned_product(const RecurrentJob<Element>& job, int6
   }
 }
 
-// sum[block][input][gate][lane] += inputs^T x gradients of the sums, over the rows of steps [begin, end).
+// sum[block][input][gate][lane] += inputs^T x gradients of the sums, over the rows of steps [begin, end). If
+// `sets`, the previous values are not read.
 template <class Cell, class Element>
 QFAST_ONE_COPY static void add_weight_sums(const RecurrentJob<Element>& job,
                                            const BackwardTile<Element>& tile, int64_t layer, int64_t begin,
-                                           int64_t end, int64_t features, bool hidden, Element* sum) {
+                                           int64_t end, int64_t features, bool hidden, bool sets,
+                                           Element* sum) {
   constexpr int64_t lanes = kLanes<Element>, gates = Cell::kGates * lanes;
   const int64_t first = hidden ? kFirstHidden<Cell> : 0;
   for (int64_t block = 0; block < job.blocks; ++block) {
@@ -144,16 +150,18 @@ QFAST_ONE_COPY static void add_weight_sums(const RecurrentJob<Element>& job,
 #pragma GCC unroll 4
         for (int g = 0; g < Cell::kGates; ++g) {
           Element* const place = to + i * gates + g * lanes;
-          store<Element>(place, load<Element>(place, lanes) + sums.at[i][g], lanes);
+          const Vector<Element> value = sums.at[i][g];
+          store<Element>(place, sets ? value : load<Element>(place, lanes) + value, lanes);
         }
     });
   }
 }
 
-// sum[block][sum][lane] += gradients of the sums, over the rows of steps [begin, end).
+// sum[block][sum][lane] += gradients of the sums, over the rows of steps [begin, end). If `sets`, the
+// previous values are not read.
 template <class Element>
 static void add_bias_sums(const RecurrentJob<Element>& job, const BackwardTile<Element>& tile, int64_t layer,
-                          int64_t begin, int64_t end, Element* sum) {
+                          int64_t begin, int64_t end, bool sets, Element* sum) {
   constexpr int64_t lanes = kLanes<Element>;
   for (int64_t block = 0; block < job.blocks; ++block) {
     Vector<Element> total[4] = {};
@@ -167,7 +175,7 @@ static void add_bias_sums(const RecurrentJob<Element>& job, const BackwardTile<E
 #pragma GCC unroll 4
     for (int g = 0; g < 4; ++g) {
       Element* const place = sum + (block * 4 + g) * lanes;
-      store<Element>(place, load<Element>(place, lanes) + total[g], lanes);
+      store<Element>(place, sets ? total[g] : load<Element>(place, lanes) + total[g], lanes);
     }
   }
 }
@@ -264,10 +272,10 @@ static void pass_dropout(const RecurrentJob<Element>& job, const BackwardTile<El
     __builtin_memcpy(dropped + row * job.stride, output.data + row * output.row_stride,
                      sizeof(Element) * job.hidden);
   drop<Element>(job.dropout, place, tile.rows, job.hidden, dropped, job.stride);
-  drop<Element>(job.dropout, place, tile.rows, job.hidden, layer.grad_above, job.stride);
+  drop<Element>(job.dropout, place, tile.rows, job.hidden, tile.grad_above(l, t), job.stride);
 }
 
-// Computes the gradients of step t of layer l.
+// Computes the gradients of step t of layer l, except the gradients of the input of an upper layer.
 template <class Cell, class Element>
 static void backward_step(const RecurrentJob<Element>& job, const BackwardTile<Element>& tile, int64_t l,
                           int64_t t) {
@@ -277,7 +285,7 @@ static void backward_step(const RecurrentJob<Element>& job, const BackwardTile<E
   int64_t grad_above_stride = 0;
   if (l + 1 < job.layer_count) {
     if (job.dropout.active) pass_dropout<Cell>(job, tile, l, t);
-    grad_above = layer.grad_above;
+    grad_above = tile.grad_above(l, t);
     grad_above_stride = job.stride;
   } else if (job.grad_output.data != nullptr) {
     grad_above =
@@ -289,10 +297,7 @@ static void backward_step(const RecurrentJob<Element>& job, const BackwardTile<E
   if (t > 0 || job.grad_first_h != nullptr)
     turned_product<Cell>(job, kFirstHidden<Cell>, sums, tile.sum_stride, weights.hidden_turned,
                          job.hidden_width, job.hidden, tile.rows, layer.grad_h, job.stride);
-  if (l > 0) {
-    turned_product<Cell>(job, 0, sums, tile.sum_stride, weights.input_turned, weights.input_width, job.hidden,
-                         tile.rows, tile.layers[l - 1].grad_above, job.stride);
-  } else if (job.grad_x != nullptr) {
+  if (l == 0 && job.grad_x != nullptr) {
     const int64_t features = weights.features;
     turned_product<Cell>(job, 0, sums, tile.sum_stride, weights.input_turned, weights.input_width, features,
                          tile.rows, job.grad_x + (tile.first * job.steps + t) * features,
@@ -300,21 +305,29 @@ static void backward_step(const RecurrentJob<Element>& job, const BackwardTile<E
   }
 }
 
-// Computes the gradients of all steps and layers of a tile and adds the weight gradients to `total`.
+// Computes the gradients of all steps and layers of a tile and adds the weight gradients to `total`, or sets
+// them if the rows are the first of a part.
 template <class Cell, class Element>
 static void backward_tile(const RecurrentJob<Element>& job, const BackwardTile<Element>& tile,
-                          Element* total) {
+                          bool first_rows, Element* total) {
   for (int64_t l = 0; l < job.layer_count; ++l) begin_layer<Cell>(job, tile, l);
-  for (int64_t t = job.steps - 1, end = job.steps; t >= 0; --t) {
-    for (int64_t l = job.layer_count - 1; l >= 0; --l) backward_step<Cell>(job, tile, l, t);
-    if (t > 0 && end - t < tile.chunk) continue;
+  for (int64_t end = job.steps, begin; end > 0; end = begin) {
+    begin = end > tile.chunk ? end - tile.chunk : 0;
+    for (int64_t l = job.layer_count - 1; l >= 0; --l) {
+      for (int64_t t = end - 1; t >= begin; --t) backward_step<Cell>(job, tile, l, t);
+      // The steps of a chunk fill the slots from the first one on, in any order.
+      if (l > 0)
+        turned_product<Cell>(job, 0, tile.layers[l].sums, tile.sum_stride, job.layers[l].input_turned,
+                             job.layers[l].input_width, job.hidden, (end - begin) * tile.rows,
+                             tile.layers[l - 1].grad_above, job.stride);
+    }
+    const bool sets = first_rows && end == job.steps;
     for (int64_t l = 0; l < job.layer_count; ++l) {
       const RecurrentLayer<Element>& layer = job.layers[l];
-      add_weight_sums<Cell>(job, tile, l, t, end, layer.features, false, total + layer.input_sum);
-      add_weight_sums<Cell>(job, tile, l, t, end, job.hidden, true, total + layer.hidden_sum);
-      add_bias_sums(job, tile, l, t, end, total + layer.bias_sum);
+      add_weight_sums<Cell>(job, tile, l, begin, end, layer.features, false, sets, total + layer.input_sum);
+      add_weight_sums<Cell>(job, tile, l, begin, end, job.hidden, true, sets, total + layer.hidden_sum);
+      add_bias_sums(job, tile, l, begin, end, sets, total + layer.bias_sum);
     }
-    end = t;
   }
   if (job.grad_first_h == nullptr) return;
   for (int64_t l = 0; l < job.layer_count; ++l) {
@@ -344,15 +357,15 @@ static void backward_rows(const RecurrentJob<Element>& job, int64_t begin, int64
                  at + buffer_elements,
                  at + 2 * buffer_elements,
                  at + 3 * buffer_elements,
-                 at + 4 * buffer_elements,
-                 at + (5 + chunk) * buffer_elements,
-                 at + (5 + 2 * chunk) * buffer_elements};
+                 at + (3 + chunk) * buffer_elements,
+                 at + (4 + 2 * chunk) * buffer_elements,
+                 at + (4 + 3 * chunk) * buffer_elements};
   }
   for (int64_t first = begin; first < end; first += job.tile_rows) {
     const int64_t rows = smaller(job.tile_rows, end - first);
-    const BackwardTile<Element> tile{
-        first, rows, buffer_elements, job.sum_stride, chunk, layers, job.tile_rows * job.sum_stride};
-    backward_tile<Cell>(job, tile, total);
+    const BackwardTile<Element> tile{first, rows,   rows * job.stride,    job.sum_stride,
+                                     chunk, layers, rows * job.sum_stride};
+    backward_tile<Cell>(job, tile, first == begin, total);
   }
 }
 

@@ -27,6 +27,11 @@ constexpr int64_t kRecurrentMostRows = 48;
 // Size limit of the gradients of the sums that a layer of a tile collects before one product with its inputs.
 constexpr int64_t kChunkSumBytes = 128 << 10;
 constexpr int64_t kMostChunkSteps = 4;
+// Weights that are larger than this do not fit in the second-level cache next to each other. A layer then
+// computes several steps, about kLayerRows rows, before another layer evicts its weights.
+constexpr int64_t kCachedWeightBytes = 1 << 20;
+constexpr int64_t kLayerRows = 96;
+constexpr int64_t kFewRows = 16;  // so few that the sums of all weights take longer than their products
 
 // Returns the rows of a tile. They depend on the sizes only, so the sums of gradients have the same order for
 // any number of threads.
@@ -76,8 +81,11 @@ class RecurrentNetwork {
       layers_[l].hidden_weight = pack(weights_[4 * l + 1], false);
       layers_[l].bias = pack_bias(weights_[4 * l + 2], weights_[4 * l + 3]);
     }
-    scratch_elements = job.layer_count * 4 * job.tile_rows * job.stride;
+    job.layer_steps = weights_fit() ? 1 : layer_steps();
+    const int64_t chunk_rows = job.layer_steps * job.tile_rows;
+    scratch_elements = job.layer_count * (2 * chunk_rows + 2 * job.tile_rows) * job.stride;
     if (rolling) scratch_elements += (job.tile_rows + job.steps - 1) * 4 * job.stride;
+    if (job.layer_steps > 1) scratch_elements += chunk_rows * (4 * job.stride + layers_[0].features);
   }
 
   void prepare_backward(bool input_grad) {
@@ -99,8 +107,10 @@ class RecurrentNetwork {
     job.sum_stride = 4 * job.stride + 64 / static_cast<int64_t>(sizeof(Element));
     const int64_t step_bytes = job.tile_rows * job.sum_stride * static_cast<int64_t>(sizeof(Element));
     job.chunk_steps = std::clamp<int64_t>(kChunkSumBytes / step_bytes, 1, kMostChunkSteps);
+    if (job.batch <= kFewRows && !weights_fit()) job.chunk_steps = std::max(job.chunk_steps, layer_steps());
+    job.tile_rows = std::min(job.tile_rows, rounded_up(std::max<int64_t>(job.batch, 1), 4));
     job.layer_scratch =
-        job.tile_rows * ((5 + 2 * job.chunk_steps) * job.stride + job.chunk_steps * job.sum_stride);
+        job.tile_rows * ((4 + 3 * job.chunk_steps) * job.stride + job.chunk_steps * job.sum_stride);
     job.header_elements = 64;  // enough for the pointers of a layer
     scratch_elements = job.layer_count * (job.header_elements + job.layer_scratch);
   }
@@ -123,6 +133,19 @@ class RecurrentNetwork {
   int64_t sum_elements = 0;      // elements of the gradient sums of all weights
 
  private:
+  // Returns whether the packed weights of all layers fit in the second-level cache.
+  bool weights_fit() const {
+    int64_t rows = 0;
+    for (const RecurrentLayer<Element>& layer : layers_) rows += layer.features + job.hidden;
+    return rows * Cell::kGates * job.stride * static_cast<int64_t>(sizeof(Element)) <= kCachedWeightBytes;
+  }
+
+  // Number of steps with about kLayerRows rows.
+  int64_t layer_steps() const {
+    const int64_t rows = std::max<int64_t>(1, std::min(job.batch, job.tile_rows));
+    return std::max<int64_t>(1, std::min(kLayerRows / rows, job.steps));
+  }
+
   // Width of equal panels of at most as many vectors as the registers hold.
   int64_t panel_width(int64_t columns) const {
     const int64_t most = (cpu_kernels().vector_bytes == 64 ? 4 : 2) * lanes_;

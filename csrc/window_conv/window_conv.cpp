@@ -3,6 +3,7 @@
 #include "window_conv/window_conv.h"
 
 #include <tuple>
+#include <vector>
 
 #include "panel_store.h"
 
@@ -23,25 +24,58 @@ void check_window_conv(const char* op, const Tensor& x, const Tensor& weight) {
   check_shaped(op, "weight", weight, x, {weight.size(0), x.size(2), weight.size(2)});
 }
 
-// Returns weight [O, D, K] as [K, padded rows, columns]. Rows and columns are D and O. If `turned`, they are
-// O and D, and the taps are in reverse order, which is the right side of the product for the gradient of x.
+constexpr int64_t kMostWidth = 64;  // columns of a panel
+constexpr int64_t kTapRows = 48;    // rows of a block between the orders [D, K] and [K, D]
+
+// Calls body(first feature, features) for blocks of features with about kTapRows inputs, taps times features.
+template <class Body>
+void for_feature_blocks(int64_t features, int64_t taps, const Body& body) {
+  const int64_t most = std::max<int64_t>(1, kTapRows / taps);
+  for (int64_t d = 0; d < features; d += most) body(d, std::min(most, features - d));
+}
+
+// Sets the rows beyond the last one of each tap to 0.
 template <class Element>
-Tensor by_taps(const Tensor& weight, bool turned) {
-  const Tensor source = as_contiguous(weight);
-  const int64_t O = source.size(0), D = source.size(1), K = source.size(2);
-  const int64_t rows = turned ? O : D, columns = turned ? D : O;
-  const int64_t padded = PanelStore<Element>::cut(rows).padded();
-  const Tensor out = empty(source, {K * padded, columns});
-  Element* const to = out.mutable_data_ptr<Element>();
-  std::fill(to, to + K * padded * columns, Element(0));
-  const Element* const from = source.const_data_ptr<Element>();
-  for (int64_t o = 0; o < O; ++o)
-    for (int64_t d = 0; d < D; ++d)
+void clear_between_taps(Element* to, int64_t taps, int64_t rows, int64_t padded, int64_t width) {
+  for (int64_t k = 0; k < taps; ++k)
+    std::fill(to + (k * padded + rows) * width, to + (k + 1) * padded * width, Element(0));
+}
+
+// Packs weight [O, D, K] as [K * padded D, O], the right side of the product with x.
+template <class Element>
+PanelMatrix<Element> packed_by_taps(PanelStore<Element>& store, const Tensor& weight, int64_t padded) {
+  const int64_t D = weight.size(1), K = weight.size(2);
+  const Element* const from = weight.const_data_ptr<Element>();
+  std::vector<Element> block(std::max(kTapRows, K) * kMostWidth);
+  return store.pack(K * padded, weight.size(0), [&](int64_t o, int64_t count, int64_t width, Element* to) {
+    clear_between_taps(to, K, D, padded, width);
+    for_feature_blocks(D, K, [&](int64_t first, int64_t features) {
+      cpu_kernels<Element>().transpose(from + (o * D + first) * K, D * K, count, features * K, block.data(),
+                                       width);
+      for (int64_t d = 0; d < features; ++d)
+        for (int64_t k = 0; k < K; ++k)
+          std::memcpy(to + (k * padded + first + d) * width, block.data() + (d * K + k) * width,
+                      sizeof(Element) * count);
+    });
+  });
+}
+
+// Packs weight [O, D, K] as [K * padded O, D] with the taps in reverse order, the right side of the product
+// for the gradient of x.
+template <class Element>
+PanelMatrix<Element> packed_by_reversed_taps(PanelStore<Element>& store, const Tensor& weight,
+                                             int64_t padded) {
+  const int64_t O = weight.size(0), D = weight.size(1), K = weight.size(2);
+  const Element* const from = weight.const_data_ptr<Element>();
+  return store.pack(K * padded, D, [&](int64_t first, int64_t count, int64_t width, Element* to) {
+    clear_between_taps(to, K, O, padded, width);
+    for (int64_t o = 0; o < O; ++o)
       for (int64_t k = 0; k < K; ++k) {
-        const int64_t row = turned ? (K - 1 - k) * padded + o : k * padded + d;
-        to[row * columns + (turned ? d : o)] = from[(o * D + d) * K + k];
+        Element* const row = to + ((K - 1 - k) * padded + o) * width;
+        const Element* const source = from + (o * D + first) * K + k;
+        for (int64_t d = 0; d < count; ++d) row[d] = source[d * K];
       }
-  return out;
+  });
 }
 
 template <class Element>
@@ -54,7 +88,8 @@ WindowConvJob<Element> job_of(const Tensor& x, const Tensor& weight) {
   job.taps = weight.size(2);
   job.padded_in = PanelStore<Element>::cut(job.in).padded();
   job.padded_out = PanelStore<Element>::cut(job.out).padded();
-  job.tile_windows = std::max<int64_t>(1, kTileRows / std::max<int64_t>(job.steps, 1));
+  const int64_t most = std::max<int64_t>(1, kTileRows / std::max<int64_t>(job.steps, 1));
+  job.tile_windows = std::min(most, std::max<int64_t>(job.batch, 1));
   job.x = x.const_data_ptr<Element>();
   job.x_window = x.stride(0);
   job.x_step = x.stride(1);
@@ -79,12 +114,13 @@ Tensor window_conv_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias
   check_window_conv(op, x, weight);
   const int64_t out = weight.size(0);
   check_shaped(op, "bias", bias, x, {out});
-  const Tensor output = empty(x, {x.size(0), x.size(1), out}), contiguous_bias = as_contiguous(bias);
+  const Tensor output = empty(x, {x.size(0), x.size(1), out}), contiguous_bias = as_contiguous(bias),
+               contiguous_weight = as_contiguous(weight);
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);
     PanelStore<Element> store(x);
     auto job = job_of<Element>(x, weight);
-    job.weight = store.turned(by_taps<Element>(weight, false), 0, job.taps * job.padded_in);
+    job.weight = packed_by_taps(store, contiguous_weight, job.padded_in);
     job.bias = store.vector(contiguous_bias.const_data_ptr<Element>(), out);
     job.output = output.mutable_data_ptr<Element>();
     const auto kernel = cpu_kernels<Element>().window_conv;
@@ -100,10 +136,19 @@ template <class Element>
 Tensor weight_gradient(const Tensor& like, const WindowConvJob<Element>& job, const Element* sums) {
   const Tensor out = empty(like, {job.out, job.in, job.taps});
   Element* const to = out.mutable_data_ptr<Element>();
-  for (int64_t o = 0; o < job.out; ++o)
-    for (int64_t d = 0; d < job.in; ++d)
-      for (int64_t k = 0; k < job.taps; ++k)
-        to[(o * job.in + d) * job.taps + k] = sums[(k * job.padded_in + d) * job.padded_out + o];
+  const int64_t K = job.taps;
+  std::vector<Element> block(std::max(kTapRows, K) * kMostWidth);
+  for (int64_t o = 0; o < job.out; o += kMostWidth) {
+    const int64_t count = std::min(kMostWidth, job.out - o);
+    for_feature_blocks(job.in, K, [&](int64_t first, int64_t features) {
+      for (int64_t d = 0; d < features; ++d)
+        for (int64_t k = 0; k < K; ++k)
+          std::memcpy(block.data() + (d * K + k) * kMostWidth,
+                      sums + (k * job.padded_in + first + d) * job.padded_out + o, sizeof(Element) * count);
+      cpu_kernels<Element>().transpose(block.data(), kMostWidth, features * K, count,
+                                       to + (o * job.in + first) * K, job.in * K);
+    });
+  }
   return out;
 }
 
@@ -113,24 +158,25 @@ std::tuple<Tensor, Tensor, Tensor> window_conv_backward_cpu(const Tensor& grad, 
   check_window_conv(op, x, weight);
   check_shaped(op, "grad", grad, x, {x.size(0), x.size(1), weight.size(0)});
   const Tensor grad_x = empty(x, {input_grad ? x.size(0) : 0, x.size(1), x.size(2)});
-  const Tensor contiguous_grad = as_contiguous(grad);
+  const Tensor contiguous_grad = as_contiguous(grad), contiguous_weight = as_contiguous(weight);
   std::optional<std::tuple<Tensor, Tensor, Tensor>> gradients;
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);
     PanelStore<Element> store(x);
     auto job = job_of<Element>(x, weight);
-    job.weight_turned = store.turned(by_taps<Element>(weight, true), 0, job.taps * job.padded_out);
+    if (input_grad) job.weight_turned = packed_by_reversed_taps(store, contiguous_weight, job.padded_out);
     job.grad = contiguous_grad.const_data_ptr<Element>();
     if (input_grad) job.grad_x = grad_x.mutable_data_ptr<Element>();
     using Sums = WindowConvSums<Element>;
     Carving<Element> counted{nullptr};
     Sums::carve(job, counted);
     const auto kernel = cpu_kernels<Element>().window_conv_backward;
-    const Buffer<Element> total =
-        sum_in_parts<Element>(x, tiles_of(job), {scratch_of(job, true), true}, counted.used,
-                              [&](int64_t begin, int64_t end, Element* scratch, Element* sums) {
-                                kernel(job, begin, end, scratch, sums);
-                              });
+    const Buffer<Element> total = sum_in_parts<Element>(
+        x, tiles_of(job), {scratch_of(job, true), true}, counted.used,
+        [&](int64_t begin, int64_t end, Element* scratch, Element* sums) {
+          kernel(job, begin, end, scratch, sums);
+        },
+        true);
     Carving<Element> space{total.data()};
     const Sums sums = Sums::carve(job, space);
     gradients = {grad_x, weight_gradient(x, job, sums.weight), copied_vector<Element>(x, sums.bias, job.out)};

@@ -61,6 +61,7 @@ void window_conv_backward(const WindowConvJob<Element>& job, int64_t begin, int6
   const auto tile = WindowConvTile<Element>::carve(job, true, space);
   const auto sums = WindowConvSums<Element>::carve(job, total);
   const int64_t side = job.taps / 2, row = job.steps * job.out;
+  for (int64_t j = 0; j < job.out; ++j) sums.bias[j] = 0;
   for (int64_t t = begin; t < end; ++t) {
     const int64_t first = t * job.tile_windows, windows = smaller(job.tile_windows, job.batch - first);
     copy_between_zeros<Element>(job, job.x + first * job.x_window, job.x_window, job.x_step, job.x_column,
@@ -71,9 +72,14 @@ void window_conv_backward(const WindowConvJob<Element>& job, int64_t begin, int6
     // are 0.
     const Element* const grad = tile.grad + side * job.padded_out;
     const int64_t rows = windows * job.rows_apart() - side;
-    multiply<Finish::kAdd, Element>(in_place<Element>(grad, rows, job.out, job.padded_out), tile.x, 1,
-                                    job.padded_in, job.taps * job.padded_in,
-                                    {sums.weight, job.padded_out, nullptr, nullptr, 0});
+    const PanelMatrix<Element> right = in_place<Element>(grad, rows, job.out, job.padded_out);
+    const Target<Element> target{sums.weight, job.padded_out, nullptr, nullptr, 0};
+    const int64_t inputs = job.taps * job.padded_in;
+    if (t == begin) {
+      multiply<Finish::kPut, Element>(right, tile.x, 1, job.padded_in, inputs, target);
+    } else {
+      multiply<Finish::kAdd, Element>(right, tile.x, 1, job.padded_in, inputs, target);
+    }
     add_rows<Element>(grad, job.padded_out, rows, job.out, sums.bias);
     if (job.grad_x != nullptr)
       convolve<Element>(job, job.weight_turned, nullptr, tile.grad, job.padded_out, windows,

@@ -36,6 +36,21 @@ void check_order(const int32_t* instruments, const int32_t* dates, int64_t rows)
   }
 }
 
+// Returns whether check_codes and check_order accept all rows. It has no branches, so the compiler vectorizes
+// it.
+bool valid(const int32_t* instruments, const int32_t* dates, int64_t rows) {
+  if (rows == 0) return true;
+  int32_t signs = instruments[0] | dates[0], ascend = -1;
+  for (int64_t r = 1; r < rows; ++r) {
+    signs |= instruments[r] | dates[r];
+    const int32_t next_instrument = -static_cast<int32_t>(instruments[r] > instruments[r - 1]);
+    const int32_t same_instrument = -static_cast<int32_t>(instruments[r] == instruments[r - 1]);
+    const int32_t later = -static_cast<int32_t>(dates[r] > dates[r - 1]);
+    ascend &= next_instrument | (same_instrument & later);
+  }
+  return signs >= 0 && ascend != 0;
+}
+
 // Calls body(row, code) for every live row.
 template <class Body>
 void each_live(const int32_t* dates, const bool* live, int64_t rows, const Body& body) {
@@ -49,7 +64,7 @@ void each_live(const int32_t* dates, const bool* live, int64_t rows, const Body&
 // timestamps, are sorted, because their table would need gigabytes.
 void rank_dates(const int32_t* dates, const bool* live, int64_t rows, int32_t* position) {
   int32_t last = -1;
-  for (int64_t r = 0; r < rows; ++r) last = dates[r] > last ? dates[r] : last;
+  for (int64_t r = 0; r < rows; ++r) last = std::max(last, dates[r]);
   if (last > kTableEntriesPerRow * rows + kSmallTable) {
     std::vector<int32_t> codes;
     each_live(dates, live, rows, [&](int64_t, int32_t code) { codes.push_back(code); });
@@ -72,6 +87,19 @@ void rank_dates(const int32_t* dates, const bool* live, int64_t rows, int32_t* p
   each_live(dates, live, rows, [&](int64_t r, int32_t code) { position[r] = rank[code]; });
 }
 
+// The tables of a panel whose rows are all live.
+void count_runs(const int32_t* instruments, const int32_t* position, int64_t rows, int32_t* back,
+                int32_t* run) {
+  int32_t length = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int32_t same = r > 0 && instruments[r - 1] == instruments[r];
+    const int32_t follows = same & static_cast<int32_t>(r > 0 && position[r - 1] + 1 == position[r]);
+    back[r] = same;
+    length = (length + 1) & -follows;
+    run[r] = length;
+  }
+}
+
 }  // namespace
 
 void build_window_index(const int32_t* instruments, const int32_t* dates, const bool* live, int64_t rows,
@@ -79,15 +107,18 @@ void build_window_index(const int32_t* instruments, const int32_t* dates, const 
   QFAST_CHECK(rows <= std::numeric_limits<int32_t>::max(), "the panel has ", rows, " rows, expected at most ",
               std::numeric_limits<int32_t>::max(),
               " because the tables are int32. Remedy: split the panel by instrument.");
-  check_codes("instrument_codes", instruments, rows);
-  check_codes("date_codes", dates, rows);
-  check_order(instruments, dates, rows);
+  if (!valid(instruments, dates, rows)) {
+    check_codes("instrument_codes", instruments, rows);
+    check_codes("date_codes", dates, rows);
+    check_order(instruments, dates, rows);
+  }
   rank_dates(dates, live, rows, position);
+  if (live == nullptr) return count_runs(instruments, position, rows, back, run);
   int64_t previous = -1;  // the last live row before r
   for (int64_t r = 0; r < rows; ++r) {
     back[r] = 0;
     run[r] = 0;
-    if (live != nullptr && !live[r]) {
+    if (!live[r]) {
       position[r] = -1;
       continue;
     }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qfast.ops import transforms
-from qfast.ops._common import FLOATING, check_same, define, explain_memory, require_tensor
+from qfast.ops._common import FLOATING, check_same, define, explain_memory, require_tensor, skip_autograd
 
 __all__ = ["tanh"]
 
@@ -55,7 +55,8 @@ def tanh(x: Tensor) -> Tensor:
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if x.dtype not in FLOATING or autocast or transforms.active():
         return torch.tanh(x)
-    return torch.ops.qfast.tanh(x)
+    with skip_autograd():
+        return torch.ops.qfast.tanh(x)
 
 
 def _twin(x: Tensor) -> Tensor:

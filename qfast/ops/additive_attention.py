@@ -8,7 +8,6 @@ additive_attention.cpp, and additive_attention.cu.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from typing import Any
 
@@ -29,6 +28,7 @@ from qfast.ops._common import (
     require,
     require_saved,
     require_tensor,
+    skip_autograd,
 )
 from qfast.ops.additive_attention_twin import (
     attend,
@@ -119,7 +119,8 @@ def additive_attention(
     if keep and not torch.compiler.is_compiling():
         return _Attention.apply(query, key, value, days, longest, slope)[0]
     tensors = _with_heads(query, key, value)
-    return torch.ops.qfast.additive_attention(*tensors, days, longest, slope, keep)[0].reshape(value.shape)
+    with skip_autograd():
+        return torch.ops.qfast.additive_attention(*tensors, days, longest, slope, keep)[0].reshape(value.shape)
 
 
 @explain_memory("graph_attention")
@@ -177,7 +178,8 @@ def graph_attention(
     keep = needs_grad(hidden, weight, bias)
     if keep and not torch.compiler.is_compiling():
         return _Graph.apply(hidden, weight, bias, days, longest, slope)[0]
-    return torch.ops.qfast.graph_attention(hidden, weight, bias, days, longest, slope, keep)[0]
+    with skip_autograd():
+        return torch.ops.qfast.graph_attention(hidden, weight, bias, days, longest, slope, keep)[0]
 
 
 def _has_halves(*tensors: object) -> bool:
@@ -330,7 +332,7 @@ refuse_double_backward("graph_attention", remedy=_DENSE)
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, days, longest, slope):  # type: ignore[no-untyped-def]
-        with _kernel():
+        with skip_autograd():
             tensors = _with_heads(query, key, value)
             out, *saved = torch.ops.qfast.additive_attention(*tensors, days, longest, slope, True)
         output = out.view(value.shape), *saved
@@ -345,7 +347,7 @@ class _Attention(torch.autograd.Function):
         query, key, value, offsets, out, *saved = ctx.saved_tensors
         days = offsets, ctx.longest, ctx.slope
         *tensors, grad, out = _with_heads(query, key, value, grad, out)
-        with _kernel():
+        with skip_autograd():
             grads = torch.ops.qfast.additive_attention_backward(grad, *tensors, *days, out, *saved)
         return *(g.view(t.shape) for g, t in zip(grads, (query, key, value), strict=True)), None, None, None
 
@@ -353,23 +355,15 @@ class _Attention(torch.autograd.Function):
 class _Graph(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, days, longest, slope):  # type: ignore[no-untyped-def]
-        with _kernel():
+        with skip_autograd():
             output = torch.ops.qfast.graph_attention(hidden, weight, bias, days, longest, slope, True)
         _save(ctx, (hidden, weight, bias, days, longest, slope, True), output)
         return output
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
-        with _kernel():
+        with skip_autograd():
             return _graph_gradients(ctx, *grads)[:6]
-
-
-def _kernel() -> AbstractContextManager[None]:
-    """Skip the registered gradient and call the kernel directly, which saves 80 us per call.
-
-    With create_graph=True the registered gradient is needed: it raises the error about double backward.
-    """
-    return nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd()
 
 
 # ---------------------------------------------------------------- self-test

@@ -23,6 +23,7 @@ from qfast.ops._common import (
     refuse_double_backward,
     require,
     require_tensor,
+    skip_autograd,
     widened,
 )
 from qfast.ops.philox import draw_seed, dropout_mask
@@ -99,7 +100,8 @@ def attention_pool(
         return _pool(h, weight, bias, score, p, seed)[0]
     if needs_grad(h, weight, bias, score) and not torch.compiler.is_compiling():
         return _Function.apply(h, weight, bias, score, p, seed)
-    return torch.ops.qfast.attention_pool(h, weight, bias, score, p, seed)[0]
+    with skip_autograd():
+        return torch.ops.qfast.attention_pool(h, weight, bias, score, p, seed)[0]
 
 
 # ---------------------------------------------------------------- argument checks
@@ -213,13 +215,15 @@ refuse_double_backward("attention_pool")
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
-        output = torch.ops.qfast.attention_pool(*inputs)
+        with skip_autograd():
+            output = torch.ops.qfast.attention_pool(*inputs)
         _save(ctx, inputs, output)
         return output[0]
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return _gradients(ctx, grad)
+        with skip_autograd():
+            return _gradients(ctx, grad)
 
 
 # ---------------------------------------------------------------- self-test

@@ -26,6 +26,7 @@ from qfast.ops._common import (
     needs_grad,
     refuse_double_backward,
     require_saved,
+    skip_autograd,
     widened,
 )
 from qfast.ops.encoder_layer_twin import WEIGHTS, backward_twin, forward_twin
@@ -120,7 +121,8 @@ def encoder_layer(
     keep = needs_grad(x, *weights)
     if keep and not torch.compiler.is_compiling():
         return _Function.apply(*settings, precision_for(x), x, *weights)
-    return torch.ops.qfast.encoder_layer(x, list(weights), *settings, keep, precision_for(x))[0]
+    with skip_autograd():
+        return torch.ops.qfast.encoder_layer(x, list(weights), *settings, keep, precision_for(x))[0]
 
 
 # ---------------------------------------------------------------- argument checks
@@ -261,7 +263,8 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, heads, eps, dropout, seed, last_step, precision, x, *weights):  # type: ignore[no-untyped-def]
         inputs = (x, list(weights), heads, eps, dropout, seed, last_step, True, precision)
-        output = torch.ops.qfast.encoder_layer(*inputs)
+        with skip_autograd():
+            output = torch.ops.qfast.encoder_layer(*inputs)
         _save(ctx, inputs, output)
         return output[0]
 
@@ -269,7 +272,8 @@ class _Function(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        grad_x, grad_weights = _input_gradients(ctx, grad, ctx.needs_input_grad[6])
+        with skip_autograd():
+            grad_x, grad_weights = _input_gradients(ctx, grad, ctx.needs_input_grad[6])
         return *(None,) * 6, grad_x, *grad_weights
 
 

@@ -23,6 +23,7 @@ from qfast.ops._common import (
     is_half,
     needs_grad,
     refuse_double_backward,
+    skip_autograd,
     widened,
 )
 from qfast.ops.philox import draw_seed, dropout_mask
@@ -106,7 +107,8 @@ def feed_forward(
     elif needs_grad(*tensors) and not torch.compiler.is_compiling():
         out = _Function.apply(*tensors, p, seed, precision_for(x))
     else:
-        out = torch.ops.qfast.feed_forward(*tensors, p, seed, precision_for(x))
+        with skip_autograd():
+            out = torch.ops.qfast.feed_forward(*tensors, p, seed, precision_for(x))
     return out.reshape(*x.shape[:-1], weight_out.shape[0])
 
 
@@ -242,13 +244,15 @@ refuse_double_backward("feed_forward")
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
-        output = torch.ops.qfast.feed_forward(*inputs)
+        with skip_autograd():
+            output = torch.ops.qfast.feed_forward(*inputs)
         _save(ctx, inputs, output)
         return output
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return _gradients(ctx, grad)
+        with skip_autograd():
+            return _gradients(ctx, grad)
 
 
 # ---------------------------------------------------------------- self-test

@@ -29,6 +29,7 @@ from qfast.ops._common import (
     require,
     require_saved,
     require_tensor,
+    skip_autograd,
     widened,
 )
 from qfast.ops.philox import draw_seed
@@ -129,7 +130,8 @@ def lstm(
         output, h, c = _Function.apply(LSTM, len(state), p, seed, all_steps, x, *state, *weights)
     else:
         h0, c0 = state or (None, None)
-        output, h, c, *_ = torch.ops.qfast.lstm(x, weights, h0, c0, p, seed, all_steps, keep)
+        with skip_autograd():
+            output, h, c, *_ = torch.ops.qfast.lstm(x, weights, h0, c0, p, seed, all_steps, keep)
     return output, (h, c)
 
 
@@ -202,7 +204,8 @@ def gru(
     elif keep and not torch.compiler.is_compiling():
         output, h = _Function.apply(GRU, len(state), p, seed, all_steps, x, *state, *weights)
     else:
-        output, h, *_ = torch.ops.qfast.gru(x, weights, *(state or (None,)), p, seed, all_steps, keep)
+        with skip_autograd():
+            output, h, *_ = torch.ops.qfast.gru(x, weights, *(state or (None,)), p, seed, all_steps, keep)
     return output, h
 
 
@@ -308,7 +311,8 @@ class _Function(torch.autograd.Function):
         n = len(cell.state_names)
         state, weights = tensors[:n_states], list(tensors[n_states:])
         inputs = (x, weights, *(*state, None, None)[:n], dropout, seed, all_steps, True)
-        output = getattr(torch.ops.qfast, cell.name)(*inputs)
+        with skip_autograd():
+            output = getattr(torch.ops.qfast, cell.name)(*inputs)
         _save(cell, ctx, inputs, output, ctx.needs_input_grad[5])
         ctx.cell = cell
         return output[: 1 + n]
@@ -317,7 +321,8 @@ class _Function(torch.autograd.Function):
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
-        grad_x, grad_states, grad_weights = _gradients(ctx.cell, ctx, grads)
+        with skip_autograd():
+            grad_x, grad_states, grad_weights = _gradients(ctx.cell, ctx, grads)
         return None, None, None, None, None, grad_x, *grad_states[: ctx.n_states], *grad_weights
 
 

@@ -27,6 +27,7 @@ from qfast.ops._common import (
     refuse_double_backward,
     require,
     require_saved,
+    skip_autograd,
     widened,
 )
 from qfast.ops.philox import draw_seed
@@ -151,7 +152,8 @@ def temporal_conv_net(
     if keep and not torch.compiler.is_compiling():
         out = _Function.apply(steps, seed, spacing, p, all_steps, *weights)
     else:
-        out = torch.ops.qfast.temporal_conv_net(steps, weights, spacing, p, seed, all_steps, keep)[0]
+        with skip_autograd():
+            out = torch.ops.qfast.temporal_conv_net(steps, weights, spacing, p, seed, all_steps, keep)[0]
     return out.transpose(1, 2) if all_steps else out
 
 
@@ -351,13 +353,15 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, seed, dilations, dropout, all_steps, *weights):  # type: ignore[no-untyped-def]
         inputs = (x, weights, dilations, dropout, seed, all_steps, True)
-        output = torch.ops.qfast.temporal_conv_net(*inputs)
+        with skip_autograd():
+            output = torch.ops.qfast.temporal_conv_net(*inputs)
         _save(ctx, inputs, output)
         return output[0]
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        grad_x, grad_weights, *_ = _gradients(ctx, grad)
+        with skip_autograd():
+            grad_x, grad_weights, *_ = _gradients(ctx, grad)
         return grad_x, None, None, None, None, *grad_weights
 
 

@@ -21,6 +21,7 @@ from qfast.ops._common import (
     is_half,
     needs_grad,
     refuse_double_backward,
+    skip_autograd,
     widened,
 )
 
@@ -77,7 +78,8 @@ def window_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return _convolve(x, weight, bias)
     if needs_grad(x, weight, bias) and not torch.compiler.is_compiling():
         return _Function.apply(x, weight, bias)
-    return torch.ops.qfast.window_conv(x, weight, bias)
+    with skip_autograd():
+        return torch.ops.qfast.window_conv(x, weight, bias)
 
 
 # ---------------------------------------------------------------- argument checks
@@ -159,11 +161,13 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
         _save(ctx, inputs, None)
-        return torch.ops.qfast.window_conv(*inputs)
+        with skip_autograd():
+            return torch.ops.qfast.window_conv(*inputs)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return _gradients(ctx, grad)
+        with skip_autograd():
+            return _gradients(ctx, grad)
 
 
 # ---------------------------------------------------------------- self-test

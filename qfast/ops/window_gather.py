@@ -21,6 +21,7 @@ from qfast.ops._common import (
     refuse_double_backward,
     require,
     require_tensor,
+    skip_autograd,
 )
 from qfast.ops.window_index import WindowIndex, build_window_index
 
@@ -117,9 +118,10 @@ def gather_windows(
             return _index_panel(panel, rows, begin, end, transposed)
         require_tensor("gather_windows", "last_row", last_row)
         steps, fill_code = _checked_step_len(step_len), _lookup("fill", fill, FILLS)
-        return torch.ops.qfast.gather_rolling_windows(
-            panel, *index, last_row, steps, fill_code, first_position, begin, end, transposed
-        )
+        with skip_autograd():
+            return torch.ops.qfast.gather_rolling_windows(
+                panel, *index, last_row, steps, fill_code, first_position, begin, end, transposed
+            )
     if last_row is not None or step_len is not None:
         raise DataError(
             f"gather_windows: last_row and step_len require a WindowIndex, but index is a {type(index).__name__}."
@@ -127,7 +129,8 @@ def gather_windows(
     require_tensor("gather_windows", "index", index)
     if transforms.active():
         return _gather_windows_twin(panel, index, begin, end, transposed)
-    return torch.ops.qfast.gather_windows(panel, index, begin, end, transposed)
+    with skip_autograd():
+        return torch.ops.qfast.gather_windows(panel, index, begin, end, transposed)
 
 
 @explain_memory("window_rows", FEWER_WINDOWS)
