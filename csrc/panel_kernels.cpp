@@ -11,7 +11,8 @@ void transpose(const Element* from, int64_t from_stride, int64_t rows, int64_t c
 
 namespace {
 
-constexpr int64_t kRowsAhead = 8;    // rows between a prefetch and its use
+constexpr int kDotRows = kPanelVectors == 4 ? 6 : 3;  // rows x 4 sums in registers
+constexpr int64_t kRowsAhead = 8;                     // rows between a prefetch and its use
 constexpr int64_t kDirectRows = 12;  // with fewer rows, a panel is read too seldom for a packed copy
 
 // Completes the sums of a register tile and writes them to the target.
@@ -94,6 +95,90 @@ static void pack_panel(const PanelMatrix<Element>& right, int64_t panel) {
   }
 }
 
+// The sums of adjacent lanes of `a`, then those of `b`.
+template <class Element>
+QFAST_ALWAYS_INLINE Vector<Element> add_pairs(Vector<Element> a, Vector<Element> b) {
+  constexpr int L = kLanes<Element>;
+#if defined(__clang__)
+  Vector<Element> even, odd;
+  for (int i = 0; i < L; ++i) {
+    even[i] = i < L / 2 ? a[2 * i] : b[2 * i - L];
+    odd[i] = i < L / 2 ? a[2 * i + 1] : b[2 * i + 1 - L];
+  }
+#else
+  Integers<Element> even_lanes, odd_lanes;
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) {
+    even_lanes[i] = 2 * i;
+    odd_lanes[i] = 2 * i + 1;
+  }
+  const Vector<Element> even = __builtin_shuffle(a, b, even_lanes), odd = __builtin_shuffle(a, b, odd_lanes);
+#endif
+  return even + odd;
+}
+
+// Replaces `Count` vectors by one: with a vector for each lane, lane i is the sum of the lanes of vector i.
+template <int Count, class Element>
+QFAST_ALWAYS_INLINE Vector<Element> add_lanes(Vector<Element>* vectors) {
+#pragma GCC unroll 4
+  for (int count = Count; count > 1; count /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < count / 2; ++i) vectors[i] = add_pairs<Element>(vectors[2 * i], vectors[2 * i + 1]);
+  return vectors[0];
+}
+
+// sums[i][c] += left row i x column c, for `lanes` elements from k on.
+template <class Element, int Rows, int Columns, class Lanes>
+QFAST_ALWAYS_INLINE void add_dots(Sums<Element, Rows, Columns>& sums, const Element* left, int64_t left_row,
+                                  const Element* const* column, int64_t k, Lanes lanes) {
+  Vector<Element> value[Columns];
+#pragma GCC unroll 4
+  for (int c = 0; c < Columns; ++c) value[c] = load<Element>(column[c] + k, lanes);
+#pragma GCC unroll 6
+  for (int i = 0; i < Rows; ++i) {
+    const Vector<Element> row = load<Element>(left + i * left_row + k, lanes);
+#pragma GCC unroll 4
+    for (int c = 0; c < Columns; ++c) sums.at[i][c] += row * value[c];
+  }
+}
+
+// One vector of columns of a transposed matrix times a few rows. The sums run over vectors of k, whose lanes
+// are added at the end.
+template <int Rows, class Element>
+static void multiply_dots(Finish kind, const PanelMatrix<Element>& right, int64_t first, const Element* left,
+                          int64_t left_row, const Target<Element>& target, int64_t row) {
+  constexpr int64_t L = kLanes<Element>;
+  constexpr int kColumns = L < 4 ? L : 4;
+  const int64_t columns = right.columns - first;
+  Vector<Element> parts[Rows][L / kColumns];
+#pragma GCC unroll 4
+  for (int g = 0; g < L / kColumns; ++g) {
+    const Element* column[kColumns];
+#pragma GCC unroll 4
+    for (int c = 0; c < kColumns; ++c)  // columns beyond the last one repeat it
+      column[c] = right.data + (first + smaller(g * kColumns + c, columns - 1)) * right.step;
+    Sums<Element, Rows, kColumns> sums = {};
+    int64_t k = 0;
+    for (; k + L <= right.rows; k += L) add_dots(sums, left, left_row, column, k, AllLanes{});
+    if (k < right.rows) add_dots(sums, left, left_row, column, k, FirstLanes{right.rows - k});
+#pragma GCC unroll 6
+    for (int i = 0; i < Rows; ++i) parts[i][g] = add_lanes<kColumns, Element>(sums.at[i]);
+  }
+  Sums<Element, Rows, 1> total;
+#pragma GCC unroll 6
+  for (int i = 0; i < Rows; ++i) total.at[i][0] = add_lanes<L / kColumns, Element>(parts[i]);
+  finish(kind, target, total, row, first, columns);
+}
+
+template <class Element>
+static void multiply_transposed(Finish kind, const PanelMatrix<Element>& right, const Element* left,
+                                int64_t left_row, int64_t rows, const Target<Element>& target) {
+  for (int64_t first = 0; first < right.columns; first += kLanes<Element>)
+    for_row_tiles<kDotRows>(rows, [&]<int Rows>(int64_t row) __attribute__((always_inline)) {
+      multiply_dots<Rows>(kind, right, first, left + row * left_row, left_row, target, row);
+    });
+}
+
 // Packs and multiplies panel by panel: a panel is in the cache when it is multiplied.
 template <class Element>
 static void multiply_unpacked(Finish kind, const PanelMatrix<Element>& right, const Element* left,
@@ -117,7 +202,9 @@ static void multiply_unpacked(Finish kind, const PanelMatrix<Element>& right, co
 template <Finish Kind, class Element>
 void multiply(const PanelMatrix<Element>& right, const Element* left, int64_t left_row, int64_t left_step,
               int64_t rows, const Target<Element>& target) {
-  if (right.room != nullptr) {
+  if (right.room == nullptr && right.transposed) {
+    multiply_transposed(Kind, right, left, left_row, rows, target);
+  } else if (right.room != nullptr) {
     multiply_unpacked(Kind, right, left, left_row, left_step, rows, target);
   } else {
     multiply_panels(Kind, right, left, left_row, left_step, rows, target);

@@ -11,6 +11,9 @@ namespace qfast {
 namespace {
 
 constexpr int64_t kTileRows = 240;  // steps of a tile, which contains whole windows
+// Up to this many steps, a weight of at least kLargeWeight elements is not packed.
+constexpr int64_t kFewSteps = 64;
+constexpr int64_t kLargeWeight = 1 << 15;
 
 void check_window_conv(const char* op, const Tensor& x, const Tensor& weight) {
   check_floating(op, "x", x);
@@ -24,8 +27,7 @@ void check_window_conv(const char* op, const Tensor& x, const Tensor& weight) {
   check_shaped(op, "weight", weight, x, {weight.size(0), x.size(2), weight.size(2)});
 }
 
-constexpr int64_t kMostWidth = 64;  // columns of a panel
-constexpr int64_t kTapRows = 48;    // rows of a block between the orders [D, K] and [K, D]
+constexpr int64_t kTapRows = 48;  // rows of a block between the orders [D, K] and [K, D]
 
 // Calls body(first feature, features) for blocks of features with about kTapRows inputs, taps times features.
 template <class Body>
@@ -46,7 +48,7 @@ template <class Element>
 PanelMatrix<Element> packed_by_taps(PanelStore<Element>& store, const Tensor& weight, int64_t padded) {
   const int64_t D = weight.size(1), K = weight.size(2);
   const Element* const from = weight.const_data_ptr<Element>();
-  std::vector<Element> block(std::max(kTapRows, K) * kMostWidth);
+  std::vector<Element> block(std::max(kTapRows, K) * kMostPanelWidth);
   return store.pack(K * padded, weight.size(0), [&](int64_t o, int64_t count, int64_t width, Element* to) {
     clear_between_taps(to, K, D, padded, width);
     for_feature_blocks(D, K, [&](int64_t first, int64_t features) {
@@ -78,6 +80,7 @@ PanelMatrix<Element> packed_by_reversed_taps(PanelStore<Element>& store, const T
   });
 }
 
+// `weight` is contiguous and lives as long as the job.
 template <class Element>
 WindowConvJob<Element> job_of(const Tensor& x, const Tensor& weight) {
   WindowConvJob<Element> job{};
@@ -94,6 +97,10 @@ WindowConvJob<Element> job_of(const Tensor& x, const Tensor& weight) {
   job.x_window = x.stride(0);
   job.x_step = x.stride(1);
   job.x_column = x.stride(2);
+  const int64_t steps = job.batch * job.steps;
+  if (steps > 0 && steps <= kFewSteps && weight.numel() >= kLargeWeight)
+    job.unpacked = weight.const_data_ptr<Element>();
+  job.padded_inputs = PanelStore<Element>::cut(job.in * job.taps).padded();
   return job;
 }
 
@@ -119,8 +126,8 @@ Tensor window_conv_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);
     PanelStore<Element> store(x);
-    auto job = job_of<Element>(x, weight);
-    job.weight = packed_by_taps(store, contiguous_weight, job.padded_in);
+    auto job = job_of<Element>(x, contiguous_weight);
+    if (job.unpacked == nullptr) job.weight = packed_by_taps(store, contiguous_weight, job.padded_in);
     job.bias = store.vector(contiguous_bias.const_data_ptr<Element>(), out);
     job.output = output.mutable_data_ptr<Element>();
     const auto kernel = cpu_kernels<Element>().window_conv;
@@ -137,15 +144,15 @@ Tensor weight_gradient(const Tensor& like, const WindowConvJob<Element>& job, co
   const Tensor out = empty(like, {job.out, job.in, job.taps});
   Element* const to = out.mutable_data_ptr<Element>();
   const int64_t K = job.taps;
-  std::vector<Element> block(std::max(kTapRows, K) * kMostWidth);
-  for (int64_t o = 0; o < job.out; o += kMostWidth) {
-    const int64_t count = std::min(kMostWidth, job.out - o);
+  std::vector<Element> block(std::max(kTapRows, K) * kMostPanelWidth);
+  for (int64_t o = 0; o < job.out; o += kMostPanelWidth) {
+    const int64_t count = std::min(kMostPanelWidth, job.out - o);
     for_feature_blocks(job.in, K, [&](int64_t first, int64_t features) {
       for (int64_t d = 0; d < features; ++d)
         for (int64_t k = 0; k < K; ++k)
-          std::memcpy(block.data() + (d * K + k) * kMostWidth,
+          std::memcpy(block.data() + (d * K + k) * kMostPanelWidth,
                       sums + (k * job.padded_in + first + d) * job.padded_out + o, sizeof(Element) * count);
-      cpu_kernels<Element>().transpose(block.data(), kMostWidth, features * K, count,
+      cpu_kernels<Element>().transpose(block.data(), kMostPanelWidth, features * K, count,
                                        to + (o * job.in + first) * K, job.in * K);
     });
   }
@@ -163,14 +170,25 @@ std::tuple<Tensor, Tensor, Tensor> window_conv_backward_cpu(const Tensor& grad, 
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);
     PanelStore<Element> store(x);
-    auto job = job_of<Element>(x, weight);
-    if (input_grad) job.weight_turned = packed_by_reversed_taps(store, contiguous_weight, job.padded_out);
+    auto job = job_of<Element>(x, contiguous_weight);
+    if (input_grad && job.unpacked == nullptr)
+      job.weight_turned = packed_by_reversed_taps(store, contiguous_weight, job.padded_out);
     job.grad = contiguous_grad.const_data_ptr<Element>();
     if (input_grad) job.grad_x = grad_x.mutable_data_ptr<Element>();
     using Sums = WindowConvSums<Element>;
     Carving<Element> counted{nullptr};
     Sums::carve(job, counted);
     const auto kernel = cpu_kernels<Element>().window_conv_backward;
+    if (job.unpacked != nullptr) {
+      const Tensor grad_weight = empty(x, {job.out, job.in, job.taps}), grad_bias = empty(x, {job.out});
+      job.grad_weight = grad_weight.mutable_data_ptr<Element>();
+      job.grad_bias = grad_bias.mutable_data_ptr<Element>();
+      share_with_scratch<Element>(
+          x, 1, {scratch_of(job, true), true},
+          [&](int64_t begin, int64_t end, Element* scratch) { kernel(job, begin, end, scratch, nullptr); });
+      gradients = {grad_x, grad_weight, grad_bias};
+      return;
+    }
     const Buffer<Element> total = sum_in_parts<Element>(
         x, tiles_of(job), {scratch_of(job, true), true}, counted.used,
         [&](int64_t begin, int64_t end, Element* scratch, Element* sums) {

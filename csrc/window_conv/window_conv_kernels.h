@@ -37,6 +37,64 @@ static void convolve(const WindowConvJob<Element>& job, const PanelMatrix<Elemen
                                     {to + w * job.steps * weight.columns, weight.columns, bias, nullptr, 0});
 }
 
+// Copies the inputs of each step, [in][taps], with zeros beyond the ends of a window.
+template <class Element>
+static void unfold_steps(const WindowConvJob<Element>& job, Element* to) {
+  for (int64_t w = 0; w < job.batch; ++w)
+    for (int64_t t = 0; t < job.steps; ++t, to += job.padded_inputs)
+      for (int64_t k = 0; k < job.taps; ++k) {
+        const int64_t step = t + k - job.taps / 2;
+        const bool inside = step >= 0 && step < job.steps;
+        const Element* const from = job.x + w * job.x_window + step * job.x_step;
+        for (int64_t d = 0; d < job.in; ++d)
+          to[d * job.taps + k] = inside ? from[d * job.x_column] : Element(0);
+      }
+}
+
+// grad_x = the gradients of the inputs of all steps, added up.
+template <class Element>
+static void fold_steps(const WindowConvJob<Element>& job, const Element* from) {
+  for (int64_t w = 0; w < job.batch; ++w)
+    for (int64_t t = 0; t < job.steps; ++t) {
+      Element* const to = job.grad_x + (w * job.steps + t) * job.in;
+      for (int64_t d = 0; d < job.in; ++d) to[d] = 0;
+      for (int64_t k = 0; k < job.taps; ++k) {
+        const int64_t step = t - k + job.taps / 2;
+        if (step < 0 || step >= job.steps) continue;
+        const Element* const row = from + (w * job.steps + step) * job.padded_inputs + k;
+        for (int64_t d = 0; d < job.in; ++d) to[d] += row[d * job.taps];
+      }
+    }
+}
+
+// The output, with the weight in place.
+template <class Element>
+static void convolve_unpacked(const WindowConvJob<Element>& job, const WindowConvTile<Element>& tile) {
+  const int64_t inputs = job.in * job.taps;
+  const PanelMatrix<Element> weight{inputs, job.out, 0, 0, inputs, 0, job.unpacked, nullptr, true};
+  unfold_steps(job, tile.x);
+  multiply<Finish::kPut, Element>(weight, tile.x, job.padded_inputs, 1, job.batch * job.steps,
+                                  {job.output, job.out, job.bias, nullptr, 0});
+}
+
+// The gradients, with the weight in place.
+template <class Element>
+static void convolve_unpacked_backward(const WindowConvJob<Element>& job,
+                                       const WindowConvTile<Element>& tile) {
+  const int64_t inputs = job.in * job.taps, rows = job.batch * job.steps;
+  unfold_steps(job, tile.x);
+  multiply<Finish::kPut, Element>(in_place<Element>(tile.x, rows, inputs, job.padded_inputs), job.grad, 1,
+                                  job.out, job.out, {job.grad_weight, inputs, nullptr, nullptr, 0});
+  for (int64_t j = 0; j < job.out; ++j) job.grad_bias[j] = 0;
+  add_rows<Element>(job.grad, job.out, rows, job.out, job.grad_bias);
+  if (job.grad_x == nullptr) return;
+  PanelMatrix<Element> weight = in_place<Element>(job.unpacked, job.out, inputs, inputs);
+  weight.room = tile.room;
+  multiply<Finish::kPut, Element>(weight, job.grad, job.out, 1, rows,
+                                  {tile.grad, job.padded_inputs, nullptr, nullptr, 0});
+  fold_steps(job, tile.grad);
+}
+
 }  // namespace
 
 // Computes the output of tiles [begin, end).
@@ -44,6 +102,7 @@ template <class Element>
 void window_conv(const WindowConvJob<Element>& job, int64_t begin, int64_t end, Element* scratch) {
   Carving<Element> space{scratch};
   const auto tile = WindowConvTile<Element>::carve(job, false, space);
+  if (job.unpacked != nullptr) return convolve_unpacked(job, tile);
   for (int64_t t = begin; t < end; ++t) {
     const int64_t first = t * job.tile_windows, windows = smaller(job.tile_windows, job.batch - first);
     copy_between_zeros<Element>(job, job.x + first * job.x_window, job.x_window, job.x_step, job.x_column,
@@ -59,6 +118,7 @@ void window_conv_backward(const WindowConvJob<Element>& job, int64_t begin, int6
                           Element* part) {
   Carving<Element> space{scratch}, total{part};
   const auto tile = WindowConvTile<Element>::carve(job, true, space);
+  if (job.unpacked != nullptr) return convolve_unpacked_backward(job, tile);
   const auto sums = WindowConvSums<Element>::carve(job, total);
   const int64_t side = job.taps / 2, row = job.steps * job.out;
   for (int64_t j = 0; j < job.out; ++j) sums.bias[j] = 0;
