@@ -6,6 +6,9 @@ Environment variables:
     QFAST_CUDA        auto (the default): build _cuda if nvcc is found and torch is built for CUDA;
                       0: never; 1: always, and fail if that is not possible
     QFAST_WERROR=1    treat warnings as errors
+    QFAST_ISAS        instruction sets to compile, separated by commas (baseline,avx2,avx512); CPUs without any of
+                      them cannot load the library
+    QFAST_SANITIZE    sanitizers of the C++ compiler, e.g. address,undefined; the code is then less optimized
     CUDA_HOME, MAX_JOBS, TORCH_CUDA_ARCH_LIST    as documented by torch
 """
 
@@ -30,7 +33,10 @@ if os.environ.get("QFAST_WERROR", "0") != "0":
     WARNINGS.append("-Werror")
 
 # Instruction sets for which each *_kernels*.cpp is compiled. The file cpu_isa_begin.h defines them.
-INSTRUCTION_SETS = ["baseline", "avx2", "avx512"]
+ALL_INSTRUCTION_SETS = ["baseline", "avx2", "avx512"]
+INSTRUCTION_SETS = os.environ.get("QFAST_ISAS", ",".join(ALL_INSTRUCTION_SETS)).split(",")
+if not INSTRUCTION_SETS or not set(INSTRUCTION_SETS) <= set(ALL_INSTRUCTION_SETS):
+    raise SystemExit(f"QFAST_ISAS is {','.join(INSTRUCTION_SETS)!r}, allowed: some of {','.join(ALL_INSTRUCTION_SETS)}")
 
 # GPU architectures, by the CUDA release that introduced support for them.
 ARCHITECTURES = {(11, 0): ["8.0", "8.6"], (11, 8): ["8.9", "9.0"], (12, 8): ["10.0"]}
@@ -115,7 +121,18 @@ def define_facts(toolkit: str, architectures: str, tools: str) -> list[tuple[str
         "QFAST_TOOLS": hashlib.sha256(versions).hexdigest(),
         "QFAST_CUDA_ARCHS": architectures,
     }
-    return [("TORCH_TARGET_VERSION", STABLE_ABI), *((name, f'"{value}"') for name, value in facts.items())]
+    missing = [isa for isa in ALL_INSTRUCTION_SETS if isa not in INSTRUCTION_SETS]
+    return [
+        ("TORCH_TARGET_VERSION", STABLE_ABI),
+        *((name, f'"{value}"') for name, value in facts.items()),
+        *((f"QFAST_WITHOUT_{isa.upper()}", None) for isa in missing),
+    ]
+
+
+def sanitizer_flags() -> list[str]:
+    """Flags for the compiler and the linker. An undefined operation ends the process, as a bad address does."""
+    sanitizers = os.environ.get("QFAST_SANITIZE", "")
+    return [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"] if sanitizers else []
 
 
 def extensions() -> list[Extension]:
@@ -134,6 +151,8 @@ def extensions() -> list[Extension]:
     # Without errno and traps, the compiler can vectorize sqrt.
     only_cxx = ["-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", *WARNINGS]
     cxx = [*flags, *only_cxx]
+    if sanitizer_flags():
+        cxx += ["-O1", "-g1", "-fno-omit-frame-pointer", *sanitizer_flags()]
     tools = subprocess.getoutput(f"{cpp_extension.get_cxx_compiler()} --version; {cuda_home}/bin/nvcc --version")
     if cuda_home:
         cpp_extension.CUDA_HOME = cuda_home  # None if torch is a CPU-only build
@@ -148,6 +167,7 @@ def extensions() -> list[Extension]:
         library_dirs=library_paths,
         libraries=["torch_cpu"],
         extra_compile_args={"cxx": cxx},
+        extra_link_args=sanitizer_flags(),
         depends=[*headers, *files_in_csrc("*_kernels*.cpp")],
         language="c++",
     )

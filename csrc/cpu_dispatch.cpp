@@ -26,9 +26,16 @@ namespace qfast {
                                   QFAST_OTHER_KERNELS(QFAST_ENTRY)};                 \
   }
 
+// The macros QFAST_WITHOUT_<ISA> leave out what setup.py does not compile (QFAST_ISAS).
+#if !defined(QFAST_WITHOUT_BASELINE)
 QFAST_INSTRUCTION_SET(isa_baseline, "baseline", 16)
-#if defined(__x86_64__)
+#endif
+#if defined(__x86_64__) && !defined(QFAST_WITHOUT_AVX2)
+#define QFAST_HAS_AVX2
 QFAST_INSTRUCTION_SET(isa_avx2, "avx2", 32)
+#endif
+#if defined(__x86_64__) && !defined(QFAST_WITHOUT_AVX512)
+#define QFAST_HAS_AVX512
 QFAST_INSTRUCTION_SET(isa_avx512, "avx512", 64)
 #endif
 
@@ -37,13 +44,22 @@ namespace {
 std::vector<const CpuKernels*> usable_kernels() {
   std::vector<const CpuKernels*> usable;
 #if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  [[maybe_unused]] const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+#if defined(QFAST_HAS_AVX512)
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
   if (avx2 && avx512) usable.push_back(&isa_avx512::kernels);
+#endif
+#if defined(QFAST_HAS_AVX2)
   if (avx2) usable.push_back(&isa_avx2::kernels);
 #endif
+#if !defined(QFAST_WITHOUT_BASELINE)
   usable.push_back(&isa_baseline::kernels);
+#endif
+  if (usable.empty())
+    throw std::runtime_error(
+        "qfast was built without kernels for this CPU. Remedy: build without QFAST_ISAS.");
   return usable;
 }
 

@@ -21,6 +21,7 @@ from qfast.workflow.folder import RunFolder
 from qfast.workflow.run import run
 from qfast.workflow.saved_model import load_facts
 from qfast.workflow.saved_run import load
+from support.hostile import damaged_versions, json_versions
 from support.workflows import write_case
 
 pytestmark = pytest.mark.usefixtures("undrawn_plots")
@@ -128,31 +129,6 @@ def test_saved_statistics_are_checked(state: dict, match: str) -> None:
 
 # ---------------------------------------------------------------- any damage
 FILES = ("manifest.json", "config.yaml", "model.json", "processors.safetensors", "best.safetensors", "last.safetensors")
-REPLACEMENTS = [b"", b"null", b"[]", b"{}", b'{"format": 1}', b"[" * 5000, b"\xff\xfe\x00", b"\x80\x04x", b"9" * 5000]
-
-
-def damaged_versions(content: bytes, seed: int) -> list[bytes]:
-    """Truncated, flipped and exchanged contents of a file."""
-    generator = random.Random(seed)
-    cut = [content[: generator.randrange(len(content))] for _ in range(3)]
-    flipped = []
-    for _ in range(6):
-        version = bytearray(content)
-        version[generator.randrange(len(version))] ^= 1 << generator.randrange(8)
-        flipped.append(bytes(version))
-    return [*cut, *flipped, *REPLACEMENTS]
-
-
-def json_versions(text: str) -> list[bytes]:
-    """A JSON file without one of its entries, or with an entry of another type."""
-    content = json.loads(text)
-    versions = []
-    for key in content:
-        versions.append({name: value for name, value in content.items() if name != key})
-        versions += [{**content, key: value} for value in (None, 7, "x", [1], {"a": 1})]
-        if isinstance(content[key], dict):
-            versions += [{**content, key: {**content[key], inner: [None]}} for inner in content[key]]
-    return [json.dumps(version).encode() for version in versions]
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -20,13 +20,12 @@ from qfast.studies.plots import heat_map, parallel_plot
 from qfast.workflow import page
 from qfast.workflow import report as report_module
 from qfast.workflow.run import run
+from support.hostile import HOSTILE_NAMES
 from support.stores import write_market
 from support.workflows import TEXT, factors
 
-HOSTILE = ["$x_{$", "$\\frac{$", "a$b$c", "_hidden", "{body}", "<script>", "50% & $5", "\\$"]
 
-
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
 def test_any_text_in_a_figure_is_literal(name: str) -> None:
     figure, out = Figure(), io.BytesIO()
     axes = figure.subplots()

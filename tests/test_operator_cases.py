@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from qfast.errors import DataError
 from support.attention import ATTENTION_CASES
 from support.attention_pool import ATTENTION_POOL_CASES
 from support.encoder import BLOCK_CASES, LAYER_CASES
@@ -60,3 +61,13 @@ def test_values_and_gradients_in_float64_are_those_of_the_definition(case):
     noise = [i for i, part in enumerate(exact) if float(part.norm()) <= 1e-10 * size]
     assert [error for error in errors_above(computed, exact, 1e-10) if error[0] not in noise] == []
     assert all(float(computed[i].norm()) <= 1e-10 * size for i in noise)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_sparse_tensors_are_refused(table):
+    case = next(case for case in TABLES[table] if all(tensor.numel() for tensor in case.inputs(F32)))
+    for place in range(len(case.inputs(F32))):
+        tensors = list(case.inputs(F32))
+        tensors[place] = tensors[place].to_sparse()
+        with pytest.raises(DataError, match=r"expected a dense tensor, got torch.sparse_coo. Remedy: .*to_dense\(\)"):
+            case.operator(tensors)

@@ -421,6 +421,17 @@ def test_the_kernels_reject_out_of_bounds_arguments() -> None:
         (out, *inputs, out[:, :2], activations, signs, True),
         (out, *inputs, out, activations[:-1], signs, True),
         (out, *inputs, out, activations, signs[:-1], True),
+        (out.reshape(1, 9), *inputs, out, activations, signs, True),  # as many elements in another shape
+        (out, *inputs, out.reshape(1, 9), activations, signs, True),
+        (out, *inputs, out, activations[None], signs, True),
+        (out, *inputs, out, activations, signs.float(), True),
     ):
         with pytest.raises((ValueError, RuntimeError), match=r"temporal_conv_net|grad|output|activations|signs"):
             OPS.temporal_conv_net_backward(*bad)
+    # Strides of saved tensors are arbitrary.
+    spread = [torch.stack([part, part], -1)[..., 0] for part in (out, activations, signs)]
+    expected, computed = (
+        OPS.temporal_conv_net_backward(out, *inputs, *saved, True) for saved in ((out, activations, signs), spread)
+    )
+    for ours, theirs in zip([computed[0], *computed[1]], [expected[0], *expected[1]], strict=True):
+        assert torch.equal(ours, theirs)

@@ -234,6 +234,38 @@ def test_meta_tensors_have_shapes() -> None:
     assert window_conv(x, weight, bias).shape == (2**20, 2**12, 3)
 
 
+# ---------------------------------------------------------------- kernels wider than the windows
+@pytest.mark.parametrize("steps", [0, 1, 2, 7])
+def test_taps_that_meet_only_zeros_have_no_effect(steps: int, isa: str) -> None:
+    """Their gradient is 0, and the other results are those of a kernel that is as wide as two windows."""
+    case = WindowConvCase(3, steps, 4, 5, 31)
+    x, weight, bias = case.inputs(F32)
+    spoiled, reach = weight.clone(), max(steps - 1, 0)
+    spoiled[:, :, : 15 - reach] = torch.nan
+    spoiled[:, :, 16 + reach :] = torch.inf
+    out, of_x, of_weight, of_bias = results(case.operator, [x, spoiled, bias])
+    if steps:
+        expected = results(case.reference, case.inputs())
+        for ours, exact in zip((out, of_x, of_weight, of_bias), expected, strict=True):
+            assert relative_error(ours, exact) <= 2e-5
+    assert of_weight.shape == weight.shape
+    assert not of_weight[:, :, : 15 - reach].any()
+    assert not of_weight[:, :, 16 + reach :].any()
+
+
+def test_wide_kernels_cost_no_more_than_the_windows_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """10,001 taps over 20 steps took seven times as long as torch's convolution."""
+    widths = []
+    forward = torch.ops.qfast.window_conv.default
+    monkeypatch.setattr(
+        torch.ops.qfast,
+        "window_conv",
+        lambda x, weight, bias: widths.append(weight.shape[2]) or forward(x, weight, bias),
+    )
+    window_conv(*WindowConvCase(2, 20, 3, 4, 10001).inputs(F32))
+    assert widths == [39]
+
+
 # ---------------------------------------------------------------- refusals
 @pytest.mark.parametrize(
     ("change", "message"),

@@ -11,25 +11,10 @@ from qfast.errors import ConfigError
 from qfast.workflow import template, yaml_text
 from qfast.workflow.config import load_config
 from qfast.workflow.yaml_text import InvalidYaml, parse_yaml
-
-BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)
-)
-CASES = {
-    "alias bomb": (BOMB, r"line \d+: with aliases replaced, this value contains \d+ values"),
-    "deep": ("x: " + "{a: " * 500 + "1" + "}" * 500, r"line 1: values are nested more than 64 levels deep"),
-    "deep blocks": ("\n".join(" " * i + "a:" for i in range(500)), r"nested more than 64 levels deep"),
-    "long integer": ("task: {}\nx: " + "9" * 5000, r"line 2: '9+\.\.\. is not valid \(Exceeds the limit"),
-    "zone": ("task: {}\nx: 2020-01-01T00:00:00+99:99", r"line 2: '2020-01-01T00:00:00\+99:99' is not valid"),
-    "surrogate": ('task: {}\nexperiment_name: "\\ud800"', r"line 2: '\\ud800' has a character that no file can have"),
-    "NUL": ('task: {}\nexperiment_name: "a\\0b"', r"line 2: 'a\\x00b' has a character that no file can have"),
-    "surrogate key": ('{task: {}, "\\udfff": 1}', r"line 1: '\\udfff' has a character"),
-    "control character": ("task: {}\nx: a\x01b", r"not YAML: unacceptable character #x0001"),
-    "itself": ("task: &t {a: *t}", r"contains itself"),
-}
+from support.hostile import HOSTILE_TEMPLATES, HOSTILE_YAML
 
 
-@pytest.mark.parametrize(("text", "match"), CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(("text", "match"), HOSTILE_YAML.values(), ids=HOSTILE_YAML.keys())
 def test_a_hostile_file_ends_in_one_line(text: str, match: str, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     file = tmp_path / "w.yaml"
     file.write_text(text, encoding="utf-8")
@@ -42,22 +27,7 @@ def test_a_hostile_file_ends_in_one_line(text: str, match: str, tmp_path: Path, 
     assert not (tmp_path / "run").exists()
 
 
-TEMPLATES = {
-    "power": ("{{ 9**(9**9) }}", r"needs more than 1 seconds or"),
-    "nested loops": (
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        r"needs more than 1 seconds or",
-    ),
-    "memory": ("{{ 'a' * 20000000000 }}", r"needs more than 1024 MiB of memory"),
-    "recursion": ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", r"does not render: .*recursion"),
-    "size": ("{% for i in range(99999) %}{{ 'a' * 99 }}{% endfor %}", r"renders to more than \d+ characters"),
-    "deep": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", r"does not render: it is nested too deeply"),
-    "syntax": ("{% if %}", r"template error on line 1"),
-    "sandbox": ("{{ ''.__class__.__mro__ }}{{ 1 + 1 }}", r"does not render: .*unsafe"),
-}
-
-
-@pytest.mark.parametrize(("text", "match"), TEMPLATES.values(), ids=TEMPLATES.keys())
+@pytest.mark.parametrize(("text", "match"), HOSTILE_TEMPLATES.values(), ids=HOSTILE_TEMPLATES.keys())
 def test_a_template_has_limits(text: str, match: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template, "MOST_SECONDS", 1)
     monkeypatch.setattr(template, "WAIT_SECONDS", 20)

@@ -4,6 +4,7 @@
 
 #include <cstring>
 #include <tuple>
+#include <utility>
 
 #include "cpu_workers.h"
 #include "temporal_conv/temporal_conv_pack.h"
@@ -127,27 +128,23 @@ std::tuple<Tensor, std::vector<Tensor>> temporal_conv_net_backward_cpu(
     network.prepare_backward(input_grad);
     auto& job = network.job;
     const int64_t channels = network.tensors.back().channels;
-    const auto check = [&](const char* name, const Tensor& tensor) {
-      const bool fits = tensor.dim() == (all_steps ? 3 : 2) &&
-                        tensor.numel() / channels == job.batch * (all_steps ? x.size(1) : 1) &&
-                        tensor.scalar_type() == x.scalar_type();
-      QFAST_CHECK(fits, op, ": ", name, ": expected the shape and dtype of the output, (", job.batch,
-                  all_steps ? ", T, " : ", ", channels, ") and the dtype of x, got ", shape_text(tensor),
-                  " of ", torch::headeronly::toString(tensor.scalar_type()), ".");
-    };
-    check("grad", grad);
-    check("output", output);
-    QFAST_CHECK(
-        activations.numel() == job.batch * job.row_elements && signs.numel() == job.batch * job.row_signs, op,
-        ": activations: expected those of a forward pass with keep, of shape (", job.batch * job.row_elements,
-        ",) and signs of shape (", job.batch * job.row_signs, ",), got ", shape_text(activations), " and ",
-        shape_text(signs), ".");
-    const Tensor contiguous_grad = as_contiguous(grad);
+    for (const auto& [name, tensor] : {std::pair("grad", &grad), std::pair("output", &output)})
+      if (all_steps)
+        check_shaped(op, name, *tensor, x, {job.batch, x.size(1), channels});
+      else
+        check_shaped(op, name, *tensor, x, {job.batch, channels});
+    check_shaped(op, "activations", activations, x, {job.batch * job.row_elements});
+    QFAST_CHECK(signs.dim() == 1 && signs.numel() == job.batch * job.row_signs &&
+                    signs.scalar_type() == ScalarType::Byte && signs.is_cpu(),
+                op, ": signs: expected ", job.batch * job.row_signs, " bytes, got ", shape_text(signs),
+                " of ", torch::headeronly::toString(signs.scalar_type()), ".");
+    const Tensor contiguous_grad = as_contiguous(grad), contiguous_output = as_contiguous(output);
+    const Tensor states = as_contiguous(activations), sign_bits = as_contiguous(signs);
     const auto grad_view = output_view<Element>(contiguous_grad, all_steps);
     job.grad = {grad_view.data, grad_view.slot_stride, grad_view.row_stride, 1};
-    job.output = output_view<Element>(output, all_steps);
-    job.activations = activations.mutable_data_ptr<Element>();
-    job.signs = signs.mutable_data_ptr<unsigned char>();
+    job.output = output_view<Element>(contiguous_output, all_steps);
+    job.activations = states.mutable_data_ptr<Element>();
+    job.signs = sign_bits.mutable_data_ptr<unsigned char>();
     if (input_grad) job.grad_x = {grad_x.mutable_data_ptr<Element>(), x.size(2), x.size(1) * x.size(2), 1};
     grads = run_backward(network, x);
   });

@@ -122,10 +122,12 @@ def require_saved(operator: str, keep: bool) -> None:
 
 
 def require_tensor(operator: str, name: str, value: object) -> None:
-    """Raise a DataError unless `value` is a tensor."""
+    """Raise a DataError unless `value` is a dense tensor."""
     if not isinstance(value, Tensor):
         remedy = "" if value is None else f" Remedy: torch.as_tensor({name})."
         raise DataError(f"{operator}: {name}: expected a tensor, got {type(value).__name__}.{remedy}")
+    if value.layout != torch.strided:
+        raise DataError(f"{operator}: {name}: expected a dense tensor, got {value.layout}. Remedy: {name}.to_dense().")
 
 
 def check_floating(operator: str, name: str, value: object) -> None:
@@ -141,6 +143,7 @@ def check_alike(operator: str, name: str, value: object, like: tuple[str, Tensor
     tensor: Any = value
     if (
         isinstance(tensor, Tensor)
+        and tensor.layout == first.layout
         and tensor.dtype == first.dtype
         and tensor.device == first.device
         and tensor.shape == shape

@@ -32,7 +32,7 @@ __all__ = ["window_conv"]
 def window_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Convolve the steps of each window: y_t = bias + sum over k of weight[:, :, k] x_(t + k - K // 2).
 
-    x is 0 outside the window.
+    x is 0 outside the window. Taps that meet only these zeros cost nothing and have no effect, even if they are NaN.
 
     Parameters
     ----------
@@ -74,6 +74,7 @@ def window_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if is_half(x):
         return window_conv(x.float(), *widened((weight, bias), x.dtype)).to(x.dtype)
     _check(x, weight, bias)
+    weight = _within_windows(weight, x.shape[1])
     if transforms.active():
         return _convolve(x, weight, bias)
     if needs_grad(x, weight, bias) and not torch.compiler.is_compiling():
@@ -92,6 +93,12 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
         raise DataError(f"window_conv: weight: expected shape [O, D, K] with odd K and O of at least 1, got {got}.")
     check_alike("window_conv", "weight", weight, ("x", x), (len(weight), x.shape[2], weight.shape[2]))
     check_alike("window_conv", "bias", bias, ("x", x), (len(weight),))
+
+
+def _within_windows(weight: Tensor, steps: int) -> Tensor:
+    """Leave out the taps that only meet zeros: step t reads the taps at most T - 1 steps before and after it."""
+    half, reach = weight.shape[2] // 2, max(steps - 1, 0)
+    return weight if half <= reach else weight[:, :, half - reach : half + reach + 1]
 
 
 # ---------------------------------------------------------------- plain-torch twin
