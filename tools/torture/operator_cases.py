@@ -23,6 +23,7 @@ from support.window_gather import FILLS, GatherCase
 from torture.protocol import Case, choose, size
 
 TRANSFORMS = ("grad", "jvp", "vmap", "grad of grad")
+WITHOUT_VMAP = ("grad", "jvp", "grad of grad")  # of cases that draw random numbers in a call, which vmap does not allow
 POOL_PLACE = 2**31  # of the random numbers of attention_pool
 Masked = Callable[[Any, Sequence[Tensor], float, int], Any]
 
@@ -263,15 +264,12 @@ class Operator:
 OPERATORS = {
     "lstm": Operator(_recurrent("lstm"), RecurrentCase, 2, masked=_by_reference),
     "gru": Operator(_recurrent("gru"), RecurrentCase, 2, masked=_by_reference),
-    # StackCase draws random numbers in every call, which vmap does not allow.
-    "temporal_conv_net": Operator(
-        _stack, StackCase, 2, kinks=True, masked=_by_reference, transforms=("grad", "jvp", "grad of grad")
-    ),
+    "temporal_conv_net": Operator(_stack, StackCase, 2, kinks=True, masked=_by_reference, transforms=WITHOUT_VMAP),
     "encoder_layer": Operator(_layer, LayerCase, 2, kinks=True, masked=layer_of_masks),
     "feed_forward": Operator(_block, BlockCase, 1, kinks=True, masked=_block_of_masks),
     "attention_pool": Operator(_pool, AttentionPoolCase, 1, masked=_pool_of_masks),
     "window_conv": Operator(_conv, WindowConvCase, 1),
-    "gather_windows": Operator(_gather, GatherCase, 1),
+    "gather_windows": Operator(_gather, GatherCase, 1, transforms=WITHOUT_VMAP),
     "additive_attention": Operator(_days(False), DaysCase, 1, kinks=True),
     "graph_attention": Operator(_days(True), DaysCase, 1, kinks=True),
     "tanh": Operator(_tanh, TanhCase, 0.5),

@@ -37,9 +37,13 @@ class Victim:
 
     def __init__(self, function: Callable[[], int], log: Path, moment: Moment | None = None) -> None:
         self._log, self._moment, self._begin = log, moment, time.monotonic()
+        log.touch()
+        # A signal that arrives before the child has its handlers must not raise an error in the code of the parent.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
         self._pid = os.fork()
         if self._pid == 0:
             os._exit(self._live(function))
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _live(self, function: Callable[[], int]) -> int:
         try:
@@ -47,6 +51,7 @@ class Victim:
             os.dup2(output, 1)
             os.dup2(output, 2)
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, signal.SIGTERM])
             if self._moment is not None:
                 set_trap(self._moment)
             return function()
