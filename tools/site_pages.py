@@ -13,6 +13,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = {ROOT / "bench/RESULTS.md": "RESULTS.md", ROOT / "CHANGELOG.md": "CHANGELOG.md"}  # files outside docs/
+NOTEBOOK_LINK = re.compile(r'(?<=href=")(?!\w+:)([^"#]+)\.(?:md|py)(?=["#])')
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!\w+:)([^)#\s]+)(#[^)]*)?\)")
 
 
@@ -49,3 +50,8 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         return f"[{text}]({os.path.relpath(name, here)}{anchor or ''})"
 
     return LINK.sub(translate, markdown)
+
+
+def on_page_content(html: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Translate the links of tutorials, whose text the plugin for notebooks renders itself."""
+    return NOTEBOOK_LINK.sub(r"\1.html", html) if page.file.src_uri.startswith("tutorials/") else html

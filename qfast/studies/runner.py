@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from qfast.read_options import ReadOptions
 from qfast.studies.axes import Point
@@ -131,8 +130,7 @@ class Runner:
         total = self._points.total(self._plan)
         # None: tqdm checks whether stderr is a terminal. Log lines are then written above the bar.
         bar = tqdm(total=total, unit="run", desc="study", disable=True if self._quiet else None, leave=False)
-        lines = contextlib.nullcontext() if bar.disable else logging_redirect_tqdm([log])
-        with bar, lines:
+        with bar, contextlib.nullcontext() if bar.disable else _log_above_bar():
             while True:
                 self._fill(bar)
                 if not self._running:
@@ -227,3 +225,10 @@ class Runner:
         self._left[spec.point.index] -= 1
         if not self._left[spec.point.index]:
             self._points.done(spec.point, self.results.of_point(spec.point))
+
+
+def _log_above_bar() -> contextlib.AbstractContextManager[None]:
+    # In a notebook without ipywidgets, this import warns, so it must not be made for a study without a bar.
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    return logging_redirect_tqdm([log])
