@@ -103,9 +103,14 @@ def compiled_sources(sources: list[str]) -> list[str]:
     return compiled
 
 
+def nvcc_release(tools: str) -> tuple[int, ...]:
+    """Major and minor version of the CUDA toolkit, from the output of `nvcc --version`."""
+    return tuple(map(int, re.findall(r"release (\d+)\.(\d+)", tools)[-1]))
+
+
 def cuda_architectures(tools: str) -> str:
     """Value of TORCH_CUDA_ARCH_LIST. It includes PTX of the newest architecture, which later GPUs can run."""
-    release = tuple(map(int, re.findall(r"release (\d+)\.(\d+)", tools)[-1]))
+    release = nvcc_release(tools)
     supported = [arch for since, archs in ARCHITECTURES.items() if since <= release for arch in archs]
     return ";".join(supported) + "+PTX"
 
@@ -142,7 +147,7 @@ def extensions() -> list[Extension]:
     import torch
     from torch.utils import cpp_extension
 
-    toolkit = cuda_home or "none"
+    toolkit = "none"
     if cuda_home and not torch_can_load_cuda(cuda_home):
         cuda_home, toolkit = None, "none, as torch is a CPU-only build"
     system = [pybind11.get_include(), *cpp_extension.include_paths()]  # -isystem suppresses warnings in these headers
@@ -155,6 +160,7 @@ def extensions() -> list[Extension]:
         cxx += ["-O1", "-g1", "-fno-omit-frame-pointer", *sanitizer_flags()]
     tools = subprocess.getoutput(f"{cpp_extension.get_cxx_compiler()} --version; {cuda_home}/bin/nvcc --version")
     if cuda_home:
+        toolkit = f"{'.'.join(map(str, nvcc_release(tools)))} ({cuda_home})"
         cpp_extension.CUDA_HOME = cuda_home  # None if torch is a CPU-only build
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda_architectures(tools))
     macros = define_facts(toolkit, os.environ["TORCH_CUDA_ARCH_LIST"] if cuda_home else "none", tools)

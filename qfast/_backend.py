@@ -23,12 +23,14 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from qfast._compatibility import driver_problem, explain_load_error, platform_problem, torch_problem
 from qfast.errors import BackendError
 
 CHOICES = ("auto", "cuda", "cpu", "torch")
@@ -49,12 +51,16 @@ def _load_cpu(backend: str) -> tuple[ModuleType | None, str]:
     """Load the pybind11 module qfast._C. Return it, or None, and the reason."""
     if backend == "torch":
         return None, "QFAST_BACKEND=torch"
-    if not _library_files("_C"):
+    files = _library_files("_C")
+    if not files:
         return None, "not built (QFAST_NATIVE=0, or the sources are used without an install)"
+    problem = torch_problem(torch.__version__) or platform_problem(files, "_C")
+    if problem is not None:
+        return None, f"{BROKEN}: {problem}"
     try:
         module = importlib.import_module("qfast._C")
     except (ImportError, OSError) as error:
-        return None, f"{BROKEN}: {error}"
+        return None, f"{BROKEN}: {explain_load_error(error)}"
     _limit_cache(module)
     isa = os.environ.get("QFAST_ISA", "").strip().lower()
     try:
@@ -98,15 +104,26 @@ def _try_cuda() -> tuple[bool, str]:
     files = _library_files("_cuda")
     if not files:
         return False, "qfast was built without nvcc, with a CPU-only torch, or with QFAST_CUDA=0"
+    toolkit = "" if native is None else str(native.build_info()["cuda_toolkit"])
+    problem = torch_problem(torch.__version__) or driver_problem(toolkit, _driver_version())
+    if problem is not None:
+        return False, f"{BROKEN}: {problem}"
     try:
         torch.ops.load_library(str(files[0]))
     except OSError as error:
-        return False, f"{BROKEN}: {error}"
+        return False, f"{BROKEN}: {explain_load_error(error)}"
     return True, "loaded"
 
 
+def _driver_version() -> int:
+    """Version of CUDA that the driver supports, 1000 * major + 10 * minor; 0 if unknown."""
+    ask: Callable[[], int] | None = getattr(torch._C, "_cuda_getDriverVersion", None)
+    return 0 if ask is None else ask()
+
+
 def _library_files(stem: str) -> list[Path]:
-    return sorted(Path(__file__).parent.glob(f"{stem}*.so"))
+    folder = Path(__file__).parent
+    return sorted([*folder.glob(f"{stem}.*so"), *folder.glob(f"{stem}.*pyd")])
 
 
 choice: str = _read_choice("QFAST_BACKEND", CHOICES)

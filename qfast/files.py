@@ -20,7 +20,10 @@ from typing import Any
 
 from qfast.errors import ConfigError, DataError, QfastError
 
-fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
+try:
+    fcntl: Any = importlib.import_module("fcntl")
+except ImportError:  # a platform without POSIX locks
+    fcntl = None
 
 __all__ = [
     "atomic_write",

@@ -166,7 +166,7 @@ QFAST_ALWAYS_INLINE Vector<double> without_overflow(Vector<double> second, Vecto
                                                     Vector<double> sum, Vector<double> n) {
   const Vector<double> infinity = splat(__builtin_inf());
   const Vector<double> reordered = squares < infinity ? squares - sum * (sum / n) : infinity;
-  return (second < infinity) & (second > -infinity) ? second : reordered;
+  return ((second < infinity) & (second > -infinity)) ? second : reordered;
 }
 
 // Variance and standard deviation. The base is a value of the window, so the sum of squared differences from
