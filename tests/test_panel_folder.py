@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qfast.data import load_prices, panel_folder, synthetic
+from qfast.data import array_files, load_prices, panel_folder, synthetic
 from qfast.data.dataset import TSDatasetH
 from qfast.data.handlers import DataHandlerLP
 from qfast.data.panel import Panel, shared_tensor
@@ -89,7 +89,7 @@ def test_any_shape_name_and_memory_order(
     panel = panel.with_group(group, values, [f"{i} {name}" for i in range(columns)])
     folder = tmp_path_factory.mktemp("any") / "panel"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(panel_folder, "CHECKSUM_BYTES", chunk)
+        patch.setattr(array_files, "CHECKSUM_BYTES", chunk)
         panel.save(folder)
         assert_equal(Panel.open(folder), panel)
 
@@ -173,7 +173,7 @@ def change_header(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 1}, "format version 1; this release reads version 2"),
+        ({"version": 1}, "format version 1; this release reads the versions 2 and 3"),
         ({"byte_order": "big"}, "in 'big' byte order, and this machine needs 'little'"),
         ({"format": "other"}, "does not describe a panel of qfast"),
         ({"contents": "../elsewhere"}, "is damaged"),

@@ -20,10 +20,11 @@ from qfast import check, predict, run
 from qfast.data import DatasetH, TSDatasetH, load_prices, synthetic
 from qfast.data.column_maps import Fill, Normalize, ShiftedTanh
 from qfast.data.handlers import Alpha360
-from qfast.data.panel import Panel
+from qfast.data.panel import Panel, WindowBlock
 from qfast.data.price_windows import PriceWindows
 from qfast.data.prices import Extent, Prices
 from qfast.data.processors import RobustZScoreNorm
+from qfast.data.storage import map_at
 from qfast.errors import ConfigError, DataError
 from qfast.models import LSTM
 from qfast.ops import price_windows
@@ -287,7 +288,8 @@ PROCESSORS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("processors", PROCESSORS.values(), ids=PROCESSORS)
-def test_views_equal_columns(processors: dict[str, Any]) -> None:
+def test_views_equal_columns(processors: dict[str, Any], tmp_path: Path) -> None:
+    """Also after a round trip through a panel folder, which remains a view."""
     view, columns = view_and_columns(hostile_prices(), **processors)
     for key in ("raw", "infer", "learn"):
         if key == "raw" and processors.get("drop_raw"):
@@ -298,6 +300,13 @@ def test_views_equal_columns(processors: dict[str, Any]) -> None:
         assert_same_bits(left.values("feature"), right.values("feature"))
         assert_same_bits(left.table("feature")[:, 70], right.values("feature")[:, 70])
         np.testing.assert_array_equal(left.live_rows(), right.live_rows())
+        left.save(tmp_path / key)
+        opened = Panel.open(tmp_path / key)
+        assert isinstance(opened.table("feature"), PriceWindows)
+        assert_same_bits(opened.values("feature"), right.values("feature"))
+        assert_same_bits(opened.table("feature")[:, 70], right.values("feature")[:, 70])
+        np.testing.assert_array_equal(opened.live_rows(), right.live_rows())
+        assert opened.content_hash() == left.content_hash()
         pd.testing.assert_frame_equal(view.fetch(data_key=key), columns.fetch(data_key=key))
 
 
@@ -333,7 +342,7 @@ INFINITE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("processors", INFINITE.values(), ids=INFINITE)
-def test_process_inf_stores_few_rows(processors: dict[str, Any]) -> None:
+def test_process_inf_stores_few_rows(processors: dict[str, Any], tmp_path: Path) -> None:
     frame = synthetic.prices(4, 90).copy()
     close = list(frame.columns).index("close")
     frame.iloc[[5, 130, 131, 210], close] = 0.0
@@ -344,6 +353,11 @@ def test_process_inf_stores_few_rows(processors: dict[str, Any]) -> None:
         assert isinstance(windows, PriceWindows)
         assert_same_bits(windows[:], columns.panel(key).values("feature"))
         assert_same_bits(windows[:, 70], columns.panel(key).values("feature")[:, 70])
+        view.panel(key).save(tmp_path / key)
+        opened = Panel.open(tmp_path / key).table("feature")
+        assert isinstance(opened, PriceWindows)
+        assert (opened.stored is None) == (windows.stored is None) == (key == "raw")
+        assert_same_bits(opened[:], windows[:])
 
 
 @pytest.mark.parametrize(("zeros", "kind"), [(0, PriceWindows), (60, np.ndarray)], ids=["none", "many"])
@@ -385,8 +399,59 @@ def test_a_view_survives_pickle_and_folders(tmp_path: Any) -> None:
     view, columns = view_and_columns(hostile_prices(), infer_processors=[ROBUST, FILL])
     copy = pickle.loads(pickle.dumps(view))
     pd.testing.assert_frame_equal(copy.fetch(), columns.fetch())
+
+
+def test_columns_replace_a_view_in_a_folder(tmp_path: Path) -> None:
+    view, columns = view_and_columns(hostile_prices(), infer_processors=[ROBUST])
+    for panel in (view.panel("infer"), columns.panel("infer"), view.panel("infer")):
+        panel.save(tmp_path)
+        opened = Panel.open(tmp_path)
+        assert type(opened.table("feature")) is type(panel.table("feature"))
+        assert_same_bits(opened.values("feature"), panel.values("feature"))
+
+
+def test_processes_share_the_prices_of_a_view(tmp_path: Path) -> None:
+    """The files contain the prices, not the columns, and are mapped by `Panel.open` and by a study."""
+    view, columns = view_and_columns(synthetic.prices(20, 500), infer_processors=[ROBUST, FILL])
+    panel = view.panel("learn")
+    panel.save(tmp_path / "panel")
+    size = sum(file.stat().st_size for file in (tmp_path / "panel").rglob("*"))
+    assert size * 15 < columns.panel("learn").nbytes
+    opened = Panel.open(tmp_path / "panel").table("feature")
+    assert isinstance(opened, PriceWindows)
+    for tensor in (opened.series, opened.ends, opened.divisors, opened.stages):
+        assert map_at(tensor.data_ptr()) is not None
+
+
+@pytest.mark.parametrize("name", ["series", "ends", "divisors", "divisor_of", "stages"])
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
+def test_damaged_files_of_a_view_are_named(tmp_path: Path, name: str, damage: str) -> None:
+    view = Alpha360(data=synthetic.prices(3, 70), infer_processors=[ROBUST, FILL], **FIT)
     view.panel("infer").save(tmp_path)
-    assert_same_bits(Panel.open(tmp_path).values("feature"), columns.panel("infer").values("feature"))
+    (file,) = tmp_path.glob(f"contents-*/block-*-{name}.values")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(content if damage == "flipped" else content[:-1])
+    with pytest.raises(DataError, match="lacks files" if damage == "missing" else rf"block-\d+-{name}\.values"):
+        Panel.open(tmp_path)
+
+
+def test_a_view_with_an_unknown_map_is_not_saved(tmp_path: Path) -> None:
+    panel = Alpha360(data=synthetic.prices(3, 70), infer_processors=[], **FIT).panel("infer")
+
+    class Sign(ShiftedTanh):
+        """A map of the user, which a folder cannot describe."""
+
+    windows = panel.table("feature")
+    assert isinstance(windows, PriceWindows)
+    panel.save(tmp_path / "panel")
+    other = panel.with_block("feature", WindowBlock(windows.mapped(Sign(), np.arange(360)), panel.columns("feature")))
+    with pytest.raises(DataError, match="a view with the map Sign cannot be saved"):
+        other.save(tmp_path / "panel")
+    assert_same_bits(Panel.open(tmp_path / "panel").values("feature"), panel.values("feature"))
 
 
 def test_a_view_needs_a_small_part_of_the_memory() -> None:

@@ -4,6 +4,7 @@ A panel folder contains `panel.json` and one subfolder `contents-…` with the d
 
     block-N.values        values of the N-th column group: raw little-endian float32 or float64 [R, C], row-major
     block-N.checksums.npy CRC-32 of each few megabytes of these values
+    block-N-….values      instead of the two files above: the arrays of a view of prices, each with its checksums
     date_codes.values, instrument_codes.values  keys of the rows: raw little-endian int32 [R]
     keys.npz              the datetimes, and the mask of live rows
     instruments.json      instrument names
@@ -18,14 +19,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
-import mmap
 import os
 import re
 import secrets
 import shutil
 import sys
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,21 +31,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from qfast.data.storage import mapped_array, new_mapped_file
+from qfast.data.array_files import CHECKSUM_BYTES, REMEDY, array_entry, map_file, open_array, write_array, write_file
+from qfast.data.storage import new_mapped_file
 from qfast.errors import DataError, QfastError
 from qfast.files import atomic_write, is_disk_full, is_temporary, locked
 
 if TYPE_CHECKING:
-    from qfast.data.panel import Block, Panel, Table
+    from qfast.data.panel import Block, Panel
 
 __all__ = ["create_panel", "is_panel_folder", "open_panel", "save_panel"]
 
 FORMAT = "qfast panel"
 VERSION = 2
+VERSION_WITH_VIEW = 3  # of a panel with a view of prices, which version 2 does not contain
 HEADER = "panel.json"
 KEYS, INSTRUMENTS = "keys.npz", "instruments.json"
 DATE_CODES, INSTRUMENT_CODES = "date_codes.values", "instrument_codes.values"
-CHECKSUM_BYTES = 4 << 20
 RESERVE_BYTES = 1 << 20  # free space that a write leaves for the small files
 
 
@@ -141,17 +140,16 @@ def _write_keys(panel: Panel, blocks: list[dict[str, Any]], contents: Path) -> d
     """Write the keys and names of a panel, and return the header without its digest."""
     stamps = panel.datetimes.tz_convert("UTC").tz_localize(None) if panel.datetimes.tz is not None else panel.datetimes
     for name, codes in ((DATE_CODES, panel.date_codes), (INSTRUMENT_CODES, panel.instrument_codes)):
-        _write_file(
-            contents / name, lambda file, codes=codes: file.write(np.ascontiguousarray(codes, dtype="<i4").data)
-        )
+        data = np.ascontiguousarray(codes, dtype="<i4").data
+        write_file(contents / name, lambda file, data=data: file.write(data))  # type: ignore[misc]
     arrays = {"datetimes": stamps.asi8, **({} if panel.live is None else {"live": panel.live})}
-    _write_file(contents / KEYS, lambda file: np.savez(file, allow_pickle=False, **arrays))
+    write_file(contents / KEYS, lambda file: np.savez(file, allow_pickle=False, **arrays))
     names = json.dumps(_plain_names(panel.instruments), ensure_ascii=False)
-    _write_file(contents / INSTRUMENTS, lambda file: file.write(names.encode()))
-    digested = [DATE_CODES, INSTRUMENT_CODES, KEYS, INSTRUMENTS, *(block["checksums"] for block in blocks)]
+    write_file(contents / INSTRUMENTS, lambda file: file.write(names.encode()))
+    digested = [DATE_CODES, INSTRUMENT_CODES, KEYS, INSTRUMENTS, *_names_in(blocks, "checksums")]
     return {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION_WITH_VIEW if any("windows" in block for block in blocks) else VERSION,
         "byte_order": "little",
         "contents": contents.name,
         "rows": panel.n_rows,
@@ -162,57 +160,38 @@ def _write_keys(panel: Panel, blocks: list[dict[str, Any]], contents: Path) -> d
 
 
 def _write_block(name: str, block: Block, contents: Path, stem: str) -> dict[str, Any]:
-    """Write the values of a block and their checksums, a few megabytes at a time."""
-    table, dtype = block.table, block.table.dtype.newbyteorder("<")
-    if dtype.name not in ("float32", "float64"):
-        raise DataError(f"a panel is saved in float32 or float64, but group {name!r} is {table.dtype}.")
-    checksums = []
+    """Write the values of a block, or the prices of a view, and return its entry in the header."""
+    from qfast.data.panel import WindowBlock
+    from qfast.data.window_folder import write_windows
 
-    def write(file: Any) -> None:
-        for rows in _parts(table):
-            data = np.ascontiguousarray(table[rows], dtype=dtype).reshape(-1).view(np.uint8).data
-            checksums.append(zlib.crc32(data))
-            file.write(data)
-
-    _write_file(contents / f"{stem}.values", write)
-    return _block_entry(name, block.columns, dtype.name, checksums, contents, stem)
+    if isinstance(block, WindowBlock):
+        return {"group": name, "columns": list(block.columns), "windows": write_windows(block.table, contents, stem)}
+    if block.values.dtype.name not in ("float32", "float64"):
+        raise DataError(f"a panel is saved in float32 or float64, but group {name!r} is {block.values.dtype}.")
+    return _block_entry(name, block.columns, write_array(block.values, contents, stem))
 
 
 def _finish_block(name: str, columns: Sequence[str], values: np.ndarray, contents: Path, stem: str) -> dict[str, Any]:
     """Make the values of a mapped file durable, and write their checksums."""
     with (contents / f"{stem}.values").open("r+b") as file:
         os.fsync(file.fileno())
-    checksums = [zlib.crc32(values[rows].reshape(-1).view(np.uint8).data) for rows in _parts(values)]
-    return _block_entry(name, columns, values.dtype.name, checksums, contents, stem)
+    return _block_entry(name, columns, array_entry(values, None, contents, stem))
 
 
-def _block_entry(
-    name: str, columns: Sequence[str], dtype: str, checksums: Sequence[int], contents: Path, stem: str
-) -> dict[str, Any]:
-    """Write the checksums of a block, and return its entry in the header."""
-    table = np.array(checksums, dtype="<u4")
-    _write_file(contents / f"{stem}.checksums.npy", lambda file: np.save(file, table, allow_pickle=False))
-    return {
-        "group": name,
-        "columns": list(columns),
-        "dtype": dtype,
-        "values": f"{stem}.values",
-        "checksums": f"{stem}.checksums.npy",
-    }
+def _block_entry(name: str, columns: Sequence[str], array: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry of a block in the header. The shape follows from its columns and the number of rows."""
+    return {"group": name, "columns": list(columns), **{key: array[key] for key in ("dtype", "values", "checksums")}}
 
 
-def _parts(values: Table) -> Iterator[slice]:
-    """Slices of consecutive rows with at most CHECKSUM_BYTES bytes, and at least one row each."""
-    rows = max(1, CHECKSUM_BYTES // max(1, values.itemsize * values.shape[1]))
-    for start in range(0, len(values) if values.shape[1] else 0, rows):
-        yield slice(start, min(start + rows, len(values)))
-
-
-def _write_file(path: Path, write: Any) -> None:
-    with path.open("xb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
+def _names_in(entry: object, key: str) -> Iterator[Any]:
+    """All values of `key` in nested entries: the names of files."""
+    if isinstance(entry, Mapping):
+        if not isinstance(entry.get(key, {}), (Mapping, list)):
+            yield entry[key]
+        entry = list(entry.values())
+    if isinstance(entry, list):
+        for item in entry:
+            yield from _names_in(item, key)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -284,12 +263,9 @@ def open_panel(path: str | os.PathLike[str], *, verify: bool = True) -> Panel:
         newer = _read_header(folder)  # another process may have replaced the panel after the header was read
         if newer["contents"] == header["contents"]:
             raise DataError(
-                f"the panel {str(folder)!r} is incomplete: {header['contents']!r} lacks files. {_REMEDY}"
+                f"the panel {str(folder)!r} is incomplete: {header['contents']!r} lacks files. {REMEDY}"
             ) from None
         return _map(folder, newer, verify)
-
-
-_REMEDY = "Remedy: save the panel again."
 
 
 def _read_header(folder: Path) -> dict[str, Any]:
@@ -301,12 +277,13 @@ def _read_header(folder: Path) -> dict[str, Any]:
         header = json.loads(file.read_text(encoding="utf-8"))
         is_ours = isinstance(header, dict) and header.get("format") == FORMAT
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{str(file)!r} cannot be read: {error}. {_REMEDY}") from None
+        raise DataError(f"{str(file)!r} cannot be read: {error}. {REMEDY}") from None
     if not is_ours:
         raise DataError(f"{str(file)!r} does not describe a panel of qfast. Remedy: a folder written by Panel.save.")
-    if header.get("version") != VERSION:
+    if header.get("version") not in (VERSION, VERSION_WITH_VIEW):
         raise DataError(
-            f"{str(file)!r} has format version {header.get('version')!r}; this release reads version {VERSION}. "
+            f"{str(file)!r} has format version {header.get('version')!r}; this release reads the versions {VERSION} "
+            f"and {VERSION_WITH_VIEW}. "
             "Remedy: save the panel with this release, or open it with the release that wrote it."
         )
     if header.get("byte_order") != sys.byteorder:
@@ -314,9 +291,9 @@ def _read_header(folder: Path) -> dict[str, Any]:
             f"the values in {str(folder)!r} are in {header.get('byte_order')!r} byte order, and this machine needs "
             f"{sys.byteorder!r}. Remedy: save the panel on a machine of this kind."
         )
-    names = [header.get("contents"), *header.get("files", ()), *(b.get("values") for b in header.get("blocks", ()))]
+    names = [header.get("contents"), *header.get("files", ()), *_names_in(header.get("blocks"), "values")]
     if header.get("digest") != _digest_of(header) or not all(_is_plain(name) for name in names):
-        raise DataError(f"{str(file)!r} is damaged: its digest does not match its content. {_REMEDY}")
+        raise DataError(f"{str(file)!r} is damaged: its digest does not match its content. {REMEDY}")
     return header
 
 
@@ -326,59 +303,33 @@ def _is_plain(name: object) -> bool:
 
 
 def _map(folder: Path, header: Mapping[str, Any], verify: bool) -> Panel:
-    from qfast.data.panel import Block, Panel
+    from qfast.data.panel import Panel
 
     contents = folder / header["contents"]
     for name, expected in header["files"].items():
         if _file_digest(contents / name) != expected:
-            raise DataError(f"{str(contents / name)!r} is damaged: its digest does not match {HEADER}. {_REMEDY}")
+            raise DataError(f"{str(contents / name)!r} is damaged: its digest does not match {HEADER}. {REMEDY}")
     with np.load(contents / KEYS, allow_pickle=False) as keys:
         live = keys.get("live")
         stamps = pd.DatetimeIndex(keys["datetimes"].view(f"M8[{header['datetimes']['unit']}]"))
     zone = header["datetimes"]["time_zone"]
     datetimes = stamps if zone is None else stamps.tz_localize("UTC").tz_convert(zone)
     instruments = np.array(json.loads((contents / INSTRUMENTS).read_text(encoding="utf-8")), dtype=object)
-    blocks = {}
-    for block in header["blocks"]:
-        shape = (header["rows"], len(block["columns"]))
-        values = _map_values(contents / block["values"], shape, block["dtype"])
-        if verify:
-            _verify(values, contents / block["checksums"], contents / block["values"])
-        blocks[block["group"]] = Block(values, tuple(block["columns"]))
+    blocks = {block["group"]: _open_block(block, header["rows"], contents, verify) for block in header["blocks"]}
     date_codes, instrument_codes = (
-        _map_values(contents / name, (header["rows"],), "int32") for name in (DATE_CODES, INSTRUMENT_CODES)
+        map_file(contents / name, (header["rows"],), "int32") for name in (DATE_CODES, INSTRUMENT_CODES)
     )
     return Panel(datetimes, instruments, date_codes, instrument_codes, blocks, live)
 
 
-def _map_values(file: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """The content of a file as a read-only array over its memory map."""
-    expected = math.prod(shape) * np.dtype(dtype).itemsize
-    actual = file.stat().st_size
-    if actual != expected:
-        raise DataError(
-            f"{str(file)!r} is truncated or damaged: expected {expected} bytes for {list(shape)} {dtype}, got "
-            f"{actual}. {_REMEDY}"
-        )
-    if expected == 0:
-        values = np.empty(shape, dtype=dtype)
-    else:
-        with file.open("rb") as handle:
-            # A private map: a stray write through a tensor cannot reach the file, and cannot crash the process.
-            mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
-        values = mapped_array(mapped).view(dtype).reshape(shape)
-    values.flags.writeable = False
-    return values
+def _open_block(entry: Mapping[str, Any], n_rows: int, contents: Path, verify: bool) -> Block:
+    from qfast.data.panel import Block, WindowBlock
+    from qfast.data.window_folder import open_windows
 
-
-def _verify(values: np.ndarray, checksums: Path, file: Path) -> None:
-    """Compare the values with their checksums. Reads the whole file once."""
-    expected = np.load(checksums, allow_pickle=False)
-    for number, rows in enumerate(_parts(values)):
-        if zlib.crc32(values[rows].reshape(-1).view(np.uint8).data) != expected[number]:
-            raise DataError(
-                f"{str(file)!r} is damaged: rows {rows.start} to {rows.stop - 1} do not match their checksum. {_REMEDY}"
-            )
+    columns = tuple(entry["columns"])
+    if "windows" in entry:
+        return WindowBlock(open_windows(entry["windows"], contents, verify), columns)
+    return Block(open_array({**entry, "shape": [n_rows, len(columns)]}, contents, verify), columns)
 
 
 def _file_digest(file: Path) -> str:
