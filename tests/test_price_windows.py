@@ -282,6 +282,16 @@ PROCESSORS: dict[str, dict[str, Any]] = {
     },
     "tanh": {"infer_processors": ["TanhProcess"]},
     "tanh between": {"infer_processors": [ROBUST, "TanhProcess", ONE_FILL, ZSCORE, FILL]},
+    "without a column": {"infer_processors": [ROBUST, {"class": "DropCol", "kwargs": {"col_list": ["CLOSE0"]}}, FILL]},
+    "two fields": {
+        "infer_processors": [
+            *(ROBUST, "TanhProcess", ONE_FILL),
+            {"class": "FilterCol", "kwargs": {"col_list": [f"{n}{k}" for n in ("VOLUME", "OPEN") for k in range(60)]}},
+            {"class": "DropCol", "kwargs": {"col_list": ["OPEN0", "OPEN9", "OPEN59", "VOLUME30"]}},
+            *(ZSCORE, {"class": "Fillna", "kwargs": {"fields_group": ("feature", "VOLUME3")}}),
+        ],
+        "learn_processors": LEARN,
+    },
     "independent": {"infer_processors": [ROBUST], "learn_processors": [FILL], "process_type": "independent"},
     "shared": {"shared_processors": [ROBUST], "infer_processors": [FILL], "drop_raw": True},
 }
@@ -315,7 +325,7 @@ NEEDS_COLUMNS: dict[str, Any] = {
     "CSRankNorm": {"class": "CSRankNorm", "kwargs": {"fields_group": "feature"}},
     "CSZFillna": {"class": "CSZFillna", "kwargs": {"fields_group": "feature"}},
     "FilterCol": {"class": "FilterCol", "kwargs": {"fields_group": "feature", "col_list": ["CLOSE0", "VOLUME9"]}},
-    "DropCol": {"class": "DropCol", "kwargs": {"col_list": ["CLOSE0"]}},
+    "CSZScoreNorm of a selection": {"class": "CSZScoreNorm", "kwargs": {"fields_group": ("feature", "CLOSE5")}},
 }
 
 
@@ -325,11 +335,17 @@ def test_other_processors_store_columns_and_are_logged(name: str, caplog: pytest
     with caplog.at_level(logging.INFO, logger="qfast"):
         view, columns = view_and_columns(hostile_prices(), infer_processors=processors)
     n_columns = len(view.panel("infer").columns("feature"))
-    assert f"{name}: group 'feature' is stored as {n_columns} columns" in caplog.text
+    assert f"{NEEDS_COLUMNS[name]['class']}: group 'feature' is stored as {n_columns} columns" in caplog.text
+    assert ("GiB, because few columns remain" if name == "FilterCol" else "GiB, because its constants") in caplog.text
     assert isinstance(view.panel("infer").table("feature"), np.ndarray)
     pd.testing.assert_frame_equal(view.fetch(), columns.fetch())
     pd.testing.assert_frame_equal(view.fetch(data_key="raw"), columns.fetch(data_key="raw"))
-    with pytest.raises(ConfigError, match=rf"{name} needs \d+ columns of group 'feature' in memory"):
+    if name == "FilterCol":  # only the columns are smaller than the view
+        forced = Alpha360(data=hostile_prices(), windows="view", infer_processors=processors, **FIT)
+        assert isinstance(forced.panel("infer").table("feature"), PriceWindows)
+        pd.testing.assert_frame_equal(forced.fetch(), columns.fetch())
+        return
+    with pytest.raises(ConfigError, match=r"CS\w+ needs 360 columns of group 'feature' in memory"):
         Alpha360(data=hostile_prices(), windows="view", infer_processors=processors, **FIT)
 
 
@@ -338,6 +354,7 @@ INFINITE: dict[str, dict[str, Any]] = {
     "alone": {"infer_processors": ["ProcessInf"]},
     "between": {"infer_processors": [DROPNA, "ProcessInf", "TanhProcess", "ProcessInf", ROBUST, FILL]},
     "twice": {"infer_processors": ["ProcessInf", "MinMaxNorm"], "learn_processors": ["ProcessInf", *LEARN]},
+    "selected": {"infer_processors": ["ProcessInf", {"class": "DropCol", "kwargs": {"col_list": ["OPEN9"]}}, ROBUST]},
 }
 
 

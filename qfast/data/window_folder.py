@@ -26,6 +26,8 @@ TENSORS = ("series", "ends", "divisors", "divisor_of", "stages")
 def write_windows(windows: PriceWindows, contents: Path, stem: str) -> dict[str, Any]:
     """Write the arrays of a view to files whose names begin with `stem`, and return the entry for `open_windows`."""
     arrays = {name: getattr(windows, name).numpy() for name in TENSORS}
+    if windows.selected is not None:
+        arrays["selected"] = windows.selected.numpy()
     if windows.stored is not None:
         arrays |= {"stored_rows": windows.stored.rows.numpy(), "stored_values": windows.stored.values.numpy()}
     later = []
@@ -45,6 +47,7 @@ def open_windows(entry: Mapping[str, Any], contents: Path, verify: bool) -> Pric
     """The view of an entry, over memory maps."""
     arrays = {name: open_array(array, contents, verify) for name, array in entry["arrays"].items()}
     tensors: dict[str, torch.Tensor] = {name: shared_tensor(arrays[name]) for name in TENSORS}
+    selected = shared_tensor(arrays["selected"]) if "selected" in arrays else None
     stored = None
     if "stored_rows" in arrays:
         stored = StoredRows(shared_tensor(arrays["stored_rows"]), shared_tensor(arrays["stored_values"]))
@@ -52,7 +55,14 @@ def open_windows(entry: Mapping[str, Any], contents: Path, verify: bool) -> Pric
         LaterMap(_map_of(constants, arrays, f"later_{number}_"), arrays[f"later_{number}_columns"])
         for number, constants in enumerate(entry["later"])
     )
-    return PriceWindows(**tensors, window=entry["window"], required=entry["required"], later=later, stored=stored)
+    return PriceWindows(
+        **tensors,
+        window=entry["window"],
+        required=entry["required"],
+        later=later,
+        selected=selected,
+        stored=stored,
+    )
 
 
 def _map_entry(function: ColumnMap) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -70,8 +70,9 @@ class Alpha360(PriceHandler):
         batch computes its columns, including the processors. This needs a fortieth of the memory of columns. "columns":
         in memory. "auto": as a view, unless a processor needs the columns in memory. The log names that processor;
         with "view" it is an error. RobustZScoreNorm, ZScoreNorm, MinMaxNorm, Fillna, TanhProcess, DropnaProcessor and
-        all processors of the label keep the view, and so does ProcessInf if fewer than a sixteenth of the rows contain
-        an infinite feature. The values are equal to the bit.
+        all processors of the label keep the view. So do ProcessInf, if fewer than a sixteenth of the rows contain an
+        infinite feature, and FilterCol and DropCol, if a quarter of the columns remains. The values are equal to the
+        bit.
     read_options : ReadOptions or mapping, optional
         How to read tables, see `qfast.data.ReadOptions`.
     compat : {None, "qlib"}

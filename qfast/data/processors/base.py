@@ -144,8 +144,10 @@ class Processor:
                 f"Remedy: windows='auto', or processors without {name}."
             )
         size = np.prod(after.shape) * after.itemsize / 2**30
-        log.info("%s: group %r is stored as %d columns, %.2f GiB", name, group, after.shape[1], size)
+        count = after.shape[1]
+        log.info("%s: group %r is stored as %d columns, %.2f GiB, because %s", name, group, count, size, self.no_view)
 
+    no_view = "it is not known to treat each value alone"  # why windows of prices become columns in memory
     frozen = False  # True after load_state; `fit` is then no longer called
 
     def state(self) -> dict[str, np.ndarray]:

@@ -24,6 +24,7 @@ from qfast.errors import ConfigError
 RANK_TO_STD = 3.46  # Qlib's value for sqrt(12), which scales a uniform rank in [-0.5, 0.5] to unit standard deviation
 
 FEW_ROWS = 1 / 16  # part of the rows that a view stores with their values
+OF_DAYS = "its constants are those of a day, and a view has constants of columns only"  # `Processor.no_view`
 
 
 class CSZScoreNorm(Processor):
@@ -55,6 +56,8 @@ class CSZScoreNorm(Processor):
     >>> CSZScoreNorm()(panel).values("feature")[:, 0].tolist()
     [-1.0, 0.0, 1.0]
     """
+
+    no_view = OF_DAYS
 
     def __init__(self, fields_group: FieldsGroup = None, method: str = "zscore") -> None:
         if method not in ("zscore", "robust"):
@@ -91,6 +94,8 @@ class CSRankNorm(Processor):
     [0.0, 1.73]
     """
 
+    no_view = OF_DAYS
+
     def __init__(self, fields_group: FieldsGroup = None) -> None:
         self.fields_group = fields_group
 
@@ -126,6 +131,8 @@ class CSZFillna(Processor):
     [1.0, 2.0, 3.0]
     """
 
+    no_view = OF_DAYS
+
     def __init__(self, fields_group: FieldsGroup = None) -> None:
         self.fields_group = fields_group
 
@@ -149,6 +156,8 @@ class ProcessInf(Processor):
     >>> ProcessInf()(panel).values("feature")[:, 0].tolist()
     [1.0, 2.0, 3.0]
     """
+
+    no_view = "too many rows contain infinite features"
 
     def _apply(self, panel: Panel, space: Workspace) -> Panel:
         def change(part: np.ndarray, rows: np.ndarray | None) -> np.ndarray:

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from qfast.data.column_maps import Fill, ShiftedTanh
-from qfast.data.panel import Block, Panel
+from qfast.data.panel import Block, Panel, WindowBlock
+from qfast.data.price_windows import PriceWindows
 from qfast.data.processors.base import Processor, Workspace
 from qfast.data.processors.columns import (
     FieldsGroup,
@@ -27,6 +28,8 @@ from qfast.errors import ConfigError, DataError, some, suggest
 log = logging.getLogger("qfast.data")
 
 FEATURE = "feature"
+FEW_COLUMNS = "few columns remain, which need about as little memory as a view"  # `Processor.no_view`
+LEAST_SELECTED = 1 / 4  # of the columns that a view computes; with fewer, columns are stored
 
 
 class Fillna(Processor):
@@ -174,6 +177,8 @@ class DropCol(Processor):
     ('y',)
     """
 
+    no_view = FEW_COLUMNS
+
     def __init__(self, col_list: Sequence[str] = ()) -> None:
         self.col_list = _name_list("DropCol", col_list)
 
@@ -217,6 +222,8 @@ class FilterCol(Processor):
     >>> FilterCol("feature", ["z", "x"])(panel).columns("feature")
     ('x', 'z')
     """
+
+    no_view = FEW_COLUMNS
 
     def __init__(self, fields_group: FieldsGroup = "feature", col_list: Sequence[str] = ()) -> None:
         self.fields_group = fields_group
@@ -271,8 +278,14 @@ def keep_columns(panel: Panel, keep: Mapping[str, Sequence[bool]], storage: Stor
             del blocks[group]
             continue
         positions, table = np.flatnonzero(mask), block.table
+        names = tuple(block.columns[p] for p in positions)
+        if isinstance(table, PriceWindows):
+            windows = table.select(positions)
+            if windows.required or len(positions) >= windows.computed * LEAST_SELECTED:
+                blocks[group] = WindowBlock(windows, names)
+                continue
         values = (storage or Storage()).empty((panel.n_rows, len(positions)), table.dtype)
         for rows in rows_by_chunk(panel.n_rows):
             values[rows] = table[rows][:, positions]
-        blocks[group] = Block(values, tuple(block.columns[p] for p in positions))
+        blocks[group] = Block(values, names)
     return replace(panel, blocks=blocks)
