@@ -25,7 +25,7 @@ class Problems:
         self.items: list[tuple[str, str]] = []
 
     def add(self, place: str, text: str) -> None:
-        """Add a problem of an option or key. The text ends without a full stop."""
+        """Add a problem of an option or key. `check` adds a missing full stop."""
         if (place, text) not in self.items:
             self.items.append((place, text))
 
@@ -34,5 +34,5 @@ class Problems:
         if not self.items:
             return
         count = "1 problem" if len(self.items) == 1 else f"{len(self.items)} problems"
-        lines = [f"  {place}: {text.removesuffix('.')}." for place, text in self.items]
+        lines = [f"  {place}: {text if text.endswith(('.', '?')) else f'{text}.'}" for place, text in self.items]
         raise ConfigError("\n".join([f"the study has {count}.", *lines]))
