@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
+import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -21,7 +22,9 @@ from qfast.data import synthetic
 from qfast.metrics import daily_ic
 from qfast.workflow.demo import DEMO
 
-logging.getLogger("qfast").setLevel(logging.ERROR)  # a run logs what it does; this page does not show it
+logging.getLogger("qfast").setLevel(
+    logging.ERROR
+)  # a run logs what it does; this page does not show it
 plt.rcParams["figure.facecolor"] = "white"
 start, folder = os.getcwd(), tempfile.TemporaryDirectory()
 os.chdir(folder.name)  # everything below is written here and removed at the end
@@ -63,7 +66,8 @@ print("...\n\n" + text[text.index("task:") : text.index("  record:")])
 report = qfast.check("workflow.yaml", data="prices.csv")
 for finding in report.findings:
     if finding.level == "warning" or finding.topic == "look-ahead":
-        print(f"{finding.level}, {finding.topic}: {finding.text}\n")
+        text = f"{finding.level}, {finding.topic}: {finding.text}"
+        print(textwrap.fill(text, 80), end="\n\n")
 print("no errors:", report.ok)
 
 # %% [markdown]
@@ -89,7 +93,9 @@ sets = [
     "task.model.kwargs.lr=0.003",
     "task.model.kwargs.progress=false",
 ]
-result = qfast.run("workflow.yaml", data="prices.csv", sets=sets, seed=0, output="runs/first")
+result = qfast.run(
+    "workflow.yaml", data="prices.csv", sets=sets, seed=0, output="runs/first"
+)
 print(result.model.history_[["train_loss", "train", "valid"]].round(4))
 print("best epoch:", result.model.best_epoch_)
 
@@ -119,7 +125,8 @@ print(metrics[["IC", "ICIR", "Rank IC", "Rank ICIR", "days"]].round(3))
 daily = pd.read_csv(result.path / "daily.csv", parse_dates=["datetime"])
 ic = daily[daily["segment"] == "test"].set_index("datetime")["ic"].dropna()
 error = ic.std() / np.sqrt(len(ic))
-print(f"mean IC {ic.mean():.3f} ± {error:.3f} over {len(ic)} days, positive on {(ic > 0).mean():.0%} of them")
+print(f"mean IC {ic.mean():.3f} ± {error:.3f} over {len(ic)} days")
+print(f"positive on {(ic > 0).mean():.0%} of them")
 
 # %% [markdown]
 # One day is almost noise, and the sum over days is not. On the left, the day whose IC is closest to the mean; on the
@@ -127,13 +134,25 @@ print(f"mean IC {ic.mean():.3f} ± {error:.3f} over {len(ic)} days, positive on 
 
 # %%
 scores = result.model.predict(result.dataset, "test")
-returns = result.dataset.prepare("test", col_set="label", data_key="raw").iloc[:, 0]
-assert np.allclose(daily_ic(scores, returns)[0].dropna(), ic, atol=1e-6)  # the same ICs, computed here
+returns = result.dataset.prepare("test", col_set="label", data_key="raw").iloc[
+    :, 0
+]
+assert np.allclose(
+    daily_ic(scores, returns)[0].dropna(), ic, atol=1e-6
+)  # the same ICs, computed here
 day = (ic - ic.mean()).abs().idxmin()
 
-figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-left.scatter(scores.xs(day), 100 * returns.xs(day).reindex(scores.xs(day).index), s=14)
-left.set(title=f"{day:%Y-%m-%d}: IC {ic[day]:.2f}", xlabel="score", ylabel="return that follows, %")
+figure, (left, right) = plt.subplots(
+    1, 2, figsize=(9, 3.2), layout="constrained"
+)
+left.scatter(
+    scores.xs(day), 100 * returns.xs(day).reindex(scores.xs(day).index), s=14
+)
+left.set(
+    title=f"{day:%Y-%m-%d}: IC {ic[day]:.2f}",
+    xlabel="score",
+    ylabel="return that follows, %",
+)
 right.plot(ic.cumsum().to_numpy(), label="model")
 right.plot(0.15 * np.arange(1, len(ic) + 1), "--", label="planted signal")
 right.set(title="cumulative IC, segment test", xlabel="trading day")
@@ -149,7 +168,12 @@ plt.show()
 # %%
 print(sorted(path.name for path in result.path.iterdir()))
 trading = pd.Series(result.portfolio)
-print(trading.filter(like="excess_return_with_cost").rename(lambda name: name.split(".")[-1]).round(4).to_string())
+print(
+    trading.filter(like="excess_return_with_cost")
+    .rename(lambda name: name.split(".")[-1])
+    .round(4)
+    .to_string()
+)
 
 # %% [markdown]
 # ## Tomorrow's scores
@@ -158,7 +182,9 @@ print(trading.filter(like="excess_return_with_cost").rename(lambda name: name.sp
 # fitted processors of the run and fits nothing again.
 
 # %%
-market[market.index.get_level_values("datetime") <= today + pd.Timedelta(days=1)].to_csv("newest_prices.csv")
+market[
+    market.index.get_level_values("datetime") <= today + pd.Timedelta(days=1)
+].to_csv("newest_prices.csv")
 tomorrow = qfast.predict("runs/first", data="newest_prices.csv", date="latest")
 print(tomorrow.sort_values(ascending=False).head().round(3).to_string())
 

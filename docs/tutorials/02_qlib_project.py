@@ -41,22 +41,32 @@ days = prices.index.get_level_values("datetime").unique().sort_values()
 def write_store(root: Path) -> None:
     (root / "calendars").mkdir(parents=True)
     (root / "instruments").mkdir()
-    (root / "calendars" / "day.txt").write_text("\n".join(days.strftime("%Y-%m-%d")))
+    (root / "calendars" / "day.txt").write_text(
+        "\n".join(days.strftime("%Y-%m-%d"))
+    )
     spans = []
     for code, rows in prices.groupby(level="instrument"):
         rows = rows.droplevel("instrument")
-        rows = rows.reindex(days[(days >= rows.index[0]) & (days <= rows.index[-1])])
+        rows = rows.reindex(
+            days[(days >= rows.index[0]) & (days <= rows.index[-1])]
+        )
         (root / "features" / code.lower()).mkdir(parents=True)
         for field in rows:
-            values = np.concatenate([[days.get_loc(rows.index[0])], rows[field]]).astype("<f4")
+            values = np.concatenate(
+                [[days.get_loc(rows.index[0])], rows[field]]
+            ).astype("<f4")
             values.tofile(root / "features" / code.lower() / f"{field}.day.bin")
-        spans.append(f"{code}\t{rows.index[0]:%Y-%m-%d}\t{rows.index[-1]:%Y-%m-%d}")
+        spans.append(
+            f"{code}\t{rows.index[0]:%Y-%m-%d}\t{rows.index[-1]:%Y-%m-%d}"
+        )
     for market in ("all", "csi300"):
         (root / "instruments" / f"{market}.txt").write_text("\n".join(spans))
 
 
 write_store(Path("qlib_data"))
-print(sorted(path.name for path in Path("qlib_data", "features", "s00").iterdir()))
+print(
+    sorted(path.name for path in Path("qlib_data", "features", "s00").iterdir())
+)
 
 # %% [markdown]
 # ## The workflow file
@@ -79,7 +89,9 @@ data_handler_config: &data_handler_config
     instruments: *market
     infer_processors:
         - class: FilterCol
-          kwargs: {fields_group: feature, col_list: [RESI5, RESI10, ROC5, ROC10, STD5, CORR5, KLEN, KLOW]}
+          kwargs:
+              fields_group: feature
+              col_list: [RESI5, RESI10, ROC5, ROC10, STD5, CORR5, KLEN, KLOW]
         - class: RobustZScoreNorm
           kwargs: {fields_group: feature, clip_outlier: true}
         - class: Fillna
@@ -93,8 +105,9 @@ task:
     model:
         class: LSTM
         module_path: qlib.contrib.model.pytorch_lstm_ts
-        kwargs: {d_feat: 8, hidden_size: 16, num_layers: 2, dropout: 0.0, n_epochs: 4, lr: 2e-3, early_stop: 10,
-                 batch_size: 400, metric: loss, loss: mse, n_jobs: 20, GPU: 0, seed: 0}
+        kwargs: {d_feat: 8, hidden_size: 16, num_layers: 2, dropout: 0.0,
+                 n_epochs: 4, lr: 2e-3, early_stop: 10, batch_size: 400,
+                 metric: loss, loss: mse, n_jobs: 20, GPU: 0, seed: 0}
     dataset:
         class: TSDatasetH
         module_path: qlib.data.dataset
@@ -128,8 +141,12 @@ task:
                       end_time: 2019-11-28
                       account: 1000000
                       benchmark: *benchmark
-                      exchange_kwargs: {limit_threshold: 0.095, deal_price: close, open_cost: 0.0005,
-                                        close_cost: 0.0015, min_cost: 5}
+                      exchange_kwargs:
+                          limit_threshold: 0.095
+                          deal_price: close
+                          open_cost: 0.0005
+                          close_cost: 0.0015
+                          min_cost: 5
 """
 Path("workflow.yaml").write_text(workflow)
 print(len(workflow.splitlines()), "lines")
@@ -141,8 +158,14 @@ print(len(workflow.splitlines()), "lines")
 # factors, trains, scores, and trades on the scores. It has no worker processes, so it accepts and ignores `n_jobs`.
 
 # %%
-result = qfast.run("workflow.yaml", sets=["task.model.kwargs.progress=false"], output="runs/unmodified")
-print(pd.DataFrame(result.metrics).T[["IC", "ICIR", "Rank IC", "days"]].round(3))
+result = qfast.run(
+    "workflow.yaml",
+    sets=["task.model.kwargs.progress=false"],
+    output="runs/unmodified",
+)
+print(
+    pd.DataFrame(result.metrics).T[["IC", "ICIR", "Rank IC", "days"]].round(3)
+)
 
 # %% [markdown]
 # ## The one changed line
@@ -151,8 +174,17 @@ print(pd.DataFrame(result.metrics).T[["IC", "ICIR", "Rank IC", "days"]].round(3)
 # ends in `_ts` becomes `qfast.models.ts`, and any other becomes `qfast.models`.
 
 # %%
-changed = workflow.replace("qlib.contrib.model.pytorch_lstm_ts", "qfast.models.ts")
-lines = difflib.unified_diff(workflow.splitlines(), changed.splitlines(), "qlib", "qfast", n=2, lineterm="")
+changed = workflow.replace(
+    "qlib.contrib.model.pytorch_lstm_ts", "qfast.models.ts"
+)
+lines = difflib.unified_diff(
+    workflow.splitlines(),
+    changed.splitlines(),
+    "qlib",
+    "qfast",
+    n=2,
+    lineterm="",
+)
 print("\n".join(lines))
 
 # %% [markdown]
@@ -174,9 +206,19 @@ print("\n".join(lines))
 kwargs = qfast.load("runs/unmodified").config["task"]["dataset"]["kwargs"]
 handler = Alpha158(data="qlib_data", **kwargs["handler"]["kwargs"])
 dataset = TSDatasetH(handler, kwargs["segments"], step_len=20)
-sizes = {"d_feat": 8, "hidden_size": 16, "num_layers": 2, "batch_size": 400, "n_epochs": 4, "lr": 2e-3, "seed": 0}
+sizes = {
+    "d_feat": 8,
+    "hidden_size": 16,
+    "num_layers": 2,
+    "batch_size": 400,
+    "n_epochs": 4,
+    "lr": 2e-3,
+    "seed": 0,
+}
 model = LSTM(**sizes, metric="loss", progress=False).fit(dataset)
-difference = model.predict(dataset, "test") - result.model.predict(result.dataset, "test")
+difference = model.predict(dataset, "test") - result.model.predict(
+    result.dataset, "test"
+)
 print("largest difference of the scores:", difference.abs().max())
 
 # %% [markdown]
@@ -190,7 +232,10 @@ print(list(model.network.state_dict())[:4])
 torch.save(model.network.state_dict(), "qlib_style.pkl")
 again = LSTM(**sizes, progress=False)
 again.load_weights("qlib_style.pkl")
-print("equal scores:", again.predict(dataset, "test").equals(model.predict(dataset, "test")))
+print(
+    "equal scores:",
+    again.predict(dataset, "test").equals(model.predict(dataset, "test")),
+)
 
 # %% [markdown]
 # ## compat="qlib"
@@ -203,7 +248,9 @@ print("equal scores:", again.predict(dataset, "test").equals(model.predict(datas
 scores = {}
 for dropout in (0.0, 0.3):
     for compat in (None, "qlib"):
-        fitted = LSTM(**sizes, dropout=dropout, compat=compat, progress=False).fit(dataset)
+        fitted = LSTM(
+            **sizes, dropout=dropout, compat=compat, progress=False
+        ).fit(dataset)
         scores[dropout, compat] = fitted.predict(dataset, "test")
         valid = fitted.history_["valid"].round(4).tolist()
         print(f"dropout {dropout}, compat {compat!s:5} valid by epoch: {valid}")
@@ -213,7 +260,11 @@ figure, panels = plt.subplots(1, 2, figsize=(8, 3.6), layout="constrained")
 for panel, dropout in zip(panels, (0.0, 0.3), strict=True):
     panel.scatter(scores[dropout, None], scores[dropout, "qlib"], s=4)
     panel.axline((0, 0), slope=1, color="grey", linewidth=0.8)
-    panel.set(title=f"test scores, dropout {dropout}", xlabel="qfast", ylabel='compat="qlib"')
+    panel.set(
+        title=f"test scores, dropout {dropout}",
+        xlabel="qfast",
+        ylabel='compat="qlib"',
+    )
 plt.show()
 
 # %% [markdown]
@@ -244,7 +295,10 @@ except qfast.QfastError as error:
 
 # %%
 if importlib.util.find_spec("qlib") is None:
-    print("pyqlib is not installed, so qrun and --engine qlib cannot run. Remedy: pip install 'qfast-models[qlib]'")
+    print(
+        "pyqlib is not installed, so qrun and --engine qlib cannot run. "
+        "Remedy: pip install 'qfast-models[qlib]'"
+    )
 
 # %%
 os.chdir(start)

@@ -35,9 +35,19 @@ os.chdir(folder.name)
 # %%
 frame = synthetic.factors(60, 160, 6, ic=0.2, missing=0.0, seed=2)
 days = frame.index.get_level_values("datetime").unique().sort_values()
-segments = {"train": (days[0], days[99]), "valid": (days[102], days[124]), "test": (days[127], days[159])}
+segments = {
+    "train": (days[0], days[99]),
+    "valid": (days[102], days[124]),
+    "test": (days[127], days[159]),
+}
 dataset = TSDatasetH(handler=frame, segments=segments, step_len=8)
-print(frame.groupby(level="datetime").size().describe()[["min", "mean", "max"]].round(1).to_string())
+print(
+    frame.groupby(level="datetime")
+    .size()
+    .describe()[["min", "mean", "max"]]
+    .round(1)
+    .to_string()
+)
 
 # %% [markdown]
 # ## A batch is a day
@@ -54,7 +64,14 @@ class CountSteps(Callback):
         self.steps += 1
 
 
-sizes = {"d_feat": 6, "hidden_size": 16, "num_layers": 1, "base_model": "LSTM", "seed": 0, "progress": False}
+sizes = {
+    "d_feat": 6,
+    "hidden_size": 16,
+    "num_layers": 1,
+    "base_model": "LSTM",
+    "seed": 0,
+    "progress": False,
+}
 counter = CountSteps()
 alone = GATs(**sizes, n_epochs=3, lr=2e-3).fit(dataset, callbacks=[counter])
 print(counter.steps, "steps in", len(alone.history_), "epochs over 100 days")
@@ -68,13 +85,28 @@ print(counter.steps, "steps in", len(alone.history_), "epochs over 100 days")
 
 # %%
 changed = frame.copy()
-changed.loc[days[-1], "feature"] = changed.loc[days[-1], "feature"].to_numpy() + 1
+changed.loc[days[-1], "feature"] = (
+    changed.loc[days[-1], "feature"].to_numpy() + 1
+)
 future = TSDatasetH(handler=changed, segments=segments, step_len=8)
 for compat in (None, "qlib"):
-    model = alone if compat is None else GATs(**sizes, n_epochs=1, lr=2e-3, compat="qlib").fit(dataset)
-    before, after = (model.predict(data, "test").sort_index() for data in (dataset, future))
-    moved = before.index[before.to_numpy() != after.to_numpy()].get_level_values("datetime").unique()
-    print(f"compat={compat!s:5}: scores of {(moved < days[-1]).sum():2} earlier days depend on the last day")
+    model = (
+        alone
+        if compat is None
+        else GATs(**sizes, n_epochs=1, lr=2e-3, compat="qlib").fit(dataset)
+    )
+    before, after = (
+        model.predict(data, "test").sort_index() for data in (dataset, future)
+    )
+    moved = (
+        before.index[before.to_numpy() != after.to_numpy()]
+        .get_level_values("datetime")
+        .unique()
+    )
+    earlier = (moved < days[-1]).sum()
+    print(
+        f"compat={compat!s:5}: {earlier:2} earlier days depend on the last day"
+    )
 
 # %% [markdown]
 # True days are the default. Use `compat="qlib"` to compare with Qlib's numbers, and never to trade.
@@ -97,7 +129,10 @@ for stocks in numbers:
         times.append(time.perf_counter() - begin)
     milliseconds.append(1000 * min(times))
 gigabytes = [4 * n * n * 2 * hidden_size / 1e9 for n in numbers]
-table = pd.DataFrame({"ms, qfast": milliseconds, "GB of Qlib's tensor": gigabytes}, pd.Index(numbers, name="stocks"))
+table = pd.DataFrame(
+    {"ms, qfast": milliseconds, "GB of Qlib's tensor": gigabytes},
+    pd.Index(numbers, name="stocks"),
+)
 print(table.round(2))
 
 # %% [markdown]
@@ -116,9 +151,15 @@ print(pd.DataFrame(both).round(4))
 
 # %%
 label = frame.loc[segments["test"][0] :, ("label", "LABEL0")]
-for name, fitted in {"base LSTM": base, "GATs alone": alone, "GATs with base": model}.items():
+for name, fitted in {
+    "base LSTM": base,
+    "GATs alone": alone,
+    "GATs with base": model,
+}.items():
     ic = daily_ic(fitted.predict(dataset, "test"), label)[0]
-    print(f"{name:15} test IC {ic.mean():.3f} ± {ic.std() / np.sqrt(ic.count()):.3f}")
+    print(
+        f"{name:15} test IC {ic.mean():.3f} ± {ic.std() / np.sqrt(ic.count()):.3f}"
+    )
 
 # %% [markdown]
 # The stocks of this market do not influence each other, so attention cannot add anything, and the three agree within
@@ -131,7 +172,11 @@ for name, fitted in {"base LSTM": base, "GATs alone": alone, "GATs with base": m
 # %%
 day = days[140]
 names = sorted(frame.loc[day].index)[:12]
-print(model.attention(dataset, day, instruments=names[:3], top=2).round(4).to_string(index=False))
+print(
+    model.attention(dataset, day, instruments=names[:3], top=2)
+    .round(4)
+    .to_string(index=False)
+)
 
 # %%
 model.plot_attention(dataset, day, "attention.png", names, top=8)

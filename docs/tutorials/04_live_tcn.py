@@ -42,13 +42,19 @@ print(plan)
 # ## Train
 
 # %%
-frame = synthetic.factors(30, 220, 6, ic=0.2, late=0.0, delisted=0.0, holes=0.0, missing=0.0, seed=4)
+frame = synthetic.factors(
+    30, 220, 6, ic=0.2, late=0.0, delisted=0.0, holes=0.0, missing=0.0, seed=4
+)
 days = frame.index.get_level_values("datetime").unique().sort_values()
-segments = {"train": (days[31], days[139]), "valid": (days[142], days[169]), "live": (days[180], days[219])}
+segments = {
+    "train": (days[31], days[139]),
+    "valid": (days[142], days[169]),
+    "live": (days[180], days[219]),
+}
 dataset = TSDatasetH(handler=frame, segments=segments, step_len=32)
 model = TCN(
-    d_feat=6, n_chans=16, kernel_size=kernel_size, num_layers=num_layers, dropout=0.1,
-    n_epochs=4, lr=3e-3, batch_size=400, seed=0, progress=False,
+    d_feat=6, n_chans=16, kernel_size=kernel_size, num_layers=num_layers,
+    dropout=0.1, n_epochs=4, lr=3e-3, batch_size=400, seed=0, progress=False,
 ).fit(dataset)  # fmt: skip
 print(model.history_[["train_loss", "valid"]].round(4))
 
@@ -59,9 +65,13 @@ print(model.history_[["train_loss", "valid"]].round(4))
 # of a real market must be processed as in training; `dataset.handler.fetch(..., data_key="infer")` returns them.
 
 # %%
-features = frame["feature"].unstack("instrument")  # columns (factor, instrument)
+features = frame["feature"].unstack(
+    "instrument"
+)  # columns (factor, instrument)
 stocks = frame.index.get_level_values("instrument").unique().tolist()
-array = np.stack([features[name][stocks].to_numpy() for name in frame["feature"]], axis=1)  # [days, F, N]
+array = np.stack(
+    [features[name][stocks].to_numpy() for name in frame["feature"]], axis=1
+)  # [days, F, N]
 history = torch.from_numpy(array).permute(2, 1, 0).contiguous()  # [N, F, days]
 
 first_live = days.get_loc(segments["live"][0])
@@ -82,20 +92,27 @@ for position in range(first_live, len(days)):
     seconds.append(time.perf_counter() - begin)
     rows[days[position]] = scores.numpy()
 live = pd.DataFrame(rows, index=stocks).T
-print(f"median time of a day with {len(stocks)} stocks: {1000 * np.median(seconds):.2f} ms")
+milliseconds = 1000 * np.median(seconds)
+print(f"median time of a day with {len(stocks)} stocks: {milliseconds:.2f} ms")
 
 # %% [markdown]
 # `predict` scores the same days from windows. The scores agree up to rounding.
 
 # %%
 windows = model.predict(dataset, "live").unstack("instrument")[stocks]
-print(f"largest difference: {np.abs(live.to_numpy() - windows.to_numpy()).max():.1e}")
+print(
+    f"largest difference: {np.abs(live.to_numpy() - windows.to_numpy()).max():.1e}"
+)
 
 # %%
 figure, panel = plt.subplots(figsize=(8, 3.2), layout="constrained")
 for stock, colour in zip(stocks[:3], ("C0", "C1", "C2"), strict=True):
-    panel.plot(windows[stock], color=colour, linewidth=1.5, label=f"{stock}: predict")
-    panel.plot(live[stock], "o", color=colour, markersize=3.5, label=f"{stock}: stream")
+    panel.plot(
+        windows[stock], color=colour, linewidth=1.5, label=f"{stock}: predict"
+    )
+    panel.plot(
+        live[stock], "o", color=colour, markersize=3.5, label=f"{stock}: stream"
+    )
 panel.set(title="scores of three stocks", ylabel="score")
 panel.legend(ncols=3, fontsize=8)
 plt.show()
@@ -125,7 +142,12 @@ print({name: seen[name] for name in (stocks[0], stocks[2], "NEW")})
 torch.save(stream.state_dict(), "state.pt")
 tomorrow = model.network.stream()
 tomorrow.load_state_dict(torch.load("state.pt"))
-print("same scores:", torch.equal(tomorrow.push(today[:2], stocks[:2]), stream.push(today[:2], stocks[:2])))
+print(
+    "same scores:",
+    torch.equal(
+        tomorrow.push(today[:2], stocks[:2]), stream.push(today[:2], stocks[:2])
+    ),
+)
 
 # %% [markdown]
 # ## If your windows are shorter

@@ -30,11 +30,16 @@ os.chdir(folder.name)
 
 # %%
 whole = {"late": 0.0, "delisted": 0.0, "holes": 0.0, "missing": 0.0}
-before = synthetic.factors(50, 170, 6, ic=0.25, seed=1, start="2022-01-03", **whole)
+before = synthetic.factors(
+    50, 170, 6, ic=0.25, seed=1, start="2022-01-03", **whole
+)
 change = before.index.get_level_values("datetime").max() + pd.offsets.BDay()
 after = synthetic.factors(50, 130, 6, ic=0.25, seed=7, start=change, **whole)
 frame = pd.concat([before, after])
-print(f"{frame.index[0][0]:%Y-%m-%d} to {frame.index[-1][0]:%Y-%m-%d}, the change is on {change:%Y-%m-%d}")
+first, last = frame.index[0][0], frame.index[-1][0]
+print(
+    f"{first:%Y-%m-%d} to {last:%Y-%m-%d}, the change is on {change:%Y-%m-%d}"
+)
 
 # %% [markdown]
 # ## The workflow
@@ -49,15 +54,17 @@ task:
   model:
     class: GRU
     module_path: qfast.models.ts
-    kwargs: {d_feat: 6, hidden_size: 16, num_layers: 1, n_epochs: 5, lr: 3e-3, batch_size: 400, early_stop: 3,
-             progress: false, seed: 0}
+    kwargs: {d_feat: 6, hidden_size: 16, num_layers: 1, n_epochs: 5, lr: 3e-3,
+             batch_size: 400, early_stop: 3, progress: false, seed: 0}
   dataset:
     class: TSDatasetH
     kwargs:
       handler:
         class: DataHandlerLP
         kwargs:
-          learn_processors: [DropnaLabel, {class: CSRankNorm, kwargs: {fields_group: label}}]
+          learn_processors:
+            - DropnaLabel
+            - {class: CSRankNorm, kwargs: {fields_group: label}}
       segments:
         train: [2022-03-01, 2022-05-31]
         valid: [2022-06-01, 2022-06-30]
@@ -81,7 +88,15 @@ print(pd.DataFrame(static.metrics).T[["IC", "ICIR", "days"]].round(3))
 # ahead. For a label expression, qfast computes it. `on="inline"` uses this process; the default uses all cores.
 
 # %%
-study = qfast.study("workflow.yaml", frame, rolling=34, label_days=2, on="inline", quiet=True, output="studies/rolling")
+study = qfast.study(
+    "workflow.yaml",
+    frame,
+    rolling=34,
+    label_days=2,
+    on="inline",
+    quiet=True,
+    output="studies/rolling",
+)
 columns = ["window", "test_start", "test_end", "status", "valid.ic", "test.ic"]
 print(study.table[columns].round(3).to_string(index=False))
 
@@ -104,15 +119,27 @@ def monthly_ic(run: Path) -> pd.Series:
     return ic.groupby(ic.index.to_period("M")).mean()
 
 
-months = pd.DataFrame({"one model": monthly_ic(static.path), "rolling": monthly_ic(all_windows)})
+months = pd.DataFrame(
+    {"one model": monthly_ic(static.path), "rolling": monthly_ic(all_windows)}
+)
 print(months.round(3))
 
 # %%
 figure, panel = plt.subplots(figsize=(8, 3.2), layout="constrained")
-months.set_axis(months.index.strftime("%b %Y")).plot.bar(ax=panel, rot=0, width=0.75)
-panel.axvline(list(months.index).index(change.to_period("M")) + 0.5, color="black", linestyle=":")
+months.set_axis(months.index.strftime("%b %Y")).plot.bar(
+    ax=panel, rot=0, width=0.75
+)
+panel.axvline(
+    list(months.index).index(change.to_period("M")) + 0.5,
+    color="black",
+    linestyle=":",
+)
 panel.axhline(0, color="grey", linewidth=0.8)
-panel.set(title="mean daily IC by month; dotted: the market changes", xlabel="", ylabel="IC")
+panel.set(
+    title="mean daily IC by month; dotted: the market changes",
+    xlabel="",
+    ylabel="IC",
+)
 plt.show()
 
 # %% [markdown]

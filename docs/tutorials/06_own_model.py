@@ -71,7 +71,9 @@ class AttentionNetwork(nn.Module):
 
     def forward(self, x):
         steps, _ = lstm(x, self.rnn.all_weights, all_steps=True)
-        pooled = attention_pool(steps, self.key.weight, self.key.bias, self.score.weight)
+        pooled = attention_pool(
+            steps, self.key.weight, self.key.bias, self.score.weight
+        )
         return self.out(torch.cat([steps[:, -1], pooled], dim=1)).squeeze(1)
 
 
@@ -83,12 +85,18 @@ torch.manual_seed(0)
 network = AttentionNetwork(6, 16)
 steps = network.rnn(x)[0]
 weights = network.score(torch.tanh(network.key(steps))).softmax(dim=1)
-plain = network.out(torch.cat([steps[:, -1], (weights * steps).sum(1)], dim=1)).squeeze(1)
+plain = network.out(
+    torch.cat([steps[:, -1], (weights * steps).sum(1)], dim=1)
+).squeeze(1)
 ours = network(x)
 parameters = list(network.parameters())
-gradients = [torch.autograd.grad(value.square().sum(), parameters) for value in (ours, plain)]
+gradients = [
+    torch.autograd.grad(value.square().sum(), parameters)
+    for value in (ours, plain)
+]
 print(f"values differ by at most {(ours - plain).abs().max():.0e}")
-print(f"gradients by at most {max((a - b).abs().max() for a, b in zip(*gradients, strict=True)):.0e}")
+errors = [(a - b).abs().max() for a, b in zip(*gradients, strict=True)]
+print(f"gradients by at most {max(errors):.0e}")
 
 # %% [markdown]
 # ## The model
@@ -106,17 +114,30 @@ class AttentionLSTM(Estimator):
     order = LoaderOrder()
 
     def __init__(self, d_feat=6, hidden_size=16, batch_size=400, **options):
-        super().__init__({"d_feat": d_feat, "hidden_size": hidden_size}, batch_size=batch_size, **options)
+        super().__init__(
+            {"d_feat": d_feat, "hidden_size": hidden_size},
+            batch_size=batch_size,
+            **options,
+        )
 
 
 # %%
 days = frame.index.get_level_values("datetime").unique().sort_values()
-segments = {"train": (days[9], days[119]), "valid": (days[122], days[149]), "test": (days[152], days[199])}
+segments = {
+    "train": (days[9], days[119]),
+    "valid": (days[122], days[149]),
+    "test": (days[152], days[199]),
+}
 dataset = TSDatasetH(handler=frame, segments=segments, step_len=10)
-model = AttentionLSTM(n_epochs=8, lr=3e-3, early_stop=3, seed=0, progress=False).fit(dataset)
+model = AttentionLSTM(
+    n_epochs=8, lr=3e-3, early_stop=3, seed=0, progress=False
+).fit(dataset)
 print(model.history_[["train_loss", "train", "valid"]].round(4))
-ic = daily_ic(model.predict(dataset, "test"), frame["label", "LABEL0"])[0].dropna()
-print(f"best epoch {model.best_epoch_}, test IC {ic.mean():.3f} ± {ic.std() / np.sqrt(len(ic)):.3f}, planted 0.25")
+ic = daily_ic(model.predict(dataset, "test"), frame["label", "LABEL0"])[
+    0
+].dropna()
+error = ic.std() / np.sqrt(len(ic))
+print(f"best epoch {model.best_epoch_}, test IC {ic.mean():.3f} ± {error:.3f}")
 
 # %% [markdown]
 # ## Which days does it read?
@@ -125,12 +146,16 @@ print(f"best epoch {model.best_epoch_}, test IC {ic.mean():.3f} ± {ic.std() / n
 # with the factors of a day.
 
 # %%
-test = gather_windows(panel, index, torch.arange(0, len(panel), 7), step_len=10).requires_grad_()
+test = gather_windows(
+    panel, index, torch.arange(0, len(panel), 7), step_len=10
+).requires_grad_()
 (gradient,) = torch.autograd.grad(model.network(test).sum(), test)  # [B, T, F]
 figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
 axes.bar(np.arange(-9, 1), gradient.abs().mean(dim=(0, 2)))
 axes.set(
-    title="mean size of the gradient by day of the window", xlabel="days before today", ylabel="|d score / d factor|"
+    title="mean size of the gradient by day of the window",
+    xlabel="days before today",
+    ylabel="|d score / d factor|",
 )
 plt.show()
 
@@ -150,7 +175,8 @@ task:
   model:
     class: AttentionLSTM
     module_path: my_models
-    kwargs: {{d_feat: 6, hidden_size: 16, n_epochs: 3, lr: 3e-3, seed: 0, progress: false}}
+    kwargs: {{d_feat: 6, hidden_size: 16, n_epochs: 3, lr: 3e-3, seed: 0,
+             progress: false}}
   dataset:
     class: TSDatasetH
     kwargs:
@@ -163,7 +189,12 @@ task:
   record: [{{class: SignalRecord}}]
 """)
 first = qfast.run("workflow.yaml", frame, output="runs/registered")
-print({segment: round(values["IC"], 4) for segment, values in first.metrics.items()})
+print(
+    {
+        segment: round(values["IC"], 4)
+        for segment, values in first.metrics.items()
+    }
+)
 
 # %% [markdown]
 # ## In a workflow file, from the command line
@@ -203,7 +234,12 @@ second = qfast.run(
     allow_code="own_file.py",
     output="runs/from_file",
 )
-print({segment: round(values["IC"], 4) for segment, values in second.metrics.items()})
+print(
+    {
+        segment: round(values["IC"], 4)
+        for segment, values in second.metrics.items()
+    }
+)
 
 # %% [markdown]
 # The run folder records the file and its hash. Later commands on the run need the permission again:

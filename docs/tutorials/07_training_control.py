@@ -27,9 +27,20 @@ os.chdir(folder.name)
 
 frame = synthetic.factors(80, 200, 6, ic=0.3, missing=0.0, seed=6)
 days = frame.index.get_level_values("datetime").unique().sort_values()
-segments = {"train": (days[7], days[119]), "valid": (days[122], days[149]), "test": (days[152], days[199])}
+segments = {
+    "train": (days[7], days[119]),
+    "valid": (days[122], days[149]),
+    "test": (days[152], days[199]),
+}
 dataset = TSDatasetH(handler=frame, segments=segments, step_len=8)
-small = {"d_feat": 6, "hidden_size": 16, "num_layers": 1, "batch_size": 800, "seed": 0, "progress": False}
+small = {
+    "d_feat": 6,
+    "hidden_size": 16,
+    "num_layers": 1,
+    "batch_size": 800,
+    "seed": 0,
+    "progress": False,
+}
 
 # %% [markdown]
 # ## Early stopping
@@ -40,7 +51,7 @@ small = {"d_feat": 6, "hidden_size": 16, "num_layers": 1, "batch_size": 800, "se
 # %%
 plain = GRU(**small, n_epochs=20, lr=0.02, early_stop=3).fit(dataset)
 print(plain.history_[["train_loss", "train", "valid"]].round(4))
-print(f"stopped after {len(plain.history_)} of 20 epochs, best epoch {plain.best_epoch_}")
+print(f"{len(plain.history_)} of 20 epochs, best epoch {plain.best_epoch_}")
 
 # %% [markdown]
 # `train` and `valid` are scores, higher is better: here minus the mean squared error. A `train` score that rises while
@@ -71,16 +82,25 @@ def cosine(optimizer):
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=8)
 
 
-scheduled = GRU(**small, n_epochs=8, lr=0.02, early_stop=8).fit(dataset, callbacks=[Schedule(cosine)])
+scheduled = GRU(**small, n_epochs=8, lr=0.02, early_stop=8).fit(
+    dataset, callbacks=[Schedule(cosine)]
+)
 print(scheduled.history_[["valid", "lr"]].round(4))
 
 # %%
-figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+figure, (left, right) = plt.subplots(
+    1, 2, figsize=(9, 3.2), layout="constrained"
+)
 for name, model in {"constant": plain, "cosine": scheduled}.items():
     left.plot(-model.history_["valid"], "o-", label=name)
 left.set(title="loss on valid", xlabel="epoch")
 left.legend()
-right.plot(scheduled.history_.index, 0 * scheduled.history_["lr"] + 0.02, "o-", label="constant")
+right.plot(
+    scheduled.history_.index,
+    0 * scheduled.history_["lr"] + 0.02,
+    "o-",
+    label="constant",
+)
 right.plot(scheduled.history_["lr"], "o-", label="cosine")
 right.set(title="learning rate", xlabel="epoch")
 plt.show()
@@ -97,7 +117,11 @@ class Watch(Callback):
         self.largest = 0.0
 
     def on_batch_end(self, estimator):
-        gradients = (p.grad.abs().max() for p in estimator.network.parameters() if p.grad is not None)
+        gradients = (
+            p.grad.abs().max()
+            for p in estimator.network.parameters()
+            if p.grad is not None
+        )
         self.largest = max(self.largest, *map(float, gradients))
 
     def on_epoch_end(self, estimator):
@@ -116,11 +140,16 @@ print(watched.history_[["train_loss", "valid", "gradient"]].round(4))
 
 # %%
 if importlib.util.find_spec("tensorboard") is None:
-    print("TensorBoardCallback needs TensorBoard. Remedy: pip install 'qfast-models[tensorboard]'")
+    print(
+        "TensorBoardCallback needs TensorBoard. "
+        "Remedy: pip install 'qfast-models[tensorboard]'"
+    )
 else:
     from qfast.training import TensorBoardCallback
 
-    GRU(**small, n_epochs=1).fit(dataset, callbacks=[TensorBoardCallback("tensorboard")])
+    GRU(**small, n_epochs=1).fit(
+        dataset, callbacks=[TensorBoardCallback("tensorboard")]
+    )
 
 # %% [markdown]
 # ## Sample weights
@@ -141,9 +170,13 @@ class HalfLife:
         return 0.5 ** (age.days.to_numpy() * 5 / 7 / self.days)
 
 
-weights = HalfLife(60).reweight(dataset.prepare("train", col_set=["feature", "label"], data_key="learn"))
+weights = HalfLife(60).reweight(
+    dataset.prepare("train", col_set=["feature", "label"], data_key="learn")
+)
 print(f"{len(weights)} weights from {weights.min():.2f} to {weights.max():.2f}")
-recent = GRU(**small, n_epochs=6, lr=0.005).fit(dataset, reweighter=HalfLife(60))
+recent = GRU(**small, n_epochs=6, lr=0.005).fit(
+    dataset, reweighter=HalfLife(60)
+)
 
 # %% [markdown]
 # Only the training loss uses the weights. The scores that select the epoch do not. For flat data (`DatasetH`),
@@ -162,8 +195,14 @@ except ValueError as error:
     print(error)
 
 # %%
-ranked = GRU(**small, n_epochs=6, lr=0.005, loss="ic", metric="rank_ic", batch_by="day").fit(dataset)
-print(ranked.history_[["train_loss", "train_rank_ic", "valid_rank_ic"]].round(4).tail(3))
+ranked = GRU(
+    **small, n_epochs=6, lr=0.005, loss="ic", metric="rank_ic", batch_by="day"
+).fit(dataset)
+print(
+    ranked.history_[["train_loss", "train_rank_ic", "valid_rank_ic"]]
+    .round(4)
+    .tail(3)
+)
 
 # %% [markdown]
 # Functions work too. They receive the predictions and labels of a batch, without missing labels:
@@ -174,18 +213,30 @@ def huber(prediction, label):
     return torch.nn.functional.huber_loss(prediction, label, delta=1.0)
 
 
-robust = GRU(**small, n_epochs=6, lr=0.005, loss=huber, metric="ic").fit(dataset)
+robust = GRU(**small, n_epochs=6, lr=0.005, loss=huber, metric="ic").fit(
+    dataset
+)
 
 # %% [markdown]
 # ## Which is better?
 
 # %%
 label = frame["label", "LABEL0"]
-models = {"constant lr": plain, "cosine": scheduled, "half-life": recent, "loss ic": ranked, "huber": robust}
+models = {
+    "constant lr": plain,
+    "cosine": scheduled,
+    "half-life": recent,
+    "loss ic": ranked,
+    "huber": robust,
+}
 table = {}
 for name, model in models.items():
     ic = daily_ic(model.predict(dataset, "test"), label)[0].dropna()
-    table[name] = {"best epoch": model.best_epoch_, "test IC": ic.mean(), "standard error": ic.std() / np.sqrt(len(ic))}
+    table[name] = {
+        "best epoch": model.best_epoch_,
+        "test IC": ic.mean(),
+        "standard error": ic.std() / np.sqrt(len(ic)),
+    }
 print(pd.DataFrame(table).T.round(3))
 
 # %% [markdown]
@@ -206,12 +257,19 @@ class PowerFailure(Callback):
 
 
 try:
-    GRU(**small, n_epochs=4).fit(dataset, callbacks=[PowerFailure()], checkpoint_dir="state")
+    GRU(**small, n_epochs=4).fit(
+        dataset, callbacks=[PowerFailure()], checkpoint_dir="state"
+    )
 except KeyboardInterrupt:
     print("interrupted:", os.listdir("state"))
-resumed = GRU(**small, n_epochs=4).fit(dataset, checkpoint_dir="state", resume=True)
+resumed = GRU(**small, n_epochs=4).fit(
+    dataset, checkpoint_dir="state", resume=True
+)
 whole = GRU(**small, n_epochs=4).fit(dataset)
-print("equal:", resumed.predict(dataset, "test").equals(whole.predict(dataset, "test")))
+print(
+    "equal:",
+    resumed.predict(dataset, "test").equals(whole.predict(dataset, "test")),
+)
 
 # %%
 os.chdir(start)

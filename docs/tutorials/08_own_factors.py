@@ -33,7 +33,9 @@ os.chdir(folder.name)
 # the return that follows, as a good data vendor might sell it.
 
 # %%
-prices = synthetic.prices(40, 320, ic=0.1, start="2021-01-01", missing=0.0, seed=5)
+prices = synthetic.prices(
+    40, 320, ic=0.1, start="2021-01-01", missing=0.0, seed=5
+)
 by_stock = prices.groupby(level="instrument")["close"]
 following = by_stock.shift(-2) / by_stock.shift(-1) - 1
 noise = np.random.default_rng(0).standard_normal(len(prices))
@@ -83,15 +85,23 @@ first_half = slice("2021-01-01", "2021-09-30")
 table = {}
 for name in factors:
     ic = daily_ic(factors[name], label)[1].loc[first_half].dropna()
-    table[name] = {"rank IC": ic.mean(), "standard error": ic.std() / np.sqrt(len(ic))}
+    table[name] = {
+        "rank IC": ic.mean(),
+        "standard error": ic.std() / np.sqrt(len(ic)),
+    }
 alone = pd.DataFrame(table).T
 print(alone.round(3))
 
 # %%
 figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
-axes.bar(alone.index, alone["rank IC"], yerr=2 * alone["standard error"], capsize=3)
+axes.bar(
+    alone.index, alone["rank IC"], yerr=2 * alone["standard error"], capsize=3
+)
 axes.axhline(0, color="grey", linewidth=0.8)
-axes.set(title="rank IC of single factors, January to September, ± 2 standard errors", ylabel="rank IC")
+axes.set(
+    title="rank IC of single factors, January to September, ± 2 standard errors",
+    ylabel="rank IC",
+)
 plt.show()
 
 # %% [markdown]
@@ -126,13 +136,28 @@ handler = FactorHandler(
     fit_start_time="2021-01-01",
     fit_end_time="2021-09-28",
     infer_processors=[
-        {"class": "RobustZScoreNorm", "kwargs": {"fields_group": "feature", "clip_outlier": True}},
+        {
+            "class": "RobustZScoreNorm",
+            "kwargs": {"fields_group": "feature", "clip_outlier": True},
+        },
         {"class": "Fillna", "kwargs": {"fields_group": "feature"}},
     ],
-    learn_processors=["DropnaLabel", {"class": "CSRankNorm", "kwargs": {"fields_group": "label"}}],
+    learn_processors=[
+        "DropnaLabel",
+        {"class": "CSRankNorm", "kwargs": {"fields_group": "label"}},
+    ],
 )
 dataset = TSDatasetH(handler, segments, step_len=5)
-model = GRU(d_feat=7, hidden_size=16, num_layers=1, n_epochs=6, lr=3e-3, batch_size=400, seed=0, progress=False)
+model = GRU(
+    d_feat=7,
+    hidden_size=16,
+    num_layers=1,
+    n_epochs=6,
+    lr=3e-3,
+    batch_size=400,
+    seed=0,
+    progress=False,
+)
 model.fit(dataset)
 ic = daily_ic(model.predict(dataset, "test"), label)[0].dropna()
 print(f"test IC {ic.mean():.3f} ± {ic.std() / np.sqrt(len(ic)):.3f}")
@@ -150,8 +175,8 @@ task:
   model:
     class: GRU
     module_path: qfast.models.ts
-    kwargs: {{d_feat: 3, hidden_size: 16, num_layers: 1, n_epochs: 6, lr: 3e-3, batch_size: 400, seed: 0,
-             progress: false}}
+    kwargs: {{d_feat: 3, hidden_size: 16, num_layers: 1, n_epochs: 6, lr: 3e-3,
+             batch_size: 400, seed: 0, progress: false}}
   dataset:
     class: TSDatasetH
     kwargs:
@@ -160,15 +185,21 @@ task:
         module_path: qfast.data
         kwargs:
           features:
-            - ["{expressions["REVERSAL5"]}", "{expressions["VOLUME"]}", "$sentiment"]
+            -
+              - "{expressions["REVERSAL5"]}"
+              - "{expressions["VOLUME"]}"
+              - "$sentiment"
             - [REVERSAL5, VOLUME, SENTIMENT]
           label: ["{label_text}"]
           fit_start_time: 2021-01-01
           fit_end_time: 2021-09-28
           infer_processors:
-            - {{class: RobustZScoreNorm, kwargs: {{fields_group: feature, clip_outlier: true}}}}
+            - class: RobustZScoreNorm
+              kwargs: {{fields_group: feature, clip_outlier: true}}
             - {{class: Fillna, kwargs: {{fields_group: feature}}}}
-          learn_processors: [DropnaLabel, {{class: CSRankNorm, kwargs: {{fields_group: label}}}}]
+          learn_processors:
+            - DropnaLabel
+            - {{class: CSRankNorm, kwargs: {{fields_group: label}}}}
       segments:
         train: [2021-02-01, 2021-09-28]
         valid: [2021-10-01, 2021-11-26]
@@ -186,9 +217,18 @@ print(pd.DataFrame(result.metrics).T[["IC", "Rank IC", "days"]].round(3))
 
 # %%
 text = Path("factors.yaml").read_text()
-Path("cheating.yaml").write_text(text.replace(expressions["VOLUME"], "Ref($close, -1) / $close"))
+Path("cheating.yaml").write_text(
+    text.replace(expressions["VOLUME"], "Ref($close, -1) / $close")
+)
 report = qfast.check("cheating.yaml", data="prices.csv", experiments=False)
-print(*(f"{finding.level}: {finding.text}" for finding in report.findings if finding.level == "error"), sep="\n")
+print(
+    *(
+        f"{finding.level}: {finding.text}"
+        for finding in report.findings
+        if finding.level == "error"
+    ),
+    sep="\n",
+)
 
 # %% [markdown]
 # The check reads expressions, and it cannot know where a column comes from. If your vendor stamps a value with the day

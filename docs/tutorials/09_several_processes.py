@@ -48,9 +48,16 @@ if "RANK" in os.environ:
 
 frame = synthetic.factors(24, 120, 6, ic=0.2, missing=0.0, seed=8)
 days = frame.index.get_level_values("datetime").unique().sort_values()
-segments = {"train": (days[7], days[79]), "valid": (days[82], days[97]), "test": (days[100], days[119])}
+segments = {
+    "train": (days[7], days[79]),
+    "valid": (days[82], days[97]),
+    "test": (days[100], days[119]),
+}
 dataset = TSDatasetH(handler=frame, segments=segments, step_len=8)
-model = LSTM(d_feat=6, hidden_size=8, num_layers=1, n_epochs=4, lr=5e-3, batch_size=200, seed=0, progress=False)
+model = LSTM(
+    d_feat=6, hidden_size=8, num_layers=1, n_epochs=4, lr=5e-3, batch_size=200,
+    seed=0, progress=False,
+)
 model.fit(dataset)
 scores = model.predict(dataset, "test")
 
@@ -81,8 +88,20 @@ print(done["model"].history_[["train_loss", "train", "valid"]].round(4))
 # up.
 
 # %%
-command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
-finished = subprocess.run(command, env={**os.environ, "RESULT": "two", "OMP_NUM_THREADS": "1"}, capture_output=True)
+command = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node",
+    "2",
+    "train.py",
+]
+finished = subprocess.run(
+    command,
+    env={**os.environ, "RESULT": "two", "OMP_NUM_THREADS": "1"},
+    capture_output=True,
+)
 print("exit status:", finished.returncode)
 
 # %% [markdown]
@@ -92,14 +111,26 @@ print("exit status:", finished.returncode)
 # dropout, they would not: each process draws its own masks.
 
 # %%
-history = {name: pd.read_csv(f"{name}/history.csv", index_col="epoch") for name in ("one", "two")}
-scores = {name: pd.read_csv(f"{name}/scores.csv", index_col=["datetime", "instrument"])["score"] for name in history}
+history = {
+    name: pd.read_csv(f"{name}/history.csv", index_col="epoch")
+    for name in ("one", "two")
+}
+scores = {
+    name: pd.read_csv(
+        f"{name}/scores.csv", index_col=["datetime", "instrument"]
+    )["score"]
+    for name in history
+}
 for column in ("train_loss", "train", "valid"):
-    print(f"{column:10} largest difference {(history['one'][column] - history['two'][column]).abs().max():.0e}")
-print(f"{'scores':10} largest difference {(scores['one'] - scores['two']).abs().max():.0e}")
+    error = (history["one"][column] - history["two"][column]).abs().max()
+    print(f"{column:10} largest difference {error:.0e}")
+error = (scores["one"] - scores["two"]).abs().max()
+print(f"{'scores':10} largest difference {error:.0e}")
 
 # %%
-figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+figure, (left, right) = plt.subplots(
+    1, 2, figsize=(9, 3.2), layout="constrained"
+)
 left.plot(-history["one"]["valid"], label="one process")
 left.plot(-history["two"]["valid"], "o", label="two processes")
 left.set(title="loss on valid", xlabel="epoch")
