@@ -1,4 +1,4 @@
-"""How well scores rank the instruments of each day: IC, rank IC, ICIR, long-short returns.
+"""How well scores rank the instruments of each day: IC, rank IC, ICIR, IC decay, long-short returns, turnover.
 
 All days are computed at once from sums by date, without a loop over days. Definitions and missing values follow pandas'
 `Series.corr`, which Qlib applies day by day (qlib/contrib/eva/alpha.py: calc_ic, calc_long_short_return).
@@ -6,6 +6,7 @@ All days are computed at once from sums by date, without a loop over days. Defin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +14,10 @@ import pandas as pd
 
 from qfast.errors import DataError
 
-__all__ = ["daily_ic", "ic_summary", "long_short_return", "long_short_summary"]
+__all__ = ["daily_ic", "ic_decay", "ic_summary", "long_short_return", "long_short_summary", "score_turnover"]
 
 DATE = "datetime"
+LAGS = (0, 1, 2, 3, 5, 10, 20)
 
 
 def daily_ic(score: pd.Series, label: pd.Series) -> tuple[pd.Series, pd.Series]:
@@ -88,6 +90,97 @@ def ic_summary(ic: pd.Series, rank_ic: pd.Series) -> dict[str, float]:
     }
 
 
+def ic_decay(score: pd.Series, label: pd.Series, lags: Sequence[int] = LAGS) -> pd.DataFrame:
+    """Mean IC of the scores of a day with the labels of a later day. It shows how fast the signal becomes stale.
+
+    Parameters
+    ----------
+    score, label : Series
+        Indexed by (datetime, instrument).
+    lags : sequence of int
+        Distances in days that occur in `score` or `label`. 0 is the IC of `daily_ic`.
+
+    Returns
+    -------
+    DataFrame
+        Columns "IC" and "Rank IC", float64, indexed by "lag": means over days. NaN if no day has two pairs.
+
+    Raises
+    ------
+    DataError
+        As for `daily_ic`, or a lag is negative.
+
+    Source: the definition is common in factor analysis.
+
+    Examples
+    --------
+    >>> index = pd.MultiIndex.from_product([pd.date_range("2024-01-01", periods=3), list("ABC")],
+    ...                                    names=["datetime", "instrument"])
+    >>> label = pd.Series([1, 2, 3, 3, 2, 1, 1, 2, 3.0], index)
+    >>> ic_decay(label, label, [0, 1])["IC"].round(1).tolist()
+    [1.0, -1.0]
+    """
+    score, label = _checked("score", score), _checked("label", label)
+    if any(lag < 0 for lag in lags):
+        raise DataError(f"lags must not be negative, got {list(lags)!r}.")
+    instruments = label.index.get_level_values("instrument")
+    own_dates = label.index.get_level_values(DATE)
+    dates = score.index.get_level_values(DATE).unique().union(own_dates.unique())
+    position = dates.get_indexer(own_dates)
+    means = []
+    for lag in lags:
+        kept = position >= lag
+        keys = [dates[position[kept] - lag], instruments[kept]]
+        later = pd.Series(label.to_numpy()[kept], pd.MultiIndex.from_arrays(keys, names=[DATE, "instrument"]))
+        means.append([daily.mean() for daily in daily_ic(score, later)])
+    return pd.DataFrame(means, pd.Index(lags, name="lag"), ["IC", "Rank IC"], dtype=np.float64)
+
+
+def score_turnover(score: pd.Series, quantile: float = 0.2) -> pd.DataFrame:
+    """Share of the best and of the worst scored instruments of a day that were not in that group before.
+
+    Parameters
+    ----------
+    score : Series
+        Indexed by (datetime, instrument).
+    quantile : float
+        Fraction of the day's instruments in each group, in (0, 0.5]. Their number is rounded down.
+
+    Returns
+    -------
+    DataFrame
+        Columns "top" and "bottom", float64, indexed by datetime. The group before consists of the instruments of the
+        same day, ordered by their previous scores. NaN on the first day, and if the groups are empty.
+
+    Raises
+    ------
+    DataError
+        As for `daily_ic`, or `quantile` is out of range.
+
+    Source: qlib/contrib/report/analysis_model/analysis_model_performance.py, _pred_turnover.
+
+    Examples
+    --------
+    >>> index = pd.MultiIndex.from_product([pd.date_range("2024-01-01", periods=2), list("ABCD")],
+    ...                                    names=["datetime", "instrument"])
+    >>> score_turnover(pd.Series([4, 3, 2, 1, 4, 1, 3, 2.0], index), 0.5)["top"].tolist()
+    [nan, 0.5]
+    """
+    _check_quantile(quantile)
+    score = _checked("score", score).sort_index()
+    days = _Days.of(score, score.groupby(level="instrument").shift(1))
+    n = len(days.dates)
+    count = (np.bincount(days.day, minlength=n) * quantile).astype(np.int64)
+    columns = {}
+    for name, sign in (("top", -1.0), ("bottom", 1.0)):
+        keys = (np.where(np.isnan(values), np.inf, sign * values) for values in (days.score, days.label))
+        now, before = (_first_rows(days.day, key, count) for key in keys)
+        stayed = np.bincount(days.day[np.intersect1d(now, before)], minlength=n)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            columns[name] = np.where(np.arange(n) == 0, np.nan, 1 - stayed / count)
+    return pd.DataFrame(columns, days.dates.rename(DATE))
+
+
 def long_short_return(score: pd.Series, label: pd.Series, quantile: float = 0.2) -> tuple[pd.Series, pd.Series]:
     """Half the daily return of the best minus the worst scored instruments, and the mean return of all.
 
@@ -119,8 +212,7 @@ def long_short_return(score: pd.Series, label: pd.Series, quantile: float = 0.2)
     >>> round(float(long_short_return(score, label)[0].iloc[0]), 4)
     0.03
     """
-    if not 0.0 < quantile <= 0.5:
-        raise DataError(f"quantile must be in (0, 0.5], got {quantile!r}.")
+    _check_quantile(quantile)
     days = _Days.of(score, label)
     n = len(days.dates)
     size = np.bincount(days.day, minlength=n)
@@ -246,12 +338,22 @@ def _ranks(day: np.ndarray, values: np.ndarray) -> np.ndarray:
     return out
 
 
+def _check_quantile(quantile: float) -> None:
+    if not 0.0 < quantile <= 0.5:
+        raise DataError(f"quantile must be in (0, 0.5], got {quantile!r}.")
+
+
+def _first_rows(day: np.ndarray, key: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Positions of the `count[day]` rows of each day with the smallest key, in order. `day` is ascending."""
+    order = np.lexsort((key, day))  # stable: equal keys keep their order
+    start = np.searchsorted(day, np.arange(len(count)), "left")
+    place = np.arange(len(order)) - start[day]
+    return order[place < count[day]]
+
+
 def _mean_of_first(days: _Days, key: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """Mean label by day of the `count[day]` rows with the smallest key. Ties keep their order."""
-    order = np.lexsort((key, days.day))  # stable: equal keys keep their order
-    start = np.searchsorted(days.day, np.arange(len(count)), "left")
-    place = np.arange(len(order)) - start[days.day]
-    chosen = order[place < count[days.day]]
+    """Mean label by day of the rows of `_first_rows`."""
+    chosen = _first_rows(days.day, key, count)
     return _nanmean(days.day[chosen], days.label[chosen], len(count))
 
 

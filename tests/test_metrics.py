@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qfast.errors import DataError
-from qfast.metrics import daily_ic, ic_summary, long_short_return, long_short_summary
+from qfast.metrics import daily_ic, ic_decay, ic_summary, long_short_return, long_short_summary, score_turnover
 
 
 def market(n_days: int = 30, n_stocks: int = 25, seed: int = 0, ties: bool = False) -> tuple[pd.Series, pd.Series]:
@@ -142,3 +142,38 @@ def test_any_small_panel_equals_pandas(values):
         for mine, method in ((ic, "pearson"), (rank_ic, "spearman")):
             expected = np.nan if constant else a.corr(b, method=method)
             assert mine[date] == pytest.approx(expected, abs=1e-12, nan_ok=True)
+
+
+def test_ic_decay_is_the_ic_with_later_labels():
+    score, label = market()
+    decay = ic_decay(score, label, (0, 1, 4))
+    wide = label.unstack("instrument")
+    for lag, row in decay.iterrows():
+        ic, rank_ic = daily_ic(score, wide.shift(-int(lag)).stack())
+        assert row.tolist() == pytest.approx([ic.mean(), rank_ic.mean()], abs=1e-15)
+    assert decay["IC"].loc[0] > 0.2 > abs(decay["IC"].loc[1])
+    assert ic_decay(score, label, (40,)).isna().all(axis=None)
+    with pytest.raises(DataError, match=r"lags must not be negative, got \[-1\]"):
+        ic_decay(score, label, [-1])
+
+
+@pytest.mark.parametrize("quantile", [0.2, 0.5])
+def test_turnover_equals_qlibs_definition(quantile):
+    score = market()[0].fillna(0.0).sample(frac=0.9, random_state=1)  # shuffled rows, and gaps
+    turnover = score_turnover(score, quantile)
+    frame = pd.DataFrame({"score": score.sort_index()})
+    frame["last"] = frame.groupby(level="instrument")["score"].shift(1)
+    for day, rows in list(frame.groupby(level="datetime"))[1:]:
+        n = int(len(rows) * quantile)
+        for name, largest in (("top", True), ("bottom", False)):
+            now, before = (rows[c].sort_values(ascending=not largest, kind="stable").index[:n] for c in rows)
+            assert turnover.loc[day, name] == pytest.approx(1 - now.isin(before).sum() / n)
+    assert turnover.iloc[0].isna().all()
+
+
+def test_turnover_of_bad_or_small_input():
+    score = market(n_days=3, n_stocks=4)[0]
+    assert score_turnover(score).isna().all(axis=None)  # a fifth of four instruments is none
+    assert score_turnover(score[:0]).empty
+    with pytest.raises(DataError, match="quantile"):
+        score_turnover(score, 0.6)

@@ -8,12 +8,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from qfast.backtest import Backtest
 from qfast.models import LSTM
 from qfast.workflow import plots
-from qfast.workflow.page import Report, render_html, table
+from qfast.workflow.page import header, notes, render, table
 from qfast.workflow.plots import _quantile_means as quantile_means
 from qfast.workflow.plots import cumulative_plot, loss_plot, quantile_plot
 from qfast.workflow.results import SegmentResult
+from qfast.workflow.run_page import Report, render_html
+from qfast.workflow.signal_quality import SignalQuality, investment
 from support.workflows import factors
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -119,7 +122,7 @@ def page(**changes) -> str:
 
 def test_page_needs_no_other_file():
     text = page()
-    assert re.findall(r'(?:src|href)="([^"]{0,22})', text) == ["data:image/png;base64,"]
+    assert re.findall(r'(?:src|href)="([^#"][^"]{0,21})', text) == ["data:image/png;base64,"]
     for part in ("demo: LSTM", "0.0412", "–", "PortAnaRecord was left out", "task: {}", "<td>A</td>", "<th>Seed</th>"):
         assert part in text
 
@@ -143,3 +146,39 @@ def test_dense_tables_break_between_words_and_within_long_ones():
     assert "<td>-0.0397\u00a0±\u00a00.0373</td>" in text
     assert f"<td>{'&lt;' * 14}<wbr>&lt;x</td>" in text
     assert "<wbr>" not in table(rows, "run")
+
+
+def test_the_table_of_contents_links_to_every_heading():
+    text = page()
+    links, targets = (re.findall(pattern, text) for pattern in (r'href="#([^"]+)"', r'<h2 id="([^"]+)"'))
+    assert links == targets
+    assert len(links) == 4
+    assert "<nav>" not in render("short", [header("title", "subtitle"), "<h2>One</h2>"])
+
+
+def test_notes_are_one_line_until_the_reader_opens_it():
+    assert notes([]) == ""
+    assert notes(["<a>", "b"]).startswith('<details class="note"><summary>2 notes</summary>')
+    assert "<li>&lt;a&gt;</li>" in notes(["<a>"])
+
+
+def test_the_signal_of_a_segment(segments):
+    quality = SignalQuality.of(segments[2])
+    months = quality.monthly.drop(columns="year")
+    daily = segments[2].rank_ic.dropna()
+    first = daily[(daily.index.year == daily.index[0].year) & (daily.index.month == daily.index[0].month)]
+    assert months.loc[daily.index[0].year, daily.index[0].month] == pytest.approx(first.mean())
+    text = page(signal=quality)
+    assert "Rank IC by month, in percent" in text
+    assert f"{100 * first.mean():.1f}</td>" in text
+    assert "<th>20 days</th>" in text
+
+
+def test_the_investment_of_a_portfolio():
+    days = pd.date_range("2020-01-01", periods=2, name="datetime")
+    report = pd.DataFrame({"value": [50.0, 90.0], "account": [100.0, 100.0], "turnover": [0.5, 0.1]}, days)
+    keys = pd.MultiIndex.from_tuples([(days[0], "A"), (days[1], "A"), (days[1], "B")], names=["datetime", "instrument"])
+    table = investment(Backtest(report, pd.DataFrame({"amount": 1.0}, keys), pd.DataFrame()))
+    assert table.loc["exposure"].tolist() == [0.7, 0.5, 0.9]
+    assert table.loc["holdings"].tolist() == [1.5, 1, 2]
+    assert table.loc["turnover", "highest"] == 0.5

@@ -58,7 +58,7 @@ def write_study_report(
         folder.write_bytes(f"plots/{name}.png", png)
     parts = [
         page.header(f"{folder.manifest['experiment']}: study", _subtitle(folder, table)),
-        *(page.note(text) for text in (*_notes(table), *problems)),
+        page.notes([*_notes(table), *problems]),
         "<h2>Means over seeds</h2>",
         page.table(_summary_rows(finished.summary), "point", dense=True),
         page.small(

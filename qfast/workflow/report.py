@@ -15,11 +15,12 @@ from qfast.drawing import drawn
 from qfast.workflow import pretraining
 from qfast.workflow.config import dump_yaml
 from qfast.workflow.folder import RunFolder
-from qfast.workflow.page import Report, render_html
 from qfast.workflow.plots import cumulative_plot, loss_plot, portfolio_plot, quantile_plot
 from qfast.workflow.portfolio import PortfolioResult
 from qfast.workflow.results import SegmentResult
+from qfast.workflow.run_page import Report, render_html
 from qfast.workflow.schema import Workflow
+from qfast.workflow.signal_quality import SignalQuality, investment
 
 if TYPE_CHECKING:
     from qfast.training.estimator import Estimator
@@ -83,8 +84,16 @@ def write_report(
         newest=newest.xs(date, level="datetime") if len(newest) else None,
         newest_date=date_text(date),
         portfolio=None if portfolio is None else portfolio.backtest.risk()["risk"].unstack(),
+        investment=None if portfolio is None else investment(portfolio.backtest),
+        signal=_signal(results),
     )
     run_folder.write_text("report.html", render_html(page))
+
+
+def _signal(results: Mapping[str, SegmentResult]) -> SignalQuality | None:
+    """The signal of the segment test, otherwise valid or train; None if it has no IC."""
+    shown = next((results[name] for name in ("test", "valid", "train") if name in results), None)
+    return None if shown is None or shown.ic.isna().all() else SignalQuality.of(shown)
 
 
 def _score_curve(model: Estimator) -> bytes:
