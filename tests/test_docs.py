@@ -78,7 +78,7 @@ def test_datasets(reader):
 
 
 def test_results(reader):
-    assert run_examples(ROOT / "docs" / "results.md", ("python",)) == 4
+    assert run_examples(ROOT / "docs" / "results.md", ("python",)) == 5
     assert (reader / "runs" / "results" / "report.html").exists()
 
 
