@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -123,16 +124,15 @@ def ic_decay(score: pd.Series, label: pd.Series, lags: Sequence[int] = LAGS) -> 
     score, label = _checked("score", score), _checked("label", label)
     if any(lag < 0 for lag in lags):
         raise DataError(f"lags must not be negative, got {list(lags)!r}.")
-    instruments = label.index.get_level_values("instrument")
-    own_dates = label.index.get_level_values(DATE)
-    dates = score.index.get_level_values(DATE).unique().union(own_dates.unique())
-    position = dates.get_indexer(own_dates)
+    scores, labels = _matrices(score, label)
     means = []
     for lag in lags:
-        kept = position >= lag
-        keys = [dates[position[kept] - lag], instruments[kept]]
-        later = pd.Series(label.to_numpy()[kept], pd.MultiIndex.from_arrays(keys, names=[DATE, "instrument"]))
-        means.append([daily.mean() for daily in daily_ic(score, later)])
+        x, y = scores[: max(len(scores) - lag, 0)], labels[lag:]
+        paired = ~(np.isnan(x) | np.isnan(y))
+        day = np.nonzero(paired)[0]
+        x_rank, y_rank = (_ranks_of_rows(np.where(paired, values, np.nan)) for values in (x, y))
+        daily = (_correlation(day, a[paired], b[paired], len(scores)) for a, b in ((x, y), (x_rank, y_rank)))
+        means.append([pd.Series(values).mean() for values in daily])
     return pd.DataFrame(means, pd.Index(lags, name="lag"), ["IC", "Rank IC"], dtype=np.float64)
 
 
@@ -277,6 +277,22 @@ class _Days:
         )
 
 
+def _matrices(*series: pd.Series) -> list[np.ndarray]:
+    """The values of each series as float64 [dates, instruments] over the keys of all; NaN where a key is missing."""
+    used = [cast(pd.MultiIndex, one.index).remove_unused_levels() for one in series]
+    levels = [[index.levels[level] for index in used] for level in (0, 1)]
+    dates, instruments = (pd.Index(np.unique(np.concatenate([np.asarray(i) for i in parts]))) for parts in levels)
+    matrices = []
+    for one in series:
+        index = cast(pd.MultiIndex, one.index)
+        rows = dates.get_indexer(index.levels[0])[index.codes[0]]
+        columns = instruments.get_indexer(index.levels[1])[index.codes[1]]
+        matrix = np.full((len(dates), len(instruments)), np.nan)
+        matrix[rows, columns] = one.to_numpy(dtype=np.float64, na_value=np.nan)
+        matrices.append(matrix)
+    return matrices
+
+
 def _checked(name: str, series: pd.Series) -> pd.Series:
     """Return the series with index levels (datetime, instrument), or raise a DataError."""
     index = series.index
@@ -335,6 +351,21 @@ def _ranks(day: np.ndarray, values: np.ndarray) -> np.ndarray:
     average = (starts + ends + 1) / 2.0 - day_start
     out = np.empty(len(values))
     out[order] = np.repeat(average, ends - starts)
+    return out
+
+
+def _ranks_of_rows(values: np.ndarray) -> np.ndarray:
+    """1-based ranks within each row of a matrix, averaged over ties. NaN remains NaN."""
+    order = np.argsort(values, axis=1)  # NaN is last
+    ordered = np.take_along_axis(values, order, axis=1)
+    new = np.ones(ordered.shape, dtype=bool)
+    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    starts = np.flatnonzero(new)
+    ends = np.r_[starts[1:], values.size]
+    average = (starts + ends + 1) / 2.0 - starts // max(values.shape[1], 1) * values.shape[1]
+    out = np.empty(ordered.shape)
+    np.put_along_axis(out, order, np.repeat(average, ends - starts).reshape(ordered.shape), axis=1)
+    out[np.isnan(values)] = np.nan
     return out
 
 
