@@ -48,7 +48,7 @@ print(
 # windows follow until the end of the segment test. It trains on three months.
 
 # %%
-Path("workflow.yaml").write_text("""
+_ = Path("workflow.yaml").write_text("""
 experiment_name: rolling
 task:
   model:

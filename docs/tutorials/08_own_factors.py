@@ -61,7 +61,7 @@ expressions = {
 }
 values = evaluate_all(list(expressions.values()), panel)
 factors = pd.DataFrame(values, panel.index(), columns=list(expressions))
-print(factors.sort_index().tail(3).round(3).to_string())
+print(factors.sort_index().tail(3).round(3).T.to_string())
 
 # %% [markdown]
 # A mistake is an error that points at it:
