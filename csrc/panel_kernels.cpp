@@ -12,7 +12,8 @@ void transpose(const Element* from, int64_t from_stride, int64_t rows, int64_t c
 namespace {
 
 constexpr int kDotRows = kPanelVectors == 4 ? 6 : 3;  // rows x 4 sums in registers
-constexpr int64_t kRowsAhead = 8;                     // rows between a prefetch and its use
+constexpr int64_t kDottedRows = 8;   // with fewer rows, packing takes longer than the product
+constexpr int64_t kRowsAhead = 8;    // rows between a prefetch and its use
 constexpr int64_t kDirectRows = 12;  // with fewer rows, a panel is read too seldom for a packed copy
 
 // Completes the sums of a register tile and writes them to the target.
@@ -202,7 +203,7 @@ static void multiply_unpacked(Finish kind, const PanelMatrix<Element>& right, co
 template <Finish Kind, class Element>
 void multiply(const PanelMatrix<Element>& right, const Element* left, int64_t left_row, int64_t left_step,
               int64_t rows, const Target<Element>& target) {
-  if (right.room == nullptr && right.transposed) {
+  if (right.transposed && (right.room == nullptr || (rows <= kDottedRows && left_step == 1))) {
     multiply_transposed(Kind, right, left, left_row, rows, target);
   } else if (right.room != nullptr) {
     multiply_unpacked(Kind, right, left, left_row, left_step, rows, target);

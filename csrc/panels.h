@@ -17,8 +17,8 @@ namespace qfast {
 // after the last column is then read, but its values are not used.
 //
 // A matrix with `room` is not packed yet: each product packs one panel after the other there, and only one
-// thread may use it. Its element (k, j) is at data[k * step + j], or at data[j * step + k] if `transposed`. A
-// transposed matrix without room is never packed: its products are sums over vectors of k.
+// thread may use it. Its element (k, j) is at data[k * step + j], or at data[j * step + k] if `transposed`.
+// For few rows, or without room, a transposed matrix is not packed: the products are sums over vectors of k.
 template <class Element>
 struct PanelMatrix {
   int64_t rows, columns, width, count, step, panel_stride;

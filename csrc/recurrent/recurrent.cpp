@@ -163,7 +163,7 @@ Backward backward(const Inputs& inputs, const Results& results) {
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);
     auto network = inputs.network<Cell, Element>();
-    network.prepare_backward(results.input_grad);
+    network.prepare_backward(results.input_grad, results.state_grad);
     auto& job = network.job;
     const int64_t L = job.layer_count, B = job.batch, T = job.steps, H = job.hidden;
     check_shaped(op, "gates", results.gates, x, {L, T, B, 4, H});

@@ -78,7 +78,7 @@ class RecurrentNetwork {
     job.rolling = rolling;
     for (int64_t l = 0; l < job.layer_count; ++l) {
       layers_[l].input_weight = pack(weights_[4 * l], true);
-      layers_[l].hidden_weight = pack(weights_[4 * l + 1], false);
+      if (reads_hidden()) layers_[l].hidden_weight = pack(weights_[4 * l + 1], false);
       layers_[l].bias = pack_bias(weights_[4 * l + 2], weights_[4 * l + 3]);
     }
     job.layer_steps = weights_fit() ? 1 : layer_steps();
@@ -88,12 +88,13 @@ class RecurrentNetwork {
     if (job.layer_steps > 1) scratch_elements += chunk_rows * (4 * job.stride + layers_[0].features);
   }
 
-  void prepare_backward(bool input_grad) {
+  void prepare_backward(bool input_grad, bool state_grad) {
     job.hidden_width = panel_width(job.hidden);
     int64_t sum = 0;
     for (int64_t l = 0; l < job.layer_count; ++l) {
       RecurrentLayer<Element>& layer = layers_[l];
-      layer.hidden_turned = turn(weights_[4 * l + 1], false, job.hidden_width);
+      if (reads_hidden() || state_grad)
+        layer.hidden_turned = turn(weights_[4 * l + 1], false, job.hidden_width);
       layer.input_width = panel_width(layer.features);
       if (l > 0 || input_grad) layer.input_turned = turn(weights_[4 * l], true, layer.input_width);
       layer.input_sum = sum;
@@ -133,6 +134,9 @@ class RecurrentNetwork {
   int64_t sum_elements = 0;      // elements of the gradient sums of all weights
 
  private:
+  // Returns whether a step has a previous h other than the zeros before the first step.
+  bool reads_hidden() const { return job.steps > 1 || job.first_h != nullptr; }
+
   // Returns whether the packed weights of all layers fit in the second-level cache.
   bool weights_fit() const {
     int64_t rows = 0;

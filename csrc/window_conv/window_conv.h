@@ -50,7 +50,7 @@ struct WindowConvTile {
     if (job.unpacked != nullptr) {
       tile.x = space.take(job.batch * job.steps * job.padded_inputs);
       tile.grad = space.take(backward ? job.batch * job.steps * job.padded_inputs : 0);
-      tile.room = space.take(backward ? job.out * kMostPanelWidth : 0);
+      tile.room = space.take((backward ? job.out : job.in * job.taps) * kMostPanelWidth);
       return tile;
     }
     const int64_t rows = job.tile_windows * job.rows_apart() + job.taps / 2;

@@ -67,11 +67,16 @@ static void fold_steps(const WindowConvJob<Element>& job, const Element* from) {
     }
 }
 
+constexpr int64_t kUnpackedSteps = 24;  // up to which the product is faster than packing
+
 // The output, with the weight in place.
 template <class Element>
 static void convolve_unpacked(const WindowConvJob<Element>& job, const WindowConvTile<Element>& tile) {
   const int64_t inputs = job.in * job.taps;
-  const PanelMatrix<Element> weight{inputs, job.out, 0, 0, inputs, 0, job.unpacked, nullptr, true};
+  PanelMatrix<Element> weight = in_place<Element>(job.unpacked, inputs, job.out, inputs);
+  weight.panel_stride = weight.width * inputs;
+  weight.transposed = true;
+  if (job.batch * job.steps > kUnpackedSteps) weight.room = tile.room;
   unfold_steps(job, tile.x);
   multiply<Finish::kPut, Element>(weight, tile.x, job.padded_inputs, 1, job.batch * job.steps,
                                   {job.output, job.out, job.bias, nullptr, 0});
