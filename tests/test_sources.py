@@ -224,7 +224,7 @@ def test_folders_refuse(tmp_path):
     ("kwargs", "message"),
     [
         ({}, "exactly one of prices"),
-        ({"source": 3}, "prices must be a path, a DataFrame or a Panel, got int"),
+        ({"source": 3}, "prices must be a path, a DataFrame, an Arrow table or a Panel, got int"),
         ({"source": table(), "vwap": "typcal"}, r"vwap must be None or 'typical'.* Did you mean 'typical'\?"),
         ({"source": table(), "instruments": {"A": 5}}, r"must be \{code: \[\(start, end\), \.\.\.\]\}"),
         ({"source": table(), "instruments": 5}, "instruments must be a market name, a list"),

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from qfast.data.arrow_tables import is_arrow_table, to_pandas
 from qfast.data.calendar_notes import report_calendar, report_shifted_zone
 from qfast.data.column_names import OTHER_FIELDS, PRICE_FIELDS, field_names, plain_name
 from qfast.data.date_formats import DateReader, read_dates
@@ -58,7 +59,7 @@ def panel_of(source: PriceSource, options: ReadOptions = DEFAULTS) -> Panel:
 
     Parameters
     ----------
-    source : path, DataFrame, Series or Panel
+    source : path, DataFrame, Series, Panel, or a table with `__arrow_c_stream__` (Polars, Arrow, DuckDB)
     options : ReadOptions
         Panels are used as they are.
 
@@ -82,12 +83,15 @@ def panel_of(source: PriceSource, options: ReadOptions = DEFAULTS) -> Panel:
     """
     if isinstance(source, Panel):
         return _lower_case(source)
+    if is_arrow_table(source):
+        source = to_pandas(source)
     if isinstance(source, (pd.DataFrame, pd.Series)):
         frame = source.to_frame() if isinstance(source, pd.Series) else source
         return _read_tables([(frame, "the frame", None)], "the frame", options)
     if not isinstance(source, (str, Path)):
         raise ConfigError(
-            f"prices must be a path, a DataFrame or a Panel, got {type(source).__name__}: {shown(source)}."
+            f"prices must be a path, a DataFrame, an Arrow table or a Panel, got {type(source).__name__}: "
+            f"{shown(source)}. docs/data.md lists all sources."
             + (" Remedy: pandas.concat(frames, names=['instrument'])." if isinstance(source, Mapping) else "")
         )
     path = Path(source).expanduser()
