@@ -227,6 +227,15 @@ def test_wrong_tensors(isa, place, value, message):
     assert all(part is value or float(part.abs().sum()) == 0 for tensors in lists for part in tensors)  # untouched
 
 
+@pytest.mark.parametrize("place", range(5))
+def test_sparse_tensors_change_nothing(isa, place):
+    lists = [[torch.ones(3)] for _ in range(4)] + [[torch.tensor([1.0])]]
+    lists[place] = [lists[place][0].to_sparse()]
+    with pytest.raises(DataError, match=r"\[0\]: expected a dense tensor, got torch.sparse_coo. Remedy: .to_dense\(\)"):
+        clipped_adam_(*lists, lr=0.1)
+    assert all(torch.equal(part[0].to_dense(), torch.ones(part[0].shape)) for part in lists)
+
+
 def test_wrong_lengths_and_limits(isa):
     lists = lists_of((2,), (3,))
     with pytest.raises(DataError, match=r"exp_avg_sq: expected 2 tensors as in parameters, got 1"):

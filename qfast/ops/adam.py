@@ -121,6 +121,8 @@ def _check(lists: Sequence[Sequence[Tensor]], limit: float) -> None:
             )
         for i, tensor in enumerate(part):
             where, step = f"clipped_adam: {name}[{i}]", name == "steps"
+            if tensor.layout != torch.strided:
+                raise DataError(f"{where}: expected a dense tensor, got {tensor.layout}. Remedy: .to_dense().")
             if step and (tensor.dtype != torch.float32 or tensor.numel() != 1):
                 raise DataError(
                     f"{where}: expected one float32 number, got shape {tuple(tensor.shape)} of {tensor.dtype}."

@@ -72,6 +72,8 @@ def draw(rng: random.Random) -> Case:
 def _draw_moment(rng: random.Random, job: str) -> Moment:
     renames, batches, most_bytes, milliseconds = LARGEST[job]
     place = choose(rng, {name: weight for name, weight in PLACES.items() if not (name == "batch" and batches == 1)})
+    if job == "parallel" and place == "bytes":  # the file through which the ranks meet would be cut too
+        place = "replace"
     most = {"replace": renames, "fsync": renames, "batch": batches, "bytes": most_bytes, "time": milliseconds}[place]
     number = int(most ** rng.random()) if place == "bytes" else rng.randrange(most)
     name = "SIGKILL" if place == "bytes" or job == "cache" else choose(rng, SIGNALS)

@@ -48,7 +48,7 @@ def draw(rng: random.Random) -> Case:
     if name == "temporal_conv_net":
         sizes |= {"kernel": [3], "channels": [4], "dilations": None}
     if name == "gather_windows":
-        sizes["columns"] = None
+        sizes |= {"columns": None, "layout": "BTD"}
     return {"operator": name, "sizes": sizes, "data": 0, "calls": CALLS}
 
 

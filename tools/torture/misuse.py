@@ -73,7 +73,7 @@ def _not_a_tensor(x: Tensor, rng: random.Random) -> Any:
 
 
 def _special_values(x: Tensor, rng: random.Random) -> Any:
-    x = x.clone()
+    x = x.clone(memory_format=torch.contiguous_format)
     if x.numel():
         x.view(-1)[rng.randrange(x.numel())] = rng.choice([torch.nan, torch.inf, -torch.inf, 1e300, 1e-300])
     return x
@@ -205,7 +205,7 @@ def _tamper(values: list[Any], rng: random.Random) -> None:
 
 def _tampered_tensor(x: Tensor, rng: random.Random) -> Any:
     if x.dtype in (torch.int32, torch.int64, torch.uint8) and x.numel() and rng.random() < 0.7:
-        x = x.clone()
+        x = x.clone(memory_format=torch.contiguous_format)
         limits = torch.iinfo(x.dtype)
         number = rng.choice([*NUMBERS, rng.randrange(-3, 3 * x.numel() + 3)])
         x.view(-1)[rng.randrange(x.numel())] = min(max(number, limits.min), limits.max)
