@@ -29,8 +29,8 @@ def platform_problem(files: Sequence[Path], stem: str) -> str | None:
 
     Examples
     --------
-    >>> platform_problem([Path("_C.cpython-39-win_arm64.pyd")], "_C")[:33]
-    'built for cpython-39-win_arm64, fo'
+    >>> platform_problem([Path("_C.cpython-39-win_arm64.pyd")], "_C").partition(", ")[0]
+    'built for cpython-39-win_arm64'
     """
     names = {f"{stem}{suffix}" for suffix in EXTENSION_SUFFIXES}
     if any(file.name in names for file in files):
@@ -65,8 +65,8 @@ def driver_problem(toolkit: str, driver: int) -> str | None:
 
     Examples
     --------
-    >>> driver_problem("13.0 (/usr/local/cuda)", 12080)[:57]
-    'built for CUDA 13.0, found a driver for CUDA 12.8. Remedy'
+    >>> driver_problem("13.0 (/usr/local/cuda)", 12080).partition(". ")[0]
+    'built for CUDA 13.0, found a driver for CUDA 12.8'
     """
     release = re.match(r"(\d+)\.(\d+)", toolkit)
     if release is None or driver <= 0 or int(release[1]) <= driver // 1000:
