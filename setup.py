@@ -37,6 +37,22 @@ ALL_INSTRUCTION_SETS = ["baseline", "avx2", "avx512"]
 INSTRUCTION_SETS = os.environ.get("QFAST_ISAS", ",".join(ALL_INSTRUCTION_SETS)).split(",")
 if not INSTRUCTION_SETS or not set(INSTRUCTION_SETS) <= set(ALL_INSTRUCTION_SETS):
     raise SystemExit(f"QFAST_ISAS is {','.join(INSTRUCTION_SETS)!r}, allowed: some of {','.join(ALL_INSTRUCTION_SETS)}")
+# Files that are also compiled for AMX, whose products are those of bfloat16. cpu_bf16.h lists their kernels.
+BF16_SOURCES = [
+    "csrc/panel_kernels.cpp",
+    "csrc/attention_pool/attention_pool_kernels.cpp",
+    "csrc/encoder_layer/encoder_layer_kernels.cpp",
+    "csrc/feed_forward/feed_forward_kernels.cpp",
+    "csrc/recurrent/recurrent_kernels.cpp",
+    "csrc/recurrent/recurrent_kernels_backward.cpp",
+    "csrc/window_conv/window_conv_kernels.cpp",
+]
+# The compiler decides, as in cpu_dispatch.cpp: the build machine may be another one. Old compilers lack AMX.
+CONDITIONS = {
+    "avx2": "defined(__x86_64__)",
+    "avx512": "defined(__x86_64__)",
+    "amx": "defined(__x86_64__) && __has_include(<amxbf16intrin.h>)",
+}
 
 # GPU architectures, by the CUDA release that introduced support for them.
 ARCHITECTURES = {(11, 0): ["8.0", "8.6"], (11, 8): ["8.9", "9.0"], (12, 8): ["10.0"]}
@@ -82,11 +98,11 @@ def files_in_csrc(pattern: str) -> list[str]:
 def kernel_units(source: str) -> list[str]:
     """Write one file per instruction set that includes `source`, a *_kernels*.cpp, and return the paths."""
     units = []
-    for isa in INSTRUCTION_SETS:
+    for isa in [*INSTRUCTION_SETS, *(["amx"] if source in BF16_SOURCES else [])]:
         unit = Path("build", "units", source).with_suffix(f".{isa}.cpp")
         text = f'#define QFAST_{isa.upper()}\n#include "{Path(source).relative_to("csrc").as_posix()}"\n'
-        if isa != "baseline":  # the compiler decides, as in cpu_dispatch.cpp: the build machine may be another one
-            text = f"#if defined(__x86_64__)\n{text}#endif\n"
+        if isa in CONDITIONS:
+            text = f"#if {CONDITIONS[isa]}\n{text}#endif\n"
         unit.parent.mkdir(parents=True, exist_ok=True)
         if not unit.exists() or unit.read_text() != text:  # a new time stamp would make ninja recompile it
             unit.write_text(text)

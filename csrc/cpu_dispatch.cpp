@@ -13,17 +13,19 @@ namespace qfast {
 #define QFAST_DECLARE(name, ...) void name(__VA_ARGS__);
 #define QFAST_ENTRY_REAL(name, ...) .name = name<Real>,
 #define QFAST_ENTRY(name, ...) .name = name,
-#define QFAST_INSTRUCTION_SET(namespace_name, isa_name, bytes)                       \
-  namespace namespace_name {                                                         \
-  QFAST_REAL_KERNELS(QFAST_DECLARE_REAL)                                             \
-  QFAST_OTHER_KERNELS(QFAST_DECLARE)                                                 \
-  template <class Real>                                                              \
-  constexpr RealKernels<Real> real_kernels = {QFAST_REAL_KERNELS(QFAST_ENTRY_REAL)}; \
-  constexpr CpuKernels kernels = {.isa = isa_name,                                   \
-                                  .vector_bytes = bytes,                             \
-                                  .float32 = real_kernels<float>,                    \
-                                  .float64 = real_kernels<double>,                   \
-                                  QFAST_OTHER_KERNELS(QFAST_ENTRY)};                 \
+#define QFAST_INSTRUCTION_SET(namespace_name, isa_name, bytes)                                       \
+  namespace namespace_name {                                                                         \
+  QFAST_PRODUCT_KERNELS(QFAST_DECLARE_REAL)                                                          \
+  QFAST_REAL_KERNELS(QFAST_DECLARE_REAL)                                                             \
+  QFAST_OTHER_KERNELS(QFAST_DECLARE)                                                                 \
+  template <class Real>                                                                              \
+  constexpr RealKernels<Real> real_kernels = {.products = {QFAST_PRODUCT_KERNELS(QFAST_ENTRY_REAL)}, \
+                                              QFAST_REAL_KERNELS(QFAST_ENTRY_REAL)};                 \
+  constexpr CpuKernels kernels = {.isa = isa_name,                                                   \
+                                  .vector_bytes = bytes,                                             \
+                                  .float32 = real_kernels<float>,                                    \
+                                  .float64 = real_kernels<double>,                                   \
+                                  QFAST_OTHER_KERNELS(QFAST_ENTRY)};                                 \
   }
 
 // The macros QFAST_WITHOUT_<ISA> leave out what setup.py does not compile (QFAST_ISAS).

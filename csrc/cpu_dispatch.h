@@ -12,7 +12,13 @@ namespace qfast {
 
 #define QFAST_FIELD(name, ...) void (*name)(__VA_ARGS__);
 template <class Real>
+struct ProductKernels {
+  QFAST_PRODUCT_KERNELS(QFAST_FIELD)
+};
+
+template <class Real>
 struct RealKernels {
+  ProductKernels<Real> products;
   QFAST_REAL_KERNELS(QFAST_FIELD)
 };
 
@@ -28,7 +34,7 @@ struct CpuKernels {
 // Returns the kernels of the selected instruction set, by default the best one of this CPU.
 const CpuKernels& cpu_kernels();
 
-// Returns the kernels for one element type, for example cpu_kernels<float>().lstm_forward.
+// Returns the kernels for one element type, for example cpu_kernels<float>().transpose.
 template <class Real>
 const RealKernels<Real>& cpu_kernels() {
   if constexpr (std::is_same_v<Real, float>) {

@@ -3,7 +3,7 @@
 
 }  // namespace qfast::QFAST_ISA
 
-#if defined(QFAST_AVX512) || defined(QFAST_AVX2)
+#if defined(QFAST_AVX512) || defined(QFAST_AMX) || defined(QFAST_AVX2)
 #if defined(__clang__)
 #pragma clang attribute pop
 #else

@@ -16,25 +16,13 @@
 #include "window_conv/window_conv.h"
 #include "window_gather/window_gather.h"
 
-// Kernels for float32 and float64: templates over the element type `Real`.
-#define QFAST_REAL_KERNELS(KERNEL)                                                                        \
-  KERNEL(tanh_elements, const Real* from, Real* to, int64_t begin, int64_t end)                           \
-  KERNEL(transpose, const Real* from, int64_t from_stride, int64_t rows, int64_t columns, Real* to,       \
-         int64_t to_stride)                                                                               \
-  KERNEL(clipped_adam, const AdamTensor<Real>&, const AdamSettings<Real>&, const AdamCorrection<Real>&,   \
-         int64_t begin, int64_t end)                                                                      \
-  KERNEL(scatter_windows, const ScatterJob&, int64_t begin, int64_t end)                                  \
+// Kernels that multiply matrices, for float32 and float64: templates over the element type `Real`. cpu_bf16.h
+// has a second table of them, whose products are those of bfloat16.
+#define QFAST_PRODUCT_KERNELS(KERNEL)                                                                     \
   KERNEL(lstm_forward, const RecurrentJob<Real>&, int64_t begin, int64_t end, Real* scratch)              \
   KERNEL(lstm_backward, const RecurrentJob<Real>&, int64_t begin, int64_t end, Real* scratch, Real* sums) \
   KERNEL(gru_forward, const RecurrentJob<Real>&, int64_t begin, int64_t end, Real* scratch)               \
   KERNEL(gru_backward, const RecurrentJob<Real>&, int64_t begin, int64_t end, Real* scratch, Real* sums)  \
-  KERNEL(exp_in_place, Real* values, int64_t begin, int64_t end)                                          \
-  KERNEL(block_sums, const RunningSums<Real>&, int64_t begin, int64_t end)                                \
-  KERNEL(attend, const AttendJob<Real>&, int64_t begin, int64_t end)                                      \
-  KERNEL(attend_backward, const AttendBackwardJob<Real>&, int64_t begin, int64_t end)                     \
-  KERNEL(row_dots, const RowDotsJob<Real>&, int64_t begin, int64_t end)                                   \
-  KERNEL(hidden_scores, const ScoresJob<Real>&, int64_t begin, int64_t end)                               \
-  KERNEL(hidden_scores_backward, const ScoresBackwardJob<Real>&, int64_t begin, int64_t end)              \
   KERNEL(attention_pool_forward, const PoolJob<Real>&, int64_t begin, int64_t end, Real* scratch)         \
   KERNEL(attention_pool_backward, const PoolJob<Real>&, int64_t begin, int64_t end, Real* scratch,        \
          Real* sums)                                                                                      \
@@ -46,10 +34,26 @@
          Real* sums)                                                                                      \
   KERNEL(window_conv, const WindowConvJob<Real>&, int64_t begin, int64_t end, Real* scratch)              \
   KERNEL(window_conv_backward, const WindowConvJob<Real>&, int64_t begin, int64_t end, Real* scratch,     \
-         Real* sums)                                                                                      \
-  KERNEL(temporal_conv_forward, const NetworkJob<Real>&, int64_t begin, int64_t end, Real* scratch)       \
-  KERNEL(temporal_conv_rolling, const RollingJob<Real>&, int64_t begin, int64_t end, Real* scratch)       \
-  KERNEL(temporal_conv_backward, const NetworkJob<Real>&, int64_t begin, int64_t end, Real* scratch,      \
+         Real* sums)
+
+// The other kernels for float32 and float64.
+#define QFAST_REAL_KERNELS(KERNEL)                                                                      \
+  KERNEL(tanh_elements, const Real* from, Real* to, int64_t begin, int64_t end)                         \
+  KERNEL(transpose, const Real* from, int64_t from_stride, int64_t rows, int64_t columns, Real* to,     \
+         int64_t to_stride)                                                                             \
+  KERNEL(clipped_adam, const AdamTensor<Real>&, const AdamSettings<Real>&, const AdamCorrection<Real>&, \
+         int64_t begin, int64_t end)                                                                    \
+  KERNEL(scatter_windows, const ScatterJob&, int64_t begin, int64_t end)                                \
+  KERNEL(exp_in_place, Real* values, int64_t begin, int64_t end)                                        \
+  KERNEL(block_sums, const RunningSums<Real>&, int64_t begin, int64_t end)                              \
+  KERNEL(attend, const AttendJob<Real>&, int64_t begin, int64_t end)                                    \
+  KERNEL(attend_backward, const AttendBackwardJob<Real>&, int64_t begin, int64_t end)                   \
+  KERNEL(row_dots, const RowDotsJob<Real>&, int64_t begin, int64_t end)                                 \
+  KERNEL(hidden_scores, const ScoresJob<Real>&, int64_t begin, int64_t end)                             \
+  KERNEL(hidden_scores_backward, const ScoresBackwardJob<Real>&, int64_t begin, int64_t end)            \
+  KERNEL(temporal_conv_forward, const NetworkJob<Real>&, int64_t begin, int64_t end, Real* scratch)     \
+  KERNEL(temporal_conv_rolling, const RollingJob<Real>&, int64_t begin, int64_t end, Real* scratch)     \
+  KERNEL(temporal_conv_backward, const NetworkJob<Real>&, int64_t begin, int64_t end, Real* scratch,    \
          Real* sums)
 
 #define QFAST_OTHER_KERNELS(KERNEL)                                                            \

@@ -3,6 +3,9 @@
 
 #include "cpu_isa_begin.h"
 
+#if defined(QFAST_AMX)
+#include "panel_kernels_amx.h"
+#else
 #include "panel_kernels.h"
 
 template <class Element>
@@ -62,7 +65,7 @@ QFAST_ONE_COPY static void multiply_panel(Finish kind, const Element* data, int6
                                           const Element* left, int64_t left_row, int64_t left_step,
                                           int64_t rows, const Target<Element>& target, int64_t column,
                                           int64_t columns) {
-  for_row_tiles<kTileRows<Vectors>>(rows, [&]<int Rows>(int64_t row) __attribute__((always_inline)) {
+  for_row_tiles<kTileRows<Vectors> >(rows, [&]<int Rows>(int64_t row) __attribute__((always_inline)) {
     Sums<Element, Rows, Vectors> sums = {};
     add_product(sums, left + row * left_row, left_row, left_step, data, step, depth);
     finish(kind, target, sums, row, column, columns);
@@ -211,13 +214,16 @@ void multiply(const PanelMatrix<Element>& right, const Element* left, int64_t le
     multiply_panels(Kind, right, left, left_row, left_step, rows, target);
   }
 }
+#endif
 
-#define QFAST_MULTIPLY(kind)                                                      \
-  template decltype(multiply<Finish::kind, float>) multiply<Finish::kind, float>; \
-  template decltype(multiply<Finish::kind, double>) multiply<Finish::kind, double>;
-QFAST_MULTIPLY(kPut)
-QFAST_MULTIPLY(kAdd)
-QFAST_MULTIPLY(kRelu)
-QFAST_MULTIPLY(kGate)
+#define QFAST_MULTIPLY(Element)                                                         \
+  template decltype(multiply<Finish::kPut, Element>) multiply<Finish::kPut, Element>;   \
+  template decltype(multiply<Finish::kAdd, Element>) multiply<Finish::kAdd, Element>;   \
+  template decltype(multiply<Finish::kRelu, Element>) multiply<Finish::kRelu, Element>; \
+  template decltype(multiply<Finish::kGate, Element>) multiply<Finish::kGate, Element>;
+QFAST_MULTIPLY(float)
+#if !defined(QFAST_AMX)
+QFAST_MULTIPLY(double)
+#endif
 
 #include "cpu_isa_end.h"

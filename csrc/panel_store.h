@@ -5,7 +5,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu_dispatch.h"
+#include "cpu_bf16.h"
 #include "cpu_workers.h"
 #include "panels.h"
 

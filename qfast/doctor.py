@@ -14,6 +14,7 @@ import torch
 
 import qfast.ops
 from qfast import _backend
+from qfast.precision import bf16_obstacle
 
 __all__ = ["main", "report", "self_tests"]
 
@@ -29,6 +30,7 @@ def report() -> dict[str, Any]:
         `versions` : library -> version or "not installed"
         `build` : facts about the native library, empty if it is not loaded
         `isa` : instruction sets in use and available, empty if the native library is not loaded
+        `bf16` : whether the operators can multiply bfloat16 on this CPU, "available" or the reason why not
         `backend` : see `qfast._backend.status`
         `operators` : operator -> device -> {"tier", "reason"}
         `self_test` : self-test -> "ok" or the error
@@ -47,6 +49,7 @@ def report() -> dict[str, Any]:
         "versions": _versions(),
         "build": dict(native.build_info()) if native is not None else {},
         "isa": {"in use": native.isa(), "available": native.available_isas()} if native is not None else {},
+        "bf16": _bf16_text(),
         "backend": status,
         "operators": {
             name: {
@@ -85,6 +88,7 @@ def _print_report(facts: dict[str, Any]) -> None:
     for title in ("versions", "build", "isa"):
         if facts[title]:
             _print_table(title, {k: _text(v) for k, v in facts[title].items()})
+    print(f"\nproducts of bfloat16 on the CPU (precision='bf16'): {facts['bf16']}")
     print(f"\nQFAST_BACKEND: {facts['backend']['choice']}")
     for device in ("cpu", "cuda"):
         state = facts["backend"][device]
@@ -105,6 +109,11 @@ def _versions() -> dict[str, str]:
     if torch.cuda.is_available():
         versions["GPU"] = torch.cuda.get_device_name()
     return versions
+
+
+def _bf16_text() -> str:
+    obstacle = bf16_obstacle()
+    return f"not available: {obstacle}" if obstacle else "available (AMX)"
 
 
 def _version(name: str) -> str:

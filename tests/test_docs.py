@@ -150,6 +150,7 @@ def test_readme(reader):
             )
         ),
         ("factors.md", 2),
+        ("precision.md", 5),
     ],
 )
 def test_sessions_at_the_prompt(document, least):

@@ -135,9 +135,11 @@ DEFINITION = re.compile(
     re.MULTILINE,
 )
 REGISTRATION = re.compile(r"m\.impl\(\s*\"(\w+)\",\s*TORCH_BOX\(&?(\w+)")
-KERNEL = re.compile(r"cpu_kernels(?:<[\w()]+>)?\(\)\.(?!vector_bytes|isa)(\w+)|\bkernels\.(\w+)\(")
+KERNEL = re.compile(
+    r"(?:cpu|product)_kernels(?:<\w+(?:\(\w*\))?>)?\([^()]*\)\.(?!vector_bytes|isa)(\w+)|\bkernels\.(\w+)"
+)
 KERNEL_DEFINITION = re.compile(r"^(?:inline |static )*void (\w+)\(", re.MULTILINE)
-CHOICE = re.compile(r"return [^;]*cpu_kernels")
+CHOICE = re.compile(r"return [^;]*(?:cpu|product)_kernels")
 
 
 def enclosed(text: str, opening: int) -> str:

@@ -64,8 +64,8 @@ class Pool {
 
 // ---------------------------------------------------------------- forward
 std::tuple<Tensor, Tensor> attention_pool_cpu(const Tensor& h, const Tensor& weight, const Tensor& bias,
-                                              const Tensor& score, double dropout,
-                                              std::optional<Tensor> seed) {
+                                              const Tensor& score, double dropout, std::optional<Tensor> seed,
+                                              int64_t precision) {
   const PoolTensors tensors{"attention_pool", h, weight, bias, score};
   check_pool(tensors);
   const Tensor pooled = empty(h, {h.size(0), h.size(2)}), attention = empty(h, {h.size(0), h.size(1)});
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor> attention_pool_cpu(const Tensor& h, const Tensor& wei
     auto& job = pool.job;
     job.pooled = pooled.mutable_data_ptr<Element>();
     job.attention = attention.mutable_data_ptr<Element>();
-    const auto kernel = cpu_kernels<Element>().attention_pool_forward;
+    const auto kernel = product_kernels<Element>(tensors.op, precision).attention_pool_forward;
     share_with_scratch<Element>(
         h, pool.tiles(), {PoolSizes<Element>::forward(job), true},
         [&](int64_t begin, int64_t end, Element* scratch) { kernel(job, begin, end, scratch); });
@@ -86,7 +86,8 @@ std::tuple<Tensor, Tensor> attention_pool_cpu(const Tensor& h, const Tensor& wei
 // ---------------------------------------------------------------- backward
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_pool_backward_cpu(
     const Tensor& grad, const Tensor& h, const Tensor& weight, const Tensor& bias, const Tensor& score,
-    double dropout, std::optional<Tensor> seed, const Tensor& attention, const Tensor& pooled) {
+    double dropout, std::optional<Tensor> seed, const Tensor& attention, const Tensor& pooled,
+    int64_t precision) {
   const PoolTensors tensors{"attention_pool_backward", h, weight, bias, score};
   check_pool(tensors);
   check_pool_result(tensors.op, "grad", grad, h, h.size(2));
@@ -106,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_pool_backward_cpu(
     job.attention = contiguous_attention.mutable_data_ptr<Element>();
     job.pooled = contiguous_pooled.mutable_data_ptr<Element>();
     job.grad_h = grad_h.mutable_data_ptr<Element>();
-    const auto kernel = cpu_kernels<Element>().attention_pool_backward;
+    const auto kernel = product_kernels<Element>(tensors.op, precision).attention_pool_backward;
     const Buffer<Element> sums = sum_in_parts<Element>(
         h, pool.tiles(), {PoolSizes<Element>::backward(job), true}, PoolSizes<Element>::sums(job),
         [&](int64_t begin, int64_t end, Element* scratch, Element* part) {

@@ -56,7 +56,7 @@ struct Pool {
 
 std::tuple<Tensor, Tensor> attention_pool_cuda(const Tensor& h, const Tensor& weight, const Tensor& bias,
                                                const Tensor& score, double dropout,
-                                               std::optional<Tensor> seed) {
+                                               std::optional<Tensor> seed, int64_t /*precision*/) {
   const PoolTensors arguments{"attention_pool", h, weight, bias, score};
   check_cuda(arguments.op, "h", h);
   CudaDevice device(h);
@@ -75,7 +75,8 @@ std::tuple<Tensor, Tensor> attention_pool_cuda(const Tensor& h, const Tensor& we
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_pool_backward_cuda(
     const Tensor& grad, const Tensor& h, const Tensor& weight, const Tensor& bias, const Tensor& score,
-    double dropout, std::optional<Tensor> seed, const Tensor& attention, const Tensor& pooled) {
+    double dropout, std::optional<Tensor> seed, const Tensor& attention, const Tensor& pooled,
+    int64_t /*precision*/) {
   const PoolTensors arguments{"attention_pool_backward", h, weight, bias, score};
   check_cuda(arguments.op, "h", h);
   CudaDevice device(h);

@@ -117,7 +117,7 @@ class Encoder {
 std::tuple<Tensor, Tensor, Tensor> encoder_layer_cpu(const Tensor& x, std::vector<Tensor> weights,
                                                      int64_t heads, double eps, double dropout,
                                                      std::optional<Tensor> seed, bool last_step, bool keep,
-                                                     int64_t /*precision*/) {
+                                                     int64_t precision) {
   const char* const op = "encoder_layer";
   check_encoder_layer(op, x, weights, heads);
   const DropoutRule rule = dropout_rule(op, dropout, seed);
@@ -135,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor> encoder_layer_cpu(const Tensor& x, std::vecto
       job.normalised = normalised.mutable_data_ptr<Element>();
       job.scales = scales.mutable_data_ptr<Element>();
     }
-    const auto kernel = cpu_kernels<Element>().encoder_layer;
+    const auto kernel = product_kernels<Element>(op, precision).encoder_layer;
     share_with_scratch<Element>(
         x, encoder.tiles(), {encoder.scratch(false), true},
         [&](int64_t begin, int64_t end, Element* scratch) { kernel(job, begin, end, scratch); });
@@ -148,7 +148,7 @@ std::tuple<Tensor, std::vector<Tensor>> encoder_layer_backward_cpu(const Tensor&
                                                                    double dropout, std::optional<Tensor> seed,
                                                                    bool last_step, const Tensor& normalised,
                                                                    const Tensor& scales, bool input_grad,
-                                                                   int64_t /*precision*/) {
+                                                                   int64_t precision) {
   const char* const op = "encoder_layer_backward";
   check_encoder_layer(op, x, weights, heads);
   const DropoutRule rule = dropout_rule(op, dropout, seed);
@@ -173,7 +173,7 @@ std::tuple<Tensor, std::vector<Tensor>> encoder_layer_backward_cpu(const Tensor&
     job.scales = contiguous_scales.mutable_data_ptr<Element>();
     if (input_grad) job.grad_x = grad_x.mutable_data_ptr<Element>();
     gradients = encoder.new_gradients();
-    const auto kernel = cpu_kernels<Element>().encoder_layer_backward;
+    const auto kernel = product_kernels<Element>(op, precision).encoder_layer_backward;
     sum_into<Element>(gradients, encoder.tiles(), {encoder.scratch(true), true},
                       [&](int64_t begin, int64_t end, Element* scratch, Element* sums) {
                         kernel(job, begin, end, scratch, sums);

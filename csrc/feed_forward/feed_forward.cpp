@@ -57,7 +57,7 @@ int64_t scratch_of(const FeedForwardJob<Element>& job, bool backward) {
 
 Tensor feed_forward_cpu(const Tensor& x, const Tensor& weight_in, const Tensor& bias_in,
                         const Tensor& weight_out, const Tensor& bias_out, double dropout,
-                        std::optional<Tensor> seed, int64_t /*precision*/) {
+                        std::optional<Tensor> seed, int64_t precision) {
   const char* const op = "feed_forward";
   const Block block(op, x, weight_in, bias_in, weight_out);
   const int64_t out = weight_out.size(0);
@@ -70,7 +70,7 @@ Tensor feed_forward_cpu(const Tensor& x, const Tensor& weight_in, const Tensor& 
     auto job = job_of<Element>(x, block, store, rule, false);
     job.net.leaving_bias = store.vector(bias.const_data_ptr<Element>(), out);
     job.output = output.mutable_data_ptr<Element>();
-    const auto kernel = cpu_kernels<Element>().feed_forward;
+    const auto kernel = product_kernels<Element>(op, precision).feed_forward;
     share_with_scratch<Element>(
         x, tiles_of(job), {scratch_of(job, false), true},
         [&](int64_t begin, int64_t end, Element* scratch) { kernel(job, begin, end, scratch); });
@@ -82,7 +82,7 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Gradients feed_forward_backward_cpu(const Tensor& grad, const Tensor& x, const Tensor& weight_in,
                                     const Tensor& bias_in, const Tensor& weight_out, double dropout,
-                                    std::optional<Tensor> seed, bool input_grad, int64_t /*precision*/) {
+                                    std::optional<Tensor> seed, bool input_grad, int64_t precision) {
   const char* const op = "feed_forward_backward";
   const Block block(op, x, weight_in, bias_in, weight_out);
   const int64_t out = weight_out.size(0), hidden = weight_in.size(0);
@@ -101,7 +101,7 @@ Gradients feed_forward_backward_cpu(const Tensor& grad, const Tensor& x, const T
                  leaving = empty(x, {out, hidden}), leaving_bias = empty(x, {out});
     job.gradients = {entering.mutable_data_ptr<Element>(), entering_bias.mutable_data_ptr<Element>(),
                      leaving.mutable_data_ptr<Element>(), leaving_bias.mutable_data_ptr<Element>()};
-    const auto kernel = cpu_kernels<Element>().feed_forward_backward;
+    const auto kernel = product_kernels<Element>(op, precision).feed_forward_backward;
     sum_into<Element>({entering, entering_bias, leaving, leaving_bias}, tiles_of(job),
                       {scratch_of(job, true), true},
                       [&](int64_t begin, int64_t end, Element* scratch, Element* sums) {

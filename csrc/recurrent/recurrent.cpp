@@ -5,6 +5,7 @@
 #include <cstring>
 #include <tuple>
 
+#include "cpu_bf16.h"
 #include "cpu_workers.h"
 #include "recurrent/recurrent_pack.h"
 
@@ -31,6 +32,7 @@ struct Inputs {
   double dropout;
   const MaybeTensor& seed;
   bool all_steps;
+  int64_t precision;
 
   template <class Cell, class Element>
   RecurrentNetwork<Cell, Element> network() const {
@@ -66,14 +68,15 @@ Sequence<Element> sequence_of(const Tensor& output) {
 
 // Divides the batch into equal shares for the threads, and each share into equal tiles.
 template <class Cell, class Element>
-void run_forward(RecurrentNetwork<Cell, Element>& network, const Tensor& like, bool rolling) {
+void run_forward(RecurrentNetwork<Cell, Element>& network, const Tensor& like, bool rolling,
+                 const Inputs& inputs) {
+  const auto& kernels = product_kernels<Element>(inputs.op, inputs.precision);
   auto& job = network.job;
   const int64_t units = (job.batch + kRecurrentRowStep - 1) / kRecurrentRowStep,
                 workers = worker_count(units);
   job.tile_rows = even_tile_rows((units + workers - 1) / workers * kRecurrentRowStep);
-  network.prepare_forward(rolling);
-  const auto kernel =
-      kIsLstm<Cell> ? cpu_kernels<Element>().lstm_forward : cpu_kernels<Element>().gru_forward;
+  network.prepare_forward(rolling, inputs.precision == kBf16);
+  const auto kernel = kIsLstm<Cell> ? kernels.lstm_forward : kernels.gru_forward;
   share_with_scratch<Element>(
       like, units, {network.scratch_elements}, [&](int64_t begin, int64_t end, Element* scratch) {
         kernel(job, begin * kRecurrentRowStep, std::min(end * kRecurrentRowStep, job.batch), scratch);
@@ -104,7 +107,7 @@ Forward forward(const Inputs& inputs, bool keep) {
       job.carried = out.carried.template mutable_data_ptr<Element>();
       job.streamed = streams(job);
     }
-    run_forward(network, x, rolls(x, keep, job.dropout.active));
+    run_forward(network, x, rolls(x, keep, job.dropout.active), inputs);
     if (!inputs.all_steps && B > 0)
       std::memcpy(out.output.mutable_data_ptr(), job.last_h + (L - 1) * B * H, sizeof(Element) * B * H);
   });
@@ -113,15 +116,18 @@ Forward forward(const Inputs& inputs, bool keep) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_cpu(const Tensor& x, std::vector<Tensor> weights,
                                                             MaybeTensor h0, MaybeTensor c0, double dropout,
-                                                            MaybeTensor seed, bool all_steps, bool keep) {
-  const Forward out = forward<LstmCell>({"lstm", x, weights, h0, c0, dropout, seed, all_steps}, keep);
+                                                            MaybeTensor seed, bool all_steps, bool keep,
+                                                            int64_t precision) {
+  const Forward out =
+      forward<LstmCell>({"lstm", x, weights, h0, c0, dropout, seed, all_steps, precision}, keep);
   return {out.output, out.last_h, out.last_c, out.gates, out.carried};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gru_cpu(const Tensor& x, std::vector<Tensor> weights,
                                                    MaybeTensor h0, double dropout, MaybeTensor seed,
-                                                   bool all_steps, bool keep) {
-  const Forward out = forward<GruCell>({"gru", x, weights, h0, kNone, dropout, seed, all_steps}, keep);
+                                                   bool all_steps, bool keep, int64_t precision) {
+  const Forward out =
+      forward<GruCell>({"gru", x, weights, h0, kNone, dropout, seed, all_steps, precision}, keep);
   return {out.output, out.last_h, out.gates, out.carried};
 }
 
@@ -140,11 +146,11 @@ struct Backward {
 };
 
 template <class Cell, class Element>
-std::vector<Tensor> run_backward(RecurrentNetwork<Cell, Element>& network, const Tensor& like) {
+std::vector<Tensor> run_backward(RecurrentNetwork<Cell, Element>& network, const Tensor& like,
+                                 const ProductKernels<Element>& kernels) {
   const auto& job = network.job;
   const int64_t tiles = (job.batch + job.tile_rows - 1) / job.tile_rows;
-  const auto kernel =
-      kIsLstm<Cell> ? cpu_kernels<Element>().lstm_backward : cpu_kernels<Element>().gru_backward;
+  const auto kernel = kIsLstm<Cell> ? kernels.lstm_backward : kernels.gru_backward;
   const Buffer<Element> sums = sum_in_parts<Element>(
       like, tiles, {network.scratch_elements}, network.sum_elements,
       [&](int64_t begin, int64_t end, Element* scratch, Element* part) {
@@ -163,7 +169,7 @@ Backward backward(const Inputs& inputs, const Results& results) {
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);
     auto network = inputs.network<Cell, Element>();
-    network.prepare_backward(results.input_grad, results.state_grad);
+    network.prepare_backward(results.input_grad, results.state_grad, inputs.precision == kBf16);
     auto& job = network.job;
     const int64_t L = job.layer_count, B = job.batch, T = job.steps, H = job.hidden;
     check_shaped(op, "gates", results.gates, x, {L, T, B, 4, H});
@@ -193,7 +199,7 @@ Backward backward(const Inputs& inputs, const Results& results) {
       job.grad_first_h = out.grad_h.template mutable_data_ptr<Element>();
       job.grad_first_c = out.grad_c.template mutable_data_ptr<Element>();
     }
-    out.weights = run_backward(network, x);
+    out.weights = run_backward(network, x, product_kernels<Element>(inputs.op, inputs.precision));
   });
   return out;
 }
@@ -201,20 +207,21 @@ Backward backward(const Inputs& inputs, const Results& results) {
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_backward_cpu(
     MaybeTensor grad_output, MaybeTensor grad_h, MaybeTensor grad_c, const Tensor& x,
     std::vector<Tensor> weights, MaybeTensor h0, MaybeTensor c0, double dropout, MaybeTensor seed,
-    bool all_steps, const Tensor& gates, const Tensor& kept, bool input_grad, bool state_grad) {
-  const Backward out = backward<LstmCell>({"lstm_backward", x, weights, h0, c0, dropout, seed, all_steps},
-                                          {grad_output, grad_h, grad_c, gates, kept, input_grad, state_grad});
+    bool all_steps, const Tensor& gates, const Tensor& kept, bool input_grad, bool state_grad,
+    int64_t precision) {
+  const Backward out =
+      backward<LstmCell>({"lstm_backward", x, weights, h0, c0, dropout, seed, all_steps, precision},
+                         {grad_output, grad_h, grad_c, gates, kept, input_grad, state_grad});
   return {out.grad_x, out.grad_h, out.grad_c, out.weights};
 }
 
-std::tuple<Tensor, Tensor, std::vector<Tensor>> gru_backward_cpu(MaybeTensor grad_output, MaybeTensor grad_h,
-                                                                 const Tensor& x, std::vector<Tensor> weights,
-                                                                 MaybeTensor h0, double dropout,
-                                                                 MaybeTensor seed, bool all_steps,
-                                                                 const Tensor& gates, const Tensor& kept,
-                                                                 bool input_grad, bool state_grad) {
-  const Backward out = backward<GruCell>({"gru_backward", x, weights, h0, kNone, dropout, seed, all_steps},
-                                         {grad_output, grad_h, kNone, gates, kept, input_grad, state_grad});
+std::tuple<Tensor, Tensor, std::vector<Tensor>> gru_backward_cpu(
+    MaybeTensor grad_output, MaybeTensor grad_h, const Tensor& x, std::vector<Tensor> weights, MaybeTensor h0,
+    double dropout, MaybeTensor seed, bool all_steps, const Tensor& gates, const Tensor& kept,
+    bool input_grad, bool state_grad, int64_t precision) {
+  const Backward out =
+      backward<GruCell>({"gru_backward", x, weights, h0, kNone, dropout, seed, all_steps, precision},
+                        {grad_output, grad_h, kNone, gates, kept, input_grad, state_grad});
   return {out.grad_x, out.grad_h, out.weights};
 }
 

@@ -190,14 +190,15 @@ Forward forward(const char* op, const Tensor& x, const std::vector<Tensor>& weig
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_cuda(const Tensor& x, std::vector<Tensor> weights,
                                                              MaybeTensor h0, MaybeTensor c0, double dropout,
-                                                             MaybeTensor seed, bool all_steps, bool keep) {
+                                                             MaybeTensor seed, bool all_steps, bool keep,
+                                                             int64_t /*precision*/) {
   const Forward out = forward<LstmCell>("lstm", x, weights, h0, c0, dropout, seed, all_steps, keep);
   return {out.output, out.last_h, out.last_c, out.gates, out.carried};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gru_cuda(const Tensor& x, std::vector<Tensor> weights,
                                                     MaybeTensor h0, double dropout, MaybeTensor seed,
-                                                    bool all_steps, bool keep) {
+                                                    bool all_steps, bool keep, int64_t /*precision*/) {
   const Forward out = forward<GruCell>("gru", x, weights, h0, kNone, dropout, seed, all_steps, keep);
   return {out.output, out.last_h, out.gates, out.carried};
 }
@@ -335,7 +336,8 @@ Backward backward(const char* op, const OutputGradients& grads, const Tensor& x,
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_backward_cuda(
     MaybeTensor grad_output, MaybeTensor grad_h, MaybeTensor grad_c, const Tensor& x,
     std::vector<Tensor> weights, MaybeTensor h0, MaybeTensor c0, double dropout, MaybeTensor seed,
-    bool all_steps, const Tensor& gates, const Tensor& kept, bool input_grad, bool state_grad) {
+    bool all_steps, const Tensor& gates, const Tensor& kept, bool input_grad, bool state_grad,
+    int64_t /*precision*/) {
   const Backward out = backward<LstmCell>("lstm_backward", {grad_output, grad_h, grad_c}, x, weights, h0, c0,
                                           dropout, seed, all_steps, gates, kept, input_grad, state_grad);
   return {out.grad_x, out.grad_h, out.grad_c, out.weights};
@@ -344,7 +346,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_backward_cuda(
 std::tuple<Tensor, Tensor, std::vector<Tensor>> gru_backward_cuda(
     MaybeTensor grad_output, MaybeTensor grad_h, const Tensor& x, std::vector<Tensor> weights, MaybeTensor h0,
     double dropout, MaybeTensor seed, bool all_steps, const Tensor& gates, const Tensor& kept,
-    bool input_grad, bool state_grad) {
+    bool input_grad, bool state_grad, int64_t /*precision*/) {
   const Backward out = backward<GruCell>("gru_backward", {grad_output, grad_h, kNone}, x, weights, h0, kNone,
                                          dropout, seed, all_steps, gates, kept, input_grad, state_grad);
   return {out.grad_x, out.grad_h, out.weights};

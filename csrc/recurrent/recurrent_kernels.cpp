@@ -1,5 +1,5 @@
 // LSTM and GRU forward, for one instruction set.
-#include "recurrent/recurrent.h"
+#include "recurrent/recurrent_tiles.h"
 
 #include "cpu_isa_begin.h"
 

@@ -247,9 +247,9 @@ static LayerStep<Element> layer_step(const RecurrentJob<Element>& job, const For
 }
 
 // Computes the products of the inputs of steps [begin, end) of a layer with W_ih, in tile.starts.
-template <bool Long, class Cell, class Element>
+template <class Element, class Products>
 static void project_chunk(const RecurrentJob<Element>& job, const ForwardTile<Element>& tile, int64_t first,
-                          int64_t rows, int64_t l, int64_t begin, int64_t end) {
+                          int64_t rows, int64_t l, int64_t begin, int64_t end, const Products& products) {
   const int64_t features = job.layers[l].features;
   const Element* input = tile.input;
   if (l > 0) {
@@ -262,18 +262,15 @@ static void project_chunk(const RecurrentJob<Element>& job, const ForwardTile<El
         for (int64_t j = 0; j < features; ++j) to[j] = from[j * job.x.feature_stride];
       }
   }
-  project_rows<Long, Cell, Element>(job.layers[l], job.blocks, input, l > 0 ? job.stride : features, 1,
-                                    (end - begin) * rows, tile.starts);
+  products.project(l, input, l > 0 ? job.stride : features, 1, (end - begin) * rows, tile.starts);
 }
 
 // Computes step t of layer l.
-template <bool Long, class Cell, class Element>
+template <class Cell, class Element, class Products>
 static void forward_step(const RecurrentJob<Element>& job, const ForwardTile<Element>& tile, int64_t first,
-                         int64_t rows, int64_t l, int64_t t) {
+                         int64_t rows, int64_t l, int64_t t, const Products& products) {
   const LayerStep<Element> step = layer_step<Cell, Element>(job, tile, first, rows, l, t);
-  for (int64_t block = 0; block < job.blocks; ++block)
-    for_row_tiles<kCellRows, !Long>(
-        rows, [&]<int Rows>(int64_t row) { step_cells<Long, Cell, Element, Rows>(step, block, row); });
+  products.step(step, l, rows);
   if (!job.dropout.active || l + 1 == job.layer_count) return;
   Element* const dropped = tile.dropped(l, t);
   __builtin_memcpy(dropped, step.h, sizeof(Element) * rows * job.stride);
@@ -281,10 +278,33 @@ static void forward_step(const RecurrentJob<Element>& job, const ForwardTile<Ele
   drop<Element>(job.dropout, place, rows, job.hidden, dropped, job.stride);
 }
 
-// Computes all steps and layers of the rows [first, first + rows).
+// The products of a tile, and the cells computed from them. With bfloat16 operands, recurrent_kernels_amx.h
+// replaces this class.
 template <bool Long, class Cell, class Element>
+struct VectorProducts {
+  const RecurrentJob<Element>& job;
+
+  void begin(int64_t, const Element*, int64_t) const {}
+
+  // Computes project_rows of layer l.
+  void project(int64_t l, const Element* input, int64_t row_stride, int64_t feature_stride, int64_t rows,
+               Element* out) const {
+    project_rows<Long, Cell, Element>(job.layers[l], job.blocks, input, row_stride, feature_stride, rows,
+                                      out);
+  }
+
+  // Computes a step of a layer.
+  void step(const LayerStep<Element>& step, int64_t, int64_t rows) const {
+    for (int64_t block = 0; block < job.blocks; ++block)
+      for_row_tiles<kCellRows, !Long>(
+          rows, [&]<int Rows>(int64_t row) { step_cells<Long, Cell, Element, Rows>(step, block, row); });
+  }
+};
+
+// Computes all steps and layers of the rows [first, first + rows).
+template <class Cell, class Element, class Products>
 static void forward_tile(const RecurrentJob<Element>& job, int64_t first, int64_t rows,
-                         const ForwardTile<Element>& tile) {
+                         const ForwardTile<Element>& tile, const Products& products) {
   const int64_t H = job.hidden;
   for (int64_t l = 0; l < job.layer_count; ++l) {
     const int64_t at = (l * job.batch + first) * H;
@@ -293,18 +313,18 @@ static void forward_tile(const RecurrentJob<Element>& job, int64_t first, int64_
     if constexpr (!Cell::kCarriesOutput)
       widen_rows<Element>(tile.cell(l), job.stride, job.first_c == nullptr ? nullptr : job.first_c + at, H,
                           rows);
+    products.begin(l, tile.h(l, -1), rows);
   }
   if (job.rolling) {
-    project_rows<Long, Cell, Element>(job.layers[0], job.blocks, job.x.data + first * job.x.row_stride,
-                                      job.x.row_stride, job.x.feature_stride, rows + job.steps - 1,
-                                      tile.rolled);
+    products.project(0, job.x.data + first * job.x.row_stride, job.x.row_stride, job.x.feature_stride,
+                     rows + job.steps - 1, tile.rolled);
   }
   for (int64_t begin = 0; begin < job.steps; begin += tile.chunk) {
     const int64_t end = smaller(begin + tile.chunk, job.steps);
     for (int64_t l = 0; l < job.layer_count; ++l) {
       if (tile.chunk > 1 && !(l == 0 && job.rolling))
-        project_chunk<Long, Cell, Element>(job, tile, first, rows, l, begin, end);
-      for (int64_t t = begin; t < end; ++t) forward_step<Long, Cell, Element>(job, tile, first, rows, l, t);
+        project_chunk(job, tile, first, rows, l, begin, end, products);
+      for (int64_t t = begin; t < end; ++t) forward_step<Cell>(job, tile, first, rows, l, t, products);
     }
     // h of the last step is the first of the next chunk.
     for (int64_t l = 0; tile.chunk > 1 && end < job.steps && l < job.layer_count; ++l)
@@ -318,25 +338,40 @@ static void forward_tile(const RecurrentJob<Element>& job, int64_t first, int64_
   }
 }
 
+}  // namespace
+
+#if defined(QFAST_AMX)
+#include "recurrent/recurrent_kernels_amx.h"
+#endif
+
+namespace {
+
 // Computes rows [begin, end) of the batch. `begin` is a multiple of 4, the number of rows that share dropout
 // words.
 template <class Cell, class Element>
 static void forward_rows(const RecurrentJob<Element>& job, int64_t begin, int64_t end, Element* scratch) {
   const int64_t chunk = job.layer_steps;
   Element* const rolled = scratch + job.layer_count * (2 * chunk + 2) * job.tile_rows * job.stride;
-  Element* const input = rolled + (job.rolling ? (job.tile_rows + job.steps - 1) * 4 * job.stride : 0);
+  Element* const input =
+      rolled + (job.rolling ? (job.tile_rows + job.steps - 1 + 15) / 16 * 16 * 4 * job.stride : 0);
   Element* const starts = input + (chunk > 1 ? chunk * job.tile_rows * job.layers[0].features : 0);
-  const bool is_long = job.hidden > kLongestSum || job.layers[0].features > kLongestSum;
-  for (int64_t first = begin; first < end; first += job.tile_rows) {
-    const int64_t rows = smaller(job.tile_rows, end - first);
-    // The buffers of consecutive steps are adjacent, so the rows of several steps are one matrix.
-    const ForwardTile<Element> tile{chunk, rows * job.stride, scratch, rolled, input, starts};
-    if (is_long) {
-      forward_tile<true, Cell, Element>(job, first, rows, tile);
-    } else {
-      forward_tile<false, Cell, Element>(job, first, rows, tile);
+  const auto compute = [&](const auto& products) {
+    for (int64_t first = begin; first < end; first += job.tile_rows) {
+      const int64_t rows = smaller(job.tile_rows, end - first);
+      // The buffers of consecutive steps are adjacent, so the rows of several steps are one matrix.
+      const ForwardTile<Element> tile{chunk, rows * job.stride, scratch, rolled, input, starts};
+      forward_tile<Cell>(job, first, rows, tile, products);
     }
+  };
+#if defined(QFAST_AMX)
+  compute(TileProducts<Cell>(job, scratch + job.vector_scratch));
+#else
+  if (job.hidden > kLongestSum || job.layers[0].features > kLongestSum) {
+    compute(VectorProducts<true, Cell, Element>{job});
+  } else {
+    compute(VectorProducts<false, Cell, Element>{job});
   }
+#endif
   if (job.streamed) finish_stream();
 }
 

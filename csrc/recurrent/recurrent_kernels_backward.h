@@ -275,12 +275,46 @@ static void pass_dropout(const RecurrentJob<Element>& job, const BackwardTile<El
   drop<Element>(job.dropout, place, tile.rows, job.hidden, tile.grad_above(l, t), job.stride);
 }
 
-// Computes the gradients of step t of layer l, except the gradients of the input of an upper layer.
+// The products of a tile. With bfloat16 operands, recurrent_kernels_backward_amx.h replaces this class.
 template <class Cell, class Element>
+struct VectorGradients {
+  const RecurrentJob<Element>& job;
+
+  // Computes the gradient of h of the previous step from the gradients of the sums.
+  void to_hidden(int64_t l, const Element* sums, int64_t sum_stride, int64_t rows, Element* out) const {
+    turned_product<Cell>(job, kFirstHidden<Cell>, sums, sum_stride, job.layers[l].hidden_turned,
+                         job.hidden_width, job.hidden, rows, out, job.stride);
+  }
+
+  // Computes the gradient of the input of a layer.
+  void to_input(int64_t l, const Element* sums, int64_t sum_stride, int64_t rows, Element* out,
+                int64_t stride) const {
+    const RecurrentLayer<Element>& layer = job.layers[l];
+    turned_product<Cell>(job, 0, sums, sum_stride, layer.input_turned, layer.input_width, layer.features,
+                         rows, out, stride);
+  }
+
+  // Adds or, if `sets`, stores the gradients of both weights of a layer over the steps [begin, end).
+  void add_weights(const BackwardTile<Element>& tile, int64_t l, int64_t begin, int64_t end, bool sets,
+                   Element* input_sum, Element* hidden_sum) const {
+    add_weight_sums<Cell>(job, tile, l, begin, end, job.layers[l].features, false, sets, input_sum);
+    add_weight_sums<Cell>(job, tile, l, begin, end, job.hidden, true, sets, hidden_sum);
+  }
+};
+
+}  // namespace
+
+#if defined(QFAST_AMX)
+#include "recurrent/recurrent_kernels_backward_amx.h"
+#endif
+
+namespace {
+
+// Computes the gradients of step t of layer l, except the gradients of the input of an upper layer.
+template <class Cell, class Element, class Products>
 static void backward_step(const RecurrentJob<Element>& job, const BackwardTile<Element>& tile, int64_t l,
-                          int64_t t) {
+                          int64_t t, const Products& products) {
   const BackwardLayer<Element>& layer = tile.layers[l];
-  const RecurrentLayer<Element>& weights = job.layers[l];
   const Element* grad_above = nullptr;
   int64_t grad_above_stride = 0;
   if (l + 1 < job.layer_count) {
@@ -295,37 +329,33 @@ static void backward_step(const RecurrentJob<Element>& job, const BackwardTile<E
   cell_gradients<Cell>(job, tile, l, t, grad_above, grad_above_stride);
   const Element* const sums = tile.sums(l, t);
   if (t > 0 || job.grad_first_h != nullptr)
-    turned_product<Cell>(job, kFirstHidden<Cell>, sums, tile.sum_stride, weights.hidden_turned,
-                         job.hidden_width, job.hidden, tile.rows, layer.grad_h, job.stride);
+    products.to_hidden(l, sums, tile.sum_stride, tile.rows, layer.grad_h);
   if (l == 0 && job.grad_x != nullptr) {
-    const int64_t features = weights.features;
-    turned_product<Cell>(job, 0, sums, tile.sum_stride, weights.input_turned, weights.input_width, features,
-                         tile.rows, job.grad_x + (tile.first * job.steps + t) * features,
-                         job.steps * features);
+    const int64_t features = job.layers[l].features;
+    products.to_input(l, sums, tile.sum_stride, tile.rows,
+                      job.grad_x + (tile.first * job.steps + t) * features, job.steps * features);
   }
 }
 
 // Computes the gradients of all steps and layers of a tile and adds the weight gradients to `total`, or sets
 // them if the rows are the first of a part.
-template <class Cell, class Element>
+template <class Cell, class Element, class Products>
 static void backward_tile(const RecurrentJob<Element>& job, const BackwardTile<Element>& tile,
-                          bool first_rows, Element* total) {
+                          bool first_rows, Element* total, const Products& products) {
   for (int64_t l = 0; l < job.layer_count; ++l) begin_layer<Cell>(job, tile, l);
   for (int64_t end = job.steps, begin; end > 0; end = begin) {
     begin = end > tile.chunk ? end - tile.chunk : 0;
     for (int64_t l = job.layer_count - 1; l >= 0; --l) {
-      for (int64_t t = end - 1; t >= begin; --t) backward_step<Cell>(job, tile, l, t);
+      for (int64_t t = end - 1; t >= begin; --t) backward_step<Cell>(job, tile, l, t, products);
       // The steps of a chunk fill the slots from the first one on, in any order.
       if (l > 0)
-        turned_product<Cell>(job, 0, tile.layers[l].sums, tile.sum_stride, job.layers[l].input_turned,
-                             job.layers[l].input_width, job.hidden, (end - begin) * tile.rows,
-                             tile.layers[l - 1].grad_above, job.stride);
+        products.to_input(l, tile.layers[l].sums, tile.sum_stride, (end - begin) * tile.rows,
+                          tile.layers[l - 1].grad_above, job.stride);
     }
     const bool sets = first_rows && end == job.steps;
     for (int64_t l = 0; l < job.layer_count; ++l) {
       const RecurrentLayer<Element>& layer = job.layers[l];
-      add_weight_sums<Cell>(job, tile, l, begin, end, layer.features, false, sets, total + layer.input_sum);
-      add_weight_sums<Cell>(job, tile, l, begin, end, job.hidden, true, sets, total + layer.hidden_sum);
+      products.add_weights(tile, l, begin, end, sets, total + layer.input_sum, total + layer.hidden_sum);
       add_bias_sums(job, tile, l, begin, end, sets, total + layer.bias_sum);
     }
   }
@@ -361,11 +391,16 @@ static void backward_rows(const RecurrentJob<Element>& job, int64_t begin, int64
                  at + (4 + 2 * chunk) * buffer_elements,
                  at + (4 + 3 * chunk) * buffer_elements};
   }
+#if defined(QFAST_AMX)
+  const TileGradients<Cell> products(job, scratch + job.vector_scratch);
+#else
+  const VectorGradients<Cell, Element> products{job};
+#endif
   for (int64_t first = begin; first < end; first += job.tile_rows) {
     const int64_t rows = smaller(job.tile_rows, end - first);
     const BackwardTile<Element> tile{first, rows,   rows * job.stride,    job.sum_stride,
                                      chunk, layers, rows * job.sum_stride};
-    backward_tile<Cell>(job, tile, first == begin, total);
+    backward_tile<Cell>(job, tile, first == begin, total, products);
   }
 }
 

@@ -12,6 +12,7 @@
 #include "memory_cache.h"
 #include "recurrent/recurrent.h"
 #include "recurrent/recurrent_checks.h"
+#include "recurrent/recurrent_tiles.h"
 
 #define QFAST_DEVICE_INLINE static inline
 
@@ -74,21 +75,27 @@ class RecurrentNetwork {
     return states_.back().const_data_ptr<Element>();
   }
 
-  void prepare_forward(bool rolling) {
+  // `with_tiles` reserves the scratch memory of products with bfloat16 operands.
+  void prepare_forward(bool rolling, bool with_tiles) {
     job.rolling = rolling;
     for (int64_t l = 0; l < job.layer_count; ++l) {
       layers_[l].input_weight = pack(weights_[4 * l], true);
       if (reads_hidden()) layers_[l].hidden_weight = pack(weights_[4 * l + 1], false);
       layers_[l].bias = pack_bias(weights_[4 * l + 2], weights_[4 * l + 3]);
     }
-    job.layer_steps = weights_fit() ? 1 : layer_steps();
+    job.layer_steps = with_tiles || weights_fit() ? 1 : layer_steps();
     const int64_t chunk_rows = job.layer_steps * job.tile_rows;
     scratch_elements = job.layer_count * (2 * chunk_rows + 2 * job.tile_rows) * job.stride;
-    if (rolling) scratch_elements += (job.tile_rows + job.steps - 1) * 4 * job.stride;
+    // Products of tiles also write the rows after the last one, up to whole tiles.
+    if (rolling) scratch_elements += rounded_up(job.tile_rows + job.steps - 1, 16) * 4 * job.stride;
     if (job.layer_steps > 1) scratch_elements += chunk_rows * (4 * job.stride + layers_[0].features);
+    job.vector_scratch = rounded_up(scratch_elements, 16);
+    if (with_tiles)
+      scratch_elements =
+          job.vector_scratch + RecurrentTiles<Element>::carve(job, Cell::kGates, nullptr).elements;
   }
 
-  void prepare_backward(bool input_grad, bool state_grad) {
+  void prepare_backward(bool input_grad, bool state_grad, bool with_tiles) {
     job.hidden_width = panel_width(job.hidden);
     int64_t sum = 0;
     for (int64_t l = 0; l < job.layer_count; ++l) {
@@ -114,6 +121,9 @@ class RecurrentNetwork {
         job.tile_rows * ((4 + 3 * job.chunk_steps) * job.stride + job.chunk_steps * job.sum_stride);
     job.header_elements = 64;  // enough for the pointers of a layer
     scratch_elements = job.layer_count * (job.header_elements + job.layer_scratch);
+    job.vector_scratch = rounded_up(scratch_elements, 16);
+    if (with_tiles)
+      scratch_elements = job.vector_scratch + RecurrentGradientTiles<Element>::carve(job, nullptr).elements;
   }
 
   // Returns the gradients of the weights of all layers from the sums of a part.

@@ -116,7 +116,7 @@ int64_t scratch_of(const WindowConvJob<Element>& job, bool backward) {
   return space.used;
 }
 
-Tensor window_conv_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+Tensor window_conv_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t precision) {
   const char* const op = "window_conv";
   check_window_conv(op, x, weight);
   const int64_t out = weight.size(0);
@@ -130,7 +130,7 @@ Tensor window_conv_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias
     if (job.unpacked == nullptr) job.weight = packed_by_taps(store, contiguous_weight, job.padded_in);
     job.bias = store.vector(contiguous_bias.const_data_ptr<Element>(), out);
     job.output = output.mutable_data_ptr<Element>();
-    const auto kernel = cpu_kernels<Element>().window_conv;
+    const auto kernel = product_kernels<Element>(op, precision).window_conv;
     share_with_scratch<Element>(
         x, tiles_of(job), {scratch_of(job, false), true},
         [&](int64_t begin, int64_t end, Element* scratch) { kernel(job, begin, end, scratch); });
@@ -160,7 +160,8 @@ Tensor weight_gradient(const Tensor& like, const WindowConvJob<Element>& job, co
 }
 
 std::tuple<Tensor, Tensor, Tensor> window_conv_backward_cpu(const Tensor& grad, const Tensor& x,
-                                                            const Tensor& weight, bool input_grad) {
+                                                            const Tensor& weight, bool input_grad,
+                                                            int64_t precision) {
   const char* const op = "window_conv_backward";
   check_window_conv(op, x, weight);
   check_shaped(op, "grad", grad, x, {x.size(0), x.size(1), weight.size(0)});
@@ -178,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> window_conv_backward_cpu(const Tensor& grad, 
     using Sums = WindowConvSums<Element>;
     Carving<Element> counted{nullptr};
     Sums::carve(job, counted);
-    const auto kernel = cpu_kernels<Element>().window_conv_backward;
+    const auto kernel = product_kernels<Element>(op, precision).window_conv_backward;
     if (job.unpacked != nullptr) {
       const Tensor grad_weight = empty(x, {job.out, job.in, job.taps}), grad_bias = empty(x, {job.out});
       job.grad_weight = grad_weight.mutable_data_ptr<Element>();

@@ -270,8 +270,8 @@ class GraphEstimator(Estimator):
             As in `fit`.
         **training
             Arguments of the base model (`n_epochs`, `lr`, `batch_size`, `dropout`, ...) and of its `fit` (`callbacks`,
-            `checkpoint_dir`, `resume`, ...). Seed, device, compat, progress and cuda_graphs default to the values of
-            this model, all others to the defaults of the base model.
+            `checkpoint_dir`, `resume`, ...). Seed, device, compat, progress, cuda_graphs and precision default to the
+            values of this model, all others to the defaults of the base model.
 
         Returns
         -------
@@ -311,7 +311,7 @@ class GraphEstimator(Estimator):
                 "this model."
             )
         fit = {name: training.pop(name) for name in FIT_ARGUMENTS if name in training}
-        shared = {name: params[name] for name in ("GPU", "seed", "compat", "progress", "cuda_graphs")}
+        shared = {name: params[name] for name in ("GPU", "seed", "compat", "progress", "cuda_graphs", "precision")}
         kind = self.base_estimators[params["base_model"]]
         base = cast(Any, kind)(**sizes, **{**shared, "device": str(self.device), **training})
         base.fit(dataset, **fit)

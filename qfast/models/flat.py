@@ -44,7 +44,7 @@ class LSTM(RecurrentEstimator):
         Probability of dropout between the layers, in training only.
     n_epochs, lr, metric, batch_size, early_stop, loss, optimizer, GPU, seed
         Arguments of the training loop, see `qfast.training.Estimator`.
-    weight_decay, device, compat, progress, cuda_graphs
+    weight_decay, device, compat, progress, cuda_graphs, precision
         Keyword-only arguments of the training loop, see `Estimator`.
 
     Raises
@@ -86,7 +86,7 @@ class GRU(RecurrentEstimator):
         Probability of dropout between the layers, in training only.
     n_epochs, lr, metric, batch_size, early_stop, loss, optimizer, GPU, seed
         Arguments of the training loop, see `qfast.training.Estimator`.
-    weight_decay, device, compat, progress, cuda_graphs
+    weight_decay, device, compat, progress, cuda_graphs, precision
         Keyword-only arguments of the training loop, see `Estimator`.
 
     Raises
@@ -127,7 +127,7 @@ class ALSTM(AttentiveEstimator):
         Probability of dropout between the layers and inside the attention, in training only.
     n_epochs, lr, metric, batch_size, early_stop, loss, optimizer, GPU, seed
         Arguments of the training loop, see `qfast.training.Estimator`.
-    weight_decay, device, compat, progress, cuda_graphs
+    weight_decay, device, compat, progress, cuda_graphs, precision
         Keyword-only arguments of the training loop, see `Estimator`.
     rnn_type : {"GRU", "LSTM", "RNN"}
         Keyword only. Qlib accepts it but always builds a GRU, which `compat="qlib"` restores.
@@ -175,7 +175,7 @@ class GATs(GraphEstimator):
         folder.
     n_epochs, lr, metric, early_stop, loss, optimizer, GPU, seed
         Arguments of the training loop, see `qfast.training.Estimator`.
-    weight_decay, device, compat, progress, cuda_graphs
+    weight_decay, device, compat, progress, cuda_graphs, precision
         Keyword-only arguments of the training loop, see `Estimator`.
     shuffle_days : bool
         Keyword only. False keeps the days in order.
@@ -228,7 +228,7 @@ class TCN(TemporalConvEstimator):
         Probability of dropout of the output of every convolution, in training only.
     n_epochs, lr, metric, batch_size, early_stop, loss, optimizer, GPU, seed
         Arguments of the training loop, see `qfast.training.Estimator`.
-    weight_decay, device, compat, progress, cuda_graphs
+    weight_decay, device, compat, progress, cuda_graphs, precision
         Keyword-only arguments of the training loop, see `Estimator`.
 
     Raises
@@ -269,7 +269,7 @@ class TransformerModel(EncoderEstimator):
         Probability of dropout in the encoder layers, in training only.
     n_epochs, lr, metric, batch_size, early_stop, loss, optimizer, GPU, seed
         Arguments of the training loop, see `qfast.training.Estimator`.
-    device, compat, progress, cuda_graphs
+    device, compat, progress, cuda_graphs, precision
         Keyword-only arguments of the training loop, see `Estimator`.
     reg : float
         L2 penalty. `weight_decay`, its name in the other models, is accepted too.
@@ -314,7 +314,7 @@ class LocalformerModel(EncoderEstimator):
         Probability of dropout in the encoder layers and between the layers of the GRU, in training only.
     n_epochs, lr, metric, batch_size, early_stop, loss, optimizer, GPU, seed
         Arguments of the training loop, see `qfast.training.Estimator`.
-    device, compat, progress, cuda_graphs
+    device, compat, progress, cuda_graphs, precision
         Keyword-only arguments of the training loop, see `Estimator`.
     reg : float
         L2 penalty. `weight_decay`, its name in the other models, is accepted too.

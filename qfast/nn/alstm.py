@@ -131,7 +131,13 @@ class ALSTMModel(Recurrent):
         dropout = cast(nn.Dropout, self.att_net[1])
         fc_out = cast(nn.Linear, self.att_net[3])
         pooled = attention_pool(
-            steps, fc_in.weight, fc_in.bias, fc_out.weight, dropout=dropout.p, training=dropout.training
+            steps,
+            fc_in.weight,
+            fc_in.bias,
+            fc_out.weight,
+            dropout=dropout.p,
+            training=dropout.training,
+            precision=self.precision,
         )
         return last, pooled
 

@@ -119,10 +119,10 @@ class Localformer(HasRecurrentLayer, WindowEncoder):
         context = x
         for layer, module in zip(encoder.layers, encoder.conv, strict=True):
             conv = cast(nn.Conv1d, module)
-            context = window_conv(x, conv.weight, cast(Tensor, conv.bias))
-            x = run_layer(layer, x + context, last_step=False)
+            context = window_conv(x, conv.weight, cast(Tensor, conv.bias), precision=self.precision)
+            x = run_layer(layer, x + context, last_step=False, precision=self.precision)
         weights, dropout, training = self._layer_arguments()
-        return gru(x + context, weights, dropout=dropout, training=training)[0]
+        return gru(x + context, weights, dropout=dropout, training=training, precision=self.precision)[0]
 
     def _layers(self) -> nn.ModuleList:
         """Return the encoder layers."""

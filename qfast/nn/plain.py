@@ -21,6 +21,9 @@ class PlainTorch(nn.Module):
     """Base class of every network in qfast.nn: `to_reference` returns a copy that uses torch's operations only."""
 
     _plain_torch = False
+    precision: str = "float32"
+    """Precision of the operators' products on a CPU: "float32", "bf16" or "bf16-if-available" (docs/precision.md).
+    torch's own layers compute in float32."""
 
     def to_reference(self: Network) -> Network:
         """Return a copy that computes with torch's own layers and operations, as Qlib does, at torch's speed.

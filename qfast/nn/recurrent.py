@@ -141,7 +141,9 @@ class Recurrent(HasRecurrentLayer):
         """
         weights, dropout, training = self._layer_arguments()
         operator = self._kind().operator
-        output, state = operator(x, weights, dropout=dropout, training=training, all_steps=all_steps)
+        output, state = operator(
+            x, weights, dropout=dropout, training=training, all_steps=all_steps, precision=self.precision
+        )
         return output, state[0] if isinstance(state, tuple) else state
 
     def _uses_operator(self, x: Tensor) -> bool:

@@ -214,7 +214,7 @@ class Transformer(WindowEncoder):
         """Compute `_encode` with qfast's operators, the last layer at the last step only."""
         layers = self._layers()
         for number, layer in enumerate(layers, 1):
-            x = run_layer(layer, x, last_step=number == len(layers))
+            x = run_layer(layer, x, last_step=number == len(layers), precision=self.precision)
         return x
 
     def _layers(self) -> nn.ModuleList:
@@ -227,7 +227,7 @@ class Transformer(WindowEncoder):
         return type(encoder) is nn.TransformerEncoder and encoder.norm is None and not has_hooks(encoder)
 
 
-def run_layer(layer: nn.Module, x: Tensor, last_step: bool) -> Tensor:
+def run_layer(layer: nn.Module, x: Tensor, last_step: bool, precision: str = "float32") -> Tensor:
     """Compute one of torch's encoder layers with qfast's operator.
 
     Parameters
@@ -236,6 +236,8 @@ def run_layer(layer: nn.Module, x: Tensor, last_step: bool) -> Tensor:
     x : Tensor [B, T, D]
     last_step : bool
         Compute the last step only.
+    precision : str
+        As in `encoder_layer`.
 
     Returns
     -------
@@ -265,6 +267,7 @@ def run_layer(layer: nn.Module, x: Tensor, last_step: bool) -> Tensor:
         dropout=layer.dropout.p,
         training=layer.training,
         last_step=last_step,
+        precision=precision,
     )
 
 

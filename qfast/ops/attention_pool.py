@@ -27,6 +27,7 @@ from qfast.ops._common import (
     widened,
 )
 from qfast.ops.philox import draw_seed, dropout_mask
+from qfast.precision import product, products_for
 
 __all__ = ["attention_pool"]
 
@@ -37,7 +38,14 @@ _PHILOX_PLACE = 0x80000000
 
 @explain_memory("attention_pool")
 def attention_pool(
-    h: Tensor, weight: Tensor, bias: Tensor, score: Tensor, *, dropout: float = 0.0, training: bool = False
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    score: Tensor,
+    *,
+    dropout: float = 0.0,
+    training: bool = False,
+    precision: str = "float32",
 ) -> Tensor:
     """Compute the sum over t of a_t h_t, where a is the softmax over t of score . tanh(weight h_t + bias).
 
@@ -54,6 +62,10 @@ def attention_pool(
         Probability that an element of weight h_t + bias is dropped before the tanh, if `training`. Each call draws one
         seed from torch's generator of h's device. Element (b, t, a) uses word b % 4 of the Philox counter
         (a, t, 2**31, b // 4).
+    precision : {"float32", "bf16", "bf16-if-available"}
+        On a CPU, "bf16" rounds the operands of products with `weight` to bfloat16 and sums in float32
+        (docs/precision.md). It needs float32 tensors. "bf16-if-available" computes in float32, with a warning, where
+        the CPU lacks the instructions.
 
     Returns
     -------
@@ -65,7 +77,9 @@ def attention_pool(
     DataError
         Wrong type, dtype, shape or device, or T is 0.
     ConfigError
-        dropout is not in [0, 1].
+        dropout is not in [0, 1], or precision is unknown.
+    BackendError
+        precision is "bf16" and the CPU lacks the instructions. The message names them.
     NotImplementedError
         Double backward. Use torch.func.grad twice.
     torch.OutOfMemoryError
@@ -90,18 +104,21 @@ def attention_pool(
     """
     if is_half(h):
         parameters = widened((weight, bias, score), h.dtype)
-        return attention_pool(h.float(), *parameters, dropout=dropout, training=training).to(h.dtype)
+        return attention_pool(h.float(), *parameters, dropout=dropout, training=training, precision=precision).to(
+            h.dtype
+        )
     if isinstance(score, Tensor) and score.dim() == 2 and len(score) == 1:
         score = score[0]
     _check(h, weight, bias, score)
     p = active_dropout("attention_pool", dropout, training)
+    products = products_for("attention_pool", precision, h)
     seed = draw_seed(h.device) if p else None
     if transforms.active():
         return _pool(h, weight, bias, score, p, seed)[0]
     if needs_grad(h, weight, bias, score) and not torch.compiler.is_compiling():
-        return _Function.apply(h, weight, bias, score, p, seed)
+        return _Function.apply(h, weight, bias, score, p, seed, products)
     with skip_autograd():
-        return torch.ops.qfast.attention_pool(h, weight, bias, score, p, seed)[0]
+        return torch.ops.qfast.attention_pool(h, weight, bias, score, p, seed, products)[0]
 
 
 # ---------------------------------------------------------------- argument checks
@@ -121,10 +138,10 @@ def _check(h: Tensor, weight: Tensor, bias: Tensor, score: Tensor) -> None:
 
 # ---------------------------------------------------------------- plain-torch twin
 def _hidden(
-    h: Tensor, weight: Tensor, bias: Tensor, dropout: float, seed: Tensor | None
+    h: Tensor, weight: Tensor, bias: Tensor, dropout: float, seed: Tensor | None, precision: int
 ) -> tuple[Tensor, Tensor | None]:
     """Return tanh(drop(weight h + bias)) [B, T, A] and the factors of dropout."""
-    projected, mask = h @ weight.t() + bias, None
+    projected, mask = product(h, weight.t(), precision) + bias, None
     if dropout and seed is not None:
         mask = dropout_mask(projected, _PHILOX_PLACE, dropout, seed)
         projected = projected * mask
@@ -132,10 +149,16 @@ def _hidden(
 
 
 def _pool(
-    h: Tensor, weight: Tensor, bias: Tensor, score: Tensor, dropout: float, seed: Tensor | None
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    score: Tensor,
+    dropout: float,
+    seed: Tensor | None,
+    precision: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Return the result [B, H] and the attention weights [B, T]."""
-    attention = (_hidden(h, weight, bias, dropout, seed)[0] @ score).softmax(1)
+    attention = (_hidden(h, weight, bias, dropout, seed, precision)[0] @ score).softmax(1)
     return (attention.unsqueeze(2) * h).sum(1), attention
 
 
@@ -154,8 +177,9 @@ def _backward_twin(
     seed: Tensor | None,
     attention: Tensor,
     pooled: Tensor,
+    precision: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hidden, mask = _hidden(h, weight, bias, dropout, seed)
+    hidden, mask = _hidden(h, weight, bias, dropout, seed, precision)
     # Subtracting the mean does not change the gradient of the scores, but it removes the rounding error of the part
     # that all steps share.
     grad_attention = ((h - pooled.unsqueeze(1)) @ grad.unsqueeze(2)).squeeze(2)
@@ -164,35 +188,35 @@ def _backward_twin(
     if mask is not None:
         grad_projected = grad_projected * mask
     rows = grad_projected.flatten(0, 1)
-    grad_h = attention.unsqueeze(2) * grad.unsqueeze(1) + grad_projected @ weight
+    grad_h = attention.unsqueeze(2) * grad.unsqueeze(1) + product(grad_projected, weight, precision)
     grad_score = grad_scores.flatten() @ hidden.flatten(0, 1)
-    return grad_h.contiguous(), rows.t() @ h.flatten(0, 1), rows.sum(0), grad_score
+    return grad_h.contiguous(), product(rows.t(), h.flatten(0, 1), precision), rows.sum(0), grad_score
 
 
 # ---------------------------------------------------------------- schemas and fakes
 _ARGUMENTS = "Tensor h, Tensor weight, Tensor bias, Tensor score, float dropout, Tensor? seed"
-define("attention_pool", f"({_ARGUMENTS}) -> (Tensor pooled, Tensor attention)", _forward_twin)
+define("attention_pool", f"({_ARGUMENTS}, int precision=0) -> (Tensor pooled, Tensor attention)", _forward_twin)
 define(
     "attention_pool_backward",
-    f"(Tensor grad, {_ARGUMENTS}, Tensor attention, Tensor pooled) "
+    f"(Tensor grad, {_ARGUMENTS}, Tensor attention, Tensor pooled, int precision=0) "
     "-> (Tensor grad_h, Tensor grad_weight, Tensor grad_bias, Tensor grad_score)",
     _backward_twin,
 )
 
 
 @torch.library.register_fake("qfast::attention_pool")
-def _(h, weight, bias, score, dropout, seed):  # type: ignore[no-untyped-def]
+def _(h, weight, bias, score, dropout, seed, precision=0):  # type: ignore[no-untyped-def]
     return h.new_empty((h.shape[0], h.shape[2])), h.new_empty(h.shape[:2])
 
 
 @torch.library.register_fake("qfast::attention_pool_backward")
-def _(grad, h, weight, bias, score, dropout, seed, attention, pooled):  # type: ignore[no-untyped-def]
+def _(grad, h, weight, bias, score, dropout, seed, attention, pooled, precision=0):  # type: ignore[no-untyped-def]
     return h.new_empty(h.shape), *(part.new_empty(part.shape) for part in (weight, bias, score))
 
 
 # ---------------------------------------------------------------- gradients
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    h, weight, bias, score, ctx.dropout, seed = inputs
+    h, weight, bias, score, ctx.dropout, seed, ctx.precision = inputs
     pooled, attention = output
     ctx.save_for_backward(h, weight, bias, score, seed, attention, pooled)
     ctx.mark_non_differentiable(attention)
@@ -202,10 +226,11 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
 @explain_memory("attention_pool")
 def _gradients(ctx, grad, *_):  # type: ignore[no-untyped-def]
     if grad is None:
-        return (None,) * 6
+        return (None,) * 7
     h, weight, bias, score, seed, attention, pooled = ctx.saved_tensors
     inputs = h, weight, bias, score, ctx.dropout, seed
-    return *torch.ops.qfast.attention_pool_backward(grad, *inputs, attention, pooled), None, None
+    gradients = torch.ops.qfast.attention_pool_backward(grad, *inputs, attention, pooled, ctx.precision)
+    return *gradients, None, None, None
 
 
 torch.library.register_autograd("qfast::attention_pool", _gradients, setup_context=_save)

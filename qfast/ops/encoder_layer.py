@@ -31,7 +31,7 @@ from qfast.ops._common import (
 )
 from qfast.ops.encoder_layer_twin import WEIGHTS, backward_twin, forward_twin
 from qfast.ops.philox import draw_seed
-from qfast.precision import precision_for
+from qfast.precision import products_for
 
 __all__ = ["encoder_layer"]
 
@@ -46,6 +46,7 @@ def encoder_layer(
     dropout: float = 0.0,
     training: bool = False,
     last_step: bool = False,
+    precision: str = "float32",
 ) -> Tensor:
     """Apply self-attention, residual, norm, feed-forward block (ReLU), residual and norm to each window.
 
@@ -73,6 +74,9 @@ def encoder_layer(
     last_step : bool
         Return the result of the last step only. It equals the last step of the full result, dropout included, but
         queries, attention rows and the feed-forward block are computed for one step per window instead of T.
+    precision : {"float32", "bf16", "bf16-if-available"}
+        On a CPU, "bf16" rounds the operands of products to bfloat16 and sums in float32 (docs/precision.md). It needs
+        float32 tensors. "bf16-if-available" computes in float32, with a warning, where the CPU lacks the instructions.
 
     Returns
     -------
@@ -85,7 +89,9 @@ def encoder_layer(
     DataError
         Wrong type, number, dtype, shape or device of a tensor, or a window without steps.
     ConfigError
-        heads does not divide D, eps is below 0, or dropout is not in [0, 1].
+        heads does not divide D, eps is below 0, dropout is not in [0, 1], or precision is unknown.
+    BackendError
+        precision is "bf16" and the CPU lacks the instructions. The message names them.
     NotImplementedError
         Double backward. Use torch.func.grad twice.
     torch.OutOfMemoryError
@@ -110,19 +116,20 @@ def encoder_layer(
     """
     if is_half(x) and isinstance(weights, (list, tuple)):
         wide = widened(weights, x.dtype)
-        options: Any = {"dropout": dropout, "training": training, "last_step": last_step}
+        options: Any = {"dropout": dropout, "training": training, "last_step": last_step, "precision": precision}
         return encoder_layer(x.float(), wide, heads=heads, eps=eps, **options).to(x.dtype)
     _check(x, weights, heads, eps)
     p = active_dropout("encoder_layer", dropout, training)
+    products = products_for("encoder_layer", precision, x)
     seed = draw_seed(x.device) if p else None
     settings = int(heads), float(eps), p, seed, bool(last_step)
     if transforms.active():
         return forward_twin(x, weights, *settings)[0]
     keep = needs_grad(x, *weights)
     if keep and not torch.compiler.is_compiling():
-        return _Function.apply(*settings, precision_for(x), x, *weights)
+        return _Function.apply(*settings, products, x, *weights)
     with skip_autograd():
-        return torch.ops.qfast.encoder_layer(x, list(weights), *settings, keep, precision_for(x))[0]
+        return torch.ops.qfast.encoder_layer(x, list(weights), *settings, keep, products)[0]
 
 
 # ---------------------------------------------------------------- argument checks
@@ -171,7 +178,7 @@ def _forward_twin(
     precision: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(x.device.type, enabled=False):
-        output, normalised, scales = forward_twin(x, weights, heads, eps, dropout, seed, last_step)
+        output, normalised, scales = forward_twin(x, weights, heads, eps, dropout, seed, last_step, precision)
     if not keep:
         normalised, scales = normalised[:, :0].clone(), scales[:, :0].clone()
     return output.contiguous(), normalised, scales  # with strided x, output may be strided
@@ -191,7 +198,9 @@ def _backward_twin(
     precision: int = 0,
 ) -> tuple[Tensor, list[Tensor]]:
     with torch.autocast(x.device.type, enabled=False):
-        grad_x, grad_weights = backward_twin(grad, x, weights, heads, dropout, seed, last_step, normalised, scales)
+        grad_x, grad_weights = backward_twin(
+            grad, x, weights, heads, dropout, seed, last_step, normalised, scales, precision
+        )
     return (grad_x if input_grad else grad_x[:0].clone()), grad_weights
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qfast.ops.feed_forward import HIDDEN_DROPOUT, block_gradients, hidden_values
 from qfast.ops.philox import dropout_mask
+from qfast.precision import BF16, product
 
 __all__ = ["WEIGHTS", "backward_twin", "forward_twin"]
 
@@ -76,13 +77,15 @@ def _joined(values: Tensor) -> Tensor:
     return values.transpose(1, 2).flatten(2)
 
 
-def _projected(x: Tensor, results: int, weights: Sequence[Tensor], heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def _projected(
+    x: Tensor, results: int, weights: Sequence[Tensor], heads: int, precision: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the queries of the steps with a result, and the keys and values of all steps, split into heads."""
     (in_query, in_key, in_value), (query, key, value) = weights[0].chunk(3), weights[1].chunk(3)
     return (
-        _split(x[:, x.shape[1] - results :] @ in_query.t() + query, heads),
-        _split(x @ in_key.t() + key, heads),
-        _split(x @ in_value.t() + value, heads),
+        _split(product(x[:, x.shape[1] - results :], in_query.t(), precision) + query, heads),
+        _split(product(x, in_key.t(), precision) + key, heads),
+        _split(product(x, in_value.t(), precision) + value, heads),
     )
 
 
@@ -90,12 +93,23 @@ def _query_scale(query: Tensor) -> float:
     return float(query.shape[-1] ** -0.5)
 
 
-def _attention(query: Tensor, key: Tensor) -> Tensor:
-    return ((query * _query_scale(query)) @ key.transpose(-1, -2)).softmax(-1)
+def _attention(query: Tensor, key: Tensor, precision: int) -> Tensor:
+    if precision == BF16:  # like the kernel, which scales the keys before they are rounded
+        query, key = query, key * _query_scale(query)
+    else:
+        query = query * _query_scale(query)
+    return product(query, key.transpose(-1, -2), precision).softmax(-1)
 
 
 def forward_twin(
-    x: Tensor, weights: Sequence[Tensor], heads: int, eps: float, dropout: float, seed: Tensor | None, last_step: bool
+    x: Tensor,
+    weights: Sequence[Tensor],
+    heads: int,
+    eps: float,
+    dropout: float,
+    seed: Tensor | None,
+    last_step: bool,
+    precision: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the result [B, T, D] or [B, D], and the normalised values and scales of both norms.
 
@@ -104,13 +118,15 @@ def forward_twin(
     _, _, out, out_bias, linear1, bias1, linear2, bias2, norm1, norm1_bias, norm2, norm2_bias = weights
     results = 1 if last_step else x.shape[1]
     masks = _Masks(x, results, heads, dropout, seed)
-    query, key, value = _projected(x, results, weights, heads)
-    mixed = _joined(_dropped(_attention(query, key), masks.for_attention()) @ value)
-    attended = _dropped(mixed @ out.t() + out_bias, masks.for_rows(x.shape[2], _ATTENTION_DROPOUT))
+    query, key, value = _projected(x, results, weights, heads, precision)
+    mixed = _joined(product(_dropped(_attention(query, key, precision), masks.for_attention()), value, precision))
+    attended = _dropped(product(mixed, out.t(), precision) + out_bias, masks.for_rows(x.shape[2], _ATTENTION_DROPOUT))
     first, scale1 = _normalised(x[:, x.shape[1] - results :] + attended, eps)
     block_input = first * norm1 + norm1_bias
-    hidden = hidden_values(block_input, linear1, bias1, masks.for_rows(len(linear1), HIDDEN_DROPOUT))
-    block_output = _dropped(hidden @ linear2.t() + bias2, masks.for_rows(x.shape[2], _OUTPUT_DROPOUT))
+    hidden = hidden_values(block_input, linear1, bias1, masks.for_rows(len(linear1), HIDDEN_DROPOUT), precision)
+    block_output = _dropped(
+        product(hidden, linear2.t(), precision) + bias2, masks.for_rows(x.shape[2], _OUTPUT_DROPOUT)
+    )
     second, scale2 = _normalised(block_input + block_output, eps)
     output = second * norm2 + norm2_bias
     return output.squeeze(1) if last_step else output, torch.stack((first, second)), torch.stack((scale1, scale2))
@@ -125,10 +141,10 @@ def _norm_gradients(grad: Tensor, weight: Tensor, normalised: Tensor, scale: Ten
     return grad_input, (grad * normalised).sum((0, 1)), grad.sum((0, 1))
 
 
-def _linear_gradients(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def _linear_gradients(grad: Tensor, x: Tensor, precision: int) -> tuple[Tensor, Tensor]:
     """Return the gradients of weight and bias of a linear layer with input x."""
     rows = grad.flatten(0, 1)
-    return rows.t() @ x.flatten(0, 1), rows.sum(0)
+    return product(rows.t(), x.flatten(0, 1), precision), rows.sum(0)
 
 
 def backward_twin(
@@ -141,6 +157,7 @@ def backward_twin(
     last_step: bool,
     normalised: Tensor,
     scales: Tensor,
+    precision: int = 0,
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the gradients of x and of the twelve weights."""
     in_proj, _, out, _, linear1, bias1, linear2, _, norm1, norm1_bias, norm2, _ = weights
@@ -160,24 +177,27 @@ def backward_twin(
         bias1,
         linear2,
         None if hidden_mask is None else hidden_mask.flatten(0, 1),
+        precision,
     )
     grad_block_input = grad_sum + grad_rows.view_as(grad_sum)
     # The attention and its norm.
     grad_first, *grad_norm1 = _norm_gradients(grad_block_input, norm1, normalised[0], scales[0])
     grad_attended = _dropped(grad_first, masks.for_rows(width, _ATTENTION_DROPOUT))
-    query, key, value = _projected(x, results, weights, heads)
-    attention, attention_mask = _attention(query, key), masks.for_attention()
+    query, key, value = _projected(x, results, weights, heads, precision)
+    attention, attention_mask = _attention(query, key, precision), masks.for_attention()
     dropped = _dropped(attention, attention_mask)
-    grad_mixed = _split(grad_attended @ out, heads)
-    grad_attention = _dropped(grad_mixed @ value.transpose(-1, -2), attention_mask)
+    grad_mixed = _split(product(grad_attended, out, precision), heads)
+    grad_attention = _dropped(product(grad_mixed, value.transpose(-1, -2), precision), attention_mask)
     row_sums = (attention * grad_attention).sum(-1, keepdim=True)
     grad_scores = attention * (grad_attention - row_sums) * _query_scale(query)
-    grad_query = _joined(grad_scores @ key)
-    grad_key, grad_value = grad_scores.transpose(-1, -2) @ query, dropped.transpose(-1, -2) @ grad_mixed
+    grad_query = _joined(product(grad_scores, key, precision))
+    grad_key = product(grad_scores.transpose(-1, -2), query, precision)
+    grad_value = product(dropped.transpose(-1, -2), grad_mixed, precision)
     grad_key_value = torch.cat((_joined(grad_key), _joined(grad_value)), 2)
     # The projections.
-    grad_x = grad_key_value @ in_proj[width:]
-    grad_x[:, x.shape[1] - results :] += grad_first + grad_query @ in_proj[:width]
-    grad_in = zip(_linear_gradients(grad_query, x_results), _linear_gradients(grad_key_value, x), strict=True)
-    grad_out = _linear_gradients(grad_attended, _joined(dropped @ value))
+    grad_x = product(grad_key_value, in_proj[width:], precision)
+    grad_x[:, x.shape[1] - results :] += grad_first + product(grad_query, in_proj[:width], precision)
+    grad_query_in = _linear_gradients(grad_query, x_results, precision)
+    grad_in = zip(grad_query_in, _linear_gradients(grad_key_value, x, precision), strict=True)
+    grad_out = _linear_gradients(grad_attended, _joined(product(dropped, value, precision)), precision)
     return grad_x, [*(torch.cat(pair) for pair in grad_in), *grad_out, *grad_block, *grad_norm1, *grad_norm2]

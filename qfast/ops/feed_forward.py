@@ -27,7 +27,7 @@ from qfast.ops._common import (
     widened,
 )
 from qfast.ops.philox import draw_seed, dropout_mask
-from qfast.precision import precision_for
+from qfast.precision import product, products_for
 
 __all__ = ["feed_forward"]
 
@@ -44,6 +44,7 @@ def feed_forward(
     *,
     dropout: float = 0.0,
     training: bool = False,
+    precision: str = "float32",
 ) -> Tensor:
     """Compute weight_out . drop(relu(weight_in x + bias_in)) + bias_out for each row.
 
@@ -59,6 +60,9 @@ def feed_forward(
         Probability that a hidden value is dropped, if `training`. Each call draws one seed from torch's generator of
         x's device. Hidden value m of row n, where rows are numbered over all leading axes, uses word n % 4 of the
         Philox counter (m, 0, 1, n // 4).
+    precision : {"float32", "bf16", "bf16-if-available"}
+        On a CPU, "bf16" rounds the operands of products to bfloat16 and sums in float32 (docs/precision.md). It needs
+        float32 tensors. "bf16-if-available" computes in float32, with a warning, where the CPU lacks the instructions.
 
     Returns
     -------
@@ -71,7 +75,9 @@ def feed_forward(
     DataError
         Wrong type, dtype, shape or device, or D, M or O is 0.
     ConfigError
-        dropout is not in [0, 1].
+        dropout is not in [0, 1], or precision is unknown.
+    BackendError
+        precision is "bf16" and the CPU lacks the instructions. The message names them.
     NotImplementedError
         Double backward. Use torch.func.grad twice.
     torch.OutOfMemoryError
@@ -97,18 +103,19 @@ def feed_forward(
     """
     if is_half(x):
         parameters = widened((weight_in, bias_in, weight_out, bias_out), x.dtype)
-        return feed_forward(x.float(), *parameters, dropout=dropout, training=training).to(x.dtype)
+        return feed_forward(x.float(), *parameters, dropout=dropout, training=training, precision=precision).to(x.dtype)
     _check(x, weight_in, bias_in, weight_out, bias_out)
     p = active_dropout("feed_forward", dropout, training)
+    products = products_for("feed_forward", precision, x)
     seed = draw_seed(x.device) if p else None
     tensors = x.reshape(-1, x.shape[-1]), weight_in, bias_in, weight_out, bias_out
     if transforms.active():
         out = _block(*tensors, p, seed)
     elif needs_grad(*tensors) and not torch.compiler.is_compiling():
-        out = _Function.apply(*tensors, p, seed, precision_for(x))
+        out = _Function.apply(*tensors, p, seed, products)
     else:
         with skip_autograd():
-            out = torch.ops.qfast.feed_forward(*tensors, p, seed, precision_for(x))
+            out = torch.ops.qfast.feed_forward(*tensors, p, seed, products)
     return out.reshape(*x.shape[:-1], weight_out.shape[0])
 
 
@@ -131,22 +138,33 @@ def _check(x: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, bi
 
 
 # ---------------------------------------------------------------- plain-torch twin
-# It ignores `precision`: torch's own setting applies to torch's products.
-def hidden_values(x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+def hidden_values(x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None, precision: int = 0) -> Tensor:
     """Return drop(relu(weight x + bias)); `mask` contains the factors of dropout."""
-    hidden = (x @ weight.t() + bias).relu()
+    hidden = (product(x, weight.t(), precision) + bias).relu()
     return hidden if mask is None else hidden * mask
 
 
 def block_gradients(
-    grad: Tensor, x: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, mask: Tensor | None
+    grad: Tensor,
+    x: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor,
+    weight_out: Tensor,
+    mask: Tensor | None,
+    precision: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x [N, D] and of the four parameters."""
-    hidden = hidden_values(x, weight_in, bias_in, mask)
-    grad_hidden = torch.where(hidden <= 0, 0.0, grad @ weight_out)  # passes NaN, as torch does
+    hidden = hidden_values(x, weight_in, bias_in, mask, precision)
+    grad_hidden = torch.where(hidden <= 0, 0.0, product(grad, weight_out, precision))  # passes NaN, as torch does
     if mask is not None:
         grad_hidden = grad_hidden * mask
-    return grad_hidden @ weight_in, grad_hidden.t() @ x, grad_hidden.sum(0), grad.t() @ hidden, grad.sum(0)
+    return (
+        product(grad_hidden, weight_in, precision),
+        product(grad_hidden.t(), x, precision),
+        grad_hidden.sum(0),
+        product(grad.t(), hidden, precision),
+        grad.sum(0),
+    )
 
 
 def _hidden_mask(x: Tensor, hidden: int, dropout: float, seed: Tensor | None) -> Tensor | None:
@@ -166,7 +184,7 @@ def _block(
     precision: int = 0,
 ) -> Tensor:
     mask = _hidden_mask(x, len(weight_in), dropout, seed)
-    return hidden_values(x, weight_in, bias_in, mask) @ weight_out.t() + bias_out
+    return product(hidden_values(x, weight_in, bias_in, mask, precision), weight_out.t(), precision) + bias_out
 
 
 def _forward_twin(x: Tensor, *others: Any) -> Tensor:
@@ -187,7 +205,7 @@ def _backward_twin(
 ) -> tuple[Tensor, ...]:
     mask = _hidden_mask(x, len(weight_in), dropout, seed)
     with torch.autocast(x.device.type, enabled=False):
-        grad_x, *grad_parameters = block_gradients(grad, x, weight_in, bias_in, weight_out, mask)
+        grad_x, *grad_parameters = block_gradients(grad, x, weight_in, bias_in, weight_out, mask, precision)
     return (grad_x if input_grad else grad_x[:0].clone()), *grad_parameters
 
 

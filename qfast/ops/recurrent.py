@@ -34,6 +34,7 @@ from qfast.ops._common import (
 )
 from qfast.ops.philox import draw_seed
 from qfast.ops.recurrent_twin import GRU, LSTM, Cell, backward_twin, empty_saved, forward_twin
+from qfast.precision import products_for
 
 __all__ = ["gru", "lstm"]
 
@@ -50,6 +51,7 @@ def lstm(
     dropout: float = 0.0,
     training: bool = False,
     all_steps: bool = False,
+    precision: str = "float32",
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Compute a stack of LSTM layers over each window.
 
@@ -69,6 +71,9 @@ def lstm(
         counter (j, t, l, b // 4).
     all_steps : bool
         Return h of the last layer at all steps, not only at the last one. The last step alone is cheaper.
+    precision : {"float32", "bf16", "bf16-if-available"}
+        On a CPU, "bf16" rounds the operands of products to bfloat16 and sums in float32 (docs/precision.md). It needs
+        float32 tensors. "bf16-if-available" computes in float32, with a warning, where the CPU lacks the instructions.
 
     Returns
     -------
@@ -81,7 +86,9 @@ def lstm(
     DataError
         Wrong type, dtype, shape or device, or no layer.
     ConfigError
-        dropout is not in [0, 1].
+        dropout is not in [0, 1], or precision is unknown.
+    BackendError
+        precision is "bf16" and the CPU lacks the instructions. The message names them.
     NotImplementedError
         Double backward, by `backward` or torch.autograd.grad(create_graph=True). Use torch.nn.LSTM, or torch.func.grad
         twice.
@@ -117,21 +124,22 @@ def lstm(
     state = _like_input(x, state)
     if is_half(x):
         layers, state = _widened(x, layers, state)
-        options: Any = {"dropout": dropout, "training": training, "all_steps": all_steps}
+        options: Any = {"dropout": dropout, "training": training, "all_steps": all_steps, "precision": precision}
         output, (h, c) = lstm(x.float(), layers, initial_state=state or None, **options)
         return output.to(x.dtype), (h.to(x.dtype), c.to(x.dtype))
     weights = _checked(LSTM, x, layers, state)
+    products = products_for("lstm", precision, x)
     p = active_dropout("lstm", dropout, training and len(layers) > 1)
     seed = draw_seed(x.device) if p else None
     keep = needs_grad(x, *state, *weights)
     if transforms.active():
         output, h, c, *_ = forward_twin(LSTM, x, weights, state, p, seed, all_steps, False)
     elif keep and not torch.compiler.is_compiling():
-        output, h, c = _Function.apply(LSTM, len(state), p, seed, all_steps, x, *state, *weights)
+        output, h, c = _Function.apply(LSTM, len(state), p, seed, all_steps, products, x, *state, *weights)
     else:
         h0, c0 = state or (None, None)
         with skip_autograd():
-            output, h, c, *_ = torch.ops.qfast.lstm(x, weights, h0, c0, p, seed, all_steps, keep)
+            output, h, c, *_ = torch.ops.qfast.lstm(x, weights, h0, c0, p, seed, all_steps, keep, products)
     return output, (h, c)
 
 
@@ -144,6 +152,7 @@ def gru(
     dropout: float = 0.0,
     training: bool = False,
     all_steps: bool = False,
+    precision: str = "float32",
 ) -> tuple[Tensor, Tensor]:
     """Compute a stack of GRU layers over each window.
 
@@ -158,7 +167,7 @@ def gru(
         new.
     initial_state : Tensor [L, B, H], optional
         State of each layer before the first step. Zeros if None.
-    dropout, training, all_steps
+    dropout, training, all_steps, precision
         As in `lstm`.
 
     Returns
@@ -169,7 +178,7 @@ def gru(
 
     Raises
     ------
-    DataError, ConfigError, NotImplementedError
+    DataError, ConfigError, BackendError, NotImplementedError
         As in `lstm`.
 
     Notes
@@ -192,20 +201,21 @@ def gru(
     state = _like_input(x, state)
     if is_half(x):
         layers, state = _widened(x, layers, state)
-        options: Any = {"dropout": dropout, "training": training, "all_steps": all_steps}
+        options: Any = {"dropout": dropout, "training": training, "all_steps": all_steps, "precision": precision}
         output, h = gru(x.float(), layers, initial_state=state[0] if state else None, **options)
         return output.to(x.dtype), h.to(x.dtype)
     weights = _checked(GRU, x, layers, state)
+    products = products_for("gru", precision, x)
     p = active_dropout("gru", dropout, training and len(layers) > 1)
     seed = draw_seed(x.device) if p else None
     keep = needs_grad(x, *state, *weights)
     if transforms.active():
         output, h, *_ = forward_twin(GRU, x, weights, state, p, seed, all_steps, False)
     elif keep and not torch.compiler.is_compiling():
-        output, h = _Function.apply(GRU, len(state), p, seed, all_steps, x, *state, *weights)
+        output, h = _Function.apply(GRU, len(state), p, seed, all_steps, products, x, *state, *weights)
     else:
         with skip_autograd():
-            output, h, *_ = torch.ops.qfast.gru(x, weights, *(state or (None,)), p, seed, all_steps, keep)
+            output, h, *_ = torch.ops.qfast.gru(x, weights, *(state or (None,)), p, seed, all_steps, keep, products)
     return output, h
 
 
@@ -257,17 +267,19 @@ def _checked(cell: Cell, x: Tensor, layers: Layers, state: Sequence[Tensor]) -> 
 
 
 # ---------------------------------------------------------------- schemas and fakes
-def _fake_forward(cell: Cell, x: Tensor, weights: Sequence[Tensor], *rest: Any) -> tuple[Tensor, ...]:
-    all_steps, keep = rest[-2:]
+def _fake_forward(
+    cell: Cell, x: Tensor, weights: Sequence[Tensor], *rest: Any, precision: int = 0
+) -> tuple[Tensor, ...]:
+    all_steps, keep = rest[len(cell.state_names) + 2 :][:2]
     batch, hidden = x.shape[0], weights[1].shape[1]
     output = x.new_empty((batch, x.shape[1], hidden) if all_steps else (batch, hidden))
     states = [x.new_empty((len(weights) // 4, batch, hidden)) for _ in cell.state_names]
     return output, *states, *empty_saved(x, weights, keep)
 
 
-def _fake_backward(cell: Cell, grad_output: Tensor | None, *rest: Any) -> tuple[Any, ...]:
+def _fake_backward(cell: Cell, grad_output: Tensor | None, *rest: Any, precision: int = 0) -> tuple[Any, ...]:
     n = len(cell.state_names)
-    x, weights, input_grad, state_grad = rest[n], rest[n + 1], *rest[-2:]
+    x, weights, (input_grad, state_grad) = rest[n], rest[n + 1], rest[2 * n + 7 :][:2]
     grad_x = x.new_empty((x.shape[0] if input_grad else 0, *x.shape[1:]))
     layers = len(weights) // 4 if state_grad else 0
     grad_states = [x.new_empty((layers, x.shape[0], weights[1].shape[1])) for _ in range(n)]
@@ -278,7 +290,7 @@ def _fake_backward(cell: Cell, grad_output: Tensor | None, *rest: Any) -> tuple[
 def _save(cell, ctx, inputs, output, input_grad):  # type: ignore[no-untyped-def]
     n = len(cell.state_names)
     x, weights, *rest = inputs
-    dropout, seed, all_steps, keep = rest[n:]
+    dropout, seed, all_steps, keep, ctx.precision = rest[n:]
     require_saved(cell.name, keep)
     state = [part for part in rest[:n] if part is not None]
     ctx.save_for_backward(x, seed, *output[1 + n :], *state, *weights)
@@ -297,7 +309,7 @@ def _gradients(cell, ctx, grads):  # type: ignore[no-untyped-def]
     inputs = (x, weights, *optional_state, ctx.dropout, seed, ctx.all_steps)
     try:
         grad_x, *grad_states, grad_weights = backward(
-            *grads[: 1 + n], *inputs, gates, carried, ctx.input_grad, ctx.n_states > 0
+            *grads[: 1 + n], *inputs, gates, carried, ctx.input_grad, ctx.n_states > 0, ctx.precision
         )
     except (MemoryError, RuntimeError) as error:
         raise_out_of_memory(cell.name, error)
@@ -307,13 +319,13 @@ def _gradients(cell, ctx, grads):  # type: ignore[no-untyped-def]
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, cell, n_states, dropout, seed, all_steps, x, *tensors):  # type: ignore[no-untyped-def]
+    def forward(ctx, cell, n_states, dropout, seed, all_steps, precision, x, *tensors):  # type: ignore[no-untyped-def]
         n = len(cell.state_names)
         state, weights = tensors[:n_states], list(tensors[n_states:])
-        inputs = (x, weights, *(*state, None, None)[:n], dropout, seed, all_steps, True)
+        inputs = (x, weights, *(*state, None, None)[:n], dropout, seed, all_steps, True, precision)
         with skip_autograd():
             output = getattr(torch.ops.qfast, cell.name)(*inputs)
-        _save(cell, ctx, inputs, output, ctx.needs_input_grad[5])
+        _save(cell, ctx, inputs, output, ctx.needs_input_grad[6])
         ctx.cell = cell
         return output[: 1 + n]
 
@@ -323,7 +335,7 @@ class _Function(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         with skip_autograd():
             grad_x, grad_states, grad_weights = _gradients(ctx.cell, ctx, grads)
-        return None, None, None, None, None, grad_x, *grad_states[: ctx.n_states], *grad_weights
+        return *(None,) * 6, grad_x, *grad_states[: ctx.n_states], *grad_weights
 
 
 # ---------------------------------------------------------------- both operators
@@ -347,9 +359,9 @@ def _register(cell: Cell, schema: str, backward_schema: str) -> None:
     def gradients(ctx, *grads):  # type: ignore[no-untyped-def]
         if all(grad is None for grad in grads):
             n_weights = len(ctx.saved_tensors) - 4 - ctx.n_states
-            return None, [None] * n_weights, *(None,) * n, None, None, None, None
+            return None, [None] * n_weights, *(None,) * n, *(None,) * 5
         grad_x, grad_states, grad_weights = _gradients(cell, ctx, grads)
-        return grad_x, grad_weights, *grad_states, None, None, None, None
+        return grad_x, grad_weights, *grad_states, *(None,) * 5
 
     define(name, schema, forward)
     define(f"{name}_backward", backward_schema, backward)
@@ -364,10 +376,10 @@ def _register(cell: Cell, schema: str, backward_schema: str) -> None:
 
 
 _SETTINGS = "float dropout, Tensor? seed, bool all_steps"
-_SAVED = "Tensor gates, Tensor kept, bool input_grad, bool state_grad"
+_SAVED = "Tensor gates, Tensor kept, bool input_grad, bool state_grad, int precision=0"
 _register(
     LSTM,
-    f"(Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, {_SETTINGS}, bool keep) "
+    f"(Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, {_SETTINGS}, bool keep, int precision=0) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "(Tensor? grad_output, Tensor? grad_h, Tensor? grad_c, "
     f"Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, {_SETTINGS}, {_SAVED}) "
@@ -375,7 +387,8 @@ _register(
 )
 _register(
     GRU,
-    f"(Tensor x, Tensor[] weights, Tensor? h0, {_SETTINGS}, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor x, Tensor[] weights, Tensor? h0, {_SETTINGS}, bool keep, int precision=0) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     f"(Tensor? grad_output, Tensor? grad_h, Tensor x, Tensor[] weights, Tensor? h0, {_SETTINGS}, {_SAVED}) "
     "-> (Tensor, Tensor, Tensor[])",
 )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qfast.ops.philox import dropout_mask
+from qfast.precision import product
 
 __all__ = ["GRU", "LSTM", "Cell", "backward_twin", "empty_saved", "forward_twin"]
 
@@ -92,13 +93,13 @@ def _by_layer(weights: Sequence[Tensor]) -> list[Sequence[Tensor]]:
 
 
 def _layer_steps(
-    cell: Cell, x: Tensor, weights: Sequence[Tensor], state: tuple[Tensor, ...]
+    cell: Cell, x: Tensor, weights: Sequence[Tensor], state: tuple[Tensor, ...], precision: int
 ) -> tuple[Tensor, tuple[Tensor, ...], list[tuple[Tensor, ...]], list[Tensor]]:
     """Return a layer's h at every step [B, T, H], its last state, and the gates and c (GRU: h) of each step."""
     w_ih, w_hh, b_ih, b_hh = weights
     outputs, gates, carried = [], [], []
-    for from_input in (x @ w_ih.t() + b_ih).unbind(1):
-        state, step_gates = cell.step(from_input, state[0] @ w_hh.t() + b_hh, state)
+    for from_input in (product(x, w_ih.t(), precision) + b_ih).unbind(1):
+        state, step_gates = cell.step(from_input, product(state[0], w_hh.t(), precision) + b_hh, state)
         outputs.append(state[0])
         gates.append(step_gates)
         carried.append(state[-1])
@@ -124,6 +125,7 @@ def forward_twin(
     seed: Tensor | None,
     all_steps: bool,
     keep: bool,
+    precision: int = 0,
 ) -> tuple[Tensor, ...]:
     """Return the output, the last states and the saved activations (gates, c or h). Parameters as in `lstm`."""
     layers, h = _by_layer(weights), x
@@ -131,7 +133,8 @@ def forward_twin(
     for number, layer in enumerate(layers):
         if number and dropout and seed is not None:
             h = h * dropout_mask(h, number - 1, dropout, seed)
-        h, last_state, gates, carried = _layer_steps(cell, h, layer, _initial(cell, x, weights, state, number))
+        initial = _initial(cell, x, weights, state, number)
+        h, last_state, gates, carried = _layer_steps(cell, h, layer, initial, precision)
         states.append(last_state)
         if keep and gates:
             all_gates.append(torch.stack([torch.stack(parts, 1) for parts in gates]))
@@ -164,6 +167,7 @@ def backward_twin(
     carried: Tensor,
     input_grad: bool,
     state_grad: bool,
+    precision: int = 0,
 ) -> tuple[Any, ...]:
     """Return the gradients of x, of each part of the initial state, and of the weights (a list)."""
     layers, (batch, steps, _) = _by_layer(weights), x.shape
@@ -186,7 +190,7 @@ def backward_twin(
             before = carried[number, t - 1] if t else initial[-1]
             activations = gates[number, t].unbind(1), before, carried[number, t]
             grad_input[:, t], grad_hidden[:, t], grads = cell.step_backward(grads, *activations)
-            grads = (grads[0] + grad_hidden[:, t] @ w_hh, *grads[1:])
+            grads = (grads[0] + product(grad_hidden[:, t], w_hh, precision), *grads[1:])
         grad_states.append(grads)
         layer_input, mask = x, None
         if number:
@@ -196,10 +200,15 @@ def backward_twin(
                 layer_input = layer_input * mask
         previous = torch.cat((initial[0].unsqueeze(1), outputs[number]), 1)[:, :steps]
         flat_input, flat_hidden = grad_input.flatten(0, 1).t(), grad_hidden.flatten(0, 1).t()
-        products = [flat_input @ layer_input.flatten(0, 1), flat_hidden @ previous.flatten(0, 1)]
-        grad_weights = [*products, flat_input.sum(1), flat_hidden.sum(1), *grad_weights]
+        pairs = (flat_input, layer_input.flatten(0, 1)), (flat_hidden, previous.flatten(0, 1))
+        grad_weights = [
+            *(product(*pair, precision) for pair in pairs),
+            flat_input.sum(1),
+            flat_hidden.sum(1),
+            *grad_weights,
+        ]
         if number or input_grad:
-            grad_steps = grad_input @ w_ih
+            grad_steps = product(grad_input, w_ih, precision)
             grad_steps = grad_steps if mask is None else grad_steps * mask
     grad_x = grad_steps if input_grad and grad_steps is not None else x.new_empty((0, steps, x.shape[2]))
     if state_grad:

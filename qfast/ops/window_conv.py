@@ -24,12 +24,13 @@ from qfast.ops._common import (
     skip_autograd,
     widened,
 )
+from qfast.precision import BF16, products_for, rounded
 
 __all__ = ["window_conv"]
 
 
 @explain_memory("window_conv")
-def window_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def window_conv(x: Tensor, weight: Tensor, bias: Tensor, *, precision: str = "float32") -> Tensor:
     """Convolve the steps of each window: y_t = bias + sum over k of weight[:, :, k] x_(t + k - K // 2).
 
     x is 0 outside the window. Taps that meet only these zeros cost nothing and have no effect, even if they are NaN.
@@ -41,6 +42,9 @@ def window_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     weight : Tensor [O, D, K]
         As in torch.nn.Conv1d. K is odd.
     bias : Tensor [O]
+    precision : {"float32", "bf16", "bf16-if-available"}
+        On a CPU, "bf16" rounds the operands of products to bfloat16 and sums in float32 (docs/precision.md). It needs
+        float32 tensors. "bf16-if-available" computes in float32, with a warning, where the CPU lacks the instructions.
 
     Returns
     -------
@@ -51,6 +55,10 @@ def window_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     ------
     DataError
         Wrong type, dtype, shape or device, or an even K.
+    ConfigError
+        precision is unknown.
+    BackendError
+        precision is "bf16" and the CPU lacks the instructions. The message names them.
     NotImplementedError
         Double backward. Use torch.func.grad twice.
     torch.OutOfMemoryError
@@ -72,15 +80,16 @@ def window_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     [20.0, 41.0, 2.0]
     """
     if is_half(x):
-        return window_conv(x.float(), *widened((weight, bias), x.dtype)).to(x.dtype)
+        return window_conv(x.float(), *widened((weight, bias), x.dtype), precision=precision).to(x.dtype)
     _check(x, weight, bias)
+    products = products_for("window_conv", precision, x)
     weight = _within_windows(weight, x.shape[1])
     if transforms.active():
         return _convolve(x, weight, bias)
     if needs_grad(x, weight, bias) and not torch.compiler.is_compiling():
-        return _Function.apply(x, weight, bias)
+        return _Function.apply(x, weight, bias, products)
     with skip_autograd():
-        return torch.ops.qfast.window_conv(x, weight, bias)
+        return torch.ops.qfast.window_conv(x, weight, bias, products)
 
 
 # ---------------------------------------------------------------- argument checks
@@ -116,34 +125,41 @@ def _taps(x: Tensor, kernel_size: int) -> Tensor:
     return functional.pad(x, (0, 0, half, half)).unfold(1, kernel_size, 1)
 
 
-def _forward_twin(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _forward_twin(x: Tensor, weight: Tensor, bias: Tensor, precision: int = 0) -> Tensor:
+    if precision == BF16:
+        x, weight = rounded(x), rounded(weight)
     with torch.autocast(x.device.type, enabled=False):
         return _convolve(x, weight, bias).contiguous()
 
 
-def _backward_twin(grad: Tensor, x: Tensor, weight: Tensor, input_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
-    kernel_size = weight.shape[2]
+def _backward_twin(
+    grad: Tensor, x: Tensor, weight: Tensor, input_grad: bool, precision: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernel_size, grad_bias = weight.shape[2], grad.sum((0, 1))
+    if precision == BF16:
+        grad, x, weight = rounded(grad), rounded(x), rounded(weight)
     grad_weight = torch.einsum("bto,btdk->odk", grad, _taps(x, kernel_size))
     grad_x = torch.einsum("btok,odk->btd", _taps(grad, kernel_size), weight.flip(2)) if input_grad else x[:0]
-    return grad_x.clone(memory_format=torch.contiguous_format), grad_weight.contiguous(), grad.sum((0, 1))
+    return grad_x.clone(memory_format=torch.contiguous_format), grad_weight.contiguous(), grad_bias
 
 
 # ---------------------------------------------------------------- schemas and fakes
-define("window_conv", "(Tensor x, Tensor weight, Tensor bias) -> Tensor", _forward_twin)
+define("window_conv", "(Tensor x, Tensor weight, Tensor bias, int precision=0) -> Tensor", _forward_twin)
 define(
     "window_conv_backward",
-    "(Tensor grad, Tensor x, Tensor weight, bool input_grad) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+    "(Tensor grad, Tensor x, Tensor weight, bool input_grad, int precision=0) "
+    "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     _backward_twin,
 )
 
 
 @torch.library.register_fake("qfast::window_conv")
-def _(x, weight, bias):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, precision=0):  # type: ignore[no-untyped-def]
     return x.new_empty((x.shape[0], x.shape[1], weight.shape[0]))
 
 
 @torch.library.register_fake("qfast::window_conv_backward")
-def _(grad, x, weight, input_grad):  # type: ignore[no-untyped-def]
+def _(grad, x, weight, input_grad, precision=0):  # type: ignore[no-untyped-def]
     grad_x = x.new_empty((x.shape[0] if input_grad else 0, *x.shape[1:]))
     return grad_x, weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
 
@@ -151,13 +167,15 @@ def _(grad, x, weight, input_grad):  # type: ignore[no-untyped-def]
 # ---------------------------------------------------------------- gradients
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*inputs[:2])
+    ctx.precision = inputs[3]
 
 
 @explain_memory("window_conv")
 def _gradients(ctx, grad):  # type: ignore[no-untyped-def]
     input_grad = ctx.needs_input_grad[0]
-    grad_x, *grad_parameters = torch.ops.qfast.window_conv_backward(grad, *ctx.saved_tensors, input_grad)
-    return grad_x if input_grad else None, *grad_parameters
+    arguments = *ctx.saved_tensors, input_grad, ctx.precision
+    grad_x, *grad_parameters = torch.ops.qfast.window_conv_backward(grad, *arguments)
+    return grad_x if input_grad else None, *grad_parameters, None
 
 
 torch.library.register_autograd("qfast::window_conv", _gradients, setup_context=_save)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from numbers import Real
 
 from qfast.errors import ConfigError, suggest, whole_number
+from qfast.precision import check_products
 from qfast.training.daily_losses import DAILY_LOSSES, DAILY_METRICS
 from qfast.training.losses import loss_function, metric_function
 from qfast.training.overrides import FUNCTIONS, accepts, name_of
@@ -62,6 +63,12 @@ def check_training_arguments(params: Mapping[str, object], decay_name: str, batc
         raise ConfigError(f"cuda_graphs must be True or False, got {params['cuda_graphs']!r}.")
     if params["compat"] not in (None, "qlib"):
         raise ConfigError(f"compat must be None or 'qlib', got {params['compat']!r}.")
+    check_products(params.get("precision", "float32"))
+    if params.get("precision", "float32") != "float32" and params["compat"] == "qlib":
+        raise ConfigError(
+            f"precision={params['precision']!r} is not available with compat='qlib', because Qlib computes in float32. "
+            "Remedy: omit one of the two."
+        )
     if params["train_score"] not in TRAIN_SCORE:
         hint = suggest(params["train_score"], TRAIN_SCORE)
         raise ConfigError(f"train_score must be 'pass', 'running' or 'never', got {params['train_score']!r}.{hint}")

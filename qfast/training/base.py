@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qfast.device import choose_device
 from qfast.errors import ConfigError, NotFittedError, suggest
 from qfast.nn.plain import PlainTorch
+from qfast.precision import available_products
 from qfast.training import checkpoint
 from qfast.training.arguments import check_attribute_name, check_training_arguments
 from qfast.training.callbacks import Callback
@@ -85,10 +86,13 @@ class BaseEstimator:
     options: ClassVar[tuple[str, ...]] = (
         *("n_epochs", "lr", "metric", "batch_size", "early_stop", "loss", "optimizer", "GPU", "seed"),
         *("weight_decay", "device", "compat", "progress", "cuda_graphs", "batch_by", "train_score"),
+        "precision",
     )
     """Keyword arguments that every model accepts, also if its constructor has only `**options` for them."""
     batches_are_days: ClassVar[bool] = False
     """Whether every batch is a day, whatever the arguments."""
+    multiplies_bf16: ClassVar[bool] = True
+    """Whether operators of the network offer products of bfloat16."""
     decay_name: ClassVar[str] = "weight_decay"
     """Name of the argument `weight_decay` in the subclass's constructor."""
 
@@ -112,6 +116,7 @@ class BaseEstimator:
         cuda_graphs: bool = False,
         batch_by: str | None = None,
         train_score: str = "pass",
+        precision: str = "float32",
         extra: Mapping[str, object] | None = None,
         **unknown: object,
     ) -> None:
@@ -134,6 +139,7 @@ class BaseEstimator:
             "cuda_graphs": cuda_graphs,
             "batch_by": batch_by,
             "train_score": train_score,
+            "precision": precision,
         }
         if unknown:
             name = next(iter(unknown))
@@ -144,6 +150,7 @@ class BaseEstimator:
         self.logger = logging.getLogger("qfast")
         self.device = choose_device(device, GPU)
         self._create_network(network)
+        self._choose_precision()
         self.train_optimizer = self._build_optimizer(optimizer, lr, weight_decay)
         self._start_state()
         self._is_built = True
@@ -190,6 +197,9 @@ class BaseEstimator:
                 )
             return
         self._check_arguments({**self._params, name: value})
+        if name == "precision":
+            self._params[name] = value
+            self._choose_precision()
         if name == "optimizer":
             self.train_optimizer = self._build_optimizer(value, self._params["lr"], self._params[self.decay_name])
         self._params[name] = value
@@ -208,7 +218,46 @@ class BaseEstimator:
         object.__setattr__(self, "device", chosen)
         self._params["device"] = str(device)
         self.network.to(chosen)
+        self._choose_precision()
         self.train_optimizer.load_state_dict(self.train_optimizer.state_dict())
+
+    def _choose_precision(self) -> None:
+        """Choose the precision of the operators' products from the argument `precision` and the device.
+
+        Raises
+        ------
+        BackendError, ConfigError
+            "bf16" is not available.
+        """
+        requested = self._params.get("precision", "float32")
+        effective, reason = available_products(requested, self.device)
+        if requested != "float32" and not self.multiplies_bf16:
+            effective, reason = "float32", "its operator has no products of bfloat16"
+        if reason:
+            self.logger.warning("%s computes in float32: %s", type(self).__name__, reason)
+        self._products = effective
+        self._apply_precision()
+
+    def _apply_precision(self) -> None:
+        """Pass the precision to the network, which may be another one than when it was chosen."""
+        for part in self.network.modules():
+            if isinstance(part, PlainTorch):
+                part.precision = self._products
+
+    def _require_float32_training(self) -> None:
+        """Raise a ConfigError if weights or the state of the optimizer are not float32 although products are bf16."""
+        if self._products == "float32":
+            return
+        tensors = [("weights", part) for group in self.train_optimizer.param_groups for part in group["params"]]
+        for state in self.train_optimizer.state.values():
+            tensors += [("state", part) for part in state.values() if isinstance(part, Tensor)]
+        for what, tensor in tensors:
+            if tensor.is_floating_point() and tensor.dtype != torch.float32:
+                raise ConfigError(
+                    f"precision={self._params['precision']!r} needs float32 weights and optimizer, because small steps "
+                    f"would be lost in fewer bits, but the {what} of train_optimizer are {tensor.dtype}. Remedy: "
+                    "model.network.float() before the optimizer is created, or precision='float32'."
+                )
 
     def _create_network(self, arguments: Mapping[str, object]) -> None:
         """Seed the generators, build the network and move it to the device."""

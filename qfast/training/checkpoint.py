@@ -318,6 +318,7 @@ def _require_same_params(estimator: BaseEstimator, saved: dict[str, Any], path: 
     # The checkpoint already contains the trained weights, so model_path may differ. train_score changes no weight.
     free = {"device", "n_epochs", "progress", "cuda_graphs", "GPU", "n_jobs", "model_path", "train_score"}
     current = json.loads(json.dumps(estimator.get_params(), default=_text))
+    saved = {"precision": "float32", **saved}  # checkpoints of earlier versions lack it
     changed = [f"{k}: {v!r} -> {current.get(k)!r}" for k, v in saved.items() if k not in free and v != current.get(k)]
     if changed:
         raise CheckpointError(

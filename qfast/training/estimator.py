@@ -99,6 +99,10 @@ class Estimator(QlibFunctions):
         How the score of the training segment is computed after each epoch. "pass": a second pass over the segment, as
         in Qlib. "running": minus the mean loss of the training batches, without a second pass; the metric must be minus
         the loss. "never": there is no such score. The trained weights are the same.
+    precision : {"float32", "bf16", "bf16-if-available"}
+        On a CPU, "bf16" rounds the operands of the operators' products to bfloat16; everything else is float32
+        (docs/precision.md). "bf16-if-available" computes in float32, with a warning, where the CPU lacks the
+        instructions. TCN always computes in float32.
     extra : dict, optional
         Further arguments of the subclass's constructor, for `get_params`.
 
@@ -120,7 +124,7 @@ class Estimator(QlibFunctions):
     ConfigError
         An unknown argument, or a value that is not allowed.
     BackendError
-        The device is not available.
+        The device is not available, or precision is "bf16" and the CPU lacks the instructions.
 
     Examples
     --------
@@ -238,6 +242,8 @@ class Estimator(QlibFunctions):
         """
         ranks = Ranks.current()
         self._require_trained_network()
+        self._apply_precision()
+        self._require_float32_training()
         if evals_result is not None and not isinstance(evals_result, dict):
             raise ConfigError(f"evals_result must be a dict, got {type(evals_result).__name__}: {evals_result!r}.")
         if ranks is not None:
@@ -617,6 +623,7 @@ class Estimator(QlibFunctions):
         self._compare_columns(list(windows.columns))
         self._report_infinite(windows)
         self.network.eval()
+        self._apply_precision()
         batches = self.batches(windows, "predict")
         out = torch.empty(len(windows), dtype=torch.float32, device=self.device)
         with self._device_memory("a prediction batch"):

@@ -77,6 +77,10 @@ def save_scoring(run_folder: RunFolder, workflow: Workflow, model: Estimator, da
     dataset_kwargs = {k: v for k, v in dataset_spec["kwargs"].items() if k not in ("handler", "segments")}
     # A function as loss or metric cannot be stored, and scoring does not need it.
     parameters = {k: v for k, v in model.get_params().items() if k not in NOT_SCORING and not callable(v)}
+    # A machine without the instructions can score too, with a warning.
+    precision = parameters.pop("precision", "float32")
+    if precision != "float32":
+        parameters["precision"] = "bf16-if-available"
     facts = {
         "format": FORMAT,
         "model": {**workflow.task.model.description(), "kwargs": parameters},

@@ -45,8 +45,8 @@ class WindowConvCase:
             return (x.sum() + weight.sum()) * 0 + bias.expand(*x.shape[:2], -1)
         return functional.conv1d(x.transpose(1, 2), weight, bias, padding=weight.shape[2] // 2).transpose(1, 2)
 
-    def operator(self, tensors: Sequence[Tensor]) -> Tensor:
-        return window_conv(*tensors)
+    def operator(self, tensors: Sequence[Tensor], **settings: object) -> Tensor:
+        return window_conv(*tensors, **settings)
 
 
 WINDOW_CONV_CASES = [

@@ -1,0 +1,178 @@
+"""Products of bfloat16 on the CPU compared with float32 and with torch's autocast: time and errors.
+
+    python bench/bf16.py [--models LSTM GRU ...] [--repeats 5] [--output bench/results/22_bf16.json]
+
+The networks have Qlib's sizes on windows of 20 steps with 20 features. A training step is forward, loss, backward,
+clipping and Adam. "Qlib" is the same network with torch's layers, which Qlib uses. All sides alternate in one process
+on one thread; the figure is the lowest process CPU time. Errors are relative norms of the difference from float64, of
+the predictions and of the gradient of all weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qfast.nn import ALSTMModel, GATModel, GRUModel, Localformer, LSTMModel, TCNModel, Transformer
+from qfast.training.optim import ClippedAdam
+
+STEPS, FEATURES = 20, 20
+RECURRENT = {"d_feat": FEATURES, "hidden_size": 64, "num_layers": 2, "dropout": 0.0}
+ENCODER = {"d_feat": FEATURES, "d_model": 64, "nhead": 2, "num_layers": 2, "dropout": 0.0}
+NETWORKS: dict[str, tuple[int, Callable[[], nn.Module]]] = {  # rows of a batch, and the network
+    "LSTM": (800, lambda: LSTMModel(**RECURRENT)),
+    "GRU": (800, lambda: GRUModel(**RECURRENT)),
+    "ALSTM": (800, lambda: ALSTMModel(**RECURRENT)),
+    "GATs, 300 stocks": (300, lambda: GATModel(**RECURRENT, base_model="LSTM")),
+    "TCN": (2000, lambda: TCNModel(num_input=FEATURES, output_size=1, num_channels=[32] * 5, kernel_size=7, dropout=0)),
+    "Transformer": (2048, lambda: Transformer(**ENCODER)),
+    "Localformer": (2048, lambda: Localformer(**ENCODER)),
+}
+SIDES = ("Qlib float32", "Qlib autocast", "qfast float32", "qfast bf16")
+
+
+class Side:
+    """One network with its optimizer, on one of the four sides."""
+
+    def __init__(self, name: str, network: nn.Module, x: Tensor, label: Tensor) -> None:
+        self.network: Any = copy.deepcopy(network)
+        self.autocast = name == "Qlib autocast"
+        self.x, self.label = x, label
+        parameters = self.network.parameters
+        if name.startswith("Qlib"):
+            self.network = self.network.to_reference()
+            self.optimizer: torch.optim.Optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-4)
+        else:
+            self.optimizer = ClippedAdam(parameters(), lr=1e-4, limit=3.0)
+        if name == "qfast bf16":
+            self.network.precision = "bf16"
+        self.clips = name.startswith("Qlib")
+
+    def predict(self) -> Tensor:
+        """Predictions, without gradients."""
+        with torch.no_grad(), self._context():
+            return self.network(self.x)
+
+    def step(self) -> None:
+        """One training step."""
+        with self._context():
+            loss = (self.network(self.x).float() - self.label).square().mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        if self.clips:
+            torch.nn.utils.clip_grad_value_(self.network.parameters(), 3.0)
+        self.optimizer.step()
+
+    def outcome(self) -> tuple[Tensor, Tensor]:
+        """Predictions and the gradients of all parameters, as vectors in float64."""
+        with self._context():
+            prediction = self.network(self.x).to(self.label.dtype)
+        loss = (prediction - self.label).square().mean()
+        gradients = torch.autograd.grad(loss, list(self.network.parameters()), allow_unused=True)
+        flat = torch.cat([part.double().flatten() for part in gradients if part is not None])
+        return prediction.detach().double(), flat
+
+    def _context(self) -> Any:
+        return torch.autocast("cpu", torch.bfloat16) if self.autocast else nullcontext()
+
+
+def windows(name: str, rows: int) -> tuple[Tensor, Tensor]:
+    """Inputs and labels."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, STEPS, FEATURES, generator=rng)
+    return (x.transpose(1, 2) if name == "TCN" else x), torch.randn(rows, generator=rng)
+
+
+def milliseconds(calls: list[Callable[[], object]], repeats: int) -> list[float]:
+    """The lowest CPU time of each call; the calls alternate."""
+    lowest = [float("inf")] * len(calls)
+    for _ in range(repeats):
+        for number, call in enumerate(calls):
+            start = time.process_time()
+            call()
+            lowest[number] = min(lowest[number], time.process_time() - start)
+    return [1e3 * seconds for seconds in lowest]
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """Norm of the difference over the norm of b."""
+    return float((a - b).norm() / b.norm())
+
+
+def measured(name: str, repeats: int) -> tuple[list[float], list[float], list[tuple[float, float]]]:
+    """CPU milliseconds of a training step and of inference, and the errors, for each side."""
+    rows, build = NETWORKS[name]
+    torch.manual_seed(0)
+    network = build()
+    x, label = windows(name, rows)
+    exact = Side("Qlib float32", network.double(), x.double(), label.double()).outcome()
+    network.float()
+    sides = [Side(side, network, x, label) for side in SIDES]
+    errors = []
+    for side in sides:
+        prediction, gradient = side.outcome()
+        errors.append((relative(prediction, exact[0]), relative(gradient, exact[1])))
+    steps = milliseconds([side.step for side in sides], repeats)
+    return steps, milliseconds([side.predict for side in sides], repeats), errors
+
+
+def tables(names: list[str], repeats: int) -> list[dict[str, Any]]:
+    """The blocks of the section: training, inference, errors."""
+    training, inference, accuracy = [], [], []
+    for name in names:
+        steps, forward, errors = measured(name, repeats)
+        label = f"{name}, {NETWORKS[name][0]:,} x {STEPS}" if "stocks" not in name else name
+        training.append([label, *(f"{t:.1f}" for t in steps), *_ratios(steps)])
+        inference.append([label, *(f"{t:.1f}" for t in forward), *_ratios(forward)])
+        accuracy.append([label, *(f"{a:.1e} / {b:.1e}" for a, b in errors)])
+        print(training[-1], inference[-1], accuracy[-1], sep="\n", flush=True)
+    header = ["model", *SIDES, "autocast / bf16", "float32 / bf16"]
+    return [
+        {"text": "CPU milliseconds of a training step:"},
+        {"columns": header, "rows": training},
+        {"text": "CPU milliseconds of inference:"},
+        {"columns": header, "rows": inference},
+        {"text": "Relative errors of the predictions / of the gradient, compared with float64:"},
+        {"columns": ["model", *SIDES], "rows": accuracy},
+    ]
+
+
+def _ratios(times: list[float]) -> list[str]:
+    _, autocast, float32, bf16 = times
+    return [f"{autocast / bf16:.1f}x", f"{float32 / bf16:.1f}x"]
+
+
+def main() -> None:
+    """Measure and write the section."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--models", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    blocks = tables(arguments.models, arguments.repeats)
+    section = {
+        "title": "Products of bfloat16",
+        "machine": "one core of an Intel Xeon of the fourth generation (AMX), virtual machine with other work",
+        "software": f"torch {torch.__version__}, Python {platform.python_version()}",
+        "dates": [str(date.today())],
+        "commands": ["python bench/bf16.py --output bench/results/22_bf16.json"],
+        "blocks": blocks,
+    }
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(section, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
