@@ -100,8 +100,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(qfast::cpu_kernels().isa); }, "The selected instruction set.");
   m.def("available_isas", &qfast::available_isas, "Instruction sets of this CPU, best first.");
   m.def("select_isa", &qfast::select_isa, py::arg("name"), "Select one of available_isas().");
-  m.def("bf16_obstacle", &qfast::bf16_obstacle,
-        "Why this CPU cannot multiply bfloat16, or an empty string.");
+  m.def("bf16_obstacle", &qfast::bf16_obstacle, "Why this CPU cannot multiply bfloat16, or an empty string.");
   m.def("memory_cache_facts", &memory_cache_facts, "Bytes and requests of the memory that calls reuse.");
   m.def("set_memory_cache_limit", &qfast::set_memory_cache_limit, py::arg("bytes"),
         "Set the limit of the idle memory.");

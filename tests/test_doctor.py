@@ -39,7 +39,7 @@ def test_the_report_as_json(capsys) -> None:
 
     assert cli.main(["doctor", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert set(facts) == {"versions", "build", "isa", "backend", "operators", "self_test", "healthy"}
+    assert set(facts) == {"versions", "build", "isa", "bf16", "backend", "operators", "self_test", "healthy"}
     assert facts["healthy"] is True
 
 

@@ -357,11 +357,12 @@ def _register(cell: Cell, schema: str, backward_schema: str) -> None:
         _save(cell, ctx, inputs, output, ctx.needs_input_grad[0])
 
     def gradients(ctx, *grads):  # type: ignore[no-untyped-def]
+        others = (None,) * (len(ctx.needs_input_grad) - 2 - n)  # torch omits arguments that equal their defaults
         if all(grad is None for grad in grads):
             n_weights = len(ctx.saved_tensors) - 4 - ctx.n_states
-            return None, [None] * n_weights, *(None,) * n, *(None,) * 5
+            return None, [None] * n_weights, *(None,) * n, *others
         grad_x, grad_states, grad_weights = _gradients(cell, ctx, grads)
-        return grad_x, grad_weights, *grad_states, *(None,) * 5
+        return grad_x, grad_weights, *grad_states, *others
 
     define(name, schema, forward)
     define(f"{name}_backward", backward_schema, backward)
