@@ -296,8 +296,10 @@ def test_a_gpu_has_its_own_settings():
 
 @pytest.mark.skipif(_backend.native is None, reason="needs the CPU library")
 def test_other_instruction_sets_have_no_kernels():
+    if "baseline" not in _backend.native.available_isas():
+        pytest.skip("the library was built without other instruction sets")
     _backend.native.select_isa("baseline")
-    assert "avx512" in bf16_obstacle() or "lacks" in bf16_obstacle()
+    assert bf16_obstacle()
     x = torch.zeros(5, 4)
     with pytest.raises(ValueError, match="feed_forward: bf16 is not available: "):
         torch.ops.qfast.feed_forward(x, x, x[:, 0], x.t(), x[0], 0.0, None, BF16)
