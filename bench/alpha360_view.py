@@ -51,7 +51,7 @@ def measure(form: str, data: str, hidden: int = 4, layers: int = 1) -> dict[str,
         fit_start_time="2000-01-01",
         fit_end_time="2100-01-01",
     )
-    built, handler_mb = time.process_time(), memory_mb("VmHWM")
+    built, handler_mb, resident_mb = time.process_time(), memory_mb("VmHWM"), memory_mb("VmRSS")
     dates = handler.panel("infer").datetimes
     cut = [dates[int(len(dates) * part)] for part in (0.6, 0.8)]
     dataset = DatasetH(handler, {"train": (None, cut[0]), "valid": (cut[0], cut[1]), "test": (cut[1], None)})
@@ -69,6 +69,7 @@ def measure(form: str, data: str, hidden: int = 4, layers: int = 1) -> dict[str,
         "handler_s": built - begin,
         "fit_s": trained - built,
         "handler_mb": handler_mb - after_imports,
+        "resident_mb": resident_mb - after_imports,
         "peak_mb": memory_mb("VmHWM") - after_imports,
         "scores": hashlib.blake2b(scores.to_numpy().tobytes(), digest_size=8).hexdigest(),
     }

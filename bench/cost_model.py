@@ -6,8 +6,8 @@
 
 The unit costs are CPU seconds per training window for the first layer, which has six inputs, and for each further
 layer (one epoch: a training pass, and the scores of the training and validation segments), CPU seconds of the handler
-per row, bytes of memory per row, and seconds and bytes per exchange of gradients. Each is the slope between two
-measured sizes, so the fixed cost of a process is separate.
+per row, bytes per row at the peak of the handler and after it, and seconds and bytes per exchange of gradients. Each is
+the slope between two measured sizes, so the fixed cost of a process is separate. Prices are read from a Parquet file.
 Everything that a calibration on one CPU core cannot measure is in `Machine` and is an assumption.
 """
 
@@ -40,8 +40,10 @@ class Costs:
     fit_fixed_s: float
     row_s: float
     handler_fixed_s: float
+    handler_row_bytes: float
+    handler_fixed_bytes: float
     row_bytes: float
-    fixed_bytes: float
+    fit_bytes: float
     exchange_s: float
     exchange_bytes: int
 
@@ -50,8 +52,9 @@ class Costs:
         return windows * (self.first_layer_s + (layers - 1) * self.further_layer_s)
 
     def memory_bytes(self, rows: float) -> float:
-        """Peak memory of a process with `rows` rows."""
-        return self.fixed_bytes + rows * self.row_bytes
+        """Peak memory of a process with `rows` rows: that of the handler, or that of `fit` on its result."""
+        handler = self.handler_fixed_bytes + rows * self.handler_row_bytes
+        return max(handler, self.fit_bytes + rows * self.row_bytes)
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def calibrate() -> Costs:
 
     one, two = (slope("fit_s", "windows", layers) for layers in (1, 2))
     small = runs[CALIBRATED[0], 2]
-    row_mb, row_s = slope("peak_mb", "rows", 2), slope("handler_s", "rows", 2)
+    row_s, row_mb, peak_mb = (slope(value, "rows", 2) for value in ("handler_s", "resident_mb", "handler_mb"))
     with mp.get_context("spawn").Manager() as manager:
         result = manager.list()
         mp.spawn(exchange, (29_517, parameters(LAYERS), result), nprocs=2)
@@ -142,8 +145,10 @@ def calibrate() -> Costs:
         fit_fixed_s=float(small["fit_s"]) - two * float(small["windows"]),
         row_s=row_s,
         handler_fixed_s=float(small["handler_s"]) - row_s * float(small["rows"]),
+        handler_row_bytes=peak_mb * 2**20,
+        handler_fixed_bytes=(float(small["handler_mb"]) - peak_mb * float(small["rows"])) * 2**20,
         row_bytes=row_mb * 2**20,
-        fixed_bytes=(float(small["peak_mb"]) - row_mb * float(small["rows"])) * 2**20,
+        fit_bytes=(float(small["peak_mb"]) - row_mb * float(small["rows"])) * 2**20,
         exchange_s=exchange_s,
         exchange_bytes=4 * parameters(LAYERS),
     )
