@@ -118,8 +118,9 @@ void sum_into(const std::vector<Tensor>& sums, int64_t tiles, Scratch scratch, c
   for (int64_t part = 1; part < parts; ++part, other += line)
     for (const Tensor& sum : sums) {
       Element* const to = sum.mutable_data_ptr<Element>();
-      for (int64_t i = 0; i < sum.numel(); ++i) to[i] += other[i];
-      other += rounded_up(sum.numel(), line);
+      const int64_t count = sum.numel();  // a call into libtorch, so not in the loop
+      for (int64_t i = 0; i < count; ++i) to[i] += other[i];
+      other += rounded_up(count, line);
     }
 }
 
