@@ -31,8 +31,8 @@ QFAST_ALWAYS_INLINE __m512 first_floats(const float* from, int64_t count) {
 }
 
 // Packs left(i, k) at from[i * row_stride + k] for `rows` rows and `depth` values of k.
-QFAST_ONE_COPY static void pack_left_rows(const float* from, int64_t row_stride, int64_t rows, int64_t depth,
-                                          bf16_bits* to) {
+[[maybe_unused]] QFAST_ONE_COPY static void pack_left_rows(const float* from, int64_t row_stride,
+                                                           int64_t rows, int64_t depth, bf16_bits* to) {
   const int64_t depth_tiles = tiles_for(depth, kTileDepth), whole = depth / kTileDepth;
   for (int64_t first = 0; first < rows; first += kTileSide) {
     bf16_bits* const tiles = to + first * depth_tiles * kTileDepth;
@@ -83,8 +83,8 @@ QFAST_ALWAYS_INLINE void store_tile(const Vector<float> rows[16], bf16_bits* to)
 }
 
 // Packs left(i, k) at from[i + k * step].
-QFAST_ONE_COPY static void pack_left_columns(const float* from, int64_t step, int64_t rows, int64_t depth,
-                                             bf16_bits* to) {
+[[maybe_unused]] QFAST_ONE_COPY static void pack_left_columns(const float* from, int64_t step, int64_t rows,
+                                                              int64_t depth, bf16_bits* to) {
   for (int64_t i = 0; i < rows; i += kTileSide)
     for (int64_t k = 0; k < depth; k += kTileDepth, to += kTileValues) {
       Vector<float> pairs[16];
@@ -95,8 +95,9 @@ QFAST_ONE_COPY static void pack_left_columns(const float* from, int64_t step, in
 }
 
 // Packs left(i, k) at from[i * row_stride + k * step].
-QFAST_ONE_COPY static void pack_left_strided(const float* from, int64_t row_stride, int64_t step,
-                                             int64_t rows, int64_t depth, bf16_bits* to) {
+[[maybe_unused]] QFAST_ONE_COPY static void pack_left_strided(const float* from, int64_t row_stride,
+                                                              int64_t step, int64_t rows, int64_t depth,
+                                                              bf16_bits* to) {
   for (int64_t first = 0; first < rows; first += kTileSide)
     for (int64_t k = 0; k < depth; k += kTileDepth, to += kTileValues)
       for (int64_t i = 0; i < kTileSide; ++i) {
@@ -108,8 +109,8 @@ QFAST_ONE_COPY static void pack_left_strided(const float* from, int64_t row_stri
       }
 }
 
-static void pack_left(const float* from, int64_t row_stride, int64_t step, int64_t rows, int64_t depth,
-                      bf16_bits* to) {
+[[maybe_unused]] static void pack_left(const float* from, int64_t row_stride, int64_t step, int64_t rows,
+                                       int64_t depth, bf16_bits* to) {
   if (step == 1) {
     pack_left_rows(from, row_stride, rows, depth, to);
   } else if (row_stride == 1) {
@@ -120,8 +121,8 @@ static void pack_left(const float* from, int64_t row_stride, int64_t step, int64
 }
 
 // Packs right(k, j) at from[k * step + j].
-QFAST_ONE_COPY static void pack_right(const float* from, int64_t step, int64_t depth, int64_t columns,
-                                      bf16_bits* to) {
+[[maybe_unused]] QFAST_ONE_COPY static void pack_right(const float* from, int64_t step, int64_t depth,
+                                                       int64_t columns, bf16_bits* to) {
   for (int64_t j = 0; j < columns; j += kTileSide)
     for (int64_t k = 0; k < depth; k += kTileDepth, to += kTileValues) {
       Vector<float> pairs[16];
@@ -131,8 +132,9 @@ QFAST_ONE_COPY static void pack_right(const float* from, int64_t step, int64_t d
 }
 
 // Packs right(k, j) at from[j * step + k].
-QFAST_ONE_COPY static void pack_right_transposed(const float* from, int64_t step, int64_t depth,
-                                                 int64_t columns, bf16_bits* to) {
+[[maybe_unused]] QFAST_ONE_COPY static void pack_right_transposed(const float* from, int64_t step,
+                                                                  int64_t depth, int64_t columns,
+                                                                  bf16_bits* to) {
   for (int64_t j = 0; j < columns; j += kTileSide)
     for (int64_t k = 0; k < depth; k += kTileDepth, to += kTileValues) {
       Vector<float> rows[16];
@@ -211,8 +213,8 @@ QFAST_ALWAYS_INLINE void add_tiles(const TileProduct& product, const TileSums& s
 #undef QFAST_STORE_TILE
 
 // The same with the numbers of row and column tiles as arguments.
-QFAST_ONE_COPY static void add_tiles(const TileProduct& product, const TileSums& sums, bool two_rows,
-                                     bool two_columns) {
+[[maybe_unused]] QFAST_ONE_COPY static void add_tiles(const TileProduct& product, const TileSums& sums,
+                                                      bool two_rows, bool two_columns) {
   if (two_rows && two_columns) {
     add_tiles<2, 2>(product, sums);
   } else if (two_rows) {

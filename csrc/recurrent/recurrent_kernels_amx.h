@@ -46,8 +46,8 @@ QFAST_ALWAYS_INLINE void add_tile_column(const TileProduct& input, const TilePro
   if constexpr (Rows > 2) _tile_stored(2, sums.to + 2 * kTileSide * sums.stride, stride_bytes);
 }
 
-QFAST_ONE_COPY static void add_tile_column(int64_t row_tiles, const TileProduct& input,
-                                           const TileProduct& hidden, const TileSums& sums) {
+[[maybe_unused]] QFAST_ONE_COPY static void add_tile_column(int64_t row_tiles, const TileProduct& input,
+                                                            const TileProduct& hidden, const TileSums& sums) {
   if (row_tiles == 1) {
     add_tile_column<1>(input, hidden, sums);
   } else if (row_tiles == 2) {

@@ -116,7 +116,7 @@ print(metrics[["IC", "ICIR", "Rank IC", "Rank ICIR", "days"]].round(3))
 
 # %% [markdown]
 # - The mean IC says how strong the signal is. The planted signal has 0.15, so a model cannot exceed this by more than
-#   luck. On real daily prices of liquid stocks, 0.02 to 0.05 is a good model. If you see 0.3, look for look-ahead.
+#   luck. On real daily prices the IC is far smaller. If you see 0.3, look for look-ahead.
 # - ICIR is the mean of the daily ICs divided by their standard deviation. It says how steady the signal is.
 # - The standard error of the mean is the standard deviation divided by the square root of the number of days. A mean
 #   below two standard errors is not evidence of anything.

@@ -101,7 +101,9 @@ finished = subprocess.run(
     command,
     env={**os.environ, "RESULT": "two", "OMP_NUM_THREADS": "1"},
     capture_output=True,
+    text=True,
 )
+assert finished.returncode == 0, finished.stderr
 print("exit status:", finished.returncode)
 
 # %% [markdown]
