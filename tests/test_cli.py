@@ -127,7 +127,7 @@ def test_wrong_usage_is_status_2(capsys):
 def test_doctor_sets_the_exit_status(monkeypatch, status):
     from qfast import doctor
 
-    monkeypatch.setattr(doctor, "main", lambda: status)
+    monkeypatch.setattr(doctor, "main", lambda *, as_json: status)
     assert cli.main(["doctor"]) == status
 
 
