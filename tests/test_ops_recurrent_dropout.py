@@ -26,7 +26,7 @@ def seeded(
     if torch.is_grad_enabled():
         x, *others = tensors
         n_states, all_steps = case.split(tensors).n_states, case.all_steps if all_steps is None else all_steps
-        return list(_Function.apply(CELLS[case.cell], n_states, dropout, number, all_steps, x, *others))
+        return list(_Function.apply(CELLS[case.cell], n_states, dropout, number, all_steps, 0, x, *others))
     out = getattr(torch.ops.qfast, case.cell)(*case.raw(tensors, dropout, number, all_steps), False)
     return list(out[: case.n_outputs])
 

@@ -16,6 +16,7 @@ from qfast.studies.plots import monthly_ic
 from qfast.studies.rolling import rolling_segments
 from qfast.workflow.demo import DEMO, demo_prices
 from qfast.workflow.folder import RunFolder, read_frame
+from qfast.workflow.results import SegmentResult
 from qfast.workflow.run import run
 from support.workflows import write_case
 
@@ -127,7 +128,7 @@ def test_scores_of_all_windows_together(rolled):
     assert summary["runs"] == 2
     both = [json.loads((rolled.path / f"rolling/000-seed-{s}/metrics.json").read_text())["test"]["IC"] for s in (0, 1)]
     assert summary["IC"] == pytest.approx(np.mean(both))
-    months = monthly_ic({"test": parts[0]})
+    months = monthly_ic({"test": SegmentResult.of("test", parts[0].score, parts[0].label)})
     assert months.index.astype(str).tolist() == ["2020-02"]
 
 

@@ -617,7 +617,7 @@ def test_the_portfolio_of_a_run_is_that_of_its_scores(price_case):
     excess = report["return"] - report["bench"] - report["cost"]
     assert metrics["1day.excess_return_with_cost.annualized_return"] == pytest.approx(excess.mean() * 238)
     page = (path / "report.html").read_text()
-    assert "<h2>Portfolio</h2>" in page
+    assert ">Portfolio</h2>" in page
     assert "no benchmark MARKET: the mean return of all instruments" in page
 
 
