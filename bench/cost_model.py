@@ -52,7 +52,7 @@ class Costs:
         return windows * (self.first_layer_s + (layers - 1) * self.further_layer_s)
 
     def memory_bytes(self, rows: float) -> float:
-        """Peak memory of a process with `rows` rows: that of the handler, or that of `fit` on its result."""
+        """The larger of the peaks of the handler and of `fit`, in bytes, for a process with `rows` rows."""
         handler = self.handler_fixed_bytes + rows * self.handler_row_bytes
         return max(handler, self.fit_bytes + rows * self.row_bytes)
 

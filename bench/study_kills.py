@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python bench/study_kills.py --runs 200 --kills 20 [--seed 0] [--jobs 2] [--folder FOLDER]
 
 Both studies train a small LSTM on synthetic factors for two epochs with RUNS seeds. The second one receives KILLS
-SIGKILLs: of its main process, of one of its workers or their fork server, or of all of them at once. A killed main
-process is followed at once by `qfast study --resume`, while its workers may still be running. The seed determines the
-order of the kinds and the moments, each of which is a number of further runs and a fraction of a second.
+SIGKILLs. Each kills the main process, one worker, the fork server, or all of them. After the main process has been
+killed, `qfast study --resume` starts at once, while workers may still be running. The seed determines the order of the
+kills and their moments. A moment is a number of further runs and a fraction of a second.
 
 The script fails unless table.csv, summary.csv and the ensemble's scores are equal files, and the weights, scores and
 metrics of every run are. The plots are not drawn, because they take most of the time of such a small run.

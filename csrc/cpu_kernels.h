@@ -17,7 +17,7 @@
 #include "window_gather/window_gather.h"
 
 // Kernels that multiply matrices, for float32 and float64: templates over the element type `Real`. cpu_bf16.h
-// has a second table of them, whose products are those of bfloat16.
+// has a second table, whose kernels multiply bfloat16 operands.
 #define QFAST_PRODUCT_KERNELS(KERNEL)                                                                     \
   KERNEL(lstm_forward, const RecurrentJob<Real>&, int64_t begin, int64_t end, Real* scratch)              \
   KERNEL(lstm_backward, const RecurrentJob<Real>&, int64_t begin, int64_t end, Real* scratch, Real* sums) \

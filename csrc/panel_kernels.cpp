@@ -99,7 +99,7 @@ static void pack_panel(const PanelMatrix<Element>& right, int64_t panel) {
   }
 }
 
-// The sums of adjacent lanes of `a`, then those of `b`.
+// The sums of adjacent lanes of `a`, followed by the sums of adjacent lanes of `b`.
 template <class Element>
 QFAST_ALWAYS_INLINE Vector<Element> add_pairs(Vector<Element> a, Vector<Element> b) {
   constexpr int L = kLanes<Element>;

@@ -90,7 +90,7 @@ static void multiply_blocks(Finish kind, const PanelMatrix<float>& right, const 
     for (int64_t column = 0; column < right.columns; column += width) {
       const int64_t columns = smaller(width, right.columns - column);
       int64_t k = 0;
-      do {  // once even if there are no products
+      do {  // runs once without products, too
         const int64_t block_depth = smaller(kBlockDepth, depth - k);
         if (depth > kBlockDepth) pack(k);
         if (right.transposed) {

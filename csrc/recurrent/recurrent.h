@@ -62,7 +62,7 @@ struct RecurrentJob {
   int64_t sum_stride;
   int64_t layer_scratch;    // elements of a layer's buffers
   int64_t header_elements;  // elements that contain a layer's pointers
-  int64_t vector_scratch;   // elements of scratch before those of recurrent_tiles.h
+  int64_t vector_scratch;   // elements of scratch before the part of recurrent_tiles.h
 };
 
 }  // namespace qfast

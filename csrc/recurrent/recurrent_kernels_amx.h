@@ -1,5 +1,5 @@
 // The products of the recurrent forward pass with bfloat16 operands (amx_tiles.h). The loop over steps and
-// the cells are those of recurrent_kernels.h, which includes this file.
+// the cells are in recurrent_kernels.h, which includes this file.
 //
 // Every thread packs the weights of all layers once per call. The inputs and h of a step are packed when they
 // are known, once for the layer itself and for the layer above. The sums of a block of units are stored in a
