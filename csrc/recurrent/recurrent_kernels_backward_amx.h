@@ -2,9 +2,9 @@
 // the gradients of the cells are in recurrent_kernels_backward.h, which includes this file.
 //
 // The gradients of the sums of a step are packed once as a left operand, for the gradients of h and of the
-// input. The gradients of a chunk of steps are packed once as a right operand, for the gradients of both weights.
-// Both contain all four sums of every unit; a weight that does not contribute to a sum has zeros in its
-// place.
+// input. The gradients of a chunk of steps are packed once as a right operand, for the gradients of both
+// weights. Both contain all four sums of every unit; a weight that does not contribute to a sum has zeros in
+// its place.
 #pragma once
 
 #include "amx_tiles.h"
