@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import weakref
 
 import numpy as np
 import pandas as pd
@@ -89,6 +90,25 @@ def test_a_day_with_one_stock_is_scored():
     frame = make_frame(70, 1, 3, holes=0.0)
     prediction = ts.GRU(**{**SMALL, "batch_size": 1}).fit(rolling(frame)).predict(rolling(frame))
     assert len(prediction) == 70 - len(frame.loc[:"2020-03-10"])
+
+
+def test_predictions_of_a_call_are_freed_before_the_next_call(monkeypatch):
+    model = LSTM(**SMALL)
+    data = flat(make_frame())
+    model.fit(data)
+    run_network, earlier = LSTM.run_network, []
+
+    def recorded(self, *arguments):
+        assert all(prediction() is None for prediction in earlier[:-1])
+        prediction = run_network(self, *arguments)
+        earlier.append(weakref.ref(prediction))
+        return prediction
+
+    monkeypatch.setattr(LSTM, "run_network", recorded)
+    expected = model.predict(data, "train")
+    monkeypatch.setattr(LSTM, "run_network", run_network)
+    assert len(earlier) > 2
+    pd.testing.assert_series_equal(model.predict(data, "train"), expected)
 
 
 def test_predict_before_fit_is_refused():

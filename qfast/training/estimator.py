@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial, wraps
 from pathlib import Path
@@ -577,15 +577,16 @@ class Estimator(QlibFunctions):
         if not self.mixes_samples:
             return distributed.shared_predictions(self, windows, batches)
         calls = batches.calls(self.rows_per_call)
-        return torch.cat([self.run_shared(windows, batches.order[call.rows], call.offsets) for call in calls])
+        parts = (self.run_shared(windows, batches.order[call.rows], call.offsets) for call in calls)
+        return _joined(parts, len(batches.order), self.device)
 
     def _predictions(self, windows: WindowSet, batches: Batches) -> Tensor:
         """Predictions of the samples in `batches.order`, in that order."""
         rows = self.rows_per_call or (GPU_ROWS if self.device.type == "cuda" else 0)
         calls = list(batches.calls(rows))
         samples = windows.read_ahead(batches.order[call.rows] for call in calls)
-        parts = [self.run_network(windows, part, call.offsets) for part, call in zip(samples, calls, strict=True)]
-        return torch.cat(parts) if parts else torch.empty(0, device=self.device)
+        parts = (self.run_network(windows, part, call.offsets) for part, call in zip(samples, calls, strict=True))
+        return _joined(parts, len(batches.order), self.device)
 
     # ---------------------------------------------------------------- predict
     @over_ranks
@@ -714,6 +715,22 @@ class Estimator(QlibFunctions):
     def _device_memory(self, what: str) -> AbstractContextManager[None]:
         size = self._params.get("batch_size")
         return explain_out_of_memory(what, self.device, "" if size is None else f"a smaller batch_size (now {size}), ")
+
+
+def _joined(parts: Iterable[Tensor], rows: int, device: torch.device) -> Tensor:
+    """Concatenate predictions of `rows` samples in all, one part after the other.
+
+    Each part is copied at once. Small tensors that remain between the large ones of successive calls would prevent the
+    C library from using the freed memory of one call for the next, and a process would grow with the number of calls.
+    """
+    result = torch.empty(0, device=device)
+    begin = 0
+    for part in parts:
+        if begin == 0:
+            result = part.new_empty((rows, *part.shape[1:]))
+        result[begin : begin + len(part)] = part
+        begin += len(part)
+    return result[:begin]
 
 
 class _FeaturesOf:

@@ -217,7 +217,10 @@ def dump_yaml(values: object) -> str:
 
 @functools.lru_cache(maxsize=CACHED_TEXTS)
 def _yaml_text(pickled: bytes) -> str:
-    """The text of a pickled value. A run writes its workflow three times, and the runs of a study share one."""
+    """The text of a pickled value, because a cache needs keys that can be hashed and dictionaries cannot.
+
+    A run writes its workflow three times, and the runs of a study share one.
+    """
     yaml = yaml_writer()
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
