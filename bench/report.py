@@ -4,14 +4,16 @@
     python bench/report.py --check    # exit status 1 if RESULTS.md differs
 
 Each JSON file is one section, in the order of the file names. It contains its title, machine, software, dates and
-commands, and blocks of text and tables. A block {"bench": FILE} shows a file that `qfast bench` has written. Older
-results are in the history of the repository only.
+commands, and blocks of text and tables. A block {"bench": FILE} shows a file that `qfast bench` has written, and a
+block {"grid": FILE} summarizes a file of bench/grid.py. Older results are in the history of the repository only.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import statistics
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -55,11 +57,13 @@ def section(path: Path) -> str:
 
 
 def block(item: Mapping[str, Any], path: Path) -> str:
-    """A paragraph, a table, or the table of a run of `qfast bench`."""
+    """A paragraph, a table, the table of a run of `qfast bench`, or the summary of a grid."""
     if "text" in item:
         return str(item["text"])
     if "bench" in item:
         return bench_table(json.loads((path.parent / item["bench"]).read_text(encoding="utf-8")))
+    if "grid" in item:
+        return grid_table(json.loads((path.parent / item["grid"]).read_text(encoding="utf-8")))
     return table(item["columns"], item["rows"], path)
 
 
@@ -74,6 +78,27 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], path: Path) -> 
 
 def line(cells: Sequence[str]) -> str:
     return "|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|"
+
+
+# ---------------------------------------------------------------- bench/grid.py
+def grid_table(cells: Mapping[str, float]) -> str:
+    """Number of cells, lowest, median and highest ratio by layer, width and pass, from a file of bench/grid.py."""
+    named = [((name.split()[0], shape_of(name), name.split()[1]), name, value) for name, value in cells.items()]
+    order = {key: place for place, (key, *_) in reversed(list(enumerate(named)))}
+    rows = []
+    for key, members in itertools.groupby(sorted(named, key=lambda cell: order[cell[0]]), key=lambda cell: cell[0]):
+        group = [(value, name) for _, name, value in members]
+        lowest, name = min(group)
+        values = [value for value, _ in group]
+        ratios = [f"{number:.2f}" for number in (lowest, statistics.median(values), max(values))]
+        rows.append([key[0], key[1], key[2], str(len(group)), ratios[0], " ".join(name.split()[-2:]), *ratios[1:]])
+    columns = ["layer", "width", "pass", "cells", "lowest", "its shape", "median", "highest"]
+    return table(columns, rows, RESULTS)
+
+
+def shape_of(name: str) -> str:
+    """The part of a cell's name that does not change with steps and batch, for example "LSTM H=64"."""
+    return " ".join(word for word in name.split()[2:] if not word.startswith(("T=", "B=")))
 
 
 # ---------------------------------------------------------------- qfast bench

@@ -91,3 +91,38 @@ def test_a_file_of_qfast_bench(report: Any) -> None:
     assert text.endswith("GRU: smaller batches.")
     facts["not_trusted_because"] = ["the load was 9"]
     assert "the machine was busy: the load was 9" in report.bench_table(facts)
+
+
+def test_the_summary_of_a_grid(report: Any) -> None:
+    cells = {
+        "encoder inference D=8 M=256 T=10 B=1": 1.5,
+        "encoder inference D=8 M=256 T=20 B=16": 0.97,
+        "encoder training D=8 M=256 T=10 B=1": 1.1,
+        "recurrent inference LSTM H=32 T=10 B=1": 2.0,
+        "encoder inference D=8 M=256 T=60 B=1": 2.5,
+    }
+    header, _, *rows = report.grid_table(cells).splitlines()
+    assert header.startswith("| layer | width | pass | cells | lowest |")
+    assert rows == [
+        "| encoder | D=8 M=256 | inference | 3 | 0.97 | T=20 B=16 | 1.50 | 2.50 |",
+        "| encoder | D=8 M=256 | training | 1 | 1.10 | T=10 B=1 | 1.10 | 1.10 |",
+        "| recurrent | LSTM H=32 | inference | 1 | 2.00 | T=10 B=1 | 2.00 | 2.00 |",
+    ]
+
+
+def test_a_grid_is_measured_in_pieces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    grid = importlib.import_module("grid")
+    monkeypatch.setattr(grid, "ratio", lambda cell, what, least: 0.5 if cell.column == "16" else 1.25)
+    file = tmp_path / "cells.json"
+    for what, lowest, highest, status in (("inference", "0", "1e-4", 1), ("training", "5e-4", "1e-3", 0)):
+        arguments = ["convolution", "--what", what, "--rows", "conv D=8 T=10", "--output", str(file)]
+        arguments += ["--from-gflop", lowest, "--gflop", highest]
+        monkeypatch.setattr("sys.argv", ["grid.py", *arguments])
+        assert grid.main() == status
+    name = "convolution {} conv D=8 T=10 B={}"
+    assert json.loads(file.read_text()) == {
+        name.format("inference", 1): 1.25,
+        name.format("inference", 16): 0.5,
+        name.format("training", 64): 1.25,
+    }
