@@ -59,7 +59,7 @@ app = typer.Typer(
 DataOption = Annotated[
     Path | None,
     typer.Option(
-        help="Prices: a CSV or Parquet file, a folder of CSV files, or a Qlib data folder. "
+        help="Prices: a CSV or Parquet file, a folder of such files, or a Qlib data folder. "
         "Default: the provider_uri of the workflow file."
     ),
 ]

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import difflib
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import SupportsIndex
+
+DATA_PAGE = "docs/data.md"
+"""The page that shows every accepted form of data. Its address on the documentation site is not fixed."""
 
 
 class QfastError(Exception):
@@ -35,6 +38,26 @@ class BackendError(QfastError, RuntimeError):
 
 class RankError(QfastError, RuntimeError):
     """Another process of a distributed run has failed or died. The message contains its rank and its error."""
+
+
+@contextlib.contextmanager
+def naming_data_page() -> Iterator[None]:
+    """Add the page about the accepted forms of data to a DataError of the block, unless the message names it already.
+
+    Examples
+    --------
+    >>> with naming_data_page():
+    ...     raise DataError("prices.csv has no datetime column.")
+    Traceback (most recent call last):
+    ...
+    qfast.errors.DataError: prices.csv has no datetime column. docs/data.md shows every accepted form.
+    """
+    try:
+        yield
+    except DataError as error:
+        if DATA_PAGE not in str(error):
+            error.args = (f"{error} {DATA_PAGE} shows every accepted form.",)
+        raise
 
 
 def suggest(name: object, known: Iterable[object]) -> str:

@@ -1,8 +1,8 @@
 """Checksums of safetensors files, which contain weights, checkpoints, fitted processors and saved handlers.
 
 The metadata of a file contains the SHA-256 of its bytes, computed with zeros in place of the checksum. A flipped bit is
-thus an error when the file is read. Files without a checksum, which earlier versions and other programs write, are read
-as before.
+thus an error when the file is read. A second entry, `MARK`, states that the file has a checksum: a file with only this
+entry is refused. Files with neither, which earlier versions and other programs write, are read as before.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from pathlib import Path
 from qfast.errors import CheckpointError, shown
 from qfast.files import atomic_write
 
-__all__ = ["KEY", "REMEDY", "read_metadata", "require_intact", "write_checked"]
+__all__ = ["KEY", "MARK", "REMEDY", "read_metadata", "require_intact", "write_checked"]
 
 KEY = "qfast.sha256"
+MARK = "qfast.checksum"
 EMPTY = "0" * 64
 LENGTH_BYTES = 8  # a file begins with the length of its header
 MOST_HEADER_BYTES = 100_000_000  # the limit of safetensors
@@ -56,7 +57,8 @@ def write_checked(
     """
 
     def write(target: Path) -> None:
-        save(target, {**(metadata or {}), KEY: EMPTY})
+        save(target, {**(metadata or {}), MARK: "sha256", KEY: EMPTY})
+        _sort_metadata(target)
         position = _checksum_position(target, EMPTY)
         digest = _digest(target, position)
         with target.open("rb+") as file:
@@ -67,21 +69,26 @@ def write_checked(
 
 
 def require_intact(path: Path) -> None:
-    """Compare a safetensors file with its checksum. A file without one passes.
+    """Compare a safetensors file with its checksum. A file of earlier versions or other programs has none and passes.
 
     A file that safetensors cannot read at all, for example a truncated one, passes too: its reader reports the problem.
 
     Raises
     ------
     CheckpointError
-        The content does not match the checksum.
+        The content does not match the checksum, or the checksum has been removed.
     """
     try:
         header = json.loads(_header(path))
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        expected = header.get("__metadata__", {}).get(KEY)
+        metadata = header.get("__metadata__", {})
+        expected, is_marked = metadata.get(KEY), MARK in metadata
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return
+    if expected is None and is_marked:
+        raise CheckpointError(
+            f"{path} is damaged: its checksum, the entry {KEY!r} of the metadata, is missing. {REMEDY}"
+        )
     data_bytes = path.stat().st_size - LENGTH_BYTES - len(_header(path))
     if expected is None or data_bytes != max(ends, default=0):
         return
@@ -110,6 +117,18 @@ def read_metadata(path: Path) -> dict[str, str]:
         return metadata
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable, it may be truncated ({error}). {REMEDY}") from None
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the entries of the metadata, which safetensors writes in random order: files of equal content are equal."""
+    old = _header(path)
+    header = json.loads(old)
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    new = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(len(old))
+    if len(new) == len(old):
+        with path.open("rb+") as file:
+            file.seek(LENGTH_BYTES)
+            file.write(new)
 
 
 def _header(path: Path) -> bytes:

@@ -42,6 +42,14 @@ def text(report, topic: str) -> str:
     return "\n".join(f.text for f in report.findings if f.topic == topic)
 
 
+def test_labels_of_train_that_are_returns_of_the_next_segment(prices):
+    report = check(DEMO, prices, [*SHORT, f"{SEGMENTS}.train=[2018-01-01, 2019-06-27]"], experiments=False)
+    assert levels(report, "horizon") == ["warning"]
+    assert "labels look 2 days ahead, but the gap between train and the next segment is 1 days" in text(
+        report, "horizon"
+    )
+
+
 def test_a_clean_workflow_passes(prices):
     report = check(DEMO, prices, [*SHORT, f"{STRATEGY}.topk=5"])
     assert report.ok
@@ -52,9 +60,8 @@ def test_a_clean_workflow_passes(prices):
     assert "no feature up to that day changes by a bit" in text(report, "look-ahead")
     assert "no duplicate rows" in text(report, "data")
     assert "a training pass takes about" in text(report, "time")
-    assert "labels look 2 days ahead, but the gap between train and the next segment is 0 days" in text(
-        report, "horizon"
-    )
+    assert levels(report, "horizon") == ["ok"]
+    assert "labels look 2 days ahead; the gap after train is 2 days" in text(report, "horizon")
     assert all(line[:8].strip() in ("ok", "note", "warning", "error") for line in report.lines())
 
 

@@ -17,6 +17,8 @@ from qfast.cli import main
 from qfast.data.processors import RobustZScoreNorm
 from qfast.errors import CheckpointError, DataError
 from qfast.models import GRU
+from qfast.tensor_files import read_metadata, require_intact
+from qfast.training.checkpoint import write_tensors
 from qfast.workflow.folder import RunFolder
 from qfast.workflow.run import run
 from qfast.workflow.saved_model import load_facts
@@ -68,14 +70,41 @@ def test_weight_files_detect_any_flipped_bit(tmp_path: Path, suffix: str) -> Non
             assert all(torch.equal(value, expected[key]) for key, value in model.network.state_dict().items())
 
 
+CHECKED_FILES = ("best.safetensors", "last.safetensors", "processors.safetensors")
+
+
+def remove_entries(file: Path, *entries: str) -> None:
+    """Rewrite a safetensors file without some entries of its metadata."""
+    with safetensors.safe_open(file, framework="pt") as content:
+        metadata = {k: v for k, v in (content.metadata() or {}).items() if k not in entries}
+    safetensors.torch.save_file(safetensors.torch.load_file(file), file, metadata or None)
+
+
 def test_files_without_a_checksum_still_load(finished: Path, copy: Path) -> None:
-    """Earlier versions and other programs write no checksum."""
-    for name in ("best.safetensors", "last.safetensors", "processors.safetensors"):
-        with safetensors.safe_open(copy / name, framework="pt") as content:
-            metadata = {k: v for k, v in (content.metadata() or {}).items() if k != "qfast.sha256"}
-        safetensors.torch.save_file(safetensors.torch.load_file(copy / name), copy / name, metadata or None)
-    assert load(copy).predict().equals(load(finished).predict())
+    """Earlier versions wrote the checksum alone, or none, as other programs do."""
+    expected = load(finished).predict()
+    for name in CHECKED_FILES:
+        remove_entries(copy / name, "qfast.sha256", "qfast.checksum")
+    assert load(copy).predict().equals(expected)
     assert main(["run", "--resume", str(copy), "-q"]) == 0
+
+
+@pytest.mark.parametrize("name", CHECKED_FILES)
+def test_a_missing_checksum_is_reported(copy: Path, name: str) -> None:
+    remove_entries(copy / name, "qfast.sha256")
+    with pytest.raises(CheckpointError, match=rf"{name} is damaged: its checksum, the entry 'qfast.sha256'"):
+        require_intact(copy / name)
+    if name != "last.safetensors":
+        with pytest.raises(CheckpointError, match="is missing"):
+            load(copy)
+
+
+def test_files_of_equal_content_are_equal(tmp_path: Path) -> None:
+    weights = {"w": torch.arange(3.0)}
+    for number in range(8):
+        write_tensors(tmp_path / str(number), weights, {"naïve": "ü\n", "other": "2", "third": "3"})
+    assert len({(tmp_path / str(number)).read_bytes() for number in range(8)}) == 1
+    assert read_metadata(tmp_path / "0")["naïve"] == "ü\n"
 
 
 def test_the_checksum_is_of_the_content(finished: Path) -> None:

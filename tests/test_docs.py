@@ -70,7 +70,7 @@ def test_gats(reader):
 
 
 def test_data(reader):
-    assert run_examples(ROOT / "docs" / "data.md", ("python",)) == 2
+    assert run_examples(ROOT / "docs" / "data.md", ("python",)) == 3
 
 
 def test_datasets(reader):
@@ -78,7 +78,7 @@ def test_datasets(reader):
 
 
 def test_results(reader):
-    assert run_examples(ROOT / "docs" / "results.md", ("python",)) == 5
+    assert run_examples(ROOT / "docs" / "results.md", ("python",)) == 6
     assert (reader / "runs" / "results" / "report.html").exists()
 
 

@@ -405,6 +405,10 @@ def test_models_that_cannot_stream():
             r"the stream has no instrument 'bb', it has 2 \(a, b\)\. Did you mean 'b'\?",
         ),
         (lambda s, x: s.warm_start(x[:, :, 0]), r"history must be \[N, F, T\] with F = num_input = 4"),
+        (
+            lambda s, x: s.warm_start(x.mT),
+            r"Windows .* are \[N, T, F\]\. Remedy: history\.transpose\(1, 2\)\.",
+        ),
         (lambda s, x: s.warm_start(x[:, :, :0]), r"history must be .* got shape \[5, 4, 0\]"),
         (lambda s, x: s.warm_start(x[:2], ["a", "b"], [0, 1]), r"lengths must be 2 integers in \[1, 3\]"),
         (lambda s, x: s.warm_start(x[:2], ["a", "b"], [1, 4]), r"lengths must be .* got \[1, 4\]"),

@@ -27,7 +27,7 @@ TUTORIALS = [
     "09_several_processes",
 ]
 SECONDS = 600  # wall-clock limit of one tutorial, which takes a few seconds on an idle machine
-CELL = re.compile(r"^# %%( \[markdown\])?\n(.*?)(?=^# %%|\Z)", flags=re.M | re.S)
+CELL = re.compile(r"^# %%(?: alt=\"[^\"\n]*\")?( \[markdown\])?\n(.*?)(?=^# %%|\Z)", flags=re.M | re.S)
 
 
 def cells(name: str) -> list[tuple[bool, str]]:
@@ -50,6 +50,8 @@ def test_form(name):
     assert parts[-1][0]
     assert parts[-1][1].startswith("## What to read next\n")
     assert "plt.show()" in code
+    text = (FOLDER / f"{name}.py").read_text()
+    assert len(re.findall(r'^# %% alt="[^"\n]{20,}"$', text, flags=re.M)) == code.count("plt.show()")
     assert 'plt.rcParams["figure.facecolor"] = "white"' in code
     assert code.rstrip().endswith("os.chdir(start)\nfolder.cleanup()")
 

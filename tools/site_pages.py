@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from html import escape
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -14,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = {ROOT / "bench/RESULTS.md": "RESULTS.md", ROOT / "CHANGELOG.md": "CHANGELOG.md"}  # files outside docs/
 NOTEBOOK_LINK = re.compile(r'(?<=href=")(?!\w+:)([^"#]+)\.(?:md|py)(?=["#])')
+PICTURE_CELL = re.compile(r'^# %% alt="(.+)"$', re.MULTILINE)  # a cell of a tutorial that draws a picture
+UNDESCRIBED = 'alt="No description has been provided for this image"'  # of nbconvert
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!\w+:)([^)#\s]+)(#[^)]*)?\)")
 
 
@@ -53,5 +57,15 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
 
 
 def on_page_content(html: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Translate the links of tutorials, whose text the plugin for notebooks renders itself."""
-    return NOTEBOOK_LINK.sub(r"\1.html", html) if page.file.src_uri.startswith("tutorials/") else html
+    """Translate the links of tutorials, whose text the plugin for notebooks renders itself, and describe pictures."""
+    if not page.file.src_uri.startswith("tutorials/"):
+        return html
+    descriptions = PICTURE_CELL.findall(Path(page.file.abs_src_path or "").read_text(encoding="utf-8"))
+    parts = NOTEBOOK_LINK.sub(r"\1.html", html).split(UNDESCRIBED)
+    if len(parts) != len(descriptions) + 1:
+        raise PluginError(
+            f"{page.file.src_uri} has {len(parts) - 1} pictures and {len(descriptions)} descriptions, expected one for "
+            'each: the cell begins with # %% alt="DESCRIPTION".'
+        )
+    texts = [f'alt="{escape(text)}"' for text in descriptions]
+    return parts[0] + "".join(text + part for text, part in zip(texts, parts[1:], strict=True))

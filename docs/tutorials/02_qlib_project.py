@@ -160,8 +160,8 @@ print(len(workflow.splitlines()), "lines")
 # %%
 result = qfast.run(
     "workflow.yaml",
-    sets=["task.model.kwargs.progress=false"],
     output="runs/unmodified",
+    progress=False,
 )
 print(
     pd.DataFrame(result.metrics).T[["IC", "ICIR", "Rank IC", "days"]].round(3)
@@ -255,7 +255,7 @@ for dropout in (0.0, 0.3):
         valid = fitted.history_["valid"].round(4).tolist()
         print(f"dropout {dropout}, compat {compat!s:5} valid by epoch: {valid}")
 
-# %%
+# %% alt="Scores of qfast against scores with compat='qlib', without dropout on the diagonal, with dropout around it."
 figure, panels = plt.subplots(1, 2, figsize=(8, 3.6), layout="constrained")
 for panel, dropout in zip(panels, (0.0, 0.3), strict=True):
     panel.scatter(scores[dropout, None], scores[dropout, "qlib"], s=4)

@@ -178,7 +178,7 @@ print(
     .to_string(index=False)
 )
 
-# %%
+# %% alt="Attention weights of twelve stocks for their eight largest neighbours on one day."
 model.plot_attention(dataset, day, "attention.png", names, top=8)
 figure, panel = plt.subplots(figsize=(8, 5), layout="constrained")
 panel.imshow(plt.imread("attention.png"))

@@ -124,7 +124,7 @@ months = pd.DataFrame(
 )
 print(months.round(3))
 
-# %%
+# %% alt="Mean daily IC by month of one model and of rolling windows; a line marks the change."
 figure, panel = plt.subplots(figsize=(8, 3.2), layout="constrained")
 months.set_axis(months.index.strftime("%b %Y")).plot.bar(
     ax=panel, rot=0, width=0.75

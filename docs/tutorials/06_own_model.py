@@ -145,7 +145,7 @@ print(f"best epoch {model.best_epoch_}, test IC {ic.mean():.3f} ± {error:.3f}")
 # The operators have gradients, also with respect to the windows. The size of the gradient says how much a score changes
 # with the factors of a day.
 
-# %%
+# %% alt="Bars of the mean size of the gradient for each of the ten days of the window."
 test = gather_windows(
     panel, index, torch.arange(0, len(panel), 7), step_len=10
 ).requires_grad_()

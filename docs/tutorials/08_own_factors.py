@@ -92,7 +92,7 @@ for name in factors:
 alone = pd.DataFrame(table).T
 print(alone.round(3))
 
-# %%
+# %% alt="Bars of the rank IC of each factor with two standard errors."
 figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
 axes.bar(
     alone.index, alone["rank IC"], yerr=2 * alone["standard error"], capsize=3

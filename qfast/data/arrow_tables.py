@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 import pandas as pd
 
 from qfast.errors import ConfigError
 
-__all__ = ["is_arrow_table", "to_pandas"]
+__all__ = ["ArrowTable", "conversion_hint", "is_arrow_table", "to_pandas", "without_arrow"]
 
 METHOD = "__arrow_c_stream__"  # of the Arrow PyCapsule interface
+CONVERSIONS = ("to_pandas", "toPandas", "collect", "compute", "df")  # of ibis, Spark, lazy Polars frames, Dask, DuckDB
+
+T = TypeVar("T")
 
 
-def is_arrow_table(source: object) -> bool:
+class ArrowTable(Protocol):
+    """A table with Arrow's interface, for example a polars.DataFrame or a pyarrow.Table."""
+
+    def __arrow_c_stream__(self, requested_schema: object | None = None) -> object:
+        """A capsule with the columns of the table."""
+
+
+def is_arrow_table(source: object) -> TypeGuard[ArrowTable]:
     """Whether an object offers its content as Arrow columns. Pandas frames do too, but need no conversion."""
     return hasattr(source, METHOD) and not isinstance(source, (pd.DataFrame, pd.Series, type))
 
 
-def to_pandas(source: Any) -> pd.DataFrame:
+def to_pandas(source: ArrowTable) -> pd.DataFrame:
     """Convert a table of another library to a pandas frame with the same columns.
 
     Parameters
@@ -43,7 +53,7 @@ def to_pandas(source: Any) -> pd.DataFrame:
     [1.0, 2.0]
     """
     try:
-        pyarrow = importlib.import_module("pyarrow")
+        pyarrow: Any = importlib.import_module("pyarrow")
     except ImportError as error:
         raise ConfigError(
             f"prices of type {type(source).__name__} need pyarrow, which cannot be imported ({error}). Remedy: pip "
@@ -51,3 +61,23 @@ def to_pandas(source: Any) -> pd.DataFrame:
         ) from None
     frame: pd.DataFrame = pyarrow.table(source).to_pandas()
     return frame
+
+
+def without_arrow(source: T) -> T | pd.DataFrame:
+    """A table of another library as a pandas frame; any other object unchanged.
+
+    A stream of Arrow batches can be read once, so a function that reads its source several times converts it first.
+    """
+    return to_pandas(source) if is_arrow_table(source) else source
+
+
+def conversion_hint(source: object) -> str:
+    """The remedy for a table that is neither a pandas frame nor an Arrow table, or "" if none is known.
+
+    >>> class LazyFrame:
+    ...     def collect(self): ...
+    >>> conversion_hint(LazyFrame())
+    ' Remedy: LazyFrame.collect() first.'
+    """
+    method = next((name for name in CONVERSIONS if callable(getattr(source, name, None))), None)
+    return "" if method is None else f" Remedy: {type(source).__name__}.{method}() first."

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from numpy.typing import DTypeLike
 
+from qfast.data.arrow_tables import ArrowTable, is_arrow_table
 from qfast.data.handlers import DataHandlerLP, build_handler
 from qfast.data.handlers.base import DUMP_OPTIONS, check_dump_options
 from qfast.data.handlers.saved import handler_content, handler_of, read_file, write_file
@@ -40,7 +41,7 @@ class DatasetH:
 
     Parameters
     ----------
-    handler : Handler, configuration mapping, or DataFrame
+    handler : Handler, configuration mapping, DataFrame or Arrow table
         The data. A frame is indexed (datetime, instrument) and has two-level columns ("feature", ...), ("label", ...).
     segments : mapping
         Name -> (start, end), both inclusive. None is unbounded.
@@ -66,7 +67,7 @@ class DatasetH:
 
     def __init__(
         self,
-        handler: Handler | Mapping[str, Any] | pd.DataFrame | str,
+        handler: Handler | Mapping[str, Any] | pd.DataFrame | ArrowTable | str,
         segments: Mapping[str, Any],
         fetch_kwargs: Mapping[str, Any] | None = None,
         **unknown: object,
@@ -362,12 +363,12 @@ def _bounds_text(bounds: Bounds) -> str:
     return f"{start} to {end}"
 
 
-def _build_handler(handler: Handler | Mapping[str, Any] | pd.DataFrame | str) -> Handler:
-    if isinstance(handler, pd.DataFrame):
-        return DataHandlerLP.from_frame(handler)
+def _build_handler(handler: Handler | Mapping[str, Any] | pd.DataFrame | ArrowTable | str) -> Handler:
+    if isinstance(handler, pd.DataFrame) or is_arrow_table(handler):
+        return DataHandlerLP(handler)
     if hasattr(handler, "panel") and hasattr(handler, "fetch"):
         return cast(Handler, handler)
-    return build_handler(handler)
+    return build_handler(cast("Mapping[str, Any] | str", handler))
 
 
 def _groups(panel: Panel, with_label: bool) -> list[str]:

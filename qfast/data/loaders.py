@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import pandas as pd
 
+from qfast.data.arrow_tables import conversion_hint, without_arrow
 from qfast.data.filters import FilterSpec
 from qfast.data.panel import Block, Panel
 from qfast.data.prices import Instruments
@@ -263,7 +264,7 @@ class StaticDataLoader(DataLoader):
             plain = {g: f.droplevel(0, axis=1) if f.columns.nlevels == 2 else f for g, f in frames.items()}
             panel = Panel.from_frame(pd.concat(plain, axis=1, join="inner" if self.join == "inner" else "outer"))
         else:
-            panel = Panel.from_frame(_grouped(_stored_frame(self.config, self.read_options)))
+            panel = Panel.from_frame(grouped_columns(_stored_frame(self.config, self.read_options)))
         wanted = request.instruments
         listed = None if wanted is None or isinstance(wanted, (str, Mapping)) else [str(name) for name in wanted]
         if listed is not None:
@@ -358,8 +359,7 @@ def _refuse_pickle(path: object) -> None:
 
 def _stored_frame(value: Any, options: ReadOptions) -> pd.DataFrame:
     """A frame indexed (datetime, instrument)."""
-    if isinstance(value, pd.Series):
-        value = value.to_frame()
+    value = value.to_frame() if isinstance(value, pd.Series) else without_arrow(value)
     name = "the frame"
     if isinstance(value, (str, Path)):
         _refuse_pickle(value)
@@ -368,7 +368,10 @@ def _stored_frame(value: Any, options: ReadOptions) -> pd.DataFrame:
             raise ConfigError(f"StaticDataLoader: {name!r} does not exist (looked in {Path.cwd()}).")
         value = read_table(file, options)
     if not isinstance(value, pd.DataFrame):
-        raise ConfigError(f"StaticDataLoader: expected a path or a DataFrame, got {type(value).__name__}.")
+        raise ConfigError(
+            f"StaticDataLoader: expected a path, a DataFrame or an Arrow table, got {type(value).__name__}."
+            + conversion_hint(value)
+        )
     return value if isinstance(value.index, pd.MultiIndex) else keyed_frame(value, name, options)
 
 
@@ -384,7 +387,8 @@ def _report_no_common_keys(merged: pd.DataFrame, frame: pd.DataFrame, loader: st
             )
 
 
-def _grouped(frame: pd.DataFrame) -> pd.DataFrame:
+def grouped_columns(frame: pd.DataFrame) -> pd.DataFrame:
+    """A frame with columns (group, name). Single names that begin with "label" are labels, all others features."""
     if frame.columns.nlevels > 1:
         return frame
     groups = ["label" if str(name).lower().startswith("label") else "feature" for name in frame.columns]

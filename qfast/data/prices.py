@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import pandas as pd
 
+from qfast.data.arrow_tables import ArrowTable
 from qfast.data.column_names import PRICE_FIELDS as PRICE_FIELDS
 from qfast.data.panel import Panel
 from qfast.errors import ConfigError, shown
@@ -16,8 +17,8 @@ from qfast.errors import ConfigError, shown
 Instruments: TypeAlias = str | Iterable[str] | Mapping[str, Any] | None
 """A market name, a list of instruments, {code: [(start, end), ...]}, {"market": name}, or None for all."""
 
-PriceSource: TypeAlias = str | Path | pd.DataFrame | pd.Series | Panel
-"""A file, a folder of files, a frame or a panel of prices."""
+PriceSource: TypeAlias = str | Path | pd.DataFrame | pd.Series | Panel | ArrowTable
+"""A file, a folder of files, a frame or a panel of prices, or a table of Polars, Arrow or DuckDB."""
 
 StorePath: TypeAlias = str | Path | Mapping[str, str | Path]
 """The folder of a Qlib binary store, or {freq: folder}."""

@@ -20,7 +20,7 @@ from qfast.data.rows import restrict_rows, take_rows
 from qfast.data.store import BinaryStore, is_store
 from qfast.data.tables import panel_of
 from qfast.dates import DateLike
-from qfast.errors import ConfigError, DataError, shown, suggest
+from qfast.errors import ConfigError, DataError, naming_data_page, shown, suggest
 from qfast.read_options import ReadOptions, ReadSettings
 
 __all__ = ["BinaryStore", "Prices", "load_prices", "read_prices"]
@@ -45,10 +45,10 @@ def load_prices(
 
     Parameters
     ----------
-    source : path, DataFrame or Panel
+    source : path, DataFrame, Arrow table or Panel
         A CSV or Parquet file; a folder with one such file per instrument, whose name is the instrument unless a column
-        contains it; a frame with datetime and instrument as index levels or columns; or the folder of a Qlib binary
-        store.
+        contains it; a frame with datetime and instrument as index levels or columns; a table of Polars, Arrow or
+        DuckDB; or the folder of a Qlib binary store.
     provider_uri : path or {freq: path}
         Folder of a Qlib binary store, as an alternative to `source`.
     instruments : str, list, {code: [(start, end), ...]} or {"market": name}
@@ -149,8 +149,9 @@ def read_prices(
     if provider_uri is None and isinstance(source, (str, Path)) and is_store(source):
         provider_uri, source = source, None
     if provider_uri is not None:
-        store = BinaryStore(provider_uri, options.freq or "day")
-        prices = store.read(instruments, wanted, start_time, end_time, margin)
+        with naming_data_page():
+            store = BinaryStore(provider_uri, options.freq or "day")
+            prices = store.read(instruments, wanted, start_time, end_time, margin)
     else:
         assert source is not None
         prices = Prices(_members(panel_of(source, options), instruments), {})

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from qfast.data.arrow_tables import is_arrow_table, to_pandas
+from qfast.data.arrow_tables import conversion_hint, without_arrow
 from qfast.data.calendar_notes import report_calendar, report_shifted_zone
 from qfast.data.column_names import OTHER_FIELDS, PRICE_FIELDS, field_names, plain_name
 from qfast.data.date_formats import DateReader, read_dates
@@ -24,7 +24,7 @@ from qfast.data.storage import require_memory
 from qfast.data.table_notes import report_codes, report_fields, report_file_names, report_infinite
 from qfast.data.table_roles import Keys, adjusted_column, find_keys, instrument_names
 from qfast.data.text_files import read_csv
-from qfast.errors import ConfigError, DataError, shown, some
+from qfast.errors import DATA_PAGE, ConfigError, DataError, naming_data_page, shown, some
 from qfast.read_options import ReadOptions
 
 __all__ = ["keyed_frame", "panel_of", "read_table"]
@@ -83,16 +83,16 @@ def panel_of(source: PriceSource, options: ReadOptions = DEFAULTS) -> Panel:
     """
     if isinstance(source, Panel):
         return _lower_case(source)
-    if is_arrow_table(source):
-        source = to_pandas(source)
+    source = without_arrow(source)
     if isinstance(source, (pd.DataFrame, pd.Series)):
         frame = source.to_frame() if isinstance(source, pd.Series) else source
         return _read_tables([(frame, "the frame", None)], "the frame", options)
     if not isinstance(source, (str, Path)):
         raise ConfigError(
             f"prices must be a path, a DataFrame, an Arrow table or a Panel, got {type(source).__name__}: "
-            f"{shown(source)}. docs/data.md lists all sources."
+            f"{shown(source)}."
             + (" Remedy: pandas.concat(frames, names=['instrument'])." if isinstance(source, Mapping) else "")
+            + f"{conversion_hint(source)} {DATA_PAGE} shows every accepted form."
         )
     path = Path(source).expanduser()
     if is_panel_folder(path):
@@ -112,6 +112,7 @@ def _lower_case(panel: Panel) -> Panel:
     return _dense(replace(panel, blocks={"price": Block(block.values, names)}))
 
 
+@naming_data_page()
 def _files_of(folder: Path) -> list[Path]:
     files = sorted(
         p
@@ -136,6 +137,7 @@ def _stem(path: Path) -> str:
     return name
 
 
+@naming_data_page()
 def read_table(path: Path, options: ReadOptions = DEFAULTS) -> pd.DataFrame:
     """Read a CSV file, or a Parquet file or folder, as a frame.
 
@@ -190,6 +192,7 @@ def _require_memory_for(path: Path) -> None:
     )
 
 
+@naming_data_page()
 def keyed_frame(frame: pd.DataFrame, name: str, options: ReadOptions) -> pd.DataFrame:
     """A table of factors, indexed (datetime, instrument).
 
@@ -241,6 +244,7 @@ def _whole_days(options: ReadOptions) -> bool:
 
 
 # ---------------------------------------------------------------- one table
+@naming_data_page()
 def _read_tables(frames: Iterable[tuple[pd.DataFrame, str, str | None]], source: str, options: ReadOptions) -> Panel:
     """The panel of frames, each with its name and the instrument of rows without one."""
     reader = DateReader(options.date_format, options.time_zone)

@@ -130,7 +130,8 @@ class TCNStream:
         Parameters
         ----------
         history : Tensor [N, F, T]
-            Windows as the network reads them, the newest row last.
+            Windows as the network reads them, the newest row last. Windows of datasets are [N, T, F]; pass
+            `windows.transpose(1, 2)`.
         instruments : N names (str or int), optional
             As in `push`.
         lengths : N integers in [1, T], optional
@@ -316,8 +317,10 @@ class TCNStream:
                 f"{name} must be a tensor {axes}, got {type(value).__name__}. Remedy: torch.as_tensor({name})."
             )
         if value.dim() != axes.count(",") + 1 or value.shape[1] != features or 0 in value.shape[2:]:
+            is_window = value.dim() == 3 and axes == "[N, F, T]" and value.shape[2] == features
             raise DataError(
                 f"{name} must be {axes} with F = num_input = {features} of the model, got shape {list(value.shape)}."
+                + (f" Windows of datasets are [N, T, F]. Remedy: {name}.transpose(1, 2)." if is_window else "")
             )
         if value.dtype != dtype or value.device != self.device:
             raise DataError(

@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from qfast.data.arrow_tables import without_arrow
 from qfast.errors import ConfigError, QfastError, shown
 from qfast.read_options import ReadOptions, ReadSettings
 from qfast.studies.axes import AxisArguments
@@ -155,7 +156,7 @@ def study(
     ...     result.table[["seed", "status"]].to_dict("list")
     {'seed': [0, 1], 'status': ['finished', 'finished']}
     """
-    options = ReadOptions.of(read_options)
+    options, data = ReadOptions.of(read_options), without_arrow(data)  # other processes receive the data
     problems = Problems()
     engine_arguments = EngineArguments(on, jobs, threads, gpus)
     check_engine(engine_arguments, problems)

@@ -11,6 +11,8 @@ from typing import Any, TypeAlias
 import pandas as pd
 
 from qfast import registry
+from qfast.data.arrow_tables import ArrowTable, to_pandas, without_arrow
+from qfast.data.loaders import grouped_columns
 from qfast.data.panel import Panel
 from qfast.data.panel_folder import is_panel_folder
 from qfast.data.protocols import Handler, HandlerDataset
@@ -36,11 +38,11 @@ __all__ = [
 ]
 
 
-DataInput: TypeAlias = "str | os.PathLike[str] | pd.DataFrame | Panel | Mapping[str, pd.DataFrame]"
-"""Prices or factors: a path, a frame, a panel, or frames by column group."""
+DataInput: TypeAlias = "str | os.PathLike[str] | pd.DataFrame | Panel | Mapping[str, pd.DataFrame] | ArrowTable"
+"""Prices or factors: a path, a frame, a panel, frames by column group, or a table of Polars, Arrow or DuckDB."""
 
 SOURCE_ARGUMENTS = ("data", "provider_uri", "source")  # handler arguments that specify where the data comes from
-DATA_REMEDY = "--data PATH with a CSV or Parquet file, a folder of CSV files, or a Qlib data folder"
+DATA_REMEDY = "--data PATH with a CSV or Parquet file, a folder of such files, or a Qlib data folder"
 DEFAULTS = ReadOptions()
 HANDLER_PATH = "task.dataset.kwargs.handler"
 
@@ -181,7 +183,8 @@ def source_arguments(
     factory, accepted = _handler_class(handler_spec)
     name = source_argument(handler_spec)
     if name == "data":
-        arguments = {"data": data, "provider_uri": None} if "provider_uri" in accepted else {"data": data}
+        prices = without_arrow(data)  # a handler may read its prices several times
+        arguments = {"data": prices, "provider_uri": None} if "provider_uri" in accepted else {"data": prices}
         return arguments | (_option_arguments(handler_spec, read_options) if read_options.recorded() else {})
     if name == "source":
         return {"source": _factor_frame(data, read_options)}
@@ -261,15 +264,13 @@ def _factor_frame(data: DataInput, read_options: ReadOptions) -> pd.DataFrame | 
     """
     if isinstance(data, (Panel, Mapping)):
         return data
-    if not isinstance(data, pd.DataFrame) and is_panel_folder(data):
-        return Panel.open(data)
-    name = "the frame" if isinstance(data, pd.DataFrame) else str(data)
-    frame = data if isinstance(data, pd.DataFrame) else _read_table(Path(data).expanduser(), read_options)
-    frame = keyed_frame(frame, name, read_options)
-    if frame.columns.nlevels == 1:
-        groups = ["label" if str(c).lower().startswith("label") else "feature" for c in frame.columns]
-        frame = frame.set_axis(pd.MultiIndex.from_arrays([groups, frame.columns]), axis=1)
-    return frame
+    if isinstance(data, (str, os.PathLike)):
+        if is_panel_folder(data):
+            return Panel.open(data)
+        name, frame = str(data), _read_table(Path(data).expanduser(), read_options)
+    else:
+        name, frame = "the frame", data if isinstance(data, pd.DataFrame) else to_pandas(data)
+    return grouped_columns(keyed_frame(frame, name, read_options))
 
 
 def _read_table(file: Path, read_options: ReadOptions) -> pd.DataFrame:

@@ -97,6 +97,7 @@ def prepare(
     callbacks: Sequence[Callback],
     read_options: ReadOptions,
     init_from: str | os.PathLike[str] | None = None,
+    progress: bool | str | None = None,
 ) -> Job:
     """Check the arguments of `run` and build the model. Nothing is written.
 
@@ -138,6 +139,8 @@ def prepare(
     require_data(data, workflow)
     source = str(config_path) if config_path is not None else str(file)
     model = registry.MODELS.build(pretraining.without_lost_file(workflow.task.model.description()), path="task.model")
+    if progress is not None:
+        model.set_params(progress=progress)
     job = Job(workflow, model, source, data, read_options, kwargs["seed"], seed_drawn, resumed is not None, callbacks)
     job.origin = starting.starting_weights(workflow, model, resumed)
     return job

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from qfast import registry
+from qfast.data.arrow_tables import without_arrow
 from qfast.data.handlers.prices import PriceHandler
 from qfast.data.panel import Panel
 from qfast.data.prices import Instruments, PriceSource, StorePath
@@ -24,7 +25,7 @@ from qfast.data.protocols import Handler, HandlerDataset
 from qfast.data.store import BinaryStore, is_store
 from qfast.data.tables import panel_of
 from qfast.dates import date_text
-from qfast.errors import DataError, some
+from qfast.errors import DataError, naming_data_page, some
 from qfast.read_options import ReadOptions
 from qfast.workflow.dataset import DataInput, source_argument, source_arguments, source_panel
 from qfast.workflow.saved_model import source_columns, time_steps
@@ -67,6 +68,7 @@ class NewData:
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.data = without_arrow(self.data)
         factory, _ = registry.HANDLERS.resolve(_bare(self.facts["handler"]))
         self._accepted = registry.all_parameters(factory)
         self._store: BinaryStore | None = None
@@ -86,7 +88,8 @@ class NewData:
         options = self.options.over(own)
         by_freq = isinstance(self.data, Mapping) and all(isinstance(v, (str, Path)) for v in self.data.values())
         if by_freq or (isinstance(self.data, (str, Path)) and is_store(self.data)):
-            self._store = BinaryStore(cast(StorePath, self.data), options.freq or "day")
+            with naming_data_page():
+                self._store = BinaryStore(cast(StorePath, self.data), options.freq or "day")
         else:
             self._panel = panel_of(cast(PriceSource, self.data), options)
 

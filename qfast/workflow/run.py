@@ -94,6 +94,7 @@ def run(
     read_options: ReadSettings = None,
     prepared: PreparedData | None = None,
     init_from: str | os.PathLike[str] | None = None,
+    progress: bool | str | None = None,
 ) -> RunResult:
     """Train the model of a workflow file and write a run folder.
 
@@ -103,9 +104,10 @@ def run(
     ----------
     config_path : path
         A workflow file in Qlib's format. Optional with `resume`.
-    data : path, DataFrame or Panel, optional
-        Prices that replace `qlib_init.provider_uri`: a CSV or Parquet file, a folder of CSV files, a Qlib data folder,
-        a frame or a panel. If the workflow's handler is `DataHandlerLP`, features and labels instead of prices.
+    data : path, DataFrame, Arrow table or Panel, optional
+        Prices that replace `qlib_init.provider_uri`: a CSV or Parquet file, a folder of such files, a Qlib data folder,
+        a frame of pandas or Polars, an Arrow table, or a panel (docs/data.md). If the workflow's handler is
+        `DataHandlerLP`, features and labels instead of prices.
     sets : sequence of str
         Changes to the file, for example "task.model.kwargs.n_epochs=5".
     device : str, optional
@@ -130,6 +132,9 @@ def run(
     init_from : path, optional
         A run folder, or a weight file, whose weights the training starts from. Replaces `task.init_from` of the file.
         The manifest records the file and its hash.
+    progress : bool, "auto" or "lines", optional
+        Progress bar or one line per epoch, as the argument of the model. False shows nothing. Replaces the value of the
+        file.
 
     Raises
     ------
@@ -162,11 +167,13 @@ def run(
             shared = ranks.wait_for("run")
             folder: RunFolder = FollowedFolder.open(shared["folder"])
             resumed = folder if shared["resumed"] else None
-            job = prepare(config_path, data, sets, device, shared["seed"], resumed, callbacks, options, init_from)
+            job = prepare(
+                *(config_path, data, sets, device, shared["seed"], resumed, callbacks, options, init_from, progress)
+            )
         else:
             continued = resume if resume is not None else folder_to_continue(output)
             resumed = None if continued is None else _reopen(continued, output, lock, code)
-            job = prepare(config_path, data, sets, device, seed, resumed, callbacks, options, init_from)
+            job = prepare(*(config_path, data, sets, device, seed, resumed, callbacks, options, init_from, progress))
             folder = _create(job, output, lock, code) if resumed is None else resumed
             share_run(ranks, folder, job.seed, resumed=job.resumed)
         job.prepared = prepared

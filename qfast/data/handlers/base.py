@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 
+from qfast.data.arrow_tables import ArrowTable, conversion_hint, is_arrow_table, to_pandas
 from qfast.data.handlers.saved import read_handler, write_handler
-from qfast.data.loaders import LoaderSpec, LoadRequest, StaticDataLoader, build_loader
+from qfast.data.loaders import LoaderSpec, LoadRequest, StaticDataLoader, build_loader, grouped_columns
 from qfast.data.panel import Panel
 from qfast.data.prices import Instruments, PriceSource, StorePath
 from qfast.data.processors import Processor, ProcessorSpec, Workspace, build_processor, run_processors
 from qfast.data.protocols import Columns, Selector
 from qfast.data.rows import restrict_rows, select_rows
 from qfast.data.storage import Storage
+from qfast.data.tables import keyed_frame
 from qfast.dates import DateLike
-from qfast.errors import ConfigError, DataError, shown, suggest
-from qfast.read_options import ReadSettings
+from qfast.errors import ConfigError, DataError, naming_data_page, shown, suggest
+from qfast.read_options import ReadOptions, ReadSettings
 
 if TYPE_CHECKING:
     from qfast.data.handlers.prices import PriceHandler
@@ -71,8 +73,9 @@ class DataHandlerLP:
 
     Parameters
     ----------
-    source : Panel, DataFrame, or mapping of group name to DataFrame
-        Rows indexed (datetime, instrument). Models read the column groups "feature" and "label". Frames are copied.
+    source : Panel, DataFrame, Arrow table, or mapping of group name to DataFrame
+        Rows indexed (datetime, instrument). Models read the column groups "feature" and "label". Frames are copied. A
+        table of Polars, Arrow or DuckDB has the keys as columns, and its labels begin with "label".
     instruments : sequence of str, optional
         Instruments to keep. Default: all. With a `data_loader` also the name of a market.
     start_time, end_time : date-like, optional
@@ -130,7 +133,7 @@ class DataHandlerLP:
 
     def __init__(
         self,
-        source: Panel | pd.DataFrame | Mapping[str, pd.DataFrame] | None = None,
+        source: Panel | pd.DataFrame | Mapping[str, pd.DataFrame] | ArrowTable | None = None,
         *,
         instruments: Instruments = None,
         start_time: DateLike | None = None,
@@ -562,9 +565,12 @@ def one_of(name: str, value: object, allowed: Sequence[str]) -> str:
     return value
 
 
+@naming_data_page()
 def _as_panel(source: object) -> Panel:
     if isinstance(source, Panel):
         return source
+    if is_arrow_table(source):
+        source = grouped_columns(keyed_frame(to_pandas(source), "the table", ReadOptions()))
     if isinstance(source, pd.DataFrame):
         return Panel.from_frame(source)
     if isinstance(source, Mapping):
@@ -575,7 +581,8 @@ def _as_panel(source: object) -> Panel:
                 raise DataError(f"column group {group!r} must be a DataFrame, got {type(frame).__name__}.")
         return Panel.from_frame(pd.concat({g: pd.DataFrame(f) for g, f in source.items()}, axis=1))
     raise DataError(
-        f"source must be a Panel, a DataFrame or a mapping of group to DataFrame, got {type(source).__name__}."
+        "source must be a Panel, a DataFrame, an Arrow table or a mapping of group to DataFrame, got "
+        f"{type(source).__name__}." + conversion_hint(source)
     )
 
 

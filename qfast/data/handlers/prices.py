@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from qfast.data.arrow_tables import without_arrow
 from qfast.data.expression import Field, fields, instruments, parse, reach, walk
 from qfast.data.factor_graph import no_such_field
 from qfast.data.factors import checked_compat, evaluate_all
@@ -98,6 +99,7 @@ class PriceHandler(DataHandlerLP):
         refused: Mapping[str, object] | None = None,  # old name of `unavailable`
     ) -> None:
         """The part of the constructor that all subclasses share, called once the features are known."""
+        data = without_arrow(data)
         if not drop_raw:
             self._arguments = {name: value for name, value in locals().items() if name != "self"}
         self._refuse_unavailable({**(refused or {}), **(unavailable or {})})
