@@ -98,6 +98,12 @@ def test_tables_that_have_to_be_computed_first() -> None:
             read(LazyFrame())
 
 
+def test_a_column_with_dates_is_named() -> None:
+    frame = pd.DataFrame({"who": ["A"], "when": ["2024-01-02"], "close": [1.0]})
+    with pytest.raises(DataError, match=r"no datetime column.* Remedy: rename 'when' to 'date', because it contains"):
+        load_prices(frame)
+
+
 @pytest.mark.parametrize(
     "frame",
     [

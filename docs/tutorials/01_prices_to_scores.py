@@ -71,10 +71,7 @@ for finding in report.findings:
 print("no errors:", report.ok)
 
 # %% [markdown]
-# Read the warnings:
-#
-# - *missing*: the first days lack values, because Alpha360 looks back 60 days. The processors fill them.
-# - *constant*: the column CLOSE0 is today's close divided by itself.
+# Read the warning: the first days lack values, because Alpha360 looks back 60 days. The processors fill them.
 #
 # There is no warning about the *horizon*: the label of a day is a return that ends two days later, and this file leaves
 # two trading days between the segments. Otherwise the last labels of train would be returns of valid.

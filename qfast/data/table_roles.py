@@ -206,7 +206,7 @@ def _date_column(frame: pd.DataFrame, levels: list[str], table: str, stem: str |
     if stem is not None and is_date(stem):
         note(f"{table}: the date of all rows is the file name")
         return frame.assign(date=stem), "date"
-    raise DataError(_no_column("datetime", DATE_NAMES, frame, table) + _wide_hint(frame))
+    raise DataError(_no_column("datetime", DATE_NAMES, frame, table) + _date_hint(frame))
 
 
 def _whole_number_text(value: object) -> str:
@@ -223,9 +223,14 @@ def _no_column(what: str, accepted: tuple[str, ...], frame: pd.DataFrame, table:
     )
 
 
-def _wide_hint(frame: pd.DataFrame) -> str:
+def _date_hint(frame: pd.DataFrame) -> str:
+    """What to do with a table without a date column."""
     if len(frame.columns) == 1:
         return " Remedy: --separator, if the file has another one than the comma."
+    for position, column in enumerate(frame.columns):
+        values = frame.iloc[:, position]
+        if values.dtype.kind == "M" or (values.dtype.kind not in "iufb" and is_date(values.iloc[0])):
+            return f" Remedy: rename {str(column)!r} to 'date', because it contains dates."
     return ""
 
 

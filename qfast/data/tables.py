@@ -412,7 +412,7 @@ def _not_numeric(name: str, values: pd.Series, text: NumberText | None, decimal:
     row = 0 if text is None else int(text.bad_rows(text.numbers(decimal or "."))[0])
     return DataError(
         f"{name}: column {values.name!r} must be numeric, but row {row} is {values.iloc[row]!r} "
-        "(row 0 is the first row below the header). Remedy: --decimal, if the mark is not recognized."
+        "(row 0 is the first row below the header). Remedy: correct or empty the cell, or --decimal if it is a number."
     )
 
 

@@ -267,6 +267,7 @@ def _read_yaml(text: str, file: Path) -> tuple[dict[str, Any], AliasGroups]:
         kind = "empty" if values is None else f"a {type(values).__name__}"
         raise ConfigError(
             f"{file}: a workflow file must be a mapping with the keys {list(TOP_LEVEL[:2])}; this one is {kind}."
+            + (f" Remedy: `qfast new {file}` writes one, if this is a table." if kind == "a str" else "")
         )
     shared: dict[int, list[KeyPath]] = {}
     for path, ident in _node_paths(node, (), ()):

@@ -14,7 +14,7 @@ import pandas as pd
 from qfast.data.panel import Panel
 from qfast.data.sources import load_prices
 from qfast.dates import date_text
-from qfast.errors import ConfigError, some, suggest
+from qfast.errors import DATA_PAGE, ConfigError, some, suggest
 from qfast.files import atomic_write, require_file_target
 from qfast.read_options import ReadOptions, ReadSettings
 
@@ -147,7 +147,7 @@ def new_workflow(
     file : path
         The workflow file. It must not exist yet.
     model : str
-        A key of `MODELS`.
+        A key of `MODELS`, in upper or lower case, with or without "Model".
     read_options : ReadOptions or mapping, optional
         How to read the table. They are written to the file.
 
@@ -172,8 +172,10 @@ def new_workflow(
     ...     "class: Alpha360" in new_workflow(f"{folder}/prices.parquet", f"{folder}/mine.yaml").read_text()
     True
     """
-    if model not in MODELS:
+    by_lower = {name.lower().removesuffix("model"): name for name in MODELS}
+    if model.lower().removesuffix("model") not in by_lower:
         raise ConfigError(f"--model must be one of {sorted(MODELS)}, got {model!r}." + suggest(model, MODELS))
+    model = by_lower[model.lower().removesuffix("model")]
     target = Path(file)
     if target.exists():
         raise ConfigError(f"{str(target)!r} exists and is not replaced. Remedy: another name with --output.")
@@ -183,7 +185,8 @@ def new_workflow(
     if "close" not in columns:
         raise ConfigError(
             f"{os.fspath(table)!r} has no prices in a column 'close', only {some(columns) or 'none'}. Remedy: rename "
-            "the column. For finished factors, docs/workflow.md shows a file with DataHandlerLP."
+            f"the column; {DATA_PAGE} lists the accepted names. For finished factors, docs/workflow.md shows a file "
+            "with DataHandlerLP."
         )
     require_file_target(target, "--output")
     text = _filled(Path(table), target, panel, columns, model, options)

@@ -202,7 +202,10 @@ def _argument_names(factory: Callable[..., Any]) -> tuple[str, ...] | None:
     if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         return named
     options = getattr(factory, "options", None)
-    return None if options is None else tuple(dict.fromkeys((*named, *options)))
+    if options is None:
+        return None
+    internal = {"network", "extra"} - set(registry.parameters(factory))  # subclasses of Estimator set them
+    return tuple(name for name in dict.fromkeys((*named, *options)) if name not in internal)
 
 
 def _argument_problems(

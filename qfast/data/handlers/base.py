@@ -18,7 +18,7 @@ from qfast.data.protocols import Columns, Selector
 from qfast.data.rows import restrict_rows, select_rows
 from qfast.data.storage import Storage
 from qfast.data.tables import keyed_frame
-from qfast.dates import DateLike
+from qfast.dates import DateLike, date_text
 from qfast.errors import ConfigError, DataError, naming_data_page, shown, suggest
 from qfast.read_options import ReadOptions, ReadSettings
 
@@ -411,9 +411,12 @@ class DataHandlerLP:
     def _process(self, raw: Panel, space: Workspace) -> None:
         """Run all stages over `raw`. Blocks that `space` owns may be overwritten."""
         if raw.n_live == 0:
+            prices = getattr(self, "_prices", None)
+            dates = raw.datetimes if prices is None else prices.panel.datetimes
+            span = f"; its dates are {date_text(dates[0])} to {date_text(dates[-1])}" if len(dates) else ""
             raise DataError(
                 f"{type(self).__name__}: the data has no rows with instruments={shown(self.instruments)}, "
-                f"start_time={self.start_time}, end_time={self.end_time}."
+                f"start_time={self.start_time}, end_time={self.end_time}{span}."
             )
         panel = run_processors(raw, self.shared_processors, stage="shared", space=space)
         if self.process_type == self.PTYPE_A:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from qfast.data.handlers.alpha360 import Alpha360
 from qfast.data.handlers.prices import PriceHandler, priced_handler
 from qfast.data.panel import Panel
 from qfast.data.protocols import HandlerDataset
@@ -76,7 +77,9 @@ def check_data(report: CheckReport, dataset: HandlerDataset, seconds: float) -> 
             constant.append(str(name))
     _report_columns(report, columns, missing_of_column)
     _report_days(report, raw, rows, missing_of_row / max(1, len(columns)))
-    if constant:
+    if constant == ["CLOSE0"] and isinstance(priced_handler(handler), Alpha360):
+        report.add("note", "constant", "CLOSE0 contains a single value: it is today's close divided by itself")
+    elif constant:
         report.add("warning", "constant", f"{len(constant)} column(s) contain a single value: {some(constant)}")
     else:
         report.add("ok", "constant", "no column is constant")
