@@ -188,7 +188,7 @@ overflow-wrap:anywhere}
 .wide .heat th,.heat td{padding:.25rem .35rem}
 @media (max-width:800px){.wide .dense th,.dense td{padding:.2rem .25rem;font-size:.76rem}}
 th{font-weight:600} .numbers td{text-align:right;font-variant-numeric:tabular-nums}
-.numbers th{text-align:right} .numbers :first-child{text-align:left}.facts th{white-space:nowrap}
+.numbers th{text-align:right} .numbers tr>:first-child{text-align:left}.facts th{white-space:nowrap}
 .wide{overflow-x:auto} .lead{color:var(--soft)}
 figure{margin:1.2rem 0;background:var(--card);border:1px solid var(--line);border-radius:.6rem;padding:.6rem}
 img{max-width:100%;height:auto;display:block;margin:auto} .columns{display:flex;flex-wrap:wrap;gap:2.5rem}
