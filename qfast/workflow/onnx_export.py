@@ -156,6 +156,7 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.filterwarnings("ignore", "The tensor attributes", UserWarning)  # of torch's recurrent layers
             yield
     finally:
         logger.setLevel(level)
