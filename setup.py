@@ -45,6 +45,8 @@ BF16_SOURCES = [
     "csrc/feed_forward/feed_forward_kernels.cpp",
     "csrc/recurrent/recurrent_kernels.cpp",
     "csrc/recurrent/recurrent_kernels_backward.cpp",
+    "csrc/temporal_conv/temporal_conv_kernels.cpp",
+    "csrc/temporal_conv/temporal_conv_kernels_backward.cpp",
     "csrc/window_conv/window_conv_kernels.cpp",
 ]
 # The compiler decides, as in cpu_dispatch.cpp: the build machine may be another one. Old compilers lack AMX.

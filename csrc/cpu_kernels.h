@@ -32,6 +32,9 @@
   KERNEL(encoder_layer, const EncoderJob<Real>&, int64_t begin, int64_t end, Real* scratch)               \
   KERNEL(encoder_layer_backward, const EncoderJob<Real>&, int64_t begin, int64_t end, Real* scratch,      \
          Real* sums)                                                                                      \
+  KERNEL(temporal_conv_forward, const NetworkJob<Real>&, int64_t begin, int64_t end, Real* scratch)       \
+  KERNEL(temporal_conv_backward, const NetworkJob<Real>&, int64_t begin, int64_t end, Real* scratch,      \
+         Real* sums)                                                                                      \
   KERNEL(window_conv, const WindowConvJob<Real>&, int64_t begin, int64_t end, Real* scratch)              \
   KERNEL(window_conv_backward, const WindowConvJob<Real>&, int64_t begin, int64_t end, Real* scratch,     \
          Real* sums)
@@ -51,10 +54,7 @@
   KERNEL(row_dots, const RowDotsJob<Real>&, int64_t begin, int64_t end)                                 \
   KERNEL(hidden_scores, const ScoresJob<Real>&, int64_t begin, int64_t end)                             \
   KERNEL(hidden_scores_backward, const ScoresBackwardJob<Real>&, int64_t begin, int64_t end)            \
-  KERNEL(temporal_conv_forward, const NetworkJob<Real>&, int64_t begin, int64_t end, Real* scratch)     \
-  KERNEL(temporal_conv_rolling, const RollingJob<Real>&, int64_t begin, int64_t end, Real* scratch)     \
-  KERNEL(temporal_conv_backward, const NetworkJob<Real>&, int64_t begin, int64_t end, Real* scratch,    \
-         Real* sums)
+  KERNEL(temporal_conv_rolling, const RollingJob<Real>&, int64_t begin, int64_t end, Real* scratch)
 
 #define QFAST_OTHER_KERNELS(KERNEL)                                                            \
   KERNEL(resolve_windows, const ResolveJob&, int64_t begin, int64_t end)                       \

@@ -417,6 +417,10 @@ def bench_command(
     threads: Annotated[
         int | None, typer.Option(help="Threads of the last column of the table. Default: all cores. 1: none.")
     ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="Precision of qfast's products: float32, bf16 or bf16-if-available. Default: float32."),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -436,6 +440,7 @@ def bench_command(
         sets=sets or (),
         minutes=minutes,
         threads=threads,
+        precision=precision,
         output=output,
         allow_code=allow_code,
         read_options=read_options,

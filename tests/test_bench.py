@@ -222,6 +222,13 @@ def test_the_command_writes_table_json_and_picture(prices, tmp_path, capsys):
     assert "timing LSTM" in shown.err
 
 
+def test_the_precision_of_the_products(tmp_path):
+    settings = {"minutes": 1e-3, "threads": 1, "output": tmp_path / "b.json"}
+    result = bench_module.bench(None, demo_prices(12, 110), ["TCN"], precision="bf16-if-available", **settings)
+    assert result.models[0].notes == ["precision='bf16-if-available' of qfast; the reference computes in float32"]
+    assert result.models[0].ratio > 0
+
+
 def test_the_model_of_a_workflow(tmp_path, capsys):
     config, data = write_case(tmp_path)
     out = tmp_path / "bench.json"
@@ -254,6 +261,7 @@ def test_a_workflow_with_another_loss_has_no_reference(tmp_path):
         (["--minutes", "0"], "--minutes must be positive"),
         (["--threads", "0"], "--threads at least 1"),
         (["--set", "a=1"], "needs a workflow file"),
+        (["--precision", "bf61"], "precision must be one of float32, bf16, bf16-if-available, got 'bf61'"),
         (["-o", "bench.txt"], "must end in .json"),
         (["-o", "file/bench.json"], "cannot be created"),
         (["absent.yaml"], "absent.yaml"),

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 
-from qfast import _backend
+from qfast import _backend, nn
 from qfast import precision as module
 from qfast.doctor import report
 from qfast.errors import BackendError, CheckpointError, ConfigError
@@ -19,7 +19,6 @@ from qfast.workflow.run import run
 from qfast.workflow.saved_run import load
 from support.bf16 import needs_bf16
 from support.fits import (
-    ESTIMATORS,
     StopAt,
     dataset_for,
     parametrize_estimators,
@@ -29,8 +28,7 @@ from support.fits import (
 )
 from support.workflows import write_case
 
-WITH_BF16 = [kind for kind in ESTIMATORS if not issubclass(kind, TCN | ts.TCN)]
-ONE_OF_EACH = [LSTM, ts.GRU, ts.ALSTM, GATs, ts.TransformerModel, LocalformerModel]
+ONE_OF_EACH = [LSTM, ts.GRU, ts.ALSTM, GATs, TCN, ts.TransformerModel, LocalformerModel]
 
 
 @pytest.fixture
@@ -45,7 +43,7 @@ def network_precision(model) -> set[str]:
 
 # ---------------------------------------------------------------- training
 @needs_bf16
-@parametrize_estimators(WITH_BF16)
+@parametrize_estimators()
 def test_products_are_rounded_and_everything_else_is_float32(kind):
     dataset = dataset_for(kind)
     model, reference = (small_model(kind, precision=name, n_epochs=2).fit(dataset) for name in ("bf16", "float32"))
@@ -57,16 +55,6 @@ def test_products_are_rounded_and_everything_else_is_float32(kind):
     ours, theirs = model.predict(dataset), reference.predict(dataset)
     assert ours.dtype == "float32"
     assert ours.corr(theirs) > 0.8
-
-
-@needs_bf16
-@parametrize_estimators([TCN, ts.TCN])
-def test_tcn_computes_in_float32(kind, caplog):
-    dataset = dataset_for(kind)
-    with caplog.at_level(logging.WARNING, "qfast"):
-        model = small_model(kind, precision="bf16", n_epochs=1).fit(dataset)
-    assert "TCN computes in float32: its operator has no products of bfloat16" in caplog.text
-    assert same_weights(weights(model), weights(small_model(kind, n_epochs=1).fit(dataset)))
 
 
 @needs_bf16
@@ -103,6 +91,49 @@ def test_changes_of_the_argument_take_effect():
     replaced = small_model(LSTM, precision="bf16", n_epochs=1).fit(dataset)
     replaced.network = model.network  # created for float32
     assert replaced.predict(dataset).equals(rounded)
+
+
+# ---------------------------------------------------------------- networks
+NETWORKS = {
+    "LSTMModel": lambda **k: nn.LSTMModel(5, 19, **k),
+    "GRUModel": lambda **k: nn.GRUModel(5, 19, **k),
+    "ALSTMModel": lambda **k: nn.ALSTMModel(5, 19, **k),
+    "GATModel": lambda **k: nn.GATModel(5, 19, **k),
+    "TCNModel": lambda **k: nn.TCNModel(5, 1, [19, 8], 3, 0.0, **k),
+    "TemporalConvNet": lambda **k: nn.TemporalConvNet(5, [19, 8], 3, 0.0, **k),
+    "TemporalBlock": lambda **k: nn.TemporalBlock(5, 19, 3, 1, 0.0, **k),
+    "Transformer": lambda **k: nn.Transformer(5, 8, 2, 1, 0.0, **k),
+    "Localformer": lambda **k: nn.Localformer(5, 8, 2, 1, 0.0, **k),
+}
+
+
+@needs_bf16
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_accept_the_precision(name):
+    x = torch.randn(20, 9, 5, generator=torch.Generator().manual_seed(0))
+    x = x.transpose(1, 2) if name.startswith("T") and name != "Transformer" else x
+    outputs = []
+    for settings in ({}, {"precision": "bf16"}, {"precision": "bf16-if-available"}):
+        torch.manual_seed(0)
+        network = NETWORKS[name](**settings)
+        assert network.precision == settings.get("precision", "float32")
+        assert not [key for key in network.state_dict() if "precision" in key]
+        outputs.append(network(x).detach())
+    assert torch.equal(outputs[1], outputs[2])
+    assert not torch.equal(outputs[0], outputs[1])
+    assert float((outputs[0] - outputs[1]).norm()) < 0.02 * float(outputs[0].norm())
+    copy = pickle.loads(pickle.dumps(network))
+    assert torch.equal(copy(x).detach(), outputs[1])
+    plain = network.to_reference()(x).detach()  # torch's layers compute in float32
+    assert float((plain - outputs[0]).norm()) < 1e-5 * float(outputs[0].norm())
+    network.precision = "float32"
+    assert torch.equal(network(x).detach(), outputs[0])
+
+
+def test_networks_refuse_an_unknown_precision():
+    for build in NETWORKS.values():
+        with pytest.raises(ConfigError, match="precision must be one of float32, bf16, bf16-if-available, got 'bf61'"):
+            build(precision="bf61")
 
 
 # ---------------------------------------------------------------- errors

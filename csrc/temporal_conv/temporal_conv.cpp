@@ -6,6 +6,7 @@
 #include <tuple>
 #include <utility>
 
+#include "cpu_bf16.h"
 #include "cpu_workers.h"
 #include "temporal_conv/temporal_conv_pack.h"
 #include "temporal_conv/temporal_conv_pack_rolling.h"
@@ -33,11 +34,13 @@ void run_tiles(void (*kernel)(const Job&, int64_t, int64_t, Element*), const Job
 std::tuple<Tensor, Tensor, Tensor> temporal_conv_net_cpu(const Tensor& x, std::vector<Tensor> weights,
                                                          std::vector<int64_t> dilations, double dropout,
                                                          std::optional<Tensor> seed, bool all_steps,
-                                                         bool keep) {
+                                                         bool keep, int64_t precision) {
+  const char* op = "temporal_conv_net";
   Tensor output, activations, signs;
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);
-    Network<Element> network("temporal_conv_net", x, weights, dilations, dropout, seed, all_steps);
+    const auto kernel = product_kernels<Element>(op, precision).temporal_conv_forward;
+    Network<Element> network(op, x, weights, dilations, dropout, seed, all_steps, keep, precision == kBf16);
     auto& job = network.job;
     const int64_t batch = job.batch, saved_rows = keep ? batch : 0,
                   channels = network.tensors.back().channels;
@@ -49,29 +52,29 @@ std::tuple<Tensor, Tensor, Tensor> temporal_conv_net_cpu(const Tensor& x, std::v
       job.activations = activations.mutable_data_ptr<Element>();
       job.signs = signs.mutable_data_ptr<unsigned char>();
     }
-    if (!keep && !all_steps && !job.dropout.active && RollingNetwork<Element>::applies(network, x)) {
+    if (network.shares_rows) {
       RollingNetwork<Element> rolling(network);
       run_tiles(cpu_kernels<Element>().temporal_conv_rolling, rolling.job, rolling.chunks(),
                 rolling.scratch_elements, x);
     } else {
       network.prepare_forward(keep);
-      run_tiles(cpu_kernels<Element>().temporal_conv_forward, job, network.tiles(), network.scratch_elements,
-                x);
+      run_tiles(kernel, job, network.tiles(), network.scratch_elements, x);
     }
   });
   return {output, activations, signs};
 }
 
 // ---------------------------------------------------------------- backward
-// Returns the gradient of a weight [channel, feature, tap] from the sums [tap][feature][channel].
+// Returns the gradient of the weight `like` [channel, feature, tap] from the sums [tap][feature][channel],
+// which may be padded.
 template <class Element>
-Tensor weight_gradient(const Tensor& like, const Element* sums, int64_t kernel, int64_t features,
-                       int64_t channels) {
+Tensor weight_gradient(const Tensor& like, const Element* sums, int64_t sum_features, int64_t sum_channels) {
+  const int64_t channels = like.size(0), features = like.size(1), kernel = like.size(2);
   Tensor out = empty(like, {channels, features, kernel});
   Element* const to = out.mutable_data_ptr<Element>();
   for (int64_t feature = 0; feature < features; ++feature)
     for (int64_t tap = 0; tap < kernel; ++tap) {
-      const Element* const from = sums + (tap * features + feature) * channels;
+      const Element* const from = sums + (tap * sum_features + feature) * sum_channels;
       for (int64_t c = 0; c < channels; ++c) to[(c * features + feature) * kernel + tap] = from[c];
     }
   return out;
@@ -90,23 +93,21 @@ std::vector<Tensor> weight_gradients(const Network<Element>& network, const Elem
   for (std::size_t i = 0; i < network.tensors.size(); ++i) {
     const BlockTensors& block = network.tensors[i];
     const BlockJob<Element>& at = network.job.blocks[i];
-    const Tensor& like = block.first_weight;
-    grads.push_back(weight_gradient(like, sums + at.first_sum, block.kernel, block.features, block.channels));
-    grads.push_back(bias_gradient(like, sums + at.first_bias_sum, block.channels));
-    grads.push_back(
-        weight_gradient(like, sums + at.second_sum, block.kernel, block.channels, block.channels));
-    grads.push_back(bias_gradient(like, sums + at.second_bias_sum, block.channels));
-    if (at.downsample) {
-      grads.push_back(weight_gradient(like, sums + at.residual_sum, 1, block.features, block.channels));
-      grads.push_back(bias_gradient(like, sums + at.residual_bias_sum, block.channels));
-    }
+    const auto add = [&](const Tensor& weight, int64_t sum, int64_t features, int64_t bias_sum) {
+      grads.push_back(weight_gradient(weight, sums + sum, features, at.sum_channels));
+      grads.push_back(bias_gradient(weight, sums + bias_sum, block.channels));
+    };
+    add(block.first_weight, at.first_sum, at.sum_features, at.first_bias_sum);
+    add(block.second_weight, at.second_sum, at.sum_channels, at.second_bias_sum);
+    if (at.downsample) add(*block.residual_weight, at.residual_sum, at.sum_features, at.residual_bias_sum);
   }
   return grads;
 }
 
 template <class Element>
-std::vector<Tensor> run_backward(Network<Element>& network, const Tensor& like) {
-  const auto kernel = cpu_kernels<Element>().temporal_conv_backward;
+std::vector<Tensor> run_backward(Network<Element>& network, const Tensor& like, int64_t precision) {
+  const auto kernel =
+      product_kernels<Element>("temporal_conv_net_backward", precision).temporal_conv_backward;
   const Buffer<Element> sums =
       sum_in_parts<Element>(like, network.tiles(), {network.scratch_elements}, network.sum_elements,
                             [&](int64_t begin, int64_t end, Element* scratch, Element* part) {
@@ -118,13 +119,13 @@ std::vector<Tensor> run_backward(Network<Element>& network, const Tensor& like) 
 std::tuple<Tensor, std::vector<Tensor>> temporal_conv_net_backward_cpu(
     const Tensor& grad, const Tensor& x, std::vector<Tensor> weights, std::vector<int64_t> dilations,
     double dropout, std::optional<Tensor> seed, bool all_steps, const Tensor& output,
-    const Tensor& activations, const Tensor& signs, bool input_grad) {
+    const Tensor& activations, const Tensor& signs, bool input_grad, int64_t precision) {
   const char* op = "temporal_conv_net_backward";
   Tensor grad_x = empty(x, {input_grad ? x.size(0) : 0, x.size(1), x.size(2)});
   std::vector<Tensor> grads;
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);
-    Network<Element> network(op, x, weights, dilations, dropout, seed, all_steps);
+    Network<Element> network(op, x, weights, dilations, dropout, seed, all_steps, true, precision == kBf16);
     network.prepare_backward(input_grad);
     auto& job = network.job;
     const int64_t channels = network.tensors.back().channels;
@@ -146,7 +147,7 @@ std::tuple<Tensor, std::vector<Tensor>> temporal_conv_net_backward_cpu(
     job.activations = states.mutable_data_ptr<Element>();
     job.signs = sign_bits.mutable_data_ptr<unsigned char>();
     if (input_grad) job.grad_x = {grad_x.mutable_data_ptr<Element>(), x.size(2), x.size(1) * x.size(2), 1};
-    grads = run_backward(network, x);
+    grads = run_backward(network, x, precision);
   });
   return {grad_x, grads};
 }

@@ -89,7 +89,7 @@ NetworkData<T> network_data(const char* op, const Tensor& x, const std::vector<B
 std::tuple<Tensor, Tensor, Tensor> temporal_conv_net_cuda(const Tensor& x, std::vector<Tensor> weights,
                                                           std::vector<int64_t> dilations, double dropout,
                                                           std::optional<Tensor> seed, bool all_steps,
-                                                          bool keep) {
+                                                          bool keep, int64_t /*precision*/) {
   const char* op = "temporal_conv_net";
   check_cuda(op, "x", x);
   CudaDevice device(x);
@@ -141,7 +141,7 @@ std::vector<Tensor> weight_gradients(const std::vector<BlockTensors>& tensors,
 std::tuple<Tensor, std::vector<Tensor>> temporal_conv_net_backward_cuda(
     const Tensor& grad, const Tensor& x, std::vector<Tensor> weights, std::vector<int64_t> dilations,
     double dropout, std::optional<Tensor> seed, bool all_steps, const Tensor& output,
-    const Tensor& activations, const Tensor& signs, bool input_grad) {
+    const Tensor& activations, const Tensor& signs, bool input_grad, int64_t /*precision*/) {
   const char* op = "temporal_conv_net_backward";
   check_cuda(op, "x", x);
   CudaDevice device(x);

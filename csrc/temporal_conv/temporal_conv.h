@@ -68,8 +68,12 @@ struct BlockJob {
   const Element *first_turned, *second_turned, *residual_turned;
   // Offsets in the saved activations and signs, in elements or bytes per row.
   int64_t between_at, output_at, signs_at;
-  // Offsets of the gradients in the sums of a chunk. Weights are [tap][row][channel].
+  // Offsets of the gradients in the sums of a chunk. Weights are [tap][row][channel], with this many rows and
+  // channels. Products of bfloat16 pad both.
   int64_t first_sum, first_bias_sum, second_sum, second_bias_sum, residual_sum, residual_bias_sum;
+  int64_t sum_features, sum_channels;
+  // Products of bfloat16 only: offsets of the weights in the scratch.
+  int64_t first_tiles, second_tiles, residual_tiles;
 };
 
 template <class Element>
@@ -88,6 +92,10 @@ struct NetworkJob {
   Activation<const Element> grad;  // gradient of the output
   Activation<Element> grad_x;      // data is null if it is not requested
   int64_t widest_elements;         // elements of one row of the largest gradient
+  // Products of bfloat16 only: offsets of their operands in the scratch (temporal_conv_kernels_amx.h).
+  int64_t inputs_at[2], between_operands_at;          // forward
+  int64_t of_second_at, of_first_at, of_sum_at;       // backward
+  int64_t transposed_at, columns_at, sum_columns_at;  // backward, gradients of weights
 };
 
 // Positions of the output of one convolution that consecutive windows share. If the zeros before a window

@@ -4,6 +4,9 @@
 #include "cpu_isa_begin.h"
 
 #include "temporal_conv/temporal_conv_kernels_backward.h"
+#if defined(QFAST_AMX)
+#include "temporal_conv/temporal_conv_kernels_backward_amx.h"
+#endif
 
 QFAST_BOTH_TYPES(temporal_conv_backward)
 

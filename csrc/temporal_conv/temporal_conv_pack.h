@@ -13,6 +13,7 @@
 #include "cpu_dispatch.h"
 #include "dropout_checks.h"
 #include "temporal_conv/temporal_conv.h"
+#include "temporal_conv/temporal_conv_pack_tiles.h"
 
 namespace qfast {
 
@@ -21,7 +22,8 @@ constexpr int64_t kRowsStep = 12;  // a multiple of this many rows fills the reg
 constexpr int64_t kMostRows = 48;
 // Size limit of the activations of a block of a tile, for a cache of 1 MB.
 constexpr int64_t kTileBytes = 384 << 10;
-constexpr int64_t kFewestTiles = 8;  // if there are enough rows, so several threads have work
+constexpr int64_t kFewestWindows = 8;  // with fewer consecutive windows sharing does not pay
+constexpr int64_t kFewestTiles = 8;    // if there are enough rows, so several threads have work
 
 // The tensors and sizes of one block.
 struct BlockTensors {
@@ -29,9 +31,6 @@ struct BlockTensors {
   std::optional<Tensor> residual_weight, residual_bias;
   int64_t features, channels, kernel;
   std::optional<Tensor> first_gain, second_gain;  // if the weights are normalized; CUDA only
-
-  int64_t first_elements() const { return kernel * features * channels; }
-  int64_t second_elements() const { return kernel * channels * channels; }
 };
 
 inline void check_weight(const char* op, const char* name, int64_t block, const Tensor& tensor,
@@ -113,7 +112,7 @@ class Network {
  public:
   Network(const char* op, const Tensor& x, const std::vector<Tensor>& weights,
           const std::vector<int64_t>& dilations, double dropout, const std::optional<Tensor>& seed,
-          bool all_steps)
+          bool all_steps, bool keep, bool bf16)
       : tensors(cut_blocks(op, x, weights, dilations)) {
     QFAST_CHECK(!tensors[0].first_gain, op,
                 ": weights: expected normalized weights without gains on the CPU, got ", weights.size(),
@@ -124,6 +123,8 @@ class Network {
     job.batch = x.size(0);
     job.x = {x.const_data_ptr<Element>(), x.stride(1), x.stride(0), x.stride(2)};
     job.dropout = dropout_rule(op, dropout, seed);
+    shares_rows = !keep && !all_steps && !job.dropout.active && are_consecutive(x);
+    with_tiles_ = bf16 && !shares_rows;
     for (std::size_t i = 0; i < tensors.size(); ++i) add_block(i);
     job.tile_rows = tile_rows();
     for (BlockJob<Element>& block : blocks_) {
@@ -167,6 +168,7 @@ class Network {
     }
     job.slot_elements = rounded_up(2 * std::max(job.tile_rows, kMostRows) * widest_panel, kPanelPadding);
     scratch_elements = job.slot_elements + (keep ? 0 : (between + 2 * output) * job.tile_rows);
+    if (with_tiles_) place_forward_tiles(job, blocks_, scratch_elements);
   }
 
   void prepare_backward(bool input_grad) {
@@ -184,7 +186,8 @@ class Network {
       job.widest_elements = std::max({job.widest_elements, inputs, block.first.slots * block.channels,
                                       block.second.slots * block.channels});
     }
-    scratch_elements = 4 * (job.widest_elements * job.tile_rows + kPanelPadding);
+    scratch_elements = (with_tiles_ ? 2 : 4) * (job.widest_elements * job.tile_rows + kPanelPadding);
+    if (with_tiles_) place_backward_tiles(job, blocks_, scratch_elements);
   }
 
   int64_t tiles() const { return job.batch == 0 ? 0 : (job.batch + job.tile_rows - 1) / job.tile_rows; }
@@ -224,10 +227,20 @@ class Network {
   std::vector<BlockTensors> tensors;
   std::vector<BlockPlan> plans;
   NetworkJob<Element> job{};
+  // Whether the windows are consecutive and no gradient is requested. The kernel for such windows computes in
+  // float32 (temporal_conv_pack_rolling.h).
+  bool shares_rows = false;
   int64_t scratch_elements = 0;  // elements of scratch of one worker
   int64_t sum_elements = 0;      // elements of the gradient sums of all weights
 
  private:
+  // Returns whether the windows of x are consecutive, and numerous and long enough to share values.
+  bool are_consecutive(const Tensor& x) const {
+    const BlockPlan& first = plans.front();
+    return x.stride(0) == x.stride(1) && x.stride(0) != 0 && x.size(0) >= kFewestWindows &&
+           x.size(1) > (first.kernel - 1) * first.dilation;
+  }
+
   static Panels panels_of(int64_t columns) {
     const int64_t bytes = cpu_kernels().vector_bytes, lanes = bytes / static_cast<int64_t>(sizeof(Element));
     const int64_t most = bytes == 64 ? 4 : 2;
@@ -298,18 +311,21 @@ class Network {
       sum_elements += elements;
       return place;
     };
-    block.first_sum = sum(tensors_of_block.first_elements());
-    block.first_bias_sum = sum(tensors_of_block.channels);
-    block.second_sum = sum(tensors_of_block.second_elements());
-    block.second_bias_sum = sum(tensors_of_block.channels);
-    block.residual_sum = sum(block.downsample ? tensors_of_block.features * tensors_of_block.channels : 0);
-    block.residual_bias_sum = sum(block.downsample ? tensors_of_block.channels : 0);
+    block.sum_features = with_tiles_ ? rounded_up(block.features, kTileSide) : block.features;
+    block.sum_channels = with_tiles_ ? rounded_up(block.channels, kTileSide) : block.channels;
+    block.first_sum = sum(block.kernel * block.sum_features * block.sum_channels);
+    block.second_sum = sum(block.kernel * block.sum_channels * block.sum_channels);
+    block.residual_sum = sum(block.downsample ? block.sum_features * block.sum_channels : 0);
+    block.first_bias_sum = sum(block.sum_channels);
+    block.second_bias_sum = sum(block.sum_channels);
+    block.residual_bias_sum = sum(block.downsample ? block.sum_channels : 0);
     blocks_.push_back(block);
   }
 
   // Returns the rows of a tile. They depend on the shapes only, because they determine the order of the
   // gradient sums.
   int64_t tile_rows() const {
+    if (with_tiles_) return kTileDepth;
     int64_t widest = 1;
     for (const BlockJob<Element>& block : blocks_)
       widest = std::max(widest, (block.first.slots + block.second.slots) * block.channels);
@@ -363,6 +379,7 @@ class Network {
     return out;
   }
 
+  bool with_tiles_ = false;  // products of bfloat16
   std::vector<BlockJob<Element>> blocks_;
   std::vector<std::vector<int32_t>> numbers_;
   std::vector<std::vector<Tap>> taps_;

@@ -10,18 +10,10 @@ namespace qfast {
 
 // Windows that share rows. The rows before the first window are computed again for every chunk.
 constexpr int64_t kChunkRows = 256;
-constexpr int64_t kFewestWindows = 8;  // with fewer windows sharing does not pay
 
 template <class Element>
 class RollingNetwork {
  public:
-  // Returns whether the windows of x are consecutive, and numerous and long enough to share values.
-  static bool applies(const Network<Element>& network, const Tensor& x) {
-    const BlockPlan& first = network.plans.front();
-    return x.stride(0) == x.stride(1) && x.stride(0) != 0 && x.size(0) >= kFewestWindows &&
-           x.size(1) > (first.kernel - 1) * first.dilation;
-  }
-
   explicit RollingNetwork(Network<Element>& network) : network_(network) {
     network.prepare_forward(false);
     std::vector<BlockJob<Element>>& blocks = network.blocks();

@@ -16,6 +16,7 @@ from qfast.benchmarks.report import BenchResult
 from qfast.benchmarks.trust import Watch
 from qfast.errors import ConfigError
 from qfast.files import require_file_target
+from qfast.precision import available_products
 from qfast.read_options import ReadOptions, ReadSettings
 from qfast.workflow.dataset import DataInput
 from qfast.workflow.user_code import AllowCode
@@ -31,6 +32,7 @@ def bench(
     sets: Sequence[str] = (),
     minutes: float = 3.0,
     threads: int | None = None,
+    precision: str | None = None,
     output: str | os.PathLike[str] | None = None,
     allow_code: AllowCode = None,
     read_options: ReadSettings = None,
@@ -54,6 +56,9 @@ def bench(
         times.
     threads : int, optional
         Threads of the second figure of qfast. Default: torch.get_num_threads(). 1: none.
+    precision : {"float32", "bf16", "bf16-if-available"}, optional
+        Precision of qfast's products (docs/precision.md). Default: that of the workflow, or float32. The reference
+        computes in float32.
     output : path, optional
         The JSON file. The picture is written next to it, as .png. Default: bench-<UTC time>.json.
     allow_code, read_options
@@ -70,6 +75,8 @@ def bench(
     ------
     ConfigError, DataError
         Wrong arguments, or data that cannot be read or has too few samples.
+    BackendError
+        precision is "bf16" and the CPU lacks the instructions.
 
     Examples
     --------
@@ -84,6 +91,8 @@ def bench(
     count = torch.get_num_threads() if threads is None else threads
     if not 0 < minutes < float("inf") or count < 1:
         raise ConfigError(f"--minutes must be positive and --threads at least 1, got {minutes} and {threads}.")
+    if precision is not None:
+        available_products(precision, torch.device("cpu"))  # raises before the data is read
     target, picture = _targets(output)
     options = ReadOptions.of(read_options)
     if config is None:
@@ -97,6 +106,8 @@ def bench(
     watch.probe()
     results = []
     for name, estimator in subject.estimators.items():
+        if precision is not None:
+            setattr(estimator, "precision", precision)  # noqa: B010 - mypy does not know the attributes of arguments
         if notify is not None:
             notify(f"timing {name}")
         results.append(measure(name, estimator, subject.dataset, 60 * minutes / len(subject.estimators), watch, count))

@@ -124,6 +124,9 @@ def measure(
     train_score = estimator.get_params().get("train_score", "pass")
     if train_score != "pass":
         times.notes.append(f"train_score={train_score!r}: only the reference scores the training segment")
+    precision = estimator.get_params().get("precision", "float32")
+    if precision != "float32":
+        times.notes.append(f"precision={precision!r} of qfast; the reference computes in float32")
     segments = _segments(estimator, dataset, times)
     with _threads(1):
         sample, reference, round_s = _pilot(estimator, segments, times)

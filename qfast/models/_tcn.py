@@ -29,7 +29,6 @@ class TemporalConvEstimator(Estimator):
     """Estimator with the arguments of Qlib's flat TCN, in Qlib's order."""
 
     network_class = TCNModel
-    multiplies_bf16: ClassVar[bool] = False
 
     def __init__(
         self,

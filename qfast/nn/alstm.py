@@ -44,11 +44,14 @@ class ALSTMModel(Recurrent):
         Probability of dropout between the recurrent layers and inside the attention, in training only.
     rnn_type : str
         "GRU", "LSTM" or "RNN" in upper or lower case. torch's own layer computes "RNN".
+    precision
+        As in `LSTMModel`.
 
     Raises
     ------
     ConfigError
-        If a size is not an integer of at least 1, dropout is outside [0, 1], or rnn_type is unknown.
+        If a size is not an integer of at least 1, dropout is outside [0, 1], or rnn_type or precision is
+        unknown.
 
     Notes
     -----
@@ -71,13 +74,15 @@ class ALSTMModel(Recurrent):
         num_layers: int = 2,
         dropout: float = 0.0,
         rnn_type: str = "GRU",
+        *,
+        precision: str = "float32",
     ) -> None:
         if not isinstance(rnn_type, str) or rnn_type.upper() not in RNN_TYPES:
             raise ConfigError(
                 f"rnn_type must be one of {sorted(RNN_TYPES)}, got {rnn_type!r}."
                 + suggest(str(rnn_type).upper(), RNN_TYPES)
             )
-        super().__init__(RNN_TYPES[rnn_type.upper()], d_feat, hidden_size, num_layers, dropout)
+        super().__init__(RNN_TYPES[rnn_type.upper()], d_feat, hidden_size, num_layers, dropout, precision=precision)
         self.rnn_type = rnn_type
         self.fc_out = nn.Linear(2 * hidden_size, 1)
         self.att_net = nn.Sequential()

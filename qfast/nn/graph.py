@@ -35,11 +35,14 @@ class GATModel(Recurrent):
         F, H, L and the probability of dropout between recurrent layers, as in `LSTMModel`.
     base_model : str
         "GRU" or "LSTM".
+    precision
+        As in `LSTMModel`.
 
     Raises
     ------
     ConfigError
-        If a size is not an integer of at least 1, dropout is outside [0, 1], or base_model is unknown.
+        If a size is not an integer of at least 1, dropout is outside [0, 1], or base_model or precision is
+        unknown.
 
     Notes
     -----
@@ -63,13 +66,15 @@ class GATModel(Recurrent):
         num_layers: int = 2,
         dropout: float = 0.0,
         base_model: str = "GRU",
+        *,
+        precision: str = "float32",
     ) -> None:
         if not isinstance(base_model, str) or base_model not in BASES:
             raise ConfigError(
                 f"base_model must be one of {sorted(BASES)}, got {base_model!r}."
                 + suggest(str(base_model).upper(), BASES)
             )
-        super().__init__(BASES[base_model], d_feat, hidden_size, num_layers, dropout)
+        super().__init__(BASES[base_model], d_feat, hidden_size, num_layers, dropout, precision=precision)
         self.base_model = base_model
         self.transformation = nn.Linear(hidden_size, hidden_size)
         self.a = nn.Parameter(torch.randn(2 * hidden_size, 1))

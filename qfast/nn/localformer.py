@@ -67,7 +67,7 @@ class Localformer(HasRecurrentLayer, WindowEncoder):
 
     Parameters
     ----------
-    d_feat, d_model, nhead, num_layers, dropout, device
+    d_feat, d_model, nhead, num_layers, dropout, device, precision
         As in `Transformer`. The GRU also has num_layers layers.
 
     Raises
@@ -93,8 +93,10 @@ class Localformer(HasRecurrentLayer, WindowEncoder):
         num_layers: int = 2,
         dropout: float = 0.5,
         device: torch.device | str | int | None = None,
+        *,
+        precision: str = "float32",
     ) -> None:
-        super().__init__(d_feat, d_model, nhead, num_layers, dropout, device)
+        super().__init__(d_feat, d_model, nhead, num_layers, dropout, device, precision)
 
     def _add_first(self, d_model: int, num_layers: int, dropout: float) -> None:
         # torch warns about dropout in a single recurrent layer, where it has no effect.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qfast import _backend
 from qfast.errors import DataError
 from qfast.ops import transforms
+from qfast.precision import check_products
 
 __all__ = ["PlainTorch", "check_dtype", "has_hooks"]
 
@@ -18,12 +19,27 @@ Network = TypeVar("Network", bound="PlainTorch")
 
 
 class PlainTorch(nn.Module):
-    """Base class of every network in qfast.nn: `to_reference` returns a copy that uses torch's operations only."""
+    """Base class of every network in qfast.nn: `to_reference` returns a copy that uses torch's operations only.
+
+    Parameters
+    ----------
+    precision : {"float32", "bf16", "bf16-if-available"}
+        Precision of the operators' products on a CPU (docs/precision.md).
+
+    Raises
+    ------
+    ConfigError
+        precision is unknown.
+    """
 
     _plain_torch = False
-    precision: str = "float32"
+    precision = "float32"
     """Precision of the operators' products on a CPU: "float32", "bf16" or "bf16-if-available" (docs/precision.md).
-    torch's own layers compute in float32."""
+    torch's own layers compute in float32. An attribute, so it is not part of the state dict."""
+
+    def __init__(self, precision: str = "float32") -> None:
+        super().__init__()
+        self.precision = check_products(precision)
 
     def to_reference(self: Network) -> Network:
         """Return a copy that computes with torch's own layers and operations, as Qlib does, at torch's speed.

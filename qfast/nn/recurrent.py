@@ -82,17 +82,26 @@ class Recurrent(HasRecurrentLayer):
         F, H and L.
     dropout : float
         Probability of dropout between the recurrent layers, in training only.
+    precision : {"float32", "bf16", "bf16-if-available"}
+        Precision of the operators' products on a CPU (docs/precision.md). It is not part of the state dict.
 
     Raises
     ------
     ConfigError
-        If a size is not an integer of at least 1, or dropout is outside [0, 1].
+        If a size is not an integer of at least 1, dropout is outside [0, 1], or precision is unknown.
     """
 
     def __init__(
-        self, kind: type[_RecurrentModel], d_feat: int, hidden_size: int, num_layers: int, dropout: float
+        self,
+        kind: type[_RecurrentModel],
+        d_feat: int,
+        hidden_size: int,
+        num_layers: int,
+        dropout: float,
+        *,
+        precision: str = "float32",
     ) -> None:
-        super().__init__()
+        super().__init__(precision)
         d_feat = whole_number("d_feat", d_feat)
         hidden_size = whole_number("hidden_size", hidden_size)
         num_layers = whole_number("num_layers", num_layers)
@@ -162,8 +171,16 @@ class _RecurrentModel(Recurrent):
     layer: ClassVar[type[nn.LSTM] | type[nn.GRU]]
     operator: ClassVar[Callable[..., tuple[Tensor, Tensor | tuple[Tensor, Tensor]]]]
 
-    def __init__(self, d_feat: int = 6, hidden_size: int = 64, num_layers: int = 2, dropout: float = 0.0) -> None:
-        super().__init__(type(self), d_feat, hidden_size, num_layers, dropout)
+    def __init__(
+        self,
+        d_feat: int = 6,
+        hidden_size: int = 64,
+        num_layers: int = 2,
+        dropout: float = 0.0,
+        *,
+        precision: str = "float32",
+    ) -> None:
+        super().__init__(type(self), d_feat, hidden_size, num_layers, dropout, precision=precision)
         self.fc_out = nn.Linear(hidden_size, 1)
 
     def _kind(self) -> type[_RecurrentModel]:
@@ -184,11 +201,13 @@ class LSTMModel(_RecurrentModel):
         F, H and L.
     dropout : float
         Probability of dropout between the layers, in training only.
+    precision : {"float32", "bf16", "bf16-if-available"}
+        Precision of the operators' products on a CPU (docs/precision.md). It is not part of the state dict.
 
     Raises
     ------
     ConfigError
-        If a size is not an integer of at least 1, or dropout is outside [0, 1].
+        If a size is not an integer of at least 1, dropout is outside [0, 1], or precision is unknown.
 
     Notes
     -----

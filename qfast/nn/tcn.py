@@ -101,11 +101,13 @@ class TemporalBlock(PlainTorch):
     kernel_size, dilation : int
     dropout : float
         Probability of dropout of the output of both convolutions, in training only.
+    precision : {"float32", "bf16", "bf16-if-available"}
+        Precision of the operators' products on a CPU (docs/precision.md). It is not part of the state dict.
 
     Raises
     ------
     ConfigError
-        If a size is not an integer of at least 1, or dropout is outside [0, 1].
+        If a size is not an integer of at least 1, dropout is outside [0, 1], or precision is unknown.
 
     Notes
     -----
@@ -122,9 +124,16 @@ class TemporalBlock(PlainTorch):
     """
 
     def __init__(
-        self, n_inputs: int, n_outputs: int, kernel_size: int, dilation: int = 1, dropout: float = 0.2
+        self,
+        n_inputs: int,
+        n_outputs: int,
+        kernel_size: int,
+        dilation: int = 1,
+        dropout: float = 0.2,
+        *,
+        precision: str = "float32",
     ) -> None:
-        super().__init__()
+        super().__init__(precision)
         sizes = {"n_inputs": n_inputs, "n_outputs": n_outputs, "kernel_size": kernel_size, "dilation": dilation}
         for name, value in sizes.items():
             whole_number(name, value)
@@ -180,7 +189,14 @@ class TemporalBlock(PlainTorch):
         """Compute `forward` with qfast's operator."""
         dropout = self.dropout1
         weights = self.block_weights()
-        return temporal_block(x, weights, dilation=self.dilation, dropout=dropout.p, training=dropout.training)
+        return temporal_block(
+            x,
+            weights,
+            dilation=self.dilation,
+            dropout=dropout.p,
+            training=dropout.training,
+            precision=self.precision,
+        )
 
     def block_weights(self) -> BlockWeights:
         """Return the parameters in the form that `qfast.ops.temporal_conv_net` accepts."""
@@ -225,12 +241,14 @@ class TemporalConvNet(PlainTorch):
     kernel_size : int
     dropout : float
         Probability of dropout of the output of every convolution, in training only.
+    precision : {"float32", "bf16", "bf16-if-available"}
+        Precision of the operators' products on a CPU (docs/precision.md). It is not part of the state dict.
 
     Raises
     ------
     ConfigError
-        If num_channels is empty or not a sequence, a size is not an integer of at least 1, or dropout is outside
-        [0, 1].
+        If num_channels is empty or not a sequence, a size is not an integer of at least 1, dropout is outside [0, 1],
+        or precision is unknown.
 
     Examples
     --------
@@ -239,9 +257,15 @@ class TemporalConvNet(PlainTorch):
     """
 
     def __init__(
-        self, num_inputs: int, num_channels: Sequence[int], kernel_size: int = 2, dropout: float = 0.2
+        self,
+        num_inputs: int,
+        num_channels: Sequence[int],
+        kernel_size: int = 2,
+        dropout: float = 0.2,
+        *,
+        precision: str = "float32",
     ) -> None:
-        super().__init__()
+        super().__init__(precision)
         if not isinstance(num_channels, Sequence) or len(num_channels) == 0:
             raise ConfigError(
                 f"num_channels must be a list with the width of each block, got {num_channels!r}. "
@@ -249,7 +273,7 @@ class TemporalConvNet(PlainTorch):
             )
         widths = [num_inputs, *num_channels]
         blocks = [
-            TemporalBlock(before, width, kernel_size, 2**number, dropout)
+            TemporalBlock(before, width, kernel_size, 2**number, dropout, precision=precision)
             for number, (before, width) in enumerate(pairwise(widths))
         ]
         self.network = nn.Sequential(*blocks)
@@ -261,7 +285,7 @@ class TemporalConvNet(PlainTorch):
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             uses_operator = self.uses_operator()
             if uses_operator:
-                return self.by_operator(x, all_steps=True)
+                return self.by_operator(x, all_steps=True, precision=self.precision)
         out: Tensor = self.network(x)
         return out
 
@@ -274,7 +298,7 @@ class TemporalConvNet(PlainTorch):
             and _can_use_operator(cast("Iterable[TemporalBlock]", blocks))
         )
 
-    def by_operator(self, x: Tensor, *, all_steps: bool) -> Tensor:
+    def by_operator(self, x: Tensor, *, all_steps: bool, precision: str = "float32") -> Tensor:
         """Compute all blocks with qfast's operator.
 
         Returns [B, C, T] for x [B, F, T] if `all_steps`. Otherwise it returns [B, C] of the last step and computes only
@@ -289,6 +313,7 @@ class TemporalConvNet(PlainTorch):
             dropout=dropout.p,
             training=dropout.training,
             all_steps=all_steps,
+            precision=precision,
         )
 
     def translate_state_dict(self, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
@@ -329,12 +354,14 @@ class TCNModel(PlainTorch):
         At least 1. Qlib fails for 1.
     dropout : float
         Probability of dropout of the output of every convolution, in training only.
+    precision : {"float32", "bf16", "bf16-if-available"}
+        Precision of the operators' products on a CPU (docs/precision.md). It is not part of the state dict.
 
     Raises
     ------
     ConfigError
-        If num_channels is empty or not a sequence, a size is not an integer of at least 1, or dropout is outside
-        [0, 1].
+        If num_channels is empty or not a sequence, a size is not an integer of at least 1, dropout is outside [0, 1],
+        or precision is unknown.
 
     Notes
     -----
@@ -350,12 +377,19 @@ class TCNModel(PlainTorch):
     """
 
     def __init__(
-        self, num_input: int, output_size: int, num_channels: Sequence[int], kernel_size: int, dropout: float
+        self,
+        num_input: int,
+        output_size: int,
+        num_channels: Sequence[int],
+        kernel_size: int,
+        dropout: float,
+        *,
+        precision: str = "float32",
     ) -> None:
-        super().__init__()
+        super().__init__(precision)
         self.num_input = whole_number("num_input", num_input)
         self.output_size = whole_number("output_size", output_size)
-        self.tcn = TemporalConvNet(num_input, num_channels, kernel_size, dropout)
+        self.tcn = TemporalConvNet(num_input, num_channels, kernel_size, dropout, precision=precision)
         self.linear = nn.Linear(num_channels[-1], output_size)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -431,7 +465,7 @@ class TCNModel(PlainTorch):
             if uses_operator:
                 if not torch.is_autocast_enabled(x.device.type):
                     check_dtype(x, next(self.tcn.parameters()))
-                return self.tcn.by_operator(x, all_steps=False)
+                return self.tcn.by_operator(x, all_steps=False, precision=self.precision)
         out: Tensor = self.tcn(x)[:, :, -1]
         return out
 

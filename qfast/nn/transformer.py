@@ -63,7 +63,7 @@ class WindowEncoder(PlainTorch):
 
     Parameters
     ----------
-    d_feat, d_model, nhead, num_layers, dropout, device
+    d_feat, d_model, nhead, num_layers, dropout, device, precision
         As in `Transformer`.
 
     Raises
@@ -80,8 +80,9 @@ class WindowEncoder(PlainTorch):
         num_layers: int,
         dropout: float,
         device: torch.device | str | int | None,
+        precision: str,
     ) -> None:
-        super().__init__()
+        super().__init__(precision)
         d_feat = whole_number("d_feat", d_feat)
         d_model = whole_number("d_model", d_model)
         nhead = whole_number("nhead", nhead)
@@ -166,12 +167,14 @@ class Transformer(WindowEncoder):
         Probability of dropout in the encoder layers, in training only.
     device : torch.device, str or int, optional
         Stored but not used, as in Qlib. Use `.to(device)` to move the network.
+    precision : {"float32", "bf16", "bf16-if-available"}
+        Precision of the operators' products on a CPU (docs/precision.md). It is not part of the state dict.
 
     Raises
     ------
     ConfigError
-        If a size is not an integer of at least 1, d_model is odd, nhead does not divide d_model, or dropout is outside
-        [0, 1].
+        If a size is not an integer of at least 1, d_model is odd, nhead does not divide d_model, dropout is outside
+        [0, 1], or precision is unknown.
 
     Notes
     -----
@@ -195,8 +198,10 @@ class Transformer(WindowEncoder):
         num_layers: int = 2,
         dropout: float = 0.5,
         device: torch.device | str | int | None = None,
+        *,
+        precision: str = "float32",
     ) -> None:
-        super().__init__(d_feat, d_model, nhead, num_layers, dropout, device)
+        super().__init__(d_feat, d_model, nhead, num_layers, dropout, device, precision)
 
     def _build_encoder(self, d_model: int, num_layers: int) -> nn.Module:
         return nn.TransformerEncoder(self.encoder_layer, num_layers, enable_nested_tensor=False)

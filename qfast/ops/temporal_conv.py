@@ -39,8 +39,12 @@ from qfast.ops.temporal_conv_twin import (
     empty_saved,
     forward_twin,
 )
+from qfast.precision import BF16, products_for
 
 __all__ = ["BlockWeights", "temporal_block", "temporal_conv_net"]
+
+MIN_BF16_ROWS = 16
+"""Fewest rows with products of bfloat16, which are tiles of 16 rows. Fewer rows are faster in float32."""
 
 
 class BlockWeights(NamedTuple):
@@ -79,6 +83,7 @@ def temporal_conv_net(
     dropout: float = 0.0,
     training: bool = False,
     all_steps: bool = False,
+    precision: str = "float32",
 ) -> Tensor:
     """Compute a stack of residual blocks of dilated causal convolutions at the last step.
 
@@ -101,6 +106,10 @@ def temporal_conv_net(
         multiplied by 1 / (1 - dropout).
     all_steps : bool
         Return the last block at all T steps, not only at the last one.
+    precision : {"float32", "bf16", "bf16-if-available"}
+        On a CPU, "bf16" rounds the operands of products to bfloat16 and sums in float32 (docs/precision.md). It needs
+        float32 tensors. Fewer than 16 rows, and overlapping windows without gradients, are computed in float32.
+        "bf16-if-available" computes in float32, with a warning, where the CPU lacks the instructions.
 
     Returns
     -------
@@ -112,7 +121,9 @@ def temporal_conv_net(
     DataError
         Wrong type, dtype, shape or device of a tensor, no block, or wrong dilations.
     ConfigError
-        dropout is not in [0, 1].
+        dropout is not in [0, 1], or precision is unknown.
+    BackendError
+        precision is "bf16" and the CPU lacks the instructions. The message names them.
     NotImplementedError
         Double backward. Use torch.func.grad twice.
     torch.OutOfMemoryError
@@ -140,8 +151,11 @@ def temporal_conv_net(
     if is_half(x):
         wide = [BlockWeights(*widened(block, x.dtype)) for block in _named(blocks)]
         settings: dict[str, Any] = {"dilations": dilations, "dropout": dropout, "training": training}
-        return temporal_conv_net(x.float(), wide, **settings, all_steps=all_steps).to(x.dtype)
+        return temporal_conv_net(x.float(), wide, **settings, all_steps=all_steps, precision=precision).to(x.dtype)
     weights, spacing = _checked(x, blocks, dilations)
+    products = products_for("temporal_conv_net", precision, x)
+    if products == BF16 and len(x) < MIN_BF16_ROWS:
+        products = 0
     p = active_dropout("temporal_conv_net", dropout, training)
     seed = draw_seed(x.device) if p else None
     if transforms.active():
@@ -150,10 +164,10 @@ def temporal_conv_net(
     keep = needs_grad(x, *weights)
     steps = x.transpose(1, 2)
     if keep and not torch.compiler.is_compiling():
-        out = _Function.apply(steps, seed, spacing, p, all_steps, *weights)
+        out = _Function.apply(steps, seed, spacing, p, all_steps, products, *weights)
     else:
         with skip_autograd():
-            out = torch.ops.qfast.temporal_conv_net(steps, weights, spacing, p, seed, all_steps, keep)[0]
+            out = torch.ops.qfast.temporal_conv_net(steps, weights, spacing, p, seed, all_steps, keep, products)[0]
     return out.transpose(1, 2) if all_steps else out
 
 
@@ -161,7 +175,13 @@ temporal_conv_net.plan = plan  # type: ignore[attr-defined]
 
 
 def temporal_block(
-    x: Tensor, block: BlockWeights, *, dilation: int = 1, dropout: float = 0.0, training: bool = False
+    x: Tensor,
+    block: BlockWeights,
+    *,
+    dilation: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    precision: str = "float32",
 ) -> Tensor:
     """Compute one residual block at all steps.
 
@@ -172,7 +192,7 @@ def temporal_block(
     block : BlockWeights
     dilation : int
         At least 1.
-    dropout, training
+    dropout, training, precision
         As in `temporal_conv_net`.
 
     Returns
@@ -182,7 +202,7 @@ def temporal_block(
 
     Raises
     ------
-    DataError, ConfigError, NotImplementedError
+    DataError, ConfigError, BackendError, NotImplementedError
         As in `temporal_conv_net`.
 
     Source
@@ -195,7 +215,8 @@ def temporal_block(
     >>> temporal_block(torch.tensor([[[1.0, 2.0, 3.0]]]), block)
     tensor([[[ 2.,  6., 11.]]])
     """
-    return temporal_conv_net(x, [block], dilations=[dilation], dropout=dropout, training=training, all_steps=True)
+    settings: dict[str, Any] = {"dropout": dropout, "training": training, "precision": precision}
+    return temporal_conv_net(x, [block], dilations=[dilation], all_steps=True, **settings)
 
 
 # ---------------------------------------------------------------- argument checks
@@ -300,49 +321,52 @@ def _normalized(v: Tensor, g: Tensor | None) -> Tensor:
 
 # ---------------------------------------------------------------- schemas and fakes
 _ARGUMENTS = "Tensor x, Tensor[] weights, int[] dilations, float dropout, Tensor? seed, bool all_steps"
-define("temporal_conv_net", f"({_ARGUMENTS}, bool keep) -> (Tensor, Tensor, Tensor)", forward_twin)
+define("temporal_conv_net", f"({_ARGUMENTS}, bool keep, int precision=0) -> (Tensor, Tensor, Tensor)", forward_twin)
 define(
     "temporal_conv_net_backward",
-    f"(Tensor grad, {_ARGUMENTS}, Tensor output, Tensor activations, Tensor signs, bool input_grad) "
+    f"(Tensor grad, {_ARGUMENTS}, Tensor output, Tensor activations, Tensor signs, bool input_grad, int precision=0) "
     "-> (Tensor, Tensor[])",
     backward_twin,
 )
 
 
 @torch.library.register_fake("qfast::temporal_conv_net")
-def _(x, weights, dilations, dropout, seed, all_steps, keep):  # type: ignore[no-untyped-def]
+def _(x, weights, dilations, dropout, seed, all_steps, keep, precision=0):  # type: ignore[no-untyped-def]
     width = by_block(weights, x.shape[2], len(dilations))[-1][0].shape[0]
     output = x.new_empty((x.shape[0], x.shape[1], width) if all_steps else (x.shape[0], width))
     return output, *empty_saved(x, weights, dilations, all_steps, keep)
 
 
 @torch.library.register_fake("qfast::temporal_conv_net_backward")
-def _(grad, x, weights, dilations, dropout, seed, all_steps, output, activations, signs, input_grad):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    grad, x, weights, dilations, dropout, seed, all_steps, output, activations, signs, input_grad, precision=0
+):
     grad_x = x.new_empty((x.shape[0] if input_grad else 0, *x.shape[1:]))
     return grad_x, [part.new_empty(part.shape) for part in weights]
 
 
 # ---------------------------------------------------------------- gradients
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, weights, dilations, dropout, seed, all_steps, keep = inputs
+    x, weights, dilations, dropout, seed, all_steps, keep, precision = inputs
     require_saved("temporal_conv_net", keep)
     ctx.save_for_backward(x, seed, *output, *weights)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.settings = (dilations, dropout, all_steps)
+    ctx.settings = (dilations, dropout, all_steps, precision)
 
 
 @explain_memory("temporal_conv_net")
 def _gradients(ctx, grad, *_):  # type: ignore[no-untyped-def]
     x, seed, output, activations, signs, *weights = ctx.saved_tensors
+    others = (None,) * (len(ctx.needs_input_grad) - 2)  # torch does not pass arguments that equal their defaults
     if grad is None:
-        return None, [None] * len(weights), None, None, None, None, None
-    dilations, dropout, all_steps = ctx.settings
+        return None, [None] * len(weights), *others
+    dilations, dropout, all_steps, precision = ctx.settings
     input_grad = ctx.needs_input_grad[0]
     grad_x, grad_weights = torch.ops.qfast.temporal_conv_net_backward(
-        grad, x, weights, dilations, dropout, seed, all_steps, output, activations, signs, input_grad
+        grad, x, weights, dilations, dropout, seed, all_steps, output, activations, signs, input_grad, precision
     )
-    return grad_x if input_grad else None, grad_weights, None, None, None, None, None
+    return grad_x if input_grad else None, grad_weights, *others
 
 
 torch.library.register_autograd("qfast::temporal_conv_net", _gradients, setup_context=_save)
@@ -351,8 +375,8 @@ refuse_double_backward("temporal_conv_net")
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, seed, dilations, dropout, all_steps, *weights):  # type: ignore[no-untyped-def]
-        inputs = (x, weights, dilations, dropout, seed, all_steps, True)
+    def forward(ctx, x, seed, dilations, dropout, all_steps, precision, *weights):  # type: ignore[no-untyped-def]
+        inputs = (x, weights, dilations, dropout, seed, all_steps, True, precision)
         with skip_autograd():
             output = torch.ops.qfast.temporal_conv_net(*inputs)
         _save(ctx, inputs, output)
@@ -362,7 +386,7 @@ class _Function(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         with skip_autograd():
             grad_x, grad_weights, *_ = _gradients(ctx, grad)
-        return grad_x, None, None, None, None, *grad_weights
+        return grad_x, None, None, None, None, None, *grad_weights
 
 
 # ---------------------------------------------------------------- self-test

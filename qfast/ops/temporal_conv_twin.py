@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from qfast.ops.philox import dropout_mask
 from qfast.ops.temporal_conv_plan import Plan, cone
+from qfast.precision import BF16, rounded
 
 __all__ = ["backward_twin", "block_values", "by_block", "empty_saved", "forward_twin"]
 
@@ -41,11 +42,16 @@ def _plan_of(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], all
 # ---------------------------------------------------------------- values
 # torch.func transforms use these functions too, so they modify nothing in place.
 def block_values(
-    x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], dropout: float, seed: Tensor | None
+    x: Tensor,
+    weights: Sequence[Tensor],
+    dilations: Sequence[int],
+    dropout: float,
+    seed: Tensor | None,
+    precision: int = 0,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Return h, y and the output of every block at all steps, in the notation of `temporal_conv_net`.
 
-    x has shape [B, F, T], the results [B, C, T].
+    x has shape [B, F, T], the results [B, C, T]. If the precision is `BF16`, convolutions round x and the weight.
     """
     between: list[Tensor] = []
     second: list[Tensor] = []
@@ -54,9 +60,9 @@ def block_values(
         zip(by_block(weights, x.shape[1], len(dilations)), dilations, strict=True)
     ):
         w1, b1, w2, b2, *downsample = block
-        h = _drop(_causal(x, w1, b1, dilation).relu(), 2 * number, dropout, seed)
-        y = _drop(_causal(h, w2, b2, dilation).relu(), 2 * number + 1, dropout, seed)
-        residual = functional.conv1d(x, downsample[0], downsample[1]) if downsample else x
+        h = _drop(_causal(x, w1, b1, dilation, precision).relu(), 2 * number, dropout, seed)
+        y = _drop(_causal(h, w2, b2, dilation, precision).relu(), 2 * number + 1, dropout, seed)
+        residual = _causal(x, downsample[0], downsample[1], 1, precision) if downsample else x
         x = (y + residual).relu()
         between.append(h)
         second.append(y)
@@ -64,7 +70,9 @@ def block_values(
     return between, second, outputs
 
 
-def _causal(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
+def _causal(x: Tensor, weight: Tensor, bias: Tensor, dilation: int, precision: int) -> Tensor:
+    if precision == BF16:
+        x, weight = rounded(x), rounded(weight)
     dilation = min(dilation, x.shape[2])  # with any larger dilation, all but the last tap read zeros
     padding = (weight.shape[2] - 1) * dilation
     return functional.conv1d(functional.pad(x, (padding, 0)), weight, bias, dilation=dilation)
@@ -89,12 +97,13 @@ def forward_twin(
     seed: Tensor | None,
     all_steps: bool,
     keep: bool,
+    precision: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the result [B, C] or [B, T, C] for x [B, T, F], and two tensors of zeros for the saved values."""
     activations, signs = empty_saved(x, weights, dilations, all_steps, keep)
     weights, _ = _normalized(weights, x.shape[2], len(dilations))
     with torch.autocast(x.device.type, enabled=False):
-        _, _, outputs = block_values(x.transpose(1, 2), weights, dilations, dropout, seed)
+        _, _, outputs = block_values(x.transpose(1, 2), weights, dilations, dropout, seed, precision)
     steps = outputs[-1].transpose(1, 2)
     result = (steps if all_steps else steps[:, -1]).clone(memory_format=torch.contiguous_format)
     return result, activations.zero_(), signs.zero_()
@@ -112,13 +121,14 @@ def backward_twin(
     activations: Tensor,
     signs: Tensor,
     input_grad: bool,
+    precision: int = 0,
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the gradients of x (empty unless `input_grad`) and of the weights."""
     weights, normalizations = _normalized(weights, x.shape[2], len(dilations))
     unused = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
     unused[list(_plan_of(x, weights, dilations, all_steps).blocks[0].input)] = False
     steps = x.masked_fill(unused.unsqueeze(1), 0).transpose(1, 2)  # a NaN at an unused position has no effect
-    between, second, outputs = block_values(steps, weights, dilations, dropout, seed)
+    between, second, outputs = block_values(steps, weights, dilations, dropout, seed, precision)
     scale = 0.0 if dropout == 1.0 else 1.0 / (1.0 - dropout)
     if all_steps:
         grad = grad.transpose(1, 2)
@@ -131,12 +141,12 @@ def backward_twin(
         block_input = outputs[number - 1] if number else steps
         grad_residual = _relu_gradient(grad, outputs[number])
         grad_y = _relu_gradient(grad_residual, second[number]) * scale
-        grad_h, *grad_second = _causal_gradients(grad_y, between[number], w2, dilations[number])
+        grad_h, *grad_second = _causal_gradients(grad_y, between[number], w2, dilations[number], precision)
         grad_h = _relu_gradient(grad_h, between[number]) * scale
-        grad, *grad_first = _causal_gradients(grad_h, block_input, w1, dilations[number])
+        grad, *grad_first = _causal_gradients(grad_h, block_input, w1, dilations[number], precision)
         grad_downsample: list[Tensor] = []
         if downsample:
-            grad_residual, *grad_downsample = _causal_gradients(grad_residual, block_input, downsample[0], 1)
+            grad_residual, *grad_downsample = _causal_gradients(grad_residual, block_input, downsample[0], 1, precision)
         grad = grad + grad_residual
         grad_weights = [*grad_first, *grad_second, *grad_downsample, *grad_weights]
     grad_x = grad.transpose(1, 2).contiguous() if input_grad else x.new_empty((0, *x.shape[1:]))
@@ -185,16 +195,21 @@ def _relu_gradient(grad: Tensor, output: Tensor) -> Tensor:
     return grad.masked_fill(output <= 0, 0)
 
 
-def _causal_gradients(grad: Tensor, x: Tensor, weight: Tensor, dilation: int) -> tuple[Tensor, Tensor, Tensor]:
+def _causal_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, dilation: int, precision: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight and bias of `_causal`."""
+    grad_bias = grad.sum((0, 2)) if precision == BF16 else None
+    if precision == BF16:
+        grad, x, weight = rounded(grad), rounded(x), rounded(weight)
     dilation = min(dilation, x.shape[2])
     padding = (weight.shape[2] - 1) * dilation
     padded = functional.pad(x, (padding, 0))
     settings = [1], [0], [dilation], False, [0], 1, [True] * 3
-    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+    grad_x, grad_weight, bias_sums = torch.ops.aten.convolution_backward(
         grad.contiguous(), padded, weight, weight.shape[:1], *settings
     )
-    return grad_x[:, :, padding:], grad_weight, grad_bias
+    return grad_x[:, :, padding:], grad_weight, bias_sums if grad_bias is None else grad_bias
 
 
 def empty_saved(

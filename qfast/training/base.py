@@ -91,8 +91,6 @@ class BaseEstimator:
     """Keyword arguments that every model accepts, also if its constructor has only `**options` for them."""
     batches_are_days: ClassVar[bool] = False
     """Whether every batch is a day, whatever the arguments."""
-    multiplies_bf16: ClassVar[bool] = True
-    """Whether operators of the network offer products of bfloat16."""
     decay_name: ClassVar[str] = "weight_decay"
     """Name of the argument `weight_decay` in the subclass's constructor."""
 
@@ -231,8 +229,6 @@ class BaseEstimator:
         """
         requested = self._params.get("precision", "float32")
         effective, reason = available_products(requested, self.device)
-        if requested != "float32" and not self.multiplies_bf16:
-            effective, reason = "float32", "its operator has no products of bfloat16"
         if reason:
             self.logger.warning("%s computes in float32: %s", type(self).__name__, reason)
         self._products = effective

@@ -21,6 +21,7 @@ OPERATORS = {  # operators with products of bfloat16, and the modules that defin
     "feed_forward": "feed_forward",
     "gru": "recurrent",
     "lstm": "recurrent",
+    "temporal_conv_net": "temporal_conv",
     "window_conv": "window_conv",
 }
 OBSTACLE = bf16_obstacle()
