@@ -225,7 +225,7 @@ def test_the_command_writes_table_json_and_picture(prices, tmp_path, capsys):
 def test_the_precision_of_the_products(tmp_path):
     settings = {"minutes": 1e-3, "threads": 1, "output": tmp_path / "b.json"}
     result = bench_module.bench(None, demo_prices(12, 110), ["TCN"], precision="bf16-if-available", **settings)
-    assert result.models[0].notes == ["precision='bf16-if-available' of qfast; the reference computes in float32"]
+    assert result.models[0].notes[0] == "precision='bf16-if-available' of qfast; the reference computes in float32"
     assert result.models[0].ratio > 0
 
 
