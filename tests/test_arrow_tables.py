@@ -98,6 +98,20 @@ def test_tables_that_have_to_be_computed_first() -> None:
             read(LazyFrame())
 
 
+@pytest.mark.parametrize(
+    ("source", "remedy"),
+    [
+        ({"A": pd.DataFrame({"close": [1.0]})}, r"pandas\.concat\(frames, names=\['instrument'\]\)\."),
+        ([pd.DataFrame({"close": [1.0]})], r"pandas\.concat\(frames\)\."),
+        ({"close": [1.0]}, r"pandas\.DataFrame\(prices\)\."),
+    ],
+    ids=["frames by name", "list of frames", "columns"],
+)
+def test_containers_have_a_remedy(source: object, remedy: str) -> None:
+    with pytest.raises(ConfigError, match=rf"Remedy: {remedy} docs/data\.md"):
+        load_prices(source)
+
+
 def test_a_column_with_dates_is_named() -> None:
     frame = pd.DataFrame({"who": ["A"], "when": ["2024-01-02"], "close": [1.0]})
     with pytest.raises(DataError, match=r"no datetime column.* Remedy: rename 'when' to 'date', because it contains"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -283,6 +285,16 @@ def test_a_folder_of_an_earlier_version_is_loaded(case, copied):
     scores = qfast.load(copied).predict(date=days[110])
     close_to(scores, expected.loc[[days[110]]])
     assert scores.attrs["notes"] == []
+
+
+def test_commands_of_a_finished_run_need_no_earlier_command(factor_run, tmp_path):
+    """In a process of its own, in which no workflow has registered the classes that the run folder names."""
+    copy = shutil.copytree(factor_run, tmp_path / "run")
+    code = "import sys; from qfast.cli import main; sys.exit(main(sys.argv[1:]))"
+    for command in (["export", str(copy)], ["info", str(copy)]):
+        done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert (copy / "artifacts" / "pred.pkl").exists()
 
 
 def test_export_has_qlibs_row_order_and_no_folder_for_a_missing_backtest(case, copied):

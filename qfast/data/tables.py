@@ -91,8 +91,7 @@ def panel_of(source: PriceSource, options: ReadOptions = DEFAULTS) -> Panel:
         raise ConfigError(
             f"prices must be a path, a DataFrame, an Arrow table or a Panel, got {type(source).__name__}: "
             f"{shown(source)}."
-            + (" Remedy: pandas.concat(frames, names=['instrument'])." if isinstance(source, Mapping) else "")
-            + f"{conversion_hint(source)} {DATA_PAGE} shows every accepted form."
+            + f"{_container_hint(source)}{conversion_hint(source)} {DATA_PAGE} shows every accepted form."
         )
     path = Path(source).expanduser()
     if is_panel_folder(path):
@@ -103,6 +102,17 @@ def panel_of(source: PriceSource, options: ReadOptions = DEFAULTS) -> Panel:
     if not path.exists():
         raise DataError(f"prices: no such file or folder: {path} (current folder {Path.cwd()}).")
     return _read_tables([(read_table(path, options), path.name, None)], path.name, options)
+
+
+def _container_hint(source: object) -> str:
+    """How to make one frame of several frames or of columns."""
+    if not isinstance(source, (Mapping, list, tuple)):
+        return ""
+    parts = list(source.values() if isinstance(source, Mapping) else source)
+    if parts and all(isinstance(part, (pd.DataFrame, pd.Series)) for part in parts):
+        names = ", names=['instrument']" if isinstance(source, Mapping) else ""
+        return f" Remedy: pandas.concat(frames{names})."
+    return " Remedy: pandas.DataFrame(prices)."
 
 
 def _lower_case(panel: Panel) -> Panel:

@@ -19,6 +19,7 @@ from qfast.metrics import daily_ic, long_short_return
 from qfast.workflow.folder import FINISHED, RunFolder, read_frame
 from qfast.workflow.portfolio import FOLDER as PORTFOLIO
 from qfast.workflow.saved_model import load_facts, time_steps
+from qfast.workflow.validation import register_all
 
 __all__ = ["export_artifacts"]
 
@@ -89,6 +90,7 @@ def export_artifacts(run: str | os.PathLike[str], folder: str | os.PathLike[str]
         )
     label = read_frame(source.path, "label")["label"].reindex(score.index).astype(np.float32)
     target = _Target(source / "artifacts" if folder is None else Path(folder))
+    register_all()
     rolling = time_steps(load_facts(source)["dataset"]) > 0
     ordered = score.sort_index(level=["instrument", "datetime"]) if rolling else score
     target.write("pred", ordered.to_frame("score"))
