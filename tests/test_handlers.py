@@ -184,7 +184,7 @@ def test_fetch_refuses():
         handler.fetch(level="date")
     with pytest.raises(DataError, match="matches no rows"):
         handler.fetch("S77", level="instrument")
-    with pytest.raises(DataError, match="must be a Panel, a DataFrame or a mapping"):
+    with pytest.raises(DataError, match="must be a Panel, a DataFrame, an Arrow table or a mapping"):
         DataHandlerLP([1, 2])
     with pytest.raises(DataError, match="column group 'feature' must be a DataFrame"):
         DataHandlerLP({"feature": [1]})
