@@ -8,6 +8,8 @@ Environment variables:
     QFAST_WERROR=1    treat warnings as errors
     QFAST_ISAS        instruction sets to compile, separated by commas (baseline,avx2,avx512); CPUs without any of
                       them cannot load the library
+    QFAST_OBJECTS     build/objects/TAG of an earlier build for another Python: the CPU library is linked from its
+                      objects, and only the sources that depend on Python are compiled
     QFAST_SANITIZE    sanitizers of the C++ compiler, e.g. address,undefined; the code is then less optimized
     CUDA_HOME, MAX_JOBS, TORCH_CUDA_ARCH_LIST    as documented by torch
 """
@@ -49,6 +51,7 @@ BF16_SOURCES = [
     "csrc/temporal_conv/temporal_conv_kernels_backward.cpp",
     "csrc/window_conv/window_conv_kernels.cpp",
 ]
+PYTHON_SOURCES = ["csrc/module.cpp"]  # every other source uses only torch's stable ABI
 # The compiler decides, as in cpu_dispatch.cpp: the build machine may be another one. Old compilers lack AMX.
 CONDITIONS = {
     "avx2": "defined(__x86_64__)",
@@ -119,6 +122,19 @@ def compiled_sources(sources: list[str]) -> list[str]:
         is_kernel = re.search(r"_kernels\w*\.cpp$", source)
         compiled += kernel_units(source) if is_kernel else [source]
     return compiled
+
+
+def objects_of_another_python(name: str) -> list[str]:
+    """Objects of the library `name` in QFAST_OBJECTS that do not depend on Python. Empty without QFAST_OBJECTS."""
+    folder = os.environ.get("QFAST_OBJECTS")
+    if not folder or name != "qfast._C":
+        return []
+    python_objects = {Path(source).with_suffix(".o") for source in PYTHON_SOURCES}
+    root = Path(folder, name)
+    objects = [file for file in sorted(root.rglob("*.o")) if file.relative_to(root) not in python_objects]
+    if not objects:
+        raise SystemExit(f"QFAST_OBJECTS is {folder!r}, but there are no objects in {root}. Remedy: build there first.")
+    return [str(file) for file in objects]
 
 
 def nvcc_release(tools: str) -> tuple[int, ...]:
@@ -255,7 +271,8 @@ def build_command() -> type:
             os.makedirs(self.build_temp, exist_ok=True)
             with only_build_in(self.build_temp):
                 original_sources = ext.sources
-                ext.sources = compiled_sources(original_sources)
+                ext.extra_objects = objects_of_another_python(ext.name)
+                ext.sources = PYTHON_SOURCES if ext.extra_objects else compiled_sources(original_sources)
                 try:
                     super().build_extension(ext)
                 finally:

@@ -139,6 +139,7 @@ def test_a_second_build_recompiles_changed_files(tmp_path: Path) -> None:
         "csrc/a.h": "inline int a = 1;",
         "csrc/one.cpp": '#include "a.h"\nint one() { return a; }',
         "csrc/two.cpp": "int two() { return 2; }",
+        "csrc/module.cpp": "int module() { return 4; }",
         "csrc/sum/sum_kernels.h": "static int sum() { return 3; }",
         # compiled once per instruction set, so no function may be defined in two units
         "csrc/sum/sum_kernels.cpp": '#include "sum/sum_kernels.h"\nstatic int unit = sum();',
@@ -148,9 +149,9 @@ def test_a_second_build_recompiles_changed_files(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
 
-    def build(number: int) -> dict[str, int]:
+    def build(number: int, **variables: str) -> dict[str, int]:
         command = [sys.executable, "setup.py", "build_ext", "--inplace", "--build-temp", str(tmp_path / f"t{number}")]
-        environment = {**os.environ, "QFAST_CUDA": "0", "QFAST_NATIVE": "1", "PATH": TOOLS}
+        environment = {**os.environ, "QFAST_CUDA": "0", "QFAST_NATIVE": "1", "PATH": TOOLS, **variables}
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
         return {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("build/objects/*/qfast._C/**/*.o")}
@@ -161,13 +162,17 @@ def test_a_second_build_recompiles_changed_files(tmp_path: Path) -> None:
     first = build(1)
     units = {name for name in first if name.startswith("sum_kernels.")}
     assert "sum_kernels.baseline.o" in units
-    assert set(first) == {"one.o", "two.o", *units}
+    assert set(first) == {"module.o", "one.o", "two.o", *units}
     assert build(2) == first
     (tmp_path / "csrc/a.h").write_text("inline int a = 5;")
     third = build(3)
     assert changed(third, first) == {"one.o"}
     (tmp_path / "csrc/sum/sum_kernels.h").write_text("static int sum() { return 7; }")
     assert changed(build(4), third) == units
+    # Another Python links the objects and compiles only what depends on Python.
+    (objects,) = (tmp_path / "build" / "objects").iterdir()
+    other = objects.rename(tmp_path / "other")
+    assert set(build(5, QFAST_OBJECTS=str(other))) == {"module.o"}
 
 
 @from_source

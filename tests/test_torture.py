@@ -38,10 +38,16 @@ def parts():
 
 def test_cases_depend_only_on_the_seed_and_survive_json(parts):
     for name, part in parts.items():
-        cases = [part.draw(random.Random(f"{name}/{number}")) for number in range(40)]
-        assert cases == [part.draw(random.Random(f"{name}/{number}")) for number in range(40)]
+        cases = [part.draw(random.Random(f"{name}/{number}"), number) for number in range(40)]
+        assert cases == [part.draw(random.Random(f"{name}/{number}"), number) for number in range(40)]
         assert json.loads(json.dumps(cases)) == cases
         assert len({json.dumps(case) for case in cases}) > 8
+
+
+def test_the_first_cases_of_memory_cover_all_operators(parts):
+    operators = importlib.import_module("torture.operator_cases").OPERATORS
+    cases = [parts["memory"].draw(random.Random(number), number) for number in range(len(operators))]
+    assert {case["operator"] for case in cases} == set(operators)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("operators", "tampered"), ("files", "expression"), ("threads", "counts")])

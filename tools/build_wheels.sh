@@ -11,8 +11,9 @@
 # A wheel runs with every torch from 2.10 on. auditwheel determines its manylinux tag from the symbols that the
 # libraries use; it excludes the libraries of torch, which the user's torch provides. Each Python has a virtual
 # environment in build/wheel_python with torch and the build tools (1 GB on disk). MAX_JOBS limits the compilers that run
-# at the same time. With REUSE=1 the wheel of $PYTHONS is built in that Python's own environment. With the environment
-# variables of an earlier build, nothing in build/objects is compiled again.
+# at the same time. The CPU library is compiled for the first Python and linked from the same objects for the others:
+# only csrc/module.cpp depends on Python. With REUSE=1 the wheel of $PYTHONS is built in that Python's own environment.
+# With the environment variables of an earlier build, nothing in build/objects is compiled again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 torch=${TORCH:-2.13.0}
@@ -39,7 +40,7 @@ if [ -n "${REUSE:-}" ]; then
   exit
 fi
 
-built=0
+built=0 objects=
 for name in ${PYTHONS:-python3.10 python3.11 python3.12 python3.13 python3.14}; do
   if ! "$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
     echo "$name does not run or is older than 3.10: skipped" >&2
@@ -52,7 +53,8 @@ for name in ${PYTHONS:-python3.10 python3.11 python3.12 python3.13 python3.14}; 
   if [ "$built" = 0 ]; then
     QFAST_NATIVE=0 "$home/bin/python" -m build --no-isolation --outdir "$dist" .
   fi
-  build_wheel "$home/bin/python" "$dist/cpu" 0
+  QFAST_OBJECTS=$objects build_wheel "$home/bin/python" "$dist/cpu" 0
+  objects=${objects:-$PWD/build/objects/$("$home/bin/python" -c 'import sys; print(sys.implementation.cache_tag)')}
   if command -v nvcc >/dev/null; then
     major=$(nvcc --version | sed -n 's/.*release \([0-9]*\).*/\1/p')
     build_wheel "$home/bin/python" "$dist/cuda$major" 1

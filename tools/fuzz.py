@@ -9,13 +9,16 @@
 Each input must have a result or raise an error of qfast within `SECONDS` and `MEGABYTES`. Any other exception ends the
 script, and Atheris writes the input to a file `crash-...` in the corpus folder. An expression that parses is also
 evaluated, on a panel of 2 instruments and 12 days. A store is a small valid one with one of its files replaced by the
-input. The corpus is not part of the repository; by default it is a temporary folder.
+input; it is in memory if the system has a folder for that. The corpus is not part of the repository; by default it is a
+temporary folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import logging
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -35,6 +38,7 @@ with atheris.instrument_imports(include=["qfast"]):
 from support.stores import write_store  # noqa: E402
 
 SECONDS, MEGABYTES = 20, 2048  # of one input
+STORE_DAYS = 44  # the fewest days with which the store has all of its irregularities
 MAX_BYTES = {"expression": 300, "store": 3000, "yaml": 1000}
 SEEDS: dict[str, list[bytes]] = {
     "expression": [
@@ -70,8 +74,10 @@ def expression_target() -> Callable[[bytes], None]:
 
 def store_target() -> Callable[[bytes], None]:
     """Reads a store with one file replaced. The first byte of the input selects the file."""
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-store"))
-    write_store(folder)
+    in_memory = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-store", dir=in_memory if in_memory.is_dir() else None))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    write_store(folder, n_days=STORE_DAYS)
     names = ["calendars/day.txt", "instruments/all.txt", "instruments/mixed.txt", "features/aaa/close.day.bin"]
     names += ["features/bbb/open.day.bin", "features/ddd/volume.day.bin"]
     original = {name: (folder / name).read_bytes() for name in names}

@@ -6,7 +6,6 @@ is changed by a command that only reads, and nothing is left half-written.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import hashlib
 import io
@@ -15,7 +14,6 @@ import pickle
 import random
 import shutil
 import string
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
@@ -40,7 +38,8 @@ from support.hostile import (
     json_versions,
 )
 from support.stores import write_store
-from support.workflows import TEXT, factors, write_case
+from support.workflows import TEXT, factors
+from torture.inputs import workflow_inputs
 from torture.protocol import Case, Part, choose, require
 
 CANARY = "CANARY"  # in hostile text, the path of a file that only executed code creates
@@ -62,7 +61,7 @@ CELLS = ["", "nan", "inf", "-inf", "1e400", "x", "9" * 400, "2020-01-01", "0x10"
 LETTERS = string.ascii_letters + " $_{}<>&%\\'\"|*?:/.\n\t\0äß中\u202e\U0001f4c8"
 
 
-def draw(rng: random.Random) -> Case:
+def draw(rng: random.Random, number: int) -> Case:
     """A kind of file, and the seed of its content."""
     kinds = {"yaml": 5, "code": 3, "folder": 4, "pickle": 1, "store": 3, "table": 4, "expression": 3, "name": 1}
     return {"kind": choose(rng, kinds), "data": rng.randrange(2**32)}
@@ -86,17 +85,9 @@ def _prepare() -> None:
 
 
 @cache
-def _inputs() -> tuple[Path, Path, Path]:
-    """Folder, workflow file and data."""
-    folder = Path(tempfile.mkdtemp(prefix="torture-files-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder, *write_case(folder)
-
-
-@cache
 def _finished() -> Path:
     """A finished run, which cases copy."""
-    folder, config, data = _inputs()
+    folder, config, data = workflow_inputs()
     words = ["run", str(config), "--data", str(data), "--output", str(folder / "run"), "-q", *EPOCH]
     require(_run(words)[0] == 0, "the undamaged run fails")
     return folder / "run"
@@ -172,7 +163,7 @@ def _check_workflow(text: bytes, folder: Path, rng: random.Random) -> None:
     config = folder / "w.yaml"
     config.write_bytes(text)
     command = rng.choice(["check", "check", "run"])
-    words = [command, str(config), "--data", str(_inputs()[2])]
+    words = [command, str(config), "--data", str(workflow_inputs()[2])]
     words += ["--output", str(folder / "run"), "-q", *EPOCH] if command == "run" else []
     status = _require_explained(words)
     _require_clean(folder)
@@ -217,7 +208,7 @@ def _folder(rng: random.Random, folder: Path) -> None:
     for words in commands:
         _require_explained(words)
     require(_contents(path) == before, "info or predict has changed the run folder")
-    _require_explained(["run", "--resume", str(path), "-q", "--data", str(_inputs()[2])])
+    _require_explained(["run", "--resume", str(path), "-q", "--data", str(workflow_inputs()[2])])
     _require_clean(folder)
 
 
@@ -238,10 +229,10 @@ def _pickle(rng: random.Random, folder: Path) -> None:
     name = rng.choice(["best.safetensors", "last.safetensors", "processors.safetensors", "data.pkl", "weights.pkl"])
     if name == "data.pkl":
         (folder / name).write_bytes(payload)
-        words = ["check", str(_inputs()[1]), "--data", str(folder / name)]
+        words = ["check", str(workflow_inputs()[1]), "--data", str(folder / name)]
     elif name == "weights.pkl":
         (folder / name).write_bytes(payload)
-        words = ["check", str(_inputs()[1]), "--data", str(_inputs()[2])]
+        words = ["check", str(workflow_inputs()[1]), "--data", str(workflow_inputs()[2])]
         words += ["--set", f"task.model.kwargs.model_path={folder / name}"]
     else:
         (path / name).write_bytes(payload)
@@ -289,11 +280,11 @@ def _table(rng: random.Random, folder: Path) -> None:
         file.write_bytes(rng.choice([b"\xff\xfe", b"PAR1", b"\x1f\x8b", b"", b"\n" * 50, *REPLACEMENTS]))
     elif kind == 3:
         file = folder / "data.parquet"
-        content = _inputs()[0] / "data.parquet"
+        content = workflow_inputs()[0] / "data.parquet"
         if not content.exists():
             factors(n_days=8, n_stocks=3).to_parquet(content)
         file.write_bytes(_mangled(content.read_bytes(), rng))
-    _require_explained(["check", str(_inputs()[1]), "--data", str(file)])
+    _require_explained(["check", str(workflow_inputs()[1]), "--data", str(file)])
 
 
 PIECES = [

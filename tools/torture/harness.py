@@ -96,7 +96,7 @@ def _numbered_cases(job: Job, part: Part) -> Iterator[tuple[int, Case]]:
         return
     number = job.first
     while True:
-        yield number, part.draw(random.Random(f"{job.seed}/{job.part}/{number}"))
+        yield number, part.draw(random.Random(f"{job.seed}/{job.part}/{number}"), number)
         number += 1
 
 

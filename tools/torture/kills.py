@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import random
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -24,7 +21,7 @@ from qfast.data import load_prices, synthetic
 from qfast.data.factor_cache import FactorCache
 from qfast.files import is_temporary
 from qfast.workflow import plots
-from support.workflows import write_case
+from torture.inputs import workflow_inputs
 from torture.protocol import Case, Fault, Part, choose, require
 from torture.victims import PLACES, Moment, Victim, was_killed
 
@@ -46,7 +43,8 @@ SETS = {
     ],
     "parallel": ["task.model.kwargs.n_epochs=2", "task.model.kwargs.batch_size=128"],
 }
-JOBS = {"lstm": 4.0, "tcn": 1.5, "pretrain": 2.0, "cache": 3.0, "study": 0.4, "parallel": 0.8}
+JOBS = {"lstm": 4.0, "tcn": 1.5, "pretrain": 2.0, "cache": 3.0, "study": 0.4, "parallel": 2.5}
+MOST_KILLS = {"study": 1, "parallel": 2}  # of jobs whose attempts are long; 4 otherwise
 LARGEST = {  # (most renames and syncs, batches, bytes of a file, milliseconds) at which a job may be killed
     "lstm": (30, 26, 20_000, 1500),
     "tcn": (30, 26, 20_000, 1500),
@@ -60,12 +58,13 @@ RESULTS = ("best.safetensors", "pred.parquet", "label.parquet", "metrics.json", 
 STUDY_RESULTS = ("table.csv", "summary.csv", *(f"runs/{n:03d}/{name}" for n in range(2) for name in RESULTS))
 SECONDS = 300.0  # of one process, on a busy machine
 RANKS = 2
+RANK_SECONDS = 45.0  # that a rank waits for another one, which may be dead
 
 
-def draw(rng: random.Random) -> Case:
+def draw(rng: random.Random, number: int) -> Case:
     """A job, and the moments at which its attempts are killed."""
     job = choose(rng, JOBS)
-    count = 1 if job in ("study", "parallel") else rng.randint(1, 4)
+    count = rng.randint(1, MOST_KILLS.get(job, 4))
     return {"job": job, "moments": [_draw_moment(rng, job) for _ in range(count)], "rank": rng.randrange(RANKS)}
 
 
@@ -106,16 +105,8 @@ def _prepare() -> None:
 
 
 @cache
-def _inputs() -> tuple[Path, Path, Path]:
-    """Folder, workflow file and data."""
-    folder = Path(tempfile.mkdtemp(prefix="torture-kills-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder, *write_case(folder)
-
-
-@cache
 def _uninterrupted(job: str) -> Path:
-    folder = _inputs()[0]
+    folder = workflow_inputs()[0]
     statuses = _attempt({"job": job, "rank": 0}, folder / job, folder / f"{job}.txt", None)
     require(not any(statuses), f"{job} fails without a kill:\n{(folder / f'{job}.txt').read_text()}")
     return folder / job
@@ -136,7 +127,7 @@ def _attempt(case: Case, path: Path, log: Path, moment: Moment | None) -> list[i
 
 def _words(job: str, path: Path) -> list[str]:
     """Arguments of the command line that starts the job, or resumes it if it has begun."""
-    _, config, data = _inputs()
+    _, config, data = workflow_inputs()
     command = "study" if job == "study" else "run"
     if (path / ("study.json" if job == "study" else "manifest.json")).exists():
         return [command, "--resume", str(path), "-q"] + (["--jobs", "1"] if job == "study" else [])
@@ -146,7 +137,7 @@ def _words(job: str, path: Path) -> list[str]:
 
 
 def _run_rank(rank: int, store: Path, words: Sequence[str]) -> int:
-    limit = timedelta(seconds=SECONDS / 3)
+    limit = timedelta(seconds=RANK_SECONDS)
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=RANKS, timeout=limit)
     return main(list(words))
 

@@ -38,7 +38,7 @@ TRIES = 3  # sets of data, of which one may have a value at the bend of a ReLU
 TANGENT_SEED = 1 << 20
 
 
-def draw(rng: random.Random) -> Case:
+def draw(rng: random.Random, number: int) -> Case:
     """A call of an operator, and what to check."""
     case = draw_operator(rng)
     check = choose(rng, CHECKS)

@@ -23,7 +23,7 @@ class Part(NamedTuple):
     Attributes
     ----------
     draw : callable
-        Draws a case. Equal generators draw equal cases.
+        Draws the case with a number. Equal generators and numbers draw equal cases.
     check : callable
         Runs a case, with an empty folder for its files, and returns what it has counted, for example {"kills": 3}. Any
         exception is a fault.
@@ -35,7 +35,7 @@ class Part(NamedTuple):
         Share of the time of all parts.
     """
 
-    draw: Callable[[random.Random], Case]
+    draw: Callable[[random.Random, int], Case]
     check: Callable[[Case, Path], Counter[str]]
     unit: str
     seconds: float

@@ -26,7 +26,7 @@ THREADS = 8
 SECONDS = 120.0
 
 
-def draw(rng: random.Random) -> Case:
+def draw(rng: random.Random, number: int) -> Case:
     """A call of an operator, and what happens around it."""
     return draw_operator(rng) | {"kind": choose(rng, KINDS), "threads": rng.choice([2, 3, 4, 8])}
 
