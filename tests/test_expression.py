@@ -72,7 +72,7 @@ def grow(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
         st.builds(lambda a, n: f"Ref({a}, {n})", inner, st.integers(-4, 4).filter(bool)),
         st.builds(lambda a: f"Abs({a})", inner),
         st.builds(lambda a: f"Log({a})", inner),
-        st.builds(lambda a: f"-{a} ** 2", inner),
+        st.builds(lambda a, n: f"-{a} ** {n}", inner, st.sampled_from(["2", "0.5", "3"])),
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,7 +14,9 @@ from qfast import _backend
 from qfast.data.rolling import STATISTICS, _pandas_rolling, rolling
 from qfast.errors import ConfigError, DataError
 
-SINGLE = [kind for kind in STATISTICS if kind not in ("cov", "corr")]
+PAIRS = ("cov", "corr")
+MOMENTS = ("skew", "kurt")
+SINGLE = [kind for kind in STATISTICS if kind not in PAIRS]
 WINDOWS = [5, 10, 20, 60]
 needs_native = pytest.mark.skipif(_backend.native is None, reason="compares the native code with pandas")
 
@@ -29,10 +33,58 @@ def bounds(*lengths: int) -> tuple[np.ndarray, np.ndarray]:
     return ends - lengths, ends
 
 
+def definition(kind: str, x: np.ndarray, rows: tuple[np.ndarray, np.ndarray], windows: list[int], y=None):  # type: ignore[no-untyped-def]
+    """skew, kurt, cov or corr from the deviations of each window. pandas' running sums lose digits in some versions."""
+    out = np.full((len(windows), len(x)), np.nan)
+    for (start, stop), (w, window) in product(zip(*rows, strict=True), enumerate(windows)):
+        views = [windows_of(part[start:stop], window) for part in ((x,) if y is None else (x, y))]
+        out[w, start:stop] = {"skew": skew, "kurt": kurt, "cov": cov, "corr": corr}[kind](*views)
+    return out
+
+
+def windows_of(values: np.ndarray, window: int) -> np.ndarray:
+    """[rows, window], filled with NaN before the first row."""
+    return np.lib.stride_tricks.sliding_window_view(np.r_[np.full(window, np.nan), values], window)[1:]
+
+
+def deviations(view: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Number of values, and deviations from the mean; exactly 0 if all values are equal."""
+    count = np.maximum((~np.isnan(view)).sum(1, keepdims=True), 1)
+    least = np.nanmin(np.c_[view, np.full(len(view), np.inf)], 1, keepdims=True)
+    centered = view - least
+    return count[:, 0], centered - np.nansum(centered, 1, keepdims=True) / count
+
+
+def skew(view: np.ndarray) -> np.ndarray:
+    n, d = deviations(view)
+    square, cube = np.nansum(d**2, 1), np.nansum(d**3, 1)
+    return np.where((n > 2) & (square > 0), n * np.sqrt(n - 1) / (n - 2) * cube / square**1.5, np.nan)
+
+
+def kurt(view: np.ndarray) -> np.ndarray:
+    n, d = deviations(view)
+    square, fourth = np.nansum(d**2, 1), np.nansum(d**4, 1)
+    excess = (n + 1) * n * fourth / square**2 - 3 * (n - 1)
+    return np.where((n > 3) & (square > 0), (n - 1) / ((n - 2) * (n - 3)) * excess, np.nan)
+
+
+def cov(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    hole = np.isnan(x + y)
+    (n, dx), (_, dy) = (deviations(np.where(hole, np.nan, part)) for part in (x, y))
+    return np.where(n > 1, np.nansum(dx * dy, 1) / (n - 1), np.nan)
+
+
+def corr(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return cov(x, y) / np.sqrt(cov(np.where(np.isnan(y), np.nan, x), x) * cov(y, np.where(np.isnan(x), np.nan, y)))
+
+
 def both(kind: str, x: np.ndarray, rows: tuple[np.ndarray, np.ndarray], windows: list[int], y=None, parameter=0.0):  # type: ignore[no-untyped-def]
+    """The result, and the expected one from pandas. skew, kurt, cov and corr are computed from their definitions."""
     result = rolling(kind, x, *rows, windows, other=y, parameter=parameter)
-    wide = None if y is None else y.astype(np.float64)
-    return result, _pandas_rolling(kind, x.astype(np.float64), wide, *rows, np.asarray(windows), parameter)
+    if kind in (*MOMENTS, *PAIRS):
+        with np.errstate(all="ignore"):
+            return result, definition(kind, x.astype(np.float64), rows, windows, y)
+    return result, _pandas_rolling(kind, x.astype(np.float64), None, *rows, np.asarray(windows), parameter)
 
 
 def options(kind: str) -> dict[str, object]:
@@ -59,6 +111,21 @@ def test_as_pandas(kind: str, missing: float, isa: str) -> None:
 def test_pairs_as_pandas(kind: str) -> None:
     x, y = series(2, 900), series(3, 900, 0.2, level=1e6)
     assert_same(*both(kind, x, bounds(500, 400), WINDOWS, y), rtol=1e-8)
+
+
+@pytest.mark.parametrize("kind", [*MOMENTS, *PAIRS])
+def test_the_twin_follows_the_definition(kind: str) -> None:
+    """Within the accuracy of the running sums of any supported pandas. Equal values have no skew and no kurtosis."""
+    level = 50.0 if kind in MOMENTS else 0.0
+    x, y = series(2, 600, level=level), series(3, 600, 0.2, level=level)
+    if kind in MOMENTS:
+        x[100:180] = 0.3
+    other = y if kind in PAIRS else None
+    rows = bounds(400, 200)
+    twin = _pandas_rolling(kind, x, other, *rows, np.asarray([5, 60]), 0.0)
+    with np.errstate(all="ignore"):
+        expected = definition(kind, x, rows, [5, 60], other)
+    assert_same(twin, expected, rtol=1e-4, atol=1e-6)
 
 
 @needs_native

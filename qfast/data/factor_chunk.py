@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +22,7 @@ BINARY: Mapping[str, Callable[..., np.ndarray]] = {
     "Sub": np.subtract,
     "Mul": np.multiply,
     "Div": np.divide,
-    "Power": np.power,
+    "Power": operator.pow,  # as in pandas: NumPy squares for an exponent of 2, which may differ from np.power by a bit
     "Gt": np.greater,
     "Ge": np.greater_equal,
     "Lt": np.less,
@@ -39,6 +40,8 @@ UNARY: Mapping[str, Callable[..., np.ndarray]] = {
     "Not": np.bitwise_not,
     "Sign": lambda x: np.sign(x.astype(np.float32)),
 }
+
+LARGEST_INTEGER = 2**63 - 1
 
 MaskValues = tuple[np.ndarray, int, int]
 """Values of another instrument: float32 or float64 [D] by date code of the panel, the first date code and the end."""
@@ -173,7 +176,8 @@ class Chunk:
 
     def _elementwise(self, function: ExpressionFunction, inputs: list[Any]) -> Series:
         series = [value for value in inputs if isinstance(value, Series)]
-        arrays = [value.values if isinstance(value, Series) else value for value in inputs]
+        is_floating = any(value.values.dtype.kind == "f" for value in series)
+        arrays = [value.values if isinstance(value, Series) else _number(value, is_floating) for value in inputs]
         if function.form == "condition":
             return self._within(np.where(*arrays), series[0].extent)
         compute = UNARY[function.name] if function.series == 1 else BINARY[function.name]
@@ -355,3 +359,18 @@ def _mask(outer: Graph, text: str, call: Call, begin: int) -> MaskValues:
     by_day = np.full(len(outer.panel.datetimes), np.nan, dtype=np.result_type(values, np.float32))
     by_day[days] = values
     return (by_day, int(days[0]), int(days[-1]) + 1) if len(days) else (by_day, 0, 0)
+
+
+def _number(value: float, is_floating: bool) -> float:
+    """A number for NumPy, whose old versions would compute with integers beyond 64 bits as Python objects.
+
+    Raises
+    ------
+    OverflowError
+        The integer needs more than 64 bits, and no other operand is floating.
+    """
+    if not isinstance(value, int) or -LARGEST_INTEGER - 1 <= value <= LARGEST_INTEGER:
+        return value
+    if not is_floating:
+        raise OverflowError("an integer is too large for 64 bits.")
+    return float(value)

@@ -212,6 +212,12 @@ def _pandas(name: str, series: pd.Series, window: int, parameter: float) -> Any:
     return getattr(_finite(series).rolling(window, min_periods=1), name)()
 
 
+def _moment(name: str, series: pd.Series, window: int, parameter: float) -> Any:
+    """skew or kurt. Equal values have neither: pandas before 3 returns 0 and -3 for them."""
+    windows = _finite(series).rolling(window, min_periods=1)
+    return getattr(windows, name)().where(windows.max() > windows.min())
+
+
 def _applied(function: Callable[[np.ndarray], float], series: pd.Series, window: int, parameter: float) -> Any:
     return _finite(series).rolling(window, min_periods=1).apply(function, raw=True)
 
@@ -274,7 +280,8 @@ def _line(name: str, series: pd.Series, window: int, parameter: float) -> np.nda
 
 
 STATISTICS: dict[str, Callable[[Any, int, float], Any]] = {
-    **{name: partial(_pandas, name) for name in ("count", "sum", "mean", "var", "std", "skew", "kurt", "max", "min")},
+    **{name: partial(_pandas, name) for name in ("count", "sum", "mean", "var", "std", "max", "min")},
+    **{name: partial(_moment, name) for name in ("skew", "kurt")},
     "mad": partial(_applied, _mad),
     "idxmax": partial(_applied, lambda values: float(values.argmax() + 1)),
     "idxmin": partial(_applied, lambda values: float(values.argmin() + 1)),
