@@ -103,11 +103,14 @@ class Usage:
 
 def settings(options: argparse.Namespace) -> list[str]:
     """Changes of the workflow file: the dates and names of the prices, and the number of epochs."""
-    names = sorted(pd.read_parquet(options.data, columns=["instrument"])["instrument"].unique())
+    instruments: object = "all"
+    if options.instruments is not None:
+        names = sorted(pd.read_parquet(options.data, columns=["instrument"])["instrument"].unique())
+        instruments = [str(name) for name in names[: options.instruments]]
     changes: Mapping[str, object] = {
         "task.model.kwargs.n_epochs": options.epochs,
         "task.model.kwargs.early_stop": options.epochs,
-        f"{HANDLER}.instruments": [str(name) for name in names[: options.instruments]],
+        f"{HANDLER}.instruments": instruments,
         f"{HANDLER}.vwap": "typical",
         f"{HANDLER}.start_time": SEGMENTS["train"][0],
         f"{HANDLER}.end_time": SEGMENTS["test"][1],
