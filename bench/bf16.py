@@ -5,13 +5,16 @@
 The networks have Qlib's sizes on windows of 20 steps with 20 features. A training step is forward, loss, backward,
 clipping and Adam. "Qlib" is the same network with torch's layers, which Qlib uses. All sides alternate in one process
 on one thread; the figure is the lowest process CPU time. Errors are relative norms of the difference from float64, of
-the predictions and of the gradient of all weights.
+the predictions and of the gradient of all weights. If OpenVINO is installed, its inference of the networks that it
+converts is measured too, with float32 and with bfloat16.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib
+import importlib.util
 import json
 import platform
 import time
@@ -39,6 +42,7 @@ NETWORKS: dict[str, tuple[int, Callable[[], nn.Module]]] = {  # rows of a batch,
     "Transformer": (2048, lambda: Transformer(**ENCODER)),
     "Localformer": (2048, lambda: Localformer(**ENCODER)),
 }
+OPENVINO = ("LSTM", "GRU", "TCN", "Transformer")  # networks that are converted
 SIDES = ("Qlib float32", "Qlib autocast", "qfast float32", "qfast bf16")
 
 
@@ -127,18 +131,52 @@ def measured(name: str, repeats: int) -> tuple[list[float], list[float], list[tu
     return steps, milliseconds([side.predict for side in sides], repeats), errors
 
 
+def openvino_calls(network: nn.Module, x: Tensor) -> list[Callable[[], object]]:
+    """Inference by OpenVINO on one thread in float32 and in bfloat16, for a fixed shape."""
+    openvino: Any = importlib.import_module("openvino")
+    plain: Any = network
+    model = openvino.convert_model(plain.to_reference().eval(), example_input=x, input=[list(x.shape)])
+    calls: list[Callable[[], object]] = []
+    for precision in ("f32", "bf16"):
+        settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1}
+        request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+        calls.append(lambda request=request: request.infer([x.numpy()]))
+    return calls
+
+
+def openvino_rows(names: list[str], repeats: int) -> list[list[str]]:
+    """Milliseconds of inference by OpenVINO and by qfast, which alternate."""
+    rows = []
+    for name in names:
+        count, build = NETWORKS[name]
+        torch.manual_seed(0)
+        network = build().eval()
+        x, label = windows(name, count)
+        x = x.contiguous()
+        sides = [Side(side, network, x, label) for side in SIDES[2:]]
+        times = milliseconds([*openvino_calls(network, x), *(side.predict for side in sides)], repeats)
+        _, theirs, _, ours = times
+        rows.append([_label(name), *(f"{t:.1f}" for t in times), f"{theirs / ours:.1f}x"])
+        print(rows[-1], flush=True)
+    return rows
+
+
+def _label(name: str) -> str:
+    return name if "stocks" in name else f"{name}, {NETWORKS[name][0]:,} x {STEPS}"
+
+
 def tables(names: list[str], repeats: int) -> list[dict[str, Any]]:
     """The blocks of the section: training, inference, errors."""
     training, inference, accuracy = [], [], []
     for name in names:
         steps, forward, errors = measured(name, repeats)
-        label = f"{name}, {NETWORKS[name][0]:,} x {STEPS}" if "stocks" not in name else name
+        label = _label(name)
         training.append([label, *(f"{t:.1f}" for t in steps), *_ratios(steps)])
         inference.append([label, *(f"{t:.1f}" for t in forward), *_ratios(forward)])
         accuracy.append([label, *(f"{a:.1e} / {b:.1e}" for a, b in errors)])
         print(training[-1], inference[-1], accuracy[-1], sep="\n", flush=True)
     header = ["model", *SIDES, "autocast / bf16", "float32 / bf16"]
-    return [
+    blocks: list[dict[str, Any]] = [
         {"text": "CPU milliseconds of a training step:"},
         {"columns": header, "rows": training},
         {"text": "CPU milliseconds of inference:"},
@@ -146,6 +184,15 @@ def tables(names: list[str], repeats: int) -> list[dict[str, Any]]:
         {"text": "Relative errors of the predictions / of the gradient, compared with float64:"},
         {"columns": ["model", *SIDES], "rows": accuracy},
     ]
+    converted = [name for name in OPENVINO if name in names]
+    if importlib.util.find_spec("openvino") is not None and converted:
+        version = importlib.import_module("openvino").__version__.partition("-")[0]
+        columns = ["model", "OpenVINO float32", "OpenVINO bf16", *SIDES[2:], "OpenVINO bf16 / bf16"]
+        blocks += [
+            {"text": f"CPU milliseconds of inference by OpenVINO {version} and by qfast, for a fixed batch:"},
+            {"columns": columns, "rows": openvino_rows(converted, repeats)},
+        ]
+    return blocks
 
 
 def _ratios(times: list[float]) -> list[str]:
