@@ -85,6 +85,12 @@ def test_tables_of_factors(library: str) -> None:
     np.testing.assert_array_equal(windows[5], expected[5])
 
 
+def test_a_single_column_is_refused() -> None:
+    column = pyarrow.chunked_array([[1.0, 2.0]])
+    with pytest.raises(DataError, match=r"the ChunkedArray cannot be converted to a table .* docs/data\.md"):
+        load_prices(column)
+
+
 class LazyFrame:
     """A table that has not been computed, as in Polars."""
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeGuard, TypeVar
 
 import pandas as pd
 
-from qfast.errors import ConfigError
+from qfast.errors import DATA_PAGE, ConfigError, DataError
 
 __all__ = ["ArrowTable", "conversion_hint", "is_arrow_table", "to_pandas", "without_arrow"]
 
@@ -41,6 +41,8 @@ def to_pandas(source: ArrowTable) -> pd.DataFrame:
     ------
     ConfigError
         pyarrow is not installed.
+    DataError
+        The object is a single column, or pandas has no type for one of its columns.
 
     Source
     ------
@@ -59,7 +61,13 @@ def to_pandas(source: ArrowTable) -> pd.DataFrame:
             f"prices of type {type(source).__name__} need pyarrow, which cannot be imported ({error}). Remedy: pip "
             "install 'qfast-models[parquet]', or pass a pandas frame."
         ) from None
-    frame: pd.DataFrame = pyarrow.table(source).to_pandas()
+    try:
+        frame: pd.DataFrame = pyarrow.table(source).to_pandas()
+    except (pyarrow.ArrowException, TypeError, ValueError) as error:
+        raise DataError(
+            f"the {type(source).__name__} cannot be converted to a table of columns: {error}. {DATA_PAGE} shows every "
+            "accepted form."
+        ) from None
     return frame
 
 
