@@ -65,6 +65,8 @@ void share_with_scratch(const Tensor& like, int64_t count, Scratch scratch, cons
 
 constexpr int64_t kSumParts = 16;             // parts of the tiles, each with its own sums
 constexpr int64_t kSumPartBytes = 128 << 20;  // limit on the memory of all sums
+constexpr int64_t kSumPiece = 2048;           // sums that are added up at a time
+constexpr int64_t kSumGrain = 8192;           // fewest sums that a thread adds up
 
 // Number of parts of the tiles if a part has `elements` sums. It does not depend on the number of threads.
 template <class Element>
@@ -90,8 +92,16 @@ Buffer<Element> sum_in_parts(const Tensor& like, int64_t tiles, Scratch scratch,
       kernel(tiles * part / parts, tiles * (part + 1) / parts, space, sum);
     }
   });
-  for (int64_t part = 1; part < parts; ++part)
-    for (int64_t i = 0; i < elements; ++i) total[i] += total[part * elements + i];
+  parallel_for(elements, kSumGrain, [&](int64_t begin, int64_t end) {
+    // Pieces that stay in the first-level cache.
+    for (int64_t first = begin; first < end; first += kSumPiece) {
+      const int64_t count = std::min(kSumPiece, end - first);
+      for (int64_t part = 1; part < parts; ++part) {
+        const Element* const from = total + part * elements + first;
+        for (int64_t i = 0; i < count; ++i) total[first + i] += from[i];
+      }
+    }
+  });
   return sums;
 }
 

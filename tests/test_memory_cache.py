@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qfast import _backend
 from qfast.device import release_memory
 from qfast.errors import BackendError
-from qfast.ops import lstm
+from qfast.ops import attention_pool, gru, lstm
 
 pytestmark = pytest.mark.skipif(_backend.native is None, reason="the CPU library is not loaded")
 
@@ -76,6 +76,49 @@ def test_saved_values_are_used_until_torch_frees_the_graph() -> None:
     assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
     del other
     assert facts()["used_bytes"] == before
+
+
+def all_steps(seed: int, gradients_needed: bool = True) -> tuple[Tensor, Tensor]:
+    """Inputs, and the results of all steps, of which each has 640 KB."""
+    torch.manual_seed(seed)
+    module = nn.GRU(64, 64, batch_first=True)
+    x = torch.randn(128, 20, 64, requires_grad=gradients_needed)
+    with torch.set_grad_enabled(gradients_needed):
+        return x, gru(x, [[getattr(module, name) for name in NAMES]], all_steps=True)[0]
+
+
+def pooled_gradient(steps: Tensor) -> Tensor:
+    pooled = attention_pool(steps, torch.ones(8, 64) / 64, torch.zeros(8), torch.ones(8))
+    return torch.autograd.grad(pooled.square().sum(), steps, retain_graph=True)[0]
+
+
+def test_large_results_and_gradients_of_training_are_reused() -> None:
+    """Without memory of their own, each would be new memory that the system clears page by page."""
+    before = facts()["used_bytes"]
+    x, steps = all_steps(0)
+    if facts()["used_bytes"] == before:
+        pytest.skip("torch allocates the saved tensors before version 2.11")
+    grad_steps = pooled_gradient(steps)
+    (grad_x,) = torch.autograd.grad(steps, x, grad_steps)
+    values = [tensor.detach().clone() for tensor in (steps, grad_steps, grad_x)]
+    used = facts()["used_bytes"]
+    assert used - before >= 3 * x.nbytes
+    other, other_steps = all_steps(1)  # must not write to memory that is in use
+    torch.autograd.grad(other_steps, other, pooled_gradient(other_steps))
+    assert all(torch.equal(a, b) for a, b in zip((steps, grad_steps, grad_x), values, strict=True))
+    del other, other_steps
+    allocated = facts()["allocated"]
+    for seed in (2, 3):
+        next_x, next_steps = all_steps(seed)
+        torch.autograd.grad(next_steps, next_x, pooled_gradient(next_steps))
+    assert facts()["allocated"] == allocated
+    del next_x, next_steps, x, steps, grad_steps, grad_x
+    assert facts()["used_bytes"] == before
+
+
+def test_results_without_gradients_can_be_resized() -> None:
+    _, steps = all_steps(0, gradients_needed=False)
+    assert steps.resize_(256, 20, 64).shape[0] == 256
 
 
 def test_release_frees_idle_memory_only() -> None:

@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_pool_backward_cpu(
   check_pool_result(tensors.op, "pooled", pooled, h, h.size(2));
   check_pool_result(tensors.op, "attention", attention, h, h.size(1));
   const int64_t width = weight.size(0);
-  const Tensor grad_h = empty(h, {h.size(0), h.size(1), h.size(2)});
+  const Tensor grad_h = saved_tensor(h, {h.size(0), h.size(1), h.size(2)});
   std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor>> gradients;
   dispatch_floating(h.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);

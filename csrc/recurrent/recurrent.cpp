@@ -98,7 +98,9 @@ Forward forward(const Inputs& inputs, bool keep) {
     out.last_c = empty(x, {Cell::kStates == 2 ? L : 0, B, H});
     out.gates = saved_tensor(x, {L, saved_steps, B, 4, H});
     out.carried = saved_tensor(x, {L, saved_steps, B, H});
-    out.output = inputs.all_steps ? empty(x, {B, T, H}) : empty(x, {B, H});
+    out.output = !inputs.all_steps ? empty(x, {B, H})
+                 : keep            ? saved_tensor(x, {B, T, H})
+                                   : empty(x, {B, T, H});
     job.last_h = out.last_h.template mutable_data_ptr<Element>();
     job.last_c = out.last_c.template mutable_data_ptr<Element>();
     if (inputs.all_steps) job.output = sequence_of<Element>(out.output);
@@ -191,7 +193,7 @@ Backward backward(const Inputs& inputs, const Results& results) {
       grad_output = as_contiguous(*results.grad_output);
       job.grad_last = grad_output.const_data_ptr<Element>();
     }
-    out.grad_x = empty(x, {results.input_grad ? B : 0, T, x.size(2)});
+    out.grad_x = saved_tensor(x, {results.input_grad ? B : 0, T, x.size(2)});
     out.grad_h = empty(x, {results.state_grad ? L : 0, B, H});
     out.grad_c = empty(x, {results.state_grad && Cell::kStates == 2 ? L : 0, B, H});
     if (results.input_grad) job.grad_x = out.grad_x.template mutable_data_ptr<Element>();
