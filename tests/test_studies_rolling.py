@@ -176,7 +176,13 @@ def test_windows_after_a_failed_one_are_rows_of_a_warm_start(case, tmp_path):
 
 def test_the_reach_of_a_label_is_known_from_its_expression(tmp_path):
     """Of the demo: 2 days. The backtest of all windows runs on the prices of the handler."""
-    sets = [*SETS, "task.dataset.kwargs.segments.test=[2020-01-01, 2020-02-14]"]
+    without_gaps = {
+        "train": "2018-01-01, 2019-06-30",
+        "valid": "2019-07-01, 2019-12-31",
+        "test": "2020-01-01, 2020-02-14",
+    }
+    sets = [*SETS, *(f"task.dataset.kwargs.segments.{name}=[{dates}]" for name, dates in without_gaps.items())]
+    sets += ["task.dataset.kwargs.handler.kwargs.fit_end_time=2019-06-30"]
     result = study(DEMO, demo_prices(8, 600), sets, output=tmp_path / "s", rolling=20, expanding=True, **HERE)
     segments = json.loads(json.dumps(result.table[["test_start", "test_end"]].to_dict("list")))
     assert segments == {"test_start": ["2020-01-01", "2020-01-29"], "test_end": ["2020-01-28", "2020-02-25"]}
