@@ -14,21 +14,48 @@ namespace qfast {
 
 constexpr int64_t kHugeBytes = 4 << 20;  // tensors of at least this size use huge pages
 
-// A new tensor with the device and, unless `dtype` is set, the dtype of `like`. Its elements are not set.
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape,
-                    std::optional<ScalarType> dtype = std::nullopt) {
-  const auto allocate = [&] { return new_tensor(like, {shape.begin(), shape.size()}, dtype); };
-  Tensor out;
-  try {
-    out = allocate();
-  } catch (const OutOfMemory&) {
-    if (release_idle_memory() == 0) throw;
-    out = allocate();
+// A new tensor, allocated without torch's dispatcher, which takes longer than the kernel of a small call. Its
+// elements are not set.
+inline Tensor allocated(const Tensor& like, const TensorSizes& shape, ScalarType type) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t elements = 1;
+  bool overflows = false;
+  for (size_t axis = shape.size(); axis-- > 0;) {
+    strides[axis] = elements;
+    overflows |= __builtin_mul_overflow(elements, std::max<int64_t>(shape[axis], 1), &elements);
   }
-  const ScalarType type = out.scalar_type();
+  if (overflows) return new_tensor(like, shape, type);  // raises the error
+  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  return with_memory(like, shape, type, [&] {
+    AtenTensorHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
+                                                           strides.data(), dtype,
+                                                           aoti_torch_device_type_cpu(), 0, &handle));
+    return Tensor(handle);
+  });
+}
+
+// A new tensor with this shape and, unless `dtype` is set, the dtype of `like`. Its elements are not set.
+inline Tensor empty(const Tensor& like, const TensorSizes& shape,
+                    std::optional<ScalarType> dtype = std::nullopt) {
+  const ScalarType type = dtype.value_or(like.scalar_type());
+  const auto allocate = [&] {
+    try {
+      return allocated(like, shape, type);
+    } catch (const OutOfMemory&) {
+      if (release_idle_memory() == 0) throw;
+      return allocated(like, shape, type);
+    }
+  };
+  Tensor out = allocate();
   const int64_t bytes = out.numel() * (type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 1);
   if (bytes >= kHugeBytes) advise_huge_pages(out.mutable_data_ptr(), bytes);
   return out;
+}
+
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape,
+                    std::optional<ScalarType> dtype = std::nullopt) {
+  return empty(like, TensorSizes(shape.begin(), shape.size()), dtype);
 }
 
 // Calls body(worker, begin, end) for equal shares of [0, count), one for each thread.

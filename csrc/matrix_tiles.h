@@ -22,6 +22,19 @@ constexpr int kTileRows = kPanelVectors == 4 ? (Vectors == 4   ? 6
                                                                : 24)
                                              : (Vectors == 2 ? 6 : 12);
 
+// Lane i is lane lanes[i] of a and b, whose lanes are numbered consecutively. `lanes` is a constant.
+template <class Element>
+QFAST_ALWAYS_INLINE Vector<Element> shuffled(Vector<Element> a, Vector<Element> b, Integers<Element> lanes) {
+#if defined(__clang__)
+  constexpr int L = kLanes<Element>;
+  Vector<Element> result;
+  for (int i = 0; i < L; ++i) result[i] = lanes[i] < L ? a[lanes[i]] : b[lanes[i] - L];
+  return result;
+#else
+  return __builtin_shuffle(a, b, lanes);
+#endif
+}
+
 template <class Element, int Rows, int Vectors>
 struct Sums {
   Vector<Element> at[Rows][Vectors];

@@ -103,22 +103,13 @@ static void pack_panel(const PanelMatrix<Element>& right, int64_t panel) {
 template <class Element>
 QFAST_ALWAYS_INLINE Vector<Element> add_pairs(Vector<Element> a, Vector<Element> b) {
   constexpr int L = kLanes<Element>;
-#if defined(__clang__)
-  Vector<Element> even, odd;
-  for (int i = 0; i < L; ++i) {
-    even[i] = i < L / 2 ? a[2 * i] : b[2 * i - L];
-    odd[i] = i < L / 2 ? a[2 * i + 1] : b[2 * i + 1 - L];
-  }
-#else
-  Integers<Element> even_lanes, odd_lanes;
+  Integers<Element> even, odd;
 #pragma GCC unroll 16
   for (int i = 0; i < L; ++i) {
-    even_lanes[i] = 2 * i;
-    odd_lanes[i] = 2 * i + 1;
+    even[i] = 2 * i;
+    odd[i] = 2 * i + 1;
   }
-  const Vector<Element> even = __builtin_shuffle(a, b, even_lanes), odd = __builtin_shuffle(a, b, odd_lanes);
-#endif
-  return even + odd;
+  return shuffled<Element>(a, b, even) + shuffled<Element>(a, b, odd);
 }
 
 // Replaces `Count` vectors by one: with a vector for each lane, lane i is the sum of the lanes of vector i.

@@ -149,6 +149,24 @@ def test_window_conv(width: int, out: int, taps: int, windows: int, steps: int, 
 
 
 @NATIVE
+def test_the_memory_layout_of_x_does_not_change_the_bits(isa: str) -> None:
+    """Three taps of contiguous rows are interleaved in registers, and those of other layouts element by element."""
+    torch.manual_seed(0)
+    conv, grad = nn.Conv1d(105, 107, 3, padding=1), torch.randn(3, 9, 107)
+    x = torch.randn(3, 9, 105)
+    turned, apart = x.transpose(1, 2).contiguous().transpose(1, 2), torch.randn(3, 18, 210)[:, ::2, :105].copy_(x)
+
+    def call(y: Tensor) -> Tensor:
+        return window_conv(y, *conv.parameters())
+
+    expected = gradients_of(call, x, list(conv.parameters()), grad)
+    for other in (turned, apart):
+        leaf = other.detach().requires_grad_()
+        results = [call(leaf), *torch.autograd.grad(call(leaf), [leaf, *conv.parameters()], grad)]
+        assert all(map(torch.equal, results, expected))
+
+
+@NATIVE
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_the_same_bits_for_any_number_of_threads(threads: int, isa: str) -> None:
     torch.manual_seed(0)

@@ -68,6 +68,12 @@ def test_a_result_that_does_not_fit(name):
         FORWARD[name]()
 
 
+def test_a_result_with_more_elements_than_an_index_can_count():
+    x = ZERO.expand(2**40, 2**20, 1)
+    with pytest.raises(torch.OutOfMemoryError, match=MESSAGE.format("window_conv")):
+        ops.window_conv(x, torch.zeros(16, 1, 3), torch.zeros(16))
+
+
 @pytest.mark.parametrize("name", ["feed_forward", "gru", "attention_pool"])
 def test_half_precision(name, monkeypatch):
     monkeypatch.setitem(globals(), "ZERO", torch.zeros(1, dtype=torch.bfloat16))

@@ -11,7 +11,7 @@ constexpr int64_t kGrainElements = 16384;  // of one task; fewer do not pay for 
 Tensor tanh_cpu(const Tensor& x) {
   check_floating("tanh", "x", x);
   const Tensor input = as_contiguous(x);
-  Tensor out = empty(input, {input.numel()});
+  const Tensor out = empty(input, input.sizes());
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);
     const Element* const from = input.const_data_ptr<Element>();
@@ -20,7 +20,7 @@ Tensor tanh_cpu(const Tensor& x) {
     parallel_for(input.numel(), kGrainElements,
                  [&](int64_t begin, int64_t end) { kernel(from, to, begin, end); });
   });
-  return torch::stable::reshape(out, input.sizes());
+  return out;
 }
 
 }  // namespace

@@ -328,8 +328,8 @@ void exp_in_place(Element* values, int64_t begin, int64_t end) {
 template <class Element>
 void tanh_elements(const Element* from, Element* to, int64_t begin, int64_t end) {
   constexpr int64_t lanes = kLanes<Element>;
-  for (int64_t i = begin; i < end; i += lanes) {
-    const int64_t count = end - i < lanes ? end - i : lanes;
-    store<Element>(to + i, tanh<Element>(load<Element>(from + i, count)), count);
-  }
+  int64_t i = begin;
+  for (; i + lanes <= end; i += lanes)
+    store<Element>(to + i, tanh<Element>(load<Element>(from + i, lanes)), lanes);
+  if (i < end) store<Element>(to + i, tanh<Element>(load<Element>(from + i, end - i)), end - i);
 }

@@ -22,6 +22,7 @@ struct RecurrentLayer {
   const Element *input_turned, *hidden_turned;
   int64_t input_width;  // columns of a panel of input_turned
   // Offsets of the gradients in the sums of a part: weights as [block][input][gate][lane], bias as above.
+  // hidden_sum is -1 if no step has a previous h, so the gradient of the hidden weight is 0.
   int64_t input_sum, hidden_sum, bias_sum;
 };
 

@@ -294,11 +294,13 @@ struct VectorGradients {
                          rows, out, stride);
   }
 
-  // Adds or, if `sets`, stores the gradients of both weights of a layer over the steps [begin, end).
+  // Adds or, if `sets`, stores the gradients of both weights of a layer over the steps [begin, end). The
+  // gradient of the hidden weight is not computed if hidden_sum is null.
   void add_weights(const BackwardTile<Element>& tile, int64_t l, int64_t begin, int64_t end, bool sets,
                    Element* input_sum, Element* hidden_sum) const {
     add_weight_sums<Cell>(job, tile, l, begin, end, job.layers[l].features, false, sets, input_sum);
-    add_weight_sums<Cell>(job, tile, l, begin, end, job.hidden, true, sets, hidden_sum);
+    if (hidden_sum != nullptr)
+      add_weight_sums<Cell>(job, tile, l, begin, end, job.hidden, true, sets, hidden_sum);
   }
 };
 
@@ -355,7 +357,8 @@ static void backward_tile(const RecurrentJob<Element>& job, const BackwardTile<E
     const bool sets = first_rows && end == job.steps;
     for (int64_t l = 0; l < job.layer_count; ++l) {
       const RecurrentLayer<Element>& layer = job.layers[l];
-      products.add_weights(tile, l, begin, end, sets, total + layer.input_sum, total + layer.hidden_sum);
+      products.add_weights(tile, l, begin, end, sets, total + layer.input_sum,
+                           layer.hidden_sum < 0 ? nullptr : total + layer.hidden_sum);
       add_bias_sums(job, tile, l, begin, end, sets, total + layer.bias_sum);
     }
   }

@@ -60,7 +60,8 @@ class TileGradients {
     multiply_turned(sums, sum_stride, rows, turned(l, false), job_.layers[l].features, out, stride);
   }
 
-  // Adds or, if `sets`, stores the gradients of both weights of a layer over the steps [begin, end).
+  // Adds or, if `sets`, stores the gradients of both weights of a layer over the steps [begin, end). The
+  // gradient of the hidden weight is not computed if hidden_sum is null.
   void add_weights(const BackwardTile<float>& tile, int64_t l, int64_t begin, int64_t end, bool sets,
                    float* input_sum, float* hidden_sum) const {
     const int64_t step_tiles = tiles_for(tile.rows, kTileDepth), depth_tiles = (end - begin) * step_tiles;
@@ -70,7 +71,7 @@ class TileGradients {
             tile.sums(l, t) + column * kTileSide, tile.sum_stride, tile.rows, kTileSide,
             values(tiles_.grad_columns) + (column * depth_tiles + (t - begin) * step_tiles) * kTileValues);
     add_weight(tile, l, begin, end, false, job_.layers[l].features, sets, input_sum);
-    add_weight(tile, l, begin, end, true, job_.hidden, sets, hidden_sum);
+    if (hidden_sum != nullptr) add_weight(tile, l, begin, end, true, job_.hidden, sets, hidden_sum);
   }
 
  private:

@@ -8,6 +8,7 @@
 
 #include "common.h"
 #include "cpu_dispatch.h"
+#include "cpu_workers.h"
 #include "dropout_checks.h"
 #include "memory_cache.h"
 #include "recurrent/recurrent.h"
@@ -106,8 +107,8 @@ class RecurrentNetwork {
       if (l > 0 || input_grad) layer.input_turned = turn(weights_[4 * l], true, layer.input_width);
       layer.input_sum = sum;
       sum += layer.features * Cell::kGates * job.stride;
-      layer.hidden_sum = sum;
-      sum += job.hidden * Cell::kGates * job.stride;
+      layer.hidden_sum = reads_hidden() ? sum : -1;
+      if (reads_hidden()) sum += job.hidden * Cell::kGates * job.stride;
       layer.bias_sum = sum;
       sum += 4 * job.stride;
     }
@@ -132,7 +133,8 @@ class RecurrentNetwork {
     for (int64_t l = 0; l < job.layer_count; ++l) {
       const RecurrentLayer<Element>& layer = layers_[l];
       grads.push_back(unpack(weights_[4 * l], sums + layer.input_sum, true));
-      grads.push_back(unpack(weights_[4 * l + 1], sums + layer.hidden_sum, false));
+      grads.push_back(
+          unpack(weights_[4 * l + 1], layer.hidden_sum < 0 ? nullptr : sums + layer.hidden_sum, false));
       grads.push_back(unpack_bias(weights_[4 * l + 2], sums + layer.bias_sum, true));
       grads.push_back(unpack_bias(weights_[4 * l + 3], sums + layer.bias_sum, false));
     }
@@ -247,11 +249,15 @@ class RecurrentNetwork {
     return to;
   }
 
-  // Returns a gradient in torch's layout from sums in the layout of `pack`.
+  // Returns a gradient in torch's layout from sums in the layout of `pack`, or zeros if `sums` is null.
   Tensor unpack(const Tensor& like, const Element* sums, bool input) const {
     const int64_t columns = like.size(1), gates = Cell::kGates * lanes_;
-    Tensor out = new_tensor_like(like);
+    const Tensor out = empty(like, like.sizes());
     Element* const to = out.mutable_data_ptr<Element>();
+    if (sums == nullptr) {
+      std::fill_n(to, out.numel(), Element(0));
+      return out;
+    }
     for_blocks([&](int64_t first, int64_t gate, int64_t units) {
       cpu_kernels<Element>().transpose(sums + first * columns * Cell::kGates + gate * lanes_, gates, columns,
                                        units, to + row_of(input, gate, first) * columns, columns);
@@ -261,7 +267,7 @@ class RecurrentNetwork {
 
   // Returns the gradient of a bias from sums in the layout of `pack_bias`.
   Tensor unpack_bias(const Tensor& like, const Element* sums, bool input) const {
-    Tensor out = new_tensor_like(like);
+    const Tensor out = empty(like, like.sizes());
     Element* const to = out.mutable_data_ptr<Element>();
     const int64_t first = input ? 0 : 4 - Cell::kGates;
     for_gate_rows(input, [&](int64_t block, int64_t gate, int64_t lane, int64_t row) {

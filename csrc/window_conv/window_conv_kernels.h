@@ -37,11 +37,70 @@ static void convolve(const WindowConvJob<Element>& job, const PanelMatrix<Elemen
                                     {to + w * job.steps * weight.columns, weight.columns, bias, nullptr, 0});
 }
 
+// Vector `which` of three vectors with the interleaved lanes of a, b and c.
+template <int which, class Element>
+QFAST_ALWAYS_INLINE Vector<Element> interleaved(Vector<Element> a, Vector<Element> b, Vector<Element> c) {
+  constexpr int L = kLanes<Element>;
+  Integers<Element> pair, third;
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) {
+    const int place = which * L + i;
+    pair[i] = place % 3 == 2 ? 0 : place % 3 * L + place / 3;
+    third[i] = place % 3 == 2 ? L + place / 3 : i;
+  }
+  return shuffled<Element>(shuffled<Element>(a, b, pair), c, third);
+}
+
+// Lanes `which`, which + 3, which + 6, ... of three consecutive vectors.
+template <int which, class Element>
+QFAST_ALWAYS_INLINE Vector<Element> every_third(Vector<Element> a, Vector<Element> b, Vector<Element> c) {
+  constexpr int L = kLanes<Element>;
+  Integers<Element> pair, third;
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) {
+    const int place = 3 * i + which;
+    pair[i] = place < 2 * L ? place : 0;
+    third[i] = place < 2 * L ? i : place - L;
+  }
+  return shuffled<Element>(shuffled<Element>(a, b, pair), c, third);
+}
+
+// Lanes of vector `which` of three that contain elements, if there are `count` elements.
+template <class Element>
+QFAST_ALWAYS_INLINE int64_t lanes_of(int64_t which, int64_t count) {
+  const int64_t left = count - which * kLanes<Element>;
+  return left < 0 ? 0 : smaller(left, kLanes<Element>);
+}
+
+// Copies the inputs of a step with three taps, rows `from` (null outside the window), to [in][3].
+template <class Element>
+QFAST_ALWAYS_INLINE void unfold_three(const Element* const* from, int64_t in, Element* to) {
+  for_vectors<Element>(in, [&](int64_t d, int64_t lanes) __attribute__((always_inline)) {
+    Vector<Element> row[3];
+#pragma GCC unroll 3
+    for (int k = 0; k < 3; ++k)
+      row[k] = from[k] == nullptr ? Vector<Element>{} : load<Element>(from[k] + d, lanes);
+    const Vector<Element> mixed[] = {interleaved<0, Element>(row[0], row[1], row[2]),
+                                     interleaved<1, Element>(row[0], row[1], row[2]),
+                                     interleaved<2, Element>(row[0], row[1], row[2])};
+#pragma GCC unroll 3
+    for (int v = 0; v < 3; ++v)
+      store<Element>(to + 3 * d + v * kLanes<Element>, mixed[v], lanes_of<Element>(v, 3 * lanes));
+  });
+}
+
 // Copies the inputs of each step, [in][taps], with zeros beyond the ends of a window.
 template <class Element>
 static void unfold_steps(const WindowConvJob<Element>& job, Element* to) {
   for (int64_t w = 0; w < job.batch; ++w)
-    for (int64_t t = 0; t < job.steps; ++t, to += job.padded_inputs)
+    for (int64_t t = 0; t < job.steps; ++t, to += job.padded_inputs) {
+      if (job.taps == 3 && job.x_column == 1) {
+        const Element* const row = job.x + w * job.x_window + t * job.x_step;
+        const Element* const from[] = {t == 0 ? nullptr : row - job.x_step, row,
+                                       t + 1 == job.steps ? nullptr : row + job.x_step};
+        unfold_three(from, job.in, to);
+        continue;
+      }
       for (int64_t k = 0; k < job.taps; ++k) {
         const int64_t step = t + k - job.taps / 2;
         const bool inside = step >= 0 && step < job.steps;
@@ -49,6 +108,28 @@ static void unfold_steps(const WindowConvJob<Element>& job, Element* to) {
         for (int64_t d = 0; d < job.in; ++d)
           to[d * job.taps + k] = inside ? from[d * job.x_column] : Element(0);
       }
+    }
+}
+
+// to[d] = the sum of element (d, k) of row k over the three taps k, whose rows are [in][3] or null.
+template <class Element>
+QFAST_ALWAYS_INLINE void fold_three(const Element* const* rows, int64_t in, Element* to) {
+  constexpr int64_t L = kLanes<Element>;
+  for_vectors<Element>(in, [&](int64_t d, int64_t lanes) __attribute__((always_inline)) {
+    Vector<Element> total = {};
+#pragma GCC unroll 3
+    for (int k = 0; k < 3; ++k) {
+      if (rows[k] == nullptr) continue;
+      Vector<Element> part[3];
+#pragma GCC unroll 3
+      for (int v = 0; v < 3; ++v)
+        part[v] = load<Element>(rows[k] + 3 * d + v * L, lanes_of<Element>(v, 3 * lanes));
+      total += k == 0   ? every_third<0, Element>(part[0], part[1], part[2])
+               : k == 1 ? every_third<1, Element>(part[0], part[1], part[2])
+                        : every_third<2, Element>(part[0], part[1], part[2]);
+    }
+    store<Element>(to + d, total, lanes);
+  });
 }
 
 // grad_x = the gradients of the inputs of all steps, added up.
@@ -57,6 +138,13 @@ static void fold_steps(const WindowConvJob<Element>& job, const Element* from) {
   for (int64_t w = 0; w < job.batch; ++w)
     for (int64_t t = 0; t < job.steps; ++t) {
       Element* const to = job.grad_x + (w * job.steps + t) * job.in;
+      if (job.taps == 3) {
+        const Element* const row = from + (w * job.steps + t) * job.padded_inputs;
+        const Element* const rows[] = {t + 1 == job.steps ? nullptr : row + job.padded_inputs, row,
+                                       t == 0 ? nullptr : row - job.padded_inputs};
+        fold_three(rows, job.in, to);
+        continue;
+      }
       for (int64_t d = 0; d < job.in; ++d) to[d] = 0;
       for (int64_t k = 0; k < job.taps; ++k) {
         const int64_t step = t - k + job.taps / 2;

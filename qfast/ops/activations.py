@@ -1,4 +1,4 @@
-"""Hyperbolic tangent by a polynomial, on the CPU five times as fast as torch's.
+"""Hyperbolic tangent by a polynomial.
 
 The kernel is in csrc/activations/activations.h. Where no kernel is loaded, torch.tanh is used.
 """
@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from qfast.ops import transforms
-from qfast.ops._common import FLOATING, check_same, define, explain_memory, require_tensor, skip_autograd
+from qfast.ops._common import (
+    FLOATING,
+    check_same,
+    define,
+    explain_memory,
+    needs_grad,
+    require_tensor,
+    skip_autograd,
+)
 
 __all__ = ["tanh"]
 
@@ -55,6 +63,8 @@ def tanh(x: Tensor) -> Tensor:
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if x.dtype not in FLOATING or autocast or transforms.active():
         return torch.tanh(x)
+    if needs_grad(x) and not torch.compiler.is_compiling():
+        return _Function.apply(x)
     with skip_autograd():
         return torch.ops.qfast.tanh(x)
 
@@ -82,6 +92,19 @@ def _gradient(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 torch.library.register_autograd("qfast::tanh", _gradient, setup_context=_save)
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        with skip_autograd():
+            output = torch.ops.qfast.tanh(x)
+        _save(ctx, (x,), output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return _gradient(ctx, grad)
 
 
 def self_test(device: torch.device) -> None:
