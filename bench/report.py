@@ -82,18 +82,23 @@ def line(cells: Sequence[str]) -> str:
 
 # ---------------------------------------------------------------- bench/grid.py
 def grid_table(cells: Mapping[str, float]) -> str:
-    """Number of cells, lowest, median and highest ratio by layer, width and pass, from a file of bench/grid.py."""
-    named = [((name.split()[0], shape_of(name), name.split()[1]), name, value) for name, value in cells.items()]
-    order = {key: place for place, (key, *_) in reversed(list(enumerate(named)))}
-    rows = []
-    for key, members in itertools.groupby(sorted(named, key=lambda cell: order[cell[0]]), key=lambda cell: cell[0]):
-        group = [(value, name) for _, name, value in members]
-        lowest, name = min(group)
-        values = [value for value, _ in group]
-        ratios = [f"{number:.2f}" for number in (lowest, statistics.median(values), max(values))]
-        rows.append([key[0], key[1], key[2], str(len(group)), ratios[0], " ".join(name.split()[-2:]), *ratios[1:]])
-    columns = ["layer", "width", "pass", "cells", "lowest", "its shape", "median", "highest"]
-    return table(columns, rows, RESULTS)
+    """Number of cells, lowest and median ratio by layer, width and pass, from a file of bench/grid.py."""
+    groups: dict[tuple[str, str], dict[str, list[tuple[float, str]]]] = {}
+    for name, value in cells.items():
+        layer, direction, *shape = name.split()
+        passes = groups.setdefault((layer, shape_of(name)), {"inference": [], "training": []})
+        passes[direction].append((value, " ".join(shape[-2:])))
+    rows = [[*key, *itertools.chain(*map(grid_cells, passes.values()))] for key, passes in groups.items()]
+    columns = ["layer", "width", "inference: cells", "lowest", "its shape", "median"]
+    return table([*columns, "training: cells", *columns[3:]], rows, RESULTS)
+
+
+def grid_cells(group: Sequence[tuple[float, str]]) -> list[str]:
+    """Number, lowest ratio, its shape and median ratio of some cells."""
+    if not group:
+        return ["0", "", "", ""]
+    lowest, shape = min(group)
+    return [str(len(group)), f"{lowest:.2f}", shape, f"{statistics.median(value for value, _ in group):.2f}"]
 
 
 def shape_of(name: str) -> str:

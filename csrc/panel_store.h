@@ -78,8 +78,10 @@ class PanelStore {
                                 bool transposed) {
     const PanelCut panel = cut(columns);
     const int64_t stride = panel.width * (transposed ? step : 1);
-    return {rows,      columns, panel.width, panel.count, step, stride, from, buffer(rows * panel.width),
-            transposed};
+    Element* const room = buffer(rows * panel.width);
+    // A single panel that is not full leaves columns unset. Products with subnormal numbers there are slow.
+    if (columns < panel.width) std::fill_n(room, rows * panel.width, Element(0));
+    return {rows, columns, panel.width, panel.count, step, stride, from, room, transposed};
   }
 
   // Returns memory whose elements are not set.

@@ -102,11 +102,10 @@ def test_the_summary_of_a_grid(report: Any) -> None:
         "encoder inference D=8 M=256 T=60 B=1": 2.5,
     }
     header, _, *rows = report.grid_table(cells).splitlines()
-    assert header.startswith("| layer | width | pass | cells | lowest |")
+    assert header.startswith("| layer | width | inference: cells | lowest | its shape | median | training: cells |")
     assert rows == [
-        "| encoder | D=8 M=256 | inference | 3 | 0.97 | T=20 B=16 | 1.50 | 2.50 |",
-        "| encoder | D=8 M=256 | training | 1 | 1.10 | T=10 B=1 | 1.10 | 1.10 |",
-        "| recurrent | LSTM H=32 | inference | 1 | 2.00 | T=10 B=1 | 2.00 | 2.00 |",
+        "| encoder | D=8 M=256 | 3 | 0.97 | T=20 B=16 | 1.50 | 1 | 1.10 | T=10 B=1 | 1.10 |",
+        "| recurrent | LSTM H=32 | 1 | 2.00 | T=10 B=1 | 2.00 | 0 | | | |",
     ]
 
 

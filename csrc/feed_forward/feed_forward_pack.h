@@ -8,6 +8,7 @@ namespace qfast {
 
 constexpr int64_t kSliceColumns = 256;  // hidden units of a slice
 constexpr int64_t kGroupRows = 240;     // a multiple of the register tiles of all widths
+constexpr int64_t kOneGroupRows = 360;  // a second group of few rows would need packed weights
 
 // Number of windows of `steps` rows that have about `rows` rows together.
 inline int64_t windows_of(int64_t rows, int64_t steps, bool drops) {
@@ -17,8 +18,8 @@ inline int64_t windows_of(int64_t rows, int64_t steps, bool drops) {
 
 // Number of windows of a group of at most `batch` windows, so a small batch has small buffers.
 inline int64_t group_windows(int64_t batch, int64_t steps, bool drops) {
-  return std::min(windows_of(kGroupRows, steps, drops),
-                  rounded_up(std::max<int64_t>(batch, 1), drops ? 4 : 1));
+  const int64_t all = rounded_up(std::max<int64_t>(batch, 1), drops ? 4 : 1);
+  return all * steps <= kOneGroupRows ? all : std::min(windows_of(kGroupRows, steps, drops), all);
 }
 
 // Number of windows of a tile: about `rows` rows, or fewer if the batch would have fewer than 16 tiles. It
