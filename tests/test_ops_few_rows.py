@@ -123,7 +123,21 @@ def test_encoder_layer(
     )
 
 
-@pytest.mark.parametrize(("width", "hidden", "out"), [(70, 300, 130), (64, 64, 64), (256, 600, 5)])
+def test_an_encoder_layer_with_one_large_group(isa: str) -> None:
+    """Up to 360 rows are one group if the feed-forward block has at least 2**18 weights in a matrix."""
+    torch.manual_seed(0)
+    module = nn.TransformerEncoderLayer(128, 2, 2048, 0.0, batch_first=True, dtype=F64)
+    fix_active_units(module.linear1.bias)
+    for windows in (17, 19):
+        assert_equals_torch(
+            module,
+            lambda net, y: encoder_layer(y, list(net.parameters()), heads=2),
+            module,
+            torch.randn(windows, 20, 128, dtype=F64),
+        )
+
+
+@pytest.mark.parametrize(("width", "hidden", "out"), [(70, 300, 130), (64, 64, 64), (256, 600, 5), (512, 520, 5)])
 @pytest.mark.parametrize("rows", [1, 12, 13, 240, 241, 700])
 def test_feed_forward(width: int, hidden: int, out: int, rows: int, isa: str) -> None:
     torch.manual_seed(rows)

@@ -73,8 +73,8 @@ class Encoder {
     job.padded_pair = store_.cut(2 * job.width).padded();
     job.padded_steps = store_.cut(job.steps).padded();
     job.padded_head = store_.cut(job.width / job.heads).padded();
-    job.group_windows = group_windows(job.batch, job.steps, drops);
-    job.tile_windows = tile_windows(kTileRows, job.batch, job.results, drops);
+    job.group_windows = group_windows(job.batch, job.steps, drops, hidden_weights());
+    job.tile_windows = tile_windows(kTileRows, job.batch, job.results, drops, hidden_weights());
   }
 
   void pack(bool backward) {
@@ -98,13 +98,15 @@ class Encoder {
     job.norm1_bias = store_.vector(data(kNorm1Bias), D);
     job.norm2_weight = store_.vector(data(kNorm2Weight), D);
     job.norm2_bias = store_.vector(data(kNorm2Bias), D);
-    const int64_t net_group = group_windows(job.batch, job.results, job.dropout.active);
+    const int64_t net_group = group_windows(job.batch, job.results, job.dropout.active, hidden_weights());
     job.net = packed_feed_forward(store_, weights_[kLinear1Weight], weights_[kLinear1Bias],
                                   weights_[kLinear2Weight], backward, job.batch <= net_group);
     job.net.leaving_bias = store_.vector(data(kLinear2Bias), D);
     job.net.dropout = job.dropout;
     job.net.group_windows = net_group;
   }
+
+  int64_t hidden_weights() const { return weights_[kLinear1Weight].numel(); }
 
   const Element* data(EncoderWeight which) const {
     return weights_[which].template const_data_ptr<Element>();

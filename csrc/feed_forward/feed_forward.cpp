@@ -28,12 +28,12 @@ FeedForwardJob<Element> job_of(const Tensor& x, const Block& block, PanelStore<E
                                const DropoutRule& dropout, bool backward) {
   FeedForwardJob<Element> job{};
   job.rows = x.size(0);
-  const int64_t group = group_windows(job.rows, 1, dropout.active);
+  const int64_t group = group_windows(job.rows, 1, dropout.active, block.weight_in.numel());
   job.net = packed_feed_forward(store, block.weight_in, block.bias_in, block.weight_out, backward,
                                 job.rows <= group);
   job.net.dropout = dropout;
   job.net.group_windows = group;
-  job.tile_rows = tile_windows(kTileRows, job.rows, 1, dropout.active);
+  job.tile_rows = tile_windows(kTileRows, job.rows, 1, dropout.active, block.weight_in.numel());
   job.padded_in = store.cut(x.size(1)).padded();
   job.padded_out = store.cut(block.weight_out.size(0)).padded();
   job.x = x.const_data_ptr<Element>();

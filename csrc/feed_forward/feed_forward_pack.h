@@ -8,7 +8,10 @@ namespace qfast {
 
 constexpr int64_t kSliceColumns = 256;  // hidden units of a slice
 constexpr int64_t kGroupRows = 240;     // a multiple of the register tiles of all widths
-constexpr int64_t kOneGroupRows = 360;  // a second group of few rows would need packed weights
+// With two groups, the weights are packed in advance. With at least kLargeWeights hidden weights, this takes
+// longer than what a second group saves, if there are at most kOneGroupRows rows.
+constexpr int64_t kOneGroupRows = 360;
+constexpr int64_t kLargeWeights = 1 << 18;
 
 // Number of windows of `steps` rows that have about `rows` rows together.
 inline int64_t windows_of(int64_t rows, int64_t steps, bool drops) {
@@ -16,16 +19,18 @@ inline int64_t windows_of(int64_t rows, int64_t steps, bool drops) {
   return drops ? rounded_up(windows, 4) : windows;  // four windows share a dropout counter
 }
 
-// Number of windows of a group of at most `batch` windows, so a small batch has small buffers.
-inline int64_t group_windows(int64_t batch, int64_t steps, bool drops) {
+// Number of windows of a group of at most `batch` windows, so a small batch has small buffers. `weights` is
+// the number of hidden units times the width of a row.
+inline int64_t group_windows(int64_t batch, int64_t steps, bool drops, int64_t weights) {
   const int64_t all = rounded_up(std::max<int64_t>(batch, 1), drops ? 4 : 1);
-  return all * steps <= kOneGroupRows ? all : std::min(windows_of(kGroupRows, steps, drops), all);
+  if (weights >= kLargeWeights && all * steps <= kOneGroupRows) return all;
+  return std::min(windows_of(kGroupRows, steps, drops), all);
 }
 
 // Number of windows of a tile: about `rows` rows, or fewer if the batch would have fewer than 16 tiles. It
 // depends on the sizes only, so sums have the same order for any number of threads.
-inline int64_t tile_windows(int64_t rows, int64_t batch, int64_t steps, bool drops) {
-  const int64_t group = group_windows(batch, steps, drops);
+inline int64_t tile_windows(int64_t rows, int64_t batch, int64_t steps, bool drops, int64_t weights) {
+  const int64_t group = group_windows(batch, steps, drops, weights);
   const int64_t share = rounded_up((batch + kSumParts - 1) / kSumParts, group);
   return std::max(group, std::min(rounded_up(windows_of(rows, steps, drops), group), share));
 }
