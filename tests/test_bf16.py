@@ -48,6 +48,8 @@ SMALL: list[Case] = [
     StackCase(11, 3, (19, 19, 40), 7, 37, norm=False),
     StackCase(9, (2, 3), (49, 19), 49, 21, all_steps=True),
 ]
+# Widths whose last column tile is the first half of a tile of 32 products, after a panel of 48 columns.
+SMALL_WIDTHS = [StackCase(9, 2, (width, 17), 3, 21) for width in (65, 80, 129)]
 
 
 def bf16(case: Case, **settings: object) -> Callable[[Sequence[Tensor]], object]:
@@ -79,6 +81,18 @@ def test_values_and_gradients_are_those_of_the_definition(case):
     for ours, theirs, other in zip(computed, expected, exact, strict=True):
         limit = max(TOLERANCE * float(theirs.norm()), AMPLIFIED * float((theirs - other).norm()), 1e-6 * size)
         assert float((ours - theirs).norm()) <= limit
+
+
+@needs_bf16
+@pytest.mark.parametrize("case", SMALL_WIDTHS, ids=identity)
+def test_columns_between_the_last_channel_and_the_end_of_a_tile_are_zeros(case):
+    infinite = [(tensor * float("inf")).requires_grad_() for tensor in StackCase(20, 7, (160,), 160, 40).inputs(F32)]
+    for _ in range(2):  # leaves NaN in the memory that the next call reuses
+        StackCase(20, 7, (160,), 160, 40).operator(infinite, precision="bf16").sum().backward()
+    computed = results(bf16(case), case.inputs(F32))
+    with emulation():
+        expected = results(bf16(case), case.inputs(F64))
+    assert errors_above(computed, expected, 100 * TOLERANCE) == []
 
 
 @needs_bf16

@@ -20,12 +20,13 @@ struct alignas(64) TileBuffer {
 // Left operands of the rows of a batch tile.
 struct Operands {
   bf16_bits* data;
-  int64_t slot_stride, row_stride;
+  int64_t slot_stride, row_stride, columns;
 
   Operands(float* memory, int64_t rows, int64_t channels)
       : data(reinterpret_cast<bf16_bits*>(memory)),
         slot_stride(rows * tiles_for(channels, kTileDepth) * kTileDepth),
-        row_stride(tiles_for(channels, kTileDepth) * kTileDepth) {}
+        row_stride(tiles_for(channels, kTileDepth) * kTileDepth),
+        columns(channels) {}
 
   bf16_bits* at(int64_t slot, int64_t row) const { return data + slot * slot_stride + row * row_stride; }
 };
@@ -145,12 +146,16 @@ QFAST_ALWAYS_INLINE Vector<float> first_lanes(Vector<float> values, int64_t coun
   return (Vector<float>)_mm512_maskz_mov_ps(mask, (__m512)values);
 }
 
-// Stores 16 values of an operand, and the next 16 unless they are beyond the padded row.
+// Stores 16 values of an operand, the next 16 unless they are beyond the padded row, and after the last
+// column zeros up to the end of the padded row.
 QFAST_ALWAYS_INLINE void store_operand(const Operands& operands, int64_t slot, int64_t row, int64_t column,
                                        Vector<float> values, Vector<float> next) {
   bf16_bits* const to = operands.at(slot, row) + column;
   if (column + kTileSide < operands.row_stride) {
     _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)next, (__m512)values));
+    const int64_t end = column + 2 * kTileSide;
+    if (end >= operands.columns && end < operands.row_stride)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 2 * kTileSide), _mm256_setzero_si256());
   } else {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)values));
   }
