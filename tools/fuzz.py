@@ -38,7 +38,7 @@ with atheris.instrument_imports(include=["qfast"]):
 from support.stores import write_store  # noqa: E402
 
 SECONDS, MEGABYTES = 20, 2048  # of one input
-STORE_DAYS = 44  # the fewest days with which the store has all of its irregularities
+STORE_DAYS = 62  # about the fewest with which write_store writes all of its irregularities
 MAX_BYTES = {"expression": 300, "store": 3000, "yaml": 1000}
 SEEDS: dict[str, list[bytes]] = {
     "expression": [
