@@ -15,7 +15,8 @@ trap 'PATH=$original rm -rf "$folder"' EXIT
 packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 target=$("$folder/env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 echo "$packages" >"$target/packages.pth" # its own .pth files, for example of an editable install, are not read
-"$folder/env/bin/python" -m pip install --quiet --no-deps --no-index "$wheel"
+# --ignore-installed: the packages of that Python may include a qfast.
+"$folder/env/bin/python" -m pip install --quiet --no-deps --no-index --ignore-installed "$wheel"
 cd "$folder"
 export PATH=$folder/env/bin MPLBACKEND=Agg
 unset PYTHONPATH CXX CC
