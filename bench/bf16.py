@@ -5,7 +5,8 @@
 The networks have Qlib's sizes on windows of 20 steps with 20 features. A training step is forward, loss, backward,
 clipping and Adam. "Qlib" is the same network with torch's layers, which Qlib uses. All sides alternate in one process
 on one thread; the figure is the lowest process CPU time. Errors are relative norms of the difference from float64, of
-the predictions and of the gradient of all weights. If OpenVINO is installed, its inference of the networks that it
+the predictions and of the gradient of all weights. GATs needs pyqlib, whose network computes the attention of all pairs
+of stocks. If OpenVINO is installed, its inference of the networks that it
 converts is measured too, with float32 and with bfloat16.
 """
 
@@ -22,7 +23,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ class Side:
         self.x, self.label = x, label
         parameters = self.network.parameters
         if name.startswith("Qlib"):
-            self.network = self.network.to_reference()
+            self.network = qlib_network(self.network)
             self.optimizer: torch.optim.Optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-4)
         else:
             self.optimizer = ClippedAdam(parameters(), lr=1e-4, limit=3.0)
@@ -89,6 +90,16 @@ class Side:
 
     def _context(self) -> Any:
         return torch.autocast("cpu", torch.bfloat16) if self.autocast else nullcontext()
+
+
+def qlib_network(network: Any) -> nn.Module:
+    """Qlib's network with the same weights: torch's layers, and for GATs pyqlib's network."""
+    if not isinstance(network, GATModel):
+        return cast("nn.Module", network.to_reference())
+    qlib: Any = importlib.import_module("qlib.contrib.model.pytorch_gats_ts")
+    theirs: nn.Module = qlib.GATModel(**RECURRENT, base_model="LSTM").to(next(network.parameters()).dtype)
+    theirs.load_state_dict(network.state_dict())
+    return theirs
 
 
 def windows(name: str, rows: int) -> tuple[Tensor, Tensor]:
@@ -177,7 +188,11 @@ def tables(names: list[str], repeats: int) -> list[dict[str, Any]]:
         print(training[-1], inference[-1], accuracy[-1], sep="\n", flush=True)
     header = ["model", *SIDES, "autocast / bf16", "float32 / bf16"]
     blocks: list[dict[str, Any]] = [
-        {"text": "CPU milliseconds of a training step:"},
+        {
+            "text": f"{date.today()}, one core of an Intel Xeon of the fourth generation (AMX), a virtual machine with "
+            "other work. Command: `python bench/bf16.py`. All sides of a line alternate. CPU milliseconds of a "
+            "training step:"
+        },
         {"columns": header, "rows": training},
         {"text": "CPU milliseconds of inference:"},
         {"columns": header, "rows": inference},

@@ -98,6 +98,7 @@ def section(rows: list[list[str]], options: argparse.Namespace) -> dict[str, Any
     """The section of bench/RESULTS.md."""
     columns = ["model", "seeds", *(f"test IC, {name}" for name in PRECISIONS), "difference", "in standard errors"]
     text = (
+        f"{date.today()}. Command: `python bench/bf16_seeds.py --data PRICES --output FOLDER`. "
         f"Mean test IC and its standard error over seeds, {options.stocks} stocks of the S&P 500, 2013 to 2018, small "
         "networks and four epochs (bench/bf16_seeds.yaml). The last column is the difference relative to the standard "
         "error of float32."
