@@ -28,9 +28,9 @@ inline Tensor allocated(const Tensor& like, const TensorSizes& shape, ScalarType
   const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   return with_memory(like, shape, type, [&] {
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
-                                                           strides.data(), dtype,
-                                                           aoti_torch_device_type_cpu(), 0, &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
+                                                    strides.data(), dtype, aoti_torch_device_type_cpu(), 0,
+                                                    &handle));
     return Tensor(handle);
   });
 }
