@@ -83,7 +83,7 @@ inline void check_shaped(const char* op, const char* name, const Tensor& tensor,
               torch::headeronly::toString(x.scalar_type()), ", got ",
               torch::headeronly::toString(tensor.scalar_type()), ".");
   const TensorSizes expected(shape.begin(), shape.size());
-  QFAST_CHECK(tensor.sizes() == expected, op, ": ", name, ": expected shape (", sizes_text(expected),
+  QFAST_CHECK(tensor.sizes().equals(expected), op, ": ", name, ": expected shape (", sizes_text(expected),
               "), got ", shape_text(tensor), ".");
 }
 
