@@ -22,7 +22,8 @@ LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!\w+:)([^)#\s]+)(#[^)]*)?\)")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Enter all tutorials, in the order of their numbers."""
+    """Enter all tutorials, in the order of their numbers, and let them show pictures."""
+    os.environ.pop("MPLBACKEND", None)  # a backend of the user's choice, such as Agg, would not show them in a page
     tutorials = sorted(path.name for path in (DOCS / "tutorials").glob("[0-9]*.py"))
     for entry in config.nav or []:
         if "Tutorials" in entry:
