@@ -56,7 +56,7 @@ def feature_importance(
     -------
     DataFrame
         One row per feature, indexed by "feature", the most important one first. "IC" and "Rank IC" are the falls of the
-        mean over days. "standard error" is that of the fall of the rank IC, from its deviation over days. `attrs`
+        mean over days. "standard error" is the standard error of the "Rank IC" column, estimated over days. `attrs`
         contains "IC" and "Rank IC" of the unchanged data.
 
     Raises

@@ -720,8 +720,8 @@ class Estimator(QlibFunctions):
 def _joined(parts: Iterable[Tensor], rows: int, device: torch.device) -> Tensor:
     """Concatenate predictions of `rows` samples in all, one part after the other.
 
-    Each part is copied at once. Small tensors that remain between the large ones of successive calls would prevent the
-    C library from using the freed memory of one call for the next, and a process would grow with the number of calls.
+    Each part is copied immediately and then freed. If small parts stayed alive between the large tensors of successive
+    calls, the C library could not reuse the memory of one call for the next, and the process would grow.
     """
     result = torch.empty(0, device=device)
     begin = 0
