@@ -1,6 +1,6 @@
 """Products of bfloat16 on the CPU compared with float32 and with torch's autocast: time and errors.
 
-    python bench/bf16.py [--models LSTM GRU ...] [--repeats 5] [--output bench/results/22_bf16.json]
+    python bench/bf16.py [--models LSTM GRU ...] [--repeats 5] [--output bench/results/28_bf16.json]
 
 The networks have Qlib's sizes on windows of 20 steps with 20 features. A training step is forward, loss, backward,
 clipping and Adam. "Qlib" is the same network with torch's layers, which Qlib uses. All sides alternate in one process
@@ -177,25 +177,23 @@ def _label(name: str) -> str:
 
 
 def tables(names: list[str], repeats: int) -> list[dict[str, Any]]:
-    """The blocks of the section: training, inference, errors."""
-    training, inference, accuracy = [], [], []
+    """The blocks of the section: times, errors, and OpenVINO."""
+    calls, accuracy = [], []
     for name in names:
         steps, forward, errors = measured(name, repeats)
         label = _label(name)
-        training.append([label, *(f"{t:.1f}" for t in steps), *_ratios(steps)])
-        inference.append([label, *(f"{t:.1f}" for t in forward), *_ratios(forward)])
+        both = zip(_times_and_ratios(steps), _times_and_ratios(forward), strict=True)
+        calls.append([label, *(f"{step} / {score}" for step, score in both)])
         accuracy.append([label, *(f"{a:.1e} / {b:.1e}" for a, b in errors)])
-        print(training[-1], inference[-1], accuracy[-1], sep="\n", flush=True)
+        print(calls[-1], accuracy[-1], sep="\n", flush=True)
     header = ["model", *SIDES, "autocast / bf16", "float32 / bf16"]
     blocks: list[dict[str, Any]] = [
         {
-            "text": f"{date.today()}, one core of an Intel Xeon of the fourth generation (AMX), a virtual machine with "
-            "other work. Command: `python bench/bf16.py`. All sides of a line alternate. CPU milliseconds of a "
-            "training step:"
+            "text": f"Command: `python bench/bf16.py`, one core of an Intel Xeon of the fourth generation (AMX), "
+            f"{date.today()}, a virtual machine with other work. All sides of a line alternate. CPU milliseconds of a "
+            "training step / of inference:"
         },
-        {"columns": header, "rows": training},
-        {"text": "CPU milliseconds of inference:"},
-        {"columns": header, "rows": inference},
+        {"columns": header, "rows": calls},
         {"text": "Relative errors of the predictions / of the gradient, compared with float64:"},
         {"columns": ["model", *SIDES], "rows": accuracy},
     ]
@@ -210,9 +208,9 @@ def tables(names: list[str], repeats: int) -> list[dict[str, Any]]:
     return blocks
 
 
-def _ratios(times: list[float]) -> list[str]:
+def _times_and_ratios(times: list[float]) -> list[str]:
     _, autocast, float32, bf16 = times
-    return [f"{autocast / bf16:.1f}x", f"{float32 / bf16:.1f}x"]
+    return [*(f"{time:.1f}" for time in times), f"{autocast / bf16:.1f}x", f"{float32 / bf16:.1f}x"]
 
 
 def main() -> None:
@@ -229,7 +227,7 @@ def main() -> None:
         "machine": "one core of an Intel Xeon of the fourth generation (AMX), virtual machine with other work",
         "software": f"torch {torch.__version__}, Python {platform.python_version()}",
         "dates": [str(date.today())],
-        "commands": ["python bench/bf16.py --output bench/results/22_bf16.json"],
+        "commands": ["python bench/bf16.py --output bench/results/28_bf16.json"],
         "blocks": blocks,
     }
     if arguments.output is not None:

@@ -1,7 +1,7 @@
 """Scores and losses of models with products of bfloat16 and of float32, over many seeds.
 
     python bench/bf16_seeds.py --data prices.parquet --output studies/bf16 [--stocks 40] [--seeds 20]
-        [--models LSTM ...] [--section bench/results/23_bf16_seeds.json] [--picture docs/images/bf16_losses.svg]
+        [--models LSTM ...] [--section bench/results/29_bf16_seeds.json] [--picture docs/images/bf16_losses.svg]
 
 bench/bf16_seeds.yaml is the workflow. A study of each model runs every seed in both precisions, one run at a time.
 Finished runs of an earlier call are used again. The table compares the mean test IC of both precisions with the
@@ -111,7 +111,7 @@ def section(rows: list[list[str]], options: argparse.Namespace) -> dict[str, Any
         "dates": [str(date.today())],
         "commands": [
             "python bench/bf16_seeds.py --data prices.parquet --output studies/bf16 --section "
-            "bench/results/23_bf16_seeds.json --picture docs/images/bf16_losses.svg"
+            "bench/results/29_bf16_seeds.json --picture docs/images/bf16_losses.svg"
         ],
         "blocks": [{"text": text}, {"columns": columns, "rows": rows}],
     }

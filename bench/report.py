@@ -4,15 +4,22 @@
     python bench/report.py --check    # exit status 1 if RESULTS.md differs
 
 Each JSON file is one section, in the order of the file names. It contains its title, machine, software, dates and
-commands, and blocks of text and tables. A block {"bench": FILE} shows a file that `qfast bench` has written, and a
-block {"grid": FILE} summarizes a file of bench/grid.py. Older results are in the history of the repository only.
+commands, and these blocks:
+
+    {"text": "..."}                               a paragraph, which is wrapped
+    {"list": ["...", ...]}                        a list, whose items are wrapped
+    {"columns": ["...", ...], "rows": [...]}      a table
+    {"bench": FILE}                               the tables of a file that `qfast bench` has written
+    {"grid": FILE}                                a summary of a file of bench/grid.py
+
+Older results are in the history of the repository only.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import re
 import statistics
 import sys
 import textwrap
@@ -57,14 +64,23 @@ def section(path: Path) -> str:
 
 
 def block(item: Mapping[str, Any], path: Path) -> str:
-    """A paragraph, a table, the table of a run of `qfast bench`, or the summary of a grid."""
+    """A paragraph, a list, a table, the tables of a run of `qfast bench`, or the summary of a grid."""
     if "text" in item:
-        return str(item["text"])
+        return wrapped(item["text"])
+    if "list" in item:
+        return "\n".join(wrapped(f"- {text}", indent="  ") for text in item["list"])
     if "bench" in item:
-        return bench_table(json.loads((path.parent / item["bench"]).read_text(encoding="utf-8")))
+        return bench_tables(json.loads((path.parent / item["bench"]).read_text(encoding="utf-8")))
     if "grid" in item:
         return grid_table(json.loads((path.parent / item["grid"]).read_text(encoding="utf-8")))
     return table(item["columns"], item["rows"], path)
+
+
+def wrapped(text: str, indent: str = "") -> str:
+    """The text in lines of at most WIDTH characters, without a line break in code."""
+    joined = re.sub(r"`[^`]+`", lambda code: code[0].replace(" ", "\0"), text)
+    lines = textwrap.fill(joined, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return lines.replace("\0", " ")
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], path: Path) -> str:
@@ -82,40 +98,55 @@ def line(cells: Sequence[str]) -> str:
 
 # ---------------------------------------------------------------- bench/grid.py
 def grid_table(cells: Mapping[str, float]) -> str:
-    """Number of cells, lowest and median ratio by layer, width and pass, from a file of bench/grid.py."""
-    groups: dict[tuple[str, str], dict[str, list[tuple[float, str]]]] = {}
+    """Lowest ratio and median ratios by width of every layer and pass, from a file of bench/grid.py."""
+    groups: dict[str, dict[str, list[tuple[float, int, str]]]] = {}
     for name, value in cells.items():
-        layer, direction, *shape = name.split()
-        passes = groups.setdefault((layer, shape_of(name)), {"inference": [], "training": []})
-        passes[direction].append((value, " ".join(shape[-2:])))
-    rows = [[*key, *itertools.chain(*map(grid_cells, passes.values()))] for key, passes in groups.items()]
-    columns = ["layer", "width", "inference: cells", "lowest", "its shape", "median"]
-    return table([*columns, "training: cells", *columns[3:]], rows, RESULTS)
+        kind, direction, *words = name.split()
+        layer = kind if words[0].startswith("D=") else words.pop(0)
+        width = int(words[0].partition("=")[2])
+        groups.setdefault(layer, {}).setdefault(direction, []).append((value, width, " ".join(words)))
+    layers = [(layer, direction, group) for layer, passes in groups.items() for direction, group in passes.items()]
+    widths = sorted({width for _, _, group in layers for _, width, _ in group})
+    rows = [[layer, direction, *grid_cells(group, widths)] for layer, direction, group in layers]
+    medians = [f"median of width {widths[0]}", *map(str, widths[1:])]
+    return table(["layer", "pass", "cells", "lowest", "its shape", *medians], rows, RESULTS)
 
 
-def grid_cells(group: Sequence[tuple[float, str]]) -> list[str]:
-    """Number, lowest ratio, its shape and median ratio of some cells."""
-    if not group:
-        return ["0", "", "", ""]
-    lowest, shape = min(group)
-    return [str(len(group)), f"{lowest:.2f}", shape, f"{statistics.median(value for value, _ in group):.2f}"]
-
-
-def shape_of(name: str) -> str:
-    """The part of a cell's name that does not change with steps and batch, for example "LSTM H=64"."""
-    return " ".join(word for word in name.split()[2:] if not word.startswith(("T=", "B=")))
+def grid_cells(group: Sequence[tuple[float, int, str]], widths: Sequence[int]) -> list[str]:
+    """Number of cells, lowest ratio, its shape, and the median ratio of each width."""
+    lowest, _, shape = min(group)
+    cells = [str(len(group)), f"{lowest:.2f}", shape]
+    for width in widths:
+        ratios = [value for value, other, _ in group if other == width]
+        cells.append(f"{statistics.median(ratios):.2f}" if ratios else "")
+    return cells
 
 
 # ---------------------------------------------------------------- qfast bench
-def bench_table(facts: Mapping[str, Any]) -> str:
-    """Conditions and table of a file of `qfast bench`."""
+def bench_tables(facts: Mapping[str, Any]) -> str:
+    """Conditions and tables of a file of `qfast bench`: times with memory, and the parts of an epoch."""
+    models = facts["models"]
+    names = {model["reference_name"] for model in models if model["reference_name"]}
+    reference = names.pop() if len(names) == 1 else "reference"  # Qlib's model, or torch's layers if that fails
+    rows = [bench_row(model, reference, max(facts["product_rates"])) for model in models]
+    columns = ["model", "batch", f"{reference}, s", "qfast, s", "ratio", "2 threads", "of `torch.mm`"]
+    columns += [f"{reference}, MB", "qfast, MB"]
+    paragraphs = [wrapped(bench_conditions(facts)), table(columns, rows, RESULTS)]
+    notes: dict[str, list[str]] = {}
+    for model in models:
+        for note in model["notes"]:
+            notes.setdefault(note, []).append(model["name"])
+    if notes:
+        paragraphs.append(wrapped(" ".join(f"{', '.join(names)}: {note}." for note, names in notes.items())))
+    return "\n\n".join([*paragraphs, wrapped(bench_parts(models))])
+
+
+def bench_conditions(facts: Mapping[str, Any]) -> str:
+    """Date, versions, data and rates of a run, and whether its figures can be trusted."""
     data, versions = facts["data"], facts["versions"]
-    rows = [bench_row(model, facts) for model in facts["models"]]
-    columns = ["model", "batch", "reference", "reference, s", "qfast, s", "ratio", *BENCH_PARTS]
-    columns += ["of torch.mm", "memory, MB: reference", "qfast"]
     busy = "; ".join(facts["not_trusted_because"])
     products, copies = max(facts["product_rates"]) / 1e9, max(facts["copy_rates"]) / 1e9
-    text = (
+    return (
         f"{facts['created'][:10]}, {facts['cores']} cores, {facts['instruction_set']} kernels, torch "
         f"{versions['torch']}, pyqlib {versions['pyqlib']}. Data: {data['rows']:,} rows, {data['instruments']:,} "
         f"instruments, {data['first']} to {data['last']}, {data['features']} features, windows of {data['step_len']} "
@@ -123,24 +154,33 @@ def bench_table(facts: Mapping[str, Any]) -> str:
         f"multiply-adds and {copies:.1f} GB copied per second. "
         + (f"The run itself reports that the machine was busy: {busy}." if busy else "The machine was idle.")
     )
-    notes = [f"{model['name']}: {note}" for model in facts["models"] for note in model["notes"]]
-    after = "\n\n" + textwrap.fill(". ".join(notes) + ".", WIDTH) if notes else ""
-    return textwrap.fill(text, WIDTH) + "\n\n" + table(columns, rows, RESULTS) + after
 
 
-def bench_row(model: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
-    shares = [f"{model['parts'][part] / model['epoch']:.0%}" for part in BENCH_PARTS]
-    products = model["products"] and f"{model['products'] / max(facts['product_rates']):.0%}"
-    ratio = model["ratio"] and f"**{model['ratio']:.2f}x**"
-    numbers = [model["name"], f"{model['batch_size']:,}", model["reference_name"] or "-"]
-    numbers += [
-        number(model["reference"], ".3g"),
+def bench_row(model: Mapping[str, Any], reference: str, product_rate: float) -> list[str]:
+    """Seconds of an epoch, their ratio, the gain of the threads, the rate of products, and the memory of a batch."""
+    threads = model["epoch"] / model["threads_epoch"] if model["threads_epoch"] else None
+    other = model["reference_name"] and model["reference_name"] != reference
+    return [
+        model["name"],
+        f"{model['batch_size']:,}",
+        number(model["reference"], ".3g") + (f" ({model['reference_name']})" if other else ""),
         number(model["epoch"], ".3g"),
-        ratio or "-",
-        *shares,
-        products or "-",
+        f"**{model['ratio']:.2f}x**" if model["ratio"] else "-",
+        number(threads, ".2f"),
+        f"{model['products'] / product_rate:.0%}" if model["products"] else "-",
+        number(model["reference_memory"], ",.0f"),
+        number(model["memory"], ",.0f"),
     ]
-    return [*numbers, number(model["reference_memory"], ",.0f"), number(model["memory"], ",.0f")]
+
+
+def bench_parts(models: Sequence[Mapping[str, Any]]) -> str:
+    """A sentence with the lowest and the highest share of each part of an epoch."""
+    ranges = []
+    for part in BENCH_PARTS:
+        shares = [model["parts"][part] / model["epoch"] for model in models]
+        low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
+        ranges.append(f"{part} {high}" if low == high else f"{part} {low.rstrip('%')} to {high}")
+    return f"Parts of qfast's epoch over all models: {', '.join(ranges)}."
 
 
 def number(value: float | None, form: str) -> str:

@@ -57,6 +57,7 @@ def test_a_file_of_qfast_bench(report: Any) -> None:
         "batch_size": 800,
         "reference_name": "Qlib",
         "reference": 30.0,
+        "threads_epoch": 5.0,
         "epoch": 10.0,
         "ratio": 3.0,
         "parts": dict.fromkeys(report.BENCH_PARTS, 10 / 6),
@@ -84,13 +85,21 @@ def test_a_file_of_qfast_bench(report: Any) -> None:
         "not_trusted_because": [],
         "models": [model],
     }
-    text = report.bench_table(facts)
-    assert "| GRU | 800 | Qlib | 30 | 10 | **3.00x** | 17% |" in text
-    assert "| 80% | - | 12 |" in text
+    text = report.bench_tables(facts)
+    assert "| model | batch | Qlib, s | qfast, s | ratio | 2 threads | of `torch.mm` | Qlib, MB | qfast, MB |" in text
+    assert "| GRU | 800 | 30 | 10 | **3.00x** | 2.00 | 80% | - | 12 |" in text
     assert "The machine was idle." in text
-    assert text.endswith("GRU: smaller batches.")
+    assert "gather 17%, forward 17%" in text
+    assert "\n\nGRU: smaller batches.\n\n" in text
     facts["not_trusted_because"] = ["the load was 9"]
-    assert "the machine was busy: the load was 9" in report.bench_table(facts)
+    parts = dict(model["parts"], gather=1.0)
+    other = {"name": "TCN", "reference_name": "torch", "threads_epoch": None, "products": None, "parts": parts}
+    facts["models"] = [model, model | other]
+    text = report.bench_tables(facts)
+    assert "the machine was busy: the load was 9" in text
+    assert "| TCN | 800 | 30 (torch) | 10 | **3.00x** | - | - | - | 12 |" in text
+    assert "gather 10 to 17%, forward 17%" in text
+    assert "\n\nGRU, TCN: smaller batches.\n\n" in text
 
 
 def test_the_summary_of_a_grid(report: Any) -> None:
@@ -99,14 +108,29 @@ def test_the_summary_of_a_grid(report: Any) -> None:
         "encoder inference D=8 M=256 T=20 B=16": 0.97,
         "encoder training D=8 M=256 T=10 B=1": 1.1,
         "recurrent inference LSTM H=32 T=10 B=1": 2.0,
+        "convolution training conv D=8 T=10 B=1": 1.2,
         "encoder inference D=8 M=256 T=60 B=1": 2.5,
     }
     header, _, *rows = report.grid_table(cells).splitlines()
-    assert header.startswith("| layer | width | inference: cells | lowest | its shape | median | training: cells |")
+    assert header == "| layer | pass | cells | lowest | its shape | median of width 8 | 32 |"
     assert rows == [
-        "| encoder | D=8 M=256 | 3 | 0.97 | T=20 B=16 | 1.50 | 1 | 1.10 | T=10 B=1 | 1.10 |",
-        "| recurrent | LSTM H=32 | 1 | 2.00 | T=10 B=1 | 2.00 | 0 | | | |",
+        "| encoder | inference | 3 | 0.97 | D=8 M=256 T=20 B=16 | 1.50 | |",
+        "| encoder | training | 1 | 1.10 | D=8 M=256 T=10 B=1 | 1.10 | |",
+        "| LSTM | inference | 1 | 2.00 | H=32 T=10 B=1 | | 2.00 |",
+        "| conv | training | 1 | 1.20 | D=8 T=10 B=1 | 1.20 | |",
     ]
+
+
+def test_paragraphs_and_lists_are_wrapped_outside_code(report: Any, tmp_path: Path) -> None:
+    code = "`" + "word " * 18 + "word`"
+    text = report.block({"text": "word " * 10 + code + " word" * 10}, tmp_path)
+    assert code in text
+    assert max(map(len, text.splitlines())) <= report.WIDTH
+    text = report.block({"list": ["word " * 30, "b"]}, tmp_path)
+    first, second, third = text.splitlines()
+    assert first.startswith("- word")
+    assert second.startswith("  word")
+    assert third == "- b"
 
 
 def test_a_grid_is_measured_in_pieces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
