@@ -8,6 +8,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from qfast import cli
@@ -123,7 +124,9 @@ def test_batches_of_qlib_look_ahead_and_true_days_do_not(compat):
     later.loc[dates == dates.max(), "feature"] += 1.0
     model = ts.GATs(d_feat=3, hidden_size=8, n_epochs=1, lr=0.01, seed=1, compat=compat).fit(rolling(frame))
     before, after = (model.predict(rolling(data)).sort_index() for data in (frame, later))
-    changed = before.index[before.to_numpy() != after.to_numpy()].get_level_values("datetime").unique()
+    # torch's products round the last rows of a call differently if it has other numbers of rows.
+    same = np.isclose(before.to_numpy(), after.to_numpy(), rtol=1e-6, atol=0)
+    changed = before.index[~same].get_level_values("datetime").unique()
     assert list(changed) == [dates.max()] if compat is None else changed.min() < dates.max()
 
 

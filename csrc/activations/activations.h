@@ -2,7 +2,7 @@
 // is included inside the namespace of an instruction set.
 //
 // Both functions are exactly 0, 1 or -1 in the tails. tanh is accurate relative to its result, also near 0,
-// and keeps the sign of 0. NaN stays NaN. Bound by arithmetic: a polynomial of 5 (float32) or 12 (float64)
+// and keeps the sign of 0. NaN stays NaN. Bound by arithmetic: a polynomial of 6 (float32) or 13 (float64)
 // terms and a division per vector. In the operator `tanh` a thread owns a range of elements; backward needs
 // the result only.
 #pragma once
@@ -26,25 +26,23 @@ template <>
 struct Lanes<float> {
   typedef float vector __attribute__((vector_size(QFAST_VECTOR_BYTES)));
   typedef int32_t integers __attribute__((vector_size(QFAST_VECTOR_BYTES)));
-  static constexpr int mantissa_bits = 23, bias = 127, terms = 7;
-  static constexpr int32_t sign = INT32_MIN;
-  static constexpr float magic = 0x1.8p23f;        // adding it rounds to an integer
-  static constexpr float exp_zero = -104.f;        // exp(x) is 0 for smaller x
-  static constexpr float tanh_one = 40.f;          // tanh(20) is 1
-  static constexpr float exp_infinite = 89.f;      // exp(x) is infinite for larger x
-  static constexpr float ln2_high = 0.693359375f;  // has few bits, so its product with an exponent is exact
-  static constexpr float ln2_low = -2.12194440054e-4f;  // ln 2 - ln2_high
+  static constexpr int mantissa_bits = 23, bias = 127;
+  static constexpr float magic = 0x1.8p23f;          // adding it rounds to an integer
+  static constexpr float exp_zero = -104.f;          // exp(x) is 0 for smaller x
+  static constexpr float tanh_one = 20.f;            // tanh(20) is 1
+  static constexpr float exp_infinite = 89.f;        // exp(x) is infinite for larger x
+  static constexpr float ln2_high = 0x1.62e3p-1f;    // has few bits, so its product with an exponent is exact
+  static constexpr float ln2_low = 0x1.2fefa4p-17f;  // ln 2 - ln2_high, positive, so a reduced -0 stays -0
 };
 
 template <>
 struct Lanes<double> {
   typedef double vector __attribute__((vector_size(QFAST_VECTOR_BYTES)));
   typedef int64_t integers __attribute__((vector_size(QFAST_VECTOR_BYTES)));
-  static constexpr int mantissa_bits = 52, bias = 1023, terms = 13;
-  static constexpr int64_t sign = INT64_MIN;
+  static constexpr int mantissa_bits = 52, bias = 1023;
   static constexpr double magic = 0x1.8p52;
   static constexpr double exp_zero = -746.;
-  static constexpr double tanh_one = 80.;
+  static constexpr double tanh_one = 40.;
   static constexpr double exp_infinite = 710.;
   static constexpr double ln2_high = 6.93147180369123816490e-01;
   static constexpr double ln2_low = 1.90821492927058770002e-10;
@@ -172,7 +170,7 @@ QFAST_ALWAYS_INLINE Vector<Element> splat(Element x) {
   return x - Vector<Element>{};
 }
 
-// exp(r) = 1 + r + r^2 (c[0] + c[1] r + ...) for |r| <= ln(2) / 2. The float32 coefficients minimize the
+// exp(r) = 1 + r (1 + c[0] r + c[1] r^2 + ...) for |r| <= ln(2) / 2. The float32 coefficients minimize the
 // maximal relative error, 3.1e-9 (Lawson's iteration). The float64 coefficients are the Taylor series, 1 / (k
 // + 2)!.
 template <class Element>
@@ -193,48 +191,58 @@ struct ExpTerms<double> {
                                  1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800.};
 };
 
-// Splits Sign * x into n ln(2) + r with an integer n, for every |x| for which n is a valid exponent. Returns
-// magic + n, whose last bits are n.
-template <class Element, int Sign = 1>
+// Splits Factor * x into n ln(2) + |Factor| r with an integer n, for every |x| for which n is a valid
+// exponent. Returns magic + n, whose last bits are n.
+template <class Element, int Factor = 1>
 QFAST_ALWAYS_INLINE Vector<Element> reduce_exp(Vector<Element> x, Vector<Element>* r) {
   using L = Lanes<Element>;
-  const Vector<Element> shifted = x * Element(Sign * 1.44269504088896340736) + L::magic;
+  constexpr Element magnitude = Factor < 0 ? -Factor : Factor;
+  const Vector<Element> shifted = x * Element(Factor * 1.44269504088896340736) + L::magic;
   const Vector<Element> whole = shifted - L::magic;
-  *r = ((Sign < 0 ? -x : x) - whole * L::ln2_high) - whole * L::ln2_low;
+  *r = ((Factor < 0 ? -x : x) - whole * (L::ln2_high / magnitude)) - whole * (L::ln2_low / magnitude);
   return shifted;
 }
 
-// exp(r) - 1 for a reduced r.
-template <class Element>
-QFAST_ALWAYS_INLINE Vector<Element> exp_rest(Vector<Element> r) {
+// (exp(Factor r) - 1) / (Factor r) for a reduced r.
+template <class Element, int Factor = 1>
+QFAST_ALWAYS_INLINE Vector<Element> exp_slope(Vector<Element> r) {
   using Terms = ExpTerms<Element>;
-  Vector<Element> sum = splat(Terms::c[Terms::count - 1]);
+  Element power = Factor;
 #pragma GCC unroll 16
-  for (int k = Terms::count - 2; k >= 0; --k) sum = sum * r + Terms::c[k];
-  return sum * (r * r) + r;
+  for (int k = 1; k < Terms::count; ++k) power *= Factor;
+  Vector<Element> sum = splat(Terms::c[Terms::count - 1] * power);
+#pragma GCC unroll 16
+  for (int k = Terms::count - 2; k >= 0; --k) {
+    power /= Factor;
+    sum = sum * r + Terms::c[k] * power;
+  }
+  return sum * r + Element(1);
 }
 
-// exp(x) = 2^exponent (1 + rest), |rest| < 0.42, for x in [exp_zero, 0].
-template <class Element>
-QFAST_ALWAYS_INLINE void split_exp(Vector<Element> x, Vector<Element>* rest, Integers<Element>* exponent) {
-  Vector<Element> r;
-  const Vector<Element> shifted = reduce_exp<Element>(x, &r);
-  *exponent = (Integers<Element>)shifted - (Integers<Element>)splat(Lanes<Element>::magic);
-  *rest = exp_rest<Element>(r);
-}
-
+#if QFAST_VECTOR_BYTES < 64
 // 2^exponent for a normal result.
 template <class Element>
 QFAST_ALWAYS_INLINE Vector<Element> power_of_two(Integers<Element> exponent) {
   return (Vector<Element>)((exponent + Lanes<Element>::bias) << Lanes<Element>::mantissa_bits);
 }
+#endif
 
-// 2^n for an argument magic + n. The result is 0 for n = -bias and infinity for n = bias + 1.
+// x 2^n for an argument magic + n. 2^n is infinite for n = bias + 1. It is 0 for n = -bias, or with AVX-512
+// a subnormal number.
 template <class Element>
-QFAST_ALWAYS_INLINE Vector<Element> shifted_power(Vector<Element> shifted) {
+QFAST_ALWAYS_INLINE Vector<Element> times_power(Vector<Element> x, Vector<Element> shifted) {
   using L = Lanes<Element>;
-  return (Vector<Element>)(((Integers<Element>)shifted << L::mantissa_bits) +
-                           (Integers<Element>)splat(Element(1)));
+#if QFAST_VECTOR_BYTES == 64
+  const Vector<Element> n = shifted - L::magic;
+  if constexpr (sizeof(Element) == 4) {
+    return (Vector<Element>)_mm512_maskz_scalef_ps(0xFFFF, (__m512)x, (__m512)n);
+  } else {
+    return (Vector<Element>)_mm512_maskz_scalef_pd(0xFF, (__m512d)x, (__m512d)n);
+  }
+#else
+  return x * (Vector<Element>)(((Integers<Element>)shifted << L::mantissa_bits) +
+                               (Integers<Element>)splat(Element(1)));
+#endif
 }
 
 // Returns x if it is within the bound or NaN, else the bound. The minimum and maximum instructions return the
@@ -278,41 +286,46 @@ template <class Element>
 QFAST_ALWAYS_INLINE Vector<Element> sigmoid(Vector<Element> x) {
   using L = Lanes<Element>;
   // Beyond these bounds exp(-x) is infinite, or too small to change 1.
-  const Vector<Element> minus =
-      -at_most<Element>(-at_most<Element>(-x, L::exp_infinite), L::exp_infinite - 2);
+  const Vector<Element> bounded =
+      at_least<Element>(at_most<Element>(x, L::exp_infinite - 2), -L::exp_infinite);
   Vector<Element> r;
-  const Vector<Element> power = shifted_power<Element>(reduce_exp<Element>(minus, &r));
-  return Element(1) / (power * (exp_rest<Element>(r) + Element(1)) + Element(1));
+  const Vector<Element> shifted = reduce_exp<Element, -1>(bounded, &r);
+  const Vector<Element> reduced = exp_slope<Element>(r) * r + Element(1);
+  return Element(1) / (times_power<Element>(reduced, shifted) + Element(1));
 }
 
-// m / (m + 2) with the sign of x, where m = exp(2|x|) - 1 is computed without cancellation near 0. Within 3
-// ulp.
+// h / (h + 1), where h = (exp(2x) - 1) / 2 is computed without cancellation near 0. Within 3 ulp.
 template <class Element>
 QFAST_ALWAYS_INLINE Vector<Element> tanh(Vector<Element> x) {
   using L = Lanes<Element>;
-  const Integers<Element> sign = (Integers<Element>)x & L::sign;
-  const Vector<Element> magnitude = (Vector<Element>)((Integers<Element>)x & ~L::sign);
+  const Vector<Element> bounded = at_least<Element>(at_most<Element>(x, L::tanh_one), -L::tanh_one);
   Vector<Element> r;
-  const Vector<Element> power =
-      shifted_power<Element>(reduce_exp<Element>(at_most<Element>(magnitude + magnitude, L::tanh_one), &r));
-  const Vector<Element> m = power * exp_rest<Element>(r) + (power - Element(1));
-  return (Vector<Element>)((Integers<Element>)(m / (m + Element(2))) | sign);
+  const Vector<Element> shifted = reduce_exp<Element, 2>(bounded, &r);
+  const Vector<Element> power = times_power<Element>(splat(Element(1)), shifted);
+  // A difference, because -0 + 0 would lose the sign.
+  const Vector<Element> h = power * (exp_slope<Element, 2>(r) * r) - (Element(0.5) - power * Element(0.5));
+  return h / (h + Element(1));
 }
 
 // x = exp(x) for x <= 0 or NaN, within 2 ulp.
 template <class Element>
 QFAST_ALWAYS_INLINE void exp_elements(Element* values, int64_t begin, int64_t end) {
-  const Vector<Element> lowest = Vector<Element>{} + Lanes<Element>::exp_zero;
+  using L = Lanes<Element>;
   for (int64_t i = begin; i < end; i += kLanes<Element>) {
     const int64_t count = end - i < kLanes<Element> ? end - i : kLanes<Element>;
-    Vector<Element> x = load<Element>(values + i, count);
-    x = x < lowest ? lowest : x;
-    Vector<Element> rest;
-    Integers<Element> exponent;
-    split_exp<Element>(x, &rest, &exponent);
-    const Integers<Element> half = exponent >> 1;  // in two steps: the result may be subnormal
+    Vector<Element> r;
+    const Vector<Element> x = at_least<Element>(load<Element>(values + i, count), L::exp_zero);
+    const Vector<Element> shifted = reduce_exp<Element>(x, &r);
+    const Vector<Element> reduced = exp_slope<Element>(r) * r + Element(1);
+#if QFAST_VECTOR_BYTES == 64
+    const Vector<Element> result = times_power<Element>(reduced, shifted);
+#else
+    // In two steps, because the result may be subnormal.
+    const Integers<Element> exponent = (Integers<Element>)shifted - (Integers<Element>)splat(L::magic);
+    const Integers<Element> half = exponent >> 1;
     const Vector<Element> result =
-        (rest + Element(1)) * power_of_two<Element>(half) * power_of_two<Element>(exponent - half);
+        reduced * power_of_two<Element>(half) * power_of_two<Element>(exponent - half);
+#endif
     store<Element>(values + i, result, count);
   }
 }
