@@ -23,7 +23,16 @@ from paired import training_step
 import qfast.ops  # noqa: F401 - defines the operators
 
 STEPS = ("LSTM-800", "LSTM-5000", "GRU-800", "ALSTM-800", "GATs-300", "TCN-2000", "Transformer-512", "Localformer-512")
-OPERATORS = ("lstm", "gru", "attention_pool", "temporal_conv_net", "encoder_layer", "window_conv", "feed_forward")
+OPERATORS = (
+    "lstm",
+    "gru",
+    "linear_tanh",
+    "attention_pool",
+    "temporal_conv_net",
+    "encoder_layer",
+    "window_conv",
+    "feed_forward",
+)
 THREADS = (2, 16, 64)
 PARTS, TILE_ROWS = 16, 48  # of a backward pass; see csrc/cpu_workers.h and csrc/recurrent/recurrent_pack.h
 
@@ -57,7 +66,8 @@ def step_times(step: Callable[[], None], repeats: int) -> tuple[float, dict[str,
 
 def speedup(total: float, spent: dict[str, float], windows: int, threads: int) -> float:
     """Upper bound of the speedup with this number of threads."""
-    parts = max(1, min(PARTS, -(-windows // TILE_ROWS)))
+    tiles = -(-windows // TILE_ROWS)
+    parts = min(PARTS, tiles + tiles % 2) if tiles > 1 else 1
     divided = sum(
         seconds / (min(threads, parts) if name.endswith("_backward") else threads) for name, seconds in spent.items()
     )

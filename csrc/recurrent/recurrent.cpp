@@ -151,12 +151,12 @@ template <class Cell, class Element>
 std::vector<Tensor> run_backward(RecurrentNetwork<Cell, Element>& network, const Tensor& like,
                                  const ProductKernels<Element>& kernels) {
   const auto& job = network.job;
-  const int64_t tiles = (job.batch + job.tile_rows - 1) / job.tile_rows;
+  const int64_t parts = gradient_parts(job.batch);
   const auto kernel = kIsLstm<Cell> ? kernels.lstm_backward : kernels.gru_backward;
   const Buffer<Element> sums = sum_in_parts<Element>(
-      like, tiles, {network.scratch_elements}, network.sum_elements,
+      like, job.batch == 0 ? 0 : parts, {network.scratch_elements}, network.sum_elements,
       [&](int64_t begin, int64_t end, Element* scratch, Element* part) {
-        kernel(job, begin * job.tile_rows, std::min(end * job.tile_rows, job.batch), scratch, part);
+        kernel(job, part_begin(job.batch, begin, parts), part_begin(job.batch, end, parts), scratch, part);
       },
       job.steps > 0);
   return network.weight_gradients(sums.data());

@@ -42,6 +42,27 @@ inline int64_t even_tile_rows(int64_t rows) {
   return std::max(kRecurrentRowStep, rounded_up((rows + tiles - 1) / tiles, kRecurrentRowStep));
 }
 
+// Returns the number of parts of the batch in a backward pass. Each part has its own sums of gradients. An
+// even number of equal parts occupies two threads equally.
+inline int64_t gradient_parts(int64_t rows) {
+  const int64_t tiles = std::max<int64_t>(1, (rows + kRecurrentMostRows - 1) / kRecurrentMostRows);
+  return std::min(kSumParts, tiles == 1 ? 1 : rounded_up(tiles, 2));
+}
+
+// Returns the first row of a part.
+inline int64_t part_begin(int64_t rows, int64_t part, int64_t parts) {
+  const int64_t units = (rows + kRecurrentRowStep - 1) / kRecurrentRowStep;
+  return std::min(units * part / parts * kRecurrentRowStep, rows);
+}
+
+// Returns the rows of a tile of a part: all rows of the largest part if they fit in a tile, and otherwise
+// equal tiles of the smallest part.
+inline int64_t part_tile_rows(int64_t rows, int64_t parts) {
+  const int64_t units = (rows + kRecurrentRowStep - 1) / kRecurrentRowStep;
+  const int64_t largest = (units + parts - 1) / parts * kRecurrentRowStep;
+  return even_tile_rows(largest <= kRecurrentMostRows ? largest : units / parts * kRecurrentRowStep);
+}
+
 template <class Cell, class Element>
 class RecurrentNetwork {
  public:
@@ -65,7 +86,6 @@ class RecurrentNetwork {
     layers_.resize(job.layer_count);
     for (int64_t l = 0; l < job.layer_count; ++l) layers_[l].features = weights_[4 * l].size(1);
     job.layers = layers_.data();
-    job.tile_rows = even_tile_rows(job.batch);
   }
 
   // Returns the data of a contiguous copy [L, B, H], which this object owns, or null.
@@ -97,6 +117,7 @@ class RecurrentNetwork {
   }
 
   void prepare_backward(bool input_grad, bool state_grad, bool with_tiles) {
+    job.tile_rows = part_tile_rows(job.batch, gradient_parts(job.batch));
     job.hidden_width = panel_width(job.hidden);
     int64_t sum = 0;
     for (int64_t l = 0; l < job.layer_count; ++l) {
