@@ -146,6 +146,13 @@ def temporal_convolution() -> Layer:
     return lambda: network(x), lambda: plain(x), weights
 
 
+def input_layer() -> Layer:
+    """The input layer of ALSTM."""
+    x, layer = windows(FEATURES), nn.Linear(FEATURES, WIDTH)
+    weights = [layer.weight, layer.bias]
+    return lambda: ops.linear_tanh(x, *weights), lambda: layer(x).tanh(), weights
+
+
 def pool() -> Layer:
     """The attention of ALSTM over 20 steps."""
     h, inner, score = windows(WIDTH, 64).requires_grad_(), nn.Linear(WIDTH, 32), nn.Linear(32, 1, bias=False)
@@ -178,6 +185,7 @@ LAYERS: dict[str, Callable[[], Layer]] = {
     "feed-forward block": feed_forward,
     "convolution of Localformer": convolution,
     "TCN": temporal_convolution,
+    "linear layer with tanh": input_layer,
     "attention pool": pool,
     "graph attention": graph,
 }
@@ -295,7 +303,7 @@ def training_step(name: str) -> Pair:
     return Pair(cpu_time_of(partial(step, network, own)), cpu_time_of(partial(step, plain, adam)))
 
 
-SHORT = ("attention pool", "graph attention")
+SHORT = ("linear layer with tanh", "attention pool", "graph attention")
 
 LINES: tuple[Line, ...] = (
     *(Line(f"{name}, forward", partial(forward_of, layer), name in SHORT) for name, layer in LAYERS.items()),

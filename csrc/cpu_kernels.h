@@ -9,6 +9,7 @@
 #include "attention_pool/attention_pool.h"
 #include "encoder_layer/encoder_layer.h"
 #include "feed_forward/feed_forward.h"
+#include "linear_tanh/linear_tanh.h"
 #include "price_windows/price_windows.h"
 #include "recurrent/recurrent.h"
 #include "rolling/rolling.h"
@@ -41,6 +42,9 @@
 
 // The other kernels for float32 and float64.
 #define QFAST_REAL_KERNELS(KERNEL)                                                                      \
+  KERNEL(linear_tanh, const LinearTanhJob<Real>&, int64_t begin, int64_t end)                           \
+  KERNEL(linear_tanh_backward, const LinearTanhJob<Real>&, int64_t begin, int64_t end, Real* scratch,   \
+         Real* sums)                                                                                    \
   KERNEL(tanh_elements, const Real* from, Real* to, int64_t begin, int64_t end)                         \
   KERNEL(transpose, const Real* from, int64_t from_stride, int64_t rows, int64_t columns, Real* to,     \
          int64_t to_stride)                                                                             \

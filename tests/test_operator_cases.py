@@ -15,6 +15,7 @@ from qfast.errors import DataError
 from support.attention import ATTENTION_CASES
 from support.attention_pool import ATTENTION_POOL_CASES
 from support.encoder import BLOCK_CASES, LAYER_CASES
+from support.linear_tanh import LINEAR_TANH_CASES
 from support.operator_case import F32, F64, OperatorCase, errors_above, exact_results, results
 from support.recurrent import RECURRENT_CASES
 from support.temporal_conv import STACK_CASES
@@ -27,6 +28,7 @@ TABLES: dict[str, Sequence[OperatorCase]] = {
     "encoder_layer": LAYER_CASES,
     "feed_forward": BLOCK_CASES,
     "gather_windows": GATHER_CASES,
+    "linear_tanh": LINEAR_TANH_CASES,
     "lstm, gru": RECURRENT_CASES,
     "temporal_conv_net": STACK_CASES,
     "window_conv": WINDOW_CONV_CASES,

@@ -46,6 +46,7 @@ FORWARD = {
     "price_windows": lambda: ops.price_windows(
         torch.zeros(1, 3), INDEX.position[:3], torch.zeros(1, 3), torch.tensor([0]), LAST, torch.zeros(0, 4, 1), 1
     ),
+    "linear_tanh": lambda: ops.linear_tanh(ZERO.expand(ROWS, 2, 4), torch.zeros(3, 4), torch.zeros(3)),
     "tanh": lambda: ops.tanh(ZERO.expand(ROWS)),
     "temporal_conv_net": lambda: ops.temporal_conv_net(
         ZERO.expand(ROWS, 4, 5), [(torch.zeros(4, 4, 2), None, torch.zeros(4)) * 2]
@@ -102,6 +103,7 @@ BACKWARD = {
     + "out = ops.graph_attention(x, torch.zeros(2, 12), torch.zeros(2), torch.arange(0, 2**20 + 1, 64))\n",
     "gru": CELL.format("gru", "GRU"),
     "lstm": CELL.format("lstm", "LSTM"),
+    "linear_tanh": ROOM.format("2, 6") + "out = ops.linear_tanh(x, torch.zeros(3, 6), torch.zeros(3))\n",
     "tanh": ROOM.format("12") + "out = ops.tanh(x)\n",
     "temporal_conv_net": ROOM.format("6, 2")
     + "out = ops.temporal_conv_net(x, [(torch.randn(6, 6, 2), None, torch.zeros(6)) * 2])\n",

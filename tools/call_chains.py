@@ -248,6 +248,7 @@ def operator_calls() -> dict[str, Callable[[], object]]:
         "temporal_conv_net": lambda: nn.TCNModel(4, 1, [8] * 2, 3, 0.0)(windows.transpose(1, 2)),
         "encoder_layer": lambda: nn.Transformer(d_feat=4)(windows),
         "window_conv": lambda: nn.Localformer(d_feat=4)(windows),
+        "linear_tanh": lambda: nn.ALSTMModel(d_feat=4)(windows),
         "tanh": lambda: ops.tanh(windows),
     }
 

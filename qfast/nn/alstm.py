@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qfast.errors import ConfigError, suggest
 from qfast.nn.plain import has_hooks
 from qfast.nn.recurrent import GRUModel, LSTMModel, Recurrent, _RecurrentModel, as_windows
-from qfast.ops import attention_pool, tanh, transforms
+from qfast.ops import attention_pool, linear_tanh, transforms
 
 __all__ = ["RNN_TYPES", "ALSTMModel"]
 
@@ -148,15 +148,19 @@ class ALSTMModel(Recurrent):
 
     def _apply_head(self, x: Tensor) -> Tensor:
         """Apply `net` to every step, [B, T, F] -> [B, T, H], without gradients once per row shared by windows."""
-        if not _is_as_built(self.net, [nn.Linear, nn.Tanh]):
+        if not self._head_is_as_built():
             return self.net(x)  # a replaced module may mix steps, so it needs whole windows
         linear = cast(nn.Linear, self.net[0])
         batch, steps, features = x.shape
         windows_overlap = batch > 1 and steps > 1 and x.stride(0) == x.stride(1)
         if not windows_overlap or torch.is_grad_enabled() or transforms.active():
-            return tanh(linear(x))
+            return linear_tanh(x, linear.weight, linear.bias)
         rows = x.as_strided((batch + steps - 1, features), (x.stride(0), x.stride(2)))
-        return tanh(linear(rows)).unfold(0, steps, 1).transpose(1, 2)
+        return linear_tanh(rows.unsqueeze(0), linear.weight, linear.bias)[0].unfold(0, steps, 1).transpose(1, 2)
+
+    def _head_is_as_built(self) -> bool:
+        """Return whether `net` is unchanged, so `linear_tanh` computes the same result."""
+        return _is_as_built(self.net, [nn.Linear, nn.Tanh]) and self.net[0].bias is not None
 
     def _attention_is_as_built(self) -> bool:
         """Return whether `att_net` is unchanged, so `attention_pool` computes the same result."""

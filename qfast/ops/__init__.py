@@ -15,6 +15,7 @@ from qfast.ops import additive_attention as _attention
 from qfast.ops import attention_pool as _attention_pool
 from qfast.ops import encoder_layer as _encoder_layer
 from qfast.ops import feed_forward as _feed_forward
+from qfast.ops import linear_tanh as _linear_tanh
 from qfast.ops import price_windows as _price_windows
 from qfast.ops import recurrent as _recurrent
 from qfast.ops import temporal_conv as _temporal_conv
@@ -27,6 +28,7 @@ from qfast.ops.additive_attention import additive_attention, graph_attention
 from qfast.ops.attention_pool import attention_pool
 from qfast.ops.encoder_layer import encoder_layer
 from qfast.ops.feed_forward import feed_forward
+from qfast.ops.linear_tanh import linear_tanh
 from qfast.ops.price_windows import price_windows
 from qfast.ops.recurrent import gru, lstm
 from qfast.ops.temporal_conv import BlockWeights, temporal_block, temporal_conv_net
@@ -48,6 +50,7 @@ __all__ = [
     "gather_windows",
     "graph_attention",
     "gru",
+    "linear_tanh",
     "lstm",
     "price_windows",
     "tanh",
@@ -83,6 +86,7 @@ OPERATORS = {
     "gather_windows": Operator(_window_gather.self_test),
     "graph_attention": Operator(partial(_attention.self_test, "graph_attention")),
     "gru": Operator(partial(_recurrent.self_test, "gru")),
+    "linear_tanh": Operator(_linear_tanh.self_test, ("cpu",)),
     "lstm": Operator(partial(_recurrent.self_test, "lstm")),
     "price_windows": Operator(_price_windows.self_test, ("cpu",)),
     "tanh": Operator(_activations.self_test, ("cpu",)),

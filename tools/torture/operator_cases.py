@@ -14,6 +14,7 @@ from qfast.ops import additive_attention, clipped_adam_, graph_attention, tanh
 from support.attention import dense, dense_graph, offsets_of
 from support.attention_pool import AttentionPoolCase
 from support.encoder import BlockCase, LayerCase, block_of_masks, layer_of_masks
+from support.linear_tanh import LinearTanhCase
 from support.operator_case import F32, F64, OperatorCase
 from support.recurrent import RecurrentCase
 from support.temporal_conv import StackCase
@@ -217,6 +218,16 @@ def _adam(rng: random.Random) -> Case:
     }
 
 
+def _linear_tanh(rng: random.Random) -> Case:
+    return {
+        "batch": size(rng, 0, 60),
+        "steps": size(rng, 0, 25),
+        "features": size(rng, 1, 70),
+        "units": size(rng, 1, 140),
+        "layout": rng.choice(LAYOUTS),
+    }
+
+
 def _tanh(rng: random.Random) -> Case:
     return {"shape": [size(rng, 0, 40) for _ in range(rng.randint(0, 4))]}
 
@@ -272,6 +283,7 @@ OPERATORS = {
     "gather_windows": Operator(_gather, GatherCase, 1, transforms=WITHOUT_VMAP),
     "additive_attention": Operator(_days(False), DaysCase, 1, kinks=True),
     "graph_attention": Operator(_days(True), DaysCase, 1, kinks=True),
+    "linear_tanh": Operator(_linear_tanh, LinearTanhCase, 0.5),
     "tanh": Operator(_tanh, TanhCase, 0.5),
     "clipped_adam_": Operator(_adam, AdamCase, 0.5, transforms=()),
 }
