@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from qfast.data import TSDatasetH
 from qfast.data.windows import WindowSet
 from qfast.errors import DataError
 from qfast.models import TCN, _tcn, ts
+from qfast.nn import TCNModel
 from support.fits import NetworkCalls, dataset_for, same_weights, weights
 from support.frames import SEGMENTS, flat, make_frame, rolling
 
@@ -122,6 +124,84 @@ def test_flat_samples_in_a_time_series_model(always_views):
     np.testing.assert_allclose(model.predict(flat()).to_numpy(), expected.numpy(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.fixture
+def call_sizes(monkeypatch):
+    """The number of windows of each call of a TCN, without hooks, which would prevent joined calls."""
+    sizes, forward = [], TCNModel.forward
+    monkeypatch.setattr(TCNModel, "forward", lambda network, x: sizes.append(len(x)) or forward(network, x))
+    return sizes
+
+
+@pytest.mark.parametrize("holes", [0.0, 0.02])
+@pytest.mark.parametrize("batch_size", [40, 4096])
+def test_instruments_share_a_call_and_windows_between_them_are_discarded(
+    batch_size, holes, always_views, call_sizes, monkeypatch
+):
+    monkeypatch.setattr(_tcn, "WINDOWS_SAVED", 1)
+    dataset = rolling(make_frame(70, 9, 3, holes=holes), {"test": (None, None)})
+    model = ts.TCN(**SMALL)
+    model.fitted = True
+    windows = dataset.windows("test", "infer", with_label=False)
+    expected = one_by_one(model, windows)
+    model._params["batch_size"] = batch_size
+    sequences = windows.consecutive(4)
+    superfluous, samples = 4 * (len(sequences) - 1), sum(map(len, sequences))  # 4 = step_len - 1
+    assert len(sequences) == 9 if holes == 0.0 else len(sequences) > 9
+    call_sizes.clear()
+    result = model.predict(dataset)
+    np.testing.assert_allclose(result.to_numpy(), expected, rtol=1e-5, atol=1e-6)
+    if batch_size == 4096:
+        assert call_sizes == [samples + superfluous, len(windows) - samples]
+    else:
+        assert max(call_sizes) == batch_size
+        assert len(call_sizes) <= (samples + superfluous) // (batch_size - 4) + 2 + len(windows) // batch_size
+
+
+def test_joined_calls_give_the_bits_of_separate_calls_in_all_convolutions(always_views, monkeypatch):
+    """The last layer may round a row differently in another batch."""
+    hidden = []
+
+    def run_network(model, windows, samples, offsets=None):
+        hidden.append(model.network._last_step(model.network_input(windows, samples)))
+        return hidden[-1][:, 0]
+
+    monkeypatch.setattr(ts.TCN, "run_network", run_network)
+    monkeypatch.setattr(run_network, "__module__", "qfast.models")
+    results = []
+    for joined in (40, None):
+        monkeypatch.setattr(ts.TCN, "min_joined", lambda *_, fewest=joined: fewest)
+        model = ts.TCN(**SMALL)
+        model.fitted = True
+        results.append(model.predict(rolling(make_frame(70, 9, 3, holes=0.01), {"test": (None, None)})))
+        results.append(len(hidden))
+    pd.testing.assert_series_equal(results[0], results[2], check_exact=True)
+    assert results[1] < results[3] - results[1]
+
+
+def test_few_joined_windows_have_no_call_of_their_own(monkeypatch, call_sizes):
+    monkeypatch.setattr(_tcn, "MIN_CONSECUTIVE", 2)
+    monkeypatch.setattr(ts.TCN, "min_consecutive", lambda *_: 9 * 70)
+    dataset = rolling(make_frame(70, 9, 3, holes=0.0), {"test": (None, None)})
+    model = ts.TCN(**{**SMALL, "batch_size": 4096})
+    model.fitted = True
+    model.predict(dataset)  # one call of 9 * 66 + 8 * 4 windows would be possible
+    assert call_sizes == [9 * 70]
+
+
+def test_a_changed_network_receives_no_superfluous_windows():
+    model = ts.TCN(**SMALL)
+    assert model.min_joined(3, 20) == 57
+    assert model.min_joined(3, 2) == 16
+    model.network.linear.register_forward_hook(lambda *_: None)
+    assert model.min_joined(3, 20) is None
+    model = ts.TCN(**SMALL)
+    model.network.linear = torch.nn.Sequential(model.network.linear)
+    assert model.min_joined(3, 20) is None
+    model = ts.TCN(**SMALL)
+    model.network.tcn.network[0].net[2] = torch.nn.Tanh()
+    assert model.min_joined(3, 20) is None
+
+
 def test_the_smallest_run_of_windows_with_a_separate_call():
     wide, narrow = ts.TCN(n_chans=128, num_layers=5), ts.TCN(n_chans=4, num_layers=1)
     assert wide.min_consecutive(6, 60) < 50
@@ -160,6 +240,42 @@ def test_stretches_are_all_windows_of_which_there_is_a_view(seed, holes, step_le
     free = [int(s) for s in rows.indices if int(s) not in set(held)]
     for first in range(len(free) - fewest + 1):
         assert windows.view(torch.tensor(free[first : first + fewest])) is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    holes=st.sampled_from([0.0, 0.1, 0.3]),
+    shortest=st.integers(2, 5),
+    most=st.integers(1, 30),
+    join=st.booleans(),
+)
+def test_calls_contain_the_consecutive_windows(seed, holes, shortest, most, join):
+    dataset = TSDatasetH(
+        handler=make_frame(24, 4, 2, seed=seed, holes=holes), segments={"all": (None, None)}, step_len=4
+    )
+    windows = dataset.windows("all", "infer")
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    windows = replace(windows, rows=windows.rows[order])
+    calls = list(windows.consecutive_calls(shortest, most, join=join))
+    samples = [int(sample) for call in calls for _, part in call.parts for sample in part]
+    assert samples == [int(sample) for part in windows.consecutive(shortest) for sample in part]
+    for call in calls:
+        view = call.windows().batch(torch.arange(len(call)))
+        assert view.stride(0) == view.stride(1)
+        assert len(view) == len(call.windows()) == len(call) <= most
+        is_single = len(call.parts) == 1
+        assert is_single or join
+        shares_memory = view.untyped_storage().data_ptr() == windows.features.untyped_storage().data_ptr()
+        assert shares_memory == is_single
+        end = 0
+        for begin, part in call.parts:
+            assert begin == (end + 3 if end else 0)
+            assert torch.equal(view[begin : begin + len(part)], windows.batch(part))
+            end = begin + len(part)
+        assert end == len(call)
+    for before, _ in pairwise(calls):  # no call could be larger
+        assert not join or len(before) + 4 > most
 
 
 # ---------------------------------------------------------------- Qlib's predictions

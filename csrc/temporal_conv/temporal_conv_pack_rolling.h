@@ -8,7 +8,9 @@
 
 namespace qfast {
 
-// Windows that share rows. The rows before the first window are computed again for every chunk.
+// Largest number of windows that share rows. The rows before the first window are computed again for every
+// chunk, so the number of chunks is the smallest possible. They have almost equal sizes, because threads that
+// compute the same number of chunks then finish at the same time.
 constexpr int64_t kChunkRows = 256;
 
 template <class Element>
@@ -33,7 +35,7 @@ class RollingNetwork {
     place();
   }
 
-  int64_t chunks() const { return (network_.job.batch + kChunkRows - 1) / kChunkRows; }
+  int64_t chunks() const { return (network_.job.batch + job.chunk_rows - 1) / job.chunk_rows; }
 
   RollingJob<Element> job{};
   int64_t scratch_elements = 0;
@@ -115,8 +117,14 @@ class RollingNetwork {
         scratch_elements += rounded_up(rows(*shared) * blocks[i].channels, kPanelPadding);
       }
     }
-    job = {network_.job, row_blocks_.data(), first_.data(), second_.data(), kChunkRows, scratch_elements};
+    job = {network_.job, row_blocks_.data(), first_.data(), second_.data(), chunk_rows(), scratch_elements};
     scratch_elements += network_.scratch_elements - network_.job.slot_elements;
+  }
+
+  // Returns the size of all chunks but the last one.
+  int64_t chunk_rows() const {
+    const int64_t batch = network_.job.batch, chunks = (batch + kChunkRows - 1) / kChunkRows;
+    return std::min(kChunkRows, rounded_up((batch + chunks - 1) / chunks, kRowsStep));
   }
 
   Network<Element>& network_;

@@ -7,7 +7,7 @@ columns. Any other sample is a window of T rows, which the operator `gather_wind
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, TypeAlias, cast
@@ -28,7 +28,7 @@ SCAN_ROWS = 1 << 12  # rows scanned for NaN at a time
 FeatureTable: TypeAlias = Tensor | PriceWindows
 """Features [R, D]: in memory, or computed from prices when they are read."""
 
-__all__ = ["FeatureTable", "WindowSet", "gather_rows"]
+__all__ = ["ConsecutiveWindows", "FeatureTable", "WindowSet", "gather_rows"]
 
 
 def gather_rows(features: FeatureTable, rows: Tensor) -> Tensor:
@@ -234,14 +234,46 @@ class WindowSet:
         list of int64 Tensor
             Sample numbers in the order of the rows. No sample occurs twice.
         """
+        _, samples, bounds = self._sequences(shortest)
+        return [samples[begin:end] for begin, end in bounds]
+
+    def _sequences(self, shortest: int) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+        """The sequences of `consecutive` as bounds in the first two results, the sorted rows and their samples."""
         rows, samples = self.rows.sort()
         holes = self._has_holes(rows)
         starts = torch.ones_like(holes)
         starts[1:] = holes[1:] | holes[:-1] | (rows.diff() != 1)
         bounds = torch.cat((starts.nonzero()[:, 0], rows.new_tensor([len(rows)])))
         long = bounds.diff() >= shortest
-        pairs = zip(bounds[:-1][long].tolist(), bounds[1:][long].tolist(), strict=True)
-        return [samples[begin:end] for begin, end in pairs]
+        return rows, samples, list(zip(bounds[:-1][long].tolist(), bounds[1:][long].tolist(), strict=True))
+
+    def consecutive_calls(self, shortest: int, most: int, *, join: bool) -> Iterator[ConsecutiveWindows]:
+        """The windows of `consecutive`, divided into network calls.
+
+        Parameters
+        ----------
+        shortest : int
+            As in `consecutive`.
+        most : int
+            Largest number of windows of a call. A longer sequence is divided.
+        join : bool
+            Put several sequences into one call, which then has step_len - 1 superfluous windows between two sequences.
+        """
+        assert self.step_len is not None
+        rows, samples, sequences = self._sequences(shortest)
+        firsts = rows[[begin for begin, _ in sequences]].tolist()
+        call = ConsecutiveWindows(self)
+        for (begin, end), row in zip(sequences, firsts, strict=True):
+            while begin < end:
+                room = most - len(call) - (self.step_len - 1 if call.parts else 0)
+                if call.parts and (room <= 0 or not join):
+                    yield call
+                    call, room = ConsecutiveWindows(self), most
+                count = min(end - begin, room)
+                call.add(row, samples[begin : begin + count])
+                begin, row = begin + count, row + count
+        if call.parts:
+            yield call
 
     def stretches(self, fewest: int) -> list[Tensor]:
         """Earlier name of `consecutive`."""
@@ -328,6 +360,53 @@ class WindowSet:
             "columns, which would turn the weights into NaN:\n" + "\n".join(lines) + "\nRemedy: add the processors "
             "ProcessInf and Fillna (fields_group: feature) to infer_processors, or drop these columns."
         )
+
+
+class ConsecutiveWindows:
+    """Sequences of consecutive windows for one network call. `len` is the number of windows that the network receives.
+
+    Attributes
+    ----------
+    parts : list of (int, Tensor)
+        One for each sequence: the position of its first window in the call, and its sample numbers, int64.
+    """
+
+    def __init__(self, windows: WindowSet) -> None:
+        self.parts: list[tuple[int, Tensor]] = []
+        self._tables: list[Tensor] = []
+        self._windows = windows
+        self._steps_before = (windows.step_len or 1) - 1
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def add(self, row: int, samples: Tensor) -> None:
+        """Append a sequence whose first window ends at this row of the table."""
+        assert isinstance(self._windows.features, Tensor)
+        begin = self._length + (self._steps_before if self.parts else 0)
+        self.parts.append((begin, samples))
+        self._tables.append(self._windows.features[row - self._steps_before : row + len(samples)])
+        self._length = begin + len(samples)
+
+    def windows(self) -> WindowSet:
+        """All windows as samples of their own. Its `batch` returns a view of their rows, whichever are requested.
+
+        The rows of a single sequence are a part of the table. The rows of several sequences are copied.
+        """
+        table = self._tables[0] if len(self._tables) == 1 else torch.cat(self._tables)
+        settings = {item.name: getattr(self._windows, item.name) for item in fields(self._windows)}
+        settings |= {"features": table, "rows": torch.arange(self._steps_before, len(table)), "label": None}
+        return _EveryWindow(**{**settings, "weight": None})
+
+
+class _EveryWindow(WindowSet):
+    """All windows of a small table."""
+
+    def batch(self, samples: Tensor) -> Tensor:
+        assert isinstance(self.features, Tensor)
+        assert self.step_len is not None
+        return self.features.unfold(0, self.step_len, 1).transpose(1, 2)
 
 
 class _WindowViews(WindowSet):

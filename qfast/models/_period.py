@@ -31,22 +31,41 @@ class WholePeriod(Estimator):
         """
         raise NotImplementedError
 
+    def min_joined(self, features: int, steps: int) -> int | None:
+        """Smallest number of consecutive windows that may share a network call with others, None for no joined calls.
+
+        Between two sequences the network then also receives `steps` - 1 windows whose scores are discarded.
+
+        Parameters
+        ----------
+        features, steps : int
+            F and T of the windows.
+        """
+        return None
+
     def _predictions(self, windows: WindowSet, batches: Batches) -> Tensor:
         if not self._uses_views(windows):
             return super()._predictions(windows, batches)
-        # Search all samples, not only those of the batches: a shuffled pass without its incomplete batch leaves random
-        # gaps, which would leave few consecutive windows.
         table = windows.features
         assert isinstance(table, Tensor)  # see _uses_views
-        sequences = windows.consecutive(self.min_consecutive(table.shape[1], windows.step_len or 1))
+        shape = table.shape[1], windows.step_len or 1
+        size = self._params["batch_size"]
+        out = torch.empty(len(windows), dtype=table.dtype)
         remaining = torch.zeros(len(windows), dtype=torch.bool)
         remaining[batches.order] = True
-        for samples in sequences:
-            remaining[samples] = False
+        fewest, joined = self.min_consecutive(*shape), self.min_joined(*shape)
+        # Search all samples, not only those of the batches: a shuffled pass without its incomplete batch leaves random
+        # gaps, which would leave few consecutive windows.
+        for call in windows.consecutive_calls(joined or fewest, size, join=joined is not None):
+            if joined is not None and len(call) < fewest:
+                continue
+            scores = self.run_network(call.windows(), torch.arange(len(call)))
+            for begin, samples in call.parts:
+                out[samples] = scores[begin : begin + len(samples)]
+                remaining[samples] = False
         views = windows.with_views()
-        out = torch.empty(len(windows), dtype=table.dtype)
-        for part in filter(len, (*sequences, remaining.nonzero()[:, 0])):
-            for samples in part.split(self._params["batch_size"]):
+        for samples in remaining.nonzero()[:, 0].split(size):
+            if len(samples):
                 out[samples] = self.run_network(views, samples)
         return out[batches.order]
 
