@@ -37,7 +37,17 @@ CHOICES = ("auto", "cuda", "cpu", "torch")
 LAYERS = ("torch", "qfast")
 BROKEN = "built but does not load"
 
-__all__ = ["BROKEN", "CHOICES", "LAYERS", "choice", "cuda_layers", "native", "status", "uses_qfast_layers"]
+__all__ = [
+    "BROKEN",
+    "CHOICES",
+    "LAYERS",
+    "choice",
+    "cuda_layers",
+    "is_loaded",
+    "native",
+    "status",
+    "uses_qfast_layers",
+]
 
 
 def _read_choice(name: str, choices: tuple[str, ...]) -> str:
@@ -137,6 +147,11 @@ def uses_qfast_layers(device: torch.device) -> bool:
     if device.type == "cuda":
         return _cuda_loaded and cuda_layers == "qfast"
     return device.type == "cpu" and native is not None
+
+
+def is_loaded(device: torch.device) -> bool:
+    """Return whether the native library for tensors on this device is loaded."""
+    return native is not None if device.type == "cpu" else _cuda_loaded and device.type == "cuda"
 
 
 def status() -> dict[str, Any]:

@@ -378,6 +378,52 @@ def test_hooks_are_called_once(settings):
     assert seen == ["before", "after", "any"]
 
 
+def test_a_replaced_state_is_used_in_the_next_step():
+    """Also if only one tensor of it was replaced."""
+    params, copies = parameters(), parameters()
+    ours, theirs = ClippedAdam(params, lr=0.1), ClippedAdam(copies, lr=0.1)
+    run(ours, params, 2), run(theirs, copies, 2)
+    ours.state[params[0]]["exp_avg"] = torch.full_like(params[0], 3.0)
+    theirs.state[copies[0]]["exp_avg"].fill_(3.0)
+    ours.state[params[1]] = {}
+    theirs.state[copies[1]]["step"].zero_(), theirs.state[copies[1]]["exp_avg"].zero_()
+    theirs.state[copies[1]]["exp_avg_sq"].zero_()
+    run(ours, params, 2, first=2), run(theirs, copies, 2, first=2)
+    assert same(everything(ours, params), everything(theirs, copies))
+
+
+def test_an_overridden_init_group_is_called():
+    calls = []
+
+    class Counting(ClippedAdam):
+        def _init_group(self, group, *lists):
+            calls.append(group)
+            return super()._init_group(group, *lists)
+
+    params = parameters()
+    optimizer = Counting(params, lr=0.1)
+    run(optimizer, params, 3)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad(set_to_none):
+    params = parameters()
+    optimizer = ClippedAdam(params[:-1], lr=0.1)
+    give_gradients(params, 0)
+    params[1].grad = None
+    optimizer.zero_grad(set_to_none)
+    for number, parameter in enumerate(params[:-1]):
+        if set_to_none or number == 1:
+            assert parameter.grad is None
+        else:
+            assert torch.equal(parameter.grad, torch.zeros_like(parameter))
+    assert params[-1].grad is not None
+    with torch.autograd.profiler.profile() as profile:
+        optimizer.zero_grad(set_to_none)
+    assert "Optimizer.zero_grad#ClippedAdam.zero_grad" in {event.name for event in profile.function_events}
+
+
 def test_closures_schedulers_and_tensor_rates():
     params = parameters([(5,)])
     optimizer = ClippedAdam(params, lr=0.1)

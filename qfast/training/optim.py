@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from qfast.errors import DataError
 from qfast.ops import clipped_adam_
 
 __all__ = ["ClippedAdam"]
+
+_Tensors: TypeAlias = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+"""Parameters, gradients, exp_avg, exp_avg_sq and steps."""
 
 
 class ClippedAdam(torch.optim.Adam):
@@ -78,6 +81,11 @@ class ClippedAdam(torch.optim.Adam):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as in torch.optim.Adam."""
+        if set_to_none and not torch._C._autograd._profiler_enabled():  # torch's method records an event
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+            return
         # torch's decorator of this method imports torch._dynamo, which needs 100 MB of memory.
         inspect.unwrap(torch.optim.Adam.zero_grad)(self, set_to_none)
 
@@ -131,13 +139,11 @@ class ClippedAdam(torch.optim.Adam):
             return False
         calls = []
         for group in self.param_groups:
-            lists: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
-            self._init_group(group, *lists)
-            parameters, gradients, exp_avg, exp_avg_sq, _, steps = lists
-            if parameters:
-                if not _is_supported(parameters, gradients, exp_avg, exp_avg_sq, steps, group["lr"]):
+            tensors = self._tensors(group)
+            if tensors[0]:
+                if not _is_supported(*tensors, group["lr"]):
                     return False
-                calls.append((group, (parameters, gradients, exp_avg, exp_avg_sq, steps)))
+                calls.append((group, tensors))
         for group, tensors in calls:
             beta1, beta2 = group["betas"]
             clipped_adam_(
@@ -151,6 +157,17 @@ class ClippedAdam(torch.optim.Adam):
                 ticket=self._ticket(tensors[0][0].device),
             )
         return True
+
+    def _tensors(self, group: dict[str, Any]) -> _Tensors:
+        """Parameters with gradients, their gradients and their states, which are created where necessary."""
+        if type(self)._init_group is torch.optim.Adam._init_group:
+            tensors = _existing_tensors(group["params"], self.state)
+            if tensors is not None:
+                return tensors
+        lists: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
+        self._init_group(group, *lists)
+        parameters, gradients, exp_avg, exp_avg_sq, _, steps = lists
+        return parameters, gradients, exp_avg, exp_avg_sq, steps
 
     def _step_by_torch(self) -> None:
         nn.utils.clip_grad_value_([p for group in self.param_groups for p in group["params"]], self.limit)
@@ -170,6 +187,30 @@ class ClippedAdam(torch.optim.Adam):
         if device not in self._tickets:
             self._tickets[device] = torch.zeros(1, dtype=torch.int32, device=device)
         return self._tickets[device]
+
+
+def _existing_tensors(
+    all_parameters: Iterable[Tensor], states: Mapping[Tensor, Mapping[str, Tensor]]
+) -> _Tensors | None:
+    """What Adam._init_group collects, in half of its time. None if it must create a state or may raise an error."""
+    parameters: list[Tensor] = []
+    gradients: list[Tensor] = []
+    exp_avg: list[Tensor] = []
+    exp_avg_sq: list[Tensor] = []
+    steps: list[Tensor] = []
+    for parameter in all_parameters:
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        state = states.get(parameter)
+        if not state or gradient.layout is not torch.strided:
+            return None
+        parameters.append(parameter)
+        gradients.append(gradient)
+        exp_avg.append(state["exp_avg"])
+        exp_avg_sq.append(state["exp_avg_sq"])
+        steps.append(state["step"])
+    return parameters, gradients, exp_avg, exp_avg_sq, steps
 
 
 def _prefer_fused(group: dict[str, Any]) -> None:
@@ -201,22 +242,22 @@ def _is_supported(
 ) -> bool:
     """Whether one call of a native kernel can process these tensors."""
     device, dtype = parameters[0].device, parameters[0].dtype
-    tier = _backend.status().get(device.type)
-    if tier is None or not tier["loaded"] or dtype not in (torch.float32, torch.float64):
+    if not _backend.is_loaded(device) or dtype not in (torch.float32, torch.float64):
         return False
     if isinstance(lr, Tensor) and (lr.device.type != "cpu" or device.type != "cpu"):
         return False
-    if not {*map(type, parameters)} <= {nn.Parameter, Tensor}:
-        return False  # a subclass may redefine arithmetic
     # torch creates states with the dtype and device of their parameter and requires the same of gradients. It is
     # therefore enough to check one tensor of each list; the operator checks all of them.
     if any(part[0].dtype != dtype or part[0].device != device for part in (gradients, exp_avg, exp_avg_sq)):
         return False
-    return (
-        all(p.dtype == dtype and p.device == device for p in parameters)
-        and all(g.layout is torch.strided for g in gradients)
-        and all(step.dtype == torch.float32 and step.device == device for step in steps)
-    )
+    for parameter, gradient, step in zip(parameters, gradients, steps, strict=True):
+        if type(parameter) not in (nn.Parameter, Tensor):
+            return False  # a subclass may redefine arithmetic
+        if parameter.dtype is not dtype or parameter.device != device or gradient.layout is not torch.strided:
+            return False
+        if step.dtype is not torch.float32 or step.device != device:
+            return False
+    return True
 
 
 def _adam_step(optimizer: torch.optim.Adam) -> None:
