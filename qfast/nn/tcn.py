@@ -89,6 +89,9 @@ class _Steps(nn.Sequential):
                 yield name, module
 
 
+_NET = (CausalConv1d, nn.Identity, nn.ReLU, nn.Dropout) * 2  # the modules of TemporalBlock.net
+
+
 class TemporalBlock(PlainTorch):
     """One residual block at all steps: relu(net(x) + x) (Bai, Kolter, Koltun 2018; Qlib: tcn.py).
 
@@ -214,19 +217,25 @@ class TemporalBlock(PlainTorch):
 
     def is_plain(self) -> bool:
         """Return whether all modules are unchanged and without hooks, so the operator computes the same result."""
-        net = self.net
-        kinds = (CausalConv1d, nn.Identity, nn.ReLU, nn.Dropout) * 2
-        if len(net) != len(kinds) or any(type(module) is not kind for module, kind in zip(net, kinds, strict=True)):
+        first, second, downsample = self.dropout1, self.dropout2, self.downsample
+        modules = list(self.net)
+        if len(modules) != len(_NET) or any(
+            type(module) is not kind for module, kind in zip(modules, _NET, strict=True)
+        ):
             return False
-        if net[0] is not self.conv1 or net[4] is not self.conv2 or type(self.relu) is not nn.ReLU:
+        if modules[0] is not self.conv1 or modules[4] is not self.conv2 or type(self.relu) is not nn.ReLU:
             return False
-        first, second = self.dropout1, self.dropout2
-        if net[3] is not first or net[7] is not second:
+        if modules[3] is not first or modules[7] is not second:
             return False
         if first.p != second.p or first.training != second.training:
             return False
-        downsample_kind = type(None) if self.conv1.in_channels == self.conv1.out_channels else nn.Conv1d
-        return type(self.downsample) is downsample_kind and not any(has_hooks(module) for module in self.modules())
+        if self.conv1.in_channels != self.conv1.out_channels:
+            if type(downsample) is not nn.Conv1d or has_hooks(downsample):
+                return False
+        elif downsample is not None:
+            return False
+        # Only the modules that `forward` calls: self.modules() takes as long as all other checks together.
+        return not any(has_hooks(module) for module in (self, self.net, self.relu, *modules))
 
 
 class TemporalConvNet(PlainTorch):
