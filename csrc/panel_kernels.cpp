@@ -17,7 +17,11 @@ namespace {
 constexpr int kDotRows = kPanelVectors == 4 ? 6 : 3;  // rows x 4 sums in registers
 constexpr int64_t kDottedRows = 8;   // with fewer rows, packing takes longer than the product
 constexpr int64_t kRowsAhead = 8;    // rows between a prefetch and its use
-constexpr int64_t kDirectRows = 12;  // with fewer rows, a panel is read too seldom for a packed copy
+constexpr int64_t kDirectRows = 64;  // up to which a panel is read too seldom for a packed copy
+constexpr int64_t kBlockDepth = 64;  // rows of such a panel that are multiplied with all rows of a tile
+constexpr int64_t kApartDepth = 64;  // rows of a matrix in place up to which its panels are copied
+constexpr int64_t kApartPanels = 8;  // panels that are copied at a time
+constexpr int64_t kChunkRows = 24;   // rows that are multiplied with all copied panels
 
 // Completes the sums of a register tile and writes them to the target.
 template <class Element, int Rows, int Vectors>
@@ -70,6 +74,48 @@ QFAST_ONE_COPY static void multiply_panel(Finish kind, const Element* data, int6
     add_product(sums, left + row * left_row, left_row, left_step, data, step, depth);
     finish(kind, target, sums, row, column, columns);
   });
+}
+
+// Copies sums to or from rows of whole panels.
+template <bool kStore, class Element, int Rows, int Vectors>
+QFAST_ALWAYS_INLINE void move_sums(Sums<Element, Rows, Vectors>& sums, Element* rows) {
+#pragma GCC unroll 24
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      Element* const at = rows + (i * Vectors + v) * kLanes<Element>;
+      if constexpr (kStore) {
+        store<Element>(at, sums.at[i][v], AllLanes{});
+      } else {
+        sums.at[i][v] = load<Element>(at, AllLanes{});
+      }
+    }
+}
+
+// The same for a panel of the largest width and at most kDirectRows rows on the left. All of them are
+// multiplied with a block of the panel, which stays in the caches, before the next. The products of a sum
+// have the same order.
+template <class Element>
+QFAST_ONE_COPY static void multiply_blocks(Finish kind, const Element* data, int64_t step, int64_t depth,
+                                           const Element* left, int64_t left_row, int64_t left_step,
+                                           int64_t rows, const Target<Element>& target, int64_t column,
+                                           int64_t columns) {
+  constexpr int64_t kWidth = kPanelVectors * kLanes<Element>;
+  alignas(64) Element parts[kDirectRows * kWidth];  // the sums of the blocks before
+  for (int64_t k = 0; k < depth; k += kBlockDepth) {
+    const int64_t count = smaller(kBlockDepth, depth - k);
+    const Element* const block_left = left + k * left_step;
+    for_row_tiles<kTileRows<kPanelVectors> >(rows, [&]<int Rows>(int64_t row) __attribute__((always_inline)) {
+      Sums<Element, Rows, kPanelVectors> sums = {};
+      if (k > 0) move_sums<false>(sums, parts + row * kWidth);
+      add_product(sums, block_left + row * left_row, left_row, left_step, data + k * step, step, count);
+      if (k + count < depth) {
+        move_sums<true>(sums, parts + row * kWidth);
+      } else {
+        finish(kind, target, sums, row, column, columns);
+      }
+    });
+  }
 }
 
 template <class Element>
@@ -174,21 +220,60 @@ static void multiply_transposed(Finish kind, const PanelMatrix<Element>& right, 
     });
 }
 
-// Packs and multiplies panel by panel: a panel is in the cache when it is multiplied.
+// Packs and multiplies panel by panel: a panel is in the cache when it is multiplied. For few rows, panels
+// are multiplied in place.
 template <class Element>
 static void multiply_unpacked(Finish kind, const PanelMatrix<Element>& right, const Element* left,
                               int64_t left_row, int64_t left_step, int64_t rows,
                               const Target<Element>& target) {
+  const bool widest = right.width == kPanelVectors * kLanes<Element>;
+  const bool in_blocks = widest && rows > kTileRows<kPanelVectors> && right.rows > kBlockDepth;
   for (int64_t panel = 0; panel < right.count; ++panel) {
     const int64_t column = panel * right.width, columns = right.columns - column;
     const bool direct = !right.transposed && rows <= kDirectRows && columns >= right.width;
     if (!direct) pack_panel(right, panel);
     const Element* const data = direct ? right.data + panel * right.panel_stride : right.room;
     const int64_t step = direct ? right.step : right.width;
+    if (direct && in_blocks) {
+      multiply_blocks(kind, data, step, right.rows, left, left_row, left_step, rows, target, column, columns);
+      continue;
+    }
     for_panel_width<Element>(right.width, [&]<int Vectors>() __attribute__((always_inline)) {
       multiply_panel<Vectors>(kind, data, step, right.rows, left, left_row, left_step, rows, target, column,
                               columns);
     });
+  }
+}
+
+// Multiplies many rows with a matrix in place that has few rows far apart, such as for the gradient of a wide
+// weight. Rows at equal places of many pages would evict each other from the cache, so panels are copied
+// first. A chunk of rows is multiplied with all copied panels, because the target has pages of its own for
+// each row.
+template <class Element>
+QFAST_ONE_COPY static void multiply_apart(Finish kind, PanelMatrix<Element> right, const Element* left,
+                                          int64_t left_row, int64_t left_step, int64_t rows,
+                                          const Target<Element>& target) {
+  alignas(64) Element room[kApartPanels * kApartDepth * kPanelVectors * kLanes<Element>];
+  const int64_t size = right.rows * right.width;
+  for (int64_t first = 0; first < right.count; first += kApartPanels) {
+    const PanelMatrix<Element> some = right.some(first, kApartPanels);
+    const PanelMatrix<Element> packed{some.rows,  some.columns, some.width, some.count,
+                                      some.width, size,         room};
+    // Products with subnormal numbers in columns that remain unset would be slow.
+    Element* const last = room + (some.count - 1) * size;
+    for (int64_t i = 0; some.columns < some.padded() && i < size; ++i) last[i] = 0;
+    for (int64_t panel = 0; panel < some.count; ++panel) {
+      right.room = room + panel * size;
+      pack_panel(right, first + panel);
+    }
+    for (int64_t row = 0; row < rows; row += kChunkRows) {
+      const int64_t place = row * target.stride + first * right.width;
+      const Element* const gate = kind == Finish::kGate ? target.gate + place : nullptr;
+      const Element* const bias = target.bias == nullptr ? nullptr : target.bias + first * right.width;
+      multiply_panels(kind, packed, left + row * left_row, left_row, left_step,
+                      smaller(kChunkRows, rows - row),
+                      {target.to + place, target.stride, bias, gate, target.scale});
+    }
   }
 }
 
@@ -201,6 +286,8 @@ void multiply(const PanelMatrix<Element>& right, const Element* left, int64_t le
     multiply_transposed(Kind, right, left, left_row, rows, target);
   } else if (right.room != nullptr) {
     multiply_unpacked(Kind, right, left, left_row, left_step, rows, target);
+  } else if (right.step > right.width && right.rows <= kApartDepth && rows > kDirectRows) {
+    multiply_apart(Kind, right, left, left_row, left_step, rows, target);
   } else {
     multiply_panels(Kind, right, left, left_row, left_step, rows, target);
   }

@@ -137,8 +137,10 @@ def test_an_encoder_layer_with_one_large_group(isa: str) -> None:
         )
 
 
-@pytest.mark.parametrize(("width", "hidden", "out"), [(70, 300, 130), (64, 64, 64), (256, 600, 5), (512, 520, 5)])
-@pytest.mark.parametrize("rows", [1, 12, 13, 240, 241, 700])
+@pytest.mark.parametrize(
+    ("width", "hidden", "out"), [(70, 300, 130), (64, 64, 64), (256, 600, 5), (512, 520, 5), (584, 72, 3)]
+)
+@pytest.mark.parametrize("rows", [1, 12, 40, 64, 65, 241, 700])
 def test_feed_forward(width: int, hidden: int, out: int, rows: int, isa: str) -> None:
     torch.manual_seed(rows)
     module = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, out)).to(F64)

@@ -28,13 +28,24 @@ static void copy_between_zeros(const WindowConvJob<Element>& job, const Element*
   for (int64_t i = windows * job.rows_apart() * padded; i < end; ++i) to[i] = 0;
 }
 
-// to[window][step] = (taps of the step) . weight + bias, without the bias if it is null.
+// to[window][step] = (taps of the step) . weight + bias, without the bias if it is null. A panel of the
+// weight stays in the caches while it is multiplied with all windows.
 template <class Element>
 static void convolve(const WindowConvJob<Element>& job, const PanelMatrix<Element>& weight,
                      const Element* bias, const Element* from, int64_t padded, int64_t windows, Element* to) {
-  for (int64_t w = 0; w < windows; ++w)
-    multiply<Finish::kPut, Element>(weight, from + w * job.rows_apart() * padded, padded, 1, job.steps,
-                                    {to + w * job.steps * weight.columns, weight.columns, bias, nullptr, 0});
+#if defined(QFAST_AMX)
+  const int64_t panels = weight.count;  // a product packs its rows, too, and for all panels together
+#else
+  const int64_t panels = 1;
+#endif
+  for (int64_t panel = 0; panel < weight.count; panel += panels) {
+    const int64_t column = panel * weight.width;
+    for (int64_t w = 0; w < windows; ++w)
+      multiply<Finish::kPut, Element>(weight.some(panel, panels), from + w * job.rows_apart() * padded,
+                                      padded, 1, job.steps,
+                                      {to + w * job.steps * weight.columns + column, weight.columns,
+                                       bias == nullptr ? nullptr : bias + column, nullptr, 0});
+  }
 }
 
 // Vector `which` of three vectors with the interleaved lanes of a, b and c.
