@@ -2,6 +2,7 @@
 // contains the schema, adam_kernels.h the kernel.
 #include "adam/adam_checks.h"
 #include "cpu_dispatch.h"
+#include "cpu_units.h"
 
 namespace qfast {
 namespace {
@@ -43,14 +44,8 @@ void run_adam(const AdamLists& lists, const AdamNumbers& numbers) {
   }
   const AdamSettings<Element> settings = numbers.settings<Element>();
   const auto kernel = cpu_kernels<Element>().clipped_adam;
-  parallel_for(first_unit[count], kGrainElements / kUnit, [&](int64_t begin, int64_t end) {
-    auto i = std::upper_bound(first_unit.begin(), first_unit.end(), begin) - first_unit.begin() - 1;
-    for (; begin < end; ++i) {
-      const int64_t tensor_end = std::min(end, first_unit[i + 1]);
-      kernel(tensors[i], settings, corrections[i], (begin - first_unit[i]) * kUnit,
-             std::min((tensor_end - first_unit[i]) * kUnit, tensors[i].count));
-      begin = tensor_end;
-    }
+  share_units(first_unit, kGrainElements / kUnit, [&](std::size_t i, int64_t begin, int64_t end) {
+    kernel(tensors[i], settings, corrections[i], begin * kUnit, std::min(end * kUnit, tensors[i].count));
   });
   for (const AdamQuartet& quartet : quartets) quartet.give_back();
 }

@@ -65,20 +65,22 @@ std::tuple<Tensor, Tensor, Tensor> temporal_conv_net_cpu(const Tensor& x, std::v
 }
 
 // ---------------------------------------------------------------- backward
-// Returns the gradient of the weight `like` [channel, feature, tap] from the sums [tap][feature][channel],
-// which may be padded.
+// The gradient of a weight [channel, feature, tap] and its sums [tap][feature][channel], which may be padded.
 template <class Element>
-Tensor weight_gradient(const Tensor& like, const Element* sums, int64_t sum_features, int64_t sum_channels) {
-  const int64_t channels = like.size(0), features = like.size(1), kernel = like.size(2);
-  Tensor out = empty(like, {channels, features, kernel});
-  Element* const to = out.mutable_data_ptr<Element>();
-  for (int64_t feature = 0; feature < features; ++feature)
+struct WeightGradient {
+  Element* to;
+  int64_t channels, features, kernel;
+  const Element* sums;
+  int64_t sum_features, sum_channels;
+
+  // Copies the sums of one feature.
+  void copy_feature(int64_t feature) const {
     for (int64_t tap = 0; tap < kernel; ++tap) {
       const Element* const from = sums + (tap * sum_features + feature) * sum_channels;
       for (int64_t c = 0; c < channels; ++c) to[(c * features + feature) * kernel + tap] = from[c];
     }
-  return out;
-}
+  }
+};
 
 template <class Element>
 Tensor bias_gradient(const Tensor& like, const Element* sums, int64_t channels) {
@@ -90,17 +92,29 @@ Tensor bias_gradient(const Tensor& like, const Element* sums, int64_t channels) 
 template <class Element>
 std::vector<Tensor> weight_gradients(const Network<Element>& network, const Element* sums) {
   std::vector<Tensor> grads;
+  std::vector<WeightGradient<Element>> weights;
+  std::vector<int64_t> first_feature{0};
+  int64_t longest = 1;
   for (std::size_t i = 0; i < network.tensors.size(); ++i) {
     const BlockTensors& block = network.tensors[i];
     const BlockJob<Element>& at = network.job.blocks[i];
     const auto add = [&](const Tensor& weight, int64_t sum, int64_t features, int64_t bias_sum) {
-      grads.push_back(weight_gradient(weight, sums + sum, features, at.sum_channels));
+      const int64_t channels = weight.size(0), columns = weight.size(1), kernel = weight.size(2);
+      grads.push_back(empty(weight, {channels, columns, kernel}));
+      weights.push_back({grads.back().template mutable_data_ptr<Element>(), channels, columns, kernel,
+                         sums + sum, features, at.sum_channels});
+      first_feature.push_back(first_feature.back() + columns);
+      longest = std::max(longest, channels * kernel);
       grads.push_back(bias_gradient(weight, sums + bias_sum, block.channels));
     };
     add(block.first_weight, at.first_sum, at.sum_features, at.first_bias_sum);
     add(block.second_weight, at.second_sum, at.sum_channels, at.second_bias_sum);
     if (at.downsample) add(*block.residual_weight, at.residual_sum, at.sum_features, at.residual_bias_sum);
   }
+  share_units(first_feature, std::max<int64_t>(1, kPackGrain / longest),
+              [&](std::size_t item, int64_t begin, int64_t end) {
+                for (int64_t feature = begin; feature < end; ++feature) weights[item].copy_feature(feature);
+              });
   return grads;
 }
 

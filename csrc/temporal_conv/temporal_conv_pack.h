@@ -11,6 +11,7 @@
 
 #include "common.h"
 #include "cpu_dispatch.h"
+#include "cpu_units.h"
 #include "dropout_checks.h"
 #include "temporal_conv/temporal_conv.h"
 #include "temporal_conv/temporal_conv_pack_tiles.h"
@@ -24,6 +25,7 @@ constexpr int64_t kMostRows = 48;
 constexpr int64_t kTileBytes = 384 << 10;
 constexpr int64_t kFewestWindows = 8;  // with fewer consecutive windows sharing does not pay
 constexpr int64_t kFewestTiles = 8;    // if there are enough rows, so several threads have work
+constexpr int64_t kPackGrain = 8192;   // fewest elements of weights that a thread packs
 
 // The tensors and sizes of one block.
 struct BlockTensors {
@@ -169,6 +171,7 @@ class Network {
     job.slot_elements = rounded_up(2 * std::max(job.tile_rows, kMostRows) * widest_panel, kPanelPadding);
     scratch_elements = job.slot_elements + (keep ? 0 : (between + 2 * output) * job.tile_rows);
     if (with_tiles_) place_forward_tiles(job, blocks_, scratch_elements);
+    pack();
   }
 
   void prepare_backward(bool input_grad) {
@@ -188,6 +191,7 @@ class Network {
     }
     scratch_elements = (with_tiles_ ? 2 : 4) * (job.widest_elements * job.tile_rows + kPanelPadding);
     if (with_tiles_) place_backward_tiles(job, blocks_, scratch_elements);
+    pack();
   }
 
   int64_t tiles() const { return job.batch == 0 ? 0 : (job.batch + job.tile_rows - 1) / job.tile_rows; }
@@ -352,23 +356,29 @@ class Network {
     return laid_out(weight, panels, weight.size(0), weight.size(2), weight.size(1) * weight.size(2));
   }
 
+  // Allocates a packed weight. pack() sets its elements.
   const Element* laid_out(const Tensor& weight, const Panels& panels, int64_t rows, int64_t column_stride,
                           int64_t row_stride) {
-    const int64_t taps = weight.size(2), width = panels.width;
-    Element* const out = space(panels.count * taps * rows * width);
-    const Element* const from = weight.const_data_ptr<Element>();
-    for (int64_t p = 0; p < panels.count; ++p) {
-      const int64_t columns = std::min(width, panels.columns - p * width);
-      for (int64_t row = 0; row < rows; ++row) {
-        const Element* const source = from + p * width * column_stride + row * row_stride;
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          Element* const to = out + ((p * taps + tap) * rows + row) * width;
-          for (int64_t j = 0; j < columns; ++j) to[j] = source[j * column_stride + tap];
-          std::fill(to + columns, to + width, Element(0));
-        }
-      }
-    }
+    const int64_t taps = weight.size(2);
+    Element* const out = space(panels.count * taps * rows * panels.width);
+    layouts_.push_back(
+        {weight.const_data_ptr<Element>(), out, panels, rows, taps, column_stride, row_stride});
     return out;
+  }
+
+  // Packs the weights that laid_out() has allocated since the last call, on all threads.
+  void pack() {
+    std::vector<int64_t> first_row{0};
+    int64_t longest = 1;
+    for (const Layout& layout : layouts_) {
+      first_row.push_back(first_row.back() + layout.panels.count * layout.rows);
+      longest = std::max(longest, layout.taps * layout.panels.width);
+    }
+    share_units(first_row, std::max<int64_t>(1, kPackGrain / longest),
+                [&](std::size_t item, int64_t begin, int64_t end) {
+                  for (int64_t row = begin; row < end; ++row) layouts_[item].pack_row(row);
+                });
+    layouts_.clear();
   }
 
   const Element* padded(const Tensor& bias, const Panels& panels) {
@@ -379,7 +389,28 @@ class Network {
     return out;
   }
 
+  // A weight to be packed.
+  struct Layout {
+    const Element* from;
+    Element* to;
+    Panels panels;
+    int64_t rows, taps, column_stride, row_stride;
+
+    // Packs one row of a panel, with all taps. `number` counts the rows of all panels.
+    void pack_row(int64_t number) const {
+      const int64_t panel = number / rows, row = number % rows, width = panels.width;
+      const int64_t columns = std::min(width, panels.columns - panel * width);
+      const Element* const source = from + panel * width * column_stride + row * row_stride;
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        Element* const out = to + ((panel * taps + tap) * rows + row) * width;
+        for (int64_t j = 0; j < columns; ++j) out[j] = source[j * column_stride + tap];
+        std::fill(out + columns, out + width, Element(0));
+      }
+    }
+  };
+
   bool with_tiles_ = false;  // products of bfloat16
+  std::vector<Layout> layouts_;
   std::vector<BlockJob<Element>> blocks_;
   std::vector<std::vector<int32_t>> numbers_;
   std::vector<std::vector<Tap>> taps_;
