@@ -55,9 +55,9 @@ class Buffer {
 };
 
 // A new tensor for large values that only autograd uses: values saved for the backward pass, results that
-// need a gradient, and gradients of inputs. It has the dtype of `like` unless `dtype` is set. Its elements
-// are not set. Its memory returns to the cache when torch frees the tensor. Other results are not allocated
-// here, because torch cannot resize such tensors.
+// need a gradient, and gradients of inputs and of weights. It has the dtype of `like` unless `dtype` is set.
+// Its elements are not set. Its memory returns to the cache when torch frees the tensor. Other results are
+// not allocated here, because torch cannot resize such tensors.
 Tensor saved_tensor(const Tensor& like, std::initializer_list<int64_t> shape,
                     std::optional<ScalarType> dtype = std::nullopt);
 

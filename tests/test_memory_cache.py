@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qfast import _backend
 from qfast.device import release_memory
 from qfast.errors import BackendError
-from qfast.ops import attention_pool, gru, lstm
+from qfast.ops import attention_pool, encoder_layer, feed_forward, gru, lstm, window_conv
 
 pytestmark = pytest.mark.skipif(_backend.native is None, reason="the CPU library is not loaded")
 
@@ -113,6 +113,38 @@ def test_large_results_and_gradients_of_training_are_reused() -> None:
         torch.autograd.grad(next_steps, next_x, pooled_gradient(next_steps))
     assert facts()["allocated"] == allocated
     del next_x, next_steps, x, steps, grad_steps, grad_x
+    assert facts()["used_bytes"] == before
+
+
+def weight_gradients(op: str, seed: int) -> list[Tensor]:
+    """The gradients of the parameters of a layer with 512 KB in a weight."""
+    torch.manual_seed(seed)
+    if op == "encoder_layer":
+        layer: nn.Module = nn.TransformerEncoderLayer(128, 2, 1024, 0.0, batch_first=True)
+        result = encoder_layer(torch.randn(3, 5, 128), list(layer.parameters()), heads=2)
+    elif op == "feed_forward":
+        layer = nn.Sequential(nn.Linear(128, 1024), nn.ReLU(), nn.Linear(1024, 128))
+        result = feed_forward(torch.randn(20, 128), *layer.parameters())
+    else:  # up to 64 steps have kernels of their own
+        layer = nn.Conv1d(256, 512, 1)
+        result = window_conv(torch.randn(1 if op == "few steps" else 9, 20, 256), *layer.parameters())
+    return list(torch.autograd.grad(result.square().sum(), list(layer.parameters())))
+
+
+@pytest.mark.parametrize("op", ["encoder_layer", "feed_forward", "window_conv", "few steps"])
+def test_gradients_of_large_weights_reuse_memory(op: str) -> None:
+    if torch.__version__ < (2, 11):
+        pytest.skip("torch allocates the gradients before version 2.11")
+    before = facts()["used_bytes"]
+    grads = weight_gradients(op, 0)
+    values = [grad.clone() for grad in grads]
+    assert facts()["used_bytes"] - before >= max(grad.nbytes for grad in grads) == 1 << 19
+    weight_gradients(op, 1)  # must not write to gradients that are in use
+    assert all(map(torch.equal, grads, values))
+    allocated = facts()["allocated"]
+    weight_gradients(op, 2)
+    assert facts()["allocated"] == allocated
+    del grads
     assert facts()["used_bytes"] == before
 
 

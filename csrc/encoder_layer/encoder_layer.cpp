@@ -50,7 +50,7 @@ class Encoder {
     std::vector<Tensor> tensors;
     for (const Tensor& weight : weights_)
       tensors.push_back(weight.dim() == 1 ? empty(weight, {weight.size(0)})
-                                          : empty(weight, {weight.size(0), weight.size(1)}));
+                                          : saved_tensor(weight, {weight.size(0), weight.size(1)}));
     const auto at = [&](EncoderWeight which) { return tensors[which].template mutable_data_ptr<Element>(); };
     job.gradients = {at(kInWeight),
                      at(kInBias),

@@ -97,8 +97,8 @@ Gradients feed_forward_backward_cpu(const Tensor& grad, const Tensor& x, const T
     auto job = job_of<Element>(x, block, store, rule, true);
     job.grad = contiguous_grad.const_data_ptr<Element>();
     if (input_grad) job.grad_x = grad_x.mutable_data_ptr<Element>();
-    const Tensor entering = empty(x, {hidden, x.size(1)}), entering_bias = empty(x, {hidden}),
-                 leaving = empty(x, {out, hidden}), leaving_bias = empty(x, {out});
+    const Tensor entering = saved_tensor(x, {hidden, x.size(1)}), entering_bias = empty(x, {hidden}),
+                 leaving = saved_tensor(x, {out, hidden}), leaving_bias = empty(x, {out});
     job.gradients = {entering.mutable_data_ptr<Element>(), entering_bias.mutable_data_ptr<Element>(),
                      leaving.mutable_data_ptr<Element>(), leaving_bias.mutable_data_ptr<Element>()};
     const auto kernel = product_kernels<Element>(op, precision).feed_forward_backward;

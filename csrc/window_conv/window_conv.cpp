@@ -141,7 +141,7 @@ Tensor window_conv_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias
 // Returns the gradient of the weight [O, D, K] from the sums [K][padded D][padded O].
 template <class Element>
 Tensor weight_gradient(const Tensor& like, const WindowConvJob<Element>& job, const Element* sums) {
-  const Tensor out = empty(like, {job.out, job.in, job.taps});
+  const Tensor out = saved_tensor(like, {job.out, job.in, job.taps});
   Element* const to = out.mutable_data_ptr<Element>();
   const int64_t K = job.taps;
   std::vector<Element> block(std::max(kTapRows, K) * kMostPanelWidth);
@@ -181,7 +181,8 @@ std::tuple<Tensor, Tensor, Tensor> window_conv_backward_cpu(const Tensor& grad, 
     Sums::carve(job, counted);
     const auto kernel = product_kernels<Element>(op, precision).window_conv_backward;
     if (job.unpacked != nullptr) {
-      const Tensor grad_weight = empty(x, {job.out, job.in, job.taps}), grad_bias = empty(x, {job.out});
+      const Tensor grad_weight = saved_tensor(x, {job.out, job.in, job.taps}),
+                   grad_bias = empty(x, {job.out});
       job.grad_weight = grad_weight.mutable_data_ptr<Element>();
       job.grad_bias = grad_bias.mutable_data_ptr<Element>();
       share_with_scratch<Element>(
