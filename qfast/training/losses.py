@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["LOSSES", "METRICS", "batch_scores", "loss_function", "masked_mse", "metric_function"]
 
 __getattr__ = renamed_names(__name__, {"sample_weights": "qfast.training.segments.sample_weights"})
+
+BLOCK_SAMPLES = 1 << 16  # samples whose errors are in memory at the same time, unless a single batch is larger
 
 Loss = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
@@ -49,10 +51,15 @@ def masked_mse(prediction: Tensor, label: Tensor, weight: Tensor | None = None) 
     >>> masked_mse(torch.tensor([1.0, 2.0]), torch.tensor([0.0, float("nan")]))
     tensor(1.)
     """
+    squared, finite = _masked_squares(prediction, label, weight)
+    return squared.sum() / finite.sum().clamp(min=1)
+
+
+def _masked_squares(prediction: Tensor, label: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Terms [B] of the sum of `masked_mse`, and bool [B], True for finite labels."""
     finite = torch.isfinite(label)
     error = torch.where(finite, prediction - torch.where(finite, label, 0.0), 0.0)
-    squared = error * error if weight is None else weight * error * error
-    return squared.sum() / finite.sum().clamp(min=1)
+    return error * error if weight is None else weight * error * error, finite
 
 
 LOSSES: dict[str, Loss] = {"mse": masked_mse}
@@ -124,12 +131,14 @@ def batch_scores(
         The mean and the score over all samples. Higher is better; NaN if no label is finite.
     """
     score = metric_function(metric)
-    scores, counts = [], []
-    for begin, end in pairwise(batches.bounds.tolist()):
-        scores.append(score(predictions[begin:end], labels[begin:end]))
-        counts.append(torch.isfinite(labels[begin:end]).sum())
-    values = torch.stack(scores).cpu().numpy().astype(np.float64)
-    weights = torch.stack(counts).cpu().numpy()
+    if METRICS[metric] is masked_mse:
+        scores, counts = _squared_error_scores(predictions, labels, batches)
+    else:
+        parts = [(predictions[begin:end], labels[begin:end]) for begin, end in pairwise(batches.bounds.tolist())]
+        scores = torch.stack([score(prediction, label) for prediction, label in parts])
+        counts = torch.stack([torch.isfinite(label).sum() for _, label in parts])
+    values = scores.cpu().numpy().astype(np.float64)
+    weights = counts.cpu().numpy()
     labelled = weights > 0
     overall = float(np.sum(values[labelled] * weights[labelled]) / weights.sum()) if labelled.any() else float("nan")
     full = values[: batches.whole]
@@ -137,3 +146,30 @@ def batch_scores(
         full = full[~np.isnan(full)]
         return float(full.mean()) if len(full) else float("nan"), overall
     return float(np.mean(full)), overall
+
+
+def _squared_error_scores(predictions: Tensor, labels: Tensor, batches: Batches) -> tuple[Tensor, Tensor]:
+    """Score and number of finite labels of each batch, bitwise equal to minus `masked_mse` in separate calls."""
+    sums, counts = [], []
+    for bounds in _blocks(batches.bounds.tolist()):
+        begin, end = bounds[0], bounds[-1]
+        sizes = [after - before for before, after in pairwise(bounds)]
+        squared, finite = _masked_squares(predictions[begin:end], labels[begin:end])
+        sums += [part.sum() for part in squared.split(sizes)]
+        counts += [part.sum() for part in finite.split(sizes)]
+    count = torch.stack(counts)
+    means = torch.stack(sums) / count.clamp(min=1)
+    return torch.where(count > 0, -means, torch.nan), count
+
+
+def _blocks(bounds: Sequence[int]) -> Iterator[Sequence[int]]:
+    """Divide ascending bounds of batches into parts of at most BLOCK_SAMPLES samples, or of one larger batch.
+
+    >>> list(_blocks([0, 40_000, 60_000, 70_000, 200_000]))
+    [[0, 40000, 60000], [60000, 70000], [70000, 200000]]
+    """
+    first = 0
+    for last in range(1, len(bounds)):
+        if last + 1 == len(bounds) or bounds[last + 1] - bounds[first] > BLOCK_SAMPLES:
+            yield bounds[first : last + 1]
+            first = last
