@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <mutex>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "common.h"
@@ -58,17 +60,83 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape,
   return empty(like, TensorSizes(shape.begin(), shape.size()), dtype);
 }
 
-// Calls body(worker, begin, end) for equal shares of [0, count), one for each thread.
-template <class Body>
-void share(int64_t count, const Body& body) {
-  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), count);
-  parallel_for(workers, 1, [&](int64_t first, int64_t last) {
-    for (int64_t w = first; w < last; ++w) body(w, count * w / workers, count * (w + 1) / workers);
-  });
-}
+constexpr int64_t kPieces = 16;  // pieces of the share of a worker, unless their size is given
+
+// Equal shares of [0, count), one for each worker. A worker takes its share in equal pieces of at most `most`
+// items, from the front on. When nothing is left of it, it takes pieces from the back of the largest share.
+// Cores differ in speed, for example because another program or another virtual machine uses them.
+class Shares {
+ public:
+  struct Piece {
+    int64_t begin, end;
+  };
+
+  Shares(int64_t count, int64_t workers, int64_t most) : shares_(workers), most_(most) {
+    for (int64_t w = 0; w < workers; ++w) {
+      shares_[w].begin = count * w / workers;
+      shares_[w].end = count * (w + 1) / workers;
+    }
+  }
+
+  // Takes the next piece for a worker, which is empty if nothing is left.
+  Piece take(int64_t worker) {
+    for (Share* share = &shares_[worker];;) {
+      const Piece piece = share->take(most_, share == &shares_[worker]);
+      if (piece.begin < piece.end) return piece;
+      share = &*std::max_element(shares_.begin(), shares_.end(),
+                                 [](Share& a, Share& b) { return a.left() < b.left(); });
+      if (share->left() == 0) return {0, 0};
+    }
+  }
+
+ private:
+  struct alignas(64) Share {
+    std::mutex mutex;
+    int64_t begin = 0, end = 0;  // what nobody has taken
+
+    int64_t left() {
+      const std::lock_guard lock(mutex);
+      return end - begin;
+    }
+
+    Piece take(int64_t most, bool from_front) {
+      const std::lock_guard lock(mutex);
+      const int64_t pieces = (end - begin + most - 1) / most;
+      if (pieces == 0) return {0, 0};
+      const int64_t size = (end - begin + pieces - 1) / pieces;
+      if (from_front) return {std::exchange(begin, begin + size), begin};
+      return {end - size, std::exchange(end, end - size)};
+    }
+  };
+
+  std::vector<Share> shares_;
+  int64_t most_;
+};
 
 inline int64_t worker_count(int64_t count) {
   return std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), count));
+}
+
+// Divides [0, count) among the threads. run(worker, take) runs once for each of them, and take() returns its
+// next piece. A single thread takes everything at once.
+template <class Run>
+void divide(int64_t count, int64_t most, const Run& run) {
+  if (count == 0) return;
+  const int64_t workers = worker_count(count);
+  if (workers == 1) most = count;
+  if (most == 0) most = std::max<int64_t>(1, count / (workers * kPieces));
+  Shares shares(count, workers, most);
+  parallel_for(workers, 1, [&](int64_t first, int64_t last) {
+    for (int64_t w = first; w < last; ++w) run(w, [&] { return shares.take(w); });
+  });
+}
+
+// Calls body(begin, end) for pieces of [0, count), on all threads.
+template <class Body>
+void share(int64_t count, const Body& body) {
+  divide(count, 0, [&](int64_t, const auto& take) {
+    for (Shares::Piece piece = take(); piece.begin < piece.end; piece = take()) body(piece.begin, piece.end);
+  });
 }
 
 // Scratch memory of a thread. Some kernels read columns that they never write, and need zeros in them.
@@ -77,16 +145,19 @@ struct Scratch {
   bool zeros = false;
 };
 
-// Calls body(begin, end, scratch) for equal shares of [0, count), one for each thread.
+// Calls body(begin, end, scratch) for pieces of [0, count), on all threads. A piece has at most `most` items,
+// if `most` is not 0.
 template <class Element, class Body>
-void share_with_scratch(const Tensor& like, int64_t count, Scratch scratch, const Body& body) {
+void share_with_scratch(const Tensor& like, int64_t count, Scratch scratch, const Body& body,
+                        int64_t most = 0) {
   const int64_t scratch_elements = rounded_up(scratch.elements, 16);
   const Buffer<Element> memory(like, worker_count(count) * scratch_elements);
   Element* const space = memory.data();
-  share(count, [&](int64_t worker, int64_t begin, int64_t end) {
+  divide(count, most, [&](int64_t worker, const auto& take) {
     Element* const thread_scratch = space + worker * scratch_elements;
     if (scratch.zeros) std::fill(thread_scratch, thread_scratch + scratch_elements, Element(0));
-    body(begin, end, thread_scratch);
+    for (Shares::Piece piece = take(); piece.begin < piece.end; piece = take())
+      body(piece.begin, piece.end, thread_scratch);
   });
 }
 

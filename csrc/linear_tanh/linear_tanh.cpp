@@ -94,7 +94,7 @@ Tensor linear_tanh_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias
     Layer<Element> layer(tensors);
     layer.job.out = out.mutable_data_ptr<Element>();
     const auto kernel = cpu_kernels<Element>().linear_tanh;
-    share(layer.tiles(), [&](int64_t, int64_t begin, int64_t end) { kernel(layer.job, begin, end); });
+    share(layer.tiles(), [&](int64_t begin, int64_t end) { kernel(layer.job, begin, end); });
   });
   return out;
 }

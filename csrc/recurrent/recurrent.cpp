@@ -66,7 +66,9 @@ Sequence<Element> sequence_of(const Tensor& output) {
   return {output.mutable_data_ptr<Element>(), output.stride(0), output.stride(1), 1};
 }
 
-// Divides the batch into equal shares for the threads, and each share into equal tiles.
+// Divides the batch into equal shares for the threads, and each share into tiles. A piece is a tile, or
+// several if there are many. With bfloat16 operands it is a whole share, because each piece packs the
+// weights.
 template <class Cell, class Element>
 void run_forward(RecurrentNetwork<Cell, Element>& network, const Tensor& like, bool rolling,
                  const Inputs& inputs) {
@@ -74,13 +76,19 @@ void run_forward(RecurrentNetwork<Cell, Element>& network, const Tensor& like, b
   auto& job = network.job;
   const int64_t units = (job.batch + kRecurrentRowStep - 1) / kRecurrentRowStep,
                 workers = worker_count(units);
-  job.tile_rows = even_tile_rows((units + workers - 1) / workers * kRecurrentRowStep);
+  const int64_t share = (units + workers - 1) / workers;
+  job.tile_rows = even_tile_rows(share * kRecurrentRowStep);
   network.prepare_forward(rolling, inputs.precision == kBf16);
+  const int64_t tile = job.tile_rows / kRecurrentRowStep;
+  const int64_t piece =
+      inputs.precision == kBf16 ? share : std::max<int64_t>(1, share / tile / kPieces) * tile;
   const auto kernel = kIsLstm<Cell> ? kernels.lstm_forward : kernels.gru_forward;
   share_with_scratch<Element>(
-      like, units, {network.scratch_elements}, [&](int64_t begin, int64_t end, Element* scratch) {
+      like, units, {network.scratch_elements},
+      [&](int64_t begin, int64_t end, Element* scratch) {
         kernel(job, begin * kRecurrentRowStep, std::min(end * kRecurrentRowStep, job.batch), scratch);
-      });
+      },
+      piece);
 }
 
 template <class Cell>

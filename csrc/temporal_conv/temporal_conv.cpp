@@ -25,10 +25,10 @@ Activation<Element> output_view(const Tensor& output, bool all_steps) {
 // ---------------------------------------------------------------- forward
 template <class Job, class Element>
 void run_tiles(void (*kernel)(const Job&, int64_t, int64_t, Element*), const Job& job, int64_t tiles,
-               int64_t scratch_elements, const Tensor& like) {
+               int64_t scratch_elements, const Tensor& like, int64_t most) {
   share_with_scratch<Element>(
       like, tiles, {scratch_elements},
-      [&](int64_t begin, int64_t end, Element* scratch) { kernel(job, begin, end, scratch); });
+      [&](int64_t begin, int64_t end, Element* scratch) { kernel(job, begin, end, scratch); }, most);
 }
 
 std::tuple<Tensor, Tensor, Tensor> temporal_conv_net_cpu(const Tensor& x, std::vector<Tensor> weights,
@@ -55,10 +55,13 @@ std::tuple<Tensor, Tensor, Tensor> temporal_conv_net_cpu(const Tensor& x, std::v
     if (network.shares_rows) {
       RollingNetwork<Element> rolling(network);
       run_tiles(cpu_kernels<Element>().temporal_conv_rolling, rolling.job, rolling.chunks(),
-                rolling.scratch_elements, x);
+                rolling.scratch_elements, x, 0);
     } else {
       network.prepare_forward(keep);
-      run_tiles(kernel, job, network.tiles(), network.scratch_elements, x);
+      // With bfloat16 operands, each piece packs the weights.
+      const int64_t tiles = network.tiles(), workers = worker_count(tiles),
+                    most = precision == kBf16 ? (tiles + workers - 1) / workers : 0;
+      run_tiles(kernel, job, tiles, network.scratch_elements, x, most);
     }
   });
   return {output, activations, signs};
