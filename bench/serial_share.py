@@ -1,4 +1,4 @@
-"""Serial share of a training step, and what more threads could give at best.
+"""Serial share of a training step, what more threads could give at best, and what two threads give.
 
     python bench/serial_share.py [--steps LSTM-800 GATs-300 ...] [--repeats 40]
 
@@ -7,11 +7,15 @@ step counts as serial: Python, the loss, the attention of a single day, and torc
 ones use threads. The bounds are Amdahl's law with these shares. They also respect that a backward pass consists of at
 most 16 parts, and of fewer for few windows. They assume that memory and clock rate keep up, and that all work of an
 operator is divided, packing of weights included.
+
+The last column is measured: the wall time of a step on one thread divided by that on two, which alternate. It contains
+the ratio of the fastest steps, and the median over all pairs.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -74,6 +78,26 @@ def speedup(total: float, spent: dict[str, float], windows: int, threads: int) -
     return total / (total - sum(spent.values()) + divided)
 
 
+def measured_speedup(step: Callable[[], None], repeats: int) -> tuple[float, float]:
+    """Wall time of one thread divided by that of two: of the fastest step, and the median of alternating pairs."""
+    pairs = []
+    for _ in range(repeats):
+        pair = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            step()
+            times = []
+            for _ in range(3):
+                start = time.perf_counter()
+                step()
+                times.append(time.perf_counter() - start)
+            pair.append(min(times))
+        pairs.append(pair)
+    torch.set_num_threads(1)
+    one, two = map(min, zip(*pairs, strict=True))
+    return one / two, statistics.median(one / two for one, two in pairs)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print one line per step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -82,13 +106,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     titles = [f"{threads} threads" for threads in THREADS]
-    print("| " + " | ".join(["step", "ms", "serial, ms", "serial share", *titles]) + " |")
-    print("|" + "---|" * (4 + len(THREADS)), flush=True)
+    print("| " + " | ".join(["step", "ms", "serial, ms", "serial share", *titles, "2 threads, measured"]) + " |")
+    print("|" + "---|" * (5 + len(THREADS)), flush=True)
     for name in options.steps:
-        total, spent = step_times(training_step(name), options.repeats)
+        step = training_step(name)
+        total, spent = step_times(step, options.repeats)
         serial = total - sum(spent.values())
         bounds = [f"{speedup(total, spent, int(name.partition('-')[2]), threads):.2f}" for threads in THREADS]
-        cells = [name, f"{total * 1e3:.1f}", f"{serial * 1e3:.2f}", f"{serial / total:.1%}", *bounds]
+        fastest, median = measured_speedup(step, options.repeats)
+        measured = f"{fastest:.2f} (median {median:.2f})"
+        cells = [name, f"{total * 1e3:.1f}", f"{serial * 1e3:.2f}", f"{serial / total:.1%}", *bounds, measured]
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
