@@ -158,7 +158,7 @@ def bench_conditions(facts: Mapping[str, Any]) -> str:
 
 def bench_row(model: Mapping[str, Any], reference: str, product_rate: float) -> list[str]:
     """Seconds of an epoch, their ratio, the gain of the threads, the rate of products, and the memory of a batch."""
-    threads = model["epoch"] / model["threads_epoch"] if model["threads_epoch"] else None
+    threads = model["threads_gain"]
     other = model["reference_name"] and model["reference_name"] != reference
     return [
         model["name"],

@@ -213,6 +213,7 @@ def test_the_command_writes_table_json_and_picture(prices, tmp_path, capsys):
         assert model["ratio"] == pytest.approx(model["reference"] / model["epoch"])
         assert model["epoch"] == pytest.approx(sum(model["parts"].values()))
         assert model["threads_epoch"] > 0
+        assert 0.05 < model["threads_gain"] < 20
         assert f"{model['ratio']:.2f}x" in shown.out
     assert facts["data"]["instruments"] == 12
     assert facts["product_rates"] == [1e10] * 3
@@ -240,6 +241,7 @@ def test_the_model_of_a_workflow(tmp_path, capsys):
     assert "only the reference scores the training segment" in facts["notes"][0]
     assert "instead of 5,000 samples" in facts["notes"][1]
     assert facts["threads_epoch"] is None
+    assert facts["threads_gain"] is None
     assert facts["notes"][0] in capsys.readouterr().out
 
 

@@ -57,7 +57,7 @@ def test_a_file_of_qfast_bench(report: Any) -> None:
         "batch_size": 800,
         "reference_name": "Qlib",
         "reference": 30.0,
-        "threads_epoch": 5.0,
+        "threads_gain": 2.0,
         "epoch": 10.0,
         "ratio": 3.0,
         "parts": dict.fromkeys(report.BENCH_PARTS, 10 / 6),
@@ -93,7 +93,7 @@ def test_a_file_of_qfast_bench(report: Any) -> None:
     assert "\n\nGRU: smaller batches.\n\n" in text
     facts["not_trusted_because"] = ["the load was 9"]
     parts = dict(model["parts"], gather=1.0)
-    other = {"name": "TCN", "reference_name": "torch", "threads_epoch": None, "products": None, "parts": parts}
+    other = {"name": "TCN", "reference_name": "torch", "threads_gain": None, "products": None, "parts": parts}
     facts["models"] = [model, model | other]
     text = report.bench_tables(facts)
     assert "the machine was busy: the load was 9" in text

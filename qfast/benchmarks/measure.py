@@ -53,8 +53,10 @@ class ModelTimes:
         CPU time of the reference on one thread, the lowest of the rounds.
     reference_name : str
         "Qlib", "torch's layers", or "" if the model has neither.
-    threads, threads_epoch : int, float
+    threads, threads_epoch : int, float or None
         Wall time of qfast on several threads.
+    threads_gain : float or None
+        Wall time of qfast on one thread relative to `threads_epoch`. The epochs of both alternate.
     memory, reference_memory : float or None
         Peak in megabytes of a training pass over one batch with its scores.
     products, copies : float or None
@@ -72,6 +74,7 @@ class ModelTimes:
     reference_name: str = ""
     threads: int = 1
     threads_epoch: float | None = None
+    threads_gain: float | None = None
     memory: float | None = None
     reference_memory: float | None = None
     products: float | None = None
@@ -138,9 +141,7 @@ def measure(
         _rounds(estimator, sample, reference, times, watch, deadline)
     if threads > 1:
         times.threads = threads
-        with _threads(threads):
-            epochs = [_our_epoch(estimator, sample, time.perf_counter)[0] for _ in range(ROUNDS)]
-        times.threads_epoch = min(epochs)
+        times.threads_epoch, times.threads_gain = _threads_epoch(estimator, sample, threads)
     _add_rates(estimator, segments, times)
     return times
 
@@ -261,6 +262,17 @@ def _our_epoch(estimator: Estimator, sample: Sample, clock: Callable[[], float])
             setattr(estimator, name, value)
     parts = loaded.parts(sample.scale["train"], sample.scale)
     return sum(parts.values()), parts
+
+
+def _threads_epoch(estimator: Estimator, sample: Sample, threads: int) -> tuple[float, float]:
+    """Wall seconds of a whole epoch on several threads, and those of one thread relative to them."""
+    seconds: dict[int, list[float]] = {1: [], threads: []}
+    for _ in range(ROUNDS):
+        for count, epochs in seconds.items():
+            with _threads(count):
+                epochs.append(_our_epoch(estimator, sample, time.perf_counter)[0])
+    one, several = map(min, seconds.values())
+    return several, one / several
 
 
 class _Segments:
