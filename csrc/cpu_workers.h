@@ -92,7 +92,7 @@ class Shares {
  private:
   struct alignas(64) Share {
     std::mutex mutex;
-    int64_t begin = 0, end = 0;  // what nobody has taken
+    int64_t begin = 0, end = 0;  // the items that no worker has taken
 
     int64_t left() {
       const std::lock_guard lock(mutex);
@@ -118,7 +118,7 @@ inline int64_t worker_count(int64_t count) {
 }
 
 // Divides [0, count) among the threads. run(worker, take) runs once for each of them, and take() returns its
-// next piece. A single thread takes everything at once.
+// next piece. A single thread receives all items as one piece.
 template <class Run>
 void divide(int64_t count, int64_t most, const Run& run) {
   if (count == 0) return;

@@ -12,7 +12,7 @@
 namespace qfast {
 namespace {
 
-constexpr int64_t kTileRows = 96;  // the result of so many rows fits in the first-level cache
+constexpr int64_t kTileRows = 96;  // with 64 units, so many rows of the result fit in the first-level cache
 
 struct LayerTensors {
   const char* op;

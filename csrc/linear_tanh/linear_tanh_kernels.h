@@ -4,7 +4,7 @@
 // A thread owns tiles of rows. The products of a tile are still in the first-level cache when the tanh is
 // computed. Saved for backward: the result. Bound by multiply-adds, 2 F H flops per row in forward and twice
 // as many in backward, for few features by the tanh (about 40 flops per element) and by memory: 4 (F + H)
-// bytes per row in forward, 4 (F + 2 H) in backward, in float32.
+// bytes per row in forward, 4 (F + 2 H) in backward without grad_x, in float32.
 #pragma once
 
 #include "panel_kernels.h"

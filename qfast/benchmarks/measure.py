@@ -56,7 +56,7 @@ class ModelTimes:
     threads, threads_epoch : int, float or None
         Wall time of qfast on several threads.
     threads_gain : float or None
-        Wall time of qfast on one thread relative to `threads_epoch`. The epochs of both alternate.
+        Wall time of qfast on one thread divided by `threads_epoch`. The epochs of both alternate.
     memory, reference_memory : float or None
         Peak in megabytes of a training pass over one batch with its scores.
     products, copies : float or None
@@ -265,7 +265,7 @@ def _our_epoch(estimator: Estimator, sample: Sample, clock: Callable[[], float])
 
 
 def _threads_epoch(estimator: Estimator, sample: Sample, threads: int) -> tuple[float, float]:
-    """Wall seconds of a whole epoch on several threads, and those of one thread relative to them."""
+    """Wall seconds of a whole epoch on several threads, and how many times longer one thread takes."""
     seconds: dict[int, list[float]] = {1: [], threads: []}
     for _ in range(ROUNDS):
         for count, epochs in seconds.items():
