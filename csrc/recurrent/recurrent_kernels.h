@@ -165,9 +165,10 @@ static void project_rows(const RecurrentLayer<Element>& layer, int64_t blocks, c
 // Copies [rows, H], or zeros if `from` is null, to [row][stride] with zeros beyond H.
 template <class Element>
 static void widen_rows(Element* to, int64_t stride, const Element* from, int64_t hidden, int64_t rows) {
+  __builtin_memset(to, 0, sizeof(Element) * rows * stride);
+  if (from == nullptr) return;
   for (int64_t row = 0; row < rows; ++row)
-    for (int64_t j = 0; j < stride; ++j)
-      to[row * stride + j] = from == nullptr || j >= hidden ? Element(0) : from[row * hidden + j];
+    __builtin_memcpy(to + row * stride, from + row * hidden, sizeof(Element) * hidden);
 }
 
 // Copies the first H columns of [row][stride] to [rows, H].

@@ -60,6 +60,15 @@ struct ReadRows {
   int64_t row_stride, feature_stride;
 };
 
+// The gradient of h of a step from above. If `step_stride` is not 0, the gradient of the previous step is so
+// far before it, and the rows of a step are far from each other. They are therefore prefetched one step
+// ahead.
+template <class Element>
+struct GradAbove {
+  const Element* data;
+  int64_t row_stride, step_stride;
+};
+
 // Offset of row `first` in the saved carried values of a step, in elements.
 template <class Element>
 QFAST_ALWAYS_INLINE int64_t saved_offset(const RecurrentJob<Element>& job, int64_t layer, int64_t t,
@@ -95,25 +104,61 @@ static ReadRows<Element> input_rows(const RecurrentJob<Element>& job, const Back
   return output_rows<Cell>(job, tile, layer - 1, t);
 }
 
+// Saved values that a product prefetches, a few cache lines at a time: memory delivers them more slowly than
+// the cells read them, and many requests at once would delay the loads of the product.
+struct SavedAhead {
+  struct Range {
+    const char* from;
+    int64_t bytes, piece;
+  };
+  Range ranges[2];
+
+  QFAST_INLINE_MEMBER void prefetch_next() {
+    constexpr int64_t line = 64;
+#pragma GCC unroll 2
+    for (Range& range : ranges) {
+      const int64_t piece = smaller(range.piece, range.bytes);
+      for (int64_t at = 0; at < piece; at += line) __builtin_prefetch(range.from + at);
+      range.from += piece;
+      range.bytes -= piece;
+    }
+  }
+};
+
+constexpr int64_t kPrefetchInputs = 8;  // multiply-adds of each sum between two calls of prefetch_next
+
+// Returns what the product of step t with hidden_turned prefetches: the gates and the carried value that the
+// next steps read first, which are those of step t - 2, except the gates of a GRU.
+template <class Cell, class Element>
+static SavedAhead saved_ahead(const RecurrentJob<Element>& job, const BackwardTile<Element>& tile, int64_t l,
+                              int64_t t) {
+  const int64_t calls = (tile.rows / kTileRows<kPanelVectors> + 1) * job.blocks * Cell::kGates *
+                        kLanes<Element> / kPrefetchInputs;
+  const auto range = [&](const Element* from, int64_t step, int64_t values) {
+    const int64_t line = 64, bytes = values * tile.rows * job.hidden * static_cast<int64_t>(sizeof(Element));
+    const Element* const at = from + saved_offset(job, l, step, tile.first) * values;
+    return SavedAhead::Range{reinterpret_cast<const char*>(at), step < 0 ? 0 : bytes,
+                             (bytes / calls / line + 1) * line};
+  };
+  return {{range(job.gates, Cell::kCarriesOutput ? t - 1 : t - 2, 4), range(job.carried, t - 2, 1)}};
+}
+
 // out[rows][columns] = gradients of the sums, from the first of four on, x transposed weights.
 template <class Cell, class Element>
 QFAST_ONE_COPY static void turned_product(const RecurrentJob<Element>& job, int64_t first,
                                           const Element* sums, int64_t sum_stride, const Element* turned,
                                           int64_t width, int64_t columns, int64_t rows, Element* out,
-                                          int64_t out_stride) {
+                                          int64_t out_stride, SavedAhead ahead = {}) {
   constexpr int64_t lanes = kLanes<Element>, gates = Cell::kGates * lanes;
   for (int64_t begin = 0; begin < columns; begin += width, turned += job.blocks * gates * width) {
     for_panel_width<Element>(width, [&]<int Vectors>() {
       for_row_tiles<kTileRows<Vectors>>(rows, [&]<int Count>(int64_t row) __attribute__((always_inline)) {
         Sums<Element, Count, Vectors> product{};
         const Element* const from = sums + row * sum_stride + first * lanes;
-        if constexpr (Cell::kGates == 4) {
-          add_product(product, from, sum_stride, 1, turned, width, job.blocks * gates);
-        } else {
-          for (int64_t block = 0; block < job.blocks; ++block)
-            add_product(product, from + block * 4 * lanes, sum_stride, 1, turned + block * gates * width,
-                        width, gates);
-        }
+        for (int64_t block = 0; block < job.blocks; ++block)
+          for (int64_t k = 0; k < gates; k += kPrefetchInputs, ahead.prefetch_next())
+            add_product(product, from + block * 4 * lanes + k, sum_stride, 1,
+                        turned + (block * gates + k) * width, width, smaller(kPrefetchInputs, gates - k));
         for_panel_vectors<Element, Vectors>(
             columns - begin, [&](int v, auto some) __attribute__((always_inline)) {
 #pragma GCC unroll 24
@@ -181,11 +226,10 @@ static void add_bias_sums(const RecurrentJob<Element>& job, const BackwardTile<E
 }
 
 // Computes the gradients of the sums of step t of a layer, and for the LSTM h of the previous step.
-// `grad_above` is the gradient of h from the layer above or from the output, with row stride
-// `grad_above_stride`, or null.
+// `grad_above` is the gradient of h from the layer above or from the output, or null.
 template <class Cell, class Element>
 static void cell_gradients(const RecurrentJob<Element>& job, const BackwardTile<Element>& tile, int64_t l,
-                           int64_t t, const Element* grad_above, int64_t grad_above_stride) {
+                           int64_t t, const GradAbove<Element>& grad_above) {
   constexpr int64_t lanes = kLanes<Element>;
   const BackwardLayer<Element>& layer = tile.layers[l];
   const int64_t H = job.hidden, stride = job.stride;
@@ -211,7 +255,11 @@ static void cell_gradients(const RecurrentJob<Element>& job, const BackwardTile<
       const Vector<Element> before =
           carried_before == nullptr ? Vector<Element>{} : load<Element>(carried_before + row * H + j, count);
       Vector<Element> grad_h = load<Element>(layer.grad_h + at, lanes);
-      if (grad_above != nullptr) grad_h += load<Element>(grad_above + row * grad_above_stride + j, count);
+      if (grad_above.data != nullptr) {
+        const Element* const from = grad_above.data + row * grad_above.row_stride + j;
+        grad_h += load<Element>(from, count);
+        if (t > 0 && grad_above.step_stride > 0) __builtin_prefetch(from - grad_above.step_stride);
+      }
       Vector<Element> grad_carried = load<Element>(layer.grad_carried + at, lanes);
       const Vector<Element> activated = load<Element>(layer.activated + at, lanes);
       Cell::backward(gates, before, activated, grad_h, &grad_carried, grads);
@@ -281,9 +329,10 @@ struct VectorGradients {
   const RecurrentJob<Element>& job;
 
   // Computes the gradient of h of the previous step from the gradients of the sums.
-  void to_hidden(int64_t l, const Element* sums, int64_t sum_stride, int64_t rows, Element* out) const {
+  void to_hidden(int64_t l, const Element* sums, int64_t sum_stride, int64_t rows, Element* out,
+                 const SavedAhead& ahead) const {
     turned_product<Cell>(job, kFirstHidden<Cell>, sums, sum_stride, job.layers[l].hidden_turned,
-                         job.hidden_width, job.hidden, rows, out, job.stride);
+                         job.hidden_width, job.hidden, rows, out, job.stride, ahead);
   }
 
   // Computes the gradient of the input of a layer.
@@ -317,21 +366,18 @@ template <class Cell, class Element, class Products>
 static void backward_step(const RecurrentJob<Element>& job, const BackwardTile<Element>& tile, int64_t l,
                           int64_t t, const Products& products) {
   const BackwardLayer<Element>& layer = tile.layers[l];
-  const Element* grad_above = nullptr;
-  int64_t grad_above_stride = 0;
+  GradAbove<Element> grad_above{};
   if (l + 1 < job.layer_count) {
     if (job.dropout.active) pass_dropout<Cell>(job, tile, l, t);
-    grad_above = tile.grad_above(l, t);
-    grad_above_stride = job.stride;
+    grad_above = {tile.grad_above(l, t), job.stride, 0};
   } else if (job.grad_output.data != nullptr) {
-    grad_above =
-        job.grad_output.data + tile.first * job.grad_output.row_stride + t * job.grad_output.step_stride;
-    grad_above_stride = job.grad_output.row_stride;
+    const auto& [data, row_stride, step_stride, _] = job.grad_output;
+    grad_above = {data + tile.first * row_stride + t * step_stride, row_stride, step_stride};
   }
-  cell_gradients<Cell>(job, tile, l, t, grad_above, grad_above_stride);
+  cell_gradients<Cell>(job, tile, l, t, grad_above);
   const Element* const sums = tile.sums(l, t);
   if (t > 0 || job.grad_first_h != nullptr)
-    products.to_hidden(l, sums, tile.sum_stride, tile.rows, layer.grad_h);
+    products.to_hidden(l, sums, tile.sum_stride, tile.rows, layer.grad_h, saved_ahead<Cell>(job, tile, l, t));
   if (l == 0 && job.grad_x != nullptr) {
     const int64_t features = job.layers[l].features;
     products.to_input(l, sums, tile.sum_stride, tile.rows,

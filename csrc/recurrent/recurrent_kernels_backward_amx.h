@@ -51,7 +51,8 @@ class TileGradients {
     }
   }
 
-  void to_hidden(int64_t l, const float* sums, int64_t sum_stride, int64_t rows, float* out) const {
+  void to_hidden(int64_t l, const float* sums, int64_t sum_stride, int64_t rows, float* out,
+                 const SavedAhead&) const {
     multiply_turned(sums, sum_stride, rows, turned(l, true), job_.hidden, out, job_.stride);
   }
 

@@ -30,8 +30,10 @@ constexpr int64_t kRecurrentMostRows = 48;
 constexpr int64_t kChunkSumBytes = 128 << 10;
 constexpr int64_t kMostChunkSteps = 4;
 // Weights that are larger than this do not fit in the second-level cache next to each other. A layer then
-// computes several steps, about kLayerRows rows, before another layer evicts its weights.
+// computes several steps, about kLayerRows rows, before another layer evicts its weights. Few rows use each
+// weight so rarely that a smaller part of the cache is the limit.
 constexpr int64_t kCachedWeightBytes = 1 << 20;
+constexpr int64_t kCachedWeightBytesOfFewRows = 512 << 10;
 constexpr int64_t kLayerRows = 96;
 constexpr int64_t kFewRows = 16;  // so few that the sums of all weights take longer than their products
 
@@ -174,7 +176,8 @@ class RecurrentNetwork {
   bool weights_fit() const {
     int64_t rows = 0;
     for (const RecurrentLayer<Element>& layer : layers_) rows += layer.features + job.hidden;
-    return rows * Cell::kGates * job.stride * static_cast<int64_t>(sizeof(Element)) <= kCachedWeightBytes;
+    const int64_t most = job.batch <= kFewRows ? kCachedWeightBytesOfFewRows : kCachedWeightBytes;
+    return rows * Cell::kGates * job.stride * static_cast<int64_t>(sizeof(Element)) <= most;
   }
 
   // Number of steps with about kLayerRows rows.
