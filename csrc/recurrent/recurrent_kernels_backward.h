@@ -132,8 +132,8 @@ constexpr int64_t kPrefetchInputs = 8;  // multiply-adds of each sum between two
 template <class Cell, class Element>
 static SavedAhead saved_ahead(const RecurrentJob<Element>& job, const BackwardTile<Element>& tile, int64_t l,
                               int64_t t) {
-  const int64_t calls = (tile.rows / kTileRows<kPanelVectors> + 1) * job.blocks * Cell::kGates *
-                        kLanes<Element> / kPrefetchInputs;
+  constexpr int64_t block_calls = (Cell::kGates * kLanes<Element> - 1) / kPrefetchInputs + 1;
+  const int64_t calls = (tile.rows / kTileRows<kPanelVectors> + 1) * job.blocks * block_calls;
   const auto range = [&](const Element* from, int64_t step, int64_t values) {
     const int64_t line = 64, bytes = values * tile.rows * job.hidden * static_cast<int64_t>(sizeof(Element));
     const Element* const at = from + saved_offset(job, l, step, tile.first) * values;
