@@ -104,8 +104,8 @@ static ReadRows<Element> input_rows(const RecurrentJob<Element>& job, const Back
   return output_rows<Cell>(job, tile, layer - 1, t);
 }
 
-// Saved values that a product prefetches, a few cache lines at a time: memory delivers them more slowly than
-// the cells read them, and many requests at once would delay the loads of the product.
+// Saved values that a product prefetches, a few cache lines at a time. Memory delivers them more slowly than
+// the cells read them. Many requests at once would delay the loads of the product.
 struct SavedAhead {
   struct Range {
     const char* from;
@@ -127,18 +127,18 @@ struct SavedAhead {
 
 constexpr int64_t kPrefetchInputs = 8;  // multiply-adds of each sum between two calls of prefetch_next
 
-// Returns what the product of step t with hidden_turned prefetches: the gates and the carried value that the
-// next steps read first, which are those of step t - 2, except the gates of a GRU.
+// Returns the saved values that the product of step t with hidden_turned prefetches: those of step t - 2,
+// which step t - 1 reads first, and the gates of step t - 1 of a GRU, whose gates no other step reads.
 template <class Cell, class Element>
 static SavedAhead saved_ahead(const RecurrentJob<Element>& job, const BackwardTile<Element>& tile, int64_t l,
                               int64_t t) {
   constexpr int64_t block_calls = (Cell::kGates * kLanes<Element> - 1) / kPrefetchInputs + 1;
   const int64_t calls = (tile.rows / kTileRows<kPanelVectors> + 1) * job.blocks * block_calls;
-  const auto range = [&](const Element* from, int64_t step, int64_t values) {
+  const auto range = [&](const Element* from, int64_t step, int64_t values) -> SavedAhead::Range {
+    if (step < 0) return {};
     const int64_t line = 64, bytes = values * tile.rows * job.hidden * static_cast<int64_t>(sizeof(Element));
     const Element* const at = from + saved_offset(job, l, step, tile.first) * values;
-    return SavedAhead::Range{reinterpret_cast<const char*>(at), step < 0 ? 0 : bytes,
-                             (bytes / calls / line + 1) * line};
+    return {reinterpret_cast<const char*>(at), bytes, (bytes / calls / line + 1) * line};
   };
   return {{range(job.gates, Cell::kCarriesOutput ? t - 1 : t - 2, 4), range(job.carried, t - 2, 1)}};
 }

@@ -51,6 +51,7 @@ class TileGradients {
     }
   }
 
+  // Prefetches nothing.
   void to_hidden(int64_t l, const float* sums, int64_t sum_stride, int64_t rows, float* out,
                  const SavedAhead&) const {
     multiply_turned(sums, sum_stride, rows, turned(l, true), job_.hidden, out, job_.stride);
