@@ -190,6 +190,7 @@ Buffer<Element> sum_in_parts(const Tensor& like, int64_t tiles, Scratch scratch,
       kernel(tiles * part / parts, tiles * (part + 1) / parts, space, sum);
     }
   });
+  if (parts == 1) return sums;  // there is nothing to add, and no thread to wake
   parallel_for(elements, kSumGrain, [&](int64_t begin, int64_t end) {
     // Pieces that stay in the first-level cache.
     for (int64_t first = begin; first < end; first += kSumPiece) {
