@@ -58,10 +58,10 @@ class Shape:
 SHAPES = {"2048x20": Shape(2048, 20, 20), "2048x60": Shape(2048, 60, 6)}
 # lowest accepted ratio
 GOALS = {
-    ("Transformer", "inference"): 5.5,
-    ("Transformer", "training"): 4.0,
-    ("Localformer", "inference"): 3.0,
-    ("Localformer", "training"): 2.7,
+    ("Transformer", "inference"): 5.0,
+    ("Transformer", "training"): 3.8,
+    ("Localformer", "inference"): 2.6,
+    ("Localformer", "training"): 2.0,
 }
 
 
