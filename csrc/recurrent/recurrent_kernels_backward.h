@@ -60,9 +60,8 @@ struct ReadRows {
   int64_t row_stride, feature_stride;
 };
 
-// The gradient of h of a step from above. If `step_stride` is not 0, the gradient of the previous step is so
-// far before it, and the rows of a step are far from each other. They are therefore prefetched one step
-// ahead.
+// The gradient of h of a step from above. If `step_stride` is not 0, a row of the previous step is so many
+// elements before the same row of this step, and is prefetched, because the rows of a step are far apart.
 template <class Element>
 struct GradAbove {
   const Element* data;
