@@ -31,7 +31,8 @@ QFAST_ALWAYS_INLINE double_words multiply_low_halves(double_words x, uint32_t by
 QFAST_ALWAYS_INLINE void philox_halves(uint64_t seed, double_words channel, uint32_t position,
                                        uint32_t convolution, uint32_t group, double_words words[4]) {
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-  // Three counters are the same in all lanes. Half of the first two rounds is therefore computed once.
+  // Three counters are the same in all lanes, so half of the first two rounds is computed for all lanes at
+  // once.
   const uint64_t first = static_cast<uint64_t>(convolution) * kPhiloxMultiply1;
   const double_words product = multiply_low_halves(channel, kPhiloxMultiply0);
   const uint64_t second =

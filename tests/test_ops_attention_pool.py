@@ -53,6 +53,7 @@ def test_float32_is_no_less_accurate_than_torch(case: AttentionPoolCase, isa: st
     exact = results(case.reference, [t.double() for t in inputs], grad=grad.double())
     theirs = results(case.reference, inputs, grad=grad)
     for result, plain, expected in zip(results(case.operator, inputs, grad=grad), theirs, exact, strict=True):
+        close(result, expected, 1e-5)
         # On some processors the few sums of a small case have an error near 0 in torch, by chance.
         assert (result - expected).norm() <= max(3 * (plain - expected).norm(), 2e-6 * expected.norm()) + 1e-9
 

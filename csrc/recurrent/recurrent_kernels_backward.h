@@ -103,8 +103,9 @@ static ReadRows<Element> input_rows(const RecurrentJob<Element>& job, const Back
   return output_rows<Cell>(job, tile, layer - 1, t);
 }
 
-// Saved values that a product prefetches, a few cache lines at a time. Memory delivers them more slowly than
-// the cells read them. Many requests at once would delay the loads of the product.
+// Saved values that a matrix product prefetches, because the cells read them faster than memory delivers
+// them. prefetch_next requests only a few cache lines: a burst of requests would delay the loads of the
+// product.
 struct SavedAhead {
   struct Range {
     const char* from;
@@ -124,14 +125,15 @@ struct SavedAhead {
   }
 };
 
-constexpr int64_t kPrefetchInputs = 8;  // multiply-adds of each sum between two calls of prefetch_next
+constexpr int64_t kProductsPerPrefetch = 8;  // products that a sum adds between two calls of prefetch_next
 
-// Returns the saved values that the product of step t with hidden_turned prefetches: those of step t - 2,
-// which step t - 1 reads first, and the gates of step t - 1 of a GRU, whose gates no other step reads.
+// Returns the saved values that the product of step t with hidden_turned prefetches. Step t - 1 is the first
+// to read the carried values and, for the LSTM, a gate of step t - 2. Only a step itself reads the gates of a
+// GRU.
 template <class Cell, class Element>
 static SavedAhead saved_ahead(const RecurrentJob<Element>& job, const BackwardTile<Element>& tile, int64_t l,
                               int64_t t) {
-  constexpr int64_t block_calls = (Cell::kGates * kLanes<Element> - 1) / kPrefetchInputs + 1;
+  constexpr int64_t block_calls = (Cell::kGates * kLanes<Element> - 1) / kProductsPerPrefetch + 1;
   const int64_t calls = (tile.rows / kTileRows<kPanelVectors> + 1) * job.blocks * block_calls;
   const auto range = [&](const Element* from, int64_t step, int64_t values) -> SavedAhead::Range {
     if (step < 0) return {};
@@ -155,9 +157,10 @@ QFAST_ONE_COPY static void turned_product(const RecurrentJob<Element>& job, int6
         Sums<Element, Count, Vectors> product{};
         const Element* const from = sums + row * sum_stride + first * lanes;
         for (int64_t block = 0; block < job.blocks; ++block)
-          for (int64_t k = 0; k < gates; k += kPrefetchInputs, ahead.prefetch_next())
+          for (int64_t k = 0; k < gates; k += kProductsPerPrefetch, ahead.prefetch_next())
             add_product(product, from + block * 4 * lanes + k, sum_stride, 1,
-                        turned + (block * gates + k) * width, width, smaller(kPrefetchInputs, gates - k));
+                        turned + (block * gates + k) * width, width,
+                        smaller(kProductsPerPrefetch, gates - k));
         for_panel_vectors<Element, Vectors>(
             columns - begin, [&](int v, auto some) __attribute__((always_inline)) {
 #pragma GCC unroll 24
@@ -327,11 +330,11 @@ template <class Cell, class Element>
 struct VectorGradients {
   const RecurrentJob<Element>& job;
 
-  // Computes the gradient of h of the previous step from the gradients of the sums.
-  void to_hidden(int64_t l, const Element* sums, int64_t sum_stride, int64_t rows, Element* out,
-                 const SavedAhead& ahead) const {
-    turned_product<Cell>(job, kFirstHidden<Cell>, sums, sum_stride, job.layers[l].hidden_turned,
-                         job.hidden_width, job.hidden, rows, out, job.stride, ahead);
+  // Computes the gradient of h of step t - 1 from the gradients of the sums of step t.
+  void to_hidden(const BackwardTile<Element>& tile, int64_t l, int64_t t) const {
+    turned_product<Cell>(job, kFirstHidden<Cell>, tile.sums(l, t), tile.sum_stride,
+                         job.layers[l].hidden_turned, job.hidden_width, job.hidden, tile.rows,
+                         tile.layers[l].grad_h, job.stride, saved_ahead<Cell>(job, tile, l, t));
   }
 
   // Computes the gradient of the input of a layer.
@@ -364,7 +367,6 @@ namespace {
 template <class Cell, class Element, class Products>
 static void backward_step(const RecurrentJob<Element>& job, const BackwardTile<Element>& tile, int64_t l,
                           int64_t t, const Products& products) {
-  const BackwardLayer<Element>& layer = tile.layers[l];
   GradAbove<Element> grad_above{};
   if (l + 1 < job.layer_count) {
     if (job.dropout.active) pass_dropout<Cell>(job, tile, l, t);
@@ -374,12 +376,10 @@ static void backward_step(const RecurrentJob<Element>& job, const BackwardTile<E
     grad_above = {data + tile.first * row_stride + t * step_stride, row_stride, step_stride};
   }
   cell_gradients<Cell>(job, tile, l, t, grad_above);
-  const Element* const sums = tile.sums(l, t);
-  if (t > 0 || job.grad_first_h != nullptr)
-    products.to_hidden(l, sums, tile.sum_stride, tile.rows, layer.grad_h, saved_ahead<Cell>(job, tile, l, t));
+  if (t > 0 || job.grad_first_h != nullptr) products.to_hidden(tile, l, t);
   if (l == 0 && job.grad_x != nullptr) {
     const int64_t features = job.layers[l].features;
-    products.to_input(l, sums, tile.sum_stride, tile.rows,
+    products.to_input(l, tile.sums(l, t), tile.sum_stride, tile.rows,
                       job.grad_x + (tile.first * job.steps + t) * features, job.steps * features);
   }
 }

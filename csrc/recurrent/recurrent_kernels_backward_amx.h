@@ -51,10 +51,9 @@ class TileGradients {
     }
   }
 
-  // Prefetches nothing.
-  void to_hidden(int64_t l, const float* sums, int64_t sum_stride, int64_t rows, float* out,
-                 const SavedAhead&) const {
-    multiply_turned(sums, sum_stride, rows, turned(l, true), job_.hidden, out, job_.stride);
+  void to_hidden(const BackwardTile<float>& tile, int64_t l, int64_t t) const {
+    multiply_turned(tile.sums(l, t), tile.sum_stride, tile.rows, turned(l, true), job_.hidden,
+                    tile.layers[l].grad_h, job_.stride);
   }
 
   void to_input(int64_t l, const float* sums, int64_t sum_stride, int64_t rows, float* out,

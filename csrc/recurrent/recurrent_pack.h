@@ -30,8 +30,8 @@ constexpr int64_t kRecurrentMostRows = 48;
 constexpr int64_t kChunkSumBytes = 128 << 10;
 constexpr int64_t kMostChunkSteps = 4;
 // Weights that are larger than this do not fit in the second-level cache next to each other. A layer then
-// computes several steps, about kLayerRows rows, before another layer evicts its weights. Few rows use each
-// weight so rarely that a smaller part of the cache is the limit.
+// computes several steps, about kLayerRows rows, before another layer evicts its weights. Few rows take as
+// long as reading the weights, so their limit also suits processors with 1 MB of second-level cache.
 constexpr int64_t kCachedWeightBytes = 1 << 20;
 constexpr int64_t kCachedWeightBytesOfFewRows = 512 << 10;
 constexpr int64_t kLayerRows = 96;
