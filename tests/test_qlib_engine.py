@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -12,8 +13,8 @@ import pytest
 
 from qfast.cli import main
 from qfast.errors import ConfigError
+from qfast.integrations.qlib import _immediate_logging, with_qfast_model
 from qfast.integrations.qlib import run as run_in_qlib
-from qfast.integrations.qlib import with_qfast_model
 from qfast.workflow import folder
 from qfast.workflow.artifacts import export_artifacts
 from qfast.workflow.run import run
@@ -127,6 +128,27 @@ def test_the_engine_accepts_classes_that_only_qlib_has(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_slow_disk_does_not_stop_the_engine(tmp_path, monkeypatch):
+    """MLflow rejects a metric whose file exists and is still empty. No record may read metrics at that moment."""
+    pytest.importorskip("qlib", reason="pyqlib is not installed")
+    from mlflow.store.tracking import file_store
+    from qlib.workflow import recorder
+
+    write, async_caller = file_store.append_to, recorder.AsyncCaller
+
+    def write_slowly(name: str, data: str) -> None:
+        Path(name).touch()
+        time.sleep(0.05)
+        write(name, data)
+
+    monkeypatch.setattr(file_store, "append_to", write_slowly)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.chdir(tmp_path)
+    assert len(run_in_qlib(write_workflow(tmp_path), folder=tmp_path / "mlruns").metrics) == 17
+    assert recorder.AsyncCaller is async_caller
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_three_ways_give_the_same_numbers(tmp_path, monkeypatch):
     """IC and portfolio of pyqlib alone, pyqlib with qfast's model, and qfast without pyqlib."""
     pytest.importorskip("qlib", reason="pyqlib is not installed")
@@ -138,7 +160,8 @@ def test_three_ways_give_the_same_numbers(tmp_path, monkeypatch):
 
     from qfast.workflow.config import load_config
 
-    recorder = task_train(load_config(file).values["task"], experiment_name="alone")
+    with _immediate_logging():
+        recorder = task_train(load_config(file).values["task"], experiment_name="alone")
     alone = recorder.list_metrics()
     outcome = run(file, output=tmp_path / "run")
     logging.getLogger("qlib").setLevel(logging.ERROR)

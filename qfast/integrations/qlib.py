@@ -13,7 +13,8 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,32 @@ def _extend_module_path(settings: object, config_path: Path) -> None:
                 sys.path.append(target)
 
 
+class _ImmediateCaller:
+    """Qlib's `AsyncCaller` without its thread.
+
+    Qlib logs metrics in a thread while the next record loads an artifact. MLflow reads all metrics of the run for that.
+    In a folder, it raises an error if the thread has created the file of a metric and not yet written it.
+    """
+
+    def __call__(self, function: Callable[..., object], *args: object, **kwargs: object) -> None:
+        function(*args, **kwargs)
+
+    def wait(self, close: bool = True) -> None:
+        """Every call has ended."""
+
+
+@contextmanager
+def _immediate_logging() -> Iterator[None]:
+    """Recorders that start in the block log parameters and metrics before the call returns."""
+    recorders: Any = importlib.import_module("qlib.workflow.recorder")
+    original = recorders.AsyncCaller
+    recorders.AsyncCaller = _ImmediateCaller
+    try:
+        yield
+    finally:
+        recorders.AsyncCaller = original
+
+
 def run(
     config_path: str | os.PathLike[str],
     sets: Sequence[str] = (),
@@ -154,6 +181,7 @@ def run(
         # mlflow requires this variable for records in files, Qlib's default
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
     qlib.init(**settings)
-    recorder = trainer.task_train(task, experiment_name=str(values.get("experiment_name", "workflow")))
+    with _immediate_logging():
+        recorder = trainer.task_train(task, experiment_name=str(values.get("experiment_name", "workflow")))
     recorder.save_objects(config={**values, "task": task})
     return QlibResult(recorder, dict(recorder.list_metrics()))
