@@ -35,6 +35,27 @@ QFAST_ALWAYS_INLINE Vector<Element> shuffled(Vector<Element> a, Vector<Element> 
 #endif
 }
 
+// x * y + z, with a single rounding if the instruction set has FMA. The compiler rounds an expression once or
+// twice, depending on the code around it.
+template <class Element>
+QFAST_ALWAYS_INLINE Vector<Element> multiply_add(Vector<Element> x, Vector<Element> y, Vector<Element> z) {
+#if defined(__x86_64__) && QFAST_VECTOR_BYTES == 64
+  if constexpr (sizeof(Element) == 4) {
+    return (Vector<Element>)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)z);
+  } else {
+    return (Vector<Element>)_mm512_fmadd_pd((__m512d)x, (__m512d)y, (__m512d)z);
+  }
+#elif defined(__x86_64__) && QFAST_VECTOR_BYTES == 32
+  if constexpr (sizeof(Element) == 4) {
+    return (Vector<Element>)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)z);
+  } else {
+    return (Vector<Element>)_mm256_fmadd_pd((__m256d)x, (__m256d)y, (__m256d)z);
+  }
+#else
+  return x * y + z;
+#endif
+}
+
 template <class Element, int Rows, int Vectors>
 struct Sums {
   Vector<Element> at[Rows][Vectors];

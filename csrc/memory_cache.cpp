@@ -25,8 +25,8 @@ namespace {
 
 constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kLargest = int64_t{1} << 48;  // larger requests fail
-constexpr int64_t kDefaultLimit = int64_t{512} << 20;
-constexpr int64_t kSmallestSaved = 256 << 10;  // the C library serves smaller tensors well
+constexpr int64_t kSpare = int64_t{512} << 20;  // idle bytes beyond those that were in use
+constexpr int64_t kSmallestSaved = 256 << 10;   // the C library serves smaller tensors well
 
 using Clock = std::chrono::steady_clock;
 constexpr Clock::duration kLongestIdle = std::chrono::seconds(30);
@@ -76,6 +76,8 @@ class MemoryCache {
     }
     used_[block.data] = block.bytes;
     facts_.used_bytes += block.bytes;
+    most_used_ = std::max(most_used_, facts_.used_bytes);
+    shrink(limit());
     return block.data;
   }
 
@@ -87,19 +89,20 @@ class MemoryCache {
     facts_.used_bytes -= block.bytes;
     facts_.idle_bytes += block.bytes;
     idle_.push_back(block);
-    shrink(limit_);
+    shrink(limit());
     while (!idle_.empty() && block.returned - idle_.front().returned > kLongestIdle) free_first();
   }
 
   int64_t release() {
     const std::lock_guard guard(mutex_);
+    most_used_ = facts_.used_bytes;
     return shrink(0);
   }
 
   void set_limit(int64_t bytes) {
     const std::lock_guard guard(mutex_);
     limit_ = bytes;
-    shrink(limit_);
+    shrink(limit());
   }
 
   MemoryCacheFacts facts() {
@@ -128,6 +131,9 @@ class MemoryCache {
     return freed;
   }
 
+  // By default, the blocks that were in use at the same time may all be idle.
+  int64_t limit() const { return limit_ >= 0 ? limit_ : most_used_ - facts_.used_bytes + kSpare; }
+
   // Frees the block that was returned first, and returns its size.
   int64_t free_first() {
     const Block block = idle_.front();
@@ -141,7 +147,8 @@ class MemoryCache {
   std::list<Block> idle_;  // the block returned last is at the end
   std::unordered_map<void*, int64_t> used_;
   MemoryCacheFacts facts_{};
-  int64_t limit_ = kDefaultLimit;
+  int64_t limit_ = -1;     // the one that was set, or -1
+  int64_t most_used_ = 0;  // since the last release
 };
 
 }  // namespace

@@ -1,9 +1,9 @@
 // Memory that calls reuse: scratch memory, packed weights, and the activations saved for a backward pass.
 //
 // The C library returns large blocks to the system when they are freed, so every call would use fresh pages,
-// and the kernel clears each of them first. The cache holds freed blocks for the next call. It is bounded, it
-// frees blocks that no call has used for half a minute, and it is safe under threads and in forked processes.
-// Host only.
+// and the kernel clears each of them first. The cache holds freed blocks for the next call. All
+// blocks together are at most 512 MB larger than those that were in use at the same time. It frees blocks
+// that no call has used for half a minute, and it is safe under threads and in forked processes. Host only.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ struct MemoryCacheFacts {
 
 MemoryCacheFacts memory_cache_facts();
 
-// Sets the limit of the idle blocks in bytes. With 0, nothing is cached.
+// Sets another limit of the idle blocks in bytes. With 0, nothing is cached; -1 restores the default.
 void set_memory_cache_limit(int64_t bytes);
 
 // Frees all idle blocks and returns their size in bytes.

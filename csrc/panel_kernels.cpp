@@ -15,9 +15,10 @@ void transpose(const Element* from, int64_t from_stride, int64_t rows, int64_t c
 namespace {
 
 constexpr int kDotRows = kPanelVectors == 4 ? 6 : 3;  // rows x 4 sums in registers
-constexpr int64_t kDottedRows = 8;   // with fewer rows, packing takes longer than the product
-constexpr int64_t kRowsAhead = 8;    // rows between a prefetch and its use
-constexpr int64_t kDirectRows = 64;  // up to which a panel is read too seldom for a packed copy
+constexpr int64_t kDottedRows = 8;           // with fewer rows, packing takes longer than the product
+constexpr int64_t kRowsAhead = 8;            // rows between a prefetch and its use
+constexpr int64_t kProductsPerPrefetch = 8;  // products that a sum adds between two rows of prefetched gates
+constexpr int64_t kDirectRows = 64;          // up to which a panel is read too seldom for a packed copy
 constexpr int64_t kBlockDepth = 64;  // rows of such a panel that are multiplied with all rows of a tile
 constexpr int64_t kApartDepth = 64;  // rows of a matrix in place up to which its panels are copied
 constexpr int64_t kApartPanels = 8;  // panels that are copied at a time
@@ -62,8 +63,18 @@ QFAST_ALWAYS_INLINE void finish(Finish kind, const Target<Element>& target,
   }
 }
 
-// The body of `multiply` for one panel. The kind is an argument, because four copies would take most of the
-// time to compile this file.
+// Prefetches the gate of a row of a panel. Gates that an earlier call has saved are in memory, and a register
+// tile needs all of its gates at once.
+template <int Vectors, class Element>
+QFAST_ALWAYS_INLINE void prefetch_gate(const Target<Element>& target, int64_t row, int64_t column) {
+#pragma GCC unroll 4
+  for (int v = 0; v < Vectors; ++v)
+    __builtin_prefetch(target.gate + row * target.stride + column + v * kLanes<Element>);
+}
+
+// The body of `multiply` for one panel. While it multiplies a register tile, it prefetches the gates of the
+// next, row by row, because the processor drops part of many prefetches at once. The kind is an argument,
+// because four copies would take most of the time to compile this file.
 template <int Vectors, class Element>
 QFAST_ONE_COPY static void multiply_panel(Finish kind, const Element* data, int64_t step, int64_t depth,
                                           const Element* left, int64_t left_row, int64_t left_step,
@@ -71,7 +82,18 @@ QFAST_ONE_COPY static void multiply_panel(Finish kind, const Element* data, int6
                                           int64_t columns) {
   for_row_tiles<kTileRows<Vectors> >(rows, [&]<int Rows>(int64_t row) __attribute__((always_inline)) {
     Sums<Element, Rows, Vectors> sums = {};
-    add_product(sums, left + row * left_row, left_row, left_step, data, step, depth);
+    const Element* const tile_left = left + row * left_row;
+    int64_t k = 0;
+    if (kind == Finish::kGate) {
+      const int64_t end = smaller(row + 2 * Rows, rows);
+      for (int64_t next = row + Rows; next < end && k + kProductsPerPrefetch <= depth; ++next) {
+        prefetch_gate<Vectors>(target, next, column);
+        add_product(sums, tile_left + k * left_step, left_row, left_step, data + k * step, step,
+                    kProductsPerPrefetch);
+        k += kProductsPerPrefetch;
+      }
+    }
+    add_product(sums, tile_left + k * left_step, left_row, left_step, data + k * step, step, depth - k);
     finish(kind, target, sums, row, column, columns);
   });
 }

@@ -16,7 +16,8 @@ Four environment variables are read once, when qfast is imported.
 
 `QFAST_ISA` (baseline, avx2 or avx512) overrides the instruction set that the CPU library detects. It is for tests.
 
-`QFAST_CACHE_MB` limits the idle memory that the CPU operators hold for later calls (default 512; 0 holds none).
+`QFAST_CACHE_MB` limits the idle memory that the CPU operators hold for later calls (0 holds none). By default,
+they hold at most 512 MB more than they had in use at the same time.
 """
 
 from __future__ import annotations
@@ -82,15 +83,15 @@ def _load_cpu(backend: str) -> tuple[ModuleType | None, str]:
 
 
 def _limit_cache(module: ModuleType) -> None:
-    text = os.environ.get("QFAST_CACHE_MB", "").strip() or "512"
-    if not text.isdecimal() or int(text) > 2**30:
+    text = os.environ.get("QFAST_CACHE_MB", "").strip()
+    if text and (not text.isdecimal() or int(text) > 2**30):
         raise BackendError(f"QFAST_CACHE_MB is {text!r}; allowed: a whole number of megabytes, 0 to 2**30.")
     if not hasattr(module, "set_memory_cache_limit"):
         raise BackendError(
             f"{module.__file__} was built from older sources of qfast. Remedy: install qfast again, or python setup.py "
             "build_ext --inplace."
         )
-    module.set_memory_cache_limit(int(text) * 2**20)
+    module.set_memory_cache_limit(int(text) * 2**20 if text else -1)
 
 
 def _load_cuda(backend: str) -> tuple[bool, str]:

@@ -21,8 +21,9 @@ def release_memory() -> int:
     """Free the idle memory that the CPU operators hold for later calls, and return its size in bytes.
 
     The operators reuse their workspace and the activations that they save for a backward pass, because the system
-    clears fresh memory, page by page. They hold at most QFAST_CACHE_MB of idle memory (default 512) and free blocks
-    that no call has used for half a minute. `fit` calls this function at its end. Memory in use is not affected.
+    clears fresh memory, page by page. They hold at most 512 MB more than they had in use at the same time, or
+    QFAST_CACHE_MB of idle memory if that is set, and free blocks that no call has used for half a minute. `fit` calls
+    this function at its end. Memory in use is not affected.
 
     Returns
     -------

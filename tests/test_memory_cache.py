@@ -36,7 +36,7 @@ def facts() -> dict[str, int]:
 def empty_cache():
     release_memory()
     yield
-    native().set_memory_cache_limit(512 << 20)
+    native().set_memory_cache_limit(-1)
     release_memory()
 
 
@@ -162,12 +162,34 @@ def test_release_frees_idle_memory_only() -> None:
     torch.autograd.grad(output.sum(), weights)
 
 
+def test_steps_that_need_more_than_the_spare_memory_allocate_nothing() -> None:
+    """A step with 640 MB of activations. The cache holds as much as the step used, until it is released."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 1, 2048)
+    weights, x = list(layer.parameters()), torch.randn(4000, 20, 8)
+
+    def step() -> None:
+        out, *saved = torch.ops.qfast.encoder_layer(x, weights, 1, 1e-5, 0.0, None, False, True, 0, True)
+        torch.ops.qfast.encoder_layer_backward(out, x, weights, 1, 0.0, None, False, *saved, False)
+
+    with torch.no_grad():
+        step()
+        before = facts()
+        if before["idle_bytes"] < 600 << 20:
+            pytest.skip("torch allocates the saved tensors before version 2.11")
+        step()
+        assert facts()["allocated"] == before["allocated"]
+        release_memory()
+    gradients(0)
+    assert facts()["idle_bytes"] < 100 << 20
+
+
 @pytest.mark.parametrize("limit", [0, 1 << 20])
 def test_limit(limit: int) -> None:
     native().set_memory_cache_limit(limit)
     expected = gradients(3)
     assert facts()["idle_bytes"] <= limit
-    native().set_memory_cache_limit(512 << 20)
+    native().set_memory_cache_limit(-1)
     assert all(torch.equal(a, b) for a, b in zip(gradients(3), expected, strict=True))
     native().set_memory_cache_limit(limit)  # applies to memory that is idle already
     assert facts()["idle_bytes"] <= limit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 
 import pytest
@@ -131,12 +132,59 @@ def test_without_a_gradient_nothing_is_saved_and_the_values_are_the_same(last: b
     saved = torch.ops.qfast.encoder_layer(x, weights, 2, 1e-5, 0.0, None, last, True)
     bare = torch.ops.qfast.encoder_layer(x, weights, 2, 1e-5, 0.0, None, last, False)
     rows = 1 if last else 6
-    assert [tuple(part.shape) for part in saved[1:]] == [(2, 30, rows, 20), (2, 30, rows)]
-    assert [tuple(part.shape) for part in bare[1:]] == [(2, 0, rows, 20), (2, 0, rows)]
+    assert [tuple(part.shape) for part in saved[1:]] == [(2, 30, rows, 20), (2, 30, rows), (0, rows, 33)]
+    assert [tuple(part.shape) for part in bare[1:]] == [(2, 0, rows, 20), (2, 0, rows), (0, rows, 33)]
     assert torch.equal(bare[0], saved[0])
     with torch.no_grad():
         assert torch.equal(case.operator(tensors), saved[0])
     assert relative_error(saved[0], case.reference(tensors)) < 1e-13
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "case",
+    [
+        LayerCase(0, 5, 8, 2, 256),
+        LayerCase(1, 3, 8, 2, 512),
+        LayerCase(90, 20, 20, 2, 512),
+        LayerCase(1000, 4, 12, 3, 256, True),
+    ],
+    ids=lambda case: case.name,
+)
+def test_kept_hidden_values_do_not_change_the_bits(case, dropout, dtype, isa) -> None:
+    x, *weights = case.inputs(dtype)
+    steps = 1 if case.last else case.steps
+    seed = torch.tensor([3]) if dropout else None
+    results_of = {}
+    for keep in (False, True):
+        settings = (case.heads, case.eps, dropout, seed, case.last)
+        out, *saved = torch.ops.qfast.encoder_layer(x, weights, *settings, True, 0, keep)
+        assert saved[2].shape == (case.batch if keep else 0, steps, case.hidden)
+        arguments = (case.heads, dropout, seed, case.last, *saved, True)
+        grad_x, grads = torch.ops.qfast.encoder_layer_backward(torch.ones_like(out), x, weights, *arguments)
+        results_of[keep] = [out, grad_x, *grads]
+    assert all(torch.equal(a, b) for a, b in zip(results_of[False], results_of[True], strict=True))
+
+
+@pytest.mark.skipif(not KERNELS, reason="plain torch keeps nothing")
+def test_hidden_values_are_kept_if_there_is_memory(monkeypatch) -> None:
+    kept = []
+
+    def fits(n_bytes: int, threads: int, reusable: int) -> bool:
+        kept.append(n_bytes)
+        return n_bytes == 3 * 5 * 256 * 4
+
+    monkeypatch.setattr(sys.modules["qfast.ops.encoder_layer"], "may_keep", fits)
+    for case in (LayerCase(3, 5, 8, 2, 256), LayerCase(6, 5, 8, 2, 256), LayerCase(3, 5, 8, 2, 255)):
+        x, *weights = (tensor.requires_grad_() for tensor in case.inputs(F32))
+        out = case.operator([x, *weights])
+        hidden = [tensor for tensor in out.grad_fn.saved_tensors if tensor is not None and tensor.shape[1:] == (5, 256)]
+        assert [len(tensor) for tensor in hidden] == {3: [3], 6: [0]}[case.batch][: case.hidden == 256]
+    assert kept == [3 * 5 * 256 * 4, 6 * 5 * 256 * 4]
+    with torch.no_grad():
+        case.operator([x, *weights])
+    assert len(kept) == 2
 
 
 def test_kernels_agree_with_plain_torch(isa: str) -> None:

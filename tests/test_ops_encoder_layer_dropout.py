@@ -123,8 +123,9 @@ def test_the_mask_of_a_window_does_not_depend_on_other_windows(last: bool, isa: 
 def test_kernels_save_the_same_tensors_as_plain_torch(last: bool, isa: str) -> None:
     case = LayerCase(30, 7, 20, 2, 50, last)
     tensors, seed = case.inputs(), torch.tensor([77])
-    out, normalised, scales, gradients = raw_gradients(case, tensors, 0.3, 77)
+    out, normalised, scales, hidden, gradients = raw_gradients(case, tensors, 0.3, 77)
     expected = forward_twin(tensors[0], tensors[1:], 2, 1e-5, 0.3, seed, last)
+    assert hidden.numel() == 0
     assert errors_above([out, normalised, scales], expected, 1e-13) == []
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(F64)
     of_x, of_weights = backward_twin(grad, tensors[0], tensors[1:], 2, 0.3, seed, last, *expected[1:])

@@ -31,6 +31,8 @@ def test_opcheck(batch: int, dropout: float, last: bool) -> None:
     torch.library.opcheck(torch.ops.qfast.encoder_layer, (x, weights, *rest, False))
     leaves = [t.detach().requires_grad_() for t in (x, *weights)]
     torch.library.opcheck(torch.ops.qfast.encoder_layer, (leaves[0], leaves[1:], *rest, True))
+    kept_x, *kept_weights = LayerCase(batch, 3, 8, 2, 256, last).inputs()
+    torch.library.opcheck(torch.ops.qfast.encoder_layer, (kept_x, kept_weights, *rest, True, 0, True))
     out, *saved = torch.ops.qfast.encoder_layer(x, weights, *rest, True)
     for wanted in (True, False):
         inputs = (out, x, weights, 2, dropout, seed, last, *saved, wanted)
@@ -120,12 +122,15 @@ def test_the_raw_operators_reject_out_of_bounds_arguments() -> None:
     ):
         with pytest.raises((RuntimeError, ValueError), match=f"encoder_layer: .*{match}|{match}"):
             forward(*inputs, False)
-    out, normalised, scales = forward(x, weights, *rest, True)
+    with pytest.raises((RuntimeError, ValueError), match=r"keep_hidden: .* multiple of 256 .* got 6\. Remedy"):
+        forward(x, weights, *rest, True, 0, True)
+    out, normalised, scales, hidden = forward(x, weights, *rest, True)
     for grad, saved, match in (
-        (out[:2], (normalised, scales), "grad: expected shape"),
-        (out[:, -1], (normalised, scales), "grad: expected shape"),
-        (out, (normalised[:, :2], scales), "normalised: expected shape"),
-        (out, (normalised, scales[:1]), "scales: expected shape"),
+        (out[:2], (normalised, scales, hidden), "grad: expected shape"),
+        (out[:, -1], (normalised, scales, hidden), "grad: expected shape"),
+        (out, (normalised[:, :2], scales, hidden), "normalised: expected shape"),
+        (out, (normalised, scales[:1], hidden), "scales: expected shape"),
+        (out, (normalised, scales, torch.zeros(4, 3, 6).double()), "keep_hidden: expected a multiple of 256"),
     ):
         with pytest.raises((RuntimeError, ValueError), match=f"encoder_layer_backward: {match}"):
             backward(grad, x, weights, 2, 0.0, None, False, *saved, True)
@@ -316,9 +321,10 @@ def test_autocast_leaves_the_operator_in_float32() -> None:
 
 # ---------------------------------------------------------------- memory
 PROGRAM = """
-import torch, qfast.ops as ops
+import sys, torch, qfast.ops as ops
 from qfast.benchmarks.memory import peak_memory
 torch.set_num_threads(1)
+sys.modules["qfast.ops.encoder_layer"].may_keep = lambda *sizes: False
 layer = torch.nn.TransformerEncoderLayer(16, 2, {hidden}, batch_first=True)
 x = torch.randn({batch}, {steps}, 16, requires_grad=True)
 
@@ -346,7 +352,9 @@ print(peak.megabytes)
     ],
     ids=["all steps", "last step", "long windows"],
 )
-def test_neither_hidden_values_nor_attention_weights_are_saved(sizes: dict[str, Any], limit: float) -> None:
+def test_without_memory_nothing_of_the_block_or_the_attention_is_saved(
+    sizes: dict[str, Any], limit: float
+) -> None:
     ran = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(**sizes)], capture_output=True, text=True, check=True, timeout=120
     )

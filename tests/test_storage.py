@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from qfast import machine
 from qfast.data import (
     Alpha360,
     DataHandlerLP,
@@ -166,8 +167,8 @@ def test_the_limit_decides(monkeypatch):
 def test_the_default_limit_is_that_of_the_control_group(monkeypatch, tmp_path, groups, limited, name):
     whole = default_memory_limit()
     (tmp_path / "own").write_text(groups)
-    monkeypatch.setattr(storage, "OWN_CGROUPS", tmp_path / "own")
-    monkeypatch.setattr(storage, "CGROUPS", tmp_path / "groups")
+    monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path / "groups")
     assert default_memory_limit() >= whole
     folder = tmp_path / "groups" / limited
     folder.mkdir(parents=True)

@@ -15,26 +15,6 @@ namespace {
 
 constexpr int64_t kAdamBytes = 32;  // size of torch's vectors; its remainder loop rounds in another order
 
-// x * y + z, with a single rounding if the instruction set has FMA.
-template <class Element>
-QFAST_ALWAYS_INLINE Vector<Element> multiply_add(Vector<Element> x, Vector<Element> y, Vector<Element> z) {
-#if defined(__x86_64__) && QFAST_VECTOR_BYTES == 64
-  if constexpr (sizeof(Element) == 4) {
-    return (Vector<Element>)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)z);
-  } else {
-    return (Vector<Element>)_mm512_fmadd_pd((__m512d)x, (__m512d)y, (__m512d)z);
-  }
-#elif defined(__x86_64__) && QFAST_VECTOR_BYTES == 32
-  if constexpr (sizeof(Element) == 4) {
-    return (Vector<Element>)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)z);
-  } else {
-    return (Vector<Element>)_mm256_fmadd_pd((__m256d)x, (__m256d)y, (__m256d)z);
-  }
-#else
-  return x * y + z;
-#endif
-}
-
 // Returns whether a comparison is true in any lane.
 template <class Element>
 QFAST_ALWAYS_INLINE bool any_lane(Integers<Element> lanes) {

@@ -116,10 +116,16 @@ class Encoder {
   std::vector<Tensor> weights_;
 };
 
-std::tuple<Tensor, Tensor, Tensor> encoder_layer_cpu(const Tensor& x, std::vector<Tensor> weights,
-                                                     int64_t heads, double eps, double dropout,
-                                                     std::optional<Tensor> seed, bool last_step, bool keep,
-                                                     int64_t precision) {
+// The kept hidden activations consist of full slices.
+void check_kept(const char* op, int64_t hidden) {
+  QFAST_CHECK(hidden % kSliceColumns == 0, op, ": keep_hidden: expected a multiple of ", kSliceColumns,
+              " hidden units, got ", hidden, ". Remedy: keep_hidden=False.");
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> encoder_layer_cpu(const Tensor& x, std::vector<Tensor> weights,
+                                                             int64_t heads, double eps, double dropout,
+                                                             std::optional<Tensor> seed, bool last_step,
+                                                             bool keep, int64_t precision, bool keep_hidden) {
   const char* const op = "encoder_layer";
   check_encoder_layer(op, x, weights, heads);
   const DropoutRule rule = dropout_rule(op, dropout, seed);
@@ -127,6 +133,9 @@ std::tuple<Tensor, Tensor, Tensor> encoder_layer_cpu(const Tensor& x, std::vecto
   const Tensor output = last_step ? empty(x, {B, D}) : empty(x, {B, results, D});
   const Tensor normalised = saved_tensor(x, {2, saved_batch, results, D}),
                scales = saved_tensor(x, {2, saved_batch, results});
+  const int64_t M = weights[kLinear1Weight].size(0);
+  if (keep_hidden) check_kept(op, M);
+  const Tensor hidden = saved_tensor(x, {keep_hidden ? B : 0, results, M});
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);
     Encoder<Element> encoder(x, weights, heads, rule, last_step, false);
@@ -137,20 +146,21 @@ std::tuple<Tensor, Tensor, Tensor> encoder_layer_cpu(const Tensor& x, std::vecto
       job.normalised = normalised.mutable_data_ptr<Element>();
       job.scales = scales.mutable_data_ptr<Element>();
     }
+    if (keep_hidden) job.net.kept = hidden.mutable_data_ptr<Element>();
     const auto kernel = product_kernels<Element>(op, precision).encoder_layer;
     share_with_scratch<Element>(
         x, encoder.tiles(), {encoder.scratch(false), true},
         [&](int64_t begin, int64_t end, Element* scratch) { kernel(job, begin, end, scratch); });
   });
-  return {output, normalised, scales};
+  return {output, normalised, scales, hidden};
 }
 
 std::tuple<Tensor, std::vector<Tensor>> encoder_layer_backward_cpu(const Tensor& grad, const Tensor& x,
                                                                    std::vector<Tensor> weights, int64_t heads,
                                                                    double dropout, std::optional<Tensor> seed,
                                                                    bool last_step, const Tensor& normalised,
-                                                                   const Tensor& scales, bool input_grad,
-                                                                   int64_t precision) {
+                                                                   const Tensor& scales, const Tensor& hidden,
+                                                                   bool input_grad, int64_t precision) {
   const char* const op = "encoder_layer_backward";
   check_encoder_layer(op, x, weights, heads);
   const DropoutRule rule = dropout_rule(op, dropout, seed);
@@ -162,9 +172,15 @@ std::tuple<Tensor, std::vector<Tensor>> encoder_layer_backward_cpu(const Tensor&
   }
   check_shaped(op, "normalised", normalised, x, {2, B, results, D});
   check_shaped(op, "scales", scales, x, {2, B, results});
+  const int64_t M = weights[kLinear1Weight].size(0);
+  const bool kept = hidden.numel() > 0;
+  if (kept) {
+    check_kept(op, M);
+    check_shaped(op, "hidden", hidden, x, {B, results, M});
+  }
   const Tensor grad_x = empty(x, {input_grad ? B : 0, T, D});
   const Tensor contiguous_grad = as_contiguous(grad), contiguous_normalised = as_contiguous(normalised),
-               contiguous_scales = as_contiguous(scales);
+               contiguous_scales = as_contiguous(scales), contiguous_hidden = as_contiguous(hidden);
   std::vector<Tensor> gradients;
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using Element = decltype(zero);
@@ -173,6 +189,7 @@ std::tuple<Tensor, std::vector<Tensor>> encoder_layer_backward_cpu(const Tensor&
     job.grad = contiguous_grad.const_data_ptr<Element>();
     job.normalised = contiguous_normalised.mutable_data_ptr<Element>();
     job.scales = contiguous_scales.mutable_data_ptr<Element>();
+    if (kept) job.net.kept = contiguous_hidden.mutable_data_ptr<Element>();
     if (input_grad) job.grad_x = grad_x.mutable_data_ptr<Element>();
     gradients = encoder.new_gradients();
     const auto kernel = product_kernels<Element>(op, precision).encoder_layer_backward;

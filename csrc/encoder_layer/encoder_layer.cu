@@ -25,12 +25,14 @@
 namespace qfast {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> encoder_layer_cuda(const Tensor& x, std::vector<Tensor> weights,
-                                                      int64_t heads, double eps, double dropout,
-                                                      std::optional<Tensor> seed, bool last_step, bool keep,
-                                                      int64_t precision) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> encoder_layer_cuda(const Tensor& x, std::vector<Tensor> weights,
+                                                              int64_t heads, double eps, double dropout,
+                                                              std::optional<Tensor> seed, bool last_step,
+                                                              bool keep, int64_t precision,
+                                                              bool keep_hidden) {
   const char* const op = "encoder_layer";
   check_cuda(op, "x", x);
+  QFAST_CHECK(!keep_hidden, op, ": keep_hidden: expected False on a GPU, got True.");
   CudaDevice device(x);
   const EncoderArguments arguments(op, x, weights, heads, dropout, seed, last_step);
   const Precision form = checked_precision(op, precision);
@@ -38,7 +40,8 @@ std::tuple<Tensor, Tensor, Tensor> encoder_layer_cuda(const Tensor& x, std::vect
   const int64_t saved_batch = keep ? B : 0;
   const Tensor output = last_step ? room(x, {B, D}) : room(x, {B, R, D});
   const Tensor normalised = room(x, {2, saved_batch, R, D}), scales = room(x, {2, saved_batch, R});
-  if (B == 0) return {output, normalised, scales};
+  const Tensor hidden = room(x, {0, R, weights[kLinear1Weight].size(0)});
+  if (B == 0) return {output, normalised, scales, hidden};
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     EncoderLaunches<T> launches(op, device, arguments, false, form);
@@ -49,13 +52,13 @@ std::tuple<Tensor, Tensor, Tensor> encoder_layer_cuda(const Tensor& x, std::vect
       launches.forward(first, windows, eps, output.mutable_data_ptr<T>(), saved);
     });
   });
-  return {output, normalised, scales};
+  return {output, normalised, scales, hidden};
 }
 
 std::tuple<Tensor, std::vector<Tensor>> encoder_layer_backward_cuda(
     const Tensor& grad, const Tensor& x, std::vector<Tensor> weights, int64_t heads, double dropout,
     std::optional<Tensor> seed, bool last_step, const Tensor& normalised, const Tensor& scales,
-    bool input_grad, int64_t precision) {
+    const Tensor& hidden, bool input_grad, int64_t precision) {
   const char* const op = "encoder_layer_backward";
   check_cuda(op, "x", x);
   CudaDevice device(x);
@@ -69,6 +72,8 @@ std::tuple<Tensor, std::vector<Tensor>> encoder_layer_backward_cuda(
   }
   check_shaped(op, "normalised", normalised, x, {2, B, R, D});
   check_shaped(op, "scales", scales, x, {2, B, R});
+  QFAST_CHECK(hidden.numel() == 0, op, ": hidden: expected no element on a GPU, got ", shape_text(hidden),
+              ".");
   const Tensor contiguous_grad = as_matrix(as_contiguous(grad), B * R, D);
   const Tensor contiguous_normalised = as_contiguous(normalised), contiguous_scales = as_contiguous(scales);
   const Tensor grad_x = room(x, {input_grad ? B : 0, arguments.steps(), D});

@@ -6,9 +6,9 @@
 // needs many rows for each slice of its weights. If only the last step has a result, a window contributes one
 // row, and a tile has many more windows.
 //
-// Saved for backward: the results of the norms before their weights, and their scales. Everything else is
-// computed again. Bound by multiply-adds: 4 M D flops per row in the feed-forward block, and 8 D D in the
-// projections, of which keys and values are 4 D D.
+// Saved for backward: the results of the norms before their weights, their scales and, if the caller asks for
+// it, the hidden activations. Everything else is computed again. Bound by multiply-adds: 4 M D flops per row
+// in the feed-forward block, and 8 D D in the projections, of which keys and values are 4 D D.
 #pragma once
 
 #include "encoder_layer/encoder_layer_kernels_attention.h"
@@ -64,8 +64,10 @@ static void normalise(Element* rows, int64_t stride, int64_t count, int64_t widt
     for_vectors<Element>(width, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
       const Vector<Element> value = (load<Element>(at + j, lanes) - mean) * scale;
       if (normalised != nullptr) store<Element>(normalised + row * width + j, value, lanes);
-      store<Element>(at + j, value * load<Element>(weight + j, lanes) + load<Element>(bias + j, lanes),
-                     lanes);
+      store<Element>(
+          at + j,
+          multiply_add<Element>(value, load<Element>(weight + j, lanes), load<Element>(bias + j, lanes)),
+          lanes);
     });
   }
 }
@@ -195,12 +197,13 @@ static void feed_forward_block_backward(const EncoderJob<Element>& job, const En
                               tile.norm_sums, padded, sums.norm2_weight, sums.norm2_bias);
   copy_strided<Element>(tile.grad_first, padded, 1, count, width, tile.grad_second, padded);
   drop_windows<Element>(job.dropout, kLeavingDropout, all, 0, width, tile.grad_second, padded);
+  // The same bits as in forward, whose hidden activations may be kept.
   for (int64_t row = 0; row < count; ++row)
     for_vectors<Element>(width, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
       const Vector<Element> value = load<Element>(first.normalised + row * width + j, lanes);
       const Vector<Element> weight = load<Element>(job.norm1_weight + j, lanes);
-      store<Element>(tile.entering + row * padded + j,
-                     value * weight + load<Element>(job.norm1_bias + j, lanes), lanes);
+      const Vector<Element> bias = load<Element>(job.norm1_bias + j, lanes);
+      store<Element>(tile.entering + row * padded + j, multiply_add<Element>(value, weight, bias), lanes);
     });
   add_feed_forward_gradients<Element>(job.net, all, tile.entering, padded, tile.grad_second, padded,
                                       tile.grad_first, padded, tile.hidden, sums.net, first_rows);

@@ -23,6 +23,9 @@ struct FeedForward {
   DropoutRule dropout;                   // dropout of the hidden activations
   int64_t slice_panels;                  // panels of hidden units in a slice
   int64_t group_windows;                 // windows in a group of rows; a multiple of 4 if there is dropout
+  // The hidden activations of all rows after dropout, or null if backward computes them again:
+  // [tile][slice][row of the tile][column of the slice]. Slices are full.
+  Element* kept = nullptr;
 };
 
 // Rows of consecutive whole windows. A window has `steps` rows, which are its steps from first_step. Rows

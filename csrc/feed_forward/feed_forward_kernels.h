@@ -3,11 +3,11 @@
 //
 // A thread owns tiles of rows. The hidden activations [rows, M] stay in the caches: a slice of hidden units
 // is computed for a group of rows of the tile, multiplied into the results, and overwritten by the next.
-// Slices are the outer loop, so a slice of the weights is read once per tile. Nothing is saved: backward
-// computes each slice again.
+// Slices are the outer loop, so a slice of the weights is read once per tile. Backward computes each slice
+// again, unless forward has kept it: M numbers per row, written and read once.
 //
 // Bound by multiply-adds: 2 M (D + O) flops per row in forward, and 2 M (3 D + 2 O) in backward, or 2 M (2 D
-// + 2 O) without the gradient of x.
+// + 2 O) without the gradient of x. Kept activations save 2 M D flops per row.
 #pragma once
 
 #include "dropout_kernels.h"
@@ -38,6 +38,16 @@ QFAST_ALWAYS_INLINE void for_groups(const WindowRows& all, int64_t windows, cons
   }
 }
 
+// The place of the hidden activations of a group of rows, from row `at` of the tile on, for the slice from
+// column `first` on: among the kept ones, or in `room`.
+template <class Element>
+QFAST_ALWAYS_INLINE Element* hidden_place(const FeedForward<Element>& net, const WindowRows& tile, int64_t at,
+                                          int64_t first, Element* room) {
+  if (net.kept == nullptr) return room;
+  const int64_t tile_row = tile.first_window * tile.steps, stride = net.slice_panels * net.entering.width;
+  return net.kept + tile_row * net.entering.columns + first * tile.windows * tile.steps + at * stride;
+}
+
 // Computes the hidden activations of a slice after dropout, [row][slice].
 template <class Element>
 static void hidden_slice(const FeedForward<Element>& net, const WindowRows& rows, int64_t first_panel,
@@ -59,8 +69,9 @@ static void add_feed_forward(const FeedForward<Element>& net, const WindowRows& 
     const PanelMatrix<Element> leaving =
         net.leaving.rows_from(first, smaller(stride, net.leaving.rows - first));
     for_groups(all, net.group_windows, [&](const WindowRows& rows, int64_t at) {
-      hidden_slice<Element>(net, rows, panel, x + at * x_stride, x_stride, hidden);
-      multiply<Finish::kAdd, Element>(leaving, hidden, stride, 1, rows.windows * rows.steps,
+      Element* const slice = hidden_place<Element>(net, all, at, first, hidden);
+      hidden_slice<Element>(net, rows, panel, x + at * x_stride, x_stride, slice);
+      multiply<Finish::kAdd, Element>(leaving, slice, stride, 1, rows.windows * rows.steps,
                                       {y + at * y_stride, y_stride, nullptr, nullptr, 0});
     });
   }
@@ -105,13 +116,14 @@ static void add_feed_forward_gradients(const FeedForward<Element>& net, const Wi
       const int64_t count = rows.windows * rows.steps;
       const Element* const group_x = x + at * x_stride;
       const Element* const group_grad = grad + at * grad_stride;
-      hidden_slice<Element>(net, rows, panel, group_x, x_stride, scratch.hidden);
+      Element* const slice = hidden_place<Element>(net, all, at, first, scratch.hidden);
+      if (net.kept == nullptr) hidden_slice<Element>(net, rows, panel, group_x, x_stride, slice);
       multiply<Finish::kGate, Element>(turned, group_grad, grad_stride, 1, count,
-                                       {scratch.grad_hidden, stride, nullptr, scratch.hidden, scale});
+                                       {scratch.grad_hidden, stride, nullptr, slice, scale});
       add_rows<Element>(scratch.grad_hidden, stride, count, columns, sums.entering_bias + first);
       const bool sets = first_rows && at == 0;
       sum_products<Element>(sets, group_grad, grad_stride, out,
-                            in_place<Element>(scratch.hidden, count, columns, stride), sums.leaving + first,
+                            in_place<Element>(slice, count, columns, stride), sums.leaving + first,
                             net.entering.columns);
       sum_products<Element>(sets, scratch.grad_hidden, stride, columns,
                             in_place(group_x, count, in, x_stride), sums.entering + first * in, in);

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import mmap
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from numpy.typing import DTypeLike
 
 from qfast.errors import ConfigError, DataError, shown
 from qfast.files import is_disk_full
+from qfast.machine import usable_memory
 
 log = logging.getLogger("qfast.data")
 
@@ -32,15 +31,12 @@ __all__ = [
     "mapped_array",
     "new_mapped_file",
     "require_memory",
-    "usable_memory",
 ]
 
 SMALLEST_FILE = 1 << 20  # arrays below this many bytes are always in memory
 ZEROS = 1 << 24
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 VAR_TMP = Path("/var/tmp")
-CGROUPS = Path("/sys/fs/cgroup")
-OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 class Storage:
@@ -212,27 +208,6 @@ def default_memory_limit() -> int:
     return usable_memory() // 2
 
 
-def usable_memory() -> int:
-    """Bytes that this process may use: those of the machine, or of its control group or `ulimit -v` if that is less.
-
-    >>> usable_memory() > 0
-    True
-    """
-    try:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return 16 << 30  # a platform that does not report its memory
-    for file in _limit_files():
-        with contextlib.suppress(OSError, ValueError):  # no such limit, or "max"
-            total = min(total, int(file.read_text()))
-    with contextlib.suppress(ImportError, OSError, ValueError):  # not a POSIX system
-        import resource
-
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        total = total if limit == resource.RLIM_INFINITY else min(total, limit)
-    return total
-
-
 def require_memory(n_bytes: int, what: str, remedy: str) -> None:
     """Refuse arrays that this process has no memory for, before they are allocated.
 
@@ -255,19 +230,3 @@ def require_memory(n_bytes: int, what: str, remedy: str) -> None:
             f"{what} needs {n_bytes / 2**30:.1f} GiB of memory, but this process may use {usable / 2**30:.1f} GiB. "
             f"Remedy: {remedy}."
         )
-
-
-def _limit_files() -> Iterator[Path]:
-    """Files that may contain a limit of memory: of the control group of this process and of all groups above it."""
-    try:
-        lines = OWN_CGROUPS.read_text().splitlines()
-    except OSError:
-        lines = []
-    groups = {"": "/", "memory": "/"}  # of version 2, and of the controller "memory" of version 1
-    groups |= {controllers: path for _, controllers, path in (line.split(":", 2) for line in lines)}
-    for folder, path, name in (
-        (CGROUPS, groups[""], "memory.max"),
-        (CGROUPS / "memory", groups["memory"], "memory.limit_in_bytes"),
-    ):
-        own = folder / path.lstrip("/")  # inside a container, the path may be that of the host, which does not exist
-        yield from (group / name for group in (own, *own.parents) if group.is_relative_to(folder))

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qfast import _backend
 from qfast.errors import ConfigError, DataError
+from qfast.machine import may_keep
 from qfast.ops import transforms
 from qfast.ops._common import (
     active_dropout,
@@ -99,8 +101,8 @@ def encoder_layer(
 
     Notes
     -----
-    The forward pass saves x and 2 D + 2 numbers per step that has a result. Attention weights and the M hidden values
-    are computed again in the backward pass.
+    The forward pass saves x and 2 D + 2 numbers per step that has a result. Attention weights are computed again in the
+    backward pass, and so are the M hidden values, unless there is memory to keep them (docs/encoder.md).
 
     torch.func transforms and forward mode compute with torch's operations, which support every derivative.
 
@@ -127,9 +129,26 @@ def encoder_layer(
         return forward_twin(x, weights, *settings)[0]
     keep = needs_grad(x, *weights)
     if keep and not torch.compiler.is_compiling():
-        return _Function.apply(*settings, products, x, *weights)
+        return _Function.apply(*settings, products, _keeps_hidden(x, weights, last_step, products), x, *weights)
     with skip_autograd():
         return torch.ops.qfast.encoder_layer(x, list(weights), *settings, keep, products)[0]
+
+
+# ---------------------------------------------------------------- hidden values that are kept for the backward pass
+SLICE_COLUMNS = 256  # kSliceColumns in csrc/feed_forward/feed_forward_pack.h
+
+
+def _keeps_hidden(x: Tensor, weights: Sequence[Tensor], last_step: bool, precision: int) -> bool:
+    """Return whether the forward pass keeps the hidden values, which does not change the results.
+
+    Only the float32 and float64 kernels of the CPU gain from it. Products in bf16 take less time than memory.
+    """
+    hidden = len(weights[WEIGHTS.index("linear1.weight")])
+    if _backend.native is None or x.device.type != "cpu" or precision or hidden % SLICE_COLUMNS:
+        return False
+    rows = x.shape[0] * (1 if last_step else x.shape[1])
+    reusable = _backend.native.memory_cache_facts()["idle_bytes"]
+    return may_keep(rows * hidden * x.element_size(), torch.get_num_threads(), reusable)
 
 
 # ---------------------------------------------------------------- argument checks
@@ -176,12 +195,15 @@ def _forward_twin(
     last_step: bool,
     keep: bool,
     precision: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
+    keep_hidden: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(x.device.type, enabled=False):
         output, normalised, scales = forward_twin(x, weights, heads, eps, dropout, seed, last_step, precision)
     if not keep:
         normalised, scales = normalised[:, :0].clone(), scales[:, :0].clone()
-    return output.contiguous(), normalised, scales  # with strided x, output may be strided
+    # The hidden values have a layout of their own, which the kernels choose. backward_twin computes them again.
+    hidden = x.new_zeros((len(x) if keep_hidden else 0, scales.shape[2], len(weights[WEIGHTS.index("linear1.weight")])))
+    return output.contiguous(), normalised, scales, hidden  # with strided x, output may be strided
 
 
 def _backward_twin(
@@ -194,6 +216,7 @@ def _backward_twin(
     last_step: bool,
     normalised: Tensor,
     scales: Tensor,
+    hidden: Tensor,
     input_grad: bool,
     precision: int = 0,
 ) -> tuple[Tensor, list[Tensor]]:
@@ -209,29 +232,32 @@ _INPUTS = "Tensor x, Tensor[] weights, int heads"
 _DROPOUT = "float dropout, Tensor? seed, bool last_step"
 define(
     "encoder_layer",
-    f"({_INPUTS}, float eps, {_DROPOUT}, bool keep, int precision=0) "
-    "-> (Tensor output, Tensor normalised, Tensor scales)",
+    f"({_INPUTS}, float eps, {_DROPOUT}, bool keep, int precision=0, bool keep_hidden=False) "
+    "-> (Tensor output, Tensor normalised, Tensor scales, Tensor hidden)",
     _forward_twin,
 )
 define(
     "encoder_layer_backward",
-    f"(Tensor grad, {_INPUTS}, {_DROPOUT}, Tensor normalised, Tensor scales, bool input_grad, int precision=0) "
-    "-> (Tensor grad_x, Tensor[] grad_weights)",
+    f"(Tensor grad, {_INPUTS}, {_DROPOUT}, Tensor normalised, Tensor scales, Tensor hidden, bool input_grad, "
+    "int precision=0) -> (Tensor grad_x, Tensor[] grad_weights)",
     _backward_twin,
 )
 
 
 @torch.library.register_fake("qfast::encoder_layer")
-def _(x, weights, heads, eps, dropout, seed, last_step, keep, precision=0):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    x, weights, heads, eps, dropout, seed, last_step, keep, precision=0, keep_hidden=False
+):
     batch, steps, width = x.shape
     results, saved_rows = 1 if last_step else steps, batch if keep else 0
     output = x.new_empty((batch, width) if last_step else (batch, steps, width))
-    return output, x.new_empty((2, saved_rows, results, width)), x.new_empty((2, saved_rows, results))
+    hidden = x.new_empty((batch if keep_hidden else 0, results, len(weights[WEIGHTS.index("linear1.weight")])))
+    return output, x.new_empty((2, saved_rows, results, width)), x.new_empty((2, saved_rows, results)), hidden
 
 
 @torch.library.register_fake("qfast::encoder_layer_backward")
 def _(  # type: ignore[no-untyped-def]
-    grad, x, weights, heads, dropout, seed, last_step, normalised, scales, input_grad, precision=0
+    grad, x, weights, heads, dropout, seed, last_step, normalised, scales, hidden, input_grad, precision=0
 ):
     grad_x = x.new_empty((x.shape[0] if input_grad else 0, *x.shape[1:]))
     return grad_x, [part.new_empty(part.shape) for part in weights]
@@ -239,7 +265,7 @@ def _(  # type: ignore[no-untyped-def]
 
 # ---------------------------------------------------------------- gradients
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, weights, ctx.heads, _, ctx.dropout, seed, ctx.last_step, keep, ctx.precision = inputs
+    x, weights, ctx.heads, _, ctx.dropout, seed, ctx.last_step, keep, ctx.precision, _ = inputs
     require_saved("encoder_layer", keep)
     ctx.save_for_backward(x, seed, *output[1:], *weights)
     ctx.mark_non_differentiable(*output[1:])
@@ -249,10 +275,10 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
 @explain_memory("encoder_layer")
 def _input_gradients(ctx, grad, input_grad):  # type: ignore[no-untyped-def]
     """Return the gradients of x (None unless `input_grad`) and of the weights."""
-    x, seed, normalised, scales, *weights = ctx.saved_tensors
+    x, seed, normalised, scales, hidden, *weights = ctx.saved_tensors
     settings = ctx.heads, ctx.dropout, seed, ctx.last_step
     grad_x, grad_weights = torch.ops.qfast.encoder_layer_backward(
-        grad, x, weights, *settings, normalised, scales, input_grad, ctx.precision
+        grad, x, weights, *settings, normalised, scales, hidden, input_grad, ctx.precision
     )
     return grad_x if input_grad else None, grad_weights
 
@@ -270,8 +296,10 @@ refuse_double_backward("encoder_layer")
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, heads, eps, dropout, seed, last_step, precision, x, *weights):  # type: ignore[no-untyped-def]
-        inputs = (x, list(weights), heads, eps, dropout, seed, last_step, True, precision)
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, heads, eps, dropout, seed, last_step, precision, keep_hidden, x, *weights
+    ):
+        inputs = (x, list(weights), heads, eps, dropout, seed, last_step, True, precision, keep_hidden)
         with skip_autograd():
             output = torch.ops.qfast.encoder_layer(*inputs)
         _save(ctx, inputs, output)
@@ -282,8 +310,8 @@ class _Function(torch.autograd.Function):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         with skip_autograd():
-            grad_x, grad_weights = _input_gradients(ctx, grad, ctx.needs_input_grad[6])
-        return *(None,) * 6, grad_x, *grad_weights
+            grad_x, grad_weights = _input_gradients(ctx, grad, ctx.needs_input_grad[7])
+        return *(None,) * 7, grad_x, *grad_weights
 
 
 # ---------------------------------------------------------------- self-test
@@ -307,11 +335,11 @@ def self_test(device: torch.device) -> None:
     x, seed = random(batch, steps, width), torch.tensor([3], device=device)
     for last_step in (False, True):
         dropout = (0.25, seed, last_step)
-        results = torch.ops.qfast.encoder_layer(x, weights, heads, 1e-5, *dropout, True)
+        *results, hidden = torch.ops.qfast.encoder_layer(x, weights, heads, 1e-5, *dropout, True)
         expected = forward_twin(x, weights, heads, 1e-5, *dropout)
         check_same("encoder_layer", results, expected)
         grad_x, grad_weights = torch.ops.qfast.encoder_layer_backward(
-            results[0], x, weights, heads, *dropout, *results[1:], True
+            results[0], x, weights, heads, *dropout, *results[1:], hidden, True
         )
         twin_x, twin_weights = backward_twin(expected[0], x, weights, heads, *dropout, *expected[1:])
         check_same("encoder_layer", [grad_x, *grad_weights], [twin_x, *twin_weights])

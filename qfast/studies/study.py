@@ -16,6 +16,7 @@ import pandas as pd
 
 from qfast.data.arrow_tables import without_arrow
 from qfast.errors import ConfigError, QfastError, shown
+from qfast.machine import usable_cores
 from qfast.read_options import ReadOptions, ReadSettings
 from qfast.studies.axes import AxisArguments
 from qfast.studies.checks import CheckedStudy, EngineArguments, check_engine, check_study
@@ -332,5 +333,4 @@ def _default_jobs(threads: int, device: str | None, folder: StudyFolder) -> int:
     chosen = choose_device(device or kwargs.get("device", "auto"), kwargs.get("GPU", 0))
     if chosen.type != "cpu":
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // threads)
+    return max(1, usable_cores() // threads)

@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 
+from qfast.machine import usable_cores
 from qfast.training.distributed import only_main_logs
 from qfast.training.ranks import Ranks
 from qfast.workflow.folder import MANIFEST, RunFolder, versions
@@ -140,8 +141,7 @@ def _share_cores() -> None:
     """
     _, processes = _place_on_machine()
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // processes))
+        torch.set_num_threads(max(1, usable_cores() // processes))
 
 
 # ---------------------------------------------------------------- what the ranks tell each other

@@ -113,7 +113,7 @@ def layer_of_masks(case: LayerCase, tensors: Sequence[Tensor], dropout: float, s
 
 def raw_gradients(
     case: LayerCase, tensors: Sequence[Tensor], dropout: float, seed: int, input_grad: bool = True
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """Results, saved tensors and gradients of the raw operators, for the incoming gradient that `results` uses."""
     x, weights, number = tensors[0], list(tensors[1:]), torch.tensor([seed])
     out, *saved = torch.ops.qfast.encoder_layer(x, weights, case.heads, case.eps, dropout, number, case.last, True)
