@@ -176,14 +176,19 @@ def test_hidden_values_are_kept_if_there_is_memory(monkeypatch) -> None:
         return n_bytes == 3 * 5 * 256 * 4
 
     monkeypatch.setattr(sys.modules["qfast.ops.encoder_layer"], "may_keep", fits)
-    for case in (LayerCase(3, 5, 8, 2, 256), LayerCase(6, 5, 8, 2, 256), LayerCase(3, 5, 8, 2, 255)):
+    for case, windows in (
+        (LayerCase(3, 5, 32, 2, 256), 3),
+        (LayerCase(6, 5, 32, 2, 256), 0),  # too large
+        (LayerCase(3, 5, 32, 2, 255), 0),  # not a multiple of a slice
+        (LayerCase(3, 5, 31, 1, 256), 0),  # computing them takes less time
+    ):
         x, *weights = (tensor.requires_grad_() for tensor in case.inputs(F32))
         out = case.operator([x, *weights])
-        hidden = [tensor for tensor in out.grad_fn.saved_tensors if tensor is not None and tensor.shape[1:] == (5, 256)]
-        assert [len(tensor) for tensor in hidden] == {3: [3], 6: [0]}[case.batch][: case.hidden == 256]
+        saved = [tensor for tensor in out.grad_fn.saved_tensors if tensor is not None]
+        assert [len(tensor) for tensor in saved if tensor.shape[1:] == (5, case.hidden)] == [windows]
     assert kept == [3 * 5 * 256 * 4, 6 * 5 * 256 * 4]
     with torch.no_grad():
-        case.operator([x, *weights])
+        LayerCase(3, 5, 32, 2, 256).operator(LayerCase(3, 5, 32, 2, 256).inputs(F32))
     assert len(kept) == 2
 
 

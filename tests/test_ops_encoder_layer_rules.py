@@ -352,9 +352,7 @@ print(peak.megabytes)
     ],
     ids=["all steps", "last step", "long windows"],
 )
-def test_without_memory_nothing_of_the_block_or_the_attention_is_saved(
-    sizes: dict[str, Any], limit: float
-) -> None:
+def test_without_memory_nothing_of_the_block_or_the_attention_is_saved(sizes: dict[str, Any], limit: float) -> None:
     ran = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(**sizes)], capture_output=True, text=True, check=True, timeout=120
     )

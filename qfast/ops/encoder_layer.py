@@ -129,7 +129,7 @@ def encoder_layer(
         return forward_twin(x, weights, *settings)[0]
     keep = needs_grad(x, *weights)
     if keep and not torch.compiler.is_compiling():
-        return _Function.apply(*settings, products, _keeps_hidden(x, weights, last_step, products), x, *weights)
+        return _Function.apply(*settings, products, _keeps_hidden(x, weights, p, last_step, products), x, *weights)
     with skip_autograd():
         return torch.ops.qfast.encoder_layer(x, list(weights), *settings, keep, products)[0]
 
@@ -138,13 +138,19 @@ def encoder_layer(
 SLICE_COLUMNS = 256  # kSliceColumns in csrc/feed_forward/feed_forward_pack.h
 
 
-def _keeps_hidden(x: Tensor, weights: Sequence[Tensor], last_step: bool, precision: int) -> bool:
+# The narrowest layers that gain from it. Others compute a hidden value in less time than memory delivers it.
+NARROWEST, NARROWEST_WITH_DROPOUT = 32, 16
+
+
+def _keeps_hidden(x: Tensor, weights: Sequence[Tensor], dropout: float, last_step: bool, precision: int) -> bool:
     """Return whether the forward pass keeps the hidden values, which does not change the results.
 
     Only the float32 and float64 kernels of the CPU gain from it. Products in bf16 take less time than memory.
     """
-    hidden = len(weights[WEIGHTS.index("linear1.weight")])
+    hidden, width = weights[WEIGHTS.index("linear1.weight")].shape
     if _backend.native is None or x.device.type != "cpu" or precision or hidden % SLICE_COLUMNS:
+        return False
+    if width < (NARROWEST_WITH_DROPOUT if dropout else NARROWEST):
         return False
     rows = x.shape[0] * (1 if last_step else x.shape[1])
     reusable = _backend.native.memory_cache_facts()["idle_bytes"]
