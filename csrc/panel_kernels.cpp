@@ -63,18 +63,8 @@ QFAST_ALWAYS_INLINE void finish(Finish kind, const Target<Element>& target,
   }
 }
 
-// Prefetches the gate of a row of a panel. Gates that an earlier call has saved are in memory, and a register
-// tile needs all of its gates at once.
-template <int Vectors, class Element>
-QFAST_ALWAYS_INLINE void prefetch_gate(const Target<Element>& target, int64_t row, int64_t column) {
-#pragma GCC unroll 4
-  for (int v = 0; v < Vectors; ++v)
-    __builtin_prefetch(target.gate + row * target.stride + column + v * kLanes<Element>);
-}
-
-// The body of `multiply` for one panel. While it multiplies a register tile, it prefetches the gates of the
-// next, row by row, because the processor drops part of many prefetches at once. The kind is an argument,
-// because four copies would take most of the time to compile this file.
+// The body of `multiply` for one panel. The kind is an argument, because four copies would take most of the
+// time to compile this file.
 template <int Vectors, class Element>
 QFAST_ONE_COPY static void multiply_panel(Finish kind, const Element* data, int64_t step, int64_t depth,
                                           const Element* left, int64_t left_row, int64_t left_step,
@@ -82,19 +72,31 @@ QFAST_ONE_COPY static void multiply_panel(Finish kind, const Element* data, int6
                                           int64_t columns) {
   for_row_tiles<kTileRows<Vectors> >(rows, [&]<int Rows>(int64_t row) __attribute__((always_inline)) {
     Sums<Element, Rows, Vectors> sums = {};
-    const Element* const tile_left = left + row * left_row;
-    int64_t k = 0;
-    if (kind == Finish::kGate) {
-      const int64_t end = smaller(row + 2 * Rows, rows);
-      for (int64_t next = row + Rows; next < end && k + kProductsPerPrefetch <= depth; ++next) {
-        prefetch_gate<Vectors>(target, next, column);
-        add_product(sums, tile_left + k * left_step, left_row, left_step, data + k * step, step,
-                    kProductsPerPrefetch);
-        k += kProductsPerPrefetch;
-      }
-    }
-    add_product(sums, tile_left + k * left_step, left_row, left_step, data + k * step, step, depth - k);
+    add_product(sums, left + row * left_row, left_row, left_step, data, step, depth);
     finish(kind, target, sums, row, column, columns);
+  });
+}
+
+// The same for a panel of the largest width whose gates are in memory. While a register tile is multiplied,
+// the gates of the next are prefetched, row by row, because the processor drops part of many prefetches at
+// once.
+template <class Element>
+QFAST_ONE_COPY static void multiply_gated(const Element* data, int64_t step, int64_t depth,
+                                          const Element* left, int64_t left_row, int64_t left_step,
+                                          int64_t rows, const Target<Element>& target, int64_t column,
+                                          int64_t columns) {
+  for_row_tiles<kTileRows<kPanelVectors> >(rows, [&]<int Rows>(int64_t row) __attribute__((always_inline)) {
+    Sums<Element, Rows, kPanelVectors> sums = {};
+    const Element* const tile_left = left + row * left_row;
+    int64_t next = row + Rows;
+    for (int64_t k = 0; k < depth; k += kProductsPerPrefetch, ++next) {
+      const Element* const gate = target.gate + smaller(next, rows - 1) * target.stride + column;
+#pragma GCC unroll 4
+      for (int v = 0; v < kPanelVectors; ++v) __builtin_prefetch(gate + v * kLanes<Element>);
+      add_product(sums, tile_left + k * left_step, left_row, left_step, data + k * step, step,
+                  smaller(kProductsPerPrefetch, depth - k));
+    }
+    finish(Finish::kGate, target, sums, row, column, columns);
   });
 }
 
@@ -147,8 +149,12 @@ QFAST_ALWAYS_INLINE void multiply_panels(Finish kind, const PanelMatrix<Element>
   for (int64_t panel = 0; panel < right.count; ++panel)
     for_panel_width<Element>(right.width, [&]<int Vectors>() __attribute__((always_inline)) {
       const int64_t column = panel * right.width;
-      multiply_panel<Vectors>(kind, right.data + panel * right.panel_stride, right.step, right.rows, left,
-                              left_row, left_step, rows, target, column, right.columns - column);
+      const Element* const data = right.data + panel * right.panel_stride;
+      if (Vectors == kPanelVectors && target.gate_in_memory)
+        return multiply_gated(data, right.step, right.rows, left, left_row, left_step, rows, target, column,
+                              right.columns - column);
+      multiply_panel<Vectors>(kind, data, right.step, right.rows, left, left_row, left_step, rows, target,
+                              column, right.columns - column);
     });
 }
 

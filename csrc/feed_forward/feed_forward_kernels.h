@@ -118,8 +118,9 @@ static void add_feed_forward_gradients(const FeedForward<Element>& net, const Wi
       const Element* const group_grad = grad + at * grad_stride;
       Element* const slice = hidden_place<Element>(net, all, at, first, scratch.hidden);
       if (net.kept == nullptr) hidden_slice<Element>(net, rows, panel, group_x, x_stride, slice);
-      multiply<Finish::kGate, Element>(turned, group_grad, grad_stride, 1, count,
-                                       {scratch.grad_hidden, stride, nullptr, slice, scale});
+      multiply<Finish::kGate, Element>(
+          turned, group_grad, grad_stride, 1, count,
+          {scratch.grad_hidden, stride, nullptr, slice, scale, net.kept != nullptr});
       add_rows<Element>(scratch.grad_hidden, stride, count, columns, sums.entering_bias + first);
       const bool sets = first_rows && at == 0;
       sum_products<Element>(sets, group_grad, grad_stride, out,
