@@ -74,13 +74,27 @@ QFAST_ALWAYS_INLINE PanelMatrix<Element> in_place(const Element* data, int64_t r
   return {rows, columns, width, count, step, width, data};
 }
 
-// to[j] += sum over rows of element j
+// to[j] += sum over rows of element j. Several sums at a time: each addition waits for the one before.
 template <class Element>
 static void add_rows(const Element* from, int64_t stride, int64_t rows, int64_t columns, Element* to) {
-  for_vectors<Element>(columns, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
+  constexpr int64_t kWhole = kPanelVectors * kLanes<Element>;
+  int64_t first = 0;
+  for (; first + kWhole <= columns; first += kWhole) {
+    Sums<Element, 1, kPanelVectors> sums = {};
+    for (int64_t row = 0; row < rows; ++row)
+#pragma GCC unroll 4
+      for (int v = 0; v < kPanelVectors; ++v)
+        sums.at[0][v] += load<Element>(from + row * stride + first + v * kLanes<Element>, AllLanes{});
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanelVectors; ++v) {
+      Element* const at = to + first + v * kLanes<Element>;
+      store<Element>(at, load<Element>(at, AllLanes{}) + sums.at[0][v], AllLanes{});
+    }
+  }
+  for_vectors<Element>(columns - first, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
     Vector<Element> total = {};
-    for (int64_t row = 0; row < rows; ++row) total += load<Element>(from + row * stride + j, lanes);
-    store<Element>(to + j, load<Element>(to + j, lanes) + total, lanes);
+    for (int64_t row = 0; row < rows; ++row) total += load<Element>(from + row * stride + first + j, lanes);
+    store<Element>(to + first + j, load<Element>(to + first + j, lanes) + total, lanes);
   });
 }
 
