@@ -59,9 +59,9 @@ SHAPES = {"2048x20": Shape(2048, 20, 20), "2048x60": Shape(2048, 60, 6)}
 # lowest accepted ratio
 GOALS = {
     ("Transformer", "inference"): 5.0,
-    ("Transformer", "training"): 3.8,
+    ("Transformer", "training"): 4.1,
     ("Localformer", "inference"): 2.6,
-    ("Localformer", "training"): 2.0,
+    ("Localformer", "training"): 2.2,
 }
 
 
@@ -143,7 +143,7 @@ def test_memory_of_a_training_step(kind: str) -> None:
     pytest.importorskip("qlib", reason="pyqlib (extra qlib) is not installed")
     ours, theirs = (step_memory(side, kind, "2048x20") for side in ("qfast", "reference"))
     print(f"\n{kind} 2048x20: qfast {ours:.0f} MB, Qlib {theirs:.0f} MB, {ours / theirs:.0%}")
-    assert ours <= 0.25 * theirs
+    assert ours <= 0.6 * theirs  # with the hidden activations, which are kept if there is memory
 
 
 # ---------------------------------------------------------------- pytest-benchmark

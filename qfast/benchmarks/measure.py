@@ -20,6 +20,7 @@ from qfast.benchmarks.torch_epoch import TorchEpoch
 from qfast.benchmarks.trust import Watch
 from qfast.data.protocols import Bounds, HandlerDataset
 from qfast.data.windows import WindowSet
+from qfast.device import release_memory
 from qfast.errors import ConfigError
 from qfast.nn.plain import PlainTorch
 from qfast.training.estimator import Estimator
@@ -143,6 +144,7 @@ def measure(
         times.threads = threads
         times.threads_epoch, times.threads_gain = _threads_epoch(estimator, sample, threads)
     _add_rates(estimator, segments, times)
+    release_memory()
     return times
 
 
@@ -255,7 +257,11 @@ def _our_epoch(estimator: Estimator, sample: Sample, clock: Callable[[], float])
     try:
         for name, value in epoch.items():
             setattr(estimator, name, value)
-        with _replaced(estimator, "load_segment", load_segment), epoch_timers(estimator, sample.train, loaded, clock):
+        with (
+            _replaced(estimator, "load_segment", load_segment),
+            _replaced(estimator, "_release_memory", lambda: None),  # a batch reuses the memory of the one before
+            epoch_timers(estimator, sample.train, loaded, clock),
+        ):
             estimator.fit(_Segments())
     finally:
         for name, value in before.items():

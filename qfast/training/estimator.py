@@ -283,11 +283,14 @@ class Estimator(QlibFunctions):
                 scores[name].extend(r[name] for r in self.progress_.records if r.get(name) is not None)
             self.evals_result_ = scores
             self._graphed_step = None  # releases the memory of its graphs
-            release_memory()
+            self._release_memory()
             self._notify("on_fit_end")
         if save_path is not None and writes_files():
             self.save_weights(save_path)
         return self
+
+    def _release_memory(self) -> None:
+        release_memory()
 
     def prepare_network(self) -> None:
         """Set initial weights. `fit` calls it after loading the data, unless the fit is resumed or starts from other
