@@ -1,9 +1,10 @@
 // Memory that calls reuse: scratch memory, packed weights, and the activations saved for a backward pass.
 //
 // The C library returns large blocks to the system when they are freed, so every call would use fresh pages,
-// and the kernel clears each of them first. The cache holds freed blocks for the next call. All
-// blocks together are at most 512 MB larger than those that were in use at the same time. It frees blocks
-// that no call has used for half a minute, and it is safe under threads and in forked processes. Host only.
+// and the kernel clears each of them first. The cache holds freed blocks for the next call. It frees
+// blocks that no call has used for half a minute. Idle blocks and those in use are together at most 512 MB
+// larger than the blocks that were in use at the same time. The cache is safe under threads and in forked
+// processes. Host only.
 #pragma once
 
 #include <cstdint>

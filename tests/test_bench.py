@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -79,6 +80,15 @@ def test_the_parts_add_up_to_the_epoch(kind):
     assert estimator.n_epochs == 3  # the model is as before
     assert "load_segment" not in vars(estimator)
     assert "batch" not in vars(sample.train)
+
+
+def test_a_timed_epoch_leaves_its_memory_to_the_next(monkeypatch):
+    released = []
+    monkeypatch.setattr("qfast.training.estimator.release_memory", lambda: released.append(1))
+    estimator = small_model(ts.LSTM, progress=False)
+    measure_module._our_epoch(estimator, segments_of(estimator).sample(1), clock=time.process_time)
+    assert not released
+    assert "_release_memory" not in vars(estimator)
 
 
 def test_the_scale_of_an_epoch():
