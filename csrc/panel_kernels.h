@@ -19,7 +19,7 @@ struct Target {
   const Element* bias;  // padded to whole panels
   const Element* gate;  // same layout as `to`
   Element scale;
-  bool gate_in_memory = false;  // an earlier call has saved the gate, so it is no longer in the caches
+  bool gate_in_memory = false;  // an earlier call wrote the gate; it has left the caches
 };
 
 // Multiplies left x right for rows [0, rows). left(i, k) is at left[i * left_row + k * left_step]. Columns of

@@ -27,7 +27,7 @@ def usable_cores() -> int:
 
 
 def usable_memory() -> int:
-    """Bytes that this process may use: those of the machine, or of its control group or `ulimit -v` if that is less.
+    """Return the memory limit of this process in bytes: the least of RAM, control groups and `ulimit -v`.
 
     >>> usable_memory() > 0
     True
@@ -44,9 +44,9 @@ def usable_memory() -> int:
 
 
 def available_memory() -> int:
-    """Bytes that this process can still get: of the machine, of its control group or of `ulimit -v`, the least of them.
+    """Return the bytes that this process can still allocate within RAM, control groups and `ulimit -v`.
 
-    Memory that holds copies of files counts as available, because the system can take it back.
+    The file cache counts as available, because the system can reclaim it.
 
     >>> 0 <= available_memory() <= usable_memory()
     True
@@ -72,9 +72,8 @@ def available_memory() -> int:
 def may_keep(n_bytes: int, threads: int, reusable: int = 0) -> bool:
     """Return whether a buffer that saves time, but is not necessary, leaves enough memory for everything else.
 
-    With `threads` threads of its own, a process may use this share of the cores, and the same share of the available
-    memory, so that as many such processes can run as the cores allow. A buffer may take an eighth of this share. Below
-    16 MiB, it may always be kept.
+    The share of a process in the available memory is that of its threads in the cores. This leaves memory for a process
+    on every core. A buffer may take an eighth of this share. Buffers of at most 16 MiB may always be kept.
 
     Parameters
     ----------
@@ -125,5 +124,5 @@ def _limit_files() -> Iterator[Path]:
         (CGROUPS, groups[""], "memory.max"),
         (CGROUPS / "memory", groups["memory"], "memory.limit_in_bytes"),
     ):
-        own = folder / path.lstrip("/")  # inside a container, the path may be that of the host, which does not exist
+        own = folder / path.lstrip("/")  # containers may report the path on the host, which does not exist here
         yield from (group / name for group in (own, *own.parents) if group.is_relative_to(folder))

@@ -138,7 +138,7 @@ def encoder_layer(
 SLICE_COLUMNS = 256  # kSliceColumns in csrc/feed_forward/feed_forward_pack.h
 
 
-# The narrowest layers that gain from it. Others compute a hidden value in less time than memory delivers it.
+# The narrowest layers that gain from kept values. Narrower ones recompute a value faster than they could load it.
 NARROWEST, NARROWEST_WITH_DROPOUT = 32, 16
 
 
